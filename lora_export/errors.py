@@ -1,0 +1,80 @@
+"""What can go wrong, and the exit code each failure ends with.
+
+Raise these anywhere; one place in `lora_export.cli` turns them into a line on stderr and a number.
+A message says what is wrong, where, and what to do next. Every other exception is a bug of ours
+and ends as a traceback with code 1, never as a verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class LoraExportError(Exception):
+    """A failure that we foresaw. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InputRefused(LoraExportError):
+    """An input is damaged, unknown, does not fit, or would lose too much."""
+
+    exit_code = 3
+
+
+class Different(LoraExportError):
+    """Parity: the candidate does not compute what the PyTorch model computes."""
+
+    exit_code = 4
+
+
+class Undecided(LoraExportError):
+    """Parity: this check could not have told a right candidate from a wrong one."""
+
+    exit_code = 5
+
+
+class EnvironmentLacking(LoraExportError):
+    """A package, provider or device is missing, or was not really used."""
+
+    exit_code = 6
+
+
+class OutputFailed(LoraExportError):
+    """The output could not be written: disk full, locked by another run, no permission."""
+
+    exit_code = 7
+
+
+class RuntimeRefused(LoraExportError):
+    """The exporter or the runtime refused the model."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One tensor of an adapter that does not fit the base."""
+
+    adapter: str
+    key: str  # as spelled in the adapter's file
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.problem}"
+
+
+class MatchError(InputRefused):
+    """Every misfit between adapters and base, listed at once. Nothing has been written."""
+
+    def __init__(self, misfits: Iterable[Misfit], *, targets: int):
+        self.misfits = tuple(misfits)
+        by_adapter: dict[str, list[Misfit]] = {}
+        for misfit in self.misfits:
+            by_adapter.setdefault(misfit.adapter, []).append(misfit)
+        lines = [f"{len(self.misfits)} of {targets} adapter tensors do not fit the base. Nothing was written."]
+        for adapter, misfits_there in by_adapter.items():
+            lines.append(f"  in {adapter}:")
+            lines += [f"    {misfit}" for misfit in misfits_there]
+        super().__init__("\n".join(lines))

@@ -1,0 +1,141 @@
+"""The nouns: one low-rank pair, and an adapter made of pairs.
+
+Below the format readers nobody has heard of alpha, rank patterns or transposed files: a pair is
+(A, B, scale) in one canonical shape, and its change of the weight is `scale * B @ A`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+
+EVERY_ROW = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """A low-rank change of one weight, in fp32.
+
+    `a` is (rank, in, ...) and `b` is (out, rank, ...); the dots are a convolution's kernel.
+    `scale` is what the format meant by alpha and rank, as one finite number.
+    `magnitude` (out,) is DoRA's norm, or None.
+
+    Raises InputRefused when shapes disagree, the rank is zero, or a value is not finite.
+    """
+
+    a: NDArray[np.float32]  # (rank, in, ...)
+    b: NDArray[np.float32]  # (out, rank, ...)
+    scale: float
+    magnitude: NDArray[np.float32] | None = None  # (out,)
+
+    def __post_init__(self) -> None:
+        for side in ("a", "b", "magnitude"):
+            value = getattr(self, side)
+            if value is None:
+                continue
+            value = np.ascontiguousarray(value, dtype=np.float32)
+            value.flags.writeable = False
+            object.__setattr__(self, side, value)
+            bad = value.size - np.count_nonzero(np.isfinite(value))
+            if bad:
+                raise InputRefused(f"{side.upper()} holds {bad} values that are not finite (NaN or infinity)")
+        if self.a.ndim < 2 or self.b.ndim < 2:
+            raise InputRefused(f"A is {self.a.shape} and B is {self.b.shape}; both need at least two dimensions")
+        if self.a.shape[0] != self.b.shape[1]:
+            raise InputRefused(f"the ranks disagree: A is {self.a.shape}, B is {self.b.shape}")
+        if 0 in self.a.shape or 0 in self.b.shape:
+            raise InputRefused(f"a dimension is zero: A is {self.a.shape}, B is {self.b.shape}")
+        if not math.isfinite(self.scale):
+            raise InputRefused(f"the scale is {self.scale}")
+        if self.magnitude is not None and self.magnitude.shape != (self.b.shape[0],):
+            raise InputRefused(f"the magnitude is {self.magnitude.shape}, B is {self.b.shape}")
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that the pair changes: (out, in, ...)."""
+        return (self.b.shape[0], *self.a.shape[1:])
+
+    @property
+    def is_identity(self) -> bool:
+        """True where the pair changes nothing: the state in which training starts."""
+        return self.scale == 0 or not self.a.any() or not self.b.any()
+
+    def delta(self, rows: slice = EVERY_ROW, *, strength: float = 1.0) -> NDArray[np.float32]:
+        """`strength * scale * B @ A` for these output rows, shape (rows, in, ...).
+
+        One fp32 multiplication by the scale after one fp32 matrix product, the order PEFT uses.
+        """
+        b = self.b[rows].reshape(-1, self.rank)
+        product: NDArray[np.float32] = b @ self.a.reshape(self.rank, -1)  # (rows, in * kernel)
+        product *= np.float32(strength * self.scale)
+        return product.reshape(b.shape[0], *self.a.shape[1:])
+
+
+def fresh_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.Generator) -> LoraPair:
+    """A new pair for a weight of this (out, in) shape: A Kaiming-uniform with a = √5, B zero.
+
+    Kaiming-uniform with negative slope √5 is U(-1/√in, 1/√in) (He et al. 2015, eq. 10, and the
+    initialisation of Hu et al. 2021). With B zero the pair is the identity.
+    """
+    out_features, in_features = shape
+    bound = 1 / math.sqrt(in_features)
+    a = rng.uniform(-bound, bound, size=(rank, in_features)).astype(np.float32)
+    return LoraPair(a=a, b=np.zeros((out_features, rank), np.float32), scale=scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Everything one adapter file changes, in canonical shape. Read-only.
+
+    Modules are named as in the adapter, without the trainer's wrapper prefixes.
+    """
+
+    name: str
+    format: str
+    pairs: Mapping[str, LoraPair]  # module -> pair
+    replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> the whole tensor
+    biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
+    spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the reader decided and the user should know
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "replaced", "biases", "spelling", "metadata"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def spelled(self, name: str) -> str:
+        """The key under which a module or tensor stands in the adapter's file."""
+        return self.spelling.get(name, name)
+
+    @property
+    def is_identity(self) -> bool:
+        """True where merging the adapter would change nothing."""
+        return not self.replaced and not self.biases and all(pair.is_identity for pair in self.pairs.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        low_rank = sum(pair.a.size + pair.b.size for pair in self.pairs.values())
+        whole = sum(tensor.size for tensor in (*self.replaced.values(), *self.biases.values()))
+        return int(low_rank + whole)
+
+
+def add(weight: NDArray[Any], change: NDArray[np.float32], dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+    """`weight + change`, summed in fp32 (fp64 for an fp64 weight) and rounded once to `dtype` (the weight's own)."""
+    wide = np.float64 if weight.dtype == np.float64 else np.float32
+    total: NDArray[Any] = weight.astype(wide)
+    total += change
+    return total.astype(weight.dtype if dtype is None else dtype, copy=False)
