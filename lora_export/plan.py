@@ -7,6 +7,7 @@ what holds the weights. Checkpoint, module and graph each offer `TensorSpec`s an
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -206,6 +207,7 @@ def make(
                 misfits.append(Misfit(adapter.name, adapter.spelled(module), problem))
                 continue
             terms.setdefault(weight, []).append(Term(adapter.name, module, pair, strength))
+        misfits += _lost_targets(adapter, prefix, base)
         for module, change in adapter.biases.items():
             bias = f"{prefix.to_base(module) or module}.bias"
             if bias not in base or base[bias].shape != change.shape:
@@ -302,6 +304,35 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
         return fitting[0]
     best = max(candidates, key=landed, default=Prefix())  # for the sake of the message: fewer, truer misfits
     return best if landed(best) > landed(Prefix()) else Prefix()
+
+
+def _lost_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpec]) -> list[Misfit]:
+    """Layers of the base that the adapter's config targets, and for which its file holds nothing.
+
+    A target that other layers of the base were adapted for counts only where the names differ in
+    numbers alone: a vision tower's `q_proj` is no sibling of a decoder's, the decoder's next layer is.
+    """
+    adapted = {prefix.to_base(module) or module for module in adapter.pairs}
+    siblings = {_without_numbers(module) for module in adapted}
+    lost = []
+    for spec in base.values():
+        module = spec.name.removesuffix(".weight")
+        target = next((target for target in adapter.targets if _ends_with(module, target)), None)
+        if target is None or module in adapted or spec.layout is Layout.OTHER:
+            continue
+        if _without_numbers(module) in siblings or not any(_ends_with(other, target) for other in adapted):
+            lost.append(
+                Misfit(adapter.name, module, "targeted by the adapter's config, but its file has no tensors for it")
+            )
+    return lost
+
+
+def _ends_with(module: str, target: str) -> bool:
+    return f".{module}".endswith(f".{target}")
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def _nearest(name: str, base: Iterable[str]) -> str:

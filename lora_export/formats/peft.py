@@ -1,0 +1,314 @@
+"""PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
+
+What the file means is settled here: alpha and ranks become one scale per pair, wrapper prefixes
+go, and every field that changes the meaning is either understood or refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export import tensorfile
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+WRAPPER = "base_model.model."
+
+# Fields that the reader acts upon, or that say nothing about the weights.
+UNDERSTOOD = frozenset(
+    {
+        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+        *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
+        *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
+        *(
+            "qalora_group_size",
+            "lora_bias",
+            "use_rslora",
+            "init_lora_weights",
+            "eva_config",
+            "megatron_core",
+            "ensure_weight_tying",
+        ),
+    }
+)
+# Fields that change what W' is. Truthy, they are refused: a wrong merge is worse than none.
+REFUSED = {
+    "use_dora": "DoRA is not supported yet",
+    "use_qalora": "QA-LoRA is not supported",
+    "use_bdlora": "BD-LoRA is not supported",
+    "target_parameters": "LoRA on bare parameters (mixture-of-experts) is not supported yet",
+    "trainable_token_indices": "trained token rows are not supported yet",
+    "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
+    "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "megatron_config": "Megatron layers are not supported",
+    "kasa_config": "KaSA changes the base weights; convert the adapter to plain LoRA first",
+    "loftq_config": "LoftQ changes the base weights; convert the adapter to plain LoRA first",
+    "corda_config": "CorDA changes the base weights; convert the adapter to plain LoRA first",
+    "lora_ga_config": "LoRA-GA changes the base weights; convert the adapter to plain LoRA first",
+}
+SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base weights alone
+
+LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
+
+
+def recognises(path: Path) -> bool:
+    """A folder with PEFT's config: MLX's file of the same name has no `peft_type`."""
+    try:
+        return "peft_type" in json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError, TypeError):
+        return (path / CONFIG).is_file()  # damaged, but this format's to complain about
+
+
+def read(path: Path, name: str) -> Adapter:
+    """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
+    config = _config(path / CONFIG)
+    if not (path / WEIGHTS).exists():
+        if (path / PICKLE).exists():
+            raise InputRefused(
+                f"{path / PICKLE} is a pickle, which can run code when it is opened. Load it with PEFT where you trust "
+                f"it and save it again with safe_serialization=True"
+            )
+        raise InputRefused(f"{path} has no {WEIGHTS}")
+    file = tensorfile.open_file(path / WEIGHTS)
+    contents = _Contents.sorted_out(file, config)
+    pairs, biases = _pairs(contents, config, path)
+    return Adapter(
+        name=name,
+        format="peft",
+        pairs=pairs,
+        replaced=contents.whole,
+        biases=biases,
+        targets=_targets(config),
+        spelling=contents.spelling,
+        metadata=_metadata(path, config),
+        notes=tuple(contents.notes),
+        sha256=_sha256([path / CONFIG, path / WEIGHTS]),
+    )
+
+
+def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: Iterable[str], **config: Any) -> None:
+    """Write an adapter of one rank and scale as PEFT would; `config` holds further fields of its config.
+
+    The caller stages `folder`. `alpha` is what the pairs' scale came from, given back to the file.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for module, pair in adapter.pairs.items():
+        tensors[f"{WRAPPER}{module}.lora_A.weight"] = pair.a
+        tensors[f"{WRAPPER}{module}.lora_B.weight"] = pair.b
+    for name, value in adapter.replaced.items():
+        tensors[WRAPPER + name] = value
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced}) or None,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        **config,
+    }
+    tensorfile.write(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise InputRefused(f"{path} names a field more than once")
+        return table
+
+    try:
+        config = json.loads(path.read_bytes(), object_pairs_hook=without_twins)
+    except OSError as error:
+        raise InputRefused(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputRefused(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputRefused(f"{path} is not a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    refused = [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
+    unknown = [field for field, value in config.items() if value and field not in UNDERSTOOD and field not in REFUSED]
+    if unknown:
+        refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
+    if config.get("init_lora_weights", True) not in SAFE_INITS:
+        refused.append(
+            f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights: W + sBA on the "
+            "original base is wrong. Convert the adapter to plain LoRA first (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    if refused:
+        raise InputRefused(f"{path}: " + "; ".join(refused))
+    for name in ("r", "lora_alpha"):
+        _positive(path, name, config.get(name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise InputRefused(f"{path}: {name} is not a table")
+        for pattern, value in patterns.items():
+            _positive(path, f"{name}[{pattern!r}]", value)
+    return config
+
+
+def _positive(path: Path, name: str, value: Any) -> None:
+    # No default is guessed: a missing alpha would silently become another scale.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
+
+
+@dataclass
+class _Contents:
+    """The tensors of a file by what they are. Filled by `sorted_out`, then only read."""
+
+    a: dict[str, NDArray[Any]] = field(default_factory=dict)  # module -> A
+    b: dict[str, NDArray[Any]] = field(default_factory=dict)  # module -> B
+    bias: dict[str, NDArray[Any]] = field(default_factory=dict)  # module -> bias of B
+    whole: dict[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> replacement
+    spelling: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def sorted_out(cls, file: tensorfile.TensorFile, config: Mapping[str, Any]) -> _Contents:
+        contents = cls()
+        wrapped = {key for key in file.entries if key.startswith(WRAPPER)}
+        if wrapped and len(wrapped) != len(file.entries):
+            bare = sorted(set(file.entries) - wrapped)
+            raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
+        unknown = []
+        adapters = set()
+        for key in file.entries:
+            name = key.removeprefix(WRAPPER)
+            match = LOW_RANK_KEY.fullmatch(name)
+            if match and (match["side"], match["what"]) != ("A", "bias"):
+                adapters.add(match["adapter"])
+                module = match["module"].replace(".base_layer.out_proj", ".out_proj")
+                if module != match["module"]:
+                    contents.notes.append(
+                        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges "
+                        "attention like this; here it is added once"
+                    )
+                table = contents.bias if match["what"] == "bias" else contents.a if match["side"] == "A" else contents.b
+                table[module] = file.read(key)
+                contents.spelling.setdefault(f"{module}.bias" if match["what"] == "bias" else module, key)
+            elif "lora_" in name or "token_adapter" in name:
+                unknown.append(key)
+            else:
+                tensor = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                contents.whole[tensor] = file.read(key)
+                contents.spelling[tensor] = key
+                if not _declared(tensor, config):
+                    contents.notes.append(f"{tensor} is saved whole, undeclared: it replaces the base's tensor")
+        if len(adapters) > 1:
+            raise InputRefused(f"{file.path} holds several adapters: {', '.join(sorted(map(str, adapters)))}")
+        if unknown:
+            kinds = {
+                "lora_embedding_": "LoRA on embeddings is not supported yet",
+                "lora_magnitude_vector": "DoRA is not supported yet",
+                "token_adapter": "trained token rows are not supported yet",
+            }
+            why = {text for kind, text in kinds.items() if any(kind in key for key in unknown)}
+            raise InputRefused(
+                f"{file.path}: {'; '.join(sorted(why)) or 'unknown kinds of tensors'}: {', '.join(sorted(unknown))}"
+            )
+        return contents
+
+
+def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
+    module, _, kind = tensor.rpartition(".")
+    if kind == "bias" and config.get("bias", "none") != "none":
+        return True
+    return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
+
+
+def _pairs(
+    contents: _Contents, config: Mapping[str, Any], path: Path
+) -> tuple[dict[str, LoraPair], dict[str, NDArray[np.float32]]]:
+    problems = [f"{module}: lora_A without lora_B" for module in contents.a if module not in contents.b]
+    problems += [f"{module}: lora_B without lora_A" for module in contents.b if module not in contents.a]
+    problems += [f"{module}: a bias of lora_B without lora_B" for module in contents.bias if module not in contents.b]
+    pairs: dict[str, LoraPair] = {}
+    biases: dict[str, NDArray[np.float32]] = {}
+    for module in contents.a.keys() & contents.b.keys():
+        a, b = contents.a[module], contents.b[module]
+        rank = _by_pattern(module, config.get("rank_pattern"), config["r"])
+        alpha = _by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"])
+        if (a.ndim, b.ndim) != (2, 2):
+            problems.append(f"{module}: A {a.shape}, B {b.shape}: LoRA on convolutions is not supported yet")
+        elif (a.shape[0], b.shape[1]) != (rank, rank):
+            problems.append(f"{module}: A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
+        else:
+            scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+            try:
+                pairs[module] = LoraPair(a=a, b=b, scale=scale)
+            except InputRefused as error:
+                problems.append(f"{module}: {error}")
+            if module in contents.bias:
+                biases[module] = np.float32(scale) * contents.bias[module].astype(np.float32)
+    for name, tensor in contents.whole.items():
+        bad = tensor.size - np.count_nonzero(np.isfinite(tensor.astype(np.float64)))
+        if bad:
+            problems.append(f"{name}: holds {bad} values that are not finite (NaN or infinity)")
+    if not pairs and not contents.whole and not problems:
+        problems.append("there is no tensor in it")
+    if problems:
+        raise InputRefused(f"{path / WEIGHTS} is damaged:\n  " + "\n  ".join(sorted(problems)))
+    return {module: pairs[module] for module in contents.a}, biases
+
+
+def _by_pattern(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """The first pattern, in the file's order, that matches the end of the module's name, as PEFT resolves it."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise InputRefused(f"the pattern {pattern!r} in {CONFIG} is no regular expression: {error}") from error
+    return default
+
+
+def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The targeted names, where the config's list is the whole story: no layers picked out or excluded."""
+    targets = config.get("target_modules")
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules") or not isinstance(targets, list):
+        return ()
+    return tuple(map(str, targets))
+
+
+def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: config.get(key) for key in ("task_type", "base_model_name_or_path", "peft_version") if config.get(key)}
+    kept |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
+    if model_config.is_file():
+        try:
+            model = json.loads(model_config.read_bytes())
+            kept["model_config"] = {
+                key: model[key] for key in ("architectures", "id2label", "label2id", "problem_type") if key in model
+            }
+        except (ValueError, RecursionError, TypeError) as error:
+            raise InputRefused(f"{model_config} is not JSON ({error})") from error
+    return kept
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
