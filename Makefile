@@ -1,0 +1,46 @@
+# Everything runs in the checkout's own .venv; nothing is installed outside it.
+# `make` lists the targets. Another interpreter: `make test PYTHON=python3.12`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/demo.stamp ## train, merge, export and verify an adapter on a real model
+	$(BIN)/python samples/demo.py
+
+test: $(VENV)/dev.stamp ## the test suite, without what takes long
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev.stamp ## the tests that take long
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/dev.stamp ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp ## measure, and hold the promised figures
+	$(BIN)/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks
+
+clean: ## remove .venv and all that was built
+	rm -rf $(VENV) build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find lora_export tests samples -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp stands for an installation that succeeded; a changed pyproject.toml makes it stale.
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/venv.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+$(VENV)/venv.stamp:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "lora-export: there is no $(PYTHON) here. Name a Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "lora-export needs Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
