@@ -72,6 +72,11 @@ class LoraPair:
         """True where the pair changes nothing: the state in which training starts."""
         return self.scale == 0 or not self.a.any() or not self.b.any()
 
+    @property
+    def transposed(self) -> LoraPair:
+        """The pair of the transposed weight, for weights that are stored (in, out)."""
+        return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
+
     def delta(self, rows: slice = EVERY_ROW, *, strength: float = 1.0) -> NDArray[np.float32]:
         """`strength * scale * B @ A` for these output rows, shape (rows, in, ...).
 

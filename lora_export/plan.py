@@ -10,7 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -28,6 +28,7 @@ class Layout(StrEnum):
 
     OUT_IN = "out_in"  # nn.Linear, and a convolution's (out, in, kernel)
     IN_OUT = "in_out"  # transformers' Conv1D, and a MatMul's second operand in a graph
+    UNKNOWN = "unknown"  # a matrix that the holder cannot place: only the model's class would tell
     OTHER = "other"  # biases, norms, buffers: nothing low-rank lands here
 
 
@@ -76,18 +77,26 @@ class Step:
     def weight(self) -> str:
         return self.spec.name
 
-    def delta(self, rows: slice = EVERY_ROW) -> NDArray[np.float32]:
-        """The sum of all terms for these rows of the (out, in, ...) view, in fp32.
+    def delta(self) -> NDArray[np.float32]:
+        """What is added to the weight, in the (out, in, ...) view, in fp32."""
+        return self.shift if self.shift is not None else _sum(self.terms, EVERY_ROW)
 
-        Adapters are summed with each other first, so that the base is rounded once.
-        """
+    def stored_delta(self, rows: slice) -> NDArray[np.float32]:
+        """What is added to these rows of the weight as it is stored, in fp32."""
         if self.shift is not None:
             return self.shift[rows]
-        first, *others = self.terms
-        total = first.pair.delta(rows, strength=first.strength)
-        for term in others:
-            total += term.pair.delta(rows, strength=term.strength)
-        return total
+        if self.spec.layout is not Layout.IN_OUT:
+            return _sum(self.terms, rows)
+        return _sum([replace(term, pair=term.pair.transposed) for term in self.terms], rows)
+
+
+def _sum(terms: Sequence[Term], rows: slice) -> NDArray[np.float32]:
+    # The adapters are summed with each other before the base comes in, so that it is rounded once.
+    first, *others = terms
+    total = first.pair.delta(rows, strength=first.strength)
+    for term in others:
+        total += term.pair.delta(rows, strength=term.strength)
+    return total
 
 
 @dataclass(frozen=True)
@@ -351,6 +360,8 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: Mapping
         )
     if spec.layout is Layout.OTHER:
         return f"{weight} {spec.shape} is not the weight of a linear layer"
+    if spec.layout is Layout.UNKNOWN:
+        return f"{weight} may be stored (out, in) or (in, out): give the model's folder, whose config.json tells"
     if spec.matrix != pair.shape:
         return f"{weight} is {spec.matrix} (out, in), the adapter wants {pair.shape}"
     return ""

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export import files
 from lora_export.errors import InputRefused
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -101,7 +102,7 @@ def open_file(path: Path) -> TensorFile:
         if not stat.S_ISREG(status.st_mode):
             raise InputRefused(f"{path} is not a regular file")
         header_size = _header_size(path, file.read(8), status.st_size)
-        header = _parse(path, file.read(header_size))
+        header = files.parse_json(file.read(header_size), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputRefused(f"{path}: the header's __metadata__ must map names to strings")
@@ -124,24 +125,6 @@ def _header_size(path: Path, prefix: bytes, file_size: int) -> int:
             f"the file has {file_size}"
         )
     return int(size)
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twins = sorted({name for name in names if names.count(name) > 1})
-            raise InputRefused(f"{path}: the header names {', '.join(twins)} more than once")
-        return table
-
-    try:
-        header = json.loads(text, object_pairs_hook=without_twins)
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{path}: the header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise InputRefused(f"{path}: the header is not a JSON object")
-    return header
 
 
 def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Entry]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export import tensorfile
+from lora_export import files, tensorfile
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
 
@@ -63,6 +63,8 @@ REFUSED = {
     "lora_ga_config": "LoRA-GA changes the base weights; convert the adapter to plain LoRA first",
 }
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base weights alone
+
+HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")  # of a model's config: what a new head means
 
 LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
 
@@ -129,20 +131,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
 
 
 def _config(path: Path) -> dict[str, Any]:
-    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise InputRefused(f"{path} names a field more than once")
-        return table
-
-    try:
-        config = json.loads(path.read_bytes(), object_pairs_hook=without_twins)
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{path} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputRefused(f"{path} is not a JSON object")
+    config = files.read_json(path)
     if config.get("peft_type") != "LORA":
         raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
     refused = [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
@@ -297,13 +286,8 @@ def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
     model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
     if model_config.is_file():
-        try:
-            model = json.loads(model_config.read_bytes())
-            kept["model_config"] = {
-                key: model[key] for key in ("architectures", "id2label", "label2id", "problem_type") if key in model
-            }
-        except (ValueError, RecursionError, TypeError) as error:
-            raise InputRefused(f"{model_config} is not JSON ({error})") from error
+        model = files.read_json(model_config)
+        kept["model_config"] = {key: model[key] for key in HEAD_FIELDS if key in model}
     return kept
 
 
