@@ -1,0 +1,19 @@
+"""What all tests share. Tests marked `cuda` are skipped, with the reason said, where CUDA does not run."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from lora_export.cli import doctor
+
+
+@functools.cache
+def why_no_cuda() -> str:
+    return doctor.try_provider(doctor.CUDA).fault
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and why_no_cuda():
+        pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
