@@ -1,0 +1,195 @@
+"""The flow that every proof follows: the same seeded inputs through referee, PyTorch and candidate.
+
+The referee attaches the adapters as branches and never merges them, so that it shares no
+arithmetic with what it judges.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lora_export import layers, parity, plan, runtime
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.lora import Adapter
+from lora_export.model import Model, Sizes
+from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
+
+LOUDER = 1.1  # the control's factor on every scale
+PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """A verdict with what it takes to repeat it."""
+
+    verdict: parity.Verdict
+    placement: Placement | None  # None where PyTorch itself ran the candidate
+    environment: Mapping[str, Any]
+    cases: Mapping[str, Mapping[str, tuple[int, ...]]]  # case -> input -> shape
+    seed: int
+
+    @property
+    def exit_code(self) -> int:
+        return self.verdict.exit_code
+
+
+def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
+    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it."""
+    module = copy.deepcopy(model.module)
+    if adapters:
+        layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
+    return module.eval()
+
+
+def prove(
+    candidate: Runner,
+    model: Model,
+    adapters: Sequence[Adapter],
+    *,
+    strengths: Sequence[float] | None = None,
+    seed: int = 0,
+    user_inputs: Path | None = None,
+    device: str = "cpu",
+    atol: float | None = None,
+    rtol: float | None = None,
+    step: Note = lambda _: None,
+) -> Proof:
+    """Judge a candidate against the model with its adapters attached (numerics: the verdict).
+
+    Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
+    of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
+    Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
+    the candidate cannot be run at all.
+    """
+    placement: Placement | None = getattr(candidate, "placement", None)
+    if placement is not None:
+        placement.insist()
+    module = adapted(model, adapters, strengths)
+    referee = Referee(copy.deepcopy(module).double())
+    deployed = ModuleRunner(module.to(device), device)
+    inputs = dict(_inputs(model, candidate, seed, user_inputs))
+    has_pairs = any(adapter.pairs for adapter in adapters)
+    cases, refusals = [], []
+    for name, arrays in inputs.items():
+        step(f"case {name}")
+        try:
+            answer = candidate.run(arrays)
+        except RuntimeRefused as refusal:
+            answer = {}
+            refusals.append(f"the candidate refused case {name}: {refusal}")
+        reference = referee.run(arrays)
+        cases.append(
+            parity.Case(
+                name=name,
+                inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
+                referee=reference,
+                deployed=deployed.run(arrays),
+                candidate=_aligned(answer, reference, candidate, deployed),
+                base=_with_strength(referee, arrays, 0.0, has_pairs=has_pairs) if adapters else None,
+                louder=_with_strength(referee, arrays, LOUDER, has_pairs=has_pairs) if adapters else None,
+            )
+        )
+    if len(refusals) == len(cases):
+        raise RuntimeRefused(refusals[0])
+    step("inputs, one by one")
+    sensitivity = [] if refusals else list(_sensitivity(model, candidate, deployed, inputs, seed))
+    verdict = parity.judge(
+        cases,
+        perturbed=sensitivity,
+        atol=atol,
+        rtol=rtol,
+        notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model)],
+    )
+    shapes = {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()}
+    return Proof(verdict, placement, runtime.environment(), shapes, seed)
+
+
+def _with_strength(referee: Referee, arrays: Arrays, factor: float, *, has_pairs: bool) -> Arrays:
+    # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
+    with layers.strength(referee.module, factor, keep_whole=has_pairs):
+        return referee.run(arrays)
+
+
+def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:
+    for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
+        made = model.inputs(sizes, seed=seed + number + 1)
+        label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
+        yield label, {name: value.numpy() for name, value in made.items()}
+    if user_inputs is not None:
+        yield user_inputs.name, _read_inputs(user_inputs, model)
+
+
+def _read_inputs(path: Path, model: Model) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"{path} is no .npz file of plain arrays: {error}") from error
+    if set(arrays) != set(model.input_names):
+        raise InputRefused(
+            f"{path} holds {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
+        )
+    return {name: arrays[name] for name in model.input_names}
+
+
+def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
+    """Sizes that the candidate declares constant. The batch is never excused."""
+    fixed: Sizes = {}
+    for name, axes in model.axes.items():
+        declared = candidate.axes.get(name, ())
+        for axis, symbol in axes.items():
+            size = declared[axis] if axis < len(declared) else None
+            if size is not None and symbol != "batch":
+                fixed[symbol] = size
+    return fixed
+
+
+def _fixed(candidate: Runner, model: Model) -> list[str]:
+    fixed = _fixed_sizes(candidate, model)
+    return [
+        f"the candidate was made for one size of {symbol}, {size}: no other was tried" for symbol, size in fixed.items()
+    ]
+
+
+def _about_referee(referee: Referee) -> list[str]:
+    if not referee.stayed:
+        return ["the referee ran in fp64 throughout"]
+    return [f"the referee ran in fp64, but for: {', '.join(sorted(referee.stayed))}"]
+
+
+def _aligned(answer: Arrays, reference: Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
+    """The candidate's outputs under the reference's names: by order where either side's names mean nothing."""
+    if (candidate.names_known and deployed.names_known) or len(answer) != len(reference):
+        return answer
+    return dict(zip(reference, answer.values(), strict=True))
+
+
+def _sensitivity(
+    model: Model, candidate: Runner, deployed: ModuleRunner, inputs: Mapping[str, Arrays], seed: int
+) -> Iterator[parity.Sensitivity]:
+    """For each input: does another draw of it, the others held, change PyTorch's answer, and the candidate's?"""
+    before = list(inputs.values())[min(2, len(inputs) - 1)]
+    sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
+    draws = [model.inputs(sizes, seed=seed + 1000 + number) for number in range(PERTURBATIONS)]
+    expected, answered = deployed.run(before), candidate.run(before)
+    for name in model.input_names:
+        fresh = next((d[name].numpy() for d in draws if not np.array_equal(d[name].numpy(), before[name])), None)
+        if fresh is None:
+            continue
+        perturbed = {**before, name: fresh}
+        yield parity.Sensitivity(
+            name, _differ(expected, deployed.run(perturbed)), _differ(answered, candidate.run(perturbed))
+        )
+
+
+def _differ(one: Arrays, other: Arrays) -> bool:
+    return any(not np.array_equal(value, other[name]) for name, value in one.items())

@@ -1,0 +1,321 @@
+"""Run a module, or a file under onnxruntime, and say what ran where."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+
+Arrays = dict[str, NDArray[Any]]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# The deciding run on CUDA computes fp32 as fp32: onnxruntime's own default is TF32.
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}
+# What has to run on the provider that was asked for. Shape arithmetic is put on the CPU on purpose.
+COMPUTE = frozenset(
+    {
+        *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "ConvTranspose", "Einsum", "MatMulNBits"),
+        *("MatMulInteger", "QLinearMatMul", "QLinearConv", "Attention", "MultiHeadAttention", "GroupQueryAttention"),
+        *("PackedAttention", "QAttention", "LayerNormalization", "SimplifiedLayerNormalization"),
+        *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BatchNormalization", "GroupNorm"),
+        *(
+            "InstanceNormalization",
+            "RMSNormalization",
+            "EmbedLayerNormalization",
+            "Softmax",
+            "Gelu",
+            "FastGelu",
+            "LSTM",
+        ),
+        "GRU",
+    }
+)
+
+
+class Runner(Protocol):
+    """Something that answers inputs with outputs, both by name."""
+
+    axes: Mapping[str, tuple[int | None, ...]]  # input -> sizes, None where the candidate lets them vary; {} if unknown
+    names_known: bool  # whether the outputs' names mean something, or only their order does
+
+    def run(self, inputs: Arrays) -> Arrays: ...
+
+
+# --- PyTorch ------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModuleRunner:
+    """A module as it would be deployed: its own dtype, eval mode, no gradients, TF32 off."""
+
+    module: nn.Module
+    device: str = "cpu"
+    axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    names_known: bool = True
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass. Floats go in and come out in the module's own dtype."""
+        with torch.no_grad(), _tf32_off():
+            made = {
+                name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()
+            }
+            outputs = named_outputs(self.module(**made))
+        self.names_known = outputs_have_names(outputs)
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+
+@dataclass
+class Referee:
+    """A module in fp64, really: what it computes in fp32 inside is lifted to fp64 too.
+
+    `stayed` collects the operators that produced fp32 all the same, for the report.
+    """
+
+    module: nn.Module  # in fp64 already
+    stayed: set[str] = field(default_factory=set)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass with every float in fp64."""
+        wide = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
+        witness = _Fp32Witness(self.stayed)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.no_grad(), witness, _Fp32Lifted():
+                outputs = named_outputs(self.module(**wide))
+        finally:
+            torch.set_default_dtype(default)
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+
+class _Fp32Lifted(TorchFunctionMode):
+    """Casts to fp32 that a model makes inside (norms, rotary tables, softmax) become casts to fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class _Fp32Witness(TorchDispatchMode):
+    """Notes which operators produced fp32 while everything should be fp64."""
+
+    def __init__(self, seen: set[str]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                self.seen.add(str(func))
+        return result
+
+
+@contextlib.contextmanager
+def _tf32_off() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """A module's outputs as tensors by name: a mapping's own keys, or `output_0`, `output_1` … in order."""
+    if isinstance(outputs, torch.Tensor):
+        return {"output_0": outputs}
+    named: dict[str, torch.Tensor] = {}
+    if isinstance(outputs, Mapping):
+        for key, value in outputs.items():
+            if isinstance(value, torch.Tensor):
+                named[str(key)] = value
+            elif isinstance(value, tuple | list):
+                named |= {
+                    f"{key}.{number}": part for number, part in enumerate(value) if isinstance(part, torch.Tensor)
+                }
+    elif isinstance(outputs, tuple | list):
+        named = {f"output_{number}": part for number, part in enumerate(outputs) if isinstance(part, torch.Tensor)}
+    if not named:
+        raise RuntimeRefused(f"the model returned {type(outputs).__name__}, in which I find no tensors to compare")
+    return named
+
+
+def outputs_have_names(outputs: Mapping[str, Any]) -> bool:
+    """False where the names are `named_outputs`' own, and only the order means something."""
+    return list(outputs) != [f"output_{number}" for number in range(len(outputs))]
+
+
+def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+# --- TorchScript --------------------------------------------------------------------------------
+
+
+class ScriptRunner:
+    """A TorchScript file."""
+
+    def __init__(self, path: Path, input_names: Sequence[str]):
+        extra = {"lora_export.json": ""}
+        try:
+            self.script = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+        except (RuntimeError, ValueError) as error:
+            raise InputRefused(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+        record = json.loads(extra["lora_export.json"] or "{}")
+        self.input_names = tuple(record.get("inputs", input_names))
+        self.axes: Mapping[str, tuple[int | None, ...]] = {}
+        self.names_known = False
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass, inputs in the order in which the file was traced."""
+        missing = [name for name in self.input_names if name not in inputs]
+        if missing:
+            raise RuntimeRefused(
+                f"the TorchScript file wants inputs that the model does not have: {', '.join(missing)}"
+            )
+        made = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names]
+        with torch.no_grad():
+            try:
+                outputs = named_outputs(self.script(*made))
+            except RuntimeError as error:
+                raise RuntimeRefused(f"TorchScript: {str(error).strip().splitlines()[-1]}") from error
+        self.names_known = outputs_have_names(outputs)
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+
+# --- onnxruntime --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which provider ran which node, as onnxruntime's own assignment tells it."""
+
+    asked: str  # the provider's full name
+    by_provider: Mapping[str, tuple[tuple[str, str], ...]]  # provider -> (node, operator) ...
+    options: Mapping[str, str]
+    version: str
+
+    @property
+    def compute(self) -> int:
+        """How many nodes of the kinds that matter there are."""
+        return sum(operator in COMPUTE for nodes in self.by_provider.values() for _, operator in nodes)
+
+    @property
+    def off_provider(self) -> tuple[tuple[str, str, str], ...]:
+        """(provider, node, operator) of compute nodes that ran elsewhere."""
+        return tuple(
+            (provider, node, operator)
+            for provider, nodes in self.by_provider.items()
+            for node, operator in nodes
+            if provider != self.asked and operator in COMPUTE
+        )
+
+    def insist(self) -> None:
+        """Raise EnvironmentLacking unless the asked provider did all the work."""
+        if self.off_provider:
+            some = ", ".join(f"{node} ({operator}) on {where}" for where, node, operator in self.off_provider[:5])
+            raise EnvironmentLacking(
+                f"{self.asked} was asked for, but {len(self.off_provider)} of {self.compute} compute nodes ran "
+                f"elsewhere: {some}"
+            )
+
+
+class OnnxRunner:
+    """An ONNX file under onnxruntime, on the provider that was asked for and on no other."""
+
+    def __init__(self, path: Path, provider: str = "cpu"):
+        ort = _onnxruntime()
+        asked = PROVIDERS[provider]
+        if provider == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # finds the CUDA and cuDNN libraries that came with torch's wheels
+        if asked not in ort.get_available_providers():
+            raise EnvironmentLacking(
+                f"this onnxruntime ({ort.__version__}) has no {asked}: pip install onnxruntime-gpu "
+                "(and uninstall onnxruntime, which would shadow it)"
+            )
+        settings = ort.SessionOptions()
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        settings.log_severity_level = 3  # errors only; a fallback is found by asking, not by reading warnings
+        options = CUDA_OPTIONS if provider == "cuda" else {}
+        try:
+            self.session = ort.InferenceSession(str(path.resolve()), settings, providers=[(asked, options)])
+        except Exception as error:  # onnxruntime's exceptions share no base class but this one
+            raise RuntimeRefused(f"onnxruntime refused {path}: {error}") from error
+        if asked not in self.session.get_providers():
+            raise EnvironmentLacking(
+                f"{asked} was asked for and could not be loaded; onnxruntime would have used "
+                f"{', '.join(self.session.get_providers())}. `lora-export doctor --provider {provider}` says what is "
+                "missing"
+            )
+        by_provider: dict[str, list[tuple[str, str]]] = {}
+        for part in self.session.get_provider_graph_assignment_info():
+            by_provider.setdefault(part.ep_name, []).extend((node.name, node.op_type) for node in part.get_nodes())
+        self.placement = Placement(
+            asked, {name: tuple(nodes) for name, nodes in by_provider.items()}, dict(options), ort.__version__
+        )
+        self.axes: Mapping[str, tuple[int | None, ...]] = {
+            value.name: tuple(size if isinstance(size, int) else None for size in value.shape)
+            for value in self.session.get_inputs()
+        }
+        self.names_known = True
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass. Inputs that the graph does not have are an error: they were folded away."""
+        surplus = [name for name in inputs if name not in self.axes]
+        lacking = [name for name in self.axes if name not in inputs]
+        if surplus or lacking:
+            told = [f"the graph has no input {name}" for name in surplus]
+            told += [f"the graph wants {name}, which the model does not take" for name in lacking]
+            raise RuntimeRefused("; ".join(told))
+        names = [value.name for value in self.session.get_outputs()]
+        try:
+            return dict(zip(names, self.session.run(names, inputs), strict=True))
+        except Exception as error:  # onnxruntime's exceptions share no base class but this one
+            raise RuntimeRefused(f"onnxruntime: {error}") from error
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentLacking(f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu") from error
+    return onnxruntime
+
+
+def environment() -> dict[str, Any]:
+    """Versions and settings that a result depends on."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "onnxruntime": _onnxruntime().__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    for variable in ("NVIDIA_TF32_OVERRIDE", "ORT_CUDA_GEMM_OPTIONS"):
+        if variable in os.environ:
+            facts[variable] = os.environ[variable]
+    return facts
