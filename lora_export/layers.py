@@ -1,0 +1,643 @@
+"""A plan over an nn.Module: attach its adapters as branches, or fold them into the weights.
+
+An attached layer stays what it was (an `nn.Linear` is still one, under its own name, with its own
+weight in its state_dict), but its instance gets a subclass: a linear layer's `forward` computes
+`W x + strength * scale * B (A x)`, and whoever reads `.weight` or `.in_proj_weight` directly, as
+nn.TransformerEncoderLayer's fast path and nn.MultiheadAttention do, finds W + ΔW there.
+
+A and B are kept in fp32 (fp64 beside fp64 weights) and a branch is computed in their dtype, as PEFT
+does it; the result is rounded once to the layer's own. `.double()` and `.to()` take them along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair, fresh_pair
+from lora_export.plan import Layout, Plan, Step, TensorSpec
+
+STATE = "_lora_export"  # where an _Attachment stands in the __dict__ of the module it belongs to
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+# --- What the module holds ---
+
+
+class _Place(NamedTuple):
+    """One name of a tensor: a tied tensor has several."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    tensor: Tensor
+
+
+def _places(module: nn.Module) -> Iterator[_Place]:
+    """Every parameter and persistent buffer, in the order of the state_dict."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for attribute, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and attribute not in owner._non_persistent_buffers_set:
+                yield _Place(f"{path}.{attribute}" if path else attribute, owner, attribute, tensor)
+
+
+def specs(module: nn.Module) -> list[TensorSpec]:
+    """Name, shape, dtype and layout of every tensor in the module's state_dict; both names of a tied one."""
+    found = []
+    for name, owner, attribute, tensor in _places(module):
+        if nn.parameter.is_lazy(tensor):
+            raise InputRefused(f"{name} has no shape yet: run the lazy module on an example first")
+        found.append(
+            TensorSpec(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                layout=_layout(owner, attribute),
+                nbytes=tensor.nbytes,
+            )
+        )
+    return found
+
+
+def _layout(owner: nn.Module, attribute: str) -> Layout:
+    if isinstance(owner, nn.Linear) and attribute == "weight":
+        return Layout.OUT_IN
+    if isinstance(owner, nn.MultiheadAttention) and attribute in ATTENTION_WEIGHTS:
+        return Layout.OUT_IN
+    if isinstance(owner, _conv1d()) and attribute == "weight":
+        return Layout.IN_OUT
+    return Layout.OTHER
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    """transformers' Conv1D where transformers is loaded: no module can hold one otherwise."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return (loaded.Conv1D,) if loaded else ()
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many of a module's parameters an optimiser would train."""
+
+    trained: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trained / self.total if self.total else 0.0
+        return f"trainable parameters: {self.trained:,} of {self.total:,} ({share:.3g} %)"
+
+
+def trainable(module: nn.Module) -> ParameterCount:
+    """Count the parameters that require gradients, and all of them. A tied tensor counts once."""
+    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
+    return ParameterCount(sum(size for trained, size in sizes if trained), sum(size for _, size in sizes))
+
+
+# --- Layers with branches ---
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One pair beside one weight."""
+
+    adapter: str
+    module: str  # the adapter's own name for the place
+    weight: str  # the owner's attribute
+    name: str  # of A in the owner's `lora_A`, and of B in its `lora_B`
+    scale: float  # the pair's scale times the adapter's strength
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole tensor that stands in the base's place."""
+
+    adapter: str
+    tensor: str  # the adapter's own name for it
+    attribute: str  # of the owner
+    base: Tensor  # what stood there before
+
+
+@dataclass
+class _Attachment:
+    """All that `attach` did to one module, for `detach` to undo."""
+
+    original: type[nn.Module]
+    branches: tuple[_Branch, ...] = ()
+    wholes: tuple[_Whole, ...] = ()
+    factor: float = 1.0  # `strength` turns it
+
+
+# The functions below look in the owner's dictionaries: an AttributeError inside a property would make
+# nn.Module.__getattr__ answer with the base's tensor, and the adapter would be gone without a word.
+
+
+def _attachment(owner: nn.Module) -> _Attachment:
+    found: _Attachment = owner.__dict__[STATE]
+    return found
+
+
+def _factors(owner: nn.Module, branch: _Branch) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank)."""
+    a, b = (cast(nn.ParameterDict, owner._modules[side])[branch.name] for side in ("lora_A", "lora_B"))
+    return a, b
+
+
+def _adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
+    """W + ΔW, summed in A's dtype and rounded once to W's."""
+    weight = owner._parameters[attribute]
+    attachment = _attachment(owner)
+    branches = [branch for branch in attachment.branches if branch.weight == attribute]
+    if weight is None or not branches or not attachment.factor:
+        return weight
+    changes = []
+    for branch in branches:
+        a, b = _factors(owner, branch)
+        changes.append((b @ a) * (attachment.factor * branch.scale))  # (out, in)
+    change = _oriented(sum(changes[1:], start=changes[0]), branches[0].layout)
+    return (weight.to(change.dtype) + change).to(weight.dtype)
+
+
+def _adapted_bias(owner: nn.Module) -> Tensor | None:
+    bias, shift = owner._parameters["bias"], owner._buffers.get("lora_shift")
+    factor = _attachment(owner).factor
+    if bias is None or shift is None or not factor:
+        return bias
+    return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
+
+
+def _with_branches(owner: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """`y + Σ strength * scale * B (A x)`, in A's dtype; the dtype of `y` again in the end."""
+    attachment = _attachment(owner)
+    if not attachment.factor:
+        return y
+    total = y
+    for branch in attachment.branches:
+        a, b = _factors(owner, branch)
+        total = total + F.linear(F.linear(x.to(a.dtype), a), b) * (attachment.factor * branch.scale)
+    return total.to(y.dtype)
+
+
+class _AdaptedLinear(nn.Module):
+    """For any linear layer: its own `forward` reads W + ΔW."""
+
+    weight = property(lambda self: _adapted_weight(self, "weight"))
+    bias = property(_adapted_bias)
+
+
+class _LinearBranches(_AdaptedLinear):
+    """For `nn.Linear.forward`."""
+
+    # W is never touched: the reference that judges a merge must not share the merge's arithmetic.
+    def forward(self, input: Tensor) -> Tensor:
+        weight = cast(Tensor, self._parameters["weight"])
+        return _with_branches(self, input, F.linear(input, weight, self.bias))
+
+
+class _Conv1DBranches(_AdaptedLinear):
+    """For the `forward` of transformers' Conv1D, whose weight is (in, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = cast(Tensor, self._parameters["weight"])
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)  # as Conv1D does it, to the last bit
+        return _with_branches(self, x, y.view(*x.shape[:-1], weight.shape[1]))
+
+
+class _AdaptedAttention(nn.Module):
+    """For nn.MultiheadAttention, which hands its weights to functions and has no layer to branch from."""
+
+    in_proj_weight = property(lambda self: _adapted_weight(self, "in_proj_weight"))
+    q_proj_weight = property(lambda self: _adapted_weight(self, "q_proj_weight"))
+    k_proj_weight = property(lambda self: _adapted_weight(self, "k_proj_weight"))
+    v_proj_weight = property(lambda self: _adapted_weight(self, "v_proj_weight"))
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a layer's class -> its adapted subclass
+
+
+def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a layer's own class, so that isinstance, other methods and hooks keep working."""
+    if original not in _CLASSES:
+        _CLASSES[original] = type(f"Lora{original.__name__}", (_behaviour(original), original), {})
+    return _CLASSES[original]
+
+
+def _behaviour(original: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(original, nn.MultiheadAttention):
+        return _AdaptedAttention
+    if original.forward is nn.Linear.forward:
+        return _LinearBranches
+    if any(original.forward is known.forward for known in _conv1d()):
+        return _Conv1DBranches
+    return _AdaptedLinear  # somebody's own forward: what it makes of its weight is its own affair
+
+
+# --- Attach and detach ---
+
+
+def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
+    """Attach a plan's adapters, in place: pairs and bias shifts as branches, whole tensors in the base's place.
+
+    A and B are registered as `X.lora_A.NAME` and `X.lora_B.NAME`; all other names stay. With `trainable`,
+    the base is frozen, and A, B and the whole tensors require gradients.
+    Raises InputRefused, with the module untouched: tied weights, adapters that are attached already,
+    DoRA, tensors that the module lacks, values that the module's dtype cannot hold.
+    """
+    places = _places_of(module, plan)
+    for step in plan.steps:
+        _refuse_attaching(step, places[step.weight])
+    wholes = {step.weight: _result(step, places[step.weight].tensor) for step in plan.steps if step.replace is not None}
+    if trainable:
+        module.requires_grad_(False)
+    names = _parameter_names(adapter.name for adapter in plan.adapters)
+    for step in plan.steps:
+        place = places[step.weight]
+        place.owner.__dict__.setdefault(STATE, _Attachment(type(place.owner)))
+        if step.weight in wholes:
+            _put_whole(place, plan, step, wholes[step.weight], trainable=trainable)
+        elif step.shift is not None:
+            _adapt(place.owner)
+            place.owner.register_buffer("lora_shift", _beside(place.tensor, step.shift))
+        else:
+            _adapt(place.owner)
+            _add_branches(place, step, names, trainable=trainable)
+
+
+def _adapt(owner: nn.Module) -> None:
+    owner.__class__ = _adapted_class(_attachment(owner).original)
+
+
+def _beside(base: Tensor, array: NDArray[np.float32]) -> Tensor:
+    """An adapter's array where the base's tensor lives: in fp32, or fp64 where the base is."""
+    return torch.tensor(array, dtype=_wide(base.dtype), device=base.device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _add_branches(place: _Place, step: Step, names: Mapping[str, str], *, trainable: bool) -> None:
+    owner = place.owner
+    for side in ("lora_A", "lora_B"):
+        if side not in owner._modules:
+            owner.register_module(side, nn.ParameterDict())
+    for term in step.terms:
+        name = names[term.adapter]
+        if place.attribute not in ("weight", "in_proj_weight"):  # q, k and v of one attention
+            name = f"{place.attribute}_{name}"
+        for side, array in (("lora_A", term.pair.a), ("lora_B", term.pair.b)):
+            parameter = nn.Parameter(_beside(place.tensor, array), requires_grad=trainable)
+            cast(nn.ParameterDict, owner._modules[side])[name] = parameter
+        scale = term.strength * term.pair.scale
+        branch = _Branch(term.adapter, term.module, place.attribute, name, scale, step.spec.layout)
+        _attachment(owner).branches += (branch,)
+
+
+def _parameter_names(adapters: Iterable[str]) -> dict[str, str]:
+    """Adapters' names as names of parameters: no dots, and none that nn.ParameterDict has itself."""
+    names: dict[str, str] = {}
+    for adapter in adapters:
+        name = re.sub(r"\W", "_", adapter, flags=re.ASCII)
+        while name in names.values() or hasattr(nn.ParameterDict, name) or not name:
+            name += "_"
+        names[adapter] = name
+    return names
+
+
+def _put_whole(place: _Place, plan: Plan, step: Step, value: Tensor, *, trainable: bool) -> None:
+    adapter, key = next(
+        (adapter.name, key)
+        for adapter in plan.adapters
+        for key, array in adapter.replaced.items()
+        if array is step.replace
+    )
+    _attachment(place.owner).wholes += (_Whole(adapter, key, place.attribute, place.tensor),)
+    if isinstance(place.tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=trainable and value.is_floating_point())
+    _slots(place.owner, place.attribute)[place.attribute] = value
+
+
+def _slots(owner: nn.Module, attribute: str) -> dict[str, Any]:
+    return owner._parameters if attribute in owner._parameters else owner._buffers
+
+
+def detach(module: nn.Module) -> None:
+    """Take everything that `attach` put there out again: the base's classes and tensors, bit for bit.
+
+    What training froze stays frozen. Raises InputRefused where nothing is attached.
+    """
+    for owner in _attached(module):
+        attachment = _attachment(owner)
+        owner.__class__ = attachment.original
+        for whole in attachment.wholes:
+            slots = _slots(owner, whole.attribute)
+            slots[whole.attribute] = _moved(whole.base, slots[whole.attribute])
+        for side in ("lora_A", "lora_B"):
+            owner._modules.pop(side, None)
+        owner._buffers.pop("lora_shift", None)
+        del owner.__dict__[STATE]
+
+
+def _moved(base: Tensor, like: Tensor) -> Tensor:
+    """The base's tensor, where `.to()` or `.double()` have taken the module since it was put aside."""
+    if base.dtype is like.dtype and base.device == like.device:
+        return base
+    moved = base.detach().to(like.device, like.dtype)
+    return nn.Parameter(moved, requires_grad=base.requires_grad) if isinstance(base, nn.Parameter) else moved
+
+
+def _attached(module: nn.Module) -> list[nn.Module]:
+    owners = [owner for owner in module.modules() if STATE in owner.__dict__]
+    if not owners:
+        raise InputRefused("no adapter is attached to this module")
+    return owners
+
+
+@contextlib.contextmanager
+def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> Iterator[None]:
+    """Multiply every branch and bias shift by `factor` while active, whoever reads the weights, and however.
+
+    At 0 the output is the base's, bit for bit: the whole tensors go too, unless `keep_whole`. At any
+    other factor they stay: a whole tensor has no strength. Raises InputRefused where nothing is attached.
+    """
+    owners = _attached(module)
+    before = [_attachment(owner).factor for owner in owners]
+    put_aside: list[tuple[dict[str, Any], str, Tensor]] = []
+    for owner in owners:
+        attachment = _attachment(owner)
+        attachment.factor *= factor
+        for whole in attachment.wholes if factor == 0 and not keep_whole else ():
+            slots = _slots(owner, whole.attribute)
+            put_aside.append((slots, whole.attribute, slots[whole.attribute]))
+            slots[whole.attribute] = _moved(whole.base, slots[whole.attribute])
+    try:
+        yield
+    finally:
+        for owner, factor_before in zip(owners, before, strict=True):
+            _attachment(owner).factor = factor_before
+        for slots, attribute, tensor in reversed(put_aside):
+            slots[attribute] = tensor
+
+
+# --- Fold ---
+
+
+def fold(module: nn.Module, plan: Plan) -> None:
+    """Add a plan's changes to the weights, in place, and put its whole tensors there.
+
+    ΔW and the sum in fp32 (fp64 for fp64 weights), one rounding to the weight's dtype. In fp32 the ΔW is
+    the array that a merge of the checkpoint adds. Each ΔW is computed twice, so that everything is checked
+    before anything is changed. Raises InputRefused as `attach` does, and for results that are not finite.
+    """
+    places = _places_of(module, plan)
+    for step in plan.steps:
+        _result(step, places[step.weight].tensor)
+    with torch.no_grad():
+        for step in plan.steps:
+            tensor = places[step.weight].tensor
+            tensor.copy_(_result(step, tensor))
+
+
+def _result(step: Step, base: Tensor) -> Tensor:
+    """What a step makes of the base's tensor, in its dtype. Raises InputRefused unless all is finite."""
+    if step.replace is not None:
+        wide = _tensor(step.replace).to(base.device)
+    else:
+        change = _change(step, _wide(base.dtype)).to(base.device)
+        wide = base.detach().to(change.dtype) + _oriented(change, step.spec.layout)
+    result = wide.to(base.dtype)
+    if result.is_floating_point() and not result.isfinite().all():
+        bad = result.numel() - int(result.isfinite().sum())
+        if wide.isfinite().all():
+            limit = torch.finfo(base.dtype).max
+            why = f"the largest is {wide.abs().max():.4g}, {step.spec.dtype} holds up to {limit:.4g}"
+        else:
+            why = "the base's own tensor has some" if not base.isfinite().all() else "the sum overflows"
+        raise InputRefused(f"{step.weight}: {bad} values would not be finite: {why}. Nothing was changed.")
+    return result
+
+
+def _change(step: Step, wide: torch.dtype) -> Tensor:
+    """ΔW in the (out, in) view, or a bias's shift."""
+    if step.shift is not None or wide is torch.float32:
+        return _tensor(step.delta()).to(wide)
+    deltas = [
+        (_tensor(term.pair.b).to(wide) @ _tensor(term.pair.a).to(wide)) * (term.strength * term.pair.scale)
+        for term in step.terms
+    ]
+    return torch.stack(deltas).sum(0)
+
+
+def _oriented(change: Tensor, layout: Layout) -> Tensor:
+    return change.T if layout is Layout.IN_OUT else change
+
+
+# --- What is refused ---
+
+
+def _places_of(module: nn.Module, plan: Plan) -> dict[str, _Place]:
+    """Where each step lands. Raises InputRefused for what neither `attach` nor `fold` can do."""
+    attachments = [_attachment(owner) for owner in module.modules() if STATE in owner.__dict__]
+    names = {branch.adapter for there in attachments for branch in there.branches}
+    names |= {whole.adapter for there in attachments for whole in there.wholes}
+    if attachments:
+        raise InputRefused(
+            f"adapters are attached already ({', '.join(sorted(names))}): detach first, or make one plan of all of them"
+        )
+    added = [step.weight for step in plan.steps if step.added]
+    if added:
+        raise InputRefused(f"the module has no {', '.join(added)}: load it with the head that the adapter was made for")
+    dora = sorted({term.adapter for step in plan.steps for term in step.terms if term.pair.magnitude is not None})
+    if dora:
+        raise InputRefused(f"{', '.join(dora)}: DoRA is not supported on a module yet")
+    _refuse_tied(module, plan)
+    return {place.name: place for place in _places(module)}
+
+
+def _refuse_tied(module: nn.Module, plan: Plan) -> None:
+    names: dict[int, list[str]] = {}
+    for place in _places(module):
+        tensor = place.tensor
+        # The address also finds two parameters that share their memory; meta tensors have none.
+        names.setdefault(tensor.data_ptr() or id(tensor), []).append(place.name)
+    tied = [group for group in names.values() if len(group) > 1 and any(name in plan.by_weight for name in group)]
+    if tied:
+        groups = "; ".join(" and ".join(group) for group in tied)
+        raise InputRefused(
+            f"one tensor under several names: {groups}. Changing it under one name would change the others without a "
+            "word. Untie them explicitly (a copy for each; tie_word_embeddings: false in a Hugging Face config), or "
+            "leave the layer out of the adapter. Nothing was changed."
+        )
+
+
+def _refuse_attaching(step: Step, place: _Place) -> None:
+    owner = place.owner
+    if step.shift is not None and not isinstance(owner, (nn.Linear, *_conv1d())):
+        raise InputRefused(
+            f"{step.weight}: only the bias of a linear layer can be shifted, not {type(owner).__name__}'s"
+        )
+    clashes = [name for name in ("lora_A", "lora_B", "lora_shift") if hasattr(owner, name)]
+    if step.replace is None and clashes:
+        raise InputRefused(
+            f"{place.name} stands in a {type(owner).__name__} that has its own {', '.join(clashes)}: "
+            "give the model without its LoRA layers"
+        )
+
+
+# --- Adapters from modules ---
+
+
+def fresh_adapter(
+    module: nn.Module,
+    *,
+    targets: Literal["all-linear"] | Sequence[str],
+    rank: int,
+    alpha: float,
+    seed: int,
+    name: str = "default",
+    rslora: bool = False,
+    whole: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Adapter:
+    """A new adapter for this module: A Kaiming-uniform, B zero, so that it is the identity until it is trained.
+
+    `targets` are module names or their endings (`query` means every `….query`), or "all-linear": every
+    linear layer and packed attention projection, except a Hugging Face model's output embeddings.
+    `whole` names modules, such as a classification head, that are trained as a whole; `exclude` names
+    layers to leave alone. The scale is alpha / rank, or alpha / √rank with `rslora`.
+    Raises InputRefused with every name that matches nothing, and the nearest that would.
+    """
+    if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
+        raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
+    tensors = specs(module)
+    linear = {_module_of(spec.name): spec for spec in tensors if spec.layout is not Layout.OTHER}
+    wanted = () if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets)
+    modules = [path for path, _ in module.named_modules() if path]
+    _refuse_unmatched(wanted, linear, "linear layer", modules)
+    _refuse_unmatched(whole, modules, "module", modules)
+    _refuse_unmatched(exclude, modules, "module", modules)
+
+    saved = _below(whole, modules)
+    replaced = {place.name: _array(place.tensor) for place in _places(module) if place.name.startswith(saved)}
+    excluded = _below(exclude, modules)
+    left_out = {path for path, spec in linear.items() if spec.name.startswith((*saved, *excluded))}
+    if targets == "all-linear":
+        left_out |= _output_embeddings(module)
+    matched = [path for path in linear if targets == "all-linear" or _matches(path, wanted)]
+    chosen = [path for path in matched if path not in left_out]
+    if not chosen:
+        raise InputRefused("no linear layer is left to adapt")
+
+    rng = np.random.default_rng(seed)
+    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+    pairs: dict[str, LoraPair] = {}
+    for path in chosen:
+        out_features, in_features = linear[path].matrix
+        pairs[path] = fresh_pair((out_features, in_features), rank=rank, scale=scale, rng=rng)
+    return Adapter(
+        name=name,
+        format="fresh",
+        pairs=pairs,
+        replaced=replaced,
+        targets=wanted if wanted and chosen == matched else tuple(chosen),
+        metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora},
+    )
+
+
+def _module_of(weight: str) -> str:
+    """The name that a pair has for this weight: its module's, or its own where that would not be clear."""
+    return weight.removesuffix(".weight").removesuffix(".in_proj_weight")
+
+
+def _matches(path: str, names: Iterable[str]) -> bool:
+    return any(f".{path}".endswith(f".{name}") for name in names)
+
+
+def _below(names: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """What the names of all tensors of these modules start with."""
+    return tuple(f"{path}." for path in modules if _matches(path, names))
+
+
+def _refuse_unmatched(names: Iterable[str], paths: Iterable[str], what: str, modules: Sequence[str]) -> None:
+    paths = list(paths)
+    endings = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
+    problems = []
+    for name in names:
+        if any(_matches(path, [name]) for path in paths):
+            continue
+        nearest = difflib.get_close_matches(name, endings, n=3, cutoff=0.5) or endings[:3]
+        exists = "is no" if any(_matches(path, [name]) for path in modules) else "matches no"
+        problems.append(f"`{name}` {exists} {what}; the nearest: {', '.join(nearest) or 'none'}")
+    if problems:
+        raise InputRefused("; ".join(problems))
+
+
+def _output_embeddings(module: nn.Module) -> set[str]:
+    """The output head of a Hugging Face model with one, which PEFT's "all-linear" leaves alone too."""
+    if not callable(getattr(module, "get_output_embeddings", None)):
+        return set()
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return {path for path, child in module.named_modules() if head is not None and child is head}
+
+
+def read_back(module: nn.Module, like: Adapter) -> Adapter:
+    """The adapter `like` with the A, B and whole tensors that now stand in the module, as after training.
+
+    Raises InputRefused where that adapter is not attached, or a value is not finite.
+    """
+    pairs, replaced = dict(like.pairs), dict(like.replaced)
+    found = False
+    for owner in _attached(module):
+        attachment = _attachment(owner)
+        for branch in attachment.branches:
+            if branch.adapter == like.name:
+                pairs[branch.module] = _read_pair(owner, branch, like.pairs[branch.module].scale)
+                found = True
+        for whole in attachment.wholes:
+            if whole.adapter == like.name:
+                replaced[whole.tensor] = _array(_slots(owner, whole.attribute)[whole.attribute])
+                found = True
+    if not found:
+        raise InputRefused(f"the adapter {like.name} is not attached to this module")
+    return dataclasses.replace(like, pairs=pairs, replaced=replaced, sha256="")
+
+
+def _read_pair(owner: nn.Module, branch: _Branch, scale: float) -> LoraPair:
+    a, b = _factors(owner, branch)
+    try:
+        return LoraPair(a=_array(a), b=_array(b), scale=scale)
+    except InputRefused as error:
+        raise InputRefused(f"{branch.module}: {error}") from error
+
+
+# --- Between NumPy and torch: bf16 has no common name ---
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.tensor(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.tensor(array)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    own = tensor.detach().cpu().clone()
+    if own.dtype is torch.bfloat16:
+        bits: NDArray[Any] = own.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return bits
+    array: NDArray[Any] = own.numpy()
+    return array
