@@ -24,7 +24,7 @@ EVERY_ROW = slice(None)
 class LoraPair:
     """A low-rank change of one weight, in fp32.
 
-    `a` is (rank, in, ...) and `b` is (out, rank, ...); the dots are a convolution's kernel.
+    `a` is (rank, in, ...) and `b` is (out, rank, 1...); the dots are a convolution's kernel.
     `scale` is what the format meant by alpha and rank, as one finite number.
     `magnitude` (out,) is DoRA's norm, or None.
 
@@ -32,7 +32,7 @@ class LoraPair:
     """
 
     a: NDArray[np.float32]  # (rank, in, ...)
-    b: NDArray[np.float32]  # (out, rank, ...)
+    b: NDArray[np.float32]  # (out, rank, 1...)
     scale: float
     magnitude: NDArray[np.float32] | None = None  # (out,)
 
@@ -41,7 +41,7 @@ class LoraPair:
             value = getattr(self, side)
             if value is None:
                 continue
-            value = np.ascontiguousarray(value, dtype=np.float32)
+            value = np.ascontiguousarray(value, dtype=np.float32).view()  # the caller's own array stays writable
             value.flags.writeable = False
             object.__setattr__(self, side, value)
             bad = value.size - np.count_nonzero(np.isfinite(value))
@@ -51,6 +51,8 @@ class LoraPair:
             raise InputRefused(f"A is {self.a.shape} and B is {self.b.shape}; both need at least two dimensions")
         if self.a.shape[0] != self.b.shape[1]:
             raise InputRefused(f"the ranks disagree: A is {self.a.shape}, B is {self.b.shape}")
+        if any(size != 1 for size in self.b.shape[2:]):
+            raise InputRefused(f"B is {self.b.shape}; beyond (out, rank) it may only have ones: the kernel is A's")
         if 0 in self.a.shape or 0 in self.b.shape:
             raise InputRefused(f"a dimension is zero: A is {self.a.shape}, B is {self.b.shape}")
         if not math.isfinite(self.scale):
@@ -129,7 +131,8 @@ class Adapter:
     @property
     def is_identity(self) -> bool:
         """True where merging the adapter would change nothing."""
-        return not self.replaced and not self.biases and all(pair.is_identity for pair in self.pairs.values())
+        shifted = any(change.any() for change in self.biases.values())
+        return not self.replaced and not shifted and all(pair.is_identity for pair in self.pairs.values())
 
     @property
     def parameters(self) -> int:
