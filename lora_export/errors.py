@@ -66,14 +66,17 @@ class Misfit:
 
 
 class MatchError(InputRefused):
-    """Every misfit between adapters and base, listed at once. Nothing has been written."""
+    """Every misfit between adapters and base, listed at once. Nothing has been written.
+
+    `targets` counts what should have landed: the adapters' tensors, and layers that they forgot.
+    """
 
     def __init__(self, misfits: Iterable[Misfit], *, targets: int):
         self.misfits = tuple(misfits)
         by_adapter: dict[str, list[Misfit]] = {}
         for misfit in self.misfits:
             by_adapter.setdefault(misfit.adapter, []).append(misfit)
-        lines = [f"{len(self.misfits)} of {targets} adapter tensors do not fit the base. Nothing was written."]
+        lines = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
         for adapter, misfits_there in by_adapter.items():
             lines.append(f"  in {adapter}:")
             lines += [f"    {misfit}" for misfit in misfits_there]

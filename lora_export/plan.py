@@ -7,6 +7,7 @@ what holds the weights. Checkpoint, module and graph each offer `TensorSpec`s an
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import EVERY_ROW, Adapter, LoraPair
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+NUMBER = re.compile(r"\d+")
 
 
 class Layout(StrEnum):
@@ -185,97 +187,148 @@ def make(
     Raises InputRefused for an adapter that would change nothing, unless `identity_ok`
     (training starts from one), and for the same adapter given twice.
     """
+    strengths = _checked(adapters, strengths, identity_ok=identity_ok)
+    base = {spec.name: spec for spec in specs}
+    prefixes = [_find_prefix(adapter, base) for adapter in adapters]
+    landings: list[_Landing] = []
+    misfits: list[Misfit] = []
+    for adapter, strength, prefix in zip(adapters, strengths, prefixes, strict=True):
+        landed, unfit = _lay(adapter, strength, prefix, base, may_add=may_add)
+        landings += landed
+        misfits += [*unfit, *_lost_targets(adapter, prefix, base)]
+    targets = len(landings) + len(misfits)
+    by_weight: dict[str, list[_Landing]] = {}
+    for landing in landings:
+        by_weight.setdefault(landing.weight, []).append(landing)
+    misfits += [clash for there in by_weight.values() for clash in _clashes(there)]
+    if misfits:
+        raise MatchError(misfits, targets=targets)
+
+    name_prefix = _name_prefix(landings, base)
+    steps = [_step(there, base) for there in by_weight.values()]
+    order = {name: position for position, name in enumerate(base)}
+    steps.sort(key=lambda step: order.get(step.weight, len(order)))
+    notes = [
+        f"{adapter.name}: {prefix}; resolved." for adapter, prefix in zip(adapters, prefixes, strict=True) if prefix
+    ]
+    notes += [f"the base has no {step.weight}: it is added." for step in steps if step.added]
+    if name_prefix:
+        notes.append(f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model.")
+    return Plan(
+        adapters=tuple(adapters),
+        strengths=strengths,
+        steps=tuple(steps),
+        kept=tuple(name for name in base if name not in by_weight),
+        notes=tuple(notes),
+        name_prefix=name_prefix,
+    )
+
+
+def _checked(adapters: Sequence[Adapter], strengths: Sequence[float] | None, *, identity_ok: bool) -> tuple[float, ...]:
+    """The strengths, one an adapter, once adapters and strengths are worth laying against a base."""
     if not adapters:
         raise InputRefused("there is no adapter to apply")
     strengths = tuple(strengths) if strengths else (1.0,) * len(adapters)
     if len(strengths) != len(adapters):
         raise InputRefused(f"{len(adapters)} adapters but {len(strengths)} weights; give one --weight per adapter")
     _refuse_twins(adapters)
-    if not identity_ok:
-        for adapter, strength in zip(adapters, strengths, strict=True):
-            if adapter.is_identity or strength == 0:
-                why = "its weight is 0" if strength == 0 else "every B (or A, or scale) is zero, as in a fresh adapter"
-                raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
-
-    base = {spec.name: spec for spec in specs}
-    misfits: list[Misfit] = []
-    notes: list[str] = []
-    terms: dict[str, list[Term]] = {}
-    shifts: dict[str, NDArray[np.float32]] = {}
-    replaced: dict[str, tuple[str, NDArray[Any]]] = {}
-    name_prefix = ""
-
     for adapter, strength in zip(adapters, strengths, strict=True):
-        prefix = _find_prefix(adapter, base)
-        if prefix:
-            notes.append(f"{adapter.name}: {prefix}; resolved.")
-        for module, pair in adapter.pairs.items():
-            weight = _weight_of(prefix.to_base(module), base)
-            problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
-            if weight is None or problem:
-                misfits.append(Misfit(adapter.name, adapter.spelled(module), problem))
-                continue
-            terms.setdefault(weight, []).append(Term(adapter.name, module, pair, strength))
-        misfits += _lost_targets(adapter, prefix, base)
-        for module, change in adapter.biases.items():
-            bias = f"{prefix.to_base(module) or module}.bias"
-            if bias not in base or base[bias].shape != change.shape:
-                problem = f"has shape {base[bias].shape}, the adapter adds {change.shape}" if bias in base else "absent"
-                misfits.append(Misfit(adapter.name, adapter.spelled(f"{module}.bias"), f"the base's {bias}: {problem}"))
-                continue
-            shifts[bias] = shifts.get(bias, np.zeros_like(change)) + np.float32(strength) * change
-        for tensor, value in adapter.replaced.items():
-            target = prefix.to_base(tensor)
-            target = target if target in base else tensor
-            problem = _replacement_problem(target, value, base, may_add=may_add)
-            if target in replaced:
-                problem = f"{replaced[target][0]} replaces {target} too; two whole tensors cannot share one place"
-            if problem:
-                misfits.append(Misfit(adapter.name, adapter.spelled(tensor), problem))
-                continue
-            if target not in base and prefix.adapter:
-                name_prefix = prefix.adapter
-            replaced[target] = (adapter.name, value)
-    for weight in replaced.keys() & (terms.keys() | shifts.keys()):
-        owner = replaced[weight][0]
-        misfits.append(Misfit(owner, weight, "is replaced as a whole and changed by a pair; only one of them can hold"))
-    if misfits:
-        targets = sum(len(a.pairs) + len(a.biases) + len(a.replaced) for a in adapters)
-        raise MatchError(misfits, targets=targets)
-
-    steps = [Step(base[name], terms=tuple(there)) for name, there in terms.items()]
-    steps += [Step(base[name], shift=change) for name, change in shifts.items()]
-    for name, (_, value) in replaced.items():
-        if name in base:
-            steps.append(Step(base[name], replace=value))
-        else:
-            spec = TensorSpec(name, value.shape, str(value.dtype), nbytes=value.nbytes)
-            steps.append(Step(spec, replace=value, added=True))
-            notes.append(f"the base has no {name}: it is added.")
-    if name_prefix:
-        notes.append(f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model.")
-    order = {name: position for position, name in enumerate(base)}
-    steps.sort(key=lambda step: order.get(step.weight, len(order)))
-    touched = {step.weight for step in steps}
-    return Plan(
-        adapters=tuple(adapters),
-        strengths=strengths,
-        steps=tuple(steps),
-        kept=tuple(name for name in base if name not in touched),
-        notes=tuple(notes),
-        name_prefix=name_prefix,
-    )
+        if not math.isfinite(strength):
+            raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number")
+        if not identity_ok and (adapter.is_identity or strength == 0):
+            why = "its weight is 0" if strength == 0 else "every B (or A, or scale) is zero, as in a fresh adapter"
+            raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
+    return strengths
 
 
 def _refuse_twins(adapters: Sequence[Adapter]) -> None:
-    hashes = Counter(adapter.sha256 for adapter in adapters if adapter.sha256)
+    seen: dict[str, str] = {}
     for adapter in adapters:
-        if hashes[adapter.sha256] > 1:
-            raise InputRefused(f"the adapter {adapter.name} is given twice (sha256 {adapter.sha256[:12]})")
+        if adapter.sha256 and seen.setdefault(adapter.sha256, adapter.name) != adapter.name:
+            raise InputRefused(
+                f"{adapter.name} is the same adapter as {seen[adapter.sha256]} (sha256 {adapter.sha256[:12]})"
+            )
     names = Counter(adapter.name for adapter in adapters)
     for name, count in names.items():
         if count > 1:
             raise InputRefused(f"{count} adapters are called {name}; give them different names")
+
+
+@dataclass(frozen=True, eq=False)
+class _Landing:
+    """One pair, bias or whole tensor of an adapter, and the base's tensor it lands on."""
+
+    weight: str
+    adapter: str
+    prefix: Prefix
+    term: Term | None = None
+    shift: NDArray[np.float32] | None = None
+    whole: NDArray[Any] | None = None
+
+
+def _lay(
+    adapter: Adapter, strength: float, prefix: Prefix, base: Mapping[str, TensorSpec], *, may_add: bool
+) -> tuple[list[_Landing], list[Misfit]]:
+    """Every tensor of an adapter, as what lands and what does not."""
+    landed: list[_Landing] = []
+    unfit: list[Misfit] = []
+
+    def judge(name: str, weight: str | None, problem: str, **what: Any) -> None:
+        if weight is None or problem:
+            unfit.append(Misfit(adapter.name, adapter.spelled(name), problem))
+        else:
+            landed.append(_Landing(weight, adapter.name, prefix, **what))
+
+    for module, pair in adapter.pairs.items():
+        weight = _weight_of(prefix.to_base(module), base)
+        problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
+        judge(module, weight, problem, term=Term(adapter.name, module, pair, strength))
+    for module, change in adapter.biases.items():
+        bias = f"{prefix.to_base(module) or module}.bias"
+        judge(f"{module}.bias", bias, _bias_problem(bias, change, base), shift=np.float32(strength) * change)
+    for tensor, value in adapter.replaced.items():
+        there = prefix.to_base(tensor) or tensor
+        target = there if there in base else tensor
+        judge(tensor, target, _replacement_problem(target, value, base, may_add=may_add), whole=value)
+    return landed, unfit
+
+
+def _clashes(there: Sequence[_Landing]) -> list[Misfit]:
+    """What a whole tensor cannot share its place with: another one, or a change."""
+    owner = next((landing for landing in there if landing.whole is not None), None)
+    if owner is None:
+        return []
+    name, first = owner.weight, owner.adapter
+    return [
+        Misfit(other.adapter, name, f"{first} replaces {name} too; two whole tensors cannot share one place")
+        if other.whole is not None
+        else Misfit(first, name, f"{first} replaces {name} as a whole, {other.adapter} adds to it; only one can hold")
+        for other in there
+        if other is not owner
+    ]
+
+
+def _step(there: Sequence[_Landing], base: Mapping[str, TensorSpec]) -> Step:
+    """All that lands on one weight, as one step."""
+    weight, whole = there[0].weight, there[0].whole
+    if whole is not None:
+        spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
+        return Step(spec, replace=whole, added=weight not in base)
+    shifts = [landing.shift for landing in there if landing.shift is not None]
+    if shifts:
+        return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
+    return Step(base[weight], terms=tuple(landing.term for landing in there if landing.term is not None))
+
+
+def _name_prefix(landings: Iterable[_Landing], base: Mapping[str, TensorSpec]) -> str:
+    """The prefix that the base's names must gain for the tensors that are added."""
+    wanted = {landing.prefix.adapter: landing.adapter for landing in landings if landing.weight not in base}
+    if len(wanted) > 1:
+        raise InputRefused(
+            "the adapters bring tensors that the base lacks, and want its names under different prefixes: "
+            + ", ".join(f"`{prefix}` ({adapter})" for prefix, adapter in sorted(wanted.items()))
+        )
+    return next(iter(wanted), "")
 
 
 def _weight_of(module: str | None, base: Mapping[str, TensorSpec]) -> str | None:
@@ -303,7 +356,7 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
     candidates = [Prefix(adapter=".".join(parts[:count]) + ".") for count in range(1, len(parts))]
     for suffix in (f".{modules[0]}.weight", f".{modules[0]}.in_proj_weight"):
         candidates += [Prefix(base=name.removesuffix(suffix) + ".") for name in base if name.endswith(suffix)]
-    fitting = [candidate for candidate in candidates if landed(candidate) == len(modules)]
+    fitting = [candidate for candidate in dict.fromkeys(candidates) if landed(candidate) == len(modules)]
     if len(fitting) > 1:
         raise InputRefused(
             f"the adapter {adapter.name} fits the base in {len(fitting)} ways, by prefix: "
@@ -322,12 +375,13 @@ def _lost_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpe
     numbers alone: a vision tower's `q_proj` is no sibling of a decoder's, the decoder's next layer is.
     """
     adapted = {prefix.to_base(module) or module for module in adapter.pairs}
+    whole = {prefix.to_base(tensor) or tensor for tensor in adapter.replaced}
     siblings = {_without_numbers(module) for module in adapted}
     lost = []
     for spec in base.values():
         module = spec.name.removesuffix(".weight")
         target = next((target for target in adapter.targets if _ends_with(module, target)), None)
-        if target is None or module in adapted or spec.layout is Layout.OTHER:
+        if target is None or module in adapted or spec.name in whole or spec.layout is Layout.OTHER:
             continue
         if _without_numbers(module) in siblings or not any(_ends_with(other, target) for other in adapted):
             lost.append(
@@ -341,17 +395,26 @@ def _ends_with(module: str, target: str) -> bool:
 
 
 def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+    return NUMBER.sub("#", name)
 
 
 def _nearest(name: str, base: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(base), n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]}" if close else ""
+    """The base's name that a misspelled one may have meant, if any is like it."""
+    # Layers' and experts' numbers aside, a base has few names, and each comparison is slow.
+    alike: dict[str, list[str]] = {}
+    for other in base:
+        alike.setdefault(_without_numbers(other.removesuffix(".weight")), []).append(other)
+    close = difflib.get_close_matches(_without_numbers(name.removesuffix(".weight")), alike, n=1, cutoff=0.5)
+    if not close:
+        return ""
+    found = alike[close[0]]
+    same_place = (other for other in found if NUMBER.findall(other) == NUMBER.findall(name))
+    return f"; the nearest is {next(same_place, found[0])}"
 
 
 def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: Mapping[str, TensorSpec]) -> str:
     if weight is None:
-        return f"the base has no weight for {module}{_nearest(f'{module}.weight', base)}"
+        return f"the base has no weight for {module}{_nearest(module, base)}"
     spec = base[weight]
     if not spec.is_float:
         return (
@@ -364,6 +427,14 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: Mapping
         return f"{weight} may be stored (out, in) or (in, out): give the model's folder, whose config.json tells"
     if spec.matrix != pair.shape:
         return f"{weight} is {spec.matrix} (out, in), the adapter wants {pair.shape}"
+    return ""
+
+
+def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, TensorSpec]) -> str:
+    if bias not in base:
+        return f"the base has no {bias} to shift"
+    if base[bias].shape != change.shape:
+        return f"the base's {bias} has shape {base[bias].shape}, the adapter adds {change.shape}"
     return ""
 
 

@@ -1,0 +1,383 @@
+"""The plan: what lands where, on bases that are a list of names and shapes. Changes are solved by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export import plan
+from lora_export.errors import InputRefused, MatchError
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout, Plan, TensorSpec
+
+A = [[1, 2, 3]]  # (rank 1, in 3)
+B = [[1], [10]]  # (out 2, rank 1)
+BA = [[1, 2, 3], [10, 20, 30]]
+
+
+def pair(a: Any = A, b: Any = B, scale: float = 1.0) -> LoraPair:
+    return LoraPair(a=np.array(a), b=np.array(b), scale=scale)
+
+
+def adapter(name: str = "mine", **pairs: LoraPair) -> Adapter:
+    """An adapter of these modules; a double underscore stands for a dot."""
+    return Adapter(name, "peft", {module.replace("__", "."): pair for module, pair in pairs.items()})
+
+
+def holding(name: str = "mine", **fields: Any) -> Adapter:
+    return Adapter(name, "peft", fields.pop("pairs", {}), **fields)
+
+
+def matrix(name: str, out: int = 2, in_: int = 3, *, layout: Layout = Layout.OUT_IN, **fields: Any) -> TensorSpec:
+    return TensorSpec(name, (out, in_), fields.pop("dtype", "float32"), layout, **fields)
+
+
+def vector(name: str, size: int = 2) -> TensorSpec:
+    return TensorSpec(name, (size,), "float32")
+
+
+def misfits(adapters: list[Adapter], base: list[TensorSpec], **options: Any) -> list[str]:
+    with pytest.raises(MatchError) as refused:
+        plan.make(adapters, base, **options)
+    return list(map(str, refused.value.misfits))
+
+
+def changes(made: Plan) -> dict[str, list[Any]]:
+    return {step.weight: step.delta().tolist() for step in made.steps}
+
+
+# --- What lands ---
+
+
+def test_each_pair_lands_on_its_modules_weight_and_the_rest_is_kept():
+    base = [matrix("fc.weight"), vector("fc.bias"), matrix("other.weight")]
+    made = plan.make([adapter(fc=pair(scale=0.5))], base)
+    assert changes(made) == {"fc.weight": [[0.5, 1, 1.5], [5, 10, 15]]}
+    assert made.kept == ("fc.bias", "other.weight")
+    assert not made.notes
+
+
+def test_several_adapters_on_one_weight_are_one_step_and_add_up():
+    first, second = (
+        adapter("first", fc=pair()),
+        adapter("second", fc=pair(a=[[0, 0, 1], [1, 0, 0]], b=[[1, 0], [0, 2]])),
+    )
+    made = plan.make([first, second], [matrix("fc.weight")], strengths=[2, -1])
+    assert len(made.steps) == 1
+    # 2 * BA - [[0, 0, 1], [2, 0, 0]]
+    assert changes(made) == {"fc.weight": [[2, 4, 5], [18, 40, 60]]}
+
+
+def test_steps_follow_the_bases_order_not_the_adapters():
+    made = plan.make([adapter(b=pair(), a=pair())], [matrix("a.weight"), matrix("b.weight")])
+    assert [step.weight for step in made.steps] == ["a.weight", "b.weight"]
+
+
+def test_packed_attention_and_bare_parameters_are_found():
+    made = plan.make([adapter(attn=pair(), experts=pair())], [matrix("attn.in_proj_weight"), matrix("experts")])
+    assert [step.weight for step in made.steps] == ["attn.in_proj_weight", "experts"]
+
+
+def test_a_square_weight_that_is_stored_in_out_gets_the_transposed_change():
+    # Only the layout tells: the shapes would fit both ways.
+    there = adapter(fc=pair(a=[[1, 2]], b=[[1], [10]]))
+    for layout, stored in ((Layout.OUT_IN, [[1, 2], [10, 20]]), (Layout.IN_OUT, [[1, 10], [2, 20]])):
+        (step,) = plan.make([there], [matrix("fc.weight", 2, 2, layout=layout)]).steps
+        assert step.stored_delta(slice(None)).tolist() == stored
+        assert step.stored_delta(slice(1, 2)).tolist() == stored[1:]
+        assert step.delta().tolist() == [[1, 2], [10, 20]]  # always (out, in)
+
+
+def test_an_oblong_weight_that_is_stored_in_out_is_matched_by_its_out_in_view():
+    (step,) = plan.make([adapter(fc=pair())], [matrix("fc.weight", 3, 2, layout=Layout.IN_OUT)]).steps
+    assert step.stored_delta(slice(None)).tolist() == np.transpose(BA).tolist()
+
+
+def test_two_adapters_on_a_weight_stored_in_out_add_up_in_its_layout():
+    base = [matrix("fc.weight", 3, 2, layout=Layout.IN_OUT)]
+    made = plan.make([adapter("a", fc=pair()), adapter("b", fc=pair())], base, strengths=[1, 2])
+    assert made.steps[0].stored_delta(slice(None)).tolist() == (3 * np.transpose(BA)).tolist()
+
+
+def test_biases_shift_by_the_sum_over_adapters_at_their_strengths():
+    shift = np.array([1, 2], np.float32)
+    one = holding("one", pairs={"fc": pair()}, biases={"fc": shift})
+    two = holding("two", pairs={"fc": pair()}, biases={"fc": shift})
+    made = plan.make([one, two], [matrix("fc.weight"), vector("fc.bias")], strengths=[1, 10])
+    step = made.by_weight["fc.bias"]
+    assert step.delta().tolist() == [11, 22]
+    assert step.stored_delta(slice(1, 2)).tolist() == [22]
+
+
+def test_a_whole_tensor_takes_the_place_of_the_bases():
+    head = np.ones((2, 3), np.float16)
+    made = plan.make([holding(replaced={"head.weight": head})], [matrix("head.weight"), vector("head.bias")])
+    (step,) = made.steps
+    assert step.replace is head and not step.added
+    assert made.kept == ("head.bias",)
+
+
+# --- Prefixes ---
+
+
+def test_a_prefix_that_only_the_adapter_has_is_resolved_and_told():
+    made = plan.make([adapter(bert__fc=pair())], [matrix("fc.weight")])
+    assert changes(made) == {"fc.weight": BA}
+    assert made.notes == ("mine: the adapter's names carry the prefix `bert.` that the base's lack; resolved.",)
+    assert made.output_name("fc.weight") == "fc.weight"
+
+
+def test_a_prefix_of_several_parts_is_resolved():
+    made = plan.make([adapter(model__text__fc=pair())], [matrix("fc.weight")])
+    assert "`model.text.`" in made.notes[0]
+
+
+@pytest.mark.parametrize("ending", ["weight", "in_proj_weight"])
+def test_a_prefix_that_only_the_base_has_is_resolved_and_told(ending):
+    made = plan.make([adapter(fc=pair())], [matrix(f"model.fc.{ending}")])
+    assert changes(made) == {f"model.fc.{ending}": BA}
+    assert made.notes == ("mine: the base's names carry the prefix `model.` that the adapter's lack; resolved.",)
+
+
+def test_each_adapter_has_its_own_prefix():
+    made = plan.make([adapter("a", bert__fc=pair()), adapter("b", fc=pair())], [matrix("fc.weight")])
+    assert changes(made) == {"fc.weight": (2 * np.array(BA)).tolist()}
+
+
+def test_a_prefix_must_make_every_pair_land():
+    lines = misfits([adapter(bert__fc=pair(), bert__gone=pair())], [matrix("fc.weight"), matrix("fd.weight")])
+    assert lines == ["bert.gone: the base has no weight for gone"]
+
+
+def test_two_prefixes_that_both_fit_are_refused():
+    base = [matrix("text.fc.weight"), matrix("vision.fc.weight")]
+    with pytest.raises(InputRefused, match=r"mine fits the base in 2 ways, by prefix: `text\.`, `vision\.`"):
+        plan.make([adapter(fc=pair())], base)
+
+
+def test_one_prefix_that_is_seen_twice_is_no_ambiguity():
+    base = [matrix("m.fc.weight"), matrix("m.fc.in_proj_weight")]
+    assert changes(plan.make([adapter(fc=pair())], base)) == {"m.fc.weight": BA}
+
+
+def test_names_that_fit_as_they_are_get_no_prefix():
+    base = [matrix("fc.weight"), matrix("copy.fc.weight")]
+    made = plan.make([adapter(fc=pair())], base)
+    assert changes(made) == {"fc.weight": BA} and not made.notes
+
+
+def test_an_added_head_gives_the_bases_tensors_the_adapters_prefix():
+    head = holding(pairs={"bert.fc": pair()}, replaced={"classifier.weight": np.ones((5, 3), np.float32)})
+    made = plan.make([head], [matrix("fc.weight"), vector("fc.bias")], may_add=True)
+    added = made.by_weight["classifier.weight"]
+    assert added.added and added.spec == TensorSpec("classifier.weight", (5, 3), "float32", nbytes=60)
+    assert [made.output_name(name) for name in (made.by_weight["fc.weight"], "fc.bias", added)] == [
+        "bert.fc.weight",
+        "bert.fc.bias",
+        "classifier.weight",
+    ]
+    assert made.steps[-1] is added
+    assert made.notes[1:] == (
+        "the base has no classifier.weight: it is added.",
+        "the base's tensors gain the prefix `bert.`, so that the added head finds its model.",
+    )
+
+
+def test_a_whole_tensor_under_the_prefix_replaces_the_bases_and_nothing_is_renamed():
+    pooler = holding(pairs={"bert.fc": pair()}, replaced={"bert.pooler.weight": np.ones((2, 3), np.float32)})
+    made = plan.make([pooler], [matrix("fc.weight"), matrix("pooler.weight")], may_add=True)
+    assert [step.weight for step in made.steps] == ["fc.weight", "pooler.weight"]
+    assert made.name_prefix == ""
+
+
+def test_a_head_without_a_prefix_is_added_beside_the_bases_names():
+    made = plan.make(
+        [holding(pairs={"fc": pair()}, replaced={"score.weight": np.ones((2, 3))})], [matrix("fc.weight")], may_add=True
+    )
+    assert made.output_name("fc.weight") == "fc.weight"
+
+
+def test_heads_that_want_different_prefixes_are_refused():
+    heads = [
+        holding("a", pairs={"bert.fc": pair()}, replaced={"one.weight": np.ones((2, 2))}),
+        holding("b", pairs={"roberta.fc": pair()}, replaced={"two.weight": np.ones((2, 2))}),
+    ]
+    with pytest.raises(InputRefused, match=r"tensors that the base lacks.*`bert\.` \(a\), `roberta\.` \(b\)"):
+        plan.make(heads, [matrix("fc.weight")], may_add=True)
+
+
+def test_only_a_checkpoint_can_take_an_added_tensor():
+    lines = misfits([holding(replaced={"heat.weight": np.ones((2, 3))})], [matrix("head.weight")])
+    assert lines == ["heat.weight: there is no heat.weight to replace; the nearest is head.weight"]
+
+
+# --- Misfits ---
+
+
+def test_every_misfit_is_listed_at_once_as_spelled_in_the_file_and_with_the_nearest_name():
+    first = holding(
+        "first",
+        pairs={"good": pair(), "layer.attn.q": pair(), "narrow": pair(), "norm": pair(), "int8": pair()},
+        biases={"good": np.ones(3, np.float32), "narrow": np.ones(2, np.float32)},
+        replaced={"head.weight": np.ones((4, 4))},
+        spelling={"layer.attn.q": "base_model.model.layer.attn.q.lora_A.weight", "good.bias": "good.lora_B.bias"},
+    )
+    second = adapter("second", xyz=pair())
+    base = [
+        matrix("good.weight"),
+        vector("good.bias"),
+        matrix("layer.attention.q.weight"),
+        matrix("narrow.weight", 2, 5),
+        TensorSpec("norm.weight", (2, 3), "float32", Layout.OTHER),
+        matrix("int8.weight", dtype="int8"),
+        matrix("head.weight", 4, 5),
+    ]
+    with pytest.raises(MatchError) as refused:
+        plan.make([first, second], base, may_add=True)
+    assert str(refused.value).splitlines() == [
+        "8 of 9 targets do not fit the base. Nothing was written.",
+        "  in first:",
+        "    base_model.model.layer.attn.q.lora_A.weight: the base has no weight for layer.attn.q; "
+        "the nearest is layer.attention.q.weight",
+        "    narrow: narrow.weight is (2, 5) (out, in), the adapter wants (2, 3)",
+        "    norm: norm.weight (2, 3) is not the weight of a linear layer",
+        "    int8: int8.weight is int8: a quantised weight is never merged silently. Use the original float base, "
+        "or dequantise it first",
+        "    good.lora_B.bias: the base's good.bias has shape (2,), the adapter adds (3,)",
+        "    narrow.bias: the base has no narrow.bias to shift",
+        "    head.weight: head.weight is (4, 5), the adapter replaces it with (4, 4)",
+        "  in second:",
+        "    xyz: the base has no weight for xyz",
+    ]
+    assert refused.value.exit_code == 3
+
+
+def test_the_nearest_name_has_the_same_numbers_where_it_can():
+    base = [matrix(f"h.{layer}.attn.query.weight") for layer in range(3)]
+    lines = misfits([adapter(h__2__attn__query_=pair(), h__7__attn__querie=pair())], base)
+    assert [line.rpartition(" ")[2] for line in lines] == ["h.2.attn.query.weight", "h.0.attn.query.weight"]
+
+
+def test_a_matrix_whose_layout_nobody_knows_is_refused():
+    (line,) = misfits([adapter(c_proj=pair())], [matrix("c_proj.weight", layout=Layout.UNKNOWN)])
+    assert "may be stored (out, in) or (in, out): give the model's folder" in line
+
+
+def test_two_whole_tensors_cannot_share_one_place():
+    whole = {"head.weight": np.ones((2, 3), np.float32)}
+    lines = misfits([holding("a", replaced=whole), holding("b", replaced=whole)], [matrix("head.weight")])
+    assert lines == ["head.weight: a replaces head.weight too; two whole tensors cannot share one place"]
+
+
+@pytest.mark.parametrize("changed", ["fc.weight", "fc.bias"])
+def test_a_tensor_is_replaced_or_changed_but_not_both(changed):
+    shift = {"fc": np.ones(2, np.float32)}
+    one = holding("one", pairs={"fc": pair()}, biases=shift)
+    two = holding("two", replaced={changed: np.ones((2, 3) if changed == "fc.weight" else 2)})
+    lines = misfits([one, two], [matrix("fc.weight"), vector("fc.bias")])
+    assert lines == [f"{changed}: two replaces {changed} as a whole, one adds to it; only one can hold"]
+
+
+# --- Lost targets ---
+
+
+def tower(*names: str) -> list[TensorSpec]:
+    return [matrix(f"{name}.weight") for name in names]
+
+
+def test_a_layer_that_the_config_targets_but_the_file_forgets_is_a_misfit():
+    base = tower("layer.0.query", "layer.1.query", "layer.2.query", "layer.0.key")
+    there = holding(pairs={"layer.0.query": pair(), "layer.2.query": pair()}, targets=("query",))
+    with pytest.raises(MatchError, match="1 of 3 targets do not fit") as refused:
+        plan.make([there], base)
+    assert [str(misfit) for misfit in refused.value.misfits] == [
+        "layer.1.query: targeted by the adapter's config, but its file has no tensors for it"
+    ]
+
+
+def test_a_target_that_the_file_forgets_altogether_is_a_misfit():
+    there = holding(pairs={"layer.0.query": pair()}, targets=("query", "value"))
+    assert misfits([there], tower("layer.0.query", "layer.0.value"))[0].startswith("layer.0.value: targeted")
+
+
+def test_lost_targets_are_seen_through_a_prefix():
+    there = holding(pairs={"bert.layer.0.query": pair()}, targets=("query",))
+    assert misfits([there], tower("layer.0.query", "layer.1.query"))[0].startswith("layer.1.query: targeted")
+
+
+def test_another_tower_with_the_same_endings_is_not_lost():
+    base = tower("text.layer.0.query", "vision.layer.0.query", "layer.0.subquery")
+    there = holding(pairs={"text.layer.0.query": pair()}, targets=("query",))
+    assert len(plan.make([there], base).steps) == 1
+
+
+def test_biases_norms_and_replaced_modules_are_no_lost_targets():
+    base = [*tower("layer.0.fc"), vector("layer.1.fc.weight"), matrix("layer.2.fc.weight")]
+    there = holding(
+        pairs={"layer.0.fc": pair()}, replaced={"layer.2.fc.weight": np.ones((2, 3), np.float32)}, targets=("fc",)
+    )
+    assert len(plan.make([there], base).steps) == 2
+
+
+# --- Adapters that are refused before anything is matched ---
+
+
+def test_no_adapter_is_refused():
+    with pytest.raises(InputRefused, match="there is no adapter to apply"):
+        plan.make([], [matrix("fc.weight")])
+
+
+def test_an_adapter_that_would_change_nothing_is_refused_unless_training_starts_from_it():
+    fresh = adapter("fresh", fc=pair(b=[[0], [0]]))
+    with pytest.raises(InputRefused, match=r"the adapter fresh has no effect: every B \(or A, or scale\) is zero"):
+        plan.make([fresh], [matrix("fc.weight")])
+    assert len(plan.make([fresh], [matrix("fc.weight")], identity_ok=True).steps) == 1
+
+
+def test_a_strength_of_zero_is_refused():
+    with pytest.raises(InputRefused, match="the adapter mine has no effect: its weight is 0"):
+        plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[0])
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_not_finite_is_refused(strength):
+    with pytest.raises(InputRefused, match=f"the weight of mine is {strength}"):
+        plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[strength])
+
+
+def test_there_must_be_one_strength_for_each_adapter():
+    with pytest.raises(InputRefused, match="1 adapters but 2 weights; give one --weight per adapter"):
+        plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[1, 2])
+
+
+def test_the_same_adapter_twice_is_refused_by_its_hash_and_by_its_name():
+    one = holding("one", pairs={"fc": pair()}, sha256="0123456789abcdef")
+    two = holding("two", pairs={"fc": pair()}, sha256="0123456789abcdef")
+    with pytest.raises(InputRefused, match=r"two is the same adapter as one \(sha256 0123456789ab\)"):
+        plan.make([one, two], [matrix("fc.weight")])
+    with pytest.raises(InputRefused, match="2 adapters are called mine; give them different names"):
+        plan.make([adapter(fc=pair()), adapter(fc=pair())], [matrix("fc.weight")])
+
+
+# --- Printing ---
+
+
+def test_a_plan_prints_what_is_done_to_which_tensor():
+    mine = holding(
+        "mine",
+        pairs={"fc": pair(scale=2)},
+        biases={"fc": np.ones(2, np.float32)},
+        replaced={"head.weight": np.ones((2, 3), np.float32), "new.weight": np.ones((1, 3), np.float16)},
+    )
+    base = [matrix("fc.weight", dtype="bfloat16"), vector("fc.bias"), matrix("head.weight"), vector("norm.weight")]
+    made = plan.make([mine, adapter("other", fc=pair())], base, strengths=[0.5, 3], may_add=True)
+    assert str(made).splitlines() == [
+        "1 weights changed, 1 biases changed, 1 tensors replaced, 1 tensors added, 1 kept as they are",
+        "note: the base has no new.weight: it is added.",
+        "  fc.weight  [2 x 3 bfloat16]  1 * B A (rank 1, mine) + 3 * B A (rank 1, other)",
+        "  fc.bias  [2 float32]  bias shifted",
+        "  head.weight  [2 x 3 float32]  replaced",
+        "  new.weight  [1 x 3 float16]  added",
+    ]
