@@ -14,17 +14,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lora_export.errors import InputRefused, OutputFailed
 
 MANIFEST = "lora_export.json"
 HASH_BLOCK = 1 << 20  # bytes
 LONGEST_NAME = 255  # bytes, on every file system that matters here
+LONGEST_SUFFIX = 32  # bytes; what `_beside` adds
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 Say = Callable[[str], None]
@@ -40,17 +42,19 @@ def stage_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block succeeds, and vanishes when it does not.
 
-    `needs` is how many bytes will be written; `say` hears of leftovers that were cleaned away.
-    An existing target is replaced in one step, and only if it is an output of this program with
-    nothing else in it. Raises OutputFailed before anything is written, or when writing fails.
+    `needs` is how many bytes will be written; `say` hears of leftovers of runs that were killed.
+    An existing target is replaced in one step, and only with `overwrite`, if it is an output of this
+    program with nothing else in it. Raises OutputFailed before anything is written, or when writing fails.
     """
-    target = _absolute(target)
-    with _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say) as stage:
-        if target.exists():
+    with _translated(target):
+        target = _absolute(target)
+        with _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say) as stage:
             _refuse_foreign_files(target)
-        yield stage
-        _flush(stage)
-        _swap_in(stage, target)
+            yield stage
+            _flush(stage)
+            _refuse_taken([target], overwrite=overwrite)  # again: somebody else may have been there meanwhile
+            _refuse_foreign_files(target)
+            _swap_in(stage, target)
 
 
 @contextlib.contextmanager
@@ -62,42 +66,42 @@ def stage_file(
     One of them must have the target's name: it is renamed last, so that whoever sees it finds its
     companions too. Otherwise as `stage_folder`.
     """
-    target = _absolute(target)
-    with _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say) as stage:
-        if target.is_dir():
-            raise OutputFailed(f"{target} is a folder; name a file")
-        yield stage
-        _flush(stage)
-        companions = sorted(path for path in stage.iterdir() if path.name != target.name)
-        for path in [*companions, stage / target.name]:
-            path.replace(target.parent / path.name)
-        _flush_folder(target.parent)
+    with _translated(target):
+        target = _absolute(target)
+        with _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say) as stage:
+            if target.is_dir():
+                raise OutputFailed(f"{target} is a folder; name a file")
+            yield stage
+            _flush(stage)
+            companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
+            places = [target.parent / name for name in (*companions, target.name)]
+            _refuse_taken(places, overwrite=overwrite)
+            for place in places:
+                (stage / place.name).replace(place)
+            _flush_folder(target.parent)
 
 
 def _absolute(target: Path) -> Path:
     """Absolute, with the parent resolved: the final component is never followed."""
+    if target.name in ("", ".."):
+        raise OutputFailed(f"{target} cannot be written to: name a file or folder in it")
     return target.parent.resolve() / target.name
 
 
 @contextlib.contextmanager
 def _claimed(target: Path, inputs: Iterable[Path], *, overwrite: bool, needs: int, say: Say) -> Iterator[Path]:
     """Check the target, take its lock, clean up after dead runs, and lend out an empty stage."""
-    if not target.name:
-        raise OutputFailed(f"{target} cannot be written to: name a file or folder in it")
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise OutputFailed(f"the output's name is longer than {LONGEST_NAME} bytes")
     if not target.parent.is_dir():
         raise OutputFailed(f"the folder {target.parent} does not exist; create it first")
-    if target.is_symlink():
-        raise OutputFailed(f"{target} is a symbolic link; name the place itself")
     for path in inputs:
         _refuse_overlap(target, path.resolve())
-    if target.exists() and not overwrite:
-        raise OutputFailed(f"{target} exists already; say --overwrite to replace it")
+    _refuse_taken([target], overwrite=overwrite)
     free = shutil.disk_usage(target.parent).free
     if needs > free:
         raise OutputFailed(f"{target.parent} has {free / 1e9:.2f} GB free, the output needs {needs / 1e9:.2f} GB")
-    with _translated(target), _locked(target):
+    with _locked(target):
         _remove_orphans(target, say)
         stage = target.parent / _beside(target, f"{os.getpid()}.partial")
         stage.mkdir()
@@ -126,7 +130,17 @@ def _refuse_overlap(target: Path, source: Path) -> None:
         raise OutputFailed(f"the input {source} lies inside the output {target}, which would be replaced")
 
 
+def _refuse_taken(places: Iterable[Path], *, overwrite: bool) -> None:
+    for place in places:
+        if place.is_symlink():
+            raise OutputFailed(f"{place} is a symbolic link; name the place itself")
+        if place.exists() and not overwrite:
+            raise OutputFailed(f"{place} exists already; say --overwrite to replace it")
+
+
 def _refuse_foreign_files(target: Path) -> None:
+    if not target.exists():
+        return
     if not target.is_dir():
         raise OutputFailed(f"{target} is a file; the output is a folder")
     known = {MANIFEST, *read_manifest(target).get("files", {})}
@@ -140,10 +154,10 @@ def _refuse_foreign_files(target: Path) -> None:
 
 def _beside(target: Path, suffix: str) -> str:
     """A hidden name for something that belongs to the target; long names go by their hash."""
-    name = f".{target.name}.{suffix}"
-    if len(os.fsencode(name)) <= LONGEST_NAME:
-        return name
-    return f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}.{suffix}"
+    name = os.fsencode(target.name)
+    # The hash decides by the target alone, so that one run finds what another left.
+    stem = target.name if len(name) + LONGEST_SUFFIX <= LONGEST_NAME else hashlib.sha256(name).hexdigest()
+    return f".{stem}.{suffix}"
 
 
 @contextlib.contextmanager
@@ -167,7 +181,7 @@ def _take(path: Path, target: Path) -> int:
             owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
             raise OutputFailed(f"another run (process {owner}) is writing {target}") from None
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+        if os.fstat(descriptor).st_nlink:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             return descriptor
@@ -176,11 +190,15 @@ def _take(path: Path, target: Path) -> int:
 
 
 def _remove_orphans(target: Path, say: Say) -> None:
-    prefix = _beside(target, "")
+    # The whole name is compared: the target `out` must not meddle with a live run that writes `out.v2`.
+    ours = re.compile(re.escape(_beside(target, "")) + r"\d+\.(partial|old)")
     for path in target.parent.iterdir():
-        if path.name.startswith(prefix) and path.name.endswith(".partial"):
+        found = ours.fullmatch(path.name)
+        if found and found[1] == "partial":
             say(f"removed {path.name}, which a run that was killed had left behind")
             shutil.rmtree(path)
+        elif found:
+            say(f"{path} is a former {target.name}, set aside by a run that was killed: keep it or delete it")
 
 
 def _flush(folder: Path) -> None:
@@ -209,7 +227,7 @@ def _swap_in(stage: Path, target: Path) -> None:
     if not target.exists():
         stage.rename(target)
     elif not _exchange(stage, target):
-        aside = stage.with_name(stage.name.replace(".partial", ".old.partial"))
+        aside = stage.with_suffix(".old")  # not a stage: if we are killed here, it is the only whole output
         target.rename(aside)
         stage.rename(target)
         shutil.rmtree(aside)
@@ -278,14 +296,34 @@ def parse_json(text: bytes, source: Path | str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputRefused as `parse_json` does, and for a file that cannot be read."""
+    """The JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do."""
+    with open_regular(path) as file:
+        return parse_json(file.read(), path)
+
+
+def must_exist(path: Path, what: str) -> None:
+    """Raises InputRefused where there is nothing at an input's path, or it cannot be looked at."""
     try:
-        text = path.read_bytes()
+        path.stat()
+    except FileNotFoundError:
+        raise InputRefused(f"there is no {what} at {path}") from None
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
-    return parse_json(text, path)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open an input for reading. Raises InputRefused for one that cannot be opened, or is no regular file."""
+    try:
+        # Non-blocking, so that a FIFO is refused at once instead of waiting for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise InputRefused(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputRefused(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def regular_files(folder: Path) -> list[Path]:
     """Every file below a folder, links to files (as in a Hugging Face cache) included, FIFOs and devices not."""
-    return sorted(path for path in folder.rglob("*") if stat.S_ISREG(path.stat().st_mode))
+    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -83,7 +82,10 @@ class TensorFile:
 
     def unchanged(self) -> bool:
         """Whether the file on disk still has the size and time it had when the header was read."""
-        now = self.path.stat()
+        try:
+            now = self.path.stat()
+        except OSError:
+            return False
         return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
@@ -92,15 +94,8 @@ def open_file(path: Path) -> TensorFile:
 
     Raises InputRefused for anything that is not a regular, whole and consistent safetensors file.
     """
-    # Non-blocking, so that a FIFO is refused at once instead of waiting for a writer.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputRefused(f"{path} is not a regular file")
+    with files.open_regular(path) as file:
+        status = os.fstat(file.fileno())
         header_size = _header_size(path, file.read(8), status.st_size)
         header = files.parse_json(file.read(header_size), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
@@ -133,11 +128,12 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
         try:
             code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
             whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            known = code in DTYPES
         except (KeyError, TypeError, ValueError) as error:
             raise InputRefused(f"{path}: the header's entry for {name} is malformed") from error
         if not whole:
             raise InputRefused(f"{path}: the header's entry for {name} has a size that is no natural number")
-        if code not in DTYPES:
+        if not known:
             raise InputRefused(f"{path}: {name} has the unknown dtype {code!r}")
         entries.append(Entry(name, DTYPES[code], tuple(shape), data_start + begin, data_start + end))
     entries.sort(key=lambda entry: (entry.start, entry.stop))

@@ -1,0 +1,45 @@
+"""Inputs made by hand: safetensors files as bytes, and PEFT adapters without PEFT."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def raw_tensor_file(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
+    """A safetensors file with this header, however wrong; `length` is what it claims the header's length to be."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def base_file(path: Path, tensors: Mapping[str, Any], dtype: Any = np.float32) -> Path:
+    """A checkpoint of these matrices."""
+    save_file({name: np.asarray(value, dtype) for name, value in tensors.items()}, path)
+    return path
+
+
+def peft_adapter(
+    folder: Path, pairs: Mapping[str, tuple[Any, Any]], whole: Mapping[str, Any] | None = None, **config: Any
+) -> Path:
+    """A PEFT adapter of these (A, B) and whole tensors; its rank is the first A's, its scale 1 unless told."""
+    tensors = {}
+    for module, (a, b) in pairs.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.asarray(a, np.float32)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.asarray(b, np.float32)
+    for name, value in (whole or {}).items():
+        tensors[f"base_model.model.{name}"] = np.asarray(value)
+    rank = next((len(a) for a, _ in pairs.values()), 1)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(pairs)}
+    if whole:
+        fields["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(fields | config))
+    return folder
