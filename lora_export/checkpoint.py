@@ -85,8 +85,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     disagrees with them, two sets of weights, quantised or pickled weights.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputRefused(f"there is no base model at {path}")
+    files.must_exist(path, "base model")
     if path.is_dir():
         return _open_folder(path)
     if path.suffix != ".safetensors":
@@ -97,8 +96,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _open_folder(folder: Path) -> Checkpoint:
     config = files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise InputRefused(
             f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
             "Merge into the original float model, or dequantise this one first"
@@ -133,16 +133,23 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
     table = files.read_json(folder / indices[0]).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise InputRefused(f"{folder / indices[0]} has no weight_map")
-    named = list(dict.fromkeys(table.values()))
-    strange = [name for name in named if not isinstance(name, str) or Path(name).name != name or name in ("", "..")]
+    strange = [
+        name for name in table.values() if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
+    ]
     if strange:
-        raise InputRefused(f"{folder / indices[0]} names files outside its folder: {', '.join(map(repr, strange))}")
+        raise InputRefused(
+            f"{folder / indices[0]} names what is no file in its folder: {', '.join(map(repr, strange))}"
+        )
+    named = list(dict.fromkeys(table.values()))
     missing = [name for name in named if name not in present]
     if missing:
         raise InputRefused(f"{folder} lacks shards that its index names: {', '.join(missing)}")
     extra = [name for name in present if name not in named]
     if extra:
-        raise InputRefused(f"{folder} has an index and, besides its shards, {', '.join(extra)}: which is the model?")
+        raise InputRefused(
+            f"{folder} has an index and, besides its shards, {', '.join(extra)}: which is the model? "
+            "Take the others away, or name the file that you mean"
+        )
     return indices[0], named
 
 
