@@ -30,6 +30,11 @@ def config_with_heads(config: Mapping[str, Any], adapters: Sequence[Adapter]) ->
     return result
 
 
+def config_for_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """The base's config, changed to the class that sorts texts into these labels."""
+    return {**config, **_class_ending_with(config, CLASS_ENDINGS["SEQ_CLS"]), **_label_fields(labels)}
+
+
 def _architecture(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     recorded = adapter.metadata.get("model_config", {}).get("architectures")
     ending = CLASS_ENDINGS.get(str(adapter.metadata.get("task_type")))
@@ -37,6 +42,10 @@ def _architecture(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]
         return {"architectures": recorded}
     if not ending or not config.get("architectures"):
         return {}
+    return _class_ending_with(config, ending)
+
+
+def _class_ending_with(config: Mapping[str, Any], ending: str) -> dict[str, Any]:
     # BertModel, BertForMaskedLM -> Bert
     stem = re.sub(r"(Model|For[A-Z]\w*)$", "", config["architectures"][0])
     return {"architectures": [stem + ending]}
@@ -51,8 +60,11 @@ def _labels(adapter: Adapter) -> dict[str, Any]:
     )
     if rows is None or adapter.metadata.get("task_type") not in CLASS_ENDINGS:
         return {}
-    # transformers' own names for labels that nobody named
+    return _label_fields([f"LABEL_{number}" for number in range(rows)])  # transformers' names where nobody gave any
+
+
+def _label_fields(labels: Sequence[str]) -> dict[str, Any]:
     return {
-        "id2label": {str(number): f"LABEL_{number}" for number in range(rows)},
-        "label2id": {f"LABEL_{number}": number for number in range(rows)},
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
     }

@@ -7,6 +7,8 @@ user's own code and the only code that is run; nothing is downloaded.
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -18,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lora_export import files
+from lora_export import files, tensorfile
 from lora_export.checkpoint import CONFIG, open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.head import config_with_heads
+from lora_export.head import config_for_labels, config_with_heads
 from lora_export.lora import Adapter
 
 Inputs = dict[str, torch.Tensor]
@@ -64,6 +67,14 @@ class Model:
         """Seeded inputs of these sizes; symbols that `sizes` lacks keep their traced size."""
         return self.make({**self.sizes, **sizes}, torch.Generator().manual_seed(seed))
 
+    def fingerprint(self) -> str:
+        """The SHA-256 of all weights with their names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def checked_sizes(self, fixed: Mapping[str, int]) -> list[Sizes]:
         """Three sets of sizes that differ from the traced ones in every dynamic axis, but for the `fixed` ones."""
         symbols = sorted({symbol for axes in self.axes.values() for symbol in axes.values()})
@@ -74,14 +85,16 @@ class Model:
         return sets
 
 
-def load(source: str, adapters: Sequence[Adapter] = ()) -> Model:
+def load(source: str, adapters: Sequence[Adapter] = (), *, labels: Sequence[str] = ()) -> Model:
     """Load the model; where the adapters bring a task head, with that head (its weights still fresh).
+
+    With `labels`, a Hugging Face model gets a fresh head that sorts texts into them.
 
     Raises InputRefused for what cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
     if Path(source).is_dir():
-        return _huggingface(Path(source), adapters)
+        return _huggingface(Path(source), adapters, labels)
     place, separator, name = source.rpartition(":")
     if not separator or not place or not name:
         raise InputRefused(
@@ -91,14 +104,41 @@ def load(source: str, adapters: Sequence[Adapter] = ()) -> Model:
     return _from_factory(source, _find_factory(place, name))
 
 
+def with_weights(model: Model, path: Path) -> nn.Module:
+    """A copy of the model's module with the weights of a .safetensors file, all of them and no others."""
+    tensorfile.open_file(path)
+    module = copy.deepcopy(model.module)
+    try:
+        module.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        raise InputRefused(f"{path} does not fit {model.source}: {error}") from error
+    return module
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer that lies in a Hugging Face model's folder. Raises InputRefused where there is none."""
+    if not model.is_huggingface:
+        raise InputRefused(f"{model.source} has no tokenizer: it is no Hugging Face folder. Give arrays (.npz)")
+    transformers = _transformers()
+    with _quiet(transformers):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(model.source, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputRefused(f"{model.source} has no tokenizer: {str(error).splitlines()[0]}") from error
+
+
 # --- Hugging Face -------------------------------------------------------------------------------
 
 
-def _huggingface(folder: Path, adapters: Sequence[Adapter]) -> Model:
+def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]) -> Model:
     open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built from it
     if not (folder / CONFIG).is_file():
         raise InputRefused(f"{folder} has no {CONFIG}: it holds weights, but does not say of which model")
     raw = config_with_heads(files.read_json(folder / CONFIG), adapters)
+    if labels:
+        if not raw.get("architectures"):
+            raise InputRefused(f"{folder / CONFIG} names no architecture, so that I cannot tell its classifier")
+        raw = config_for_labels(raw, labels)
     if "auto_map" in raw:
         raise InputRefused(
             f"{folder / CONFIG} names code of its own (auto_map), which is never run from here. Build the model in a "
@@ -246,7 +286,7 @@ def _named(source: str, module: nn.Module, examples: Any) -> Inputs:
 def _varying_axes(source: str, module: nn.Module, examples: Inputs) -> tuple[Axes, Sizes]:
     """Which axes may vary: found by trying. Axes of one size are taken to vary together.
 
-    The first axis is the batch. Others are called `sizeN`, N being their size in the examples.
+    The first axis is the batch; another is called after the first input that has its size.
     """
     batches = {value.shape[0] for value in examples.values() if value.ndim}
     if len(batches) != 1 or batches == {1}:
@@ -255,9 +295,10 @@ def _varying_axes(source: str, module: nn.Module, examples: Inputs) -> tuple[Axe
             f"(a single row is taken for a constant when a model is traced); here it is {sorted(batches)}"
         )
     symbols: dict[tuple[str, int], str] = {}
+    by_size: dict[int, str] = {}
     for name, value in examples.items():
         for axis, size in enumerate(value.shape):
-            symbols[name, axis] = "batch" if axis == 0 else f"size{size}"
+            symbols[name, axis] = by_size.setdefault(size, f"{name}_axis{axis}") if axis else "batch"
     sizes = {symbol: examples[name].shape[axis] for (name, axis), symbol in symbols.items()}
     generator = torch.Generator().manual_seed(0)
     every: Axes = {name: {axis: symbols[name, axis] for axis in range(value.ndim)} for name, value in examples.items()}

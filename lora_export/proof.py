@@ -29,13 +29,11 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """A verdict with what it takes to repeat it."""
+    """A verdict with what it takes to trust and to repeat it."""
 
     verdict: parity.Verdict
     placement: Placement | None  # None where PyTorch itself ran the candidate
-    environment: Mapping[str, Any]
-    cases: Mapping[str, Mapping[str, tuple[int, ...]]]  # case -> input -> shape
-    seed: int
+    about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
 
     @property
     def exit_code(self) -> int:
@@ -109,8 +107,14 @@ def prove(
         rtol=rtol,
         notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model)],
     )
-    shapes = {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()}
-    return Proof(verdict, placement, runtime.environment(), shapes, seed)
+    about = {
+        **runtime.environment(),
+        "model": model.source,
+        "adapters": {adapter.name: adapter.sha256 for adapter in adapters},
+        "seed": seed,
+        "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
+    }
+    return Proof(verdict, placement, about)
 
 
 def _with_strength(referee: Referee, arrays: Arrays, factor: float, *, has_pairs: bool) -> Arrays:

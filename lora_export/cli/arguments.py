@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from lora_export.lora import Adapter
 
 adapter_weights = click.option(
     "--weight",
@@ -51,3 +56,10 @@ def split_name(argument: str) -> tuple[str | None, Path]:
     if not separator or Path(argument).exists() or "/" in name:
         return None, Path(argument)
     return name, Path(path)
+
+
+def load_adapters(arguments: Sequence[str]) -> list[Adapter]:
+    """The adapters of `-a [NAME=]ADAPTER`, in order."""
+    from lora_export import formats
+
+    return [formats.load(path, name=name) for name, path in map(split_name, arguments)]

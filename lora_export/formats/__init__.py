@@ -8,12 +8,18 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from lora_export import files
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 
 FORMATS = {
     "peft": "lora_export.formats.peft",
 }
+
+
+def recognised(path: Path) -> bool:
+    """Whether this is an adapter of a format that I know. Reads no tensors."""
+    return any(importlib.import_module(module).recognises(path) for module in FORMATS.values())
 
 
 def load(path: str | Path, *, name: str | None = None, format: str | None = None) -> Adapter:
@@ -23,8 +29,7 @@ def load(path: str | Path, *, name: str | None = None, format: str | None = None
     Raises InputRefused for what is missing, damaged, unknown or not supported.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputRefused(f"there is no adapter at {path}")
+    files.must_exist(path, "adapter")
     if format is not None and format not in FORMATS:
         raise InputRefused(f"unknown adapter format {format!r}; known: {', '.join(FORMATS)}")
     candidates = [format] if format else list(FORMATS)

@@ -1,0 +1,111 @@
+"""`lora-export onnx`: a model with its adapters into one ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lora_export.cli.arguments import (
+    adapter_weights,
+    adapters_option,
+    inputs_option,
+    json_option,
+    load_adapters,
+    overwrite_option,
+    provider_option,
+    say,
+)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.onnx")
+@adapters_option
+@adapter_weights
+@click.option(
+    "--lora",
+    "mode",
+    type=click.Choice(["merged", "nodes"]),
+    default="merged",
+    show_default=True,
+    help="Fold the adapters into the weights, or keep A and B as nodes beside them.",
+)
+@inputs_option
+@click.option("--opset", type=click.IntRange(min=18), help="The ONNX operator set (default: the exporter's).")
+@provider_option
+@click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
+@overwrite_option
+@json_option
+def command(
+    model: str,
+    output: Path,
+    adapters: tuple[str, ...],
+    weights: tuple[float, ...],
+    mode: str,
+    inputs_file: Path | None,
+    opset: int | None,
+    provider: str,
+    no_verify: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL to ONNX with its adapters, prove it, and only then publish it.
+
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The base is
+    exported once, in float32, with dynamic batch and sequence; then the adapters are put into the
+    graph.
+    """
+    from lora_export import files, plan, proof
+    from lora_export.cli import proving
+    from lora_export.cli.progress import stages
+    from lora_export.export import to_onnx
+    from lora_export.graph.branches import branch
+    from lora_export.graph.files import save
+    from lora_export.graph.fold import fold
+    from lora_export.graph.sites import find
+    from lora_export.model import load as load_model
+    from lora_export.runtime import OnnxRunner
+
+    loaded = load_adapters(adapters)
+    with (
+        files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        stages() as stage,
+    ):
+        stage("loading the model")
+        base = load_model(model, loaded)
+        stage("exporting the base")
+        program = to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
+        if loaded:
+            stage("finding its weights")
+            sites = find(program)
+            steps = plan.make(loaded, sites.specs, strengths=weights)
+            for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes, *sites.notes]:
+                say(f"note: {note}")
+            stage("folding the adapters in" if mode == "merged" else "weaving the adapters in")
+            (fold if mode == "merged" else branch)(program, sites, steps)
+        record = proving.provenance(base, loaded, weights, {"lora": mode, "opset": opset})
+        stage("writing")
+        save(program, folder, output.name, metadata={"lora_export": json.dumps(record)})
+        result = None
+        if not no_verify:
+            stage("verifying")
+            candidate = OnnxRunner(folder / output.name, provider)
+            result = proof.prove(
+                candidate,
+                base,
+                loaded,
+                strengths=weights,
+                user_inputs=inputs_file,
+                device=provider,
+                step=lambda what: stage(f"verifying, {what}"),
+            )
+            proving.insist(result)
+        record["verdict"] = proving.summary(result)
+        save(program, folder, output.name, metadata={"lora_export": json.dumps(record)})
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "proof": proving.document(result)}))
+    else:
+        proving.show(result)
+        click.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")

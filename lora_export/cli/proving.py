@@ -1,0 +1,74 @@
+"""What `onnx`, `torchscript` and `verify` have in common around a proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_export import __version__, parity, report
+from lora_export.cli.arguments import split_name
+from lora_export.errors import Different, Undecided
+from lora_export.lora import Adapter
+from lora_export.model import Model
+from lora_export.proof import Proof
+
+
+def inputs_of(model: str, adapters: Sequence[str]) -> list[Path]:
+    """The places that an output must keep away from."""
+    places = [Path(model)] if Path(model).exists() else []
+    if ".py:" in model:
+        places.append(Path(model.rpartition(":")[0]))
+    return places + [split_name(adapter)[1] for adapter in adapters]
+
+
+def provenance(
+    base: Model, adapters: Sequence[Adapter], strengths: Sequence[float], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Where an exported file comes from, by hashes."""
+    weights = strengths or (1.0,) * len(adapters)
+    return {
+        "made_by": f"lora-export {__version__}",
+        "base": {"sha256": base.fingerprint()},
+        "adapters": [
+            {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": weight}
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ],
+        "settings": settings,
+    }
+
+
+def summary(proof: Proof | None) -> dict[str, Any]:
+    """The verdict as it is kept in the file itself."""
+    if proof is None:
+        return {"outcome": "not verified", "why": "--no-verify"}
+    shares = [there.figures.share for there in proof.verdict.comparisons if there.figures and there.figures.share]
+    return {
+        "outcome": str(proof.verdict.outcome),
+        "provider": proof.placement.asked if proof.placement else "PyTorch",
+        "error_as_share_of_effect": max(shares, default=None),
+        "versions": {name: proof.about[name] for name in ("torch", "onnxruntime")},
+    }
+
+
+def insist(proof: Proof) -> None:
+    """Raise what the verdict means, unless it is `same`: nothing is published then."""
+    if proof.verdict.same:
+        return
+    kind = Different if proof.verdict.outcome is parity.Outcome.DIFFERENT else Undecided
+    raise kind(f"{proof.verdict}\nNothing was written; --no-verify would publish it all the same.")
+
+
+def document(proof: Proof | None) -> dict[str, Any] | None:
+    """The proof as JSON; None where none was asked for."""
+    return report.document(proof.verdict, proof.placement, proof.about) if proof else None
+
+
+def show(proof: Proof | None) -> None:
+    """The verdict on stdout, in one screen."""
+    if proof is None:
+        click.echo("not verified (--no-verify)")
+    else:
+        report.print_verdict(report.console(), proof.verdict, proof.placement)

@@ -1,0 +1,100 @@
+"""`lora-export torchscript`: a model with its adapters into one TorchScript file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lora_export.cli.arguments import (
+    adapter_weights,
+    adapters_option,
+    inputs_option,
+    json_option,
+    load_adapters,
+    overwrite_option,
+    say,
+)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.pt")
+@adapters_option
+@adapter_weights
+@click.option(
+    "--lora",
+    "mode",
+    type=click.Choice(["merged", "nodes"]),
+    default="merged",
+    show_default=True,
+    help="Fold the adapters into the weights, or keep A and B as branches beside them.",
+)
+@inputs_option
+@click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
+@overwrite_option
+@json_option
+def command(
+    model: str,
+    output: Path,
+    adapters: tuple[str, ...],
+    weights: tuple[float, ...],
+    mode: str,
+    inputs_file: Path | None,
+    no_verify: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Trace MODEL with its adapters to TorchScript, prove it, and only then publish it.
+
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The file carries
+    the names of its inputs in the extra file `lora_export.json`.
+    """
+    import copy
+
+    from lora_export import files, layers, plan, proof
+    from lora_export.cli import proving
+    from lora_export.cli.progress import stages
+    from lora_export.export import save_torchscript, to_torchscript
+    from lora_export.model import load as load_model
+    from lora_export.runtime import ScriptRunner
+
+    loaded = load_adapters(adapters)
+    with (
+        files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        stages() as stage,
+    ):
+        stage("loading the model")
+        base = load_model(model, loaded)
+        module = copy.deepcopy(base.module)
+        if loaded:
+            steps = plan.make(loaded, layers.specs(module), strengths=weights)
+            for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+                say(f"note: {note}")
+            (layers.fold if mode == "merged" else layers.attach)(module, steps)
+        stage("tracing")
+        script = to_torchscript(module, base.examples())
+        record = proving.provenance(base, loaded, weights, {"lora": mode})
+        record["inputs"] = list(base.input_names)
+        stage("writing")
+        save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
+        result = None
+        if not no_verify:
+            stage("verifying")
+            result = proof.prove(
+                ScriptRunner(folder / output.name, base.input_names),
+                base,
+                loaded,
+                strengths=weights,
+                user_inputs=inputs_file,
+                step=lambda what: stage(f"verifying, {what}"),
+            )
+            proving.insist(result)
+        record["verdict"] = proving.summary(result)
+        save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "proof": proving.document(result)}))
+    else:
+        proving.show(result)
+        click.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")

@@ -1,0 +1,1 @@
+"""Executor 3: a plan over an ONNX graph. NumPy and onnx_ir; torch is never imported."""
