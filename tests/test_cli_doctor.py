@@ -86,6 +86,10 @@ def test_the_cpu_provider_really_runs_the_small_model(here):
     assert doctor.Provider(doctor.CPU) in here.providers
 
 
+def test_a_provider_that_does_not_load_here_says_why(here):
+    assert [each for each in here.providers if each.fault == "left out without a word"] == []
+
+
 def test_asking_for_cuda_ends_with_0_exactly_where_cuda_really_runs(here, monkeypatch, capsys):
     pretend(monkeypatch, here)
     code = run(["doctor", "--provider", "cuda"])
@@ -251,7 +255,8 @@ def test_a_package_that_is_installed_but_broken_is_a_line_of_the_report(source, 
 def test_a_package_that_prints_on_import_does_not_garble_the_answer(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     package = module(tmp_path, "chatty", "import os; print('hello'); os.write(1, b'from C\\n')")
-    assert doctor.try_package(package).fault == ""
+    outcome = doctor.try_package(package)
+    assert outcome.fault == "" and "hello" in outcome.words
 
 
 def test_a_package_that_hangs_is_given_up(tmp_path, monkeypatch):
