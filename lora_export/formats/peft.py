@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,23 @@ SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # lea
 
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")  # of a model's config: what a new head means
 
+# Kinds of keys
+A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
 LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
+OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
+UNSUPPORTED_KEYS = {
+    "lora_embedding_": "LoRA on embeddings is not supported yet",
+    "lora_magnitude_vector": "DoRA is not supported yet",
+    "token_adapter": "trained token rows are not supported yet",
+}
 
 
 def recognises(path: Path) -> bool:
     """A folder with PEFT's config: MLX's file of the same name has no `peft_type`."""
     try:
-        return "peft_type" in json.loads((path / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError, TypeError):
-        return (path / CONFIG).is_file()  # damaged, but this format's to complain about
+        return "peft_type" in files.read_json(path / CONFIG)
+    except InputRefused:
+        return (path / CONFIG).exists()  # damaged, but this format's to complain about
 
 
 def read(path: Path, name: str) -> Adapter:
@@ -88,18 +96,23 @@ def read(path: Path, name: str) -> Adapter:
             )
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = tensorfile.open_file(path / WEIGHTS)
-    contents = _Contents.sorted_out(file, config)
-    pairs, biases = _pairs(contents, config, path)
+    keys = _sort_keys(file)
+    pairs, biases = _read_pairs(file, keys, config)
     return Adapter(
         name=name,
         format="peft",
         pairs=pairs,
-        replaced=contents.whole,
+        replaced={tensor: file.read(key) for tensor, key in keys[WHOLE].items()},
         biases=biases,
         targets=_targets(config),
-        spelling=contents.spelling,
+        spelling={
+            **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
+            **keys[WHOLE],
+            **keys[B],
+            **keys[A],
+        },
         metadata=_metadata(path, config),
-        notes=tuple(contents.notes),
+        notes=_notes(keys, config),
         sha256=_sha256([path / CONFIG, path / WEIGHTS]),
     )
 
@@ -159,65 +172,119 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _positive(path: Path, name: str, value: Any) -> None:
     # No default is guessed: a missing alpha would silently become another scale.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
 
 
-@dataclass
-class _Contents:
-    """The tensors of a file by what they are. Filled by `sorted_out`, then only read."""
+def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
+    """The file's keys by their kind (A, B, B_BIAS, WHOLE), and by the module or tensor they belong to."""
+    wrapped = {key for key in file.entries if key.startswith(WRAPPER)}
+    if wrapped and len(wrapped) != len(file.entries):
+        bare = sorted(set(file.entries) - wrapped)
+        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
+    table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, WHOLE)}
+    adapters: set[str] = set()
+    unknown: list[str] = []
+    twins: list[str] = []
+    for key in file.entries:
+        name = key.removeprefix(WRAPPER)
+        match = LOW_RANK_KEY.fullmatch(name)
+        if match:
+            adapters.add(match["adapter"] or "")
+            kind, owner = f"{match['side']}.{match['what']}", match["module"].replace(OUT_PROJ, ".out_proj")
+        else:
+            kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if kind not in table or (kind == WHOLE and ("lora_" in name or "token_adapter" in name)):
+            unknown.append(key)
+        elif owner in table[kind]:
+            twins.append(f"{table[kind][owner]} and {key}")
+        else:
+            table[kind][owner] = key
+    if len(adapters) > 1:
+        names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
+        raise InputRefused(f"{file.path} holds several adapters: {names}")
+    if unknown:
+        why = {text for kind, text in UNSUPPORTED_KEYS.items() if any(kind in key for key in unknown)}
+        told = "; ".join(sorted(why)) or "unknown kinds of tensors"
+        raise InputRefused(f"{file.path}: {told}: {', '.join(sorted(unknown))}")
+    if twins:
+        raise InputRefused(f"{file.path} holds one tensor under two names: {'; '.join(twins)}")
+    return table
 
-    a: dict[str, NDArray[Any]] = field(default_factory=dict)  # module -> A
-    b: dict[str, NDArray[Any]] = field(default_factory=dict)  # module -> B
-    bias: dict[str, NDArray[Any]] = field(default_factory=dict)  # module -> bias of B
-    whole: dict[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> replacement
-    spelling: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
-    @classmethod
-    def sorted_out(cls, file: tensorfile.TensorFile, config: Mapping[str, Any]) -> _Contents:
-        contents = cls()
-        wrapped = {key for key in file.entries if key.startswith(WRAPPER)}
-        if wrapped and len(wrapped) != len(file.entries):
-            bare = sorted(set(file.entries) - wrapped)
-            raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
-        unknown = []
-        adapters = set()
-        for key in file.entries:
-            name = key.removeprefix(WRAPPER)
-            match = LOW_RANK_KEY.fullmatch(name)
-            if match and (match["side"], match["what"]) != ("A", "bias"):
-                adapters.add(match["adapter"])
-                module = match["module"].replace(".base_layer.out_proj", ".out_proj")
-                if module != match["module"]:
-                    contents.notes.append(
-                        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges "
-                        "attention like this; here it is added once"
-                    )
-                table = contents.bias if match["what"] == "bias" else contents.a if match["side"] == "A" else contents.b
-                table[module] = file.read(key)
-                contents.spelling.setdefault(f"{module}.bias" if match["what"] == "bias" else module, key)
-            elif "lora_" in name or "token_adapter" in name:
-                unknown.append(key)
-            else:
-                tensor = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                contents.whole[tensor] = file.read(key)
-                contents.spelling[tensor] = key
-                if not _declared(tensor, config):
-                    contents.notes.append(f"{tensor} is saved whole, undeclared: it replaces the base's tensor")
-        if len(adapters) > 1:
-            raise InputRefused(f"{file.path} holds several adapters: {', '.join(sorted(map(str, adapters)))}")
-        if unknown:
-            kinds = {
-                "lora_embedding_": "LoRA on embeddings is not supported yet",
-                "lora_magnitude_vector": "DoRA is not supported yet",
-                "token_adapter": "trained token rows are not supported yet",
-            }
-            why = {text for kind, text in kinds.items() if any(kind in key for key in unknown)}
-            raise InputRefused(
-                f"{file.path}: {'; '.join(sorted(why)) or 'unknown kinds of tensors'}: {', '.join(sorted(unknown))}"
-            )
-        return contents
+def _read_pairs(
+    file: tensorfile.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+) -> tuple[dict[str, LoraPair], dict[str, NDArray[np.float32]]]:
+    """The pairs, and what is added to biases. Raises InputRefused with everything that is wrong with the tensors."""
+    problems = [f"{module}: lora_A without lora_B" for module in keys[A] if module not in keys[B]]
+    problems += [f"{module}: lora_B without lora_A" for module in keys[B] if module not in keys[A]]
+    problems += [f"{module}: a bias of lora_B without lora_B" for module in keys[B_BIAS] if module not in keys[B]]
+    pairs: dict[str, LoraPair] = {}
+    for module in keys[A]:
+        if module in keys[B]:
+            try:
+                pairs[module] = _pair(module, file.read(keys[A][module]), file.read(keys[B][module]), config)
+            except InputRefused as error:
+                problems.append(f"{module}: {error}")
+    for name, key in [*keys[B_BIAS].items(), *keys[WHOLE].items()]:
+        tensor = file.read(key)
+        bad = tensor.size - np.count_nonzero(np.isfinite(tensor.astype(np.float64)))
+        if bad:
+            what = f"{name}: the bias of B" if name in keys[B_BIAS] else f"{name}:"
+            problems.append(f"{what} holds {bad} values that are not finite (NaN or infinity)")
+    if not file.entries:
+        problems.append("there is no tensor in it")
+    if problems:
+        raise InputRefused(f"{file.path} is refused:\n  " + "\n  ".join(sorted(problems)))
+    biases = {
+        module: np.float32(pairs[module].scale) * file.read(key).astype(np.float32)
+        for module, key in keys[B_BIAS].items()
+    }
+    return pairs, biases
+
+
+def _pair(module: str, a: NDArray[Any], b: NDArray[Any], config: Mapping[str, Any]) -> LoraPair:
+    if (a.ndim, b.ndim) != (2, 2):
+        raise InputRefused(f"A {a.shape}, B {b.shape}: LoRA on convolutions is not supported yet")
+    rank, *_ = *_by_pattern(module, config.get("rank_pattern")), config["r"]
+    alpha, *_ = *_by_pattern(module, config.get("alpha_pattern")), config["lora_alpha"]
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
+    return LoraPair(a=a, b=b, scale=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _by_pattern(module: str, patterns: Mapping[str, Any] | None) -> list[Any]:
+    """The values of the patterns that match the end of the module's name, in the file's order; PEFT takes the first."""
+    values = []
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                values.append(value)
+        except re.error as error:
+            raise InputRefused(f"the pattern {pattern!r} in {CONFIG} is no regular expression: {error}") from error
+    return values
+
+
+def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was decided here and may surprise somebody."""
+    notes = [
+        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges attention like "
+        "this; here it is added once"
+        for module, key in keys[A].items()
+        if OUT_PROJ in key
+    ]
+    # PEFT saves its patterns sorted: where several match, it may have trained with another one.
+    notes += [
+        f"{module}: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does"
+        for module in keys[A]
+        if len(set(_by_pattern(module, config.get("alpha_pattern")))) > 1
+    ]
+    notes += [
+        f"{tensor} is saved whole, undeclared: it replaces the base's tensor"
+        for tensor in keys[WHOLE]
+        if not _declared(tensor, config)
+    ]
+    return tuple(notes)
 
 
 def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
@@ -225,52 +292,6 @@ def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
     if kind == "bias" and config.get("bias", "none") != "none":
         return True
     return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
-
-
-def _pairs(
-    contents: _Contents, config: Mapping[str, Any], path: Path
-) -> tuple[dict[str, LoraPair], dict[str, NDArray[np.float32]]]:
-    problems = [f"{module}: lora_A without lora_B" for module in contents.a if module not in contents.b]
-    problems += [f"{module}: lora_B without lora_A" for module in contents.b if module not in contents.a]
-    problems += [f"{module}: a bias of lora_B without lora_B" for module in contents.bias if module not in contents.b]
-    pairs: dict[str, LoraPair] = {}
-    biases: dict[str, NDArray[np.float32]] = {}
-    for module in contents.a.keys() & contents.b.keys():
-        a, b = contents.a[module], contents.b[module]
-        rank = _by_pattern(module, config.get("rank_pattern"), config["r"])
-        alpha = _by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"])
-        if (a.ndim, b.ndim) != (2, 2):
-            problems.append(f"{module}: A {a.shape}, B {b.shape}: LoRA on convolutions is not supported yet")
-        elif (a.shape[0], b.shape[1]) != (rank, rank):
-            problems.append(f"{module}: A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
-        else:
-            scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-            try:
-                pairs[module] = LoraPair(a=a, b=b, scale=scale)
-            except InputRefused as error:
-                problems.append(f"{module}: {error}")
-            if module in contents.bias:
-                biases[module] = np.float32(scale) * contents.bias[module].astype(np.float32)
-    for name, tensor in contents.whole.items():
-        bad = tensor.size - np.count_nonzero(np.isfinite(tensor.astype(np.float64)))
-        if bad:
-            problems.append(f"{name}: holds {bad} values that are not finite (NaN or infinity)")
-    if not pairs and not contents.whole and not problems:
-        problems.append("there is no tensor in it")
-    if problems:
-        raise InputRefused(f"{path / WEIGHTS} is damaged:\n  " + "\n  ".join(sorted(problems)))
-    return {module: pairs[module] for module in contents.a}, biases
-
-
-def _by_pattern(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """The first pattern, in the file's order, that matches the end of the module's name, as PEFT resolves it."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise InputRefused(f"the pattern {pattern!r} in {CONFIG} is no regular expression: {error}") from error
-    return default
 
 
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,500 @@
+"""PEFT's adapters. PEFT itself wrote them and says what they mean; what we do not understand is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+from handmade import peft_adapter
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from lora_export import formats
+from lora_export.errors import InputRefused
+from lora_export.formats import peft as reader
+from lora_export.lora import Adapter, LoraPair
+
+# --- Real adapters ---
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({n: nn.Linear(4, 4) for n in ("up", "down")}) for _ in range(2)])
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block["down"](block["up"](x)).relu()
+        return self.last(x)
+
+
+def trained(base: nn.Module, **config: Any) -> peft.PeftModel:
+    """PEFT's model with an adapter in which every value is as if trained: none is zero."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model.eval()
+
+
+def read_back(model: peft.PeftModel, folder: Path) -> Adapter:
+    model.save_pretrained(folder)
+    return formats.load(folder)
+
+
+def agrees(adapter: Adapter, model: peft.PeftModel) -> bool:
+    """Whether the adapter has PEFT's pairs, on PEFT's modules, at PEFT's scales; and no others."""
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    return adapter.pairs.keys() == layers.keys() and all(
+        np.array_equal(pair.a, layers[name].lora_A["default"].weight.detach().numpy())
+        and np.array_equal(pair.b, layers[name].lora_B["default"].weight.detach().numpy())
+        and pair.scale == layers[name].scaling["default"]
+        for name, pair in adapter.pairs.items()
+    )
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, list[Any]]:
+    return {name: tensor.tolist() for name, tensor in adapter.replaced.items()}
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 2, "lora_alpha": 7, "target_modules": ["first", "last"]},
+        {"r": 3, "lora_alpha": 7, "target_modules": ["first", "last"], "use_rslora": True},
+        {"r": 2, "lora_alpha": 4, "target_modules": r".*blocks\.\d\.(up|down)"},
+        {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+        {"r": 2, "lora_alpha": 4, "target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"r": 2, "lora_alpha": 4, "target_modules": ["up", "down"], "exclude_modules": ["blocks.0.up"]},
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["first", "up", "down", "last"],
+            "rank_pattern": {r"blocks\.\d\.up": 3, "first": 4},
+            "alpha_pattern": {"blocks.1.up": 5, "irst": 9},  # the second is no module's name
+            "use_rslora": True,
+        },
+        {"r": 2, "lora_alpha": 4, "target_modules": ["first"], "init_lora_weights": "gaussian"},
+    ],
+)
+def test_pairs_and_scales_are_those_that_peft_uses(mlp, tmp_path, config):
+    model = trained(mlp, **config)
+    adapter = read_back(model, tmp_path)
+    assert agrees(adapter, model)
+    assert len({pair.scale for pair in adapter.pairs.values()}) > 1 or "rank_pattern" not in config
+    assert not adapter.replaced and not adapter.biases and not adapter.notes
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_first_pattern_in_the_files_order_decides_and_other_matches_are_told(mlp, tmp_path, order):
+    # PEFT saves its patterns sorted, whatever their order was when it trained: what it reads back is the truth.
+    trained(mlp, r=2, lora_alpha=4, target_modules=["up", "last"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["alpha_pattern"] = dict([("blocks.1.up", 5), (r"blocks\.\d\.up", 6)][::order])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = formats.load(tmp_path)
+    assert agrees(adapter, peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path))
+    assert adapter.pairs["blocks.1.up"].scale == (2.5 if order == 1 else 3)
+    assert adapter.notes == (
+        "blocks.1.up: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does",
+    )
+
+
+def test_targets_are_told_where_the_configs_list_is_the_whole_story(mlp, tmp_path):
+    configs: list[tuple[Any, tuple[str, ...]]] = [
+        ({"target_modules": ["first", "last"]}, ("first", "last")),
+        ({"target_modules": r".*up"}, ()),
+        ({"target_modules": ["up", "down"], "exclude_modules": ["blocks.0.up"]}, ()),
+        ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "blocks"}, ()),
+    ]
+    for number, (config, targets) in enumerate(configs):
+        assert tuple(sorted(read_back(trained(mlp, **config), tmp_path / str(number)).targets)) == targets
+
+
+def test_an_adapter_stored_in_low_precision_is_read_exactly(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first"])
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        rounded = {name: tensor.astype(dtype) for name, tensor in stored.items()}
+        save_file(rounded, tmp_path / "adapter_model.safetensors")
+        pair = formats.load(tmp_path).pairs["first"]
+        assert np.array_equal(pair.a, rounded["base_model.model.first.lora_A.weight"].astype(np.float32))
+        assert pair.a.dtype == np.float32
+
+
+@pytest.mark.parametrize(("bias", "saved"), [("lora_only", ["last"]), ("all", ["first", "last"])])
+def test_trained_biases_replace_the_bases(mlp, tmp_path, bias, saved):
+    model = trained(mlp, r=2, target_modules=["last"], bias=bias)
+    adapter = read_back(model, tmp_path)
+    merged = model.merge_and_unload().state_dict()
+    names = [f"{name}.bias" for name in saved]
+    assert agrees(adapter, trained(mlp, r=2, target_modules=["last"], bias=bias))
+    if bias == "all":
+        names += [f"blocks.{block}.{layer}.bias" for block in range(2) for layer in ("up", "down")]
+    assert whole_tensors(adapter) == {name: merged[name].tolist() for name in names}
+    assert not adapter.notes  # declared in the config: nothing to wonder about
+
+
+def test_the_bias_of_b_shifts_the_bases_at_the_pairs_scale(mlp, tmp_path):
+    model = trained(mlp, r=2, lora_alpha=8, target_modules=["last"], lora_bias=True)
+    adapter = read_back(model, tmp_path)
+    assert adapter.biases.keys() == {"last"}
+    shift = 4 * model.base_model.model.last.lora_B["default"].bias.detach().numpy()
+    assert np.array_equal(adapter.biases["last"], shift)
+    assert adapter.spelled("last.bias") == "base_model.model.last.lora_B.bias"
+
+
+def test_fully_trained_modules_replace_the_bases(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
+    adapter = read_back(model, tmp_path)
+    merged = model.merge_and_unload().state_dict()
+    assert whole_tensors(adapter) == {name: merged[name].tolist() for name in ("last.weight", "last.bias")}
+    assert adapter.spelled("last.weight") == "base_model.model.last.weight"
+    assert not adapter.notes
+
+
+def test_a_bert_with_a_trained_head_is_read_whole(tmp_path):
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(config)
+    model = trained(base, r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    adapter = read_back(model, tmp_path)
+    assert agrees(adapter, model)
+    assert "bert.encoder.layer.1.attention.self.value" in adapter.pairs
+    merged = model.merge_and_unload().state_dict()
+    names = ("classifier.weight", "classifier.bias")  # PEFT adds the head of a classification task by itself
+    assert whole_tensors(adapter) == {name: merged[name].tolist() for name in names}
+    assert not adapter.notes
+    assert adapter.metadata["task_type"] == "SEQ_CLS"
+    assert (adapter.metadata["r"], adapter.metadata["lora_alpha"]) == (4, 8)
+    assert adapter.metadata["peft_version"] == peft.__version__
+
+
+def test_packed_attention_counts_its_output_projection_once_and_says_so_once(tmp_path):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(4, 2)
+
+    adapter = read_back(trained(Net(), r=2, target_modules=["attn"]), tmp_path)
+    assert {name: pair.shape for name, pair in adapter.pairs.items()} == {"attn": (12, 4), "attn.out_proj": (4, 4)}
+    assert len(adapter.notes) == 1
+    assert adapter.notes[0].startswith("attn.out_proj: PEFT up to 0.21 adds the output projection's change twice")
+
+
+def test_names_without_the_wrappers_prefix_and_with_an_adapters_name_are_read_alike(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
+    adapter = read_back(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    spellings: list[Callable[[str], str]] = [
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
+        lambda name: name.replace("model.last.", "model.last.modules_to_save."),
+    ]
+    for spelling in spellings:
+        save_file({spelling(name): tensor for name, tensor in stored.items()}, tmp_path / "adapter_model.safetensors")
+        other = formats.load(tmp_path)
+        assert {name: pair.delta().tolist() for name, pair in other.pairs.items()} == {
+            name: pair.delta().tolist() for name, pair in adapter.pairs.items()
+        }
+        assert whole_tensors(other).keys() >= {"last.bias"}
+
+
+def test_an_undeclared_whole_tensor_is_taken_with_a_note(tmp_path):
+    # What PEFT does by itself after resizing the embeddings.
+    adapter = formats.load(
+        peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, {"embed.weight": np.ones((2, 1))}, modules_to_save=None)
+    )
+    assert adapter.notes == ("embed.weight is saved whole, undeclared: it replaces the base's tensor",)
+
+
+def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path):
+    peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
+    model = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}, "hidden_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    kept = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}}
+    assert formats.load(tmp_path).metadata["model_config"] == kept
+
+
+def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_config_and_weights(tmp_path):
+    peft_adapter(tmp_path / "mine", {"fc": ([[1]], [[1]])})
+    (tmp_path / "link").symlink_to("mine")
+    one, two = formats.load(tmp_path / "link"), formats.load(tmp_path / "mine", name="other")
+    assert (one.name, two.name, one.format) == ("mine", "other", "peft")
+    assert one.sha256 == two.sha256
+    peft_adapter(tmp_path / "mine", {"fc": ([[1]], [[1]])}, lora_alpha=2)
+    assert formats.load(tmp_path / "mine").sha256 != one.sha256
+
+
+# --- Writing ---
+
+
+def test_peft_loads_what_we_write_and_computes_the_same(mlp, tmp_path):
+    model = trained(mlp, r=2, lora_alpha=8, target_modules=["first", "up"], modules_to_save=["last"])
+    adapter = read_back(model, tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    reader.write(adapter, tmp_path / "ours", rank=2, alpha=8, targets=["up", "first"], task_type=None)
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path / "ours").eval()
+    x = torch.randn(5, 3)
+    assert torch.equal(reloaded(x), model(x))
+    assert not torch.allclose(reloaded(x), mlp(x), atol=0.1)
+    again = formats.load(tmp_path / "ours")
+    assert agrees(again, model)
+    assert whole_tensors(again) == whole_tensors(adapter)
+
+
+def test_the_config_we_write_is_told_what_it_does_not_know(tmp_path):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    reader.write(adapter, tmp_path, rank=1, alpha=2, targets=["fc"], task_type="SEQ_CLS", lora_dropout=0.1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["task_type"], config["lora_dropout"], config["modules_to_save"]) == ("SEQ_CLS", 0.1, None)
+    assert formats.load(tmp_path).pairs["fc"].scale == 2
+
+
+# --- Refusals ---
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputRefused) as refused:
+        formats.load(folder)
+    return str(refused.value).replace(str(folder), "ADAPTER")
+
+
+def simple(folder: Path, **config: Any) -> Path:
+    return peft_adapter(folder, {"fc": ([[1, 2]], [[1], [2], [3]])}, **config)
+
+
+def with_tensors(folder: Path, tensors: Mapping[str, Any], **config: Any) -> Path:
+    """The simple adapter with other tensors; None takes one away."""
+    simple(folder, **config)
+    stored = load_file(folder / "adapter_model.safetensors") | tensors
+    kept = {name: np.asarray(value, np.float32) for name, value in stored.items() if value is not None}
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
+
+
+A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "use_dora: DoRA is not supported yet"),
+        ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
+        ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
+        ({"target_parameters": ["experts.up"]}, "target_parameters: LoRA on bare parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices: trained token rows are not supported yet"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
+        ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
+        ({"monteclora_config": {"a": 1}}, "monteclora_config: MonteCLoRA is not supported"),
+        ({"velora_config": {"a": 1}}, "velora_config: VeLoRA is not supported"),
+        ({"megatron_config": {"a": 1}}, "megatron_config: Megatron layers are not supported"),
+        ({"kasa_config": {"a": 1}}, "kasa_config: KaSA changes the base weights; convert the adapter"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: LoftQ changes the base weights"),
+        ({"corda_config": {"a": 1}}, "corda_config: CorDA changes the base weights"),
+        ({"lora_ga_config": {"a": 1}}, "lora_ga_config: LoRA-GA changes the base weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base weights"),
+        ({"next_years_idea": 0.5, "and_another": [1]}, "unknown fields: and_another, next_years_idea"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is supported"),
+        ({"peft_type": None}, "peft_type is None; only LORA is supported"),
+        ({"rank_pattern": [1]}, "rank_pattern is not a table"),
+        ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
+        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
+        ({"alpha_pattern": {"(": 8}}, "the pattern '(' in adapter_config.json is no regular expression"),
+    ],
+)
+def test_what_changes_the_meaning_and_is_not_understood_is_refused_by_name(tmp_path, config, message):
+    assert message in refusal(simple(tmp_path, **config))
+
+
+def test_everything_that_is_refused_in_a_config_is_told_at_once(tmp_path):
+    told = refusal(simple(tmp_path, use_dora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
+    assert all(name in told for name in ("use_dora", "layer_replication", "surprise", "init_lora_weights"))
+
+
+@pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
+def test_what_is_switched_off_is_no_reason_to_refuse(tmp_path, config):
+    assert formats.load(simple(tmp_path, **config)).pairs.keys() == {"fc"}
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", [0, -8, "8", True, None, float("nan"), float("inf"), 10**400])
+def test_a_rank_or_alpha_that_is_no_positive_number_is_refused(tmp_path, field, value):
+    assert refusal(simple(tmp_path, **{field: value})) == (
+        f"ADAPTER/adapter_config.json: {field} is {value!r}; it must be a positive number"
+    )
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_no_default_is_guessed_for_a_missing_rank_or_alpha(tmp_path, field):
+    simple(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config[field]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert f"{field} is None" in refusal(tmp_path)
+
+
+def test_ranks_that_disagree_are_told_with_all_numbers(tmp_path):
+    assert refusal(simple(tmp_path, r=2)) == (
+        "ADAPTER/adapter_model.safetensors is refused:\n  fc: A (1, 2) and B (3, 1) disagree with the config's rank 2"
+    )
+    told = refusal(with_tensors(tmp_path, {B_KEY: np.ones((3, 2))}))
+    assert told.endswith("  fc: A (1, 2) and B (3, 2) disagree with the config's rank 1")
+
+
+def test_halves_of_pairs_are_all_listed(tmp_path):
+    wrapper = "base_model.model."
+    tensors = {
+        B_KEY: None,
+        f"{wrapper}other.lora_B.weight": [[1]],
+        f"{wrapper}third.lora_B.bias": [1],
+    }
+    assert refusal(with_tensors(tmp_path, tensors)) == (
+        "ADAPTER/adapter_model.safetensors is refused:\n"
+        "  fc: lora_A without lora_B\n"
+        "  other: lora_B without lora_A\n"
+        "  third: a bias of lora_B without lora_B"
+    )
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_with_their_module_and_count(tmp_path, poison):
+    tensors = {A_KEY: [[1, poison]], "base_model.model.head.weight": [poison, 1, poison]}
+    told = refusal(with_tensors(tmp_path, tensors, modules_to_save=["head"]))
+    assert told.splitlines()[1:] == [
+        "  fc: A holds 1 values that are not finite (NaN or infinity)",
+        "  head.weight: holds 2 values that are not finite (NaN or infinity)",
+    ]
+
+
+def test_the_bias_of_b_must_be_finite_too(tmp_path):
+    told = refusal(with_tensors(tmp_path, {"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, lora_bias=True))
+    assert "  fc: the bias of B holds 1 values that are not finite" in told
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["emb.lora_embedding_A", "emb.lora_embedding_B"], "LoRA on embeddings is not supported yet: "),
+        (["fc.lora_magnitude_vector"], "DoRA is not supported yet: "),
+        (["emb.token_adapter.trainable_tokens_delta"], "trained token rows are not supported yet: "),
+        (["fc.lora_C.weight"], "unknown kinds of tensors: "),
+        (["fc.lora_A.bias"], "unknown kinds of tensors: "),
+    ],
+)
+def test_tensors_of_unknown_kinds_are_refused_and_listed(tmp_path, keys, message):
+    keys = [f"base_model.model.{key}" for key in keys]
+    told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
+    assert told == f"ADAPTER/adapter_model.safetensors: {message}{', '.join(keys)}"
+
+
+def test_convolutions_are_refused(tmp_path):
+    told = refusal(with_tensors(tmp_path, {A_KEY: np.ones((1, 2, 3, 3)), B_KEY: np.ones((3, 1, 1, 1))}))
+    assert "fc: A (1, 2, 3, 3), B (3, 1, 1, 1): LoRA on convolutions is not supported yet" in told
+
+
+def test_keys_with_and_without_the_wrappers_prefix_are_not_guessed_about(tmp_path):
+    told = refusal(with_tensors(tmp_path, {"fd.lora_A.weight": [[1]], "fd.lora_B.weight": [[1]]}))
+    assert told.endswith("some keys start with `base_model.model.`, these do not: fd.lora_A.weight, fd.lora_B.weight")
+
+
+def test_several_adapters_in_one_file_are_refused(tmp_path):
+    tensors = {f"base_model.model.fc.lora_{side}.second.weight": [[1]] for side in "AB"}
+    assert refusal(with_tensors(tmp_path, tensors)).endswith("holds several adapters: one without a name, second")
+
+
+def test_two_keys_for_one_tensor_are_refused(tmp_path):
+    keys = ["base_model.model.head.modules_to_save.weight", "base_model.model.head.weight"]
+    told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
+    assert told.endswith(f"holds one tensor under two names: {keys[0]} and {keys[1]}")
+
+
+def test_an_adapter_without_tensors_is_refused(tmp_path):
+    assert refusal(with_tensors(tmp_path, {A_KEY: None, B_KEY: None})).endswith("there is no tensor in it")
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.mkdir, (str(self.path),)  # type: ignore[return-value]
+
+
+def test_a_pickle_is_refused_and_its_payload_does_not_run(tmp_path):
+    adapter = simple(tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
+    told = refusal(adapter)
+    assert told.startswith("ADAPTER/adapter_model.bin is a pickle, which can run code when it is opened.")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path):
+    adapter = simple(tmp_path / "adapter")
+    os.truncate(adapter / "adapter_model.safetensors", 100)
+    assert "ADAPTER/adapter_model.safetensors is no safetensors file, or it was cut short" in refusal(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    assert refusal(adapter) == "ADAPTER has no adapter_model.safetensors"
+    (adapter / "adapter_config.json").write_text("{")
+    assert "ADAPTER/adapter_config.json is not JSON" in refusal(adapter)
+    (adapter / "adapter_config.json").unlink()
+    (adapter / "adapter_config.json").mkdir()
+    assert refusal(adapter) == "ADAPTER/adapter_config.json is not a regular file"
+
+
+def test_a_config_that_names_a_key_twice_is_refused(tmp_path):
+    adapter = simple(tmp_path)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "r": 16}')
+    assert refusal(adapter) == "ADAPTER/adapter_config.json names r more than once"
+
+
+# --- Recognising ---
+
+
+def test_what_is_no_adapter_is_told(tmp_path):
+    assert refusal(tmp_path / "none") == "there is no adapter at ADAPTER"
+    assert refusal(tmp_path).startswith("ADAPTER is no adapter that I know. A PEFT adapter is a folder with")
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')  # MLX's, of the same name
+    assert not formats.recognised(tmp_path)
+    assert "is no adapter that I know" in refusal(tmp_path)
+    (tmp_path / "file").touch()
+    assert not formats.recognised(tmp_path / "file")
+
+
+def test_a_format_can_be_named(tmp_path):
+    assert formats.load(simple(tmp_path), format="peft").format == "peft"
+    with pytest.raises(InputRefused, match="unknown adapter format 'tarot'; known: peft"):
+        formats.load(tmp_path, format="tarot")
