@@ -17,6 +17,8 @@ CLASS_ENDINGS = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
+# BertModel, BertForMaskedLM, BertLMHeadModel -> Bert
+CLASS_ENDING = re.compile(r"(((With)?LMHead|DoubleHeads|Encoder)?Model|For[A-Z]\w*)$")
 # Where transformers' classifiers keep the matrix that has one row a label
 LABEL_ROWS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
@@ -26,7 +28,7 @@ def config_with_heads(config: Mapping[str, Any], adapters: Sequence[Adapter]) ->
     result = dict(config)
     for adapter in adapters:
         if adapter.replaced and config:
-            result |= _architecture(result, adapter) | _labels(adapter)
+            result |= _architecture(result, adapter) | _labels(result, adapter)
     return result
 
 
@@ -40,18 +42,17 @@ def _architecture(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]
     ending = CLASS_ENDINGS.get(str(adapter.metadata.get("task_type")))
     if recorded:
         return {"architectures": recorded}
-    if not ending or not config.get("architectures"):
-        return {}
-    return _class_ending_with(config, ending)
+    return _class_ending_with(config, ending) if ending else {}
 
 
 def _class_ending_with(config: Mapping[str, Any], ending: str) -> dict[str, Any]:
-    # BertModel, BertForMaskedLM -> Bert
-    stem = re.sub(r"(Model|For[A-Z]\w*)$", "", config["architectures"][0])
-    return {"architectures": [stem + ending]}
+    match config.get("architectures"):
+        case [str(name), *_]:
+            return {"architectures": [CLASS_ENDING.sub("", name) + ending]}
+    return {}
 
 
-def _labels(adapter: Adapter) -> dict[str, Any]:
+def _labels(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     recorded = adapter.metadata.get("model_config", {})
     if recorded.get("id2label"):
         return {key: recorded[key] for key in ("id2label", "label2id", "problem_type") if key in recorded}
@@ -59,6 +60,8 @@ def _labels(adapter: Adapter) -> dict[str, Any]:
         (tensor.shape[0] for end in LABEL_ROWS for name, tensor in adapter.replaced.items() if name.endswith(end)), None
     )
     if rows is None or adapter.metadata.get("task_type") not in CLASS_ENDINGS:
+        return {}
+    if len(config.get("id2label") or ()) == rows:  # the base has this head already, and its labels have names
         return {}
     return _label_fields([f"LABEL_{number}" for number in range(rows)])  # transformers' names where nobody gave any
 
