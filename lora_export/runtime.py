@@ -69,10 +69,10 @@ class ModuleRunner:
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass. Floats go in and come out in the module's own dtype."""
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+        made = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()}
+        made = {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
         with torch.no_grad(), _tf32_off():
-            made = {
-                name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()
-            }
             outputs = named_outputs(self.module(**made))
         self.names_known = outputs_have_names(outputs)
         return {name: _to_numpy(value) for name, value in outputs.items()}

@@ -1,0 +1,67 @@
+"""A user's own model, as a factory file would hold it: a small CNN before a transformer encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Spotter(nn.Module):
+    """Classifies short signals: (batch, 4, length) -> (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 16, kernel_size=3, padding=1)
+        layer = nn.TransformerEncoderLayer(16, nhead=2, dim_feedforward=32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.conv(signal).transpose(1, 2)).mean(1))
+
+
+class Scaled(nn.Module):
+    """Two inputs of one length: (batch, length, 8) rows, weighted by (batch, length)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.tanh(self.dense(rows)) * weights[..., None]
+        return hidden, hidden.sum(1)
+
+
+def spotter() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Spotter(), torch.randn(2, 4, 9)
+
+
+def scaled() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Scaled(), {"rows": torch.randn(2, 5, 8), "weights": torch.rand(2, 5)}
+
+
+def without_examples() -> nn.Module:
+    return Scaled()
+
+
+def single_row() -> tuple[nn.Module, torch.Tensor]:
+    return Spotter(), torch.randn(1, 4, 9)
+
+
+def no_module() -> str:
+    return "spotter"
+
+
+def wrong_examples() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Spotter(), {"sound": torch.randn(2, 4, 9)}
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, -1)
+
+
+def fixed_batch() -> tuple[nn.Module, torch.Tensor]:
+    return FixedBatch(), torch.randn(2, 3)
