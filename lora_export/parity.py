@@ -43,7 +43,7 @@ FEW_ELEMENTS = 10
 FEW_EPS = 4  # what a last rounding and a sum in another order may cost the worst element
 LARGEST_SHARE = 0.1  # of the adapter's effect that the error may be
 NUDGE = 1.01
-SHOWN = 8  # outputs, and reasons, that a verdict prints; it holds all of them
+SHOWN = 5  # outputs, and reasons, that a verdict prints; it holds all of them
 
 
 class Outcome(StrEnum):

@@ -593,7 +593,7 @@ def test_a_verdict_prints_a_screen_and_holds_everything() -> None:
     verdict = judge([case])
     assert len(verdict.reasons) == 20 and len(verdict.comparisons) == 21
     text = str(verdict)
-    assert "and 12 reasons more" in text and "13 outputs more, each farther from its limits" in text
+    assert "and 15 reasons more" in text and "16 outputs more, each farther from its limits" in text
     assert text.startswith("different: 21 outputs in 1 case, float32\n")
 
 
