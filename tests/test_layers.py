@@ -348,6 +348,15 @@ def test_a_conv1d_computes_its_weight_and_its_branch() -> None:
     assert equal(model(X.expand(2, 1, 3)), torch.tensor([[[8.0, 16.0]], [[8.0, 16.0]]]))
 
 
+def test_the_forward_of_a_conv1d_does_not_merge() -> None:
+    model = nn.Sequential(Conv1D(1, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1e8], [-1e8]]))
+    pair = LoraPair(a=np.ones((1, 2)), b=np.ones((1, 1)), scale=1.0)
+    layers.attach(model, plan_for(model, an_adapter({"0": pair})))
+    assert equal(model(torch.ones(1, 2)), torch.tensor([[2.0]]))
+
+
 def test_gpt2_is_w_plus_sba() -> None:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
@@ -407,8 +416,8 @@ def test_only_a_b_and_whole_tensors_get_gradients() -> None:
 
 def test_an_adapter_attached_to_be_used_is_not_trained() -> None:
     model = a_model()
-    layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {"0.weight", "0.bias"}
+    layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, replaced={"0.bias": np.zeros(2, np.float32)})))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {"0.weight"}
 
 
 def test_a_b_and_the_branch_stay_in_fp32_beside_low_precision() -> None:
@@ -418,6 +427,14 @@ def test_a_b_and_the_branch_stay_in_fp32_beside_low_precision() -> None:
     assert model.state_dict()["0.lora_A.default"].dtype is torch.float32
     assert model(X.bfloat16()).dtype is torch.bfloat16
     assert model[0].weight.dtype is torch.bfloat16
+
+
+def test_a_weight_in_low_precision_is_read_summed_in_fp32_and_rounded_once() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
+    nn.init.constant_(model[0].weight, 256)
+    pair = LoraPair(a=np.ones((1, 1)), b=np.ones((1, 1)), scale=1 + 2**-8)  # as bf16 it is 1, and 257 becomes 256
+    layers.attach(model, plan_for(model, an_adapter({"0": pair})))
+    assert equal(model[0].weight.detach(), torch.tensor([[258.0]], dtype=torch.bfloat16))
 
 
 def test_trainable_parameters_are_counted_in_one_call() -> None:
