@@ -600,12 +600,12 @@ def _doubts(f: Figures) -> dict[str, str]:
     for control in f.controls:
         if control.told or not control.required:
             continue
-        gates = "the same gates"
+        gates = "the gates: they are too wide to judge this output, or the adapter does too little to it"
         if control.name == "tolerance":
-            gates = f"the tolerance, which is wider than the adapter's effect ({f.effect:.3g}): narrow it or drop it"
+            gates = f"the tolerance: it is wider than the adapter's effect ({f.effect:.3g}). Narrow it or drop it"
         texts[control.name] = (
-            f"control `{control.name}`: {CONTROLS[control.name]} passes {gates} (its error is {control.error:.3g}, "
-            f"PyTorch's own {f.deployed_error:.3g})"
+            f"control `{control.name}`: {CONTROLS[control.name]} (off by {control.error:.3g}; PyTorch's own error is "
+            f"{f.deployed_error:.3g}) passes {gates}"
         )
     return texts
 
@@ -739,7 +739,7 @@ def _log_softmax(x: Wide) -> Wide:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
+    return f"{100 * share:.2g} %" if share < 0.99 else f"{100 * share:.0f} %"
 
 
 def _count(number: int, what: str) -> str:

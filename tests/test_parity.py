@@ -294,7 +294,7 @@ def test_only_the_control_sees_gates_so_wide_that_louder_adapters_pass(monkeypat
     verdict = judge([case], perturbed=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
     assert [reason.gate for reason in verdict.reasons] == ["louder"]
-    assert "the model with every scale x 1.1 passes the same gates" in str(verdict)
+    assert "the model with every scale x 1.1 (off by 0.1; PyTorch's own error is 0.08) passes the gates" in str(verdict)
     monkeypatch.setattr(parity, "_passes", lambda *_: False)
     assert judge([case]).same
 
@@ -583,6 +583,13 @@ def test_logits_report_agreement_and_divergence() -> None:
 def test_other_outputs_report_no_agreement() -> None:
     figures = judge([make()]).comparisons[0].figures
     assert figures is not None and figures.top1 is None and figures.kl is None
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(4.2e-6, "0.00042 %"), (0.1, "10 %"), (0.9996, "100 %"), (12.34, "1234 %")]
+)
+def test_shares_are_printed_in_percent(share: float, text: str) -> None:
+    assert parity._percent(share) == text
 
 
 def test_a_verdict_prints_a_screen_and_holds_everything() -> None:
