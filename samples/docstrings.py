@@ -7,6 +7,7 @@ and nothing is downloaded.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ PACKAGES = (
     "xml",
 )
 SHORTEST = 5  # words
+MOST = 120  # texts a package: classes of one size, and a demo that ends soon
 
 
 def docstrings(package: Path) -> Iterator[str]:
@@ -37,14 +39,17 @@ def docstrings(package: Path) -> Iterator[str]:
                 yield " ".join(text.split())
 
 
+def _shuffled(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write(path: Path) -> int:
     """Write {"text": docstring, "label": package} lines; returns how many."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    rows = [
-        {"text": text, "label": package}
-        for package in PACKAGES
-        for text in sorted(set(docstrings(stdlib / package)))  # a text that stands in two files is one example
-        if len(text.split()) >= SHORTEST
-    ]
+    rows = []
+    for package in PACKAGES:
+        # A text that stands in two files is one example, and which ones are taken depends on the text alone.
+        texts = sorted({text for text in docstrings(stdlib / package) if len(text.split()) >= SHORTEST}, key=_shuffled)
+        rows += [{"text": text, "label": package} for text in texts[:MOST]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
