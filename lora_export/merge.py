@@ -7,12 +7,13 @@ summed and written in blocks of rows, so that memory does not grow with the mode
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lora_export import __version__, files, tensorfile
 from lora_export.checkpoint import CONFIG, PROVENANCE, Checkpoint
 from lora_export.errors import InputRefused
 from lora_export.head import config_with_heads
+from lora_export.ledger import StepResult, Tally
 from lora_export.lora import add
 from lora_export.plan import FLOATS, Plan, Step
 from lora_export.tensorfile import Entry, TensorFile
@@ -35,18 +37,6 @@ LOW_RETENTION = 0.9  # below this a result is worth a warning
 MIN_RETENTION = 0.5  # below this it is refused unless the user says otherwise
 
 Progress = Callable[[int], None]  # hears how many bytes of output have been written since the last call
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What became of one weight, measured on what was written (numerics: what rounding does to a merge)."""
-
-    weight: str
-    relative_change: float  # ‖ΔW‖ / ‖W‖
-    retention: float  # <W'-W, ΔW> / ‖ΔW‖²: how much of the change arrived
-    noise: float  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
-    changed: int  # entries whose stored value is another one now
-    elements: int
 
 
 @dataclass(frozen=True)
@@ -85,38 +75,35 @@ def merge_checkpoint(
     changes meanwhile, or a weight keeps less than `min_retention` of its change.
     """
     begun = time.perf_counter()
-    _refuse_second_merge(plan, base)
+    refuse_second_merge(plan, base)
     record = provenance(plan, base, {"dtype": dtype or "keep", "min_retention": min_retention})
-    target = np.dtype(dtype) if dtype else None
+    own = {} if base.is_folder else {PROVENANCE: json.dumps(record)}
+    moves = _moves(plan, base, dtype)
     results: list[StepResult] = []
-    copied = 0
-    names = list(base.shards)
-    weight_map: dict[str, str] = {}
-    for name in names:
-        added = [step for step in plan.steps if step.added] if name == names[-1] else []
-        metadata = dict(base.shards[name].metadata) or {"format": "pt"}
-        if not base.is_folder:
-            metadata[PROVENANCE] = json.dumps(record)
-        writer = _ShardWriter(base.shards[name], plan, added, target, progress)
+    written: dict[str, TensorFile] = {}
+    for name, source in base.shards.items():
         path = stage / (name if base.is_folder else file_name)
-        copied += writer.write(path, metadata)
-        results += writer.results
-        weight_map |= dict.fromkeys(tensorfile.open_file(path).entries, name)
+        results += _write_shard(path, source, moves[name], {"format": "pt", **source.metadata, **own}, progress)
+        written[name] = tensorfile.open_file(path)
     _refuse_faint(results, min_retention)
-    for shard in base.shards.values():
-        if not shard.unchanged():
-            raise InputRefused(f"{shard.path} changed while it was being merged. Nothing was written.")
-    written = sum(path.stat().st_size for path in stage.iterdir())
+    for source in base.shards.values():
+        if not source.unchanged():
+            raise InputRefused(f"{source.path} changed while it was being merged. Nothing was written.")
     if base.is_folder:
-        _write_companions(plan, base, stage, weight_map, written, dtype)
+        _write_companions(plan, base, stage, written, dtype)
         files.write_manifest(stage, record)
     return MergeReport(
         results=tuple(results),
-        copied=copied,
-        bytes=written,
+        copied=sum(move.nbytes for name in moves for move in moves[name] if move.is_copy),
+        bytes=sum(file.size for file in written.values()),
         replaced=sum(step.replace is not None for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
+
+
+def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
+    """How many bytes of tensors a merge writes."""
+    return sum(move.nbytes for moves in _moves(plan, base, dtype).values() for move in moves)
 
 
 def provenance(plan: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +120,8 @@ def provenance(plan: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> dic
     }
 
 
-def _refuse_second_merge(plan: Plan, base: Checkpoint) -> None:
+def refuse_second_merge(plan: Plan, base: Checkpoint) -> None:
+    """Raise InputRefused where one of the plan's adapters is in the base already."""
     merged = {adapter.get("sha256"): adapter.get("name") for adapter in base.history}
     for adapter in plan.adapters:
         if adapter.sha256 and adapter.sha256 in merged:
@@ -143,7 +131,7 @@ def _refuse_second_merge(plan: Plan, base: Checkpoint) -> None:
             )
 
 
-def _refuse_faint(results: list[StepResult], min_retention: float) -> None:
+def _refuse_faint(results: Sequence[StepResult], min_retention: float) -> None:
     lost = [result for result in results if result.retention < min_retention]
     if lost:
         lines = [f"  {r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
@@ -155,106 +143,74 @@ def _refuse_faint(results: list[StepResult], min_retention: float) -> None:
         )
 
 
-class _ShardWriter:
-    """Writes one file of the output, in order, and counts as it goes."""
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """One tensor of the output: what it is, where in the base it comes from, and what happens to it on the way."""
 
-    def __init__(
-        self,
-        source: TensorFile,
-        plan: Plan,
-        added: list[Step],
-        dtype: np.dtype[Any] | None,
-        progress: Progress,
-    ):
-        self.source, self.plan, self.added, self.progress = source, plan, added, progress
-        self.dtype = dtype
-        self.results: list[StepResult] = []
-        self.copied = 0
+    old: Entry  # of an added tensor: no bytes
+    step: Step | None  # None: nothing but, perhaps, another dtype
+    name: str
+    dtype: np.dtype[Any]
 
-    def write(self, path: Path, metadata: Mapping[str, str]) -> int:
-        """Write the file; returns how many bytes were copied unchanged."""
-        old = list(self.source.entries.values())
-        shapes = [(self.plan.output_name(entry.name), self._stored(entry.dtype), entry.shape) for entry in old]
-        for step in self.added:
-            assert step.replace is not None
-            shapes.append((self.plan.output_name(step), self._stored(step.replace.dtype), step.spec.shape))
-        header, new = tensorfile.layout(shapes, metadata)
-        with self.source.path.open("rb") as source, path.open("xb") as target:
-            self.read_fd, self.write_fd = source.fileno(), target.fileno()
-            os.pwrite(self.write_fd, header, 0)
-            for run in _runs(zip(old, new, strict=False), self._is_kept):
-                self._copy(run[0][0].start, run[0][1].start, run[-1][0].stop - run[0][0].start)
-            for entry, place in zip(old, new, strict=False):
-                if not self._is_kept(entry, place):
-                    self._change(entry, place)
-            for step, place in zip(self.added, new[len(old) :], strict=True):
-                self._replace(step, place)
-        return self.copied
+    @property
+    def is_copy(self) -> bool:
+        return self.step is None and self.old.dtype == self.dtype
 
-    def _stored(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return self.dtype if self.dtype is not None and str(dtype) in FLOATS else dtype
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.old.shape) * self.dtype.itemsize
 
-    def _is_kept(self, entry: Entry, place: Entry) -> bool:
-        return entry.name not in self.plan.by_weight and entry.dtype == place.dtype
 
-    def _copy(self, start: int, place: int, count: int) -> None:
-        self.copied += count
+def _moves(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, list[_Move]]:
+    """Every tensor of the output, by its file, in the order of the base's bytes; the added ones last."""
+
+    def stored(own: np.dtype[Any]) -> np.dtype[Any]:
+        return np.dtype(dtype) if dtype and str(own) in FLOATS else own
+
+    moves = {
+        name: [
+            _Move(entry, plan.by_weight.get(entry.name), plan.output_name(entry.name), stored(entry.dtype))
+            for entry in source.entries.values()
+        ]
+        for name, source in base.shards.items()
+    }
+    for step in plan.steps:
+        if step.added and step.replace is not None:
+            nowhere = Entry(step.weight, step.replace.dtype, step.spec.shape, 0, 0)
+            moves[list(moves)[-1]].append(_Move(nowhere, step, plan.output_name(step), stored(nowhere.dtype)))
+    return moves
+
+
+@dataclass(frozen=True)
+class _Pipe:
+    """From one file to another, by position."""
+
+    source: Path
+    read_fd: int
+    write_fd: int
+    progress: Progress
+
+    def copy(self, start: int, place: int, count: int) -> None:
         while count:
             done = _copy_range(self.read_fd, self.write_fd, start, place, count)
             if not done:
-                raise InputRefused(f"{self.source.path} became shorter while it was being copied")
+                raise InputRefused(f"{self.source} became shorter while it was being copied")
             start, place, count = start + done, place + done, count - done
             self.progress(done)
 
-    def _change(self, entry: Entry, place: Entry) -> None:
-        step = self.plan.by_weight.get(entry.name)
-        if step is not None and step.replace is not None:
-            self._replace(step, place)
-            return
-        tally = _Tally(place.name)
-        for rows, start, stop in _row_blocks(entry):
-            data = os.pread(self.read_fd, stop - start, entry.start + start)
-            if len(data) != stop - start:
-                raise InputRefused(f"{self.source.path} became shorter while it was being read")
-            weight = np.frombuffer(data, entry.dtype).reshape(-1, *entry.shape[1:])
-            if step is None:
-                merged = weight.astype(place.dtype)
-            else:
-                change = step.stored_delta(rows)
-                merged = add(weight, change, place.dtype)
-                tally.count(weight, change, merged)
-            _refuse_overflow(place, weight, merged)
-            offset = start // entry.dtype.itemsize * place.dtype.itemsize
-            os.pwrite(self.write_fd, _bytes(merged), place.start + offset)
-            self.progress(merged.nbytes)
-        if step is not None:
-            self.results.append(tally.result())
+    def read(self, start: int, count: int) -> bytes:
+        data = os.pread(self.read_fd, count, start)
+        if len(data) != count:
+            raise InputRefused(f"{self.source} became shorter while it was being read")
+        return data
 
-    def _replace(self, step: Step, place: Entry) -> None:
-        assert step.replace is not None
-        tensor = step.replace.astype(place.dtype)
-        _refuse_overflow(place, step.replace, tensor)
-        os.pwrite(self.write_fd, _bytes(tensor), place.start)
-        self.progress(tensor.nbytes)
-
-
-def _bytes(tensor: NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-
-
-def _runs(
-    pairs: Iterator[tuple[Entry, Entry]], kept: Callable[[Entry, Entry], bool]
-) -> Iterator[list[tuple[Entry, Entry]]]:
-    """Stretches of neighbouring tensors that are kept: each is one copy."""
-    run: list[tuple[Entry, Entry]] = []
-    for entry, place in pairs:
-        if kept(entry, place):
-            run.append((entry, place))
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
+    def write(self, place: int, content: bytes | NDArray[Any]) -> None:
+        array = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else np.ascontiguousarray(content)
+        data = array.reshape(-1).view(np.uint8).data
+        while data:  # a disk that is nearly full takes a part, and complains about the rest
+            done = os.pwrite(self.write_fd, data, place)
+            data, place = data[done:], place + done
+            self.progress(done)
 
 
 def _copy_range(read_fd: int, write_fd: int, start: int, place: int, count: int) -> int:
@@ -262,9 +218,52 @@ def _copy_range(read_fd: int, write_fd: int, start: int, place: int, count: int)
     try:
         return os.copy_file_range(read_fd, write_fd, count, start, place)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             raise
     return os.pwrite(write_fd, os.pread(read_fd, min(count, COPY), start), place)
+
+
+def _write_shard(
+    path: Path, source: TensorFile, moves: Sequence[_Move], metadata: Mapping[str, str], progress: Progress
+) -> list[StepResult]:
+    """Write one file of the output; returns what became of the weights that change."""
+    header, places = tensorfile.layout([(move.name, move.dtype, move.old.shape) for move in moves], metadata)
+    results = []
+    with source.path.open("rb") as reader, path.open("xb") as writer:
+        pipe = _Pipe(source.path, reader.fileno(), writer.fileno(), progress)
+        pipe.write(0, header)
+        for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
+            run = list(group)
+            if is_copy:  # neighbours in both files: one range
+                (first, place), (_, last) = run[0], run[-1]
+                pipe.copy(first.old.start, place.start, last.stop - place.start)
+            else:
+                results += [result for move, place in run if (result := _change(pipe, move, place))]
+    return results
+
+
+def _change(pipe: _Pipe, move: _Move, place: Entry) -> StepResult | None:
+    """Write a tensor that is not copied; returns what became of it where something was added to it."""
+    if move.step is not None and move.step.replace is not None:
+        with _overflow_is_looked_for():
+            tensor = move.step.replace.astype(place.dtype, copy=False)
+        _refuse_overflow(place, move.step.replace, tensor)
+        pipe.write(place.start, tensor)
+        return None
+    old, tally = move.old, Tally(place.name)
+    for rows, start, stop in _row_blocks(old):
+        data = pipe.read(old.start + start, stop - start)
+        weight = np.frombuffer(data, old.dtype).reshape(rows.stop - rows.start, *old.shape[1:])
+        with _overflow_is_looked_for():
+            if move.step is None:
+                merged = weight.astype(place.dtype)
+            else:
+                change = move.step.stored_delta(rows)
+                merged = add(weight, change, place.dtype)
+                tally.count(weight, change, merged)
+        _refuse_overflow(place, weight, merged)
+        pipe.write(place.start + start // old.dtype.itemsize * place.dtype.itemsize, merged)
+    return tally.result() if move.step is not None else None
 
 
 def _row_blocks(entry: Entry) -> Iterator[tuple[slice, int, int]]:
@@ -277,38 +276,9 @@ def _row_blocks(entry: Entry) -> Iterator[tuple[slice, int, int]]:
         yield slice(first, last), first * row_bytes, last * row_bytes
 
 
-class _Tally:
-    """Sums over the blocks of one weight, in fp64."""
-
-    def __init__(self, weight: str):
-        self.weight = weight
-        self.weight_sq = self.change_sq = self.kept_by_change = self.noise_sq = 0.0
-        self.changed = self.elements = 0
-
-    def count(self, weight: NDArray[Any], change: NDArray[np.float32], merged: NDArray[Any]) -> None:
-        before = weight.astype(np.float32).ravel()
-        kept = merged.astype(np.float32).ravel() - before
-        wanted = change.ravel()
-        self.weight_sq += float(before @ before)
-        self.change_sq += float(wanted @ wanted)
-        self.kept_by_change += float(kept @ wanted)
-        self.changed += int(np.count_nonzero(kept))
-        self.elements += kept.size
-        kept -= wanted
-        self.noise_sq += float(kept @ kept)
-
-    def result(self) -> StepResult:
-        if not self.change_sq:  # nothing was to be changed, and nothing was lost
-            return StepResult(self.weight, 0.0, 1.0, 0.0, self.changed, self.elements)
-        relative = math.sqrt(self.change_sq / self.weight_sq) if self.weight_sq else math.inf
-        return StepResult(
-            weight=self.weight,
-            relative_change=relative,
-            retention=self.kept_by_change / self.change_sq,
-            noise=math.sqrt(self.noise_sq / self.change_sq),
-            changed=self.changed,
-            elements=self.elements,
-        )
+def _overflow_is_looked_for() -> np.errstate:
+    # By _refuse_overflow, which knows the tensor's name; NumPy would only warn, without it.
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _refuse_overflow(place: Entry, before: NDArray[Any], after: NDArray[Any]) -> None:
@@ -317,15 +287,15 @@ def _refuse_overflow(place: Entry, before: NDArray[Any], after: NDArray[Any]) ->
     bad = before.size - np.count_nonzero(np.isfinite(before))
     if bad:
         raise InputRefused(f"{place.name}: the base holds {bad} values that are not finite. Nothing was written.")
-    limit = float(ml_dtypes.finfo(place.dtype).max)  # type: ignore[no-untyped-call]
+    limit = float(ml_dtypes.finfo(place.dtype).max)
     raise InputRefused(
-        f"{place.name}: {after.size - np.count_nonzero(np.isfinite(after))} merged values lie beyond {limit:g}, the "
+        f"{place.name}: {after.size - np.count_nonzero(np.isfinite(after))} values would lie beyond {limit:g}, the "
         f"largest {place.dtype}. Look at the adapter's scale, or use --dtype float32. Nothing was written."
     )
 
 
 def _write_companions(
-    plan: Plan, base: Checkpoint, stage: Path, weight_map: Mapping[str, str], size: int, dtype: str | None
+    plan: Plan, base: Checkpoint, stage: Path, written: Mapping[str, TensorFile], dtype: str | None
 ) -> None:
     for relative in base.companions():
         (stage / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -337,5 +307,7 @@ def _write_companions(
     if config != base.config:
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base.index:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(weight_map)}
+        weight_map = {entry: name for name, file in written.items() for entry in file.entries}
+        size = sum(entry.nbytes for file in written.values() for entry in file.entries.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (stage / base.index).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,69 @@
+"""The ledger: what became of each weight, in numbers, measured on what was stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A sum of squares below this, or above its inverse, may have under- or overflown in fp32; it is made in fp64 then.
+SMALLEST = 1e-25
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of one weight, measured on what was written (numerics: what rounding does to a merge)."""
+
+    weight: str
+    relative_change: float  # ‖ΔW‖ / ‖W‖
+    retention: float  # <W'-W, ΔW> / ‖ΔW‖²: how much of the change arrived
+    noise: float  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
+    changed: int  # entries whose stored value is another one now
+    elements: int
+
+
+class Tally:
+    """Sums over the blocks of one weight, in fp64."""
+
+    def __init__(self, weight: str):
+        self.weight = weight
+        self.sums = np.zeros(5)  # ‖W‖², ‖ΔW‖², <W'-W, ΔW>, ‖(W'-W) - ΔW‖², entries changed
+        self.elements = 0
+
+    def count(self, weight: NDArray[Any], change: NDArray[np.float32], merged: NDArray[Any]) -> None:
+        """Add a block: what the weight was, what was to be added to it, and what was stored."""
+        sums = _sums(weight, change, merged, np.float64 if weight.dtype == np.float64 else np.float32)
+        if not np.all((sums[:2] > SMALLEST) & (sums[:2] < 1 / SMALLEST)):
+            sums = _sums(weight, change, merged, np.float64)
+        self.sums += sums
+        self.elements += weight.size
+
+    def result(self) -> StepResult:
+        """The figures of the whole weight."""
+        weight_sq, change_sq, kept_by_change, noise_sq, changed = map(float, self.sums)
+        if not change_sq:  # nothing was to be changed, and nothing was lost
+            return StepResult(self.weight, 0.0, 1.0, 0.0, int(changed), self.elements)
+        return StepResult(
+            weight=self.weight,
+            relative_change=math.sqrt(change_sq / weight_sq) if weight_sq else math.inf,
+            retention=kept_by_change / change_sq,
+            noise=math.sqrt(noise_sq / change_sq),
+            changed=int(changed),
+            elements=self.elements,
+        )
+
+
+def _sums(
+    weight: NDArray[Any], change: NDArray[np.float32], merged: NDArray[Any], wide: type[np.floating[Any]]
+) -> NDArray[np.float64]:
+    before = weight.astype(wide).ravel()
+    kept = merged.astype(wide).ravel()
+    kept -= before
+    wanted = change.astype(wide, copy=False).ravel()
+    lost = kept - wanted
+    with np.errstate(over="ignore"):  # `count` looks for it
+        squares = [before @ before, wanted @ wanted, kept @ wanted, lost @ lost]
+    return np.array([*squares, np.count_nonzero(kept)], np.float64)

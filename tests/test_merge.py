@@ -1,0 +1,546 @@
+"""A plan over a checkpoint: against PEFT bit for bit, by hand on integers, and what must never be written."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+from handmade import base_file, peft_adapter
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from lora_export import files, formats, merge, plan
+from lora_export.checkpoint import open_checkpoint
+from lora_export.errors import InputRefused
+from lora_export.merge import MergeReport, merge_checkpoint
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def merged(
+    base: Path, adapters: Path | list[Path], out: Path, *, strengths: tuple[float, ...] = (), **options: Any
+) -> MergeReport:
+    """Merge into `out`: a folder, or the folder that a bare file is put into."""
+    loaded = [formats.load(path) for path in ([adapters] if isinstance(adapters, Path) else adapters)]
+    checkpoint = open_checkpoint(base)
+    laid = plan.make(loaded, checkpoint.specs, strengths=strengths, may_add=True)
+    out.mkdir()
+    return merge_checkpoint(laid, checkpoint, out, **options)
+
+
+def same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+# --- Against PEFT ---
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.square, self.down = nn.Linear(24, 40), nn.Linear(40, 40), nn.Linear(40, 24, bias=False)
+
+
+def sixty_fourths(tensor: torch.Tensor) -> None:
+    """Fill with multiples of 1/64 below 1: products of two of them, and sums of a few, are exact in any order.
+
+    BLAS libraries add up in different orders; what is left to compare is the one rounding of W + ΔW.
+    """
+    tensor.copy_(torch.randint(-63, 64, tensor.shape) / 64)
+
+
+def trained(base: nn.Module, fill: Callable[[torch.Tensor], Any], **config: Any) -> peft.PeftModel:
+    """PEFT's model with fp32 adapters of the given values, in a copy of the base."""
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                fill(parameter)
+                assert parameter.dtype == torch.float32 or "lora_" not in name
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 16, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True},  # 8 / √4
+        {"r": 2, "lora_alpha": 1, "rank_pattern": {"square": 8}, "alpha_pattern": {"square": 4}},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["up", "square"], "lora_bias": True},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "all"},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "lora_only", "modules_to_save": ["down"]},
+    ],
+)
+def test_the_merge_is_pefts_bit_for_bit(tmp_path, dtype, config):
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = trained(net, sixty_fourths, **{"target_modules": ["up", "square", "down"], **config})
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    assert same_bits(ours, model.merge_and_unload().state_dict())
+    assert not torch.equal(ours["square.weight"], net.square.weight)
+    assert {result.weight for result in report.results if result.weight.endswith("weight")} == {
+        f"{name}.weight" for name in config.get("target_modules", ["up", "square", "down"])
+    }
+
+
+def test_arbitrary_values_are_pefts_to_the_last_bit(tmp_path):
+    # The last bit of BA depends on the order in which a BLAS adds up; a CPU may show none, or a few per thousand.
+    torch.manual_seed(0)
+    net = Net()
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = trained(net, lambda tensor: tensor.normal_(std=0.02), r=16, target_modules=["up", "square", "down"])
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    theirs = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
+    ours = load_file(tmp_path / "out/model.safetensors")
+    for name, pair in formats.load(tmp_path / "adapter").pairs.items():
+        one, other = ours[f"{name}.weight"], theirs[f"{name}.weight"]
+        largest_sum = np.abs(other) + pair.scale * (np.abs(pair.b) @ np.abs(pair.a))  # on the way to the result
+        assert (np.abs(one - other) <= np.spacing(largest_sum)).all()
+        assert (one == other).mean() > 0.9
+
+
+def test_gpt2s_matrices_that_are_stored_in_out_are_merged_as_peft_does(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    base = GPT2LMHeadModel(config)
+    base.save_pretrained(tmp_path / "base")
+    targets = ["c_attn", "c_proj", "c_fc"]  # attention's c_proj is square: its shape tells nothing
+    model = trained(base, sixty_fourths, r=4, lora_alpha=4, target_modules=targets, fan_in_fan_out=True)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert len(report.results) == 8
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+
+
+def test_a_bare_file_with_gpt2s_names_is_refused_for_want_of_a_config(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"h.0.c_proj.weight": np.eye(2)})
+    adapter = peft_adapter(tmp_path / "adapter", {"h.0.c_proj": ([[1, 2]], [[1], [1]])})
+    with pytest.raises(InputRefused, match=r"h\.0\.c_proj\.weight may be stored \(out, in\) or \(in, out\)"):
+        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def test_a_headless_base_and_an_adapter_with_a_head_become_a_model_that_loads_as_it_is(tmp_path):
+    # The adapter's names carry `bert.`, the base's file does not, and has no head at all.
+    full = bert()
+    full.bert.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/vocab.txt").write_text("[PAD]\n")
+    model = trained(full, sixty_fourths, r=4, lora_alpha=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert (len(report.results), report.replaced) == (4, 2)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    theirs = model.merge_and_unload()
+    assert same_bits(loaded.state_dict(), theirs.state_dict())
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, theirs.eval()(tokens).logits)
+    assert (tmp_path / "out/vocab.txt").read_text() == "[PAD]\n"
+
+
+def test_a_base_that_has_the_prefix_and_the_head_keeps_its_names(tmp_path):
+    full = bert()
+    full.save_pretrained(tmp_path / "base")
+    model = trained(full, sixty_fourths, r=4, target_modules=["query"], task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    assert same_bits(ours, model.merge_and_unload().state_dict())
+
+
+def test_two_adapters_are_summed_before_the_one_rounding(tmp_path):
+    # Around 256 bf16 has every second number: 256 + 1 + 1 is 258, but one after the other 256 + 1 is 256.
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[256]]}, BF16)
+    adapters = [peft_adapter(tmp_path / name, {"fc": ([[1]], [[number]])}) for name, number in (("a", 1), ("b", 2))]
+    merged(tmp_path / "base.safetensors", adapters, tmp_path / "out", strengths=(1, 0.5))
+    assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[258]]
+
+
+# --- By hand ---
+
+W = np.arange(12).reshape(4, 3)
+A, B = [[1, 2, 3], [0, 1, 0]], [[1, 0], [0, 1], [1, 1], [2, 0]]
+BA = np.array([[1, 2, 3], [0, 1, 0], [1, 3, 3], [2, 4, 6]])
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A folder of two shards, with what else lies in such folders. `fc` changes, the rest stays."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tensors = [
+        {"first": np.array([1, 2, 3], np.int64), "fc.weight": W.astype(np.float32), "norm": np.ones(3, np.float16)},
+        {"last.weight": np.array([[np.nan, 1]], np.float32), "mask": np.array([True])},
+    ]
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, there in zip(names, tensors, strict=True):
+        save_file(there, folder / name, metadata={"format": "pt", "made by": name})
+    index = {"metadata": {"total_size": 97}, "weight_map": {key: names[n] for n in (0, 1) for key in tensors[n]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "llama",  "torch_dtype": "float32"}')
+    (folder / "sub").mkdir()
+    (folder / "sub/tokenizer.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("other weights")
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return peft_adapter(tmp_path / "adapter", {"fc": (A, B)})
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def stored_bytes(folder: Path, name: str) -> bytes:
+    shard = next(shard for shard in open_checkpoint(folder).shards.values() if name in shard.entries)
+    return shard.read(name).tobytes()
+
+
+def test_shards_stay_shards_and_what_is_kept_is_kept_byte_for_byte(tmp_path, sharded, adapter):
+    report = merged(sharded, adapter, tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert after["fc.weight"].tolist() == (W + BA).tolist()
+    kept = ("first", "norm", "last.weight", "mask")
+    assert all(stored_bytes(tmp_path / "out", name) == stored_bytes(sharded, name) for name in kept)
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "sub",
+        "sub/tokenizer.json",
+        files.MANIFEST,
+    }
+    assert (tmp_path / "out/config.json").read_bytes() == (sharded / "config.json").read_bytes()
+    assert [result.weight for result in report.results] == ["fc.weight"]
+    assert report.copied == 3 * 8 + 3 * 2 + 2 * 4 + 1
+    assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_outputs_index_is_that_of_its_shards(tmp_path, sharded, adapter):
+    merged(sharded, adapter, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["metadata"]["total_size"] == 3 * 8 + 12 * 4 + 3 * 2 + 2 * 4 + 1
+
+
+def test_each_files_own_metadata_is_kept(tmp_path, sharded, adapter):
+    merged(sharded, adapter, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            assert file.metadata() == {"format": "pt", "made by": path.name}
+
+
+def test_the_manifest_tells_where_everything_came_from(tmp_path, sharded, adapter):
+    merged(sharded, adapter, tmp_path / "out", strengths=(2,), min_retention=0.25)
+    manifest = files.read_manifest(tmp_path / "out")
+    assert manifest["adapters"] == [
+        {"name": "adapter", "format": "peft", "sha256": formats.load(adapter).sha256, "weight": 2}
+    ]
+    assert manifest["base"] == {path.name: files.sha256(path) for path in sharded.glob("*.safetensors")}
+    assert manifest["settings"] == {"dtype": "keep", "min_retention": 0.25}
+    for name, facts in manifest["files"].items():
+        path = tmp_path / "out" / name
+        assert facts == {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    assert "config.json" in manifest["files"] and len(manifest["files"]) == 5
+
+
+def test_an_added_head_goes_into_the_last_shard_in_its_own_type(tmp_path, sharded):
+    head = peft_adapter(tmp_path / "head", {"model.fc": (A, B)}, {"score.weight": np.ones((2, 3), np.float16)})
+    report = merged(sharded, head, tmp_path / "out")
+    assert report.replaced == 1
+    after = load_file(tmp_path / "out/model-00002-of-00002.safetensors")
+    assert after.keys() == {"model.last.weight", "model.mask", "score.weight"}
+    assert after["score.weight"].dtype == np.float16 and after["score.weight"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"]["score.weight"] == "model-00002-of-00002.safetensors"
+    assert index["weight_map"]["model.fc.weight"] == "model-00001-of-00002.safetensors"
+
+
+def test_a_whole_tensor_takes_the_bases_place_in_the_bases_type(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"head.weight": [[1, 2]], "fc.weight": W}, BF16)
+    whole = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([[3, 257]], np.float32)})
+    merged(tmp_path / "base.safetensors", whole, tmp_path / "out")
+    after = load_file(tmp_path / "out/model.safetensors")["head.weight"]
+    assert after.dtype == BF16 and after.astype(float).tolist() == [[3, 256]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_conversion_converts_every_float_tensor_and_nothing_else(tmp_path, sharded, adapter, dtype):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    rest = {"last.weight": np.array([[257, 1]], np.float32), "mask": np.array([True]), "wide": np.array([1.5])}
+    save_file(
+        rest | {"empty": np.zeros((2, 0), np.float32), "scalar": np.array(2.5, np.float32)},
+        sharded / "rest.safetensors",
+    )
+    index = dict.fromkeys(("first", "fc.weight", "norm"), "model-00001-of-00002.safetensors")
+    index |= dict.fromkeys([*rest, "empty", "scalar"], "rest.safetensors")
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    report = merged(sharded, adapter, tmp_path / "out", dtype=dtype)
+    before, after = tensors_of(sharded), tensors_of(tmp_path / "out")
+    assert {name: str(tensor.dtype) for name, tensor in after.items()} == {
+        name: dtype if name not in ("first", "mask") else str(tensor.dtype) for name, tensor in before.items()
+    }
+    assert after["fc.weight"].astype(float).tolist() == (W + BA).tolist()
+    assert after["last.weight"].astype(float).tolist() == [[256 if dtype == "bfloat16" else 257, 1]]
+    assert after["wide"].astype(float).tolist() == [1.5] and after["scalar"].astype(float) == 2.5
+    assert after["empty"].shape == (2, 0) and after["first"].tolist() == [1, 2, 3]
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "llama", "dtype": dtype}
+    assert report.copied == 3 * 8 + 1 + {"float32": 2 * 4 + 4, "float16": 3 * 2}.get(dtype, 0)
+
+
+def test_the_size_is_known_beforehand(tmp_path, sharded, adapter):
+    checkpoint = open_checkpoint(sharded)
+    laid = plan.make([formats.load(adapter)], checkpoint.specs)
+    assert merge.output_size(laid, checkpoint) == 3 * 8 + 12 * 4 + 3 * 2 + 2 * 4 + 1
+    assert merge.output_size(laid, checkpoint, "bfloat16") == 3 * 8 + 12 * 2 + 3 * 2 + 2 * 2 + 1
+
+
+def test_progress_hears_of_every_byte(tmp_path, sharded, adapter):
+    heard: list[int] = []
+    report = merged(sharded, adapter, tmp_path / "out", progress=heard.append)
+    assert sum(heard) == report.bytes
+
+
+def test_a_bare_file_becomes_a_file_of_the_given_name_with_its_record_inside(tmp_path, adapter):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": W})
+    merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", file_name="mine.safetensors")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.safetensors"]
+    with safe_open(tmp_path / "out/mine.safetensors", framework="numpy") as file:
+        assert file.metadata()["format"] == "pt"
+        record = json.loads(file.metadata()["lora_export"])
+    assert record["base"] == {"base.safetensors": files.sha256(tmp_path / "base.safetensors")}
+    assert [merged["name"] for merged in record["adapters"]] == ["adapter"]
+
+
+def test_a_cache_of_symbolic_links_becomes_a_folder_of_files(tmp_path, sharded, adapter):
+    blobs = tmp_path / "blobs"
+    sharded.rename(blobs)
+    for path in blobs.iterdir():
+        if path.is_file():
+            sharded.mkdir(exist_ok=True)
+            (sharded / path.name).symlink_to(path)
+    merged(sharded, adapter, tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert tensors_of(tmp_path / "out")["fc.weight"].tolist() == (W + BA).tolist()
+    assert tensors_of(blobs)["fc.weight"].tolist() == W.tolist()
+
+
+# --- In blocks, and by other ways of copying ---
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("block", [1, 100, 256])
+def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, model_type, block):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": model_type}))
+    rng = np.random.default_rng(0)
+    tensors = {"c_fc.weight": rng.standard_normal((20, 20)), "bias": rng.standard_normal(1000), "one": np.array(3.0)}
+    base_file(tmp_path / "base/model.safetensors", tensors)
+    exact = rng.integers(-63, 64, (2, 4, 20)) / 64
+    adapter = peft_adapter(tmp_path / "adapter", {"c_fc": (exact[0], exact[1].T)})
+    whole = merged(tmp_path / "base", adapter, tmp_path / "whole", dtype="bfloat16")
+    monkeypatch.setattr(merge, "BLOCK", block)
+    parts = merged(tmp_path / "base", adapter, tmp_path / "parts", dtype="bfloat16")
+    shards = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()
+    (one,), (other,) = whole.results, parts.results
+    assert (one.changed, one.elements) == (other.changed, other.elements)
+    assert one.retention == pytest.approx(other.retention, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])
+def test_where_the_kernel_does_not_copy_we_do(tmp_path, monkeypatch, sharded, adapter, number):
+    def refuse(*_: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    merged(sharded, adapter, tmp_path / "kernel")
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(merge, "COPY", 5)
+    merged(sharded, adapter, tmp_path / "us")
+    assert files.read_manifest(tmp_path / "us") == files.read_manifest(tmp_path / "kernel")
+
+
+def test_a_disk_that_fails_while_copying_is_a_failure(tmp_path, monkeypatch, sharded, adapter):
+    def refuse(*_: int) -> int:
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        merged(sharded, adapter, tmp_path / "out")
+
+
+def test_a_write_that_takes_only_a_part_is_continued(tmp_path, monkeypatch, sharded, adapter):
+    merged(sharded, adapter, tmp_path / "whole")
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, place: pwrite(fd, data[:7], place))
+    merged(sharded, adapter, tmp_path / "parts")
+    assert files.read_manifest(tmp_path / "parts") == files.read_manifest(tmp_path / "whole")
+
+
+# --- The ledger ---
+
+
+def test_the_ledger_is_what_numpy_finds_in_the_files(tmp_path):
+    rng = np.random.default_rng(0)
+    weight = (0.02 * rng.standard_normal((64, 48))).astype(BF16)
+    a, b = 0.02 * rng.standard_normal((4, 48)), 0.0005 * rng.standard_normal((64, 4))
+    base_file(tmp_path / "base.safetensors", {"fc.weight": weight}, BF16)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (a, b)}, lora_alpha=2)
+    (result,) = merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", min_retention=0).results
+    before = weight.astype(np.float64)
+    after = load_file(tmp_path / "out/model.safetensors")["fc.weight"].astype(np.float64)
+    change = 0.5 * b.astype(np.float32).astype(np.float64) @ a.astype(np.float32).astype(np.float64)
+    kept = after - before
+    assert 0.1 < result.retention < 0.95 and result.noise > 0.1  # else this test would show nothing
+    assert result.relative_change == pytest.approx(np.linalg.norm(change) / np.linalg.norm(before), rel=1e-5)
+    assert result.retention == pytest.approx((kept * change).sum() / (change**2).sum(), rel=1e-5)
+    assert result.noise == pytest.approx(np.linalg.norm(kept - change) / np.linalg.norm(change), rel=1e-5)
+    assert (result.changed, result.elements) == (np.count_nonzero(kept), weight.size)
+
+
+def faint(tmp_path: Path, size: float) -> tuple[Path, Path]:
+    """A bf16 base and an adapter whose change lies below half a step of it for size 1/512 and less."""
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[1, 1]], "ok.weight": [[1, 1]]}, BF16)
+    pairs = {"fc": ([[size, size]], [[1]]), "ok": ([[1, 1]], [[1]])}
+    return tmp_path / "base.safetensors", peft_adapter(tmp_path / "adapter", pairs)
+
+
+def test_a_change_that_rounding_would_lose_is_refused_with_the_ways_out(tmp_path):
+    base, adapter = faint(tmp_path, 1 / 1024)
+    with pytest.raises(InputRefused) as refused:
+        merged(base, adapter, tmp_path / "out")
+    assert str(refused.value).splitlines() == [
+        "1 of 2 weights would lose most of their change to rounding (--min-retention 0.5):",
+        "  fc.weight: 0.0% of the change kept, noise 100%",
+        "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes). "
+        "Nothing was written.",
+    ]
+
+
+def test_the_ways_out_are_ways_out(tmp_path):
+    base, adapter = faint(tmp_path, 1 / 1024)
+    report = merged(base, adapter, tmp_path / "knowingly", min_retention=0)
+    assert [result.weight for result in report.faint] == ["fc.weight"]
+    report = merged(base, adapter, tmp_path / "wide", dtype="float32")
+    assert not report.faint
+    assert load_file(tmp_path / "wide/model.safetensors")["fc.weight"].tolist() == [[1 + 1 / 1024] * 2]
+
+
+# --- What is refused ---
+
+
+def test_a_sum_that_the_type_cannot_hold_is_refused(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[60000, 1]]}, np.float16)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[10000, 1]], [[1]])})
+    with pytest.raises(InputRefused, match=r"fc\.weight: 1 values would lie beyond 65504, the largest float16\. Look"):
+        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+    merged(tmp_path / "base.safetensors", adapter, tmp_path / "wide", dtype="float32")
+    assert load_file(tmp_path / "wide/model.safetensors")["fc.weight"].tolist() == [[70000, 2]]
+
+
+def test_a_conversion_that_overflows_is_refused_wherever_it_does(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": W, "other": [70000]})
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([1e5], np.float32)})
+    with pytest.raises(InputRefused, match=r"(other|head\.weight): 1 values would lie beyond 65504"):
+        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_base_that_is_not_finite_where_it_changes_is_refused(tmp_path, adapter, poison):
+    weight = W.astype(float)
+    weight[1, 1] = weight[2, 2] = poison
+    base_file(tmp_path / "base.safetensors", {"fc.weight": weight})
+    with pytest.raises(InputRefused, match=r"fc\.weight: the base holds 2 values that are not finite"):
+        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_of_numpys_gets_out(tmp_path, adapter):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.full((4, 3), 3e38)})
+    for dtype in ("float16", "bfloat16", "keep"):
+        with pytest.raises(InputRefused):
+            merged(
+                tmp_path / "base.safetensors",
+                peft_adapter(tmp_path / "huge", {"fc": (A, B)}, lora_alpha=1e38),
+                tmp_path / dtype,
+                dtype=None if dtype == "keep" else dtype,
+            )
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_same_adapter_is_not_merged_twice_but_another_one_is(tmp_path, adapter, bare):
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", {"fc.weight": W})
+    once = tmp_path / "once/model.safetensors" if bare else tmp_path / "once"
+    merged(tmp_path / "base/model.safetensors" if bare else tmp_path / "base", adapter, tmp_path / "once")
+    with pytest.raises(InputRefused) as refused:
+        merged(once, adapter.rename(tmp_path / "renamed"), tmp_path / "twice")
+    assert re.fullmatch(
+        rf"{once} already holds the adapter renamed \(merged as adapter, sha256 [0-9a-f]{{12}}\)\. "
+        "Merge into the original base, or nothing twice",
+        str(refused.value),
+    )
+    other = peft_adapter(tmp_path / "other", {"fc": (A, B)}, lora_alpha=4)
+    merged(once, other, tmp_path / "both")
+    both = tmp_path / "both/model.safetensors" if bare else tmp_path / "both"
+    assert [entry["name"] for entry in open_checkpoint(both).history] == ["adapter", "other"]
+    assert tensors_of(tmp_path / "both")["fc.weight"].tolist() == (W + 3 * BA).tolist()
+    with pytest.raises(InputRefused, match="already holds the adapter renamed"):
+        merged(both, tmp_path / "renamed", tmp_path / "thrice")
+
+
+def test_a_base_that_is_touched_meanwhile_is_refused(tmp_path, sharded, adapter):
+    shard = sharded / "model-00001-of-00002.safetensors"
+    with pytest.raises(InputRefused, match=f"{shard} changed while it was being merged"):
+        merged(sharded, adapter, tmp_path / "out", progress=lambda _: os.utime(shard))
+
+
+@pytest.mark.parametrize(("left", "message"), [(0.1, "while it was being copied"), (0.9, "changed while|being read")])
+def test_a_base_that_is_cut_meanwhile_is_refused(tmp_path, sharded, adapter, left, message):
+    shard = sharded / "model-00001-of-00002.safetensors"
+    size = shard.stat().st_size
+    with pytest.raises(InputRefused, match=message):
+        merged(sharded, adapter, tmp_path / "out", progress=lambda _: os.truncate(shard, int(left * size)))
