@@ -21,7 +21,14 @@ from lora_export.cli.arguments import (
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.onnx")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT.onnx",
+    help="The file to publish once it is proven.",
+)
 @adapters_option
 @adapter_weights
 @click.option(

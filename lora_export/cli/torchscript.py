@@ -20,7 +20,14 @@ from lora_export.cli.arguments import (
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.pt")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT.pt",
+    help="The file to publish once it is proven.",
+)
 @adapters_option
 @adapter_weights
 @click.option(

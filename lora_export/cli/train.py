@@ -24,8 +24,14 @@ HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # what tra
 @click.argument("model")
 @click.option("--data", "data_path", required=True, type=click.Path(path_type=Path), help=".jsonl, .csv or .npz.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
-@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), default=16.0, show_default=True)
+@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of A, columns of B.")
+@click.option(
+    "--alpha",
+    type=click.FloatRange(min=0, min_open=True),
+    default=16.0,
+    show_default=True,
+    help="B·A is scaled by alpha/rank.",
+)
 @click.option("--rslora", is_flag=True, help="Scale by alpha/√rank instead of alpha/rank.")
 @click.option(
     "--target",
@@ -35,14 +41,26 @@ HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # what tra
     help="The layers to adapt: endings of their names, separated by commas.",
 )
 @click.option("--head", "heads", multiple=True, metavar="NAME", help="A module to train whole and save whole.")
-@click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples a step.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-3,
+    show_default=True,
+    help="AdamW's step size at its peak.",
+)
 @click.option("--max-length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens a text.")
-@click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True)
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.2,
+    show_default=True,
+    help="The share of the data that is kept from training and measured on.",
+)
 @click.option("--compare-frozen", is_flag=True, help="Also train the head alone on the frozen base, and print both.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the split, the start and the order.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to train.")
 @overwrite_option
 @json_option
 def command(
