@@ -85,12 +85,10 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
-    except click.exceptions.Abort:  # what click makes of Ctrl-C
-        click.echo("Stopped; nothing was left behind.", err=True)
-        return 128 + signal.SIGINT
-    except Terminated:
-        click.echo("Terminated; nothing was left behind.", err=True)
-        return 128 + signal.SIGTERM
+    except click.exceptions.Abort as error:  # what click makes of Ctrl-C, and so of Terminated
+        terminated = isinstance(error.__cause__, Terminated)
+        click.echo(f"{'Terminated' if terminated else 'Stopped'}; nothing was left behind.", err=True)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import adapter_weights, json_option, overwrite_option, say
+from lora_export.cli.arguments import (
+    adapter_weights,
+    json_option,
+    load_adapters,
+    overwrite_option,
+    say,
+    split_name,
+)
 
 
 @click.command()
 @click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the merged weights go.")
 @adapter_weights
 @click.option(
@@ -34,7 +41,7 @@ from lora_export.cli.arguments import adapter_weights, json_option, overwrite_op
 @json_option
 def command(
     base: Path,
-    adapters: tuple[Path, ...],
+    adapters: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
     dtype: str,
@@ -48,35 +55,47 @@ def command(
     BASE is a Hugging Face folder or a .safetensors file; the output is of the same kind, with the
     same layout. Needs no PyTorch, and memory does not grow with the model.
     """
-    from lora_export import files, formats, plan, report
+    from lora_export import files, merge, plan, report
     from lora_export.checkpoint import open_checkpoint
     from lora_export.cli.progress import byte_progress
-    from lora_export.merge import merge_checkpoint
 
-    loaded = [formats.load(path) for path in adapters]
+    loaded = load_adapters(adapters)
     checkpoint = open_checkpoint(base)
     steps = plan.make(loaded, checkpoint.specs, strengths=weights, may_add=True)
+    merge.refuse_second_merge(steps, checkpoint)
     for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
         say(f"note: {note}")
     for name in checkpoint.left_out():
         say(f"note: {name} holds weights too, unmerged ones; it is left out")
     if dry_run:
-        click.echo(json.dumps(report.as_dict(steps)) if as_json else str(steps))
+        if as_json:
+            click.echo(json.dumps(report.as_dict(steps)))
+        else:
+            report.print_plan(report.console(), steps)
         return
     stage = files.stage_folder if checkpoint.is_folder else files.stage_file
-    inputs = [base, *adapters]
+    inputs = [base, *(split_name(adapter)[1] for adapter in adapters)]
+    stored = None if dtype == "keep" else dtype
+    size = merge.output_size(steps, checkpoint, stored)
     with (
-        stage(output, inputs=inputs, overwrite=overwrite, needs=checkpoint.nbytes, say=say) as folder,
-        byte_progress("merging", checkpoint.nbytes) as progress,
+        stage(output, inputs=inputs, overwrite=overwrite, needs=size, say=say) as folder,
+        byte_progress("merging", size) as progress,
     ):
-        ledger = merge_checkpoint(
+        ledger = merge.merge_checkpoint(
             steps,
             checkpoint,
             folder,
             file_name=output.name,
-            dtype=None if dtype == "keep" else dtype,
+            dtype=stored,
             min_retention=min_retention,
             progress=progress,
+        )
+    if ledger.faint:
+        worst = min(ledger.faint, key=lambda result: result.retention)
+        say(
+            f"warning: rounding took more than a tenth of their change from {len(ledger.faint)} of "
+            f"{len(ledger.results)} weights, most from {worst.weight} ({worst.retention:.0%} kept); "
+            "--dtype float32 keeps it"
         )
     if as_json:
         click.echo(json.dumps({"output": str(output), **report.as_dict(ledger)}))
