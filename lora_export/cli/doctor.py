@@ -29,6 +29,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from lora_export.cli.arguments import json_option
 from lora_export.errors import EnvironmentLacking
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Problem:
     type=click.Choice(["cpu", "cuda"]),
     help="The provider that must load.  [default: cuda where there is an NVIDIA GPU, else cpu]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(provider: str | None, as_json: bool) -> None:
     """Say what is installed and which providers really load.
 
