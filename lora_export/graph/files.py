@@ -1,0 +1,142 @@
+"""ONNX files: what is read is checked before it is believed, what is written says nothing about this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
+
+INLINE = 1 << 30  # bytes of weights up to which a graph is one file; protobuf ends at 2 GiB
+EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the graph, where shape inference reads them
+
+# What exporters note about their own work: kept are the names, which the next adapter needs.
+EXPORTERS_NOTES = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
+TRACE = 'File "'  # the mark of a Python stack trace
+KEPT_NOTES = frozenset({FOLDED_FROM, KIND, NAME_SCOPES})
+
+
+def load(path: Path) -> ir.Model:
+    """Read a graph; its external data is checked now and mapped when it is used.
+
+    Raises InputRefused for what is no ONNX file, and for external data that is missing, shorter than
+    its tensors, or anything but a plain file below the graph's own folder.
+    """
+    path = path.absolute()  # onnx_ir skips its own containment check for a bare file name
+    _refuse_irregular(path)
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf, onnx and onnx_ir each have kinds of their own for this
+        raise InputRefused(f"{path} is no ONNX file, or a damaged one: {_innermost(error)}") from error
+    if not model.opset_imports:
+        raise InputRefused(f"{path} is no ONNX file: it imports no operators")
+    external = [tensor for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)]
+    problems = [problem for tensor in external if (problem := _problem(path.parent, tensor))]
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise InputRefused(f"{path}: {len(problems)} tensors cannot be read from its external data:\n  {shown}")
+    return model
+
+
+def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str] | None = None) -> list[Path]:
+    """Write a graph into a folder that is the caller's to publish; returns the files, the graph last.
+
+    `metadata` is added to the model's properties. Weights of 1 GiB and more go into
+    `<stem>.<hash>.data` beside the graph, named by their content, so that an old graph never meets new
+    weights. Changes the model: `strip` is applied. Raises RuntimeRefused when ONNX's checker objects.
+    """
+    strip(model)
+    model.metadata_props.update(metadata or {})
+    path = folder.absolute() / name
+    written = [path]
+    weights = list(_weights(model))
+    if sum(tensor.nbytes for tensor in weights) < INLINE:
+        ir.external_data.load_to_model(model)
+        ir.save(model, path)
+    else:
+        digest = hashlib.sha256()
+        for tensor in weights:
+            digest.update(tensor.tobytes())
+        data = path.with_name(f"{path.stem}.{digest.hexdigest()[:8]}.data")
+        ir.save(model, path, external_data=data.name, size_threshold_bytes=EXTERNAL_FROM)
+        written.insert(0, data)
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise RuntimeRefused(f"the graph is not valid ONNX: {error}") from error
+    return written
+
+
+def strip(model: ir.Model) -> None:
+    """Remove what exporters note down beside names: stack traces, source lines and paths of this machine."""
+    graphs: list[ir.Graph | ir.Function] = [*model.graphs(), *model.functions.values()]
+    for graph in graphs:
+        holders: list[Any] = [graph, *graph.inputs]
+        holders += graph.initializers.values() if isinstance(graph, ir.Graph) else []
+        for node in graph:
+            holders += [node, *node.outputs]
+        for holder in holders:
+            for key in [key for key, text in holder.metadata_props.items() if not _is_published(key, text)]:
+                del holder.metadata_props[key]
+            if holder.doc_string and TRACE in holder.doc_string:
+                holder.doc_string = None
+
+
+def _is_published(key: str, text: str) -> bool:
+    return key in KEPT_NOTES or not (EXPORTERS_NOTES.match(key) or TRACE in text)
+
+
+def _refuse_irregular(path: Path) -> None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputRefused(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
+        raise InputRefused(f"{path} is not a regular file")
+
+
+def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The initializers' tensors, but for strings, which have no bytes of their own."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and not value.const_value.dtype.is_string():
+                yield value.const_value
+
+
+def _innermost(error: BaseException) -> BaseException:
+    inner = error.__cause__ or error.__context__
+    return _innermost(inner) if inner is not None else error
+
+
+def _problem(folder: Path, tensor: ir.ExternalTensor) -> str:
+    """What is wrong with the place of a tensor's data; empty where nothing is."""
+    location = os.fspath(tensor.location)
+    path = Path(os.path.normpath(folder / location))
+    offset = tensor.offset or 0
+    length = tensor.nbytes if tensor.length is None else tensor.length
+    if not location or "\0" in location or Path(location).is_absolute() or not path.is_relative_to(folder):
+        return f"{tensor.name}: its data lies outside the model's folder ({location!r})"
+    if path.resolve() != folder.resolve() / path.relative_to(folder):
+        return f"{tensor.name}: {location} is reached through a symbolic link; put a copy of the file there"
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"{tensor.name}: {location}: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return f"{tensor.name}: {location} is not a plain file with one name; put a copy of the file there"
+    if length != tensor.nbytes:
+        return (
+            f"{tensor.name}: {length} bytes are recorded, {tensor.dtype.name} {list(tensor.shape)} has {tensor.nbytes}"
+        )
+    if not 0 <= offset <= status.st_size - length:
+        return f"{tensor.name}: bytes {offset} to {offset + length} of {location}, which has {status.st_size}"
+    return ""
