@@ -394,6 +394,31 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
             slots[attribute] = tensor
 
 
+def settle(module: nn.Module, stored: Mapping[str, str]) -> None:
+    """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
+
+    `stored` maps names of changed tensors, whole ones included, to NumPy dtypes; a tensor that it lacks
+    is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
+    the merge's arithmetic. Nothing is attached any more then.
+    """
+    owners = _attached(module)
+    paths = {owner: path for path, owner in module.named_modules()}
+    for owner in owners:
+        attachment = _attachment(owner)
+        settled = {branch.weight: _adapted_weight(owner, branch.weight) for branch in attachment.branches}
+        if "lora_shift" in owner._buffers:
+            settled["bias"] = _adapted_bias(owner)
+        settled |= {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in attachment.wholes}
+        owner.__dict__[STATE] = dataclasses.replace(attachment, wholes=())  # they stay where they are
+        for attribute, value in settled.items():
+            if value is None:
+                continue
+            dtype = getattr(torch, stored.get(f"{paths[owner]}.{attribute}", ""), value.dtype)
+            rounded = value.detach().to(dtype).to(value.dtype)
+            _slots(owner, attribute)[attribute] = nn.Parameter(rounded, requires_grad=False)
+    detach(module)
+
+
 # --- Fold ---
 
 

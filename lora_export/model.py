@@ -158,7 +158,10 @@ def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str
             raise InputRefused(f"{folder / CONFIG}: transformers has no class {architecture}")
         if getattr(config, "use_cache", False):
             config.use_cache = False  # a graph without a cache: one call, one answer
-        module = cls.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
+        try:
+            module = cls.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {error}") from error
     module.eval()
     axes, make = _huggingface_inputs(module)
     sizes = {symbol: TRACED[symbol] for symbol in {symbol for there in axes.values() for symbol in there.values()}}

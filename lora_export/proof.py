@@ -72,7 +72,14 @@ def prove(
     if placement is not None:
         placement.insist()
     module = adapted(model, adapters, strengths)
-    referee = Referee(copy.deepcopy(module).double())
+    attached = Referee(copy.deepcopy(module).double())
+    rounded = _rounded_weights(candidate, module) if adapters else {}
+    referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
+    if rounded:
+        # The loss that a merge into a low precision means is told apart from faults of the merge: the referee
+        # rounds W + sBA itself, and so does the model as it would be deployed.
+        layers.settle(referee.module, rounded)
+        module = copy.deepcopy(referee.module).float()
     deployed = ModuleRunner(module.to(device), device)
     inputs = dict(_inputs(model, candidate, seed, user_inputs))
     has_pairs = any(adapter.pairs for adapter in adapters)
@@ -92,8 +99,9 @@ def prove(
                 referee=reference,
                 deployed=deployed.run(arrays),
                 candidate=_aligned(answer, reference, candidate, deployed),
-                base=_with_strength(referee, arrays, 0.0, has_pairs=has_pairs) if adapters else None,
-                louder=_with_strength(referee, arrays, LOUDER, has_pairs=has_pairs) if adapters else None,
+                base=_with_strength(attached, arrays, 0.0, has_pairs=has_pairs) if adapters else None,
+                louder=_with_strength(attached, arrays, LOUDER, has_pairs=has_pairs) if adapters else None,
+                attached=attached.run(arrays) if rounded else None,
             )
         )
     if len(refusals) == len(cases):
@@ -115,6 +123,19 @@ def prove(
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
     return Proof(verdict, placement, about)
+
+
+def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
+    """Which of the module's tensors the candidate's file stores in less than fp32, by the module's names."""
+    stored: Mapping[str, str] = getattr(candidate, "stored", {})
+    low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
+    # A checkpoint may lack the model's prefix, or have one that the module lacks.
+    return {
+        spec.name: dtype
+        for spec in layers.specs(module)
+        for name, dtype in low.items()
+        if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
+    }
 
 
 def _with_strength(referee: Referee, arrays: Arrays, factor: float, *, has_pairs: bool) -> Arrays:

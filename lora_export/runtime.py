@@ -66,6 +66,7 @@ class ModuleRunner:
     device: str = "cpu"
     axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     names_known: bool = True
+    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype of the file it came from, where known
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass. Floats go in and come out in the module's own dtype."""

@@ -942,3 +942,18 @@ def test_only_an_attached_adapter_is_read_back() -> None:
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, name="one")))
     with pytest.raises(InputRefused, match="the adapter two is not attached"):
         layers.read_back(model, an_adapter({"0": PAIR}, name="two"))
+
+
+def test_settling_rounds_each_sum_once_and_leaves_plain_layers() -> None:
+    module = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 256.0]]))
+    pair = LoraPair(a=np.array([[1, 1]]), b=np.array([[0.625]]), scale=1.0)
+    holder = nn.Sequential(module)
+    adapter = Adapter(name="a", format="test", pairs={"0": pair})
+    layers.attach(holder, plan.make([adapter], layers.specs(holder)))
+    layers.settle(holder, {"0.weight": "bfloat16"})
+    assert type(holder[0]) is nn.Linear
+    # bf16 has steps of 1/128 at 1.625, which it holds, and of 2 at 256.625, which it rounds to 256.
+    assert holder[0].weight.tolist() == [[1.625, 256.0]]
+    assert holder[0].weight.dtype == torch.float64

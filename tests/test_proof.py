@@ -140,3 +140,25 @@ def test_the_users_own_inputs_are_one_more_case(scaled: model.Model, tmp_path: P
 def test_an_adapter_for_another_model_is_a_misfit(scaled: model.Model) -> None:
     with pytest.raises(MatchError, match="no_such_layer"):
         proof.prove(runtime.ModuleRunner(scaled.module), scaled, [an_adapter(module="no_such_layer")])
+
+
+def bf16_merge(base: model.Model, adapter: Adapter, *, strength: float = 1.0) -> runtime.ModuleRunner:
+    """The merged module as a bf16 checkpoint holds it: every weight of the changed layer rounded."""
+    module = folded(base, adapter, strength).module
+    with torch.no_grad():
+        module.dense.weight.copy_(module.dense.weight.bfloat16())
+    return runtime.ModuleRunner(module, stored={"dense.weight": "bfloat16", "dense.bias": "float32"})
+
+
+def test_a_merge_stored_in_bf16_is_judged_by_what_bf16_should_hold(scaled: model.Model) -> None:
+    with torch.no_grad():
+        scaled.module.dense.weight.copy_(scaled.module.dense.weight.bfloat16())
+    result = proof.prove(bf16_merge(scaled, an_adapter()), scaled, [an_adapter()])
+    assert result.verdict.same, str(result.verdict)
+    losses = [there.figures.merge_loss for there in result.verdict.comparisons]
+    assert all(1e-4 < loss < 1e-2 for loss in losses)  # told, though not judged
+
+
+def test_rounding_is_no_excuse_for_a_wrong_scale(scaled: model.Model) -> None:
+    wrong = bf16_merge(scaled, an_adapter(), strength=1.1)
+    assert proof.prove(wrong, scaled, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT

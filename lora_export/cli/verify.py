@@ -114,11 +114,18 @@ def _runner(path: Path, base: Model, provider: str) -> Runner:
     if path.is_dir():
         from lora_export.model import load as load_model
 
-        return ModuleRunner(load_model(str(path)).module)
+        return ModuleRunner(load_model(str(path)).module, stored=_stored(path))
     if path.suffix == ".safetensors":
         from lora_export.model import with_weights
 
-        return ModuleRunner(with_weights(base, path))
+        return ModuleRunner(with_weights(base, path), stored=_stored(path))
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names)
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt or .safetensors file, or a Hugging Face folder")
+
+
+def _stored(path: Path) -> dict[str, str]:
+    """The dtypes in which a checkpoint keeps its tensors."""
+    from lora_export.checkpoint import open_checkpoint
+
+    return {spec.name: spec.dtype for spec in open_checkpoint(path).specs}
