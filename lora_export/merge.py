@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ BLOCK = 1 << 20  # bytes of fp32 worked on at a time: small enough for a core's 
 COPY = 8 << 20  # bytes a read where the kernel cannot copy by itself
 LOW_RETENTION = 0.9  # below this a result is worth a warning
 MIN_RETENTION = 0.5  # below this it is refused unless the user says otherwise
+WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")  # classes that predict words
 
 Progress = Callable[[int], None]  # hears how many bytes of output have been written since the last call
 
@@ -71,11 +73,12 @@ def merge_checkpoint(
     file becomes one file called `file_name`, its provenance in the header. `dtype` converts every
     float tensor. Peak memory is a few blocks, whatever the model's size.
 
-    Raises InputRefused when an adapter is in the base already, a value is not finite, the base
-    changes meanwhile, or a weight keeps less than `min_retention` of its change.
+    Raises InputRefused when an adapter is in the base already, tied embeddings would be torn, a value
+    is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change.
     """
     begun = time.perf_counter()
     refuse_second_merge(plan, base)
+    refuse_torn_tie(plan, base)
     record = provenance(plan, base, {"dtype": dtype or "keep", "min_retention": min_retention})
     own = {} if base.is_folder else {PROVENANCE: json.dumps(record)}
     moves = _moves(plan, base, dtype)
@@ -129,6 +132,32 @@ def refuse_second_merge(plan: Plan, base: Checkpoint) -> None:
                 f"{base.path} already holds the adapter {adapter.name} (merged as {merged[adapter.sha256]}, sha256 "
                 f"{adapter.sha256[:12]}). Merge into the original base, or nothing twice"
             )
+
+
+def refuse_torn_tie(plan: Plan, base: Checkpoint) -> None:
+    """Raise InputRefused where the input embeddings change, and the output embeddings are the same stored tensor.
+
+    Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen.
+    """
+    architecture = str((base.config.get("architectures") or [""])[0])
+    tables = _word_tables(plan, base)
+    if len(tables) != 1 or not base.config.get("tie_word_embeddings", True) or not WORD_HEAD.search(architecture):
+        return
+    ((name, step),) = tables.items()
+    if step is not None:
+        raise InputRefused(
+            f"{name} is the output embeddings too (tie_word_embeddings), which the adapter was trained without. "
+            "Untie the base first (save it with tie_word_embeddings false), or train with ensure_weight_tying"
+        )
+
+
+def _word_tables(plan: Plan, base: Checkpoint) -> dict[str, Step | None]:
+    """The output's tensors of one row a word, input and output embeddings, with what the plan does to them."""
+    parts = [base.config, base.config.get("text_config")]
+    words = next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
+    specs = {spec.name: spec for spec in (*base.specs, *(step.spec for step in plan.steps))}
+    names = [name for name, spec in specs.items() if len(spec.shape) == 2 and spec.shape[0] == words]
+    return {name: plan.by_weight.get(name) for name in names}
 
 
 def _refuse_faint(results: Sequence[StepResult], min_retention: float) -> None:
@@ -294,6 +323,10 @@ def _refuse_overflow(place: Entry, before: NDArray[Any], after: NDArray[Any]) ->
     )
 
 
+def _equal(one: Step, other: Step) -> bool:
+    return one.replace is not None and other.replace is not None and np.array_equal(one.replace, other.replace)
+
+
 def _write_companions(
     plan: Plan, base: Checkpoint, stage: Path, written: Mapping[str, TensorFile], dtype: str | None
 ) -> None:
@@ -301,6 +334,9 @@ def _write_companions(
         (stage / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / relative, stage / relative)
     config = config_with_heads(base.config, plan.adapters)
+    wholes = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
+    if any(step.added for step in wholes) and not (len(wholes) == 2 and _equal(*wholes)):
+        config["tie_word_embeddings"] = False  # or a loader would drop the one that was added
     if dtype and config:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)

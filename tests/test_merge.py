@@ -29,6 +29,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from lora_export import files, formats, merge, plan
@@ -186,6 +188,62 @@ def test_a_base_that_has_the_prefix_and_the_head_keeps_its_names(tmp_path):
     merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     ours = load_tensors(tmp_path / "out/model.safetensors")
     assert same_bits(ours, model.merge_and_unload().state_dict())
+
+
+@pytest.fixture(scope="module")
+def tied() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "still_tied"),
+    [
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, False),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    ],
+)
+def test_embeddings_that_were_trained_apart_are_untied_and_those_trained_as_one_are_not(
+    tmp_path, tied, config, still_tied
+):
+    tied.save_pretrained(tmp_path / "base")
+    model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], **config)
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.tie_word_embeddings is still_tied
+    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+
+
+def test_embeddings_that_the_base_stores_once_and_the_adapter_changed_on_one_side_are_refused(tmp_path, tied):
+    tied.save_pretrained(tmp_path / "base")
+    model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        InputRefused, match=r"model\.embed_tokens\.weight is the output embeddings too .*Untie the base"
+    ):
+        merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"], "vocab_size": 2},
+        {"architectures": ["BertModel"], "vocab_size": 2},
+        {"architectures": ["LlamaForCausalLM"], "vocab_size": 3},
+    ],
+)
+def test_embeddings_that_are_not_tied_may_be_replaced(tmp_path, config):
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", {"embed.weight": [[1, 2], [3, 4]]})
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    whole = peft_adapter(tmp_path / "adapter", {}, {"embed.weight": np.ones((2, 2), np.float32)})
+    merged(tmp_path / "base", whole, tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")["embed.weight"].tolist() == [[1, 1], [1, 1]]
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config
 
 
 def test_two_adapters_are_summed_before_the_one_rounding(tmp_path):

@@ -63,6 +63,7 @@ def command(
     checkpoint = open_checkpoint(base)
     steps = plan.make(loaded, checkpoint.specs, strengths=weights, may_add=True)
     merge.refuse_second_merge(steps, checkpoint)
+    merge.refuse_torn_tie(steps, checkpoint)
     for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
         say(f"note: {note}")
     for name in checkpoint.left_out():
