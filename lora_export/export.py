@@ -29,6 +29,7 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
+from lora_export.outputs import named_outputs
 
 Axes = Mapping[str, Mapping[int, str]]  # input -> {axis: symbol}; equal symbols are equal sizes
 
@@ -177,23 +178,11 @@ def _essence(error: BaseException) -> str:
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
     try:
-        return list(_names_in(module(**inputs)))
+        return list(named_outputs(module(**inputs)))
     except Exception as error:
         raise RuntimeRefused(
             f"{type(module).__name__} itself fails on the example inputs ({', '.join(inputs)}): {_essence(error)}"
         ) from error
-
-
-def _names_in(outputs: Any, prefix: str = "") -> Iterator[str]:
-    """A mapping's own keys, or `output_0`, `output_1` ...; parts of parts after a dot; only tensors have one."""
-    if isinstance(outputs, torch.Tensor):
-        yield prefix or "output_0"
-    elif isinstance(outputs, Mapping):
-        for key, value in outputs.items():
-            yield from _names_in(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(outputs, tuple | list):
-        for number, value in enumerate(outputs):
-            yield from _names_in(value, f"{prefix}.{number}" if prefix else f"output_{number}")
 
 
 def _exported(

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.outputs import have_names, named_outputs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -75,7 +76,7 @@ class ModuleRunner:
         made = {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
         with torch.no_grad(), _tf32_off():
             outputs = named_outputs(self.module(**made))
-        self.names_known = outputs_have_names(outputs)
+        self.names_known = have_names(outputs)
         return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
@@ -141,31 +142,6 @@ def _tf32_off() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
-def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """A module's outputs as tensors by name: a mapping's own keys, or `output_0`, `output_1` … in order."""
-    if isinstance(outputs, torch.Tensor):
-        return {"output_0": outputs}
-    named: dict[str, torch.Tensor] = {}
-    if isinstance(outputs, Mapping):
-        for key, value in outputs.items():
-            if isinstance(value, torch.Tensor):
-                named[str(key)] = value
-            elif isinstance(value, tuple | list):
-                named |= {
-                    f"{key}.{number}": part for number, part in enumerate(value) if isinstance(part, torch.Tensor)
-                }
-    elif isinstance(outputs, tuple | list):
-        named = {f"output_{number}": part for number, part in enumerate(outputs) if isinstance(part, torch.Tensor)}
-    if not named:
-        raise RuntimeRefused(f"the model returned {type(outputs).__name__}, in which I find no tensors to compare")
-    return named
-
-
-def outputs_have_names(outputs: Mapping[str, Any]) -> bool:
-    """False where the names are `named_outputs`' own, and only the order means something."""
-    return list(outputs) != [f"output_{number}" for number in range(len(outputs))]
-
-
 def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -203,7 +179,7 @@ class ScriptRunner:
                 outputs = named_outputs(self.script(*made))
             except RuntimeError as error:
                 raise RuntimeRefused(f"TorchScript: {str(error).strip().splitlines()[-1]}") from error
-        self.names_known = outputs_have_names(outputs)
+        self.names_known = have_names(outputs)
         return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
