@@ -86,7 +86,7 @@ def _read_jsonl(path: Path) -> Examples:
     texts: list[Any] = []
     labels: list[Any] = []
     problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
