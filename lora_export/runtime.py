@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,7 +228,8 @@ class OnnxRunner:
         ort = _onnxruntime()
         asked = PROVIDERS[provider]
         if provider == "cuda" and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # finds the CUDA and cuDNN libraries that came with torch's wheels
+            with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and stdout is for answers
+                ort.preload_dlls()  # finds the CUDA and cuDNN libraries that came with torch's wheels
         if asked not in ort.get_available_providers():
             raise EnvironmentLacking(
                 f"this onnxruntime ({ort.__version__}) has no {asked}: pip install onnxruntime-gpu "
@@ -238,7 +240,8 @@ class OnnxRunner:
         settings.log_severity_level = 3  # errors only; a fallback is found by asking, not by reading warnings
         options = CUDA_OPTIONS if provider == "cuda" else {}
         try:
-            self.session = ort.InferenceSession(str(path.resolve()), settings, providers=[(asked, options)])
+            with contextlib.redirect_stdout(sys.stderr):
+                self.session = ort.InferenceSession(str(path.resolve()), settings, providers=[(asked, options)])
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime refused {path}: {error}") from error
         if asked not in self.session.get_providers():
