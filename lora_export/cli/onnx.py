@@ -64,7 +64,7 @@ def command(
     exported once, in float32, with dynamic batch and sequence; then the adapters are put into the
     graph.
     """
-    from lora_export import files, plan, proof
+    from lora_export import files, layers, plan
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
     from lora_export.export import to_onnx
@@ -75,6 +75,7 @@ def command(
     from lora_export.model import load as load_model
     from lora_export.runtime import OnnxRunner
 
+    proving.require(provider)
     loaded = load_adapters(adapters)
     with (
         files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
@@ -82,6 +83,8 @@ def command(
     ):
         stage("loading the model")
         base = load_model(model, loaded)
+        if loaded:  # what does not fit the module will not fit its graph: told now, and not after the export
+            plan.make(loaded, layers.specs(base.module), strengths=weights)
         stage("exporting the base")
         program = to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
         if loaded:
@@ -97,18 +100,8 @@ def command(
         save(program, folder, output.name, metadata={"lora_export": json.dumps(record)})
         result = None
         if not no_verify:
-            stage("verifying")
             candidate = OnnxRunner(folder / output.name, provider)
-            result = proof.prove(
-                candidate,
-                base,
-                loaded,
-                strengths=weights,
-                user_inputs=inputs_file,
-                device=provider,
-                step=lambda what: stage(f"verifying, {what}"),
-            )
-            proving.insist(result)
+            result = proving.demand_same(candidate, base, loaded, weights, inputs_file, device=provider, stage=stage)
         record["verdict"] = proving.summary(result)
         save(program, folder, output.name, metadata={"lora_export": json.dumps(record)})
     if as_json:

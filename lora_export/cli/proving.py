@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lora_export import __version__, parity, report
+from lora_export.cli import doctor
 from lora_export.cli.arguments import split_name
-from lora_export.errors import Different, Undecided
+from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.lora import Adapter
 from lora_export.model import Model
-from lora_export.proof import Proof
+from lora_export.proof import Proof, prove
+from lora_export.runtime import Runner
 
 
 def inputs_of(model: str, adapters: Sequence[str]) -> list[Path]:
@@ -53,10 +55,36 @@ def summary(proof: Proof | None) -> dict[str, Any]:
     }
 
 
-def insist(proof: Proof) -> None:
-    """Raise what the verdict means, unless it is `same`: nothing is published then."""
+def require(provider: str) -> None:
+    """Raise EnvironmentLacking where the asked provider cannot run: told before the work, not after it."""
+    if provider == "cuda" and (fault := doctor.try_provider(doctor.CUDA).fault):
+        raise EnvironmentLacking(
+            f"{doctor.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` says how to get it"
+        )
+
+
+def demand_same(
+    candidate: Runner,
+    base: Model,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    inputs_file: Path | None,
+    *,
+    device: str,
+    stage: Callable[[str], None],
+) -> Proof:
+    """Prove a file that is about to be published. Raises what the verdict means unless it is `same`."""
+    proof = prove(
+        candidate,
+        base,
+        adapters,
+        strengths=weights,
+        user_inputs=inputs_file,
+        device=device,
+        step=lambda what: stage(f"verifying, {what}"),
+    )
     if proof.verdict.same:
-        return
+        return proof
     kind = Different if proof.verdict.outcome is parity.Outcome.DIFFERENT else Undecided
     raise kind(f"{proof.verdict}\nNothing was written; --no-verify would publish it all the same.")
 

@@ -60,7 +60,7 @@ def command(
     """
     import copy
 
-    from lora_export import files, layers, plan, proof
+    from lora_export import files, layers, plan
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
     from lora_export.export import save_torchscript, to_torchscript
@@ -88,16 +88,8 @@ def command(
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
         result = None
         if not no_verify:
-            stage("verifying")
-            result = proof.prove(
-                ScriptRunner(folder / output.name, base.input_names),
-                base,
-                loaded,
-                strengths=weights,
-                user_inputs=inputs_file,
-                step=lambda what: stage(f"verifying, {what}"),
-            )
-            proving.insist(result)
+            candidate = ScriptRunner(folder / output.name, base.input_names)
+            result = proving.demand_same(candidate, base, loaded, weights, inputs_file, device="cpu", stage=stage)
         record["verdict"] = proving.summary(result)
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
     if as_json:

@@ -73,6 +73,9 @@ def command(
         report.check_path(path)
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
+    if provider != "cpu" and candidate.suffix != ".onnx":
+        raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
+    proving.require(provider)
     loaded = load_adapters(adapters)
     for note in (note for adapter in loaded for note in adapter.notes):
         say(f"note: {note}")
@@ -109,8 +112,6 @@ def _runner(path: Path, base: Model, provider: str) -> Runner:
 
     if path.suffix == ".onnx":
         return OnnxRunner(path, provider)
-    if provider != "cpu":
-        raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
     if path.is_dir():
         from lora_export.model import load as load_model
 
