@@ -70,6 +70,8 @@ def test_a_pair_cannot_be_changed_and_leaves_the_callers_array_writable():
         ({"a": A[:1]}, r"the ranks disagree: A is \(1, 3\), B is \(2, 2\)"),
         ({"a": A[:0], "b": B[:, :0]}, r"a dimension is zero: A is \(0, 3\), B is \(2, 0\)"),
         ({"a": A[:, :0]}, "a dimension is zero"),
+        ({"b": B[:0]}, "a dimension is zero"),
+        ({"a": A[0]}, "both need at least two dimensions"),
         ({"b": B[0]}, "both need at least two dimensions"),
         ({"b": B.reshape(1, 2, 2)}, r"B is \(1, 2, 2\); beyond \(out, rank\) it may only have ones"),
         ({"scale": math.nan}, "the scale is nan"),
@@ -80,6 +82,13 @@ def test_a_pair_cannot_be_changed_and_leaves_the_callers_array_writable():
 def test_what_does_not_go_together_is_refused_at_birth(changes, message):
     with pytest.raises(InputRefused, match=message):
         LoraPair(**{"a": A, "b": B, "scale": 1.0, **changes})
+
+
+def test_a_magnitude_is_one_number_for_each_output():
+    tall = np.array([[1, 0], [2, 1], [0, 3]])  # (out 3, rank 2)
+    assert LoraPair(a=A, b=tall, scale=1, magnitude=np.array([1, 2, 3])).magnitude.tolist() == [1, 2, 3]
+    with pytest.raises(InputRefused, match=r"the magnitude is \(2,\), B is \(3, 2\)"):
+        LoraPair(a=A, b=tall, scale=1, magnitude=np.array([1, 2]))
 
 
 @pytest.mark.parametrize("side", ["a", "b", "magnitude"])

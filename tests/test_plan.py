@@ -112,10 +112,10 @@ def test_biases_shift_by_the_sum_over_adapters_at_their_strengths():
 
 
 def test_a_whole_tensor_takes_the_place_of_the_bases():
-    head = np.ones((2, 3), np.float16)
-    made = plan.make([holding(replaced={"head.weight": head})], [matrix("head.weight"), vector("head.bias")])
+    head, place = np.ones((2, 3), np.float16), matrix("head.weight", file="model.safetensors")
+    made = plan.make([holding(replaced={"head.weight": head})], [place, vector("head.bias")])
     (step,) = made.steps
-    assert step.replace is head and not step.added
+    assert step.replace is head and step.spec is place and not step.added
     assert made.kept == ("head.bias",)
 
 
@@ -151,7 +151,24 @@ def test_a_prefix_must_make_every_pair_land():
     assert lines == ["bert.gone: the base has no weight for gone"]
 
 
+def test_what_lies_outside_the_prefix_that_most_pairs_have_is_a_misfit_under_its_own_name():
+    there = holding(
+        pairs={"bert.fc": pair(), "bert.fd": pair(), "gpt.fe": pair()}, biases={"gpt.fe": np.ones(2, np.float32)}
+    )
+    lines = misfits([there], [matrix("fc.weight"), matrix("fd.weight"), matrix("fe.weight")])
+    assert lines == [
+        "gpt.fe: the base has no weight for gpt.fe",
+        "gpt.fe.bias: the base has no gpt.fe.bias to shift",
+    ]
+
+
+def test_where_nothing_lands_names_are_told_as_they_are():
+    assert misfits([adapter(x__y__z=pair())], [matrix("fc.weight")]) == ["x.y.z: the base has no weight for x.y.z"]
+
+
 def test_two_prefixes_that_both_fit_are_refused():
+    with pytest.raises(InputRefused, match=r"mine fits the base in 2 ways, by prefix: `a\.`, `a\.b\.`"):
+        plan.make([adapter(a__b__fc=pair())], [matrix("fc.weight"), matrix("b.fc.weight")])
     base = [matrix("text.fc.weight"), matrix("vision.fc.weight")]
     with pytest.raises(InputRefused, match=r"mine fits the base in 2 ways, by prefix: `text\.`, `vision\.`"):
         plan.make([adapter(fc=pair())], base)
@@ -190,6 +207,12 @@ def test_a_whole_tensor_under_the_prefix_replaces_the_bases_and_nothing_is_renam
     made = plan.make([pooler], [matrix("fc.weight"), matrix("pooler.weight")], may_add=True)
     assert [step.weight for step in made.steps] == ["fc.weight", "pooler.weight"]
     assert made.name_prefix == ""
+
+
+def test_whole_tensors_alone_show_their_prefix_too():
+    made = plan.make([holding(replaced={"bert.pooler.weight": np.ones((2, 3))})], [matrix("pooler.weight")])
+    assert [step.weight for step in made.steps] == ["pooler.weight"]
+    assert made.notes == ("mine: the adapter's names carry the prefix `bert.` that the base's lack; resolved.",)
 
 
 def test_a_head_without_a_prefix_is_added_beside_the_bases_names():
@@ -307,6 +330,13 @@ def test_lost_targets_are_seen_through_a_prefix():
     assert misfits([there], tower("layer.0.query", "layer.1.query"))[0].startswith("layer.1.query: targeted")
 
 
+def test_a_replaced_module_is_not_lost_under_its_prefix_either():
+    there = holding(
+        pairs={"bert.layer.0.fc": pair()}, replaced={"bert.layer.1.fc.weight": np.ones((2, 3))}, targets=("fc",)
+    )
+    assert len(plan.make([there], tower("layer.0.fc", "layer.1.fc")).steps) == 2
+
+
 def test_another_tower_with_the_same_endings_is_not_lost():
     base = tower("text.layer.0.query", "vision.layer.0.query", "layer.0.subquery")
     there = holding(pairs={"text.layer.0.query": pair()}, targets=("query",))
@@ -362,6 +392,11 @@ def test_the_same_adapter_twice_is_refused_by_its_hash_and_by_its_name():
 
 
 # --- Printing ---
+
+
+def test_a_plan_prints_no_counts_of_nothing():
+    made = plan.make([adapter(fc=pair())], [matrix("fc.weight")])
+    assert str(made).splitlines()[0] == "1 weights changed"
 
 
 def test_a_plan_prints_what_is_done_to_which_tensor():
