@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,24 @@ inputs_option = click.option(
     metavar="FILE.npz",
     help="Check on these inputs too (arrays named like the model's inputs).",
 )
+
+
+def publishing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command takes that proves a file before it publishes it."""
+    modes = click.option(
+        "--lora",
+        "mode",
+        type=click.Choice(["merged", "nodes"]),
+        default="merged",
+        show_default=True,
+        help="Fold the adapters into the weights, or keep A and B beside them.",
+    )
+    no_verify = click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
+    for option in reversed(
+        [adapters_option, adapter_weights, modes, inputs_option, no_verify, overwrite_option, json_option]
+    ):
+        command = option(command)
+    return command
 
 
 def say(line: str) -> None:

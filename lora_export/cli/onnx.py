@@ -7,16 +7,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import (
-    adapter_weights,
-    adapters_option,
-    inputs_option,
-    json_option,
-    load_adapters,
-    overwrite_option,
-    provider_option,
-    say,
-)
+from lora_export.cli.arguments import load_adapters, provider_option, publishing_options, say
 
 
 @click.command()
@@ -29,22 +20,9 @@ from lora_export.cli.arguments import (
     metavar="OUT.onnx",
     help="The file to publish once it is proven.",
 )
-@adapters_option
-@adapter_weights
-@click.option(
-    "--lora",
-    "mode",
-    type=click.Choice(["merged", "nodes"]),
-    default="merged",
-    show_default=True,
-    help="Fold the adapters into the weights, or keep A and B as nodes beside them.",
-)
-@inputs_option
+@publishing_options
 @click.option("--opset", type=click.IntRange(min=18), help="The ONNX operator set (default: the exporter's).")
 @provider_option
-@click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
-@overwrite_option
-@json_option
 def command(
     model: str,
     output: Path,

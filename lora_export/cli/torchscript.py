@@ -7,15 +7,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import (
-    adapter_weights,
-    adapters_option,
-    inputs_option,
-    json_option,
-    load_adapters,
-    overwrite_option,
-    say,
-)
+from lora_export.cli.arguments import load_adapters, publishing_options, say
 
 
 @click.command()
@@ -28,20 +20,7 @@ from lora_export.cli.arguments import (
     metavar="OUT.pt",
     help="The file to publish once it is proven.",
 )
-@adapters_option
-@adapter_weights
-@click.option(
-    "--lora",
-    "mode",
-    type=click.Choice(["merged", "nodes"]),
-    default="merged",
-    show_default=True,
-    help="Fold the adapters into the weights, or keep A and B as branches beside them.",
-)
-@inputs_option
-@click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
-@overwrite_option
-@json_option
+@publishing_options
 def command(
     model: str,
     output: Path,
