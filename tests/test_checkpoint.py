@@ -91,11 +91,19 @@ def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
     ],
 )
 def test_only_the_models_class_tells_how_gpt2s_matrices_lie(tmp_path, config, layout):
-    single(tmp_path, config, h__0__c_proj__weight=[[1, 2], [3, 4]], h__0__c_proj__bias=[1, 2], wte__weight=[[1, 2]])
+    single(
+        tmp_path,
+        config,
+        h__0__c_proj__weight=[[1, 2], [3, 4]],
+        h__0__c_proj__bias=[1, 2],
+        c_fc__weight=[[[1]]],
+        wte__weight=[[1, 2]],
+    )
     layouts = {spec.name: spec.layout for spec in open_checkpoint(tmp_path).specs}
     assert layouts == {
         "h.0.c_proj.weight": layout,
         "h.0.c_proj.bias": Layout.OTHER,
+        "c_fc.weight": Layout.OUT_IN,  # a convolution of that name
         "wte.weight": Layout.OUT_IN,
     }
 
@@ -137,6 +145,13 @@ def test_an_earlier_merge_is_known_from_a_files_header(tmp_path):
     raw_tensor_file(tmp_path / "model.safetensors", header)
     assert open_checkpoint(tmp_path / "model.safetensors").history == ({"name": "a"},)
     assert open_checkpoint(tmp_path).history == ({"name": "a"},)
+
+
+def test_the_manifest_is_younger_than_a_files_header(tmp_path):
+    header = {"__metadata__": {"lora_export": '{"adapters": [{"name": "old"}]}'}}
+    raw_tensor_file(tmp_path / "model.safetensors", header)
+    write_json(tmp_path / "lora_export.json", {"adapters": [{"name": "old"}, {"name": "new"}]})
+    assert open_checkpoint(tmp_path).history == ({"name": "old"}, {"name": "new"})
 
 
 @pytest.mark.parametrize("record", ["", "[]", '{"adapters": {}}', '{"adapters": ["a"]}', '{"a": 1, "a": 2}'])
@@ -196,7 +211,7 @@ def test_an_index_that_points_out_of_its_folder_is_refused(sharded, place):
     assert refusal(sharded) == f"BASE/{INDEX} names what is no file in its folder: {place!r}"
 
 
-@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": None}])
+@pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": None}])
 def test_an_index_without_a_map_is_refused(sharded, content):
     write_json(sharded / INDEX, content)
     assert refusal(sharded) == f"BASE/{INDEX} has no weight_map"

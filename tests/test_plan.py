@@ -153,12 +153,12 @@ def test_a_prefix_must_make_every_pair_land():
 
 def test_what_lies_outside_the_prefix_that_most_pairs_have_is_a_misfit_under_its_own_name():
     there = holding(
-        pairs={"bert.fc": pair(), "bert.fd": pair(), "gpt.fe": pair()}, biases={"gpt.fe": np.ones(2, np.float32)}
+        pairs={"bert.fc": pair(), "bert.fd": pair(), "gpt.zzzzz": pair()}, biases={"gpt.zzzzz": np.ones(2, np.float32)}
     )
-    lines = misfits([there], [matrix("fc.weight"), matrix("fd.weight"), matrix("fe.weight")])
+    lines = misfits([there], [matrix("fc.weight"), matrix("fd.weight"), vector("zzzzz.bias")])
     assert lines == [
-        "gpt.fe: the base has no weight for gpt.fe",
-        "gpt.fe.bias: the base has no gpt.fe.bias to shift",
+        "gpt.zzzzz: the base has no weight for gpt.zzzzz; the nearest is zzzzz.bias",
+        "gpt.zzzzz.bias: the base has no gpt.zzzzz.bias to shift",
     ]
 
 

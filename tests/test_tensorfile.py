@@ -136,6 +136,12 @@ def test_a_header_that_claims_to_be_huge_is_refused_without_reading_it(path, len
     assert time.perf_counter() - begun < 1
 
 
+def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_that_large(path):
+    raw_tensor_file(path, {}, length=100_000_001)
+    os.truncate(path, 200_000_000)  # a sparse file
+    assert "its header should have 100000001 bytes, the file has 200000000" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
