@@ -128,6 +128,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     assert everything(place) == before
 
 
+def test_a_dry_run_tells_each_note_once(place, capsys):
+    peft_adapter(place / "adapter", {"model.fc": (A, B)})
+    assert run(place, "base", "adapter", "--dry-run", "-o", "out") == 0
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("carry the prefix `model.`") == 1
+
+
 def test_a_change_that_rounding_thins_out_is_warned_of(place, capsys):
     # 256 + 1 stays 256 in bf16, 256 + 2 is 258: 4 of 5 parts arrive.
     base_file(

@@ -280,6 +280,17 @@ def test_the_config_we_write_is_told_what_it_does_not_know(tmp_path):
     assert formats.load(tmp_path).pairs["fc"].scale == 2
 
 
+@pytest.mark.parametrize(("rank", "alpha", "config"), [(2, 4, {}), (1, 3, {}), (4, 4, {"use_rslora": True})])
+def test_what_the_config_would_say_wrongly_is_not_written(tmp_path, rank, alpha, config):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    with pytest.raises(ValueError, match=f"rank {rank} and alpha {alpha} do not say all that a holds"):
+        reader.write(adapter, tmp_path, rank=rank, alpha=alpha, targets=["fc"], **config)
+    shifted = Adapter("a", "peft", adapter.pairs, biases={"fc": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(shifted, tmp_path, rank=1, alpha=2, targets=["fc"])
+    assert not list(tmp_path.iterdir())
+
+
 # --- Refusals ---
 
 

@@ -64,7 +64,8 @@ def command(
     steps = plan.make(loaded, checkpoint.specs, strengths=weights, may_add=True)
     merge.refuse_second_merge(steps, checkpoint)
     merge.refuse_torn_tie(steps, checkpoint)
-    for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+    in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
+    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan]:
         say(f"note: {note}")
     for name in checkpoint.left_out():
         say(f"note: {name} holds weights too, unmerged ones; it is left out")

@@ -121,7 +121,11 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     """Write an adapter of one rank and scale as PEFT would; `config` holds further fields of its config.
 
     The caller stages `folder`. `alpha` is what the pairs' scale came from, given back to the file.
+    Raises ValueError for an adapter that such a file cannot say: another rank or scale, or biases.
     """
+    said = (rank, _scale(rank, alpha, config))
+    if adapter.biases or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values()):
+        raise ValueError(f"rank {rank} and alpha {alpha} do not say all that {adapter.name} holds")
     tensors: dict[str, NDArray[Any]] = {}
     for module, pair in adapter.pairs.items():
         tensors[f"{WRAPPER}{module}.lora_A.weight"] = pair.a
@@ -250,7 +254,11 @@ def _pair(module: str, a: NDArray[Any], b: NDArray[Any], config: Mapping[str, An
     alpha, *_ = *_by_pattern(module, config.get("alpha_pattern")), config["lora_alpha"]
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
-    return LoraPair(a=a, b=b, scale=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return LoraPair(a=a, b=b, scale=_scale(rank, alpha, config))
+
+
+def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _by_pattern(module: str, patterns: Mapping[str, Any] | None) -> list[Any]:
