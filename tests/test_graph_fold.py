@@ -217,6 +217,20 @@ def test_every_copy_of_a_parameter_changes() -> None:
     assert np.array_equal(stored(model, "val_1"), [[2, 5], [2, 4]])
 
 
+def test_a_linear_reader_tells_how_a_matrix_lies_that_others_read_too() -> None:
+    model = a_graph(
+        """
+        g (float[2,2] x) => (float[2,2] y)
+        <float[2,2] m.weight = {1,2,3,4}>
+        { [r] z = Relu(m.weight)
+          [n] h = MatMul(x, m.weight)
+          [a] y = Add(h, z) }""",
+        modules={"r": "m", "n": "m"},
+    )
+    folded(model, by(m=SQUARE))
+    assert np.array_equal(stored(model, "m.weight"), [[1 + 1, 2 + 2], [3, 4]])
+
+
 # --- refusals ---
 
 

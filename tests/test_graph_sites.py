@@ -240,13 +240,15 @@ def test_a_matrix_that_is_read_both_ways_by_one_module_has_no_name() -> None:
 # --- what is not looked at is said ---
 
 
-def test_a_layer_inside_a_subgraph_is_found() -> None:
-    model = a_graph("""
+@pytest.mark.parametrize(("outer", "inner"), [("{}", ""), ("", "{}")], ids=["captured", "its own"])
+def test_a_layer_inside_a_subgraph_is_found(outer: str, inner: str) -> None:
+    weight = "<float[2,2] fc.weight = {1,2,3,4}>"
+    model = a_graph(f"""
         g (float[N,2] x, bool c) => (float[N,2] y)
-        <float[2,2] fc.weight = {1,2,3,4}>
-        { y = If (c) <
-            then_branch = t () => (float[N,2] a) { [inner] a = MatMul(x, fc.weight) },
-            else_branch = e () => (float[N,2] b) { [other] b = Identity(x) }> }""")
+        {outer.format(weight)}
+        {{ y = If (c) <
+            then_branch = t () => (float[N,2] a) {inner.format(weight)} {{ [inner] a = MatMul(x, fc.weight) }},
+            else_branch = e () => (float[N,2] b) {{ [other] b = Identity(x) }}> }}""")
     found = sites.find(model)
     assert [site.node.name for site in found.by_name["fc.weight"]] == ["inner"]
     assert not found.notes
