@@ -1,0 +1,88 @@
+"""Exercise 1: LoRA on all linear layers of an nn.TransformerEncoderLayer.
+
+    python samples/all_linear_layers.py
+
+First with the wrapper that most people write, which this layer breaks: it reads `.weight` of its
+linear layers itself, and its attention keeps query, key and value in one packed parameter that no
+wrapper reaches. Then with `attach`, at three ranks: before training the layer computes what it did
+before, and only A and B are trainable.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import lora_export as le
+
+console = Console(highlight=False)
+
+
+class LoRALayer(nn.Module):
+    """The naive wrapper: a frozen linear layer, and a low-rank branch beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 16):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * (x @ self.lora_a.T @ self.lora_b.T)
+
+
+def wrap_naively(layer: nn.TransformerEncoderLayer) -> nn.TransformerEncoderLayer:
+    """Put a LoRALayer in the place of every nn.Linear."""
+    for path, child in list(layer.named_modules()):
+        if isinstance(child, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent), name, LoRALayer(child))
+    return layer
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(d_model=256, nhead=4, dim_feedforward=1024, batch_first=True)
+    x = torch.randn(2, 10, 256)
+
+    console.print("[bold]A wrapper in the place of every nn.Linear[/bold]")
+    naive = wrap_naively(copy.deepcopy(layer))
+    for mode in ("train", "eval"):
+        try:
+            getattr(naive, mode)()(x)
+        except AttributeError as error:
+            console.print(f"{mode + ' mode:':11} {error}")
+
+    console.print("\n[bold]The same with lora_export.attach[/bold]")
+    table = Table("rank", "trainable", "of all", "share", "change in train mode", "in eval mode")
+    for rank in (4, 8, 16):
+        adapter = le.fresh_adapter(layer, targets="all-linear", rank=rank, alpha=2 * rank, seed=0)
+        adapted = copy.deepcopy(layer)
+        le.attach(adapted, le.make_plan([adapter], le.module_specs(layer), identity_ok=True), trainable=True)
+        count = le.trainable(adapted)
+        changes = [f"{largest_change(layer, adapted, x, training=training):.1g}" for training in (True, False)]
+        table.add_row(
+            str(rank), f"{count.trained:,}", f"{count.total:,}", f"{count.trained / count.total:.1%}", *changes
+        )
+    console.print(f"adapted: {', '.join(adapter.pairs)}")
+    console.print(table)
+
+
+def largest_change(layer: nn.Module, adapted: nn.Module, x: Tensor, *, training: bool) -> float:
+    """How far the adapted layer's answer is from the layer's own, with the same dropout."""
+    answers = []
+    for module in (layer, adapted):
+        torch.manual_seed(1)
+        answers.append(module.train(training)(x))
+    return (answers[0] - answers[1]).abs().max().item()
+
+
+if __name__ == "__main__":
+    main()
