@@ -8,7 +8,19 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import a_graph, an_adapter, contents, eager, exported, inputs, planned, run, stored, with_changes
+from graphs import (
+    EVERY_MODEL,
+    a_graph,
+    an_adapter,
+    contents,
+    eager,
+    exported,
+    inputs,
+    planned,
+    run,
+    stored,
+    with_changes,
+)
 from numpy.typing import NDArray
 from test_graph_fold import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
 
@@ -78,12 +90,11 @@ def test_an_output_of_the_graph_keeps_its_name_and_shape() -> None:
 
 def test_several_adapters_carry_their_names_and_add_up() -> None:
     model = a_graph(GEMM)
-    woven(model, an_adapter({"m": PAIR}, name="red"), an_adapter({"m": PAIR}, name="blue"), strengths=[1.0, -3.0])
-    assert set(model.graph.initializers) == {
-        "m.weight", "m.lora_A.red.weight", "m.lora_B.red.weight", "m.lora_A.blue.weight", "m.lora_B.blue.weight",
-    }  # fmt: skip
+    woven(model, an_adapter({"m": PAIR}, name="a_lora_A"), an_adapter({"m": PAIR}, name="blue"), strengths=[1.0, -3.0])
+    adapters = [f"m.{part}.{name}.weight" for name in ("a_lora_A", "blue") for part in ("lora_A", "lora_B")]
+    assert list(model.graph.initializers) == ["m.weight", *adapters]
     names = [node.name for node in model.graph]
-    assert names[1:4] == ["/m/lora_A.red/MatMul", "/m/lora_B.red/MatMul", "/m/lora_B.red/Add"]
+    assert names[1:4] == ["/m/lora_A.a_lora_A/MatMul", "/m/lora_B.a_lora_A/MatMul", "/m/lora_B.a_lora_A/Add"]
     assert len(set(names)) == len(names) == 7
     assert np.array_equal(run(model, x=X)["y"], [[9 + 4, 21 + 8], [9 + 4, 21 + 8]])
 
@@ -214,7 +225,7 @@ def test_dora_is_refused_by_name() -> None:
 # --- real exports, against PyTorch ---
 
 
-@pytest.mark.parametrize("name", ["mlp", "encoder", "bert", "llama"])
+@EVERY_MODEL
 def test_a_woven_export_computes_what_pytorch_computes(name: str) -> None:
     made = exported(name)
     adapter, changes = everywhere(made.graph)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import MAKERS, a_graph, exported, inputs, run, stored
+from graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
 from test_graph_fold import LINEAR
 
 from lora_export.errors import InputRefused, RuntimeRefused
@@ -72,6 +72,11 @@ def test_external_data_that_is_not_what_it_should_be_is_refused(
 ) -> None:
     with pytest.raises(InputRefused, match=rf"model.onnx: 1 tensors cannot be read .*\n  m.weight: .*{problem}"):
         files.load(external(tmp_path, **fields))
+
+
+def test_an_absolute_location_is_refused_even_below_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="outside the model's folder"):
+        files.load(external(tmp_path, location=str(tmp_path / "weights.data")))
 
 
 def symlinked(data: Path, elsewhere: Path) -> None:
@@ -172,7 +177,7 @@ def test_weights_that_are_too_many_go_into_a_file_named_by_their_content(
     assert files.save(model, tmp_path, "model.onnx")[0] != data
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@EVERY_MODEL
 def test_a_saved_export_says_nothing_of_this_machine_and_keeps_its_names(tmp_path: Path, name: str) -> None:
     made = exported(name)
     before = sites.find(made.graph).specs

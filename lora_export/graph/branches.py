@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,9 @@ from lora_export.graph.fold import change_weight, new_initializer, refuse_overfl
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
 from lora_export.plan import Plan, Step, Term
+
+Attributes = Mapping[str, int | float]
+NONE: Attributes = MappingProxyType({})
 
 
 def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
@@ -40,6 +44,11 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     return results
 
 
+class _Factor(NamedTuple):
+    value: ir.Value
+    path: str  # the beginning of its nodes' names
+
+
 class _Weaver:
     """Adds nodes and initializers to a graph under names that are free."""
 
@@ -58,44 +67,42 @@ class _Weaver:
                 "adapter into the weights instead"
             )
         module = re.sub(r"(^|\.)(in_proj_)?weight$", "", step.weight)
-        pairs = [self._factors(module, term, sites[0]) for term in step.terms]
+        pairs = [self._pair(module, term, sites[0].array.dtype) for term in step.terms]
         for site in sites:
             self._stand_beside(site, pairs)
 
-    def _factors(self, module: str, term: Term, site: Site) -> tuple[ir.Value, ir.Value]:
+    def _pair(self, module: str, term: Term, dtype: np.dtype[Any]) -> tuple[_Factor, _Factor]:
         """A (in, r) and s·B (r, out) as initializers in the weight's dtype."""
-        dtype = site.array.dtype
-        with np.errstate(over="ignore"):
-            scaled = term.pair.b.T * np.float32(term.strength * term.pair.scale)
         label = f".{term.adapter}" if self.several else ""
-        prefix = f"{module}." if module else ""
-        return (
-            self._initializer(f"{prefix}lora_A{label}.weight", term.pair.a.T, dtype),
-            self._initializer(f"{prefix}lora_B{label}.weight", scaled, dtype),
-        )
+        scale = np.float32(term.strength * term.pair.scale)
+        with np.errstate(over="ignore"):  # looked for where it is stored
+            a, b = term.pair.a.T.astype(dtype), (term.pair.b.T * scale).astype(dtype)
+        return self._factor(module, f"lora_A{label}", a), self._factor(module, f"lora_B{label}", b)
 
-    def _initializer(self, name: str, wide: NDArray[np.float32], dtype: np.dtype[Any]) -> ir.Value:
+    def _factor(self, module: str, part: str, array: NDArray[Any]) -> _Factor:
+        parts = [part for part in (module, part) if part]
+        name = ".".join([*parts, "weight"])
         if name in self.old:
             raise InputRefused(
                 f"the graph holds {name} already: an adapter stands beside its weights. Start from the graph without it"
             )
-        with np.errstate(over="ignore"):  # looked for on the next line
-            array = np.ascontiguousarray(wide.astype(dtype))
-        refuse_overflow(name, wide, array)
-        return new_initializer(self.model, unused(name, self.values), array)
+        refuse_overflow(name, array)
+        value = new_initializer(self.model, unused(name, self.values), np.ascontiguousarray(array))
+        return _Factor(value, "/".join(["", *parts]))
 
-    def _stand_beside(self, site: Site, pairs: list[tuple[ir.Value, ir.Value]]) -> None:
-        product = site.node.outputs[0]
+    def _stand_beside(self, site: Site, pairs: list[tuple[_Factor, _Factor]]) -> None:
+        x, product = site.node.inputs[0], site.node.outputs[0]
+        assert x is not None and site.node.graph is not None
+        turned, amplified = _attributes(site.node)
         uses = product.uses()
-        total = product
         added: list[ir.Node] = []
+        total = product
         for a, b in pairs:
-            down = self._multiply(site, site.node.inputs[0], a, first=True)
-            up = self._multiply(site, down.outputs[0], b, first=False)
-            add = self._node("Add", [total, up.outputs[0]], f"{_path(b)}/Add", product.shape)
+            down = self._multiply(x, a, turned)
+            up = self._multiply(down.outputs[0], b, amplified)
+            add = self._node("Add", [total, up.outputs[0]], b.path, product.shape)
             added += [down, up, add]
             total = add.outputs[0]
-        assert site.node.graph is not None
         site.node.graph.insert_after(site.node, added)
         for node, index in uses:
             node.replace_input_with(index, total)
@@ -105,34 +112,24 @@ class _Weaver:
                     total.name, product.name = product.name, total.name
                     graph.outputs[index] = total
 
-    def _multiply(self, site: Site, x: ir.Value | None, factor: ir.Value, *, first: bool) -> ir.Node:
-        """x · factor; a Gemm's transposed x is turned on the way in, its alpha multiplied on the way out."""
-        assert x is not None and factor.shape is not None
-        attributes: dict[str, int | float] = {}
-        if site.node.op_type == "Gemm" and first and site.node.attributes.get_int("transA", 0) == 1:
-            attributes = {"transA": 1}
-        elif site.node.op_type == "Gemm" and not first and site.node.attributes.get_float("alpha", 1.0) != 1.0:
-            attributes = {"alpha": site.node.attributes.get_float("alpha", 1.0)}
-        op_type = "Gemm" if attributes else "MatMul"
-        shape = None
-        if x.shape is not None and "transA" not in attributes:
-            shape = ir.Shape([*x.shape[:-1], factor.shape[-1]])
-        return self._node(op_type, [x, factor], f"{_path(factor)}/{op_type}", shape, attributes)
+    def _multiply(self, x: ir.Value, factor: _Factor, attributes: Attributes) -> ir.Node:
+        assert factor.value.shape is not None
+        known = x.shape is not None and "transA" not in attributes
+        shape = ir.Shape([*x.shape[:-1], factor.value.shape[-1]]) if known and x.shape is not None else None
+        return self._node("Gemm" if attributes else "MatMul", [x, factor.value], factor.path, shape, attributes)
 
     def _node(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        name: str,
-        shape: ir.Shape | None,
-        attributes: Mapping[str, int | float] | None = None,
+        self, op_type: str, inputs: list[ir.Value], path: str, shape: ir.Shape | None, attributes: Attributes = NONE
     ) -> ir.Node:
-        name = unused(name, self.nodes)
+        name = unused(f"{path}/{op_type}", self.nodes)
         output = ir.Value(name=unused(f"{name}_output_0", self.values), type=inputs[0].type, shape=shape)
         return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
 
 
-def _path(factor: ir.Value) -> str:
-    """The beginning of a node's name: `/X/lora_A` for the factor `X.lora_A.weight`."""
-    module, _, part = (factor.name or "").rpartition("lora_")
-    return "/".join(["", *filter(None, [module.rstrip("."), f"lora_{part.removesuffix('.weight')}"])])
+def _attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
+    """What a Gemm does to its input and its product: its branch turns x on the way in, and has alpha on the way out."""
+    if node.op_type != "Gemm":
+        return NONE, NONE
+    alpha = node.attributes.get_float("alpha", 1.0)
+    turned = node.attributes.get_int("transA", 0) == 1
+    return {"transA": 1} if turned else NONE, {"alpha": alpha} if alpha != 1 else NONE

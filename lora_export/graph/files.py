@@ -124,7 +124,7 @@ def _problem(folder: Path, tensor: ir.ExternalTensor) -> str:
     offset = tensor.offset or 0
     length = tensor.nbytes if tensor.length is None else tensor.length
     if not location or "\0" in location or Path(location).is_absolute() or not path.is_relative_to(folder):
-        return f"{tensor.name}: its data lies outside the model's folder ({location!r})"
+        return f"{tensor.name}: its data's place is absolute or outside the model's folder ({location!r})"
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         return f"{tensor.name}: {location} is reached through a symbolic link; put a copy of the file there"
     try:

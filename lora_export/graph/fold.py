@@ -56,7 +56,7 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
                 change = step.delta().T if layout is Layout.IN_OUT else step.delta()
                 after = add(before, change)
                 tally.count(before, change, after)
-        refuse_overflow(step.weight, before, after)
+        refuse_overflow(step.weight, after, before=before)
         _store(model, sites, value, there, step, np.ascontiguousarray(after))
     return tally.result() if step.replace is None else None
 
@@ -101,13 +101,14 @@ def new_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value
     return value
 
 
-def refuse_overflow(weight: str, before: NDArray[Any], after: NDArray[Any]) -> None:
-    """Raise InputRefused where a result is not finite, saying why."""
+def refuse_overflow(weight: str, after: NDArray[Any], *, before: NDArray[Any] | None = None) -> None:
+    """Raise InputRefused where a result is not finite, saying whether it was so before."""
     bad = after.size - np.count_nonzero(np.isfinite(after))
     if not bad:
         return
-    limit = float(ml_dtypes.finfo(after.dtype).max)
-    why = f"the largest {after.dtype} is {limit:g}; look at the adapter's scale, or export in float32"
-    if not np.isfinite(before).all():
+    if before is not None and not np.isfinite(before).all():
         why = "the graph's own tensor has such values"
+    else:
+        limit = float(ml_dtypes.finfo(after.dtype).max)
+        why = f"the largest {after.dtype} is {limit:g}; look at the adapter's scale, or export in float32"
     raise InputRefused(f"{weight}: {bad} values would not be finite: {why}. Nothing was written.")
