@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -127,6 +128,8 @@ AXES: dict[str, export.Axes] = {
     "llama": {"input_ids": TEXT, "attention_mask": TEXT},
 }
 MAKERS = {"mlp": Mlp, "encoder": Encoder, "bert": a_bert, "llama": a_llama}
+LLAMA = pytest.param("llama", marks=pytest.mark.slow)  # its export takes as long as the others together
+EVERY_MODEL = pytest.mark.parametrize("name", ["mlp", "encoder", "bert", LLAMA])
 
 
 @dataclass(frozen=True, eq=False)

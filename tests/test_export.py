@@ -13,13 +13,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from graphs import MAKERS, Encoder, Mlp, eager, exported, inputs, run
+from graphs import EVERY_MODEL, MAKERS, Encoder, Mlp, eager, exported, inputs, run
 from torch import Tensor, nn
 
 from lora_export import export
 from lora_export.errors import RuntimeRefused
 
-EVERY_MODEL = pytest.mark.parametrize("name", list(MAKERS))
 OTHER_SHAPES = [(1, 5), (3, 12), (5, 2)]
 
 

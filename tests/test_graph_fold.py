@@ -11,7 +11,8 @@ import onnxscript.optimizer
 import pytest
 import torch
 from graphs import (
-    MAKERS,
+    EVERY_MODEL,
+    LLAMA,
     a_graph,
     an_adapter,
     contents,
@@ -281,7 +282,7 @@ def everywhere(model: ir.Model, *, seed: int = 0) -> tuple[Adapter, dict[str, ND
 
 
 @pytest.mark.parametrize("optimised", [False, True], ids=["as exported", "equal tensors merged"])
-@pytest.mark.parametrize("name", ["encoder", "bert", "llama"])
+@pytest.mark.parametrize("name", ["encoder", "bert", LLAMA])
 def test_a_folded_export_computes_what_pytorch_computes(name: str, optimised: bool) -> None:
     made = exported(name)
     adapter, changes = everywhere(made.graph)
@@ -322,7 +323,7 @@ def test_a_new_head_and_bias_reach_an_export() -> None:
     np.testing.assert_allclose(answer["logits"], eager(reference, feeds)["logits"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@EVERY_MODEL
 def test_folding_leaves_the_module_alone(name: str) -> None:
     made = exported(name)
     before = {key: value.clone() for key, value in made.module.state_dict().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
-from graphs import MAKERS, a_graph, an_adapter, exported
+from graphs import EVERY_MODEL, a_graph, an_adapter, exported
 
 from lora_export import plan
 from lora_export.errors import MatchError
@@ -13,8 +13,6 @@ from lora_export.graph import sites
 from lora_export.graph.sites import How, Sites
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, TensorSpec
-
-EVERY_MODEL = pytest.mark.parametrize("name", list(MAKERS))
 
 
 def specs(found: Sites) -> dict[str, TensorSpec]:
