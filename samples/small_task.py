@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lora_export as le
 from lora_export import model, train
+from lora_export.examples import Examples, read_examples, split
 from lora_export.lora import Adapter
 
 TOKENS = 12  # every text is cut to exactly this many: no padding, so no mask
@@ -46,22 +47,22 @@ def load() -> tuple[LastLayer, train.ArrayData, train.ArrayData]:
     tokenizer = model.load_tokenizer(encoder)
     with tempfile.TemporaryDirectory() as folder:
         docstrings.write(Path(folder, "docstrings.jsonl"))
-        texts = train.read_examples(Path(folder, "docstrings.jsonl"))
+        texts = read_examples(Path(folder, "docstrings.jsonl"))
     tokens = tokenizer(list(texts.texts), truncation=True, max_length=TOKENS)["input_ids"]
     long_enough = [row for row, ids in enumerate(tokens) if len(ids) == TOKENS]
-    everything = train.Examples(
+    everything = Examples(
         labels=texts.labels[long_enough],
         classes=texts.classes,
         inputs={"hidden": torch.tensor([tokens[row] for row in long_enough]).numpy()},
     )
-    _, few = train.split(everything, 2 * EXAMPLES / len(everything), seed=0)
-    kept, held = (below_the_last_layer(encoder.module, part) for part in train.split(few, 0.5, seed=0))
+    _, few = split(everything, 2 * EXAMPLES / len(everything), seed=0)
+    kept, held = (below_the_last_layer(encoder.module, part) for part in split(few, 0.5, seed=0))
     torch.manual_seed(0)  # for the head
     layer = copy.deepcopy(encoder.module.encoder.layer[-1])
     return LastLayer(layer, encoder.module.config.hidden_size, len(texts.classes)).eval(), kept, held
 
 
-def below_the_last_layer(encoder: nn.Module, tokens: train.Examples) -> train.ArrayData:
+def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> train.ArrayData:
     with torch.no_grad():
         states = encoder(torch.from_numpy(tokens.inputs["hidden"]), output_hidden_states=True).hidden_states
     return train.ArrayData({"hidden": states[-2]}, torch.from_numpy(tokens.labels))

@@ -19,10 +19,13 @@ PACKAGE = Path(lora_export.__file__).parent
 # From the ground up: a layer imports only what stands before it. `plan` stands low because every
 # holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 GROUND = ("errors", "lora", "plan", "files", "tensorfile", "formats", "head", "ledger", "checkpoint")
-WORK = ("merge", "layers", "graph", "model", "outputs", "export", "train", "runtime", "parity", "report", "proof")
+WORK = (
+    *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
+    *("runtime", "parity", "report", "proof"),
+)
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "parity"}
-NUMPY_CORE = {*GROUND, "merge", "graph", "parity", "report"}
+NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "report"}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}

@@ -14,8 +14,9 @@ from lora_export.cli.arguments import json_option, overwrite_option, say
 if TYPE_CHECKING:
     from torch import nn
 
+    from lora_export.examples import Examples
     from lora_export.model import Model
-    from lora_export.train import Data, Examples, Score
+    from lora_export.train import Data, Score
 
 HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # what transformers calls a model's task head
 
@@ -93,10 +94,11 @@ def command(
 
     from lora_export import files, formats, layers, plan, train
     from lora_export.cli.progress import step_progress
+    from lora_export.examples import read_examples
     from lora_export.formats import peft
     from lora_export.model import load as load_model
 
-    examples = train.read_examples(data_path)
+    examples = read_examples(data_path)
     say(f"{data_path}: {examples}")
     with files.stage_folder(output, inputs=[data_path, *_folder_of(model)], overwrite=overwrite, say=say) as stage:
         torch.manual_seed(seed)  # a new head starts from it
@@ -165,8 +167,9 @@ def _prepared(
 ) -> tuple[Data, Data | None]:
     """What to train on and what to judge by, as the model takes it."""
     from lora_export import model, train
+    from lora_export.examples import split
 
-    kept, held = train.split(examples, holdout, seed=seed) if holdout else (examples, None)
+    kept, held = split(examples, holdout, seed=seed) if holdout else (examples, None)
     if not examples.texts:
         return train.arrays(kept), None if held is None else train.arrays(held)
     tokenizer = model.load_tokenizer(loaded)
