@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
 from test_graph_fold import LINEAR
@@ -175,6 +176,18 @@ def test_weights_that_are_too_many_go_into_a_file_named_by_their_content(
     assert data.stat().st_size == 24  # nothing was appended
     model.graph.initializers["m.weight"].const_value = ir.Tensor(np.float32(WEIGHT) + 1)
     assert files.save(model, tmp_path, "model.onnx")[0] != data
+
+
+def test_a_verdict_is_appended_behind_the_bytes_that_were_proven(tmp_path: Path) -> None:
+    (path,) = files.save(a_graph(LINEAR), tmp_path, "model.onnx", metadata={"made_by": "a test"})
+    proven = path.read_bytes()
+    files.append_metadata(path, {"verdict": "same"})
+    assert path.read_bytes().startswith(proven)
+    again = files.load(path)
+    assert dict(again.metadata_props) == {"made_by": "a test", "verdict": "same"}
+    assert run(again, x=np.float32([[1, 0, 0]]))["y"].tolist() == [[(1 + 10) * 7, (4 + 20) * 8]]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map == {"made_by": "a test", "verdict": "same"}
 
 
 @EVERY_MODEL

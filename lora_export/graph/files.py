@@ -76,6 +76,17 @@ def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str
     return written
 
 
+def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add new properties to a saved graph (a verdict, say) behind what was proven; nothing that is there is rewritten.
+
+    Two protobuf messages one after the other are read as one, their repeated fields joined.
+    """
+    addition = onnx.ModelProto()
+    onnx.helper.set_model_props(addition, dict(metadata))
+    with path.open("ab") as file:
+        file.write(addition.SerializeToString())
+
+
 def strip(model: ir.Model) -> None:
     """Remove what exporters note down beside names: stack traces, source lines and paths of this machine."""
     graphs: list[ir.Graph | ir.Function] = [*model.graphs(), *model.functions.values()]
