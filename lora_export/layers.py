@@ -33,6 +33,7 @@ from lora_export.lora import Adapter, LoraPair, fresh_pair
 from lora_export.plan import Layout, Plan, Step, TensorSpec
 
 STATE = "_lora_export"  # where an _Attachment stands in the __dict__ of the module it belongs to
+FP32_SUM = 2.0**-18  # of its terms' size: how far off W + ΔW may be when fp32 sums it (64 products, half an eps each)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -394,12 +395,13 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
             slots[attribute] = tensor
 
 
-def settle(module: nn.Module, stored: Mapping[str, str]) -> None:
+def settle(module: nn.Module, stored: Mapping[str, str], chosen: Mapping[str, Tensor]) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
     `stored` maps names of changed tensors, whole ones included, to NumPy dtypes; a tensor that it lacks
     is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
-    the merge's arithmetic. Nothing is attached any more then.
+    the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
+    the one that stands in `chosen` is taken. Nothing is attached any more then.
     """
     owners = _attached(module)
     paths = {owner: path for path, owner in module.named_modules()}
@@ -413,9 +415,14 @@ def settle(module: nn.Module, stored: Mapping[str, str]) -> None:
         for attribute, value in settled.items():
             if value is None:
                 continue
-            dtype = getattr(torch, stored.get(f"{paths[owner]}.{attribute}", ""), value.dtype)
-            rounded = value.detach().to(dtype).to(value.dtype)
-            _slots(owner, attribute)[attribute] = nn.Parameter(rounded, requires_grad=False)
+            name = f"{paths[owner]}.{attribute}"
+            rounded = value.detach().to(getattr(torch, stored[name])).to(value.dtype) if name in stored else value
+            if name in stored and name in chosen:
+                other = chosen[name].to(value.dtype)
+                size = value.abs() + _slots(owner, attribute)[attribute].abs()
+                as_near = (other - value).abs() <= (rounded - value).abs() + FP32_SUM * size
+                rounded = torch.where(as_near, other, rounded)
+            _slots(owner, attribute)[attribute] = nn.Parameter(rounded.detach(), requires_grad=False)
     detach(module)
 
 

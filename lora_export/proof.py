@@ -75,10 +75,10 @@ def prove(
     attached = Referee(copy.deepcopy(module).double())
     rounded = _rounded_weights(candidate, module) if adapters else {}
     referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
-    if rounded:
+    if rounded and isinstance(candidate, ModuleRunner):
         # The loss that a merge into a low precision means is told apart from faults of the merge: the referee
         # rounds W + sBA itself, and so does the model as it would be deployed.
-        layers.settle(referee.module, rounded)
+        layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
         module = copy.deepcopy(referee.module).float()
     deployed = ModuleRunner(module.to(device), device)
     inputs = dict(_inputs(model, candidate, seed, user_inputs))
@@ -127,7 +127,7 @@ def prove(
 
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     """Which of the module's tensors the candidate's file stores in less than fp32, by the module's names."""
-    stored: Mapping[str, str] = getattr(candidate, "stored", {})
+    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
     low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
     # A checkpoint may lack the model's prefix, or have one that the module lacks.
     return {

@@ -952,8 +952,22 @@ def test_settling_rounds_each_sum_once_and_leaves_plain_layers() -> None:
     holder = nn.Sequential(module)
     adapter = Adapter(name="a", format="test", pairs={"0": pair})
     layers.attach(holder, plan.make([adapter], layers.specs(holder)))
-    layers.settle(holder, {"0.weight": "bfloat16"})
+    layers.settle(holder, {"0.weight": "bfloat16"}, chosen={})
     assert type(holder[0]) is nn.Linear
     # bf16 has steps of 1/128 at 1.625, which it holds, and of 2 at 256.625, which it rounds to 256.
     assert holder[0].weight.tolist() == [[1.625, 256.0]]
     assert holder[0].weight.dtype == torch.float64
+
+
+def test_settling_takes_the_chosen_neighbour_only_where_fp32_could_not_tell() -> None:
+    holder = nn.Sequential(nn.Linear(3, 1, bias=False)).double()
+    with torch.no_grad():
+        holder[0].weight.copy_(torch.tensor([[256.0, 256.0, 256.0]]))
+    # The middle of bf16's 256 and 258 is 257: one sum lies on it, one a little and one well above.
+    pair = LoraPair(a=np.array([[1.0, 1.0005, 1.25]]), b=np.array([[1.0]]), scale=1.0)
+    adapter = Adapter(name="a", format="test", pairs={"0": pair})
+    for chosen in (256.0, 258.0):
+        there = copy.deepcopy(holder)
+        layers.attach(there, plan.make([adapter], layers.specs(there)))
+        layers.settle(there, {"0.weight": "bfloat16"}, chosen={"0.weight": torch.full((1, 3), chosen)})
+        assert there[0].weight.tolist() == [[chosen, chosen, 258.0]]
