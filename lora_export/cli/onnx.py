@@ -47,7 +47,7 @@ def command(
     from lora_export.cli.progress import stages
     from lora_export.export import to_onnx
     from lora_export.graph.branches import branch
-    from lora_export.graph.files import save
+    from lora_export.graph.files import append_metadata, save
     from lora_export.graph.fold import fold
     from lora_export.graph.sites import find
     from lora_export.model import load as load_model
@@ -75,13 +75,13 @@ def command(
             (fold if mode == "merged" else branch)(program, sites, steps)
         record = proving.provenance(base, loaded, weights, {"lora": mode, "opset": opset})
         stage("writing")
-        save(program, folder, output.name, metadata={"lora_export": json.dumps(record)})
+        save(program, folder, output.name)
         result = None
         if not no_verify:
             candidate = OnnxRunner(folder / output.name, provider)
             result = proving.demand_same(candidate, base, loaded, weights, inputs_file, device=provider, stage=stage)
         record["verdict"] = proving.summary(result)
-        save(program, folder, output.name, metadata={"lora_export": json.dumps(record)})
+        append_metadata(folder / output.name, {"lora_export": json.dumps(record)})
     if as_json:
         click.echo(json.dumps({"output": str(output), "proof": proving.document(result)}))
     else:
