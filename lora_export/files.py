@@ -122,7 +122,7 @@ def _translated(target: Path) -> Iterator[None]:
 
 
 def _refuse_overlap(target: Path, source: Path) -> None:
-    if target.exists() and source.exists() and target.samefile(source):
+    if target.exists() and target.samefile(source):
         raise OutputFailed(f"the output {target} is the input {source}")
     if source.is_dir() and target.is_relative_to(source):
         raise OutputFailed(f"the output {target} lies inside the input {source}")

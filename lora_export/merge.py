@@ -233,9 +233,8 @@ class _Pipe:
             raise InputRefused(f"{self.source} became shorter while it was being read")
         return data
 
-    def write(self, place: int, content: bytes | NDArray[Any]) -> None:
-        array = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else np.ascontiguousarray(content)
-        data = array.reshape(-1).view(np.uint8).data
+    def write(self, place: int, array: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         while data:  # a disk that is nearly full takes a part, and complains about the rest
             done = os.pwrite(self.write_fd, data, place)
             data, place = data[done:], place + done
@@ -260,7 +259,7 @@ def _write_shard(
     results = []
     with source.path.open("rb") as reader, path.open("xb") as writer:
         pipe = _Pipe(source.path, reader.fileno(), writer.fileno(), progress)
-        pipe.write(0, header)
+        pipe.write(0, np.frombuffer(header, np.uint8))
         for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
             run = list(group)
             if is_copy:  # neighbours in both files: one range

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -106,16 +107,20 @@ def test_a_failing_file_system_is_an_output_that_could_not_be_written(tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("write", "publish"), [(write_folder, "rename"), (write_file, "replace")])
+def test_everything_is_flushed_before_it_is_published(tmp_path, monkeypatch, write, publish):
     # Stands for a power cut, which a test cannot make: what is renamed has been on the disk before.
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda self, place: (events.append("rename"), rename(self, place)))
-    write_folder(tmp_path / "out")
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    (stage,) = {Path(path).parent for path in before if path.endswith(files.MANIFEST)}
-    assert set(before) == {str(stage), str(stage / files.MANIFEST), str(stage / "sub"), str(stage / "sub/model")}
+    flushed: list[str] = []
+    fsync, rename = os.fsync, getattr(Path, publish)
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd))
+    )
+    monkeypatch.setattr(Path, publish, lambda self, place: (flushed.append("published"), rename(self, place)))
+    write(tmp_path / "out")
+    before, after = flushed[: flushed.index("published")], flushed[flushed.index("published") + 1 :]
+    stage = next(path for path in before if path.endswith(".partial"))
+    there = ["", "/sub", "/sub/model", f"/{files.MANIFEST}"] if write is write_folder else ["", "/out"]
+    assert set(before) == {stage + path for path in there}
     assert after == [str(tmp_path)]
 
 
@@ -129,6 +134,15 @@ def test_an_existing_output_is_replaced_only_when_told_to(tmp_path, write):
         write(tmp_path / "out", "new")
     assert content(tmp_path / "out") == "old"
     write(tmp_path / "out", "new", overwrite=True)
+    assert content(tmp_path / "out") == "new"
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
+def test_an_old_folder_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("for a moment there was no output"))
+    write_folder(tmp_path / "out", "new", overwrite=True)
     assert content(tmp_path / "out") == "new"
     assert names(tmp_path) == {"out"}
 
@@ -242,6 +256,15 @@ def test_the_output_is_no_hard_link_to_an_input(tmp_path):
     os.link(tmp_path / "base", tmp_path / "out")
     with pytest.raises(OutputFailed, match="is the input"):
         write_file(tmp_path / "out", overwrite=True, inputs=[tmp_path / "base"])
+
+
+@WRITERS
+def test_inputs_elsewhere_are_no_hindrance(tmp_path, write):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").touch()
+    write(tmp_path / "out", "old", inputs=[tmp_path / "base", tmp_path / "adapter"])
+    write(tmp_path / "out", "new", inputs=[tmp_path / "base", tmp_path / "adapter"], overwrite=True)
+    assert content(tmp_path / "out") == "new"
 
 
 @WRITERS
@@ -410,11 +433,27 @@ def another_run(target: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("name", ["out", "n" * 250])
 def test_a_second_run_on_one_output_ends_at_once_and_the_first_is_not_disturbed(tmp_path, name):
+    (tmp_path / files._beside(tmp_path / name, "lock")).write_text("a lock that a killed run left\n")
     with another_run(tmp_path / name) as first:
         before = names(tmp_path)
-        with pytest.raises(OutputFailed, match=rf"another run \(process {first.pid}\) is writing .*/{name}"):
+        with pytest.raises(OutputFailed, match=rf"another run \(process {first.pid}\) is writing .*/{name}$"):
             write_folder(tmp_path / name)
         assert names(tmp_path) == before
+
+
+def test_a_run_that_has_not_signed_its_lock_yet_holds_it_all_the_same(tmp_path):
+    with (tmp_path / ".out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputFailed, match=r"another run \(process unknown\) is writing"):
+            write_folder(tmp_path / "out")
+
+
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OutputFailed, match="Too many levels of symbolic links"):
+        write_folder(tmp_path / "out")
+    assert (tmp_path / "theirs").read_text() == "theirs"
 
 
 @pytest.mark.parametrize(("name", "neighbour"), [("out", "out.v2"), ("out", "out.2"), ("n" * 250, "n" * 250 + ".v2")])
@@ -450,8 +489,6 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 def test_a_lock_whose_owner_has_just_removed_it_is_taken_anew(tmp_path, monkeypatch):
     # The other run ends between our open and our lock: the file that we locked has no name any more.
-    import fcntl
-
     flock, calls = fcntl.flock, []
 
     def late(descriptor: int, operation: int) -> None:

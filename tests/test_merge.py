@@ -36,6 +36,7 @@ from transformers import (
 from lora_export import files, formats, merge, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair, add
 from lora_export.merge import MergeReport, merge_checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -449,6 +450,16 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, model_
     assert one.retention == pytest.approx(other.retention, rel=1e-6)
 
 
+def test_no_more_than_a_block_is_worked_on_at_a_time(tmp_path, monkeypatch):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((20, 20))}, BF16)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((1, 20)), np.ones((20, 1)))})
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(merge, "add", lambda weight, *rest: (shapes.append(weight.shape), add(weight, *rest))[1])
+    monkeypatch.setattr(merge, "BLOCK", 256)  # three rows of 20 in fp32
+    merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+    assert shapes == [(3, 20)] * 6 + [(2, 20)]
+
+
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])
 def test_where_the_kernel_does_not_copy_we_do(tmp_path, monkeypatch, sharded, adapter, number):
     def refuse(*_: int) -> int:
@@ -588,6 +599,18 @@ def test_the_same_adapter_is_not_merged_twice_but_another_one_is(tmp_path, adapt
     assert tensors_of(tmp_path / "both")["fc.weight"].tolist() == (W + 3 * BA).tolist()
     with pytest.raises(InputRefused, match="already holds the adapter renamed"):
         merged(both, tmp_path / "renamed", tmp_path / "thrice")
+
+
+def test_adapters_without_a_hash_are_not_taken_for_one_another(tmp_path):
+    base_file(tmp_path / "model.safetensors", {"fc.weight": W})
+    base = tmp_path / "model.safetensors"
+    for name in ("one", "two"):  # made in a program, not read from a file
+        made = Adapter(name, "by hand", {"fc": LoraPair(a=np.array(A), b=np.array(B), scale=1)})
+        checkpoint = open_checkpoint(base)
+        (tmp_path / name).mkdir()
+        merge_checkpoint(plan.make([made], checkpoint.specs), checkpoint, tmp_path / name)
+        base = tmp_path / name / "model.safetensors"
+    assert load_file(base)["fc.weight"].tolist() == (W + 2 * BA).tolist()
 
 
 def test_a_base_that_is_touched_meanwhile_is_refused(tmp_path, sharded, adapter):
