@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,9 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
+    # PyTorch's threads sleep while they wait, instead of spinning. Measured on 2 cores, training: 1.1 times the time
+    # where the machine is idle, a quarter of it where others compute too, as on a CI machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _sigterm_unwinds():
         sys.exit(run(arguments))
 
