@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -17,10 +18,15 @@ from rich.progress import (
 )
 
 
+def _terminal() -> Console:
+    # The stream itself and not whatever `sys.stderr` is later: while exporters are kept quiet, that is a sink.
+    return Console(file=sys.stderr)
+
+
 @contextlib.contextmanager
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that hears how many more bytes are done."""
-    console = Console(stderr=True)
+    console = _terminal()
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=console,
         disable=not console.is_terminal, transient=True,
@@ -33,7 +39,7 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def step_progress(what: str) -> Iterator[Callable[[int, int, float], None]]:
     """Yield a function that hears (steps done, steps in all, loss)."""
-    console = Console(stderr=True)
+    console = _terminal()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what)
@@ -47,7 +53,7 @@ def step_progress(what: str) -> Iterator[Callable[[int, int, float], None]]:
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
     """Yield a function that hears what is being done now; on a terminal it is shown with the time it takes."""
-    console = Console(stderr=True)
+    console = _terminal()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("starting", total=None)
