@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import itertools
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,12 +245,16 @@ def _find_factory(place: str, name: str) -> Callable[[], Any]:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)  # so that what it defines can be pickled and deep-copied
-        spec.loader.exec_module(module)
+        with _their_failures(place):
+            spec.loader.exec_module(module)
     else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise InputRefused(f"cannot import {place}: {error}") from error
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # a package in the current folder; last, so that it shadows nothing
+        with _their_failures(place):
+            try:
+                module = importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                raise InputRefused(f"cannot import {place}: {error}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -257,8 +262,23 @@ def _find_factory(place: str, name: str) -> Callable[[], Any]:
     return factory  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _their_failures(source: str) -> Iterator[None]:
+    """What goes wrong in the user's own code, told with its place."""
+    try:
+        yield
+    except InputRefused:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputRefused(
+            f"{source} failed at {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def _from_factory(source: str, factory: Callable[[], Any]) -> Model:
-    made = factory()
+    with _their_failures(source):
+        made = factory()
     module, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise InputRefused(

@@ -65,3 +65,7 @@ class FixedBatch(nn.Module):
 
 def fixed_batch() -> tuple[nn.Module, torch.Tensor]:
     return FixedBatch(), torch.randn(2, 3)
+
+
+def failing() -> nn.Module:
+    raise ValueError("no weights at hand")

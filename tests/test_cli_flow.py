@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -203,6 +205,21 @@ def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
     assert "Traceback" not in told.err
     assert list(tmp_path.iterdir()) == []
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("torch", ["verify", "x.onnx", "--model", "y"]), ("onnx", ["inspect", "{graph}"])],
+)
+def test_a_missing_package_is_exit_6_by_its_name(tmp_path: Path, package: str, arguments: list[str]) -> None:
+    graph = tmp_path / "some.onnx"
+    graph.write_bytes(b"")
+    words = [argument.format(graph=graph) for argument in arguments]
+    code = f"import sys; sys.modules[{package!r}] = None; from lora_export.cli import run; sys.exit(run({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    assert f"needs the package {package}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def test_a_file_factory_gives_its_module_in_eval_mode() -> None:
 def test_a_package_factory_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
     assert model.load("factories:scaled").input_names == ("rows", "weights")
+
+
+def test_a_package_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    (tmp_path / "a_net_of_mine.py").write_text(
+        f"import sys; sys.path.append({str(HERE)!r}); from factories import scaled"
+    )
+    with pytest.raises(InputRefused, match="cannot import a_net_of_mine"):
+        model.load("a_net_of_mine:scaled")
+    monkeypatch.chdir(tmp_path)
+    assert model.load("a_net_of_mine:scaled").input_names == ("rows", "weights")
 
 
 def test_axes_that_the_model_lets_vary_are_found_by_trying() -> None:
@@ -84,6 +96,7 @@ def test_fixed_sizes_stay_as_they_are() -> None:
         (f"{FACTORIES}:without_examples", "without example inputs"),
         (f"{FACTORIES}:single_row", "at least 2"),
         (f"{FACTORIES}:no_module", "returned str"),
+        (f"{FACTORIES}:failing", r"factories\.py:\d+: ValueError: no weights at hand"),
         (f"{FACTORIES}:wrong_examples", r"do not fit forward\(signal\)"),
         (f"{FACTORIES}:fixed_batch", "fails at another batch size, 3"),
     ],
@@ -91,6 +104,12 @@ def test_fixed_sizes_stay_as_they_are() -> None:
 def test_what_is_no_model_is_refused_with_what_is_wrong(source: str, message: str) -> None:
     with pytest.raises(InputRefused, match=message):
         model.load(source)
+
+
+def test_a_file_that_does_not_parse_is_told_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def make(:\n")
+    with pytest.raises(InputRefused, match=r"broken\.py.*SyntaxError"):
+        model.load(f"{tmp_path / 'broken.py'}:make")
 
 
 def test_a_huggingface_folder_gives_ids_in_range_and_masks_with_padding(tiny_bert: Path) -> None:

@@ -18,7 +18,7 @@ from types import FrameType
 import click
 
 from lora_export import __version__
-from lora_export.errors import LoraExportError
+from lora_export.errors import EnvironmentLacking, LoraExportError
 
 # name -> its one-line help, so that `lora-export --help` loads no command
 COMMANDS = {
@@ -30,6 +30,9 @@ COMMANDS = {
     "train": "Train a LoRA adapter.",
     "doctor": "Say what is installed and which providers really load.",
 }
+
+# What commands import besides our own files; one that is missing is told, not traced.
+PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 
 
 class LazyGroup(click.Group):
@@ -99,4 +102,14 @@ def run(arguments: list[str] | None = None) -> int:
     except LoraExportError as error:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        click.echo(
+            f"Error: this command needs the package {package}, which is not installed. `lora-export doctor` says what "
+            "is missing",
+            err=True,
+        )
+        return EnvironmentLacking.exit_code
     return result if isinstance(result, int) else 0
