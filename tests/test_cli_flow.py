@@ -27,10 +27,12 @@ def call(*arguments: str | Path) -> int:
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, Any]:
-    """Exit code and the one JSON document on stdout."""
+    """Exit code and the one JSON document on stdout; what went to stderr can be read afterwards."""
     capsys.readouterr()
     code = call(*arguments, "--json")
-    return code, json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    sys.stderr.write(told.err)
+    return code, json.loads(told.out)
 
 
 def signals(path: Path) -> Path:
@@ -71,6 +73,7 @@ def test_training_is_repeatable_and_better_than_nothing(
     code, told = answer(capsys, "train", MODEL, "--data", place / "signals.npz", "-o", tmp_path / "again", *options)
     assert code == 0
     assert told["accuracy"]["adapter"] > told["accuracy"]["adapter_off"]
+    assert "PEFT does not read adapters of nn.MultiheadAttention" in capsys.readouterr().err
     first, again = (load_file(path / "adapter_model.safetensors") for path in (place / "adapter", tmp_path / "again"))
     assert all(np.array_equal(first[name], again[name]) for name in first)
 

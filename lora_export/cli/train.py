@@ -128,6 +128,11 @@ def command(
         peft.write(trained, stage, rank=rank, alpha=alpha, targets=adapter.targets, **_config(loaded, rslora=rslora))
         _write_model_config(loaded, stage)
         files.write_manifest(stage, {"made_by": f"lora-export {__version__}", "model": model, "settings": settings})
+    if any(name.endswith(".out_proj") and name.removesuffix(".out_proj") in adapter.pairs for name in adapter.pairs):
+        say(
+            "note: PEFT does not read adapters of nn.MultiheadAttention as they are meant: it passes over the output "
+            "projection here, and adds it twice in its own. lora-export and this adapter agree with each other"
+        )
     saved = formats.load(output)
     if as_json:
         accuracies = {name: score.accuracy for name, score in scores.items()}
