@@ -241,6 +241,7 @@ def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path
     peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
     model = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}, "hidden_size": 4}
     (tmp_path / "config.json").write_text(json.dumps(model))
+    assert formats.load(tmp_path).metadata.keys() == {"model_config", "r", "lora_alpha", "use_rslora"}
     kept = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}}
     assert formats.load(tmp_path).metadata["model_config"] == kept
 
@@ -347,7 +348,9 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
     ],
 )
 def test_what_changes_the_meaning_and_is_not_understood_is_refused_by_name(tmp_path, config, message):
-    assert message in refusal(simple(tmp_path, **config))
+    told = refusal(simple(tmp_path, **config))
+    assert message in told
+    assert ("unknown fields" in told) == ("next_years_idea" in config)
 
 
 def test_everything_that_is_refused_in_a_config_is_told_at_once(tmp_path):

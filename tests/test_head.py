@@ -82,6 +82,18 @@ def test_what_was_recorded_with_the_adapter_is_believed():
     assert config_with_heads(BASE, [adapter(None, model_config=recorded)]) == {"hidden_size": 4, **recorded}
 
 
+def test_of_what_was_recorded_only_what_there_is_is_taken():
+    recorded = {"id2label": {"0": "a"}, "hidden_size": 9}
+    assert config_with_heads(BASE, [adapter(None, model_config=recorded)]) == {**BASE, "id2label": {"0": "a"}}
+
+
+def test_labels_are_counted_in_the_last_layer_of_a_deeper_head():
+    deeper = adapter(whole="classifier.out_proj.weight", rows=3)
+    wholes = {"classifier.dense.weight": np.ones((8, 8), np.float32), **deeper.replaced}
+    config = config_with_heads(BASE, [Adapter("a", "peft", {}, replaced=wholes, metadata=deeper.metadata)])
+    assert config["id2label"] == LABELS_OF_3["id2label"]
+
+
 def test_a_base_that_has_the_head_already_keeps_its_labels_names():
     named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
     assert config_with_heads(named, [adapter(rows=3)]) == named
