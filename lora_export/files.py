@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 from lora_export.errors import InputRefused, OutputFailed
 
 MANIFEST = "lora_export.json"
-HASH_BLOCK = 1 << 20  # bytes
 LONGEST_NAME = 255  # bytes, on every file system that matters here
 LONGEST_SUFFIX = 32  # bytes; what `_beside` adds
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
