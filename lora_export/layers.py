@@ -398,8 +398,8 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
 def settle(module: nn.Module, stored: Mapping[str, str], chosen: Mapping[str, Tensor]) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
-    `stored` maps names of changed tensors, whole ones included, to NumPy dtypes; a tensor that it lacks
-    is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
+    `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes; a tensor that it
+    lacks is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
     the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
     the one that stands in `chosen` is taken. Nothing is attached any more then.
     """
@@ -424,6 +424,10 @@ def settle(module: nn.Module, stored: Mapping[str, str], chosen: Mapping[str, Te
                 rounded = torch.where(as_near, other, rounded)
             _slots(owner, attribute)[attribute] = nn.Parameter(rounded.detach(), requires_grad=False)
     detach(module)
+    with torch.no_grad():
+        for place in _places(module):
+            if place.name in stored:  # a sum that is rounded already stays as it is
+                place.tensor.copy_(place.tensor.to(getattr(torch, stored[place.name])))
 
 
 # --- Fold ---

@@ -162,3 +162,13 @@ def test_a_merge_stored_in_bf16_is_judged_by_what_bf16_should_hold(scaled: model
 def test_rounding_is_no_excuse_for_a_wrong_scale(scaled: model.Model) -> None:
     wrong = bf16_merge(scaled, an_adapter(), strength=1.1)
     assert proof.prove(wrong, scaled, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_a_whole_model_converted_to_bf16_is_judged_by_what_bf16_should_hold(scaled: model.Model) -> None:
+    module = folded(scaled, an_adapter()).module
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())  # the bias too, which no adapter changes
+    candidate = runtime.ModuleRunner(module, stored={"dense.weight": "bfloat16", "dense.bias": "bfloat16"})
+    assert not torch.equal(module.dense.bias, scaled.module.dense.bias)
+    assert proof.prove(candidate, scaled, [an_adapter()]).verdict.same
