@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow soak check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -15,10 +15,13 @@ demo: $(VENV)/demo.stamp ## train, merge, export and verify an adapter on a real
 	$(BIN)/python samples/demo.py
 
 test: $(VENV)/dev.stamp ## the test suite, without what takes long
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not soak"
 
 test-slow: $(VENV)/dev.stamp ## the tests that take long
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not soak"
+
+soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
+	$(BIN)/python -m pytest -s -m soak
 
 check: $(VENV)/dev.stamp ## lint, format, types
 	$(BIN)/ruff check .
