@@ -19,6 +19,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from lora_export.errors import InputRefused, OutputFailed
@@ -248,13 +249,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Record where a folder's contents came from, and what each file holds. Written last."""
-    contents = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], hashes: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> None:
+    """Record where a folder's contents came from, and what each file holds. Written last.
+
+    `hashes` has, by file, those that are known already ({"sha256": "ba78..."}); the other files are read.
+    """
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            contents[name] = {"bytes": path.stat().st_size, **(hashes.get(name) or {"sha256": sha256(path)})}
     text = json.dumps({**facts, "files": contents}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -41,6 +41,11 @@ class Tally:
         self.sums += sums
         self.elements += weight.size
 
+    def merge(self, other: Tally) -> None:
+        """Add what another one counted of the same weight."""
+        self.sums += other.sums
+        self.elements += other.elements
+
     def result(self) -> StepResult:
         """The figures of the whole weight."""
         weight_sq, change_sq, kept_by_change, noise_sq, changed = map(float, self.sums)

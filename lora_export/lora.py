@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -74,20 +75,32 @@ class LoraPair:
         """True where the pair changes nothing: the state in which training starts."""
         return self.scale == 0 or not self.a.any() or not self.b.any()
 
-    @property
+    @cached_property
     def transposed(self) -> LoraPair:
         """The pair of the transposed weight, for weights that are stored (in, out)."""
         return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
 
-    def delta(self, rows: slice = EVERY_ROW, *, strength: float = 1.0) -> NDArray[np.float32]:
-        """`strength * scale * B @ A` for these output rows, shape (rows, in, ...).
+    def delta(
+        self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """`strength * scale * B @ A` for these output rows, shape (rows, in, ...), into `out` where that is given.
 
         One fp32 multiplication by the scale after one fp32 matrix product, the order PEFT uses.
         """
         b = self.b[rows].reshape(-1, self.rank)
-        product: NDArray[np.float32] = b @ self.a.reshape(self.rank, -1)  # (rows, in * kernel)
-        product *= np.float32(strength * self.scale)
-        return product.reshape(b.shape[0], *self.a.shape[1:])
+        shape = (b.shape[0], *self.a.shape[1:])
+        product = np.empty(shape, np.float32) if out is None else out
+        scale = np.float32(strength * self.scale)
+        late = not _is_power_of_two(scale)
+        # A power of two commutes with every rounding: on B, which is small, it saves a pass over the product.
+        np.matmul(b if late else b * scale, self.a.reshape(self.rank, -1), out=product.reshape(shape[0], -1))
+        if late:
+            product *= scale
+        return product
+
+
+def _is_power_of_two(scale: np.float32) -> bool:
+    return abs(math.frexp(scale)[0]) == 0.5
 
 
 def fresh_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.Generator) -> LoraPair:
@@ -142,9 +155,20 @@ class Adapter:
         return int(low_rank + whole)
 
 
+def sums_in(weight: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which a weight and its change are summed: fp32, or fp64 for an fp64 weight."""
+    return np.dtype(np.float64 if weight == np.float64 else np.float32)
+
+
 def add(weight: NDArray[Any], change: NDArray[np.float32], dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
     """`weight + change`, summed in fp32 (fp64 for an fp64 weight) and rounded once to `dtype` (the weight's own)."""
-    wide = np.float64 if weight.dtype == np.float64 else np.float32
-    total: NDArray[Any] = weight.astype(wide)
+    merged: NDArray[Any] = np.empty(weight.shape, weight.dtype if dtype is None else dtype)
+    add_into(merged, weight, change, np.empty(weight.shape, sums_in(weight.dtype)))
+    return merged
+
+
+def add_into(out: NDArray[Any], weight: NDArray[Any], change: NDArray[np.float32], total: NDArray[Any]) -> None:
+    """As `add`, in memory that is there already: `total` receives the sum, `out` the sum rounded."""
+    np.copyto(total, weight)
     total += change
-    return total.astype(weight.dtype if dtype is None else dtype, copy=False)
+    np.copyto(out, total, casting="unsafe")

@@ -1,16 +1,15 @@
 """Executor 1: a plan over a checkpoint. Little more than a file copy.
 
-Ranges that nothing changes go from file to file inside the kernel; a weight that changes is read,
-summed and written in blocks of rows, so that memory does not grow with the model.
+Every file of the base is carried over in blocks (see `transfer`), those of a weight that changes in whole
+rows, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-import errno
+import functools
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -22,18 +21,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from lora_export import __version__, files, tensorfile
+from lora_export import __version__, files, tensorfile, transfer
 from lora_export.checkpoint import CONFIG, PROVENANCE, Checkpoint
 from lora_export.errors import InputRefused
 from lora_export.head import config_with_heads
 from lora_export.ledger import StepResult, Tally
-from lora_export.lora import add
+from lora_export.lora import add_into, sums_in
 from lora_export.plan import FLOATS, Plan, Step
 from lora_export.tensorfile import Entry, TensorFile
+from lora_export.transfer import Block, Bytes
 
-BLOCK = 1 << 20  # bytes of fp32 worked on at a time: small enough for a core's second-level cache
-COPY = 8 << 20  # bytes a read where the kernel cannot copy by itself
+MEASURED = 1 << 20  # entries of a weight from which its figures are taken, at least
 LOW_RETENTION = 0.9  # below this a result is worth a warning
 MIN_RETENTION = 0.5  # below this it is refused unless the user says otherwise
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")  # classes that predict words
@@ -65,13 +65,15 @@ def merge_checkpoint(
     file_name: str = "model.safetensors",
     dtype: str | None = None,
     min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `files`).
 
     A folder becomes a folder with the same shards, config and tokenizer and a manifest; a bare
     file becomes one file called `file_name`, its provenance in the header. `dtype` converts every
-    float tensor. Peak memory is a few blocks, whatever the model's size.
+    float tensor. `hashing` is the hash by which base and output are recorded (see `transfer.HASHES`).
+    Peak memory is a few blocks, whatever the model's size.
 
     Raises InputRefused when an adapter is in the base already, tied embeddings would be torn, a value
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change.
@@ -79,26 +81,35 @@ def merge_checkpoint(
     begun = time.perf_counter()
     refuse_second_merge(plan, base)
     refuse_torn_tie(plan, base)
-    record = provenance(plan, base, {"dtype": dtype or "keep", "min_retention": min_retention})
-    own = {} if base.is_folder else {PROVENANCE: json.dumps(record)}
+    settings = {"dtype": dtype or "keep", "min_retention": min_retention}
+
+    def record(hashes: Mapping[str, str]) -> dict[str, Any]:
+        return provenance(plan, {name: {hashing: value} for name, value in hashes.items()}, base.history, settings)
+
+    def metadata(name: str, source_hash: str) -> Mapping[str, str]:
+        own = {} if base.is_folder else {PROVENANCE: json.dumps(record({name: source_hash}))}
+        return {"format": "pt", **base.shards[name].metadata, **own}
+
     moves = _moves(plan, base, dtype)
-    results: list[StepResult] = []
-    written: dict[str, TensorFile] = {}
-    for name, source in base.shards.items():
-        path = stage / (name if base.is_folder else file_name)
-        results += _write_shard(path, source, moves[name], {"format": "pt", **source.metadata, **own}, progress)
-        written[name] = tensorfile.open_file(path)
+    written = {}
+    with threadpool_limits(1, user_api="blas"):  # the transfer's threads are as many as there are cores
+        for name, source in base.shards.items():
+            path = stage / (name if base.is_folder else file_name)
+            own = functools.partial(metadata, name)
+            written[name] = _write_shard(path, source, moves[name], own, progress, hashing=hashing)
+    results = [result for shard in written.values() for result in shard.results]
     _refuse_faint(results, min_retention)
     for source in base.shards.values():
         if not source.unchanged():
             raise InputRefused(f"{source.path} changed while it was being merged. Nothing was written.")
     if base.is_folder:
-        _write_companions(plan, base, stage, written, dtype)
-        files.write_manifest(stage, record)
+        _write_companions(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
+        origin = record({name: shard.source_hash for name, shard in written.items()})
+        files.write_manifest(stage, origin, {name: {hashing: shard.target_hash} for name, shard in written.items()})
     return MergeReport(
         results=tuple(results),
         copied=sum(move.nbytes for name in moves for move in moves[name] if move.is_copy),
-        bytes=sum(file.size for file in written.values()),
+        bytes=sum(shard.file.size for shard in written.values()),
         replaced=sum(step.replace is not None for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
@@ -109,16 +120,21 @@ def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
     return sum(move.nbytes for moves in _moves(plan, base, dtype).values() for move in moves)
 
 
-def provenance(plan: Plan, base: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Where an output comes from: base, adapters and settings by their hashes, an earlier merge's adapters included."""
+def provenance(
+    plan: Plan,
+    base: Mapping[str, Mapping[str, str]],
+    history: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Where an output comes from: the hashes of the base's files, the adapters, an earlier merge's among them."""
     adapters = [
         {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": strength}
         for adapter, strength in zip(plan.adapters, plan.strengths, strict=True)
     ]
     return {
         "made_by": f"lora-export {__version__}",
-        "base": {name: files.sha256(shard.path) for name, shard in base.shards.items()},
-        "adapters": [*base.history, *adapters],
+        "base": dict(base),
+        "adapters": [*history, *adapters],
         "settings": dict(settings),
     }
 
@@ -211,102 +227,144 @@ def _moves(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, list[_M
 
 
 @dataclass(frozen=True)
-class _Pipe:
-    """From one file to another, by position."""
+class _Written:
+    """One file of the output."""
 
-    source: Path
-    read_fd: int
-    write_fd: int
-    progress: Progress
-
-    def copy(self, start: int, place: int, count: int) -> None:
-        while count:
-            done = _copy_range(self.read_fd, self.write_fd, start, place, count)
-            if not done:
-                raise InputRefused(f"{self.source} became shorter while it was being copied")
-            start, place, count = start + done, place + done, count - done
-            self.progress(done)
-
-    def read(self, start: int, count: int) -> bytes:
-        data = os.pread(self.read_fd, count, start)
-        if len(data) != count:
-            raise InputRefused(f"{self.source} became shorter while it was being read")
-        return data
-
-    def write(self, place: int, array: NDArray[Any]) -> None:
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        while data:  # a disk that is nearly full takes a part, and complains about the rest
-            done = os.pwrite(self.write_fd, data, place)
-            data, place = data[done:], place + done
-            self.progress(done)
-
-
-def _copy_range(read_fd: int, write_fd: int, start: int, place: int, count: int) -> int:
-    """Copy inside the kernel, or through memory where the file systems do not allow it."""
-    try:
-        return os.copy_file_range(read_fd, write_fd, count, start, place)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-            raise
-    return os.pwrite(write_fd, os.pread(read_fd, min(count, COPY), start), place)
+    file: TensorFile
+    results: tuple[StepResult, ...]
+    source_hash: str
+    target_hash: str
 
 
 def _write_shard(
-    path: Path, source: TensorFile, moves: Sequence[_Move], metadata: Mapping[str, str], progress: Progress
-) -> list[StepResult]:
-    """Write one file of the output; returns what became of the weights that change."""
-    header, places = tensorfile.layout([(move.name, move.dtype, move.old.shape) for move in moves], metadata)
-    results = []
+    path: Path,
+    source: TensorFile,
+    moves: Sequence[_Move],
+    metadata: Callable[[str], Mapping[str, str]],
+    progress: Progress,
+    *,
+    hashing: str,
+) -> _Written:
+    """Write one file of the output. `metadata` makes the header's part of it from the source's hash."""
+    hashes = transfer.Hashes(hashing)
+
+    def layout() -> tuple[bytes, list[Entry]]:
+        tensors = [(move.name, move.dtype, move.old.shape) for move in moves]
+        return tensorfile.layout(tensors, metadata(hashes.source.hexdigest()), beside=source.data_start)
+
+    header, places = layout()
+    hashes.target.update(header)
     with source.path.open("rb") as reader, path.open("xb") as writer:
-        pipe = _Pipe(source.path, reader.fileno(), writer.fileno(), progress)
-        pipe.write(0, np.frombuffer(header, np.uint8))
-        for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
-            run = list(group)
-            if is_copy:  # neighbours in both files: one range
-                (first, place), (_, last) = run[0], run[-1]
-                pipe.copy(first.old.start, place.start, last.stop - place.start)
-            else:
-                results += [result for move, place in run if (result := _change(pipe, move, place))]
-    return results
+        hashes.source.update(reader.read(source.data_start))
+        blocks = _blocks(reader.fileno(), writer.fileno(), moves, places)
+        room = max((transfer.BLOCK, *(_room(move, 1) for move in moves if not move.is_copy)))
+        tallies: dict[str, Tally] = {}
+        for block, found in transfer.transfer(source.path, writer.fileno(), blocks, hashes, room=room):
+            if found is not None:
+                tallies.setdefault(found.weight, Tally(found.weight)).merge(found)
+            progress(block.end - block.place)
+        final, _ = layout()  # a hash is as long as any other
+        transfer.write(writer.fileno(), memoryview(final), 0)
+    progress(len(final))
+    results = tuple(tally.result() for tally in tallies.values())
+    return _Written(tensorfile.open_file(path), results, hashes.source.hexdigest(), hashes.target.hexdigest())
 
 
-def _change(pipe: _Pipe, move: _Move, place: Entry) -> StepResult | None:
-    """Write a tensor that is not copied; returns what became of it where something was added to it."""
-    if move.step is not None and move.step.replace is not None:
-        with _overflow_is_looked_for():
-            tensor = move.step.replace.astype(place.dtype, copy=False)
-        _refuse_overflow(place, move.step.replace, tensor)
-        pipe.write(place.start, tensor)
-        return None
-    old, tally = move.old, Tally(place.name)
-    for rows, start, stop in _row_blocks(old):
-        data = pipe.read(old.start + start, stop - start)
-        weight = np.frombuffer(data, old.dtype).reshape(rows.stop - rows.start, *old.shape[1:])
-        with _overflow_is_looked_for():
-            if move.step is None:
-                merged = weight.astype(place.dtype)
-            else:
-                change = move.step.stored_delta(rows)
-                merged = add(weight, change, place.dtype)
-                tally.count(weight, change, merged)
-        _refuse_overflow(place, weight, merged)
-        pipe.write(place.start + start // old.dtype.itemsize * place.dtype.itemsize, merged)
-    return tally.result() if move.step is not None else None
+def _blocks(read_fd: int, write_fd: int, moves: Sequence[_Move], places: Sequence[Entry]) -> Iterator[Block]:
+    """The whole of the source's data, in its order, and after it what is added."""
+    for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
+        run = list(group)
+        if is_copy:  # neighbours in both files: one range
+            (first, place), (_, last) = run[0], run[-1]
+            yield from _copied(read_fd, write_fd, first.old.start, place.start, last.stop - place.start)
+        else:
+            for move, place in run:
+                yield from _changed(move, place)
 
 
-def _row_blocks(entry: Entry) -> Iterator[tuple[slice, int, int]]:
-    """Row ranges of a tensor with the bytes [start, stop) that hold them, counted from its beginning."""
-    rows = entry.shape[0] if entry.shape else 1
-    row_bytes = entry.nbytes // rows if rows else 0
-    step = max(1, BLOCK // max(1, row_bytes // entry.dtype.itemsize * 4))
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        yield slice(first, last), first * row_bytes, last * row_bytes
+def _copied(read_fd: int, write_fd: int, start: int, place: int, count: int) -> Iterator[Block]:
+    shared = transfer.share(read_fd, write_fd, start, place, count)
+    ends = sorted({start, start + count, *((shared.start, shared.stop) if shared else ())})
+    for one, other in itertools.pairwise(ends):
+        for first in range(one, other, transfer.BLOCK):
+            last = min(first + transfer.BLOCK, other)
+            yield Block(first, last, place + first - start, place + last - start, shared=first in shared)
 
 
-def _overflow_is_looked_for() -> np.errstate:
-    # By _refuse_overflow, which knows the tensor's name; NumPy would only warn, without it.
-    return np.errstate(over="ignore", invalid="ignore")
+def _changed(move: _Move, place: Entry) -> Iterator[Block]:
+    """Blocks of whole rows."""
+    old, count = move.old, max(1, transfer.BLOCK // max(1, _room(move, 1)))
+    cuts = [*range(0, place.rows, count), place.rows]
+    rows = [slice(first, last) for first, last in itertools.pairwise(cuts)]
+    measured = _measured(move.step, rows)
+    for part, is_measured in zip(rows, measured, strict=True):
+        yield Block(
+            old.start + part.start * old.row_bytes,
+            old.start + part.stop * old.row_bytes,
+            place.start + part.start * place.row_bytes,
+            place.start + part.stop * place.row_bytes,
+            work=functools.partial(_change, move, place, part, is_measured),
+        )
+
+
+def _room(move: _Move, rows: int) -> int:
+    """The bytes that rows of a tensor take in their largest form on the way: stored, summed, or stored anew."""
+    each = max(move.old.dtype.itemsize, move.dtype.itemsize, np.dtype(np.float32).itemsize)
+    return rows * math.prod(move.old.shape[1:]) * each
+
+
+def _measured(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
+    """Which blocks of a weight the ledger's figures are taken from: all, or in a large weight some.
+
+    Measuring a block costs as much as changing it, and a million entries tell a retention to a thousandth. The
+    sample is spread over the rows evenly; where it would miss much of the change, all is measured.
+    """
+    everything = [True] * len(rows)
+    stride = math.prod(step.spec.shape) // MEASURED if step is not None and step.terms else 0
+    if step is None or stride < 2:
+        return everything
+    sample = [number % stride == 0 for number in range(len(rows))]
+    energies = step.row_energies()
+    in_sample = [part for part, taken in zip(rows, sample, strict=True) if taken]
+    share = sum(part.stop - part.start for part in in_sample) / len(energies)
+    heard = sum(energies[part].sum() for part in in_sample)
+    return sample if heard >= share / 2 * energies.sum() else everything
+
+
+def _change(
+    move: _Move, place: Entry, rows: slice, measured: bool, source: Bytes, target: Bytes, spare: Bytes
+) -> Tally | None:
+    """Make rows of a tensor that is not copied; returns what became of them where something was added to them."""
+    shape = (rows.stop - rows.start, *move.old.shape[1:]) if move.old.shape else ()
+    merged = target.view(place.dtype).reshape(shape)
+    with np.errstate(over="ignore", invalid="ignore"):  # _refuse_overflow looks for it, and knows the tensor's name
+        if move.step is not None and move.step.replace is not None:
+            whole = move.step.replace[rows] if move.old.shape else move.step.replace
+            np.copyto(merged, whole, casting="unsafe")
+            _refuse_overflow(place, whole, merged)
+            return None
+        weight = source.view(move.old.dtype).reshape(shape)
+        if move.step is None:
+            np.copyto(merged, weight, casting="unsafe")
+            _refuse_overflow(place, weight, merged)
+            return None
+        change, total = _two(spare, shape, sums_in(weight.dtype))
+        change = move.step.stored_delta(rows, out=change)
+        add_into(merged, weight, change, total)
+        flat = total.reshape(-1)
+        if not flat @ flat < float(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
+            _refuse_overflow(place, weight, merged)
+        tally = Tally(place.name)
+        if measured:
+            tally.count(weight, change, merged)
+    return tally
+
+
+def _two(spare: Bytes, shape: tuple[int, ...], wide: np.dtype[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Room for a change and a sum of this shape."""
+    half, count = spare.size // 2, math.prod(shape)
+    change = spare[: 4 * count].view(np.float32).reshape(shape)
+    return change, spare[half : half + wide.itemsize * count].view(wide).reshape(shape)
 
 
 def _refuse_overflow(place: Entry, before: NDArray[Any], after: NDArray[Any]) -> None:

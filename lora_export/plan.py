@@ -83,19 +83,31 @@ class Step:
         """What is added to the weight, in the (out, in, ...) view, in fp32."""
         return self.shift if self.shift is not None else _sum(self.terms, EVERY_ROW)
 
-    def stored_delta(self, rows: slice) -> NDArray[np.float32]:
-        """What is added to these rows of the weight as it is stored, in fp32."""
+    def stored_delta(self, rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """What is added to these rows of the weight as it is stored, in fp32, into `out` where that is given."""
+        return self.shift[rows] if self.shift is not None else _sum(self._stored_terms, rows, out)
+
+    def row_energies(self) -> NDArray[np.float32]:
+        """‖ΔW‖² of each row of the weight as it is stored, without making ΔW: ‖bA‖² = b AAᵀ bᵀ."""
         if self.shift is not None:
-            return self.shift[rows]
+            return np.square(self.shift)
+        scaled = [(term.pair, np.float32(term.strength * term.pair.scale)) for term in self._stored_terms]
+        a = np.concatenate([pair.a.reshape(pair.rank, -1) for pair, _ in scaled])  # (ranks, in * kernel)
+        b = np.concatenate([pair.b.reshape(-1, pair.rank) * scale for pair, scale in scaled], axis=1)
+        energies: NDArray[np.float32] = np.einsum("or,or->o", b @ (a @ a.T), b)
+        return energies
+
+    @property
+    def _stored_terms(self) -> Sequence[Term]:
         if self.spec.layout is not Layout.IN_OUT:
-            return _sum(self.terms, rows)
-        return _sum([replace(term, pair=term.pair.transposed) for term in self.terms], rows)
+            return self.terms
+        return [replace(term, pair=term.pair.transposed) for term in self.terms]
 
 
-def _sum(terms: Sequence[Term], rows: slice) -> NDArray[np.float32]:
+def _sum(terms: Sequence[Term], rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     # The adapters are summed with each other before the base comes in, so that it is rounded once.
     first, *others = terms
-    total = first.pair.delta(rows, strength=first.strength)
+    total = first.pair.delta(rows, strength=first.strength, out=out)
     for term in others:
         total += term.pair.delta(rows, strength=term.strength)
     return total

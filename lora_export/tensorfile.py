@@ -24,6 +24,7 @@ from lora_export.errors import InputRefused
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 ALIGNMENT = 8  # bytes; the data of a file starts on this boundary
+PAGE = 4096  # bytes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -59,6 +60,15 @@ class Entry:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of the first dimension); a scalar is one row."""
+        return self.nbytes // self.rows if self.rows else 0
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -69,6 +79,10 @@ class TensorFile:
     metadata: Mapping[str, str]
     size: int  # bytes of the whole file
     mtime_ns: int
+
+    @property
+    def data_start(self) -> int:
+        return min((entry.start for entry in self.entries.values()), default=self.size)
 
     def read(self, name: str) -> NDArray[Any]:
         """One tensor, as stored. Reads its bytes only."""
@@ -166,9 +180,16 @@ def _second_opinion(path: Path) -> None:
 
 
 def layout(
-    tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    beside: int | None = None,
 ) -> tuple[bytes, list[Entry]]:
-    """The header for these tensors in this order, and where each of them will lie."""
+    """The header for these tensors in this order, and where each of them will lie.
+
+    With `beside` the data starts at that position plus or minus whole pages: two files whose data lies
+    alike in its pages can share them on the disk.
+    """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     relative = []
@@ -178,7 +199,8 @@ def layout(
         relative.append((name, dtype, shape, offset, offset + nbytes))
         offset += nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    unit, phase = (PAGE, beside) if beside is not None and beside % ALIGNMENT == 0 else (ALIGNMENT, 0)
+    text += b" " * ((phase - 8 - len(text)) % unit)
     header = struct.pack("<Q", len(text)) + text
     return header, [Entry(n, d, s, len(header) + begin, len(header) + end) for n, d, s, begin, end in relative]
 

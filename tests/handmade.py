@@ -19,9 +19,11 @@ def raw_tensor_file(path: Path, header: Any, data: bytes = b"", *, length: int |
     return path
 
 
-def base_file(path: Path, tensors: Mapping[str, Any], dtype: Any = np.float32) -> Path:
+def base_file(
+    path: Path, tensors: Mapping[str, Any], dtype: Any = np.float32, metadata: dict[str, str] | None = None
+) -> Path:
     """A checkpoint of these matrices."""
-    save_file({name: np.asarray(value, dtype) for name, value in tensors.items()}, path)
+    save_file({name: np.asarray(value, dtype) for name, value in tensors.items()}, path, metadata)
     return path
 
 

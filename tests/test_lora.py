@@ -168,3 +168,13 @@ def test_the_weight_itself_is_left_alone():
     weight = np.array([1], np.float32)
     assert add(weight, np.array([2], np.float32)).tolist() == [3]
     assert weight.tolist() == [1]
+
+
+@pytest.mark.parametrize("scale", [2.0, -0.5, 0.3, 1.0])
+def test_a_delta_goes_into_memory_that_is_there_and_its_bits_do_not_depend_on_when_it_was_scaled(scale):
+    rng = np.random.default_rng(0)
+    made = LoraPair(a=rng.standard_normal((3, 5)), b=rng.standard_normal((4, 3)), scale=scale)
+    out = np.full((2, 5), np.nan, np.float32)
+    returned = made.delta(slice(1, 3), strength=2.0, out=out)
+    assert returned is out
+    assert out.tobytes() == (made.b[1:3] @ made.a * np.float32(2 * scale)).tobytes()

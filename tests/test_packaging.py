@@ -171,8 +171,9 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("target", "extra", "works"),
     [
-        ("test", "dev", "-m pytest -m not slow"),
-        ("test-slow", "dev", "-m pytest -m slow"),
+        ("test", "dev", "-m pytest -m not slow and not soak"),
+        ("test-slow", "dev", "-m pytest -m slow and not soak"),
+        ("soak", "dev", "-m pytest -s -m soak"),
         ("demo", "demo", "samples/demo.py"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
-from lora_export.lora import Adapter, LoraPair
-from lora_export.plan import Layout, Plan, TensorSpec
+from lora_export.lora import EVERY_ROW, Adapter, LoraPair
+from lora_export.plan import Layout, Plan, Step, TensorSpec, Term
 
 A = [[1, 2, 3]]  # (rank 1, in 3)
 B = [[1], [10]]  # (out 2, rank 1)
@@ -416,3 +416,16 @@ def test_a_plan_prints_what_is_done_to_which_tensor():
         "  head.weight  [2 x 3 float32]  replaced",
         "  new.weight  [1 x 3 float16]  added",
     ]
+
+
+@pytest.mark.parametrize("layout", [Layout.OUT_IN, Layout.IN_OUT])
+def test_row_energies_are_those_of_the_rows_as_they_are_stored(layout):
+    rng = np.random.default_rng(0)
+    pairs = [LoraPair(a=rng.standard_normal((r, 5)), b=rng.standard_normal((4, r)), scale=0.5) for r in (2, 3)]
+    terms = tuple(Term("a", "fc", pair, strength) for pair, strength in zip(pairs, (1.0, -3.0), strict=True))
+    step = Step(TensorSpec("fc.weight", (4, 5) if layout is Layout.OUT_IN else (5, 4), "float32", layout), terms)
+    stored = step.stored_delta(EVERY_ROW)
+    assert stored.shape == step.spec.shape
+    np.testing.assert_allclose(step.row_energies(), (stored.astype(np.float64) ** 2).sum(axis=1), rtol=1e-5)
+    shifted = Step(step.spec, shift=np.array([1, -2], np.float32))
+    assert shifted.row_energies().tolist() == [1, 4]

@@ -27,11 +27,11 @@ def _terminal() -> Console:
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that hears how many more bytes are done."""
     console = _terminal()
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=console,
-        disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
-    with bar:
+    if not console.is_terminal:  # a disabled bar still keeps its books, at every block of a merge
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 

@@ -323,5 +323,6 @@ def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 def _sha256(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
