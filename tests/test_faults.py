@@ -725,6 +725,11 @@ def evil(payload: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> str:
     return "evil_module"
 
 
+TINY = {
+    "model_type": "bert",
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 8),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1),
+}
 CODE = [
     {"auto_map": {"AutoModel": "evil_module.Evil"}},
     {"text_config": {"auto_map": {"AutoModel": "evil_module.Evil"}}},
@@ -737,7 +742,7 @@ CODE = [
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("fields", CODE)
 def test_a_model_that_names_code_is_not_built(place, evil, payload, fields):
-    (place.base / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    (place.base / "config.json").write_text(json.dumps(TINY | fields))
     place.onnx_refuses(
         f"{place.base / 'config.json'} names code of its own (", "which is never run from here", model=str(place.base)
     )
@@ -747,7 +752,7 @@ def test_a_model_that_names_code_is_not_built(place, evil, payload, fields):
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("fields", CODE)
 def test_a_merge_says_that_code_came_along_and_runs_none(place, evil, payload, fields):
-    (place.base / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    (place.base / "config.json").write_text(json.dumps(TINY | fields))
     code, _, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "new")
     assert code == 0
     assert told.startswith("note: the base's config names code of its own (") and told.count("\n") == 1
