@@ -30,6 +30,7 @@ def fits(pattern: str, name: str) -> bool:
         (r".*\.(up|down)_proj$", ["a.up_proj", "a.b.down_proj"], ["up_proj", "a.gate_proj"]),
         (r"h\.[0-9]+\.fc_?\d{1,2}", ["h.10.fc_1", "h.1.fc22"], ["h..fc1", "h.1.fc123"]),
         ("(?:a|b)+?c*", ["abba", "x.bcc"], ["c", "abx"]),
+        ("a{1,3}(b){,2}", ["a", "aaabb"], ["aaaa", "abbb", "bb"]),
         ("", ["", "a."], ["a"]),
     ],
 )
