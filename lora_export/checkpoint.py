@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import files, tensorfile
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.plan import Layout, TensorSpec
 from lora_export.tensorfile import TensorFile
 
@@ -29,6 +29,13 @@ OTHER_WEIGHTS = (
     ".gguf",
     ".tflite",
     ".ot",
+)
+
+AUTO_MAP = "auto_map"
+CODE = (
+    AUTO_MAP,
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 
 # transformers' Conv1D stores (in, out). Only the model's class tells, so these are the classes that use it.
@@ -94,15 +101,31 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], None)), history=_history(path, {}, shard))
 
 
+def code_of_its_own(config: Mapping[str, Any]) -> str:
+    """What in a model's config names code to be loaded with it, as `key: value`; empty where there is none.
+
+    Merging copies such a config and runs nothing of it; whoever builds the model must refuse it.
+    """
+    for key in CODE:
+        for value in _values(config, key):
+            # An attention of transformers' own has a plain name; one from the hub has its owner's before a slash.
+            if key == AUTO_MAP or "/" in str(value):
+                return f"{key}: {value!r}"
+    return ""
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     config = files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    quantization = config.get("quantization_config")
+    quantization = next(filter(None, _values(config, "quantization_config")), None)
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise InputRefused(
             f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
             "Merge into the original float model, or dequantise this one first"
         )
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputRefused(f"{folder / CONFIG}: architectures is {architectures!r}; it must be a list of names")
     index, names = _weight_files(folder)
     shards = {name: tensorfile.open_file(folder / name) for name in names}
     if index:
@@ -172,6 +195,7 @@ def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:
 
 def _specs(shards: Iterable[TensorFile], config: Mapping[str, Any] | None) -> Iterator[TensorSpec]:
     for shard in shards:
+        refuse_unprintable(shard.entries, f"the header of {shard.path}")
         for entry in shard.entries.values():
             yield TensorSpec(
                 name=entry.name,
@@ -190,18 +214,19 @@ def _layout(name: str, dimensions: int, config: Mapping[str, Any] | None) -> Lay
     if module in CONV1D_NAMES and dimensions == 2:
         if not config:
             return Layout.UNKNOWN
-        if CONV1D_MODELS & set(_model_types(config)):
+        if not CONV1D_MODELS.isdisjoint(map(str, _values(config, "model_type"))):
             return Layout.IN_OUT
     return Layout.OUT_IN
 
 
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """The model types that a config names, those of nested parts included."""
-    if isinstance(config.get("model_type"), str):
-        yield config["model_type"]
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from _model_types(value)
+def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
+    """What a config says under a key, in its nested parts too."""
+    parts = [config]  # no recursion: a hostile config may be nested deeper than Python's stack
+    while parts:
+        part = parts.pop()
+        if key in part:
+            yield part[key]
+        parts += [value for value in part.values() if isinstance(value, dict)]
 
 
 def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> tuple[Mapping[str, Any], ...]:

@@ -11,6 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def printable(text: str) -> str:
+    """Control characters as escapes, line breaks aside: a name in an untrusted file may not steer the terminal."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
+def one_line(text: str) -> str:
+    """Control characters as escapes, line breaks too: a name may not pass for a line of ours either."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class LoraExportError(Exception):
     """A failure that we foresaw. `exit_code` is what the command line ends with."""
 
@@ -53,6 +63,13 @@ class RuntimeRefused(LoraExportError):
     exit_code = 8
 
 
+def refuse_unprintable(names: Iterable[str], source: str) -> None:
+    """Raises InputRefused for tensors' names that hold control characters: no model has such, only an attack."""
+    strange = [repr(name) for name in names if not name.isprintable()]
+    if strange:
+        raise InputRefused(f"{source} has names with control characters: {', '.join(strange)}")
+
+
 @dataclass(frozen=True)
 class Misfit:
     """One tensor of an adapter that does not fit the base."""
@@ -62,7 +79,7 @@ class Misfit:
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.problem}"
+        return one_line(f"{self.key}: {self.problem}")
 
 
 class MatchError(InputRefused):
@@ -78,6 +95,6 @@ class MatchError(InputRefused):
             by_adapter.setdefault(misfit.adapter, []).append(misfit)
         lines = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
         for adapter, misfits_there in by_adapter.items():
-            lines.append(f"  in {adapter}:")
+            lines.append(f"  in {one_line(adapter)}:")
             lines += [f"    {misfit}" for misfit in misfits_there]
         super().__init__("\n".join(lines))

@@ -61,7 +61,8 @@ def _labels(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     )
     if rows is None or adapter.metadata.get("task_type") not in CLASS_ENDINGS:
         return {}
-    if len(config.get("id2label") or ()) == rows:  # the base has this head already, and its labels have names
+    named = config.get("id2label")
+    if isinstance(named, Mapping) and len(named) == rows:  # the base has this head already, and its labels have names
         return {}
     return _label_fields([f"LABEL_{number}" for number in range(rows)])  # transformers' names where nobody gave any
 

@@ -501,11 +501,12 @@ def _places_of(module: nn.Module, plan: Plan) -> dict[str, _Place]:
     dora = sorted({term.adapter for step in plan.steps for term in step.terms if term.pair.magnitude is not None})
     if dora:
         raise InputRefused(f"{', '.join(dora)}: DoRA is not supported on a module yet")
-    _refuse_tied(module, plan)
+    refuse_tied(module, plan)
     return {place.name: place for place in _places(module)}
 
 
-def _refuse_tied(module: nn.Module, plan: Plan) -> None:
+def refuse_tied(module: nn.Module, plan: Plan) -> None:
+    """Raises InputRefused where a step lands on a tensor that the module has under several names."""
     names: dict[int, list[str]] = {}
     for place in _places(module):
         tensor = place.tensor

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_export import files, tensorfile
-from lora_export.checkpoint import CONFIG, open_checkpoint
+from lora_export.checkpoint import CONFIG, code_of_its_own, open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.head import config_for_labels, config_with_heads
 from lora_export.lora import Adapter
@@ -140,9 +140,9 @@ def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str
         if not raw.get("architectures"):
             raise InputRefused(f"{folder / CONFIG} names no architecture, so that I cannot tell its classifier")
         raw = config_for_labels(raw, labels)
-    if "auto_map" in raw:
+    if code := code_of_its_own(raw):
         raise InputRefused(
-            f"{folder / CONFIG} names code of its own (auto_map), which is never run from here. Build the model in a "
+            f"{folder / CONFIG} names code of its own ({code}), which is never run from here. Build the model in a "
             "factory, `file.py:factory`, where you trust it"
         )
     if "model_type" not in raw:

@@ -7,10 +7,11 @@ what holds the weights. Checkpoint, module and graph each offer `TensorSpec`s an
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -18,11 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.errors import InputRefused, MatchError, Misfit, one_line
 from lora_export.lora import EVERY_ROW, Adapter, LoraPair
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NUMBER = re.compile(r"\d+")
+DOT = re.compile(r"\.")
+MOST_PREFIXES = 100
+LONGEST_COMPARED = 120  # characters of a name for which a nearest one is looked for
+MOST_COMPARISONS = 5_000  # of names, in search of the nearest ones: some seconds
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
 
 class Layout(StrEnum):
@@ -167,7 +173,7 @@ class Plan:
             (len(self.kept), "kept as they are"),
         ]
         lines = [", ".join(f"{count} {what}" for count, what in counts if count)]
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [one_line(f"note: {note}") for note in self.notes]
         for step in self.steps:
             shape = " x ".join(map(str, step.spec.shape))
             if step.terms:
@@ -179,7 +185,7 @@ class Plan:
                 done = "bias shifted"
             else:
                 done = "added" if step.added else "replaced"
-            lines.append(f"  {self.output_name(step)}  [{shape} {step.spec.dtype}]  {done}")
+            lines.append(one_line(f"  {self.output_name(step)}  [{shape} {step.spec.dtype}]  {done}"))
         return "\n".join(lines)
 
 
@@ -200,7 +206,7 @@ def make(
     (training starts from one), and for the same adapter given twice.
     """
     strengths = _checked(adapters, strengths, identity_ok=identity_ok)
-    base = {spec.name: spec for spec in specs}
+    base = _Base(specs)
     prefixes = [_find_prefix(adapter, base) for adapter in adapters]
     landings: list[_Landing] = []
     misfits: list[Misfit] = []
@@ -247,10 +253,21 @@ def _checked(adapters: Sequence[Adapter], strengths: Sequence[float] | None, *, 
     for adapter, strength in zip(adapters, strengths, strict=True):
         if not math.isfinite(strength):
             raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number")
-        if not identity_ok and (adapter.is_identity or strength == 0):
-            why = "its weight is 0" if strength == 0 else "every B (or A, or scale) is zero, as in a fresh adapter"
+        if not identity_ok and (why := _idle(adapter, strength)):
             raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
     return strengths
+
+
+def _idle(adapter: Adapter, strength: float) -> str:
+    """Why an adapter changes nothing at this strength; empty where it changes something."""
+    if strength == 0:
+        return "its weight is 0"
+    if adapter.is_identity:
+        return "every B (or A, or scale) is zero, as in a fresh adapter"
+    scales = [abs(strength * pair.scale) for pair in adapter.pairs.values()]
+    if not adapter.replaced and max(scales, default=0) < SMALLEST:
+        return f"its weight {strength:g} makes every scale zero in float32"
+    return ""
 
 
 def _refuse_twins(adapters: Sequence[Adapter]) -> None:
@@ -279,7 +296,7 @@ class _Landing:
 
 
 def _lay(
-    adapter: Adapter, strength: float, prefix: Prefix, base: Mapping[str, TensorSpec], *, may_add: bool
+    adapter: Adapter, strength: float, prefix: Prefix, base: _Base, *, may_add: bool
 ) -> tuple[list[_Landing], list[Misfit]]:
     """Every tensor of an adapter, as what lands and what does not."""
     landed: list[_Landing] = []
@@ -368,7 +385,11 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
     candidates = [Prefix(adapter=".".join(parts[:count]) + ".") for count in range(1, len(parts))]
     for suffix in (f".{modules[0]}.weight", f".{modules[0]}.in_proj_weight"):
         candidates += [Prefix(base=name.removesuffix(suffix) + ".") for name in base if name.endswith(suffix)]
-    fitting = [candidate for candidate in dict.fromkeys(candidates) if landed(candidate) == len(modules)]
+    fitting = [
+        candidate
+        for candidate in dict.fromkeys(candidates)
+        if all(_weight_of(candidate.to_base(module), base) is not None for module in modules)  # most fail at once
+    ]
     if len(fitting) > 1:
         raise InputRefused(
             f"the adapter {adapter.name} fits the base in {len(fitting)} ways, by prefix: "
@@ -376,7 +397,8 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
         )
     if fitting:
         return fitting[0]
-    best = max(candidates, key=landed, default=Prefix())  # for the sake of the message: fewer, truer misfits
+    # For the sake of the message: fewer, truer misfits.
+    best = max(candidates[:MOST_PREFIXES], key=landed, default=Prefix())
     return best if landed(best) > landed(Prefix()) else Prefix()
 
 
@@ -389,44 +411,71 @@ def _lost_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpe
     adapted = {prefix.to_base(module) or module for module in adapter.pairs}
     whole = {prefix.to_base(tensor) or tensor for tensor in adapter.replaced}
     siblings = {_without_numbers(module) for module in adapted}
+    reached = {ending for module in adapted for ending in _endings(module)}
+    targets = set(adapter.targets)
     lost = []
     for spec in base.values():
         module = spec.name.removesuffix(".weight")
-        target = next((target for target in adapter.targets if _ends_with(module, target)), None)
+        target = next((ending for ending in _endings(module) if ending in targets), None)
         if target is None or module in adapted or spec.name in whole or spec.layout is Layout.OTHER:
             continue
-        if _without_numbers(module) in siblings or not any(_ends_with(other, target) for other in adapted):
+        if _without_numbers(module) in siblings or target not in reached:
             lost.append(
                 Misfit(adapter.name, module, "targeted by the adapter's config, but its file has no tensors for it")
             )
     return lost
 
 
-def _ends_with(module: str, target: str) -> bool:
-    return f".{module}".endswith(f".{target}")
+def _endings(module: str) -> Iterator[str]:
+    """The whole name, and what of it stands behind each of its dots."""
+    yield module
+    for dot in DOT.finditer(module):
+        yield module[dot.end() :]
 
 
 def _without_numbers(name: str) -> str:
     return NUMBER.sub("#", name)
 
 
-def _nearest(name: str, base: Iterable[str]) -> str:
-    """The base's name that a misspelled one may have meant, if any is like it."""
-    # Layers' and experts' numbers aside, a base has few names, and each comparison is slow.
-    alike: dict[str, list[str]] = {}
-    for other in base:
-        alike.setdefault(_without_numbers(other.removesuffix(".weight")), []).append(other)
-    close = difflib.get_close_matches(_without_numbers(name.removesuffix(".weight")), alike, n=1, cutoff=0.5)
-    if not close:
-        return ""
-    found = alike[close[0]]
-    same_place = (other for other in found if NUMBER.findall(other) == NUMBER.findall(name))
-    return f"; the nearest is {next(same_place, found[0])}"
+class _Base(dict[str, TensorSpec]):
+    """The specs of a base by their names, and the name that a misspelled one may have meant."""
+
+    def __init__(self, specs: Iterable[TensorSpec]):
+        super().__init__((spec.name, spec) for spec in specs)
+        self.comparisons = 0
+        self.known: dict[str, str | None] = {}  # a name without its numbers -> the nearest of the base's
+
+    @functools.cached_property
+    def alike(self) -> dict[str, dict[tuple[str, ...], str]]:
+        """Names without their numbers -> the numbers -> the name. Layers and experts aside, a base has few names."""
+        alike: dict[str, dict[tuple[str, ...], str]] = {}
+        for name in self:
+            there = alike.setdefault(_without_numbers(name.removesuffix(".weight")), {})
+            there.setdefault(tuple(NUMBER.findall(name)), name)
+        return alike
+
+    def nearest(self, name: str) -> str:
+        """`; the nearest is ...`, or nothing."""
+        general = _without_numbers(name.removesuffix(".weight"))
+        if general not in self.known:
+            self.known[general] = self._close_to(general)
+        close = self.known[general]
+        if close is None:
+            return ""
+        found = self.alike[close]
+        return f"; the nearest is {found.get(tuple(NUMBER.findall(name)), next(iter(found.values())))}"
+
+    def _close_to(self, general: str) -> str | None:
+        # Each comparison is slow, and an adapter of nothing but foreign names would ask for thousands of them.
+        self.comparisons += len(self.alike)
+        if len(general) > LONGEST_COMPARED or self.comparisons > MOST_COMPARISONS:
+            return None
+        return next(iter(difflib.get_close_matches(general, self.alike, n=1, cutoff=0.5)), None)
 
 
-def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: Mapping[str, TensorSpec]) -> str:
+def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: _Base) -> str:
     if weight is None:
-        return f"the base has no weight for {module}{_nearest(module, base)}"
+        return f"the base has no weight for {module}{base.nearest(module)}"
     spec = base[weight]
     if not spec.is_float:
         return (
@@ -450,9 +499,9 @@ def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, Ten
     return ""
 
 
-def _replacement_problem(name: str, value: NDArray[Any], base: Mapping[str, TensorSpec], *, may_add: bool) -> str:
+def _replacement_problem(name: str, value: NDArray[Any], base: _Base, *, may_add: bool) -> str:
     if name not in base:
-        return "" if may_add else f"there is no {name} to replace{_nearest(name, base)}"
+        return "" if may_add else f"there is no {name} to replace{base.nearest(name)}"
     if base[name].shape != value.shape:
         return f"{name} is {base[name].shape}, the adapter replaces it with {value.shape}"
     return ""

@@ -172,6 +172,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     assert refusal(tmp_path / "model.gguf") == "BASE: a base is a Hugging Face folder or a .safetensors file"
 
 
+@pytest.mark.fault(2)
 def test_missing_shards_are_listed(sharded):
     (sharded / FIRST).unlink()
     (sharded / SECOND).unlink()
@@ -179,6 +180,7 @@ def test_missing_shards_are_listed(sharded):
     assert refusal(sharded) == f"BASE lacks shards that its index names: {FIRST}, {SECOND}"
 
 
+@pytest.mark.fault(1)
 def test_a_damaged_shard_is_refused(sharded):
     os.truncate(sharded / SECOND, (sharded / SECOND).stat().st_size - 1)
     assert refusal(sharded).startswith(f"BASE/{SECOND} is cut short")
@@ -190,6 +192,7 @@ def test_a_fifo_for_a_shard_is_refused(sharded):
     assert refusal(sharded) == f"BASE/{SECOND} is not a regular file"
 
 
+@pytest.mark.fault(3)
 def test_every_disagreement_of_index_and_shards_is_listed(sharded):
     # `b.bias` is promised in the first shard, `gone` is nowhere, and the second holds `a.weight` once more.
     base_file(sharded / SECOND, {"b.weight": [[5]], "b.bias": [8], "a.weight": [[1]], "unheard": [1]})
@@ -206,6 +209,7 @@ def test_every_disagreement_of_index_and_shards_is_listed(sharded):
 
 
 @pytest.mark.parametrize("place", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", 3, ["x"]])
+@pytest.mark.fault(4)
 def test_an_index_that_points_out_of_its_folder_is_refused(sharded, place):
     write_json(sharded / INDEX, {"weight_map": {**MAP, "a.weight": place}})
     assert refusal(sharded) == f"BASE/{INDEX} names what is no file in its folder: {place!r}"
@@ -217,6 +221,7 @@ def test_an_index_without_a_map_is_refused(sharded, content):
     assert refusal(sharded) == f"BASE/{INDEX} has no weight_map"
 
 
+@pytest.mark.fault(5)
 def test_an_index_and_a_single_file_beside_its_shards_are_refused(sharded):
     base_file(sharded / "model.safetensors", {"a.weight": [[9]]})
     assert refusal(sharded) == (
@@ -225,16 +230,19 @@ def test_an_index_and_a_single_file_beside_its_shards_are_refused(sharded):
     )
 
 
+@pytest.mark.fault(5)
 def test_two_indices_are_refused(sharded):
     write_json(sharded / "model.fp16.safetensors.index.json", {"weight_map": MAP})
     assert refusal(sharded) == f"BASE has 2 indices: model.fp16.safetensors.index.json, {INDEX}"
 
 
+@pytest.mark.fault(5)
 def test_several_files_without_an_index_are_refused(sharded):
     (sharded / INDEX).unlink()
     assert refusal(sharded) == f"BASE has 2 safetensors files and no index: {FIRST}, {SECOND}"
 
 
+@pytest.mark.fault(25)
 def test_pickles_alone_are_refused_with_the_way_out(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     assert refusal(tmp_path) == (
@@ -250,6 +258,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("quantization", "method"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unknown"), ("awq", "awq")]
 )
+@pytest.mark.fault(20)
 def test_a_quantised_base_is_refused_with_the_ways_out(tmp_path, quantization, method):
     single(tmp_path, {"quantization_config": quantization}, fc__weight=[[1]])
     assert refusal(tmp_path) == (
@@ -262,3 +271,21 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
     single(tmp_path, None, fc__weight=np.ones((1, 1)))
     (tmp_path / "config.json").write_text("{")
     assert refusal(tmp_path).startswith("BASE/config.json is not JSON")
+
+
+@pytest.mark.parametrize("architectures", ["BertModel", {"a": 1}, [5], 5])
+def test_architectures_that_are_no_list_of_names_are_refused(tmp_path, architectures):
+    single(tmp_path, {"architectures": architectures}, fc__weight=[[1]])
+    assert refusal(tmp_path) == f"BASE/config.json: architectures is {architectures!r}; it must be a list of names"
+
+
+def test_a_config_nested_deeper_than_pythons_stack_is_read_or_refused(tmp_path):
+    single(tmp_path, None, fc__weight=[[1]], c_proj__weight=[[1]])
+    for depth in (400, 5000):
+        (tmp_path / "config.json").write_text('{"a": ' * depth + '{"model_type": "gpt2"}' + "}" * depth)
+        try:
+            layouts = {spec.name: spec.layout for spec in open_checkpoint(tmp_path).specs}
+        except InputRefused as error:
+            assert "is not JSON" in str(error)
+        else:
+            assert layouts["c_proj.weight"] is Layout.IN_OUT

@@ -103,6 +103,7 @@ def mlp() -> Mlp:
         {"r": 2, "lora_alpha": 4, "target_modules": ["first"], "init_lora_weights": "gaussian"},
     ],
 )
+@pytest.mark.fault(18)
 def test_pairs_and_scales_are_those_that_peft_uses(mlp, tmp_path, config):
     model = trained(mlp, **config)
     adapter = read_back(model, tmp_path)
@@ -112,6 +113,7 @@ def test_pairs_and_scales_are_those_that_peft_uses(mlp, tmp_path, config):
 
 
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.fault(18)
 def test_the_first_pattern_in_the_files_order_decides_and_other_matches_are_told(mlp, tmp_path, order):
     # PEFT saves its patterns sorted, whatever their order was when it trained: what it reads back is the truth.
     trained(mlp, r=2, lora_alpha=4, target_modules=["up", "last"]).save_pretrained(tmp_path)
@@ -150,6 +152,7 @@ def test_an_adapter_stored_in_low_precision_is_read_exactly(mlp, tmp_path):
 
 
 @pytest.mark.parametrize(("bias", "saved"), [("lora_only", ["last"]), ("all", ["first", "last"])])
+@pytest.mark.fault(18)
 def test_trained_biases_replace_the_bases(mlp, tmp_path, bias, saved):
     model = trained(mlp, r=2, target_modules=["last"], bias=bias)
     adapter = read_back(model, tmp_path)
@@ -162,6 +165,7 @@ def test_trained_biases_replace_the_bases(mlp, tmp_path, bias, saved):
     assert not adapter.notes  # declared in the config: nothing to wonder about
 
 
+@pytest.mark.fault(18)
 def test_the_bias_of_b_shifts_the_bases_at_the_pairs_scale(mlp, tmp_path):
     model = trained(mlp, r=2, lora_alpha=8, target_modules=["last"], lora_bias=True)
     adapter = read_back(model, tmp_path)
@@ -171,6 +175,7 @@ def test_the_bias_of_b_shifts_the_bases_at_the_pairs_scale(mlp, tmp_path):
     assert adapter.spelled("last.bias") == "base_model.model.last.lora_B.bias"
 
 
+@pytest.mark.fault(18)
 def test_fully_trained_modules_replace_the_bases(mlp, tmp_path):
     model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
     adapter = read_back(model, tmp_path)
@@ -244,6 +249,16 @@ def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path
     assert formats.load(tmp_path).metadata.keys() == {"model_config", "r", "lora_alpha", "use_rslora"}
     kept = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}}
     assert formats.load(tmp_path).metadata["model_config"] == kept
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("architectures", "Bert"), ("id2label", ["good"]), ("label2id", 1), ("problem_type", ["single"])],
+)
+def test_a_models_config_of_the_wrong_types_beside_the_adapter_is_refused(tmp_path, field, value):
+    peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4, field: value}))
+    assert refusal(tmp_path) == f"ADAPTER/config.json: {field} is {value!r}, which I do not understand"
 
 
 def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_config_and_weights(tmp_path):
@@ -341,12 +356,13 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
         ({"next_years_idea": 0.5, "and_another": [1]}, "unknown fields: and_another, next_years_idea"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is supported"),
         ({"peft_type": None}, "peft_type is None; only LORA is supported"),
-        ({"rank_pattern": [1]}, "rank_pattern is not a table"),
+        ({"rank_pattern": [1]}, "rank_pattern is [1], which I do not understand"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
         ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
-        ({"alpha_pattern": {"(": 8}}, "the pattern '(' in adapter_config.json is no regular expression"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is no regular expression"),
     ],
 )
+@pytest.mark.fault(18, 48)
 def test_what_changes_the_meaning_and_is_not_understood_is_refused_by_name(tmp_path, config, message):
     told = refusal(simple(tmp_path, **config))
     assert message in told
@@ -365,6 +381,7 @@ def test_what_is_switched_off_is_no_reason_to_refuse(tmp_path, config):
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
 @pytest.mark.parametrize("value", [0, -8, "8", True, None, float("nan"), float("inf"), 10**400])
+@pytest.mark.fault(9, 10)
 def test_a_rank_or_alpha_that_is_no_positive_number_is_refused(tmp_path, field, value):
     assert refusal(simple(tmp_path, **{field: value})) == (
         f"ADAPTER/adapter_config.json: {field} is {value!r}; it must be a positive number"
@@ -372,6 +389,7 @@ def test_a_rank_or_alpha_that_is_no_positive_number_is_refused(tmp_path, field, 
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.fault(9)
 def test_no_default_is_guessed_for_a_missing_rank_or_alpha(tmp_path, field):
     simple(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -380,6 +398,7 @@ def test_no_default_is_guessed_for_a_missing_rank_or_alpha(tmp_path, field):
     assert f"{field} is None" in refusal(tmp_path)
 
 
+@pytest.mark.fault(8)
 def test_ranks_that_disagree_are_told_with_all_numbers(tmp_path):
     assert refusal(simple(tmp_path, r=2)) == (
         "ADAPTER/adapter_model.safetensors is refused:\n  fc: A (1, 2) and B (3, 1) disagree with the config's rank 2"
@@ -388,6 +407,7 @@ def test_ranks_that_disagree_are_told_with_all_numbers(tmp_path):
     assert told.endswith("  fc: A (1, 2) and B (3, 2) disagree with the config's rank 1")
 
 
+@pytest.mark.fault(16)
 def test_halves_of_pairs_are_all_listed(tmp_path):
     wrapper = "base_model.model."
     tensors = {
@@ -404,6 +424,7 @@ def test_halves_of_pairs_are_all_listed(tmp_path):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.fault(12)
 def test_values_that_are_not_finite_are_refused_with_their_module_and_count(tmp_path, poison):
     tensors = {A_KEY: [[1, poison]], "base_model.model.head.weight": [poison, 1, poison]}
     told = refusal(with_tensors(tmp_path, tensors, modules_to_save=["head"]))
@@ -428,12 +449,14 @@ def test_the_bias_of_b_must_be_finite_too(tmp_path):
         (["fc.lora_A.bias"], "unknown kinds of tensors: "),
     ],
 )
+@pytest.mark.fault(18)
 def test_tensors_of_unknown_kinds_are_refused_and_listed(tmp_path, keys, message):
     keys = [f"base_model.model.{key}" for key in keys]
     told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
     assert told == f"ADAPTER/adapter_model.safetensors: {message}{', '.join(keys)}"
 
 
+@pytest.mark.fault(18)
 def test_convolutions_are_refused(tmp_path):
     told = refusal(with_tensors(tmp_path, {A_KEY: np.ones((1, 2, 3, 3)), B_KEY: np.ones((3, 1, 1, 1))}))
     assert "fc: A (1, 2, 3, 3), B (3, 1, 1, 1): LoRA on convolutions is not supported yet" in told
@@ -444,6 +467,7 @@ def test_keys_with_and_without_the_wrappers_prefix_are_not_guessed_about(tmp_pat
     assert told.endswith("some keys start with `base_model.model.`, these do not: fd.lora_A.weight, fd.lora_B.weight")
 
 
+@pytest.mark.fault(21)
 def test_several_adapters_in_one_file_are_refused(tmp_path):
     tensors = {f"base_model.model.fc.lora_{side}.second.weight": [[1]] for side in "AB"}
     assert refusal(with_tensors(tmp_path, tensors)).endswith("holds several adapters: one without a name, second")
@@ -467,6 +491,7 @@ class Payload:
         return os.mkdir, (str(self.path),)  # type: ignore[return-value]
 
 
+@pytest.mark.fault(25)
 def test_a_pickle_is_refused_and_its_payload_does_not_run(tmp_path):
     adapter = simple(tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").unlink()
@@ -489,6 +514,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
     assert refusal(adapter) == "ADAPTER/adapter_config.json is not a regular file"
 
 
+@pytest.mark.fault(22)
 def test_a_config_that_names_a_key_twice_is_refused(tmp_path):
     adapter = simple(tmp_path)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "r": 16}')

@@ -131,3 +131,8 @@ def test_a_fresh_classifier_has_the_labels_it_is_given():
         "id2label": {"0": "good", "1": "bad"},
         "label2id": {"good": 0, "bad": 1},
     }
+
+
+@pytest.mark.parametrize("named", [3, "abc", ["a", "b", "c"]])
+def test_labels_of_a_base_that_are_no_table_are_replaced(named):
+    assert config_with_heads({**BASE, "id2label": named}, [adapter(rows=3)])["id2label"] == LABELS_OF_3["id2label"]

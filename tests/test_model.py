@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -133,6 +136,7 @@ def test_labels_bring_a_head_of_their_number(tiny_bert: Path) -> None:
     assert loaded.module.classifier.out_features == 3
 
 
+@pytest.mark.fault(26)
 def test_code_that_came_with_a_model_is_not_run(tiny_bert: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hostile"
     folder.mkdir()
@@ -144,6 +148,26 @@ def test_code_that_came_with_a_model_is_not_run(tiny_bert: Path, tmp_path: Path)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(InputRefused, match="auto_map"):
         model.load(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.fault(25)
+def test_a_pickle_beside_a_models_weights_is_not_opened(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    for name in ("pytorch_model.bin", "training_args.bin"):
+        (tmp_path / "bert" / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    one, other = model.load(str(tiny_bert)), model.load(str(tmp_path / "bert"))
+    assert one.fingerprint() == other.fingerprint()
     assert not (tmp_path / "ran").exists()
 
 

@@ -249,6 +249,7 @@ def test_a_change_below_the_referees_own_rounding_is_no_effect() -> None:
     assert "the adapter changes no output" in str(judge([make(effect=2.0**-51 * EFFECT)]))
 
 
+@pytest.mark.fault(45)
 def test_zero_against_zero_is_undecided() -> None:
     zero = np.zeros(1024)
     assert judge([make(own=0, error=0, effect=zero, truth=zero)]).outcome is Outcome.UNDECIDED
@@ -375,6 +376,7 @@ def put(value: float, *sides: str) -> Case:
         (put(-math.inf, "candidate"), "the first at [5]: -inf"),
     ],
 )
+@pytest.mark.fault(45)
 def test_a_structural_fault_of_the_candidate_is_different(case: Case, text: str) -> None:
     verdict = judge([case])
     assert verdict.outcome is Outcome.DIFFERENT
@@ -382,6 +384,7 @@ def test_a_structural_fault_of_the_candidate_is_different(case: Case, text: str)
     assert text in str(verdict)
 
 
+@pytest.mark.fault(45)
 def test_a_renamed_output_is_different_under_both_names() -> None:
     case = make()
     renamed = replace(case, candidate={"z": case.candidate["y"]})
@@ -421,6 +424,7 @@ def test_an_output_of_another_kind_is_undecided() -> None:
 
 
 @pytest.mark.parametrize("sides", [("referee",), ("deployed",), ("referee", "deployed", "base", "louder")])
+@pytest.mark.fault(45)
 def test_nan_on_both_sides_is_not_agreement(sides: tuple[str, ...]) -> None:
     verdict = judge([put(math.nan, "candidate", *sides)])
     assert verdict.outcome is Outcome.UNDECIDED
@@ -504,6 +508,7 @@ def test_integers_alone_carry_a_verdict_only_where_each_control_changes_some() -
 # Inputs
 
 
+@pytest.mark.fault(45)
 def test_an_input_that_was_folded_away_is_different() -> None:
     verdict = judge([make()], perturbed=[*TRIED, Sensitivity("mask", True, False)])
     assert verdict.outcome is Outcome.DIFFERENT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from typing import Any
 
 import numpy as np
@@ -239,6 +241,7 @@ def test_only_a_checkpoint_can_take_an_added_tensor():
 # --- Misfits ---
 
 
+@pytest.mark.fault(6, 15, 20)
 def test_every_misfit_is_listed_at_once_as_spelled_in_the_file_and_with_the_nearest_name():
     first = holding(
         "first",
@@ -310,6 +313,7 @@ def tower(*names: str) -> list[TensorSpec]:
     return [matrix(f"{name}.weight") for name in names]
 
 
+@pytest.mark.fault(17)
 def test_a_layer_that_the_config_targets_but_the_file_forgets_is_a_misfit():
     base = tower("layer.0.query", "layer.1.query", "layer.2.query", "layer.0.key")
     there = holding(pairs={"layer.0.query": pair(), "layer.2.query": pair()}, targets=("query",))
@@ -320,6 +324,7 @@ def test_a_layer_that_the_config_targets_but_the_file_forgets_is_a_misfit():
     ]
 
 
+@pytest.mark.fault(17)
 def test_a_target_that_the_file_forgets_altogether_is_a_misfit():
     there = holding(pairs={"layer.0.query": pair()}, targets=("query", "value"))
     assert misfits([there], tower("layer.0.query", "layer.0.value"))[0].startswith("layer.0.value: targeted")
@@ -359,6 +364,7 @@ def test_no_adapter_is_refused():
         plan.make([], [matrix("fc.weight")])
 
 
+@pytest.mark.fault(11)
 def test_an_adapter_that_would_change_nothing_is_refused_unless_training_starts_from_it():
     fresh = adapter("fresh", fc=pair(b=[[0], [0]]))
     with pytest.raises(InputRefused, match=r"the adapter fresh has no effect: every B \(or A, or scale\) is zero"):
@@ -366,6 +372,7 @@ def test_an_adapter_that_would_change_nothing_is_refused_unless_training_starts_
     assert len(plan.make([fresh], [matrix("fc.weight")], identity_ok=True).steps) == 1
 
 
+@pytest.mark.fault(11)
 def test_a_strength_of_zero_is_refused():
     with pytest.raises(InputRefused, match="the adapter mine has no effect: its weight is 0"):
         plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[0])
@@ -382,6 +389,7 @@ def test_there_must_be_one_strength_for_each_adapter():
         plan.make([adapter(fc=pair())], [matrix("fc.weight")], strengths=[1, 2])
 
 
+@pytest.mark.fault(21)
 def test_the_same_adapter_twice_is_refused_by_its_hash_and_by_its_name():
     one = holding("one", pairs={"fc": pair()}, sha256="0123456789abcdef")
     two = holding("two", pairs={"fc": pair()}, sha256="0123456789abcdef")
@@ -429,3 +437,36 @@ def test_row_energies_are_those_of_the_rows_as_they_are_stored(layout):
     np.testing.assert_allclose(step.row_energies(), (stored.astype(np.float64) ** 2).sum(axis=1), rtol=1e-5)
     shifted = Step(step.spec, shift=np.array([1, -2], np.float32))
     assert shifted.row_energies().tolist() == [1, 4]
+
+
+# --- Bases and adapters of many names ---
+
+
+@pytest.mark.fault(15)
+def test_an_adapter_for_another_mixture_of_experts_is_told_quickly():
+    def names(kinds: str) -> list[str]:
+        return [f"layers.{i}.experts.{j}.{kind}_proj" for i in range(30) for j in range(100) for kind in kinds]
+
+    begun = time.process_time()
+    lines = misfits([holding(pairs={name: pair() for name in names("ab")})], tower(*names("cd")))
+    assert len(lines) == 6000
+    assert lines[-1].endswith("the nearest is layers.29.experts.99.d_proj.weight")
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.fault(15)
+def test_names_that_are_all_strange_are_told_quickly():
+    letters = random.Random(0)
+    strange, base = (["".join(letters.choices("abcdefgh.", k=60)) for _ in range(500)] for _ in range(2))
+    begun = time.process_time()
+    assert len(misfits([holding(pairs={name: pair() for name in strange})], tower(*base))) == 500
+    assert time.process_time() - begun < 10
+
+
+@pytest.mark.fault(17)
+def test_many_forgotten_targets_are_told_quickly():
+    base = tower(*(f"{i}.a" for i in range(5000)), *(f"x{i}" for i in range(5000)))
+    there = holding(pairs={"0.a": pair()}, targets=("a", *(f"x{i}" for i in range(5000))))
+    begun = time.process_time()
+    assert len(misfits([there], base)) == 9999
+    assert time.process_time() - begun < 5

@@ -79,6 +79,7 @@ class Deaf(runtime.ModuleRunner):
         return super().run({**inputs, "weights": np.full_like(inputs["weights"], 0.5)})
 
 
+@pytest.mark.fault(45)
 def test_an_input_that_was_folded_away_is_different(scaled: model.Model) -> None:
     result = proof.prove(Deaf(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
@@ -94,6 +95,7 @@ class FixedBatch(runtime.ModuleRunner):
         return super().run(inputs)
 
 
+@pytest.mark.fault(46)
 def test_a_candidate_that_refuses_another_batch_is_different_and_says_so(scaled: model.Model) -> None:
     result = proof.prove(FixedBatch(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
     assert result.verdict.outcome is parity.Outcome.DIFFERENT

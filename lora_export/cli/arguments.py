@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_export.errors import one_line
+
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
 
@@ -64,8 +66,8 @@ def publishing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(line: str) -> None:
-    """A line of the story, on stderr."""
-    click.echo(line, err=True)
+    """A line of the story, on stderr: one line, whatever the names in it hold."""
+    click.echo(one_line(line), err=True)
 
 
 def split_name(argument: str) -> tuple[str | None, Path]:

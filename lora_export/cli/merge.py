@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +17,11 @@ from lora_export.cli.arguments import (
     say,
     split_name,
 )
+from lora_export.errors import InputRefused
+
+if TYPE_CHECKING:
+    from lora_export.checkpoint import Checkpoint
+    from lora_export.lora import Adapter
 
 
 @click.command()
@@ -56,7 +63,7 @@ def command(
     same layout. Needs no PyTorch, and memory does not grow with the model.
     """
     from lora_export import files, merge, plan, report
-    from lora_export.checkpoint import open_checkpoint
+    from lora_export.checkpoint import code_of_its_own, open_checkpoint
     from lora_export.cli.progress import byte_progress
 
     loaded = load_adapters(adapters)
@@ -67,6 +74,10 @@ def command(
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
     for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan]:
         say(f"note: {note}")
+    for doubt in _other_bases(loaded, checkpoint):
+        say(f"note: {doubt}")
+    if code := code_of_its_own(checkpoint.config):
+        say(f"note: the base's config names code of its own ({code}): it is copied, and was not run")
     for name in checkpoint.left_out():
         say(f"note: {name} holds weights too, unmerged ones; it is left out")
     if dry_run:
@@ -92,6 +103,8 @@ def command(
             min_retention=min_retention,
             progress=progress,
         )
+        if not ledger.replaced and not any(result.changed for result in ledger.results):
+            raise InputRefused("the merge would change no entry of any weight: rounding takes all of it")
     if ledger.faint:
         worst = min(ledger.faint, key=lambda result: result.retention)
         say(
@@ -103,3 +116,12 @@ def command(
         click.echo(json.dumps({"output": str(output), **report.as_dict(ledger)}))
     else:
         report.print_ledger(report.console(), ledger, output)
+
+
+def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:
+    """Adapters that name another base than this one calls itself. No more than a doubt: names are not weights."""
+    own = base.config.get("_name_or_path")
+    for adapter in adapters:
+        told = adapter.metadata.get("base_model_name_or_path")
+        if own and told and PurePosixPath(str(own)).name != PurePosixPath(str(told)).name:
+            yield f"{adapter.name} was made for {told}, the base calls itself {own}: shapes that agree prove nothing"

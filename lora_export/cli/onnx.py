@@ -62,7 +62,7 @@ def command(
         stage("loading the model")
         base = load_model(model, loaded)
         if loaded:  # what does not fit the module will not fit its graph: told now, and not after the export
-            plan.make(loaded, layers.specs(base.module), strengths=weights)
+            layers.refuse_tied(base.module, plan.make(loaded, layers.specs(base.module), strengths=weights))
         stage("exporting the base")
         program = to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
         if loaded:

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import files, tensorfile
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.formats.patterns import Patterns
 from lora_export.lora import Adapter, LoraPair
 
 CONFIG = "adapter_config.json"
@@ -64,7 +65,19 @@ REFUSED = {
 }
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base weights alone
 
-HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")  # of a model's config: what a new head means
+# Of a model's config: what a new head means.
+HEAD_FIELDS = {"architectures": list, "id2label": dict, "label2id": dict, "problem_type": str}
+# What PEFT writes, where another type would be taken for something else.
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    "layers_to_transform": (int, list),
+}
+BIASES = (None, "none", "all", "lora_only")
+
+SMALLEST, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 # Kinds of keys
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
@@ -98,11 +111,15 @@ def read(path: Path, name: str) -> Adapter:
     file = tensorfile.open_file(path / WEIGHTS)
     keys = _sort_keys(file)
     pairs, biases = _read_pairs(file, keys, config)
+    replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
+    sha256 = _sha256([path / CONFIG, path / WEIGHTS])
+    if not file.unchanged():
+        raise InputRefused(f"{file.path} changed while it was being read")
     return Adapter(
         name=name,
         format="peft",
         pairs=pairs,
-        replaced={tensor: file.read(key) for tensor, key in keys[WHOLE].items()},
+        replaced=replaced,
         biases=biases,
         targets=_targets(config),
         spelling={
@@ -113,7 +130,7 @@ def read(path: Path, name: str) -> Adapter:
         },
         metadata=_metadata(path, config),
         notes=_notes(keys, config),
-        sha256=_sha256([path / CONFIG, path / WEIGHTS]),
+        sha256=sha256,
     )
 
 
@@ -148,6 +165,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """The config, once everything in it is understood; the tables of patterns have become `Patterns`."""
     config = files.read_json(path)
     if config.get("peft_type") != "LORA":
         raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
@@ -161,16 +179,22 @@ def _config(path: Path) -> dict[str, Any]:
             "original base is wrong. Convert the adapter to plain LoRA first (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
+    refused += [
+        f"{field} is {config[field]!r}, which I do not understand"
+        for field, types in TYPES.items()
+        if config.get(field) is not None and not isinstance(config[field], types)
+    ]
+    if config.get("bias") not in BIASES:
+        refused.append(f"bias is {config['bias']!r}; PEFT knows none, all and lora_only")
     if refused:
         raise InputRefused(f"{path}: " + "; ".join(refused))
     for name in ("r", "lora_alpha"):
         _positive(path, name, config.get(name))
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise InputRefused(f"{path}: {name} is not a table")
         for pattern, value in patterns.items():
             _positive(path, f"{name}[{pattern!r}]", value)
+        config[name] = Patterns(patterns, source=f"{path}: {name}")
     return config
 
 
@@ -182,6 +206,7 @@ def _positive(path: Path, name: str, value: Any) -> None:
 
 def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
     """The file's keys by their kind (A, B, B_BIAS, WHOLE), and by the module or tensor they belong to."""
+    refuse_unprintable(file.entries, f"the header of {file.path}")
     wrapped = {key for key in file.entries if key.startswith(WRAPPER)}
     if wrapped and len(wrapped) != len(file.entries):
         bare = sorted(set(file.entries) - wrapped)
@@ -226,8 +251,10 @@ def _read_pairs(
     pairs: dict[str, LoraPair] = {}
     for module in keys[A]:
         if module in keys[B]:
+            rank = _said_of(module, config, "rank_pattern", "r")
+            alpha = _said_of(module, config, "alpha_pattern", "lora_alpha")
             try:
-                pairs[module] = _pair(module, file.read(keys[A][module]), file.read(keys[B][module]), config)
+                pairs[module] = _pair(file.read(keys[A][module]), file.read(keys[B][module]), rank, alpha, config)
             except InputRefused as error:
                 problems.append(f"{module}: {error}")
     for name, key in [*keys[B_BIAS].items(), *keys[WHOLE].items()]:
@@ -247,30 +274,24 @@ def _read_pairs(
     return pairs, biases
 
 
-def _pair(module: str, a: NDArray[Any], b: NDArray[Any], config: Mapping[str, Any]) -> LoraPair:
+def _said_of(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
+    """The value of the first pattern in the file that fits the module, as PEFT takes it; else the default."""
+    return next(iter(config[patterns].values(module)), config[default])
+
+
+def _pair(a: NDArray[Any], b: NDArray[Any], rank: int, alpha: float, config: Mapping[str, Any]) -> LoraPair:
     if (a.ndim, b.ndim) != (2, 2):
         raise InputRefused(f"A {a.shape}, B {b.shape}: LoRA on convolutions is not supported yet")
-    rank, *_ = *_by_pattern(module, config.get("rank_pattern")), config["r"]
-    alpha, *_ = *_by_pattern(module, config.get("alpha_pattern")), config["lora_alpha"]
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
-    return LoraPair(a=a, b=b, scale=_scale(rank, alpha, config))
+    scale = _scale(rank, alpha, config)
+    if not SMALLEST <= scale <= LARGEST:  # or the change would be nothing, or infinite
+        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
+    return LoraPair(a=a, b=b, scale=scale)
 
 
 def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _by_pattern(module: str, patterns: Mapping[str, Any] | None) -> list[Any]:
-    """The values of the patterns that match the end of the module's name, in the file's order; PEFT takes the first."""
-    values = []
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                values.append(value)
-        except re.error as error:
-            raise InputRefused(f"the pattern {pattern!r} in {CONFIG} is no regular expression: {error}") from error
-    return values
 
 
 def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -285,7 +306,7 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
     notes += [
         f"{module}: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does"
         for module in keys[A]
-        if len(set(_by_pattern(module, config.get("alpha_pattern")))) > 1
+        if len(set(config["alpha_pattern"].values(module))) > 1
     ]
     notes += [
         f"{tensor} is saved whole, undeclared: it replaces the base's tensor"
@@ -316,7 +337,11 @@ def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
     if model_config.is_file():
         model = files.read_json(model_config)
-        kept["model_config"] = {key: model[key] for key in HEAD_FIELDS if key in model}
+        fields = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
+        strange = [f"{key} is {value!r}" for key, value in fields.items() if not isinstance(value, HEAD_FIELDS[key])]
+        if strange:
+            raise InputRefused(f"{model_config}: {'; '.join(strange)}, which I do not understand")
+        kept["model_config"] = fields
     return kept
 
 

@@ -48,7 +48,7 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
     tally = Tally(step.weight)
     for value, there in by_value.items():
         before, layout = there[0].array, there[0].layout
-        with np.errstate(over="ignore"):  # looked for below
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
             if step.replace is not None:
                 turned = layout not in (step.spec.layout, Layout.OTHER)
                 after = (step.replace.T if turned else step.replace).astype(before.dtype)
