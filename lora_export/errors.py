@@ -11,6 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def printable(text: str, *, keep: str = "\n") -> str:
+    """Control characters, and bytes that are no text, as their codes: no name steers a terminal or breaks a line."""
+    return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
+
+
 class LoraExportError(Exception):
     """A failure that we foresaw. `exit_code` is what the command line ends with."""
 

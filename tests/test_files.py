@@ -163,14 +163,50 @@ def test_without_an_exchange_in_the_kernel_the_old_folder_is_set_aside_first(tmp
     assert names(tmp_path) == {"out"}
 
 
-def test_an_old_folder_that_was_set_aside_by_a_killed_run_is_named_and_never_removed(tmp_path):
+def test_an_old_folder_that_a_killed_run_had_set_aside_is_put_back(tmp_path):
+    write_folder(tmp_path / ".out.123.old", "old")
+    said: list[str] = []
+    with pytest.raises(OutputFailed, match="out exists already; say --overwrite"):
+        write_folder(tmp_path / "out", say=said.append)
+    assert said == ["put out back, which a run that was killed had set aside"]
+    assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"
+
+
+def test_an_old_folder_whose_successor_was_published_before_the_kill_is_removed(tmp_path):
+    write_folder(tmp_path / "out")
     (tmp_path / ".out.123.old").mkdir()
     said: list[str] = []
-    write_folder(tmp_path / "out", say=said.append)
+    write_folder(tmp_path / "out", overwrite=True, say=said.append)
+    assert said == ["removed .out.123.partial, which a run that was killed had left behind"]
+    assert names(tmp_path) == {"out"}
+
+
+def test_an_old_folder_that_gets_no_successor_is_put_back_at_once(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(self: Path, place: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, place)
+
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputFailed, match="Input/output error"):
+        write_folder(tmp_path / "out", "new", overwrite=True)
+    assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"
+
+
+def test_an_old_folder_whose_place_was_taken_by_another_is_named_and_never_removed(tmp_path):
+    write_folder(tmp_path / "out")
+    for name in (".out.123.old", ".out.123.partial"):
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    write_folder(tmp_path / "out", overwrite=True, say=said.append)
     assert said == [
         f"{tmp_path}/.out.123.old is a former out, set aside by a run that was killed: keep it or delete it"
     ]
-    assert names(tmp_path) == {"out", ".out.123.old"}
+    assert names(tmp_path) == {"out", ".out.123.old", ".out.123.partial"}
 
 
 def test_a_folder_with_foreign_files_is_never_replaced(tmp_path):
