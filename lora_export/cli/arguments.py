@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from lora_export.errors import printable
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
@@ -64,8 +67,9 @@ def publishing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(line: str) -> None:
-    """A line of the story, on stderr."""
-    click.echo(line, err=True)
+    """A line of the story, on stderr; the work goes on where nobody can hear it."""
+    with contextlib.suppress(OSError):
+        click.echo(printable(line), err=True)
 
 
 def split_name(argument: str) -> tuple[str | None, Path]:
