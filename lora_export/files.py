@@ -438,6 +438,11 @@ def must_exist(path: Path, what: str) -> None:
         raise InputRefused(f"{path}: {error.strerror}") from error
 
 
+def must_be_regular(path: Path) -> None:
+    """Raises InputRefused as `open_regular` does: for a file that a library is going to open by its name."""
+    open_regular(path).close()
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open an input for reading. Raises InputRefused for one that cannot be opened, or is no regular file."""
     try:

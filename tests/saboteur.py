@@ -63,8 +63,8 @@ def _sabotaged(work: Callable[..., None], arguments: tuple[object, ...], log: Pa
     writer = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     if "signal" in sabotage:
         strike_before(sabotage["at"], sabotage["signal"], sabotage.get("times", 1))
     with _no_longer_than(sabotage.get("limit")):

@@ -25,13 +25,14 @@ import saboteur
 from handmade import base_file, peft_adapter
 from saboteur import Ended
 
-from lora_export import cli, files, merge
+from lora_export import cli, files, merge, tensorfile
 from lora_export.graph import files as graphs
 
 ROOT = Path(__file__).parents[1]
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]
 Contents = dict[str, bytes]
+PROGRAM = [sys.executable, "-m", "lora_export"]
 
 
 def everything(folder: Path) -> Contents:
@@ -192,7 +193,7 @@ def killed_and_run_again(place: Path, rounds: int, *, seed: int) -> int:
     known = output.versions()
 
     def start(version: int) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "lora_export", *merge_line(place, "base", "out", version)]
+        line = [*PROGRAM, *merge_line(place, "base", "out", version)]
         return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     begun = time.monotonic()
@@ -292,34 +293,43 @@ def test_exports_that_are_killed_at_random_leave_the_old_graph_or_the_new_one(tm
 
 
 @pytest.mark.fault(28)
-@EVERY_OUTPUT
-@pytest.mark.parametrize(("sent", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("kind", "sent", "times"),
+    [
+        ("folder", signal.SIGINT, 1),
+        ("file", signal.SIGINT, 1),
+        ("folder without exchange", signal.SIGINT, 1),
+        ("graph", signal.SIGINT, 1),
+        ("folder", signal.SIGINT, 2),
+        ("graph", signal.SIGINT, 2),
+        ("folder", signal.SIGTERM, 1),
+    ],
+)
 def test_a_signal_that_asks_leaves_nothing_at_whatever_moment_it_comes(place, kind, sent, times):
     output = outputs(place)[kind]
-    known = output.versions()
+    known, there = output.versions(), 0
     neighbours = len(output.neighbours())
+    word = {signal.SIGINT: "Stopped", signal.SIGTERM: "Terminated"}[sent]
     seen = set()
     for moment in itertools.count(1):
-        old, version = known[(moment + 1) % 2], moment % 2
-        ended = output.child(version, signal=sent, at=moment, times=times)
+        ended = output.child(1 - there, signal=sent, at=moment, times=times)
         if ended.code == 0:
             break
         assert ended.code == 128 + sent, ended.told
-        *_, last = ended.told.splitlines()
-        word = {signal.SIGINT: "Stopped", signal.SIGTERM: "Terminated"}[sent]
-        written = output.written() != old
-        assert output.written() == known[version if written else 1 - version]
-        assert last == f"{word}; {f'{output.target} had been written' if written else 'nothing was left behind'}."
+        written = output.written() != known[there]
+        there = 1 - there if written else there
+        assert output.written() == known[there]
+        left = f"{output.target} had been written" if written else "nothing was left behind"
+        assert ended.told.splitlines()[-1] == f"{word}; {left}."
         assert output.leftovers() == set() and len(output.neighbours()) == neighbours
         assert "Traceback" not in ended.told
         seen.add(written)
-        assert output.child(version).code == 0
     assert seen == {False, True}, "before and after the output was exchanged"
 
 
-def large_merge(place: Path) -> list[str]:
-    """A merge that takes a second or more: all of a base of 512 MB, which costs no disk."""
-    shape = (16384, 8192)
+def large_merge(place: Path, *, rows: int = 16384) -> list[str]:
+    """A merge that takes a while: every weight of a base of zeros, which costs no disk; 512 MB unless told."""
+    shape = (rows, 8192)
     header = {"fc.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0] * shape[1]]}}
     text = json.dumps(header).encode()
     with (place / "large.safetensors").open("wb") as file:
@@ -327,7 +337,7 @@ def large_merge(place: Path) -> list[str]:
         file.truncate(8 + len(text) + 4 * shape[0] * shape[1])
     peft_adapter(place / "wide", {"fc": (np.ones((1, shape[1])), np.ones((shape[0], 1)))})
     line = ["merge", str(place / "large.safetensors"), str(place / "wide"), "-o", str(place / "out.safetensors")]
-    return [sys.executable, "-m", "lora_export", *line]
+    return [*PROGRAM, *line]
 
 
 @pytest.mark.fault(28)
@@ -454,15 +464,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
     size = sum(-len(content) // 4096 * -4096 for content in everything(place / "old").values())
     script = [sys.executable, "-c", textwrap.dedent(FULL), str(size), "base", "second"]
     mounting = f"mount -t tmpfs -o size={2 * size + 8192} none full && cp -r old full/out"
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh", *script],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if re.search("^(unshare|mount): ", done.stderr):
-        pytest.skip(f"a small disk can be made by root only: {done.stderr.strip()}")
+    done = alone(place, mounting, *script)
     assert done.returncode == 0, done.stderr
     *failed, last = json.loads(done.stdout.splitlines()[-1])
     assert set(failed) == {7} and last == 0
@@ -472,7 +474,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
 @pytest.mark.fault(27)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_an_answer_that_cannot_be_written_ends_with_7_and_without_a_traceback(place):
-    line = [sys.executable, "-m", "lora_export", *merge_line(place, "base", "out", 0)]
+    line = [*PROGRAM, *merge_line(place, "base", "out", 0)]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert (done.returncode, done.stderr) == (
@@ -485,7 +487,7 @@ def test_an_answer_that_cannot_be_written_ends_with_7_and_without_a_traceback(pl
 
 
 def test_a_reader_who_has_seen_enough_is_no_failure_of_ours(place):
-    line = [sys.executable, "-m", "lora_export", *merge_line(place, "base", "out", 0)]
+    line = [*PROGRAM, *merge_line(place, "base", "out", 0)]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
@@ -521,7 +523,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(p
     output.versions()
     line = [sys.executable, "-c", GRAPH, str(output.target), str(ROOT / "tests")]
     if kind != "graph":
-        line = [sys.executable, "-m", "lora_export", *output.write(1)[1:]]
+        line = [*PROGRAM, *output.write(1)[1:]]
     made = calls(place, *line)
     flushes = [number for number, (call, _) in enumerate(made) if call in ("fsync", "fdatasync")]
     names = [
@@ -537,3 +539,404 @@ def test_everything_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(p
     if kind == "graph":  # first the data and its name, then the graph that knows the name
         assert [Path(made[number][1][-1]).suffix for number in names] == [".data", ".onnx"]
         assert [made[number][1] for number in flushes if names[0] < number < last] == [[str(place)]]
+
+
+# --- Places ---
+
+
+def alone(place: Path, mounting: str, *line: object) -> subprocess.CompletedProcess[str]:
+    """A command in a file system of its own, where something is mounted first; skips where that is not allowed."""
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh", *map(str, line)],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if re.search("^(unshare|mount): ", done.stderr):
+        pytest.skip(f"mounting needs root: {done.stderr.strip()}")
+    return done
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(
+    ("command", "spot", "message"),
+    [
+        ("merge", "locked/out", r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"),
+        ("onnx", "locked/out", r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"),
+        ("merge", "file/out", "file is not a folder, so nothing can be written into it"),
+        ("merge", "none/out", "none does not exist; create it first"),
+        ("merge", "loop/out", "loop does not exist; create it first"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_told_before_any_work(place, command, spot, message):
+    (place / "file").touch()
+    (place / "locked").mkdir(0o500)
+    (place / "loop").symlink_to("loop")
+    # Only the work itself would find out that there is no factory, and that this value is not finite.
+    base_file(place / "bad.safetensors", {"fc1.weight": W + np.inf, "fc2.weight": W})
+    what = ["merge", "bad.safetensors", "first"] if command == "merge" else ["onnx", "factory.py:make"]
+    line = [*PROGRAM, *what, "-o", spot]
+    before = everything(place)
+    if os.geteuid() == 0:  # root ignores mode bits
+        done = alone(place, "mount --bind locked locked && mount -o remount,bind,ro locked", *line)
+    else:
+        done = subprocess.run(line, cwd=place, capture_output=True, text=True, check=False)
+    (place / "locked").chmod(0o700)
+    assert (done.returncode, done.stdout) == (7, "")
+    assert re.fullmatch(f"Error: .*{message}\n", done.stderr), done.stderr
+    assert everything(place) == before
+
+
+@pytest.mark.fault(31)
+def test_an_output_inside_an_input_is_known_by_what_it_is_whatever_it_is_called(place):
+    # As on a file system that takes BASE for base: the same folder under another name, without any link.
+    (place / "BASE").mkdir()
+    before = everything(place)
+    for out, message in [
+        ("BASE/out", f"Error: the output {place}/BASE/out lies inside the input {place}/base\n"),
+        ("BASE", f"Error: the output {place}/BASE is the input {place}/base\n"),
+    ]:
+        line = ["merge", "base", "first", "-o", out, "--overwrite"]
+        done = alone(place, "mount --bind base BASE", *PROGRAM, *line)
+        assert (done.returncode, done.stderr) == (7, message)
+    done = alone(
+        place, "cp -r base out && mount --bind out BASE", *PROGRAM, "merge", "BASE", "first", "-o", "out", "--overwrite"
+    )
+    assert (done.returncode, done.stderr) == (7, f"Error: the output {place}/out is the input {place}/BASE\n")
+    shutil.rmtree(place / "out")
+    assert everything(place) == before
+
+
+@pytest.mark.fault(31)
+def test_an_output_that_holds_what_an_input_links_to_is_not_replaced(place, capsys):
+    assert cli.run(merge_line(place, "base", "out", 0)) == 0
+    linked = place / "linked"
+    linked.mkdir()
+    for path in (place / "out").iterdir():
+        if path.name != files.MANIFEST:
+            (linked / path.name).symlink_to(f"../out/{path.name}")
+    before = everything(place)
+    assert cli.run(["merge", str(linked), str(place / "second"), "-o", str(place / "out"), "--overwrite"]) == 7
+    assert re.search(r"the input .*/out/.* lies inside the output .*/out, which would be", capsys.readouterr().err)
+    assert everything(place) == before
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("out", ["first", "first/out", "bare.safetensors", "link", "hard"])
+def test_an_output_that_is_an_input_by_whatever_name_is_refused(place, capsys, out):
+    (place / "link").symlink_to("bare.safetensors")
+    (place / "hard").hardlink_to(place / "bare.safetensors")
+    before = everything(place)
+    line = ["merge", str(place / "bare.safetensors"), str(place / "first"), "-o", str(place / out), "--overwrite"]
+    assert cli.run(line) == 7
+    assert re.search("is the input|lies inside the input", capsys.readouterr().err)
+    assert everything(place) == before and (place / "link").is_symlink()
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("goal", ["elsewhere", "nowhere"])
+@pytest.mark.parametrize("base", ["base", "bare.safetensors"])
+def test_a_link_that_takes_the_outputs_place_during_the_run_is_not_followed(place, monkeypatch, capsys, base, goal):
+    (place / "elsewhere").mkdir()
+    working = merge.merge_checkpoint
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        (place / "out").symlink_to(place / goal)
+        return working(*arguments, **options)
+
+    monkeypatch.setattr(merge, "merge_checkpoint", slow)
+    assert cli.run(merge_line(place, base, "out", 0)) == 7
+    assert f"{place}/out is a symbolic link; name the place itself" in capsys.readouterr().err
+    assert (place / "out").is_symlink() and not any((place / "elsewhere").iterdir())
+    assert not (place / "nowhere").exists() and not outputs(place)["folder"].leftovers()
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_runs_on_one_output_the_second_ends_at_once_and_the_first_is_not_disturbed(place, overwrite):
+    line = large_merge(place, rows=2048) + ["--overwrite"] * overwrite
+    first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not any(place.glob(".out.safetensors.*.partial")):
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    assert not (place / "out.safetensors").exists(), "the first was too fast"
+    second = subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
+    first.send_signal(signal.SIGCONT)
+    told = f"Error: another run (process {first.pid}) is writing {place}/out.safetensors\n"
+    assert (second.returncode, second.stdout, second.stderr) == (7, "", told)
+    assert (first.communicate()[1], first.returncode) == ("", 0)
+    merged = tensorfile.open_file(place / "out.safetensors").read("fc.weight")
+    assert merged.shape == (2048, 8192) and np.all(merged == 1)
+    assert {path.name for path in place.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.fault(34)
+def test_shards_of_an_old_count_go_and_foreign_files_stay(place, capsys):
+    output = outputs(place)["folder"]
+    assert output.child(0).code == 0
+    assert cli.run(["merge", str(place / "bare.safetensors"), str(place / "first"), "-o", str(place / "out")]) == 7
+    (place / "single").mkdir()
+    (place / "single/model.safetensors").write_bytes((place / "bare.safetensors").read_bytes())
+    (place / "out/link").symlink_to(place / "first")
+    assert cli.run(merge_line(place, "single", "out", 1)) == 7
+    assert "holds files that lora-export did not write, and will not delete: link" in capsys.readouterr().err
+    (place / "out/link").unlink()
+    assert cli.run(merge_line(place, "single", "out", 1)) == 0
+    assert set(everything(place / "out")) == {"model.safetensors", files.MANIFEST}
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_a_merge_has_the_modes_that_the_umask_says(place, umask):
+    out = place / "out.safetensors"
+    out.touch(0o644)
+    before = os.umask(umask)
+    try:
+        assert cli.run(merge_line(place, "base", "out", 0)) == 0
+        assert cli.run(merge_line(place, "bare.safetensors", "out.safetensors", 0)) == 0
+    finally:
+        os.umask(before)
+    for path in (place / "out", *(place / "out").iterdir(), out):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("scratch", ["nowhere", "full", "/proc"])
+def test_a_merge_needs_no_scratch_folder_and_no_right_clock(place, scratch):
+    (place / "full").mkdir()
+    for path in place.rglob("*"):
+        os.utime(path, (2**33, 2**33))  # the year 2242
+    line = ["env", f"TMPDIR={place / scratch}", *PROGRAM, *merge_line(place, "base", "out", 0)]
+    if scratch == "full":
+        done = alone(place, "mount -t tmpfs -o size=4096,ro none full", *line)
+    else:
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_whole(place / "out")
+
+
+@pytest.mark.fault(47)
+def test_the_stage_lies_beside_its_target_whatever_else_is_mounted(place):
+    # The target's folder is a file system of its own: a stage anywhere else could not be renamed into it (EXDEV).
+    (place / "disk").mkdir()
+    mounting = "mount -t tmpfs -o size=1m none disk"
+    check = 'for i in 1 2; do "$@" || exit; done; cat disk/out/lora_export.json; ls -A disk'
+    line = [*PROGRAM, "merge", "base", "first", "-o", "disk/out", "--overwrite"]
+    done = alone(place, mounting, "sh", "-c", check, "sh", *line)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert '"sha256"' in done.stdout and done.stdout.splitlines()[-1] == "out"
+
+
+# --- Inputs of strange kinds ---
+
+
+def in_a_cache(folder: Path, cache: Path) -> Path:
+    """A folder's files as a Hugging Face cache keeps them; returns the snapshot."""
+    snapshot = cache / "models--a--b/snapshots" / ("0" * 40)
+    (cache / "models--a--b/blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        blob = files.sha256(path)
+        shutil.copyfile(path, cache / "models--a--b/blobs" / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+@pytest.mark.fault(41)
+def test_a_snapshot_in_a_hugging_face_cache_is_a_base_and_an_adapter(place):
+    assert cli.run(merge_line(place, "base", "out", 0)) == 0
+    base, adapter = in_a_cache(place / "base", place / "hub"), in_a_cache(place / "first", place / "hub2")
+    before = everything(place)
+    assert cli.run(["merge", str(base), str(adapter), "-o", str(place / "again")]) == 0
+    after = everything(place)
+    weights = {name for name in everything(place / "out") if name.endswith((".safetensors", "index.json"))}
+    assert all(after[f"again/{name}"] == after[f"out/{name}"] for name in weights)
+    assert not any(path.is_symlink() for path in (place / "again").rglob("*"))
+    assert {name: content for name, content in after.items() if not name.startswith("again/")} == before
+
+
+@pytest.mark.fault(41)
+def test_a_base_that_cannot_be_written_to_is_read(place):
+    mounting = "mount --bind base base && mount -o remount,bind,ro base"
+    done = alone(place, mounting, *PROGRAM, "merge", "base", "first", "-o", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_whole(place / "out")
+
+
+INPUTS = [
+    "base/config.json",
+    "base/model.safetensors.index.json",
+    "base/model-00001-of-00002.safetensors",
+    "base/model-00002-of-00002.safetensors",
+    "first/adapter_config.json",
+    "first/adapter_model.safetensors",
+    "base",
+    "first",
+]
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("kind", ["fifo", "folder", "zeros", "dangling"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_is_no_file_in_a_files_place_is_refused_at_once(place, name, kind):
+    path = place / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    {
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "zeros": lambda: path.symlink_to("/dev/zero"),
+        "dangling": lambda: path.symlink_to("nowhere"),
+    }[kind]()
+    line = ["merge", str(place / "base"), str(place / "first"), "-o", str(place / "out")]
+    ended = saboteur.run(saboteur.command, *line, log=place / "log")  # a hang ends as a TimeoutError
+    if (name, kind) in [("base/config.json", "dangling")]:  # as if there were none
+        assert ended.code == 0
+        return
+    assert ended.code == 3, ended.told
+    assert ended.told.startswith("Error: ") and Path(name).name in ended.told
+    assert not (place / "out").exists()
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["inspect", "FIFO.onnx"],
+        ["inspect", "FIFO.safetensors"],
+        ["verify", "FIFO.onnx", "--model", "M"],
+        ["verify", "FIFO.pt", "--model", "M"],
+        ["verify", "FIFO.safetensors", "--model", "M"],
+        ["verify", "bare.safetensors", "--model", "FIFO.py:make"],
+        ["verify", "bare.safetensors", "--model", "M", "--inputs", "FIFO.npz"],
+        ["train", "M", "--data", "FIFO.npz", "-o", "out"],
+        ["train", "M", "--data", "FIFO.jsonl", "-o", "out"],
+        ["onnx", "M", "-a", "FIFO.pt", "-o", "out.onnx"],
+    ],
+)
+def test_no_command_waits_for_a_fifo(place, monkeypatch, capsys, line):
+    (name,) = {word.partition(":")[0] for word in line if "FIFO" in word}
+    os.mkfifo(place / name)
+    made = place / "factory.py"
+    made.write_text("import torch\ndef make():\n    return torch.nn.Linear(3, 2), torch.ones(2, 3)\n")
+    base_file(place / "bare.safetensors", {"weight": W, "bias": np.ones(2)})
+    monkeypatch.chdir(place)
+    signal.alarm(60)  # whatever waits for a writer waits for ever
+    try:
+        code = cli.run(["factory.py:make" if word == "M" else word for word in line])
+    finally:
+        signal.alarm(0)
+    assert code == 3 and name.partition(".")[0] in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+# --- Names ---
+
+NAMES = {
+    "spaces": "with two  spaces",
+    "composed": "gr\u00f6\u00dfe",
+    "decomposed": "gro\u0308\u00dfe",
+    "newline": "new\nline",
+    "escape": "\x1b[2Jred\x07",
+    "reversed": "\u202egnp.exe",
+    "dash": "-v",
+    "longest": "n" * 255,
+    "no text": os.fsdecode(b"not-utf8-\xff\x9b"),
+    "equals": "a=b",
+    "markup": "[bold]%s{}$(true)",
+}
+EVERY_NAME = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+
+
+def is_harmless(told: str) -> bool:
+    return all(char.isprintable() or char == "\n" for char in told)
+
+
+@pytest.mark.fault(40)
+@EVERY_NAME
+def test_any_name_is_a_name_for_base_adapter_and_output(place, name):
+    for word in ("base", "first"):
+        (place / word).rename(place / "moved")
+        (place / word).mkdir()
+        (place / "moved").rename(place / word / name)
+    (place / "into").mkdir()
+    line = ["merge", str(place / "base" / name), str(place / "first" / name), "-o", str(place / "into" / name)]
+    for overwrite in ([], ["--overwrite"]):
+        ended = saboteur.run(saboteur.command, *line, *overwrite, log=place / "log")
+        assert ended.code == 0, ended.told
+        assert ended.told.count("\n") == 4 and is_harmless(ended.told)
+    assert_whole(place / "into" / name)
+    assert [path.name for path in (place / "into").iterdir()] == [name]
+
+
+@pytest.mark.fault(40)
+@EVERY_NAME
+@pytest.mark.parametrize("role", ["base", "adapter", "output"])
+def test_any_name_in_an_error_is_one_harmless_line(place, name, role):
+    words = {"base": "base", "adapter": "first", "output": "out"} | {role: f"{name}/x"}
+    base, adapter, output = (str(place / word) for word in words.values())
+    ended = saboteur.run(saboteur.command, "merge", base, adapter, "-o", output, log=place / "log")
+    assert ended.code == (7 if role == "output" else 3)
+    assert ended.told.startswith("Error: ") and ended.told.count("\n") == 1 and is_harmless(ended.told)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.fault(40)
+def test_a_leading_dash_without_a_path_is_an_option_that_nobody_knows(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert cli.run(["merge", "-\x1b[2J", "first", "-o", "out"]) == 2
+    told = capsys.readouterr().err
+    assert "No such option" in told and is_harmless(told)
+    (place / "base").rename(place / "-base")
+    assert cli.run(["merge", "-o", "out", "--", "-base", "first"]) == 0
+
+
+@pytest.mark.fault(40)
+def test_what_the_terminal_has_no_letters_for_is_told_all_the_same(place):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    line = [*PROGRAM, "merge", "base", "first", "-o", "\u6a21\udcff"]
+    done = subprocess.run(line, cwd=place, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\u6a21\udcff" in done.stdout
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize("name", ["n" * 256, "é" * 128, "n/" * 3000])
+@pytest.mark.parametrize("command", ["merge base", "merge adapter", "merge output", "inspect", "verify", "onnx output"])
+def test_names_that_are_too_long_are_one_clear_error(place, monkeypatch, capsys, name, command):
+    monkeypatch.chdir(place)
+    line = {
+        "merge base": ["merge", name, "first", "-o", "out"],
+        "merge adapter": ["merge", "base", name, "-o", "out"],
+        "merge output": ["merge", "base", "first", "-o", name],
+        "inspect": ["inspect", name],
+        "verify": ["verify", name, "--model", "x:y"],
+        "onnx output": ["onnx", "x:y", "-o", name],
+    }[command]
+    before = everything(place)
+    assert cli.run(line) in (3, 7)
+    told = capsys.readouterr().err
+    assert re.search("too long|longer than 255 bytes", told) and told.count("\n") == 1
+    assert everything(place) == before
+
+
+@pytest.mark.fault(40)
+def test_a_path_near_the_longest_works(place, monkeypatch):
+    deep = place
+    while len(os.fsencode(deep)) < 3500:
+        deep = deep / ("d" * 200)
+    deep.mkdir(parents=True)
+    assert cli.run(["merge", str(place / "base"), str(place / "first"), "-o", str(deep / "out")]) == 0
+    assert_whole(deep / "out")
+
+
+@pytest.mark.fault(40)
+def test_a_graph_with_the_longest_name_has_its_data_beside_it(place):
+    target = place / ("n" * 250 + ".onnx")
+    ended = saboteur.run(saboteur.publish_graph, str(target), 1.0, log=place / "log")
+    assert ended.code == 0, ended.told
+    again = saboteur.run(saboteur.publish_graph, str(target), 2.0, log=place / "log")
+    assert again.code == 0 and again.told.startswith("removed ")
+    (data,) = (path for path in place.iterdir() if path.name.endswith(".data"))
+    weight = graphs.load(target).graph.initializers["w"].const_value
+    assert weight is not None and np.all(weight.numpy() == 2) and data.stat().st_size == 64 * 64 * 4
