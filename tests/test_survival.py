@@ -139,6 +139,8 @@ def is_cleaned_by_the_next_run(output: Output, version: int, known: tuple[Conten
     after = output.child(version)
     assert (after.code, output.written()) == (0, known[version]), after.told
     assert output.leftovers() == set()
+    if not output.target.is_dir():
+        assert {path.name for path in output.target.parent.glob(f"{output.target.name}*")} == set(known[version])
     back = "put out back, which a run that was killed had set aside"
     for name in left - {path for path in left if path.endswith(".lock")}:
         removed = f"removed {Path(name).with_suffix('.partial')}, which a run that was killed had left behind"
@@ -368,6 +370,16 @@ def test_ctrl_c_in_the_middle_of_a_large_merge_ends_it_within_a_second(place, se
     assert (process.returncode, out, err.strip()) == (128 + sent, "", told)
     assert {path.name for path in place.iterdir()} == before
     assert seconds < 1
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_when_all_is_said_changes_nothing(sent):
+    # While Python ends, it would be a traceback, or another exit code than the one that was told.
+    late = f"import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.{sent}))\n"
+    line = [sys.executable, "-c", late + "from lora_export.cli import main; main()", "merge", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.fault(28)
@@ -928,6 +940,17 @@ def test_a_path_near_the_longest_works(place, monkeypatch):
     deep.mkdir(parents=True)
     assert cli.run(["merge", str(place / "base"), str(place / "first"), "-o", str(deep / "out")]) == 0
     assert_whole(deep / "out")
+
+
+@pytest.mark.fault(39)
+def test_exporting_over_an_export_takes_no_more_room_each_time(place):
+    output = outputs(place)["graph"]
+    rooms = set()
+    for version in (0, 1, 0, 0):
+        assert output.child(version).code == 0
+        rooms.add(sum(map(len, output.written().values())))
+        assert {path.name for path in place.glob("m.onnx*")} == set(output.written())
+    assert len(rooms) == 1
 
 
 @pytest.mark.fault(40)

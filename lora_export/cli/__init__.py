@@ -107,7 +107,6 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     with _signals_unwind(for_good=arguments is None):
         code = run(arguments)
-        _let_go_of_stdout()
     sys.exit(code)
 
 
@@ -181,13 +180,3 @@ def _tell(message: str, arguments: Sequence[str]) -> None:
         message = message.replace(part, printable(part, keep=""))
     with contextlib.suppress(OSError):  # stderr is full or closed: the exit code still tells
         click.echo(printable(message).rstrip("\n"), err=True)
-
-
-def _let_go_of_stdout() -> None:
-    """What could not be written and was told must not be tried, and complained of, once more when Python ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (AttributeError, ValueError):  # there is none, or it is closed
-        return
