@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -481,6 +482,23 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
     *failed, last = json.loads(done.stdout.splitlines()[-1])
     assert set(failed) == {7} and last == 0
     assert done.stderr.count("No space left on device") == len(failed) > 2
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("command", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
+def test_a_disk_that_is_full_when_a_model_is_exported_ends_with_7(tmp_path, command):
+    (tmp_path / "out").write_text("old")
+    line = [*PROGRAM, command, f"{ROOT / 'tests/factories.py'}:scaled", "-o", "out", "--overwrite", "--no-verify"]
+    done = subprocess.run(
+        line,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert (done.returncode, done.stderr) == (7, "Error: out could not be written: File too large\n")
+    assert everything(tmp_path) == {"out": b"old"}
 
 
 @pytest.mark.fault(27)
