@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export import files
 from lora_export.errors import InputRefused
 
 IGNORED = -100  # the label that cross-entropy passes over
@@ -56,6 +57,7 @@ def read_examples(path: Path) -> Examples:
     readers: dict[str, Callable[[Path], Examples]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".npz": _read_npz}
     if path.suffix.lower() not in readers:
         raise InputRefused(f"{path}: examples are read from {KINDS}")
+    files.must_be_regular(path)
     try:
         examples = readers[path.suffix.lower()](path)
     except OSError as error:

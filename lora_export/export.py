@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -84,13 +84,10 @@ def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mappi
 
     PyTorch's debugging records are left out: they hold the paths and source lines of this machine.
     """
-    whole = path.with_name(f"{path.name}.debug")
-    try:
-        with _silence():
-            torch.jit.save(script, whole, _extra_files=dict(extra))
-        _copy_without_debug_records(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
+    with _silence():
+        # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
+        whole = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
+    _copy_without_debug_records(whole, path)
 
 
 def is_hugging_face(module: nn.Module) -> bool:
@@ -289,7 +286,7 @@ def _renamed(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | ir
     return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), size.value))
 
 
-def _copy_without_debug_records(source: Path, target: Path) -> None:
+def _copy_without_debug_records(source: BinaryIO, target: Path) -> None:
     with zipfile.ZipFile(source) as whole, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as kept:
         for record in whole.infolist():
             if not record.filename.endswith(".debug_pkl"):

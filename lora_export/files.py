@@ -16,20 +16,26 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, BinaryIO
 
-from lora_export.errors import InputRefused, OutputFailed
+from lora_export.errors import InputRefused, OutputFailed, one_line
 
 MANIFEST = "lora_export.json"
+MAX_JSON = 100_000_000  # bytes; a vocabulary's file has some 10 MB
 LONGEST_NAME = 255  # bytes, on every file system that matters here
-LONGEST_SUFFIX = 32  # bytes; what `_beside` adds
+LONGEST_SUFFIX = 32  # bytes; what `_beside` and `data_name` add
+DIGITS = 16  # of a content's hash, in the name of a data file
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 Say = Callable[[str], None]
+
+finished: list[Path] = []  # what this process has published, so that a Ctrl-C which comes after that is told rightly
 
 
 def _silent(_: str) -> None:
@@ -46,15 +52,18 @@ def stage_folder(
     An existing target is replaced in one step, and only with `overwrite`, if it is an output of this
     program with nothing else in it. Raises OutputFailed before anything is written, or when writing fails.
     """
-    with _translated(target):
-        target = _absolute(target)
-        with _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say) as stage:
-            _refuse_foreign_files(target)
-            yield stage
-            _flush(stage)
-            _refuse_taken([target], overwrite=overwrite)  # again: somebody else may have been there meanwhile
-            _refuse_foreign_files(target)
-            _swap_in(stage, target)
+
+    def publish(stage: Path, target: Path) -> None:
+        _refuse_taken([target], overwrite=overwrite)  # again: somebody else may have been there meanwhile
+        _refuse_foreign_files(target)
+        _swap_in(stage, target)
+
+    with (
+        _translated(target),
+        _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say, publish=publish) as stage,
+    ):
+        _refuse_foreign_files(_absolute(target))
+        yield stage
 
 
 @contextlib.contextmanager
@@ -64,51 +73,108 @@ def stage_file(
     """Yield an empty folder; the files put into it land beside `target` when the block succeeds.
 
     One of them must have the target's name: it is renamed last, so that whoever sees it finds its
-    companions too. Otherwise as `stage_folder`.
+    companions too. No two files are renamed in one step, so a companion that the target cannot do without
+    needs a name that no other content has, `data_name`: killed between the renames, we leave the old
+    target with its old data. Data files of former contents go when the target has come. Otherwise as
+    `stage_folder`.
     """
-    with _translated(target):
-        target = _absolute(target)
-        with _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say) as stage:
-            if target.is_dir():
-                raise OutputFailed(f"{target} is a folder; name a file")
-            yield stage
-            _flush(stage)
-            companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
-            places = [target.parent / name for name in (*companions, target.name)]
-            _refuse_taken(places, overwrite=overwrite)
-            for place in places:
-                (stage / place.name).replace(place)
-            _flush_folder(target.parent)
+
+    def publish(stage: Path, target: Path) -> None:
+        companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
+        ours = set(_data_files(target))  # of the same name, they are of the same content: nothing would be lost
+        foreign = [target.parent / name for name in companions if target.parent / name not in ours]
+        _refuse_taken([*foreign, target], overwrite=overwrite)
+        for name in companions:
+            (stage / name).replace(target.parent / name)
+        if companions:
+            _flush_folder(target.parent)  # a disk may keep the second of two renames and lose the first
+        (stage / target.name).replace(target)
+        _flush_folder(target.parent)
+        for path in sorted(ours - {target.parent / name for name in companions}):
+            path.unlink()
+            say(f"removed {shown(path.name)}: weights that {shown(target.name)} does not use")
+
+    with (
+        _translated(target),
+        _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say, publish=publish) as stage,
+    ):
+        if _absolute(target).is_dir():
+            raise OutputFailed(f"{target} is a folder; name a file")
+        yield stage
+
+
+def data_name(target: str, digest: str) -> str:
+    """The name of a file of weights that belongs to `target` alone and has this hash: `<target>.<16 digits>.data`.
+
+    Killed at any moment, a run leaves a graph that knows its own weights only. Not the target's stem:
+    `model.onnx` and `model.ort` beside it would share, and remove, one file.
+    """
+    return f"{_stem(target)}.{digest[:DIGITS]}.data"
+
+
+def _data_files(target: Path) -> list[Path]:
+    ours = re.compile(re.escape(_stem(target.name)) + rf"\.[0-9a-f]{{{DIGITS}}}\.data")
+    return [path for path in target.parent.iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
+
+
+def shown(name: str | Path) -> str:
+    """A name within a line of text."""
+    return one_line(str(name))
 
 
 def _absolute(target: Path) -> Path:
     """Absolute, with the parent resolved: the final component is never followed."""
     if target.name in ("", ".."):
         raise OutputFailed(f"{target} cannot be written to: name a file or folder in it")
-    return target.parent.resolve() / target.name
+    return _real(target.parent) / target.name
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError where links go round in a circle
 
 
 @contextlib.contextmanager
-def _claimed(target: Path, inputs: Iterable[Path], *, overwrite: bool, needs: int, say: Say) -> Iterator[Path]:
-    """Check the target, take its lock, clean up after dead runs, and lend out an empty stage."""
+def _claimed(
+    target: Path,
+    inputs: Iterable[Path],
+    *,
+    overwrite: bool,
+    needs: int,
+    say: Say,
+    publish: Callable[[Path, Path], None],
+) -> Iterator[Path]:
+    """Check the target, take its lock, clean up after dead runs, lend out an empty stage, and publish it."""
+    target = _absolute(target)
+    _check_place(target, inputs, needs)
+    _refuse_taken([target], overwrite=overwrite)
+    with contextlib.ExitStack() as to_the_end, _locked(target):
+        _remove_orphans(target, say)
+        _refuse_taken([target], overwrite=overwrite)  # again: an output that was set aside may be back
+        stage = target.parent / _beside(target, f"{os.getpid()}.partial")
+        try:
+            stage.mkdir()
+            yield stage
+            _flush(stage)
+            to_the_end.enter_context(_undisturbed())
+            publish(stage, target)
+            finished.append(target)
+        finally:
+            with _undisturbed():
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_place(target: Path, inputs: Iterable[Path], needs: int) -> None:
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise OutputFailed(f"the output's name is longer than {LONGEST_NAME} bytes")
     if not target.parent.is_dir():
+        if target.parent.exists():
+            raise OutputFailed(f"{target.parent} is not a folder, so nothing can be written into it")
         raise OutputFailed(f"the folder {target.parent} does not exist; create it first")
     for path in inputs:
-        _refuse_overlap(target, path.resolve())
-    _refuse_taken([target], overwrite=overwrite)
+        _refuse_overlap(target, _real(path))
     free = shutil.disk_usage(target.parent).free
     if needs > free:
         raise OutputFailed(f"{target.parent} has {free / 1e9:.2f} GB free, the output needs {needs / 1e9:.2f} GB")
-    with _locked(target):
-        _remove_orphans(target, say)
-        stage = target.parent / _beside(target, f"{os.getpid()}.partial")
-        stage.mkdir()
-        try:
-            yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -121,13 +187,42 @@ def _translated(target: Path) -> Iterator[None]:
         raise OutputFailed(f"{target} could not be written: {error.strerror or error}{where}") from error
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the block's end: it is short, and cut in two it would leave something behind."""
+    waiting: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
+        waiting.append(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may, or is interrupted
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, wait)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in waiting[:1]:
+            signal.raise_signal(number)
+
+
 def _refuse_overlap(target: Path, source: Path) -> None:
+    # By what files and folders are, not by their names alone: a file system may take BASE for base, or show base twice.
     if target.exists() and target.samefile(source):
         raise OutputFailed(f"the output {target} is the input {source}")
-    if source.is_dir() and target.is_relative_to(source):
+    if source.is_dir() and any(folder.samefile(source) for folder in target.parents):
         raise OutputFailed(f"the output {target} lies inside the input {source}")
-    if source.is_relative_to(target):
-        raise OutputFailed(f"the input {source} lies inside the output {target}, which would be replaced")
+    links = (_real(path) for path in source.rglob("*") if path.is_symlink())  # nothing, where it is a file
+    for path in (source, *links):
+        if path.is_relative_to(target) or _is_within(path, target):
+            raise OutputFailed(f"the input {path} lies inside the output {target}, which would be replaced")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return folder.is_dir() and any(parent.exists() and parent.samefile(folder) for parent in path.parents)
 
 
 def _refuse_taken(places: Iterable[Path], *, overwrite: bool) -> None:
@@ -144,7 +239,9 @@ def _refuse_foreign_files(target: Path) -> None:
     if not target.is_dir():
         raise OutputFailed(f"{target} is a file; the output is a folder")
     known = {MANIFEST, *read_manifest(target).get("files", {})}
-    present = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    present = {
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
     foreign = sorted(present - known)
     if foreign:
         raise OutputFailed(
@@ -153,23 +250,31 @@ def _refuse_foreign_files(target: Path) -> None:
 
 
 def _beside(target: Path, suffix: str) -> str:
-    """A hidden name for something that belongs to the target; long names go by their hash."""
-    name = os.fsencode(target.name)
+    """A hidden name for something that belongs to the target."""
+    return f".{_stem(target.name)}.{suffix}"
+
+
+def _stem(name: str) -> str:
+    """A name to which a suffix can be added; long ones go by their hash."""
+    encoded = os.fsencode(name)
     # The hash decides by the target alone, so that one run finds what another left.
-    stem = target.name if len(name) + LONGEST_SUFFIX <= LONGEST_NAME else hashlib.sha256(name).hexdigest()
-    return f".{stem}.{suffix}"
+    return name if len(encoded) + LONGEST_SUFFIX <= LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
 
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold the target's lock; a second run ends at once. The kernel frees the lock of a killed run."""
     path = target.parent / _beside(target, "lock")
-    descriptor = _take(path, target)
+    descriptor = None
     try:
+        with _undisturbed():
+            descriptor = _take(path, target)
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            with _undisturbed():
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
 
 
 def _take(path: Path, target: Path) -> int:
@@ -181,9 +286,14 @@ def _take(path: Path, target: Path) -> int:
             owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
             raise OutputFailed(f"another run (process {owner}) is writing {target}") from None
+        except OSError:  # a file system without locks
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
         if os.fstat(descriptor).st_nlink:
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # on a full disk; the lock holds without a signature
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             return descriptor
         # Between our open and our lock its owner finished and removed it: what we hold has no name any more.
         os.close(descriptor)
@@ -192,13 +302,23 @@ def _take(path: Path, target: Path) -> int:
 def _remove_orphans(target: Path, say: Say) -> None:
     # The whole name is compared: the target `out` must not meddle with a live run that writes `out.v2`.
     ours = re.compile(re.escape(_beside(target, "")) + r"\d+\.(partial|old)")
-    for path in target.parent.iterdir():
-        found = ours.fullmatch(path.name)
-        if found and found[1] == "partial":
-            say(f"removed {path.name}, which a run that was killed had left behind")
-            shutil.rmtree(path)
-        elif found:
-            say(f"{path} is a former {target.name}, set aside by a run that was killed: keep it or delete it")
+    left = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    stages = {path for path in left if path.suffix == ".partial"}
+    for aside in sorted(set(left) - stages):
+        stage = aside.with_suffix(".partial")
+        if not target.exists():
+            aside.rename(target)
+            say(f"put {shown(target.name)} back, which a run that was killed had set aside")
+        elif stage not in stages:  # it has become the target, so this one has been replaced
+            aside.rename(stage)
+            stages.add(stage)
+        else:  # what is the target now is none of that run's
+            former = shown(target.name)
+            say(f"{shown(aside)} is a former {former}, set aside by a run that was killed: keep it or delete it")
+            stages.remove(stage)
+    for stage in sorted(stages):
+        shutil.rmtree(stage)
+        say(f"removed {shown(stage.name)}, which a run that was killed had left behind")
 
 
 def _flush(folder: Path) -> None:
@@ -229,8 +349,12 @@ def _swap_in(stage: Path, target: Path) -> None:
     elif not _exchange(stage, target):
         aside = stage.with_suffix(".old")  # not a stage: if we are killed here, it is the only whole output
         target.rename(aside)
-        stage.rename(target)
-        shutil.rmtree(aside)
+        try:
+            stage.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        aside.rename(stage)  # from here on it may be removed, by us or by the next run
     _flush_folder(target.parent)
 
 
@@ -303,7 +427,10 @@ def parse_json(text: bytes, source: Path | str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do."""
     with open_regular(path) as file:
-        return parse_json(file.read(), path)
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise InputRefused(f"{path} is longer than {MAX_JSON:,} bytes, which no such file is")
+    return parse_json(text, path)
 
 
 def must_exist(path: Path, what: str) -> None:
@@ -314,6 +441,11 @@ def must_exist(path: Path, what: str) -> None:
         raise InputRefused(f"there is no {what} at {path}") from None
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
+
+
+def must_be_regular(path: Path) -> None:
+    """Raises InputRefused as `open_regular` does: for a file that a library is going to open by its name."""
+    open_regular(path).close()
 
 
 def open_regular(path: Path) -> BinaryIO:

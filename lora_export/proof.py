@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lora_export import layers, parity, plan, runtime
+from lora_export import files, layers, parity, plan, runtime
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
@@ -154,6 +154,7 @@ def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
+    files.must_be_regular(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

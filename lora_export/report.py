@@ -146,7 +146,7 @@ def print_plan(to: Console, plan: Plan) -> None:
 def print_ledger(to: Console, ledger: Ledger, output: Path | None = None) -> None:
     """What a merge did, in a line, and the weights that lost most of their change to rounding."""
     speed = f" ({decimal(int(ledger.bytes / ledger.seconds))}/s)" if ledger.seconds > 0 else ""
-    where = f" to {output}" if output else ""
+    where = f" to {files.shown(output)}" if output else ""
     _say(
         to,
         f"{len(ledger.results)} weight{_s(len(ledger.results))} merged; {decimal(ledger.bytes)} written{where} in "

@@ -90,6 +90,7 @@ def test_a_provider_that_does_not_load_here_says_why(here):
     assert [each for each in here.providers if each.fault == "left out without a word"] == []
 
 
+@pytest.mark.fault(43)
 def test_asking_for_cuda_ends_with_0_exactly_where_cuda_really_runs(here, monkeypatch, capsys):
     pretend(monkeypatch, here)
     code = run(["doctor", "--provider", "cuda"])
@@ -107,6 +108,7 @@ def test_cuda_runs_the_small_model(here):
 # --- CUDA ---
 
 
+@pytest.mark.fault(43)
 def test_cuda_that_was_asked_for_ends_with_6_and_names_the_libraries_and_where_they_come_from(monkeypatch, capsys):
     pretend(monkeypatch, WITHOUT_CUDA)
     assert run(["doctor", "--provider", "cuda"]) == 6
@@ -131,6 +133,7 @@ def test_with_a_gpu_cuda_must_load_unless_cpu_was_asked_for():
     assert doctor.problems(HEALTHY) == () == doctor.problems(HEALTHY, "cuda")
 
 
+@pytest.mark.fault(43)
 def test_a_cpu_build_of_onnxruntime_is_to_be_replaced_not_joined():
     facts = replace(
         HEALTHY,
@@ -143,6 +146,7 @@ def test_a_cpu_build_of_onnxruntime_is_to_be_replaced_not_joined():
     assert problem.remedy.startswith("pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu")
 
 
+@pytest.mark.fault(43)
 def test_where_only_the_driver_s_library_is_missing_no_wheels_are_advised():
     cuda = doctor.Provider(doctor.CUDA, "missing: libcuda.so.1", ("libcuda.so.1",))
     facts = replace(HEALTHY, providers=(cuda, doctor.Provider(doctor.CPU)), torch_devices=(), driver=NO_DRIVER)
@@ -151,11 +155,13 @@ def test_where_only_the_driver_s_library_is_missing_no_wheels_are_advised():
     assert [problem.remedy for problem in others] == ["solve the driver first, then ask again"] * 2
 
 
+@pytest.mark.fault(43)
 def test_a_driver_too_old_for_the_build_is_named_with_both_versions():
     (problem,) = doctor.problems(replace(HEALTHY, driver=doctor.Driver(cuda="12.4", gpus=1)))
     assert "12.4" in problem.what and "13.0" in problem.what and problem.remedy == "update the driver"
 
 
+@pytest.mark.fault(44)
 def test_environment_variables_that_change_results_are_shown(monkeypatch, capsys):
     pretend(monkeypatch, replace(HEALTHY, settings={"NVIDIA_TF32_OVERRIDE": "1"}))
     assert run(["doctor"]) == 0
@@ -194,6 +200,7 @@ def test_a_requirement_of_another_platform_is_left_out(tmp_path):
     assert doctor.compare(["onnxruntime>=1.24; sys_platform == 'amiga'"], ["hf"], installed(tmp_path)) == ()
 
 
+@pytest.mark.fault(43)
 def test_two_flavours_of_onnxruntime_are_a_clobber_and_one_is_to_be_reinstalled(tmp_path, monkeypatch, capsys):
     for flavour in ("onnxruntime", "onnxruntime-gpu"):
         install(tmp_path, flavour, "1.31.1", "onnxruntime/__init__.py")
@@ -234,6 +241,7 @@ def module(site: Path, name: str, source: str) -> doctor.Package:
     return doctor.Package(name, ">=1", "", "1.0")
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
@@ -273,6 +281,7 @@ LOADER = (
 )
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize(
     ("answer", "words", "fault"),
     [
@@ -298,6 +307,7 @@ def test_a_provider_loads_only_where_it_is_listed_ran_the_node_and_computed_it(a
     assert doctor.try_provider(doctor.CUDA).fault == fault
 
 
+@pytest.mark.fault(43)
 def test_a_provider_that_crashes_is_a_line_of_the_report(monkeypatch):
     monkeypatch.setattr(doctor, "in_child", lambda *_: doctor.Outcome({}, "crashed with SIGSEGV"))
     assert doctor.try_provider(doctor.CPU) == doctor.Provider(doctor.CPU, "crashed with SIGSEGV")

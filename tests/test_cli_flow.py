@@ -154,6 +154,7 @@ def test_an_adapter_too_faint_to_see_is_undecided_and_nothing_is_published(
     assert json.loads(record)["verdict"]["outcome"] == "not verified"
 
 
+@pytest.mark.fault(43)
 def test_cuda_that_is_not_there_is_exit_6(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: the refusal cannot be seen here")
@@ -210,6 +211,7 @@ def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [("torch", ["verify", "x.onnx", "--model", "y"]), ("onnx", ["inspect", "{graph}"])],
@@ -223,6 +225,71 @@ def test_a_missing_package_is_exit_6_by_its_name(tmp_path: Path, package: str, a
     assert done.returncode == 6, done.stderr
     assert f"needs the package {package}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            "raise OSError('libcudart.so.13: cannot open shared object file: No such file or directory')",
+            "a library does not load: libcudart.so.13: cannot open shared object file",
+        ),
+        (
+            "raise ImportError('libcublas.so.13: version not found', name='torch._C')",
+            "the package torch does not load: libcublas.so.13: version not found",
+        ),
+    ],
+)
+def test_a_torch_whose_libraries_do_not_fit_is_exit_6(tmp_path: Path, source: str, told: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(source)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from lora_export.cli import run; sys.exit(run(sys.argv[2:]))"
+    line = [sys.executable, "-c", code, str(tmp_path), "onnx", "x:y", "-o", str(tmp_path / "out.onnx")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 6 and done.stderr.startswith(f"Error: {told}"), done.stderr
+    assert "`lora-export doctor` says what is wrong" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.fault(43)
+def test_a_gpu_that_is_too_small_is_exit_6(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(cli.cli, "main", too_large)
+    assert call("inspect", "x") == 6
+    assert capsys.readouterr().err.startswith("Error: there is not enough memory: CUDA out of memory.")
+
+
+@pytest.mark.cuda
+@pytest.mark.fault(43)
+def test_what_a_gpu_says_when_it_is_too_small_is_known() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1 << 50, device="cuda")
+
+
+@pytest.mark.fault(44)
+def test_tf32_by_the_environment_is_refused_for_a_proof_on_cuda(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--provider", "cuda") == 6
+    assert "NVIDIA_TF32_OVERRIDE=1 turns TF32 on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(44)
+def test_variables_that_change_results_are_recorded_in_the_file_and_in_the_verdict(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"NVIDIA_TF32_OVERRIDE": "1", "ORT_CUDA_GEMM_OPTIONS": "3"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out.onnx"
+    code, told = answer(capsys, "onnx", MODEL, "-a", place / "adapter", "-o", out)
+    assert code == 0 and variables.items() <= told["proof"]["about"].items()
+    record = json.loads({entry.key: entry.value for entry in onnx.load(out).metadata_props}["lora_export"])
+    assert record["verdict"]["variables"] == variables
 
 
 def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(

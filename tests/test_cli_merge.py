@@ -227,6 +227,7 @@ def test_a_second_merge_of_the_same_adapter_is_refused(place, capsys, more):
 # --- 7 ---
 
 
+@pytest.mark.fault(34)
 def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsys):
     assert run(place, "base", "adapter", "-o", "out") == 0
     old = everything(place / "out")
@@ -237,6 +238,7 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsy
     assert result(place / "out") == (W + 2 * BA).tolist()
 
 
+@pytest.mark.fault(30, 31)
 @pytest.mark.parametrize(
     ("output", "message"),
     [
@@ -253,6 +255,7 @@ def test_an_output_in_the_wrong_place_ends_with_7(place, capsys, output, message
     assert everything(place) == before
 
 
+@pytest.mark.fault(33)
 def test_a_second_run_on_one_output_ends_with_7(place, capsys):
     with files.stage_folder(place / "out", inputs=()) as stage:
         assert run(place, "base", "adapter", "-o", "out") == 7
@@ -260,6 +263,7 @@ def test_a_second_run_on_one_output_ends_with_7(place, capsys):
         assert stage.is_dir()
 
 
+@pytest.mark.fault(27)
 def test_a_disk_that_is_full_ends_with_7_and_leaves_the_old_output(place):
     # The limit on a file's size stands for the disk: the write fails in the middle.
     base_file(place / "base/model.safetensors", {"fc.weight": W, "large.weight": np.ones((100, 100))})
@@ -281,6 +285,7 @@ def test_a_disk_that_is_full_ends_with_7_and_leaves_the_old_output(place):
 # --- Signals and strange names ---
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     ("sent", "code", "word"), [(signal.SIGINT, 130, "Stopped"), (signal.SIGTERM, 143, "Terminated")]
 )
@@ -297,6 +302,7 @@ def test_signals_that_ask_leave_nothing_behind(place, capsys, monkeypatch, sent,
     assert {path.name for path in place.iterdir()} == {"base", "adapter"}
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("name", ["with space", "new\nline", "größe", "a=b", "n" * 255])
 def test_strange_names_are_names(place, name):
     (place / name).mkdir()
@@ -306,6 +312,7 @@ def test_strange_names_are_names(place, name):
     assert result(place / name / "out") == (W + BA).tolist()
 
 
+@pytest.mark.fault(40)
 def test_names_that_are_no_text_are_names_too(place):
     # In a process of its own: what matters is that its real stdout takes them.
     name = os.fsdecode(b"not-utf8-\xff")

@@ -60,6 +60,7 @@ def test_success_leaves_the_output_and_nothing_else(tmp_path, write):
     assert content(tmp_path / "out") == "new"
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("stage", [files.stage_folder, files.stage_file])
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_any_other_way_out_leaves_nothing(tmp_path, stage, failure):
@@ -69,6 +70,7 @@ def test_any_other_way_out_leaves_nothing(tmp_path, stage, failure):
     assert names(tmp_path) == set()
 
 
+@pytest.mark.fault(28)
 @WRITERS
 def test_a_failure_leaves_the_old_output_as_it_was(tmp_path, write):
     write(tmp_path / "out", "old")
@@ -80,6 +82,7 @@ def test_a_failure_leaves_the_old_output_as_it_was(tmp_path, write):
     assert content(tmp_path / "out") == "old"
 
 
+@pytest.mark.fault(47)
 def test_while_it_is_written_the_output_is_absent_and_the_stage_lies_beside_it(tmp_path):
     with files.stage_folder(tmp_path / "out", inputs=()) as stage:
         assert stage.parent == tmp_path and not list(stage.iterdir())
@@ -98,6 +101,7 @@ def test_companions_of_a_file_land_beside_it_and_it_comes_last(tmp_path, monkeyp
     assert names(tmp_path) == set(order)
 
 
+@pytest.mark.fault(27)
 def test_a_failing_file_system_is_an_output_that_could_not_be_written(tmp_path):
     with (
         pytest.raises(OutputFailed, match=r"out could not be written: No such file or directory \(.*/gone\)"),
@@ -107,6 +111,7 @@ def test_a_failing_file_system_is_an_output_that_could_not_be_written(tmp_path):
     assert names(tmp_path) == set()
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize(("write", "publish"), [(write_folder, "rename"), (write_file, "replace")])
 def test_everything_is_flushed_before_it_is_published(tmp_path, monkeypatch, write, publish):
     # Stands for a power cut, which a test cannot make: what is renamed has been on the disk before.
@@ -127,6 +132,7 @@ def test_everything_is_flushed_before_it_is_published(tmp_path, monkeypatch, wri
 # --- Overwriting ---
 
 
+@pytest.mark.fault(34)
 @WRITERS
 def test_an_existing_output_is_replaced_only_when_told_to(tmp_path, write):
     write(tmp_path / "out", "old")
@@ -138,6 +144,7 @@ def test_an_existing_output_is_replaced_only_when_told_to(tmp_path, write):
     assert names(tmp_path) == {"out"}
 
 
+@pytest.mark.fault(28)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
 def test_an_old_folder_is_exchanged_in_one_step(tmp_path, monkeypatch):
     write_folder(tmp_path / "out", "old")
@@ -147,6 +154,7 @@ def test_an_old_folder_is_exchanged_in_one_step(tmp_path, monkeypatch):
     assert names(tmp_path) == {"out"}
 
 
+@pytest.mark.fault(34)
 def test_a_replaced_folder_keeps_nothing_of_the_old_one(tmp_path):
     with files.stage_folder(tmp_path / "out", inputs=()) as stage:
         (stage / "stale-00003-of-00003").write_text("old")
@@ -155,6 +163,7 @@ def test_a_replaced_folder_keeps_nothing_of_the_old_one(tmp_path):
     assert names(tmp_path / "out") == {"sub", files.MANIFEST}
 
 
+@pytest.mark.fault(28)
 def test_without_an_exchange_in_the_kernel_the_old_folder_is_set_aside_first(tmp_path, monkeypatch):
     write_folder(tmp_path / "out", "old")
     monkeypatch.setattr(files, "_exchange", lambda *_: False)
@@ -163,16 +172,57 @@ def test_without_an_exchange_in_the_kernel_the_old_folder_is_set_aside_first(tmp
     assert names(tmp_path) == {"out"}
 
 
-def test_an_old_folder_that_was_set_aside_by_a_killed_run_is_named_and_never_removed(tmp_path):
+@pytest.mark.fault(28)
+def test_an_old_folder_that_a_killed_run_had_set_aside_is_put_back(tmp_path):
+    write_folder(tmp_path / ".out.123.old", "old")
+    said: list[str] = []
+    with pytest.raises(OutputFailed, match="out exists already; say --overwrite"):
+        write_folder(tmp_path / "out", say=said.append)
+    assert said == ["put out back, which a run that was killed had set aside"]
+    assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_whose_successor_was_published_before_the_kill_is_removed(tmp_path):
+    write_folder(tmp_path / "out")
     (tmp_path / ".out.123.old").mkdir()
     said: list[str] = []
-    write_folder(tmp_path / "out", say=said.append)
+    write_folder(tmp_path / "out", overwrite=True, say=said.append)
+    assert said == ["removed .out.123.partial, which a run that was killed had left behind"]
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_that_gets_no_successor_is_put_back_at_once(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(self: Path, place: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, place)
+
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputFailed, match="Input/output error"):
+        write_folder(tmp_path / "out", "new", overwrite=True)
+    assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_whose_place_was_taken_by_another_is_named_and_never_removed(tmp_path):
+    write_folder(tmp_path / "out")
+    for name in (".out.123.old", ".out.123.partial"):
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    write_folder(tmp_path / "out", overwrite=True, say=said.append)
     assert said == [
         f"{tmp_path}/.out.123.old is a former out, set aside by a run that was killed: keep it or delete it"
     ]
-    assert names(tmp_path) == {"out", ".out.123.old"}
+    assert names(tmp_path) == {"out", ".out.123.old", ".out.123.partial"}
 
 
+@pytest.mark.fault(34)
 def test_a_folder_with_foreign_files_is_never_replaced(tmp_path):
     write_folder(tmp_path / "out", "old")
     (tmp_path / "out/sub/thesis.tex").write_text("years of work")
@@ -199,6 +249,7 @@ def test_a_folder_does_not_replace_a_file_nor_a_file_a_folder(tmp_path):
         write_file(tmp_path / "folder", overwrite=True)
 
 
+@pytest.mark.fault(34)
 def test_a_companion_does_not_replace_a_foreign_file(tmp_path):
     (tmp_path / "a.data").write_text("mine")
     with (
@@ -211,6 +262,7 @@ def test_a_companion_does_not_replace_a_foreign_file(tmp_path):
     assert (tmp_path / "a.data").read_text() == "mine"
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("stage", [files.stage_folder, files.stage_file])
 def test_what_appears_at_the_target_meanwhile_is_left_alone(tmp_path, stage):
     with pytest.raises(OutputFailed, match="out exists already"), stage(tmp_path / "out", inputs=()) as folder:
@@ -220,6 +272,7 @@ def test_what_appears_at_the_target_meanwhile_is_left_alone(tmp_path, stage):
     assert names(tmp_path / "out") == {"theirs"}
 
 
+@pytest.mark.fault(34)
 def test_foreign_files_that_appear_in_the_old_output_meanwhile_are_left_alone(tmp_path):
     write_folder(tmp_path / "out", "old")
     with (
@@ -233,6 +286,7 @@ def test_foreign_files_that_appear_in_the_old_output_meanwhile_are_left_alone(tm
 # --- The output and the inputs ---
 
 
+@pytest.mark.fault(31)
 @WRITERS
 def test_the_output_is_not_an_input_by_whatever_name(tmp_path, write):
     source = tmp_path / "base"
@@ -251,6 +305,7 @@ def test_the_output_is_not_an_input_by_whatever_name(tmp_path, write):
     assert content(source) == "base"
 
 
+@pytest.mark.fault(31)
 def test_the_output_is_no_hard_link_to_an_input(tmp_path):
     (tmp_path / "base").write_text("base")
     os.link(tmp_path / "base", tmp_path / "out")
@@ -267,6 +322,7 @@ def test_inputs_elsewhere_are_no_hindrance(tmp_path, write):
     assert content(tmp_path / "out") == "new"
 
 
+@pytest.mark.fault(31)
 @WRITERS
 def test_the_output_lies_not_inside_an_input(tmp_path, write):
     (tmp_path / "base/sub").mkdir(parents=True)
@@ -277,12 +333,14 @@ def test_the_output_lies_not_inside_an_input(tmp_path, write):
         write(tmp_path / "link/out", inputs=[tmp_path / "base"])
 
 
+@pytest.mark.fault(31)
 def test_the_output_does_not_contain_an_input(tmp_path):
     write_folder(tmp_path / "out")
     with pytest.raises(OutputFailed, match=r"the input .*model lies inside the output .*, which would be replaced"):
         write_folder(tmp_path / "out", overwrite=True, inputs=[tmp_path / "out/sub/model"])
 
 
+@pytest.mark.fault(32)
 @WRITERS
 @pytest.mark.parametrize("goal", ["elsewhere", "nowhere"])
 def test_the_output_is_no_symbolic_link(tmp_path, write, goal):
@@ -293,6 +351,7 @@ def test_the_output_is_no_symbolic_link(tmp_path, write, goal):
     assert names(tmp_path) == {"out", "elsewhere"} and names(tmp_path / "elsewhere") == set()
 
 
+@pytest.mark.fault(32)
 def test_a_symbolic_link_that_is_slipped_in_meanwhile_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with (
@@ -306,12 +365,14 @@ def test_a_symbolic_link_that_is_slipped_in_meanwhile_is_not_followed(tmp_path):
 # --- Places that cannot be written to ---
 
 
+@pytest.mark.fault(30)
 @WRITERS
 def test_a_missing_parent_is_named(tmp_path, write):
     with pytest.raises(OutputFailed, match=r"the folder .*/no/such does not exist; create it first"):
         write(tmp_path / "no/such/out")
 
 
+@pytest.mark.fault(30)
 @WRITERS
 @pytest.mark.parametrize("place", [".", "..", "/"])
 def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, write, place):
@@ -320,6 +381,7 @@ def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, write, place):
         write(Path(place), overwrite=True)
 
 
+@pytest.mark.fault(27, 30)
 @WRITERS
 def test_too_little_space_is_known_before_anything_is_written(tmp_path, write):
     with pytest.raises(OutputFailed, match=r"GB free, the output needs 1000000000\.00 GB"):
@@ -335,6 +397,7 @@ TRY = """
 """
 
 
+@pytest.mark.fault(30)
 def test_a_read_only_folder_is_refused_before_the_work(tmp_path):
     command = python_command(TRY, tmp_path / "out")
     if os.geteuid() == 0:  # root ignores mode bits, so the folder is mounted read-only, for that process alone
@@ -349,6 +412,7 @@ def test_a_read_only_folder_is_refused_before_the_work(tmp_path):
     assert re.fullmatch(refusal, done.stdout), done
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize(
     "name",
     [
@@ -373,6 +437,7 @@ def test_strange_names_work(tmp_path, write, name):
     assert content(tmp_path / name) == "new"
 
 
+@pytest.mark.fault(40)
 @WRITERS
 @pytest.mark.parametrize("name", ["n" * 256, "é" * 128])
 def test_a_name_that_is_too_long_is_refused(tmp_path, write, name):
@@ -380,12 +445,14 @@ def test_a_name_that_is_too_long_is_refused(tmp_path, write, name):
         write(tmp_path / name)
 
 
+@pytest.mark.fault(40)
 @WRITERS
 def test_a_path_that_is_too_long_is_refused(tmp_path, write):
     with pytest.raises(OutputFailed, match="could not be written: File name too long"):
         write(tmp_path.joinpath(*["n" * 200] * 30))
 
 
+@pytest.mark.fault(35)
 @WRITERS
 @pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 def test_modes_are_what_the_umask_says(tmp_path, write, umask, file_mode, folder_mode):
@@ -398,6 +465,7 @@ def test_modes_are_what_the_umask_says(tmp_path, write, umask, file_mode, folder
         assert path.stat().st_mode & 0o777 == (folder_mode if path.is_dir() else file_mode)
 
 
+@pytest.mark.fault(35)
 def test_a_replaced_file_gets_the_mode_of_a_new_one(tmp_path):
     (tmp_path / "out").touch()
     (tmp_path / "out").chmod(0o640)
@@ -431,6 +499,7 @@ def another_run(target: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("name", ["out", "n" * 250])
 def test_a_second_run_on_one_output_ends_at_once_and_the_first_is_not_disturbed(tmp_path, name):
     (tmp_path / files._beside(tmp_path / name, "lock")).write_text("a lock that a killed run left\n")
@@ -441,6 +510,7 @@ def test_a_second_run_on_one_output_ends_at_once_and_the_first_is_not_disturbed(
         assert names(tmp_path) == before
 
 
+@pytest.mark.fault(33)
 def test_a_run_that_has_not_signed_its_lock_yet_holds_it_all_the_same(tmp_path):
     with (tmp_path / ".out.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -448,6 +518,7 @@ def test_a_run_that_has_not_signed_its_lock_yet_holds_it_all_the_same(tmp_path):
             write_folder(tmp_path / "out")
 
 
+@pytest.mark.fault(32)
 def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
@@ -456,6 +527,7 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path):
     assert (tmp_path / "theirs").read_text() == "theirs"
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize(("name", "neighbour"), [("out", "out.v2"), ("out", "out.2"), ("n" * 250, "n" * 250 + ".v2")])
 def test_a_live_run_on_a_neighbour_whose_name_begins_alike_is_not_disturbed(tmp_path, name, neighbour):
     with another_run(tmp_path / neighbour):
@@ -466,6 +538,7 @@ def test_a_live_run_on_a_neighbour_whose_name_begins_alike_is_not_disturbed(tmp_
         assert not said
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("name", ["out", "n" * 240, "n" * 255])
 def test_what_sigkill_left_behind_is_named_and_removed_by_the_next_run(tmp_path, name):
     with another_run(tmp_path / name) as process:
@@ -480,6 +553,7 @@ def test_what_sigkill_left_behind_is_named_and_removed_by_the_next_run(tmp_path,
     assert names(tmp_path) == {name}
 
 
+@pytest.mark.fault(28)
 def test_ctrl_c_leaves_nothing(tmp_path):
     with another_run(tmp_path / "out") as process:
         process.send_signal(signal.SIGINT)
@@ -487,6 +561,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert names(tmp_path) == set()
 
 
+@pytest.mark.fault(33)
 def test_a_lock_whose_owner_has_just_removed_it_is_taken_anew(tmp_path, monkeypatch):
     # The other run ends between our open and our lock: the file that we locked has no name any more.
     flock, calls = fcntl.flock, []
@@ -543,6 +618,7 @@ def test_json_that_cannot_be_trusted_is_refused(text, message):
         files.parse_json(text, "X")
 
 
+@pytest.mark.fault(41)
 def test_json_is_read_from_regular_files_only(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"a": [1]}))
     assert files.read_json(tmp_path / "a.json") == {"a": [1]}
@@ -568,6 +644,7 @@ def test_an_input_must_exist(tmp_path):
             files.must_exist(path, "adapter")
 
 
+@pytest.mark.fault(41)
 def test_regular_files_are_found_through_links_and_nothing_else_is(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b", "sub/a"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
 from test_graph_fold import LINEAR
 
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.files import sha256
 from lora_export.graph import files, sites
 
 WEIGHT = [[1, 4], [2, 5], [3, 6]]
@@ -43,6 +45,7 @@ def test_external_data_below_the_folder_is_read(tmp_path: Path) -> None:
     assert np.array_equal(stored(files.load(external(tmp_path)), "m.weight"), WEIGHT)
 
 
+@pytest.mark.fault(38)
 def test_a_bare_file_name_is_checked_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "secret.bin").write_bytes(bytes(64))
     (tmp_path / "inner").mkdir()
@@ -54,6 +57,7 @@ def test_a_bare_file_name_is_checked_like_any_other(tmp_path: Path, monkeypatch:
     assert np.array_equal(stored(files.load(Path("model.onnx")), "m.weight"), WEIGHT)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -75,6 +79,7 @@ def test_external_data_that_is_not_what_it_should_be_is_refused(
         files.load(external(tmp_path, **fields))
 
 
+@pytest.mark.fault(38)
 def test_an_absolute_location_is_refused_even_below_the_folder(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="outside the model's folder"):
         files.load(external(tmp_path, location=str(tmp_path / "weights.data")))
@@ -94,6 +99,7 @@ def a_fifo(data: Path, elsewhere: Path) -> None:
     os.mkfifo(data)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("trick", [symlinked, hard_linked, a_fifo])
 def test_data_that_lives_elsewhere_is_refused(tmp_path: Path, trick: Callable[[Path, Path], None]) -> None:
     (tmp_path / "model").mkdir()
@@ -103,6 +109,7 @@ def test_data_that_lives_elsewhere_is_refused(tmp_path: Path, trick: Callable[[P
         files.load(path)
 
 
+@pytest.mark.fault(38)
 def test_a_folder_behind_a_symbolic_link_is_the_users_own_choice(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     external(tmp_path / "model")
@@ -110,6 +117,7 @@ def test_a_folder_behind_a_symbolic_link_is_the_users_own_choice(tmp_path: Path)
     assert np.array_equal(stored(files.load(tmp_path / "link" / "model.onnx"), "m.weight"), WEIGHT)
 
 
+@pytest.mark.fault(37)
 def test_data_cut_short_by_one_byte_is_refused(tmp_path: Path) -> None:
     path = external(tmp_path)
     os.truncate(tmp_path / "weights.data", 31)
@@ -125,6 +133,7 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None
         files.load(path)
 
 
+@pytest.mark.fault(37)
 def test_a_negative_offset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="-8"):
         files.load(external(tmp_path, offset="-8"))
@@ -137,6 +146,7 @@ def test_a_graph_cut_short_is_refused(tmp_path: Path) -> None:
         files.load(path)
 
 
+@pytest.mark.fault(41)
 def test_a_missing_file_a_folder_and_a_fifo_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.onnx")
     for name, problem in [("none.onnx", "No such file"), (".", "not a regular file"), ("fifo.onnx", "not a regular")]:
@@ -158,6 +168,7 @@ def test_a_small_graph_is_one_file_that_can_be_read_again(tmp_path: Path) -> Non
     assert np.array_equal(run(again, x=np.float32([[1, 0, 0]]))["y"], [[(1 + 10) * 7, (4 + 20) * 8]])
 
 
+@pytest.mark.fault(36, 39)
 def test_weights_that_are_too_many_go_into_a_file_named_by_their_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +180,7 @@ def test_weights_that_are_too_many_go_into_a_file_named_by_their_content(
     monkeypatch.setattr(files, "INLINE", 40)
     data, graph = files.save(model, tmp_path, "model.onnx")
     assert graph == tmp_path / "model.onnx"
-    assert data.name.startswith("model.") and len(data.name) == len("model.01234567.data")
+    assert re.fullmatch(r"model\.onnx\.[0-9a-f]{16}\.data", data.name)
     assert data.stat().st_size == 24
     assert np.array_equal(stored(files.load(graph), "m.weight"), WEIGHT)
     assert files.save(model, tmp_path, "model.onnx")[0] == data
@@ -229,3 +240,155 @@ def test_a_graph_that_onnx_objects_to_is_refused(tmp_path: Path) -> None:
     model.graph[0].op_type = "MadMul"
     with pytest.raises(RuntimeRefused, match=r"not valid ONNX: .*MadMul"):
         files.save(model, tmp_path, "model.onnx")
+
+
+# --- too long for one file ---
+
+
+@pytest.mark.fault(36)
+def test_a_graph_longer_than_protobuf_allows_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with path.open("wb") as file:
+        file.truncate(files.LIMIT)
+    with pytest.raises(InputRefused, match=r"has 2,147,483,648 bytes, and an ONNX graph ends at .*external data"):
+        files.load(path)
+
+
+@pytest.mark.fault(36)
+def test_weights_leave_the_graph_before_it_is_serialised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "INLINE", 40)
+    monkeypatch.setattr(files, "EXTERNAL_FROM", 16)
+    serialised: list[int] = []
+    serialise = ir.serde.serialize_model
+
+    def watched(model: ir.Model) -> onnx.ModelProto:
+        proto = serialise(model)
+        serialised.append(max(len(tensor.raw_data) for tensor in proto.graph.initializer))
+        return proto
+
+    monkeypatch.setattr(ir.serde, "serialize_model", watched)
+    model = a_graph(LINEAR)
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(np.float32(WEIGHT))
+    model.graph.initializers["m.bias"].const_value = ir.Tensor(np.float32([5, 6, 7, 8, 9])[:2])
+    files.save(model, tmp_path, "model.onnx", metadata={"x": "y" * 40})
+    assert serialised and max(serialised) <= 16
+
+
+@pytest.mark.fault(36)
+def test_constants_that_no_graph_can_hold_are_refused_by_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LIMIT", 100)
+    model = a_graph(LINEAR)
+    value = ir.AttrTensor("value", ir.Tensor(np.zeros(25, np.float32)))
+    model.graph.insert_before(model.graph[0], ir.Node("", "Constant", [], [value]))
+    with pytest.raises(RuntimeRefused, match="holds 100 bytes in its nodes, where ONNX keeps them; a graph ends at"):
+        files.save(model, tmp_path, "model.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.fault(36)
+def test_a_tensor_of_more_than_2_gib_is_saved_and_read_again(tmp_path: Path) -> None:
+    rows = (files.LIMIT >> 12) + 1  # of 4 KiB
+    model = a_graph(LINEAR)
+    big = tmp_path / "zeros"
+    with big.open("wb") as file:
+        file.truncate(rows << 12)
+    zeros = np.memmap(big, np.float32, "r+", shape=(rows, 1024))
+    zeros[-1] = 3
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(zeros)
+    model.graph.initializers["m.weight"].shape = ir.Shape(zeros.shape)
+    data, graph = files.save(model, tmp_path, "model.onnx")
+    assert data.stat().st_size == rows << 12 and graph.stat().st_size < 1000
+    assert np.array_equal(stored(files.load(graph), "m.weight")[-1], np.full(1024, 3))
+
+
+# --- data that lies in nodes, links, and keys that nobody knows ---
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize("key", ["evil", "offset2", ""])
+def test_unknown_keys_of_external_data_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputRefused, match="damaged one: Ignoring unknown external data key"):
+        files.load(external(tmp_path, **{key: "1"}))
+
+
+@pytest.mark.fault(37)
+def test_data_that_grew_is_read_where_it_was(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    with (tmp_path / "weights.data").open("ab") as file:
+        file.write(b"more")
+    assert np.array_equal(stored(files.load(path), "m.weight"), WEIGHT)
+
+
+CONSTANT = "m (float[2] x) => (float[2] y) { c = Constant <value = float[2] {1, 2}> () y = Add(x, c) }"
+FUNCTION = """<ir_version: 10, opset_import: ["" : 20, "own" : 1]>
+m (float[2] x) => (float[2] y) { y = own.f(x) }
+<domain: "own", opset_import: ["" : 20]>
+f (x) => (y) { c = Constant <value = float[2] {1, 2}> () y = Add(x, c) }"""
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "link"])
+@pytest.mark.parametrize("where", ["a node", "a function's node"])
+def test_data_of_a_node_is_checked_like_that_of_a_weight(tmp_path: Path, where: str, location: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(64))
+    (tmp_path / "model/link").symlink_to(tmp_path / "secret")
+    in_function = where == "a function's node"
+    proto = onnx.parser.parse_model(FUNCTION) if in_function else ir.to_proto(a_graph(CONSTANT))
+    nodes = proto.functions[0].node if in_function else proto.graph.node
+    tensor = nodes[0].attribute[0].t
+    tensor.ClearField("float_data")
+    tensor.ClearField("raw_data")
+    tensor.name = "c"
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": "0", "length": "8"}.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    path = tmp_path / "model/model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(InputRefused, match="1 tensors cannot be read"):
+        files.load(path)
+
+
+def cached(hub: Path) -> Path:
+    """The graph with external data as a Hugging Face cache keeps it; returns the link to the graph."""
+    made = hub / "made"
+    made.mkdir()
+    external(made)
+    snapshot, blobs = hub / "snapshots" / "r", hub / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in made.iterdir():
+        blob = sha256(path)
+        path.rename(blobs / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    return snapshot / "model.onnx"
+
+
+@pytest.mark.fault(41)
+def test_a_graph_in_a_hugging_face_cache_is_read_and_saved_whole(tmp_path: Path) -> None:
+    model = files.load(cached(tmp_path))
+    assert np.array_equal(stored(model, "m.weight"), WEIGHT)
+    (tmp_path / "out").mkdir()
+    (path,) = files.save(model, tmp_path / "out", "model.onnx")
+    assert np.array_equal(stored(files.load(path), "m.weight"), WEIGHT)
+
+
+@pytest.mark.fault(38, 41)
+@pytest.mark.parametrize("goal", ["secret", "blobs/secret", "other/blobs/" + "0" * 40, "blobs/" + "0" * 40])
+def test_a_link_in_a_cache_leads_to_a_blob_of_its_own_model_or_nowhere(tmp_path: Path, goal: str) -> None:
+    path = cached(tmp_path)
+    (tmp_path / "other/blobs").mkdir(parents=True)
+    (tmp_path / "elsewhere").write_bytes(bytes(32))
+    link = path.parent / "weights.data"
+    link.unlink()
+    if goal == "blobs/" + "0" * 40:  # a blob that is a link itself
+        (tmp_path / goal).symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / goal).write_bytes(bytes(32))
+    link.symlink_to(Path("../..") / goal)
+    with pytest.raises(InputRefused, match="reached through a symbolic link"):
+        files.load(path)

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
+import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import click
 
 from lora_export import __version__
-from lora_export.errors import EnvironmentLacking, LoraExportError, printable
+from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed, one_line, printable
 
 # name -> its one-line help, so that `lora-export --help` loads no command
 COMMANDS = {
@@ -33,6 +37,9 @@ COMMANDS = {
 
 # What commands import besides our own files; one that is missing is told, not traced.
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
+
+
+PATIENCE = 1.0  # seconds
 
 
 class LazyGroup(click.Group):
@@ -68,15 +75,26 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    def unwind(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
-        raise Terminated
+def _signals_unwind(*, for_good: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM become exceptions, and no second one within PATIENCE disturbs the cleaning up after the first.
 
-    previous = signal.signal(signal.SIGTERM, unwind)
+    After that one counts again: the first may have met a library that swallows everything. Where the process is ours
+    and ends behind this (`for_good`), they are not heard any more: Python would die of them with another code.
+    """
+    last = -math.inf
+
+    def unwind(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
+        nonlocal last
+        if time.monotonic() - last > PATIENCE:
+            last = time.monotonic()
+            raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+
+    previous = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_IGN if for_good else handler)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,32 +102,81 @@ def main(arguments: list[str] | None = None) -> None:
     # PyTorch's threads sleep while they wait, instead of spinning. Measured on 2 cores, training: 1.1 times the time
     # where the machine is idle, a quarter of it where others compute too, as on a CI machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _sigterm_unwinds():
-        sys.exit(run(arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path need not be text, and a terminal need not know every letter
+            stream.reconfigure(errors="backslashreplace")
+    with _signals_unwind(for_good=arguments is None):
+        code = run(arguments)
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    line, stdout = sys.argv[1:] if arguments is None else arguments, sys.stdout
+    if "lora_export.files" in sys.modules:  # an earlier run in this process
+        sys.modules["lora_export.files"].finished.clear()
     try:
         result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
-    except click.exceptions.Abort as error:  # what click makes of Ctrl-C, and so of Terminated
-        terminated = isinstance(error.__cause__, Terminated)
-        click.echo(f"{'Terminated' if terminated else 'Stopped'}; nothing was left behind.", err=True)
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        # Ctrl-C and Terminated; click, where it sees them, makes Abort of both.
+        return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        _tell(usage.getvalue(), line)
         return error.exit_code
-    except LoraExportError as error:
-        click.echo(printable(f"Error: {error}"), err=True)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in PACKAGES:
+    except SystemExit as end:
+        # What rich and click make of a broken pipe; click puts another stdout in the place of this one.
+        if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):
             raise
-        click.echo(
-            f"Error: this command needs the package {package}, which is not installed. `lora-export doctor` says what "
-            "is missing",
-            err=True,
-        )
-        return EnvironmentLacking.exit_code
+        return 128 + signal.SIGPIPE  # `| head` has read enough; what shells report of programs that know nothing of it
+    except Exception as error:
+        told = _foreseen(error)
+        if told is None:
+            raise
+        message, code = told
+        _tell(f"Error: {message}", line)
+        return code
     return result if isinstance(result, int) else 0
+
+
+def _stopped(*, terminated: bool) -> int:
+    from lora_export import files
+
+    left = f"{files.shown(files.finished[-1])} had been written" if files.finished else "nothing was left behind"
+    click.echo(f"{'Terminated' if terminated else 'Stopped'}; {left}.", err=True)
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+def _foreseen(error: Exception) -> tuple[str, int] | None:
+    """What to say of a failure and the code to end with; None for a bug of ours."""
+    doctor = "`lora-export doctor` says what is"
+    if isinstance(error, LoraExportError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and _package(error) in PACKAGES:
+        what = f"this command needs the package {_package(error)}, which is not installed. {doctor} missing"
+        return what, EnvironmentLacking.exit_code
+    if isinstance(error, ImportError) and _package(error) in PACKAGES:
+        return f"the package {_package(error)} does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return f"there is not enough memory: {error}".rstrip(": "), EnvironmentLacking.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'the answer could not be written'}: {error.strerror}", OutputFailed.exit_code
+    if isinstance(error, OSError) and "shared object" in str(error):  # torch loads its libraries by itself
+        return f"a library does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
+    return None
+
+
+def _package(error: ImportError) -> str:
+    return (error.name or "").partition(".")[0]
+
+
+def _tell(message: str, arguments: Sequence[str]) -> None:
+    """An error on stderr. Our own messages have lines; a name of the user's that has some is shown in one."""
+    words = list(arguments)
+    with contextlib.suppress(OSError):  # a folder that was removed under our feet
+        words.append(str(Path.cwd()))
+    for part in {part for word in words for part in word.split("/") if "\n" in part}:
+        message = message.replace(part, one_line(part))
+    with contextlib.suppress(OSError):  # stderr is full or closed: the exit code still tells
+        click.echo(printable(message).rstrip("\n"), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,9 @@ def publishing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(line: str) -> None:
-    """A line of the story, on stderr: one line, whatever the names in it hold."""
-    click.echo(one_line(line), err=True)
+    """A line of the story, on stderr: one line, whatever the names in it hold; unheard, the work goes on."""
+    with contextlib.suppress(OSError):
+        click.echo(one_line(line), err=True)
 
 
 def split_name(argument: str) -> tuple[str | None, Path]:

@@ -86,4 +86,4 @@ def command(
         click.echo(json.dumps({"output": str(output), "proof": proving.document(result)}))
     else:
         proving.show(result)
-        click.echo(f"wrote {output} ({output.stat().st_size:,} bytes)")
+        click.echo(f"wrote {files.shown(output)} ({output.stat().st_size:,} bytes)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,17 @@ def summary(proof: Proof | None) -> dict[str, Any]:
         "provider": proof.placement.asked if proof.placement else "PyTorch",
         "error_as_share_of_effect": max(shares, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime")},
+        "variables": {name: proof.about[name] for name in doctor.SETTINGS if name in proof.about},
     }
 
 
 def require(provider: str) -> None:
-    """Raise EnvironmentLacking where the asked provider cannot run: told before the work, not after it."""
+    """Raise EnvironmentLacking where the asked provider cannot run as a proof needs it: told before the work."""
+    if provider == "cuda" and os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise EnvironmentLacking(
+            "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, whatever is asked for, and a proof in float32 "
+            "asks for float32; unset it"
+        )
     if provider == "cuda" and (fault := doctor.try_provider(doctor.CUDA).fault):
         raise EnvironmentLacking(
             f"{doctor.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` says how to get it"

@@ -153,7 +153,7 @@ def command(
         return
     for name, score in scores.items():
         click.echo(f"{_TOLD[name]}: {score}")
-    click.echo(f"wrote {output} ({saved.parameters:,} numbers)")
+    click.echo(f"wrote {files.shown(output)} ({saved.parameters:,} numbers)")
 
 
 _TOLD = {

@@ -108,8 +108,11 @@ def command(
 
 def _runner(path: Path, base: Model, provider: str) -> Runner:
     """Whatever runs a file of this kind."""
+    from lora_export import files
     from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
 
+    if not path.is_dir():
+        files.must_be_regular(path)
     if path.suffix == ".onnx":
         return OnnxRunner(path, provider)
     if path.is_dir():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,42 @@ import onnx
 import onnx_ir as ir
 
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.files import data_name, sha256
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 
-INLINE = 1 << 30  # bytes of weights up to which a graph is one file; protobuf ends at 2 GiB
+LIMIT = 1 << 31  # bytes; what is longer, protobuf neither writes nor reads
+INLINE = 1 << 30  # bytes of weights up to which a graph is one file
 EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the graph, where shape inference reads them
 
 # What exporters note about their own work: kept are the names, which the next adapter needs.
 EXPORTERS_NOTES = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
 TRACE = 'File "'  # the mark of a Python stack trace
 KEPT_NOTES = frozenset({FOLDED_FROM, KIND, NAME_SCOPES})
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a file in a Hugging Face cache, by its hash
 
 
 def load(path: Path) -> ir.Model:
     """Read a graph; its external data is checked now and mapped when it is used.
 
     Raises InputRefused for what is no ONNX file, and for external data that is missing, shorter than
-    its tensors, or anything but a plain file below the graph's own folder.
+    its tensors, or anything but a plain file below the graph's own folder (or, where that folder is a
+    snapshot in a Hugging Face cache, a blob of the same model).
     """
     path = path.absolute()  # onnx_ir skips its own containment check for a bare file name
     _refuse_irregular(path)
     try:
-        model = ir.load(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Ignoring unknown external data key")
+            model = ir.load(path)
     except Exception as error:  # protobuf, onnx and onnx_ir each have kinds of their own for this
         raise InputRefused(f"{path} is no ONNX file, or a damaged one: {_innermost(error)}") from error
     if not model.opset_imports:
         raise InputRefused(f"{path} is no ONNX file: it imports no operators")
-    external = [tensor for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)]
-    problems = [problem for tensor in external if (problem := _problem(path.parent, tensor))]
+    _read_from_cache(model, path.parent)
+    external = [tensor for tensor in (*_weights(model), *_attributes(model)) if isinstance(tensor, ir.ExternalTensor)]
+    for tensor in external:  # onnx_ir forgets those in functions, and checks no place where it has no folder
+        tensor.base_dir = tensor.base_dir or path.parent
+    problems = [problem for tensor in external if (problem := _problem(Path(tensor.base_dir), tensor))]
     if problems:
         shown = "\n  ".join(problems[:10])
         raise InputRefused(f"{path}: {len(problems)} tensors cannot be read from its external data:\n  {shown}")
@@ -50,30 +59,61 @@ def load(path: Path) -> ir.Model:
 def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str] | None = None) -> list[Path]:
     """Write a graph into a folder that is the caller's to publish; returns the files, the graph last.
 
-    `metadata` is added to the model's properties. Weights of 1 GiB and more go into
-    `<stem>.<hash>.data` beside the graph, named by their content, so that an old graph never meets new
-    weights. Changes the model: `strip` is applied. Raises RuntimeRefused when ONNX's checker objects.
+    `metadata` is added to the model's properties. Weights of 1 GiB and more go into a file beside the
+    graph that is named by its content (`files.data_name`), so that an old graph never meets new weights.
+    Changes the model: `strip` is applied. Raises RuntimeRefused when the graph without its weights is
+    too long, or ONNX's checker objects.
     """
     strip(model)
     model.metadata_props.update(metadata or {})
     path = folder.absolute() / name
     written = [path]
-    weights = list(_weights(model))
-    if sum(tensor.nbytes for tensor in weights) < INLINE:
+    constants = sum(tensor.nbytes for tensor in _attributes(model))
+    if constants >= LIMIT:
+        raise RuntimeRefused(
+            f"the graph holds {constants:,} bytes in its nodes, where ONNX keeps them; a graph ends at {LIMIT:,} bytes"
+        )
+    if constants + sum(tensor.nbytes for tensor in _weights(model)) < INLINE:
         ir.external_data.load_to_model(model)
         ir.save(model, path)
     else:
-        digest = hashlib.sha256()
-        for tensor in weights:
-            digest.update(tensor.tobytes())
-        data = path.with_name(f"{path.stem}.{digest.hexdigest()[:8]}.data")
-        ir.save(model, path, external_data=data.name, size_threshold_bytes=EXTERNAL_FROM)
-        written.insert(0, data)
+        written.insert(0, _save_apart(model, path))
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
         raise RuntimeRefused(f"the graph is not valid ONNX: {error}") from error
     return written
+
+
+def _save_apart(model: ir.Model, path: Path) -> Path:
+    """Write the weights beside the graph; returns their file. The model is as before, its weights where they were."""
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    before = [value.const_value for value in values]
+    data = path.with_name("weights.data")
+    try:
+        ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=EXTERNAL_FROM)
+        data = data.replace(path.with_name(data_name(path.name, sha256(data))))
+        for value, tensor in zip(values, before, strict=True):
+            if isinstance(value.const_value, ir.ExternalTensor) and value.const_value is not tensor:
+                value.const_value = _moved(value.const_value, data)
+        ir.save(model, path)
+    finally:
+        for value, tensor in zip(values, before, strict=True):
+            value.const_value = tensor
+    return data
+
+
+def _moved(tensor: ir.ExternalTensor, place: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        place.name,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape),
+        name=tensor.name,
+        metadata_props=dict(tensor.metadata_props),
+        base_dir=place.parent,
+    )
 
 
 def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -113,6 +153,11 @@ def _refuse_irregular(path: Path) -> None:
         raise InputRefused(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
         raise InputRefused(f"{path} is not a regular file")
+    if status.st_size >= LIMIT:
+        raise InputRefused(
+            f"{path} has {status.st_size:,} bytes, and an ONNX graph ends at {LIMIT:,}: save it with its weights in a "
+            "file beside it (external data)"
+        )
 
 
 def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -121,6 +166,46 @@ def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         for value in graph.initializers.values():
             if value.const_value is not None and not value.const_value.dtype.is_string():
                 yield value.const_value
+
+
+def _attributes(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The tensors that nodes hold (Constant, above all), those in functions and inner graphs included."""
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for body in bodies:
+        for node in ir.traversal.RecursiveGraphIterator(body):
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                held = {ir.AttributeType.TENSOR: [attribute.value], ir.AttributeType.TENSORS: attribute.value}
+                for tensor in held.get(attribute.type) or ():
+                    if not tensor.dtype.is_string():
+                        yield tensor
+
+
+def _read_from_cache(model: ir.Model, folder: Path) -> None:
+    """Let weights that a Hugging Face cache keeps as a blob be read there."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (blob := _blob(folder, os.fspath(tensor.location))):
+                value.const_value = _moved(tensor, blob)
+
+
+def _blob(folder: Path, location: str) -> Path | None:
+    """Where a file of a snapshot in a Hugging Face cache lies: `snapshots/REVISION/NAME` links to `blobs/HASH`.
+
+    Other links are refused: whoever made the model could have made them lead to any file of the user's. These lead
+    from one part of one model's own folder to another, and on to nowhere.
+    """
+    path = folder / location
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    named = Path(location)
+    if snapshots is None or "\0" in location or named.is_absolute() or ".." in named.parts or not path.is_symlink():
+        return None
+    place = Path(os.path.realpath(path))
+    if place.parent != Path(os.path.realpath(snapshots.parent)) / "blobs" or not BLOB.fullmatch(place.name):
+        return None
+    return place if Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(snapshots)) else None
 
 
 def _innermost(error: BaseException) -> BaseException:
