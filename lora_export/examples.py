@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export import files
 from lora_export.errors import InputRefused
 
 IGNORED = -100  # the label that cross-entropy passes over
@@ -57,8 +56,9 @@ def read_examples(path: Path) -> Examples:
     readers: dict[str, Callable[[Path], Examples]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".npz": _read_npz}
     if path.suffix.lower() not in readers:
         raise InputRefused(f"{path}: examples are read from {KINDS}")
-    files.must_be_regular(path)
     try:
+        if not path.is_file() and path.exists():
+            raise InputRefused(f"{path} is not a regular file")  # a FIFO would wait for a writer
         examples = readers[path.suffix.lower()](path)
     except OSError as error:
         raise InputRefused(f"{path} cannot be read: {error.strerror or error}") from error
