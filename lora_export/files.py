@@ -22,11 +22,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
+
+from xxhash import xxh3_128
 
 from lora_export.errors import InputRefused, OutputFailed, one_line
 
 MANIFEST = "lora_export.json"
+
+# XXH3 (https://xxhash.com) sees every accident, at the speed of memory. SHA-256 is what sha256sum and model hubs
+# show, and what a signature should stand on; on a large model it costs more than the merge.
+HASHES: dict[str, Callable[[], Hash]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
 MAX_JSON = 100_000_000  # bytes; a vocabulary's file has some 10 MB
 LONGEST_NAME = 255  # bytes, on every file system that matters here
 LONGEST_SUFFIX = 32  # bytes; what `_beside` and `data_name` add
@@ -34,6 +40,14 @@ DIGITS = 16  # of a content's hash, in the name of a data file
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 Say = Callable[[str], None]
+
+
+class Hash(Protocol):
+    """What hashlib and xxhash have in common."""
+
+    def update(self, data: Any, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
 
 finished: list[Path] = []  # what this process has published, so that a Ctrl-C which comes after that is told rightly
 
@@ -367,10 +381,18 @@ def _exchange(one: Path, other: Path) -> bool:
     return result == 0
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file's bytes, as hex."""
+def hash_of(path: Path, name: str) -> str:
+    """The hash of a file's bytes, by one of HASHES, as hex."""
+    value = HASHES[name]()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            value.update(part)
+    return value.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hex."""
+    return hash_of(path, "sha256")
 
 
 def write_manifest(
@@ -398,6 +420,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("files", {}), dict):
         raise InputRefused(f"{path} is not a manifest")
     return manifest
+
+
+def damage(folder: Path) -> list[str]:
+    """What in a folder is not as its manifest says; reads every file that it names.
+
+    Raises InputRefused where there is no manifest, or one that records no hashes that we know.
+    """
+    recorded = read_manifest(folder).get("files")
+    if not recorded:
+        raise InputRefused(f"{folder} has no {MANIFEST} to compare it with")
+    found = []
+    for name, facts in recorded.items():
+        known = [key for key in HASHES if isinstance(facts, dict) and key in facts]
+        if not known:
+            raise InputRefused(f"{folder / MANIFEST} records no hash of {name} that this version knows")
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is not there")
+        elif path.stat().st_size != facts.get("bytes"):
+            found.append(f"{name} has {path.stat().st_size} bytes, {facts.get('bytes')} were written")
+        elif any(hash_of(path, key) != facts[key] for key in known):
+            found.append(f"{name} holds other bytes than were written")
+    return found
 
 
 def parse_json(text: bytes, source: Path | str) -> dict[str, Any]:

@@ -23,15 +23,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_128
 
 from lora_export.errors import InputRefused
+from lora_export.files import HASHES, Hash
 
 BLOCK = 2 << 20  # bytes
 AHEAD = 2  # blocks that may wait for their turn to be hashed while every thread works on another
@@ -43,18 +42,6 @@ _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errn
 
 Bytes = NDArray[np.uint8]
 Work = Callable[[Bytes, Bytes, Bytes], Any]  # (source, target, spare): fills the target's bytes, returns what it found
-
-
-class Hash(Protocol):
-    """What hashlib and xxhash have in common."""
-
-    def update(self, data: Any, /) -> None: ...
-    def hexdigest(self) -> str: ...
-
-
-# XXH3 (https://xxhash.com) sees every accident and costs a tenth of the copy. SHA-256 is what sha256sum and
-# model hubs show, and what a signature should stand on; it costs more than everything else here together.
-HASHES: dict[str, Callable[[], Hash]] = {"xxh3_128": xxh3_128, "sha256": sha256}
 
 
 @dataclass(frozen=True, eq=False)

@@ -333,3 +333,23 @@ def test_an_adapters_name_cannot_steer_the_terminal(place, capsys):
     peft_adapter(place / "adapter", {"gone": (A, B)})
     assert run(place, "base", named, "-o", "out") == 3
     assert r"  in \x1b[2J:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["xxh3_128", "sha256"])
+def test_a_merged_folder_is_checked_against_what_was_recorded(place, capsys, name):
+    assert run(place, "base", "adapter", "-o", "out", "--hash", name) == 0
+    recorded = json.loads((place / "out/lora_export.json").read_text())
+    assert list(recorded["base"]["model.safetensors"]) == [name]
+    assert cli.run(["inspect", str(place / "out"), "--check"]) == 0
+    with (place / "out/model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert cli.run(["inspect", str(place / "out")]) == 0  # headers alone do not show it
+    capsys.readouterr()
+    assert cli.run(["inspect", str(place / "out"), "--check"]) == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == [
+        f"Error: {place / 'out'} is not what was written:",
+        "  model.safetensors holds other bytes than were written",
+    ]

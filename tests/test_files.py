@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -654,3 +655,48 @@ def test_regular_files_are_found_through_links_and_nothing_else_is(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
     assert files.regular_files(tmp_path) == [tmp_path / "b", tmp_path / "link", tmp_path / "sub/a"]
+
+
+# --- Whether a folder is as it was written ---
+
+
+def noted(tmp_path: Path, hashes: dict[str, dict[str, str]] | None = None) -> Path:
+    (tmp_path / "sub").mkdir(parents=True)
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "sub/b").write_bytes(b"bcd")
+    files.write_manifest(tmp_path, {}, hashes or {})
+    return tmp_path
+
+
+def test_a_folder_is_compared_with_its_manifest_file_by_file(tmp_path):
+    folder = noted(tmp_path / "out", {"a": {"xxh3_128": "06b05ab6733a618578af5f94892f3950"}})  # of XXH3's own examples
+    assert files.damage(folder) == []
+    (folder / "a").write_bytes(b"abd")
+    assert files.damage(folder) == ["a holds other bytes than were written"]
+    (folder / "a").write_bytes(b"abcd")
+    (folder / "sub/b").unlink()
+    assert files.damage(folder) == ["a has 4 bytes, 3 were written", "sub/b is not there"]
+
+
+def test_one_of_several_hashes_that_disagrees_is_damage(tmp_path):
+    right, wrong = hashlib.sha256(b"abc").hexdigest(), "0" * 32
+    folder = noted(tmp_path / "out", {"a": {"sha256": right, "xxh3_128": wrong}})
+    assert files.damage(folder) == ["a holds other bytes than were written"]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, "has no lora_export.json to compare it with"),
+        ("{}", "has no lora_export.json to compare it with"),
+        ('{"files": {"a": {"bytes": 3, "md4": "00"}}}', "records no hash of a that this version knows"),
+        ('{"files": {"a": "abc"}}', "records no hash of a that this version knows"),
+    ],
+)
+def test_nothing_is_called_whole_without_a_hash(tmp_path, manifest, message):
+    folder = noted(tmp_path / "out")
+    (folder / files.MANIFEST).unlink()
+    if manifest:
+        (folder / files.MANIFEST).write_text(manifest)
+    with pytest.raises(InputRefused, match=message):
+        files.damage(folder)

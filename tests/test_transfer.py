@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_export import transfer
+from lora_export import files, transfer
 from lora_export.errors import InputRefused
 from lora_export.transfer import Block, Bytes, Hashes
 
@@ -57,8 +57,8 @@ def test_blocks_arrive_whole_and_are_hashed_in_order(source, threads, name):
     hashes.target.update(b"abc")
     arrived, found = carry(source, pieces(64), hashes=hashes, threads=threads, room=64)
     assert arrived[3:] == DATA and found == [None] * 16
-    assert hashes.source.hexdigest() == transfer.HASHES[name](DATA).hexdigest()
-    assert hashes.target.hexdigest() == transfer.HASHES[name](b"abc" + DATA).hexdigest()
+    assert hashes.source.hexdigest() == files.HASHES[name](DATA).hexdigest()
+    assert hashes.target.hexdigest() == files.HASHES[name](b"abc" + DATA).hexdigest()
 
 
 def test_work_makes_the_targets_bytes_and_its_finds_come_in_order(source):

@@ -13,17 +13,22 @@ from lora_export.errors import InputRefused, one_line, printable
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Read every file of a merged folder and compare it with its manifest.")
 @json_option
-def command(path: Path, as_json: bool) -> None:
+def command(path: Path, check: bool, as_json: bool) -> None:
     """Show what PATH holds: an adapter, a checkpoint (a folder or .safetensors), or an .onnx graph.
 
     Reads headers, and an adapter's tensors; runs nothing.
     """
-    from lora_export import formats, report
+    from lora_export import files, formats, report
     from lora_export.checkpoint import open_checkpoint
 
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
+    if check:
+        damage = files.damage(path)
+        if damage:
+            raise InputRefused(f"{path} is not what was written:\n" + "\n".join(f"  {line}" for line in damage))
     if formats.recognised(path):
         adapter = formats.load(path)
         if as_json:

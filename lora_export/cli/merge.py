@@ -43,6 +43,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Refuse when rounding leaves a weight less than this share of its change.",
 )
+@click.option(
+    "--hash",
+    "hashing",
+    type=click.Choice(["xxh3_128", "sha256"]),
+    default="xxh3_128",
+    show_default=True,
+    help="Record base and output by this hash; sha256 takes longer than the merge.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
 @overwrite_option
 @json_option
@@ -53,6 +61,7 @@ def command(
     weights: tuple[float, ...],
     dtype: str,
     min_retention: float,
+    hashing: str,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -101,6 +110,7 @@ def command(
             file_name=output.name,
             dtype=stored,
             min_retention=min_retention,
+            hashing=hashing,
             progress=progress,
         )
         if not ledger.replaced and not any(result.changed for result in ledger.results):
