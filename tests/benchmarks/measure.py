@@ -1,0 +1,113 @@
+"""Whole processes, timed side by side: seconds on the wall and peak memory, and the table that is kept of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+README = Path(__file__).with_name("README.md")
+GIVEN_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # they hide what a BLAS makes of the processor
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    peak: float  # MiB of the largest process
+
+
+def run(*commands: Sequence[object]) -> Run:
+    """Run commands one after the other, as whole processes."""
+    environment = {name: value for name, value in os.environ.items() if name not in GIVEN_BACK}
+    seconds, peak = 0.0, 0
+    for command in commands:
+        begun = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds += time.perf_counter() - begun
+        peak = max(peak, usage.ru_maxrss)
+        assert process.returncode == 0, f"{command} ended with {process.returncode}"
+    return Run(seconds, peak / 1024)
+
+
+def settle(inputs: Path, size: int) -> None:
+    """The same start for everybody: inputs in the page cache, nothing left to write, and memory at hand.
+
+    A virtual machine gives free memory back to its host; whoever comes first afterwards would pay for getting
+    it again, several times as much as for the copy itself.
+    """
+    for path in inputs.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+    os.sync()
+    memory = np.ones(3 * size, np.uint8)
+    del memory
+
+
+def side_by_side(
+    rivals: Mapping[str, Callable[[], Run]], settled: Callable[[], None], runs: int
+) -> dict[str, list[Run]]:
+    """Each rival in turn, again and again, so that what the machine does meanwhile meets all of them."""
+    results: dict[str, list[Run]] = {name: [] for name in rivals}
+    for _ in range(runs):
+        for name, rival in rivals.items():
+            settled()
+            results[name].append(rival())
+            print(f"{name}: {results[name][-1].seconds:.2f} s, {results[name][-1].peak:.0f} MiB", flush=True)
+    return results
+
+
+def table(results: Mapping[str, Sequence[Run]], limit: str) -> str:
+    """Medians, and how many times as long as `limit` each takes, as the median of the rounds."""
+    lines = [f"| | wall, median (least to most) | {limit} = 1 | peak memory |", "|---|---|---|---|"]
+    for name, runs in results.items():
+        seconds = sorted(run.seconds for run in runs)
+        peak = f"{median(run.peak for run in runs):.0f} MiB"
+        wall = f"{median(seconds):.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})"
+        lines.append(f"| {name} | {wall} | {ratio(results, name, limit):.2f} | {peak} |")
+    return "\n".join(lines)
+
+
+def ratio(results: Mapping[str, Sequence[Run]], one: str, other: str) -> float:
+    """How many times as long as the other one takes: the median over the rounds."""
+    return median(a.seconds / b.seconds for a, b in zip(results[one], results[other], strict=True))
+
+
+def machine() -> str:
+    """Processor, memory, and the versions that matter."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch", "transformers", "peft"))
+    return (
+        f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, {packages}; {datetime.date.today()}"
+    )
+
+
+def keep(name: str, text: str) -> None:
+    """Put a result into the README beside this file, in the place of the former one."""
+    print(f"\n{text}\n")
+    mark, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    there = README.read_text(encoding="utf-8")
+    kept = re.sub(f"{mark}.*?{end}", lambda _: f"{mark}\n{text}\n{end}", there, flags=re.DOTALL)
+    assert mark in there, f"{README} has no place for {name}"
+    README.write_text(kept, encoding="utf-8")
