@@ -11,6 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def printable(text: str) -> str:
+    """Control characters as escapes: a name in an untrusted file may not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class LoraExportError(Exception):
     """A failure that we foresaw. `exit_code` is what the command line ends with."""
 

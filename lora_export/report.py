@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from lora_export import files
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.parity import CONTROLS, Comparison, Control, Outcome, Reason, Sensitivity, Verdict
 from lora_export.plan import Plan
@@ -170,7 +170,7 @@ def _table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = (
     # Not rich's Table: on a narrow terminal or in a pipe it cuts cells, and a cut number is a wrong number.
     if len(rows) < 2:
         return
-    rows = [[_printable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for number, (first, *others) in enumerate(rows):
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
@@ -183,12 +183,7 @@ def _say(to: Console, line: str, *, style: str = "") -> None:
 
 
 def _text(line: str, style: str = "") -> Text:
-    return Text(_printable(line), style=style)
-
-
-def _printable(text: str) -> str:
-    """Control characters as escapes: a name in an untrusted file may not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return Text(printable(line), style=style)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from types import FrameType
 import click
 
 from lora_export import __version__
-from lora_export.errors import EnvironmentLacking, LoraExportError
+from lora_export.errors import EnvironmentLacking, LoraExportError, printable
 
 # name -> its one-line help, so that `lora-export --help` loads no command
 COMMANDS = {
@@ -100,7 +100,7 @@ def run(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except LoraExportError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(str(error))}", err=True)
         return error.exit_code
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

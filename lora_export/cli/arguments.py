@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_export.errors import printable
+
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
 
@@ -65,7 +67,7 @@ def publishing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def say(line: str) -> None:
     """A line of the story, on stderr."""
-    click.echo(line, err=True)
+    click.echo(printable(line), err=True)
 
 
 def split_name(argument: str) -> tuple[str | None, Path]:

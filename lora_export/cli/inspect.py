@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lora_export.cli.arguments import json_option
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, printable
 
 
 @click.command()
@@ -43,6 +43,6 @@ def command(path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"tensors": [report.as_dict(spec) for spec in specs]}))
         return
-    click.echo(told)
+    click.echo(printable(told))
     for spec in specs:
-        click.echo(f"  {spec.name}  {' x '.join(map(str, spec.shape))} {spec.dtype}")
+        click.echo(f"  {printable(spec.name)}  {' x '.join(map(str, spec.shape))} {spec.dtype}")
