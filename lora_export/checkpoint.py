@@ -56,15 +56,23 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards.values())
 
     def companions(self) -> Iterator[Path]:
-        """The folder's other files (configuration, tokenizer, licence), weights in other formats left out."""
+        """The folder's other files (configuration, tokenizer, licence), weights in other formats left out.
+
+        Raises InputRefused for a link that leads elsewhere: what it points at would be published with the model.
+        """
         if not self.is_folder:
             return
+        home = self.path.resolve()
         ours = {*self.shards, self.index, files.MANIFEST}
         for path in files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and relative.as_posix() not in ours and not self._is_weights(path):
-                yield relative
+            if hidden or relative.as_posix() in ours or self._is_weights(path):
+                continue
+            place = path.resolve()
+            if not place.is_relative_to(home) and not _is_blob(place):
+                raise InputRefused(f"{path} is a link to {place}, outside the model; put a copy of the file there")
+            yield relative
 
     def left_out(self) -> list[str]:
         """Weights in other formats in the same folder, which a merge does not carry along."""
@@ -76,6 +84,11 @@ class Checkpoint:
     @staticmethod
     def _is_weights(path: Path) -> bool:
         return path.name.endswith((".safetensors", *OTHER_WEIGHTS))
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file lies where a Hugging Face cache keeps what its snapshots link to."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith(("models--", "datasets--", "spaces--"))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -95,7 +108,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -209,6 +222,10 @@ def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> tupl
     if not manifest and PROVENANCE in shard.metadata:
         record = files.parse_json(shard.metadata[PROVENANCE].encode(), f"the record of an earlier merge in {path}")
     adapters = record.get("adapters", [])
-    if not isinstance(adapters, list) or not all(isinstance(adapter, dict) for adapter in adapters):
+    if not isinstance(adapters, list) or not all(map(_is_record, adapters)):
         raise InputRefused(f"{path}: the record of an earlier merge is damaged")
     return tuple(adapters)
+
+
+def _is_record(adapter: Any) -> bool:
+    return isinstance(adapter, dict) and isinstance(adapter.get("sha256", ""), str)
