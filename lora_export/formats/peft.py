@@ -11,7 +11,9 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ REFUSED = {
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base weights alone
 
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")  # of a model's config: what a new head means
+
+# A pattern of a trainer's is a few names and wildcards; one that backtracks for hours is somebody else's.
+PATTERN_BITS = 28  # log2 of the steps that a pattern may take on one name
+LONGEST_MODULE = 128  # characters, where patterns are matched
+PATTERNS_TIME = 10.0  # seconds for all of them
 
 # Kinds of keys
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
@@ -171,6 +178,12 @@ def _config(path: Path) -> dict[str, Any]:
             raise InputRefused(f"{path}: {name} is not a table")
         for pattern, value in patterns.items():
             _positive(path, f"{name}[{pattern!r}]", value)
+        config[name] = _Patterns({pattern: (_compiled(path, pattern), value) for pattern, value in patterns.items()})
+    if not isinstance(config.get("task_type") or "", str):
+        raise InputRefused(f"{path}: task_type is {config['task_type']!r}; it must be a name")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise InputRefused(f"{path}: modules_to_save is {saved!r}; it must be a list of names")
     return config
 
 
@@ -250,27 +263,51 @@ def _read_pairs(
 def _pair(module: str, a: NDArray[Any], b: NDArray[Any], config: Mapping[str, Any]) -> LoraPair:
     if (a.ndim, b.ndim) != (2, 2):
         raise InputRefused(f"A {a.shape}, B {b.shape}: LoRA on convolutions is not supported yet")
-    rank, *_ = *_by_pattern(module, config.get("rank_pattern")), config["r"]
-    alpha, *_ = *_by_pattern(module, config.get("alpha_pattern")), config["lora_alpha"]
+    ranks: _Patterns = config["rank_pattern"]
+    alphas: _Patterns = config["alpha_pattern"]
+    rank, *_ = *ranks.matching(module), config["r"]
+    alpha, *_ = *alphas.matching(module), config["lora_alpha"]
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
     return LoraPair(a=a, b=b, scale=_scale(rank, alpha, config))
 
 
-def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
+def _scale(rank: float, alpha: float, config: Mapping[str, Any]) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(module: str, patterns: Mapping[str, Any] | None) -> list[Any]:
-    """The values of the patterns that match the end of the module's name, in the file's order; PEFT takes the first."""
-    values = []
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                values.append(value)
-        except re.error as error:
-            raise InputRefused(f"the pattern {pattern!r} in {CONFIG} is no regular expression: {error}") from error
-    return values
+@dataclass
+class _Patterns:
+    """A table of ranks or alphas by pattern, as PEFT matches them: at the end of a module's name."""
+
+    table: Mapping[str, tuple[re.Pattern[str], float]]
+    spent: float = 0.0  # seconds
+
+    def matching(self, module: str) -> list[float]:
+        """The values of the patterns that match, in the file's order; PEFT takes the first."""
+        if not self.table:
+            return []
+        begun = time.perf_counter()
+        if len(module) > LONGEST_MODULE or self.spent > PATTERNS_TIME:
+            raise InputRefused(f"the patterns in {CONFIG} would take too long to match")
+        values = [value for pattern, value in self.table.values() if pattern.match(module)]
+        self.spent += time.perf_counter() - begun
+        return values
+
+
+def _compiled(path: Path, pattern: str) -> re.Pattern[str]:
+    """Raises InputRefused for what is no regular expression, and for one that may take hours to match."""
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
+    repeats = len(re.findall(r"[*+{]", plain)) + 1  # the prefix's own
+    groups = plain.count("(") + 1
+    bits = math.log2(math.comb(LONGEST_MODULE + repeats, repeats)) + plain.count("?")
+    bits += groups * math.log2(plain.count("|") / groups + 1)
+    if bits > PATTERN_BITS or re.search(r"\)[*+{]", plain):
+        raise InputRefused(f"{path}: the pattern {pattern!r} may take too long; write it without nested repeats")
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputRefused(f"the pattern {pattern!r} in {CONFIG} is no regular expression: {error}") from error
 
 
 def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -285,7 +322,7 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
     notes += [
         f"{module}: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does"
         for module in keys[A]
-        if len(set(_by_pattern(module, config.get("alpha_pattern")))) > 1
+        if len(set(config["alpha_pattern"].matching(module))) > 1
     ]
     notes += [
         f"{tensor} is saved whole, undeclared: it replaces the base's tensor"
@@ -315,7 +352,7 @@ def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
     model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
     if model_config.is_file():
-        model = files.read_json(model_config)
+        model = files.read_model_config(model_config)
         kept["model_config"] = {key: model[key] for key in HEAD_FIELDS if key in model}
     return kept
 
