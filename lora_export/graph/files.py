@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,11 @@ import onnx_ir as ir
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 
+PROTOBUF = (1 << 31) - 1  # bytes; what protobuf can hold at most
 INLINE = 1 << 30  # bytes of weights up to which a graph is one file; protobuf ends at 2 GiB
 EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the graph, where shape inference reads them
+
+SHOWN = 10  # problems that an error lists
 
 # What exporters note about their own work: kept are the names, which the next adapter needs.
 EXPORTERS_NOTES = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
@@ -34,16 +40,26 @@ def load(path: Path) -> ir.Model:
     path = path.absolute()  # onnx_ir skips its own containment check for a bare file name
     _refuse_irregular(path)
     try:
-        model = ir.load(path)
+        with _complaints() as complaints:
+            model = ir.load(path)
     except Exception as error:  # protobuf, onnx and onnx_ir each have kinds of their own for this
         raise InputRefused(f"{path} is no ONNX file, or a damaged one: {_innermost(error)}") from error
     if not model.opset_imports:
         raise InputRefused(f"{path} is no ONNX file: it imports no operators")
+    if complaints:
+        raise InputRefused(f"{path} is a damaged ONNX file: {'; '.join(complaints[:SHOWN])}")
+    inside = [node.name or node.op_type for node in _nodes(model) if any(map(_is_external, _attributes(node)))]
+    if inside:
+        raise InputRefused(f"{path}: external data is for initializers, not for the nodes {', '.join(inside[:SHOWN])}")
     external = [tensor for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)]
     problems = [problem for tensor in external if (problem := _problem(path.parent, tensor))]
     if problems:
-        shown = "\n  ".join(problems[:10])
+        shown = "\n  ".join(problems[:SHOWN])
         raise InputRefused(f"{path}: {len(problems)} tensors cannot be read from its external data:\n  {shown}")
+    try:
+        onnx.checker.check_model(str(path))  # onnx_ir takes any node with any inputs and attributes
+    except Exception as error:
+        raise InputRefused(f"{path} is not valid ONNX: {error}") from error
     return model
 
 
@@ -61,7 +77,10 @@ def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str
     weights = list(_weights(model))
     if sum(tensor.nbytes for tensor in weights) < INLINE:
         ir.external_data.load_to_model(model)
-        ir.save(model, path)
+        try:
+            ir.save(model, path)
+        except ir.serde.SerdeError as error:  # of a foreign graph: a field that protobuf cannot hold
+            raise RuntimeRefused(f"the graph cannot be written as ONNX: {_innermost(error)}") from error
     else:
         digest = hashlib.sha256()
         for tensor in weights:
@@ -113,6 +132,45 @@ def _refuse_irregular(path: Path) -> None:
         raise InputRefused(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
         raise InputRefused(f"{path} is not a regular file")
+    if status.st_size > PROTOBUF:
+        raise InputRefused(f"{path} has {status.st_size:,} bytes; no ONNX file has more than {PROTOBUF:,}")
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What onnx and onnx_ir would only mutter about a graph: an input from nowhere, an initializer they leave out."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(ir.__name__)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Ignoring unknown external data key")
+            yield told
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        yield from ir.traversal.RecursiveGraphIterator(graph)
+
+
+def _attributes(node: ir.Node) -> Iterator[Any]:
+    """The tensors in a node's attributes."""
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.TENSOR:
+            yield attribute.value
+        elif attribute.type is ir.AttributeType.TENSORS:
+            yield from attribute.value
+
+
+def _is_external(tensor: Any) -> bool:
+    return isinstance(tensor, ir.ExternalTensor)
 
 
 def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -139,7 +197,7 @@ def _problem(folder: Path, tensor: ir.ExternalTensor) -> str:
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         return f"{tensor.name}: {location} is reached through a symbolic link; put a copy of the file there"
     try:
-        status = path.stat()
+        status = os.stat(os.path.join(folder, location))  # noqa: PTH116, PTH118 - a Path would drop a final slash
     except OSError as error:
         return f"{tensor.name}: {location}: {error.strerror}"
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
