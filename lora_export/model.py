@@ -140,10 +140,10 @@ def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str
         if not raw.get("architectures"):
             raise InputRefused(f"{folder / CONFIG} names no architecture, so that I cannot tell its classifier")
         raw = config_for_labels(raw, labels)
-    if "auto_map" in raw:
+    if code := sorted(set(_names_of_code(raw))):
         raise InputRefused(
-            f"{folder / CONFIG} names code of its own (auto_map), which is never run from here. Build the model in a "
-            "factory, `file.py:factory`, where you trust it"
+            f"{folder / CONFIG} names code of its own ({', '.join(code)}), which is never run from here. Build the "
+            "model in a factory, `file.py:factory`, where you trust it"
         )
     if "model_type" not in raw:
         raise InputRefused(f"{folder / CONFIG} has no model_type")
@@ -167,6 +167,16 @@ def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str
     axes, make = _huggingface_inputs(module)
     sizes = {symbol: TRACED[symbol] for symbol in {symbol for there in axes.values() for symbol in there.values()}}
     return Model(str(folder), module, axes, make, sizes, is_huggingface=True)
+
+
+def _names_of_code(config: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a config, and of the configs in it, by which transformers would fetch and run code."""
+    for name, value in config.items():
+        hub_kernel = name.endswith("_implementation") and "/" in str(value)
+        if name == "auto_map" or name.endswith("_implementation_internal") or hub_kernel:
+            yield name
+        if isinstance(value, dict):
+            yield from _names_of_code(value)
 
 
 def _transformers() -> Any:
