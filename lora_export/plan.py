@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -23,6 +23,7 @@ from lora_export.lora import EVERY_ROW, Adapter, LoraPair
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NUMBER = re.compile(r"\d+")
+TRIED = 20  # prefixes, where none fits
 
 
 class Layout(StrEnum):
@@ -347,16 +348,16 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
     if not modules:
         return Prefix()
 
-    def landed(prefix: Prefix) -> int:
-        return sum(_weight_of(prefix.to_base(module), base) is not None for module in modules)
+    def lands(prefix: Prefix) -> Iterator[bool]:
+        return (_weight_of(prefix.to_base(module), base) is not None for module in modules)
 
-    if landed(Prefix()) == len(modules):
+    if all(lands(Prefix())):
         return Prefix()
     parts = modules[0].split(".")
     candidates = [Prefix(adapter=".".join(parts[:count]) + ".") for count in range(1, len(parts))]
     for suffix in (f".{modules[0]}.weight", f".{modules[0]}.in_proj_weight"):
         candidates += [Prefix(base=name.removesuffix(suffix) + ".") for name in base if name.endswith(suffix)]
-    fitting = [candidate for candidate in dict.fromkeys(candidates) if landed(candidate) == len(modules)]
+    fitting = [candidate for candidate in dict.fromkeys(candidates) if all(lands(candidate))]
     if len(fitting) > 1:
         raise InputRefused(
             f"the adapter {adapter.name} fits the base in {len(fitting)} ways, by prefix: "
@@ -364,8 +365,8 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
         )
     if fitting:
         return fitting[0]
-    best = max(candidates, key=landed, default=Prefix())  # for the sake of the message: fewer, truer misfits
-    return best if landed(best) > landed(Prefix()) else Prefix()
+    # For the sake of the message, fewer and truer misfits: not worth trying every layer of a large base.
+    return max([Prefix(), *candidates[:TRIED]], key=lambda candidate: sum(lands(candidate)))
 
 
 def _lost_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpec]) -> list[Misfit]:
