@@ -1,0 +1,30 @@
+"""Coverage-guided fuzzing of one target, in a process of its own: `guided.py TARGET [libFuzzer's options]`.
+
+libFuzzer never returns: it ends the process, with 0 after `-max_total_time` or `-runs`, and writes the
+input that broke the target where `-artifact_prefix` says.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
+    from fuzz.targets import TARGETS
+
+
+def main() -> None:
+    target = TARGETS[sys.argv[1]]
+
+    def once(data: bytes) -> None:  # atheris wants None
+        target(data)
+
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], once)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
