@@ -23,7 +23,7 @@ from lora_export.lora import EVERY_ROW, Adapter, LoraPair
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NUMBER = re.compile(r"\d+")
-TRIED = 20  # prefixes, where none fits
+TRIED = 20  # prefixes where none fits, and misfits for which the nearest name is looked up
 
 
 class Layout(StrEnum):
@@ -280,9 +280,12 @@ def _lay(
         else:
             landed.append(_Landing(weight, adapter.name, prefix, **what))
 
+    def hints() -> Mapping[str, TensorSpec]:  # each looks through the whole base: not for every misfit of thousands
+        return base if len(unfit) < TRIED else {}
+
     for module, pair in adapter.pairs.items():
         weight = _weight_of(prefix.to_base(module), base)
-        problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
+        problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base, hints())
         judge(module, weight, problem, term=Term(adapter.name, module, pair, strength))
     for module, change in adapter.biases.items():
         bias = f"{prefix.to_base(module) or module}.bias"
@@ -290,7 +293,7 @@ def _lay(
     for tensor, value in adapter.replaced.items():
         there = prefix.to_base(tensor) or tensor
         target = there if there in base else tensor
-        judge(tensor, target, _replacement_problem(target, value, base, may_add=may_add), whole=value)
+        judge(tensor, target, _replacement_problem(target, value, base, hints(), may_add=may_add), whole=value)
     return landed, unfit
 
 
@@ -378,21 +381,26 @@ def _lost_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpe
     adapted = {prefix.to_base(module) or module for module in adapter.pairs}
     whole = {prefix.to_base(tensor) or tensor for tensor in adapter.replaced}
     siblings = {_without_numbers(module) for module in adapted}
+    served = {end for module in adapted for end in _endings(module)}
+    order = {target: place for place, target in enumerate(adapter.targets)}
     lost = []
     for spec in base.values():
         module = spec.name.removesuffix(".weight")
-        target = next((target for target in adapter.targets if _ends_with(module, target)), None)
+        target = min((end for end in _endings(module) if end in order), key=order.__getitem__, default=None)
         if target is None or module in adapted or spec.name in whole or spec.layout is Layout.OTHER:
             continue
-        if _without_numbers(module) in siblings or not any(_ends_with(other, target) for other in adapted):
+        if _without_numbers(module) in siblings or target not in served:
             lost.append(
                 Misfit(adapter.name, module, "targeted by the adapter's config, but its file has no tensors for it")
             )
     return lost
 
 
-def _ends_with(module: str, target: str) -> bool:
-    return f".{module}".endswith(f".{target}")
+def _endings(module: str) -> Iterator[str]:
+    """`a.b.c`, `b.c` and `c`: what a target may call a module."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def _without_numbers(name: str) -> str:
@@ -413,9 +421,11 @@ def _nearest(name: str, base: Iterable[str]) -> str:
     return f"; the nearest is {next(same_place, found[0])}"
 
 
-def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: Mapping[str, TensorSpec]) -> str:
+def _pair_problem(
+    module: str, weight: str | None, pair: LoraPair, base: Mapping[str, TensorSpec], hints: Iterable[str]
+) -> str:
     if weight is None:
-        return f"the base has no weight for {module}{_nearest(module, base)}"
+        return f"the base has no weight for {module}{_nearest(module, hints)}"
     spec = base[weight]
     if not spec.is_float:
         return (
@@ -439,9 +449,11 @@ def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, Ten
     return ""
 
 
-def _replacement_problem(name: str, value: NDArray[Any], base: Mapping[str, TensorSpec], *, may_add: bool) -> str:
+def _replacement_problem(
+    name: str, value: NDArray[Any], base: Mapping[str, TensorSpec], hints: Iterable[str], *, may_add: bool
+) -> str:
     if name not in base:
-        return "" if may_add else f"there is no {name} to replace{_nearest(name, base)}"
+        return "" if may_add else f"there is no {name} to replace{_nearest(name, hints)}"
     if base[name].shape != value.shape:
         return f"{name} is {base[name].shape}, the adapter replaces it with {value.shape}"
     return ""
