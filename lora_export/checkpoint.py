@@ -15,6 +15,7 @@ from lora_export.tensorfile import TensorFile
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 PROVENANCE = "lora_export"  # the key in a safetensors header
+BLOBS = "blobs"  # the folder of a Hugging Face cache that its snapshots link into
 # Other weights that may lie in a model's folder: copied along, they would contradict the merged ones.
 OTHER_WEIGHTS = (
     ".bin",
@@ -70,7 +71,7 @@ class Checkpoint:
             if hidden or relative.as_posix() in ours or self._is_weights(path):
                 continue
             place = path.resolve()
-            if not place.is_relative_to(home) and not _is_blob(place):
+            if not place.is_relative_to(home) and place.parent.name != BLOBS:
                 raise InputRefused(f"{path} is a link to {place}, outside the model; put a copy of the file there")
             yield relative
 
@@ -84,11 +85,6 @@ class Checkpoint:
     @staticmethod
     def _is_weights(path: Path) -> bool:
         return path.name.endswith((".safetensors", *OTHER_WEIGHTS))
-
-
-def _is_blob(path: Path) -> bool:
-    """Whether a file lies where a Hugging Face cache keeps what its snapshots link to."""
-    return path.parent.name == "blobs" and path.parent.parent.name.startswith(("models--", "datasets--", "spaces--"))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
