@@ -15,6 +15,7 @@ from lora_export.tensorfile import TensorFile
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 PROVENANCE = "lora_export"  # the key in a safetensors header
+BLOBS = "blobs"  # the folder of a Hugging Face cache that its snapshots link into
 # Other weights that may lie in a model's folder: copied along, they would contradict the merged ones.
 OTHER_WEIGHTS = (
     ".bin",
@@ -63,15 +64,23 @@ class Checkpoint:
         return sum(shard.size for shard in self.shards.values())
 
     def companions(self) -> Iterator[Path]:
-        """The folder's other files (configuration, tokenizer, licence), weights in other formats left out."""
+        """The folder's other files (configuration, tokenizer, licence), weights in other formats left out.
+
+        Raises InputRefused for a link that leads elsewhere: what it points at would be published with the model.
+        """
         if not self.is_folder:
             return
+        home = self.path.resolve()
         ours = {*self.shards, self.index, files.MANIFEST}
         for path in files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and relative.as_posix() not in ours and not self._is_weights(path):
-                yield relative
+            if hidden or relative.as_posix() in ours or self._is_weights(path):
+                continue
+            place = path.resolve()
+            if not place.is_relative_to(home) and place.parent.name != BLOBS:
+                raise InputRefused(f"{path} is a link to {place}, outside the model; put a copy of the file there")
+            yield relative
 
     def left_out(self) -> list[str]:
         """Weights in other formats in the same folder, which a merge does not carry along."""
@@ -115,7 +124,7 @@ def code_of_its_own(config: Mapping[str, Any]) -> str:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
     quantization = next(filter(None, _values(config, "quantization_config")), None)
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -123,9 +132,6 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
             "Merge into the original float model, or dequantise this one first"
         )
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise InputRefused(f"{folder / CONFIG}: architectures is {architectures!r}; it must be a list of names")
     index, names = _weight_files(folder)
     shards = {name: tensorfile.open_file(folder / name) for name in names}
     if index:
@@ -234,6 +240,10 @@ def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> tupl
     if not manifest and PROVENANCE in shard.metadata:
         record = files.parse_json(shard.metadata[PROVENANCE].encode(), f"the record of an earlier merge in {path}")
     adapters = record.get("adapters", [])
-    if not isinstance(adapters, list) or not all(isinstance(adapter, dict) for adapter in adapters):
+    if not isinstance(adapters, list) or not all(map(_is_record, adapters)):
         raise InputRefused(f"{path}: the record of an earlier merge is damaged")
     return tuple(adapters)
+
+
+def _is_record(adapter: Any) -> bool:
+    return isinstance(adapter, dict) and isinstance(adapter.get("sha256", ""), str)

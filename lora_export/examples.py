@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export import files
 from lora_export.errors import InputRefused
 
 IGNORED = -100  # the label that cross-entropy passes over
 SHOWN = 5  # bad lines that an error lists
+# An .npz that grows larger than this, and by more than this factor, is a bomb: masks and padding among other arrays
+# shrink by less.
+INFLATED, RATIO = 1 << 30, 100  # bytes, times
 KINDS = ".jsonl and .csv (with `text` and `label`) and .npz (with the model's inputs and `labels`)"
 
 
@@ -56,6 +61,8 @@ def read_examples(path: Path) -> Examples:
     readers: dict[str, Callable[[Path], Examples]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".npz": _read_npz}
     if path.suffix.lower() not in readers:
         raise InputRefused(f"{path}: examples are read from {KINDS}")
+    if path.exists() and not path.is_file():  # a FIFO would wait for a writer, a device may never end
+        raise InputRefused(f"{path} is not a regular file")
     try:
         if not path.is_file() and path.exists():
             raise InputRefused(f"{path} is not a regular file")  # a FIFO would wait for a writer
@@ -147,11 +154,7 @@ def _text_examples(path: Path, texts: Sequence[str], labels: Sequence[str | int]
 
 
 def _read_npz(path: Path) -> Examples:
-    try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputRefused(f"{path} is no .npz file of plain arrays: {error}") from error
+    arrays = read_arrays(path)
     if "labels" not in arrays:
         raise InputRefused(f"{path} has no `labels` beside {', '.join(arrays) or 'nothing'}")
     labels = arrays.pop("labels")
@@ -177,6 +180,43 @@ def _read_npz(path: Path) -> Examples:
         return Examples(labels.astype(np.float32), inputs=arrays)
     labels = labels.astype(np.int64)
     return Examples(labels, classes=tuple(map(str, range(int(labels.max(initial=-1)) + 1))), inputs=arrays)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file. Nothing is unpickled, and no array takes more memory than the file has bytes for it.
+
+    Raises InputRefused for what is no .npz file of plain arrays, and for one that inflates beyond measure.
+    """
+    try:
+        with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            total, packed = sum(member.file_size for member in members), path.stat().st_size
+            if total > INFLATED and total > RATIO * packed:
+                raise InputRefused(
+                    f"{path} inflates from {packed:,} bytes to {total:,}; if that is right, save it with numpy.savez"
+                )
+            arrays = {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+    except InputRefused:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds for this
+        raise InputRefused(f"{path} is no .npz file of plain arrays: {error}") from error
+    if len(arrays) != len(members):
+        raise InputRefused(f"{path} names an array more than once")
+    return arrays
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in headers:
+            raise ValueError(f"{member.filename} is of version {version}")
+        shape, _, dtype = headers[version](stream)
+        if math.prod(shape) * dtype.itemsize > member.file_size:  # NumPy would take the memory first
+            raise ValueError(f"{member.filename} is too short for {shape} of {dtype}")
+        stream.seek(0)
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array
 
 
 def _refuse(path: Path, problems: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import shutil
 import signal
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -33,7 +35,9 @@ MANIFEST = "lora_export.json"
 # XXH3 (https://xxhash.com) sees every accident, at the speed of memory. SHA-256 is what sha256sum and model hubs
 # show, and what a signature should stand on; on a large model it costs more than the merge.
 HASHES: dict[str, Callable[[], Hash]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
-MAX_JSON = 100_000_000  # bytes; a vocabulary's file has some 10 MB
+MAX_JSON = 100_000_000  # bytes; the index of the largest models has a tenth
+MAX_OBJECTS = 250_000  # in one file; a header has one for each tensor, and each takes a hundred times its bytes here
+MAX_DEPTH = 100  # of objects and lists in each other; what walks through them later may recurse
 LONGEST_NAME = 255  # bytes, on every file system that matters here
 LONGEST_SUFFIX = 32  # bytes; what `_beside` and `data_name` add
 DIGITS = 16  # of a content's hash, in the name of a data file
@@ -416,7 +420,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    manifest = parse_json(path.read_bytes(), path)
+    manifest = read_json(path)
     if not isinstance(manifest.get("files", {}), dict):
         raise InputRefused(f"{path} is not a manifest")
     return manifest
@@ -448,15 +452,17 @@ def damage(folder: Path) -> list[str]:
 def parse_json(text: bytes, source: Path | str) -> dict[str, Any]:
     """A JSON object from a file that nobody vouches for.
 
-    Raises InputRefused, naming `source`, for what is not JSON, not an object, or names a key twice
-    (Python would silently take the last one).
+    Raises InputRefused, naming `source`, for what is not JSON, not an object, nested deeply or beyond number,
+    or names a key twice (Python would silently take the last one).
     """
+    objects = itertools.count(1)
 
     def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if next(objects) > MAX_OBJECTS:
+            raise InputRefused(f"{source} holds more than {MAX_OBJECTS:,} objects, which no such file needs")
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twins = sorted({name for name in names if names.count(name) > 1})
+            twins = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             raise InputRefused(f"{source} names {', '.join(twins)} more than once")
         return table
 
@@ -466,16 +472,40 @@ def parse_json(text: bytes, source: Path | str) -> dict[str, Any]:
         raise InputRefused(f"{source} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputRefused(f"{source} is not a JSON object")
+    if _is_deep(content):
+        raise InputRefused(f"{source} nests objects and lists more than {MAX_DEPTH} deep")
     return content
 
 
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        inner = (there.values() if isinstance(there, dict) else there for there in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do."""
+    """The JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do, and for a huge file."""
     with open_regular(path) as file:
         text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
-        raise InputRefused(f"{path} is longer than {MAX_JSON:,} bytes, which no such file is")
+        raise InputRefused(f"{path} has more than {MAX_JSON:,} bytes, which no such file needs")
     return parse_json(text, path)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """A model's `config.json`. Raises InputRefused where a field that is acted upon is not what transformers writes."""
+    config = read_json(path)
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputRefused(f"{path}: architectures is {architectures!r}; it must be a list of names")
+    for name in ("id2label", "label2id"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputRefused(f"{path}: {name} is no table")
+    return config
 
 
 def must_exist(path: Path, what: str) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lora_export import files, layers, parity, plan, runtime
+from lora_export import layers, parity, plan, runtime
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
 from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
@@ -154,12 +155,7 @@ def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
-    files.must_be_regular(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise InputRefused(f"{path} is no .npz file of plain arrays: {error}") from error
+    arrays = read_arrays(path)
     if set(arrays) != set(model.input_names):
         raise InputRefused(
             f"{path} holds {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"

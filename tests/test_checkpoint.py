@@ -72,6 +72,7 @@ def test_a_single_file_in_a_folder_and_a_bare_file_are_bases(tmp_path):
 
 
 def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
+    sharded = sharded.rename(sharded.with_name("blobs"))
     snapshot = tmp_path_factory.mktemp("snapshot")
     for path in sharded.iterdir():
         (snapshot / path.name).symlink_to(path)

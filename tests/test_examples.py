@@ -121,7 +121,7 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, Any], 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.csv", "a.npz"):
-        with pytest.raises(InputRefused, match=rf"{name} cannot be read: No such file"):
+        with pytest.raises(InputRefused, match=rf"{name}.*: No such file"):
             read_examples(tmp_path / name)
 
 

@@ -80,6 +80,7 @@ def command(
     steps = plan.make(loaded, checkpoint.specs, strengths=weights, may_add=True)
     merge.refuse_second_merge(steps, checkpoint)
     merge.refuse_torn_tie(steps, checkpoint)
+    list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
     for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan]:
         say(f"note: {note}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import stat
@@ -21,6 +23,8 @@ LIMIT = 1 << 31  # bytes; what is longer, protobuf neither writes nor reads
 INLINE = 1 << 30  # bytes of weights up to which a graph is one file
 EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the graph, where shape inference reads them
 
+SHOWN = 10  # problems that an error lists
+
 # What exporters note about their own work: kept are the names, which the next adapter needs.
 EXPORTERS_NOTES = re.compile(r"pkg\.(torch|onnxscript|transformers)\b|namespace$")
 TRACE = 'File "'  # the mark of a Python stack trace
@@ -38,21 +42,28 @@ def load(path: Path) -> ir.Model:
     path = path.absolute()  # onnx_ir skips its own containment check for a bare file name
     _refuse_irregular(path)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Ignoring unknown external data key")
+        with _complaints() as complaints:
             model = ir.load(path)
     except Exception as error:  # protobuf, onnx and onnx_ir each have kinds of their own for this
         raise InputRefused(f"{path} is no ONNX file, or a damaged one: {_innermost(error)}") from error
     if not model.opset_imports:
         raise InputRefused(f"{path} is no ONNX file: it imports no operators")
+    if complaints:
+        raise InputRefused(f"{path} is a damaged ONNX file: {'; '.join(complaints[:SHOWN])}")
     _read_from_cache(model, path.parent)
     external = [tensor for tensor in (*_weights(model), *_attributes(model)) if isinstance(tensor, ir.ExternalTensor)]
     for tensor in external:  # onnx_ir forgets those in functions, and checks no place where it has no folder
         tensor.base_dir = tensor.base_dir or path.parent
     problems = [problem for tensor in external if (problem := _problem(Path(tensor.base_dir), tensor))]
     if problems:
-        shown = "\n  ".join(problems[:10])
+        shown = "\n  ".join(problems[:SHOWN])
         raise InputRefused(f"{path}: {len(problems)} tensors cannot be read from its external data:\n  {shown}")
+    if any(Path(tensor.base_dir) != path.parent for tensor in external):
+        return model  # from a cache of links, which ONNX's checker does not follow
+    try:
+        onnx.checker.check_model(str(path))  # onnx_ir takes any node with any inputs and attributes
+    except Exception as error:
+        raise InputRefused(f"{path} is not valid ONNX: {error}") from error
     return model
 
 
@@ -75,7 +86,10 @@ def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str
         )
     if constants + sum(tensor.nbytes for tensor in _weights(model)) < INLINE:
         ir.external_data.load_to_model(model)
-        ir.save(model, path)
+        try:
+            ir.save(model, path)
+        except ir.serde.SerdeError as error:  # of a foreign graph: a field that protobuf cannot hold
+            raise RuntimeRefused(f"the graph cannot be written as ONNX: {_innermost(error)}") from error
     else:
         written.insert(0, _save_apart(model, path))
     try:
@@ -160,6 +174,24 @@ def _refuse_irregular(path: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What onnx and onnx_ir would only mutter about a graph: an input from nowhere, an initializer they leave out."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(ir.__name__)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Ignoring unknown external data key")
+            yield told
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
 def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """The initializers' tensors, but for strings, which have no bytes of their own."""
     for graph in model.graphs():
@@ -224,7 +256,7 @@ def _problem(folder: Path, tensor: ir.ExternalTensor) -> str:
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         return f"{tensor.name}: {location} is reached through a symbolic link; put a copy of the file there"
     try:
-        status = path.stat()
+        status = os.stat(os.path.join(folder, location))  # noqa: PTH116, PTH118 - a Path would drop a final slash
     except OSError as error:
         return f"{tensor.name}: {location}: {error.strerror}"
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:

@@ -1,0 +1,141 @@
+"""What hypothesis tries: files that are nearly right, JSON that no writer would write, and mutated bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fuzz.targets import ADAPTER_TENSORS, GOOD, GRAPH_TENSORS
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+Text = SearchStrategy[str]
+
+# JSON as it is spelled: what Python's writer cannot say (twins, halves of surrogate pairs) is among it.
+ODD_VALUES = (
+    *("null", "true", "false", "0", "1", "-1", "2", "0.5", "-0.0", "1e999", "-1e999", "NaN", "Infinity", "1e-400"),
+    *("9223372036854775808", "18446744073709551616", "1" + "0" * 400, "1" * 5000, "2.0", "1e2", "4294967296"),
+    *('""', '"0"', '"a"', '"fc"', '"fc.weight"', '"../x"', '"/etc/passwd"', '"."', '".."', '"model.safetensors"'),
+    *(r'"\ud800"', r'"\u0000"', r'"\u001b[2J"', r'"\n"', '"é"', '"' + "n" * 300 + '"', '"none"', '"all"', '"LORA"'),
+    *('"(a+)+$"', '"("', '"F32"', '"BF16"', '"F4"', '"gpt2"', '"gaussian"', '"pissa"'),
+    *("[]", "{}", "[[]]", '[""]', "[null]", "[1]", '["fc"]', '{"": null}', '{"a": {"a": {}}}', "[1, 2]", "[2, 3]"),
+    *("[" * depth + "]" * depth for depth in (60, 500, 3000)),
+    *('{"a":' * depth + "1" + "}" * depth for depth in (60, 500, 3000)),
+)
+ODD_NAMES = ('""', r'"\ud800"', r'"\u001b[2J"', '"__metadata__"', '"a.b"', '"fc.weight"', '"quantization_config"')
+
+
+def json_text() -> Text:
+    """Any JSON, objects with odd and repeated names among it."""
+    names = st.sampled_from(ODD_NAMES) | st.text(max_size=8).map(json.dumps)
+    return st.recursive(
+        st.sampled_from(ODD_VALUES) | st.integers().map(str) | st.text(max_size=8).map(json.dumps),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4).map(lambda items: f"[{', '.join(items)}]"),
+            st.lists(st.tuples(names, inner), max_size=4).map(_object),
+        ),
+        max_leaves=12,
+    )
+
+
+def _object(pairs: list[tuple[str, str]]) -> str:
+    return "{" + ", ".join(f"{name}: {value}" for name, value in pairs) + "}"
+
+
+@st.composite
+def near_json(draw: Callable[..., Any], good: bytes) -> bytes:
+    """A good JSON object, a few of its parts replaced, dropped, renamed, doubled or added to."""
+
+    def spelled(value: Any, chances: list[str]) -> str:
+        fate = chances.pop() if chances and draw(st.integers(0, 3)) == 0 else "kept"
+        if fate == "replaced":
+            return draw(json_text())
+        if isinstance(value, dict):
+            pairs = [(json.dumps(name), spelled(inner, chances)) for name, inner in value.items()]
+            if pairs and chances and draw(st.integers(0, 1)):
+                _change(draw, chances.pop(), pairs)
+            return _object(pairs)
+        if isinstance(value, list):
+            return f"[{', '.join(spelled(inner, chances) for inner in value)}]"
+        return json.dumps(value)
+
+    kinds = ("replaced", "replaced", "replaced", "dropped", "renamed", "doubled", "added")
+    text = spelled(json.loads(good), draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4)))
+    return text.encode("utf-8", draw(st.sampled_from(("replace", "surrogatepass"))))
+
+
+def _change(draw: Callable[..., Any], fate: str, pairs: list[tuple[str, str]]) -> None:
+    place = draw(st.integers(0, len(pairs) - 1))
+    name, value = pairs[place]
+    if fate == "dropped":
+        del pairs[place]
+    elif fate == "renamed":
+        pairs[place] = (draw(st.sampled_from(ODD_NAMES)), value)
+    elif fate == "doubled":
+        pairs.append((name, draw(json_text())))
+    else:
+        pairs.append((draw(st.sampled_from(ODD_NAMES)), draw(json_text())))
+
+
+@st.composite
+def mutated(draw: Callable[..., Any], good: bytes) -> bytes:
+    """Good bytes after a few of the changes that disks, editors and enemies make."""
+    data = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        stop = min(len(data), start + draw(st.integers(0, 16)))
+        kind = draw(st.sampled_from(("overwrite", "insert", "delete", "double", "cut")))
+        if kind == "overwrite":
+            data[start:stop] = draw(st.binary(min_size=stop - start, max_size=stop - start))
+        elif kind == "insert":
+            data[start:start] = draw(st.binary(max_size=8))
+        elif kind == "delete":
+            del data[start:stop]
+        elif kind == "double":
+            data[start:start] = data[start:stop] * draw(st.integers(1, 50))
+        else:
+            del data[start:]
+    return bytes(data)
+
+
+def keys() -> SearchStrategy[bytes]:
+    """Keys of an adapter, one a line."""
+    parts = ("base_model.model.", "fc", ".lora_A", ".lora_B", ".a", ".weight", ".bias", ".base_layer", ".out_proj")
+    odd = (".lora_embedding_A", ".modules_to_save", ".token_adapter", "lora_", ".", "\x1b[2J", "é", "\0", "x" * 3000)
+    made = st.lists(st.sampled_from(parts + odd), max_size=7).map("".join)
+    key = st.sampled_from(list(ADAPTER_TENSORS)) | made | st.text(max_size=20).map(lambda text: text.replace("\n", ""))
+    return st.lists(key, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "replace"))
+
+
+def records() -> SearchStrategy[bytes]:
+    """External-data records, as `external_data` reads them."""
+    locations = ("weights.data", "../model/w.data", "/etc/passwd", "", ".", "model.onnx", "weights.data/", "a\0b")
+    numbers = ("0", "8", "24", "-1", "32", "9223372036854775808", "1" * 5000, "0x8", "8.0", "", "NaN", "٨")
+    entry = st.one_of(
+        st.sampled_from(locations).map("location={}".format),
+        st.tuples(st.sampled_from(("offset", "length")), st.sampled_from(numbers)).map("=".join),
+        st.sampled_from(("checksum=da39a3ee5e6b4b0d3255bfef95601890afd80709", "checksum=\x1b[2J", "new=1", "=", "")),
+    )
+    record = st.lists(entry, max_size=4).map(lambda more: "\n".join(["location=weights.data", *more]))
+    count = len(GRAPH_TENSORS)
+    return st.lists(record, min_size=count, max_size=count).map(lambda two: "\n\n".join(two).encode())
+
+
+HEADERS = ("adapter_header", "base_header")
+JSON_FILES = ("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest")
+
+
+def inputs(target: str) -> SearchStrategy[bytes]:
+    """What to try on a target."""
+    good = GOOD[target]
+    structured = {"adapter_keys": keys(), "external_data": records(), "examples_jsonl": json_lines()}
+    structured |= {name: near_json(GOOD[name]) for name in (*HEADERS, *JSON_FILES)}
+    ways = [structured[target]] * 3 if target in structured else []
+    return st.one_of(*ways, mutated(good), st.binary(max_size=64))
+
+
+def json_lines() -> SearchStrategy[bytes]:
+    line = near_json(b'{"text": "a", "label": "x"}')
+    good = st.sampled_from((b'{"text": "a", "label": "x"}', b'{"text": "b", "label": "y"}'))
+    return st.lists(line | good, min_size=1, max_size=4).map(b"\n".join)

@@ -1,0 +1,424 @@
+"""Fuzz targets: bytes become one file of an input, and the program is driven as its command line drives it.
+
+A target raises where the program did anything but succeed or refuse: another exception, an exit code
+that means neither, an output where it refused, something left behind, an input touched, a control
+character on the terminal, too much memory or too much time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+from safetensors.numpy import save
+
+from lora_export import cli, plan
+from lora_export.checkpoint import open_checkpoint
+from lora_export.errors import LoraExportError
+from lora_export.examples import read_arrays, read_examples
+from lora_export.graph import files as graphs
+from lora_export.graph import fold, sites
+from lora_export.lora import Adapter, LoraPair
+
+Target = Callable[[bytes], bool]  # whether the input was accepted
+
+MEMORY = 512 << 20  # bytes of address space that a target may take; what it reads are kilobytes
+SECONDS = 5  # of processor time
+ROOM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where flushing to the disk costs nothing
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+W, HEAD = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((2, 2), np.float32)
+A, B = np.float32([[1, 2, 3]]), np.float32([[1], [10]])
+WRAPPER = "base_model.model."
+ADAPTER_TENSORS = {
+    f"{WRAPPER}fc.lora_A.weight": A,
+    f"{WRAPPER}fc.lora_B.weight": B,
+    f"{WRAPPER}classifier.weight": HEAD,
+}
+ADAPTER_CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS",
+    "r": 1,
+    "lora_alpha": 1,
+    "target_modules": ["fc"],
+    "modules_to_save": ["classifier"],
+    "rank_pattern": {"fc": 1},
+    "alpha_pattern": {"f.*": 2},
+    "bias": "none",
+    "init_lora_weights": True,
+}
+BASE_TENSORS = {"fc.weight": W, "embed.weight": np.ones((4, 3), np.float32), "norm.weight": np.ones(2, np.float32)}
+BASE_CONFIG = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "vocab_size": 4,
+    "tie_word_embeddings": True,
+    "text_config": {"model_type": "gpt2", "vocab_size": 4},
+    "id2label": {"0": "no", "1": "yes"},
+    "torch_dtype": "float32",
+}
+SHARDS = {"model-1.safetensors": ["fc.weight"], "model-2.safetensors": ["embed.weight", "norm.weight"]}
+INDEX = {
+    "metadata": {"total_size": 80},
+    "weight_map": {tensor: shard for shard, tensors in SHARDS.items() for tensor in tensors},
+}
+MANIFEST = {
+    "made_by": "lora-export",
+    "base": {"model.safetensors": "0"},
+    "adapters": [{"name": "other", "format": "peft", "sha256": "0", "weight": 1.0}],
+    "settings": {"dtype": "keep"},
+    "files": {"model.safetensors": {"bytes": 1, "sha256": "0"}},
+}
+GRAPH = """<ir_version: 10, opset_import: ["" : 20], metadata_props: ["lora_export": "{}"]>
+g (float[N, 3] x) => (float[N, 2] y)
+<float[3, 2] "fc.weight" = {1, 2, 3, 4, 5, 6},
+ float[2, 3] "up.weight" = {1, 2, 3, 4, 5, 6}, float[2] "fc.bias" = {1, 2}>
+{ h = MatMul(x, "fc.weight")
+  b = Add(h, "fc.bias")
+  t = Transpose<perm = [1, 0]>("up.weight")
+  u = MatMul(x, t)
+  i = Gemm<transB = 1>(x, "up.weight")
+  s = Add(u, i)
+  y = Add(b, s) }"""
+TENSOR_BYTES = 24  # of one weight of the graph, at the end of weights.data
+GRAPH_TENSORS = ("fc.weight", "up.weight")
+PAIR = LoraPair(a=A, b=B, scale=1.0)
+
+
+class TooSlow(BaseException):
+    """More processor time than any input of this size may take. No Exception: nobody may swallow it."""
+
+
+# --- watching --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Little memory and time for what runs in here. Raises MemoryError or TooSlow."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TooSlow(f"more than {SECONDS} s of processor time")
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        now = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, limits[1]))
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def command(*arguments: object) -> int:
+    """Run the command line in this process; returns 0, 3 or 7, and raises for whatever else happens."""
+    return run(*arguments)[0]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command that is held to what this module demands."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout = out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
+    sys.stderr = err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")  # as Python's own are
+    try:
+        with bounded():
+            code = cli.run([str(argument) for argument in arguments])
+        out.flush()
+        err.flush()
+    finally:
+        sys.stdout, sys.stderr = streams
+    said, told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    assert code in (0, 3, 7), f"exit code {code}: {told}"
+    assert code == 0 or told.startswith(("Error: ", "note: ")), f"a refusal without a reason: {told!r}"
+    assert not CONTROL.search(said + told), f"control characters on the terminal: {(said + told)!r}"
+    return code, said, told
+
+
+def refused(read: Callable[[], object]) -> bool:
+    """Whether a reader that no light command drives refused what it was given."""
+    with bounded():
+        try:
+            read()
+        except LoraExportError as error:
+            assert str(error)
+            return True
+    return False
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextlib.contextmanager
+def a_place() -> Iterator[Path]:
+    place = Path(tempfile.mkdtemp(prefix="fuzz-", dir=ROOM))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+def merge_is_all_or_nothing(place: Path, *options: str) -> bool:
+    """Merge `adapter` into `base`: `out` is whole or as it was, and nothing else changes. Whether it was merged."""
+    before = everything(place)
+    code = command("merge", place / "base", place / "adapter", "-o", place / "out", *options)
+    after = everything(place)
+    if code == 0:
+        assert open_checkpoint(place / "out").specs, "it said that it had succeeded"
+        before, after = ({k: v for k, v in there.items() if not k.startswith("out/")} for there in (before, after))
+    assert after == before, f"changed or left behind: {sorted(before.items() ^ after.items())}"
+    assert code == 0 or (place / "out").exists() == any(name.startswith("out/") for name in before)
+    command("merge", place / "base", place / "adapter", "-o", place / "dry", "--dry-run")
+    assert not (place / "dry").exists()
+    return code == 0
+
+
+# --- inputs ----------------------------------------------------------------------------------------
+
+
+def as_json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def tensors(header: bytes, whole: bytes) -> bytes:
+    """A safetensors file of this header, with the data of a whole one."""
+    (length,) = struct.unpack("<Q", whole[:8])
+    return struct.pack("<Q", len(header)) + header + whole[8 + length :]
+
+
+def header_of(whole: bytes) -> bytes:
+    (length,) = struct.unpack("<Q", whole[:8])
+    return whole[8 : 8 + length]
+
+
+GOOD_ADAPTER = save(ADAPTER_TENSORS, {"format": "pt"})
+GOOD_BASE = save(BASE_TENSORS, {"format": "pt", "lora_export": json.dumps(MANIFEST)})
+GOOD_SHARDS = {shard: save({name: BASE_TENSORS[name] for name in names}) for shard, names in SHARDS.items()}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def an_adapter(place: Path, config: bytes = b"", weights: bytes = GOOD_ADAPTER) -> None:
+    write(
+        place / "adapter",
+        {"adapter_config.json": config or as_json(ADAPTER_CONFIG), "adapter_model.safetensors": weights},
+    )
+
+
+def a_base(place: Path, config: bytes = b"", weights: bytes = GOOD_BASE) -> None:
+    write(place / "base", {"config.json": config or as_json(BASE_CONFIG), "model.safetensors": weights})
+
+
+# --- targets ---------------------------------------------------------------------------------------
+
+
+def adapter_config(data: bytes) -> bool:
+    """adapter_config.json beside a good file."""
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place)
+        (place / "adapter/adapter_config.json").write_bytes(data)
+        command("inspect", place / "adapter")
+        return merge_is_all_or_nothing(place)
+
+
+def adapter_model_config(data: bytes) -> bool:
+    """The model's config.json that some trainers put beside an adapter."""
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place)
+        (place / "adapter/config.json").write_bytes(data)
+        command("inspect", place / "adapter")
+        return merge_is_all_or_nothing(place)
+
+
+def adapter_header(data: bytes) -> bool:
+    """The header of an adapter's file."""
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place, weights=tensors(data, GOOD_ADAPTER))
+        command("inspect", place / "adapter")
+        return merge_is_all_or_nothing(place)
+
+
+def adapter_keys(data: bytes) -> bool:
+    """The keys of an adapter's file, one a line, each with a tensor that its name asks for."""
+    entries, content = [], b""
+    for line in data.split(b"\n"):
+        key = json.dumps(line.decode("utf-8", "replace"))
+        tensor = A if b"lora_A" in line else B if b"lora_B" in line else HEAD
+        start, content = len(content), content + tensor.tobytes()
+        offsets = [start, len(content)]
+        entries.append(f'{key}: {{"dtype": "F32", "shape": {list(tensor.shape)}, "data_offsets": {offsets}}}')
+    header = ("{" + ", ".join(entries) + "}").encode()
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place, weights=struct.pack("<Q", len(header)) + header + content)
+        command("inspect", place / "adapter")
+        return merge_is_all_or_nothing(place)
+
+
+def base_header(data: bytes) -> bool:
+    """The header of a base, in a folder and as a bare file."""
+    with a_place() as place:
+        a_base(place, weights=tensors(data, GOOD_BASE))
+        an_adapter(place)
+        command("inspect", place / "base")
+        command("merge", place / "base/model.safetensors", place / "adapter", "-o", place / "out.safetensors")
+        return merge_is_all_or_nothing(place)
+
+
+def base_index(data: bytes) -> bool:
+    """The index of a base in two files."""
+    with a_place() as place:
+        write(place / "base", {**GOOD_SHARDS, "config.json": as_json(BASE_CONFIG)})
+        (place / "base/model.safetensors.index.json").write_bytes(data)
+        an_adapter(place)
+        return merge_is_all_or_nothing(place)
+
+
+def base_config(data: bytes) -> bool:
+    """The config.json of a base."""
+    with a_place() as place:
+        a_base(place)
+        (place / "base/config.json").write_bytes(data)
+        an_adapter(place)
+        return merge_is_all_or_nothing(place, "--dtype", "bfloat16")
+
+
+def manifest(data: bytes) -> bool:
+    """The manifest of an output that is to be replaced, and of a base."""
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place)
+        write(place / "out", {"model.safetensors": GOOD_BASE, "foreign.txt": b"mine", "lora_export.json": data})
+        merge_is_all_or_nothing(place, "--overwrite")
+    with a_place() as place:
+        a_base(place)
+        an_adapter(place)
+        (place / "base/lora_export.json").write_bytes(data)
+        return merge_is_all_or_nothing(place)
+
+
+def graph(data: bytes) -> bool:
+    """An .onnx file, its external data beside it."""
+    with a_place() as place:
+        write(place / "model", {"weights.data": bytes(8 + TENSOR_BYTES)})
+        path = place / "model/model.onnx"
+        path.write_bytes(data)
+        before = everything(place)
+        command("inspect", path)
+        accepted = not refused(lambda: fold_into(path, place / "out"))
+        shutil.rmtree(place / "out", ignore_errors=True)
+        assert everything(place) == before
+        return accepted
+
+
+def fold_into(path: Path, out: Path) -> None:
+    """What a command does that folds an adapter into a graph."""
+    model = graphs.load(path)
+    found = sites.find(model)
+    adapter = Adapter(name="a", format="test", pairs={"fc": PAIR})
+    fold.fold(model, found, plan.make([adapter], found.specs))
+    out.mkdir()
+    graphs.save(model, out, "out.onnx")
+
+
+def good_graph() -> onnx.ModelProto:
+    return onnx.parser.parse_model(GRAPH)
+
+
+def external_data(data: bytes) -> bool:
+    """The external-data records of a graph's weights: a line is `key=value`, an empty one begins the next weight."""
+    model = good_graph()
+    records = data.split(b"\n\n")
+    for name, record in zip(GRAPH_TENSORS, itertools.chain(records, itertools.repeat(b"")), strict=False):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+        tensor.ClearField("float_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for line in record.split(b"\n"):
+            key, _, value = line.decode("utf-8", "replace").partition("=")
+            tensor.external_data.add(key=key, value=value)
+    return graph(model.SerializeToString())
+
+
+def examples_reader(suffix: str) -> Target:
+    def target(data: bytes) -> bool:
+        with a_place() as place:
+            (place / f"examples{suffix}").write_bytes(data)
+            return not refused(lambda: read_examples(place / f"examples{suffix}"))
+
+    return target
+
+
+def inputs_npz(data: bytes) -> bool:
+    """An .npz of a model's inputs."""
+    with a_place() as place:
+        (place / "inputs.npz").write_bytes(data)
+        return not refused(lambda: read_arrays(place / "inputs.npz"))
+
+
+TARGETS: dict[str, Target] = {
+    "adapter_config": adapter_config,
+    "adapter_model_config": adapter_model_config,
+    "adapter_header": adapter_header,
+    "adapter_keys": adapter_keys,
+    "base_header": base_header,
+    "base_index": base_index,
+    "base_config": base_config,
+    "manifest": manifest,
+    "graph": graph,
+    "external_data": external_data,
+    "examples_jsonl": examples_reader(".jsonl"),
+    "examples_csv": examples_reader(".csv"),
+    "examples_npz": examples_reader(".npz"),
+    "inputs_npz": inputs_npz,
+}
+
+
+def npz(**arrays: object) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+# Inputs that are read to their end: whatever a fuzzer changes, it begins behind the first checks.
+GOOD: dict[str, bytes] = {
+    "adapter_config": as_json(ADAPTER_CONFIG),
+    "adapter_model_config": as_json(BASE_CONFIG),
+    "adapter_header": header_of(GOOD_ADAPTER),
+    "adapter_keys": "\n".join(ADAPTER_TENSORS).encode(),
+    "base_header": header_of(GOOD_BASE),
+    "base_index": as_json(INDEX),
+    "base_config": as_json(BASE_CONFIG),
+    "manifest": as_json(MANIFEST),
+    "graph": good_graph().SerializeToString(),
+    "external_data": b"location=weights.data\noffset=8\nlength=24\n\nlocation=weights.data\noffset=0",
+    "examples_jsonl": b'{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
+    "examples_csv": b'text,label,more\n"a, b",0,\nc,1,\n',
+    "examples_npz": npz(x=W, labels=np.int64([0, 1])),
+    "inputs_npz": npz(x=W),
+}
