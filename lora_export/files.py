@@ -496,15 +496,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(text, path)
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+_ACTED_UPON: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (_are_names, "a list of names"),
+    "id2label": (lambda value: isinstance(value, dict), "a table"),
+    "label2id": (lambda value: isinstance(value, dict), "a table"),
+    "problem_type": (lambda value: isinstance(value, str), "a name"),
+}
+
+
 def read_model_config(path: Path) -> dict[str, Any]:
     """A model's `config.json`. Raises InputRefused where a field that is acted upon is not what transformers writes."""
     config = read_json(path)
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise InputRefused(f"{path}: architectures is {architectures!r}; it must be a list of names")
-    for name in ("id2label", "label2id"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise InputRefused(f"{path}: {name} is no table")
+    for field, (fits, what) in _ACTED_UPON.items():
+        if config.get(field) is not None and not fits(config[field]):
+            raise InputRefused(f"{path}: {field} is {config[field]!r}; it must be {what}")
     return config
 
 

@@ -252,13 +252,19 @@ def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("architectures", "Bert"), ("id2label", ["good"]), ("label2id", 1), ("problem_type", ["single"])],
+    ("field", "value", "what"),
+    [
+        ("architectures", "Bert", "a list of names"),
+        ("architectures", [5], "a list of names"),
+        ("id2label", ["good"], "a table"),
+        ("label2id", 1, "a table"),
+        ("problem_type", ["single"], "a name"),
+    ],
 )
-def test_a_models_config_of_the_wrong_types_beside_the_adapter_is_refused(tmp_path, field, value):
+def test_a_models_config_of_the_wrong_types_beside_the_adapter_is_refused(tmp_path, field, value, what):
     peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4, field: value}))
-    assert refusal(tmp_path) == f"ADAPTER/config.json: {field} is {value!r}, which I do not understand"
+    assert refusal(tmp_path) == f"ADAPTER/config.json: {field} is {value!r}; it must be {what}"
 
 
 def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_config_and_weights(tmp_path):

@@ -12,8 +12,10 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -399,15 +401,21 @@ HOURS += ["(a|a)" * 40 + "b", "((a{1,9}){1,9}){1,9}b", r"(\w+\s?)+!", "[ab]+[ab]
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", HOURS)
-def test_a_pattern_that_would_match_for_hours_is_refused(place: Path, pattern: str, field: str) -> None:
+def test_a_pattern_that_would_take_others_hours_is_soon_found_not_to_match(
+    place: Path, pattern: str, field: str
+) -> None:
     peft_adapter(place / "adapter", {"a" * 100: (A, B)}, **{field: {pattern: 1}})
-    assert "may take too long" in refused(place)
+    begun = time.process_time()
+    told = refused(place)  # it goes on to lay the adapter against a base of another name
+    assert "the base has no weight for aaa" in told or "takes too much work" in told
+    assert time.process_time() - begun < 20
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 3000 + ")" * 3000, "(?P<a", "[z-a]"])
 def test_a_pattern_that_is_none_is_refused(place: Path, pattern: str) -> None:
     peft_adapter(place / "adapter", {"fc": (A, B)}, alpha_pattern={pattern: 1})
-    assert "is no regular expression" in refused(place) or "may take too long" in refused(place)
+    told = refused(place)
+    assert re.search("alpha_pattern.*(is no regular expression|longer than 1000|repeats too often)", told), told
 
 
 @pytest.mark.parametrize(
@@ -475,7 +483,7 @@ def test_an_onnx_file_beyond_protobufs_limit_is_not_read(tmp_path: Path) -> None
     (tmp_path / "model.onnx").touch()
     os.truncate(tmp_path / "model.onnx", 20 << 30)
     code, _, told = run("inspect", tmp_path / "model.onnx")
-    assert (code, "no ONNX file has more" in told) == (3, True), told
+    assert (code, "an ONNX graph ends at" in told) == (3, True), told
 
 
 def test_thousands_of_misfits_are_told_in_seconds(place: Path) -> None:
@@ -493,5 +501,5 @@ def test_names_in_messages_cannot_steer_the_terminal(place: Path) -> None:
     told = refused(place)
     assert "\\x1b]0;title\\x07fc" in told and "\x1b" not in told
     base_file(place / "base/model.safetensors", {"\x1b[2J": W})
-    code, said, _ = run("inspect", place / "base")
-    assert (code, "\\x1b[2J" in said, "\x1b" in said) == (0, True, False)
+    code, said, told = run("inspect", place / "base")
+    assert (code, said, "\\x1b[2J" in told, "\x1b" in told) == (3, "", True, False)

@@ -66,7 +66,7 @@ REFUSED = {
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base weights alone
 
 # Of a model's config: what a new head means.
-HEAD_FIELDS = {"architectures": list, "id2label": dict, "label2id": dict, "problem_type": str}
+HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
 # What PEFT writes, where another type would be taken for something else.
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
@@ -336,12 +336,8 @@ def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
     model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
     if model_config.is_file():
-        model = files.read_json(model_config)
-        fields = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
-        strange = [f"{key} is {value!r}" for key, value in fields.items() if not isinstance(value, HEAD_FIELDS[key])]
-        if strange:
-            raise InputRefused(f"{model_config}: {'; '.join(strange)}, which I do not understand")
-        kept["model_config"] = fields
+        model = files.read_model_config(model_config)
+        kept["model_config"] = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
     return kept
 
 
