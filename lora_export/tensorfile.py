@@ -8,9 +8,10 @@ the library accepts (the last one wins), are refused.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import files
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, refuse_unprintable
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MOST_DIMENSIONS = 64  # of a NumPy array
 ALIGNMENT = 8  # bytes; the data of a file starts on this boundary
 PAGE = 4096  # bytes
 
@@ -137,6 +139,7 @@ def _header_size(path: Path, prefix: bytes, file_size: int) -> int:
 
 
 def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Entry]:
+    refuse_unprintable(header, f"the header of {path}")
     entries = []
     for name, fields in header.items():
         try:
@@ -149,13 +152,13 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
             raise InputRefused(f"{path}: the header's entry for {name} has a size that is no natural number")
         if not known:
             raise InputRefused(f"{path}: {name} has the unknown dtype {code!r}")
+        if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 1 << 63:
+            raise InputRefused(f"{path}: {name} has the shape {_cut(shape)}, which no array can have")
         entries.append(Entry(name, DTYPES[code], tuple(shape), data_start + begin, data_start + end))
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     position = data_start
     for entry in entries:
-        count = 1
-        for size in entry.shape:
-            count *= size
+        count = math.prod(entry.shape)
         if entry.nbytes != count * entry.dtype.itemsize:
             raise InputRefused(
                 f"{path}: {entry.name} {entry.shape} {entry.dtype} needs {count * entry.dtype.itemsize} bytes, "
@@ -166,6 +169,10 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
             raise InputRefused(f"{path}: {entry.name} {what}")
         position = entry.stop
     return entries
+
+
+def _cut(shape: Sequence[int]) -> str:
+    return f"{list(shape[:4])}"[:-1] + (", ...]" if len(shape) > 4 else "]")
 
 
 def _second_opinion(path: Path) -> None:

@@ -6,39 +6,28 @@ import datetime
 import os
 import platform
 import re
-import subprocess
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import peak
+from peak import Run
+
 README = Path(__file__).with_name("README.md")
 GIVEN_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # they hide what a BLAS makes of the processor
 
 
-@dataclass(frozen=True)
-class Run:
-    seconds: float
-    peak: float  # MiB of the largest process
-
-
 def run(*commands: Sequence[object]) -> Run:
-    """Run commands one after the other, as whole processes."""
+    """Run commands one after the other, as whole processes: the seconds of all, the peak of the largest."""
     environment = {name: value for name, value in os.environ.items() if name not in GIVEN_BACK}
-    seconds, peak = 0.0, 0
-    for command in commands:
-        begun = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds += time.perf_counter() - begun
-        peak = max(peak, usage.ru_maxrss)
-        assert process.returncode == 0, f"{command} ended with {process.returncode}"
-    return Run(seconds, peak / 1024)
+    runs = [peak.run(command, environment) for command in commands]
+    assert not any(run.code for run in runs), f"{commands} ended with {[run.code for run in runs]}"
+    return Run(0, sum(run.seconds for run in runs), max(run.peak for run in runs))
 
 
 def settle(inputs: Path, size: int) -> None:
