@@ -137,5 +137,5 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
     ours_peak = max(run.peak for run in beside["lora-export merge"])
     assert ours_peak <= 160
     if which == "all linear":
-        assert ratio(beside, PEFT_NAME, "lora-export merge") >= 7
+        assert ratio(beside, PEFT_NAME, "lora-export merge") >= 5
         assert min(run.peak for run in beside[PEFT_NAME]) >= 15 * ours_peak
