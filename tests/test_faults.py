@@ -576,9 +576,9 @@ def test_a_field_of_the_wrong_type_is_refused_by_its_name(place, field, value):
 def test_a_pattern_that_would_keep_pythons_matcher_busy_for_years(place, field):
     name = "a" * 64
     peft_adapter(place.adapter, {name: (A, B)}, **{field: {"(a+)+b": 2}})
-    begun = time.perf_counter()
+    begun = time.process_time()
     place.merge_refuses(f"the base has no weight for {name}")
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
     place.set_config(**{field: {r"(d)ens\1": 2}})
     place.both_refuse(f"{place.adapter / CONFIG}: {field}: the pattern '(d)ens\\\\1' has more to it than names")
 
@@ -643,7 +643,7 @@ def test_a_key_that_stands_twice(place):
     ],
 )
 def test_a_header_that_makes_no_sense(place, header, length, message):
-    begun = time.perf_counter()
+    begun = time.process_time()
     for path, refuse in (
         (place.adapter / WEIGHTS, place.both_refuse),
         (place.base / "model.safetensors", place.neither_takes_the_base),
@@ -652,7 +652,7 @@ def test_a_header_that_makes_no_sense(place, header, length, message):
         raw_tensor_file(path, header, b"\0" * 4, length=length)
         refuse(str(path), message)
         path.write_bytes(whole)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 # --- Files that would run code ---

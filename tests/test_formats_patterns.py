@@ -67,7 +67,7 @@ def test_whatever_is_not_refused_is_what_pythons_matcher_says(pattern, name):
 def test_nearly_all_that_python_takes_is_taken():
     # Or the test above would hold for a matcher that refuses everything.
     for pattern in ("a|b", "(a)(b)", "(a|b)*", "a+?", "[^a]{2,}", "((a?)b)*", r"\w\.\d", "a|", "()"):
-        fits(pattern, "ab")
+        assert fits(pattern, "ab") == (re.match(rf"(.*\.)?({pattern})$", "ab") is not None)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_nearly_all_that_python_takes_is_taken():
 @pytest.mark.parametrize("name", ["a" * 60, "a." * 500])
 @pytest.mark.fault(18)
 def test_no_pattern_takes_long(pattern, name):
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         fits(pattern, name)
     except InputRefused as error:
         assert "take too long to match" in str(error)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.fault(18)

@@ -131,9 +131,9 @@ def test_bytes_behind_the_last_tensor_are_refused(path):
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 1000])
 def test_a_header_that_claims_to_be_huge_is_refused_without_reading_it(path, length):
     raw_tensor_file(path, {}, length=length)
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert f"its header should have {length} bytes" in refusal(path)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_that_large(path):
