@@ -152,7 +152,7 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
             raise InputRefused(f"{path}: the header's entry for {name} has a size that is no natural number")
         if not known:
             raise InputRefused(f"{path}: {name} has the unknown dtype {code!r}")
-        if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 1 << 63:
+        if len(shape) > MOST_DIMENSIONS:  # at once: the product of a million sizes would take hours
             raise InputRefused(f"{path}: {name} has the shape {_cut(shape)}, which no array can have")
         entries.append(Entry(name, DTYPES[code], tuple(shape), data_start + begin, data_start + end))
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -164,6 +164,8 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
                 f"{path}: {entry.name} {entry.shape} {entry.dtype} needs {count * entry.dtype.itemsize} bytes, "
                 f"its range has {entry.nbytes}"
             )
+        if math.prod(size or 1 for size in entry.shape) >= 1 << 63:
+            raise InputRefused(f"{path}: {entry.name} has the shape {_cut(entry.shape)}, which no array can have")
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
             raise InputRefused(f"{path}: {entry.name} {what}")

@@ -163,7 +163,7 @@ def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_tha
         ({"x": entry([True], 0, 4)}, "x has a size that is no natural number"),
         ({"x": entry([2], 0, 4)}, r"x (2,) float32 needs 8 bytes, its range has 4"),
         ({"x": entry([1], 4, 0)}, r"x (1,) float32 needs 4 bytes, its range has -4"),
-        ({"x": entry([2**40, 2**40], 0, 4)}, "which no array can have"),
+        ({"x": entry([2**40, 2**40], 0, 4)}, "needs 4835703278458516698824704 bytes"),
         ({"x": entry([1], 0, 4), "y": entry([1], 2, 6)}, "y overlaps the tensor before it"),
         ({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, "y overlaps the tensor before it"),
         ({"x": entry([1], 4, 8)}, "x leaves a hole before it"),
@@ -234,7 +234,7 @@ def test_a_file_knows_whether_it_was_touched_replaced_or_removed(path):
 
 
 @pytest.mark.fault(24)
-@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4], [2**32, 0, 2**40], [1] * 65, [1] * 100 + [0]])
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4], [2**32, 0, 2**40], [1] * 65, [2**62] * 300_000])
 def test_shapes_that_no_array_can_have_are_refused(tmp_path, shape):
     size = 0 if 0 in shape else 4
     header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
