@@ -1,8 +1,9 @@
-"""From file to file in blocks: read, worked on and written by several threads, hashed as they pass.
+"""From file to file in blocks: read and worked on by several threads, written and hashed by one, in order.
 
 A block is small enough to stay in a core's cache while it is read, changed, written and hashed, so that
 memory sees every byte once on its way in and once on its way out. What was measured (2 cores of an AMD EPYC
-with AVX2, ext4, 2.2 GB of bf16, every linear layer changed at rank 16; `make bench` repeats the whole):
+with AVX2, ext4, 2.2 GB of bf16, every linear layer changed at rank 16; by hand, with sketches of this module;
+`make bench` times the whole):
 
 - BLOCK: 1 MiB costs 10 % more than 2 MiB in calls and in waiting for Python's lock; 4 MiB gains nothing more.
 - threads: two on two cores; a third one only takes turns with them. More than MOST_THREADS were not tried.
