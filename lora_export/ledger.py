@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+
+LOW_RETENTION = 0.9  # below this a result is worth a warning
+MIN_RETENTION = 0.5  # below this it is refused unless the user says otherwise
+
+Progress = Callable[[int], None]  # hears how many bytes of output have been written since the last call
 
 # A sum of squares below this, or above its inverse, may have under- or overflown in fp32; it is made in fp64 then.
 SMALLEST = 1e-25
@@ -23,6 +31,35 @@ class StepResult:
     noise: float  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
     changed: int  # entries whose stored value is another one now
     elements: int
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The ledger: what was done, in numbers."""
+
+    results: tuple[StepResult, ...]
+    copied: int  # bytes that went through unchanged
+    bytes: int  # bytes of weights written in all
+    replaced: int  # tensors that the adapters brought whole
+    seconds: float
+
+    @property
+    def faint(self) -> tuple[StepResult, ...]:
+        """The weights in which much of the change was lost to rounding."""
+        return tuple(result for result in self.results if result.retention < LOW_RETENTION)
+
+
+def refuse_faint(results: Sequence[StepResult], min_retention: float) -> None:
+    """Raise InputRefused where rounding took too much of a change."""
+    lost = [result for result in results if result.retention < min_retention]
+    if lost:
+        lines = [f"  {r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
+        raise InputRefused(
+            f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
+            f"(--min-retention {min_retention:g}):\n" + "\n".join(lines) + "\n"
+            "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes). "
+            "Nothing was written."
+        )
 
 
 class Tally:

@@ -18,7 +18,10 @@ PACKAGE = Path(lora_export.__file__).parent
 
 # From the ground up: a layer imports only what stands before it. `plan` stands low because every
 # holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
-GROUND = ("errors", "lora", "plan", "files", "tensorfile", "formats", "head", "ledger", "checkpoint", "transfer")
+GROUND = (
+    *("errors", "lora", "plan", "files", "tensorfile", "formats", "head", "ledger", "provenance"),
+    *("checkpoint", "transfer", "rewrite"),
+)
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
     *("runtime", "parity", "report", "proof"),

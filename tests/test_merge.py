@@ -34,11 +34,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lora_export import files, formats, merge, plan, tensorfile, transfer
+from lora_export import files, formats, merge, plan, rewrite, tensorfile, transfer
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import InputRefused
+from lora_export.ledger import MergeReport
 from lora_export.lora import Adapter, LoraPair, add_into
-from lora_export.merge import MergeReport, merge_checkpoint
+from lora_export.merge import merge_checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -465,7 +466,7 @@ def test_no_more_than_a_block_is_worked_on_at_a_time(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((20, 20))}, BF16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((1, 20)), np.ones((20, 1)))})
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(merge, "add_into", lambda *arrays: (shapes.append(arrays[1].shape), add_into(*arrays)))
+    monkeypatch.setattr(rewrite, "add_into", lambda *arrays: (shapes.append(arrays[1].shape), add_into(*arrays)))
     monkeypatch.setattr(transfer, "BLOCK", 256)  # three rows of 20 in fp32
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
     assert sorted(shapes) == [(2, 20), *[(3, 20)] * 6]
@@ -486,7 +487,7 @@ def test_blas_computes_in_the_thread_that_asks(tmp_path, monkeypatch, sharded, a
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     inside: list[set[int]] = []
-    monkeypatch.setattr(merge, "add_into", lambda *arrays: (inside.append(threads()), add_into(*arrays)))
+    monkeypatch.setattr(rewrite, "add_into", lambda *arrays: (inside.append(threads()), add_into(*arrays)))
     with threadpool_limits(2, user_api="blas"):
         merged(sharded, adapter, tmp_path / "out")
         assert inside == [{1}] and threads() == {2}
@@ -554,7 +555,7 @@ def test_a_large_weight_is_measured_by_a_sample_that_holds_its_share_of_the_chan
 ):
     base, adapter = uneven(tmp_path, rows)
     (whole,) = merged(base, adapter, tmp_path / "whole", min_retention=0).results
-    monkeypatch.setattr(merge, "MEASURED", 500)
+    monkeypatch.setattr(rewrite, "MEASURED", 500)
     monkeypatch.setattr(transfer, "BLOCK", 5 * 50 * 4)
     (result,) = merged(base, adapter, tmp_path / "out", min_retention=0).results
     assert 0.1 < whole.retention < 0.9 and whole.noise > 0.1

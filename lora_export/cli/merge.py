@@ -71,14 +71,14 @@ def command(
     BASE is a Hugging Face folder or a .safetensors file; the output is of the same kind, with the
     same layout. Needs no PyTorch, and memory does not grow with the model.
     """
-    from lora_export import files, merge, plan, report
+    from lora_export import files, merge, plan, provenance, report
     from lora_export.checkpoint import code_of_its_own, open_checkpoint
     from lora_export.cli.progress import byte_progress
 
     loaded = load_adapters(adapters)
     checkpoint = open_checkpoint(base)
     steps = plan.make(loaded, checkpoint.specs, strengths=weights, may_add=True)
-    merge.refuse_second_merge(steps, checkpoint)
+    provenance.refuse_second_merge(steps, checkpoint.path, checkpoint.history)
     merge.refuse_torn_tie(steps, checkpoint)
     list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
