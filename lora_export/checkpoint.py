@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export import files, tensorfile
+from lora_export import files, provenance, tensorfile
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.plan import Layout, TensorSpec
+from lora_export.provenance import History
 from lora_export.tensorfile import TensorFile
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-PROVENANCE = "lora_export"  # the key in a safetensors header
 BLOBS = "blobs"  # the folder of a Hugging Face cache that its snapshots link into
 # Other weights that may lie in a model's folder: copied along, they would contradict the merged ones.
 OTHER_WEIGHTS = (
@@ -53,7 +53,7 @@ class Checkpoint:
     specs: tuple[TensorSpec, ...]
     config: Mapping[str, Any] = field(default_factory=dict)  # empty for a bare file
     index: str = ""  # the index's file name, where the weights are in several files
-    history: tuple[Mapping[str, Any], ...] = ()  # the adapters that an earlier merge put in
+    history: History = ()  # the adapters that an earlier merge put in
 
     @property
     def is_folder(self) -> bool:
@@ -235,15 +235,6 @@ def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
         parts += [value for value in part.values() if isinstance(value, dict)]
 
 
-def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> tuple[Mapping[str, Any], ...]:
-    record = manifest
-    if not manifest and PROVENANCE in shard.metadata:
-        record = files.parse_json(shard.metadata[PROVENANCE].encode(), f"the record of an earlier merge in {path}")
-    adapters = record.get("adapters", [])
-    if not isinstance(adapters, list) or not all(map(_is_record, adapters)):
-        raise InputRefused(f"{path}: the record of an earlier merge is damaged")
-    return tuple(adapters)
-
-
-def _is_record(adapter: Any) -> bool:
-    return isinstance(adapter, dict) and isinstance(adapter.get("sha256", ""), str)
+def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> History:
+    text = shard.metadata.get(provenance.KEY)
+    return provenance.history(manifest, path) if manifest or text is None else provenance.read_history(text, path)

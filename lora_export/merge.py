@@ -21,7 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lora_export import files, provenance, rewrite, tensorfile, transfer
-from lora_export.checkpoint import CONFIG, PROVENANCE, Checkpoint
+from lora_export.checkpoint import CONFIG, Checkpoint
 from lora_export.errors import InputRefused
 from lora_export.head import config_with_heads
 from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
@@ -65,7 +65,7 @@ def merge_checkpoint(
         )
 
     def metadata(name: str, source_hash: str) -> Mapping[str, str]:
-        own = {} if base.is_folder else {PROVENANCE: json.dumps(record({name: source_hash}))}
+        own = {} if base.is_folder else {provenance.KEY: json.dumps(record({name: source_hash}))}
         return {"format": "pt", **base.shards[name].metadata, **own}
 
     moves = _moves(plan, base, dtype)

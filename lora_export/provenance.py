@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__
+from lora_export import __version__, files
 from lora_export.errors import InputRefused
 from lora_export.plan import Plan
+
+KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 
 History = Sequence[Mapping[str, Any]]  # the adapters that earlier merges put in
 
@@ -41,3 +43,22 @@ def refuse_second_merge(plan: Plan, base: Path, history: History) -> None:
                 f"{base} already holds the adapter {adapter.name} (merged as {merged[adapter.sha256]}, sha256 "
                 f"{adapter.sha256[:12]}). Merge into the original base, or nothing twice"
             )
+
+
+def read_history(text: str, source: Path) -> History:
+    """The adapters in a record that a file carries along. Raises InputRefused where it is damaged."""
+    return history(
+        files.parse_json(text.encode(errors="surrogatepass"), f"the record of an earlier merge in {source}"), source
+    )
+
+
+def history(record: Mapping[str, Any], source: Path) -> History:
+    """The adapters in a record. Raises InputRefused where it is damaged."""
+    adapters = record.get("adapters", [])
+    if not isinstance(adapters, list) or not all(map(_is_adapter, adapters)):
+        raise InputRefused(f"{source}: the record of an earlier merge is damaged")
+    return tuple(adapters)
+
+
+def _is_adapter(adapter: Any) -> bool:
+    return isinstance(adapter, dict) and isinstance(adapter.get("sha256", ""), str)

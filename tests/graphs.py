@@ -46,7 +46,7 @@ def run(model: ir.Model, **feeds: Any) -> Arrays:
     """What onnxruntime computes on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    proto = ir.to_proto(model).SerializeToString()
+    proto = ir.to_proto(ir.external_data.load_to_model(model.clone())).SerializeToString()
     session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, feeds), strict=True))

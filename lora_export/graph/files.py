@@ -6,18 +6,23 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from lora_export import provenance
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.files import data_name, sha256
+from lora_export.graph import wire
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
+from lora_export.provenance import History
 
 LIMIT = 1 << 31  # bytes; what is longer, protobuf neither writes nor reads
 INLINE = 1 << 30  # bytes of weights up to which a graph is one file
@@ -32,8 +37,22 @@ KEPT_NOTES = frozenset({FOLDED_FROM, KIND, NAME_SCOPES})
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a file in a Hugging Face cache, by its hash
 
 
-def load(path: Path) -> ir.Model:
-    """Read a graph; its external data is checked now and mapped when it is used.
+@dataclass(frozen=True, eq=False)
+class GraphFile:
+    """A graph on disk. Its large weights stay there: as `ir.ExternalTensor`, those inside the graph's own file too."""
+
+    path: Path
+    model: ir.Model
+    sources: Mapping[Path, tuple[int, int]]  # the graph's file and its data's: size and mtime_ns when they were opened
+    history: History = ()  # the adapters that the graph holds already
+
+    def changed(self) -> list[Path]:
+        """The files that are not what they were when they were opened."""
+        return [path for path, stamp in self.sources.items() if not path.exists() or _stamp(path) != stamp]
+
+
+def open_graph(path: Path) -> GraphFile:
+    """Read a graph but for its large weights, whatever its size; check where those lie.
 
     Raises InputRefused for what is no ONNX file, and for external data that is missing, shorter than
     its tensors, or anything but a plain file below the graph's own folder (or, where that folder is a
@@ -41,30 +60,99 @@ def load(path: Path) -> ir.Model:
     """
     path = path.absolute()  # onnx_ir skips its own containment check for a bare file name
     _refuse_irregular(path)
+    own, inside = Path(os.path.realpath(path)), secrets.token_hex(8)  # a place that no graph can name
+    stamp = _stamp(own)
     try:
         with _complaints() as complaints:
-            model = ir.load(path)
+            hollow = wire.hollow(path, inside)
+            model = ir.from_proto(onnx.ModelProto.FromString(hollow))
+    except InputRefused:
+        raise
     except Exception as error:  # protobuf, onnx and onnx_ir each have kinds of their own for this
         raise InputRefused(f"{path} is no ONNX file, or a damaged one: {_innermost(error)}") from error
     if not model.opset_imports:
         raise InputRefused(f"{path} is no ONNX file: it imports no operators")
     if complaints:
         raise InputRefused(f"{path} is a damaged ONNX file: {'; '.join(complaints[:SHOWN])}")
-    _read_from_cache(model, path.parent)
-    external = [tensor for tensor in (*_weights(model), *_attributes(model)) if isinstance(tensor, ir.ExternalTensor)]
-    for tensor in external:  # onnx_ir forgets those in functions, and checks no place where it has no folder
-        tensor.base_dir = tensor.base_dir or path.parent
-    problems = [problem for tensor in external if (problem := _problem(Path(tensor.base_dir), tensor))]
+    _refuse_misplaced(model, path, _read_inside(model, inside, own))
+    try:
+        onnx.checker.check_model(_without_data(hollow))  # onnx_ir takes any node with any inputs and attributes
+    except Exception as error:
+        raise InputRefused(f"{path} is not valid ONNX: {error}") from error
+    data = {Path(tensor.path) for tensor in _external(model)} - {own}
+    return GraphFile(
+        path, model, {own: stamp} | {place: _stamp(place) for place in sorted(data)}, _history(path, model)
+    )
+
+
+def load(path: Path) -> ir.Model:
+    """The graph of `open_graph`, for who only wants to look at it."""
+    return open_graph(path).model
+
+
+def _read_inside(model: ir.Model, inside: str, own: Path) -> set[ir.Value]:
+    """Let tensors that were left in the graph's own file be read there; returns their values."""
+    found = set()
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == inside:
+            value.const_value = _moved(tensor, own)
+            found.add(value)
+    return found
+
+
+def _refuse_misplaced(model: ir.Model, path: Path, inside: set[ir.Value]) -> None:
+    """Raise InputRefused for data that cannot be read, or that lies where it should not."""
+    problems = []
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and value not in inside:
+            tensor.base_dir = path.parent
+            if blob := _blob(path.parent, os.fsdecode(tensor.location)):
+                value.const_value = tensor = _moved(tensor, blob)
+            problems.append(_place_problem(Path(tensor.base_dir), tensor))
+        elif isinstance(tensor, ir.ExternalTensor):
+            problems.append(_length_problem(tensor))
+    for tensor in _attributes(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = path.parent
+            problems.append(_place_problem(path.parent, tensor))
+    problems = [problem for problem in problems if problem]
     if problems:
         shown = "\n  ".join(problems[:SHOWN])
         raise InputRefused(f"{path}: {len(problems)} tensors cannot be read from its external data:\n  {shown}")
-    if any(Path(tensor.base_dir) != path.parent for tensor in external):
-        return model  # from a cache of links, which ONNX's checker does not follow
-    try:
-        onnx.checker.check_model(str(path))  # onnx_ir takes any node with any inputs and attributes
-    except Exception as error:
-        raise InputRefused(f"{path} is not valid ONNX: {error}") from error
-    return model
+
+
+def _without_data(message: bytes) -> onnx.ModelProto:
+    """The model with empty tensors where they are external, for a checker that would look for their files."""
+    proto: onnx.ModelProto = onnx.ModelProto.FromString(message)
+    graphs, nodes = [proto.graph], [node for function in proto.functions for node in function.node]
+    tensors: list[onnx.TensorProto] = []
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            tensors += graph.initializer
+            nodes += graph.node
+        for attribute in (attribute for node in nodes for attribute in node.attribute):
+            tensors += [attribute.t, *attribute.tensors] if attribute.HasField("t") else attribute.tensors
+            graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+        nodes = []
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.dims[:] = [0] * len(tensor.dims)
+    return proto
+
+
+def _history(path: Path, model: ir.Model) -> History:
+    record = model.metadata_props.get(provenance.KEY)
+    return provenance.read_history(record, path) if record else ()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str] | None = None) -> list[Path]:
@@ -192,12 +280,19 @@ def _complaints() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    return (value for graph in model.graphs() for value in graph.initializers.values())
+
+
 def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """The initializers' tensors, but for strings, which have no bytes of their own."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None and not value.const_value.dtype.is_string():
-                yield value.const_value
+    for value in _initializers(model):
+        if value.const_value is not None and not value.const_value.dtype.is_string():
+            yield value.const_value
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    return (tensor for tensor in (*_weights(model), *_attributes(model)) if isinstance(tensor, ir.ExternalTensor))
 
 
 def _attributes(model: ir.Model) -> Iterator[ir.TensorProtocol]:
@@ -212,15 +307,6 @@ def _attributes(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                 for tensor in held.get(attribute.type) or ():
                     if not tensor.dtype.is_string():
                         yield tensor
-
-
-def _read_from_cache(model: ir.Model, folder: Path) -> None:
-    """Let weights that a Hugging Face cache keeps as a blob be read there."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and (blob := _blob(folder, os.fspath(tensor.location))):
-                value.const_value = _moved(tensor, blob)
 
 
 def _blob(folder: Path, location: str) -> Path | None:
@@ -245,12 +331,10 @@ def _innermost(error: BaseException) -> BaseException:
     return _innermost(inner) if inner is not None else error
 
 
-def _problem(folder: Path, tensor: ir.ExternalTensor) -> str:
+def _place_problem(folder: Path, tensor: ir.ExternalTensor) -> str:
     """What is wrong with the place of a tensor's data; empty where nothing is."""
-    location = os.fspath(tensor.location)
+    location = os.fsdecode(tensor.location)
     path = Path(os.path.normpath(folder / location))
-    offset = tensor.offset or 0
-    length = tensor.nbytes if tensor.length is None else tensor.length
     if not location or "\0" in location or Path(location).is_absolute() or not path.is_relative_to(folder):
         return f"{tensor.name}: its data's place is absolute or outside the model's folder ({location!r})"
     if path.resolve() != folder.resolve() / path.relative_to(folder):
@@ -261,10 +345,18 @@ def _problem(folder: Path, tensor: ir.ExternalTensor) -> str:
         return f"{tensor.name}: {location}: {error.strerror}"
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         return f"{tensor.name}: {location} is not a plain file with one name; put a copy of the file there"
-    if length != tensor.nbytes:
-        return (
-            f"{tensor.name}: {length} bytes are recorded, {tensor.dtype.name} {list(tensor.shape)} has {tensor.nbytes}"
-        )
-    if not 0 <= offset <= status.st_size - length:
-        return f"{tensor.name}: bytes {offset} to {offset + length} of {location}, which has {status.st_size}"
+    offset = tensor.offset or 0
+    if problem := _length_problem(tensor):
+        return problem
+    if not 0 <= offset <= status.st_size - tensor.nbytes:
+        return f"{tensor.name}: bytes {offset} to {offset + tensor.nbytes} of {location}, which has {status.st_size}"
     return ""
+
+
+def _length_problem(tensor: ir.ExternalTensor) -> str:
+    if tensor.length in (None, tensor.nbytes):
+        return ""
+    return (
+        f"{tensor.name}: {tensor.length} bytes are recorded, {tensor.dtype.name} {list(tensor.shape)} has "
+        f"{tensor.nbytes}"
+    )
