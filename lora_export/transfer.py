@@ -69,6 +69,12 @@ class Hashes:
         object.__setattr__(self, "source", HASHES[self.name]())
         object.__setattr__(self, "target", HASHES[self.name]())
 
+    def for_next_source(self) -> Hashes:
+        """The same target's, which goes on, and another source's."""
+        others = Hashes(self.name)
+        object.__setattr__(others, "target", self.target)
+        return others
+
 
 @dataclass(frozen=True, eq=False)
 class _Desk:

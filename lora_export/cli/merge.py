@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,10 @@ from lora_export.errors import InputRefused
 
 if TYPE_CHECKING:
     from lora_export.checkpoint import Checkpoint
+    from lora_export.ledger import MergeReport
     from lora_export.lora import Adapter
+    from lora_export.plan import Plan, TensorSpec
+    from lora_export.provenance import History
 
 
 @click.command()
@@ -66,53 +71,37 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Merge ADAPTERS into the checkpoint BASE: W' = W + Σ weight·scale·B·A, rounded once.
+    """Merge ADAPTERS into the weights of BASE: W' = W + Σ weight·scale·B·A, rounded once.
 
-    BASE is a Hugging Face folder or a .safetensors file; the output is of the same kind, with the
-    same layout. Needs no PyTorch, and memory does not grow with the model.
+    BASE is a Hugging Face folder, a .safetensors file or an .onnx graph; the output is of the same kind,
+    with the same layout. Needs no PyTorch, and memory does not grow with the model.
     """
-    from lora_export import files, merge, plan, provenance, report
-    from lora_export.checkpoint import code_of_its_own, open_checkpoint
+    from lora_export import plan, provenance, report
     from lora_export.cli.progress import byte_progress
 
     loaded = load_adapters(adapters)
-    checkpoint = open_checkpoint(base)
-    steps = plan.make(loaded, checkpoint.specs, strengths=weights, may_add=True)
-    provenance.refuse_second_merge(steps, checkpoint.path, checkpoint.history)
-    merge.refuse_torn_tie(steps, checkpoint)
-    list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
+    stored = None if dtype == "keep" else dtype
+    work = (_over_graph if base.suffix == ".onnx" else _over_checkpoint)(base, loaded, stored)
+    steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
+    provenance.refuse_second_merge(steps, base, work.history)
+    work.check(steps)
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
-    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan]:
+    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes]:
         say(f"note: {note}")
-    for doubt in _other_bases(loaded, checkpoint):
-        say(f"note: {doubt}")
-    if code := code_of_its_own(checkpoint.config):
-        say(f"note: the base's config names code of its own ({code}): it is copied, and was not run")
-    for name in checkpoint.left_out():
-        say(f"note: {name} holds weights too, unmerged ones; it is left out")
     if dry_run:
         if as_json:
             click.echo(json.dumps(report.as_dict(steps)))
         else:
             report.print_plan(report.console(), steps)
         return
-    stage = files.stage_folder if checkpoint.is_folder else files.stage_file
     inputs = [base, *(split_name(adapter)[1] for adapter in adapters)]
-    stored = None if dtype == "keep" else dtype
-    size = merge.output_size(steps, checkpoint, stored)
+    size = work.size(steps)
     with (
-        stage(output, inputs=inputs, overwrite=overwrite, needs=size, say=say) as folder,
+        work.stage(output, inputs=inputs, overwrite=overwrite, needs=size, say=say) as folder,
         byte_progress("merging", size) as progress,
     ):
-        ledger = merge.merge_checkpoint(
-            steps,
-            checkpoint,
-            folder,
-            file_name=output.name,
-            dtype=stored,
-            min_retention=min_retention,
-            hashing=hashing,
-            progress=progress,
+        ledger = work.carry_out(
+            steps, folder, file_name=output.name, min_retention=min_retention, hashing=hashing, progress=progress
         )
         if not ledger.replaced and not any(result.changed for result in ledger.results):
             raise InputRefused("the merge would change no entry of any weight: rounding takes all of it")
@@ -120,13 +109,74 @@ def command(
         worst = min(ledger.faint, key=lambda result: result.retention)
         say(
             f"warning: rounding took more than a tenth of their change from {len(ledger.faint)} of "
-            f"{len(ledger.results)} weights, most from {worst.weight} ({worst.retention:.0%} kept); "
-            "--dtype float32 keeps it"
+            f"{len(ledger.results)} weights, most from {worst.weight} ({worst.retention:.0%} kept); {work.way_out}"
         )
     if as_json:
         click.echo(json.dumps({"output": str(output), **report.as_dict(ledger)}))
     else:
         report.print_ledger(report.console(), ledger, output)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a merge needs of whatever holds the base."""
+
+    specs: Sequence[TensorSpec]
+    history: History
+    notes: Sequence[str]
+    check: Callable[[Plan], None]  # raises what the holder cannot take, before anything big is read
+    size: Callable[[Plan], int]  # bytes that will be written
+    stage: Callable[..., AbstractContextManager[Path]]
+    carry_out: Callable[..., MergeReport]
+    may_add: bool = False
+    way_out: str = ""  # where rounding takes too much
+
+
+def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None) -> _Work:
+    from lora_export import files, merge
+    from lora_export.checkpoint import code_of_its_own, open_checkpoint
+
+    checkpoint = open_checkpoint(base)
+    list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
+    notes = list(_other_bases(adapters, checkpoint))
+    if code := code_of_its_own(checkpoint.config):
+        notes.append(f"the base's config names code of its own ({code}): it is copied, and was not run")
+    notes += [f"{name} holds weights too, unmerged ones; it is left out" for name in checkpoint.left_out()]
+    return _Work(
+        specs=checkpoint.specs,
+        history=checkpoint.history,
+        notes=notes,
+        check=lambda steps: merge.refuse_torn_tie(steps, checkpoint),
+        size=lambda steps: merge.output_size(steps, checkpoint, dtype),
+        stage=files.stage_folder if checkpoint.is_folder else files.stage_file,
+        carry_out=lambda steps, folder, **rest: merge.merge_checkpoint(steps, checkpoint, folder, dtype=dtype, **rest),
+        may_add=True,
+        way_out="--dtype float32 keeps it",
+    )
+
+
+def _over_graph(base: Path, _: Sequence[Adapter], dtype: str | None) -> _Work:
+    from lora_export import files
+    from lora_export.graph.files import open_graph
+    from lora_export.graph.fold import refuse_what_a_graph_cannot_take
+    from lora_export.graph.merge import merge_graph
+    from lora_export.graph.sites import find
+
+    if dtype:
+        raise click.UsageError("--dtype is for checkpoints: a graph's weights keep the types that its nodes expect")
+    files.must_exist(base, "base model")
+    graph = open_graph(base)
+    sites = find(graph.model)
+    return _Work(
+        specs=sites.specs,
+        history=graph.history,
+        notes=sites.notes,
+        check=refuse_what_a_graph_cannot_take,
+        size=lambda _: graph.nbytes,
+        stage=files.stage_file,
+        carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, **rest),
+        way_out="keep the adapter beside the weights (onnx --lora nodes)",
+    )
 
 
 def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:

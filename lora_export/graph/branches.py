@@ -87,7 +87,7 @@ class _Weaver:
                 f"the graph holds {name} already: an adapter stands beside its weights. Start from the graph without it"
             )
         refuse_overflow(name, array)
-        value = new_initializer(self.model, unused(name, self.values), np.ascontiguousarray(array))
+        value = new_initializer(self.model, unused(name, self.values), ir.Tensor(np.ascontiguousarray(array)))
         return _Factor(value, "/".join(["", *parts]))
 
     def _stand_beside(self, site: Site, pairs: list[tuple[_Factor, _Factor]]) -> None:

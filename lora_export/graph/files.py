@@ -46,6 +46,10 @@ class GraphFile:
     sources: Mapping[Path, tuple[int, int]]  # the graph's file and its data's: size and mtime_ns when they were opened
     history: History = ()  # the adapters that the graph holds already
 
+    @property
+    def nbytes(self) -> int:
+        return sum(size for size, _ in self.sources.values())
+
     def changed(self) -> list[Path]:
         """The files that are not what they were when they were opened."""
         return [path for path, stamp in self.sources.items() if not path.exists() or _stamp(path) != stamp]
@@ -93,7 +97,7 @@ def load(path: Path) -> ir.Model:
 def _read_inside(model: ir.Model, inside: str, own: Path) -> set[ir.Value]:
     """Let tensors that were left in the graph's own file be read there; returns their values."""
     found = set()
-    for value in _initializers(model):
+    for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and tensor.location == inside:
             value.const_value = _moved(tensor, own)
@@ -104,7 +108,7 @@ def _read_inside(model: ir.Model, inside: str, own: Path) -> set[ir.Value]:
 def _refuse_misplaced(model: ir.Model, path: Path, inside: set[ir.Value]) -> None:
     """Raise InputRefused for data that cannot be read, or that lies where it should not."""
     problems = []
-    for value in _initializers(model):
+    for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and value not in inside:
             tensor.base_dir = path.parent
@@ -218,6 +222,16 @@ def _moved(tensor: ir.ExternalTensor, place: Path) -> ir.ExternalTensor:
     )
 
 
+def message_of(model: ir.Model) -> bytes:
+    """The graph as ONNX, external tensors where they say they are. Raises RuntimeRefused where ONNX cannot hold it."""
+    try:
+        message: bytes = ir.to_proto(model).SerializeToString()
+        onnx.checker.check_model(_without_data(message))
+    except (ir.serde.SerdeError, onnx.checker.ValidationError, ValueError) as error:
+        raise RuntimeRefused(f"the graph cannot be written as ONNX: {_innermost(error)}") from error
+    return message
+
+
 def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """Add new properties to a saved graph (a verdict, say) behind what was proven; nothing that is there is rewritten.
 
@@ -280,13 +294,14 @@ def _complaints() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Every initializer, those of inner graphs included."""
     return (value for graph in model.graphs() for value in graph.initializers.values())
 
 
 def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """The initializers' tensors, but for strings, which have no bytes of their own."""
-    for value in _initializers(model):
+    for value in initializers(model):
         if value.const_value is not None and not value.const_value.dtype.is_string():
             yield value.const_value
 

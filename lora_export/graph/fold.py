@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -11,10 +12,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.graph.sites import FOLDED_FROM, Site, Sites, flipped, readers, unused, value_names
+from lora_export.graph.sites import FOLDED_FROM, Site, Sites, readers, unused, value_names
 from lora_export.ledger import StepResult, Tally
-from lora_export.lora import add
+from lora_export.lora import EVERY_ROW, add
 from lora_export.plan import Layout, Plan, Step
+
+
+@dataclass(frozen=True, eq=False)
+class Landing:
+    """One initializer that changes, and its step, said of the initializer as it lies there."""
+
+    value: ir.Value
+    step: Step
 
 
 def fold(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
@@ -42,48 +51,88 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
 
 def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
     """Carry out one step on every initializer that holds its weight; None where a whole tensor takes its place."""
-    by_value: dict[ir.Value, list[Site]] = {}
-    for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
-        by_value.setdefault(site.value, []).append(site)  # a linear reader comes first: it tells how the matrix lies
     tally = Tally(step.weight)
-    for value, there in by_value.items():
-        before, layout = there[0].array, there[0].layout
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-            if step.replace is not None:
-                turned = layout not in (step.spec.layout, Layout.OTHER)
-                after = (step.replace.T if turned else step.replace).astype(before.dtype)
-            else:
-                change = step.delta().T if layout is Layout.IN_OUT else step.delta()
-                after = add(before, change)
-                tally.count(before, change, after)
-        refuse_overflow(step.weight, after, before=before)
-        _store(model, sites, value, there, step, np.ascontiguousarray(after))
+    for landing in land(model, sites, step):
+        tally.merge(change_in_memory(landing))
     return tally.result() if step.replace is None else None
 
 
-def _store(
-    model: ir.Model, sites: Sites, value: ir.Value, mine: Sequence[Site], step: Step, array: NDArray[Any]
-) -> None:
-    """Let these readers, and no others, read the array from now on."""
+def change_in_memory(landing: Landing) -> Tally:
+    """Carry out a landing; what was counted is empty where a whole tensor came. Raises InputRefused as `fold` does."""
+    tensor, step = landing.value.const_value, landing.step
+    assert tensor is not None
+    before, tally = tensor.numpy(), Tally(step.weight)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        if step.replace is not None:
+            after = step.replace.astype(before.dtype)
+        else:
+            change = step.stored_delta(EVERY_ROW)
+            after = add(before, change)
+            tally.count(before, change, after)
+    refuse_overflow(step.weight, after, before=before)
+    landing.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=landing.value.name)
+    return tally
+
+
+def land(model: ir.Model, sites: Sites, step: Step) -> list[Landing]:
+    """Find the initializers that a step changes, each read by nobody else from now on: what shared it is given one.
+
+    No data is read or copied; an initializer that is new holds the old one's tensor. Where a Transpose stands between
+    an initializer and its reader, it still does.
+    """
+    by_value: dict[ir.Value, list[Site]] = {}
+    for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
+        by_value.setdefault(site.value, []).append(site)  # a linear reader comes first: it tells how the matrix lies
+    return [
+        Landing(_own_value(model, sites, value, there, step), _as_stored(step, value, there[0].layout))
+        for value, there in by_value.items()
+    ]
+
+
+def _as_stored(step: Step, value: ir.Value, layout: Layout) -> Step:
+    """A step as it is to be done to an initializer that lies in this way."""
+    tensor, spec = value.const_value, step.spec
+    assert tensor is not None
+    turned = layout not in (spec.layout, Layout.OTHER)
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    stored = replace(spec, shape=shape, dtype=str(tensor.dtype.numpy()), layout=layout, nbytes=tensor.nbytes)
+    whole = step.replace.T if step.replace is not None and turned else step.replace
+    return replace(step, spec=stored, replace=whole)
+
+
+def _own_value(model: ir.Model, sites: Sites, value: ir.Value, mine: Sequence[Site], step: Step) -> ir.Value:
+    """The initializer that these readers, and no others, read from now on."""
     places = {site.place for site in mine}
     others = [site for site in readers(value) if site.place not in places]
-    if not others and not value.is_graph_output():
-        value.const_value = ir.Tensor(array, name=value.name)
-        return
+    tensor = value.const_value
+    if tensor is None or (not others and not value.is_graph_output()):
+        return value
     taken = value_names(model)
     if value.name == step.weight:  # the name goes with the weight that it stands for
         value.name = unused(next((sites.name_of(site) for site in others), "") or f"{step.weight}.shared", taken)
         taken.remove(step.weight)
-    for turned in sorted({site.turned for site in mine}):
-        # The new initializer is read directly: what a Transpose did is done here.
-        own = new_initializer(model, unused(step.weight, taken), array.T.copy() if turned else array)
-        for site in mine:
-            if site.turned is turned:
-                site.node.replace_input_with(site.index, own)
-        lies = flipped(mine[0].layout) if turned else mine[0].layout
-        if lies is Layout.IN_OUT and step.spec.layout is Layout.OUT_IN:
-            own.metadata_props[FOLDED_FROM] = repr([step.weight])
+    own = new_initializer(model, unused(step.weight, taken), tensor)
+    if mine[0].layout is Layout.IN_OUT and step.spec.layout is Layout.OUT_IN:
+        own.metadata_props[FOLDED_FROM] = repr([step.weight])
+    for site in mine:
+        site.node.replace_input_with(site.index, _turned(model, site, own) if site.turned else own)
     _drop_idle_transposes(value)
+    return own
+
+
+def _turned(model: ir.Model, site: Site, own: ir.Value) -> ir.Value:
+    """`own` behind a Transpose like the one that stands before the site's reader."""
+    before = site.node.inputs[site.index]
+    assert before is not None
+    old, graph = before.producer(), site.node.graph
+    assert old is not None and graph is not None
+    name = unused(f"{own.name}_turned", value_names(model))
+    shape = own.shape and ir.Shape([*own.shape][::-1])
+    turn = ir.node(
+        "Transpose", [own], old.attributes, outputs=[ir.Value(name=name, type=own.type, shape=shape)], name=name
+    )
+    graph.insert_before(site.node, turn)
+    return turn.outputs[0]
 
 
 def _drop_idle_transposes(value: ir.Value) -> None:
@@ -93,10 +142,10 @@ def _drop_idle_transposes(value: ir.Value) -> None:
             node.graph.remove(node, safe=True)
 
 
-def new_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
+def new_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """Register an initializer with the main graph, where every subgraph sees it."""
-    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
     model.graph.register_initializer(value)
     return value
 

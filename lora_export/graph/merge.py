@@ -1,0 +1,302 @@
+"""A plan over a graph on disk: its files carried over in blocks, the weights that change in whole rows.
+
+What `fold` does in memory, for graphs of any size: the graph without its weights is changed in memory, and
+where a weight belongs in the new files, its bytes pass through from the old ones (see `transfer`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from lora_export import provenance, rewrite, transfer
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.files import data_name
+from lora_export.graph import wire
+from lora_export.graph.files import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
+from lora_export.graph.fold import change_in_memory, land, refuse_what_a_graph_cannot_take
+from lora_export.graph.sites import Sites
+from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, Tally, refuse_faint
+from lora_export.plan import Plan, Step
+from lora_export.rewrite import Move
+from lora_export.tensorfile import PAGE, Entry
+from lora_export.transfer import Block, Bytes, Hashes
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A tensor of a file of the old graph, on its way into one of the new."""
+
+    value: ir.Value
+    source: Path
+    move: Move
+
+    @property
+    def old(self) -> Entry:
+        return self.move.old
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Bytes [place, end) of a new file: a weight's, or given ones."""
+
+    place: int
+    end: int
+    weight: _Weight | None = None
+    literal: bytes = b""
+
+
+def merge_graph(
+    plan: Plan,
+    graph: GraphFile,
+    sites: Sites,
+    stage: Path,
+    *,
+    file_name: str,
+    min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
+    progress: Progress = lambda _: None,
+) -> MergeReport:
+    """Carry out a plan over the graph of a file, into the folder `stage` (see `files.stage_file`).
+
+    Weights inside the graph's file stay inside, those in files beside it go into one file that is named by its
+    content. Only the plan's weights change; whoever shared one of their tensors gets an initializer of its own.
+    The graph's properties stay, and say where it comes from; its exporter's notes on this machine go (`strip`).
+    Peak memory is the graph without its weights and a few blocks. The graph in `graph.model` is used up.
+
+    Raises InputRefused when an adapter is in the graph already, a value is not finite, a file changes meanwhile, or
+    a weight keeps less than `min_retention` of its change.
+    """
+    begun = time.perf_counter()
+    provenance.refuse_second_merge(plan, graph.path, graph.history)
+    refuse_what_a_graph_cannot_take(plan)
+    ledger = _Ledger(hashing, progress)
+    steps = _land(plan, graph.model, sites, ledger)
+    strip(graph.model)
+    graph.model.metadata_props.pop(provenance.KEY, None)  # its adapters are in the new one
+    weights = list(_weights(graph.model, steps))
+    own = Path(os.path.realpath(graph.path))
+    with threadpool_limits(1, user_api="blas"):  # the transfer's threads are as many as there are cores
+        beside = [weight for weight in weights if weight.source != own]
+        if beside:
+            _write_data(stage, file_name, beside, ledger)
+        parts = _graph_parts(graph.model, [weight for weight in weights if weight.source == own])
+        with (stage / file_name).open("xb") as target:
+            ledger.sources[own] = _carry(own, target, parts, Hashes(hashing), ledger)
+    results = [tally.result() for tally in ledger.tallies.values()]
+    refuse_faint(results, min_retention)
+    sources = {path.name: {hashing: value} for path, value in ledger.sources.items()}
+    settings = {"lora": "merged", "min_retention": min_retention}
+    record = provenance.record(plan, sources, graph.history, settings)
+    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
+    for path in graph.changed():
+        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    return MergeReport(
+        results=tuple(results),
+        copied=sum(weight.old.nbytes for weight in weights if weight.move.is_copy),
+        bytes=sum(path.stat().st_size for path in stage.iterdir()),
+        replaced=sum(step.replace is not None for step in plan.steps),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+class _Ledger:
+    """What is heard while the files are written."""
+
+    def __init__(self, hashing: str, progress: Progress):
+        self.hashing, self.progress = hashing, progress
+        self.tallies: dict[str, Tally] = {}
+        self.sources: dict[Path, str] = {}  # hashes
+
+    def tally(self, weight: str) -> Tally:
+        return self.tallies.setdefault(weight, Tally(weight))
+
+
+def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> dict[ir.Value, Step]:
+    """The steps of the weights that stay in their files; those of the others are done."""
+    steps = {}
+    for step in plan.steps:
+        for landing in land(model, sites, step):
+            if isinstance(landing.value.const_value, ir.ExternalTensor):
+                steps[landing.value] = landing.step
+                continue  # `rewrite` will do it
+            tally = change_in_memory(landing)
+            if step.replace is None:
+                ledger.tally(step.weight).merge(tally)
+    return steps
+
+
+def _weights(model: ir.Model, steps: Mapping[ir.Value, Step]) -> Iterator[_Weight]:
+    for value in initializers(model):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        step, start = steps.get(value), tensor.offset or 0
+        dtype = tensor.dtype.numpy() if step is not None else np.dtype(np.uint8)
+        shape = step.spec.shape if step is not None else (tensor.nbytes,)
+        name = step.weight if step is not None else value.name or ""
+        entry = Entry(name, dtype, shape, start, start + tensor.nbytes)
+        yield _Weight(value, Path(os.path.realpath(tensor.path)), Move(entry, step, name, dtype))
+
+
+# --- where what comes to lie ---------------------------------------------------------------------
+
+
+def _write_data(stage: Path, file_name: str, weights: Sequence[_Weight], ledger: _Ledger) -> None:
+    """Write the weights that lie beside the graph, and tell the graph where they are now."""
+    path, hashes, parts = stage / "weights.data", Hashes(ledger.hashing), _data_parts(weights)
+    with path.open("xb") as target:
+        for source, theirs in itertools.groupby(parts, key=lambda there: there[0]):
+            hashes = hashes.for_next_source()
+            ledger.sources[source] = _carry(source, target, [part for _, part in theirs], hashes, ledger)
+    name = data_name(file_name, hashes.target.hexdigest())
+    path.rename(stage / name)
+    for _, part in parts:
+        if part.weight is not None:
+            _put(part.weight.value, name, part.place, part.end - part.place)
+
+
+def _data_parts(weights: Sequence[_Weight]) -> list[tuple[Path, _Part]]:
+    """The weights with their sources, in the order of their bytes, and each in its page as before.
+
+    Files whose bytes lie alike in their pages can share them on the disk.
+    """
+    parts: list[tuple[Path, _Part]] = []
+    position = 0
+    for weight in sorted(weights, key=lambda weight: (weight.source, weight.old.start)):
+        place = position + (weight.old.start - position) % PAGE
+        if place > position:
+            parts.append((weight.source, _Part(position, place, literal=bytes(place - position))))
+        position = place + weight.old.nbytes
+        parts.append((weight.source, _Part(place, position, weight)))
+    return parts
+
+
+def _graph_parts(model: ir.Model, weights: Sequence[_Weight]) -> list[_Part]:
+    """The graph's own file: its message, and in it the weights that it holds."""
+    mark = secrets.token_hex(8)  # a place that no graph can name
+    for number, weight in enumerate(weights):
+        _put(weight.value, mark, number, weight.old.nbytes)
+    pieces = wire.pieces(message_of(model), mark, [weight.old.nbytes for weight in weights])
+    parts: list[_Part] = []
+    for piece in pieces:
+        place = parts[-1].end if parts else 0
+        if isinstance(piece, bytes):
+            parts.append(_Part(place, place + len(piece), literal=piece))
+        else:
+            parts.append(_Part(place, place + weights[piece].old.nbytes, weights[piece]))
+    if parts[-1].end >= LIMIT:
+        raise RuntimeRefused(
+            f"the graph would have {parts[-1].end:,} bytes, and ends at {LIMIT:,}: save it with its weights in a file "
+            "beside it (external data) first"
+        )
+    return parts
+
+
+def _put(value: ir.Value, location: str, offset: int, length: int) -> None:
+    old = value.const_value
+    assert isinstance(old, ir.ExternalTensor)
+    value.const_value = ir.ExternalTensor(
+        location, offset, length, old.dtype, shape=ir.Shape(old.shape), name=value.name or "", doc_string=old.doc_string
+    )
+
+
+# --- how it gets there ---------------------------------------------------------------------------
+
+
+def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashes, ledger: _Ledger) -> str:
+    """Write parts of a file; returns the hash of all of the source, of which the parts' weights are."""
+    with source.open("rb") as reader:
+        blocks = _blocks(source, reader.fileno(), target.fileno(), parts)
+        room = rewrite.room(part.weight.move for part in parts if part.weight is not None)
+        for block, found in transfer.transfer(source, target.fileno(), blocks, hashes, room=room):
+            if found is not None:
+                ledger.tally(found.weight).merge(found)
+            ledger.progress(block.end - block.place)
+    return hashes.source.hexdigest()
+
+
+def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part]) -> Iterator[Block]:
+    """The parts in their order, and the source in its own, every byte of it once."""
+    cursor = place = 0  # how far the source was read, and the target written
+    for run in _runs(parts):
+        first, place = run[0], run[-1].end
+        if first.weight is None:
+            yield from _literal(first, cursor)
+            continue
+        start, stop = first.weight.old.start, first.weight.old.start + place - first.place
+        if first.weight.move.is_copy:
+            blocks = rewrite.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
+        else:
+            there = replace(first.weight.old, start=first.place, stop=place)
+            blocks = rewrite.changed_blocks(first.weight.move, there)
+        if start < cursor:  # it was read before: for another reader of the same bytes, say
+            blocks = map(functools.partial(_aside, source, read_fd, cursor), blocks)
+        else:
+            yield from _passed_over(cursor, start, first.place)
+            cursor = stop
+        yield from blocks
+    yield from _passed_over(cursor, os.fstat(read_fd).st_size, place)
+
+
+def _runs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """The parts one by one, but for copies that are neighbours in both files."""
+    run: list[_Part] = []
+    for part in parts:
+        if run and not _are_neighbours(run[-1], part):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
+
+
+def _are_neighbours(one: _Part, other: _Part) -> bool:
+    if one.weight is None or other.weight is None or one.end != other.place:
+        return False
+    return one.weight.move.is_copy and other.weight.move.is_copy and one.weight.old.stop == other.weight.old.start
+
+
+def _passed_over(start: int, stop: int, place: int) -> Iterator[Block]:
+    """What the target does not have: read for the source's hash."""
+    for first in range(start, stop, transfer.BLOCK):
+        yield Block(first, min(first + transfer.BLOCK, stop), place, place, work=_nothing)
+
+
+def _nothing(_source: Bytes, _target: Bytes, _spare: Bytes) -> None:
+    """Leave an empty target empty."""
+
+
+def _literal(part: _Part, cursor: int) -> Iterator[Block]:
+    for first in range(0, len(part.literal), transfer.BLOCK):
+        piece = part.literal[first : first + transfer.BLOCK]
+        place = part.place + first
+        yield Block(cursor, cursor, place, place + len(piece), work=functools.partial(_write_literal, piece))
+
+
+def _write_literal(piece: bytes, _source: Bytes, target: Bytes, _spare: Bytes) -> None:
+    target[:] = np.frombuffer(piece, np.uint8)
+
+
+def _aside(source: Path, read_fd: int, cursor: int, block: Block) -> Block:
+    """A block that fetches its own source, which is not hashed with it."""
+
+    def work(_: Bytes, target: Bytes, spare: Bytes) -> Tally | None:
+        before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
+        transfer.read(source, read_fd, before, block.start)
+        found: Tally | None = block.work(before, target, spare) if block.work is not None else None
+        return found
+
+    return Block(cursor, cursor, block.place, block.end, work=work, shared=block.shared)
