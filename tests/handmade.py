@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 
@@ -45,3 +47,33 @@ def peft_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(fields | config))
     return folder
+
+
+def graph_file(path: Path, weights: Mapping[str, Any], *, data: str | Mapping[str, str] = "", **metadata: str) -> Path:
+    """A graph with a MatMul for each of these (in, out) matrices, by x, under the name of its module.
+
+    `data` is the file beside it that holds the matrices, one for all or one for each; without it they lie inside.
+    """
+    values = {name: np.asarray(value) for name, value in weights.items()}
+    nodes = [helper.make_node("MatMul", ["x", name], [f"y{n}"], name=f"node_{n}") for n, name in enumerate(values)]
+    (kind,) = {helper.np_dtype_to_tensor_dtype(value.dtype) for value in values.values()}
+    (inner,) = {value.shape[0] for value in values.values()}
+    x = helper.make_tensor_value_info("x", kind, ["batch", inner])
+    ys = [helper.make_tensor_value_info(f"y{n}", kind, ["batch", v.shape[1]]) for n, v in enumerate(values.values())]
+    tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], ys, tensors), opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )
+    helper.set_model_props(model, metadata)
+    for tensor in model.graph.initializer if data else ():
+        place = path.parent / (data if isinstance(data, str) else data[tensor.name])
+        with place.open("ab") as file:
+            start = file.tell() + -file.tell() % 64
+            file.write(bytes(start - file.tell()) + tensor.raw_data)
+        where = {"location": place.name, "offset": start, "length": len(tensor.raw_data)}
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=str(value))
+    path.write_bytes(model.SerializeToString())
+    return path

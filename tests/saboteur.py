@@ -22,7 +22,15 @@ from typing import Any
 MOMENTS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "truncate")  # of os
 LOADED = [
     *("lora_export.cli.merge", "lora_export.merge", "lora_export.report", "lora_export.cli.progress"),
-    *("lora_export.graph.files", "lora_export.formats.peft", "safetensors", "onnx", "onnx_ir", "saboteur"),
+    *(
+        "lora_export.graph.files",
+        "lora_export.graph.merge",
+        "lora_export.formats.peft",
+        "safetensors",
+        "onnx",
+        "onnx_ir",
+        "saboteur",
+    ),
 ]
 
 
@@ -149,7 +157,7 @@ def publish_graph(target: str, weight: float) -> None:
     def _() -> None:
         with files.stage_file(Path(target), inputs=(), overwrite=True, say=say) as stage:
             graphs.save(model, stage, Path(target).name)
-            graphs.append_metadata(stage / Path(target).name, {"lora_export": f"{weight}"})
+            graphs.append_metadata(stage / Path(target).name, {"lora_export": f'{{"verdict": {weight}}}'})
 
     cli.COMMANDS["publish"] = ""
     cli.LazyGroup.get_command = lambda self, ctx, name: self.commands[name]

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import pytest
 import saboteur
-from handmade import base_file, peft_adapter
+from handmade import base_file, graph_file, peft_adapter
 from saboteur import Ended
 
 from lora_export import cli, files, merge, tensorfile
@@ -54,6 +54,9 @@ def place(tmp_path: Path) -> Path:
     for name, alpha in (("first", 1), ("second", 2)):
         peft_adapter(tmp_path / name, {"fc1": (A, B), "fc2": (A, B)}, lora_alpha=alpha)
     base_file(tmp_path / "bare.safetensors", {"fc1.weight": W, "fc2.weight": W, "rest": np.ones(300)})
+    matrices = {"fc1.weight": W.T, "fc2.weight": 2 * W.T, "rest": np.ones((W.shape[1], 300))}
+    weights = {name: np.float32(matrix) for name, matrix in matrices.items()}
+    graph_file(tmp_path / "base.onnx", weights, data="base.data")
     return tmp_path
 
 
@@ -75,7 +78,7 @@ class Output:
         parts = {self.target.name: self.target.read_bytes()}
         if self.target.suffix == ".onnx":
             graph = onnx.load_from_string(parts[self.target.name])
-            assert graphs.load(self.target).graph.initializers["w"].const_value is not None
+            assert len(graphs.load(self.target).graph.initializers) == len(graph.graph.initializer) > 0
             named = {entry.value for entry in graph.graph.initializer[0].external_data if entry.key == "location"}
             parts |= {name: (self.target.parent / name).read_bytes() for name in named}
         return parts
@@ -122,11 +125,12 @@ def outputs(place: Path) -> dict[str, Output]:
         "folder": merged("base", "out"),
         "file": merged("bare.safetensors", "out.safetensors"),
         "folder without exchange": merged("base", "out", saboteur.command_without_exchange),
+        "merged graph": merged("base.onnx", "merged.onnx"),
         "graph": Output(graph, lambda version: (saboteur.publish_graph, str(graph), float(version + 1))),
     }
 
 
-EVERY_OUTPUT = pytest.mark.parametrize("kind", ["folder", "file", "folder without exchange", "graph"])
+EVERY_OUTPUT = pytest.mark.parametrize("kind", ["folder", "file", "folder without exchange", "graph", "merged graph"])
 
 
 # --- SIGKILL ---
@@ -424,7 +428,7 @@ def positions(sizes: list[int]) -> list[int]:
 
 
 @pytest.mark.fault(27)
-@pytest.mark.parametrize("kind", ["folder", "file", "graph"])
+@pytest.mark.parametrize("kind", ["folder", "file", "graph", "merged graph"])
 def test_a_disk_that_is_full_at_any_byte_ends_with_7_and_leaves_the_old_output(place, kind):
     output = outputs(place)[kind]
     new, old = output.versions()[::-1]
@@ -544,7 +548,7 @@ GRAPH = "import sys; sys.path.append(sys.argv[2]); import saboteur; saboteur.pub
 
 @pytest.mark.fault(29)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed; test_files looks from inside")
-@pytest.mark.parametrize("kind", ["folder", "file", "graph"])
+@pytest.mark.parametrize("kind", ["folder", "file", "graph", "merged graph"])
 def test_everything_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(place, kind):
     output = outputs(place)[kind]
     output.versions()
@@ -563,7 +567,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(p
     assert {os.path.relpath(path, stage) for path in flushed} == {".", *expected}
     last = max(names)
     assert [made[number][1] for number in flushes if number > last] == [[str(place)]]
-    if kind == "graph":  # first the data and its name, then the graph that knows the name
+    if "graph" in kind:  # first the data and its name, then the graph that knows the name
         assert [Path(made[number][1][-1]).suffix for number in names] == [".data", ".onnx"]
         assert [made[number][1] for number in flushes if names[0] < number < last] == [[str(place)]]
 
@@ -977,6 +981,6 @@ def test_a_graph_with_the_longest_name_has_its_data_beside_it(place):
     assert ended.code == 0, ended.told
     again = saboteur.run(saboteur.publish_graph, str(target), 2.0, log=place / "log")
     assert again.code == 0 and again.told.startswith("removed ")
-    (data,) = (path for path in place.iterdir() if path.name.endswith(".data"))
+    (data,) = (path for path in place.iterdir() if path.name.endswith(".data") and path.name != "base.data")
     weight = graphs.load(target).graph.initializers["w"].const_value
     assert weight is not None and np.all(weight.numpy() == 2) and data.stat().st_size == 64 * 64 * 4
