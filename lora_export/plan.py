@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, Misfit, one_line
-from lora_export.lora import EVERY_ROW, Adapter, LoraPair
+from lora_export.lora import EVERY_ROW, Adapter, LoraPair, energies, rescale, sums_in
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NUMBER = re.compile(r"\d+")
@@ -36,8 +36,15 @@ class Layout(StrEnum):
 
     OUT_IN = "out_in"  # nn.Linear, and a convolution's (out, in, kernel)
     IN_OUT = "in_out"  # transformers' Conv1D, and a MatMul's second operand in a graph
+    EMBEDDING = "embedding"  # nn.Embedding: a row for each word, which a linear layer of one-hot inputs calls (in, out)
+    MATRIX = "matrix"  # OUT_IN or EMBEDDING: names and shapes do not tell, the adapter that was trained on it does
     UNKNOWN = "unknown"  # a matrix that the holder cannot place: only the model's class would tell
     OTHER = "other"  # biases, norms, buffers: nothing low-rank lands here
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the weight is stored as the transpose of its (out, in) view."""
+        return self in (Layout.IN_OUT, Layout.EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class TensorSpec:
     @property
     def matrix(self) -> tuple[int, ...]:
         """The shape in the (out, in, ...) view that pairs use."""
-        return self.shape[::-1] if self.layout is Layout.IN_OUT else self.shape
+        return self.shape[::-1] if self.layout.is_turned else self.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +77,18 @@ class Term:
     pair: LoraPair
     strength: float = 1.0
 
+    def __str__(self) -> str:
+        what = f"{self.strength * self.pair.scale:g} * B A (rank {self.pair.rank}, {self.adapter})"
+        what += ", an embedding's" if self.pair.embedding else ""
+        return what if self.pair.magnitude is None else f"{what}, each output to DoRA's length"
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """All that happens to one weight: `terms` and `shift` are added to it, `replace` takes its place."""
+    """All that happens to one weight: `replace` takes its place, `terms` or `shift` are added to it.
+
+    A term with DoRA's magnitude is the only one, and rescales the sum.
+    """
 
     spec: TensorSpec
     terms: tuple[Term, ...] = ()
@@ -85,8 +100,36 @@ class Step:
     def weight(self) -> str:
         return self.spec.name
 
+    @property
+    def magnitude(self) -> NDArray[np.float32] | None:
+        """The length that DoRA gives each output of W + ΔW (out,); None where W + ΔW is all."""
+        return self.terms[0].pair.magnitude if self.terms else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether another tensor takes the weight's place, and nothing is added to it."""
+        return self.replace is not None and not self.terms
+
+    def carried_out(self, weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What a weight in the (out, in, ...) view becomes before it is rounded, and the difference that this makes."""
+        total = weight.astype(sums_in(weight.dtype))
+        change: NDArray[Any] = self.delta()
+        total += change
+        if self.magnitude is not None:
+            self.rescale(total, energies(total))
+            change = total - weight
+        return total, change
+
+    def rescale(self, total: NDArray[Any], squares: NDArray[np.float64], outputs: slice = EVERY_ROW) -> None:
+        """Rescale these outputs of W + ΔW, in the (out, in, ...) view, as DoRA does, in place. See `lora.rescale`."""
+        assert self.magnitude is not None
+        try:
+            rescale(total, self.magnitude[outputs], squares)
+        except InputRefused as refusal:
+            raise InputRefused(f"{self.weight}: {refusal}. Nothing was written.") from refusal
+
     def delta(self) -> NDArray[np.float32]:
-        """What is added to the weight, in the (out, in, ...) view, in fp32."""
+        """What is added to the weight, in the (out, in, ...) view, in fp32; before DoRA rescales the sum."""
         return self.shift if self.shift is not None else _sum(self.terms, EVERY_ROW)
 
     def stored_delta(self, rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -105,7 +148,7 @@ class Step:
 
     @property
     def _stored_terms(self) -> Sequence[Term]:
-        if self.spec.layout is not Layout.IN_OUT:
+        if not self.spec.layout.is_turned:
             return self.terms
         return [replace(term, pair=term.pair.transposed) for term in self.terms]
 
@@ -168,7 +211,7 @@ class Plan:
         counts = [
             (len(self.low_rank), "weights changed"),
             (sum(step.shift is not None for step in self.steps), "biases changed"),
-            (sum(step.replace is not None and not step.added for step in self.steps), "tensors replaced"),
+            (sum(step.is_whole and not step.added for step in self.steps), "tensors replaced"),
             (sum(step.added for step in self.steps), "tensors added"),
             (len(self.kept), "kept as they are"),
         ]
@@ -177,10 +220,8 @@ class Plan:
         for step in self.steps:
             shape = " x ".join(map(str, step.spec.shape))
             if step.terms:
-                done = " + ".join(
-                    f"{term.strength * term.pair.scale:g} * B A (rank {term.pair.rank}, {term.adapter})"
-                    for term in step.terms
-                )
+                done = " + ".join(map(str, step.terms))
+                done += ", to the whole tensor that the adapter brings" if step.replace is not None else ""
             elif step.shift is not None:
                 done = "bias shifted"
             else:
@@ -323,30 +364,62 @@ def _lay(
 
 
 def _clashes(there: Sequence[_Landing]) -> list[Misfit]:
-    """What a whole tensor cannot share its place with: another one, or a change."""
-    owner = next((landing for landing in there if landing.whole is not None), None)
-    if owner is None:
-        return []
+    """What cannot share one place: whole tensors that differ or are changed by others, DoRA, kinds of layers."""
+    return [*_clashes_of_wholes(there), *_clashes_of_pairs([landing for landing in there if landing.term is not None])]
+
+
+def _clashes_of_wholes(there: Sequence[_Landing]) -> Iterator[Misfit]:
+    owner, whole = next(((landing, landing.whole) for landing in there if landing.whole is not None), (None, None))
+    if owner is None or whole is None:
+        return
     name, first = owner.weight, owner.adapter
-    return [
-        Misfit(other.adapter, name, f"{first} replaces {name} too; two whole tensors cannot share one place")
-        if other.whole is not None
-        else Misfit(first, name, f"{first} replaces {name} as a whole, {other.adapter} adds to it; only one can hold")
-        for other in there
-        if other is not owner
-    ]
+    for other in there:
+        if other.whole is not None:
+            if not np.array_equal(other.whole, whole):
+                why = f"{first} replaces {name} too; two whole tensors cannot share one place"
+                yield Misfit(other.adapter, name, why)
+        elif other.adapter != first or other.shift is not None:
+            # Its own pair is another matter: PEFT saves a table of embeddings with the pair that changes it.
+            why = f"{first} replaces {name} as a whole, {other.adapter} adds to it; only one can hold"
+            yield Misfit(first, name, why)
+
+
+def _clashes_of_pairs(there: Sequence[_Landing]) -> Iterator[Misfit]:
+    terms = [landing.term for landing in there if landing.term is not None]
+    for term in terms[1:]:
+        name, first = there[0].weight, terms[0]
+        if first.pair.embedding is not term.pair.embedding:
+            what, other = (
+                ("an embedding", "a linear layer") if term.pair.embedding else ("a linear layer", "an embedding")
+            )
+            yield Misfit(term.adapter, name, f"for {term.adapter} {name} is {what}, for {first.adapter} {other}")
+        elif any(one.pair.magnitude is not None for one in (first, term)):
+            why = (
+                f"{first.adapter} and {term.adapter} both change {name}, and DoRA rescales all that it finds there: "
+                "what comes out depends on the order. Merge one, and the other into what comes out, if that is meant"
+            )
+            yield Misfit(term.adapter, name, why)
 
 
 def _step(there: Sequence[_Landing], base: Mapping[str, TensorSpec]) -> Step:
     """All that lands on one weight, as one step."""
-    weight, whole = there[0].weight, there[0].whole
+    weight = there[0].weight
+    whole = next((landing.whole for landing in there if landing.whole is not None), None)
+    terms = tuple(landing.term for landing in there if landing.term is not None)
+    if terms:
+        return Step(_resolved(base[weight], terms[0].pair), terms, replace=whole)
     if whole is not None:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
         return Step(spec, replace=whole, added=weight not in base)
     shifts = [landing.shift for landing in there if landing.shift is not None]
-    if shifts:
-        return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
-    return Step(base[weight], terms=tuple(landing.term for landing in there if landing.term is not None))
+    return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
+
+
+def _resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:
+    """The spec of a weight that only its pair can tell to be an embedding's or a linear layer's."""
+    if spec.layout is not Layout.MATRIX:
+        return spec
+    return replace(spec, layout=Layout.EMBEDDING if pair.embedding else Layout.OUT_IN)
 
 
 def _name_prefix(landings: Iterable[_Landing], base: Mapping[str, TensorSpec]) -> str:
@@ -483,11 +556,19 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: _Base) 
             "or dequantise it first"
         )
     if spec.layout is Layout.OTHER:
-        return f"{weight} {spec.shape} is not the weight of a linear layer"
+        return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
     if spec.layout is Layout.UNKNOWN:
         return f"{weight} may be stored (out, in) or (in, out): give the model's folder, whose config.json tells"
+    spec = _resolved(spec, pair)
+    if pair.embedding is not (spec.layout is Layout.EMBEDDING):
+        return (
+            f"{weight} is the weight of a linear layer, the adapter was trained on an embedding"
+            if pair.embedding
+            else f"{weight} is an embedding's, the adapter was trained on a linear layer"
+        )
     if spec.matrix != pair.shape:
-        return f"{weight} is {spec.matrix} (out, in), the adapter wants {pair.shape}"
+        view = "(width, rows)" if pair.embedding else "(out, in)"
+        return f"{weight} is {spec.matrix} {view}, the adapter wants {pair.shape}"
     return ""
 
 

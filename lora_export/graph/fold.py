@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph.sites import FOLDED_FROM, Site, Sites, flipped, readers, unused, value_names
 from lora_export.ledger import StepResult, Tally
-from lora_export.lora import add
 from lora_export.plan import Layout, Plan, Step
 
 
@@ -35,9 +34,26 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
-    scaled = {term.adapter for step in plan.steps for term in step.terms if term.pair.magnitude is not None}
-    if scaled:
-        raise InputRefused(f"{', '.join(sorted(scaled))}: DoRA is not supported in a graph yet")
+
+
+def refuse_what_no_branch_can_do(plan: Plan) -> None:
+    """Raise InputRefused for pairs that can be folded into a graph's weights and not yet stand beside them."""
+    refuse_what_a_graph_cannot_take(plan)
+    for step in plan.steps:
+        for term in step.terms:
+            if term.pair.magnitude is not None:
+                what = "DoRA"
+            elif term.pair.embedding:
+                what = "an adapter of an embedding"
+            elif term.pair.a.ndim > 2:
+                what = "an adapter of a convolution"
+            elif step.replace is not None:
+                what = "a pair on a tensor that its adapter brings"
+            else:
+                continue
+            raise InputRefused(
+                f"{term.adapter}: {step.weight}: {what} cannot stand beside a graph's weights yet. Merge it into them"
+            )
 
 
 def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
@@ -48,17 +64,26 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
     tally = Tally(step.weight)
     for value, there in by_value.items():
         before, layout = there[0].array, there[0].layout
+        turned = layout not in (step.spec.layout, Layout.OTHER)
+        start = before if step.replace is None else step.replace.T if turned else step.replace
         with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-            if step.replace is not None:
-                turned = layout not in (step.spec.layout, Layout.OTHER)
-                after = (step.replace.T if turned else step.replace).astype(before.dtype)
+            if step.is_whole:
+                after = start.astype(before.dtype)
             else:
-                change = step.delta().T if layout is Layout.IN_OUT else step.delta()
-                after = add(before, change)
-                tally.count(before, change, after)
+                after = _carried_out(step, start, before.dtype, layout, tally)
         refuse_overflow(step.weight, after, before=before)
         _store(model, sites, value, there, step, np.ascontiguousarray(after))
-    return tally.result() if step.replace is None else None
+    return None if step.is_whole else tally.result()
+
+
+def _carried_out(step: Step, start: NDArray[Any], dtype: np.dtype[Any], layout: Layout, tally: Tally) -> NDArray[Any]:
+    """W' in the dtype and the layout of its initializer."""
+    lies = step.spec.layout if layout is Layout.OTHER else layout
+    view = start.T if lies.is_turned else start  # (out, in, ...)
+    total, change = step.carried_out(view)
+    after = total.astype(dtype)
+    tally.count(view, change, after)
+    return after.T if lies.is_turned else after
 
 
 def _store(
