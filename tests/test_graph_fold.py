@@ -302,6 +302,14 @@ def test_an_embedding_is_folded_row_by_row_and_a_convolution_by_its_kernels(magn
         np.testing.assert_allclose(stored(model, name), total.T if pair.embedding else total, rtol=3e-7)
 
 
+def test_a_pair_is_added_to_the_whole_tensor_that_comes_with_it() -> None:
+    model = a_graph(GEMM)
+    brought = np.full((2, 3), 100, np.float32)
+    (result,) = folded(model, an_adapter({"m": PAIR}, replaced={"m.weight": brought}))
+    assert stored(model, "m.weight").tolist() == (brought + PAIR.delta()).tolist()
+    assert result.retention == 1
+
+
 # --- real exports, against PyTorch ---
 
 

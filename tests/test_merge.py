@@ -429,6 +429,36 @@ def test_a_base_in_fp64_is_summed_in_fp64(tmp_path):
     assert (stored.tolist(), stored.dtype) == ([[2**40 + 2**-10, 1e200]], np.float64)
 
 
+def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
+    # The adapter brings both, equal, and a pair for one: what comes out differs.
+    (tmp_path / "base").mkdir()
+    words = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+    base_file(tmp_path / "base/model.safetensors", {"embed.weight": words})
+    config = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], "vocab_size": 3}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    adapter = peft_adapter(tmp_path / "adapter", {}, {"embed.base_layer.weight": words, "head.weight": words})
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.embed.lora_embedding_A"] = np.array([[0, 0, 1]], np.float32)
+    tensors["base_model.model.embed.lora_embedding_B"] = np.array([[10], [20]], np.float32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merged(tmp_path / "base", adapter, tmp_path / "out")
+    ours = load_file(tmp_path / "out/model.safetensors")
+    assert ours["embed.weight"].tolist() == [[1, 2], [3, 4], [15, 26]]
+    assert ours["head.weight"].tolist() == words.tolist()
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_pair_on_a_tensor_that_comes_in_fp64_is_summed_there(tmp_path, monkeypatch):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((30, 20))})
+    brought = 1 + np.arange(600).reshape(30, 20) * 2.0**-40
+    pairs = {"fc": (np.full((1, 20), 2.0**-20), np.ones((30, 1)))}
+    adapter = peft_adapter(tmp_path / "adapter", pairs, {"fc.weight": brought})
+    monkeypatch.setattr(transfer, "BLOCK", 256)
+    merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+    ours = load_file(tmp_path / "out/model.safetensors")["fc.weight"]
+    assert ours.tolist() == (brought + 2.0**-20).astype(np.float32).tolist()
+
+
 def test_two_adapters_are_summed_before_the_one_rounding(tmp_path):
     # Around 256 bf16 has every second number: 256 + 1 + 1 is 258, but one after the other 256 + 1 is 256.
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[256]]}, BF16)
@@ -820,6 +850,16 @@ def test_a_large_weight_is_measured_by_a_sample_that_holds_its_share_of_the_chan
     assert result.elements == measured
     assert result.retention == pytest.approx(whole.retention, rel=0.2 if measured < 2000 else 1e-6)
     assert result.noise == pytest.approx(whole.noise, rel=0.2 if measured < 2000 else 1e-6)
+
+
+def test_doras_change_is_measured_in_every_row(tmp_path, monkeypatch):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.eye(40, 50)})
+    lengths = {"base_model.model.fc.lora_magnitude_vector": np.linspace(1, 2, 40, dtype=np.float32)}
+    adapter = dora_by_hand(tmp_path / "adapter", {"fc": (np.zeros((1, 50)), np.ones((40, 1)))}, lengths)
+    monkeypatch.setattr(rewrite, "MEASURED", 500)
+    monkeypatch.setattr(transfer, "BLOCK", 5 * 50 * 4)
+    (result,) = merged(tmp_path / "base.safetensors", adapter, tmp_path / "out").results
+    assert (result.elements, result.changed, result.retention) == (2000, 39, 1)
 
 
 def faint(tmp_path: Path, size: float) -> tuple[Path, Path]:
