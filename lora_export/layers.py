@@ -134,7 +134,7 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole tensor that stands in the base's place."""
+    """A whole tensor that stands in the base's place. Without names: the base's own, but for some rows."""
 
     adapter: str
     tensor: str  # the adapter's own name for it
@@ -369,14 +369,20 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
         _refuse_attaching(step, places[step.weight])
         if step.magnitude is not None:
             _result(step, places[step.weight].tensor)  # an output without a direction would become NaN
-    wholes = {step.weight: _whole(step, places[step.weight].tensor) for step in plan.steps if step.replace is not None}
+    wholes = {
+        step.weight: _whole(step, places[step.weight].tensor)
+        for step in plan.steps
+        if step.replace is not None or step.rows is not None
+    }
     if trainable:
         module.requires_grad_(False)
     names = _parameter_names(adapter.name for adapter in plan.adapters)
     for step in plan.steps:
         place = places[step.weight]
         place.owner.__dict__.setdefault(STATE, _Attachment(type(place.owner)))
-        if step.weight in wholes:
+        if step.brings_rows:
+            _put_rows(module, place, wholes[step.weight])
+        elif step.weight in wholes:
             _put_whole(place, plan, step, wholes[step.weight], trainable=trainable and not step.terms)
         if step.shift is not None:
             _adapt(place.owner)
@@ -439,6 +445,15 @@ def _put_whole(place: _Place, plan: Plan, step: Step, value: Tensor, *, trainabl
     if isinstance(place.tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=trainable and value.is_floating_point())
     _slots(place.owner, place.attribute)[place.attribute] = value
+
+
+def _put_rows(module: nn.Module, place: _Place, value: Tensor) -> None:
+    """Put a table with some rows of its own wherever the old one stands: PEFT trains them for tied tensors as one."""
+    table = nn.Parameter(value, requires_grad=False)
+    for twin in [twin for twin in _places(module) if twin.tensor is place.tensor]:
+        twin.owner.__dict__.setdefault(STATE, _Attachment(type(twin.owner)))
+        _attachment(twin.owner).wholes += (_Whole("", "", twin.attribute, twin.tensor),)
+        _slots(twin.owner, twin.attribute)[twin.attribute] = table
 
 
 def _slots(owner: nn.Module, attribute: str) -> dict[str, Any]:
@@ -577,7 +592,10 @@ def _result(step: Step, base: Tensor) -> Tensor:
 
 def _whole(step: Step, base: Tensor) -> Tensor:
     """The tensor that takes the base's place, in its dtype. Raises InputRefused unless all is finite."""
-    whole = _tensor(np.asarray(step.replace)).to(base.device)
+    whole = base.detach().clone() if step.replace is None else _tensor(step.replace).to(base.device)
+    if step.rows is not None:
+        places = torch.from_numpy(step.rows.indices).to(base.device)
+        whole[places] = _tensor(step.rows.values).to(whole)
     return _finite(step, whole, whole, base.dtype)
 
 
@@ -618,7 +636,7 @@ def _places_of(module: nn.Module, plan: Plan) -> dict[str, _Place]:
     """Where each step lands. Raises InputRefused for what neither `attach` nor `fold` can do."""
     attachments = [_attachment(owner) for owner in module.modules() if STATE in owner.__dict__]
     names = {branch.adapter for there in attachments for branch in there.branches}
-    names |= {whole.adapter for there in attachments for whole in there.wholes}
+    names |= {whole.adapter or "rows of tokens" for there in attachments for whole in there.wholes}
     if attachments:
         raise InputRefused(
             f"adapters are attached already ({', '.join(sorted(names))}): detach first, or make one plan of all of them"
@@ -637,7 +655,8 @@ def refuse_tied(module: nn.Module, plan: Plan) -> None:
         tensor = place.tensor
         # The address also finds two parameters that share their memory; meta tensors have none.
         names.setdefault(tensor.data_ptr() or id(tensor), []).append(place.name)
-    tied = [group for group in names.values() if len(group) > 1 and any(name in plan.by_weight for name in group)]
+    steps = {step.weight for step in plan.steps if not step.brings_rows}  # PEFT trains rows for all names at once
+    tied = [group for group in names.values() if len(group) > 1 and any(name in steps for name in group)]
     if tied:
         groups = "; ".join(" and ".join(group) for group in tied)
         raise InputRefused(
@@ -780,7 +799,7 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
                 pairs[branch.module] = _read_pair(owner, branch, like.pairs[branch.module])
                 found = True
         for whole in attachment.wholes:
-            if whole.adapter == like.name:
+            if whole.tensor and whole.adapter == like.name:
                 replaced[whole.tensor] = _array(_slots(owner, whole.attribute)[whole.attribute])
                 found = True
     if not found:

@@ -109,6 +109,32 @@ class LoraPair:
         return product
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a table, such as some tokens' embeddings, that were trained by themselves and take the base's places.
+
+    Raises InputRefused when an index is negative or named twice, shapes disagree, or a value is not finite.
+    """
+
+    indices: NDArray[np.int64]  # (rows,)
+    values: NDArray[Any]  # (rows, width)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "indices", np.array(self.indices, np.int64))
+        if self.values.ndim != 2 or self.indices.shape != self.values.shape[:1]:
+            raise InputRefused(f"{self.indices.size} rows are named, the values are {self.values.shape}")
+        if (self.indices < 0).any() or len(np.unique(self.indices)) < self.indices.size:
+            raise InputRefused(f"rows must be different and not negative: {self.indices.tolist()}")
+        bad = self.values.size - np.count_nonzero(np.isfinite(self.values.astype(np.float64)))
+        if bad:
+            raise InputRefused(f"the rows hold {bad} values that are not finite (NaN or infinity)")
+
+    def put_into(self, table: NDArray[Any], first: int = 0) -> None:
+        """Write the rows that lie in this part of the table, which begins with the row `first`."""
+        here = (self.indices >= first) & (self.indices < first + len(table))
+        table[self.indices[here] - first] = self.values[here].astype(table.dtype)
+
+
 def _is_power_of_two(scale: np.float32) -> bool:
     return abs(math.frexp(scale)[0]) == 0.5
 
@@ -137,6 +163,7 @@ class Adapter:
     pairs: Mapping[str, LoraPair]  # module -> pair
     replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> the whole tensor
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
+    rows: Mapping[str, Rows] = field(default_factory=dict)  # tensor -> rows of it
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -144,7 +171,7 @@ class Adapter:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "replaced", "biases", "spelling", "metadata"):
+        for name in ("pairs", "replaced", "biases", "rows", "spelling", "metadata"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def spelled(self, name: str) -> str:
@@ -155,7 +182,9 @@ class Adapter:
     def is_identity(self) -> bool:
         """True where merging the adapter would change nothing."""
         shifted = any(change.any() for change in self.biases.values())
-        return not self.replaced and not shifted and all(pair.is_identity for pair in self.pairs.values())
+        if self.replaced or self.rows or shifted:
+            return False
+        return all(pair.is_identity for pair in self.pairs.values())
 
     @property
     def parameters(self) -> int:
@@ -163,6 +192,7 @@ class Adapter:
         sides = ((pair.a, pair.b, pair.magnitude) for pair in self.pairs.values())
         low_rank = sum(side.size for pair in sides for side in pair if side is not None)
         whole = sum(tensor.size for tensor in (*self.replaced.values(), *self.biases.values()))
+        whole += sum(rows.values.size for rows in self.rows.values())
         return int(low_rank + whole)
 
 

@@ -101,14 +101,15 @@ def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
 def refuse_torn_tie(plan: Plan, base: Checkpoint) -> None:
     """Raise InputRefused where the input embeddings change, and the output embeddings are the same stored tensor.
 
-    Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen.
+    Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen. Rows
+    of tokens are another matter: where a model is tied, PEFT trains them for both.
     """
     architecture = str((base.config.get("architectures") or [""])[0])
     tables = _word_tables(plan, base)
     if len(tables) != 1 or not base.config.get("tie_word_embeddings", True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
-    if step is not None:
+    if step is not None and not step.brings_rows:
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter was trained without. "
             "Untie the base first (save it with tie_word_embeddings false), or train with ensure_weight_tying"
@@ -202,7 +203,7 @@ def _blocks(
 
 
 def _equal(one: Step, other: Step) -> bool:
-    if one.terms or other.terms or one.replace is None or other.replace is None:
+    if one.terms or other.terms or one.rows or other.rows or one.replace is None or other.replace is None:
         return False
     return np.array_equal(one.replace, other.replace)
 

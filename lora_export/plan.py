@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, Misfit, one_line
-from lora_export.lora import EVERY_ROW, Adapter, LoraPair, energies, rescale, sums_in
+from lora_export.lora import EVERY_ROW, Adapter, LoraPair, Rows, energies, rescale, sums_in
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NUMBER = re.compile(r"\d+")
@@ -85,7 +85,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """All that happens to one weight: `replace` takes its place, `terms` or `shift` are added to it.
+    """All that happens to one weight: `replace` takes its place, `rows` that of its rows, `terms` or `shift` are added.
 
     A term with DoRA's magnitude is the only one, and rescales the sum.
     """
@@ -94,6 +94,7 @@ class Step:
     terms: tuple[Term, ...] = ()
     shift: NDArray[np.float32] | None = None  # a bias's addition
     replace: NDArray[Any] | None = None
+    rows: Rows | None = None  # never with terms
     added: bool = False  # the base has no such tensor; `spec` describes the new one
 
     @property
@@ -107,8 +108,13 @@ class Step:
 
     @property
     def is_whole(self) -> bool:
-        """Whether another tensor takes the weight's place, and nothing is added to it."""
-        return self.replace is not None and not self.terms
+        """Whether other values take the weight's place, and nothing is added to it."""
+        return not self.terms and (self.replace is not None or self.rows is not None)
+
+    @property
+    def brings_rows(self) -> bool:
+        """Whether the base keeps all but some rows."""
+        return self.rows is not None and self.replace is None
 
     def carried_out(self, weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """What a weight in the (out, in, ...) view becomes before it is rounded, and the difference that this makes."""
@@ -211,7 +217,8 @@ class Plan:
         counts = [
             (len(self.low_rank), "weights changed"),
             (sum(step.shift is not None for step in self.steps), "biases changed"),
-            (sum(step.is_whole and not step.added for step in self.steps), "tensors replaced"),
+            (sum(step.is_whole and not step.added and not step.brings_rows for step in self.steps), "tensors replaced"),
+            (sum(step.brings_rows for step in self.steps), "tables of which rows are replaced"),
             (sum(step.added for step in self.steps), "tensors added"),
             (len(self.kept), "kept as they are"),
         ]
@@ -225,7 +232,9 @@ class Plan:
             elif step.shift is not None:
                 done = "bias shifted"
             else:
-                done = "added" if step.added else "replaced"
+                done = "added" if step.added else "" if step.brings_rows else "replaced"
+                if step.rows is not None:
+                    done += f"{', then ' if done else ''}{step.rows.indices.size} rows replaced"
             lines.append(one_line(f"  {self.output_name(step)}  [{shape} {step.spec.dtype}]  {done}"))
         return "\n".join(lines)
 
@@ -306,7 +315,7 @@ def _idle(adapter: Adapter, strength: float) -> str:
     if adapter.is_identity:
         return "every B (or A, or scale) is zero, as in a fresh adapter"
     scales = [abs(strength * pair.scale) for pair in adapter.pairs.values()]
-    if not adapter.replaced and max(scales, default=0) < SMALLEST:
+    if not adapter.replaced and not adapter.rows and max(scales, default=0) < SMALLEST:
         return f"its weight {strength:g} makes every scale zero in float32"
     return ""
 
@@ -334,6 +343,7 @@ class _Landing:
     term: Term | None = None
     shift: NDArray[np.float32] | None = None
     whole: NDArray[Any] | None = None
+    rows: Rows | None = None
 
 
 def _lay(
@@ -360,12 +370,16 @@ def _lay(
         there = prefix.to_base(tensor) or tensor
         target = there if there in base else tensor
         judge(tensor, target, _replacement_problem(target, value, base, may_add=may_add), whole=value)
+    for tensor, rows in adapter.rows.items():
+        there = prefix.to_base(tensor) or tensor
+        judge(tensor, there, _rows_problem(there, rows, base), rows=rows)
     return landed, unfit
 
 
 def _clashes(there: Sequence[_Landing]) -> list[Misfit]:
     """What cannot share one place: whole tensors that differ or are changed by others, DoRA, kinds of layers."""
-    return [*_clashes_of_wholes(there), *_clashes_of_pairs([landing for landing in there if landing.term is not None])]
+    pairs = [landing for landing in there if landing.term is not None]
+    return [*_clashes_of_wholes(there), *_clashes_of_rows(there), *_clashes_of_pairs(pairs)]
 
 
 def _clashes_of_wholes(there: Sequence[_Landing]) -> Iterator[Misfit]:
@@ -382,6 +396,23 @@ def _clashes_of_wholes(there: Sequence[_Landing]) -> Iterator[Misfit]:
             # Its own pair is another matter: PEFT saves a table of embeddings with the pair that changes it.
             why = f"{first} replaces {name} as a whole, {other.adapter} adds to it; only one can hold"
             yield Misfit(first, name, why)
+
+
+def _clashes_of_rows(there: Sequence[_Landing]) -> Iterator[Misfit]:
+    rows = [(landing, landing.rows) for landing in there if landing.rows is not None]
+    taken: dict[int, str] = {}
+    for landing, own in rows:
+        shared = sorted(set(own.indices.tolist()) & taken.keys())
+        if shared:
+            why = f"{taken[shared[0]]} replaces rows of {landing.weight} too, row {shared[0]} among them"
+            yield Misfit(landing.adapter, landing.weight, why)
+        taken |= dict.fromkeys(own.indices.tolist(), landing.adapter)
+    if rows:
+        owner = rows[0][0]
+        for other in there:
+            if other.term is not None:
+                why = f"{owner.adapter} replaces rows of {owner.weight}, {other.adapter} adds to it; only one can hold"
+                yield Misfit(owner.adapter, owner.weight, why)
 
 
 def _clashes_of_pairs(there: Sequence[_Landing]) -> Iterator[Misfit]:
@@ -408,6 +439,10 @@ def _step(there: Sequence[_Landing], base: Mapping[str, TensorSpec]) -> Step:
     terms = tuple(landing.term for landing in there if landing.term is not None)
     if terms:
         return Step(_resolved(base[weight], terms[0].pair), terms, replace=whole)
+    rows = [landing.rows for landing in there if landing.rows is not None]
+    if rows:
+        every = Rows(np.concatenate([one.indices for one in rows]), np.concatenate([one.values for one in rows]))
+        return Step(base[weight], replace=whole, rows=every)
     if whole is not None:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
         return Step(spec, replace=whole, added=weight not in base)
@@ -445,7 +480,7 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
 
     A prefix is believed only when it makes *every* pair land; two that do are an error.
     """
-    modules = list(adapter.pairs) or [name.rpartition(".")[0] for name in adapter.replaced]
+    modules = list(adapter.pairs) or [name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.rows)]
     if not modules:
         return Prefix()
 
@@ -577,6 +612,17 @@ def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, Ten
         return f"the base has no {bias} to shift"
     if base[bias].shape != change.shape:
         return f"the base's {bias} has shape {base[bias].shape}, the adapter adds {change.shape}"
+    return ""
+
+
+def _rows_problem(name: str, rows: Rows, base: _Base) -> str:
+    if name not in base:
+        return f"there is no {name} to replace rows of{base.nearest(name)}"
+    shape = base[name].shape
+    if not base[name].is_float or len(shape) != 2 or shape[1:] != rows.values.shape[1:]:
+        return f"{name} is {shape} {base[name].dtype}, the adapter replaces rows of {rows.values.shape[1]} floats"
+    if rows.indices.max() >= shape[0]:
+        return f"{name} has {shape[0]} rows, the adapter replaces row {rows.indices.max()}"
     return ""
 
 

@@ -113,8 +113,9 @@ def placed(placement: Placement) -> str:
 
 def print_adapter(to: Console, adapter: Adapter) -> None:
     """What an adapter file holds, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at strength 1."""
-    counts = {"low-rank pair": adapter.pairs, "whole tensor": adapter.replaced, "bias": adapter.biases}
-    held = ", ".join(f"{len(there)} {what}{_s(len(there))}" for what, there in counts.items() if there)
+    counts = {"low-rank pair": len(adapter.pairs), "whole tensor": len(adapter.replaced), "bias": len(adapter.biases)}
+    counts["row"] = sum(rows.indices.size for rows in adapter.rows.values())
+    held = ", ".join(f"{count} {what}{_s(count)}" for what, count in counts.items() if count)
     _say(to, f"{adapter.name}: {adapter.format}, {held or 'empty'}, {adapter.parameters:,} parameters", style="bold")
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
@@ -124,6 +125,8 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
         _say(to, "DoRA rescales W + ΔW: how much changes in all, only the base's weights would tell")
     for name, tensor in adapter.replaced.items():
         _say(to, f"replaced as a whole: {name}  {_shape(tensor.shape)} {tensor.dtype}")
+    for name, own in adapter.rows.items():
+        _say(to, f"rows replaced: {name}  {_shape(own.values.shape)} {own.values.dtype}")
     for name, change in adapter.biases.items():
         _say(to, f"added to a bias: {name}  {_shape(change.shape)}")
     if adapter.is_identity:

@@ -143,14 +143,11 @@ def _change(
     shape = _shape(move, rows)
     merged = target.view(place.dtype).reshape(shape)
     with np.errstate(over="ignore", invalid="ignore"):  # _refuse_overflow looks for it, and knows the tensor's name
-        if move.step is not None and move.step.is_whole and move.step.replace is not None:
-            whole = move.step.replace[rows] if move.old.shape else move.step.replace
-            np.copyto(merged, whole, casting="unsafe")
-            _refuse_overflow(place, whole, merged)
-            return None
         weight = _weight(move, rows, source)
-        if move.step is None:
+        if move.step is None or move.step.is_whole:
             np.copyto(merged, weight, casting="unsafe")
+            if move.step is not None and move.step.rows is not None:
+                move.step.rows.put_into(merged, rows.start)
             _refuse_overflow(place, weight, merged)
             return None
         change, total = _two(spare, shape, sums_in(weight.dtype))
@@ -171,7 +168,7 @@ def _change(
 def _weight(move: Move, rows: slice, stored: Bytes) -> NDArray[Any]:
     """What the step begins with: the base's rows, or those of the tensor that takes their place."""
     if move.step is not None and move.step.replace is not None:
-        return move.step.replace[rows]
+        return move.step.replace[rows] if move.old.shape else move.step.replace
     return stored.view(move.old.dtype).reshape(_shape(move, rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -19,13 +20,13 @@ import torch
 from handmade import peft_adapter
 from safetensors.numpy import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats import peft as reader
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 
 # --- Real adapters ---
 
@@ -354,6 +355,32 @@ def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_
     assert formats.load(tmp_path / "mine").sha256 != one.sha256
 
 
+def a_llama(**config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes, **config))
+
+
+@pytest.mark.parametrize(
+    ("indices", "tensors"),
+    [
+        ([3, 1], ["model.embed_tokens.weight"]),
+        ({"embed_tokens": [3, 1], "lm_head": [0, 2, 5]}, ["lm_head.weight", "model.embed_tokens.weight"]),
+    ],
+)
+def test_rows_of_tokens_are_read_with_their_places(tmp_path, indices, tensors):
+    model = trained(a_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    adapter = read_back(model, tmp_path)
+    assert sorted(adapter.rows) == tensors and not adapter.is_identity
+    merged = model.merge_and_unload().state_dict()
+    for name, rows in adapter.rows.items():
+        said = indices if isinstance(indices, list) else indices[name.split(".")[-2]]
+        assert rows.indices.tolist() == said
+        assert rows.values.tolist() == merged[name][said].tolist()
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert adapter.spelled("model.embed_tokens.weight") == key
+
+
 # --- Writing ---
 
 
@@ -443,7 +470,7 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
         ({"target_parameters": ["experts.up"]}, "target_parameters: LoRA on bare parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices: trained token rows are not supported yet"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices is '1', which I do not understand"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
         ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
@@ -549,7 +576,7 @@ def test_the_bias_of_b_must_be_finite_too(tmp_path):
         (["emb.lora_embedding_A.weight", "emb.lora_embedding_B.bias"], "unknown kinds of tensors: "),
         (["fc.lora_magnitude_vector.bias"], "unknown kinds of tensors: "),
         (["fc.lora_A"], "unknown kinds of tensors: "),
-        (["emb.token_adapter.trainable_tokens_delta"], "trained token rows are not supported yet: "),
+        (["emb.token_adapter.base_layer.weight"], "unknown kinds of tensors: "),
         (["fc.lora_C.weight"], "unknown kinds of tensors: "),
         (["fc.lora_A.bias"], "unknown kinds of tensors: "),
     ],
@@ -601,6 +628,42 @@ def test_tensors_that_do_not_go_together_are_refused_with_their_module(tmp_path,
 def test_lengths_of_a_layer_without_a_pair_are_refused(tmp_path):
     told = refusal(with_tensors(tmp_path, {"base_model.model.other.lora_magnitude_vector": [1]}))
     assert told.endswith("is refused:\n  other: a magnitude without lora_A")
+
+
+ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "indices", "message"),
+    [
+        ({ROWS: [[1, 2]]}, None, "  emb.weight: the config does not say which rows these are"),
+        ({ROWS: [[1, 2]]}, {"other": [1]}, "  trainable_token_indices names other, and there are rows for emb.weight"),
+        ({}, [1], "  trainable_token_indices is a list, and there are rows for no module"),
+        (
+            {ROWS: [[1, 2]], ROWS.replace("emb", "head"): [[1, 2]]},
+            [1],
+            "  trainable_token_indices is a list, and there are rows for emb.weight, head.weight",
+        ),
+        ({ROWS: [[1, 2]]}, [1, 2], "  emb.weight: 2 rows are named, the values are (1, 2)"),
+        ({ROWS: [[1, 2], [3, 4]]}, [1, 1], "  emb.weight: rows must be different and not negative: [1, 1]"),
+        ({ROWS: [[1, 2]]}, [-1], "  emb.weight: rows must be different and not negative: [-1]"),
+        ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, np.inf]]}, [1], "  emb.weight: the rows hold 1 values that are not finite (NaN or infinity)"),
+    ],
+)
+@pytest.mark.fault(12, 18)
+def test_rows_whose_places_are_not_clear_are_refused(tmp_path, tensors, indices, message):
+    told = refusal(with_tensors(tmp_path, tensors, trainable_token_indices=indices))
+    assert message in told.splitlines()
+
+
+def test_rows_are_not_written(tmp_path):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    there = dataclasses.replace(adapter, rows={"emb.weight": Rows(np.array([1]), np.ones((1, 2)))})
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(there, tmp_path, rank=1, alpha=2, targets=["fc"])
 
 
 @pytest.mark.fault(18)

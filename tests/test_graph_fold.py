@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.graph import fold, sites
-from lora_export.lora import Adapter, LoraPair
+from lora_export.graph import branches, fold, sites
+from lora_export.lora import Adapter, LoraPair, Rows
 
 # ΔW = 2 * [[1], [2]] [[1, 0, -1]] = [[2, 0, -2], [4, 0, -4]]   (out, in)
 PAIR = LoraPair(a=[[1, 0, -1]], b=[[1], [2]], scale=2.0)
@@ -300,6 +300,15 @@ def test_an_embedding_is_folded_row_by_row_and_a_convolution_by_its_kernels(magn
             length = np.linalg.norm(total.reshape(2, -1), axis=1)
             total *= (np.array(magnitude) / length).reshape(2, *[1] * (total.ndim - 1))
         np.testing.assert_allclose(stored(model, name), total.T if pair.embedding else total, rtol=3e-7)
+
+
+def test_rows_of_tokens_are_refused_by_name() -> None:
+    there = {"m.weight": Rows(np.array([1]), np.ones((1, 3), np.float32))}
+    for execute in (fold.fold, branches.branch):
+        model = a_graph(GEMM)
+        found, made = planned(model, an_adapter({}, rows=there))
+        with pytest.raises(InputRefused, match=r"m\.weight: rows of tokens cannot be put into a graph, .* checkpoint"):
+            execute(model, found, made)
 
 
 def test_a_pair_is_added_to_the_whole_tensor_that_comes_with_it() -> None:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -200,6 +201,34 @@ def test_an_embedding_that_comes_whole_with_its_pair_is_both(tmp_path):
     assert torch.equal(settled(IDS), expected)
     layers.detach(attached)
     assert torch.equal(attached(IDS), base(IDS))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rows_of_tokens_are_pefts_in_a_tied_model_too(tmp_path, is_tied):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=is_tied, **sizes)
+    base = LlamaForCausalLM(config).eval()
+    model = trained(base, target_modules=["q_proj"], trainable_token_indices=[3, 10])
+    the_plan = plan_of(model, base, tmp_path)
+    attached, folded = copy.deepcopy(base), copy.deepcopy(base)
+    layers.attach(attached, the_plan)
+    layers.fold(folded, the_plan)
+    theirs = model(IDS).logits
+    torch.testing.assert_close(attached(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+    with layers.strength(attached, 0, keep_whole=True):
+        kept = attached(IDS).logits
+    with layers.strength(attached, 0):
+        assert torch.equal(attached(IDS).logits, base(IDS).logits)
+    assert (kept - base(IDS).logits).abs().max() > 0.1
+    assert attached.lm_head.weight is attached.model.embed_tokens.weight or not is_tied
+    settled = copy.deepcopy(attached)
+    layers.settle(settled, {}, chosen={})
+    torch.testing.assert_close(settled(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+    layers.detach(attached)
+    assert torch.equal(attached(IDS).logits, base(IDS).logits)
+    assert (attached.lm_head.weight is attached.model.embed_tokens.weight) is is_tied
 
 
 def test_training_moves_lengths_too_and_the_norm_takes_no_part_in_gradients(tmp_path):

@@ -429,6 +429,43 @@ def test_a_base_in_fp64_is_summed_in_fp64(tmp_path):
     assert (stored.tolist(), stored.dtype) == ([[2**40 + 2**-10, 1e200]], np.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rows_of_tokens_are_pefts_and_those_of_a_tied_model_are_both_inputs_and_outputs(
+    tmp_path, monkeypatch, tied, is_tied, dtype
+):
+    base = copy.deepcopy(tied).to(dtype)
+    if not is_tied:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
+    base.save_pretrained(tmp_path / "base")
+    indices = [7, 19, 0] if is_tied else {"embed_tokens": [7, 19, 0], "lm_head": [3]}
+    model = trained(base, sixty_fourths, r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(transfer, "BLOCK", 100)  # three rows
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert loaded.config.tie_word_embeddings is is_tied
+    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    before = base.state_dict()
+    changed = {
+        k: (v != before[k]).any(1).nonzero().ravel().tolist() for k, v in loaded.state_dict().items() if v.ndim > 1
+    }
+    assert changed["model.embed_tokens.weight"] == [0, 7, 19]
+    assert changed["lm_head.weight"] == ([0, 7, 19] if is_tied else [3])
+    assert report.replaced == (1 if is_tied else 2)
+
+
+def test_rows_that_the_bases_type_cannot_hold_are_refused(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[1]], "emb.weight": [[1], [2]]}, np.float16)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[1]], [[1]])}, trainable_token_indices=[1])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.emb.token_adapter.trainable_tokens_delta"] = np.array([[1e5]], np.float32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputRefused, match=r"^emb\.weight: 1 values would lie beyond 65504"):
+        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+
+
 def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
     # The adapter brings both, equal, and a pair for one: what comes out differs.
     (tmp_path / "base").mkdir()

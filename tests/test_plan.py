@@ -11,7 +11,7 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
-from lora_export.lora import EVERY_ROW, Adapter, LoraPair
+from lora_export.lora import EVERY_ROW, Adapter, LoraPair, Rows
 from lora_export.plan import Layout, Plan, Step, TensorSpec, Term
 
 A = [[1, 2, 3]]  # (rank 1, in 3)
@@ -218,6 +218,58 @@ def test_a_pair_stands_on_the_whole_tensor_that_its_own_adapter_brings():
     apart = [holding(replaced={"emb.weight": whole}), adapter("other", emb=table())]
     assert misfits(apart, base) == [
         "emb.weight: mine replaces emb.weight as a whole, other adds to it; only one can hold"
+    ]
+
+
+def rows(*indices: int, width: int = 3) -> Rows:
+    return Rows(np.array(indices), np.ones((len(indices), width), np.float32) * (1 + np.array(indices)[:, None]))
+
+
+def test_rows_of_several_adapters_are_one_step_where_no_row_is_taken_twice():
+    one, two = (holding(name, rows={"emb.weight": there}) for name, there in (("one", rows(4, 1)), ("two", rows(2))))
+    made = plan.make([one, two], [matrix("emb.weight", 5, layout=Layout.MATRIX)])
+    (step,) = made.steps
+    assert (step.rows.indices.tolist(), step.rows.values[:, 0].tolist()) == ([4, 1, 2], [5, 2, 3])
+    assert step.is_whole and step.brings_rows
+    assert str(made).splitlines() == [
+        "1 tables of which rows are replaced",
+        "  emb.weight  [5 x 3 float32]  3 rows replaced",
+    ]
+    table = np.array(np.zeros((2, 3)))  # the rows 1 and 2 of five
+    step.rows.put_into(table, 1)
+    assert table.tolist() == [[2, 2, 2], [3, 3, 3]]
+
+
+def test_rows_stand_in_the_whole_tensor_that_comes_with_them():
+    whole = np.zeros((5, 3), np.float32)
+    made = plan.make([holding(rows={"emb.weight": rows(1)}, replaced={"emb.weight": whole})], [matrix("emb.weight", 5)])
+    assert made.steps[0].replace is whole and not made.steps[0].brings_rows
+    assert str(made).splitlines()[1] == "  emb.weight  [5 x 3 float32]  replaced, then 1 rows replaced"
+
+
+def test_rows_that_do_not_fit_are_misfits():
+    base = [matrix("emb.weight", 5), matrix("wide.weight", 5, 4), matrix("small.weight", dtype="int8"), vector("bias")]
+    names = ("emb.weight", "wide.weight", "small.weight", "bias", "other.weight")
+    assert misfits([holding(rows=dict.fromkeys(names, rows(5)))], base) == [
+        "emb.weight: emb.weight has 5 rows, the adapter replaces row 5",
+        "wide.weight: wide.weight is (5, 4) float32, the adapter replaces rows of 3 floats",
+        "small.weight: small.weight is (2, 3) int8, the adapter replaces rows of 3 floats",
+        "bias: bias is (2,) float32, the adapter replaces rows of 3 floats",
+        "other.weight: there is no other.weight to replace rows of",
+    ]
+
+
+def test_rows_share_their_table_with_nobody_who_wants_the_same():
+    one, two = (holding(name, rows={"emb.weight": there}) for name, there in (("one", rows(4, 1)), ("two", rows(1, 2))))
+    three = adapter("three", emb=table(a=[[1] * 5], b=[[1]] * 3))
+    four = holding("four", replaced={"emb.weight": np.zeros((5, 3), np.float32)})
+    base = [matrix("emb.weight", 5, layout=Layout.MATRIX)]
+    assert misfits([one, two], base) == ["emb.weight: one replaces rows of emb.weight too, row 1 among them"]
+    assert misfits([one, three], base) == [
+        "emb.weight: one replaces rows of emb.weight, three adds to it; only one can hold"
+    ]
+    assert misfits([one, four], base) == [
+        "emb.weight: four replaces emb.weight as a whole, one adds to it; only one can hold"
     ]
 
 

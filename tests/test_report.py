@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lora_export import plan, report
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 from lora_export.parity import Case, Outcome, Sensitivity, Verdict, judge
 
 
@@ -167,6 +167,12 @@ def test_embeddings_and_convolutions_are_called_so() -> None:
     lines = printed(Adapter("mixed", "peft", {"e": table, "c": kernel}), with_=report.print_adapter).splitlines()
     assert lines[2].split()[-2:] == ["DoRA", "embedding"]
     assert lines[3].split()[3:] == ["4", "x", "2", "x", "3", f"{math.sqrt(24):.4g}", "convolution"]
+
+
+def test_rows_are_told_with_their_number_and_width() -> None:
+    there = {"e.weight": Rows(np.array([1, 7]), np.ones((2, 3), np.float32))}
+    lines = printed(Adapter("tokens", "peft", {}, rows=there), with_=report.print_adapter).splitlines()
+    assert lines == ["tokens: peft, 2 rows, 6 parameters", "rows replaced: e.weight  2 x 3 float32"]
 
 
 def test_the_norm_is_that_of_the_delta() -> None:

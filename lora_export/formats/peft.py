@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lora_export import files, tensorfile
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -43,6 +43,7 @@ UNDERSTOOD = frozenset(
             "eva_config",
             "megatron_core",
             "ensure_weight_tying",
+            "trainable_token_indices",
         ),
     }
 )
@@ -51,7 +52,6 @@ REFUSED = {
     "use_qalora": "QA-LoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
     "target_parameters": "LoRA on bare parameters (mixture-of-experts) is not supported yet",
-    "trainable_token_indices": "trained token rows are not supported yet",
     "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
     "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
@@ -74,6 +74,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     "layers_to_transform": (int, list),
+    "trainable_token_indices": (list, dict),
 }
 BIASES = (None, "none", "all", "lora_only")
 
@@ -81,15 +82,13 @@ SMALLEST, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.fi
 
 # Kinds of keys
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
-MAGNITUDE, EMBEDDING = "magnitude", "embedding"
+MAGNITUDE, EMBEDDING, ROWS = "magnitude", "embedding", "rows"
 LOW_RANK_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
 )
+ROWS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
-UNSUPPORTED_KEYS = {
-    "token_adapter": "trained token rows are not supported yet",
-}
 
 
 def recognises(path: Path) -> bool:
@@ -113,6 +112,7 @@ def read(path: Path, name: str) -> Adapter:
     file = tensorfile.open_file(path / WEIGHTS)
     keys = _sort_keys(file)
     pairs, biases = _read_pairs(file, keys, config)
+    rows = _read_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     sha256 = _sha256([path / CONFIG, path / WEIGHTS])
     if not file.unchanged():
@@ -123,9 +123,11 @@ def read(path: Path, name: str) -> Adapter:
         pairs=pairs,
         replaced=replaced,
         biases=biases,
+        rows=rows,
         targets=_targets(config),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
+            **keys[ROWS],
             **keys[WHOLE],
             **keys[B],
             **keys[A],
@@ -140,11 +142,17 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     """Write an adapter of one rank and scale as PEFT would; `config` holds further fields of its config.
 
     The caller stages `folder`. `alpha` is what the pairs' scale came from, given back to the file.
-    Raises ValueError for an adapter that such a file cannot say: another rank or scale, DoRA in part, or biases.
+    Raises ValueError for an adapter that such a file cannot say: another rank or scale, DoRA in part, biases, or
+    rows.
     """
     said = (rank, _scale(rank, alpha, config))
     dora = {pair.magnitude is not None for pair in adapter.pairs.values()}
-    if adapter.biases or len(dora) > 1 or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values()):
+    if (
+        adapter.biases
+        or adapter.rows
+        or len(dora) > 1
+        or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values())
+    ):
         raise ValueError(f"rank {rank} and alpha {alpha} do not say all that {adapter.name} holds")
     tensors: dict[str, NDArray[Any]] = {}
     for module, pair in adapter.pairs.items():
@@ -223,14 +231,17 @@ def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
     if wrapped and len(wrapped) != len(file.entries):
         bare = sorted(set(file.entries) - wrapped)
         raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
-    table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, MAGNITUDE, EMBEDDING, WHOLE)}
+    table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE)}
     adapters: set[str] = set()
     unknown: list[str] = []
     twins: list[str] = []
     for key in file.entries:
         name = key.removeprefix(WRAPPER)
         match = LOW_RANK_KEY.fullmatch(name)
-        if match:
+        if rows := ROWS_KEY.fullmatch(name):
+            adapters.add(rows["adapter"] or "")
+            kind, owner = ROWS, f"{rows['module']}.weight"
+        elif match:
             adapters.add(match["adapter"] or "")
             kind, owner = _kind(match), match["module"].replace(OUT_PROJ, ".out_proj")
         else:
@@ -247,9 +258,7 @@ def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
         names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
         raise InputRefused(f"{file.path} holds several adapters: {names}")
     if unknown:
-        why = {text for kind, text in UNSUPPORTED_KEYS.items() if any(kind in key for key in unknown)}
-        told = "; ".join(sorted(why)) or "unknown kinds of tensors"
-        raise InputRefused(f"{file.path}: {told}: {', '.join(sorted(unknown))}")
+        raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
     if twins:
         raise InputRefused(f"{file.path} holds one tensor under two names: {'; '.join(twins)}")
     return table
@@ -295,6 +304,44 @@ def _read_pairs(
         for module, key in keys[B_BIAS].items()
     }
     return pairs, biases
+
+
+def _read_rows(file: tensorfile.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Rows]:
+    """The rows of tokens, by tensor. Which rows they are stands in the config alone.
+
+    Raises InputRefused with everything that is wrong with them.
+    """
+    said = config.get("trainable_token_indices") or {}
+    # A list speaks of the input embeddings, whatever the model calls them; a table names its modules.
+    told = (
+        dict.fromkeys(keys, said)
+        if isinstance(said, list)
+        else {
+            tensor: indices
+            for name, indices in said.items()
+            for tensor in keys
+            if f".{tensor}".endswith(f".{name}.weight")
+        }
+    )
+    found, problems = {}, []
+    if isinstance(said, list) and len(keys) != 1:
+        problems.append(f"trainable_token_indices is a list, and there are rows for {', '.join(keys) or 'no module'}")
+    elif isinstance(said, dict) and len(said) != len(told):
+        problems.append(f"trainable_token_indices names {', '.join(said)}, and there are rows for {', '.join(keys)}")
+    for tensor, key in keys.items():
+        indices = told.get(tensor)
+        if indices is None:
+            problems.append(f"{tensor}: the config does not say which rows these are")
+        elif not isinstance(indices, list) or not all(type(index) is int and abs(index) < 1 << 62 for index in indices):
+            problems.append(f"{tensor}: its trainable_token_indices are no list of whole numbers")
+        else:
+            try:
+                found[tensor] = Rows(np.array(indices, np.int64), file.read(key))
+            except InputRefused as error:
+                problems.append(f"{tensor}: {error}")
+    if problems:
+        raise InputRefused(f"{file.path} is refused:\n  " + "\n  ".join(sorted(problems)))
+    return found
 
 
 def _said_of(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:

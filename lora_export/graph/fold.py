@@ -34,6 +34,12 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
+    rows = [step.weight for step in plan.steps if step.rows is not None]
+    if rows:
+        raise InputRefused(
+            f"{', '.join(rows)}: rows of tokens cannot be put into a graph, where input and output may share them. "
+            "Merge the adapter into the model's checkpoint, and export that"
+        )
 
 
 def refuse_what_no_branch_can_do(plan: Plan) -> None:
