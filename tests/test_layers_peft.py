@@ -274,6 +274,24 @@ def test_a_dilated_convolution_is_what_its_merge_computes():
     assert (attached["conv"](x) - base["conv"](x)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_forward_of_a_convolution_and_of_an_embedding_does_not_merge(dora):
+    # 1e8 + 1 is 1e8 in fp32: a merge loses the adapter, and a branch does not.
+    conv, words = nn.Conv1d(2, 1, 1, bias=False), nn.Embedding(2, 1)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[[1e8], [-1e8]]]))
+        words.weight.copy_(torch.tensor([[1e8], [0]]))
+    base = nn.ModuleDict({"conv": conv, "words": words})
+    lengths = {"magnitude": [2e8]} if dora else {}
+    kernel = LoraPair(a=np.ones((1, 2, 1)), b=np.ones((1, 1, 1)), scale=1.0, **lengths)
+    pairs = {"conv": kernel, "words": LoraPair(a=[[1, 1]], b=[[1]], scale=1.0, embedding=True, **lengths)}
+    layers.attach(base, plan.make([Adapter("a", "test", pairs)], layers.specs(base)))
+    factor = 2e8 / 1e8 if dora else 1
+    assert base["conv"](torch.ones(1, 2, 1)).item() == pytest.approx(2 * (factor / 2**0.5 if dora else 1))
+    assert base["words"](torch.tensor([1])).item() == pytest.approx(factor)
+    assert base["conv"].weight[0, 0, 0].item() == pytest.approx(1e8 * (factor / 2**0.5 if dora else 1))
+
+
 # --- What is refused ---
 
 

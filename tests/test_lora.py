@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, LoraPair, add, energies, fresh_pair
+from lora_export.lora import Adapter, LoraPair, Rows, add, energies, fresh_pair
 
 A = np.array([[1, 2, 3], [0, 1, 0]])  # (rank 2, in 3)
 B = np.array([[1, 0], [2, 1]])  # (out 2, rank 2)
@@ -109,6 +109,12 @@ def test_a_pair_without_effect_says_so():
 
 def test_a_magnitude_may_have_an_effect_of_its_own():
     assert not LoraPair(a=A, b=0 * B, scale=1, magnitude=np.ones(2)).is_identity
+
+
+def test_rows_alone_are_an_effect():
+    there = Adapter("a", "test", {}, rows={"e.weight": Rows(np.array([1]), np.ones((1, 2)))})
+    assert not there.is_identity and there.parameters == 2
+    assert Adapter("a", "test", {}).is_identity
 
 
 def test_an_embeddings_pair_is_of_matrices():
