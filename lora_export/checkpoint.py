@@ -222,7 +222,7 @@ def _layout(name: str, dimensions: int, config: Mapping[str, Any] | None) -> Lay
             return Layout.UNKNOWN
         if not CONV1D_MODELS.isdisjoint(map(str, _values(config, "model_type"))):
             return Layout.IN_OUT
-    return Layout.OUT_IN
+    return Layout.MATRIX if dimensions == 2 else Layout.OUT_IN  # a convolution's, or a bare parameter's
 
 
 def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:

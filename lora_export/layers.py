@@ -1,9 +1,11 @@
 """A plan over an nn.Module: attach its adapters as branches, or fold them into the weights.
 
 An attached layer stays what it was (an `nn.Linear` is still one, under its own name, with its own
-weight in its state_dict), but its instance gets a subclass: a linear layer's `forward` computes
-`W x + strength * scale * B (A x)`, and whoever reads `.weight` or `.in_proj_weight` directly, as
-nn.TransformerEncoderLayer's fast path and nn.MultiheadAttention do, finds W + ΔW there.
+weight in its state_dict), but its instance gets a subclass: the `forward` of a linear layer, a
+convolution or an embedding computes `W x + strength * scale * B (A x)`, and whoever reads `.weight`
+or `.in_proj_weight` directly, as nn.TransformerEncoderLayer's fast path and nn.MultiheadAttention do,
+finds W + ΔW there. With DoRA both are multiplied by m / ‖W + strength * scale * B A‖, which does not
+touch the bias; the norm takes no part in gradients (Liu et al. 2024, section 4.3).
 
 A and B are kept in fp32 (fp64 beside fp64 weights) and a branch is computed in their dtype, as PEFT
 does it; the result is rounded once to the layer's own. `.double()` and `.to()` take them along.
@@ -17,7 +19,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -34,6 +36,9 @@ from lora_export.plan import Layout, Plan, Step, TensorSpec
 
 STATE = "_lora_export"  # where an _Attachment stands in the __dict__ of the module it belongs to
 FP32_SUM = 2.0**-18  # of its terms' size: how far off W + ΔW may be when fp32 sums it (64 products, half an eps each)
+PARTS = ("lora_A", "lora_B", "lora_magnitude")  # what an owner's branches are made of
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -76,8 +81,10 @@ def specs(module: nn.Module) -> list[TensorSpec]:
 
 
 def _layout(owner: nn.Module, attribute: str) -> Layout:
-    if isinstance(owner, nn.Linear) and attribute == "weight":
+    if isinstance(owner, (nn.Linear, *CONVOLUTIONS)) and attribute == "weight":
         return Layout.OUT_IN
+    if isinstance(owner, nn.Embedding) and attribute == "weight":
+        return Layout.EMBEDDING
     if isinstance(owner, nn.MultiheadAttention) and attribute in ATTENTION_WEIGHTS:
         return Layout.OUT_IN
     if isinstance(owner, _conv1d()) and attribute == "weight":
@@ -119,14 +126,15 @@ class _Branch:
     adapter: str
     module: str  # the adapter's own name for the place
     weight: str  # the owner's attribute
-    name: str  # of A in the owner's `lora_A`, and of B in its `lora_B`
+    name: str  # of A in the owner's `lora_A`, of B in its `lora_B`, of DoRA's lengths in its `lora_magnitude`
     scale: float  # the pair's scale times the adapter's strength
     layout: Layout
+    dora: bool
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole tensor that stands in the base's place."""
+    """A whole tensor that stands in the base's place. Without names: the base's own, but for some rows."""
 
     adapter: str
     tensor: str  # the adapter's own name for it
@@ -153,25 +161,51 @@ def _attachment(owner: nn.Module) -> _Attachment:
     return found
 
 
+def _part(owner: nn.Module, part: str, branch: _Branch) -> Tensor:
+    found: Tensor = cast(nn.ParameterDict, owner._modules[part])[branch.name]
+    return found
+
+
 def _factors(owner: nn.Module, branch: _Branch) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank)."""
-    a, b = (cast(nn.ParameterDict, owner._modules[side])[branch.name] for side in ("lora_A", "lora_B"))
-    return a, b
+    """A (rank, in, ...) and B (out, rank, 1...)."""
+    return _part(owner, "lora_A", branch), _part(owner, "lora_B", branch)
 
 
 def _adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
-    """W + ΔW, summed in A's dtype and rounded once to W's."""
+    """W + ΔW, rescaled where DoRA asks for it, in A's dtype; rounded once to W's."""
     weight = owner._parameters[attribute]
     attachment = _attachment(owner)
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
+    total = _total(owner, weight, branches)  # (out, in, ...)
+    for branch in branches:
+        if branch.dora:
+            total = total * _spread(_length_factor(owner, branch, total), total.ndim)
+    return _oriented(total, branches[0].layout).to(weight.dtype)
+
+
+def _total(owner: nn.Module, weight: Tensor, branches: Sequence[_Branch]) -> Tensor:
+    """W + ΔW in the (out, in, ...) view, in A's dtype."""
     changes = []
     for branch in branches:
         a, b = _factors(owner, branch)
-        changes.append((b @ a) * (attachment.factor * branch.scale))  # (out, in)
-    change = _oriented(sum(changes[1:], start=changes[0]), branches[0].layout)
-    return (weight.to(change.dtype) + change).to(weight.dtype)
+        product = b.flatten(1) @ a.flatten(1)
+        changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (_attachment(owner).factor * branch.scale))
+    change = sum(changes[1:], start=changes[0])
+    total: Tensor = _oriented(weight, branches[0].layout).to(change.dtype) + change
+    return total
+
+
+def _length_factor(owner: nn.Module, branch: _Branch, total: Tensor) -> Tensor:
+    """What DoRA multiplies each output by (out,): m / ‖W + ΔW‖, the norm a constant for gradients."""
+    norm: Tensor = torch.linalg.vector_norm(total.detach().flatten(1), dim=1)
+    return _part(owner, "lora_magnitude", branch) / norm
+
+
+def _spread(outputs: Tensor, dimensions: int) -> Tensor:
+    """A number for each output, so that it multiplies what has its outputs first of so many dimensions."""
+    return outputs.reshape(-1, *[1] * (dimensions - 1))
 
 
 def _adapted_bias(owner: nn.Module) -> Tensor | None:
@@ -182,41 +216,103 @@ def _adapted_bias(owner: nn.Module) -> Tensor | None:
     return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
 
 
-def _with_branches(owner: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """`y + Σ strength * scale * B (A x)`, in A's dtype; the dtype of `y` again in the end."""
+def _with_branches(
+    owner: nn.Module,
+    x: Tensor,
+    layer: Callable[[Tensor | None], Tensor],
+    pair: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    bias: Tensor | None = None,
+    outputs: int = 1,
+) -> Tensor:
+    """`layer(bias) + Σ strength * scale * pair(x, A, B)`, in A's dtype; in the end the dtype of the layer again.
+
+    With DoRA both are rescaled before the bias is added. `outputs` says at which dimension, from the last, they lie.
+    """
     attachment = _attachment(owner)
-    if not attachment.factor:
-        return y
+    if not attachment.factor or not attachment.branches:
+        return layer(bias)
+    dora = any(branch.dora for branch in attachment.branches)
+    y = layer(None if dora else bias)
     total = y
     for branch in attachment.branches:
         a, b = _factors(owner, branch)
-        total = total + F.linear(F.linear(x.to(a.dtype), a), b) * (attachment.factor * branch.scale)
+        total = total + pair(x.to(a.dtype) if x.is_floating_point() else x, a, b) * (attachment.factor * branch.scale)
+    if dora:
+        (branch,) = attachment.branches  # a plan lets no other stand beside it
+        weight = cast(Tensor, owner._parameters[branch.weight])
+        factor = _length_factor(owner, branch, _total(owner, weight, [branch]))
+        total = total * _spread(factor, outputs)
+        total = total if bias is None else total + _spread(bias, outputs)
     return total.to(y.dtype)
 
 
-class _AdaptedLinear(nn.Module):
-    """For any linear layer: its own `forward` reads W + ΔW."""
+class _AdaptedLayer(nn.Module):
+    """For any layer with a weight: its own `forward` reads W + ΔW."""
 
     weight = property(lambda self: _adapted_weight(self, "weight"))
     bias = property(_adapted_bias)
 
 
-class _LinearBranches(_AdaptedLinear):
+class _LinearBranches(_AdaptedLayer):
     """For `nn.Linear.forward`."""
 
     # W is never touched: the reference that judges a merge must not share the merge's arithmetic.
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
-        return _with_branches(self, input, F.linear(input, weight, self.bias))
+        return _with_branches(
+            self,
+            input,
+            lambda bias: F.linear(input, weight, bias),
+            lambda x, a, b: F.linear(F.linear(x, a), b),
+            bias=self.bias,
+        )
 
 
-class _Conv1DBranches(_AdaptedLinear):
+class _Conv1DBranches(_AdaptedLayer):
     """For the `forward` of transformers' Conv1D, whose weight is (in, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
-        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)  # as Conv1D does it, to the last bit
-        return _with_branches(self, x, y.view(*x.shape[:-1], weight.shape[1]))
+
+        def layer(bias: Tensor | None) -> Tensor:
+            rows = x.view(-1, x.size(-1))
+            y = (
+                torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+            )  # as Conv1D, to the last bit
+            return y.view(*x.shape[:-1], weight.shape[1])
+
+        return _with_branches(self, x, layer, lambda x, a, b: F.linear(F.linear(x, a), b), bias=self.bias)
+
+
+class _ConvolutionBranches(_AdaptedLayer):
+    """For the `forward` of nn.Conv1d, nn.Conv2d and nn.Conv3d: A is convolved as W is, B takes each place by itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = cast(Tensor, self._parameters["weight"])
+        convolve = cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], self._conv_forward)
+        return _with_branches(
+            self,
+            input,
+            lambda bias: convolve(input, weight, bias),
+            lambda x, a, b: CONVOLVE[b.ndim](convolve(x, a, None), b),
+            bias=self.bias,
+            outputs=weight.ndim - 1,
+        )
+
+
+class _EmbeddingBranches(nn.Embedding):
+    """For `nn.Embedding.forward`, which subclasses such as Gemma's call and scale: it stands between them and it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = cast(Tensor, self._parameters["weight"])
+        pad = self.padding_idx  # whose row gets no gradient
+        return _with_branches(
+            self,
+            input,
+            lambda _: F.embedding(input, weight, pad),
+            lambda x, a, b: F.linear(F.embedding(x, a.T, pad), b),
+        )
 
 
 class _AdaptedAttention(nn.Module):
@@ -234,7 +330,12 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a layer's class -> its 
 def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer's own class, so that isinstance, other methods and hooks keep working."""
     if original not in _CLASSES:
-        _CLASSES[original] = type(f"Lora{original.__name__}", (_behaviour(original), original), {})
+        name = f"Lora{original.__name__}"
+        if issubclass(original, nn.Embedding):
+            bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)
+            _CLASSES[original] = type(name, bases, {"weight": _AdaptedLayer.weight})
+        else:
+            _CLASSES[original] = type(name, (_behaviour(original), original), {})
     return _CLASSES[original]
 
 
@@ -245,7 +346,9 @@ def _behaviour(original: type[nn.Module]) -> type[nn.Module]:
         return _LinearBranches
     if any(original.forward is known.forward for known in _conv1d()):
         return _Conv1DBranches
-    return _AdaptedLinear  # somebody's own forward: what it makes of its weight is its own affair
+    if any(original.forward is known.forward for known in CONVOLUTIONS):
+        return _ConvolutionBranches
+    return _AdaptedLayer  # somebody's own forward: what it makes of its weight is its own affair
 
 
 # --- Attach and detach ---
@@ -254,27 +357,37 @@ def _behaviour(original: type[nn.Module]) -> type[nn.Module]:
 def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
     """Attach a plan's adapters, in place: pairs and bias shifts as branches, whole tensors in the base's place.
 
-    A and B are registered as `X.lora_A.NAME` and `X.lora_B.NAME`; all other names stay. With `trainable`,
-    the base is frozen, and A, B and the whole tensors require gradients.
+    A and B are registered as `X.lora_A.NAME` and `X.lora_B.NAME`, DoRA's lengths as `X.lora_magnitude.NAME`;
+    all other names stay. A convolution's A has its stride, padding and dilation, so that the branch is W + ΔW
+    (PEFT gives it no dilation, and cannot run it then). With `trainable`, the base is frozen, and A, B, the
+    lengths and the whole tensors require gradients.
     Raises InputRefused, with the module untouched: tied weights, adapters that are attached already,
-    DoRA, tensors that the module lacks, values that the module's dtype cannot hold.
+    tensors that the module lacks, values that the module's dtype cannot hold.
     """
     places = _places_of(module, plan)
     for step in plan.steps:
         _refuse_attaching(step, places[step.weight])
-    wholes = {step.weight: _result(step, places[step.weight].tensor) for step in plan.steps if step.replace is not None}
+        if step.magnitude is not None:
+            _result(step, places[step.weight].tensor)  # an output without a direction would become NaN
+    wholes = {
+        step.weight: _whole(step, places[step.weight].tensor)
+        for step in plan.steps
+        if step.replace is not None or step.rows is not None
+    }
     if trainable:
         module.requires_grad_(False)
     names = _parameter_names(adapter.name for adapter in plan.adapters)
     for step in plan.steps:
         place = places[step.weight]
         place.owner.__dict__.setdefault(STATE, _Attachment(type(place.owner)))
-        if step.weight in wholes:
-            _put_whole(place, plan, step, wholes[step.weight], trainable=trainable)
-        elif step.shift is not None:
+        if step.brings_rows:
+            _put_rows(module, place, wholes[step.weight])
+        elif step.weight in wholes:
+            _put_whole(place, plan, step, wholes[step.weight], trainable=trainable and not step.terms)
+        if step.shift is not None:
             _adapt(place.owner)
             place.owner.register_buffer("lora_shift", _beside(place.tensor, step.shift))
-        else:
+        if step.terms:
             _adapt(place.owner)
             _add_branches(place, step, names, trainable=trainable)
 
@@ -294,18 +407,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _add_branches(place: _Place, step: Step, names: Mapping[str, str], *, trainable: bool) -> None:
     owner = place.owner
-    for side in ("lora_A", "lora_B"):
-        if side not in owner._modules:
-            owner.register_module(side, nn.ParameterDict())
     for term in step.terms:
         name = names[term.adapter]
         if place.attribute not in ("weight", "in_proj_weight"):  # q, k and v of one attention
             name = f"{place.attribute}_{name}"
-        for side, array in (("lora_A", term.pair.a), ("lora_B", term.pair.b)):
+        for part, array in zip(PARTS, (term.pair.a, term.pair.b, term.pair.magnitude), strict=True):
+            if array is None:
+                continue
+            if part not in owner._modules:
+                owner.register_module(part, nn.ParameterDict())
             parameter = nn.Parameter(_beside(place.tensor, array), requires_grad=trainable)
-            cast(nn.ParameterDict, owner._modules[side])[name] = parameter
-        scale = term.strength * term.pair.scale
-        branch = _Branch(term.adapter, term.module, place.attribute, name, scale, step.spec.layout)
+            cast(nn.ParameterDict, owner._modules[part])[name] = parameter
+        scale, dora = term.strength * term.pair.scale, term.pair.magnitude is not None
+        branch = _Branch(term.adapter, term.module, place.attribute, name, scale, step.spec.layout, dora)
         _attachment(owner).branches += (branch,)
 
 
@@ -333,6 +447,15 @@ def _put_whole(place: _Place, plan: Plan, step: Step, value: Tensor, *, trainabl
     _slots(place.owner, place.attribute)[place.attribute] = value
 
 
+def _put_rows(module: nn.Module, place: _Place, value: Tensor) -> None:
+    """Put a table with some rows of its own wherever the old one stands: PEFT trains them for tied tensors as one."""
+    table = nn.Parameter(value, requires_grad=False)
+    for twin in [twin for twin in _places(module) if twin.tensor is place.tensor]:
+        twin.owner.__dict__.setdefault(STATE, _Attachment(type(twin.owner)))
+        _attachment(twin.owner).wholes += (_Whole("", "", twin.attribute, twin.tensor),)
+        _slots(twin.owner, twin.attribute)[twin.attribute] = table
+
+
 def _slots(owner: nn.Module, attribute: str) -> dict[str, Any]:
     return owner._parameters if attribute in owner._parameters else owner._buffers
 
@@ -348,8 +471,8 @@ def detach(module: nn.Module) -> None:
         for whole in attachment.wholes:
             slots = _slots(owner, whole.attribute)
             slots[whole.attribute] = _moved(whole.base, slots[whole.attribute])
-        for side in ("lora_A", "lora_B"):
-            owner._modules.pop(side, None)
+        for part in PARTS:
+            owner._modules.pop(part, None)
         owner._buffers.pop("lora_shift", None)
         del owner.__dict__[STATE]
 
@@ -407,10 +530,10 @@ def settle(module: nn.Module, stored: Mapping[str, str], chosen: Mapping[str, Te
     paths = {owner: path for path, owner in module.named_modules()}
     for owner in owners:
         attachment = _attachment(owner)
-        settled = {branch.weight: _adapted_weight(owner, branch.weight) for branch in attachment.branches}
+        settled = {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in attachment.wholes}
+        settled |= {branch.weight: _adapted_weight(owner, branch.weight) for branch in attachment.branches}
         if "lora_shift" in owner._buffers:
             settled["bias"] = _adapted_bias(owner)
-        settled |= {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in attachment.wholes}
         owner.__dict__[STATE] = dataclasses.replace(attachment, wholes=())  # they stay where they are
         for attribute, value in settled.items():
             if value is None:
@@ -451,36 +574,59 @@ def fold(module: nn.Module, plan: Plan) -> None:
 
 def _result(step: Step, base: Tensor) -> Tensor:
     """What a step makes of the base's tensor, in its dtype. Raises InputRefused unless all is finite."""
-    if step.replace is not None:
-        wide = _tensor(step.replace).to(base.device)
-    else:
-        change = _change(step, _wide(base.dtype)).to(base.device)
-        wide = base.detach().to(change.dtype) + _oriented(change, step.spec.layout)
-    result = wide.to(base.dtype)
+    if step.is_whole:
+        return _whole(step, base)
+    start = base.detach() if step.replace is None else _tensor(np.asarray(step.replace)).to(base.device)
+    change = _change(step, _wide(base.dtype)).to(base.device)
+    total = _oriented(start, step.spec.layout).to(change.dtype) + change
+    if step.magnitude is not None:
+        length = total.double().flatten(1).norm(dim=1)
+        if not length.all():
+            raise InputRefused(
+                f"{step.weight}: W + sBA is zero in {int((length == 0).sum())} of its outputs, to which DoRA cannot "
+                "give a length. Nothing was changed."
+            )
+        total = total * _spread((_tensor(step.magnitude).to(length) / length).to(total.dtype), total.ndim)
+    return _finite(step, start, _oriented(total, step.spec.layout), base.dtype)
+
+
+def _whole(step: Step, base: Tensor) -> Tensor:
+    """The tensor that takes the base's place, in its dtype. Raises InputRefused unless all is finite."""
+    whole = base.detach().clone() if step.replace is None else _tensor(step.replace).to(base.device)
+    if step.rows is not None:
+        places = torch.from_numpy(step.rows.indices).to(base.device)
+        whole[places] = _tensor(step.rows.values).to(whole)
+    return _finite(step, whole, whole, base.dtype)
+
+
+def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
+    result = wide.to(dtype)
     if result.is_floating_point() and not result.isfinite().all():
         bad = result.numel() - int(result.isfinite().sum())
         if wide.isfinite().all():
-            limit = torch.finfo(base.dtype).max
+            limit = torch.finfo(dtype).max
             why = f"the largest is {wide.abs().max():.4g}, {step.spec.dtype} holds up to {limit:.4g}"
         else:
-            why = "the base's own tensor has some" if not base.isfinite().all() else "the sum overflows"
+            why = "the base's own tensor has some" if not before.isfinite().all() else "the sum overflows"
         raise InputRefused(f"{step.weight}: {bad} values would not be finite: {why}. Nothing was changed.")
     return result
 
 
 def _change(step: Step, wide: torch.dtype) -> Tensor:
-    """ΔW in the (out, in) view, or a bias's shift."""
+    """ΔW in the (out, in, ...) view before DoRA rescales the sum, or a bias's shift."""
     if step.shift is not None or wide is torch.float32:
         return _tensor(step.delta()).to(wide)
-    deltas = [
-        (_tensor(term.pair.b).to(wide) @ _tensor(term.pair.a).to(wide)) * (term.strength * term.pair.scale)
-        for term in step.terms
-    ]
+    deltas = []
+    for term in step.terms:
+        a, b = (_tensor(side).to(wide) for side in (term.pair.a, term.pair.b))
+        product = (b.flatten(1) @ a.flatten(1)) * (term.strength * term.pair.scale)
+        deltas.append(product.reshape(term.pair.shape))
     return torch.stack(deltas).sum(0)
 
 
-def _oriented(change: Tensor, layout: Layout) -> Tensor:
-    return change.T if layout is Layout.IN_OUT else change
+def _oriented(weight: Tensor, layout: Layout) -> Tensor:
+    """Between a weight as it is stored and its (out, in, ...) view, either way."""
+    return weight.T if layout.is_turned else weight
 
 
 # --- What is refused ---
@@ -490,7 +636,7 @@ def _places_of(module: nn.Module, plan: Plan) -> dict[str, _Place]:
     """Where each step lands. Raises InputRefused for what neither `attach` nor `fold` can do."""
     attachments = [_attachment(owner) for owner in module.modules() if STATE in owner.__dict__]
     names = {branch.adapter for there in attachments for branch in there.branches}
-    names |= {whole.adapter for there in attachments for whole in there.wholes}
+    names |= {whole.adapter or "rows of tokens" for there in attachments for whole in there.wholes}
     if attachments:
         raise InputRefused(
             f"adapters are attached already ({', '.join(sorted(names))}): detach first, or make one plan of all of them"
@@ -498,9 +644,6 @@ def _places_of(module: nn.Module, plan: Plan) -> dict[str, _Place]:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the module has no {', '.join(added)}: load it with the head that the adapter was made for")
-    dora = sorted({term.adapter for step in plan.steps for term in step.terms if term.pair.magnitude is not None})
-    if dora:
-        raise InputRefused(f"{', '.join(dora)}: DoRA is not supported on a module yet")
     refuse_tied(module, plan)
     return {place.name: place for place in _places(module)}
 
@@ -512,7 +655,8 @@ def refuse_tied(module: nn.Module, plan: Plan) -> None:
         tensor = place.tensor
         # The address also finds two parameters that share their memory; meta tensors have none.
         names.setdefault(tensor.data_ptr() or id(tensor), []).append(place.name)
-    tied = [group for group in names.values() if len(group) > 1 and any(name in plan.by_weight for name in group)]
+    steps = {step.weight for step in plan.steps if not step.brings_rows}  # PEFT trains rows for all names at once
+    tied = [group for group in names.values() if len(group) > 1 and any(name in steps for name in group)]
     if tied:
         groups = "; ".join(" and ".join(group) for group in tied)
         raise InputRefused(
@@ -524,12 +668,17 @@ def refuse_tied(module: nn.Module, plan: Plan) -> None:
 
 def _refuse_attaching(step: Step, place: _Place) -> None:
     owner = place.owner
-    if step.shift is not None and not isinstance(owner, (nn.Linear, *_conv1d())):
+    if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTIONS, *_conv1d())):
         raise InputRefused(
-            f"{step.weight}: only the bias of a linear layer can be shifted, not {type(owner).__name__}'s"
+            f"{step.weight}: only the bias of a linear layer or a convolution can be shifted, not "
+            f"{type(owner).__name__}'s"
         )
-    clashes = [name for name in ("lora_A", "lora_B", "lora_shift") if hasattr(owner, name)]
-    if step.replace is None and clashes:
+    if step.terms and isinstance(owner, CONVOLUTIONS) and owner.groups > 1:
+        raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {owner.groups} groups")
+    if step.terms and isinstance(owner, nn.Embedding) and owner.max_norm is not None:
+        raise InputRefused(f"{step.weight}: an embedding with max_norm changes its rows whenever it is used")
+    clashes = [name for name in (*PARTS, "lora_shift") if hasattr(owner, name)]
+    if not step.is_whole and clashes:
         raise InputRefused(
             f"{place.name} stands in a {type(owner).__name__} that has its own {', '.join(clashes)}: "
             "give the model without its LoRA layers"
@@ -562,7 +711,7 @@ def fresh_adapter(
     if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
         raise InputRefused(f"rank {rank} and alpha {alpha}: both must be positive")
     tensors = specs(module)
-    linear = {_module_of(spec.name): spec for spec in tensors if spec.layout is not Layout.OTHER}
+    linear = {_module_of(spec.name): spec for spec in tensors if _is_linear(spec)}
     wanted = () if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets)
     modules = [path for path, _ in module.named_modules() if path]
     _refuse_unmatched(wanted, linear, "linear layer", modules)
@@ -594,6 +743,10 @@ def fresh_adapter(
         targets=wanted if wanted and chosen == matched else tuple(chosen),
         metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora},
     )
+
+
+def _is_linear(spec: TensorSpec) -> bool:
+    return spec.layout in (Layout.OUT_IN, Layout.IN_OUT) and len(spec.shape) == 2  # not a convolution's
 
 
 def _module_of(weight: str) -> str:
@@ -643,10 +796,10 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
         attachment = _attachment(owner)
         for branch in attachment.branches:
             if branch.adapter == like.name:
-                pairs[branch.module] = _read_pair(owner, branch, like.pairs[branch.module].scale)
+                pairs[branch.module] = _read_pair(owner, branch, like.pairs[branch.module])
                 found = True
         for whole in attachment.wholes:
-            if whole.adapter == like.name:
+            if whole.tensor and whole.adapter == like.name:
                 replaced[whole.tensor] = _array(_slots(owner, whole.attribute)[whole.attribute])
                 found = True
     if not found:
@@ -654,10 +807,11 @@ def read_back(module: nn.Module, like: Adapter) -> Adapter:
     return dataclasses.replace(like, pairs=pairs, replaced=replaced, sha256="")
 
 
-def _read_pair(owner: nn.Module, branch: _Branch, scale: float) -> LoraPair:
-    a, b = _factors(owner, branch)
+def _read_pair(owner: nn.Module, branch: _Branch, like: LoraPair) -> LoraPair:
+    a, b = map(_array, _factors(owner, branch))
+    magnitude = _array(_part(owner, "lora_magnitude", branch)) if branch.dora else None
     try:
-        return LoraPair(a=_array(a), b=_array(b), scale=scale)
+        return dataclasses.replace(like, a=a, b=b, magnitude=magnitude)
     except InputRefused as error:
         raise InputRefused(f"{branch.module}: {error}") from error
 

@@ -1,7 +1,9 @@
 """The nouns: one low-rank pair, and an adapter made of pairs.
 
 Below the format readers nobody has heard of alpha, rank patterns or transposed files: a pair is
-(A, B, scale) in one canonical shape, and its change of the weight is `scale * B @ A`.
+(A, B, scale) in one canonical shape, and its change of the weight is `scale * B @ A`. With DoRA's
+magnitude m the weight is rescaled too: W' = m / ‖W + scale * B @ A‖ * (W + scale * B @ A), the norm
+being that of each output, over everything that leads to it (Liu et al. 2024, eq. 5).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class LoraPair:
 
     `a` is (rank, in, ...) and `b` is (out, rank, 1...); the dots are a convolution's kernel.
     `scale` is what the format meant by alpha and rank, as one finite number.
-    `magnitude` (out,) is DoRA's norm, or None.
+    `magnitude` (out,) is the length that DoRA gives each output of the changed weight, or None.
+    `embedding` says that the weight is a table of embeddings: a linear layer of one-hot rows, `in` being
+    the number of rows and `out` their width.
 
     Raises InputRefused when shapes disagree, the rank is zero, or a value is not finite.
     """
@@ -36,6 +40,7 @@ class LoraPair:
     b: NDArray[np.float32]  # (out, rank, 1...)
     scale: float
     magnitude: NDArray[np.float32] | None = None  # (out,)
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         for side in ("a", "b", "magnitude"):
@@ -60,6 +65,8 @@ class LoraPair:
             raise InputRefused(f"the scale is {self.scale}")
         if self.magnitude is not None and self.magnitude.shape != (self.b.shape[0],):
             raise InputRefused(f"the magnitude is {self.magnitude.shape}, B is {self.b.shape}")
+        if self.embedding and (self.a.ndim, self.b.ndim) != (2, 2):
+            raise InputRefused(f"A is {self.a.shape} and B is {self.b.shape}; for an embedding both are matrices")
 
     @property
     def rank(self) -> int:
@@ -72,12 +79,15 @@ class LoraPair:
 
     @property
     def is_identity(self) -> bool:
-        """True where the pair changes nothing: the state in which training starts."""
-        return self.scale == 0 or not self.a.any() or not self.b.any()
+        """True where the pair changes nothing: the state in which training starts.
+
+        Never so with a magnitude: whether it is the weight's own length, only the weight would tell.
+        """
+        return self.magnitude is None and (self.scale == 0 or not self.a.any() or not self.b.any())
 
     @cached_property
     def transposed(self) -> LoraPair:
-        """The pair of the transposed weight, for weights that are stored (in, out)."""
+        """The pair of the transposed weight, for weights that are stored (in, out); what is added to it, alone."""
         return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
 
     def delta(
@@ -97,6 +107,32 @@ class LoraPair:
         if late:
             product *= scale
         return product
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a table, such as some tokens' embeddings, that were trained by themselves and take the base's places.
+
+    Raises InputRefused when an index is negative or named twice, shapes disagree, or a value is not finite.
+    """
+
+    indices: NDArray[np.int64]  # (rows,)
+    values: NDArray[Any]  # (rows, width)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "indices", np.array(self.indices, np.int64))
+        if self.values.ndim != 2 or self.indices.shape != self.values.shape[:1]:
+            raise InputRefused(f"{self.indices.size} rows are named, the values are {self.values.shape}")
+        if (self.indices < 0).any() or len(np.unique(self.indices)) < self.indices.size:
+            raise InputRefused(f"rows must be different and not negative: {self.indices.tolist()}")
+        bad = self.values.size - np.count_nonzero(np.isfinite(self.values.astype(np.float64)))
+        if bad:
+            raise InputRefused(f"the rows hold {bad} values that are not finite (NaN or infinity)")
+
+    def put_into(self, table: NDArray[Any], first: int = 0) -> None:
+        """Write the rows that lie in this part of the table, which begins with the row `first`."""
+        here = (self.indices >= first) & (self.indices < first + len(table))
+        table[self.indices[here] - first] = self.values[here].astype(table.dtype)
 
 
 def _is_power_of_two(scale: np.float32) -> bool:
@@ -127,6 +163,7 @@ class Adapter:
     pairs: Mapping[str, LoraPair]  # module -> pair
     replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> the whole tensor
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
+    rows: Mapping[str, Rows] = field(default_factory=dict)  # tensor -> rows of it
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -134,7 +171,7 @@ class Adapter:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "replaced", "biases", "spelling", "metadata"):
+        for name in ("pairs", "replaced", "biases", "rows", "spelling", "metadata"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def spelled(self, name: str) -> str:
@@ -145,13 +182,17 @@ class Adapter:
     def is_identity(self) -> bool:
         """True where merging the adapter would change nothing."""
         shifted = any(change.any() for change in self.biases.values())
-        return not self.replaced and not shifted and all(pair.is_identity for pair in self.pairs.values())
+        if self.replaced or self.rows or shifted:
+            return False
+        return all(pair.is_identity for pair in self.pairs.values())
 
     @property
     def parameters(self) -> int:
         """How many numbers the adapter holds."""
-        low_rank = sum(pair.a.size + pair.b.size for pair in self.pairs.values())
+        sides = ((pair.a, pair.b, pair.magnitude) for pair in self.pairs.values())
+        low_rank = sum(side.size for pair in sides for side in pair if side is not None)
         whole = sum(tensor.size for tensor in (*self.replaced.values(), *self.biases.values()))
+        whole += sum(rows.values.size for rows in self.rows.values())
         return int(low_rank + whole)
 
 
@@ -172,3 +213,22 @@ def add_into(out: NDArray[Any], weight: NDArray[Any], change: NDArray[np.float32
     np.copyto(total, weight)
     total += change
     np.copyto(out, total, casting="unsafe")
+
+
+def energies(weight: NDArray[Any]) -> NDArray[np.float64]:
+    """‖·‖² of each output of a weight in the (out, in, ...) view, summed in fp64."""
+    flat = weight.reshape(len(weight), -1).astype(np.float64)
+    squares: NDArray[np.float64] = np.einsum("oi,oi->o", flat, flat)
+    return squares
+
+
+def rescale(total: NDArray[Any], magnitude: NDArray[np.float32], squares: NDArray[np.float64]) -> None:
+    """Give each output of W + ΔW, in the (out, in, ...) view, the length that DoRA wants, in place.
+
+    `squares` are the outputs' energies. Raises InputRefused where an output is zero: it has no direction.
+    """
+    if not squares.all():
+        count = squares.size - np.count_nonzero(squares)
+        raise InputRefused(f"W + sBA is zero in {count} of its outputs, to which DoRA cannot give a length")
+    factor = (magnitude / np.sqrt(squares)).astype(total.dtype)
+    total *= factor.reshape(-1, *[1] * (total.ndim - 1))

@@ -88,7 +88,7 @@ def merge_checkpoint(
         results=tuple(results),
         copied=sum(move.nbytes for name in moves for move in moves[name] if move.is_copy),
         bytes=sum(shard.file.size for shard in written.values()),
-        replaced=sum(step.replace is not None for step in plan.steps),
+        replaced=sum(step.is_whole for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
 
@@ -101,14 +101,15 @@ def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
 def refuse_torn_tie(plan: Plan, base: Checkpoint) -> None:
     """Raise InputRefused where the input embeddings change, and the output embeddings are the same stored tensor.
 
-    Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen.
+    Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen. Rows
+    of tokens are another matter: where a model is tied, PEFT trains them for both.
     """
     architecture = str((base.config.get("architectures") or [""])[0])
     tables = _word_tables(plan, base)
     if len(tables) != 1 or not base.config.get("tie_word_embeddings", True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
-    if step is not None:
+    if step is not None and not step.brings_rows:
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter was trained without. "
             "Untie the base first (save it with tie_word_embeddings false), or train with ensure_weight_tying"
@@ -174,7 +175,7 @@ def _write_shard(
     hashes.target.update(header)
     with source.path.open("rb") as reader, path.open("xb") as writer:
         hashes.source.update(reader.read(source.data_start))
-        blocks = _blocks(reader.fileno(), writer.fileno(), moves, places)
+        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places)
         tallies: dict[str, Tally] = {}
         for block, found in transfer.transfer(source.path, writer.fileno(), blocks, hashes, room=rewrite.room(moves)):
             if found is not None:
@@ -187,7 +188,9 @@ def _write_shard(
     return _Written(tensorfile.open_file(path), results, hashes.source.hexdigest(), hashes.target.hexdigest())
 
 
-def _blocks(read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry]) -> Iterator[Block]:
+def _blocks(
+    source: Path, read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry]
+) -> Iterator[Block]:
     """The whole of the source's data, in its order, and after it what is added."""
     for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
         run = list(group)
@@ -196,11 +199,13 @@ def _blocks(read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence
             yield from rewrite.copied_blocks(read_fd, write_fd, first.old.start, place.start, last.stop - place.start)
         else:
             for move, place in run:
-                yield from rewrite.changed_blocks(move, place)
+                yield from rewrite.changed_blocks(source, read_fd, move, place)
 
 
 def _equal(one: Step, other: Step) -> bool:
-    return one.replace is not None and other.replace is not None and np.array_equal(one.replace, other.replace)
+    if one.terms or other.terms or one.rows or other.rows or one.replace is None or other.replace is None:
+        return False
+    return np.array_equal(one.replace, other.replace)
 
 
 def _write_companions(

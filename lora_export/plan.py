@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, MatchError, Misfit, one_line
-from lora_export.lora import EVERY_ROW, Adapter, LoraPair
+from lora_export.lora import EVERY_ROW, Adapter, LoraPair, Rows, energies, rescale, sums_in
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NUMBER = re.compile(r"\d+")
@@ -36,8 +36,15 @@ class Layout(StrEnum):
 
     OUT_IN = "out_in"  # nn.Linear, and a convolution's (out, in, kernel)
     IN_OUT = "in_out"  # transformers' Conv1D, and a MatMul's second operand in a graph
+    EMBEDDING = "embedding"  # nn.Embedding: a row for each word, which a linear layer of one-hot inputs calls (in, out)
+    MATRIX = "matrix"  # OUT_IN or EMBEDDING: names and shapes do not tell, the adapter that was trained on it does
     UNKNOWN = "unknown"  # a matrix that the holder cannot place: only the model's class would tell
     OTHER = "other"  # biases, norms, buffers: nothing low-rank lands here
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the weight is stored as the transpose of its (out, in) view."""
+        return self in (Layout.IN_OUT, Layout.EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class TensorSpec:
     @property
     def matrix(self) -> tuple[int, ...]:
         """The shape in the (out, in, ...) view that pairs use."""
-        return self.shape[::-1] if self.layout is Layout.IN_OUT else self.shape
+        return self.shape[::-1] if self.layout.is_turned else self.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,23 +77,65 @@ class Term:
     pair: LoraPair
     strength: float = 1.0
 
+    def __str__(self) -> str:
+        what = f"{self.strength * self.pair.scale:g} * B A (rank {self.pair.rank}, {self.adapter})"
+        what += ", an embedding's" if self.pair.embedding else ""
+        return what if self.pair.magnitude is None else f"{what}, each output to DoRA's length"
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """All that happens to one weight: `terms` and `shift` are added to it, `replace` takes its place."""
+    """All that happens to one weight: `replace` takes its place, `rows` that of its rows, `terms` or `shift` are added.
+
+    A term with DoRA's magnitude is the only one, and rescales the sum.
+    """
 
     spec: TensorSpec
     terms: tuple[Term, ...] = ()
     shift: NDArray[np.float32] | None = None  # a bias's addition
     replace: NDArray[Any] | None = None
+    rows: Rows | None = None  # never with terms
     added: bool = False  # the base has no such tensor; `spec` describes the new one
 
     @property
     def weight(self) -> str:
         return self.spec.name
 
+    @property
+    def magnitude(self) -> NDArray[np.float32] | None:
+        """The length that DoRA gives each output of W + ΔW (out,); None where W + ΔW is all."""
+        return self.terms[0].pair.magnitude if self.terms else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether other values take the weight's place, and nothing is added to it."""
+        return not self.terms and (self.replace is not None or self.rows is not None)
+
+    @property
+    def brings_rows(self) -> bool:
+        """Whether the base keeps all but some rows."""
+        return self.rows is not None and self.replace is None
+
+    def carried_out(self, weight: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What a weight in the (out, in, ...) view becomes before it is rounded, and the difference that this makes."""
+        total = weight.astype(sums_in(weight.dtype))
+        change: NDArray[Any] = self.delta()
+        total += change
+        if self.magnitude is not None:
+            self.rescale(total, energies(total))
+            change = total - weight
+        return total, change
+
+    def rescale(self, total: NDArray[Any], squares: NDArray[np.float64], outputs: slice = EVERY_ROW) -> None:
+        """Rescale these outputs of W + ΔW, in the (out, in, ...) view, as DoRA does, in place. See `lora.rescale`."""
+        assert self.magnitude is not None
+        try:
+            rescale(total, self.magnitude[outputs], squares)
+        except InputRefused as refusal:
+            raise InputRefused(f"{self.weight}: {refusal}. Nothing was written.") from refusal
+
     def delta(self) -> NDArray[np.float32]:
-        """What is added to the weight, in the (out, in, ...) view, in fp32."""
+        """What is added to the weight, in the (out, in, ...) view, in fp32; before DoRA rescales the sum."""
         return self.shift if self.shift is not None else _sum(self.terms, EVERY_ROW)
 
     def stored_delta(self, rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -105,7 +154,7 @@ class Step:
 
     @property
     def _stored_terms(self) -> Sequence[Term]:
-        if self.spec.layout is not Layout.IN_OUT:
+        if not self.spec.layout.is_turned:
             return self.terms
         return [replace(term, pair=term.pair.transposed) for term in self.terms]
 
@@ -168,7 +217,8 @@ class Plan:
         counts = [
             (len(self.low_rank), "weights changed"),
             (sum(step.shift is not None for step in self.steps), "biases changed"),
-            (sum(step.replace is not None and not step.added for step in self.steps), "tensors replaced"),
+            (sum(step.is_whole and not step.added and not step.brings_rows for step in self.steps), "tensors replaced"),
+            (sum(step.brings_rows for step in self.steps), "tables of which rows are replaced"),
             (sum(step.added for step in self.steps), "tensors added"),
             (len(self.kept), "kept as they are"),
         ]
@@ -177,14 +227,14 @@ class Plan:
         for step in self.steps:
             shape = " x ".join(map(str, step.spec.shape))
             if step.terms:
-                done = " + ".join(
-                    f"{term.strength * term.pair.scale:g} * B A (rank {term.pair.rank}, {term.adapter})"
-                    for term in step.terms
-                )
+                done = " + ".join(map(str, step.terms))
+                done += ", to the whole tensor that the adapter brings" if step.replace is not None else ""
             elif step.shift is not None:
                 done = "bias shifted"
             else:
-                done = "added" if step.added else "replaced"
+                done = "added" if step.added else "" if step.brings_rows else "replaced"
+                if step.rows is not None:
+                    done += f"{', then ' if done else ''}{step.rows.indices.size} rows replaced"
             lines.append(one_line(f"  {self.output_name(step)}  [{shape} {step.spec.dtype}]  {done}"))
         return "\n".join(lines)
 
@@ -265,7 +315,7 @@ def _idle(adapter: Adapter, strength: float) -> str:
     if adapter.is_identity:
         return "every B (or A, or scale) is zero, as in a fresh adapter"
     scales = [abs(strength * pair.scale) for pair in adapter.pairs.values()]
-    if not adapter.replaced and max(scales, default=0) < SMALLEST:
+    if not adapter.replaced and not adapter.rows and max(scales, default=0) < SMALLEST:
         return f"its weight {strength:g} makes every scale zero in float32"
     return ""
 
@@ -293,6 +343,7 @@ class _Landing:
     term: Term | None = None
     shift: NDArray[np.float32] | None = None
     whole: NDArray[Any] | None = None
+    rows: Rows | None = None
 
 
 def _lay(
@@ -319,34 +370,91 @@ def _lay(
         there = prefix.to_base(tensor) or tensor
         target = there if there in base else tensor
         judge(tensor, target, _replacement_problem(target, value, base, may_add=may_add), whole=value)
+    for tensor, rows in adapter.rows.items():
+        there = prefix.to_base(tensor) or tensor
+        judge(tensor, there, _rows_problem(there, rows, base), rows=rows)
     return landed, unfit
 
 
 def _clashes(there: Sequence[_Landing]) -> list[Misfit]:
-    """What a whole tensor cannot share its place with: another one, or a change."""
-    owner = next((landing for landing in there if landing.whole is not None), None)
-    if owner is None:
-        return []
+    """What cannot share one place: whole tensors that differ or are changed by others, DoRA, kinds of layers."""
+    pairs = [landing for landing in there if landing.term is not None]
+    return [*_clashes_of_wholes(there), *_clashes_of_rows(there), *_clashes_of_pairs(pairs)]
+
+
+def _clashes_of_wholes(there: Sequence[_Landing]) -> Iterator[Misfit]:
+    owner, whole = next(((landing, landing.whole) for landing in there if landing.whole is not None), (None, None))
+    if owner is None or whole is None:
+        return
     name, first = owner.weight, owner.adapter
-    return [
-        Misfit(other.adapter, name, f"{first} replaces {name} too; two whole tensors cannot share one place")
-        if other.whole is not None
-        else Misfit(first, name, f"{first} replaces {name} as a whole, {other.adapter} adds to it; only one can hold")
-        for other in there
-        if other is not owner
-    ]
+    for other in there:
+        if other.whole is not None:
+            if not np.array_equal(other.whole, whole):
+                why = f"{first} replaces {name} too; two whole tensors cannot share one place"
+                yield Misfit(other.adapter, name, why)
+        elif other.adapter != first or other.shift is not None:
+            # Its own pair is another matter: PEFT saves a table of embeddings with the pair that changes it.
+            why = f"{first} replaces {name} as a whole, {other.adapter} adds to it; only one can hold"
+            yield Misfit(first, name, why)
+
+
+def _clashes_of_rows(there: Sequence[_Landing]) -> Iterator[Misfit]:
+    rows = [(landing, landing.rows) for landing in there if landing.rows is not None]
+    taken: dict[int, str] = {}
+    for landing, own in rows:
+        shared = sorted(set(own.indices.tolist()) & taken.keys())
+        if shared:
+            why = f"{taken[shared[0]]} replaces rows of {landing.weight} too, row {shared[0]} among them"
+            yield Misfit(landing.adapter, landing.weight, why)
+        taken |= dict.fromkeys(own.indices.tolist(), landing.adapter)
+    if rows:
+        owner = rows[0][0]
+        for other in there:
+            if other.term is not None:
+                why = f"{owner.adapter} replaces rows of {owner.weight}, {other.adapter} adds to it; only one can hold"
+                yield Misfit(owner.adapter, owner.weight, why)
+
+
+def _clashes_of_pairs(there: Sequence[_Landing]) -> Iterator[Misfit]:
+    terms = [landing.term for landing in there if landing.term is not None]
+    for term in terms[1:]:
+        name, first = there[0].weight, terms[0]
+        if first.pair.embedding is not term.pair.embedding:
+            what, other = (
+                ("an embedding", "a linear layer") if term.pair.embedding else ("a linear layer", "an embedding")
+            )
+            yield Misfit(term.adapter, name, f"for {term.adapter} {name} is {what}, for {first.adapter} {other}")
+        elif any(one.pair.magnitude is not None for one in (first, term)):
+            why = (
+                f"{first.adapter} and {term.adapter} both change {name}, and DoRA rescales all that it finds there: "
+                "what comes out depends on the order. Merge one, and the other into what comes out, if that is meant"
+            )
+            yield Misfit(term.adapter, name, why)
 
 
 def _step(there: Sequence[_Landing], base: Mapping[str, TensorSpec]) -> Step:
     """All that lands on one weight, as one step."""
-    weight, whole = there[0].weight, there[0].whole
+    weight = there[0].weight
+    whole = next((landing.whole for landing in there if landing.whole is not None), None)
+    terms = tuple(landing.term for landing in there if landing.term is not None)
+    if terms:
+        return Step(_resolved(base[weight], terms[0].pair), terms, replace=whole)
+    rows = [landing.rows for landing in there if landing.rows is not None]
+    if rows:
+        every = Rows(np.concatenate([one.indices for one in rows]), np.concatenate([one.values for one in rows]))
+        return Step(base[weight], replace=whole, rows=every)
     if whole is not None:
         spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
         return Step(spec, replace=whole, added=weight not in base)
     shifts = [landing.shift for landing in there if landing.shift is not None]
-    if shifts:
-        return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
-    return Step(base[weight], terms=tuple(landing.term for landing in there if landing.term is not None))
+    return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
+
+
+def _resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:
+    """The spec of a weight that only its pair can tell to be an embedding's or a linear layer's."""
+    if spec.layout is not Layout.MATRIX:
+        return spec
+    return replace(spec, layout=Layout.EMBEDDING if pair.embedding else Layout.OUT_IN)
 
 
 def _name_prefix(landings: Iterable[_Landing], base: Mapping[str, TensorSpec]) -> str:
@@ -372,7 +480,7 @@ def _find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
 
     A prefix is believed only when it makes *every* pair land; two that do are an error.
     """
-    modules = list(adapter.pairs) or [name.rpartition(".")[0] for name in adapter.replaced]
+    modules = list(adapter.pairs) or [name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.rows)]
     if not modules:
         return Prefix()
 
@@ -483,11 +591,19 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: _Base) 
             "or dequantise it first"
         )
     if spec.layout is Layout.OTHER:
-        return f"{weight} {spec.shape} is not the weight of a linear layer"
+        return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
     if spec.layout is Layout.UNKNOWN:
         return f"{weight} may be stored (out, in) or (in, out): give the model's folder, whose config.json tells"
+    spec = _resolved(spec, pair)
+    if pair.embedding is not (spec.layout is Layout.EMBEDDING):
+        return (
+            f"{weight} is the weight of a linear layer, the adapter was trained on an embedding"
+            if pair.embedding
+            else f"{weight} is an embedding's, the adapter was trained on a linear layer"
+        )
     if spec.matrix != pair.shape:
-        return f"{weight} is {spec.matrix} (out, in), the adapter wants {pair.shape}"
+        view = "(width, rows)" if pair.embedding else "(out, in)"
+        return f"{weight} is {spec.matrix} {view}, the adapter wants {pair.shape}"
     return ""
 
 
@@ -496,6 +612,17 @@ def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, Ten
         return f"the base has no {bias} to shift"
     if base[bias].shape != change.shape:
         return f"the base's {bias} has shape {base[bias].shape}, the adapter adds {change.shape}"
+    return ""
+
+
+def _rows_problem(name: str, rows: Rows, base: _Base) -> str:
+    if name not in base:
+        return f"there is no {name} to replace rows of{base.nearest(name)}"
+    shape = base[name].shape
+    if not base[name].is_float or len(shape) != 2 or shape[1:] != rows.values.shape[1:]:
+        return f"{name} is {shape} {base[name].dtype}, the adapter replaces rows of {rows.values.shape[1]} floats"
+    if rows.indices.max() >= shape[0]:
+        return f"{name} has {shape[0]} rows, the adapter replaces row {rows.indices.max()}"
     return ""
 
 

@@ -112,23 +112,32 @@ def placed(placement: Placement) -> str:
 
 
 def print_adapter(to: Console, adapter: Adapter) -> None:
-    """What an adapter file holds, a row for each module. ‖ΔW‖ is the Frobenius norm at strength 1."""
-    counts = {"low-rank pair": adapter.pairs, "whole tensor": adapter.replaced, "bias": adapter.biases}
-    held = ", ".join(f"{len(there)} {what}{_s(len(there))}" for what, there in counts.items() if there)
+    """What an adapter file holds, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at strength 1."""
+    counts = {"low-rank pair": len(adapter.pairs), "whole tensor": len(adapter.replaced), "bias": len(adapter.biases)}
+    counts["row"] = sum(rows.indices.size for rows in adapter.rows.values())
+    held = ", ".join(f"{count} {what}{_s(count)}" for what, count in counts.items() if count)
     _say(to, f"{adapter.name}: {adapter.format}, {held or 'empty'}, {adapter.parameters:,} parameters", style="bold")
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
-        kind = "" if pair.magnitude is None else "DoRA"
-        rows.append([module, f"{pair.rank}", f"{pair.scale:g}", _shape(pair.shape), f"{_norm(pair):.4g}", kind])
+        rows.append([module, f"{pair.rank}", f"{pair.scale:g}", _shape(pair.shape), f"{_norm(pair):.4g}", _kind(pair)])
     _table(to, rows)
+    if any(pair.magnitude is not None for pair in adapter.pairs.values()):
+        _say(to, "DoRA rescales W + ΔW: how much changes in all, only the base's weights would tell")
     for name, tensor in adapter.replaced.items():
         _say(to, f"replaced as a whole: {name}  {_shape(tensor.shape)} {tensor.dtype}")
+    for name, own in adapter.rows.items():
+        _say(to, f"rows replaced: {name}  {_shape(own.values.shape)} {own.values.dtype}")
     for name, change in adapter.biases.items():
         _say(to, f"added to a bias: {name}  {_shape(change.shape)}")
     if adapter.is_identity:
         _say(to, "it changes nothing: every B, A or scale is zero, as in a fresh adapter", style="yellow")
     for note in adapter.notes:
         _say(to, f"note: {note}")
+
+
+def _kind(pair: LoraPair) -> str:
+    layer = "embedding" if pair.embedding else "convolution" if pair.a.ndim > 2 else ""
+    return " ".join(filter(None, ["" if pair.magnitude is None else "DoRA", layer]))
 
 
 def _norm(pair: LoraPair) -> float:

@@ -10,7 +10,9 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from lora_export import transfer
 from lora_export.errors import InputRefused
 from lora_export.ledger import Tally
-from lora_export.lora import add_into, sums_in
+from lora_export.lora import add_into, energies, sums_in
 from lora_export.plan import FLOATS, Step
 from lora_export.tensorfile import Entry
 from lora_export.transfer import Block, Bytes
@@ -61,25 +63,50 @@ def copied_blocks(read_fd: int, write_fd: int, start: int, place: int, count: in
             yield Block(first, last, place + first - start, place + last - start, shared=first in shared)
 
 
-def changed_blocks(move: Move, place: Entry) -> Iterator[Block]:
-    """Carry a tensor over in whole rows, changed on the way. The work of a block returns a Tally, or None."""
+def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iterator[Block]:
+    """Carry a tensor over in whole rows, changed on the way. The work of a block returns a Tally, or None.
+
+    Where DoRA's lengths run along the rows, the tensor is read once more, before its first block.
+    """
     old, count = move.old, max(1, transfer.BLOCK // max(1, _room(move, 1)))
     cuts = [*range(0, place.rows, count), place.rows]
     rows = [slice(first, last) for first, last in itertools.pairwise(cuts)]
     measured = _measured(move.step, rows)
+    along = _energies_along(source, read_fd, move, rows)
     for part, is_measured in zip(rows, measured, strict=True):
         yield Block(
             old.start + part.start * old.row_bytes,
             old.start + part.stop * old.row_bytes,
             place.start + part.start * place.row_bytes,
             place.start + part.stop * place.row_bytes,
-            work=functools.partial(_change, move, place, part, is_measured),
+            work=functools.partial(_change, move, place, part, is_measured, along),
         )
+
+
+def _energies_along(source: Path, read_fd: int, move: Move, rows: Sequence[slice]) -> NDArray[np.float64] | None:
+    """‖·‖² of the outputs of W + ΔW, where each of them runs through every stored row; None where nobody asks."""
+    step = move.step
+    if step is None or step.magnitude is None or not step.spec.layout.is_turned:
+        return None
+
+    def of(part: slice) -> NDArray[np.float64]:
+        stored = np.empty((part.stop - part.start) * move.old.row_bytes, np.uint8)
+        transfer.read(source, read_fd, stored, move.old.start + part.start * move.old.row_bytes)
+        weight = _weight(move, part, stored)
+        total = weight.astype(sums_in(weight.dtype))
+        total += step.stored_delta(part)
+        return energies(total.T)
+
+    # In the blocks' order, so that the sum does not depend on the number of threads. Not hashed: `transfer` will.
+    with np.errstate(over="ignore", invalid="ignore"), ThreadPoolExecutor(transfer.default_threads()) as pool:
+        squares: NDArray[np.float64] = sum(pool.map(of, rows), start=np.zeros(len(step.magnitude)))
+    return squares
 
 
 def _room(move: Move, rows: int) -> int:
     """The bytes that rows of a tensor take in their largest form on the way: stored, summed, or stored anew."""
-    each = max(move.old.dtype.itemsize, move.dtype.itemsize, np.dtype(np.float32).itemsize)
+    brought = move.step.replace.itemsize if move.step is not None and move.step.replace is not None else 0
+    each = max(move.old.dtype.itemsize, move.dtype.itemsize, np.dtype(np.float32).itemsize, brought)
     return rows * math.prod(move.old.shape[1:]) * each
 
 
@@ -87,11 +114,12 @@ def _measured(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
     """Which blocks of a weight the ledger's figures are taken from: all, or in a large weight some.
 
     Measuring a block costs as much as changing it, and a million entries tell a retention to a thousandth. The
-    sample is spread over the rows evenly; where it would miss much of the change, all is measured.
+    sample is spread over the rows evenly; where it would miss much of the change, all is measured. So it is with
+    DoRA, whose change nobody knows before it is made.
     """
     everything = [True] * len(rows)
     stride = math.prod(step.spec.shape) // MEASURED if step is not None and step.terms else 0
-    if step is None or stride < 2:
+    if step is None or stride < 2 or step.magnitude is not None:
         return everything
     sample = [number % stride == 0 for number in range(len(rows))]
     energies = step.row_energies()
@@ -102,32 +130,70 @@ def _measured(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
 
 
 def _change(
-    move: Move, place: Entry, rows: slice, measured: bool, source: Bytes, target: Bytes, spare: Bytes
+    move: Move,
+    place: Entry,
+    rows: slice,
+    measured: bool,
+    along: NDArray[np.float64] | None,
+    source: Bytes,
+    target: Bytes,
+    spare: Bytes,
 ) -> Tally | None:
     """Make rows of a tensor that is not copied; returns what became of them where something was added to them."""
-    shape = (rows.stop - rows.start, *move.old.shape[1:]) if move.old.shape else ()
+    shape = _shape(move, rows)
     merged = target.view(place.dtype).reshape(shape)
     with np.errstate(over="ignore", invalid="ignore"):  # _refuse_overflow looks for it, and knows the tensor's name
-        if move.step is not None and move.step.replace is not None:
-            whole = move.step.replace[rows] if move.old.shape else move.step.replace
-            np.copyto(merged, whole, casting="unsafe")
-            _refuse_overflow(place, whole, merged)
-            return None
-        weight = source.view(move.old.dtype).reshape(shape)
-        if move.step is None:
+        weight = _weight(move, rows, source)
+        if move.step is None or move.step.is_whole:
             np.copyto(merged, weight, casting="unsafe")
+            if move.step is not None and move.step.rows is not None:
+                move.step.rows.put_into(merged, rows.start)
             _refuse_overflow(place, weight, merged)
             return None
         change, total = _two(spare, shape, sums_in(weight.dtype))
         change = move.step.stored_delta(rows, out=change)
-        add_into(merged, weight, change, total)
+        if move.step.magnitude is None:
+            add_into(merged, weight, change, total)
+        else:
+            _rescale_into(merged, weight, change, total, move.step, rows, along)
         flat = total.reshape(-1)
-        if not flat @ flat < float(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
+        if not flat @ flat < np.float64(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
             _refuse_overflow(place, weight, merged)
         tally = Tally(place.name)
         if measured:
             tally.count(weight, change, merged)
     return tally
+
+
+def _weight(move: Move, rows: slice, stored: Bytes) -> NDArray[Any]:
+    """What the step begins with: the base's rows, or those of the tensor that takes their place."""
+    if move.step is not None and move.step.replace is not None:
+        return move.step.replace[rows] if move.old.shape else move.step.replace
+    return stored.view(move.old.dtype).reshape(_shape(move, rows))
+
+
+def _shape(move: Move, rows: slice) -> tuple[int, ...]:
+    return (rows.stop - rows.start, *move.old.shape[1:]) if move.old.shape else ()
+
+
+def _rescale_into(
+    out: NDArray[Any],
+    weight: NDArray[Any],
+    change: NDArray[np.float32],
+    total: NDArray[Any],
+    step: Step,
+    rows: slice,
+    along: NDArray[np.float64] | None,
+) -> None:
+    """As `add_into`, for a weight that DoRA rescales; `change` becomes the difference that this makes."""
+    np.copyto(total, weight)
+    total += change
+    if along is not None:
+        step.rescale(total.T, along)
+    else:
+        step.rescale(total, energies(total), rows)
+    np.subtract(total, weight, out=change, casting="unsafe")
+    np.copyto(out, total, casting="unsafe")
 
 
 def _two(spare: Bytes, shape: tuple[int, ...], wide: np.dtype[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:

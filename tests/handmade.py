@@ -35,8 +35,8 @@ def peft_adapter(
     """A PEFT adapter of these (A, B) and whole tensors; its rank is the first A's, its scale 1 unless told."""
     tensors = {}
     for module, (a, b) in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.asarray(a, np.float32)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.asarray(b, np.float32)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
     for name, value in (whole or {}).items():
         tensors[f"base_model.model.{name}"] = np.asarray(value)
     rank = next((len(a) for a, _ in pairs.values()), 1)

@@ -56,8 +56,8 @@ def test_shards_are_read_in_the_indexs_order_from_their_headers(sharded):
     base = open_checkpoint(sharded)
     assert (base.is_folder, base.index, list(base.shards)) == (True, INDEX, [FIRST, SECOND])
     assert set(base.specs) == {
-        TensorSpec("a.weight", (2, 2), "float32", Layout.OUT_IN, FIRST, 16),
-        TensorSpec("b.weight", (1, 3), "bfloat16", Layout.OUT_IN, SECOND, 6),
+        TensorSpec("a.weight", (2, 2), "float32", Layout.MATRIX, FIRST, 16),
+        TensorSpec("b.weight", (1, 3), "bfloat16", Layout.MATRIX, SECOND, 6),
         TensorSpec("b.bias", (1,), "bfloat16", Layout.OTHER, SECOND, 2),
     }
     assert base.nbytes == sum((sharded / name).stat().st_size for name in (FIRST, SECOND))
@@ -87,7 +87,7 @@ def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
     [
         ({"model_type": "gpt2"}, Layout.IN_OUT),
         ({"model_type": "composite", "decoder": {"model_type": "gpt2"}}, Layout.IN_OUT),
-        ({"model_type": "gpt_bigcode"}, Layout.OUT_IN),  # the same names, nn.Linear
+        ({"model_type": "gpt_bigcode"}, Layout.MATRIX),  # the same names, nn.Linear
         (None, Layout.UNKNOWN),
     ],
 )
@@ -105,7 +105,7 @@ def test_only_the_models_class_tells_how_gpt2s_matrices_lie(tmp_path, config, la
         "h.0.c_proj.weight": layout,
         "h.0.c_proj.bias": Layout.OTHER,
         "c_fc.weight": Layout.OUT_IN,  # a convolution of that name
-        "wte.weight": Layout.OUT_IN,
+        "wte.weight": Layout.MATRIX,
     }
 
 

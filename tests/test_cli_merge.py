@@ -187,7 +187,8 @@ def test_misfits_are_listed_at_once_and_nothing_is_written(place, capsys):
         "  in adapter:\n"
         "    base_model.model.fc.lora_A.weight: fc.weight is (2, 3) (out, in), the adapter wants (2, 2)\n"
         "    base_model.model.gate.lora_A.weight: the base has no weight for gate\n"
-        "    base_model.model.norm.lora_A.weight: norm.weight (2,) is not the weight of a linear layer\n"
+        "    base_model.model.norm.lora_A.weight: norm.weight (2,) is not the weight of a linear layer, a convolution "
+        "or an embedding\n"
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ import torch
 from handmade import peft_adapter
 from safetensors.numpy import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats import peft as reader
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 
 # --- Real adapters ---
 
@@ -66,11 +69,25 @@ def agrees(adapter: Adapter, model: peft.PeftModel) -> bool:
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     return adapter.pairs.keys() == layers.keys() and all(
-        np.array_equal(pair.a, layers[name].lora_A["default"].weight.detach().numpy())
-        and np.array_equal(pair.b, layers[name].lora_B["default"].weight.detach().numpy())
+        all(map(_equal, (pair.a, pair.b, pair.magnitude), _sides(layers[name])))
+        and pair.embedding is isinstance(layers[name], peft.tuners.lora.Embedding)
         and pair.scale == layers[name].scaling["default"]
         for name, pair in adapter.pairs.items()
     )
+
+
+def _sides(layer: peft.tuners.lora.LoraLayer) -> tuple[Any, ...]:
+    if isinstance(layer, peft.tuners.lora.Embedding):
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    else:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return a, b, layer.lora_magnitude_vector["default"].weight if layer.lora_magnitude_vector else None
+
+
+def _equal(ours: Any, theirs: torch.Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return np.array_equal(ours.ravel(), theirs.detach().numpy().ravel())
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, list[Any]]:
@@ -204,6 +221,67 @@ def test_a_bert_with_a_trained_head_is_read_whole(tmp_path):
     assert adapter.metadata["peft_version"] == peft.__version__
 
 
+class Mixed(nn.Module):
+    """A layer of each kind that PEFT adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.h, self.words = nn.Linear(3, 4), Conv1D(4, 3), nn.Embedding(7, 3, padding_idx=0)
+        self.one, self.two, self.three = nn.Conv1d(3, 4, 2), nn.Conv2d(3, 4, (2, 1)), nn.Conv3d(3, 4, 2)
+
+
+KINDS = {"fc": (4, 3), "h": (4, 3), "words": (3, 7), "one": (4, 3, 2), "two": (4, 3, 2, 1), "three": (4, 3, 2, 2, 2)}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_kind_of_layer_is_read_as_peft_means_it(tmp_path, dora):
+    model = trained(Mixed(), r=2, lora_alpha=4, target_modules=[*KINDS], rank_pattern={"two": 3}, use_dora=dora)
+    adapter = read_back(model, tmp_path)
+    assert agrees(adapter, model)
+    assert {name: pair.shape for name, pair in adapter.pairs.items()} == KINDS
+    assert [name for name, pair in adapter.pairs.items() if pair.embedding] == ["words"]
+    assert all((pair.magnitude is not None) is dora for pair in adapter.pairs.values())
+    assert adapter.spelled("words") == "base_model.model.words.lora_embedding_A"
+    assert not adapter.notes and not adapter.replaced
+
+
+def test_older_spellings_of_doras_lengths_are_read_alike(tmp_path):
+    model = trained(Mixed(), r=2, target_modules=["fc", "words"], use_dora=True)
+    read_back(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    for ending in (".weight", ".default", ".default.weight"):
+        spelled = {re.sub(r"(?<=magnitude_vector)$", ending, name): tensor for name, tensor in stored.items()}
+        if "default" in ending:
+            spelled = {re.sub(r"(lora_(embedding_)?[AB])", r"\1.default", name): spelled[name] for name in spelled}
+        save_file(spelled, tmp_path / "adapter_model.safetensors")
+        assert agrees(formats.load(tmp_path), model)
+
+
+def test_an_embedding_that_is_saved_with_its_pair_is_told(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    base = BertForSequenceClassification(config)
+    model = trained(base, r=2, target_modules=["word_embeddings"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    adapter = formats.load(tmp_path)
+    words = "bert.embeddings.word_embeddings"
+    assert whole_tensors(adapter) == {f"{words}.weight": base.state_dict()[f"{words}.weight"].tolist()}
+    assert agrees(adapter, model)
+    assert adapter.notes == (
+        f"{words}.weight is saved with the pair that changes it, as PEFT does with embeddings: it takes the place of "
+        "the base's tensor, and the pair is added to it",
+    )
+
+
+def test_a_fused_projection_is_a_linear_layer_like_others_and_attentions_biases_come_whole(tmp_path):
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 12)})
+    model = trained(net, r=2, target_modules=["attn", "qkv"], bias="all")
+    adapter = read_back(model, tmp_path)
+    shapes = {name: pair.shape for name, pair in adapter.pairs.items()}
+    assert shapes == {"attn": (12, 4), "attn.out_proj": (4, 4), "qkv": (12, 4)}
+    assert adapter.replaced.keys() == {"attn.out_proj.bias", "qkv.bias"}  # PEFT itself forgets in_proj_bias
+
+
 def test_packed_attention_counts_its_output_projection_once_and_says_so_once(tmp_path):
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -277,6 +355,32 @@ def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_
     assert formats.load(tmp_path / "mine").sha256 != one.sha256
 
 
+def a_llama(**config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes, **config))
+
+
+@pytest.mark.parametrize(
+    ("indices", "tensors"),
+    [
+        ([3, 1], ["model.embed_tokens.weight"]),
+        ({"embed_tokens": [3, 1], "lm_head": [0, 2, 5]}, ["lm_head.weight", "model.embed_tokens.weight"]),
+    ],
+)
+def test_rows_of_tokens_are_read_with_their_places(tmp_path, indices, tensors):
+    model = trained(a_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    adapter = read_back(model, tmp_path)
+    assert sorted(adapter.rows) == tensors and not adapter.is_identity
+    merged = model.merge_and_unload().state_dict()
+    for name, rows in adapter.rows.items():
+        said = indices if isinstance(indices, list) else indices[name.split(".")[-2]]
+        assert rows.indices.tolist() == said
+        assert rows.values.tolist() == merged[name][said].tolist()
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert adapter.spelled("model.embed_tokens.weight") == key
+
+
 # --- Writing ---
 
 
@@ -292,6 +396,26 @@ def test_peft_loads_what_we_write_and_computes_the_same(mlp, tmp_path):
     again = formats.load(tmp_path / "ours")
     assert agrees(again, model)
     assert whole_tensors(again) == whole_tensors(adapter)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_loads_every_kind_of_layer_that_we_write(tmp_path, dora):
+    base = Mixed()
+    model = trained(base, r=2, lora_alpha=8, target_modules=[*KINDS], use_dora=dora)
+    (tmp_path / "ours").mkdir()
+    reader.write(read_back(model, tmp_path / "theirs"), tmp_path / "ours", rank=2, alpha=8, targets=KINDS)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)  # array_equal compares shapes too
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert agrees(formats.load(tmp_path / "ours"), reloaded) and agrees(formats.load(tmp_path / "theirs"), reloaded)
+
+
+def test_an_adapter_that_is_dora_in_part_is_not_written(tmp_path):
+    sides = {"a": np.ones((1, 2)), "b": np.ones((3, 1)), "scale": 2}
+    pairs = {"fc": LoraPair(**sides), "fd": LoraPair(**sides, magnitude=np.ones(3))}
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(Adapter("a", "peft", pairs), tmp_path, rank=1, alpha=2, targets=["fc", "fd"])
 
 
 def test_the_config_we_write_is_told_what_it_does_not_know(tmp_path):
@@ -341,11 +465,12 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora: DoRA is not supported yet"),
+        ({"use_dora": 1}, "use_dora is 1, which I do not understand"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
         ({"target_parameters": ["experts.up"]}, "target_parameters: LoRA on bare parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices: trained token rows are not supported yet"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices is '1', which I do not understand"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
         ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
@@ -376,8 +501,8 @@ def test_what_changes_the_meaning_and_is_not_understood_is_refused_by_name(tmp_p
 
 
 def test_everything_that_is_refused_in_a_config_is_told_at_once(tmp_path):
-    told = refusal(simple(tmp_path, use_dora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
-    assert all(name in told for name in ("use_dora", "layer_replication", "surprise", "init_lora_weights"))
+    told = refusal(simple(tmp_path, use_qalora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
+    assert all(name in told for name in ("use_qalora", "layer_replication", "surprise", "init_lora_weights"))
 
 
 @pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
@@ -448,9 +573,10 @@ def test_the_bias_of_b_must_be_finite_too(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["emb.lora_embedding_A", "emb.lora_embedding_B"], "LoRA on embeddings is not supported yet: "),
-        (["fc.lora_magnitude_vector"], "DoRA is not supported yet: "),
-        (["emb.token_adapter.trainable_tokens_delta"], "trained token rows are not supported yet: "),
+        (["emb.lora_embedding_A.weight", "emb.lora_embedding_B.bias"], "unknown kinds of tensors: "),
+        (["fc.lora_magnitude_vector.bias"], "unknown kinds of tensors: "),
+        (["fc.lora_A"], "unknown kinds of tensors: "),
+        (["emb.token_adapter.base_layer.weight"], "unknown kinds of tensors: "),
         (["fc.lora_C.weight"], "unknown kinds of tensors: "),
         (["fc.lora_A.bias"], "unknown kinds of tensors: "),
     ],
@@ -462,10 +588,92 @@ def test_tensors_of_unknown_kinds_are_refused_and_listed(tmp_path, keys, message
     assert told == f"ADAPTER/adapter_model.safetensors: {message}{', '.join(keys)}"
 
 
+LENGTHS = "base_model.model.fc.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({LENGTHS: [1, 2, 3]}, {}, "there is a lora_magnitude_vector, but the config does not say use_dora"),
+        ({}, {"use_dora": True}, "the config says use_dora, but there is no lora_magnitude_vector"),
+        ({LENGTHS: [1, 2]}, {"use_dora": True}, "the magnitude is (2,), B (3, 1) asks for (3,)"),
+        ({LENGTHS: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 values that are not finite"),
+        (
+            {LENGTHS: [1, 2, 3], A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 1))},
+            {"use_dora": True},
+            "the magnitude is (3,), B (3, 1, 1) asks for (1, 3, 1)",
+        ),
+        ({A_KEY: np.ones((1, 2, 3))}, {}, "A (1, 2, 3), B (3, 1): neither a linear layer, a convolution nor"),
+        (
+            {A_KEY: np.ones((1, 2, 1, 1, 1, 1)), B_KEY: np.ones((3, 1, 1, 1, 1, 1))},
+            {},
+            "neither a linear layer, a conv",
+        ),
+        ({A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 3))}, {}, "B is (3, 1, 3); beyond (out, rank) it may only"),
+        (
+            {A_KEY: None, "base_model.model.fc.lora_embedding_A": [[1, 2]]},
+            {},
+            "one of lora_A and lora_B is an embedding",
+        ),
+        ({B_KEY: None, "base_model.model.fc.lora_embedding_B": [[1]]}, {}, "one of lora_A and lora_B is an embedding"),
+    ],
+)
 @pytest.mark.fault(18)
-def test_convolutions_are_refused(tmp_path):
-    told = refusal(with_tensors(tmp_path, {A_KEY: np.ones((1, 2, 3, 3)), B_KEY: np.ones((3, 1, 1, 1))}))
-    assert "fc: A (1, 2, 3, 3), B (3, 1, 1, 1): LoRA on convolutions is not supported yet" in told
+def test_tensors_that_do_not_go_together_are_refused_with_their_module(tmp_path, tensors, config, message):
+    told = refusal(with_tensors(tmp_path, tensors, **config))
+    assert told.splitlines()[1].startswith("  fc: ") and message in told
+
+
+@pytest.mark.fault(18)
+def test_lengths_of_a_layer_without_a_pair_are_refused(tmp_path):
+    told = refusal(with_tensors(tmp_path, {"base_model.model.other.lora_magnitude_vector": [1]}))
+    assert told.endswith("is refused:\n  other: a magnitude without lora_A")
+
+
+ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "indices", "message"),
+    [
+        ({ROWS: [[1, 2]]}, None, "  emb.weight: the config does not say which rows these are"),
+        ({ROWS: [[1, 2]]}, {"other": [1]}, "  trainable_token_indices names other, and there are rows for emb.weight"),
+        ({}, [1], "  trainable_token_indices is a list, and there are rows for no module"),
+        (
+            {ROWS: [[1, 2]], ROWS.replace("emb", "head"): [[1, 2]]},
+            [1],
+            "  trainable_token_indices is a list, and there are rows for emb.weight, head.weight",
+        ),
+        ({ROWS: [[1, 2]]}, [1, 2], "  emb.weight: 2 rows are named, the values are (1, 2)"),
+        ({ROWS: [[1, 2], [3, 4]]}, [1, 1], "  emb.weight: rows must be different and not negative: [1, 1]"),
+        ({ROWS: [[1, 2]]}, [-1], "  emb.weight: rows must be different and not negative: [-1]"),
+        ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, np.inf]]}, [1], "  emb.weight: the rows hold 1 values that are not finite (NaN or infinity)"),
+    ],
+)
+@pytest.mark.fault(12, 18)
+def test_rows_whose_places_are_not_clear_are_refused(tmp_path, tensors, indices, message):
+    told = refusal(with_tensors(tmp_path, tensors, trainable_token_indices=indices))
+    assert message in told.splitlines()
+
+
+def test_rows_are_not_written(tmp_path):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    there = dataclasses.replace(adapter, rows={"emb.weight": Rows(np.array([1]), np.ones((1, 2)))})
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(there, tmp_path, rank=1, alpha=2, targets=["fc"])
+
+
+@pytest.mark.fault(18)
+def test_a_grouped_convolution_is_refused_by_name(tmp_path):
+    net = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
+    trained(net, r=4, target_modules=["conv"]).save_pretrained(tmp_path)
+    assert refusal(tmp_path).endswith(
+        "  conv: A (4, 4, 3, 3), B (6, 2, 1, 1): the convolution has 2 groups. PEFT's A mixes the channels of all "
+        "groups, which no weight of a grouped convolution can do: it cannot be merged"
+    )
 
 
 def test_keys_with_and_without_the_wrappers_prefix_are_not_guessed_about(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import ml_dtypes
@@ -28,8 +29,8 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.graph import fold, sites
-from lora_export.lora import Adapter, LoraPair
+from lora_export.graph import branches, fold, sites
+from lora_export.lora import Adapter, LoraPair, Rows
 
 # ΔW = 2 * [[1], [2]] [[1, 0, -1]] = [[2, 0, -2], [4, 0, -4]]   (out, in)
 PAIR = LoraPair(a=[[1, 0, -1]], b=[[1], [2]], scale=2.0)
@@ -258,10 +259,64 @@ def test_a_graph_takes_no_added_tensor() -> None:
         folded(model, adapter, may_add=True)
 
 
-def test_dora_is_refused_by_name() -> None:
-    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[1, 1])
-    with pytest.raises(InputRefused, match="default: DoRA"):
-        folded(a_graph(GEMM), an_adapter({"m": pair}))
+@pytest.mark.parametrize("text", [GEMM, GEMM.replace("<transB = 1> ", "").replace("2,3", "3,2")], ids=["out", "in"])
+def test_dora_gives_each_output_its_length(text: str) -> None:
+    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[3, 0.5])
+    model = a_graph(text)
+    before = stored(model, "m.weight").astype(np.float64)
+    (result,) = folded(model, an_adapter({"m": pair}))
+    view = before if "transB" in text else before.T
+    total = view + pair.delta()
+    expected = total * (pair.magnitude / np.linalg.norm(total, axis=1))[:, None]
+    after = stored(model, "m.weight")
+    np.testing.assert_allclose(after if "transB" in text else after.T, expected, rtol=2e-7)
+    assert result.retention == pytest.approx(1)
+    relative = np.linalg.norm(expected - view) / np.linalg.norm(view)
+    assert result.relative_change == pytest.approx(relative, rel=1e-6) and relative > 0.1
+
+
+@pytest.mark.parametrize("magnitude", [None, [2, 0.5]])
+def test_an_embedding_is_folded_row_by_row_and_a_convolution_by_its_kernels(magnitude: list[float] | None) -> None:
+    # What finds such places says how they lie; here the test does.
+    model = a_graph(
+        """g (int64[n] ids, float[b, 3, 4] x) => (float[n, 2] rows, float[b, 2, l] y)
+        <float[5, 2] words.weight = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1},
+         float[2, 3, 2] c.weight = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}>
+        { rows = Gather(words.weight, ids)  y = Conv(x, c.weight) }"""
+    )
+    rng = np.random.default_rng(0)
+    words = LoraPair(
+        a=rng.normal(size=(1, 5)), b=rng.normal(size=(2, 1)), scale=0.5, magnitude=magnitude, embedding=True
+    )
+    kernel = LoraPair(a=rng.normal(size=(2, 3, 2)), b=rng.normal(size=(2, 2, 1)), scale=0.5, magnitude=magnitude)
+    before = {name: stored(model, name).astype(np.float64) for name in ("words.weight", "c.weight")}
+    layouts = {"words.weight": plan.Layout.EMBEDDING, "c.weight": plan.Layout.OUT_IN}
+    found = sites.find(model)
+    specs = [dataclasses.replace(spec, layout=layouts[spec.name]) for spec in found.specs]
+    fold.fold(model, found, plan.make([an_adapter({"words": words, "c": kernel})], specs))
+    for name, pair in (("words.weight", words), ("c.weight", kernel)):
+        total = (before[name].T if pair.embedding else before[name]) + pair.delta()
+        if magnitude:
+            length = np.linalg.norm(total.reshape(2, -1), axis=1)
+            total *= (np.array(magnitude) / length).reshape(2, *[1] * (total.ndim - 1))
+        np.testing.assert_allclose(stored(model, name), total.T if pair.embedding else total, rtol=3e-7)
+
+
+def test_rows_of_tokens_are_refused_by_name() -> None:
+    there = {"m.weight": Rows(np.array([1]), np.ones((1, 3), np.float32))}
+    for execute in (fold.fold, branches.branch):
+        model = a_graph(GEMM)
+        found, made = planned(model, an_adapter({}, rows=there))
+        with pytest.raises(InputRefused, match=r"m\.weight: rows of tokens cannot be put into a graph, .* checkpoint"):
+            execute(model, found, made)
+
+
+def test_a_pair_is_added_to_the_whole_tensor_that_comes_with_it() -> None:
+    model = a_graph(GEMM)
+    brought = np.full((2, 3), 100, np.float32)
+    (result,) = folded(model, an_adapter({"m": PAIR}, replaced={"m.weight": brought}))
+    assert stored(model, "m.weight").tolist() == (brought + PAIR.delta()).tolist()
+    assert result.retention == 1
 
 
 # --- real exports, against PyTorch ---

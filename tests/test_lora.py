@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, LoraPair, add, fresh_pair
+from lora_export.lora import Adapter, LoraPair, Rows, add, energies, fresh_pair
 
 A = np.array([[1, 2, 3], [0, 1, 0]])  # (rank 2, in 3)
 B = np.array([[1, 0], [2, 1]])  # (out 2, rank 2)
@@ -105,6 +105,28 @@ def test_a_pair_without_effect_says_so():
     assert pair(scale=0).is_identity
     assert LoraPair(a=A, b=0 * B, scale=1).is_identity
     assert LoraPair(a=0 * A, b=B, scale=1).is_identity
+
+
+def test_a_magnitude_may_have_an_effect_of_its_own():
+    assert not LoraPair(a=A, b=0 * B, scale=1, magnitude=np.ones(2)).is_identity
+
+
+def test_rows_alone_are_an_effect():
+    there = Adapter("a", "test", {}, rows={"e.weight": Rows(np.array([1]), np.ones((1, 2)))})
+    assert not there.is_identity and there.parameters == 2
+    assert Adapter("a", "test", {}).is_identity
+
+
+def test_an_embeddings_pair_is_of_matrices():
+    kernel = {"a": np.ones((1, 2, 3)), "b": np.ones((4, 1, 1))}
+    with pytest.raises(InputRefused, match="for an embedding both are matrices"):
+        LoraPair(**kernel, scale=1, embedding=True)
+
+
+def test_energies_are_summed_in_fp64_over_all_but_the_outputs():
+    weight = np.full((2, 3, 4), 1e25, np.float32)  # whose squares fp32 cannot hold
+    np.testing.assert_allclose(energies(weight), [12e50] * 2, rtol=1e-6)
+    assert energies(np.array([[3, 4], [5, 12]], np.float32).T).tolist() == [34, 160]
 
 
 def test_a_fresh_pair_is_the_identity_and_its_a_is_uniform_within_one_over_the_root_of_in():

@@ -148,6 +148,147 @@ def test_gpt2s_matrices_that_are_stored_in_out_are_merged_as_peft_does(tmp_path)
     assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
 
 
+def trained_lengths(model: peft.PeftModel) -> peft.PeftModel:
+    """The model with DoRA's lengths between half and twice of what they were at first."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(0.5 + 1.5 * torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def dora(base: nn.Module, **config: Any) -> peft.PeftModel:
+    """PEFT's model with DoRA adapters in a copy of the base, none of whose values is what it began with."""
+
+    def fill(tensor: torch.Tensor) -> None:
+        if tensor.ndim > 1 and tensor.shape[0] > 1:  # A or B; a convolution's lengths begin with a 1
+            sixty_fourths(tensor)
+
+    return trained_lengths(trained(base, fill, use_dora=True, **config))
+
+
+def nearly_the_same_bits(ours: dict[str, Any], theirs: dict[str, Any], base: dict[str, Any]) -> set[str]:
+    """The names of the tensors that changed; each is the other's, but for the last bit of some entries.
+
+    PEFT sums the squares of a length in fp32, and we in fp64.
+    """
+    assert ours.keys() == theirs.keys()
+    changed = set()
+    for name, one in ours.items():
+        other = theirs[name]
+        step = torch.finfo(other.dtype).eps if other.is_floating_point() else 0
+        steps = 4 if other.dtype == torch.float32 else 1
+        assert one.dtype == other.dtype
+        assert ((one.double() - other.double()).abs() <= steps * step * other.double().abs()).all(), name
+        assert other.dtype == torch.float32 or (one == other).double().mean() > 0.98, name
+        if not torch.equal(one, base[name]):
+            assert (one.double() - base[name].double()).norm() > 0.1 * base[name].double().norm()
+            changed.add(name)
+    return changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_dora_on_linear_layers_is_pefts(tmp_path, dtype, weight):
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = dora(net, r=4, lora_alpha=2, target_modules=["up", "down"], alpha_pattern={"down": 8})
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", strengths=(weight,))
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.scale_layer(weight)  # PEFT's meaning of a weight: of the scale, wherever it stands
+    theirs = model.merge_and_unload().state_dict()
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    assert nearly_the_same_bits(ours, theirs, net.state_dict()) == {"up.weight", "down.weight"}
+    assert all(result.retention == pytest.approx(1, abs=2e-3) and result.noise < 0.02 for result in report.results)
+
+
+def test_dora_on_gpt2s_matrices_and_embeddings_is_pefts(tmp_path):
+    # Both are stored (in, out): a length runs through all rows.
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
+    base = GPT2LMHeadModel(config)
+    base.save_pretrained(tmp_path / "base")
+    model = dora(base, r=4, lora_alpha=4, target_modules=["c_attn", "c_proj", "wte", "wpe"])
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert len(report.results) == 8
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    changed = nearly_the_same_bits(loaded, model.merge_and_unload().state_dict(), base.state_dict())
+    assert changed == {result.weight for result in report.results}
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "rank_pattern": {"wpe": 2}}])
+def test_lora_on_embeddings_is_pefts_bit_for_bit(tmp_path, config):
+    torch.manual_seed(0)
+    base = bert()
+    base.save_pretrained(tmp_path / "base")
+    targets = ["word_embeddings", "position_embeddings", "query"]
+    model = trained(base, sixty_fourths, r=4, lora_alpha=8, target_modules=targets, **config)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert same_bits(loaded, model.merge_and_unload().state_dict())
+    words = "bert.embeddings.word_embeddings.weight"
+    assert not torch.equal(loaded[words], base.state_dict()[words])
+    assert {words, "bert.embeddings.position_embeddings.weight"} < {result.weight for result in report.results}
+
+
+class Convolutions(nn.Module):
+    """A convolution of each kind, and a square one by one; its stride, padding and dilation do not matter to W'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(4, 6, 3, padding=1), nn.Conv2d(6, 4, (3, 2), stride=2, dilation=2)
+        self.three, self.point = nn.Conv3d(4, 6, 2), nn.Conv2d(4, 4, 1, bias=False)
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True, "target_modules": ["one", "two", "three"]}])
+def test_lora_on_convolutions_is_pefts_bit_for_bit(tmp_path, config):
+    torch.manual_seed(0)
+    net = Convolutions()
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    config = {"target_modules": ["one", "two", "three", "point"], **config}
+    model = trained(net, sixty_fourths, r=4, lora_alpha=8, **config)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
+    weights = {f"{name}.weight" for name in config["target_modules"]}
+    assert weights == {result.weight for result in report.results if result.weight.endswith("weight")}
+    assert all(result.changed > 0.9 * result.elements for result in report.results)
+
+
+def test_dora_on_convolutions_is_pefts(tmp_path):
+    torch.manual_seed(0)
+    net = Convolutions()
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = dora(net, r=4, target_modules=["one", "two", "three", "point"])
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    changed = nearly_the_same_bits(ours, model.merge_and_unload().state_dict(), net.state_dict())
+    assert changed == {f"{name}.weight" for name in ("one", "two", "three", "point")}
+
+
+def test_packed_attention_and_its_output_are_pefts_but_for_the_output_that_it_counts_twice(tmp_path):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 12)})
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = trained(net, sixty_fourths, r=2, lora_alpha=4, target_modules=["attn", "qkv"], bias="lora_only")
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out")
+    ours, theirs = load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict()
+    out, before = "attn.out_proj.weight", net.state_dict()
+    assert same_bits({k: v for k, v in ours.items() if k != out}, {k: v for k, v in theirs.items() if k != out})
+    once = (theirs[out] - before[out]) / 2
+    torch.testing.assert_close(ours[out], before[out] + once, rtol=1e-6, atol=1e-6)
+    changed = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert changed == {"attn.in_proj_weight", out, "attn.out_proj.bias", "qkv.weight", "qkv.bias"}
+
+
 def test_a_bare_file_with_gpt2s_names_is_refused_for_want_of_a_config(tmp_path):
     base_file(tmp_path / "base.safetensors", {"h.0.c_proj.weight": np.eye(2)})
     adapter = peft_adapter(tmp_path / "adapter", {"h.0.c_proj": ([[1, 2]], [[1], [1]])})
@@ -247,6 +388,112 @@ def test_embeddings_that_are_not_tied_may_be_replaced(tmp_path, config):
     merged(tmp_path / "base", whole, tmp_path / "out")
     assert load_file(tmp_path / "out/model.safetensors")["embed.weight"].tolist() == [[1, 1], [1, 1]]
     assert json.loads((tmp_path / "out/config.json").read_text()) == config
+
+
+def test_a_pair_on_tied_embeddings_is_refused_where_the_base_stores_them_once(tmp_path, tied):
+    tied.save_pretrained(tmp_path / "base")
+    model = trained(tied, sixty_fourths, r=2, target_modules=["embed_tokens"])
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(InputRefused, match=r"model\.embed_tokens\.weight is the output embeddings too"):
+        merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_an_embedding_that_was_saved_with_its_pair_is_changed_as_it_was_saved(tmp_path, tied, config):
+    base = copy.deepcopy(tied)
+    base.config.tie_word_embeddings = False
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        base.model.embed_tokens.weight *= 2  # somebody else's base: PEFT takes the rows that were saved
+    model = trained(base, sixty_fourths, r=2, target_modules=["embed_tokens"], **config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(
+        tmp_path / "adapter/adapter_model.safetensors"
+    )
+    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = model.merge_and_unload().state_dict()
+    if config:
+        assert nearly_the_same_bits(loaded, theirs, base.state_dict()) == {"model.embed_tokens.weight"}
+    else:
+        assert same_bits(loaded, theirs)
+
+
+def test_a_base_in_fp64_is_summed_in_fp64(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[2**40, 1e200]]}, np.float64)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[2**-10, 0]], [[1]])})
+    merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")["fc.weight"]
+    assert (stored.tolist(), stored.dtype) == ([[2**40 + 2**-10, 1e200]], np.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rows_of_tokens_are_pefts_and_those_of_a_tied_model_are_both_inputs_and_outputs(
+    tmp_path, monkeypatch, tied, is_tied, dtype
+):
+    base = copy.deepcopy(tied).to(dtype)
+    if not is_tied:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
+    base.save_pretrained(tmp_path / "base")
+    indices = [7, 19, 0] if is_tied else {"embed_tokens": [7, 19, 0], "lm_head": [3]}
+    model = trained(base, sixty_fourths, r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(transfer, "BLOCK", 100)  # three rows
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert loaded.config.tie_word_embeddings is is_tied
+    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    before = base.state_dict()
+    changed = {
+        k: (v != before[k]).any(1).nonzero().ravel().tolist() for k, v in loaded.state_dict().items() if v.ndim > 1
+    }
+    assert changed["model.embed_tokens.weight"] == [0, 7, 19]
+    assert changed["lm_head.weight"] == ([0, 7, 19] if is_tied else [3])
+    assert report.replaced == (1 if is_tied else 2)
+
+
+def test_rows_that_the_bases_type_cannot_hold_are_refused(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[1]], "emb.weight": [[1], [2]]}, np.float16)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[1]], [[1]])}, trainable_token_indices=[1])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.emb.token_adapter.trainable_tokens_delta"] = np.array([[1e5]], np.float32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputRefused, match=r"^emb\.weight: 1 values would lie beyond 65504"):
+        merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+
+
+def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
+    # The adapter brings both, equal, and a pair for one: what comes out differs.
+    (tmp_path / "base").mkdir()
+    words = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+    base_file(tmp_path / "base/model.safetensors", {"embed.weight": words})
+    config = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], "vocab_size": 3}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    adapter = peft_adapter(tmp_path / "adapter", {}, {"embed.base_layer.weight": words, "head.weight": words})
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.embed.lora_embedding_A"] = np.array([[0, 0, 1]], np.float32)
+    tensors["base_model.model.embed.lora_embedding_B"] = np.array([[10], [20]], np.float32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merged(tmp_path / "base", adapter, tmp_path / "out")
+    ours = load_file(tmp_path / "out/model.safetensors")
+    assert ours["embed.weight"].tolist() == [[1, 2], [3, 4], [15, 26]]
+    assert ours["head.weight"].tolist() == words.tolist()
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_pair_on_a_tensor_that_comes_in_fp64_is_summed_there(tmp_path, monkeypatch):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((30, 20))})
+    brought = 1 + np.arange(600).reshape(30, 20) * 2.0**-40
+    pairs = {"fc": (np.full((1, 20), 2.0**-20), np.ones((30, 1)))}
+    adapter = peft_adapter(tmp_path / "adapter", pairs, {"fc.weight": brought})
+    monkeypatch.setattr(transfer, "BLOCK", 256)
+    merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
+    ours = load_file(tmp_path / "out/model.safetensors")["fc.weight"]
+    assert ours.tolist() == (brought + 2.0**-20).astype(np.float32).tolist()
 
 
 def test_two_adapters_are_summed_before_the_one_rounding(tmp_path):
@@ -439,7 +686,85 @@ def test_a_cache_of_symbolic_links_becomes_a_folder_of_files(tmp_path, sharded, 
     assert tensors_of(blobs)["fc.weight"].tolist() == W.tolist()
 
 
+LONG = {"fc": ([[1, 2, 0]], [[1], [0]])}
+WITH_LENGTHS = {"base_model.model.fc.lora_magnitude_vector": np.array([10, 20], np.float32)}
+
+
+def dora_by_hand(folder: Path, pairs: Any = None, lengths: Any = None, **config: Any) -> Path:
+    """An adapter that makes [[1, 0, 0], [0, 0, 5]] + 2 * [[1, 2, 0], [0, 0, 0]], and its rows 10 and 20 long."""
+    peft_adapter(folder, pairs or LONG, use_dora=True, lora_alpha=2, **config)
+    tensors = load_file(folder / "adapter_model.safetensors") | (lengths or WITH_LENGTHS)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, BF16])
+def test_dora_by_hand(tmp_path, dtype):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[1, 0, 0], [0, 0, 5]]}, dtype)
+    (result,) = merged(tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a"), tmp_path / "out").results
+    stored = load_file(tmp_path / "out/model.safetensors")["fc.weight"]
+    assert (stored.tolist(), stored.dtype) == ([[6, 8, 0], [0, 0, 20]], dtype)
+    # Measured against what was to become of W, not against sBA: [[5, 8, 0], [0, 0, 15]].
+    assert (result.retention, result.noise, result.changed, result.elements) == (1, 0, 3, 6)
+    assert result.relative_change == pytest.approx(math.sqrt((25 + 64 + 225) / 26))
+
+
+def test_what_rounding_takes_from_dora_is_measured_on_the_rescaled_weight(tmp_path):
+    # In bf16 255 has its neighbours 1 away and 256 the next one 2: 255.5 and 257.5 become 256 and 258.
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[255, 0], [0, 256]]}, BF16)
+    lengths = {"base_model.model.fc.lora_magnitude_vector": np.array([255.5, 257.5], np.float32)}
+    pairs = {"fc": ([[0, 0]], [[1], [1]])}
+    (result,) = merged(
+        tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a", pairs, lengths), tmp_path / "out"
+    ).results
+    assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[256, 0], [0, 258]]
+    assert result.retention == pytest.approx((0.5 * 1 + 1.5 * 2) / (0.25 + 2.25))
+    assert result.noise == pytest.approx(math.sqrt((0.25 + 0.25) / (0.25 + 2.25)))
+
+
+def test_dora_is_refused_where_an_output_has_no_direction(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": [[-2, -4, 0], [0, 0, 5]]})
+    with pytest.raises(InputRefused, match=r"^fc\.weight: W \+ sBA is zero in 1 of its outputs"):
+        merged(tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a"), tmp_path / "out")
+
+
 # --- In blocks, and by other ways of copying ---
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_dora_in_blocks_of_rows_gives_the_bits_of_the_whole_and_reads_it_at_most_twice(
+    tmp_path, monkeypatch, embedding, threads
+):
+    rng = np.random.default_rng(0)
+    base = base_file(tmp_path / "base.safetensors", {"kept": np.ones(3), "fc.weight": rng.standard_normal((20, 12))})
+    exact = rng.integers(-63, 64, (2, 4, 20)) / 64
+    out, into = (12, 20) if embedding else (20, 12)
+    a, b = exact[0][:, :into], exact[1].T[:out]
+    lengths = {"base_model.model.fc.lora_magnitude_vector": rng.uniform(1, 2, out).astype(np.float32)}
+    adapter = dora_by_hand(tmp_path / "adapter", {"fc": (a, b)}, lengths)
+    if embedding:
+        stored = load_file(adapter / "adapter_model.safetensors")
+        renamed = {re.sub(r"lora_([AB])\.weight", r"lora_embedding_\1", name): stored[name] for name in stored}
+        save_file(renamed, adapter / "adapter_model.safetensors")
+    whole = merged(base, adapter, tmp_path / "whole")
+    reads: list[tuple[int, int]] = []
+    read = transfer.read
+    monkeypatch.setattr(transfer, "read", lambda *args: (reads.append((args[3], args[2].size)), read(*args)))
+    monkeypatch.setattr(transfer, "default_threads", lambda: threads)
+    monkeypatch.setattr(transfer, "BLOCK", 150)
+    parts = merged(base, adapter, tmp_path / "parts")
+    shards = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()
+    assert whole.results[0].changed == parts.results[0].changed == 240
+    entry = tensorfile.open_file(base).entries["fc.weight"]
+    there = sorted(size for start, size in reads if entry.start <= start < entry.stop)
+    assert sum(there) == (2 if embedding else 1) * entry.nbytes and max(there) <= 150
+    pair, weight = formats.load(adapter).pairs["fc"], load_file(base)["fc.weight"].astype(np.float64)
+    total = weight.T + pair.scale * (b @ a) if embedding else weight + pair.scale * (b @ a)
+    expected = total * (pair.magnitude / np.linalg.norm(total, axis=1))[:, None]
+    ours = load_file(shards[1])["fc.weight"]
+    np.testing.assert_allclose(ours.T if embedding else ours, expected, rtol=3e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -562,6 +887,16 @@ def test_a_large_weight_is_measured_by_a_sample_that_holds_its_share_of_the_chan
     assert result.elements == measured
     assert result.retention == pytest.approx(whole.retention, rel=0.2 if measured < 2000 else 1e-6)
     assert result.noise == pytest.approx(whole.noise, rel=0.2 if measured < 2000 else 1e-6)
+
+
+def test_doras_change_is_measured_in_every_row(tmp_path, monkeypatch):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.eye(40, 50)})
+    lengths = {"base_model.model.fc.lora_magnitude_vector": np.linspace(1, 2, 40, dtype=np.float32)}
+    adapter = dora_by_hand(tmp_path / "adapter", {"fc": (np.zeros((1, 50)), np.ones((40, 1)))}, lengths)
+    monkeypatch.setattr(rewrite, "MEASURED", 500)
+    monkeypatch.setattr(transfer, "BLOCK", 5 * 50 * 4)
+    (result,) = merged(tmp_path / "base.safetensors", adapter, tmp_path / "out").results
+    assert (result.elements, result.changed, result.retention) == (2000, 39, 1)
 
 
 def faint(tmp_path: Path, size: float) -> tuple[Path, Path]:

@@ -11,7 +11,7 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
-from lora_export.lora import EVERY_ROW, Adapter, LoraPair
+from lora_export.lora import EVERY_ROW, Adapter, LoraPair, Rows
 from lora_export.plan import Layout, Plan, Step, TensorSpec, Term
 
 A = [[1, 2, 3]]  # (rank 1, in 3)
@@ -119,6 +119,165 @@ def test_a_whole_tensor_takes_the_place_of_the_bases():
     (step,) = made.steps
     assert step.replace is head and step.spec is place and not step.added
     assert made.kept == ("head.bias",)
+
+
+# --- Embeddings, convolutions, DoRA ---
+
+
+def table(a: Any = A, b: Any = B, **fields: Any) -> LoraPair:
+    return LoraPair(a=np.array(a), b=np.array(b), scale=1.0, embedding=True, **fields)
+
+
+@pytest.mark.parametrize("layout", [Layout.EMBEDDING, Layout.MATRIX])
+def test_an_embeddings_pair_lands_on_rows_of_words(layout):
+    (step,) = plan.make([adapter(emb=table())], [matrix("emb.weight", 3, 2, layout=layout)]).steps  # 3 words, 2 wide
+    assert step.spec.layout is Layout.EMBEDDING
+    assert step.delta().tolist() == BA
+    assert step.stored_delta(slice(1, 3)).tolist() == np.transpose(BA)[1:].tolist()
+
+
+def test_what_a_matrix_is_that_only_the_adapter_can_tell_stands_in_the_step():
+    (step,) = plan.make([adapter(fc=pair())], [matrix("fc.weight", layout=Layout.MATRIX)]).steps
+    assert (step.spec.layout, step.stored_delta(slice(None)).tolist()) == (Layout.OUT_IN, BA)
+
+
+def test_pairs_of_embeddings_and_of_linear_layers_are_not_taken_for_one_another():
+    # All are square: no shape would tell.
+    square = {"a": [[1, 2]], "b": [[1], [10]]}
+    there = adapter(emb=table(**square), fc=pair(**square), other=table(**square))
+    base = [
+        matrix("emb.weight", 2, 2),
+        matrix("fc.weight", 2, 2, layout=Layout.EMBEDDING),
+        matrix("other.weight", 2, 2, layout=Layout.IN_OUT),
+    ]
+    assert misfits([there], base) == [
+        "emb: emb.weight is the weight of a linear layer, the adapter was trained on an embedding",
+        "fc: fc.weight is an embedding's, the adapter was trained on a linear layer",
+        "other: other.weight is the weight of a linear layer, the adapter was trained on an embedding",
+    ]
+    two = [adapter("one", fc=pair(**square)), adapter("two", fc=table(**square))]
+    assert misfits(two, [matrix("fc.weight", 2, 2, layout=Layout.MATRIX)]) == [
+        "fc.weight: for two fc.weight is an embedding, for one a linear layer"
+    ]
+
+
+def test_a_table_of_another_size_is_told_in_rows_and_width():
+    assert misfits([adapter(emb=table())], [matrix("emb.weight", 4, 2, layout=Layout.MATRIX)]) == [
+        "emb: emb.weight is (2, 4) (width, rows), the adapter wants (2, 3)"
+    ]
+
+
+def test_dora_shares_its_weight_with_no_other_adapter():
+    scaled = LoraPair(a=np.array(A), b=np.array(B), scale=1.0, magnitude=np.array([1, 2]))
+    for order in ([pair(), scaled], [scaled, pair()], [scaled, scaled]):
+        there = [adapter(name, fc=pair, other=pair) for name, pair in zip(("one", "two"), order, strict=True)]
+        lines = misfits(there, [matrix("fc.weight"), matrix("other.weight")])
+        assert lines == [
+            f"{name}: one and two both change {name}, and DoRA rescales all that it finds there: what comes out "
+            "depends on the order. Merge one, and the other into what comes out, if that is meant"
+            for name in ("fc.weight", "other.weight")
+        ]
+
+
+def test_dora_on_one_weight_and_another_adapter_on_another_are_one_plan():
+    scaled = LoraPair(a=np.array(A), b=np.array(B), scale=1.0, magnitude=np.array([1, 2]))
+    made = plan.make([adapter("one", a=scaled), adapter("two", b=pair())], [matrix("a.weight"), matrix("b.weight")])
+    assert [step.magnitude is None for step in made.steps] == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dora_gives_each_output_its_length(dtype):
+    # W + 2 * BA = [[3, 4, 0], [0, 0, 5]], whose rows are 5 long.
+    scaled = LoraPair(a=np.array([[1, 2, 0]]), b=np.array([[1], [0]]), scale=1.0, magnitude=np.array([10, 20]))
+    (step,) = plan.make([adapter(fc=scaled)], [matrix("fc.weight")], strengths=[2]).steps
+    weight = np.array([[1, 0, 0], [0, 0, 5]], dtype)
+    total, change = step.carried_out(weight)
+    assert total.tolist() == [[6, 8, 0], [0, 0, 20]]
+    assert change.tolist() == [[5, 8, 0], [0, 0, 15]]
+    assert total.dtype == dtype and weight.tolist() == [[1, 0, 0], [0, 0, 5]]
+
+
+def test_dora_on_an_output_without_a_direction_is_refused():
+    scaled = LoraPair(a=np.array([[1, 2, 0]]), b=np.array([[1], [0]]), scale=1.0, magnitude=np.array([10, 20]))
+    (step,) = plan.make([adapter(fc=scaled)], [matrix("fc.weight")]).steps
+    with pytest.raises(InputRefused, match=r"^fc\.weight: W \+ sBA is zero in 2 of its outputs, to which DoRA cannot"):
+        step.carried_out(np.array([[-1, -2, 0], [0, 0, 0]], np.float32))
+
+
+def test_a_pair_stands_on_the_whole_tensor_that_its_own_adapter_brings():
+    whole = np.zeros((3, 2), np.float32)
+    base = [matrix("emb.weight", 3, 2, layout=Layout.MATRIX)]
+    made = plan.make([holding(pairs={"emb": table()}, replaced={"emb.weight": whole})], base)
+    (step,) = made.steps
+    assert step.replace is whole and step.terms and not step.is_whole
+    assert str(made).splitlines() == [
+        "1 weights changed",
+        "  emb.weight  [3 x 2 float32]  1 * B A (rank 1, mine), an embedding's, to the whole tensor that the adapter "
+        "brings",
+    ]
+    apart = [holding(replaced={"emb.weight": whole}), adapter("other", emb=table())]
+    assert misfits(apart, base) == [
+        "emb.weight: mine replaces emb.weight as a whole, other adds to it; only one can hold"
+    ]
+
+
+def rows(*indices: int, width: int = 3) -> Rows:
+    return Rows(np.array(indices), np.ones((len(indices), width), np.float32) * (1 + np.array(indices)[:, None]))
+
+
+def test_rows_of_several_adapters_are_one_step_where_no_row_is_taken_twice():
+    one, two = (holding(name, rows={"emb.weight": there}) for name, there in (("one", rows(4, 1)), ("two", rows(2))))
+    made = plan.make([one, two], [matrix("emb.weight", 5, layout=Layout.MATRIX)])
+    (step,) = made.steps
+    assert (step.rows.indices.tolist(), step.rows.values[:, 0].tolist()) == ([4, 1, 2], [5, 2, 3])
+    assert step.is_whole and step.brings_rows
+    assert str(made).splitlines() == [
+        "1 tables of which rows are replaced",
+        "  emb.weight  [5 x 3 float32]  3 rows replaced",
+    ]
+    table = np.array(np.zeros((2, 3)))  # the rows 1 and 2 of five
+    step.rows.put_into(table, 1)
+    assert table.tolist() == [[2, 2, 2], [3, 3, 3]]
+
+
+def test_rows_stand_in_the_whole_tensor_that_comes_with_them():
+    whole = np.zeros((5, 3), np.float32)
+    made = plan.make([holding(rows={"emb.weight": rows(1)}, replaced={"emb.weight": whole})], [matrix("emb.weight", 5)])
+    assert made.steps[0].replace is whole and not made.steps[0].brings_rows
+    assert str(made).splitlines()[1] == "  emb.weight  [5 x 3 float32]  replaced, then 1 rows replaced"
+
+
+def test_rows_that_do_not_fit_are_misfits():
+    base = [matrix("emb.weight", 5), matrix("wide.weight", 5, 4), matrix("small.weight", dtype="int8"), vector("bias")]
+    names = ("emb.weight", "wide.weight", "small.weight", "bias", "other.weight")
+    assert misfits([holding(rows=dict.fromkeys(names, rows(5)))], base) == [
+        "emb.weight: emb.weight has 5 rows, the adapter replaces row 5",
+        "wide.weight: wide.weight is (5, 4) float32, the adapter replaces rows of 3 floats",
+        "small.weight: small.weight is (2, 3) int8, the adapter replaces rows of 3 floats",
+        "bias: bias is (2,) float32, the adapter replaces rows of 3 floats",
+        "other.weight: there is no other.weight to replace rows of",
+    ]
+
+
+def test_rows_share_their_table_with_nobody_who_wants_the_same():
+    one, two = (holding(name, rows={"emb.weight": there}) for name, there in (("one", rows(4, 1)), ("two", rows(1, 2))))
+    three = adapter("three", emb=table(a=[[1] * 5], b=[[1]] * 3))
+    four = holding("four", replaced={"emb.weight": np.zeros((5, 3), np.float32)})
+    base = [matrix("emb.weight", 5, layout=Layout.MATRIX)]
+    assert misfits([one, two], base) == ["emb.weight: one replaces rows of emb.weight too, row 1 among them"]
+    assert misfits([one, three], base) == [
+        "emb.weight: one replaces rows of emb.weight, three adds to it; only one can hold"
+    ]
+    assert misfits([one, four], base) == [
+        "emb.weight: four replaces emb.weight as a whole, one adds to it; only one can hold"
+    ]
+
+
+def test_a_dry_run_tells_of_dora():
+    scaled = LoraPair(a=np.array(A), b=np.array(B), scale=0.5, magnitude=np.array([1, 2]))
+    assert str(plan.make([adapter(fc=scaled)], [matrix("fc.weight")])).splitlines()[1] == (
+        "  fc.weight  [2 x 3 float32]  0.5 * B A (rank 1, mine), each output to DoRA's length"
+    )
 
 
 # --- Prefixes ---
@@ -268,7 +427,7 @@ def test_every_misfit_is_listed_at_once_as_spelled_in_the_file_and_with_the_near
         "    base_model.model.layer.attn.q.lora_A.weight: the base has no weight for layer.attn.q; "
         "the nearest is layer.attention.q.weight",
         "    narrow: narrow.weight is (2, 5) (out, in), the adapter wants (2, 3)",
-        "    norm: norm.weight (2, 3) is not the weight of a linear layer",
+        "    norm: norm.weight (2, 3) is not the weight of a linear layer, a convolution or an embedding",
         "    int8: int8.weight is int8: a quantised weight is never merged silently. Use the original float base, "
         "or dequantise it first",
         "    good.lora_B.bias: the base's good.bias has shape (2,), the adapter adds (3,)",
@@ -292,9 +451,12 @@ def test_a_matrix_whose_layout_nobody_knows_is_refused():
 
 
 def test_two_whole_tensors_cannot_share_one_place():
-    whole = {"head.weight": np.ones((2, 3), np.float32)}
-    lines = misfits([holding("a", replaced=whole), holding("b", replaced=whole)], [matrix("head.weight")])
+    wholes = [np.full((2, 3), number, np.float32) for number in (1, 2, 1)]
+    holders = [holding(name, replaced={"head.weight": whole}) for name, whole in zip("abc", wholes, strict=True)]
+    lines = misfits(holders, [matrix("head.weight")])
     assert lines == ["head.weight: a replaces head.weight too; two whole tensors cannot share one place"]
+    (step,) = plan.make([holders[0], holders[2]], [matrix("head.weight")]).steps  # equal, they are one
+    assert step.replace is wholes[0]
 
 
 @pytest.mark.parametrize("changed", ["fc.weight", "fc.bias"])

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lora_export import plan, report
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 from lora_export.parity import Case, Outcome, Sensitivity, Verdict, judge
 
 
@@ -150,14 +150,29 @@ ADAPTER = Adapter(
 
 def test_an_adapter_is_shown_as_a_table() -> None:
     lines = [line.split() for line in printed(ADAPTER, with_=report.print_adapter).splitlines()]
-    assert " ".join(lines[0]) == "english: peft, 2 low-rank pairs, 1 whole tensor, 1 bias, 3,855 parameters"
+    assert " ".join(lines[0]) == "english: peft, 2 low-rank pairs, 1 whole tensor, 1 bias, 3,857 parameters"
     assert lines[1] == ["module", "rank", "scale", "shape", "‖ΔW‖"]
     # ΔW = 2 * [[3, 0, 4], [6, 0, 8]], whose norm is 2 * 5 * √5
     assert lines[2] == ["q", "1", "2", "2", "x", "3", f"{10 * math.sqrt(5):.4g}"]
     assert lines[3] == ["v", "2", "0.5", "2", "x", "2", f"{math.sqrt(0.5):.4g}", "DoRA"]
-    assert lines[4] == ["replaced", "as", "a", "whole:", "score.weight", "10", "x", "384", "float32"]
-    assert lines[5] == ["added", "to", "a", "bias:", "k", "2"]
-    assert lines[6] == ["note:", "rsLoRA:", "the", "scale", "is", "alpha/√r"]
+    assert " ".join(lines[4]) == "DoRA rescales W + ΔW: how much changes in all, only the base's weights would tell"
+    assert lines[5] == ["replaced", "as", "a", "whole:", "score.weight", "10", "x", "384", "float32"]
+    assert lines[6] == ["added", "to", "a", "bias:", "k", "2"]
+    assert lines[7] == ["note:", "rsLoRA:", "the", "scale", "is", "alpha/√r"]
+
+
+def test_embeddings_and_convolutions_are_called_so() -> None:
+    table = LoraPair(a=np.ones((1, 9)), b=np.ones((2, 1)), scale=1.0, magnitude=np.ones(2), embedding=True)
+    kernel = LoraPair(a=np.ones((1, 2, 3)), b=np.ones((4, 1, 1)), scale=1.0)
+    lines = printed(Adapter("mixed", "peft", {"e": table, "c": kernel}), with_=report.print_adapter).splitlines()
+    assert lines[2].split()[-2:] == ["DoRA", "embedding"]
+    assert lines[3].split()[3:] == ["4", "x", "2", "x", "3", f"{math.sqrt(24):.4g}", "convolution"]
+
+
+def test_rows_are_told_with_their_number_and_width() -> None:
+    there = {"e.weight": Rows(np.array([1, 7]), np.ones((2, 3), np.float32))}
+    lines = printed(Adapter("tokens", "peft", {}, rows=there), with_=report.print_adapter).splitlines()
+    assert lines == ["tokens: peft, 2 rows, 6 parameters", "rows replaced: e.weight  2 x 3 float32"]
 
 
 def test_the_norm_is_that_of_the_delta() -> None:
@@ -165,7 +180,7 @@ def test_the_norm_is_that_of_the_delta() -> None:
     pair = LoraPair(a=rng.normal(size=(4, 6, 3, 3)), b=rng.normal(size=(5, 4, 1, 1)), scale=-0.7)
     adapter = Adapter("conv", "peft", {"c": pair})
     norm = np.linalg.norm(pair.delta().ravel())
-    assert f"  {norm:.4g}\n" in printed(adapter, with_=report.print_adapter)
+    assert f"  {norm:.4g}  convolution\n" in printed(adapter, with_=report.print_adapter)
 
 
 def test_a_fresh_adapter_is_called_so() -> None:

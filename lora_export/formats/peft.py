@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lora_export import files, tensorfile
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,20 +38,20 @@ UNDERSTOOD = frozenset(
             "qalora_group_size",
             "lora_bias",
             "use_rslora",
+            "use_dora",
             "init_lora_weights",
             "eva_config",
             "megatron_core",
             "ensure_weight_tying",
+            "trainable_token_indices",
         ),
     }
 )
 # Fields that change what W' is. Truthy, they are refused: a wrong merge is worse than none.
 REFUSED = {
-    "use_dora": "DoRA is not supported yet",
     "use_qalora": "QA-LoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
     "target_parameters": "LoRA on bare parameters (mixture-of-experts) is not supported yet",
-    "trainable_token_indices": "trained token rows are not supported yet",
     "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
     "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
@@ -69,11 +69,12 @@ SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # lea
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
 # What PEFT writes, where another type would be taken for something else.
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     "layers_to_transform": (int, list),
+    "trainable_token_indices": (list, dict),
 }
 BIASES = (None, "none", "all", "lora_only")
 
@@ -81,13 +82,13 @@ SMALLEST, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.fi
 
 # Kinds of keys
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
-LOW_RANK_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
+MAGNITUDE, EMBEDDING, ROWS = "magnitude", "embedding", "rows"
+LOW_RANK_KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
+)
+ROWS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
-UNSUPPORTED_KEYS = {
-    "lora_embedding_": "LoRA on embeddings is not supported yet",
-    "lora_magnitude_vector": "DoRA is not supported yet",
-    "token_adapter": "trained token rows are not supported yet",
-}
 
 
 def recognises(path: Path) -> bool:
@@ -111,6 +112,7 @@ def read(path: Path, name: str) -> Adapter:
     file = tensorfile.open_file(path / WEIGHTS)
     keys = _sort_keys(file)
     pairs, biases = _read_pairs(file, keys, config)
+    rows = _read_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     sha256 = _sha256([path / CONFIG, path / WEIGHTS])
     if not file.unchanged():
@@ -121,9 +123,11 @@ def read(path: Path, name: str) -> Adapter:
         pairs=pairs,
         replaced=replaced,
         biases=biases,
+        rows=rows,
         targets=_targets(config),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
+            **keys[ROWS],
             **keys[WHOLE],
             **keys[B],
             **keys[A],
@@ -138,15 +142,25 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     """Write an adapter of one rank and scale as PEFT would; `config` holds further fields of its config.
 
     The caller stages `folder`. `alpha` is what the pairs' scale came from, given back to the file.
-    Raises ValueError for an adapter that such a file cannot say: another rank or scale, or biases.
+    Raises ValueError for an adapter that such a file cannot say: another rank or scale, DoRA in part, biases, or
+    rows.
     """
     said = (rank, _scale(rank, alpha, config))
-    if adapter.biases or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values()):
+    dora = {pair.magnitude is not None for pair in adapter.pairs.values()}
+    if (
+        adapter.biases
+        or adapter.rows
+        or len(dora) > 1
+        or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values())
+    ):
         raise ValueError(f"rank {rank} and alpha {alpha} do not say all that {adapter.name} holds")
     tensors: dict[str, NDArray[Any]] = {}
     for module, pair in adapter.pairs.items():
-        tensors[f"{WRAPPER}{module}.lora_A.weight"] = pair.a
-        tensors[f"{WRAPPER}{module}.lora_B.weight"] = pair.b
+        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{WRAPPER}{module}.{a}": pair.a, f"{WRAPPER}{module}.{b}": pair.b}
+        if pair.magnitude is not None:
+            key = f"{WRAPPER}{module}.lora_magnitude_vector"
+            tensors[key] = pair.magnitude.reshape(_magnitude_shape(pair.b))
     for name, value in adapter.replaced.items():
         tensors[WRAPPER + name] = value
     fields = {
@@ -158,6 +172,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
+        "use_dora": True in dora,
         **config,
     }
     tensorfile.write(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
@@ -179,6 +194,8 @@ def _config(path: Path) -> dict[str, Any]:
             "original base is wrong. Convert the adapter to plain LoRA first (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
+    if config.get("use_dora") and config.get("lora_bias"):
+        refused.append("use_dora and lora_bias: PEFT allows only one of them")
     refused += [
         f"{field} is {config[field]!r}, which I do not understand"
         for field, types in TYPES.items()
@@ -205,22 +222,28 @@ def _positive(path: Path, name: str, value: Any) -> None:
 
 
 def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
-    """The file's keys by their kind (A, B, B_BIAS, WHOLE), and by the module or tensor they belong to."""
+    """The file's keys by their kind, and by the module or tensor they belong to.
+
+    An embedding's A and B are among the others, and its A once more under EMBEDDING.
+    """
     refuse_unprintable(file.entries, f"the header of {file.path}")
     wrapped = {key for key in file.entries if key.startswith(WRAPPER)}
     if wrapped and len(wrapped) != len(file.entries):
         bare = sorted(set(file.entries) - wrapped)
         raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
-    table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, WHOLE)}
+    table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE)}
     adapters: set[str] = set()
     unknown: list[str] = []
     twins: list[str] = []
     for key in file.entries:
         name = key.removeprefix(WRAPPER)
         match = LOW_RANK_KEY.fullmatch(name)
-        if match:
+        if rows := ROWS_KEY.fullmatch(name):
+            adapters.add(rows["adapter"] or "")
+            kind, owner = ROWS, f"{rows['module']}.weight"
+        elif match:
             adapters.add(match["adapter"] or "")
-            kind, owner = f"{match['side']}.{match['what']}", match["module"].replace(OUT_PROJ, ".out_proj")
+            kind, owner = _kind(match), match["module"].replace(OUT_PROJ, ".out_proj")
         else:
             kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if kind not in table or (kind == WHOLE and ("lora_" in name or "token_adapter" in name)):
@@ -229,16 +252,26 @@ def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
             twins.append(f"{table[kind][owner]} and {key}")
         else:
             table[kind][owner] = key
+            if match and match["side"] == "embedding_A":
+                table[EMBEDDING][owner] = key
     if len(adapters) > 1:
         names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
         raise InputRefused(f"{file.path} holds several adapters: {names}")
     if unknown:
-        why = {text for kind, text in UNSUPPORTED_KEYS.items() if any(kind in key for key in unknown)}
-        told = "; ".join(sorted(why)) or "unknown kinds of tensors"
-        raise InputRefused(f"{file.path}: {told}: {', '.join(sorted(unknown))}")
+        raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
     if twins:
         raise InputRefused(f"{file.path} holds one tensor under two names: {'; '.join(twins)}")
     return table
+
+
+def _kind(match: re.Match[str]) -> str:
+    """What an adapter's own key holds; nothing known where a parameter and its suffix do not go together."""
+    side, what = match["side"], match["what"]
+    if side == "magnitude_vector":
+        return MAGNITUDE if what != "bias" else ""
+    if side.startswith("embedding_"):
+        return f"{side[-1]}.weight" if what is None else ""
+    return f"{side}.{what}"
 
 
 def _read_pairs(
@@ -248,13 +281,12 @@ def _read_pairs(
     problems = [f"{module}: lora_A without lora_B" for module in keys[A] if module not in keys[B]]
     problems += [f"{module}: lora_B without lora_A" for module in keys[B] if module not in keys[A]]
     problems += [f"{module}: a bias of lora_B without lora_B" for module in keys[B_BIAS] if module not in keys[B]]
+    problems += [f"{module}: a magnitude without lora_A" for module in keys[MAGNITUDE] if module not in keys[A]]
     pairs: dict[str, LoraPair] = {}
     for module in keys[A]:
         if module in keys[B]:
-            rank = _said_of(module, config, "rank_pattern", "r")
-            alpha = _said_of(module, config, "alpha_pattern", "lora_alpha")
             try:
-                pairs[module] = _pair(file.read(keys[A][module]), file.read(keys[B][module]), rank, alpha, config)
+                pairs[module] = _pair(module, file, keys, config)
             except InputRefused as error:
                 problems.append(f"{module}: {error}")
     for name, key in [*keys[B_BIAS].items(), *keys[WHOLE].items()]:
@@ -274,20 +306,98 @@ def _read_pairs(
     return pairs, biases
 
 
+def _read_rows(file: tensorfile.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Rows]:
+    """The rows of tokens, by tensor. Which rows they are stands in the config alone.
+
+    Raises InputRefused with everything that is wrong with them.
+    """
+    said = config.get("trainable_token_indices") or {}
+    # A list speaks of the input embeddings, whatever the model calls them; a table names its modules.
+    told = (
+        dict.fromkeys(keys, said)
+        if isinstance(said, list)
+        else {
+            tensor: indices
+            for name, indices in said.items()
+            for tensor in keys
+            if f".{tensor}".endswith(f".{name}.weight")
+        }
+    )
+    found, problems = {}, []
+    if isinstance(said, list) and len(keys) != 1:
+        problems.append(f"trainable_token_indices is a list, and there are rows for {', '.join(keys) or 'no module'}")
+    elif isinstance(said, dict) and len(said) != len(told):
+        problems.append(f"trainable_token_indices names {', '.join(said)}, and there are rows for {', '.join(keys)}")
+    for tensor, key in keys.items():
+        indices = told.get(tensor)
+        if indices is None:
+            problems.append(f"{tensor}: the config does not say which rows these are")
+        elif not isinstance(indices, list) or not all(type(index) is int and abs(index) < 1 << 62 for index in indices):
+            problems.append(f"{tensor}: its trainable_token_indices are no list of whole numbers")
+        else:
+            try:
+                found[tensor] = Rows(np.array(indices, np.int64), file.read(key))
+            except InputRefused as error:
+                problems.append(f"{tensor}: {error}")
+    if problems:
+        raise InputRefused(f"{file.path} is refused:\n  " + "\n  ".join(sorted(problems)))
+    return found
+
+
 def _said_of(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
     """The value of the first pattern in the file that fits the module, as PEFT takes it; else the default."""
     return next(iter(config[patterns].values(module)), config[default])
 
 
-def _pair(a: NDArray[Any], b: NDArray[Any], rank: int, alpha: float, config: Mapping[str, Any]) -> LoraPair:
-    if (a.ndim, b.ndim) != (2, 2):
-        raise InputRefused(f"A {a.shape}, B {b.shape}: LoRA on convolutions is not supported yet")
+def _pair(
+    module: str, file: tensorfile.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+) -> LoraPair:
+    a, b = file.read(keys[A][module]), file.read(keys[B][module])
+    rank = _said_of(module, config, "rank_pattern", "r")
+    alpha = _said_of(module, config, "alpha_pattern", "lora_alpha")
+    embedding = module in keys[EMBEDDING]
+    if embedding is not (".lora_embedding_B" in keys[B][module]):
+        raise InputRefused("one of lora_A and lora_B is an embedding's, the other is not")
+    if a.ndim != b.ndim or not 2 <= a.ndim <= 5:
+        raise InputRefused(f"A {a.shape}, B {b.shape}: neither a linear layer, a convolution nor an embedding has such")
+    if a.ndim > 2 and a.shape[0] == rank and b.shape[1] < rank and rank % b.shape[1] == 0:
+        raise InputRefused(
+            f"A {a.shape}, B {b.shape}: the convolution has {rank // b.shape[1]} groups. PEFT's A mixes the channels "
+            "of all groups, which no weight of a grouped convolution can do: it cannot be merged"
+        )
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
     scale = _scale(rank, alpha, config)
     if not SMALLEST <= scale <= LARGEST:  # or the change would be nothing, or infinite
         raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
-    return LoraPair(a=a, b=b, scale=scale)
+    return LoraPair(a=a, b=b, scale=scale, magnitude=_magnitude(module, file, keys, config, b), embedding=embedding)
+
+
+def _magnitude(
+    module: str,
+    file: tensorfile.TensorFile,
+    keys: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    b: NDArray[Any],
+) -> NDArray[Any] | None:
+    """DoRA's lengths (out,), which PEFT keeps as (1, out, 1...) for a convolution."""
+    key = keys[MAGNITUDE].get(module)
+    if (key is not None) is not bool(config.get("use_dora")):
+        raise InputRefused(
+            "the config says use_dora, but there is no lora_magnitude_vector"
+            if key is None
+            else ("there is a lora_magnitude_vector, but the config does not say use_dora")
+        )
+    if key is None:
+        return None
+    magnitude = file.read(key)
+    if magnitude.shape != _magnitude_shape(b):
+        raise InputRefused(f"the magnitude is {magnitude.shape}, B {b.shape} asks for {_magnitude_shape(b)}")
+    return magnitude.reshape(-1)
+
+
+def _magnitude_shape(b: NDArray[Any]) -> tuple[int, ...]:
+    return (b.shape[0],) if b.ndim == 2 else (1, b.shape[0], *b.shape[2:])
 
 
 def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
@@ -311,7 +421,13 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
     notes += [
         f"{tensor} is saved whole, undeclared: it replaces the base's tensor"
         for tensor in keys[WHOLE]
-        if not _declared(tensor, config)
+        if not _declared(tensor, config) and tensor.removesuffix(".weight") not in keys[A]
+    ]
+    notes += [
+        f"{tensor} is saved with the pair that changes it, as PEFT does with embeddings: it takes the place of the "
+        "base's tensor, and the pair is added to it"
+        for tensor in keys[WHOLE]
+        if tensor.removesuffix(".weight") in keys[A]
     ]
     return tuple(notes)
 

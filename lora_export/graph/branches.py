@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_a_graph_cannot_take
+from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
 from lora_export.plan import Plan, Step, Term
@@ -33,7 +33,7 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     Raises InputRefused where a weight is also read by something that is no linear layer, where the
     graph holds such branches already, and as `fold` does; throw the graph away then.
     """
-    refuse_what_a_graph_cannot_take(plan)
+    refuse_what_no_branch_can_do(plan)
     weaver = _Weaver(model, several=len(plan.adapters) > 1)
     results = []
     for step in plan.steps:

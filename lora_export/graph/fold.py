@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph.sites import FOLDED_FROM, Site, Sites, readers, unused, value_names
 from lora_export.ledger import StepResult, Tally
-from lora_export.lora import EVERY_ROW, add
 from lora_export.plan import Layout, Plan, Step
 
 
@@ -44,9 +43,32 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
-    scaled = {term.adapter for step in plan.steps for term in step.terms if term.pair.magnitude is not None}
-    if scaled:
-        raise InputRefused(f"{', '.join(sorted(scaled))}: DoRA is not supported in a graph yet")
+    rows = [step.weight for step in plan.steps if step.rows is not None]
+    if rows:
+        raise InputRefused(
+            f"{', '.join(rows)}: rows of tokens cannot be put into a graph, where input and output may share them. "
+            "Merge the adapter into the model's checkpoint, and export that"
+        )
+
+
+def refuse_what_no_branch_can_do(plan: Plan) -> None:
+    """Raise InputRefused for pairs that can be folded into a graph's weights and not yet stand beside them."""
+    refuse_what_a_graph_cannot_take(plan)
+    for step in plan.steps:
+        for term in step.terms:
+            if term.pair.magnitude is not None:
+                what = "DoRA"
+            elif term.pair.embedding:
+                what = "an adapter of an embedding"
+            elif term.pair.a.ndim > 2:
+                what = "an adapter of a convolution"
+            elif step.replace is not None:
+                what = "a pair on a tensor that its adapter brings"
+            else:
+                continue
+            raise InputRefused(
+                f"{term.adapter}: {step.weight}: {what} cannot stand beside a graph's weights yet. Merge it into them"
+            )
 
 
 def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
@@ -54,7 +76,7 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
     tally = Tally(step.weight)
     for landing in land(model, sites, step):
         tally.merge(change_in_memory(landing))
-    return tally.result() if step.replace is None else None
+    return None if step.is_whole else tally.result()
 
 
 def change_in_memory(landing: Landing) -> Tally:
@@ -62,13 +84,17 @@ def change_in_memory(landing: Landing) -> Tally:
     tensor, step = landing.value.const_value, landing.step
     assert tensor is not None
     before, tally = tensor.numpy(), Tally(step.weight)
+    turned = step.spec.layout.is_turned
+    start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-        if step.replace is not None:
-            after = step.replace.astype(before.dtype)
+        if step.is_whole:
+            after = start.astype(before.dtype)
         else:
-            change = step.stored_delta(EVERY_ROW)
-            after = add(before, change)
-            tally.count(before, change, after)
+            view = start.T if turned else start  # (out, in, ...)
+            total, change = step.carried_out(view)
+            after = total.astype(before.dtype)
+            tally.count(view, change, after)
+            after = after.T if turned else after
     refuse_overflow(step.weight, after, before=before)
     landing.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=landing.value.name)
     return tally
@@ -93,9 +119,10 @@ def _as_stored(step: Step, value: ir.Value, layout: Layout) -> Step:
     """A step as it is to be done to an initializer that lies in this way."""
     tensor, spec = value.const_value, step.spec
     assert tensor is not None
-    turned = layout not in (spec.layout, Layout.OTHER)
+    lies = spec.layout if layout is Layout.OTHER else layout
+    turned = lies.is_turned != spec.layout.is_turned
     shape = tuple(int(size) for size in tensor.shape.numpy())
-    stored = replace(spec, shape=shape, dtype=str(tensor.dtype.numpy()), layout=layout, nbytes=tensor.nbytes)
+    stored = replace(spec, shape=shape, dtype=str(tensor.dtype.numpy()), layout=lies, nbytes=tensor.nbytes)
     whole = step.replace.T if step.replace is not None and turned else step.replace
     return replace(step, spec=stored, replace=whole)
 

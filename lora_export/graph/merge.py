@@ -107,7 +107,7 @@ def merge_graph(
         results=tuple(results),
         copied=sum(weight.old.nbytes for weight in weights if weight.move.is_copy),
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
-        replaced=sum(step.replace is not None for step in plan.steps),
+        replaced=sum(step.is_whole for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
 
@@ -133,7 +133,7 @@ def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> dict[ir
                 steps[landing.value] = landing.step
                 continue  # `rewrite` will do it
             tally = change_in_memory(landing)
-            if step.replace is None:
+            if not step.is_whole:
                 ledger.tally(step.weight).merge(tally)
     return steps
 
@@ -241,7 +241,7 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part]) -
             blocks = rewrite.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
         else:
             there = replace(first.weight.old, start=first.place, stop=place)
-            blocks = rewrite.changed_blocks(first.weight.move, there)
+            blocks = rewrite.changed_blocks(source, read_fd, first.weight.move, there)
         if start < cursor:  # it was read before: for another reader of the same bytes, say
             blocks = map(functools.partial(_aside, source, read_fd, cursor), blocks)
         else:
