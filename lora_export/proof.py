@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import layers, parity, plan, runtime
@@ -35,6 +36,8 @@ class Proof:
     verdict: parity.Verdict
     placement: Placement | None  # None where PyTorch itself ran the candidate
     about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
+    inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
+    cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
 
     @property
     def exit_code(self) -> int:
@@ -82,7 +85,7 @@ def prove(
         layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
         module = copy.deepcopy(referee.module).float()
     deployed = ModuleRunner(module.to(device), device)
-    inputs = dict(_inputs(model, candidate, seed, user_inputs))
+    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
     has_pairs = any(adapter.pairs for adapter in adapters)
     cases, refusals = [], []
     for name, arrays in inputs.items():
@@ -123,7 +126,27 @@ def prove(
         "seed": seed,
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
-    return Proof(verdict, placement, about)
+    return Proof(verdict, placement, about, inputs, tuple(cases))
+
+
+def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:
+    """Where answers, by case, are not the same bit for bit: `case, output: largest difference`."""
+    return [
+        f"{case}, {name}: {_largest_difference(value, others[case][name])}"
+        for case, outputs in answers.items()
+        for name, value in outputs.items()
+        if _bits(value) != _bits(others[case][name])
+    ]
+
+
+def _bits(array: NDArray[Any]) -> tuple[Any, ...]:
+    return array.dtype, array.shape, array.tobytes()
+
+
+def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
+    if one.shape != other.shape:
+        return f"{one.shape} and {other.shape}"
+    return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
 
 
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
@@ -143,6 +166,13 @@ def _with_strength(referee: Referee, arrays: Arrays, factor: float, *, has_pairs
     # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
     with layers.strength(referee.module, factor, keep_whole=has_pairs):
         return referee.run(arrays)
+
+
+def case_inputs(
+    model: Model, candidate: Runner, *, seed: int = 0, user_inputs: Path | None = None
+) -> dict[str, Arrays]:
+    """What a proof gives to everybody, by case: three sets of seeded inputs, and the user's own."""
+    return dict(_inputs(model, candidate, seed, user_inputs))
 
 
 def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:

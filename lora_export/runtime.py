@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.formats import onnx_adapter
 from lora_export.outputs import have_names, named_outputs
 
 Arrays = dict[str, NDArray[Any]]
@@ -261,6 +263,28 @@ class OnnxRunner:
             for value in self.session.get_inputs()
         }
         self.names_known = True
+        self.path = path
+        self._active: tuple[Any, Any] | None = None  # adapter and run options
+
+    def with_adapter(self, path: Path) -> OnnxRunner:
+        """The same session with this `.onnx_adapter` in every run.
+
+        Raises InputRefused where the file is none, or does not fit what the graph says it takes.
+        """
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if onnx_adapter.KEY in metadata:
+            contract = onnx_adapter.read_contract(metadata, self.path)
+            onnx_adapter.refuse_misfits(onnx_adapter.read(path), contract, source=path, graph=self.path)
+        ort = _onnxruntime()
+        adapter, options = ort.LoraAdapter(), ort.RunOptions()
+        try:
+            adapter.Load(str(path))
+        except RuntimeError as error:
+            raise InputRefused(f"{path} is no adapter in onnxruntime's format, or a damaged one") from error
+        options.add_active_adapter(adapter)
+        runner = copy.copy(self)
+        runner._active = adapter, options  # both: onnxruntime runs the base where the adapter's object is gone
+        return runner
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass. Inputs that the graph does not have are an error: they were folded away."""
@@ -272,7 +296,7 @@ class OnnxRunner:
             raise RuntimeRefused("; ".join(told))
         names = [value.name for value in self.session.get_outputs()]
         try:
-            return dict(zip(names, self.session.run(names, inputs), strict=True))
+            return dict(zip(names, self.session.run(names, inputs, self._active and self._active[1]), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime: {error}") from error
 

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
 @adapters_option
 @adapter_weights
+@click.option(
+    "--onnx-adapter",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Run CANDIDATE, a graph made by `onnx --lora inputs`, with this adapter file.",
+)
 @provider_option
 @inputs_option
 @click.option("--atol", type=click.FloatRange(min=0), help="Demand |candidate - referee| <= atol + rtol·|referee| too.")
@@ -49,6 +55,7 @@ def command(
     model: str,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
+    onnx_adapter: Path | None,
     provider: str,
     inputs_file: Path | None,
     atol: float | None,
@@ -75,6 +82,8 @@ def command(
         raise InputRefused(f"there is no candidate at {candidate}")
     if provider != "cpu" and candidate.suffix != ".onnx":
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
+    if onnx_adapter is not None and candidate.suffix != ".onnx":
+        raise click.UsageError("--onnx-adapter is for .onnx files")
     proving.require(provider)
     loaded = load_adapters(adapters)
     for note in (note for adapter in loaded for note in adapter.notes):
@@ -83,7 +92,7 @@ def command(
         stage("loading the model")
         base = load_model(model, loaded)
         stage("loading the candidate")
-        runner = _runner(candidate, base, provider)
+        runner = _runner(candidate, base, provider, onnx_adapter)
         result = proof.prove(
             runner,
             base,
@@ -106,7 +115,7 @@ def command(
     return result.exit_code
 
 
-def _runner(path: Path, base: Model, provider: str) -> Runner:
+def _runner(path: Path, base: Model, provider: str, onnx_adapter: Path | None) -> Runner:
     """Whatever runs a file of this kind."""
     from lora_export import files
     from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
@@ -114,7 +123,8 @@ def _runner(path: Path, base: Model, provider: str) -> Runner:
     if not path.is_dir():
         files.must_be_regular(path)
     if path.suffix == ".onnx":
-        return OnnxRunner(path, provider)
+        runner = OnnxRunner(path, provider)
+        return runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
     if path.is_dir():
         from lora_export.model import load as load_model
 
