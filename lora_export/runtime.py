@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import onnxruntime
 from lora_export.outputs import have_names, named_outputs
 
 Arrays = dict[str, NDArray[Any]]
@@ -227,7 +228,7 @@ class OnnxRunner:
     """An ONNX file under onnxruntime, on the provider that was asked for and on no other."""
 
     def __init__(self, path: Path, provider: str = "cpu"):
-        ort = _onnxruntime()
+        ort = onnxruntime()
         asked = PROVIDERS[provider]
         if provider == "cuda" and hasattr(ort, "preload_dlls"):
             with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and stdout is for answers
@@ -275,7 +276,7 @@ class OnnxRunner:
         if onnx_adapter.KEY in metadata:
             contract = onnx_adapter.read_contract(metadata, self.path)
             onnx_adapter.refuse_misfits(onnx_adapter.read(path), contract, source=path, graph=self.path)
-        ort = _onnxruntime()
+        ort = onnxruntime()
         adapter, options = ort.LoraAdapter(), ort.RunOptions()
         try:
             adapter.Load(str(path))
@@ -301,19 +302,11 @@ class OnnxRunner:
             raise RuntimeRefused(f"onnxruntime: {error}") from error
 
 
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EnvironmentLacking(f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu") from error
-    return onnxruntime
-
-
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
-        "onnxruntime": _onnxruntime().__version__,
+        "onnxruntime": onnxruntime().__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,

@@ -24,10 +24,10 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "parity", "report", "proof"),
+    *("runtime", "session", "parity", "report", "proof"),
 )
 ORDER = (*GROUND, *WORK, "cli")
-DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "parity"}
+DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
 NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "report"}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 

@@ -9,6 +9,7 @@ at. They are used here: `model_version` is the base's fingerprint, `adapter_vers
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,6 @@ LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and pa
 SHOWN = 20  # misfits that an error lists
 # ONNX's numbers of the types that a weight may have
 ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
-DTYPES = {number: name for name, number in ONNX_TYPES.items()}
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -149,11 +149,12 @@ def parameters(contract: Contract, plan: Plan, adapter: str) -> dict[str, NDArra
         a = np.concatenate([term.pair.a.T for term in terms], axis=1)
         b = np.concatenate(scaled)
         for name, array in ((place.a, a), (place.b, b)):
-            given[name] = _stored(f"{adapter}, {step.weight}", name, array, place.dtype)
+            given[name] = stored(f"{adapter}, {step.weight}", name, array, place.dtype)
     return given
 
 
-def _stored(what: str, name: str, array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+def stored(what: str, name: str, array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """A factor in the graph's dtype. Raises InputRefused where that cannot hold a value."""
     kind = np.dtype(dtype)
     with np.errstate(over="ignore"):  # looked for below
         cast = np.ascontiguousarray(array.astype(kind))
@@ -161,7 +162,7 @@ def _stored(what: str, name: str, array: NDArray[np.float32], dtype: str) -> NDA
     if bad:
         raise InputRefused(
             f"{what}: {bad} values of {name} would not be finite: the largest {dtype} is "
-            f"{float(ml_dtypes.finfo(kind).max):g}. Look at the adapter's scale. Nothing was written."
+            f"{float(ml_dtypes.finfo(kind).max):g}. Look at the adapter's scale"
         )
     return cast
 
@@ -188,7 +189,7 @@ def write(path: Path, given: Arrays, contract: Contract, *, sha256: str) -> None
     size = sum(array.nbytes for array in given.values())
     if size > LIMIT:
         raise InputRefused(f"the adapter has {size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")
-    ort = _onnxruntime()
+    ort = onnxruntime()
     values = {name: _ort_value(ort, array) for name, array in given.items()}
     file = ort.AdapterFormat()
     file.set_adapter_version(_31_bits(sha256 or "0"))
@@ -210,7 +211,7 @@ def read(path: Path) -> OnnxAdapter:
     """Read an adapter file whole. Raises InputRefused for anything else."""
     files.must_be_regular(path)
     try:
-        file = _onnxruntime().AdapterFormat.read_adapter(str(path))
+        file = onnxruntime().AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
         versions = file.get_model_version(), file.get_adapter_version()
     except (RuntimeError, UnicodeError) as error:
@@ -278,9 +279,9 @@ def _ort_value(ort: Any, array: NDArray[Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
+    """The package, when it is needed. Raises EnvironmentLacking where it cannot be imported."""
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise EnvironmentLacking(f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu") from error
-    return onnxruntime
