@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import layers, parity, plan, runtime
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import InputRefused, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
@@ -127,6 +127,43 @@ def prove(
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
     return Proof(verdict, placement, about, inputs, tuple(cases))
+
+
+def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:
+    """Judge a candidate whose batches mix adapters, as `ids` over and over along the batch, against what was proven.
+
+    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. Each row
+    has to be what it was there. Raises Undecided where no output has a row for each row of the batch.
+    """
+    cases = []
+    for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
+        alone = [proof.cases[number] for proof in proofs]
+        batch = len(next(iter(arrays.values())))
+        outputs = [key for key, value in alone[0].referee.items() if value.ndim and len(value) == batch]
+        if not outputs:
+            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
+        answer = candidate.run(arrays)
+        if answer.keys() != alone[0].referee.keys():  # names that mean nothing
+            answer = dict(zip(alone[0].referee, answer.values(), strict=True))
+        cases.append(_mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs}))
+    return Proof(parity.judge(cases), proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
+
+
+def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> parity.Case:
+    """A case whose every row is, on every side, the row of the case of its adapter."""
+
+    def rows(answers: Sequence[parity.Arrays]) -> Arrays:
+        return {key: np.stack([answers[chosen][key][row] for row, chosen in enumerate(ids)]) for key in answer}
+
+    return parity.Case(
+        name=f"{alone[0].name}, adapters {', '.join(map(str, ids))}",
+        inputs_summary=alone[0].inputs_summary,
+        referee=rows([case.referee for case in alone]),
+        deployed=rows([case.deployed for case in alone]),
+        candidate=answer,
+        base=rows([alone[0].referee for _ in alone]),
+        louder=rows([case.louder or case.referee for case in alone]),
+    )
 
 
 def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:

@@ -266,6 +266,7 @@ class OnnxRunner:
         self.names_known = True
         self.path = path
         self._active: tuple[Any, Any] | None = None  # adapter and run options
+        self._ids: NDArray[np.int64] | None = None
 
     def with_adapter(self, path: Path) -> OnnxRunner:
         """The same session with this `.onnx_adapter` in every run.
@@ -287,6 +288,18 @@ class OnnxRunner:
         runner._active = adapter, options  # both: onnxruntime runs the base where the adapter's object is gone
         return runner
 
+    def with_rows(self, ids: Sequence[int]) -> OnnxRunner:
+        """The same session with these adapters' ids, over and over, for the rows of every batch.
+
+        The batch is the first dimension of the first input. Raises InputRefused for another kind of graph.
+        """
+        if onnx_adapter.IDS not in self.axes:
+            raise InputRefused(f"{self.path} has no input {onnx_adapter.IDS}: it was not made with --lora rows")
+        runner = copy.copy(self)
+        runner._ids = np.array(ids, np.int64)
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.IDS}
+        return runner
+
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass. Inputs that the graph does not have are an error: they were folded away."""
         surplus = [name for name in inputs if name not in self.axes]
@@ -296,6 +309,8 @@ class OnnxRunner:
             told += [f"the graph wants {name}, which the model does not take" for name in lacking]
             raise RuntimeRefused("; ".join(told))
         names = [value.name for value in self.session.get_outputs()]
+        if self._ids is not None:
+            inputs = {**inputs, onnx_adapter.IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
         try:
             return dict(zip(names, self.session.run(names, inputs, self._active and self._active[1]), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from handmade import peft_adapter
 from test_cli_flow import answer, call
 
-from lora_export import formats, model, proof
+from lora_export import export, formats, model, proof
 from lora_export.cli import weaving
 from lora_export.formats import onnx_adapter
-from lora_export.runtime import OnnxRunner
+from lora_export.runtime import Arrays, OnnxRunner
 
 MODEL = f"{Path(__file__).parent / 'factories.py'}:spotter"
 PACKED, OUT = "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.out_proj"
@@ -36,6 +38,16 @@ def adapters(folder: Path, *, seed: int = 0) -> Path:
     pairs = {"encoder.layers.1.linear2": a_pair(rng, 16, 32, 2), "head": a_pair(rng, 3, 16, 3)}
     peft_adapter(folder / "legal", pairs, rank_pattern={"head": 3})
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exported_once() -> Iterator[None]:
+    """Every command here exports the same module: what comes before and after that is what is tested."""
+    base = model.load(MODEL)
+    program = export.to_onnx(base.module, base.examples(), axes=base.axes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "to_onnx", lambda *_, **__: program.clone())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +108,6 @@ def test_onnxruntimes_own_loader_computes_what_pytorch_computes(place: Path) -> 
         options.add_active_adapter(adapter)
         (given,) = session.run(None, signal(), options)
         module = proof.adapted(loaded, [formats.load(place / name)], [strength])
-        import torch
-
         with torch.no_grad():
             expected = module(torch.from_numpy(signal()["signal"])).numpy()
         np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
@@ -261,6 +271,68 @@ def test_a_graph_that_is_not_made_for_it_is_refused(
     assert "hold other numbers than when it was given its inputs" in capsys.readouterr().err
     assert call(*words[:-1]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["other.onnx"]
+
+
+# --- onnx --lora rows ---
+
+
+@pytest.fixture(scope="module")
+def rows(place: Path) -> Path:
+    words = ("-a", place / "fr", "-a", place / "legal", "--weight", "1", "--weight", "-0.5")
+    assert call("onnx", MODEL, *words, "-o", place / "rows.onnx", "--lora", "rows") == 0
+    return place / "rows.onnx"
+
+
+def test_rows_are_proven_for_every_id_and_mixed(rows: Path) -> None:
+    verdict = record(rows)["verdict"]
+    assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same" and verdict["bits_of_base"] is True
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
+
+
+def test_a_mixed_batch_is_row_by_row_what_the_graph_with_inputs_computes(place: Path, rows: Path) -> None:
+    ids = np.array([2, 0, 1, 1, 2])
+    answer = OnnxRunner(rows).run({**signal(5), "adapter_ids": ids})["output_0"]
+    swapped = OnnxRunner(place / "graph.onnx")
+    runners = [swapped, *(swapped.with_adapter(place / f"{name}.onnx_adapter") for name in ("fr", "legal"))]
+    alone = [runner.run(signal(5))["output_0"] for runner in runners]
+    expected = np.stack([alone[adapter][row] for row, adapter in enumerate(ids)])
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-6)
+    assert answer[1].tobytes() == alone[0][1].tobytes()
+    assert np.abs(expected - alone[0])[[0, 2, 3, 4]].max(1).min() > 1e-2
+
+
+def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("verify", rows, "--model", MODEL)
+    legal = ("-a", place / "legal", "--weight", "-0.5")
+    assert call(*words, *legal, "--adapter-id", "2") == 0
+    assert call(*words, *legal, "--adapter-id", "1") == 4
+    assert call(*words, "--adapter-id", "0") == 0
+    assert call(*words, *legal, "--adapter-id", "3") == 8
+    assert call(*words, *legal) == 2
+    assert "say --adapter-id N" in capsys.readouterr().err
+    assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
+    assert "has no input adapter_ids" in capsys.readouterr().err
+
+
+def test_rows_that_mix_up_adapters_are_never_published(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Confused(OnnxRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            if self._ids is not None and len(set(self._ids)) > 1:
+                self._ids = np.roll(self._ids, 1)
+            return super().run(inputs)
+
+    monkeypatch.setattr(weaving, "OnnxRunner", Confused)
+    words = ("-a", place / "fr", "-a", place / "legal", "--lora", "rows")
+    assert call("onnx", MODEL, *words, "-o", tmp_path / "out.onnx") == 4
+    assert capsys.readouterr().err.splitlines()[0].startswith("Error: mixed batches: different")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_without_adapters_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--lora", "rows") == 2
+    assert "--lora rows needs the adapters" in capsys.readouterr().err
 
 
 # --- verify ---

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import EVERY_MODEL, a_graph, an_adapter, contents, eager, exported, inputs, run, with_changes
+from graphs import EVERY_MODEL, a_graph, an_adapter, contents, eager, exported, inputs, linear_specs, run, with_changes
 from numpy.typing import NDArray
 from test_graph_fold import GEMM, LINEAR, PAIR, SHARED, SQUARE
 
@@ -21,7 +21,6 @@ from lora_export.formats.onnx_adapter import Contract, Place
 from lora_export.graph import files, sites
 from lora_export.graph.inputs import contract_of, open_inputs
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan import Layout
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
 
@@ -293,13 +292,7 @@ def everywhere(contract: Contract, *, seed: int = 1) -> tuple[Adapter, dict[str,
 def test_an_export_with_mixed_ranks_computes_what_pytorch_computes_and_the_base_without(name: str) -> None:
     made = exported(name)
     base = made.graph.clone()
-    found = sites.find(made.graph)
-    places = [
-        spec.name
-        for spec in found.specs
-        if spec.layout is not Layout.OTHER and all(s.is_linear for s in found.by_name[spec.name])
-    ]
-    contract = opened(made.graph, *places)
+    contract = opened(made.graph, *(spec.name for spec in linear_specs(made.graph)))
     assert contents(base).items() < contents(made.graph).items()
     adapter, changes = everywhere(contract)
     fed = given(contract, adapter)

@@ -20,7 +20,7 @@ from lora_export.cli.arguments import load_adapters, provider_option, publishing
     metavar="OUT.onnx",
     help="The file to publish once it is proven.",
 )
-@publishing_options("merged", "nodes", "inputs")
+@publishing_options("merged", "nodes", "inputs", "rows")
 @click.option(
     "--target",
     metavar="NAMES|all-linear",
@@ -55,7 +55,9 @@ def command(
 
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The base is
     exported once, in float32, with dynamic batch and sequence; then the adapters are put into the
-    graph. With --lora inputs they stand beside it, each in its own NAME.onnx_adapter.
+    graph. With --lora inputs they stand beside it, each in its own NAME.onnx_adapter. With --lora
+    rows the graph has the input `adapter_ids`, which is for each row of the batch 0 (the base) or an
+    adapter's number, in the order in which they were given.
     """
     from lora_export import files
     from lora_export.cli import proving, weaving
@@ -68,6 +70,8 @@ def command(
         raise click.UsageError("--target is for --lora inputs; other graphs hold the adapters that they are given")
     if mode == "inputs" and not adapters and target is None:
         raise click.UsageError("--lora inputs needs an adapter (-a), or --target for those to come")
+    if mode == "rows" and not adapters:
+        raise click.UsageError("--lora rows needs the adapters that rows may choose from (-a)")
     proving.require(provider)
     loaded = load_adapters(adapters)
     with (

@@ -91,6 +91,11 @@ def demand_same(
         device=device,
         step=lambda step: stage(f"verifying {what}, {step}" if what else f"verifying, {step}"),
     )
+    return demanded(proof, what)
+
+
+def demanded(proof: Proof, what: str = "") -> Proof:
+    """The proof, if it is one. Raises what its verdict means otherwise."""
     if proof.verdict.same:
         return proof
     kind = Different if proof.verdict.outcome is parity.Outcome.DIFFERENT else Undecided

@@ -20,13 +20,14 @@ from lora_export.graph.branches import branch
 from lora_export.graph.files import save
 from lora_export.graph.fold import fold
 from lora_export.graph.inputs import open_inputs
+from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import find
 from lora_export.lora import Adapter
 from lora_export.model import Model
-from lora_export.proof import Proof, bits_that_differ, case_inputs
+from lora_export.proof import Proof, bits_that_differ, case_inputs, prove_mixed
 from lora_export.runtime import Arrays, OnnxRunner, Runner
 
-SWAPPED = ("inputs",)  # modes whose graph is the base until it is told otherwise
+SWAPPED = ("inputs", "rows")  # modes whose graph is the base until it is told otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ def check(order: Order, base: Model) -> None:
     """Raise InputRefused, before the export, for what will not fit the graph because it does not fit the module."""
     if order.mode in SWAPPED:
         onnx_adapter.refuse_what_no_input_carries(order.adapters)
+    if order.mode == "inputs":
         for adapter in order.adapters:
             file_name(adapter)
     specs = layers.specs(base.module)
@@ -78,7 +80,8 @@ def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Cal
     stage("folding the adapters in" if order.mode == "merged" else "weaving the adapters in")
     if order.mode != "inputs":
         assert steps is not None
-        (fold if order.mode == "merged" else branch)(program, sites, steps)
+        ways: dict[str, Callable[..., object]] = {"merged": fold, "nodes": branch, "rows": choose_by_row}
+        ways[order.mode](program, sites, steps)
         return []
     wanted = {step.weight for step in (steps.steps if steps else ())}
     wanted |= {step.weight for step in plan.make(future, sites.specs, identity_ok=True).steps} if future else set()
@@ -106,6 +109,7 @@ class Proofs:
 
     whole: Proof  # of the adapters that are in it; of the base, where they are swapped
     adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
+    mixed: Proof | None = None  # of batches in which each row has its own
     unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: nobody looked
 
 
@@ -138,20 +142,33 @@ class Prover:
         runner = OnnxRunner(path, self.provider)
         if self.order.mode not in SWAPPED:
             return Proofs(self._demand(runner, self.order.adapters, self.order.weights))
-        whole = self._demand(runner, [], [], "the base")
-        unlike = bits_that_differ(self.base_answers, self._answers(runner))
+        runners = self._by_adapter(runner)
+        whole = self._demand(runners[0], [], [], "the base")
+        unlike = bits_that_differ(self.base_answers, self._answers(runners[0]))
         if unlike:
             say(
                 "note: without an adapter the graph is the base, but not to the last bit: onnxruntime computes it in "
                 f"another order ({unlike[0]})"
             )
         adapters = {
-            adapter.name: self._demand(
-                runner.with_adapter(path.with_name(file_name(adapter))), [adapter], [strength], adapter.name
-            )
-            for adapter, strength in zip(self.order.adapters, self.order.strengths, strict=True)
+            adapter.name: self._demand(own, [adapter], [strength], adapter.name)
+            for own, adapter, strength in zip(runners[1:], self.order.adapters, self.order.strengths, strict=True)
         }
-        return Proofs(whole, adapters, unlike)
+        mixed = self._mixed(runner, [whole, *adapters.values()]) if self.order.mode == "rows" else None
+        return Proofs(whole, adapters, mixed, unlike)
+
+    def _by_adapter(self, runner: OnnxRunner) -> list[OnnxRunner]:
+        """The graph as the base, and with each adapter."""
+        adapters = self.order.adapters
+        if self.order.mode == "rows":
+            return [runner.with_rows([number]) for number in range(len(adapters) + 1)]
+        return [runner, *(runner.with_adapter(runner.path.with_name(file_name(adapter))) for adapter in adapters)]
+
+    def _mixed(self, runner: OnnxRunner, proofs: Sequence[Proof]) -> Proof:
+        """All adapters and the base in one batch."""
+        self.stage("verifying mixed batches")
+        ids = [*range(1, len(proofs)), 0]
+        return proving.demanded(prove_mixed(runner.with_rows(ids), proofs, ids), "mixed batches")
 
     def _answers(self, runner: Runner) -> dict[str, Arrays]:
         inputs = case_inputs(self.base, runner, user_inputs=self.inputs_file)
@@ -169,6 +186,8 @@ def summary(proofs: Proofs | None) -> dict[str, Any]:
     if proofs and proofs.unlike_base is not None:
         told["bits_of_base"] = not proofs.unlike_base
         told["adapters"] = {name: proving.summary(proof) for name, proof in proofs.adapters.items()}
+    if proofs and proofs.mixed:
+        told["mixed"] = proving.summary(proofs.mixed)
     return told
 
 
@@ -178,6 +197,8 @@ def document(proofs: Proofs | None) -> dict[str, Any]:
     if proofs and proofs.unlike_base is not None:
         told["bits_of_base"] = not proofs.unlike_base
         told["adapters"] = {name: proving.document(proof) for name, proof in proofs.adapters.items()}
+    if proofs and proofs.mixed:
+        told["mixed"] = proving.document(proofs.mixed)
     return told
 
 
@@ -186,6 +207,7 @@ def show(proofs: Proofs | None) -> None:
     if proofs is None or proofs.unlike_base is None:
         proving.show(proofs.whole if proofs else None)
         return
-    for name, proof in {"the base": proofs.whole, **proofs.adapters}.items():
+    named = [("the base", proofs.whole), *proofs.adapters.items()]
+    for name, proof in [*named, *([("mixed batches", proofs.mixed)] if proofs.mixed else [])]:
         click.echo(f"{name}:")
         proving.show(proof)

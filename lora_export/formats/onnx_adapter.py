@@ -27,6 +27,8 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout, Plan, TensorSpec
 
 KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
+ROWS = "lora_export.rows"  # of the adapters' names, in a graph's metadata where each row of a batch chooses its own
+IDS = "adapter_ids"  # such a graph's input
 SUFFIX = ".onnx_adapter"
 LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and padding included
 SHOWN = 20  # misfits that an error lists
