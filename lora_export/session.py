@@ -129,9 +129,7 @@ class Session:
             raise InputRefused(f"{', '.join(own)} are an adapter's inputs: load it, and name it")
         ort = onnxruntime()
         values = {
-            name: value
-            if isinstance(value, ort.OrtValue)
-            else ort.OrtValue.ortvalue_from_numpy(np.asarray(value, order="C"))
+            name: value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
             for name, value in feeds.items()
         }
         names = list(outputs) if outputs is not None else [output.name for output in self.session.get_outputs()]
