@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lora_export.plan import make as make_plan
     from lora_export.proof import prove
     from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
+    from lora_export.session import Session
 
 # public name -> where it lives
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "OnnxRunner": "runtime:OnnxRunner",
     "Plan": "plan:Plan",
     "ScriptRunner": "runtime:ScriptRunner",
+    "Session": "session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
     "detach": "layers:detach",
@@ -57,6 +59,7 @@ __all__ = [
     "OnnxRunner",
     "Plan",
     "ScriptRunner",
+    "Session",
     "TensorSpec",
     "attach",
     "detach",

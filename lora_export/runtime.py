@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import onnxruntime
 from lora_export.outputs import have_names, named_outputs
 
 Arrays = dict[str, NDArray[Any]]
@@ -225,7 +228,7 @@ class OnnxRunner:
     """An ONNX file under onnxruntime, on the provider that was asked for and on no other."""
 
     def __init__(self, path: Path, provider: str = "cpu"):
-        ort = _onnxruntime()
+        ort = onnxruntime()
         asked = PROVIDERS[provider]
         if provider == "cuda" and hasattr(ort, "preload_dlls"):
             with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and stdout is for answers
@@ -261,6 +264,41 @@ class OnnxRunner:
             for value in self.session.get_inputs()
         }
         self.names_known = True
+        self.path = path
+        self._active: tuple[Any, Any] | None = None  # adapter and run options
+        self._ids: NDArray[np.int64] | None = None
+
+    def with_adapter(self, path: Path) -> OnnxRunner:
+        """The same session with this `.onnx_adapter` in every run.
+
+        Raises InputRefused where the file is none, or does not fit what the graph says it takes.
+        """
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if onnx_adapter.KEY in metadata:
+            contract = onnx_adapter.read_contract(metadata, self.path)
+            onnx_adapter.refuse_misfits(onnx_adapter.read(path), contract, source=path, graph=self.path)
+        ort = onnxruntime()
+        adapter, options = ort.LoraAdapter(), ort.RunOptions()
+        try:
+            adapter.Load(str(path))
+        except RuntimeError as error:
+            raise InputRefused(f"{path} is no adapter in onnxruntime's format, or a damaged one") from error
+        options.add_active_adapter(adapter)
+        runner = copy.copy(self)
+        runner._active = adapter, options  # both: onnxruntime runs the base where the adapter's object is gone
+        return runner
+
+    def with_rows(self, ids: Sequence[int]) -> OnnxRunner:
+        """The same session with these adapters' ids, over and over, for the rows of every batch.
+
+        The batch is the first dimension of the first input. Raises InputRefused for another kind of graph.
+        """
+        if onnx_adapter.IDS not in self.axes:
+            raise InputRefused(f"{self.path} has no input {onnx_adapter.IDS}: it was not made with --lora rows")
+        runner = copy.copy(self)
+        runner._ids = np.array(ids, np.int64)
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.IDS}
+        return runner
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass. Inputs that the graph does not have are an error: they were folded away."""
@@ -271,25 +309,19 @@ class OnnxRunner:
             told += [f"the graph wants {name}, which the model does not take" for name in lacking]
             raise RuntimeRefused("; ".join(told))
         names = [value.name for value in self.session.get_outputs()]
+        if self._ids is not None:
+            inputs = {**inputs, onnx_adapter.IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
         try:
-            return dict(zip(names, self.session.run(names, inputs), strict=True))
+            return dict(zip(names, self.session.run(names, inputs, self._active and self._active[1]), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime: {error}") from error
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EnvironmentLacking(f"onnxruntime cannot be imported ({error}): pip install onnxruntime-gpu") from error
-    return onnxruntime
 
 
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
-        "onnxruntime": _onnxruntime().__version__,
+        "onnxruntime": onnxruntime().__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,

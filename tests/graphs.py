@@ -22,7 +22,7 @@ from lora_export import export, plan
 from lora_export.graph import sites
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan import Plan
+from lora_export.plan import Plan, TensorSpec
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -69,6 +69,12 @@ def stored(model: ir.Model, name: str) -> NDArray[Any]:
 
 def contents(model: ir.Model) -> dict[str, bytes]:
     return {name: stored(model, name).tobytes() for name in model.graph.initializers}
+
+
+def linear_specs(model: ir.Model) -> list[TensorSpec]:
+    """The weights that linear layers read, and nothing else does."""
+    found = sites.find(model)
+    return [spec for spec in found.specs if all(site.is_linear for site in found.by_name[spec.name])]
 
 
 # --- modules, exported ---------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed
 COMMANDS = {
     "inspect": "Show what an adapter or a checkpoint holds.",
     "merge": "Merge adapters into a checkpoint's weights.",
-    "onnx": "Export to ONNX, adapters merged or as graph nodes.",
+    "onnx": "Export to ONNX, adapters merged, as graph nodes, or swapped at run time.",
     "torchscript": "Export to TorchScript, adapters merged or attached.",
     "verify": "Prove that a file computes what the PyTorch model computes.",
+    "convert": "Convert an adapter for a graph that is there already.",
     "train": "Train a LoRA adapter.",
     "doctor": "Say what is installed and which providers really load.",
 }

@@ -48,22 +48,29 @@ inputs_option = click.option(
 )
 
 
-def publishing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every command takes that proves a file before it publishes it."""
-    modes = click.option(
-        "--lora",
-        "mode",
-        type=click.Choice(["merged", "nodes"]),
-        default="merged",
-        show_default=True,
-        help="Fold the adapters into the weights, or keep A and B beside them.",
+MODES = {
+    "merged": "fold the adapters into the weights",
+    "nodes": "keep A and B beside them",
+    "inputs": "make A and B optional inputs, each adapter a file of its own",
+    "rows": "let each row of a batch choose its adapter",
+}
+
+
+def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What every command takes that proves a file before it publishes it; `modes` are what it can do with adapters."""
+    told = "; ".join(f"{mode}: {MODES[mode]}" for mode in modes)
+    mode = click.option(
+        "--lora", "mode", type=click.Choice(modes), default=modes[0], show_default=True, help=f"{told}."
     )
     no_verify = click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
-    for option in reversed(
-        [adapters_option, adapter_weights, modes, inputs_option, no_verify, overwrite_option, json_option]
-    ):
-        command = option(command)
-    return command
+    options = [adapters_option, adapter_weights, mode, inputs_option, no_verify, overwrite_option, json_option]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def say(line: str) -> None:

@@ -20,7 +20,20 @@ from lora_export.cli.arguments import load_adapters, provider_option, publishing
     metavar="OUT.onnx",
     help="The file to publish once it is proven.",
 )
-@publishing_options
+@publishing_options("merged", "nodes", "inputs", "rows")
+@click.option(
+    "--target",
+    metavar="NAMES|all-linear",
+    help="With --lora inputs: where adapters to come may stand, beside those given: endings of module names, with "
+    "commas, or every linear layer but the output head.",
+)
+@click.option(
+    "--names",
+    type=click.Choice(["olive", "genai", "peft"]),
+    default="olive",
+    show_default=True,
+    help="With --lora inputs: whose conventions the inputs' names follow.",
+)
 @click.option("--opset", type=click.IntRange(min=18), help="The ONNX operator set (default: the exporter's).")
 @provider_option
 def command(
@@ -30,6 +43,8 @@ def command(
     weights: tuple[float, ...],
     mode: str,
     inputs_file: Path | None,
+    target: str | None,
+    names: str,
     opset: int | None,
     provider: str,
     no_verify: bool,
@@ -40,19 +55,23 @@ def command(
 
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The base is
     exported once, in float32, with dynamic batch and sequence; then the adapters are put into the
-    graph.
+    graph. With --lora inputs they stand beside it, each in its own NAME.onnx_adapter. With --lora
+    rows the graph has the input `adapter_ids`, which is for each row of the batch 0 (the base) or an
+    adapter's number, in the order in which they were given.
     """
-    from lora_export import files, layers, plan
-    from lora_export.cli import proving
+    from lora_export import files
+    from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
     from lora_export.export import to_onnx
-    from lora_export.graph.branches import branch
     from lora_export.graph.files import append_metadata, save
-    from lora_export.graph.fold import fold
-    from lora_export.graph.sites import find
     from lora_export.model import load as load_model
-    from lora_export.runtime import OnnxRunner
 
+    if mode != "inputs" and target is not None:
+        raise click.UsageError("--target is for --lora inputs; other graphs hold the adapters that they are given")
+    if mode == "inputs" and not adapters and target is None:
+        raise click.UsageError("--lora inputs needs an adapter (-a), or --target for those to come")
+    if mode == "rows" and not adapters:
+        raise click.UsageError("--lora rows needs the adapters that rows may choose from (-a)")
     proving.require(provider)
     loaded = load_adapters(adapters)
     with (
@@ -61,29 +80,25 @@ def command(
     ):
         stage("loading the model")
         base = load_model(model, loaded)
-        if loaded:  # what does not fit the module will not fit its graph: told now, and not after the export
-            layers.refuse_tied(base.module, plan.make(loaded, layers.specs(base.module), strengths=weights))
+        order = weaving.Order(mode, loaded, weights, target, names)
+        weaving.check(order, base)
         stage("exporting the base")
         program = to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
-        if loaded:
-            stage("finding its weights")
-            sites = find(program)
-            steps = plan.make(loaded, sites.specs, strengths=weights)
-            for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes, *sites.notes]:
-                say(f"note: {note}")
-            stage("folding the adapters in" if mode == "merged" else "weaving the adapters in")
-            (fold if mode == "merged" else branch)(program, sites, steps)
+        prover = None if no_verify else weaving.Prover(order, base, inputs_file, provider, stage)
+        if prover:
+            prover.look_at_base(program, folder)
+        companions = weaving.weave(program, order, base, folder, stage)
         record = proving.provenance(base, loaded, weights, {"lora": mode, "opset": opset})
         stage("writing")
         save(program, folder, output.name)
-        result = None
-        if not no_verify:
-            candidate = OnnxRunner(folder / output.name, provider)
-            result = proving.demand_same(candidate, base, loaded, weights, inputs_file, device=provider, stage=stage)
-        record["verdict"] = proving.summary(result)
+        proofs = prover.prove(folder / output.name) if prover else None
+        record["verdict"] = weaving.summary(proofs)
         append_metadata(folder / output.name, {"lora_export": json.dumps(record)})
+    written = [output, *(output.parent / name for name in companions)]
     if as_json:
-        click.echo(json.dumps({"output": str(output), "proof": proving.document(result)}))
-    else:
-        proving.show(result)
-        click.echo(f"wrote {files.shown(output)} ({output.stat().st_size:,} bytes)")
+        told = {"output": str(output), **weaving.document(proofs)}
+        click.echo(json.dumps(told | ({"files": [str(path) for path in written]} if companions else {})))
+        return
+    weaving.show(proofs)
+    for path in written:
+        click.echo(f"wrote {files.shown(path)} ({path.stat().st_size:,} bytes)")

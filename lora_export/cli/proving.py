@@ -79,8 +79,9 @@ def demand_same(
     *,
     device: str,
     stage: Callable[[str], None],
+    what: str = "",
 ) -> Proof:
-    """Prove a file that is about to be published. Raises what the verdict means unless it is `same`."""
+    """Prove a file, or `what` in it, that is to be published. Raises what the verdict means unless it is `same`."""
     proof = prove(
         candidate,
         base,
@@ -88,12 +89,18 @@ def demand_same(
         strengths=weights,
         user_inputs=inputs_file,
         device=device,
-        step=lambda what: stage(f"verifying, {what}"),
+        step=lambda step: stage(f"verifying {what}, {step}" if what else f"verifying, {step}"),
     )
+    return demanded(proof, what)
+
+
+def demanded(proof: Proof, what: str = "") -> Proof:
+    """The proof, if it is one. Raises what its verdict means otherwise."""
     if proof.verdict.same:
         return proof
     kind = Different if proof.verdict.outcome is parity.Outcome.DIFFERENT else Undecided
-    raise kind(f"{proof.verdict}\nNothing was written; --no-verify would publish it all the same.")
+    told = f"{what}: {proof.verdict}" if what else str(proof.verdict)
+    raise kind(f"{told}\nNothing was written; --no-verify would publish it all the same.")
 
 
 def document(proof: Proof | None) -> dict[str, Any] | None:

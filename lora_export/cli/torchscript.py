@@ -20,7 +20,7 @@ from lora_export.cli.arguments import load_adapters, publishing_options, say
     metavar="OUT.pt",
     help="The file to publish once it is proven.",
 )
-@publishing_options
+@publishing_options("merged", "nodes")
 def command(
     model: str,
     output: Path,

@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 @click.option("--model", required=True, metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
 @adapters_option
 @adapter_weights
+@click.option(
+    "--onnx-adapter",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Run CANDIDATE, a graph made by `onnx --lora inputs`, with this adapter file.",
+)
+@click.option(
+    "--adapter-id",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Run CANDIDATE, a graph made by `onnx --lora rows`, with this adapter in all rows (0: the base).",
+)
 @provider_option
 @inputs_option
 @click.option("--atol", type=click.FloatRange(min=0), help="Demand |candidate - referee| <= atol + rtol·|referee| too.")
@@ -49,6 +61,8 @@ def command(
     model: str,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
+    onnx_adapter: Path | None,
+    adapter_id: int | None,
     provider: str,
     inputs_file: Path | None,
     atol: float | None,
@@ -75,6 +89,8 @@ def command(
         raise InputRefused(f"there is no candidate at {candidate}")
     if provider != "cpu" and candidate.suffix != ".onnx":
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
+    if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id) != (None, None):
+        raise click.UsageError("--onnx-adapter and --adapter-id are for .onnx files")
     proving.require(provider)
     loaded = load_adapters(adapters)
     for note in (note for adapter in loaded for note in adapter.notes):
@@ -83,7 +99,7 @@ def command(
         stage("loading the model")
         base = load_model(model, loaded)
         stage("loading the candidate")
-        runner = _runner(candidate, base, provider)
+        runner = _runner(candidate, base, provider, onnx_adapter, adapter_id)
         result = proof.prove(
             runner,
             base,
@@ -106,15 +122,20 @@ def command(
     return result.exit_code
 
 
-def _runner(path: Path, base: Model, provider: str) -> Runner:
+def _runner(path: Path, base: Model, provider: str, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
     """Whatever runs a file of this kind."""
     from lora_export import files
+    from lora_export.formats.onnx_adapter import IDS
     from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
 
     if not path.is_dir():
         files.must_be_regular(path)
     if path.suffix == ".onnx":
-        return OnnxRunner(path, provider)
+        runner = OnnxRunner(path, provider)
+        runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
+        if adapter_id is None and IDS in runner.axes:
+            raise click.UsageError(f"{path} was made with --lora rows: say --adapter-id N, 0 for the base")
+        return runner if adapter_id is None else runner.with_rows([adapter_id])
     if path.is_dir():
         from lora_export.model import load as load_model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from lora_export.errors import InputRefused
 from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
-from lora_export.plan import Plan, Step, Term
+from lora_export.plan import Plan, Term
 
-Attributes = Mapping[str, int | float]
+Attributes = Mapping[str, int | float | Sequence[int]]
 NONE: Attributes = MappingProxyType({})
 
 
@@ -34,74 +34,100 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     graph holds such branches already, and as `fold` does; throw the graph away then.
     """
     refuse_what_no_branch_can_do(plan)
-    weaver = _Weaver(model, several=len(plan.adapters) > 1)
+    weaver, several = Weaver(model), len(plan.adapters) > 1
     results = []
     for step in plan.steps:
         if step.terms:
-            weaver.weave(step, sites.by_name[step.weight])
+            there = weaver.places(step.weight, sites)
+            dtype = there[0].array.dtype
+            pairs = [_pair(weaver, module_of(step.weight), term, dtype, several=several) for term in step.terms]
+            for site in there:
+                weaver.stand_beside(site, [weaver.low_rank(site, a, b) for a, b in pairs])
         elif (result := change_weight(model, sites, step)) is not None:
             results.append(result)
     return results
 
 
-class _Factor(NamedTuple):
+def _pair(weaver: Weaver, module: str, term: Term, dtype: np.dtype[Any], *, several: bool) -> tuple[Factor, Factor]:
+    """A (in, r) and s·B (r, out) as initializers in the weight's dtype."""
+    label = f".{term.adapter}" if several else ""
+    scale = np.float32(term.strength * term.pair.scale)
+    with np.errstate(over="ignore"):  # looked for where it is stored
+        a, b = term.pair.a.T.astype(dtype), (term.pair.b.T * scale).astype(dtype)
+    return weaver.factor(module, f"lora_A{label}", a), weaver.factor(module, f"lora_B{label}", b)
+
+
+def module_of(weight: str) -> str:
+    """The module whose weight this is; empty where the weight is the whole model's."""
+    return re.sub(r"(^|\.)(in_proj_)?weight$", "", weight)
+
+
+class Factor(NamedTuple):
+    """One side of a low-rank pair in a graph, and where it says it is."""
+
     value: ir.Value
     path: str  # the beginning of its nodes' names
 
 
-class _Weaver:
+class Branch(NamedTuple):
+    """What will be added to a layer's product."""
+
+    nodes: list[ir.Node]  # in the order in which they run
+    product: ir.Value
+    path: str
+
+
+class Weaver:
     """Adds nodes and initializers to a graph under names that are free."""
 
-    def __init__(self, model: ir.Model, *, several: bool):
-        self.model, self.several = model, several
+    def __init__(self, model: ir.Model):
+        self.model = model
         self.values = value_names(model)
         self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.old = frozenset(self.values)
 
-    def weave(self, step: Step, sites: tuple[Site, ...]) -> None:
-        """Put the step's branches beside each place that reads its weight."""
-        strangers = sorted({site.node.op_type for site in sites if not site.is_linear})
+    def places(self, weight: str, sites: Sites) -> tuple[Site, ...]:
+        """Where a weight is read. Raises InputRefused where one of its readers is no linear layer."""
+        there = sites.by_name[weight]
+        strangers = sorted({site.node.op_type for site in there if not site.is_linear})
         if strangers:
             raise InputRefused(
-                f"{step.weight} is also read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
+                f"{weight} is also read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
                 "adapter into the weights instead"
             )
-        module = re.sub(r"(^|\.)(in_proj_)?weight$", "", step.weight)
-        pairs = [self._pair(module, term, sites[0].array.dtype) for term in step.terms]
-        for site in sites:
-            self._stand_beside(site, pairs)
+        return there
 
-    def _pair(self, module: str, term: Term, dtype: np.dtype[Any]) -> tuple[_Factor, _Factor]:
-        """A (in, r) and s·B (r, out) as initializers in the weight's dtype."""
-        label = f".{term.adapter}" if self.several else ""
-        scale = np.float32(term.strength * term.pair.scale)
-        with np.errstate(over="ignore"):  # looked for where it is stored
-            a, b = term.pair.a.T.astype(dtype), (term.pair.b.T * scale).astype(dtype)
-        return self._factor(module, f"lora_A{label}", a), self._factor(module, f"lora_B{label}", b)
-
-    def _factor(self, module: str, part: str, array: NDArray[Any]) -> _Factor:
+    def factor(self, module: str, part: str, array: NDArray[Any], *, name: str = "") -> Factor:
+        """A new initializer `MODULE.PART.weight`, or of this name. Raises InputRefused where that is taken."""
         parts = [part for part in (module, part) if part]
-        name = ".".join([*parts, "weight"])
+        name = name or ".".join([*parts, "weight"])
         if name in self.old:
             raise InputRefused(
                 f"the graph holds {name} already: an adapter stands beside its weights. Start from the graph without it"
             )
         refuse_overflow(name, array)
         value = new_initializer(self.model, unused(name, self.values), ir.Tensor(np.ascontiguousarray(array)))
-        return _Factor(value, "/".join(["", *parts]))
+        return Factor(value, "/".join(["", *parts]))
 
-    def _stand_beside(self, site: Site, pairs: list[tuple[_Factor, _Factor]]) -> None:
-        x, product = site.node.inputs[0], site.node.outputs[0]
-        assert x is not None and site.node.graph is not None
+    def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
+        """x·A·B, as a site's own node would have it."""
+        x = site.node.inputs[0]
+        assert x is not None
         turned, amplified = _attributes(site.node)
+        down = self._multiply(x, a, turned)
+        up = self._multiply(down.outputs[0], b, amplified)
+        return Branch([down, up], up.outputs[0], b.path)
+
+    def stand_beside(self, site: Site, branches: Sequence[Branch]) -> None:
+        """Add the branches to what a site's node computes, before anything reads it."""
+        product = site.node.outputs[0]
+        assert site.node.graph is not None
         uses = product.uses()
         added: list[ir.Node] = []
         total = product
-        for a, b in pairs:
-            down = self._multiply(x, a, turned)
-            up = self._multiply(down.outputs[0], b, amplified)
-            add = self._node("Add", [total, up.outputs[0]], b.path, product.shape)
-            added += [down, up, add]
+        for branch in branches:
+            add = self.node("Add", [total, branch.product], branch.path, product.shape)
+            added += [*branch.nodes, add]
             total = add.outputs[0]
         site.node.graph.insert_after(site.node, added)
         for node, index in uses:
@@ -112,15 +138,21 @@ class _Weaver:
                     total.name, product.name = product.name, total.name
                     graph.outputs[index] = total
 
-    def _multiply(self, x: ir.Value, factor: _Factor, attributes: Attributes) -> ir.Node:
+    def _multiply(self, x: ir.Value, factor: Factor, attributes: Attributes) -> ir.Node:
         assert factor.value.shape is not None
         known = x.shape is not None and "transA" not in attributes
         shape = ir.Shape([*x.shape[:-1], factor.value.shape[-1]]) if known and x.shape is not None else None
-        return self._node("Gemm" if attributes else "MatMul", [x, factor.value], factor.path, shape, attributes)
+        return self.node("Gemm" if attributes else "MatMul", [x, factor.value], factor.path, shape, attributes)
 
-    def _node(
-        self, op_type: str, inputs: list[ir.Value], path: str, shape: ir.Shape | None, attributes: Attributes = NONE
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        path: str,
+        shape: ir.Shape | None = None,
+        attributes: Attributes = NONE,
     ) -> ir.Node:
+        """A node whose one output has the first input's type; not in the graph yet."""
         name = unused(f"{path}/{op_type}", self.nodes)
         output = ir.Value(name=unused(f"{name}_output_0", self.values), type=inputs[0].type, shape=shape)
         return ir.node(op_type, inputs, attributes, outputs=[output], name=name)

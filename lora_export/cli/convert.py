@@ -1,0 +1,71 @@
+"""`lora-export convert`: an adapter into another format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lora_export.cli.arguments import json_option, load_adapters, overwrite_option, say, split_name
+
+
+@click.command()
+@click.argument("adapter", metavar="[NAME=]ADAPTER")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT.onnx_adapter",
+    help="The file to write.",
+)
+@click.option(
+    "--to", required=True, type=click.Choice(["onnx_adapter"]), expose_value=False, help="The format to write."
+)
+@click.option(
+    "--for",
+    "graph",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="MODEL.onnx",
+    help="The graph that will run it, made by `onnx --lora inputs`.",
+)
+@click.option("--weight", type=float, default=1.0, show_default=True, help="Multiply the adapter's scale.")
+@overwrite_option
+@json_option
+def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: bool, as_json: bool) -> None:
+    """Convert ADAPTER for a graph that is there already: next week's adapter, without exporting again.
+
+    Every tensor of the adapter must have its place in the graph, in shape and type, and the graph must
+    be as it was when it was made, before anything is written. Needs no PyTorch.
+    """
+    from lora_export import files, plan
+    from lora_export.errors import InputRefused, MatchError
+    from lora_export.formats import onnx_adapter
+    from lora_export.graph.files import load
+    from lora_export.graph.inputs import contract_of
+
+    (loaded,) = load_adapters([adapter])
+    onnx_adapter.refuse_what_no_input_carries([loaded])
+    contract = contract_of(load(graph), graph)
+    try:
+        steps = plan.make([loaded], [place.spec for place in contract.places], strengths=[weight])
+    except MatchError as error:
+        raise InputRefused(
+            f"{error}\n{graph} takes adapters at {len(contract.places)} places; a graph with others is made by "
+            "`lora-export onnx --lora inputs --target NAMES`"
+        ) from error
+    for note in [*loaded.notes, *steps.notes]:
+        say(f"note: {note}")
+    given = onnx_adapter.parameters(contract, steps, loaded.name)
+    places = [graph, split_name(adapter)[1]]
+    with files.stage_file(output, inputs=places, overwrite=overwrite, say=say) as folder:
+        onnx_adapter.write(folder / output.name, given, contract, sha256=loaded.sha256)
+    told = {"output": str(output), "places": len(given) // 2, "of": len(contract.places), "base": contract.base}
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        click.echo(
+            f"wrote {files.shown(output)} ({output.stat().st_size:,} bytes): {told['places']} of {told['of']} places"
+        )

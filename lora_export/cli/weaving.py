@@ -1,0 +1,213 @@
+"""What `onnx` does with adapters, mode by mode: put them into the graph, write what goes beside it, prove it all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx_ir as ir
+
+from lora_export import layers, plan
+from lora_export.cli import proving
+from lora_export.cli.arguments import say
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.graph.branches import branch
+from lora_export.graph.files import save
+from lora_export.graph.fold import fold
+from lora_export.graph.inputs import open_inputs
+from lora_export.graph.rows import choose_by_row
+from lora_export.graph.sites import find
+from lora_export.lora import Adapter
+from lora_export.model import Model
+from lora_export.proof import Proof, bits_that_differ, case_inputs, prove_mixed
+from lora_export.runtime import Arrays, OnnxRunner, Runner
+
+SWAPPED = ("inputs", "rows")  # modes whose graph is the base until it is told otherwise
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What was asked for."""
+
+    mode: str
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    target: str | None = None  # where adapters to come may stand
+    names: str = "olive"
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        return self.weights or (1.0,) * len(self.adapters)
+
+    def future(self, base: Model) -> list[Adapter]:
+        """An adapter without effect at the places that --target names; none where it was not given."""
+        if self.target is None:
+            return []
+        names: Any = self.target if self.target == "all-linear" else [name for name in self.target.split(",") if name]
+        return [layers.fresh_adapter(base.module, targets=names, rank=1, alpha=1.0, seed=0, name="--target")]
+
+
+def check(order: Order, base: Model) -> None:
+    """Raise InputRefused, before the export, for what will not fit the graph because it does not fit the module."""
+    if order.mode in SWAPPED:
+        onnx_adapter.refuse_what_no_input_carries(order.adapters)
+    if order.mode == "inputs":
+        for adapter in order.adapters:
+            file_name(adapter)
+    specs = layers.specs(base.module)
+    if order.adapters:
+        layers.refuse_tied(base.module, plan.make(order.adapters, specs, strengths=order.weights))
+    if future := order.future(base):
+        layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
+
+
+def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Callable[[str], None]) -> list[str]:
+    """Put the adapters into the graph, or beside it into the folder; returns the names of the files it wrote."""
+    future = order.future(base)
+    if not order.adapters and not future:
+        return []
+    stage("finding its weights")
+    sites = find(program)
+    steps = plan.make(order.adapters, sites.specs, strengths=order.weights) if order.adapters else None
+    notes = [note for adapter in order.adapters for note in adapter.notes]
+    for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
+        say(f"note: {note}")
+    stage("folding the adapters in" if order.mode == "merged" else "weaving the adapters in")
+    if order.mode != "inputs":
+        assert steps is not None
+        ways: dict[str, Callable[..., object]] = {"merged": fold, "nodes": branch, "rows": choose_by_row}
+        ways[order.mode](program, sites, steps)
+        return []
+    wanted = {step.weight for step in (steps.steps if steps else ())}
+    wanted |= {step.weight for step in plan.make(future, sites.specs, identity_ok=True).steps} if future else set()
+    contract = open_inputs(program, sites, [name for name in sites.by_name if name in wanted], names=order.names)
+    for adapter in order.adapters:
+        assert steps is not None
+        given = onnx_adapter.parameters(contract, steps, adapter.name)
+        onnx_adapter.write(folder / file_name(adapter), given, contract, sha256=adapter.sha256)
+    return [file_name(adapter) for adapter in order.adapters]
+
+
+def file_name(adapter: Adapter) -> str:
+    """What an adapter's file beside the graph is called."""
+    if adapter.name.startswith(".") or "/" in adapter.name:
+        raise InputRefused(f"no file can be called after the adapter {adapter.name!r}: give it a name, -a NAME=ADAPTER")
+    return adapter.name + onnx_adapter.SUFFIX
+
+
+# --- proof --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Proofs:
+    """All that was proven of one file."""
+
+    whole: Proof  # of the adapters that are in it; of the base, where they are swapped
+    adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
+    mixed: Proof | None = None  # of batches in which each row has its own
+    unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: nobody looked
+
+
+@dataclass
+class Prover:
+    """Proves a graph before it is published; where its adapters are swapped, each of them and the base."""
+
+    order: Order
+    base: Model
+    inputs_file: Path | None
+    provider: str
+    stage: Callable[[str], None]
+    base_answers: dict[str, Arrays] = field(default_factory=dict)
+
+    def look_at_base(self, program: ir.Model, folder: Path) -> None:
+        """Remember what the graph answers before anything is put into it."""
+        if self.order.mode not in SWAPPED:
+            return
+        self.stage("running the base")
+        place = folder / "base"
+        place.mkdir()
+        try:
+            save(program, place, "base.onnx")
+            self.base_answers = self._answers(OnnxRunner(place / "base.onnx", self.provider))
+        finally:
+            shutil.rmtree(place)
+
+    def prove(self, path: Path) -> Proofs:
+        """Raises what the verdict means unless it is `same`, for one and all."""
+        runner = OnnxRunner(path, self.provider)
+        if self.order.mode not in SWAPPED:
+            return Proofs(self._demand(runner, self.order.adapters, self.order.weights))
+        runners = self._by_adapter(runner)
+        whole = self._demand(runners[0], [], [], "the base")
+        unlike = bits_that_differ(self.base_answers, self._answers(runners[0]))
+        if unlike:
+            say(
+                "note: without an adapter the graph is the base, but not to the last bit: onnxruntime computes it in "
+                f"another order ({unlike[0]})"
+            )
+        adapters = {
+            adapter.name: self._demand(own, [adapter], [strength], adapter.name)
+            for own, adapter, strength in zip(runners[1:], self.order.adapters, self.order.strengths, strict=True)
+        }
+        mixed = self._mixed(runner, [whole, *adapters.values()]) if self.order.mode == "rows" else None
+        return Proofs(whole, adapters, mixed, unlike)
+
+    def _by_adapter(self, runner: OnnxRunner) -> list[OnnxRunner]:
+        """The graph as the base, and with each adapter."""
+        adapters = self.order.adapters
+        if self.order.mode == "rows":
+            return [runner.with_rows([number]) for number in range(len(adapters) + 1)]
+        return [runner, *(runner.with_adapter(runner.path.with_name(file_name(adapter))) for adapter in adapters)]
+
+    def _mixed(self, runner: OnnxRunner, proofs: Sequence[Proof]) -> Proof:
+        """All adapters and the base in one batch."""
+        self.stage("verifying mixed batches")
+        ids = [*range(1, len(proofs)), 0]
+        return proving.demanded(prove_mixed(runner.with_rows(ids), proofs, ids), "mixed batches")
+
+    def _answers(self, runner: Runner) -> dict[str, Arrays]:
+        inputs = case_inputs(self.base, runner, user_inputs=self.inputs_file)
+        return {case: runner.run(arrays) for case, arrays in inputs.items()}
+
+    def _demand(self, runner: Runner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
+        return proving.demand_same(
+            runner, self.base, adapters, weights, self.inputs_file, device=self.provider, stage=self.stage, what=what
+        )
+
+
+def summary(proofs: Proofs | None) -> dict[str, Any]:
+    """The verdicts as they are kept in the file itself."""
+    told = proving.summary(proofs.whole if proofs else None)
+    if proofs and proofs.unlike_base is not None:
+        told["bits_of_base"] = not proofs.unlike_base
+        told["adapters"] = {name: proving.summary(proof) for name, proof in proofs.adapters.items()}
+    if proofs and proofs.mixed:
+        told["mixed"] = proving.summary(proofs.mixed)
+    return told
+
+
+def document(proofs: Proofs | None) -> dict[str, Any]:
+    """The proofs as JSON."""
+    told: dict[str, Any] = {"proof": proving.document(proofs.whole if proofs else None)}
+    if proofs and proofs.unlike_base is not None:
+        told["bits_of_base"] = not proofs.unlike_base
+        told["adapters"] = {name: proving.document(proof) for name, proof in proofs.adapters.items()}
+    if proofs and proofs.mixed:
+        told["mixed"] = proving.document(proofs.mixed)
+    return told
+
+
+def show(proofs: Proofs | None) -> None:
+    """The verdicts on stdout."""
+    if proofs is None or proofs.unlike_base is None:
+        proving.show(proofs.whole if proofs else None)
+        return
+    named = [("the base", proofs.whole), *proofs.adapters.items()]
+    for name, proof in [*named, *([("mixed batches", proofs.mixed)] if proofs.mixed else [])]:
+        click.echo(f"{name}:")
+        proving.show(proof)

@@ -1,0 +1,277 @@
+"""A session with adapters by name: what each call computes, and what onnxruntime would let pass without a word."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from conftest import why_no_cuda
+from graphs import a_graph
+from numpy.typing import NDArray
+from test_formats_onnx_adapter import shortened
+
+from lora_export import Session
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import Contract
+from lora_export.graph import files, sites
+from lora_export.graph.inputs import open_inputs
+
+BODY = """
+g ({dtype}[N,3] x) => ({dtype}[N,2] y)
+<{dtype}[3,2] m.weight = {{1,4,2,5,3,6}}, {dtype}[2,2] n.weight = {{1,0,2,1}}>
+{{ [m] h = MatMul(x, m.weight)
+   [n] y = MatMul(h, n.weight) }}"""
+M, N = np.float32([[1, 4], [2, 5], [3, 6]]), np.float32([[1, 0], [2, 1]])  # (in, out)
+X = np.float32([[1, 1, 2], [0, 3, 1]])
+# A (in, rank) and B (rank, out) of each adapter: `one` at the first place, `two` at both with other ranks
+ONE = {"m.lora_A.weight": np.float32([[1], [0], [-1]]), "m.lora_B.weight": np.float32([[2, 4]])}
+TWO = {
+    "m.lora_A.weight": np.float32([[1, 0], [0, 1], [1, 1]]),
+    "m.lora_B.weight": np.float32([[1, 0], [3, -1]]),
+    "n.lora_A.weight": np.float32([[1], [2]]),
+    "n.lora_B.weight": np.float32([[0, 5]]),
+}
+
+
+def expected(given: dict[str, NDArray[Any]], factor: float = 1.0) -> NDArray[np.float32]:
+    change = {
+        name: factor * given[f"{name}.lora_A.weight"] @ given[f"{name}.lora_B.weight"]
+        if f"{name}.lora_A.weight" in given
+        else 0
+        for name in "mn"
+    }
+    return X @ (M + change["m"]) @ (N + change["n"])
+
+
+def a_model(folder: Path, *, dtype: str = "float32", **replacing: str) -> tuple[Path, Contract]:
+    body = BODY.format(dtype="float")
+    for before, after in replacing.items():
+        body = body.replace(before, after)
+    model = a_graph(body)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+    for value in model.graph.initializers.values():
+        value.const_value = ir.Tensor(value.const_value.numpy().astype(value.dtype.numpy()), name=value.name)
+    contract = open_inputs(model, sites.find(model), ["m.weight", "n.weight"])
+    files.save(model, folder, "model.onnx")
+    return folder / "model.onnx", contract
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path, contract = a_model(tmp_path)
+    onnx_adapter.write(tmp_path / "one.onnx_adapter", ONE, contract, sha256="1")
+    onnx_adapter.write(tmp_path / "two.onnx_adapter", TWO, contract, sha256="2")
+    return path
+
+
+@pytest.fixture
+def session(model: Path) -> Session:
+    return Session(model, {name: model.parent / f"{name}.onnx_adapter" for name in ("one", "two")})
+
+
+def test_each_call_has_its_own_adapter_and_none_is_the_base(session: Session) -> None:
+    for _ in range(2):
+        assert np.array_equal(session.run({"x": X})["y"], X @ M @ N)
+        assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
+        assert np.array_equal(session.run({"x": X}, adapter="two")["y"], expected(TWO))
+    assert session.adapters == ("one", "two")
+    assert not np.array_equal(expected(ONE), expected(TWO))
+
+
+def test_an_adapter_lives_while_it_is_loaded_whatever_becomes_of_its_file(model: Path) -> None:
+    # onnxruntime's own LoraAdapter, once its object is gone, makes run() answer with the base.
+    session = Session(model)
+    session.load("one", model.parent / "one.onnx_adapter")
+    (model.parent / "one.onnx_adapter").write_bytes(b"")
+    gc.collect()
+    for _ in range(50):
+        assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
+
+
+def test_a_binding_has_the_adapter_that_was_bound_last(session: Session) -> None:
+    # onnxruntime's run_with_iobinding ignores active adapters.
+    binding = session.io_binding(adapter="one")
+    binding.bind_cpu_input("x", X)
+    binding.bind_output("y", "cpu")
+    for adapter, answer in [("one", expected(ONE)), ("two", expected(TWO)), (None, X @ M @ N), ("one", expected(ONE))]:
+        session.bind(binding, adapter=adapter)
+        session.run_with_iobinding(binding)
+        assert np.array_equal(binding.copy_outputs_to_cpu()[0], answer), adapter
+
+
+def test_a_binding_keeps_its_adapter_when_that_is_unloaded(session: Session) -> None:
+    binding = session.io_binding(adapter="two")
+    binding.bind_cpu_input("x", X)
+    binding.bind_output("y", "cpu")
+    session.unload("two")
+    gc.collect()
+    _ = [np.full((64, 64), 7, np.float32) for _ in range(50)]  # whoever took the memory would have written into it
+    session.run_with_iobinding(binding)
+    assert np.array_equal(binding.copy_outputs_to_cpu()[0], expected(TWO))
+    with pytest.raises(InputRefused, match="no adapter 'two'; loaded: one"):
+        session.run({"x": X}, adapter="two")
+
+
+def test_a_mix_is_the_weighted_sum(session: Session) -> None:
+    session.mix("both", {"one": 2.0, "two": -0.5})
+    both = {
+        "m.lora_A.weight": np.concatenate([ONE["m.lora_A.weight"], TWO["m.lora_A.weight"]], axis=1),
+        "m.lora_B.weight": np.concatenate([2 * ONE["m.lora_B.weight"], -0.5 * TWO["m.lora_B.weight"]]),
+        "n.lora_A.weight": TWO["n.lora_A.weight"],
+        "n.lora_B.weight": -0.5 * TWO["n.lora_B.weight"],
+    }
+    assert np.array_equal(session.run({"x": X}, adapter="both")["y"], expected(both))
+    assert np.array_equal(session.run({"x": X}, adapter="two")["y"], expected(TWO))
+
+
+@pytest.mark.parametrize("several", [["one", "two"], {"one": 1.0}, ("one",)])
+def test_several_adapters_in_one_call_are_refused_with_the_way_out(session: Session, several: Any) -> None:
+    # Of two active adapters with the same names onnxruntime takes one.
+    with pytest.raises(InputRefused, match=r"one adapter a run, by its name, .*`mix` makes one of several"):
+        session.run({"x": X}, adapter=several)
+
+
+@pytest.mark.parametrize("strengths", [{}, {"one": float("nan")}, {"one": 1.0, "three": 1.0}])
+def test_a_mix_of_nothing_or_of_what_is_not_there_is_refused(session: Session, strengths: dict[str, float]) -> None:
+    with pytest.raises(InputRefused, match=r"a mix needs adapters and finite strengths|there is no adapter 'three'"):
+        session.mix("both", strengths)
+    assert session.adapters == ("one", "two")
+
+
+def test_the_nearest_name_is_told(session: Session) -> None:
+    with pytest.raises(InputRefused, match="there is no adapter 'ome'; the nearest is 'one'"):
+        session.run({"x": X}, adapter="ome")
+
+
+def test_a_partial_adapter_is_refused_and_what_was_loaded_stays(session: Session, tmp_path: Path) -> None:
+    # A alone, on a graph with a fixed rank, would be the base without an error.
+    only_a = {"m.lora_A.weight": ONE["m.lora_A.weight"]}
+    onnx_adapter.write(tmp_path / "half", only_a, session.contract, sha256="1")
+    with pytest.raises(InputRefused, match=r"m.lora_B.weight: missing, though m.lora_A.weight is there"):
+        session.load("one", tmp_path / "half")
+    assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
+
+
+def test_an_adapter_for_another_base_is_refused(session: Session, tmp_path: Path) -> None:
+    # Names, shapes and types are the same; onnxruntime itself never looks at the version.
+    other = tmp_path / "other"
+    other.mkdir()
+    _, contract = a_model(other, **{"{1,0,2,1}": "{1,0,2,2}"})
+    onnx_adapter.write(other / "x", ONE, contract, sha256="1")
+    with pytest.raises(InputRefused, match="it was made for another base"):
+        session.load("x", other / "x")
+
+
+def test_a_wrong_dtype_is_refused_when_loaded(session: Session, tmp_path: Path) -> None:
+    halves = {name: array.astype(np.float16) for name, array in ONE.items()}
+    onnx_adapter.write(tmp_path / "x", halves, session.contract, sha256="1")
+    with pytest.raises(InputRefused, match=r"m.lora_A.weight: tensor\(float16\), the graph takes float32"):
+        Session(session.model, {"x": tmp_path / "x"})
+
+
+def test_a_damaged_file_is_refused(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx_adapter"
+    path.write_bytes(shortened(path.read_bytes()))
+    with pytest.raises(InputRefused, match="damaged"):
+        session.load("x", path)
+
+
+def test_half_precision_is_swapped_and_mixed_in_half_precision(tmp_path: Path) -> None:
+    path, contract = a_model(tmp_path, dtype="float16")
+    given = {name: array.astype(np.float16) for name, array in TWO.items()}
+    onnx_adapter.write(tmp_path / "x", given, contract, sha256="1")
+    session = Session(path, {"x": tmp_path / "x"})
+    assert np.array_equal(session.run({"x": X.astype(np.float16)}, adapter="x")["y"], expected(TWO))
+    session.mix("twice", {"x": 2.0})
+    assert np.array_equal(session.run({"x": X.astype(np.float16)}, adapter="twice")["y"], expected(TWO, 2.0))
+    with pytest.raises(InputRefused, match=r"loud, m.weight: 3 values of m.lora_B.weight .* float16 is 65504"):
+        session.mix("loud", {"x": 7e4})
+
+
+def test_a_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
+    files.save(a_graph(BODY.format(dtype="float")), tmp_path, "plain.onnx")
+    with pytest.raises(InputRefused, match="does not say where it takes adapters"):
+        Session(tmp_path / "plain.onnx")
+    (tmp_path / "noise.onnx").write_bytes(b"noise")
+    with pytest.raises(RuntimeRefused, match="onnxruntime refused"):
+        Session(tmp_path / "noise.onnx")
+
+
+def test_a_graph_whose_inputs_were_folded_away_is_refused(model: Path) -> None:
+    graph = files.load(model)
+    del graph.graph.inputs[1:]
+    files.save(graph, model.parent, "folded.onnx")
+    with pytest.raises(InputRefused, match=r"has lost 4 of its inputs for adapters, the first of them m.lora_A.weight"):
+        Session(model.parent / "folded.onnx")
+
+
+def test_an_adapters_own_inputs_are_no_feeds(session: Session) -> None:
+    with pytest.raises(InputRefused, match=r"m.lora_A.weight are an adapter's inputs"):
+        session.run({"x": X, "m.lora_A.weight": ONE["m.lora_A.weight"]})
+    with pytest.raises(RuntimeRefused, match="onnxruntime refused"):
+        session.run({"z": X})
+
+
+def test_feeds_may_be_ort_values_and_outputs_may_be_chosen(session: Session) -> None:
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(X)
+    assert list(session.run({"x": value}, adapter="one", outputs=["y"])) == ["y"]
+    strided = np.repeat(X, 2, axis=1)[:, ::2]
+    assert np.array_equal(session.run({"x": strided}, adapter="one")["y"], expected(ONE))
+
+
+def test_threads_do_not_get_each_others_adapters(session: Session) -> None:
+    wrong: list[str] = []
+
+    def work(adapter: str | None, answer: NDArray[np.float32]) -> None:
+        for _ in range(100):
+            if not np.array_equal(session.run({"x": X}, adapter=adapter)["y"], answer):
+                wrong.append(str(adapter))
+
+    cases = [(None, X @ M @ N), ("one", expected(ONE)), ("two", expected(TWO))]
+    threads = [threading.Thread(target=work, args=case) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_provider_that_is_not_there_is_told(model: Path) -> None:
+    if not why_no_cuda():
+        pytest.skip("this machine has a GPU: the refusal cannot be seen here")
+    with pytest.raises(EnvironmentLacking, match="CUDAExecutionProvider") as refusal:
+        Session(model, provider="cuda")
+    assert refusal.value.exit_code == 6
+    with pytest.raises(InputRefused, match="unknown provider 'tpu'"):
+        Session(model, provider="tpu")
+
+
+@pytest.mark.cuda
+def test_adapters_live_on_the_gpu(model: Path) -> None:
+    session = Session(model, {"two": model.parent / "two.onnx_adapter"}, provider="cuda")
+    assert {value.device_name() for value in session._loaded["two"].values()} == {"cuda"}
+    np.testing.assert_allclose(session.run({"x": X}, adapter="two")["y"], expected(TWO), rtol=1e-2)
+    session.mix("half", {"two": 0.5})
+    np.testing.assert_allclose(session.run({"x": X}, adapter="half")["y"], expected(TWO, 0.5), rtol=1e-2)
+
+
+def test_serving_loads_neither_torch_nor_onnx(session: Session, tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy, lora_export\n"
+        "s = lora_export.Session(sys.argv[1], {'one': sys.argv[2]})\n"
+        "print(s.run({'x': numpy.ones((1, 3), 'f')}, adapter='one')['y'].shape)\n"
+        "assert not {'torch', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules), sys.modules.keys()"
+    )
+    words = [sys.executable, "-c", code, str(session.model), str(tmp_path / "one.onnx_adapter")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "(1, 2)\n"), done.stderr
