@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.files import data_name, sha256
+from lora_export.graph import operators
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 
 LIMIT = 1 << 31  # bytes; what is longer, protobuf neither writes nor reads
@@ -61,7 +62,7 @@ def load(path: Path) -> ir.Model:
     if any(Path(tensor.base_dir) != path.parent for tensor in external):
         return model  # from a cache of links, which ONNX's checker does not follow
     try:
-        onnx.checker.check_model(str(path))  # onnx_ir takes any node with any inputs and attributes
+        operators.check_model(str(path))  # onnx_ir takes any node with any inputs and attributes
     except Exception as error:
         raise InputRefused(f"{path} is not valid ONNX: {error}") from error
     return model
@@ -93,7 +94,7 @@ def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str
     else:
         written.insert(0, _save_apart(model, path))
     try:
-        onnx.checker.check_model(str(path))
+        operators.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
         raise RuntimeRefused(f"the graph is not valid ONNX: {error}") from error
     return written
