@@ -36,6 +36,7 @@ class Layout(StrEnum):
 
     OUT_IN = "out_in"  # nn.Linear, and a convolution's (out, in, kernel)
     IN_OUT = "in_out"  # transformers' Conv1D, and a MatMul's second operand in a graph
+    EMBEDDING = "embedding"  # nn.Embedding: a row for each word, (in, out)
     UNKNOWN = "unknown"  # a matrix that the holder cannot place: only the model's class would tell
     OTHER = "other"  # biases, norms, buffers: nothing low-rank lands here
 
@@ -482,7 +483,7 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: _Base) 
             f"{weight} is {spec.dtype}: a quantised weight is never merged silently. Use the original float base, "
             "or dequantise it first"
         )
-    if spec.layout is Layout.OTHER:
+    if spec.layout in (Layout.OTHER, Layout.EMBEDDING):
         return f"{weight} {spec.shape} is not the weight of a linear layer"
     if spec.layout is Layout.UNKNOWN:
         return f"{weight} may be stored (out, in) or (in, out): give the model's folder, whose config.json tells"

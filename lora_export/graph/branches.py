@@ -60,14 +60,14 @@ class _Weaver:
 
     def weave(self, step: Step, sites: tuple[Site, ...]) -> None:
         """Put the step's branches beside each place that reads its weight."""
-        strangers = sorted({site.node.op_type for site in sites if not site.is_linear})
+        strangers = sorted({site.obstacle for site in sites if site.obstacle})
         if strangers:
             raise InputRefused(
-                f"{step.weight} is also read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
+                f"{step.weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
                 "adapter into the weights instead"
             )
         module = re.sub(r"(^|\.)(in_proj_)?weight$", "", step.weight)
-        pairs = [self._pair(module, term, sites[0].array.dtype) for term in step.terms]
+        pairs = [self._pair(module, term, np.dtype(sites[0].dtype)) for term in step.terms]
         for site in sites:
             self._stand_beside(site, pairs)
 

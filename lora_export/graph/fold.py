@@ -27,6 +27,8 @@ def fold(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     Raises InputRefused where a result is not finite; throw the graph away then, it is half folded.
     """
     refuse_what_a_graph_cannot_take(plan)
+    for step in plan.steps:
+        refuse_quantised(step, sites)
     return [result for step in plan.steps if (result := change_weight(model, sites, step)) is not None]
 
 
@@ -40,13 +42,26 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
         raise InputRefused(f"{', '.join(sorted(scaled))}: DoRA is not supported in a graph yet")
 
 
+def refuse_quantised(step: Step, sites: Sites) -> None:
+    """Raise InputRefused where a weight is held as integers and scales: W + ΔW would have to be quantised anew."""
+    kinds = {site.quantised.kind for site in sites.by_name[step.weight] if site.quantised is not None}
+    if kinds:
+        raise InputRefused(
+            f"{step.weight} is quantised ({', '.join(sorted(kinds))}): its weights are never quantised again silently. "
+            "Keep the adapter beside it (--lora nodes), as one that was trained on a quantised base wants it; or merge "
+            "into the float model, and quantise that"
+        )
+
+
 def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
     """Carry out one step on every initializer that holds its weight; None where a whole tensor takes its place."""
-    by_value: dict[ir.Value, list[Site]] = {}
+    refuse_quantised(step, sites)
+    by_value: dict[tuple[ir.Value, range | None], list[Site]] = {}
     for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
-        by_value.setdefault(site.value, []).append(site)  # a linear reader comes first: it tells how the matrix lies
+        # A linear reader comes first: it tells how the matrix lies.
+        by_value.setdefault((site.value, site.block), []).append(site)
     tally = Tally(step.weight)
-    for value, there in by_value.items():
+    for (value, block), there in by_value.items():
         before, layout = there[0].array, there[0].layout
         with np.errstate(over="ignore", invalid="ignore"):  # looked for below
             if step.replace is not None:
@@ -57,6 +72,10 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
                 after = add(before, change)
                 tally.count(before, change, after)
         refuse_overflow(step.weight, after, before=before)
+        if block is not None:  # its neighbours keep their bytes
+            whole = there[0].stored.copy()
+            whole[there[0].where] = after
+            after = whole
         _store(model, sites, value, there, step, np.ascontiguousarray(after))
     return tally.result() if step.replace is None else None
 
@@ -67,30 +86,46 @@ def _store(
     """Let these readers, and no others, read the array from now on."""
     places = {site.place for site in mine}
     others = [site for site in readers(value) if site.place not in places]
-    if not others and not value.is_graph_output():
+    if not others and value.is_initializer() and not value.is_graph_output():
         value.const_value = ir.Tensor(array, name=value.name)
         return
+    if mine[0].block is not None:
+        reader = others[0].node.op_type if others else "a Constant node or an output"
+        raise InputRefused(
+            f"{step.weight} is a block of {value.name}, which is also {reader}'s: it cannot change for one alone"
+        )
     taken = value_names(model)
     if value.name == step.weight:  # the name goes with the weight that it stands for
         value.name = unused(next((sites.name_of(site) for site in others), "") or f"{step.weight}.shared", taken)
         taken.remove(step.weight)
-    for turned in sorted({site.turned for site in mine}):
-        # The new initializer is read directly: what a Transpose did is done here.
-        own = new_initializer(model, unused(step.weight, taken), array.T.copy() if turned else array)
+    for turned, dtype in sorted({(site.turned, site.dtype) for site in mine}):
+        # The new initializer is read directly: what a Transpose or a Cast did is done here.
+        seen = (array.T.copy() if turned else array).astype(np.dtype(dtype), copy=False)
+        own = new_initializer(model, unused(step.weight, taken), seen)
         for site in mine:
-            if site.turned is turned:
+            if (site.turned, site.dtype) == (turned, dtype):
                 site.node.replace_input_with(site.index, own)
         lies = flipped(mine[0].layout) if turned else mine[0].layout
         if lies is Layout.IN_OUT and step.spec.layout is Layout.OUT_IN:
             own.metadata_props[FOLDED_FROM] = repr([step.weight])
-    _drop_idle_transposes(value)
+    _drop_idle(value)
 
 
-def _drop_idle_transposes(value: ir.Value) -> None:
+def _drop_idle(value: ir.Value) -> None:
+    """Remove what only led from the weight to its former readers."""
     for node, _ in list(value.uses()):
-        idle = not any(output.uses() or output.is_graph_output() for output in node.outputs)
-        if node.op_type == "Transpose" and idle and node.graph is not None:
-            node.graph.remove(node, safe=True)
+        if node.op_type in ("Transpose", "Cast", "Identity"):
+            _drop_idle(node.outputs[0])
+            _remove_idle(node)
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Constant":
+        _remove_idle(producer)
+
+
+def _remove_idle(node: ir.Node) -> None:
+    idle = not any(output.uses() or output.is_graph_output() for output in node.outputs)
+    if idle and node.graph is not None:
+        node.graph.remove(node, safe=True)
 
 
 def new_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
