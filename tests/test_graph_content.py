@@ -88,6 +88,13 @@ def test_a_weight_is_found_in_the_dtype_to_which_the_graph_rounded_it(tmp_path: 
     assert list(found.by_name) == ["a.weight"]
 
 
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+def test_a_weight_is_found_that_was_rounded_to_half_precision_on_its_way(tmp_path: Path, half: Any) -> None:
+    exact = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    found = sites.find(graph(exact.astype(half).astype(np.float32).T), base(tmp_path, {"a.weight": exact}))
+    assert list(found.by_name) == ["a.weight"]
+
+
 def test_one_entry_that_differs_makes_it_another_weight(tmp_path: Path) -> None:
     """Outside the sample, too: what agrees there is compared whole."""
     weight = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
@@ -146,6 +153,18 @@ def test_of_equal_tensors_the_one_whose_module_read_it_is_meant(tmp_path: Path, 
     assert list(found.by_name) == ["b.weight"]
 
 
+@pytest.mark.parametrize(
+    ("origins", "named"), [(["b.weight", "val_3"], ["b.weight"]), (["a.weight", "b.weight"], []), (["val_3"], [])]
+)
+def test_of_equal_tensors_the_one_that_it_was_folded_from_is_meant(
+    tmp_path: Path, origins: list[str], named: list[str]
+) -> None:
+    model = graph(WEIGHT.T)
+    model.graph.initializers["W"].metadata_props[sites.FOLDED_FROM] = repr(origins)
+    found = sites.find(model, base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    assert list(found.by_name) == named
+
+
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_constant_names_nothing(tmp_path: Path, width: int) -> None:
     checkpoint = base(tmp_path, {"a.weight": np.ones((2, 3)), "b.weight": OTHER})
@@ -185,12 +204,12 @@ def test_a_name_that_the_base_gives_to_other_content_is_an_error_that_names_both
 
 
 def test_a_weight_that_was_changed_since_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"a.weight by initializer, none by content"):
+    with pytest.raises(InputRefused, match=r"a.weight by initializer, nothing there by content"):
         sites.find(graph(WEIGHT + 1, GEMM, name="a.weight"), base(tmp_path, {"a.weight": WEIGHT}))
 
 
 def test_a_name_of_another_shape_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"a.weight by initializer, none by content"):
+    with pytest.raises(InputRefused, match=r"a.weight by initializer, nothing there by content"):
         sites.find(graph(WEIGHT, GEMM, name="a.weight"), base(tmp_path, {"a.weight": np.ones((4, 4))}))
 
 
@@ -198,6 +217,21 @@ def test_a_name_of_another_shape_is_an_error(tmp_path: Path) -> None:
 def test_a_name_with_another_prefix_is_spelled_as_the_base_does(tmp_path: Path, here: str, there: str) -> None:
     found = sites.find(graph(WEIGHT, GEMM, name=here), base(tmp_path, {there: WEIGHT, "b.weight": OTHER}))
     assert {name: site.how for name, (site,) in found.by_name.items()} == {there: How.INITIALIZER}
+
+
+def test_a_name_that_the_base_lacks_changes_its_prefix_as_the_others_do(tmp_path: Path) -> None:
+    """A tied head stands in no checkpoint, and an adapter of it is called as those of the other layers are."""
+    model = a_graph(
+        """
+        g (float[N,3] x) => (float[N,2] y)
+        <float[2,3] wrapped.a.weight = {1,2,3,4,5,6}, float[2,2] wrapped.head.weight = {1,3,5,7}>
+        { h = Gemm <transB = 1> (x, wrapped.a.weight)
+          y = Gemm <transB = 1> (h, wrapped.head.weight) }"""
+    )
+    assert list(sites.find(model, base(tmp_path, {"a.weight": WEIGHT})).by_name) == ["a.weight", "head.weight"]
+    assert list(sites.find(model, base(tmp_path, {"model.wrapped.a.weight": WEIGHT})).by_name) == [
+        "model.wrapped.a.weight", "model.wrapped.head.weight",
+    ]  # fmt: skip
 
 
 def test_content_answers_where_the_base_does_not_know_the_name(tmp_path: Path) -> None:

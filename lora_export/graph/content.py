@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -32,7 +33,10 @@ TILE = 1 << 23  # bytes of a tensor that are compared at once
 # but 2 bits, for which a weight is told only when the sample is as clear.
 NEAR = 0.7
 
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
 Shape = tuple[int, int]
+Casts = tuple[np.dtype[Any], ...]  # that the base's numbers went through; empty where they were quantised
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -80,7 +84,7 @@ class Base:
                     if len(entry.shape) == 2:
                         self.of_shape.setdefault(rows[::-1], []).append(View(entry.name, turned=True))
         self.samples: dict[View, NDArray[Any]] = {}
-        self.tables: dict[tuple[Shape, np.dtype[Any]], dict[bytes, list[View]]] = {}
+        self.tables: dict[tuple[Shape, Casts], dict[bytes, list[View]]] = {}
         self.endings: dict[str, str] = {}  # a name without what stands before a dot -> the name; empty: of several
         for name in self.matrices:
             for ending in _endings(name):
@@ -95,10 +99,15 @@ class Base:
 
     def is_held(self, name: str, site: Site) -> View | None:
         """How the site holds this very tensor; None where it does not."""
-        held, exact = _matrix(site), site.quantised is None
+        held = _matrix(site)
         for view in (View(name, turned=False), View(name, turned=True)):
-            if self._suits(view, site) and self._fits(held, view, exact) and self._is(held, 0, view, exact):
-                return view
+            shape = self._seen(view).shape
+            if shape == held.shape and self._suits(view, site):
+                sample = held.at(_places(shape))
+                if any(
+                    self._is(held, 0, view, casts) for casts in _casts(site, sample) if self._fits(sample, view, casts)
+                ):
+                    return view
         return None
 
     def matches(self, site: Site) -> Iterator[Match]:
@@ -107,11 +116,11 @@ class Base:
         Where nothing answers, or tensors of several sizes do, the rest is one match without a view, or with all those
         views. A constant names nothing.
         """
-        held, exact, start = _matrix(site), site.quantised is None, 0
+        held, start = _matrix(site), 0
         out, inner = held.shape
         while start < out:
             sizes = self._sizes(inner, out - start) if _is_matrix(site) else [out]
-            found = {size: self._found(site, held, start, size, exact) for size in sizes}
+            found = {size: self._found(site, held, start, size) for size in sizes}
             found = {size: views for size, views in found.items() if views}
             if len(found) != 1:
                 yield Match(start, out, tuple(view for views in found.values() for view in views))
@@ -129,36 +138,38 @@ class Base:
         shape = self.shapes[view.name]
         return len(shape) == 2 if _is_matrix(site) else shape == site.shape and not view.turned
 
-    def _found(self, site: Site, held: Matrix, start: int, size: int, exact: bool) -> list[View]:
+    def _found(self, site: Site, held: Matrix, start: int, size: int) -> list[View]:
+        """What of this size the held output features from `start` on are."""
         shape = (size, held.shape[1])
-        views = self.of_shape.get(shape, [])
-        if not views:
+        if shape not in self.of_shape:
             return []
         rows, columns = _places(shape)
         sample = held.at((rows + start, columns))
         if (sample == sample[0]).all():
             return []  # zeros or ones are alike wherever they come from
-        if exact:
-            likely = self._table(shape, held.dtype).get(_bits(sample).tobytes(), [])
-        else:
-            likely = [view for view, far in zip(views, self._distances(shape, sample), strict=True) if far < NEAR]
         found: dict[str, View] = {}
-        for view in likely:
-            if view.name not in found and self._suits(view, site) and self._is(held, start, view, exact):
-                found[view.name] = view
+        for casts in _casts(site, sample):
+            for view in self._likely(shape, sample, casts):
+                if view.name not in found and self._suits(view, site) and self._is(held, start, view, casts):
+                    found[view.name] = view
         return list(found.values())
 
-    def _fits(self, held: Matrix, view: View, exact: bool) -> bool:
-        """Whether the sample is the view's, or lies near it."""
-        shape = self._seen(view).shape
-        if shape != held.shape:
-            return False
-        sample = held.at(_places(shape))
-        if exact:
-            return bool(np.array_equal(_bits(sample), _bits(_cast(self._sample(view, shape), held.dtype))))
-        return _distance(sample, self._sample(view, shape)) < NEAR
+    def _likely(self, shape: Shape, sample: NDArray[Any], casts: Casts) -> list[View]:
+        if not casts:
+            return [view for view in self.of_shape[shape] if self._fits(sample, view, casts)]
+        if (shape, casts) not in self.tables:
+            table = self.tables[shape, casts] = {}
+            for view in self.of_shape[shape]:
+                table.setdefault(_bits(_cast(self._sample(view), casts)).tobytes(), []).append(view)
+        return self.tables[shape, casts].get(_bits(sample).tobytes(), [])
 
-    def _is(self, held: Matrix, start: int, view: View, exact: bool) -> bool:
+    def _fits(self, sample: NDArray[Any], view: View, casts: Casts) -> bool:
+        """Whether a sample is the view's, or lies near it."""
+        if casts:
+            return bool(np.array_equal(_bits(sample), _bits(_cast(self._sample(view), casts))))
+        return _distance(sample, self._sample(view)) < NEAR
+
+    def _is(self, held: Matrix, start: int, view: View, casts: Casts) -> bool:
         """Whether the held rows from `start` on are the view, to the last bit; quantised ones, whether they are near.
 
         Compared along the rows in which `held` is stored, which are read as they come.
@@ -170,32 +181,22 @@ class Base:
         for part in _parts(theirs.shape, theirs.dtype):
             one = ours.tile(_moved(part, offset[0]), _moved(range(theirs.shape[1]), offset[1]))
             other = theirs.tile(part, range(theirs.shape[1]))
-            if not exact:
+            if not casts:
                 error += float(np.square(one - other.astype(np.float32), dtype=np.float64).sum())
                 norm += float(np.square(other.astype(np.float32), dtype=np.float64).sum())
-            elif not np.array_equal(_bits(one), _bits(_cast(other, one.dtype))):
+            elif not np.array_equal(_bits(one), _bits(_cast(other, casts))):
                 return False
-        return exact or error < NEAR**2 * norm
+        return bool(casts) or error < NEAR**2 * norm
 
     def _seen(self, view: View) -> Matrix:
         matrix = self.matrices[view.name]
         return Turned(matrix) if view.turned else matrix
 
-    def _sample(self, view: View, shape: Shape) -> NDArray[Any]:
+    def _sample(self, view: View) -> NDArray[Any]:
         if view not in self.samples:
-            self.samples[view] = self._seen(view).at(_places(shape))
+            matrix = self._seen(view)
+            self.samples[view] = matrix.at(_places(matrix.shape))
         return self.samples[view]
-
-    def _table(self, shape: Shape, dtype: np.dtype[Any]) -> dict[bytes, list[View]]:
-        if (shape, dtype) not in self.tables:
-            table = self.tables[shape, dtype] = {}
-            for view in self.of_shape[shape]:
-                sample = _cast(self._sample(view, shape), dtype)
-                table.setdefault(_bits(sample).tobytes(), []).append(view)
-        return self.tables[shape, dtype]
-
-    def _distances(self, shape: Shape, sample: NDArray[Any]) -> list[float]:
-        return [_distance(sample, self._sample(view, shape)) for view in self.of_shape[shape]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,9 +345,22 @@ def _moved(part: range, by: int) -> range:
     return range(part.start + by, part.stop + by)
 
 
-def _cast(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _casts(site: Site, sample: NDArray[Any]) -> Iterator[Casts]:
+    """How the base's numbers may have come to the site: rounded to its dtype, perhaps to half precision before that."""
+    if site.quantised is not None:
+        yield ()
+        return
+    yield (sample.dtype,)
+    for half in HALVES if sample.dtype.itemsize > 2 else ():
+        if np.array_equal(_bits(_cast(sample, (half, sample.dtype))), _bits(sample)):
+            yield (half, sample.dtype)
+
+
+def _cast(array: NDArray[Any], casts: Casts) -> NDArray[Any]:
     with np.errstate(over="ignore"):  # what lies beyond float16 was made infinite there, too
-        return array.astype(dtype, copy=False)
+        for dtype in casts:
+            array = array.astype(dtype, copy=False)
+    return array
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

@@ -13,8 +13,9 @@ import ast
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -261,65 +262,109 @@ def is_stored_transposed(site: Site) -> bool:
 # --- content ------------------------------------------------------------------------------------
 
 
-def _by_content(sites: list[Site], checkpoint: Checkpoint) -> tuple[dict[str, list[Site]], list[Site], list[str]]:
-    """Sites as the base knows them: named, nameless, and the names that it does not know.
+class _Told(NamedTuple):
+    """A site as the layers of names had it, and as the base knows it: the same object where it knows nothing of it."""
 
-    A linear layer that reads what is an embedding to others is a tied head: it keeps the name that it has.
-    """
+    was: Site
+    now: Site
+
+    @property
+    def is_known(self) -> bool:
+        return self.now is not self.was
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the base has this very tensor under the name that the site has, a prefix aside."""
+        return self.is_known and bool(self.was.name) and self.now.how is self.was.how
+
+
+def _by_content(sites: list[Site], checkpoint: Checkpoint) -> tuple[dict[str, list[Site]], list[Site], list[str]]:
+    """Sites as the base knows them: named, nameless, and the names that it does not know."""
     base = Base(checkpoint)
-    wrong: list[str] = []
-    unknown: list[str] = []
-    told: list[tuple[Site, Site]] = []  # as it was, as the base knows it
-    for site in sites:
-        spelled = base.spelled(site.name)
-        view = base.is_held(spelled, site) if spelled else None
-        if view is not None:
-            turned = view.turned is (site.layout is not Layout.IN_OUT)
-            told.append((site, replace(site, name=spelled, transposed=turned if site.is_linear else None)))
-            continue
-        found = list(_told_by_content(site, base))
-        if spelled and spelled == site.name:
-            others = sorted(
-                {name for there in found if there is not site for name in (there.name, *there.equals) if name}
-            )
-            wrong.append(f"{place(site)}: {site.name} by {site.how}, {' and '.join(others) or 'none'} by content")
-        elif site.name and found == [site]:
-            unknown.append(site.name)
-        told += [(site, there) for there in found]
-    if wrong:
-        more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise InputRefused(
-            f"{checkpoint.path} is not what the graph was made of, or its weights were changed since: "
-            f"{len(wrong)} are called what others are there:\n  " + "\n  ".join(wrong[:SHOWN]) + more
-        )
-    embeddings = {there.name for _, there in told if there.name and not there.is_linear and len(there.shape) == 2}
+    told = [_Told(site, there) for site in sites for there in _as_the_base_knows(site, base)]
+    _refuse_contradictions(told, base)
     named: dict[str, list[Site]] = {}
     nameless: list[Site] = []
-    for was, now in told:
-        tied = now.is_linear and now.how is How.CONTENT and now.name in embeddings
-        site = replace(was, equals=() if was.name else (now.name,)) if tied else now
+    for site in _spelled_alike(_untied(told), *_prefix(told)):
         if site.name:
             named.setdefault(site.name, []).append(site)
         else:
             nameless.append(site)
-    return named, nameless, list(dict.fromkeys(unknown))
+    return named, nameless, sorted({there.was.name for there in told if there.was.name and not there.is_known})
 
 
-def _told_by_content(site: Site, base: Base) -> Iterator[Site]:
-    """A site as what its content says it is: one weight, several side by side, or, where nothing answers, as it was."""
+def _as_the_base_knows(site: Site, base: Base) -> Iterator[Site]:
+    """A site as its name or content says: one weight, several side by side, or, where nothing answers, as before."""
+    spelled = base.spelled(site.name)
+    held = base.is_held(spelled, site) if spelled else None
+    if held is not None:
+        yield replace(site, name=spelled, transposed=_is_turned(site, held))
+        return
     matches = list(base.matches(site))
     for match in matches:
         block = range(match.start, match.stop) if len(matches) > 1 else None
         views = _preferred(site, match, base)
         if len(views) == 1:
             (view,) = views
-            turned = view.turned is (site.layout is not Layout.IN_OUT) if site.is_linear else None
+            turned = _is_turned(site, view)
             yield replace(site, name=view.name, how=How.CONTENT, block=block, transposed=turned)
         elif block is not None or (views and not site.name):
             equals = tuple(view.name for view in views)
             yield replace(site, name="", how=How.NONE, block=block, equals=equals)
         else:
             yield site
+
+
+def _refuse_contradictions(told: Iterable[_Told], base: Base) -> None:
+    wrong: dict[Site, list[str]] = {}
+    for was, now in (there for there in told if there.was.name in base.matrices and not there.is_held):
+        wrong.setdefault(was, []).extend(filter(None, (now.name if now is not was else "", *now.equals)))
+    lines = [
+        f"  {place(site)}: {site.name} by {site.how}, {' and '.join(others) or 'nothing there'} by content"
+        for site, others in wrong.items()
+    ]
+    if lines:
+        raise InputRefused(
+            f"{base.path} is not what the graph was made of, or its weights were changed since. {len(lines)} of them "
+            "are not what the base has under their names:\n"
+            + "\n".join(lines[:SHOWN])
+            + (f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")
+        )
+
+
+def _untied(told: Sequence[_Told]) -> Iterator[_Told]:
+    """A linear layer that reads what is an embedding to others is a tied head: it keeps the name that it has, or none.
+
+    An adapter of the embedding changes what is looked up, and leaves the head alone.
+    """
+    embeddings = {now.name for _, now in told if now.layout is Layout.EMBEDDING and now.name}
+    for was, now in told:
+        if now.is_linear and now.how is How.CONTENT and now.name in embeddings:
+            yield _Told(was, replace(was, equals=() if was.name else (now.name,)))
+        else:
+            yield _Told(was, now)
+
+
+def _prefix(told: Iterable[_Told]) -> tuple[str, str]:
+    """What every name that the base knows lost and gained in front to be spelled so; nothing where they differ."""
+    prefixes = set()
+    for was, now in (there for there in told if there.is_held):
+        longer, shorter = sorted((was.name, now.name), key=len, reverse=True)
+        more = longer.removesuffix(shorter)
+        prefixes.add((more, "") if longer == was.name else ("", more))
+    return prefixes.pop() if len(prefixes) == 1 else ("", "")
+
+
+def _spelled_alike(told: Iterable[_Told], lost: str, gained: str) -> Iterator[Site]:
+    """The sites as they are now, names that the base does not know with the prefix that all others have."""
+    for was, now in told:
+        kept = now.name and now.name == was.name and now.name.startswith(lost)
+        yield replace(now, name=gained + now.name.removeprefix(lost)) if kept else now
+
+
+def _is_turned(site: Site, view: View) -> bool | None:
+    """Whether the base has the parameter the other way round than the graph; None where it cannot be otherwise."""
+    return view.turned is (site.layout is not Layout.IN_OUT) if site.is_linear else None
 
 
 def _preferred(site: Site, match: Match, base: Base) -> list[View]:
