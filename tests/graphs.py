@@ -71,6 +71,21 @@ def contents(model: ir.Model) -> dict[str, bytes]:
     return {name: stored(model, name).tobytes() for name in model.graph.initializers}
 
 
+def quantised(
+    model: ir.Model, *, bits: int = 4, block: int = 32, symmetric: bool = True, as_pairs: bool = False
+) -> ir.Model:
+    """The graph with its MatMul weights quantised by onnxruntime's tool, to MatMulNBits or DequantizeLinear."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.quant_utils import QuantFormat
+
+    tool = MatMulNBitsQuantizer(
+        ir.to_proto(model), block_size=block, is_symmetric=symmetric, bits=bits,
+        quant_format=QuantFormat.QDQ if as_pairs else QuantFormat.QOperator,
+    )  # fmt: skip
+    tool.process()
+    return ir.from_proto(tool.model.model)
+
+
 # --- modules, exported ---------------------------------------------------------------------------
 
 

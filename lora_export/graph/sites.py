@@ -36,7 +36,7 @@ KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # on an initializer
 # Quantised weights that are not read.
 UNREAD = frozenset({"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "DequantizeLinear"})
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
-MARKS = re.compile(r"_(?:B?Q\d|q_?weight|quant(?:ized)?)$|(?<=\.)q(?=weight$)")  # of quantised tensors' names
+MARKS = re.compile(r"_(?:DQ_)?Q\d$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")  # that quantisers add to a name
 BUILDERS = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # a name that onnxruntime-genai's builder made up
 SHOWN = 10  # contradictions that an error lists
 
@@ -149,7 +149,7 @@ def _by_parameter(sites: Iterable[Site]) -> dict[str, list[Site]]:
 
 
 def _parameter(value: ir.Value) -> tuple[str, How]:
-    name = MARKS.sub("", value.name or "")
+    name = _old_name(value)
     if BUILDERS.fullmatch(name):
         return "", How.NONE
     if KIND in value.metadata_props or _looks_like_parameter(name):
@@ -158,6 +158,12 @@ def _parameter(value: ir.Value) -> tuple[str, How]:
     if len(origins) == 1 and _looks_like_parameter(origins[0]):
         return origins[0], How.FOLDED_FROM
     return "", How.NONE
+
+
+def _old_name(value: ir.Value) -> str:
+    """What an initializer was called before it was quantised."""
+    name = value.name or ""
+    return name if stored_dtype(value) in FLOATS else MARKS.sub("", name)
 
 
 def _looks_like_parameter(name: str) -> bool:
@@ -202,7 +208,7 @@ def _told_apart(parameter: str, sites: list[Site]) -> list[Site]:
 def _named_by_node(site: Site) -> Site:
     """A linear layer whose initializer has lost its name: the module that its node was traced in has one weight."""
     module, how = _module(site.node)
-    if not module or not site.is_linear or BUILDERS.fullmatch(MARKS.sub("", site.value.name or "")):
+    if not module or not site.is_linear or BUILDERS.fullmatch(_old_name(site.value)):
         return site
     return replace(site, name=f"{module}.weight", how=how)
 
