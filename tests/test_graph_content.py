@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from graphs import a_graph, an_adapter, run, stored
 from handmade import base_file
 from numpy.typing import NDArray
 
-from lora_export import plan
+from lora_export import cli, plan
 from lora_export.checkpoint import Checkpoint, open_checkpoint
 from lora_export.errors import InputRefused
 from lora_export.graph import content, files, fold, sites
@@ -303,3 +304,51 @@ def test_a_whole_block_is_replaced_as_the_parameter_lies(tmp_path: Path) -> None
     whole = np.float32([[9, 8], [7, 6]])
     fold.fold(model, found, plan.make([an_adapter({}, replaced={"q.weight": whole})], found.specs))
     assert np.array_equal(stored(model, "W").T, [[9, 8], [7, 6], [5, 6], [7, 8]])
+
+
+# --- what is shown ---
+
+
+def test_inspect_shows_each_place_and_what_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files.save(graph(PACKED.T), tmp_path, "model.onnx")
+    base(tmp_path, {**QKV, "other.weight": K})
+    assert cli.run(["inspect", str(tmp_path / "model.onnx")]) == 0
+    assert "MatMul `n`: no certain name (tried its initializer `W`" in capsys.readouterr().out
+    assert cli.run(["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert "q.weight  2 x 2 float32\n    MatMul `n` [0:2], lies in_out, named by content, [0:2] of W" in shown
+    assert "MatMul `n` [2:3]: no certain name" in shown
+    assert "that of k.weight and other.weight" in shown
+
+
+def test_inspect_tells_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files.save(graph(PACKED.T), tmp_path, "model.onnx")
+    base(tmp_path, {**QKV, "other.weight": K})
+    line = ["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors"), "--json"]
+    assert cli.run(line) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [tensor["name"] for tensor in told["tensors"]] == ["q.weight", "v.weight"]
+    assert told["sites"][0] == {
+        "name": "q.weight", "how": "content", "operator": "MatMul", "node": "n", "input": 1, "initializer": "W",
+        "layout": "in_out", "shape": [2, 2], "dtype": "float32", "stored_as": "float", "block": [0, 2],
+        "quantised": None, "obstacle": "MatMul together with its neighbours in W",
+    }  # fmt: skip
+    assert [site["equals"] for site in told["unnamed"]] == [["k.weight", "other.weight"]]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "arguments", "code", "told"),
+    [
+        ({"a.weight": OTHER}, [], 3, "a.weight by initializer, nothing there by content"),
+        ({"a.weight": WEIGHT}, ["base.safetensors"], 2, "--base names the weights of an .onnx file"),
+    ],
+)
+def test_inspect_refuses_a_base_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensors: Any, arguments: list[str], code: int, told: str
+) -> None:
+    files.save(graph(WEIGHT, GEMM, name="a.weight"), tmp_path, "model.onnx")
+    checkpoint = base(tmp_path, tensors)
+    path = tmp_path / (arguments[0] if arguments else "model.onnx")
+    assert cli.run(["inspect", str(path), "--base", str(checkpoint.path)]) == code
+    out, err = capsys.readouterr()
+    assert told in err and not out

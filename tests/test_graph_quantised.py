@@ -85,7 +85,7 @@ PAIRS = {
     "by tensor": (INTEGERS.astype(np.int8), "", np.float32(0.5), np.int8(3)),
     "by column": (INTEGERS.astype(np.int8), "<axis = 1>", RNG.random(4, np.float32), None),
     "by row": (INTEGERS.astype(np.int8), "<axis = 0>", RNG.random(6, np.float32), np.arange(6).astype(np.int8)),
-    "axis from behind": (INTEGERS.astype(np.int8), "<axis = -1>", RNG.random(4, np.float32), None),
+    "axis from behind": (INTEGERS.astype(np.int8), "<axis = -2>", RNG.random(6, np.float32), None),
     "4 bits in blocks": (
         (INTEGERS + 8).astype(ml_dtypes.uint4), "<axis = 0, block_size = 4>",
         RNG.random((2, 4), np.float32), RNG.integers(0, 16, (2, 4)).astype(ml_dtypes.uint4),
@@ -205,6 +205,22 @@ def test_folding_into_a_quantised_weight_is_refused_with_the_ways_out(as_pairs: 
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(InputRefused, match=r"a.weight is quantised .*: .*--lora nodes.*float model"):
         fold.fold(model, found, steps)
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_nothing_is_folded_where_one_of_the_weights_is_quantised() -> None:
+    numbers = ",".join(map(str, range(32)))
+    body = f"""
+        g (float[N,32] x, float[N,2] z) => (float[N,1] y, float[N,2] t)
+        <float[2,2] f.weight = {{1,2,3,4}}, float[32,1] q.weight = {{{numbers}}}>
+        {{ t = Gemm (z, f.weight)
+           y = MatMul (x, q.weight) }}"""
+    model = quantised(a_graph(body))
+    found = sites.find(model)
+    pairs = {"f": LoraPair(a=[[1, 1]], b=[[1], [1]], scale=1.0), "q": LoraPair(a=np.ones((1, 32)), b=[[1]], scale=1.0)}
+    before = ir.to_proto(model).SerializeToString()
+    with pytest.raises(InputRefused, match=r"q.weight is quantised"):
+        fold.fold(model, found, plan.make([an_adapter(pairs)], found.specs))
     assert ir.to_proto(model).SerializeToString() == before
 
 

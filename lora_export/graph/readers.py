@@ -27,6 +27,7 @@ ATTENTIONS = frozenset(
     {(MICROSOFT, "Attention"), (MICROSOFT, "PackedAttention"), (MICROSOFT, "DecoderMaskedSelfAttention")}
 )
 CONVOLUTIONS = frozenset({(ONNX, "Conv"), (MICROSOFT, "FusedConv")})
+NAMES = {int(kind): str(kind.numpy()) for kind in map(ir.DataType.from_numpy, map(np.dtype, sorted(FLOATS)))}
 MOST_BETWEEN = 8  # nodes between a weight and its reader
 
 
@@ -167,8 +168,8 @@ def _between(node: ir.Node, index: int, way: _Way) -> _Way | None:
     if _is_onnx(node, "Identity"):
         return way
     if _is_onnx(node, "Cast"):
-        to = str(ir.DataType(node.attributes.get_int("to", 0)).numpy())
-        return way._replace(dtype=to) if {to, way.dtype} <= FLOATS else None
+        to = "" if (target := node.attributes.get("to")) is None or target.is_ref() else NAMES.get(target.as_int(), "")
+        return way._replace(dtype=to) if to and way.dtype in FLOATS else None
     packed = quantised.behind(node, index)
     return way._replace(quantised=packed, dtype=packed.dtype) if packed is not None else None
 
@@ -209,7 +210,7 @@ def _flag(node: ir.Node, name: str) -> bool | None:
 
 def flipped(layout: Layout) -> Layout:
     """How a matrix lies on the other side of a Transpose."""
-    return {Layout.IN_OUT: Layout.OUT_IN, Layout.OUT_IN: Layout.IN_OUT}.get(layout, layout)
+    return {Layout.IN_OUT: Layout.OUT_IN, Layout.OUT_IN: Layout.IN_OUT}.get(layout, Layout.OTHER)
 
 
 def identity(node: ir.Node) -> tuple[str, str]:
