@@ -126,6 +126,14 @@ def test_weights_beside_the_graph_are_read_in_place_and_in_tiles(
     ]  # fmt: skip
 
 
+def test_a_base_that_is_cut_short_meanwhile_is_refused(tmp_path: Path) -> None:
+    checkpoint = base(tmp_path, {"a.weight": WEIGHT})
+    with checkpoint.path.open("r+b") as file:
+        file.truncate(checkpoint.path.stat().st_size - 4)
+    with pytest.raises(InputRefused, match=r"base.safetensors: the file became shorter while it was read"):
+        sites.find(graph(WEIGHT.T), checkpoint)
+
+
 def test_biases_and_kernels_are_found_as_they_are(tmp_path: Path) -> None:
     kernel, bias = np.arange(12).reshape(2, 3, 2), [5, 7]
     model = a_graph(f"""

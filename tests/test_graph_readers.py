@@ -175,7 +175,7 @@ def test_a_table_that_is_looked_up_is_an_embedding_and_no_linear_layer() -> None
     found = sites.find(model)
     assert [(spec.shape, spec.layout) for spec in found.specs] == [((3, 2), Layout.EMBEDDING)]
     assert not (found.linear or found.notes)
-    pair = LoraPair(a=[[1, 2, 3]], b=[[1], [2]], scale=1.0)  # that of a linear layer
+    pair = LoraPair(a=[[1, 2]], b=[[1], [2], [3]], scale=1.0)  # of a linear layer whose weight is 3 x 2
     with pytest.raises(MatchError):
         plan.make([an_adapter({"e": pair})], found.specs)
 

@@ -8,6 +8,7 @@ Memory stays small: both sides are read in tiles.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -178,9 +179,9 @@ class Base:
         if isinstance(ours, Turned):
             ours, theirs, offset = ours.inner, Turned(theirs).plain(), (0, start)
         error = norm = 0.0
-        for part in _parts(theirs.shape, theirs.dtype):
-            one = ours.tile(_moved(part, offset[0]), _moved(range(theirs.shape[1]), offset[1]))
-            other = theirs.tile(part, range(theirs.shape[1]))
+        for rows, columns in _tiles(theirs):
+            one = ours.tile(_moved(rows, offset[0]), _moved(columns, offset[1]))
+            other = theirs.tile(rows, columns)
             if not casts:
                 error += float(np.square(one - other.astype(np.float32), dtype=np.float64).sum())
                 norm += float(np.square(other.astype(np.float32), dtype=np.float64).sum())
@@ -210,29 +211,33 @@ class OnDisk:
 
     def tile(self, rows: range, columns: range) -> NDArray[Any]:
         width = self.shape[1]
-        with self.path.open("rb", buffering=0) as file:
-            if len(columns) == width:
-                return self._read(file.fileno(), rows.start * width, len(rows) * width).reshape(len(rows), width)
-            tile = np.empty((len(rows), len(columns)), self.dtype)
-            for at, row in enumerate(rows):
-                tile[at] = self._read(file.fileno(), row * width + columns.start, len(columns))
-            return tile
+        if len(columns) == width:
+            pieces, length = [rows.start * width], len(rows) * width
+        else:
+            pieces, length = [row * width + columns.start for row in rows], len(columns)
+        return self._read(pieces, length).reshape(len(rows), len(columns))
 
     def at(self, places: Places) -> NDArray[Any]:
         rows, columns = places
-        with self.path.open("rb", buffering=0) as file:
-            found = [self._read(file.fileno(), int(place), 1) for place in rows * self.shape[1] + columns]
-        return np.concatenate(found)
+        return self._read((rows * self.shape[1] + columns).tolist(), 1).reshape(-1)
 
-    def _read(self, file: int, first: int, count: int) -> NDArray[Any]:
-        place, data = self.start + first * self.dtype.itemsize, bytearray(count * self.dtype.itemsize)
-        view, done = memoryview(data), 0
-        while done < len(data):
-            read = os.preadv(file, [view[done:]], place + done)
-            if not read:
-                raise InputRefused(f"{self.path}: the file became shorter while it was read")
-            done += read
-        return np.frombuffer(data, self.dtype)
+    def _read(self, pieces: Sequence[int], length: int) -> NDArray[Any]:
+        """Pieces of so many numbers each, by the number that each starts with; a row for each."""
+        size = self.dtype.itemsize
+        data = np.empty((len(pieces), length * size), np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            for row, first in zip(data, pieces, strict=True):
+                _fill(self.path, file.fileno(), memoryview(row), self.start + first * size)
+        return data.view(self.dtype)
+
+
+def _fill(path: Path, file: int, room: memoryview, start: int) -> None:
+    done = os.preadv(file, [room], start)
+    while done < len(room):
+        read = os.preadv(file, [room[done:]], start + done)
+        if not read:
+            raise InputRefused(f"{path}: the file became shorter while it was read")
+        done += read
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,13 +337,19 @@ def _places(shape: Shape) -> Places:
     return rows, columns
 
 
-def _parts(shape: Shape, dtype: np.dtype[Any]) -> Iterator[range]:
-    """Rows to compare at once: few at first, where most differences show."""
-    fit = max(1, TILE // max(1, shape[1] * dtype.itemsize))
-    start, count = 0, min(8, fit)
-    while start < shape[0]:
-        yield range(start, min(start + count, shape[0]))
-        start, count = start + count, fit
+def _tiles(matrix: Matrix) -> Iterator[tuple[range, range]]:
+    """What to compare at once: whole rows, and of a matrix that is seen the other way round, squares.
+
+    A tile that is narrow either way would be read in a great many small pieces. The first is small: most differences
+    show there.
+    """
+    rows, columns = matrix.shape
+    fit = max(1, TILE // matrix.dtype.itemsize)
+    width = min(columns, math.isqrt(fit)) if isinstance(matrix, Turned) else columns
+    starts = [0, 8, *range(max(9, fit // width), rows, max(1, fit // width))]
+    for first, last in itertools.pairwise([*(start for start in starts if start < rows), rows]):
+        for left in range(0, columns, width):
+            yield range(first, last), range(left, min(left + width, columns))
 
 
 def _moved(part: range, by: int) -> range:
