@@ -96,8 +96,12 @@ def test_a_weight_is_found_that_was_rounded_to_half_precision_on_its_way(tmp_pat
     assert list(found.by_name) == ["a.weight"]
 
 
-def test_one_entry_that_differs_makes_it_another_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tile", [4096, content.TILE])
+def test_one_entry_that_differs_makes_it_another_weight(
+    tmp_path: Path, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outside the sample, too: what agrees there is compared whole."""
+    monkeypatch.setattr(content, "TILE", tile)
     weight = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
     checkpoint = base(tmp_path, {"a.weight": weight})
     assert list(sites.find(graph(weight.T), checkpoint).by_name) == ["a.weight"]

@@ -227,7 +227,7 @@ class OnDisk:
         data = np.empty((len(pieces), length * size), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             for row, first in zip(data, pieces, strict=True):
-                _fill(self.path, file.fileno(), memoryview(row), self.start + first * size)
+                _fill(self.path, file.fileno(), row.data, self.start + first * size)
         return data.view(self.dtype)
 
 
