@@ -72,9 +72,24 @@ def contents(model: ir.Model) -> dict[str, bytes]:
 
 
 def linear_specs(model: ir.Model) -> list[TensorSpec]:
-    """The weights that linear layers read, and nothing else does."""
+    """The weights beside which branches can stand."""
     found = sites.find(model)
-    return [spec for spec in found.specs if all(site.is_linear for site in found.by_name[spec.name])]
+    return [spec for spec in found.specs if not any(site.obstacle for site in found.by_name[spec.name])]
+
+
+def quantised(
+    model: ir.Model, *, bits: int = 4, block: int = 32, symmetric: bool = True, as_pairs: bool = False
+) -> ir.Model:
+    """The graph with its MatMul weights quantised by onnxruntime's tool, to MatMulNBits or DequantizeLinear."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.quant_utils import QuantFormat
+
+    tool = MatMulNBitsQuantizer(
+        ir.to_proto(model), block_size=block, is_symmetric=symmetric, bits=bits,
+        quant_format=QuantFormat.QDQ if as_pairs else QuantFormat.QOperator,
+    )  # fmt: skip
+    tool.process()
+    return ir.from_proto(tool.model.model)
 
 
 # --- modules, exported ---------------------------------------------------------------------------

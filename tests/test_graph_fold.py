@@ -327,7 +327,7 @@ def everywhere(model: ir.Model, *, seed: int = 0) -> tuple[Adapter, dict[str, ND
     rng = np.random.default_rng(seed)
     pairs, changes = {}, {}
     for spec in sites.find(model).specs:
-        if spec.layout is plan.Layout.OTHER:
+        if spec.layout not in (plan.Layout.OUT_IN, plan.Layout.IN_OUT) or len(spec.shape) > 2:
             continue
         out, inner = spec.matrix
         pair = LoraPair(a=rng.normal(size=(2, inner)), b=rng.normal(size=(out, 2)) * 0.3, scale=0.5)

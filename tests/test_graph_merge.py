@@ -309,9 +309,7 @@ def test_the_command_merges_a_graph_and_says_so(place: Path, capsys: pytest.Capt
     assert document["bytes"] == sum(path.stat().st_size for path in place.glob("m.onnx*"))
 
 
-def test_a_graph_that_is_merged_again_takes_its_old_weights_along(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_merge_removes_the_weights_of_the_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx"]) == 0
     (old,) = place.glob("m.onnx.*.data")
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx", "--overwrite", "--weight", "2"]) == 0

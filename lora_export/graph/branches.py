@@ -39,7 +39,7 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     for step in plan.steps:
         if step.terms:
             there = weaver.places(step.weight, sites)
-            dtype = there[0].array.dtype
+            dtype = np.dtype(there[0].dtype)
             pairs = [_pair(weaver, module_of(step.weight), term, dtype, several=several) for term in step.terms]
             for site in there:
                 weaver.stand_beside(site, [weaver.low_rank(site, a, b) for a, b in pairs])
@@ -87,12 +87,12 @@ class Weaver:
         self.old = frozenset(self.values)
 
     def places(self, weight: str, sites: Sites) -> tuple[Site, ...]:
-        """Where a weight is read. Raises InputRefused where one of its readers is no linear layer."""
+        """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers."""
         there = sites.by_name[weight]
-        strangers = sorted({site.node.op_type for site in there if not site.is_linear})
+        strangers = sorted({site.obstacle for site in there if site.obstacle})
         if strangers:
             raise InputRefused(
-                f"{weight} is also read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
+                f"{weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
                 "adapter into the weights instead"
             )
         return there

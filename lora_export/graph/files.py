@@ -20,7 +20,7 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.files import data_name, sha256
-from lora_export.graph import wire
+from lora_export.graph import operators, wire
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 from lora_export.provenance import History
 
@@ -80,7 +80,7 @@ def open_graph(path: Path) -> GraphFile:
         raise InputRefused(f"{path} is a damaged ONNX file: {'; '.join(complaints[:SHOWN])}")
     _refuse_misplaced(model, path, _read_inside(model, inside, own))
     try:
-        onnx.checker.check_model(_without_data(hollow))  # onnx_ir takes any node with any inputs and attributes
+        operators.check_model(_without_data(hollow))  # onnx_ir takes any node with any inputs and attributes
     except Exception as error:
         raise InputRefused(f"{path} is not valid ONNX: {error}") from error
     data = {Path(tensor.path) for tensor in _external(model)} - {own}
@@ -185,7 +185,7 @@ def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str
     else:
         written.insert(0, _save_apart(model, path))
     try:
-        onnx.checker.check_model(str(path))
+        operators.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError) as error:
         raise RuntimeRefused(f"the graph is not valid ONNX: {error}") from error
     return written
@@ -226,7 +226,7 @@ def message_of(model: ir.Model) -> bytes:
     """The graph as ONNX, external tensors where they say they are. Raises RuntimeRefused where ONNX cannot hold it."""
     try:
         message: bytes = ir.to_proto(model).SerializeToString()
-        onnx.checker.check_model(_without_data(message))
+        operators.check_model(_without_data(message))
     except (ir.serde.SerdeError, onnx.checker.ValidationError, ValueError) as error:
         raise RuntimeRefused(f"the graph cannot be written as ONNX: {_innermost(error)}") from error
     return message

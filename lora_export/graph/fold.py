@@ -12,7 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.graph.sites import FOLDED_FROM, Site, Sites, readers, unused, value_names
+from lora_export.graph.readers import Site, readers, tensor_of
+from lora_export.graph.sites import FOLDED_FROM, Sites, unused, value_names
 from lora_export.ledger import StepResult, Tally
 from lora_export.plan import Layout, Plan, Step
 
@@ -23,6 +24,11 @@ class Landing:
 
     value: ir.Value
     step: Step
+    where: tuple[slice, ...] = (slice(None),)  # what of it is the weight's; the rest is others', side by side with it
+
+    @property
+    def is_block(self) -> bool:
+        return self.where != (slice(None),)
 
 
 def fold(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
@@ -35,6 +41,8 @@ def fold(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     Raises InputRefused where a result is not finite; throw the graph away then, it is half folded.
     """
     refuse_what_a_graph_cannot_take(plan)
+    for step in plan.steps:
+        refuse_quantised(step, sites)
     return [result for step in plan.steps if (result := change_weight(model, sites, step)) is not None]
 
 
@@ -71,8 +79,20 @@ def refuse_what_no_branch_can_do(plan: Plan) -> None:
             )
 
 
+def refuse_quantised(step: Step, sites: Sites) -> None:
+    """Raise InputRefused where a weight is held as integers and scales: W + ΔW would have to be quantised anew."""
+    kinds = {site.quantised.kind for site in sites.by_name[step.weight] if site.quantised is not None}
+    if kinds:
+        raise InputRefused(
+            f"{step.weight} is quantised ({', '.join(sorted(kinds))}): its weights are never quantised again silently. "
+            "Keep the adapter beside it (--lora nodes), as one that was trained on a quantised base wants it; or merge "
+            "into the float model, and quantise that"
+        )
+
+
 def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
     """Carry out one step on every initializer that holds its weight; None where a whole tensor takes its place."""
+    refuse_quantised(step, sites)
     tally = Tally(step.weight)
     for landing in land(model, sites, step):
         tally.merge(change_in_memory(landing))
@@ -83,7 +103,7 @@ def change_in_memory(landing: Landing) -> Tally:
     """Carry out a landing; what was counted is empty where a whole tensor came. Raises InputRefused as `fold` does."""
     tensor, step = landing.value.const_value, landing.step
     assert tensor is not None
-    before, tally = tensor.numpy(), Tally(step.weight)
+    before, tally = tensor.numpy()[landing.where], Tally(step.weight)
     turned = step.spec.layout.is_turned
     start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
@@ -96,6 +116,10 @@ def change_in_memory(landing: Landing) -> Tally:
             tally.count(view, change, after)
             after = after.T if turned else after
     refuse_overflow(step.weight, after, before=before)
+    if landing.is_block:  # its neighbours keep their bytes
+        whole = tensor.numpy().copy()
+        whole[landing.where] = after
+        after = whole
     landing.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=landing.value.name)
     return tally
 
@@ -103,26 +127,26 @@ def change_in_memory(landing: Landing) -> Tally:
 def land(model: ir.Model, sites: Sites, step: Step) -> list[Landing]:
     """Find the initializers that a step changes, each read by nobody else from now on: what shared it is given one.
 
-    No data is read or copied; an initializer that is new holds the old one's tensor. Where a Transpose stands between
-    an initializer and its reader, it still does.
+    No data is read or copied; an initializer that is new holds the old one's tensor. What stands between an
+    initializer and its reader (a Transpose, a Cast) still does.
     """
-    by_value: dict[ir.Value, list[Site]] = {}
+    by_value: dict[tuple[ir.Value, range | None], list[Site]] = {}
     for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
-        by_value.setdefault(site.value, []).append(site)  # a linear reader comes first: it tells how the matrix lies
+        # A linear reader comes first: it tells how the matrix lies.
+        by_value.setdefault((site.value, site.block), []).append(site)
     return [
-        Landing(_own_value(model, sites, value, there, step), _as_stored(step, value, there[0].layout))
-        for value, there in by_value.items()
+        Landing(_own_value(model, sites, value, there, step), _as_stored(step, there[0]), there[0].where)
+        for (value, _), there in by_value.items()
     ]
 
 
-def _as_stored(step: Step, value: ir.Value, layout: Layout) -> Step:
-    """A step as it is to be done to an initializer that lies in this way."""
-    tensor, spec = value.const_value, step.spec
-    assert tensor is not None
-    lies = spec.layout if layout is Layout.OTHER else layout
+def _as_stored(step: Step, site: Site) -> Step:
+    """A step as it is to be done to an initializer that lies as this reader says."""
+    spec = step.spec
+    lies = spec.layout if site.layout is Layout.OTHER else site.layout
     turned = lies.is_turned != spec.layout.is_turned
-    shape = tuple(int(size) for size in tensor.shape.numpy())
-    stored = replace(spec, shape=shape, dtype=str(tensor.dtype.numpy()), layout=lies, nbytes=tensor.nbytes)
+    dtype = str(site.tensor.dtype.numpy())
+    stored = replace(spec, shape=site.shape, dtype=dtype, layout=lies)
     whole = step.replace.T if step.replace is not None and turned else step.replace
     return replace(step, spec=stored, replace=whole)
 
@@ -131,9 +155,14 @@ def _own_value(model: ir.Model, sites: Sites, value: ir.Value, mine: Sequence[Si
     """The initializer that these readers, and no others, read from now on."""
     places = {site.place for site in mine}
     others = [site for site in readers(value) if site.place not in places]
-    tensor = value.const_value
-    if tensor is None or (not others and not value.is_graph_output()):
+    tensor = tensor_of(value)
+    if tensor is None or (not others and value.is_initializer() and not value.is_graph_output()):
         return value
+    if mine[0].block is not None:
+        reader = others[0].node.op_type if others else "a Constant node or an output"
+        raise InputRefused(
+            f"{step.weight} is a block of {value.name}, which is also {reader}'s: it cannot change for one alone"
+        )
     taken = value_names(model)
     if value.name == step.weight:  # the name goes with the weight that it stands for
         value.name = unused(next((sites.name_of(site) for site in others), "") or f"{step.weight}.shared", taken)
@@ -142,31 +171,48 @@ def _own_value(model: ir.Model, sites: Sites, value: ir.Value, mine: Sequence[Si
     if mine[0].layout is Layout.IN_OUT and step.spec.layout is Layout.OUT_IN:
         own.metadata_props[FOLDED_FROM] = repr([step.weight])
     for site in mine:
-        site.node.replace_input_with(site.index, _turned(model, site, own) if site.turned else own)
-    _drop_idle_transposes(value)
+        site.node.replace_input_with(site.index, _behind(model, site, own))
+    _drop_idle(value)
     return own
 
 
-def _turned(model: ir.Model, site: Site, own: ir.Value) -> ir.Value:
-    """`own` behind a Transpose like the one that stands before the site's reader."""
-    before = site.node.inputs[site.index]
-    assert before is not None
-    old, graph = before.producer(), site.node.graph
-    assert old is not None and graph is not None
-    name = unused(f"{own.name}_turned", value_names(model))
-    shape = own.shape and ir.Shape([*own.shape][::-1])
-    turn = ir.node(
-        "Transpose", [own], old.attributes, outputs=[ir.Value(name=name, type=own.type, shape=shape)], name=name
-    )
-    graph.insert_before(site.node, turn)
-    return turn.outputs[0]
+def _behind(model: ir.Model, site: Site, own: ir.Value) -> ir.Value:
+    """`own` behind nodes like those that stand between the site's value and its reader."""
+    between: list[ir.Node] = []
+    at = site.node.inputs[site.index]
+    while at is not site.value:
+        assert at is not None
+        node = at.producer()
+        assert node is not None
+        between.append(node)
+        at = node.inputs[0]
+    reader, last = site.node.graph, own
+    assert reader is not None
+    taken = value_names(model)
+    for node in reversed(between):
+        name, old = unused(f"{own.name}_{node.op_type}", taken), node.outputs[0]
+        output = ir.Value(name=name, type=old.type, shape=old.shape)
+        copy = ir.node(node.op_type, [last], node.attributes, domain=node.domain, outputs=[output], name=name)
+        reader.insert_before(site.node, copy)
+        last = output
+    return last
 
 
-def _drop_idle_transposes(value: ir.Value) -> None:
+def _drop_idle(value: ir.Value) -> None:
+    """Remove what only led from the weight to its former readers."""
     for node, _ in list(value.uses()):
-        idle = not any(output.uses() or output.is_graph_output() for output in node.outputs)
-        if node.op_type == "Transpose" and idle and node.graph is not None:
-            node.graph.remove(node, safe=True)
+        if node.op_type in ("Transpose", "Cast", "Identity"):
+            _drop_idle(node.outputs[0])
+            _remove_idle(node)
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Constant":
+        _remove_idle(producer)
+
+
+def _remove_idle(node: ir.Node) -> None:
+    idle = not any(output.uses() or output.is_graph_output() for output in node.outputs)
+    if idle and node.graph is not None:
+        node.graph.remove(node, safe=True)
 
 
 def new_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -70,7 +70,7 @@ def _open(
 ) -> tuple[Place, tuple[Factor, Factor]]:
     there = weaver.places(weight, sites)
     out_features, in_features = there[0].matrix.shape
-    dtype = there[0].array.dtype
+    dtype = np.dtype(there[0].dtype)
     module = module_of(weight)
     sides = {"lora_A": (in_features, 0), "lora_B": (0, out_features)}
     a, b = (

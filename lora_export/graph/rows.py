@@ -54,7 +54,7 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     names = [adapter.name for adapter in plan.adapters]
     for step in plan.low_rank:
         found = there[step.weight]
-        a, b = _stacks(weaver, step, names, str(found[0].array.dtype))
+        a, b = _stacks(weaver, step, names, found[0].dtype)
         for site in found:
             weaver.stand_beside(site, [chooser.branch(site, layouts[site.place], a, b)])
     model.metadata_props[ROWS] = json.dumps({"adapters": names})

@@ -2,73 +2,43 @@
 
 Exporters fold, transpose and merge weights, but the names survive in layers. They are asked in this
 order, and each site records which one answered: the initializer's own name, the names that it was
-folded from, the module that the node was traced in, the node's own name. What stays ambiguous is
-listed as unnamed, and is nobody's weight.
+folded from, the module that the node was traced in, the node's own name; and, where a base checkpoint
+is at hand, the content, which also checks what the others said. What stays ambiguous is listed as
+unnamed, and is nobody's weight.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from lora_export.checkpoint import Checkpoint
+from lora_export.errors import InputRefused
+from lora_export.graph.content import Base, Match, View
+from lora_export.graph.readers import How as How
+from lora_export.graph.readers import Site as Site
+from lora_export.graph.readers import flipped as flipped
+from lora_export.graph.readers import readers as readers
+from lora_export.graph.readers import stored_dtype, tensor_of
 from lora_export.plan import FLOATS, Layout, TensorSpec
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # on a value; onnxscript's key
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # on a node; this and the next are PyTorch's keys
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # on an initializer
-QUANTISED = frozenset({"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "DequantizeLinear"})
-
-
-class How(StrEnum):
-    """Which layer of names answered."""
-
-    INITIALIZER = "initializer"
-    FOLDED_FROM = "folded_from"
-    NAME_SCOPE = "name_scope"
-    NODE_NAME = "node_name"
-    NONE = "none"
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One place where a node reads a float initializer."""
-
-    node: ir.Node  # the reader; where a Transpose stands between, the one behind it
-    index: int  # which of its inputs
-    value: ir.Value  # the initializer
-    layout: Layout  # how the initializer lies for a linear layer; OTHER where the node is none
-    turned: bool = False  # whether a Transpose stands between
-    name: str = ""  # of the parameter, as the model calls it
-    how: How = How.NONE
-
-    @property
-    def place(self) -> tuple[ir.Node, int]:
-        return self.node, self.index
-
-    @property
-    def is_linear(self) -> bool:
-        return self.layout is not Layout.OTHER
-
-    @property
-    def array(self) -> NDArray[Any]:
-        """The initializer as stored. Reads external data."""
-        tensor = self.value.const_value
-        assert tensor is not None
-        return tensor.numpy()
-
-    @property
-    def matrix(self) -> NDArray[Any]:
-        """The weight in the (out, in) view."""
-        return self.array.T if self.layout is Layout.IN_OUT else self.array
+# Quantised weights that are not read.
+UNREAD = frozenset({"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "DequantizeLinear"})
+PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
+MARKS = re.compile(r"_(?:DQ_)?Q\d$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")  # that quantisers add to a name
+BUILDERS = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # a name that onnxruntime-genai's builder made up
+SHOWN = 10  # contradictions that an error lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,42 +68,55 @@ class Sites:
         counts = Counter(site.how for site in self.linear)
         found = ", ".join(f"{count} named by {how.replace('_', ' ')}" for how, count in counts.items())
         lines = [f"{len(self.linear) + len(self.unnamed)} linear layers: {found or 'none with a name'}"]
-        lines += [f"  {_place(site)}: no certain name (tried {', '.join(_tried(site))})" for site in self.unnamed]
+        lines += [f"  {place(site)}: no certain name (tried {', '.join(tried(site))})" for site in self.unnamed]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def find(model: ir.Model) -> Sites:
-    """Find every float initializer's readers, subgraphs included, and name them.
+def find(model: ir.Model, base: Checkpoint | None = None) -> Sites:
+    """Find every place where a float or quantised weight is read, subgraphs included, and name it.
 
-    Reads tensor data only where two initializers claim one name: they must be equal, or neither has it.
+    Without a base, tensor data is read only where two initializers claim one name: they must be equal, or neither
+    has it. With the checkpoint that the graph was made of, content names what has lost its name, block by block
+    where several weights lie in one, and every other name is held against it; names are spelled as the base does.
+
+    Raises InputRefused where a name stands for another tensor in the base.
     """
     named: dict[str, list[Site]] = {}
     nameless: list[Site] = []
-    initializers = (value for graph in model.graphs() for value in graph.initializers.values() if _is_float(value))
-    for parameter, sites in _by_parameter(site for value in initializers for site in readers(value)).items():
+    weights = list(_weights(model))
+    for parameter, sites in _by_parameter(weights).items():
         for site in _told_apart(parameter, sites) if parameter else map(_named_by_node, sites):
             if site.name:
                 named.setdefault(site.name, []).append(site)
             else:
                 nameless.append(site)
-    for name in [name for name, sites in named.items() if not _agree(sites)]:
-        nameless += [replace(site, name="", how=How.NONE) for site in named.pop(name)]
+    _refuse_disagreement(named, nameless)
+    notes = list(_notes(model, weights))
+    if base is not None:
+        named, nameless, unknown = _by_content([*(site for there in named.values() for site in there), *nameless], base)
+        _refuse_disagreement(named, nameless)
+        notes += [f"{name} is not in {base.path.name}, under no name and with no such content" for name in unknown]
     return Sites(
         by_name={name: tuple(sites) for name, sites in named.items()},
         unnamed=tuple(site for site in nameless if site.is_linear),
-        notes=tuple(_notes(model)),
+        notes=tuple(notes),
     )
 
 
-def readers(value: ir.Value) -> Iterator[Site]:
-    """Every node that reads an initializer, itself or through a Transpose; not named yet."""
-    for node, index in value.uses():
-        if not _is_transpose(node, value):
-            yield Site(node, index, value, _layout(node, index, value))
-            continue
-        for behind, at in node.outputs[0].uses():
-            yield Site(behind, at, value, flipped(_layout(behind, at, value)), turned=True)
+def _weights(model: ir.Model) -> Iterator[Site]:
+    """Every reader of a weight, in the order of the initializers; then those of weights in Constant nodes."""
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "Constant" and len(node.outputs) == 1:
+            tensor = tensor_of(node.outputs[0])
+            values += node.outputs if tensor is not None and len(tensor.shape) > 1 else ()
+    for value in values:
+        dtype = stored_dtype(value)
+        for site in readers(value, model.functions) if dtype and dtype != "string" else ():
+            scales = site.node.op_type in UNREAD and site.index > 0  # of the weight beside them
+            if site.quantised is not None or (dtype in FLOATS and not scales):
+                yield site
 
 
 def value_names(model: ir.Model) -> set[str]:
@@ -153,47 +136,6 @@ def unused(name: str, taken: set[str]) -> str:
     return free
 
 
-def _is_float(value: ir.Value) -> bool:
-    return value.const_value is not None and _dtype(value) in FLOATS
-
-
-def _dtype(value: ir.Value) -> str:
-    assert value.const_value is not None
-    dtype = value.const_value.dtype
-    return "string" if dtype.is_string() else str(dtype.numpy())
-
-
-def _is_onnx(node: ir.Node, *op_types: str) -> bool:
-    return node.domain in ("", "ai.onnx") and node.op_type in op_types
-
-
-def _is_transpose(node: ir.Node, value: ir.Value) -> bool:
-    """A Transpose of a matrix: its permutation, left out or not, can only be the turn or the identity."""
-    if not _is_onnx(node, "Transpose") or _rank(value) != 2:
-        return False
-    perm = node.attributes.get("perm")
-    return perm is None or list(perm.as_ints()) == [1, 0]
-
-
-def _rank(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return len(value.const_value.shape)
-
-
-def _layout(node: ir.Node, index: int, value: ir.Value) -> Layout:
-    """How a matrix lies when this node reads it as its second operand."""
-    if index != 1 or _rank(value) != 2 or not _is_onnx(node, "MatMul", "Gemm"):
-        return Layout.OTHER
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1:
-        return Layout.OUT_IN
-    return Layout.IN_OUT
-
-
-def flipped(layout: Layout) -> Layout:
-    """How a matrix lies on the other side of a Transpose."""
-    return {Layout.IN_OUT: Layout.OUT_IN, Layout.OUT_IN: Layout.IN_OUT}.get(layout, layout)
-
-
 # --- names --------------------------------------------------------------------------------------
 
 
@@ -207,13 +149,21 @@ def _by_parameter(sites: Iterable[Site]) -> dict[str, list[Site]]:
 
 
 def _parameter(value: ir.Value) -> tuple[str, How]:
-    name = value.name or ""
+    name = _old_name(value)
+    if BUILDERS.fullmatch(name):
+        return "", How.NONE
     if KIND in value.metadata_props or _looks_like_parameter(name):
         return name, How.INITIALIZER
     origins = _strings(value.metadata_props.get(FOLDED_FROM, ""))
     if len(origins) == 1 and _looks_like_parameter(origins[0]):
         return origins[0], How.FOLDED_FROM
     return "", How.NONE
+
+
+def _old_name(value: ir.Value) -> str:
+    """What an initializer was called before it was quantised."""
+    name = value.name or ""
+    return name if stored_dtype(value) in FLOATS else MARKS.sub("", name)
 
 
 def _looks_like_parameter(name: str) -> bool:
@@ -258,7 +208,9 @@ def _told_apart(parameter: str, sites: list[Site]) -> list[Site]:
 def _named_by_node(site: Site) -> Site:
     """A linear layer whose initializer has lost its name: the module that its node was traced in has one weight."""
     module, how = _module(site.node)
-    return replace(site, name=f"{module}.weight", how=how) if module and site.is_linear else site
+    if not module or not site.is_linear or BUILDERS.fullmatch(_old_name(site.value)):
+        return site
+    return replace(site, name=f"{module}.weight", how=how)
 
 
 def _module(node: ir.Node) -> tuple[str | None, How]:
@@ -271,25 +223,33 @@ def _module(node: ir.Node) -> tuple[str | None, How]:
     return (path[1] or "").replace("/", ".") if path else None, How.NODE_NAME
 
 
+def _refuse_disagreement(named: dict[str, list[Site]], nameless: list[Site]) -> None:
+    """Take a name away from sites that do not hold one weight."""
+    for name in [name for name, sites in named.items() if not _agree(sites)]:
+        nameless += [replace(site, name="", how=How.NONE) for site in named.pop(name)]
+
+
 def _agree(sites: list[Site]) -> bool:
     """Whether all sites of one name hold one weight, lying one way for each initializer."""
-    layouts = {(site.value, site.layout) for site in sites if site.is_linear}
-    values = {site.value for site in sites}
-    if len(layouts) > len({value for value, _ in layouts}):
+    layouts = {(site.value, site.block, site.layout) for site in sites if site.is_linear}
+    values = {(site.value, site.block) for site in sites}
+    if len(layouts) > len({(value, block) for value, block, _ in layouts}):
         return False
-    first, *others = {site.value: site for site in sorted(sites, key=lambda site: not site.is_linear)}.values()
-    return len(values) == 1 or all(np.array_equal(first.matrix, other.matrix) for other in others)
+    if len(values) == 1 or all(site.how is How.CONTENT for site in sites):
+        return True
+    first, *others = {
+        (site.value, site.block): site for site in sorted(sites, key=lambda site: not site.is_linear)
+    }.values()
+    return all(np.array_equal(first.matrix, other.matrix) for other in others)
 
 
 def _spec(name: str, sites: tuple[Site, ...]) -> TensorSpec:
     site = min(sites, key=lambda site: not site.is_linear)
-    tensor = site.value.const_value
-    assert tensor is not None
-    shape = tuple(int(size) for size in tensor.shape.numpy())
-    layout = site.layout
+    shape, layout = site.shape, site.layout
     if is_stored_transposed(site):
-        shape, layout = shape[::-1], Layout.OUT_IN
-    return TensorSpec(name, shape, _dtype(site.value), layout, nbytes=tensor.nbytes)
+        shape, layout = shape[::-1], flipped(layout)
+    dtype = site.dtype if site.quantised is not None else stored_dtype(site.value)
+    return TensorSpec(name, shape, dtype, layout, nbytes=math.prod(shape) * np.dtype(dtype).itemsize)
 
 
 def is_stored_transposed(site: Site) -> bool:
@@ -298,44 +258,171 @@ def is_stored_transposed(site: Site) -> bool:
     A Linear's (out, in) weight that lies (in, out) has been folded through a Transpose; transformers'
     Conv1D keeps (in, out) itself, and arrives under its own name without a mark.
     """
+    if site.transposed is not None:
+        return site.transposed
     if site.layout is not Layout.IN_OUT:
         return False
     return FOLDED_FROM in site.value.metadata_props or _parameter(site.value)[1] is How.NONE
 
 
-# --- what is not looked at ----------------------------------------------------------------------
+# --- content ------------------------------------------------------------------------------------
 
 
-def _notes(model: ir.Model) -> Iterator[str]:
-    quantised: Counter[str] = Counter()
+class _Told(NamedTuple):
+    """A site as the layers of names had it, and as the base knows it: the same object where it knows nothing of it."""
+
+    was: Site
+    now: Site
+
+    @property
+    def is_known(self) -> bool:
+        return self.now is not self.was
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the base has this very tensor under the name that the site has, a prefix aside."""
+        return self.is_known and bool(self.was.name) and self.now.how is self.was.how
+
+
+def _by_content(sites: list[Site], checkpoint: Checkpoint) -> tuple[dict[str, list[Site]], list[Site], list[str]]:
+    """Sites as the base knows them: named, nameless, and the names that it does not know."""
+    base = Base(checkpoint)
+    told = [_Told(site, there) for site in sites for there in _as_the_base_knows(site, base)]
+    _refuse_contradictions(told, base)
+    named: dict[str, list[Site]] = {}
+    nameless: list[Site] = []
+    for site in _spelled_alike(_untied(told), *_prefix(told)):
+        if site.name:
+            named.setdefault(site.name, []).append(site)
+        else:
+            nameless.append(site)
+    return named, nameless, sorted({there.was.name for there in told if there.was.name and not there.is_known})
+
+
+def _as_the_base_knows(site: Site, base: Base) -> Iterator[Site]:
+    """A site as its name or content says: one weight, several side by side, or, where nothing answers, as before."""
+    spelled = base.spelled(site.name)
+    held = base.is_held(spelled, site) if spelled else None
+    if held is not None:
+        yield replace(site, name=spelled, transposed=_is_turned(site, held))
+        return
+    matches = list(base.matches(site))
+    for match in matches:
+        block = range(match.start, match.stop) if len(matches) > 1 else None
+        views = _preferred(site, match, base)
+        if len(views) == 1:
+            (view,) = views
+            turned = _is_turned(site, view)
+            yield replace(site, name=view.name, how=How.CONTENT, block=block, transposed=turned)
+        elif block is not None or (views and not site.name):
+            equals = tuple(view.name for view in views)
+            yield replace(site, name="", how=How.NONE, block=block, equals=equals)
+        else:
+            yield site
+
+
+def _refuse_contradictions(told: Iterable[_Told], base: Base) -> None:
+    wrong: dict[Site, list[str]] = {}
+    for was, now in (there for there in told if there.was.name in base.matrices and not there.is_held):
+        wrong.setdefault(was, []).extend(filter(None, (now.name if now is not was else "", *now.equals)))
+    lines = [
+        f"  {place(site)}: {site.name} by {site.how}, {' and '.join(others) or 'nothing there'} by content"
+        for site, others in wrong.items()
+    ]
+    if lines:
+        raise InputRefused(
+            f"{base.path} is not what the graph was made of, or its weights were changed since. {len(lines)} of them "
+            "are not what the base has under their names:\n"
+            + "\n".join(lines[:SHOWN])
+            + (f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else "")
+        )
+
+
+def _untied(told: Sequence[_Told]) -> Iterator[_Told]:
+    """A linear layer that reads what is an embedding to others is a tied head: it keeps the name that it has, or none.
+
+    An adapter of the embedding changes what is looked up, and leaves the head alone.
+    """
+    embeddings = {now.name for _, now in told if now.layout is Layout.EMBEDDING and now.name}
+    for was, now in told:
+        if now.is_linear and now.how is How.CONTENT and now.name in embeddings:
+            yield _Told(was, replace(was, equals=() if was.name else (now.name,)))
+        else:
+            yield _Told(was, now)
+
+
+def _prefix(told: Iterable[_Told]) -> tuple[str, str]:
+    """What every name that the base knows lost and gained in front to be spelled so; nothing where they differ."""
+    prefixes = set()
+    for was, now in (there for there in told if there.is_held):
+        longer, shorter = sorted((was.name, now.name), key=len, reverse=True)
+        more = longer.removesuffix(shorter)
+        prefixes.add((more, "") if longer == was.name else ("", more))
+    return prefixes.pop() if len(prefixes) == 1 else ("", "")
+
+
+def _spelled_alike(told: Iterable[_Told], lost: str, gained: str) -> Iterator[Site]:
+    """The sites as they are now, names that the base does not know with the prefix that all others have."""
+    for was, now in told:
+        kept = now.name and now.name == was.name and now.name.startswith(lost)
+        yield replace(now, name=gained + now.name.removeprefix(lost)) if kept else now
+
+
+def _is_turned(site: Site, view: View) -> bool | None:
+    """Whether the base has the parameter the other way round than the graph; None where it cannot be otherwise."""
+    return view.turned is (site.layout is not Layout.IN_OUT) if site.is_linear else None
+
+
+def _preferred(site: Site, match: Match, base: Base) -> list[View]:
+    """Of equal tensors the one that the layers of names speak of, where that is one."""
+    if len(match.views) < 2:
+        return list(match.views)
+    module = _module(site.node)[0]
+    spoken = {site.name, _parameter(site.value)[0], f"{module}.weight" if module else ""}
+    spoken |= set(_strings(site.value.metadata_props.get(FOLDED_FROM, "")))
+    names = {base.spelled(name) for name in spoken if name}
+    chosen = [view for view in match.views if view.name in names]
+    return chosen if len(chosen) == 1 else list(match.views)
+
+
+# --- what is told -------------------------------------------------------------------------------
+
+
+def _notes(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
+    """What holds weights and is not understood."""
+    understood = {site.quantised.node for site in sites if site.quantised is not None}
+    quantised = Counter(
+        node.op_type
+        for node in ir.traversal.RecursiveGraphIterator(model.graph)
+        if node.op_type in UNREAD and node not in understood and any(map(_is_stored, node.inputs[:2]))
+    )
     unread: Counter[str] = Counter()
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type in QUANTISED:
-            quantised[node.op_type] += 1
-        elif node.op_identifier() in model.functions:
-            unread[f"the function {node.op_type}"] += sum(map(_is_matrix, node.inputs))
-        elif _is_onnx(node, "MatMul", "Gemm"):
-            second = node.inputs[1].producer() if node.inputs[1] is not None else None
-            unread["a Constant node"] += second is not None and second.op_type == "Constant"
-            unread[f"{node.op_type} as its first operand"] += _is_matrix(node.inputs[0])
-        elif not _is_onnx(node, "Gather", "Transpose"):
-            unread[f"{node.op_type}"] += sum(map(_is_matrix, node.inputs))
+    for site in sites:
+        if site.layout is not Layout.OTHER or len(site.shape) != 2 or site.node.op_type in UNREAD:
+            continue
+        called = site.inner is not None or site.node.op_identifier() in model.functions
+        first = " as its first operand" if site.node.op_type in PRODUCTS and site.index == 0 else ""
+        unread[f"the function {site.node.op_type}" if called else f"{site.node.op_type}{first}"] += 1
     for op_type, count in quantised.items():
         yield f"{count} {op_type} nodes hold quantised weights, which are not looked at"
     for reader, count in unread.items():
-        if count:
-            yield f"{count} matrices are read by {reader}, where no linear layer is looked for"
+        yield f"{count} matrices are read by {reader}, where no linear layer is looked for"
 
 
-def _is_matrix(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and _is_float(value) and _rank(value) == 2
+def _is_stored(value: ir.Value | None) -> bool:
+    return value is not None and tensor_of(value) is not None
 
 
-def _tried(site: Site) -> Iterator[str]:
+def tried(site: Site) -> Iterator[str]:
+    """What was tried to name a site that has no certain name."""
     yield f"its initializer `{site.value.name}`"
     yield f"folded from {site.value.metadata_props.get(FOLDED_FROM, 'nothing')}"
     yield f"its module {_module(site.node)[0] or 'unknown'}"
+    if site.equals:
+        yield f"its content, which is that of {' and '.join(site.equals)}"
 
 
-def _place(site: Site) -> str:
-    return f"{site.node.op_type} `{site.node.name}`"
+def place(site: Site) -> str:
+    """Where a site is, in words."""
+    block = f" [{site.block.start}:{site.block.stop}]" if site.block is not None else ""
+    return f"{site.node.op_type} `{site.node.name}`{block}"

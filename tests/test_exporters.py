@@ -1,0 +1,377 @@
+"""Graphs as exporters and optimisers make them: the names that are recovered, and folding there, against PyTorch.
+
+A cell is an exporter and what was done to its graph afterwards. In each, every recovered name must be that of the
+parameter whose entries lie there, and an adapter folded into all of them must give PyTorch's outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from graphs import Arrays, an_adapter, eager, with_changes
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
+
+from lora_export import plan
+from lora_export.checkpoint import open_checkpoint
+from lora_export.graph import files, fold, sites
+from lora_export.graph.sites import Sites
+from lora_export.lora import LoraPair
+from lora_export.plan import Layout
+
+WORDS = 50
+HEAD = 16  # features of the Llama's attention heads
+slow = pytest.mark.slow
+
+
+def a_llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=40,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def a_gpt2() -> nn.Module:
+    """Conv1D, and a head that is tied to the embedding."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=40))
+
+
+def a_bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=40, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"llama": a_llama, "gpt2": a_gpt2, "bert": a_bert}
+
+
+@functools.cache
+def module_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    module = MODELS[name]().eval()
+    if hasattr(module.config, "use_cache"):
+        module.config.use_cache = False
+    return module
+
+
+@functools.cache
+def text(batch: int = 2, length: int = 7) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch * length)
+    ids = torch.randint(4, WORDS, (batch, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+# --- exporters ---
+
+
+class Logits(nn.Module):
+    """For the TorchScript exporter, which takes its inputs in order; its names gain `model.` in front."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+DYNAMIC = {0: "batch", 1: "sequence"}
+
+
+def torchscript(name: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    module = Logits(copy.deepcopy(module_of(name))).to(dtype).eval()
+    torch.onnx.export(
+        module, tuple(text().values()), path, dynamo=False, opset_version=17, input_names=list(text()),
+        output_names=["logits"], dynamic_axes=dict.fromkeys(text(), DYNAMIC),
+    )  # fmt: skip
+
+
+def dynamo(name: str, path: Path, *, optimize: bool = True) -> None:
+    shapes = {key: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")} for key in text()}
+    program = torch.onnx.export(
+        module_of(name), (), kwargs=dict(text()), dynamo=True, optimize=optimize, dynamic_shapes=shapes, verbose=False
+    )
+    program.save(path)
+
+
+def raw_dynamo(name: str, path: Path) -> None:
+    dynamo(name, path, optimize=False)
+
+
+def transformers_exporter(name: str, path: Path, fusions: str | None = None) -> None:
+    exporters = pytest.importorskip("transformers.exporters", reason="transformers' exporters need transformers 5.24")
+    configs = importlib.import_module("transformers.exporters.configs")
+    config = configs.OnnxConfig(dynamic=True, ort_fusions=fusions)
+    exported = exporters.OnnxExporter().export(module_of(name), dict(text()), config)
+    exporters.OnnxExporter.save_program(exported.program, path)
+
+
+def transformers_fused(name: str, path: Path) -> None:
+    transformers_exporter(name, path, "cpu")
+
+
+EXPORTERS: dict[str, Callable[[str, Path], None]] = {
+    "torchscript": torchscript,
+    "dynamo": dynamo,
+    "dynamo, not optimised": raw_dynamo,
+    "transformers": transformers_exporter,
+    "transformers, fused": transformers_fused,
+}
+
+
+# --- what is done to their graphs ---
+
+
+def as_it_is(_: Path, __: Path) -> None:
+    """Nothing."""
+
+
+def optimised(level: str) -> Callable[[Path, Path], None]:
+    def optimise(source: Path, target: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+        options.optimized_model_filepath = str(target)
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    return optimise
+
+
+def stripped(source: Path, target: Path) -> None:
+    """No metadata, and no name that says anything."""
+    model = ir.load(source)
+    for number, value in enumerate(list(model.graph.initializers.values())):
+        value.name = f"w{number}"
+        value.metadata_props.clear()
+    for number, node in enumerate(model.graph):
+        node.name = f"n{number}"
+        node.metadata_props.clear()
+    ir.save(model, target)
+
+
+def slimmed(source: Path, target: Path) -> None:
+    onnxslim = pytest.importorskip("onnxslim", reason="onnxslim is not installed")
+    onnx.save(onnxslim.slim(onnx.load(source)), target)
+
+
+def simplified(source: Path, target: Path) -> None:
+    onnxsim = pytest.importorskip("onnxsim", reason="onnxsim is not installed")
+    simple, well = onnxsim.simplify(onnx.load(source))
+    assert well
+    onnx.save(simple, target)
+
+
+AFTERWARDS: dict[str, Callable[[Path, Path], None]] = {
+    "": as_it_is,
+    "basic": optimised("BASIC"),
+    "extended": optimised("EXTENDED"),
+    "stripped": stripped,
+    "onnxslim": slimmed,
+    "onnxsim": simplified,
+}
+
+
+# --- what is known afterwards ---
+
+
+def linear_weights(module: nn.Module) -> dict[str, NDArray[Any]]:
+    """Every linear layer's weight in the (out, in) view."""
+    found = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            weight = layer.weight.detach().numpy()
+            found[f"{name}.weight"] = weight.T if isinstance(layer, Conv1D) else weight
+    return found
+
+
+@functools.cache
+def base_of(name: str) -> Path:
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp()) / name
+    module_of(name).save_pretrained(folder)
+    return folder
+
+
+def assert_right(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.float32) -> None:
+    """Each named site holds the parameter that it is named after."""
+    weights = linear_weights(module_of(name))
+    for site in found.linear:
+        expected = weights[site.name.removeprefix(prefix)]  # KeyError: no such layer
+        assert site.matrix.shape == expected.shape, site.name
+        assert np.array_equal(site.matrix, expected.astype(dtype).astype(site.matrix.dtype)), site.name
+
+
+def adapter_for(found: Sites, name: str) -> tuple[Any, nn.Module]:
+    """Random pairs on every named linear layer, and the module with W + ΔW in fp64 rounded to fp32."""
+    rng = np.random.default_rng(0)
+    module = module_of(name)
+    pairs, changes = {}, {}
+    for weight, (out, inner) in {
+        spec.name: spec.matrix for spec in found.specs if spec.layout in (Layout.OUT_IN, Layout.IN_OUT)
+    }.items():
+        pair = LoraPair(a=rng.normal(size=(3, inner)) * 0.3, b=rng.normal(size=(out, 3)) * 0.3, scale=0.5)
+        pairs[weight.removesuffix(".weight")] = pair
+        change = 0.5 * pair.b.astype(np.float64) @ pair.a.astype(np.float64)
+        turned = isinstance(module.get_submodule(weight.removesuffix(".weight")), Conv1D)
+        changes[weight] = change.T if turned else change
+    return an_adapter(pairs), with_changes(module, changes)
+
+
+def answers(path: Path, feeds: dict[str, Tensor]) -> Arrays:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    arrays = {key: value.numpy() for key, value in feeds.items()}
+    for wanted in session.get_inputs():
+        if wanted.name not in arrays:  # an empty cache
+            shape = [size if isinstance(size, int) else HEAD if size == "kv_cache_dim" else 0 for size in wanted.shape]
+            arrays[wanted.name] = np.zeros([len(feeds["input_ids"]), *shape[1:]], np.float32)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, arrays), strict=True))
+
+
+def logits(arrays: Arrays) -> NDArray[Any]:
+    return arrays.get("logits", next(iter(arrays.values())))
+
+
+def assert_folding_is_pytorchs(path: Path, name: str, folder: Path, *, tolerance: float = 2e-5) -> None:
+    model = files.load(path)
+    found = sites.find(model, open_checkpoint(base_of(name)))
+    adapter, reference = adapter_for(found, name)
+    assert adapter.pairs
+    fold.fold(model, found, plan.make([adapter], found.specs))
+    folder.mkdir()
+    (*_, folded) = files.save(model, folder, "folded.onnx")
+    for batch, length in [(1, 5), (3, 11)]:
+        feeds = text(batch, length)
+        expected = eager(reference, feeds)["logits"]
+        np.testing.assert_allclose(logits(answers(folded, feeds)), expected, rtol=tolerance, atol=tolerance)
+        assert np.abs(expected - logits(answers(path, feeds))).max() > 100 * tolerance  # the adapter is seen
+
+
+# Names of linear layers that a base cannot give back: of a head that was tied, and whose own name is gone.
+LOST = {"gpt2": {"lm_head.weight"}, "llama": set(), "bert": set()}
+FAST = {("bert", "torchscript", after) for after in AFTERWARDS} | {
+    ("llama", "transformers, fused", ""), ("gpt2", "torchscript", ""), ("llama", "torchscript", "extended"),
+}  # fmt: skip
+CELLS = [
+    pytest.param(model, exporter, after, marks=[] if (model, exporter, after) in FAST else slow)
+    for model in MODELS
+    for exporter in EXPORTERS
+    for after in AFTERWARDS
+    if not (exporter == "transformers, fused" and after)  # onnxruntime's own operators are none of theirs
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    @functools.cache
+    def make(name: str, exporter: str) -> Path:
+        path = tmp_path_factory.mktemp(name) / "model.onnx"
+        EXPORTERS[exporter](name, path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "exporter", "after"), CELLS)
+def test_every_layer_of_a_graph_made_elsewhere_is_found_and_can_be_folded_into(
+    name: str, exporter: str, after: str, made: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    path = made(name, exporter)
+    if after:
+        source, path = path, path.with_name(f"{after}.onnx")  # its weights may lie in a file beside it
+        AFTERWARDS[after](source, path)
+    weights = linear_weights(module_of(name))
+    assert_right(sites.find(files.load(path)), name, prefix="model." if exporter == "torchscript" else "")
+    found = sites.find(files.load(path), open_checkpoint(base_of(name)))
+    assert_right(found, name)
+    named = {site.name for site in found.linear}
+    assert named | LOST[name] == weights.keys() | LOST[name]
+    told = [site for site in found.unnamed if not site.equals]
+    assert not told, str(found)
+    assert_folding_is_pytorchs(path, name, tmp_path / "folded")
+
+
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=slow)])
+@pytest.mark.parametrize("after", ["", "stripped"])
+def test_a_half_precision_graph_is_named_by_a_single_precision_base(name: str, after: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    torchscript(name, path, torch.float16)
+    AFTERWARDS[after](path, tmp_path / "after.onnx")
+    found = sites.find(files.load(tmp_path / "after.onnx" if after else path), open_checkpoint(base_of(name)))
+    assert_right(found, name, dtype=np.float16)
+    assert {site.name for site in found.linear} == linear_weights(module_of(name)).keys()
+    # The exporter stores some of what it folded as float32, rounded to half precision all the same.
+    assert {spec.dtype for spec in found.specs} == {"float16", "float32"}
+
+
+# --- onnxruntime-genai ---
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What the builder makes of the Llama, in this precision: q, k and v packed, under names of its own."""
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    folder = tmp_path_factory.mktemp("genai")
+    words = models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w2")
+    tokenizer.save_pretrained(base_of("llama"))
+
+    @functools.cache
+    def build(precision: str) -> Path:
+        line = f"-m onnxruntime_genai.models.builder -i {base_of('llama')} -o {folder / precision} -e cpu"
+        line += f" -p {precision} -c {folder / 'cache'}"
+        subprocess.run([sys.executable, *line.split()], check=True, capture_output=True)
+        return folder / precision / "model.onnx"
+
+    return build
+
+
+@slow
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_graph_of_the_genai_builder_is_named_by_content_alone(precision: str, built: Callable[[str], Path]) -> None:
+    model = files.load(built(precision))
+    assert not sites.find(model).linear
+    found = sites.find(model, open_checkpoint(base_of("llama")))
+    weights = linear_weights(module_of("llama"))
+    assert {site.name for site in found.linear} == weights.keys()
+    assert sum(site.block is not None for site in found.linear) == 6
+    for site in found.linear:
+        error = np.linalg.norm(site.matrix - weights[site.name]) / np.linalg.norm(weights[site.name])
+        assert error == 0 if precision == "fp32" else 0.01 < error < 0.2
+
+
+@slow
+def test_a_graph_of_the_genai_builder_computes_what_pytorch_computes_with_an_adapter(
+    built: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert_folding_is_pytorchs(built("fp32"), "llama", tmp_path / "folded")
