@@ -178,8 +178,8 @@ def _write_shard(
         blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places)
         tallies: dict[str, Tally] = {}
         for block, found in transfer.transfer(source.path, writer.fileno(), blocks, hashes, room=rewrite.room(moves)):
-            if found is not None:
-                tallies.setdefault(found.weight, Tally(found.weight)).merge(found)
+            for tally in found or ():
+                tallies.setdefault(tally.weight, Tally(tally.weight)).merge(tally)
             progress(block.end - block.place)
         final, _ = layout()  # a hash is as long as any other
         transfer.write(writer.fileno(), memoryview(final), 0)

@@ -11,9 +11,9 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,12 +22,20 @@ from numpy.typing import NDArray
 from lora_export import transfer
 from lora_export.errors import InputRefused
 from lora_export.ledger import Tally
-from lora_export.lora import add_into, energies, sums_in
+from lora_export.lora import EVERY_ROW, add_into, energies, sums_in
 from lora_export.plan import FLOATS, Step
 from lora_export.tensorfile import Entry
 from lora_export.transfer import Block, Bytes
 
 MEASURED = 1 << 20  # entries of a weight from which its figures are taken, at least
+
+
+class Patch(NamedTuple):
+    """A step on a part of a stored matrix, which other parameters share side by side: a block of it."""
+
+    step: Step  # said of the block
+    rows: slice
+    columns: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +46,11 @@ class Move:
     step: Step | None  # None: nothing but, perhaps, another dtype
     name: str
     dtype: np.dtype[Any]
+    patches: tuple[Patch, ...] = ()  # instead of a step; what they do not touch stays as it is
 
     @property
     def is_copy(self) -> bool:
-        return self.step is None and self.old.dtype == self.dtype
+        return self.step is None and not self.patches and self.old.dtype == self.dtype
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +73,7 @@ def copied_blocks(read_fd: int, write_fd: int, start: int, place: int, count: in
 
 
 def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iterator[Block]:
-    """Carry a tensor over in whole rows, changed on the way. The work of a block returns a Tally, or None.
+    """Carry a tensor over in whole rows, changed on the way. The work of a block returns Tallies.
 
     Where DoRA's lengths run along the rows, the tensor is read once more, before its first block.
     """
@@ -72,7 +81,7 @@ def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iter
     cuts = [*range(0, place.rows, count), place.rows]
     rows = [slice(first, last) for first, last in itertools.pairwise(cuts)]
     measured = _measured(move.step, rows)
-    along = _energies_along(source, read_fd, move, rows)
+    along = [_energies_along(source, read_fd, move, patch, rows) for patch in _patches(move)]
     for part, is_measured in zip(rows, measured, strict=True):
         yield Block(
             old.start + part.start * old.row_bytes,
@@ -83,16 +92,22 @@ def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iter
         )
 
 
-def _energies_along(source: Path, read_fd: int, move: Move, rows: Sequence[slice]) -> NDArray[np.float64] | None:
+def _patches(move: Move) -> tuple[Patch, ...]:
+    return move.patches if move.step is None else (Patch(move.step, slice(0, move.old.rows), EVERY_ROW),)
+
+
+def _energies_along(
+    source: Path, read_fd: int, move: Move, patch: Patch, rows: Sequence[slice]
+) -> NDArray[np.float64] | None:
     """‖·‖² of the outputs of W + ΔW, where each of them runs through every stored row; None where nobody asks."""
-    step = move.step
-    if step is None or step.magnitude is None or not step.spec.layout.is_turned:
+    step = patch.step
+    if step.magnitude is None or not step.spec.layout.is_turned:
         return None
 
     def of(part: slice) -> NDArray[np.float64]:
         stored = np.empty((part.stop - part.start) * move.old.row_bytes, np.uint8)
         transfer.read(source, read_fd, stored, move.old.start + part.start * move.old.row_bytes)
-        weight = _weight(move, part, stored)
+        weight = _start(step, part, _part(stored.view(move.old.dtype).reshape(_shape(move, part)), patch))
         total = weight.astype(sums_in(weight.dtype))
         total += step.stored_delta(part)
         return energies(total.T)
@@ -134,42 +149,74 @@ def _change(
     place: Entry,
     rows: slice,
     measured: bool,
-    along: NDArray[np.float64] | None,
+    along: Sequence[NDArray[np.float64] | None],
     source: Bytes,
     target: Bytes,
     spare: Bytes,
-) -> Tally | None:
+) -> list[Tally]:
     """Make rows of a tensor that is not copied; returns what became of them where something was added to them."""
     shape = _shape(move, rows)
     merged = target.view(place.dtype).reshape(shape)
+    stored = source.view(move.old.dtype).reshape(shape) if move.old.nbytes else merged  # of an added tensor: nothing
+    tallies = []
     with np.errstate(over="ignore", invalid="ignore"):  # _refuse_overflow looks for it, and knows the tensor's name
-        weight = _weight(move, rows, source)
-        if move.step is None or move.step.is_whole:
-            np.copyto(merged, weight, casting="unsafe")
-            if move.step is not None and move.step.rows is not None:
-                move.step.rows.put_into(merged, rows.start)
-            _refuse_overflow(place, weight, merged)
-            return None
-        change, total = _two(spare, shape, sums_in(weight.dtype))
-        change = move.step.stored_delta(rows, out=change)
-        if move.step.magnitude is None:
-            add_into(merged, weight, change, total)
-        else:
-            _rescale_into(merged, weight, change, total, move.step, rows, along)
-        flat = total.reshape(-1)
-        if not flat @ flat < np.float64(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
-            _refuse_overflow(place, weight, merged)
-        tally = Tally(place.name)
-        if measured:
-            tally.count(weight, change, merged)
-    return tally
+        if move.step is None:
+            np.copyto(merged, stored, casting="unsafe")
+            _refuse_overflow(place, stored, merged)
+        for patch, lengths in zip(_patches(move), along, strict=True):
+            first, last = max(rows.start, patch.rows.start), min(rows.stop, patch.rows.stop)
+            if first < last:
+                here = slice(first - rows.start, last - rows.start) if move.old.shape else ...
+                own = slice(first - patch.rows.start, last - patch.rows.start)
+                before, after = _part(stored[here], patch), _part(merged[here], patch)
+                named = replace(place, name=patch.step.weight) if move.patches else place
+                tallies += _carry_out(patch.step, named, own, before, after, lengths, spare, measured=measured)
+    return tallies
 
 
-def _weight(move: Move, rows: slice, stored: Bytes) -> NDArray[Any]:
+def _carry_out(
+    step: Step,
+    place: Entry,
+    rows: slice,
+    stored: NDArray[Any],
+    merged: NDArray[Any],
+    along: NDArray[np.float64] | None,
+    spare: Bytes,
+    *,
+    measured: bool,
+) -> list[Tally]:
+    weight = _start(step, rows, stored)
+    if step.is_whole:
+        np.copyto(merged, weight, casting="unsafe")
+        if step.rows is not None:
+            step.rows.put_into(merged, rows.start)
+        _refuse_overflow(place, weight, merged)
+        return []
+    change, total = _two(spare, merged.shape, sums_in(weight.dtype))
+    change = step.stored_delta(rows, out=change)
+    if step.magnitude is None:
+        add_into(merged, weight, change, total)
+    else:
+        _rescale_into(merged, weight, change, total, step, rows, along)
+    flat = total.reshape(-1)
+    if not flat @ flat < np.float64(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
+        _refuse_overflow(place, weight, merged)
+    tally = Tally(place.name)
+    if measured:
+        tally.count(weight, change, merged)
+    return [tally]
+
+
+def _start(step: Step, rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
     """What the step begins with: the base's rows, or those of the tensor that takes their place."""
-    if move.step is not None and move.step.replace is not None:
-        return move.step.replace[rows] if move.old.shape else move.step.replace
-    return stored.view(move.old.dtype).reshape(_shape(move, rows))
+    if step.replace is None:
+        return stored
+    return step.replace[rows] if step.replace.shape else step.replace
+
+
+def _part(stored: NDArray[Any], patch: Patch) -> NDArray[Any]:
+    """What of some rows is the patch's."""
+    return stored if patch.columns == EVERY_ROW else stored[:, patch.columns]
 
 
 def _shape(move: Move, rows: slice) -> tuple[int, ...]:

@@ -26,11 +26,12 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.files import data_name
 from lora_export.graph import wire
 from lora_export.graph.files import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
-from lora_export.graph.fold import change_in_memory, land, refuse_what_a_graph_cannot_take
+from lora_export.graph.fold import Landing, change_in_memory, land, refuse_quantised, refuse_what_a_graph_cannot_take
 from lora_export.graph.sites import Sites
 from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, Tally, refuse_faint
-from lora_export.plan import Plan, Step
-from lora_export.rewrite import Move
+from lora_export.lora import EVERY_ROW
+from lora_export.plan import Plan
+from lora_export.rewrite import Move, Patch
 from lora_export.tensorfile import PAGE, Entry
 from lora_export.transfer import Block, Bytes, Hashes
 
@@ -82,11 +83,13 @@ def merge_graph(
     begun = time.perf_counter()
     provenance.refuse_second_merge(plan, graph.path, graph.history)
     refuse_what_a_graph_cannot_take(plan)
+    for step in plan.steps:
+        refuse_quantised(step, sites)
     ledger = _Ledger(hashing, progress)
-    steps = _land(plan, graph.model, sites, ledger)
+    landings = _land(plan, graph.model, sites, ledger)
     strip(graph.model)
     graph.model.metadata_props.pop(provenance.KEY, None)  # its adapters are in the new one
-    weights = list(_weights(graph.model, steps))
+    weights = list(_weights(graph.model, landings))
     own = Path(os.path.realpath(graph.path))
     with threadpool_limits(1, user_api="blas"):  # the transfer's threads are as many as there are cores
         beside = [weight for weight in weights if weight.source != own]
@@ -124,31 +127,43 @@ class _Ledger:
         return self.tallies.setdefault(weight, Tally(weight))
 
 
-def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> dict[ir.Value, Step]:
-    """The steps of the weights that stay in their files; those of the others are done."""
-    steps = {}
+def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> dict[ir.Value, list[Landing]]:
+    """What is to be done to weights that stay in their files; to the others it is done."""
+    landings: dict[ir.Value, list[Landing]] = {}
     for step in plan.steps:
         for landing in land(model, sites, step):
             if isinstance(landing.value.const_value, ir.ExternalTensor):
-                steps[landing.value] = landing.step
+                landings.setdefault(landing.value, []).append(landing)
                 continue  # `rewrite` will do it
             tally = change_in_memory(landing)
             if not step.is_whole:
                 ledger.tally(step.weight).merge(tally)
-    return steps
+    return landings
 
 
-def _weights(model: ir.Model, steps: Mapping[ir.Value, Step]) -> Iterator[_Weight]:
+def _weights(model: ir.Model, landings: Mapping[ir.Value, list[Landing]]) -> Iterator[_Weight]:
     for value in initializers(model):
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        step, start = steps.get(value), tensor.offset or 0
-        dtype = tensor.dtype.numpy() if step is not None else np.dtype(np.uint8)
-        shape = step.spec.shape if step is not None else (tensor.nbytes,)
-        name = step.weight if step is not None else value.name or ""
-        entry = Entry(name, dtype, shape, start, start + tensor.nbytes)
-        yield _Weight(value, Path(os.path.realpath(tensor.path)), Move(entry, step, name, dtype))
+        if isinstance(tensor, ir.ExternalTensor):
+            yield _Weight(value, Path(os.path.realpath(tensor.path)), _move(tensor, landings.get(value, [])))
+
+
+def _move(tensor: ir.ExternalTensor, landings: Sequence[Landing]) -> Move:
+    start, name = tensor.offset or 0, landings[0].step.weight if landings else tensor.name or ""
+    if not landings:  # bytes, whatever they mean: four bits may be an element
+        whole = Entry(name, np.dtype(np.uint8), (tensor.nbytes,), start, start + tensor.nbytes)
+        return Move(whole, None, name, whole.dtype)
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    entry = Entry(name, tensor.dtype.numpy(), shape, start, start + tensor.nbytes)
+    if not landings[0].is_block:
+        return Move(entry, landings[0].step, name, entry.dtype)
+    return Move(entry, None, name, entry.dtype, tuple(_patch(landing, entry) for landing in landings))
+
+
+def _patch(landing: Landing, entry: Entry) -> Patch:
+    rows, *columns = landing.where
+    first, last, _ = rows.indices(entry.rows)
+    return Patch(landing.step, slice(first, last), columns[0] if columns else EVERY_ROW)
 
 
 # --- where what comes to lie ---------------------------------------------------------------------
@@ -222,8 +237,8 @@ def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashe
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts)
         room = rewrite.room(part.weight.move for part in parts if part.weight is not None)
         for block, found in transfer.transfer(source, target.fileno(), blocks, hashes, room=room):
-            if found is not None:
-                ledger.tally(found.weight).merge(found)
+            for tally in found or ():
+                ledger.tally(tally.weight).merge(tally)
             ledger.progress(block.end - block.place)
     return hashes.source.hexdigest()
 
@@ -293,10 +308,10 @@ def _write_literal(piece: bytes, _source: Bytes, target: Bytes, _spare: Bytes) -
 def _aside(source: Path, read_fd: int, cursor: int, block: Block) -> Block:
     """A block that fetches its own source, which is not hashed with it."""
 
-    def work(_: Bytes, target: Bytes, spare: Bytes) -> Tally | None:
+    def work(_: Bytes, target: Bytes, spare: Bytes) -> list[Tally]:
         before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
         transfer.read(source, read_fd, before, block.start)
-        found: Tally | None = block.work(before, target, spare) if block.work is not None else None
+        found: list[Tally] = block.work(before, target, spare) if block.work is not None else []
         return found
 
     return Block(cursor, cursor, block.place, block.end, work=work, shared=block.shared)
