@@ -33,6 +33,7 @@ OTHER_WEIGHTS = (
 )
 
 AUTO_MAP = "auto_map"
+LABELS = ("id2label", "label2id")  # tables of a config whose keys are the user's own words
 CODE = (
     AUTO_MAP,
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -232,7 +233,7 @@ def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
         part = parts.pop()
         if key in part:
             yield part[key]
-        parts += [value for value in part.values() if isinstance(value, dict)]
+        parts += [value for name, value in part.items() if isinstance(value, dict) and name not in LABELS]
 
 
 def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> History:

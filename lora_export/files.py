@@ -500,10 +500,14 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, dict) and not any(isinstance(inner, dict | list) for inner in value.values())
+
+
 _ACTED_UPON: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": (_are_names, "a list of names"),
-    "id2label": (lambda value: isinstance(value, dict), "a table"),
-    "label2id": (lambda value: isinstance(value, dict), "a table"),
+    "id2label": (_is_flat, "a table of names"),
+    "label2id": (_is_flat, "a table of numbers"),
     "problem_type": (lambda value: isinstance(value, str), "a name"),
 }
 

@@ -25,7 +25,7 @@ def base_file(
     path: Path, tensors: Mapping[str, Any], dtype: Any = np.float32, metadata: dict[str, str] | None = None
 ) -> Path:
     """A checkpoint of these matrices."""
-    save_file({name: np.asarray(value, dtype) for name, value in tensors.items()}, path, metadata)
+    save_file({name: np.ascontiguousarray(value, dtype) for name, value in tensors.items()}, path, metadata)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from handmade import base_file, raw_tensor_file
 
-from lora_export.checkpoint import open_checkpoint
+from lora_export.checkpoint import code_of_its_own, open_checkpoint
 from lora_export.errors import InputRefused
 from lora_export.plan import Layout, TensorSpec
 
@@ -266,6 +267,21 @@ def test_a_quantised_base_is_refused_with_the_ways_out(tmp_path, quantization, m
         f"BASE is quantised ({method}): its weights are never merged or quantised again silently. "
         "Merge into the original float model, or dequantise this one first"
     )
+
+
+def test_a_label_may_be_called_anything(tmp_path):
+    single(tmp_path, {"label2id": {"quantization_config": 1, "auto_map": 2}}, fc__weight=[[1]])
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.specs) == 1
+    assert code_of_its_own(checkpoint.config) == ""
+
+
+@pytest.mark.parametrize(
+    ("table", "what"), [({"id2label": {"0": {"a": 1}}}, "names"), ({"label2id": {"a": [0]}}, "numbers")]
+)
+def test_a_table_of_labels_that_holds_more_is_refused(tmp_path, table, what):
+    single(tmp_path, table, fc__weight=[[1]])
+    assert re.fullmatch(rf"BASE/config.json: \w+ is .*; it must be a table of {what}", refusal(tmp_path))
 
 
 def test_a_config_that_is_not_json_is_refused(tmp_path):

@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import a_graph, contents, eager, exported, inputs, run, stored, with_changes
-from handmade import graph_file, peft_adapter
+from graphs import a_graph, contents, eager, exported, inputs, quantised, run, stored, with_changes
+from handmade import base_file, graph_file, peft_adapter
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from test_graph_fold import everywhere
 
 from lora_export import cli, files, formats, plan, rewrite, transfer
@@ -201,6 +202,85 @@ def test_a_whole_tensor_takes_the_weights_place(tmp_path: Path, data: Any) -> No
     report = merged(path, tmp_path / "out", adapter)
     assert np.array_equal(stored(graphs.load(tmp_path / "out/m.onnx"), "down.weight"), whole)
     assert (report.replaced, [there.weight for there in report.results]) == (1, ["up.weight"])
+
+
+# --- several weights side by side in one matrix, named by a base's content ---
+
+Q, K, V = (RNG.integers(-9, 10, (size, 40)).astype(np.float32) for size in (30, 20, 24))  # (out, in)
+PARTS = {"q_proj": Q, "k_proj": K, "v_proj": V}
+
+
+def packed(place: Path, data: str = "") -> tuple[Path, Path]:
+    """A graph that has lost its names and packed q, k and v, and the checkpoint that it was made from."""
+    place.mkdir()
+    other = RNG.integers(-9, 10, (40, 50)).astype(np.float32)
+    graph = graph_file(place / "m.onnx", {"packed_1": np.concatenate([Q, K, V]).T, "val_2": other}, data=data)
+    tensors = {f"attn.{name}.weight": part for name, part in PARTS.items()} | {"other.weight": other.T}
+    return graph, base_file(place / "base.safetensors", tensors)
+
+
+@pytest.mark.parametrize("data", ["", "all.data"], ids=["inside", "beside"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_block_of_a_packed_matrix_changes_and_its_neighbours_keep_their_bytes(
+    tmp_path: Path, data: str, use_dora: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, base = packed(tmp_path / "place", data)
+    pairs = {f"attn.{name}": (A, RNG.integers(-3, 4, (len(PARTS[name]), 2))) for name in ("q_proj", "v_proj")}
+    adapter = peft_adapter(tmp_path / "ad", pairs, use_dora=use_dora)
+    lengths = {name: RNG.uniform(5, 9, len(PARTS[name.removeprefix("attn.")])).astype(np.float32) for name in pairs}
+    if use_dora:
+        file = adapter / "adapter_model.safetensors"
+        vectors = {f"base_model.model.{name}.lora_magnitude_vector": length for name, length in lengths.items()}
+        save_file(load_file(file) | vectors, file)
+    out = tmp_path / "out.onnx"
+    assert cli.run(["merge", str(graph), str(adapter), "-o", str(out), "--base", str(base)]) == 0, capsys.readouterr()
+    expected = []
+    for name, weight in PARTS.items():
+        if f"attn.{name}" not in pairs:
+            expected.append(weight)
+            continue
+        a, b = pairs[f"attn.{name}"]
+        total = weight.astype(np.float64) + b @ a
+        if use_dora:
+            total *= (lengths[f"attn.{name}"] / np.linalg.norm(total, axis=1))[:, None]
+        expected.append(total.astype(np.float32))
+    after = stored(graphs.load(out), "packed_1").T
+    if use_dora:
+        np.testing.assert_allclose(after, np.concatenate(expected), rtol=1e-6)
+        assert after[30:50].tobytes() == K.tobytes()
+    else:
+        assert np.array_equal(after, np.concatenate(expected))
+    assert np.array_equal(stored(graphs.load(out), "val_2"), stored(graphs.load(graph), "val_2"))
+
+
+def test_a_graph_that_was_made_from_another_base_is_not_guessed_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph, base = packed(tmp_path / "place")
+    tensors = load_file(base)
+    tensors["attn.q_proj.weight"][3, 3] += 1
+    save_file(tensors, base)
+    adapter = peft_adapter(tmp_path / "ad", {"attn.q_proj": (A, RNG.integers(-3, 4, (30, 2)))})
+    line = ["merge", str(graph), str(adapter), "-o", str(tmp_path / "out.onnx")]
+    assert cli.run([*line, "--base", str(base)]) == 3
+    assert "attn.q_proj" in capsys.readouterr().err
+    assert cli.run(line) == 3  # nor without a base
+    assert cli.run(["merge", str(base), str(adapter), "-o", str(tmp_path / "o"), "--base", str(base)]) == 2
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_quantised_weight_is_refused_with_the_ways_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = RNG.normal(size=(64, 32)).astype(np.float32)
+    float_graph = graph_file(tmp_path / "f.onnx", {"fc.weight": weight})
+    proto = ir.to_proto(quantised(ir.from_proto(onnx.load(float_graph))))
+    onnx.save(proto, tmp_path / "q.onnx")
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight.T})
+    adapter = peft_adapter(tmp_path / "ad", {"fc": (RNG.normal(size=(2, 64)), RNG.normal(size=(32, 2)))})
+    before = everything(tmp_path)
+    line = ["merge", str(tmp_path / "q.onnx"), str(adapter), "-o", str(tmp_path / "m.onnx"), "--base", str(base)]
+    assert cli.run(line) == 3
+    assert "fc.weight is quantised (4 bits in blocks of 32)" in capsys.readouterr().err
+    assert everything(tmp_path) == before
 
 
 # --- real exports ---

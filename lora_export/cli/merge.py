@@ -56,6 +56,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Record base and output by this hash; sha256 takes longer than the merge.",
 )
+@click.option(
+    "--base",
+    "origin",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="What an .onnx BASE was made from: names its weights by content where their names are lost.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
 @overwrite_option
 @json_option
@@ -67,6 +74,7 @@ def command(
     dtype: str,
     min_retention: float,
     hashing: str,
+    origin: Path | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -81,7 +89,9 @@ def command(
 
     loaded = load_adapters(adapters)
     stored = None if dtype == "keep" else dtype
-    work = (_over_graph if base.suffix == ".onnx" else _over_checkpoint)(base, loaded, stored)
+    work = (
+        _over_graph(base, stored, origin) if base.suffix == ".onnx" else _over_checkpoint(base, loaded, stored, origin)
+    )
     steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
     provenance.refuse_second_merge(steps, base, work.history)
     work.check(steps)
@@ -132,10 +142,12 @@ class _Work:
     way_out: str = ""  # where rounding takes too much
 
 
-def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None) -> _Work:
+def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None) -> _Work:
     from lora_export import files, merge
     from lora_export.checkpoint import code_of_its_own, open_checkpoint
 
+    if origin is not None:
+        raise click.UsageError("--base is for an .onnx: a checkpoint's weights have their names")
     checkpoint = open_checkpoint(base)
     list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
     notes = list(_other_bases(adapters, checkpoint))
@@ -155,8 +167,9 @@ def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None)
     )
 
 
-def _over_graph(base: Path, _: Sequence[Adapter], dtype: str | None) -> _Work:
+def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
     from lora_export import files
+    from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
     from lora_export.graph.fold import refuse_what_a_graph_cannot_take
     from lora_export.graph.merge import merge_graph
@@ -166,7 +179,7 @@ def _over_graph(base: Path, _: Sequence[Adapter], dtype: str | None) -> _Work:
         raise click.UsageError("--dtype is for checkpoints: a graph's weights keep the types that its nodes expect")
     files.must_exist(base, "base model")
     graph = open_graph(base)
-    sites = find(graph.model)
+    sites = find(graph.model, None if origin is None else open_checkpoint(origin))
     return _Work(
         specs=sites.specs,
         history=graph.history,
