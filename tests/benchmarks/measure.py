@@ -30,13 +30,13 @@ def run(*commands: Sequence[object]) -> Run:
     return Run(0, sum(run.seconds for run in runs), max(run.peak for run in runs))
 
 
-def settle(inputs: Path, size: int) -> None:
+def settle(inputs: Path, size: int, files: str = "*.safetensors") -> None:
     """The same start for everybody: inputs in the page cache, nothing left to write, and memory at hand.
 
     A virtual machine gives free memory back to its host; whoever comes first afterwards would pay for getting
     it again, several times as much as for the copy itself.
     """
-    for path in inputs.rglob("*.safetensors"):
+    for path in filter(Path.is_file, inputs.rglob(files)):
         with path.open("rb") as file:
             while file.read(1 << 24):
                 pass
