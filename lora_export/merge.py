@@ -55,8 +55,7 @@ def merge_checkpoint(
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change.
     """
     begun = time.perf_counter()
-    provenance.refuse_second_merge(plan, base.path, base.history)
-    refuse_torn_tie(plan, base)
+    refuse_before_the_work(plan, base)
     settings = {"dtype": dtype or "keep", "min_retention": min_retention}
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -96,6 +95,12 @@ def merge_checkpoint(
 def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
     """How many bytes of tensors a merge writes."""
     return sum(move.nbytes for moves in _moves(plan, base, dtype).values() for move in moves)
+
+
+def refuse_before_the_work(plan: Plan, base: Checkpoint) -> None:
+    """Raise InputRefused for what can be told of a merge without reading a weight."""
+    provenance.refuse_second_merge(plan, base.path, base.history)
+    refuse_torn_tie(plan, base)
 
 
 def refuse_torn_tie(plan: Plan, base: Checkpoint) -> None:

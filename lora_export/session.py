@@ -121,12 +121,15 @@ class Session:
         """Outputs by name (all, unless `outputs` names them), computed with one adapter, or with none.
 
         `feeds` are arrays or OrtValues by input; `options` are onnxruntime's RunOptions. Raises
-        InputRefused for an adapter that is not loaded and for feeds of an adapter's own inputs;
+        InputRefused for an adapter that is not loaded, for feeds of an adapter's own inputs, and for missing ones;
         RuntimeRefused where onnxruntime refuses the run.
         """
         own = [name for name in feeds if name in self._bare]
         if own:
             raise InputRefused(f"{', '.join(own)} are an adapter's inputs: load it, and name it")
+        missing = [needed.name for needed in self.session.get_inputs() if needed.name not in {*feeds, *self._bare}]
+        if missing:
+            raise InputRefused(f"{self.model} needs {', '.join(missing)} too")
         ort = onnxruntime()
         values = {
             name: value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(value))

@@ -225,6 +225,20 @@ def test_convert_writes_the_bytes_that_onnx_wrote(place: Path, tmp_path: Path) -
             assert np.array_equal(onnx_adapter.as_array(value), onnx_adapter.as_array(other.values[key]))
 
 
+def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = onnx_adapter.read(place / "fr.onnx_adapter")
+    capsys.readouterr()
+    assert call("inspect", place / "fr.onnx_adapter", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["format"], told["model_version"]) == ("onnx_adapter", held.model_version)
+    shapes = {name: there["shape"] for name, there in told["parameters"].items()}
+    assert shapes == {name: list(onnx_adapter.as_array(value).shape) for name, value in held.values.items()}
+    assert call("inspect", place / "fr.onnx_adapter") == 0
+    name = min(shapes)
+    shown = " x ".join(map(str, shapes[name]))
+    assert f"  {name}  {shown} tensor(float)" in capsys.readouterr().out.splitlines()
+
+
 def harmed(place: Path, folder: Path, what: str) -> Path:
     """An adapter for `graph.onnx` that does not fit it, in the way that its name tells."""
     rng = np.random.default_rng(0)

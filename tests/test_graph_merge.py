@@ -283,6 +283,16 @@ def test_a_quantised_weight_is_refused_with_the_ways_out(tmp_path: Path, capsys:
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("key", ["lora_export.inputs", "lora_export.rows"])
+def test_a_graph_that_takes_adapters_while_it_runs_keeps_its_weights(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = graph_file(tmp_path / "m.onnx", WEIGHTS, **{key: "{}"})
+    peft_adapter(tmp_path / "ad", {"up": (A, B)})
+    assert cli.run(["merge", str(path), str(tmp_path / "ad"), "-o", str(tmp_path / "out.onnx"), "--dry-run"]) == 3
+    assert "m.onnx takes adapters while it runs" in capsys.readouterr().err
+
+
 # --- real exports ---
 
 

@@ -79,6 +79,11 @@ def session(model: Path) -> Session:
     return Session(model, {name: model.parent / f"{name}.onnx_adapter" for name in ("one", "two")})
 
 
+def test_an_input_that_is_missing_is_named_alone(model: Path) -> None:
+    with pytest.raises(InputRefused, match=r"model.onnx needs x too$"):
+        Session(model).run({})
+
+
 def test_each_call_has_its_own_adapter_and_none_is_the_base(session: Session) -> None:
     for _ in range(2):
         assert np.array_equal(session.run({"x": X})["y"], X @ M @ N)
@@ -219,7 +224,7 @@ def test_an_adapters_own_inputs_are_no_feeds(session: Session) -> None:
     with pytest.raises(InputRefused, match=r"m.lora_A.weight are an adapter's inputs"):
         session.run({"x": X, "m.lora_A.weight": ONE["m.lora_A.weight"]})
     with pytest.raises(RuntimeRefused, match="onnxruntime refused"):
-        session.run({"z": X})
+        session.run({"x": X, "z": X})
 
 
 def test_feeds_may_be_ort_values_and_outputs_may_be_chosen(session: Session) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Read every file of a merged folder and compare it with its manifest.")
 @json_option
 def command(path: Path, base: Path | None, check: bool, as_json: bool) -> None:
-    """Show what PATH holds: an adapter, a checkpoint (a folder or .safetensors), or an .onnx graph.
+    """Show what PATH holds: an adapter, a checkpoint (a folder or .safetensors), an .onnx graph or an .onnx_adapter.
 
     Reads headers, and an adapter's tensors; with --base, the weights of both. Runs nothing.
     """
@@ -48,6 +48,9 @@ def command(path: Path, base: Path | None, check: bool, as_json: bool) -> None:
         else:
             report.print_adapter(report.console(), adapter)
         return
+    if path.suffix == ".onnx_adapter":
+        _show_onnx_adapter(path, as_json=as_json)
+        return
     if path.suffix == ".onnx":
         from lora_export.graph import files as graph_files
         from lora_export.graph import sites
@@ -65,6 +68,24 @@ def command(path: Path, base: Path | None, check: bool, as_json: bool) -> None:
     click.echo(printable(f"{len(checkpoint.specs)} tensors, {checkpoint.nbytes:,} bytes"))
     for spec in checkpoint.specs:
         click.echo(one_line(f"  {spec.name}  {' x '.join(map(str, spec.shape))} {spec.dtype}"))
+
+
+def _show_onnx_adapter(path: Path, *, as_json: bool) -> None:
+    from lora_export.formats import onnx_adapter
+
+    held = onnx_adapter.read(path)
+    parameters = {
+        name: {"shape": value.shape(), "type": value.data_type()} for name, value in sorted(held.values.items())
+    }
+    if as_json:
+        versions = {"model_version": held.model_version, "adapter_version": held.adapter_version}
+        click.echo(json.dumps({"format": "onnx_adapter", **versions, "parameters": parameters}))
+        return
+    click.echo(
+        f"{len(parameters)} parameters for the base {held.model_version}, from the adapter {held.adapter_version}"
+    )
+    for name, there in parameters.items():
+        click.echo(one_line(f"  {name}  {' x '.join(map(str, there['shape']))} {there['type']}"))
 
 
 def _as_lines(found: Sites) -> Iterator[str]:

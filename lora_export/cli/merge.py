@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lora_export.ledger import MergeReport
     from lora_export.lora import Adapter
     from lora_export.plan import Plan, TensorSpec
-    from lora_export.provenance import History
 
 
 @click.command()
@@ -84,7 +83,7 @@ def command(
     BASE is a Hugging Face folder, a .safetensors file or an .onnx graph; the output is of the same kind,
     with the same layout. Needs no PyTorch, and memory does not grow with the model.
     """
-    from lora_export import plan, provenance, report
+    from lora_export import plan, report
     from lora_export.cli.progress import byte_progress
 
     loaded = load_adapters(adapters)
@@ -93,7 +92,6 @@ def command(
         _over_graph(base, stored, origin) if base.suffix == ".onnx" else _over_checkpoint(base, loaded, stored, origin)
     )
     steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
-    provenance.refuse_second_merge(steps, base, work.history)
     work.check(steps)
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
     for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes]:
@@ -132,7 +130,6 @@ class _Work:
     """What a merge needs of whatever holds the base."""
 
     specs: Sequence[TensorSpec]
-    history: History
     notes: Sequence[str]
     check: Callable[[Plan], None]  # raises what the holder cannot take, before anything big is read
     size: Callable[[Plan], int]  # bytes that will be written
@@ -156,9 +153,8 @@ def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None,
     notes += [f"{name} holds weights too, unmerged ones; it is left out" for name in checkpoint.left_out()]
     return _Work(
         specs=checkpoint.specs,
-        history=checkpoint.history,
         notes=notes,
-        check=lambda steps: merge.refuse_torn_tie(steps, checkpoint),
+        check=lambda steps: merge.refuse_before_the_work(steps, checkpoint),
         size=lambda steps: merge.output_size(steps, checkpoint, dtype),
         stage=files.stage_folder if checkpoint.is_folder else files.stage_file,
         carry_out=lambda steps, folder, **rest: merge.merge_checkpoint(steps, checkpoint, folder, dtype=dtype, **rest),
@@ -171,8 +167,7 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
     from lora_export import files
     from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
-    from lora_export.graph.fold import refuse_what_a_graph_cannot_take
-    from lora_export.graph.merge import merge_graph
+    from lora_export.graph.merge import merge_graph, refuse_before_the_work
     from lora_export.graph.sites import find
 
     if dtype:
@@ -182,9 +177,8 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
     sites = find(graph.model, None if origin is None else open_checkpoint(origin))
     return _Work(
         specs=sites.specs,
-        history=graph.history,
         notes=sites.notes,
-        check=refuse_what_a_graph_cannot_take,
+        check=lambda steps: refuse_before_the_work(steps, graph, sites),
         size=lambda _: graph.nbytes,
         stage=files.stage_file,
         carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, **rest),

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.files import data_name, sha256
+from lora_export.formats import onnx_adapter
 from lora_export.graph import operators, wire
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 from lora_export.provenance import History
@@ -49,6 +50,11 @@ class GraphFile:
     @property
     def nbytes(self) -> int:
         return sum(size for size, _ in self.sources.values())
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters are its inputs, or are chosen by them."""
+        return not {onnx_adapter.KEY, onnx_adapter.ROWS}.isdisjoint(self.model.metadata_props)
 
     def changed(self) -> list[Path]:
         """The files that are not what they were when they were opened."""

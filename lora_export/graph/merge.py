@@ -81,10 +81,7 @@ def merge_graph(
     a weight keeps less than `min_retention` of its change.
     """
     begun = time.perf_counter()
-    provenance.refuse_second_merge(plan, graph.path, graph.history)
-    refuse_what_a_graph_cannot_take(plan)
-    for step in plan.steps:
-        refuse_quantised(step, sites)
+    refuse_before_the_work(plan, graph, sites)
     ledger = _Ledger(hashing, progress)
     landings = _land(plan, graph.model, sites, ledger)
     strip(graph.model)
@@ -113,6 +110,19 @@ def merge_graph(
         replaced=sum(step.is_whole for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
+
+
+def refuse_before_the_work(plan: Plan, graph: GraphFile, sites: Sites) -> None:
+    """Raise InputRefused for what can be told of a merge without reading a weight."""
+    if graph.takes_adapters:
+        raise InputRefused(
+            f"{graph.path} takes adapters while it runs, and their fingerprints are its weights': merge into the graph "
+            "that it was made from"
+        )
+    provenance.refuse_second_merge(plan, graph.path, graph.history)
+    refuse_what_a_graph_cannot_take(plan)
+    for step in plan.steps:
+        refuse_quantised(step, sites)
 
 
 class _Ledger:
