@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,25 @@ from graphs import (
     EVERY_MODEL,
     a_graph,
     an_adapter,
+    attached,
     contents,
     eager,
     exported,
     inputs,
     planned,
+    quantised,
     run,
     stored,
     with_changes,
 )
 from numpy.typing import NDArray
 from test_graph_fold import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
+from test_graph_rows import by_row
 
+from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.graph import branches, sites
-from lora_export.graph.fold import StepResult
+from lora_export.graph.fold import StepResult, new_initializer
 from lora_export.lora import Adapter, LoraPair
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
@@ -163,6 +168,191 @@ def test_a_layer_in_a_subgraph_gets_its_branch_there() -> None:
     assert np.array_equal(run(model, x=np.float32([[1, 0]]), c=np.array(False))["y"], [[1, 0]])
 
 
+# --- DoRA: y = m / ‖W + sBA‖ * x (W + sBA)^T + bias ---
+
+W = np.float64([[1, 2, 3], [4, 5, 6]])  # of m, (out, in)
+DORA = dataclasses.replace(PAIR, magnitude=[5.0, 0.5])
+
+
+def rescaled(weight: NDArray[Any], pair: LoraPair) -> NDArray[np.float64]:
+    """m / ‖W + sBA‖ * (W + sBA), in the (out, in, ...) view."""
+    assert pair.magnitude is not None
+    a, b = pair.a.astype(np.float64), pair.b.astype(np.float64)
+    total = weight + pair.scale * (b.reshape(-1, pair.rank) @ a.reshape(pair.rank, -1)).reshape(weight.shape)
+    length = np.sqrt(np.square(total).sum(axis=tuple(range(1, total.ndim))))
+    return total * (pair.magnitude / length).reshape(-1, *[1] * (total.ndim - 1))
+
+
+def test_dora_rescales_the_product_and_its_branch_and_the_base_keeps_its_bytes() -> None:
+    model = a_graph(LINEAR)
+    before = contents(model)
+    woven(model, an_adapter({"m": DORA}))
+    after = contents(model)
+    names = {f"m.{part}.weight" for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
+    assert before.items() < after.items()
+    assert after.keys() - before.keys() == names
+    assert [node.name for node in model.graph][2:6] == [
+        "/m/lora_B/MatMul", "/m/lora_B/Add", "/m/lora_magnitude_vector/Mul", "b",
+    ]  # fmt: skip
+    # W + sBA = [[3, 2, 1], [8, 5, 2]]
+    factor = [5 / np.sqrt(9 + 4 + 1), 0.5 / np.sqrt(64 + 25 + 4)]
+    np.testing.assert_allclose(stored(model, "m.lora_magnitude_vector.weight"), factor, rtol=1e-7)
+    np.testing.assert_allclose(run(model, x=X)["y"], ([[7, 17], [7, 17]] * np.array(factor) + [10, 20]) * [7, 8], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gemm", "bias", "alpha", "beta"),
+    [
+        ("<transB = 1> (x, m.weight, row)", [10, 20], 1, 1),
+        ("<transB = 1> (x, m.weight)", [0, 0], 1, 1),
+        ("<transB = 1, alpha = 0.5, beta = 3.0> (x, m.weight, row)", [10, 20], 0.5, 3),
+        ("<transB = 1, beta = 0.0> (x, m.weight, row)", [10, 20], 1, 0),
+        ("<transA = 1, transB = 1, alpha = 2.0> (t, m.weight, column)", [[7], [8]], 2, 1),
+        ("<transB = 1> (x, m.weight, k)", [11, 21], 1, 1),
+    ],
+)
+def test_a_gemms_bias_is_not_rescaled_by_dora(gemm: str, bias: Any, alpha: float, beta: float) -> None:
+    model = a_graph(f"""
+        g (float[2,3] x) => (float[2,2] y)
+        <float[2,3] m.weight = {{1,2,3,4,5,6}}, float[2] row = {{10,20}}, float[2,1] column = {{7,8}},
+         float one = {{1}}>
+        {{ t = Transpose(x)
+           k = Add(row, one)
+           [n] y = Gemm {gemm} }}""")
+    before = contents(model)
+    woven(model, an_adapter({"m": DORA}), strengths=[1.0])
+    assert before.items() < contents(model).items()
+    expected = alpha * X @ rescaled(W, DORA).T + beta * np.array(bias)
+    np.testing.assert_allclose(run(model, x=X)["y"], expected, rtol=1e-6)
+
+
+def test_doras_length_is_that_of_the_weight_at_its_adapters_strength() -> None:
+    model = a_graph(GEMM)
+    woven(model, an_adapter({"m": DORA}), strengths=[-1.5])
+    expected = X @ rescaled(W, dataclasses.replace(DORA, scale=DORA.scale * -1.5)).T
+    np.testing.assert_allclose(run(model, x=X)["y"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_dora_beside_a_quantised_weight_has_the_lengths_of_what_it_stands_for(as_pairs: bool, bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(6, 40)).astype(np.float32)
+    model = a_graph(f"""
+        g (float[N,40] x) => (float[N,6] y) <float[40,6] m.weight = {{{",".join(map(str, weight.T.flat))}}}>
+        {{ [n] y = MatMul(x, m.weight) }}""")
+    model = quantised(model, as_pairs=as_pairs)
+    shift = np.arange(6, dtype=np.float32) if bias and not as_pairs else np.zeros(6, np.float32)
+    if shift.any():
+        model.graph[0].resize_inputs(6)
+        model.graph[0].replace_input_with(5, new_initializer(model, "m.bias", ir.Tensor(shift)))
+    (site,) = sites.find(model).by_name["m.weight"]
+    assert np.linalg.norm(site.matrix - weight) > 0.05 * np.linalg.norm(weight)  # they differ, and so do the lengths
+    pair = LoraPair(a=rng.normal(size=(2, 40)), b=rng.normal(size=(6, 2)), scale=0.5, magnitude=np.arange(6) - 2.5)
+    total = site.matrix.astype(np.float64) + pair.delta()
+    x, before = rng.normal(size=(5, 40)).astype(np.float32), contents(model)
+    # onnxruntime rounds x too where it fuses the two nodes: its own base is the base here.
+    expected = run(model, x=x)["y"] - shift + x @ pair.delta().T.astype(np.float64)
+    expected = expected * (pair.magnitude / np.linalg.norm(total, axis=1)) + shift
+    woven(model, an_adapter({"m": pair}))
+    assert before.items() < contents(model).items()
+    np.testing.assert_allclose(run(model, x=x)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_and_a_shift_of_the_bias_in_the_same_gemm_meet() -> None:
+    model = a_graph("""
+        g (float[2,3] x) => (float[2,2] y, float[2,2] z)
+        <float[2,3] m.weight = {1,2,3,4,5,6}, float[2] m.bias = {10,20}, float[2,3] o.weight = {1,2,3,4,5,6}>
+        { [n] y = Gemm <transB = 1> (x, m.weight, m.bias)
+          [o] z = Gemm <transB = 1> (x, o.weight, m.bias) }""", modules={"n": "m", "o": "o"})  # fmt: skip
+    woven(model, an_adapter({"m": DORA}, biases={"m": np.float32([1, 2])}))
+    answer = run(model, x=X)
+    np.testing.assert_allclose(answer["y"], X @ rescaled(W, DORA).T + [11, 22], rtol=1e-6)
+    assert np.array_equal(answer["z"], X @ W.T + [10, 20])
+
+
+def test_a_module_that_is_called_twice_has_one_length() -> None:
+    model = a_graph(SHARED, modules={"first": "a.fc", "second": "a.fc"})
+    pair = dataclasses.replace(SQUARE, magnitude=[3, 4])
+    woven(model, an_adapter({"a.fc": pair}))
+    assert len(model.graph.initializers) == 4
+    weight = rescaled(np.float64([[1, 3], [2, 4]]), pair)
+    np.testing.assert_allclose(run(model, x=np.float32([[1, 2]]))["y"], [[1, 2]] @ weight.T @ weight.T, rtol=1e-6)
+
+
+def test_weights_of_one_name_that_differ_have_lengths_of_their_own() -> None:
+    model = a_graph("""
+        g (float[N,3] x) => (float[N,2] y, float[N,2] z)
+        <float[2,3] m.weight = {1,2,3,4,5,6}, float[2,3] o.weight = {1,2,3,4,5,7}>
+        { y = Gemm <transB = 1> (x, m.weight)
+          z = Gemm <transB = 1> (x, o.weight) }""")
+    found = sites.find(model)
+    both = sites.Sites({"m.weight": tuple(site for there in found.by_name.values() for site in there)}, (), ())
+    branches.branch(model, both, plan.make([an_adapter({"m": DORA})], both.specs))
+    answer = run(model, x=X)
+    np.testing.assert_allclose(answer["y"], X @ rescaled(W, DORA).T, rtol=1e-6)
+    other = np.float64([[1, 2, 3], [4, 5, 7]])
+    np.testing.assert_allclose(answer["z"], X @ rescaled(other, DORA).T, rtol=1e-6)
+    assert {"m.lora_magnitude_vector.weight", "m.lora_magnitude_vector.weight_1"} < set(model.graph.initializers)
+
+
+def test_doras_length_carries_the_name_of_one_adapter_of_several() -> None:
+    model = a_graph(SHARED.replace("y = MatMul(h, a.fc.weight)", "y = MatMul(h, b.weight)").replace(
+        "3,4}>", "3,4}, float[2,2] b.weight = {1,0,0,1}>"
+    ))  # fmt: skip
+    pair = dataclasses.replace(SQUARE, magnitude=[3, 4])
+    woven(model, an_adapter({"a.fc": pair}, name="one"), an_adapter({"b": SQUARE}, name="two"))
+    assert "a.fc.lora_magnitude_vector.one.weight" in model.graph.initializers
+    assert "b.lora_magnitude_vector.two.weight" not in model.graph.initializers
+    weights = rescaled(np.float64([[1, 3], [2, 4]]), pair), np.eye(2) + SQUARE.delta()
+    np.testing.assert_allclose(
+        run(model, x=np.float32([[1, 2]]))["y"], [[1, 2]] @ weights[0].T @ weights[1].T, rtol=1e-6
+    )
+
+
+def test_doras_length_has_the_weights_dtype() -> None:
+    model = a_graph(GEMM)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.dtype = ir.DataType.FLOAT16
+    weight = model.graph.initializers["m.weight"]
+    weight.const_value, weight.dtype = ir.Tensor(stored(model, "m.weight").astype(np.float16)), ir.DataType.FLOAT16
+    woven(model, an_adapter({"m": DORA}))
+    assert stored(model, "m.lora_magnitude_vector.weight").dtype == np.float16
+    np.testing.assert_allclose(run(model, x=X.astype(np.float16))["y"], X @ rescaled(W, DORA).T, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        (
+            LoraPair(a=[[1, 2, 3]], b=[[-1], [0]], scale=1.0, magnitude=[1, 1]),
+            r"m\.weight: W \+ sBA is zero in 1 of its",
+        ),
+        (dataclasses.replace(DORA, magnitude=[3e38, 1]), None),
+        (LoraPair(a=[[1, 2, 3 - 1e-6]], b=[[-1], [0]], scale=1.0, magnitude=[3e38, 1]), "vector.weight: 1 values"),
+    ],
+)
+def test_a_length_that_cannot_be_given_is_refused(pair: LoraPair, told: str | None) -> None:
+    model = a_graph(GEMM)
+    if told is None:
+        woven(model, an_adapter({"m": pair}))
+    else:
+        with pytest.raises(InputRefused, match=told):
+            woven(model, an_adapter({"m": pair}))
+
+
+def test_dora_beside_the_weights_of_an_old_graph_is_refused() -> None:
+    model = a_graph(GEMM)
+    model.opset_imports[""] = 10
+    with pytest.raises(InputRefused, match=r"the graph is of opset 10; DoRA beside its weights needs 11"):
+        woven(model, an_adapter({"m": DORA}))
+
+
+def test_dora_by_row_is_refused_by_name() -> None:
+    with pytest.raises(InputRefused, match=r"default, m: DoRA"):
+        by_row(a_graph(GEMM), an_adapter({"m": DORA}))
+
+
 # --- shared tensors ---
 
 
@@ -216,12 +406,6 @@ def test_a_factor_that_overflows_the_graphs_dtype_is_refused() -> None:
         woven(model, an_adapter({"m": LoraPair(a=PAIR.a, b=PAIR.b, scale=70_000.0)}))
 
 
-def test_dora_is_refused_by_name() -> None:
-    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[1, 1])
-    with pytest.raises(InputRefused, match=r"default: m\.weight: DoRA cannot stand beside a graph's weights yet"):
-        woven(a_graph(GEMM), an_adapter({"m": pair}))
-
-
 # --- real exports, against PyTorch ---
 
 
@@ -240,6 +424,26 @@ def test_a_woven_export_computes_what_pytorch_computes(name: str) -> None:
         for key, value in eager(reference, feeds).items():
             np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=1e-5)
             assert np.abs(value - before[key]).max() > 1e-2  # the adapter is seen
+
+
+@EVERY_MODEL
+def test_an_export_with_dora_everywhere_computes_what_pytorch_computes(name: str) -> None:
+    made = exported(name)
+    rng = np.random.default_rng(0)
+    pairs = {
+        module: dataclasses.replace(pair, magnitude=rng.uniform(0.5, 1.5, pair.shape[0]))
+        for module, pair in everywhere(made.graph)[0].pairs.items()
+    }
+    base, lora, adapter = made.graph.clone(), made.graph.clone(), an_adapter(pairs)
+    woven(made.graph, adapter)
+    assert contents(base).items() < contents(made.graph).items()
+    woven(lora, an_adapter({module: dataclasses.replace(pair, magnitude=None) for module, pair in pairs.items()}))
+    feeds = inputs(name, 3, 12, seed=2)
+    arrays = {key: value.numpy() for key, value in feeds.items()}
+    answer, before, without = (run(graph, **arrays) for graph in (made.graph, base, lora))
+    for key, value in eager(attached(made.module, adapter), feeds).items():
+        np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=1e-5)
+        assert min(np.abs(value - before[key]).max(), np.abs(value - without[key]).max()) > 1e-2  # its lengths are seen
 
 
 def test_two_adapters_beside_an_export_are_their_sum() -> None:
