@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
 from lora_export.graph.quantised import NBITS
+from lora_export.graph.readers import ONNX, identity
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
-from lora_export.lora import energies
-from lora_export.plan import Plan, Step, Term
+from lora_export.lora import LoraPair, energies
+from lora_export.plan import Layout, Plan, Step, Term
 
 Attributes = Mapping[str, int | float | Sequence[int]]
 NONE: Attributes = MappingProxyType({})
@@ -32,11 +34,12 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     A layer gains MatMul by A (in, r), MatMul by B (r, out) and an Add to its product, before anything
     reads it. The scale lies in B; A and B have the weight's dtype and are called `X.lora_A.weight` and
     `X.lora_B.weight`, X being the module, or `X.lora_A.NAME.weight` where there are several adapters.
-    DoRA's sum is multiplied by `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here
-    once, before the bias is added. The base's weights keep their bytes. Whole tensors and bias shifts
-    are folded in. `sites` does not describe the graph any more then.
+    An embedding's branch looks up rows of A (num, r) as the layer looks up its own. DoRA's sum is
+    multiplied by `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before
+    the bias is added. The base's weights keep their bytes. Whole tensors and bias shifts are folded in.
+    `sites` does not describe the graph any more then.
 
-    Raises InputRefused where a weight is also read by something that is no linear layer, where the
+    Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
     graph holds such branches already, where its opset is below 11 for DoRA, and as `fold` does; throw
     the graph away then.
     """
@@ -46,7 +49,7 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     folded = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
     weaver, several = Weaver(model), len(plan.adapters) > 1
     for step in plan.low_rank:
-        there = weaver.places(step.weight, sites)
+        there = weaver.places(step.weight, sites, _obstacle_to(step.terms[0].pair))
         pairs = [_pair(weaver, step, term, there[0], _label(term, several=several)) for term in step.terms]
         lengths = _Lengths(weaver, step, _label(step.terms[0], several=several))
         for site in there:
@@ -62,12 +65,24 @@ def _refuse_old(model: ir.Model, plan: Plan) -> None:
         )
 
 
+def _obstacle_to(pair: LoraPair) -> Callable[[Site], str]:
+    """As `Site.obstacle`, where a pair of this kind is to stand beside."""
+
+    def obstacle(site: Site) -> str:
+        if pair.embedding:
+            looked_up = identity(site.node) == (ONNX, "Gather") and site.layout is Layout.EMBEDDING
+            return "" if looked_up else site.node.op_type
+        return site.obstacle
+
+    return obstacle
+
+
 def _label(term: Term, *, several: bool) -> str:
     return f".{term.adapter}" if several else ""
 
 
 def _pair(weaver: Weaver, step: Step, term: Term, site: Site, label: str) -> tuple[Factor, Factor]:
-    """A (in, r) and s·B (r, out) as initializers in the weight's dtype."""
+    """A (in, r) and s·B (r, out) as initializers in the weight's dtype; `in` is how many rows an embedding has."""
     module, dtype = module_of(step.weight), np.dtype(site.dtype)
     scale = np.float32(term.strength * term.pair.scale)
     with np.errstate(over="ignore"):  # looked for where it is stored
@@ -104,7 +119,8 @@ class _Lengths:
 def _length_factor(step: Step, site: Site) -> NDArray[Any]:
     """m / ‖W + sBA‖ of each output, in fp64 from what the site stores, rounded once to the dtype it computes in."""
     (term,) = step.terms  # a plan lets no other stand beside DoRA
-    weight = site.matrix.reshape(term.pair.shape[0], -1)
+    matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
+    weight = matrix.reshape(term.pair.shape[0], -1)
     a = term.pair.a.reshape(term.pair.rank, -1).astype(np.float64)
     b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * (term.strength * term.pair.scale)
     parts = [slice(begin, begin + OUTPUTS) for begin in range(0, len(weight), OUTPUTS)]
@@ -144,10 +160,12 @@ class Weaver:
         self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.old = frozenset(self.values)
 
-    def places(self, weight: str, sites: Sites) -> tuple[Site, ...]:
+    def places(
+        self, weight: str, sites: Sites, obstacle: Callable[[Site], str] = attrgetter("obstacle")
+    ) -> tuple[Site, ...]:
         """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers."""
         there = sites.by_name[weight]
-        strangers = sorted({site.obstacle for site in there if site.obstacle})
+        strangers = sorted({told for site in there if (told := obstacle(site))})
         if strangers:
             raise InputRefused(
                 f"{weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
@@ -168,12 +186,22 @@ class Weaver:
         return Factor(value, "/".join(["", *parts]))
 
     def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
-        """x·A·B, as a site's own node would have it."""
+        """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
+        if site.layout is Layout.EMBEDDING:
+            return self._looked_up(site, a, b)
         x = site.node.inputs[0]
         assert x is not None
         turned, amplified = _attributes(site.node)
         down = self._multiply(x, a, turned)
         up = self._multiply(down.outputs[0], b, amplified)
+        return Branch([down, up], up.outputs[0], b.path)
+
+    def _looked_up(self, site: Site, a: Factor, b: Factor) -> Branch:
+        ids = site.node.inputs[1]
+        assert ids is not None and a.value.shape is not None
+        shape = None if ids.shape is None else ir.Shape([*ids.shape, a.value.shape[-1]])
+        down = self.node("Gather", [a.value, ids], a.path, shape)
+        up = self._multiply(down.outputs[0], b, NONE)
         return Branch([down, up], up.outputs[0], b.path)
 
     def stand_beside(self, site: Site, branches: Sequence[Branch], length: Factor | None = None) -> None:

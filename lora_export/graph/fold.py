@@ -64,9 +64,7 @@ def refuse_what_no_branch_can_do(plan: Plan) -> None:
     refuse_what_a_graph_cannot_take(plan)
     for step in plan.steps:
         for term in step.terms:
-            if term.pair.embedding:
-                what = "an adapter of an embedding"
-            elif term.pair.a.ndim > 2:
+            if term.pair.a.ndim > 2:
                 what = "an adapter of a convolution"
             elif step.replace is not None:
                 what = "a pair on a tensor that its adapter brings"
