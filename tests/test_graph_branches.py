@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from graphs import (
     EVERY_MODEL,
     a_graph,
@@ -27,8 +29,9 @@ from graphs import (
 from numpy.typing import NDArray
 from test_graph_fold import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
 from test_graph_rows import by_row
+from torch import Tensor, nn
 
-from lora_export import plan
+from lora_export import export, plan
 from lora_export.errors import InputRefused
 from lora_export.graph import branches, sites
 from lora_export.graph.fold import StepResult, new_initializer
@@ -459,6 +462,134 @@ def test_an_exports_embeddings_compute_what_pytorch_computes(dora: bool) -> None
     for key, value in eager(attached(made.module, adapter), feeds).items():
         np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=1e-5)
         assert np.abs(value - before[key]).max() > 1e-2
+
+
+# --- convolutions ---
+
+
+class Strided(nn.Module):
+    """Convolutions over one, two and three dimensions, one with everything that a convolution can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(2, 3, 3, stride=2, padding=2, dilation=2)
+        self.two = nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1), bias=False)
+        self.three = nn.Conv3d(2, 3, (2, 1, 3), padding=(0, 1, 1))
+        self.point = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
+        return {"one": self.one(x), "two": self.point(torch.relu(self.two(y))), "three": self.three(z)}
+
+
+@functools.cache
+def strided() -> tuple[nn.Module, ir.Model, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    module = Strided().eval()
+    feeds = {"x": torch.randn(2, 2, 12), "y": torch.randn(2, 2, 9, 8), "z": torch.randn(2, 2, 4, 5, 6)}
+    axes: Any = {name: {0: "batch", 2: f"length_{name}"} for name in feeds}
+    return module, export.to_onnx(module, feeds, axes=axes), feeds
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_exports_convolutions_compute_what_pytorch_computes(dora: bool) -> None:
+    module, graph, feeds = strided()
+    graph, rng = graph.clone(), np.random.default_rng(0)
+    pairs = {
+        name: LoraPair(
+            a=rng.normal(size=(2, *layer.weight.shape[1:])), scale=0.5,
+            b=rng.normal(size=(layer.weight.shape[0], 2, *[1] * (layer.weight.ndim - 2))),
+            magnitude=rng.uniform(1, 2, layer.weight.shape[0]) if dora else None,
+        )
+        for name, layer in module.named_children()
+    }  # fmt: skip
+    base, adapter = graph.clone(), an_adapter(pairs)
+    woven(graph, adapter)
+    assert contents(base).items() < contents(graph).items()
+    assert len([node for node in graph.graph if node.op_type == "Conv"]) == 3 * len(pairs)
+    larger = {name: torch.cat([value, value.flip(2)], 2)[:1] for name, value in feeds.items()}
+    for fed in (feeds, larger):
+        arrays = {key: value.numpy() for key, value in fed.items()}
+        answer, before = run(graph, **arrays), run(base, **arrays)
+        for key, value in eager(attached(module, adapter), fed).items():
+            np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=1e-5)
+            assert np.abs(value - before[key]).max() > 0.1
+
+
+CONV = """
+g (float[N,2,L] x) => (float[N,3,M] y)
+<float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}, float[3] c.bias = {10,20,30}>
+{ [n] y = Conv <ATTRIBUTES> (x, c.weight, c.bias) }
+"""
+KERNEL = np.float64([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]).reshape(3, 2, 2)
+CONVOLVED = LoraPair(
+    a=[[[1, 0], [2, -1]]], b=np.float32([1, -2, 3]).reshape(3, 1, 1), scale=0.5, magnitude=[1, 2, -3]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "strides = [1]",
+        'auto_pad = "SAME_UPPER", strides = [2]',
+        'auto_pad = "SAME_LOWER"',
+        "kernel_shape = [2], pads = [1, 0]",
+    ],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_convolutions_attributes_hold_for_its_branch(attributes: str, dora: bool) -> None:
+    body = CONV.replace("ATTRIBUTES", attributes)
+    model, merged = a_graph(body), a_graph(body)
+    pair = CONVOLVED if dora else dataclasses.replace(CONVOLVED, magnitude=None)
+    woven(model, an_adapter({"c": pair}))
+    weight = rescaled(KERNEL, pair) if dora else KERNEL + pair.delta()
+    merged.graph.initializers["c.weight"].const_value = ir.Tensor(weight.astype(np.float32), name="c.weight")
+    x = np.random.default_rng(0).normal(size=(2, 2, 7)).astype(np.float32)
+    np.testing.assert_allclose(run(model, x=x)["y"], run(merged, x=x)["y"], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(run(model, x=x)["y"], computed(body, x=x), atol=0.1)
+
+
+def test_a_convolutions_branch_is_named_as_others_are_and_holds_the_pair_as_it_is() -> None:
+    model = a_graph(CONV.replace("ATTRIBUTES", "strides = [1]"))
+    before = contents(model)
+    woven(model, an_adapter({"c": CONVOLVED}))
+    assert before.items() < contents(model).items()
+    assert [node.name for node in model.graph] == [
+        "n", "/c/lora_A/Conv", "/c/lora_B/Conv", "/c/lora_B/Add", "/c/lora_magnitude_vector/Mul",
+        "/c/lora_magnitude_vector/Reshape", "/c/lora_magnitude_vector/Add",
+    ]  # fmt: skip
+    assert np.array_equal(stored(model, "c.lora_A.weight"), CONVOLVED.a)
+    assert np.array_equal(stored(model, "c.lora_B.weight"), 0.5 * CONVOLVED.b)
+    assert stored(model, "c.lora_magnitude_vector.weight").shape == (3, 1)
+    (output,) = model.graph.outputs
+    assert (output.name, str(output.shape)) == ("y", "[N,3,M]")
+
+
+def test_a_convolution_in_groups_is_refused_by_name() -> None:
+    model = a_graph(CONV.replace("ATTRIBUTES", "group = 3").replace("[N,2,L]", "[N,6,L]"))
+    with pytest.raises(InputRefused, match=r"c\.weight: a pair has no meaning beside a convolution of 3 groups"):
+        woven(model, an_adapter({"c": CONVOLVED}))
+
+
+def test_a_convolution_with_its_activation_inside_is_refused_by_name() -> None:
+    body = CONV.replace("Conv <ATTRIBUTES>", 'com.microsoft.FusedConv <activation = "Relu">')
+    model = a_graph(body.replace("com.microsoft.FusedConv", "FusedConv"))
+    model.graph[0].domain, model.opset_imports["com.microsoft"] = "com.microsoft", 1
+    with pytest.raises(InputRefused, match=r"c\.weight is read by FusedConv, beside which no branch can stand"):
+        woven(model, an_adapter({"c": CONVOLVED}))
+
+
+def test_a_convolution_by_row_is_refused_by_name() -> None:
+    pair = dataclasses.replace(CONVOLVED, magnitude=None)
+    with pytest.raises(InputRefused, match="default, c: a convolution"):
+        by_row(a_graph(CONV.replace("ATTRIBUTES", "strides = [1]")), an_adapter({"c": pair}))
+
+
+def test_a_pair_on_a_tensor_that_its_adapter_brings_is_refused_by_name() -> None:
+    adapter = an_adapter({"m": PAIR}, replaced={"m.weight": np.ones((2, 3), np.float32)})
+    with pytest.raises(
+        InputRefused, match=r"default: m\.weight: a pair on a tensor that its adapter brings cannot stand"
+    ):
+        woven(a_graph(GEMM), adapter)
 
 
 # --- shared tensors ---

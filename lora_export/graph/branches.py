@@ -21,9 +21,10 @@ from lora_export.ledger import StepResult
 from lora_export.lora import LoraPair, energies
 from lora_export.plan import Layout, Plan, Step, Term
 
-Attributes = Mapping[str, int | float | Sequence[int]]
+Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
 NONE: Attributes = MappingProxyType({})
-BIASES: Mapping[str, int] = MappingProxyType({"Gemm": 2, NBITS: 5})  # operators that add a bias, and at which input
+# Operators that add a bias, and at which input.
+BIASES: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, NBITS: 5})
 LOWEST_OPSET = 11  # a Gemm can do without its bias since
 OUTPUTS = 512  # of a weight, whose lengths are computed in fp64 at a time
 
@@ -34,7 +35,8 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     A layer gains MatMul by A (in, r), MatMul by B (r, out) and an Add to its product, before anything
     reads it. The scale lies in B; A and B have the weight's dtype and are called `X.lora_A.weight` and
     `X.lora_B.weight`, X being the module, or `X.lora_A.NAME.weight` where there are several adapters.
-    An embedding's branch looks up rows of A (num, r) as the layer looks up its own. DoRA's sum is
+    An embedding's branch looks up rows of A (num, r) as the layer looks up its own; a convolution's is
+    a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is
     multiplied by `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before
     the bias is added. The base's weights keep their bytes. Whole tensors and bias shifts are folded in.
     `sites` does not describe the graph any more then.
@@ -50,6 +52,7 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     weaver, several = Weaver(model), len(plan.adapters) > 1
     for step in plan.low_rank:
         there = weaver.places(step.weight, sites, _obstacle_to(step.terms[0].pair))
+        _refuse_groups(step, there)
         pairs = [_pair(weaver, step, term, there[0], _label(term, several=several)) for term in step.terms]
         lengths = _Lengths(weaver, step, _label(step.terms[0], several=several))
         for site in there:
@@ -72,9 +75,20 @@ def _obstacle_to(pair: LoraPair) -> Callable[[Site], str]:
         if pair.embedding:
             looked_up = identity(site.node) == (ONNX, "Gather") and site.layout is Layout.EMBEDDING
             return "" if looked_up else site.node.op_type
-        return site.obstacle
+        whole = site.inner is None and site.block is None
+        return "" if whole and _is_convolution(site) else site.obstacle
 
     return obstacle
+
+
+def _is_convolution(site: Site) -> bool:
+    return identity(site.node) == (ONNX, "Conv") and site.layout is Layout.OUT_IN
+
+
+def _refuse_groups(step: Step, there: Sequence[Site]) -> None:
+    groups = max(site.node.attributes.get_int("group", 1) if _is_convolution(site) else 1 for site in there)
+    if groups > 1:
+        raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {groups} groups")
 
 
 def _label(term: Term, *, several: bool) -> str:
@@ -82,11 +96,16 @@ def _label(term: Term, *, several: bool) -> str:
 
 
 def _pair(weaver: Weaver, step: Step, term: Term, site: Site, label: str) -> tuple[Factor, Factor]:
-    """A (in, r) and s·B (r, out) as initializers in the weight's dtype; `in` is how many rows an embedding has."""
+    """A (in, r) and s·B (r, out) as initializers in the weight's dtype; a convolution's as its pair has them.
+
+    `in` is how many rows an embedding has.
+    """
     module, dtype = module_of(step.weight), np.dtype(site.dtype)
     scale = np.float32(term.strength * term.pair.scale)
     with np.errstate(over="ignore"):  # looked for where it is stored
-        a, b = term.pair.a.T.astype(dtype), (term.pair.b.T * scale).astype(dtype)
+        a, b = term.pair.a.astype(dtype), (term.pair.b * scale).astype(dtype)
+    if a.ndim == 2:
+        a, b = a.T, b.T
     return weaver.factor(module, f"lora_A{label}", a), weaver.factor(module, f"lora_B{label}", b)
 
 
@@ -99,7 +118,7 @@ class _Lengths:
         self.by_holder: dict[ir.Value | ir.Node, Factor] = {}
 
     def of(self, site: Site) -> Factor | None:
-        """m / ‖W + sBA‖ (out,) for the weight that is read there; None without DoRA."""
+        """m / ‖W + sBA‖ (out,), a convolution's (out, 1...), for the weight that is read there; None without DoRA."""
         if self.step.magnitude is None:
             return None
         holder = site.value if site.quantised is None else site.quantised.node
@@ -128,7 +147,7 @@ def _length_factor(step: Step, site: Site) -> NDArray[Any]:
     factor = np.ones((len(squares), 1))
     step.rescale(factor, squares)
     with np.errstate(over="ignore"):  # looked for where it is stored
-        return factor[:, 0].astype(site.dtype)
+        return factor.reshape(-1, *[1] * (term.pair.a.ndim - 2)).astype(site.dtype)
 
 
 def module_of(weight: str) -> str:
@@ -189,6 +208,8 @@ class Weaver:
         """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
         if site.layout is Layout.EMBEDDING:
             return self._looked_up(site, a, b)
+        if _is_convolution(site):
+            return self._convolved(site, a, b)
         x = site.node.inputs[0]
         assert x is not None
         turned, amplified = _attributes(site.node)
@@ -202,6 +223,14 @@ class Weaver:
         shape = None if ids.shape is None else ir.Shape([*ids.shape, a.value.shape[-1]])
         down = self.node("Gather", [a.value, ids], a.path, shape)
         up = self._multiply(down.outputs[0], b, NONE)
+        return Branch([down, up], up.outputs[0], b.path)
+
+    def _convolved(self, site: Site, a: Factor, b: Factor) -> Branch:
+        x, product = site.node.inputs[0], site.node.outputs[0]
+        assert x is not None and a.value.shape is not None
+        shape = product.shape and ir.Shape([product.shape[0], a.value.shape[0], *product.shape[2:]])
+        down = self.node("Conv", [x, a.value], a.path, shape, site.node.attributes)
+        up = self.node("Conv", [down.outputs[0], b.value], b.path, product.shape)
         return Branch([down, up], up.outputs[0], b.path)
 
     def stand_beside(self, site: Site, branches: Sequence[Branch], length: Factor | None = None) -> None:
@@ -234,27 +263,37 @@ class Weaver:
         """The sum by each output's length, and the bias, taken out of the site's node, added behind."""
         shape = site.node.outputs[0].shape
         nodes = [self.node("Mul", [total, length.value], length.path, shape)]
-        bias, before = self._bias_taken_out(site, length)
+        bias = self._bias_taken_out(site.node)
         if bias is not None:
-            nodes += [*before, self.node("Add", [nodes[0].outputs[0], bias], length.path, shape)]
+            before = self._as_added(site, bias, length.path)
+            last = before[-1].outputs[0] if before else bias
+            nodes += [*before, self.node("Add", [nodes[0].outputs[0], last], length.path, shape)]
         return nodes
 
-    def _bias_taken_out(self, site: Site, length: Factor) -> tuple[ir.Value | None, list[ir.Node]]:
-        """The bias that a site's node adds no longer, and the nodes that make it what is added to the output."""
-        node, index = site.node, BIASES.get(site.node.op_type, len(site.node.inputs))
+    def _bias_taken_out(self, node: ir.Node) -> ir.Value | None:
+        """The bias that a node adds no longer; None where it never did."""
+        index = BIASES.get(node.op_type, len(node.inputs))
         bias = node.inputs[index] if index < len(node.inputs) else None
-        if bias is None:
-            return None, []
-        node.replace_input_with(index, None)
-        while node.inputs[-1] is None:
-            node.resize_inputs(len(node.inputs) - 1)
-        beta = node.attributes.get_float("beta", 1.0)
+        if bias is not None:
+            node.replace_input_with(index, None)
+            while node.inputs[-1] is None:
+                node.resize_inputs(len(node.inputs) - 1)
+        return bias
+
+    def _as_added(self, site: Site, bias: ir.Value, path: str) -> list[ir.Node]:
+        """The nodes that make a bias what its node added: a Gemm's times beta, a convolution's upright."""
+        if _is_convolution(site):
+            upright = np.array([-1, *[1] * (len(site.shape) - 2)], np.int64)
+            return [self.node("Reshape", [bias, self._constant(path, "shape", upright)], path)]
+        beta = site.node.attributes.get_float("beta", 1.0)
         if beta == 1:
-            return bias, []
-        name = unused(f"{length.path[1:].replace('/', '.')}.beta", self.values)
-        factor = new_initializer(self.model, name, ir.Tensor(np.array(beta, np.dtype(site.dtype))))
-        scaled = self.node("Mul", [bias, factor], length.path, bias.shape)
-        return scaled.outputs[0], [scaled]
+            return []
+        factor = self._constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
+        return [self.node("Mul", [bias, factor], path, bias.shape)]
+
+    def _constant(self, path: str, name: str, array: NDArray[Any]) -> ir.Value:
+        name = unused(f"{path[1:].replace('/', '.')}.{name}", self.values)
+        return new_initializer(self.model, name, ir.Tensor(array))
 
     def _multiply(self, x: ir.Value, factor: Factor, attributes: Attributes) -> ir.Node:
         assert factor.value.shape is not None
