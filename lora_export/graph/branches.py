@@ -36,10 +36,10 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     reads it. The scale lies in B; A and B have the weight's dtype and are called `X.lora_A.weight` and
     `X.lora_B.weight`, X being the module, or `X.lora_A.NAME.weight` where there are several adapters.
     An embedding's branch looks up rows of A (num, r) as the layer looks up its own; a convolution's is
-    a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is
-    multiplied by `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before
-    the bias is added. The base's weights keep their bytes. Whole tensors and bias shifts are folded in.
-    `sites` does not describe the graph any more then.
+    a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is multiplied by
+    `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before the bias is
+    added. The base's weights keep their bytes. Whole tensors and bias shifts are folded in. `sites`
+    does not describe the graph any more then.
 
     Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
     graph holds such branches already, where its opset is below 11 for DoRA, and as `fold` does; throw
@@ -72,13 +72,16 @@ def _obstacle_to(pair: LoraPair) -> Callable[[Site], str]:
     """As `Site.obstacle`, where a pair of this kind is to stand beside."""
 
     def obstacle(site: Site) -> str:
+        alone = site.inner is None and site.block is None
         if pair.embedding:
-            looked_up = identity(site.node) == (ONNX, "Gather") and site.layout is Layout.EMBEDDING
-            return "" if looked_up else site.node.op_type
-        whole = site.inner is None and site.block is None
-        return "" if whole and _is_convolution(site) else site.obstacle
+            return "" if alone and _is_lookup(site) else site.obstacle or site.node.op_type
+        return "" if alone and _is_convolution(site) else site.obstacle
 
     return obstacle
+
+
+def _is_lookup(site: Site) -> bool:
+    return identity(site.node) == (ONNX, "Gather") and site.layout is Layout.EMBEDDING
 
 
 def _is_convolution(site: Site) -> bool:
@@ -206,7 +209,7 @@ class Weaver:
 
     def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
         """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
-        if site.layout is Layout.EMBEDDING:
+        if _is_lookup(site):
             return self._looked_up(site, a, b)
         if _is_convolution(site):
             return self._convolved(site, a, b)
