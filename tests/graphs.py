@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lora_export import export, plan
+from lora_export import export, layers, plan
 from lora_export.graph import sites
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter, LoraPair
@@ -194,6 +194,14 @@ def eager(module: nn.Module, feeds: Mapping[str, Tensor]) -> Arrays:
     if isinstance(outputs, Tensor):
         outputs = {"output_0": outputs}
     return {name: value.numpy() for name, value in outputs.items() if isinstance(value, Tensor)}
+
+
+def attached(module: nn.Module, adapter: Adapter) -> nn.Module:
+    """A copy with the adapter as branches in PyTorch; tied weights are untied first."""
+    steps = plan.make([adapter], layers.specs(module))
+    adapted = with_changes(module, {step.weight: np.zeros(()) for step in steps.low_rank})
+    layers.attach(adapted, steps)
+    return adapted
 
 
 def with_changes(module: nn.Module, changes: Mapping[str, NDArray[Any]]) -> nn.Module:

@@ -75,6 +75,14 @@ def test_doras_branches_in_torchscript_are_proven(place, tmp_path):
 
 
 @pytest.mark.slow
+def test_doras_branches_in_a_graph_are_proven(place, tmp_path):
+    graph = tmp_path / "m.onnx"
+    assert call("onnx", FOLDER, "-o", graph, "-a", place / "adapter", "--lora", "nodes") == 0
+    assert call("verify", graph, "--model", FOLDER, "-a", place / "adapter") == 0
+    assert call("verify", graph, "--model", FOLDER, "-a", without_lengths(place / "adapter", tmp_path / "less")) == 4
+
+
+@pytest.mark.slow
 def test_a_merge_that_forgot_the_lengths_is_told_from_dora(place, tmp_path):
     plain = without_lengths(place / "adapter", tmp_path / "plain")
     assert call("merge", FOLDER, plain, "-o", tmp_path / "merged") == 0

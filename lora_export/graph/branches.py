@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,12 +14,19 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
+from lora_export.graph.quantised import NBITS
+from lora_export.graph.readers import ONNX, identity
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
-from lora_export.plan import Plan, Term
+from lora_export.lora import LoraPair, energies
+from lora_export.plan import Layout, Plan, Step, Term
 
-Attributes = Mapping[str, int | float | Sequence[int]]
+Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
 NONE: Attributes = MappingProxyType({})
+# Operators that add a bias, and at which input.
+BIASES: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, NBITS: 5})
+LOWEST_OPSET = 11  # a Gemm can do without its bias since
+OUTPUTS = 512  # of a weight, whose lengths are computed in fp64 at a time
 
 
 def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
@@ -27,34 +35,122 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     A layer gains MatMul by A (in, r), MatMul by B (r, out) and an Add to its product, before anything
     reads it. The scale lies in B; A and B have the weight's dtype and are called `X.lora_A.weight` and
     `X.lora_B.weight`, X being the module, or `X.lora_A.NAME.weight` where there are several adapters.
-    The base's weights keep their bytes. Whole tensors and bias shifts are folded in. `sites` does not
-    describe the graph any more then.
+    An embedding's branch looks up rows of A (num, r) as the layer looks up its own; a convolution's is
+    a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is multiplied by
+    `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before the bias is
+    added. The base's weights keep their bytes. Whole tensors and bias shifts are folded in. `sites`
+    does not describe the graph any more then.
 
-    Raises InputRefused where a weight is also read by something that is no linear layer, where the
-    graph holds such branches already, and as `fold` does; throw the graph away then.
+    Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
+    graph holds such branches already, where its opset is below 11 for DoRA, and as `fold` does; throw
+    the graph away then.
     """
     refuse_what_no_branch_can_do(plan)
+    _refuse_old(model, plan)
+    # First, while every bias is still where `sites` says.
+    folded = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
     weaver, several = Weaver(model), len(plan.adapters) > 1
-    results = []
-    for step in plan.steps:
-        if step.terms:
-            there = weaver.places(step.weight, sites)
-            dtype = np.dtype(there[0].dtype)
-            pairs = [_pair(weaver, module_of(step.weight), term, dtype, several=several) for term in step.terms]
-            for site in there:
-                weaver.stand_beside(site, [weaver.low_rank(site, a, b) for a, b in pairs])
-        elif (result := change_weight(model, sites, step)) is not None:
-            results.append(result)
-    return results
+    for step in plan.low_rank:
+        there = weaver.places(step.weight, sites, _obstacle_to(step.terms[0].pair))
+        _refuse_groups(step, there)
+        pairs = [_pair(weaver, step, term, there[0], _label(term, several=several)) for term in step.terms]
+        lengths = _Lengths(weaver, step, _label(step.terms[0], several=several))
+        for site in there:
+            weaver.stand_beside(site, [weaver.low_rank(site, a, b) for a, b in pairs], lengths.of(site))
+    return [result for result in folded if result is not None]
 
 
-def _pair(weaver: Weaver, module: str, term: Term, dtype: np.dtype[Any], *, several: bool) -> tuple[Factor, Factor]:
-    """A (in, r) and s·B (r, out) as initializers in the weight's dtype."""
-    label = f".{term.adapter}" if several else ""
+def _refuse_old(model: ir.Model, plan: Plan) -> None:
+    opset = model.opset_imports.get("", 0)
+    if opset < LOWEST_OPSET and any(step.magnitude is not None for step in plan.steps):
+        raise InputRefused(
+            f"the graph is of opset {opset}; DoRA beside its weights needs {LOWEST_OPSET}. Export it anew, or merge"
+        )
+
+
+def _obstacle_to(pair: LoraPair) -> Callable[[Site], str]:
+    """As `Site.obstacle`, where a pair of this kind is to stand beside."""
+
+    def obstacle(site: Site) -> str:
+        alone = site.inner is None and site.block is None
+        if pair.embedding:
+            return "" if alone and _is_lookup(site) else site.obstacle or site.node.op_type
+        return "" if alone and _is_convolution(site) else site.obstacle
+
+    return obstacle
+
+
+def _is_lookup(site: Site) -> bool:
+    return identity(site.node) == (ONNX, "Gather") and site.layout is Layout.EMBEDDING
+
+
+def _is_convolution(site: Site) -> bool:
+    return identity(site.node) == (ONNX, "Conv") and site.layout is Layout.OUT_IN
+
+
+def _refuse_groups(step: Step, there: Sequence[Site]) -> None:
+    groups = max(site.node.attributes.get_int("group", 1) if _is_convolution(site) else 1 for site in there)
+    if groups > 1:
+        raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {groups} groups")
+
+
+def _label(term: Term, *, several: bool) -> str:
+    return f".{term.adapter}" if several else ""
+
+
+def _pair(weaver: Weaver, step: Step, term: Term, site: Site, label: str) -> tuple[Factor, Factor]:
+    """A (in, r) and s·B (r, out) as initializers in the weight's dtype; a convolution's as its pair has them.
+
+    `in` is how many rows an embedding has.
+    """
+    module, dtype = module_of(step.weight), np.dtype(site.dtype)
     scale = np.float32(term.strength * term.pair.scale)
     with np.errstate(over="ignore"):  # looked for where it is stored
-        a, b = term.pair.a.T.astype(dtype), (term.pair.b.T * scale).astype(dtype)
+        a, b = term.pair.a.astype(dtype), (term.pair.b * scale).astype(dtype)
+    if a.ndim == 2:
+        a, b = a.T, b.T
     return weaver.factor(module, f"lora_A{label}", a), weaver.factor(module, f"lora_B{label}", b)
+
+
+class _Lengths:
+    """What DoRA multiplies each output of a step's weight by, as initializers: one for each weight that differs."""
+
+    def __init__(self, weaver: Weaver, step: Step, label: str):
+        self.weaver, self.step, self.label = weaver, step, label
+        self.made: list[tuple[NDArray[Any], Factor]] = []
+        self.by_holder: dict[ir.Value | ir.Node, Factor] = {}
+
+    def of(self, site: Site) -> Factor | None:
+        """m / ‖W + sBA‖ (out,), a convolution's (out, 1...), for the weight that is read there; None without DoRA."""
+        if self.step.magnitude is None:
+            return None
+        holder = site.value if site.quantised is None else site.quantised.node
+        if holder not in self.by_holder:
+            self.by_holder[holder] = self._stored(_length_factor(self.step, site))
+        return self.by_holder[holder]
+
+    def _stored(self, array: NDArray[Any]) -> Factor:
+        for other, factor in self.made:
+            if np.array_equal(other, array):
+                return factor
+        factor = self.weaver.factor(module_of(self.step.weight), f"lora_magnitude_vector{self.label}", array)
+        self.made.append((array, factor))
+        return factor
+
+
+def _length_factor(step: Step, site: Site) -> NDArray[Any]:
+    """m / ‖W + sBA‖ of each output, in fp64 from what the site stores, rounded once to the dtype it computes in."""
+    (term,) = step.terms  # a plan lets no other stand beside DoRA
+    matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
+    weight = matrix.reshape(term.pair.shape[0], -1)
+    a = term.pair.a.reshape(term.pair.rank, -1).astype(np.float64)
+    b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * (term.strength * term.pair.scale)
+    parts = [slice(begin, begin + OUTPUTS) for begin in range(0, len(weight), OUTPUTS)]
+    squares = np.concatenate([energies(weight[part].astype(np.float64) + b[part] @ a) for part in parts])
+    factor = np.ones((len(squares), 1))
+    step.rescale(factor, squares)
+    with np.errstate(over="ignore"):  # looked for where it is stored
+        return factor.reshape(-1, *[1] * (term.pair.a.ndim - 2)).astype(site.dtype)
 
 
 def module_of(weight: str) -> str:
@@ -86,10 +182,12 @@ class Weaver:
         self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.old = frozenset(self.values)
 
-    def places(self, weight: str, sites: Sites) -> tuple[Site, ...]:
+    def places(
+        self, weight: str, sites: Sites, obstacle: Callable[[Site], str] = attrgetter("obstacle")
+    ) -> tuple[Site, ...]:
         """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers."""
         there = sites.by_name[weight]
-        strangers = sorted({site.obstacle for site in there if site.obstacle})
+        strangers = sorted({told for site in there if (told := obstacle(site))})
         if strangers:
             raise InputRefused(
                 f"{weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
@@ -110,7 +208,11 @@ class Weaver:
         return Factor(value, "/".join(["", *parts]))
 
     def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
-        """x·A·B, as a site's own node would have it."""
+        """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
+        if _is_lookup(site):
+            return self._looked_up(site, a, b)
+        if _is_convolution(site):
+            return self._convolved(site, a, b)
         x = site.node.inputs[0]
         assert x is not None
         turned, amplified = _attributes(site.node)
@@ -118,8 +220,27 @@ class Weaver:
         up = self._multiply(down.outputs[0], b, amplified)
         return Branch([down, up], up.outputs[0], b.path)
 
-    def stand_beside(self, site: Site, branches: Sequence[Branch]) -> None:
-        """Add the branches to what a site's node computes, before anything reads it."""
+    def _looked_up(self, site: Site, a: Factor, b: Factor) -> Branch:
+        ids = site.node.inputs[1]
+        assert ids is not None and a.value.shape is not None
+        shape = None if ids.shape is None else ir.Shape([*ids.shape, a.value.shape[-1]])
+        down = self.node("Gather", [a.value, ids], a.path, shape)
+        up = self._multiply(down.outputs[0], b, NONE)
+        return Branch([down, up], up.outputs[0], b.path)
+
+    def _convolved(self, site: Site, a: Factor, b: Factor) -> Branch:
+        x, product = site.node.inputs[0], site.node.outputs[0]
+        assert x is not None and a.value.shape is not None
+        shape = product.shape and ir.Shape([product.shape[0], a.value.shape[0], *product.shape[2:]])
+        down = self.node("Conv", [x, a.value], a.path, shape, site.node.attributes)
+        up = self.node("Conv", [down.outputs[0], b.value], b.path, product.shape)
+        return Branch([down, up], up.outputs[0], b.path)
+
+    def stand_beside(self, site: Site, branches: Sequence[Branch], length: Factor | None = None) -> None:
+        """Add the branches to what a site's node computes, before anything reads it.
+
+        `length` multiplies the sum; the node's own bias is added behind it.
+        """
         product = site.node.outputs[0]
         assert site.node.graph is not None
         uses = product.uses()
@@ -129,6 +250,9 @@ class Weaver:
             add = self.node("Add", [total, branch.product], branch.path, product.shape)
             added += [*branch.nodes, add]
             total = add.outputs[0]
+        if length is not None:
+            added += self._rescaled(site, total, length)
+            total = added[-1].outputs[0]
         site.node.graph.insert_after(site.node, added)
         for node, index in uses:
             node.replace_input_with(index, total)
@@ -137,6 +261,42 @@ class Weaver:
                 if output is product:  # the graph's output keeps its name
                     total.name, product.name = product.name, total.name
                     graph.outputs[index] = total
+
+    def _rescaled(self, site: Site, total: ir.Value, length: Factor) -> list[ir.Node]:
+        """The sum by each output's length, and the bias, taken out of the site's node, added behind."""
+        shape = site.node.outputs[0].shape
+        nodes = [self.node("Mul", [total, length.value], length.path, shape)]
+        bias = self._bias_taken_out(site.node)
+        if bias is not None:
+            before = self._as_added(site, bias, length.path)
+            last = before[-1].outputs[0] if before else bias
+            nodes += [*before, self.node("Add", [nodes[0].outputs[0], last], length.path, shape)]
+        return nodes
+
+    def _bias_taken_out(self, node: ir.Node) -> ir.Value | None:
+        """The bias that a node adds no longer; None where it never did."""
+        index = BIASES.get(node.op_type, len(node.inputs))
+        bias = node.inputs[index] if index < len(node.inputs) else None
+        if bias is not None:
+            node.replace_input_with(index, None)
+            while node.inputs[-1] is None:
+                node.resize_inputs(len(node.inputs) - 1)
+        return bias
+
+    def _as_added(self, site: Site, bias: ir.Value, path: str) -> list[ir.Node]:
+        """The nodes that make a bias what its node added: a Gemm's times beta, a convolution's upright."""
+        if _is_convolution(site):
+            upright = np.array([-1, *[1] * (len(site.shape) - 2)], np.int64)
+            return [self.node("Reshape", [bias, self._constant(path, "shape", upright)], path)]
+        beta = site.node.attributes.get_float("beta", 1.0)
+        if beta == 1:
+            return []
+        factor = self._constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
+        return [self.node("Mul", [bias, factor], path, bias.shape)]
+
+    def _constant(self, path: str, name: str, array: NDArray[Any]) -> ir.Value:
+        name = unused(f"{path[1:].replace('/', '.')}.{name}", self.values)
+        return new_initializer(self.model, name, ir.Tensor(array))
 
     def _multiply(self, x: ir.Value, factor: Factor, attributes: Attributes) -> ir.Node:
         assert factor.value.shape is not None

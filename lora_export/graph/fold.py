@@ -60,22 +60,13 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
 
 
 def refuse_what_no_branch_can_do(plan: Plan) -> None:
-    """Raise InputRefused for pairs that can be folded into a graph's weights and not yet stand beside them."""
+    """Raise InputRefused for what can be folded into a graph's weights and not stand beside them."""
     refuse_what_a_graph_cannot_take(plan)
-    for step in plan.steps:
-        for term in step.terms:
-            if term.pair.magnitude is not None:
-                what = "DoRA"
-            elif term.pair.embedding:
-                what = "an adapter of an embedding"
-            elif term.pair.a.ndim > 2:
-                what = "an adapter of a convolution"
-            elif step.replace is not None:
-                what = "a pair on a tensor that its adapter brings"
-            else:
-                continue
+    for step in plan.low_rank:
+        if step.replace is not None:
             raise InputRefused(
-                f"{term.adapter}: {step.weight}: {what} cannot stand beside a graph's weights yet. Merge it into them"
+                f"{step.terms[0].adapter}: {step.weight}: a pair on a tensor that its adapter brings cannot stand "
+                "beside a graph's weights yet. Merge it into them"
             )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, one_line
-from lora_export.formats.onnx_adapter import IDS, ROWS, stored
+from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
 from lora_export.graph.branches import Branch, Factor, Weaver, module_of
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.sites import Site, Sites, unused
@@ -39,11 +39,13 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     for their first dimension. `sites` does not describe the graph any more then.
 
     Raises InputRefused, with every such place, where no dimension of what enters a layer is the batch
-    for certain; and where a weight is also read by something that is no linear layer, an adapter
-    overflows the weights' dtype, or the opset is below 15. Throw the graph away then.
+    for certain; for adapters that are more than pairs of matrices; and where a weight is also read by
+    something that is no linear layer, an adapter overflows the weights' dtype, or the opset is below 15.
+    Throw the graph away then.
     """
     if model.opset_imports.get("", 0) < LOWEST_OPSET:
         raise InputRefused(f"the graph is of opset {model.opset_imports.get('', 0)}; rows need {LOWEST_OPSET}")
+    refuse_what_no_input_carries(plan.adapters)
     weaver = Weaver(model)
     if IDS in weaver.values:
         raise InputRefused(f"the graph has an input or value {IDS} already: start from the graph without adapters")
