@@ -97,7 +97,8 @@ def test_what_was_inside_stays_inside_and_what_was_beside_is_named_by_its_conten
     assert written[1].stat().st_size < sum(weight.nbytes for weight in WEIGHTS.values()) + 3 * 4096
 
 
-def test_bytes_lie_in_their_pages_as_they_did(tmp_path: Path) -> None:
+def test_bytes_lie_in_their_pages_as_they_did_and_dead_ones_go(tmp_path: Path) -> None:
+    (tmp_path / "all.data").write_bytes(b"dead" * 2500)
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data="all.data")
     merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
     places = [
@@ -105,6 +106,35 @@ def test_bytes_lie_in_their_pages_as_they_did(tmp_path: Path) -> None:
         for there in (path, tmp_path / "out/m.onnx")
     ]
     assert places[0] == places[1] and len(set(places[0].values())) == 3
+    (data,) = (tmp_path / "out").glob("*.data")
+    assert data.stat().st_size == (tmp_path / "all.data").stat().st_size - 2 * 4096
+    assert b"dead" not in data.read_bytes()
+
+
+def test_what_lies_between_two_weights_that_stay_is_left_out(tmp_path: Path) -> None:
+    path = graph_file(tmp_path / "m.onnx", WEIGHTS, data="all.data")
+    model, data = onnx.load(path, load_external_data=False), tmp_path / "all.data"
+    tensor = {tensor.name: tensor for tensor in model.graph.initializer}["kept.weight"]
+    start = data.stat().st_size + 4096  # a page behind `down.weight`, which is the last one
+    data.write_bytes(data.read_bytes() + bytes(4096) + WEIGHTS["kept.weight"].tobytes())
+    (entry,) = (entry for entry in tensor.external_data if entry.key == "offset")
+    entry.value = str(start)
+    path.write_bytes(model.SerializeToString())
+    merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
+    after = graphs.load(tmp_path / "out/m.onnx")
+    assert np.array_equal(stored(after, "down.weight"), WEIGHTS["down.weight"])
+    assert np.array_equal(stored(after, "kept.weight"), WEIGHTS["kept.weight"])
+
+
+def test_what_an_exporter_noted_about_its_machine_is_not_published(tmp_path: Path) -> None:
+    path = graph_file(tmp_path / "m.onnx", WEIGHTS)
+    model = onnx.load(path)
+    trace = 'File "/home/somebody/secret.py", line 1'
+    model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.stack_trace", value=trace)
+    path.write_bytes(model.SerializeToString())
+    merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
+    assert b"somebody" in path.read_bytes()
+    assert b"somebody" not in (tmp_path / "out/m.onnx").read_bytes()
 
 
 @DATA
