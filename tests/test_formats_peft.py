@@ -334,8 +334,8 @@ def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path
     [
         ("architectures", "Bert", "a list of names"),
         ("architectures", [5], "a list of names"),
-        ("id2label", ["good"], "a table"),
-        ("label2id", 1, "a table"),
+        ("id2label", ["good"], "a table of names"),
+        ("label2id", 1, "a table of numbers"),
         ("problem_type", ["single"], "a name"),
     ],
 )
