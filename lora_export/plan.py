@@ -29,6 +29,7 @@ MOST_PREFIXES = 100
 LONGEST_COMPARED = 120  # characters of a name for which a nearest one is looked for
 MOST_COMPARISONS = 5_000  # of names, in search of the nearest ones: some seconds
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+ROWS_AT_ONCE = 4096
 
 
 class Layout(StrEnum):
@@ -148,8 +149,12 @@ class Step:
             return np.square(self.shift)
         scaled = [(term.pair, np.float32(term.strength * term.pair.scale)) for term in self._stored_terms]
         a = np.concatenate([pair.a.reshape(pair.rank, -1) for pair, _ in scaled])  # (ranks, in * kernel)
-        b = np.concatenate([pair.b.reshape(-1, pair.rank) * scale for pair, scale in scaled], axis=1)
-        energies: NDArray[np.float32] = np.einsum("or,or->o", b @ (a @ a.T), b)
+        gram, rows = a @ a.T, scaled[0][0].b.shape[0]
+        energies = np.empty(rows, np.float32)
+        for first in range(0, rows, ROWS_AT_ONCE):  # all at once, three arrays as large as B would stand beside it
+            part = slice(first, first + ROWS_AT_ONCE)
+            b = np.concatenate([pair.b[part].reshape(-1, pair.rank) * scale for pair, scale in scaled], axis=1)
+            np.einsum("or,or->o", b @ gram, b, out=energies[part])
         return energies
 
     @property

@@ -589,7 +589,8 @@ def test_a_plan_prints_what_is_done_to_which_tensor():
 
 
 @pytest.mark.parametrize("layout", [Layout.OUT_IN, Layout.IN_OUT])
-def test_row_energies_are_those_of_the_rows_as_they_are_stored(layout):
+def test_row_energies_are_those_of_the_rows_as_they_are_stored(layout, monkeypatch):
+    monkeypatch.setattr(plan, "ROWS_AT_ONCE", 3)
     rng = np.random.default_rng(0)
     pairs = [LoraPair(a=rng.standard_normal((r, 5)), b=rng.standard_normal((4, r)), scale=0.5) for r in (2, 3)]
     terms = tuple(Term("a", "fc", pair, strength) for pair, strength in zip(pairs, (1.0, -3.0), strict=True))
