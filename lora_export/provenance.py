@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_export import __version__, files
 from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
 from lora_export.plan import Plan
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
@@ -22,16 +23,20 @@ def record(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Where an output comes from: the hashes of the base's files, the adapters, an earlier merge's among them."""
-    adapters = [
-        {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": strength}
-        for adapter, strength in zip(plan.adapters, plan.strengths, strict=True)
-    ]
     return {
         "made_by": f"lora-export {__version__}",
         "base": dict(base),
-        "adapters": [*history, *adapters],
+        "adapters": [*history, *described(plan.adapters, plan.strengths)],
         "settings": dict(settings),
     }
+
+
+def described(adapters: Sequence[Adapter], strengths: Sequence[float]) -> list[dict[str, Any]]:
+    """Adapters as a record names them: what `refuse_second_merge` knows them by."""
+    return [
+        {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": strength}
+        for adapter, strength in zip(adapters, strengths, strict=True)
+    ]
 
 
 def refuse_second_merge(plan: Plan, base: Path, history: History) -> None:

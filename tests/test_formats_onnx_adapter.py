@@ -48,7 +48,8 @@ def test_every_dtype_comes_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
 
 def test_an_adapter_that_fits_is_taken_even_where_it_stands_at_one_place_only(tmp_path: Path) -> None:
     there = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B}))
-    onnx_adapter.refuse_misfits(there, CONTRACT, source="x", graph="g")
+    assert set(there.values) == {"a", "b"} and len(CONTRACT.places) > 1
+    onnx_adapter.refuse_misfits(there, CONTRACT, source="x", graph="g")  # raises for any misfit
 
 
 @pytest.mark.parametrize(

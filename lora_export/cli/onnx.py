@@ -59,7 +59,7 @@ def command(
     rows the graph has the input `adapter_ids`, which is for each row of the batch 0 (the base) or an
     adapter's number, in the order in which they were given.
     """
-    from lora_export import files
+    from lora_export import files, provenance
     from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
     from lora_export.export import to_onnx
@@ -93,7 +93,7 @@ def command(
         save(program, folder, output.name)
         proofs = prover.prove(folder / output.name) if prover else None
         record["verdict"] = weaving.summary(proofs)
-        append_metadata(folder / output.name, {"lora_export": json.dumps(record)})
+        append_metadata(folder / output.name, {provenance.KEY: json.dumps(record)})
     written = [output, *(output.parent / name for name in companions)]
     if as_json:
         told = {"output": str(output), **weaving.document(proofs)}

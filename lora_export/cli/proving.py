@@ -16,6 +16,7 @@ from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.lora import Adapter
 from lora_export.model import Model
 from lora_export.proof import Proof, prove
+from lora_export.provenance import described
 from lora_export.runtime import Runner
 
 
@@ -31,14 +32,10 @@ def provenance(
     base: Model, adapters: Sequence[Adapter], strengths: Sequence[float], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Where an exported file comes from, by hashes."""
-    weights = strengths or (1.0,) * len(adapters)
     return {
         "made_by": f"lora-export {__version__}",
         "base": {"sha256": base.fingerprint()},
-        "adapters": [
-            {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": weight}
-            for adapter, weight in zip(adapters, weights, strict=True)
-        ],
+        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
         "settings": settings,
     }
 
