@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import layers, parity, plan, runtime
+from lora_export import layers, parity, plan, runtime, standin
 from lora_export.decoding import CacheRunner
 from lora_export.errors import InputRefused, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
-from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 
 LOUDER = 1.1  # the control's factor on every scale
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
@@ -76,7 +76,8 @@ def prove(
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    module = adapted(model, adapters, strengths)
+    held = _held(candidate, model, adapters)
+    module = adapted(standin.standing_in(model, held), adapters, strengths)
     attached = Referee(copy.deepcopy(module).double())
     rounded = _rounded_weights(candidate, module) if adapters else {}
     referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
@@ -85,6 +86,7 @@ def prove(
         # rounds W + sBA itself, and so does the model as it would be deployed.
         layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
         module = copy.deepcopy(referee.module).float()
+    standin.round_activations(module, held)
     deployed = ModuleRunner(module.to(device), device)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
     has_pairs = any(adapter.pairs for adapter in adapters)
@@ -118,7 +120,13 @@ def prove(
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
-        notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model), *_about_cache(candidate)],
+        notes=[
+            *refusals,
+            *_about_referee(referee),
+            *_fixed(candidate, model),
+            *_about_cache(candidate),
+            *standin.told(held),
+        ],
     )
     about = {
         **runtime.environment(),
@@ -185,6 +193,12 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
     if one.shape != other.shape:
         return f"{one.shape} and {other.shape}"
     return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
+
+
+def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+    """The quantised weights of an ONNX candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
 
 
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:

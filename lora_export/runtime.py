@@ -202,6 +202,11 @@ class Placement:
     version: str
 
     @property
+    def operators(self) -> frozenset[str]:
+        """What kinds of nodes there are, after the runtime's own fusions."""
+        return frozenset(operator for nodes in self.by_provider.values() for _, operator in nodes)
+
+    @property
     def compute(self) -> int:
         """How many nodes of the kinds that matter there are."""
         return sum(operator in COMPUTE for nodes in self.by_provider.values() for _, operator in nodes)

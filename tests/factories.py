@@ -32,6 +32,18 @@ class Scaled(nn.Module):
         return hidden, hidden.sum(1)
 
 
+class Wide(nn.Module):
+    """Rows of 64 through two linear layers: (batch, length, 64) -> (batch, length, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(rows)))
+
+
 class Sums(nn.Module):
     """Answers each token of (batch, length) with (batch, length, 3) of the sum of all up to it that are not masked."""
 
@@ -81,6 +93,11 @@ def fixed_batch() -> tuple[nn.Module, torch.Tensor]:
 
 def failing() -> nn.Module:
     raise ValueError("no weights at hand")
+
+
+def wide() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Wide(), torch.randn(2, 5, 64)
 
 
 def sums() -> tuple[nn.Module, dict[str, torch.Tensor]]:
