@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_export import files
 from lora_export.checkpoint import open_checkpoint
+from lora_export.decoding import with_cache
 from lora_export.errors import InputRefused
 from lora_export.model import Model, with_weights
 from lora_export.model import load as load_model
@@ -28,7 +29,7 @@ def open_candidate(
     if path.suffix == ".onnx":
         runner = OnnxRunner(path, provider)
         runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
-        return runner if adapter_id is None else runner.with_rows([adapter_id])
+        return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
     if path.is_dir():
         return ModuleRunner(load_model(str(path)).module, stored=_stored(path))
     if path.suffix == ".safetensors":

@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import kept, layers, parity, plan, runtime
+from lora_export import kept, layers, parity, plan, runtime, standin
+from lora_export.decoding import CacheRunner
 from lora_export.errors import InputRefused, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
 from lora_export.provenance import described
-from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 
 LOUDER = 1.1  # the control's factor on every scale
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
@@ -49,13 +50,13 @@ class Proof:
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
-    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it.
+    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it."""
+    return _with_adapters(copy.deepcopy(model.module), adapters, strengths)
 
-    Its tensors are the model's own, but for what the adapters bring: nothing in it may be changed in place.
-    """
+
+def _with_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> nn.Module:
     if strengths and not adapters:
         raise InputRefused("there are strengths and no adapters that they could belong to")
-    module = _copied(model.module, lambda tensor: tensor)
     if adapters:
         layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
     return module.eval()
@@ -101,7 +102,10 @@ def prove(
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    module = adapted(model, adapters, strengths)
+    held = _held(candidate, model, adapters)
+    stood_in = standin.standing_in(model, held)
+    # Shares the model's tensors, none of which is changed in place.
+    module = _with_adapters(_copied(stood_in.module, lambda tensor: tensor), adapters, strengths)
     rounded = _rounded_weights(candidate, module) if adapters else {}
     bench = _Bench(module, rounded, has_pairs=any(adapter.pairs for adapter in adapters), alone=not adapters)
     if rounded and isinstance(candidate, ModuleRunner):
@@ -109,9 +113,11 @@ def prove(
         # rounds W + sBA itself, and so does the model as it would be deployed.
         layers.settle(bench.referee.module, rounded, chosen=candidate.module.state_dict())
         module = _copied(bench.referee.module, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    deployed = ModuleRunner(_copied(module, lambda tensor: tensor.to(device)), device)
+    proper = _copied(module, lambda tensor: tensor.to(device))
+    standin.round_activations(proper, held)
+    deployed = ModuleRunner(proper, device)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
-    said = _ask(bench, model, adapters, strengths, inputs, cache, step, say)
+    said = _ask(bench, stood_in, adapters, strengths, inputs, cache, step, say)
     cases, refusals = [], []
     for name, arrays in inputs.items():
         step(f"case {name}")
@@ -120,12 +126,12 @@ def prove(
         except RuntimeRefused as refusal:
             answer = {}
             refusals.append(f"the candidate refused case {name}: {refusal}")
-        proper = deployed.run(arrays)  # which learns on the way whether its outputs' names mean anything
+        answered = deployed.run(arrays)  # which learns on the way whether its outputs' names mean anything
         cases.append(
             parity.Case(
                 name=name,
                 inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
-                deployed=proper,
+                deployed=answered,
                 candidate=_aligned(answer, said[name]["referee"], candidate, deployed),
                 **said[name],
             )
@@ -139,7 +145,13 @@ def prove(
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
-        notes=[*refusals, *_about_referee(bench.stayed), *_fixed(candidate, model)],
+        notes=[
+            *refusals,
+            *_about_referee(bench.stayed),
+            *_fixed(candidate, model),
+            *_about_cache(candidate),
+            *standin.told(held),
+        ],
     )
     about = {
         **runtime.environment(),
@@ -207,6 +219,12 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
     if one.shape != other.shape:
         return f"{one.shape} and {other.shape}"
     return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
+
+
+def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+    """The quantised weights of an ONNX candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
 
 
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
@@ -293,11 +311,18 @@ def case_inputs(
 
 def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
-        made = model.inputs(sizes, seed=seed + number + 1)
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
-        yield label, {name: value.numpy() for name, value in made.items()}
+        yield label, _draw(model, candidate, sizes, seed + number + 1)
     if user_inputs is not None:
         yield user_inputs.name, _read_inputs(user_inputs, model)
+
+
+def _draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
+    """Seeded inputs as the model takes them, and the candidate can."""
+    arrays = {name: value.numpy() for name, value in model.inputs(sizes, seed=seed).items()}
+    if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
+        return candidate.without_padding(arrays)
+    return arrays
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
@@ -328,6 +353,10 @@ def _fixed(candidate: Runner, model: Model) -> list[str]:
     ]
 
 
+def _about_cache(candidate: Runner) -> list[str]:
+    return candidate.notes if isinstance(candidate, CacheRunner) else []
+
+
 def _about_referee(stayed: set[str]) -> list[str]:
     if not stayed:
         return ["the referee ran in fp64 throughout"]
@@ -347,10 +376,10 @@ def _sensitivity(
     """For each input: does another draw of it, the others held, change PyTorch's answer, and the candidate's?"""
     before = list(inputs.values())[min(2, len(inputs) - 1)]
     sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
-    draws = [model.inputs(sizes, seed=seed + 1000 + number) for number in range(PERTURBATIONS)]
+    draws = [_draw(model, candidate, sizes, seed + 1000 + number) for number in range(PERTURBATIONS)]
     expected, answered = deployed.run(before), candidate.run(before)
     for name in model.input_names:
-        fresh = next((d[name].numpy() for d in draws if not np.array_equal(d[name].numpy(), before[name])), None)
+        fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
         if fresh is None:
             continue
         perturbed = {**before, name: fresh}

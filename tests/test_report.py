@@ -96,9 +96,7 @@ def test_the_screen_shows_outcome_figures_and_placement() -> None:
     assert text.startswith("same: 1 output in 2 cases, float32\n")
     assert "error 0.25, allowed 0.25; PyTorch's own 0.125 (x 2)" in text
     assert "the error is 0.39 % of what the adapter does (64)" in text
-    assert (
-        "  worst place [0, 0]: off by 0.25, PyTorch by 0.125 at most\n    it is -0.25, the referee has 0\n" in text
-    )
+    assert "  worst place [0, 0]: off by 0.25, PyTorch by 0.125 at most\n    it is -0.25, the referee has 0\n" in text
     assert text.endswith("142 of 142 compute nodes on CPUExecutionProvider\n")
 
 
