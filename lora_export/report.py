@@ -32,7 +32,8 @@ VERSION = 1  # of the JSON documents; grows when a field changes its meaning or 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
 SHOWN = 5  # rows of a ledger
 LOW_RETENTION = 0.9  # below this a row is coloured
-NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0 has no escape for these
+# XML 1.0 has no escape for these. Compiled where it is used: that takes as long as to import the rest of this file.
+NOT_XML = r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 class Placement(Protocol):
@@ -391,4 +392,4 @@ def _input_test(suite: ElementTree.Element, there: Sensitivity) -> None:
 
 
 def _xml(text: str) -> str:
-    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    return re.sub(NOT_XML, "\N{REPLACEMENT CHARACTER}", text)
