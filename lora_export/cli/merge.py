@@ -62,6 +62,11 @@ if TYPE_CHECKING:
     metavar="CHECKPOINT",
     help="What an .onnx BASE was made from: names its weights by content where their names are lost.",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Quantise again what is quantised in an .onnx BASE, with the change in it, in the same scheme.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
 @overwrite_option
 @json_option
@@ -74,6 +79,7 @@ def command(
     min_retention: float,
     hashing: str,
     origin: Path | None,
+    requantize: bool,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -88,9 +94,10 @@ def command(
 
     loaded = load_adapters(adapters)
     stored = None if dtype == "keep" else dtype
-    work = (
-        _over_graph(base, stored, origin) if base.suffix == ".onnx" else _over_checkpoint(base, loaded, stored, origin)
-    )
+    if base.suffix == ".onnx":
+        work = _over_graph(base, stored, origin, requantize=requantize)
+    else:
+        work = _over_checkpoint(base, loaded, stored, origin, requantize=requantize)
     steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
     work.check(steps)
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
@@ -139,12 +146,16 @@ class _Work:
     way_out: str = ""  # where rounding takes too much
 
 
-def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None) -> _Work:
+def _over_checkpoint(
+    base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None, *, requantize: bool
+) -> _Work:
     from lora_export import files, merge
     from lora_export.checkpoint import code_of_its_own, open_checkpoint
 
     if origin is not None:
         raise click.UsageError("--base is for an .onnx: a checkpoint's weights have their names")
+    if requantize:
+        raise click.UsageError("--requantize is for an .onnx: a quantised checkpoint is not merged into")
     checkpoint = open_checkpoint(base)
     list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
     notes = list(_other_bases(adapters, checkpoint))
@@ -163,7 +174,7 @@ def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None,
     )
 
 
-def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
+def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantize: bool) -> _Work:
     from lora_export import files
     from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
@@ -178,11 +189,11 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
     return _Work(
         specs=sites.specs,
         notes=sites.notes,
-        check=lambda steps: refuse_before_the_work(steps, graph, sites),
+        check=lambda steps: refuse_before_the_work(steps, graph, sites, requantise=requantize),
         size=lambda _: graph.nbytes,
         stage=files.stage_file,
-        carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, **rest),
-        way_out="keep the adapter beside the weights (onnx --lora nodes)",
+        carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, requantise=requantize, **rest),
+        way_out="keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)",
     )
 
 
