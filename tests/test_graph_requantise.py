@@ -239,7 +239,7 @@ def test_it_is_what_onnxruntime_makes_of_the_merged_weight(
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("kind", ["QInt8", "QUInt8"])
 def test_it_is_what_static_quantisation_makes_of_the_merged_weight(
-    kind: str, per_channel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, per_channel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -261,6 +261,9 @@ def test_it_is_what_static_quantisation_makes_of_the_merged_weight(
 
     monkeypatch.setattr(transfer, "BLOCK", 1000)
     path = statically(W, "base")
+    capsys.readouterr()
+    assert cli.run(line(path, peft_adapter(tmp_path / "ad", {"fc": (A, B)}), "--requantize", "--dry-run")) == 0
+    assert "2 activations are quantised too" in capsys.readouterr().err
     before, change = the_weight(graphs.load(path)), (B @ A).astype(np.float32)
     model, report = merged(path, peft_adapter(tmp_path / "ad", {"fc": (A, B)}))
     oracle = graphs.load(statically((before + change).T, "oracle"))
@@ -465,6 +468,8 @@ def test_without_the_option_both_ways_are_named(tmp_path: Path, capsys: pytest.C
     told = capsys.readouterr().err
     assert "fc.weight is quantised (4 bits in blocks of 32)" in told
     assert "onnx MODEL.onnx --lora nodes" in told and "merge --requantize" in told and "float model" in told
+    assert cli.run(line(path, adapter, "--requantize", "--dry-run")) == 0
+    assert "note: 1 weights are quantised again: 4 bits in blocks of 32" in capsys.readouterr().err
     assert cli.run(line(path, adapter, "--requantize")) == 0
     record = json.loads(graphs.load(tmp_path / "merged.onnx").metadata_props["lora_export"])
     assert record["settings"]["requantize"] is True

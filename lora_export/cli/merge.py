@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--requantize",
     is_flag=True,
-    help="Quantise again what is quantised in an .onnx BASE, with the change in it, in the same scheme.",
+    help="Merge into quantised weights of an .onnx BASE too, and quantise the sum in the scheme that they have.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
 @overwrite_option
@@ -101,7 +101,7 @@ def command(
     steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
     work.check(steps)
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
-    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes]:
+    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes, *work.told(steps)]:
         say(f"note: {note}")
     if dry_run:
         if as_json:
@@ -142,6 +142,7 @@ class _Work:
     size: Callable[[Plan], int]  # bytes that will be written
     stage: Callable[..., AbstractContextManager[Path]]
     carry_out: Callable[..., MergeReport]
+    told: Callable[[Plan], Iterable[str]] = lambda _: ()  # notes on a plan
     may_add: bool = False
     way_out: str = ""  # where rounding takes too much
 
@@ -179,6 +180,7 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
     from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
     from lora_export.graph.merge import merge_graph, refuse_before_the_work
+    from lora_export.graph.requantise import notes_on
     from lora_export.graph.sites import find
 
     if dtype:
@@ -190,6 +192,7 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
         specs=sites.specs,
         notes=sites.notes,
         check=lambda steps: refuse_before_the_work(steps, graph, sites, requantise=requantize),
+        told=lambda steps: notes_on(steps, graph.model, sites) if requantize else (),
         size=lambda _: graph.nbytes,
         stage=files.stage_file,
         carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, requantise=requantize, **rest),

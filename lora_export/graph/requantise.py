@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,10 @@ from lora_export.graph import quantised
 from lora_export.graph.fold import Landing, alone, refuse_overflow
 from lora_export.graph.quantised import Dequantised, NBits, Quantised
 from lora_export.graph.schemes import Groups, Numbers, Points, Reach, Rule, Scheme
+from lora_export.graph.sites import Sites
 from lora_export.ledger import Tally
 from lora_export.lora import EVERY_ROW, energies
+from lora_export.plan import Plan
 from lora_export.rewrite import Patch
 from lora_export.transfer import Block, Bytes
 
@@ -312,6 +315,20 @@ def _sum_into(
             step.rescale(total, energies(total), rows)
         change = total - start.astype(np.float32)
     return _Piece(step.weight, where, start, change)
+
+
+def notes_on(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]:
+    """What the user should know of a merge into quantised weights."""
+    found = (site.quantised for step in plan.steps for site in sites.by_name[step.weight][:1])
+    kinds = Counter(held.kind for held in found if held is not None)
+    if not kinds:
+        yield "--requantize has nothing to do: no weight that changes is quantised"
+    for kind, count in kinds.items():
+        yield f"{count} weights are quantised again: {kind}"
+    nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "QuantizeLinear"]
+    computed = sum(node.inputs[0] is not None and quantised.tensor_at(node, 0) is None for node in nodes if node.inputs)
+    if kinds and computed:
+        yield f"{computed} activations are quantised too, in ranges that were measured without the adapter"
 
 
 def is_quantised(value: ir.Value) -> bool:
