@@ -51,7 +51,10 @@ class MergeReport:
         return tuple(result for result in self.results if result.retention < LOW_RETENTION)
 
 
-def refuse_faint(results: Sequence[StepResult], min_retention: float) -> None:
+WAYS_OUT = "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes)"
+
+
+def refuse_faint(results: Sequence[StepResult], min_retention: float, ways_out: str = WAYS_OUT) -> None:
     """Raise InputRefused where rounding took too much of a change."""
     lost = [result for result in results if result.retention < min_retention]
     if lost:
@@ -59,8 +62,7 @@ def refuse_faint(results: Sequence[StepResult], min_retention: float) -> None:
         raise InputRefused(
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
             f"(--min-retention {min_retention:g}):\n" + "\n".join(lines) + "\n"
-            "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes). "
-            "Nothing was written."
+            f"{ways_out}. Nothing was written."
         )
 
 

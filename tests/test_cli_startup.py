@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -86,6 +85,12 @@ def test_a_merge_within_another_program_takes_nothing_of_it(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.zeros((2, 3), ml_dtypes.bfloat16)})
     peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
     frozen = gc.get_freeze_count()
-    line = ["merge", str(tmp_path / "base.safetensors"), str(tmp_path / "adapter"), "-o", str(tmp_path / "o.safetensors")]
+    line = [
+        "merge",
+        str(tmp_path / "base.safetensors"),
+        str(tmp_path / "adapter"),
+        "-o",
+        str(tmp_path / "o.safetensors"),
+    ]
     assert cli.run(line) == 0
     assert gc.get_freeze_count() == frozen and gc.isenabled()

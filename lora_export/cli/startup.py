@@ -54,9 +54,7 @@ def brisk() -> Iterator[None]:
 class _Deferring(MetaPathFinder):
     """Finds the deferred modules as the standard library's LazyLoader has them: loaded when they are first used."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
         if spec is not None and spec.loader is not None:
             spec.loader = importlib.util.LazyLoader(spec.loader)
