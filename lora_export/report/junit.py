@@ -11,7 +11,8 @@ from lora_export.parity import CONTROLS, DECIDES, Comparison, Control, Outcome, 
 from lora_export.report.document import Placement
 from lora_export.report.terminal import placed
 
-NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0 has no escape for these
+# XML 1.0 has no escape for these. Compiled where it is used: that takes as long as to import the rest of this file.
+NOT_XML = r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def junit(
@@ -120,4 +121,4 @@ def _input_test(suite: ElementTree.Element, there: Sensitivity) -> None:
 
 
 def _xml(text: str) -> str:
-    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    return re.sub(NOT_XML, "\N{REPLACEMENT CHARACTER}", text)
