@@ -43,10 +43,11 @@ class Proof:
     about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
+    ended_with: int | None = None  # the exit code of what ended it before anything was measured
 
     @property
     def exit_code(self) -> int:
-        return self.verdict.exit_code
+        return self.verdict.exit_code if self.ended_with is None else self.ended_with
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:

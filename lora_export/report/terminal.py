@@ -60,10 +60,11 @@ def console(file: TextIO | None = None) -> Console:
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def print_verdict(to: Console, verdict: Verdict, placement: Placement | None = None) -> None:
-    """One screen: the outcome, why, the most strained outputs with their figures, and what ran where."""
+def print_verdict(to: Console, verdict: Verdict, placement: Placement | None = None, diagnosis: object = None) -> None:
+    """One screen: the outcome, why, the most strained outputs with their figures, where it begins, what ran where."""
     colour = COLOURS[verdict.outcome]
     title, *lines = str(verdict).splitlines()
+    lines += [] if diagnosis is None else str(diagnosis).splitlines()
     rest = printable(title.removeprefix(verdict.outcome))
     to.print(Text.assemble((verdict.outcome, f"bold {colour}"), rest), soft_wrap=True)
     for line in lines:
@@ -74,9 +75,10 @@ def print_verdict(to: Console, verdict: Verdict, placement: Placement | None = N
         _say(to, placed(placement), style="red" if placement.off_provider else "")
 
 
-def screen(verdict: Verdict, placement: Placement | None = None) -> str:
+def screen(verdict: Verdict, placement: Placement | None = None, diagnosis: object = None) -> str:
     """What `print_verdict` prints, as plain text."""
-    return f"{verdict}\n{placed(placement)}" if placement else str(verdict)
+    parts = [verdict, *([diagnosis] if diagnosis else []), *([placed(placement)] if placement else [])]
+    return "\n".join(map(str, parts))
 
 
 def placed(placement: Placement) -> str:
