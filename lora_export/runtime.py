@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_export import __version__
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import onnxruntime
@@ -327,13 +329,19 @@ class OnnxRunner:
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     facts: dict[str, Any] = {
+        "lora_export": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime().__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "tf32": False,  # `_tf32_off` and CUDA_OPTIONS see to that
     }
+    if transformers := sys.modules.get("transformers"):
+        facts["transformers"] = transformers.__version__
     for variable in ("NVIDIA_TF32_OVERRIDE", "ORT_CUDA_GEMM_OPTIONS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]
