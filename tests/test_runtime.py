@@ -77,7 +77,9 @@ def test_the_referee_computes_products_of_experts_in_fp64_though_pytorch_has_no_
     referee = runtime.Referee(experts)
     answer = referee.run({"x": rows, "ends": ends})["output_0"]
     weights = experts.weights.detach().numpy()
-    np.testing.assert_allclose(answer, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14)
+    np.testing.assert_allclose(
+        answer, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
+    )
     assert referee.stayed == set()
 
 
