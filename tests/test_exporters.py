@@ -275,6 +275,8 @@ def answers(path: Path, feeds: dict[str, Tensor]) -> Arrays:
     for wanted in session.get_inputs():
         if wanted.name == "position_ids":
             arrays[wanted.name] = np.tile(np.arange(length), (batch, 1))
+        elif wanted.name == "token_type_ids":
+            arrays[wanted.name] = np.zeros((batch, length), np.int64)
         elif wanted.name not in arrays:  # an empty cache
             shape = [size if isinstance(size, int) else HEAD if size == "kv_cache_dim" else 0 for size in wanted.shape]
             arrays[wanted.name] = np.zeros([batch, *shape[1:]], np.float32)
