@@ -37,6 +37,7 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.graph import files, sites
 from lora_export.lora import Adapter
 from lora_export.model import Model
+from lora_export.parity import Outcome
 from lora_export.proof import adapted, bits_that_differ, case_inputs, prove, prove_mixed
 from lora_export.runtime import Arrays, OnnxRunner
 
@@ -265,7 +266,9 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
         unlike = bits_that_differ(base_answers(subject.source, subject.dtype), answers(base, kept.off))
         # DoRA's factor comes before the bias, which the node then cannot add any more: not always the same last bit.
         assert not unlike or (variant == "dora" and adds_a_bias_itself(name, variant))
-        assert prove(kept.off, base, []).verdict.same
+        told = prove(kept.off, base, []).verdict
+        # Half precision is too coarse to tell so small a model from itself x 1.01, which is all there is to tell.
+        assert told.same or (subject.dtype is torch.float16 and told.outcome is Outcome.UNDECIDED), str(told)
     if kept.mixed is not None:
         assert kept.off is not None
         alone = prove(kept.off, base, [])
