@@ -23,6 +23,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from lora_export import files
+from lora_export.audit import Audit
 from lora_export.errors import InputRefused, one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.parity import CONTROLS, Comparison, Control, Outcome, Reason, Sensitivity, Verdict
@@ -90,7 +91,7 @@ def console(file: TextIO | None = None) -> Console:
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def print_verdict(to: Console, verdict: Verdict, placement: Placement | None = None) -> None:
+def print_verdict(to: Console, verdict: Verdict | Audit, placement: Placement | None = None) -> None:
     """One screen: the outcome, why, the most strained outputs with their figures, and what ran where."""
     colour = COLOURS[verdict.outcome]
     title, *lines = str(verdict).splitlines()
@@ -216,7 +217,7 @@ def as_dict(noun: Any) -> dict[str, Any]:
 
 
 def document(
-    verdict: Verdict, placement: Placement | None = None, about: Mapping[str, Any] | None = None
+    verdict: Verdict | Audit, placement: Placement | None = None, about: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """A verdict with what it takes to trust it: what ran where, and facts `about` the run (versions, files, seed)."""
     result = as_dict(verdict) | {"exit_code": verdict.exit_code, "placement": None, "about": _plain(about or {})}
@@ -296,7 +297,7 @@ def check_path(path: Path) -> None:
 
 def write(
     path: Path,
-    verdict: Verdict,
+    verdict: Verdict | Audit,
     *,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
@@ -309,6 +310,8 @@ def write(
     check_path(path)
     if path.suffix == ".json":
         content = json.dumps(document(verdict, placement, about), indent=2, allow_nan=False) + "\n"
+    elif isinstance(verdict, Audit):
+        content = junit_of_weights(verdict, about, seconds=seconds)
     else:
         content = junit(verdict, placement, about, seconds=seconds)
     with files.stage_file(path, inputs=[], overwrite=True) as stage:
@@ -327,10 +330,7 @@ def junit(
     A test for each output in each case, each control, each input, the placement, and the verdict
     as a whole. `different` is a failure; `undecided` is an error: the test could not be made.
     """
-    suite = ElementTree.Element("testsuite", name="lora-export", time=f"{seconds:.3f}")
-    properties = ElementTree.SubElement(suite, "properties")
-    for name, value in (about or {}).items():
-        ElementTree.SubElement(properties, "property", name=_xml(name), value=_xml(str(value)))
+    suite = _suite(about, seconds)
     for there in verdict.comparisons:
         reasons = [reason for reason in there.reasons if not _of_control(reason)]
         _test(suite, f"outputs.{there.case}", there.output, reasons, told=str(there))
@@ -343,6 +343,27 @@ def junit(
         strays = [Reason(Outcome.DIFFERENT, "placement", placed(placement))] if placement.off_provider else []
         _test(suite, "placement", placement.asked, strays, told=placed(placement))
     _test(suite, "verdict", "same", verdict.reasons, told=str(verdict))
+    return _suites(suite, seconds)
+
+
+def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, seconds: float = 0.0) -> str:
+    """An audit as JUnit XML: a test for each tensor."""
+    suite = _suite(about, seconds)
+    for weight in audit.weights:
+        reasons = [] if weight.outcome is Outcome.SAME else [Reason(weight.outcome, weight.fate, str(weight))]
+        _test(suite, f"weights.{weight.fate}", weight.name, reasons, told=str(weight))
+    return _suites(suite, seconds)
+
+
+def _suite(about: Mapping[str, Any] | None, seconds: float) -> ElementTree.Element:
+    suite = ElementTree.Element("testsuite", name="lora-export", time=f"{seconds:.3f}")
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in (about or {}).items():
+        ElementTree.SubElement(properties, "property", name=_xml(name), value=_xml(str(value)))
+    return suite
+
+
+def _suites(suite: ElementTree.Element, seconds: float) -> str:
     suites = ElementTree.Element("testsuites", name="lora-export verify", time=f"{seconds:.3f}")
     suites.append(suite)
     for element in (suites, suite):
