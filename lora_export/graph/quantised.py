@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 NBITS = "MatMulNBits"
 BITS = frozenset({2, 4, 8})  # those that a byte holds whole
+NO_NUMBER = -(1 << 40)  # no axis, no size and no count
 SCALES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 Rows = slice | NDArray[np.int64]
@@ -164,11 +165,11 @@ def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def _number(node: ir.Node, name: str, default: int = 0) -> int:
-    """An attribute; -1 where it is no whole number: onnxruntime's operators have no checker."""
+    """An attribute; far below zero where it is no whole number: onnxruntime's operators have no checker."""
     attribute = node.attributes.get(name)
     if attribute is None:
         return default
-    return attribute.as_int() if attribute.type == ir.AttributeType.INT and not attribute.is_ref() else -1
+    return attribute.as_int() if attribute.type == ir.AttributeType.INT and not attribute.is_ref() else NO_NUMBER
 
 
 def _name(node: ir.Node, index: int) -> str:
