@@ -9,7 +9,7 @@ is believed only where it leaves next to nothing of the difference unexplained. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -72,6 +72,7 @@ class Observed:
     shift: Wide | None = None  # (out,): what of the bias is an adapter's
     before: Wide | None = None  # (out, in): the base's, where the adapter brings `weight`
     stored: Wide | None = None  # (out, in): what the candidate holds, where that can be read
+    settled: Wide | None = None  # (out, in): W + ΔW, where it should be rounded as it is
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -105,6 +106,8 @@ class Observed:
     @cached_property
     def expected(self) -> Wide:
         """(n, out): what should have come out."""
+        if self.settled is not None:
+            return self.product(self.settled) + self.constant
         magnitude = self.step.magnitude if self.step else None
         if magnitude is not None:
             return self.rescaled(magnitude, self.total()) + self.constant
@@ -185,38 +188,47 @@ class Neighbours:
 
     steps: Mapping[str, Step] = field(default_factory=dict)  # module -> what adapters do to it
     inputs: Mapping[str, Array] = field(default_factory=dict)  # module -> what entered it
-    weights: Mapping[str, Wide] = field(default_factory=dict)  # module -> the base's weight (out, in)
+    # shape (out, in) -> each module of that shape, and the base's weight there
+    weights: Callable[[tuple[int, ...]], Iterable[tuple[str, Wide]]] = field(default=lambda _: ())
 
 
 def explain(there: Observed, neighbours: Neighbours | None = None) -> Cause | None:
-    """The simplest explanation of a wrong output that fits it as well as any; None where none does."""
+    """The simplest explanation of a wrong output that fits it as well as any; None where none does.
+
+    What else is in the model is asked where the module's own weights do not explain it whole.
+    """
     if not np.isfinite(there.y).all():
         bad = there.y.size - np.count_nonzero(np.isfinite(there.y))
         return Cause("not finite", f"{bad} of its {there.y.size} values are not finite", 0.0)
     limit = max(there.allowed, UNEXPLAINED * there.wrong)
-    fitting = []
-    for told in _explanations(there, neighbours or Neighbours()):
-        left = rms(there.y - told.predicted)
-        if left <= limit:
-            fitting.append((Cause(told.kind, told.text, left / there.wrong), left))
-    if not fitting:
-        return None
-    best = min(left for _, left in fitting)
-    return next(cause for cause, left in fitting if left <= max(there.allowed, 2 * best))
+    fitting: list[tuple[float, Cause]] = []
+    for explanations in (_own(there), _foreign(there, neighbours or Neighbours())):
+        for told in explanations:
+            left = rms(there.y - told.predicted)
+            if left <= limit:
+                fitting.append((left, Cause(told.kind, told.text, left / there.wrong)))
+        best = min((left for left, _ in fitting), default=math.inf)
+        if best <= there.allowed:
+            break
+    return next((cause for left, cause in fitting if left <= max(there.allowed, 2 * best)), None)
 
 
-def _explanations(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]:
-    """The simplest first."""
-    if there.terms and there.step is not None and there.step.magnitude is not None:
+def _own(there: Observed) -> Iterator[Explanation]:
+    """What may be wrong with the module's own weights, the simplest first."""
+    if there.step is not None and there.step.magnitude is not None:
         yield from _of_dora(there, there.step.magnitude)
     elif there.terms:
         yield from _of_strength(there)
         yield from _of_parts(there)
         yield from _of_order(there)
-        yield from _of_neighbours(there, neighbours)
     yield from _of_bias(there)
     yield from _of_whole(there)
     yield from _of_rounding(there)
+
+
+def _foreign(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]:
+    if there.terms and there.step is not None and there.step.magnitude is None:
+        yield from _of_neighbours(there, neighbours)
     yield from _of_weight(there, neighbours)
 
 
@@ -262,13 +274,13 @@ def _known_factors(term: Term) -> list[tuple[float, str]]:
     """Factors that known mistakes make of a scale, and what the mistake is."""
     rank, scale, root = float(term.pair.rank), term.pair.scale, math.sqrt(term.pair.rank)
     known = [
+        (2.0, "it were added twice"),
+        (-1.0, "it were taken away"),
+        (1.1, "it were a tenth too strong"),
         (rank, f"alpha were not divided by the rank, {rank:g}"),
         (1 / rank, f"it were divided by the rank, {rank:g}, once more"),
         (root, f"alpha were divided by the root of the rank, as rsLoRA does, and not by the rank, {rank:g}"),
         (1 / root, f"alpha were divided by the rank, {rank:g}, and not by its root, as rsLoRA does"),
-        (2.0, "it were added twice"),
-        (-1.0, "it were taken away"),
-        (1.1, "it were a tenth too strong"),
     ]
     if scale:
         known += [
@@ -430,8 +442,8 @@ def _of_weight(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]
         total = there.total() if there.step is None or there.step.magnitude is None else there.weight
         turned = there.product(total.T) + there.constant
         yield Explanation("transposed", "its weight is transposed", turned)
-    for name, weight in neighbours.weights.items():
-        if name != there.name and weight.shape == there.weight.shape and not np.array_equal(weight, there.weight):
+    for name, weight in neighbours.weights(there.weight.shape):
+        if name != there.name and not np.array_equal(weight, there.weight):
             text = f"its weight is that of {name}"
             yield Explanation("another's weight", text, there.expected - own + there.product(weight))
     if there.stored is not None:

@@ -23,6 +23,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from lora_export import files
+from lora_export.diagnosis import Diagnosis
 from lora_export.errors import InputRefused, one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.parity import CONTROLS, Comparison, Control, Outcome, Reason, Sensitivity, Verdict
@@ -90,14 +91,18 @@ def console(file: TextIO | None = None) -> Console:
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def print_verdict(to: Console, verdict: Verdict, placement: Placement | None = None) -> None:
-    """One screen: the outcome, why, the most strained outputs with their figures, and what ran where."""
+def print_verdict(
+    to: Console, verdict: Verdict, placement: Placement | None = None, diagnosis: Diagnosis | None = None
+) -> None:
+    """One screen: the outcome, why, the most strained outputs with their figures, where it begins, what ran where."""
     colour = COLOURS[verdict.outcome]
     title, *lines = str(verdict).splitlines()
     rest = _text(title.removeprefix(verdict.outcome))
     to.print(Text.assemble((verdict.outcome, f"bold {colour}"), rest), soft_wrap=True)
     for line in lines:
         _say(to, line, style=colour if line.startswith("  - ") else "")
+    if diagnosis is not None:
+        _say(to, str(diagnosis), style=colour if diagnosis.first else "")
     if placement is not None:
         _say(to, placed(placement), style="red" if placement.off_provider else "")
 
@@ -216,10 +221,17 @@ def as_dict(noun: Any) -> dict[str, Any]:
 
 
 def document(
-    verdict: Verdict, placement: Placement | None = None, about: Mapping[str, Any] | None = None
+    verdict: Verdict,
+    placement: Placement | None = None,
+    about: Mapping[str, Any] | None = None,
+    diagnosis: Diagnosis | None = None,
 ) -> dict[str, Any]:
-    """A verdict with what it takes to trust it: what ran where, and facts `about` the run (versions, files, seed)."""
+    """A verdict with what it takes to trust it: what ran where, and facts `about` the run (versions, files, seed).
+
+    `diagnosis` is where it goes wrong, module by module; null where nobody looked.
+    """
     result = as_dict(verdict) | {"exit_code": verdict.exit_code, "placement": None, "about": _plain(about or {})}
+    result["diagnosis"] = _plain(diagnosis)
     if placement is not None:
         result["placement"] = {
             "asked": placement.asked,
@@ -300,6 +312,7 @@ def write(
     *,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
+    diagnosis: Diagnosis | None = None,
     seconds: float = 0.0,
 ) -> None:
     """Write a report, JSON or JUnit XML by the path's suffix, whole or not at all; an older one is replaced.
@@ -308,7 +321,7 @@ def write(
     """
     check_path(path)
     if path.suffix == ".json":
-        content = json.dumps(document(verdict, placement, about), indent=2, allow_nan=False) + "\n"
+        content = json.dumps(document(verdict, placement, about, diagnosis), indent=2, allow_nan=False) + "\n"
     else:
         content = junit(verdict, placement, about, seconds=seconds)
     with files.stage_file(path, inputs=[], overwrite=True) as stage:

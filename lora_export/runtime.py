@@ -315,7 +315,7 @@ class OnnxRunner:
 
         The batch is the first dimension of the first input. Raises InputRefused for another kind of graph.
         """
-        if onnx_adapter.IDS not in self.axes:
+        if onnx_adapter.IDS not in self.axes and self._ids is None:
             raise InputRefused(f"{self.path} has no input {onnx_adapter.IDS}: it was not made with --lora rows")
         runner = copy.copy(self)
         runner._ids = np.array(ids, np.int64)

@@ -24,11 +24,11 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "session", "parity", "report", "proof"),
+    *("runtime", "session", "parity", "diagnosis", "report", "trace", "proof"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
-NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "report"}
+NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "diagnosis", "report"}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}

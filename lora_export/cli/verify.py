@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     metavar="FILE.json|.xml",
     help="Write the verdict as JSON or JUnit XML; may be repeated.",
 )
+@click.option(
+    "--trace", is_flag=True, help="Compare every module, whatever the verdict; `different` is followed without it too."
+)
 @json_option
 def command(
     candidate: Path,
@@ -69,6 +72,7 @@ def command(
     rtol: float | None,
     seed: int,
     reports: tuple[Path, ...],
+    trace: bool,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -110,11 +114,19 @@ def command(
             device=provider,
             atol=atol,
             rtol=rtol,
+            trace=trace,
             step=lambda what: stage(f"verifying, {what}"),
         )
     seconds = time.perf_counter() - begun
     for path in reports:
-        report.write(path, result.verdict, placement=result.placement, about=result.about, seconds=seconds)
+        report.write(
+            path,
+            result.verdict,
+            placement=result.placement,
+            about=result.about,
+            diagnosis=result.diagnosis,
+            seconds=seconds,
+        )
     if as_json:
         click.echo(json.dumps(proving.document(result)))
     else:
