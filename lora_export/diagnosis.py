@@ -326,27 +326,27 @@ def _ranges(chosen: NDArray[np.bool_], what: str) -> str:
 
 def _of_order(there: Observed) -> Iterator[Explanation]:
     """A's or B's numbers, or their product's, read as if they lay the other way round."""
+    for turn in (_read_as_transposed, _transposed_and_read):
+        for wrong, text in (("B", "its B"), ("A", "its A"), ("BA", "its change, B A,")):
+            total = there.base.copy()
+            for term in there.terms:
+                a, b = _matrices(term.pair)
+                scale = term.strength * term.pair.scale
+                if wrong == "BA":
+                    total += there.product(turn(b @ a)) * scale
+                else:
+                    total += there.low_rank(turn(a) if wrong == "A" else a, turn(b) if wrong == "B" else b) * scale
+            yield Explanation(f"transposed {wrong}", f"{text} is transposed", total)
 
-    def total(wrong: str) -> Wide:
-        result = there.base.copy()
-        for term in there.terms:
-            a, b = _matrices(term.pair)
-            a = a.reshape(a.shape[::-1]).T if wrong == "A" else a
-            b = b.reshape(b.shape[::-1]).T if wrong == "B" else b
-            scale = term.strength * term.pair.scale
-            if wrong == "BA":
-                change = b @ a  # (out, in)
-                result += times(there.x, change.reshape(change.shape[::-1]).T) * scale
-            else:
-                result += there.low_rank(a, b) * scale
-        return result
 
-    for wrong, text in (
-        ("B", "its B is transposed"),
-        ("A", "its A is transposed"),
-        ("BA", "its change, B A, is transposed"),
-    ):
-        yield Explanation(f"transposed {wrong}", text, total(wrong))
+def _read_as_transposed(matrix: Wide) -> Wide:
+    """The matrix that comes of one that is taken to lie transposed already, and does not."""
+    return matrix.reshape(matrix.shape[::-1]).T
+
+
+def _transposed_and_read(matrix: Wide) -> Wide:
+    """The matrix that comes of one that lies transposed, and is read as if it did not."""
+    return matrix.T.reshape(matrix.shape)
 
 
 def _of_neighbours(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]:
@@ -373,7 +373,9 @@ def _of_dora(there: Observed, magnitude: Array) -> Iterator[Explanation]:
     magnitude = magnitude.astype(np.float64)
     total = there.total()
     yield Explanation("missing", "its adapter is missing", there.base)
-    yield Explanation("no magnitude", "DoRA's magnitude is missing: it computes W + BA", there.product(total) + constant)
+    yield Explanation(
+        "no magnitude", "DoRA's magnitude is missing: it computes W + BA", there.product(total) + constant
+    )
     yield Explanation(
         "no pair", "DoRA's magnitude is there, A and B are not", there.rescaled(magnitude, there.weight) + constant
     )
@@ -447,12 +449,17 @@ def _of_weight(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]
             text = f"its weight is that of {name}"
             yield Explanation("another's weight", text, there.expected - own + there.product(weight))
     if there.stored is not None:
-        apart = np.linalg.norm(there.stored - there.weight) / (np.linalg.norm(there.weight) or 1.0)
+        apart = _distance(there.stored, there.weight)
         text = f"the weight that it holds is not the base's: they are {_percent(apart)} apart"
         yield Explanation("another base", text, there.expected - own + there.product(there.stored))
-        after = np.linalg.norm(there.stored - there.total()) / (np.linalg.norm(there.total()) or 1.0)
+        after = _distance(there.stored, there.total())
         text = f"the weight that it holds is {_percent(after)} off what base and adapter make"
         yield Explanation("another sum", text, there.product(there.stored) + there.constant)
+
+
+def _distance(one: Wide, other: Wide) -> float:
+    """‖one − other‖ / ‖other‖."""
+    return float(np.linalg.norm(one - other) / (np.linalg.norm(other) or 1.0))
 
 
 def _percent(share: float) -> str:

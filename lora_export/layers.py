@@ -137,7 +137,8 @@ def plain(module: nn.Module) -> list[Plain]:
 
     Each tensor's first name; a subclass with a `forward` of its own is left out.
     """
-    known = {kind.forward for kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS, *_conv1d())}
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *_conv1d())
+    known = {kind.forward for kind in kinds}
     parents = {child: parent for parent in module.modules() for child in parent.children()}
     found = []
     for path, owner in module.named_modules():

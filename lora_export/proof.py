@@ -145,9 +145,7 @@ def prove(
     return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis)
 
 
-def _most_telling(
-    cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Mapping[str, Arrays]
-) -> parity.Case:
+def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Mapping[str, Arrays]) -> parity.Case:
     """The smallest of the cases that the candidate answered and that are different; of all, where none of them is."""
     answered = [case for case in cases if case.candidate]
     wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}

@@ -65,7 +65,8 @@ Seen = Callable[[Key, Tensor | None, Tensor], None]
 class Followed(Protocol):
     """A candidate whose inner values can be had."""
 
-    keys: Sequence[Key]
+    @property
+    def keys(self) -> Sequence[Key]: ...  # in the order in which they run; empty where all may be there
 
     def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]: ...
 
@@ -73,7 +74,7 @@ class Followed(Protocol):
 
     def stored(self, key: Key) -> Array | None: ...
 
-    def has_bias(self, key: Key) -> bool: ...
+    def has_bias(self, key: Key, /) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,10 +236,13 @@ class _FollowedGraph:
             self.watched[Key(own, call)] = watched
         if not self.watched:
             raise InputRefused("the graph names no weight that the model has")
-        self.keys = [key for key, there in self.watched.items() if there.y is not None]
         exposed = expose(model, list(self.watched.values()))
         self.added = set(exposed.outputs)
         self.runner = runner.of(exposed.message, exposed.folder)
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        return [key for key, there in self.watched.items() if there.y is not None]
 
     def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]:
         names = {name for key in keys for name in (self.watched[key].x, self.watched[key].y) if name}
@@ -264,7 +268,9 @@ class _FollowedGraph:
     @property
     def lacks_adapter(self) -> bool:
         """Whether the graph takes an adapter's file, and was given none."""
-        return onnx_adapter.KEY in self.runner.session.get_modelmeta().custom_metadata_map and not self.runner.has_adapter
+        return (
+            onnx_adapter.KEY in self.runner.session.get_modelmeta().custom_metadata_map and not self.runner.has_adapter
+        )
 
     def outputs(self, inputs: Arrays) -> Arrays:
         names = [value.name for value in self.runner.session.get_outputs() if value.name not in self.added]
@@ -295,9 +301,12 @@ class _FollowedModule:
     def __init__(self, runner: ModuleRunner):
         self.runner = runner
         self.places = _places(runner.module)
-        self.keys: list[Key] = []
         if not self.places:
             raise InputRefused("the module has no layer that could be watched")
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        return []
 
     def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]:
         return _recorded(self.runner.module, lambda: self.runner.run(inputs), keys)
@@ -308,7 +317,7 @@ class _FollowedModule:
     def stored(self, key: Key) -> Array | None:
         return _matrix(self.places[key.weight])
 
-    def has_bias(self, key: Key) -> bool:
+    def has_bias(self, _: Key) -> bool:
         return True
 
 
@@ -362,10 +371,10 @@ def diagnose(suspect: Suspect, *, every: bool = False) -> Diagnosis:
         if told is not None and not every:
             break
     layers_told = tuple(there.layer for there in compared.values())
-    seen = f"{len(compared)} of {len(layers.plain(suspect.base))} modules were compared"
+    seen = f"{len({key.weight for key in compared})} of {len(suspect.places)} modules were compared"
     if told is None:
-        return Diagnosis(None, f"{_behind_all(suspect, followed, keys)}\n{seen}", layers_told)
-    return Diagnosis(str(told.key), f"{told.why}\n{seen}", layers_told)
+        return Diagnosis(None, f"{_behind_all(suspect, followed, keys)}; {seen}", layers_told)
+    return Diagnosis(str(told.key), f"{told.why}; {seen}", layers_told)
 
 
 def _sizes(suspect: Suspect) -> dict[Key, int]:
@@ -532,7 +541,7 @@ def _within(
     if cause and cause.kind == "missing" and isinstance(followed, _FollowedGraph) and followed.lacks_adapter:
         lines.append("the graph takes an adapter's file, and was run without one (--onnx-adapter)")
     lines += _as_with_others(suspect, followed, key)
-    lines += _others(suspect, followed, key, cause, values)
+    lines.append(_others(suspect, followed, key, cause, values))
     return "\n".join(lines)
 
 
@@ -601,8 +610,8 @@ def _patches(x: Array, y: Array, owner: Any) -> tuple[Array, Array] | None:
     reach = [(size - 1) * step + 1 for size, step in zip(owner.kernel_size, owner.dilation, strict=True)]
     dims = len(reach)
     windows = sliding_window_view(padded, reach, axis=tuple(range(2, 2 + dims)))
-    windows = windows[:, :, *(slice(None, None, step) for step in owner.stride), ...]
-    windows = windows[..., *(slice(None, None, step) for step in owner.dilation)]  # (n, in, places..., kernel...)
+    steps = tuple(slice(None, None, step) for step in (*owner.stride, *owner.dilation))
+    windows = windows[(slice(None), slice(None), *steps)]  # (n, in, places..., kernel...)
     seen = np.moveaxis(windows, 1, 1 + dims)
     rows = seen.reshape(-1, math.prod(seen.shape[1 + dims :]))
     outputs = np.moveaxis(y, 1, -1).reshape(-1, y.shape[1]).astype(np.float64)
@@ -639,27 +648,16 @@ def _as_with_others(suspect: Suspect, followed: Followed, key: Key) -> Iterator[
             yield f"with {told} it would be what it should"
 
 
-def _others(
-    suspect: Suspect,
-    followed: Followed,
-    first: Key,
-    cause: Cause | None,
-    values: Mapping[Key, Values],
-) -> Iterator[str]:
-    """How many more modules do something wrong with their own input, and whether it is the same."""
-    wrong, alike, looked = 0, 0, 0
-    for key in values:
-        observed = _observed(suspect, followed, key, values[key]) if key != first else None
-        if observed is None:
-            continue
-        looked += 1
-        if not observed.agrees:
-            wrong += 1
-            other = explain(observed)
-            alike += cause is not None and other is not None and other.kind == cause.kind
-    if looked:
-        same = f", {alike} of them in the same way" if wrong else ""
-        yield f"of {looked} more modules, {wrong} do something else with their own inputs than they should{same}"
+def _others(suspect: Suspect, followed: Followed, first: Key, cause: Cause | None, values: Mapping[Key, Values]) -> str:
+    """How many more modules go wrong by themselves, and whether in the same way."""
+    observed = {key: _observed(suspect, followed, key, there) for key, there in values.items() if key != first}
+    looked = [there for there in observed.values() if there is not None]
+    wrong = [there for there in looked if not there.agrees]
+    if not wrong:
+        return f"of {len(looked)} more, each judged by its own input, none goes wrong"
+    causes = [explain(there) for there in wrong]
+    alike = sum(other is not None and cause is not None and other.kind == cause.kind for other in causes)
+    return f"of {len(looked)} more, each judged by its own input, {len(wrong)} go wrong, {alike} in the same way"
 
 
 def _behind_all(suspect: Suspect, followed: Followed, keys: Sequence[Key]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import pytest
 import torch
 from graphs import AXES, an_adapter, exported, inputs, stored
 from numpy.typing import NDArray
-from torch import nn
 
-from lora_export import layers, plan, proof, trace
-from lora_export.errors import InputRefused
+from lora_export import diagnosis, export, layers, model, plan, proof, trace
+from lora_export.errors import RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graph_files
 from lora_export.graph import sites
@@ -40,6 +39,16 @@ SHAPES = {QUERY: (16, 16), KEY: (16, 16), VALUE: (16, 16), OUT: (16, 16), UP: (3
 RANK, SCALE = 5, 3.0
 
 
+@pytest.fixture(autouse=True)
+def _one_case_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is looked for is in every case, and the modules are tiny."""
+    monkeypatch.setattr(model, "CHECKED", model.CHECKED[1:2])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def bert() -> Model:
     def make(wanted: Sizes, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -55,8 +64,6 @@ def bert() -> Model:
 
 @functools.cache
 def base_graph() -> ir.Model:
-    from lora_export import export
-
     return export.to_onnx(bert().module, bert().examples(), axes=AXES["bert"])
 
 
@@ -101,9 +108,7 @@ class Made:
 
     def node(self, **wanted: str) -> ir.Node:
         (found,) = [
-            node
-            for node in self.graph.graph
-            if all(getattr(node, key) == value for key, value in wanted.items())
+            node for node in self.graph.graph if all(getattr(node, key) == value for key, value in wanted.items())
         ]
         return found
 
@@ -195,4 +200,340 @@ def test_what_nothing_explains_is_said_not_to_be_explained(tmp_path: Path) -> No
     made.put(made.factor(f"{OUT}.lora_B.weight"), rng.standard_normal((RANK, 16)))
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first == OUT
-    assert trace.NOT_EXPLAINED in result.diagnosis.why
+    assert diagnosis.NOT_EXPLAINED in result.diagnosis.why
+
+
+# --- beside the weights -------------------------------------------------------------------------
+
+
+def b_transposed(made: Made) -> None:
+    value = made.factor(f"{OUT}.lora_B.weight")
+    made.put(value, stored(made.graph, value.name or "").reshape(16, RANK).T)
+
+
+def b_times(factor: float, module: str) -> Callable[[Made], None]:
+    def harm(made: Made) -> None:
+        value = made.factor(f"{module}.lora_B.weight")
+        made.put(value, stored(made.graph, value.name or "") * factor)
+
+    return harm
+
+
+def without_branch(made: Made) -> None:
+    add = made.node(name=f"/{UP}/lora_B/Add")
+    for node, index in add.outputs[0].uses():
+        node.replace_input_with(index, add.inputs[0])
+
+
+def reads_elsewhere(made: Made) -> None:
+    """The branch of the attention's output reads what entered the attention."""
+    down = made.node(name=f"/{OUT}/lora_A/MatMul")
+    (site,) = sites.find(made.graph).by_name[f"{QUERY}.weight"]
+    down.replace_input_with(0, site.node.inputs[0])
+
+
+def on_the_wrong_layer(made: Made) -> None:
+    """Query's and key's branches, changed about."""
+    adds = [made.node(name=f"/{module}/lora_B/Add") for module in (QUERY, KEY)]
+    products = [add.inputs[1] for add in adds]
+    for add, product in zip(adds, reversed(products), strict=True):
+        add.replace_input_with(1, product)
+    made.graph.graph.sort()
+
+
+def other_base(made: Made) -> None:
+    made.change(VALUE, lambda w: w + 0.02 * np.sin(np.arange(256)).reshape(16, 16))
+
+
+def without_bias(made: Made) -> None:
+    made.put(made.factor(f"{UP}.bias"), np.zeros(32))
+
+
+NODES: Mapping[str, tuple[str, Callable[[Made], None], str]] = {
+    "B transposed": (OUT, b_transposed, "its B is transposed"),
+    "rsLoRA": (KEY, b_times(5**0.5, KEY), "as if alpha were divided by the root of the rank"),
+    "no branch": (UP, without_branch, "its adapter is missing"),
+    "elsewhere": (OUT, reads_elsewhere, f"its adapter reads what enters {QUERY}"),
+    "wrong layer": (QUERY, on_the_wrong_layer, f"it has the adapter of {KEY}"),
+    "other base": (VALUE, other_base, "the weight that it holds is not the base's: they are"),
+    "no bias": (UP, without_bias, "its bias is missing"),
+}
+
+
+@pytest.mark.parametrize("defect", NODES)
+def test_a_branch_that_was_woven_wrongly_is_found_and_explained(defect: str, tmp_path: Path) -> None:
+    module, harm, told = NODES[defect]
+    made = make("nodes", tmp_path, the_adapter())
+    harm(made)
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == module
+    assert told in result.diagnosis.why
+
+
+def test_one_adapter_of_two_is_missing(tmp_path: Path) -> None:
+    both = the_adapter(), the_adapter("de", 1)
+    made = make("nodes", tmp_path, *both)
+    made.put(made.factor(f"{VALUE}.lora_B.de.weight"), np.zeros((RANK, 16)))
+    result = proven(made, *both)
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+    assert "its adapter de is missing" in result.diagnosis.why and "fr" not in result.diagnosis.why
+
+
+def the_dora() -> Adapter:
+    return the_adapter("dora", 3, dora=True)
+
+
+def no_magnitude(made: Made) -> None:
+    mul = made.node(name=f"/{KEY}/lora_magnitude_vector/Mul")
+    for node, index in mul.outputs[0].uses():
+        node.replace_input_with(index, mul.inputs[0])
+
+
+def norm_of_the_base(made: Made) -> None:
+    magnitude = the_dora().pairs[KEY].magnitude
+    assert magnitude is not None
+    length = magnitude / np.linalg.norm(base_weight(KEY), axis=1)
+    made.put(made.factor(f"{KEY}.lora_magnitude_vector.weight"), length)
+
+
+DORA: Mapping[str, tuple[Callable[[Made], None], str]] = {
+    "no magnitude": (no_magnitude, "DoRA's magnitude is missing"),
+    "norm of W": (norm_of_the_base, "divided by the length of W, and not of W + BA"),
+}
+
+
+@pytest.mark.parametrize("defect", DORA)
+def test_dora_that_was_done_wrongly_is_explained(defect: str, tmp_path: Path) -> None:
+    harm, told = DORA[defect]
+    made = make("nodes", tmp_path, the_dora())
+    harm(made)
+    result = proven(made, the_dora())
+    assert result.diagnosis is not None and result.diagnosis.first == KEY
+    assert told in result.diagnosis.why
+
+
+# --- swapped ------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_louder_than_its_adapter_is_so_everywhere(tmp_path: Path) -> None:
+    made = make("inputs", tmp_path, the_adapter())
+    made.given = {name: 1.1 * array if "lora_B" in name else array for name, array in made.given.items()}
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == QUERY
+    assert "as if it were a tenth too strong" in result.diagnosis.why
+    assert "5 go wrong, 5 in the same way" in result.diagnosis.why
+
+
+def test_a_file_with_another_adapters_factors_at_one_place(tmp_path: Path) -> None:
+    made = make("inputs", tmp_path, the_adapter())
+    other = the_adapter().pairs[VALUE]
+    made.given[f"{KEY}.lora_A.weight"] = other.a.T.copy()
+    made.given[f"{KEY}.lora_B.weight"] = other.b.T * np.float32(SCALE)
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == KEY
+    assert f"it has the adapter of {VALUE}" in result.diagnosis.why
+
+
+def test_a_graph_with_inputs_that_nobody_filled(tmp_path: Path) -> None:
+    made = make("inputs", tmp_path, the_adapter())
+    graph_files.save(made.graph, tmp_path, "graph.onnx")
+    result = proof.prove(OnnxRunner(tmp_path / "graph.onnx"), bert(), [the_adapter()])
+    assert result.diagnosis is not None and result.diagnosis.first == QUERY
+    assert "its adapter is missing" in result.diagnosis.why and "--onnx-adapter" in result.diagnosis.why
+
+
+def test_a_wrong_id_is_told_by_the_right_one(tmp_path: Path) -> None:
+    made = make("rows", tmp_path, the_adapter(), the_adapter("de", 1))
+    result = proven(made, the_adapter("de", 1))
+    assert result.diagnosis is not None and result.diagnosis.first == QUERY
+    assert "with adapter id 2 (de) it would be what it should" in result.diagnosis.why
+
+
+def test_one_module_of_rows_has_its_scale_twice(tmp_path: Path) -> None:
+    made = make("rows", tmp_path, the_adapter())
+    b_times(3, DOWN)(made)
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "as if the scale, 3, were applied twice" in result.diagnosis.why
+    assert "with adapter id" not in result.diagnosis.why
+
+
+# --- between modules ----------------------------------------------------------------------------
+
+
+def without_mask(made: Made) -> None:
+    """The attention's mask, as one that hides nothing."""
+    shape = ir.node("Shape", [made.graph.graph.inputs[1]])
+    one = ir.Value(name="one", const_value=ir.Tensor(np.array([1], np.int64), name="one"))
+    made.graph.graph.register_initializer(one)
+    ones = ir.node("Expand", [one, shape.outputs[0]])
+    uses = made.graph.graph.inputs[1].uses()
+    made.graph.graph.insert_before(made.graph.graph[0], [shape, ones])
+    for node, index in uses:
+        if node.op_type != "Shape":
+            node.replace_input_with(index, ones.outputs[0])
+
+
+def another_norm(made: Made) -> None:
+    value = made.factor(f"{LAYER}.attention.output.LayerNorm.weight")
+    made.put(value, 1.001 * stored(made.graph, value.name or ""))
+
+
+def another_activation(made: Made) -> None:
+    gelu = made.node(op_type="Gelu")
+    relu = ir.node("Relu", [gelu.inputs[0]])
+    made.graph.graph.insert_after(gelu, [relu])
+    for node, index in gelu.outputs[0].uses():
+        node.replace_input_with(index, relu.outputs[0])
+
+
+BETWEEN = {
+    "mask": (without_mask, VALUE, OUT, "it is as if the input attention_mask were all ones"),
+    "norm": (another_norm, OUT, UP, "between the two, in what is no such layer"),
+    "activation": (another_activation, UP, DOWN, "between the two, in what is no such layer"),
+}
+
+
+@pytest.mark.parametrize("mode", ["merged", "rows"])
+@pytest.mark.parametrize("defect", BETWEEN)
+def test_what_goes_wrong_between_modules_is_said_to_do_so(defect: str, mode: str, tmp_path: Path) -> None:
+    harm, before, after, told = BETWEEN[defect]
+    made = make(mode, tmp_path, the_adapter())
+    harm(made)
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == after
+    assert f"while {before}, which runs before it, agrees" in result.diagnosis.why
+    assert told in result.diagnosis.why
+
+
+def test_what_goes_wrong_after_the_last_module_is_said_to_do_so(tmp_path: Path) -> None:
+    made = make("merged", tmp_path, the_adapter())
+    (output,) = made.graph.graph.outputs
+    louder = ir.node("Add", [output, output])
+    louder.outputs[0].type, louder.outputs[0].shape = output.type, output.shape
+    made.graph.graph.append(louder)
+    louder.outputs[0].name, output.name = output.name, "inner"
+    made.graph.graph.outputs[0] = louder.outputs[0]
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first is None
+    assert "it happens after classifier, or beside them" in result.diagnosis.why
+
+
+# --- what is right ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows", "dora"])
+def test_a_right_graph_is_right_in_every_module(mode: str, tmp_path: Path) -> None:
+    adapter = the_dora() if mode == "dora" else the_adapter()
+    made = make("nodes" if mode == "dora" else mode, tmp_path, adapter)
+    result = proven(made, adapter, trace=True)
+    assert result.verdict.same and result.diagnosis is not None
+    assert result.diagnosis.first is None and "11 of 11 modules were compared" in result.diagnosis.why
+    assert [layer.name for layer in result.diagnosis.layers[:4]] == [
+        WORDS, "bert.embeddings.token_type_embeddings", "bert.embeddings.position_embeddings", QUERY,
+    ]  # fmt: skip
+    for layer in result.diagnosis.layers:
+        assert layer.error <= 8 * layer.deployed_error or layer.error < 1e-8
+        assert layer.effect is not None and (layer.effect > 1e-5) == ("embeddings" not in layer.name)
+
+
+def test_nobody_looks_for_a_difference_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_now(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(proof, "diagnose", not_now)
+    assert proven(make("merged", tmp_path, the_adapter()), the_adapter()).diagnosis is None
+
+
+# --- how it is done -----------------------------------------------------------------------------
+
+
+def half_value(made: Made) -> Made:
+    made.change(VALUE, lambda w: w - delta(VALUE) / 2)
+    return made
+
+
+def test_a_diagnosis_that_fails_leaves_the_verdict_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_vain(*_: Any, **__: Any) -> None:
+        raise RuntimeRefused("onnxruntime: no\nmore")
+
+    monkeypatch.setattr(trace, "expose", in_vain)
+    result = proven(half_value(make("merged", tmp_path, the_adapter())), the_adapter())
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
+    assert "where it differs was looked for in vain: onnxruntime: no" in result.verdict.notes
+
+
+def test_what_is_too_much_to_be_held_is_compared_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "AT_ONCE", 3000)  # numbers: two or three modules
+    made = half_value(make("merged", tmp_path, the_adapter()))
+    groups: list[int] = []
+    run = trace._FollowedGraph.run
+
+    def watched(self: Any, inputs: Any, keys: Any) -> Any:
+        groups.append(len(keys))
+        return run(self, inputs, keys)
+
+    monkeypatch.setattr(trace._FollowedGraph, "run", watched)
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+    assert "arrives 0.5 times" in result.diagnosis.why
+    assert len(groups) > 1 and sum(groups) < 11 and max(groups) <= 3  # it stops where it is found
+    groups.clear()
+    result = proven(made, the_adapter(), trace=True)
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+    assert sum(groups) == len(result.diagnosis.layers) == 11
+
+
+def test_weights_beside_the_graph_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_files, "INLINE", 0)
+    made = half_value(make("merged", tmp_path, the_adapter()))
+    result = proven(made, the_adapter())
+    data, graph = sorted(tmp_path.iterdir())
+    assert data.suffix == ".data" and graph.name == "graph.onnx"  # and nothing else
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+    assert "arrives 0.5 times" in result.diagnosis.why
+
+
+def test_a_graph_whose_names_have_lost_their_prefix_is_followed(tmp_path: Path) -> None:
+    made = half_value(make("merged", tmp_path, the_adapter()))
+    for value in list(made.graph.graph.initializers.values()):
+        origin = value.metadata_props.pop(sites.FOLDED_FROM, None)
+        name = origin[2:-2] if origin else value.name
+        if name and name.startswith("bert."):
+            value.name = name.removeprefix("bert.")
+    for node in made.graph.graph:
+        node.metadata_props.clear()
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+
+
+def test_a_merged_module_is_followed_by_hooks() -> None:
+    steps = plan.make([the_adapter()], layers.specs(bert().module))
+    module = copy.deepcopy(bert().module)
+    layers.fold(module, steps)
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+    result = proof.prove(ModuleRunner(module), bert(), [the_adapter()])
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "arrives 0.5 times" in result.diagnosis.why
+
+
+def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
+    module = copy.deepcopy(bert().module)
+    layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+        for name in SHAPES:
+            weight = module.get_submodule(name).weight
+            weight.copy_(weight.bfloat16())  # type: ignore[union-attr, operator]
+    stored = {f"{name}.weight": "bfloat16" for name in SHAPES}
+    result = proof.prove(ModuleRunner(module, stored=stored), bert(), [the_adapter()])
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "arrives 0.5 times" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
+
+
+def test_inside_a_torchscript_file_nothing_is_seen_and_that_is_said(tmp_path: Path) -> None:
+    export.save_torchscript(export.to_torchscript(bert().module, bert().examples()), tmp_path / "base.pt", extra={})
+    result = proof.prove(ScriptRunner(tmp_path / "base.pt", bert().input_names), bert(), [the_adapter()])
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
+    assert any("what happens inside a TorchScript file cannot be seen" in note for note in result.verdict.notes)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.errors import RuntimeRefused
 from lora_export.graph.branches import BIASES
-from lora_export.graph.files import message_of
+from lora_export.graph.files import LIMIT, message_of
 from lora_export.graph.readers import ATTENTIONS, CONVOLUTIONS, MICROSOFT, PRODUCTS, Site, identity, tensor_of
 from lora_export.graph.sites import Sites
 from lora_export.plan import Layout
@@ -58,7 +59,7 @@ class _Follower:
     def watch(self, name: str, site: Site, *, has_bias: bool) -> Watched | None:
         node = site.node
         position = 1 if site.layout is Layout.EMBEDDING else 0
-        if site.index == position or node.attributes.get_int("transA", 0):
+        if site.index == position or node.attributes.get_int("transA", 0) == 1:
             return None
         x = node.inputs[position]
         entering = None if x is None or tensor_of(x) is not None else x.name
@@ -80,7 +81,7 @@ class _Follower:
     def _next(self, y: ir.Value, x: ir.Value | None, *, wants_bias: bool) -> tuple[ir.Value, bool] | None:
         """What a module makes of its product next, and whether that adds its bias; None where it ends."""
         for node, index in y.uses():
-            if len(node.inputs) != 2 or node.graph is None:
+            if len(node.inputs) != 2 or not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
                 continue
             other = node.inputs[1 - index]
             if other is None or other is y:
@@ -88,9 +89,7 @@ class _Follower:
             if node.op_type == "Add" and self._is_constant(other):
                 if wants_bias:
                     return node.outputs[0], True
-            elif node.op_type == "Add" and self._is_branch(other, x):
-                return node.outputs[0], False
-            elif node.op_type == "Mul" and any("lora_magnitude" in (value.name or "") for value in _behind(other)):
+            elif self._is_branch(other, x) if node.op_type == "Add" else _is_length(node, other):
                 return node.outputs[0], False
         return None
 
@@ -125,6 +124,11 @@ class _Follower:
             products = products or identity(node) in PRODUCTS | CONVOLUTIONS
             waiting += [entering for entering in node.inputs if entering is not None]
         return products and (names or not strange)
+
+
+def _is_length(node: ir.Node, other: ir.Value) -> bool:
+    """Whether a node gives each output the length that DoRA wants."""
+    return node.op_type == "Mul" and any("lora_magnitude" in (value.name or "") for value in _behind(other))
 
 
 def _behind(value: ir.Value) -> Iterator[ir.Value]:
@@ -175,19 +179,18 @@ def expose(model: ir.Model, watched: Collection[Watched]) -> Exposed:
             there.add(name)
             added.append(name)
     folder = _only_folder(model)
-    return Exposed(message_of(model), folder, tuple(added))
+    return Exposed(message_of(model, check=False), folder, tuple(added))
 
 
 def _only_folder(model: ir.Model) -> Path:
-    tensors = [
-        value
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    ]
-    folders = {Path(os.fspath(value.const_value.base_dir)) for value in tensors}
-    if len(folders) > 1:
-        for value in tensors:
-            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
-        return Path()
-    return folders.pop() if folders else Path()
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    there = [(value, tensor) for value in values if isinstance(tensor := value.const_value, ir.ExternalTensor)]
+    folders = {Path(os.fspath(tensor.base_dir)) for _, tensor in there}
+    if len(folders) < 2:
+        return folders.pop() if folders else Path()
+    size = sum(tensor.nbytes for _, tensor in there)
+    if size >= LIMIT:
+        raise RuntimeRefused(f"its weights lie in {len(folders)} folders, and {size:,} bytes cannot be held as one")
+    for value, tensor in there:
+        value.const_value = ir.Tensor(tensor.numpy(), name=value.name)
+    return Path()
