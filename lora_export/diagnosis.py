@@ -106,8 +106,11 @@ class Observed:
     @cached_property
     def expected(self) -> Wide:
         """(n, out): what should have come out."""
-        if self.settled is not None:
-            return self.product(self.settled) + self.constant
+        return self.unrounded if self.settled is None else self.product(self.settled) + self.constant
+
+    @cached_property
+    def unrounded(self) -> Wide:
+        """(n, out): what W + ΔW makes of the input."""
         magnitude = self.step.magnitude if self.step else None
         if magnitude is not None:
             return self.rescaled(magnitude, self.total()) + self.constant
@@ -137,6 +140,11 @@ class Observed:
         narrow = times(self.x.astype(np.float32) if self.x.dtype.kind == "f" else self.x, _narrow(self.total()))
         own = rms(narrow.astype(np.float64) - self.product(self.total()))
         return max(OWN_ERRORS * own, FEW_EPS * EPS["float32"] * rms(self.expected))
+
+    @property
+    def grain(self) -> float:
+        """What a rounding that is meant costs the output: rmse. No explanation can be finer than twice that."""
+        return rms(self.expected - self.unrounded)
 
     @property
     def agrees(self) -> bool:
@@ -200,7 +208,8 @@ def explain(there: Observed, neighbours: Neighbours | None = None) -> Cause | No
     if not np.isfinite(there.y).all():
         bad = there.y.size - np.count_nonzero(np.isfinite(there.y))
         return Cause("not finite", f"{bad} of its {there.y.size} values are not finite", 0.0)
-    limit = max(there.allowed, UNEXPLAINED * there.wrong)
+    enough = max(there.allowed, 2 * there.grain)
+    limit = max(enough, UNEXPLAINED * there.wrong)
     fitting: list[tuple[float, Cause]] = []
     for explanations in (_own(there), _foreign(there, neighbours or Neighbours())):
         for told in explanations:
@@ -208,9 +217,9 @@ def explain(there: Observed, neighbours: Neighbours | None = None) -> Cause | No
             if left <= limit:
                 fitting.append((left, Cause(told.kind, told.text, left / there.wrong)))
         best = min((left for left, _ in fitting), default=math.inf)
-        if best <= there.allowed:
+        if best <= enough:
             break
-    return next((cause for left, cause in fitting if left <= max(there.allowed, 2 * best)), None)
+    return next((cause for left, cause in fitting if left <= max(enough, 2 * best)), None)
 
 
 def _own(there: Observed) -> Iterator[Explanation]:
@@ -254,7 +263,7 @@ def _of_strength(there: Observed) -> Iterator[Explanation]:
 
 
 def _nearest_known(factor: float, term: Term) -> float:
-    known = [0.0, 1.0, *(value for value, _ in _known_factors(term))]
+    known = [0.0, 1.0, float(f"{factor:.2g}"), *(value for value, _ in _known_factors(term))]
     nearest = min(known, key=lambda value: abs(value - factor))
     return nearest if abs(nearest - factor) <= SAME_FACTOR * max(abs(nearest), 1.0) else factor
 

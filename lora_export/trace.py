@@ -35,11 +35,12 @@ from lora_export.graph.branches import module_of
 from lora_export.graph.trace import Watched, expose, watch
 from lora_export.layers import Plain
 from lora_export.plan import Layout, Plan
-from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Referee, Runner
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Referee, Runner, ScriptRunner
 
 Array = NDArray[Any]
 AT_ONCE = 1 << 25  # numbers, of what enters and leaves modules, that are held of each side at a time
 INTEGERS = "iub"
+SAME_SCRIPT = 1e-4, 1e-5  # rtol and atol within which a script computes what a module with its weights does
 
 
 class Key(NamedTuple):
@@ -212,13 +213,29 @@ def _recorded(module: nn.Module, run: Callable[[], object], keys: Collection[Key
 # --- what the candidate computes ----------------------------------------------------------------
 
 
-def follow(candidate: Runner, base: nn.Module, inputs: Sequence[str]) -> Followed:
+def follow(suspect: Suspect) -> Followed:
     """Make a candidate's inner values visible. Raises InputRefused where that cannot be done."""
+    candidate = suspect.candidate
     if isinstance(candidate, OnnxRunner):
-        return _FollowedGraph(candidate, _places(base), inputs)
+        return _FollowedGraph(candidate, suspect.places, tuple(suspect.inputs))
     if isinstance(candidate, ModuleRunner):
         return _FollowedModule(candidate)
-    raise InputRefused("what happens inside a TorchScript file cannot be seen")
+    if isinstance(candidate, ScriptRunner):
+        return _FollowedModule(ModuleRunner(_with_weights_of(candidate, suspect)))
+    raise InputRefused(f"what happens inside a {type(candidate).__name__} cannot be seen")
+
+
+def _with_weights_of(candidate: ScriptRunner, suspect: Suspect) -> nn.Module:
+    """The model with a TorchScript file's weights: no hook sees into the file itself."""
+    module, state = copy.deepcopy(suspect.base), candidate.script.state_dict()
+    names = module.state_dict().keys()
+    if not names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script keeps every buffer
+        raise InputRefused("the TorchScript file holds other tensors than the model, and cannot be seen into")
+    module.load_state_dict({name: state[name] for name in names})
+    answer = _named_alike(ModuleRunner(module).run(suspect.inputs), suspect.case)
+    if any(not np.allclose(answer[name], value, *SAME_SCRIPT) for name, value in suspect.case.candidate.items()):
+        raise InputRefused("the TorchScript file computes something else with its weights than the model")
+    return module
 
 
 class _FollowedGraph:
@@ -288,7 +305,7 @@ class _FollowedGraph:
 def _spelled(names: Mapping[str, object], places: Mapping[str, Plain]) -> dict[str, str]:
     """What the model calls each weight of a graph, a prefix of either aside."""
     spelled = {name: name for name in names if name in places}
-    for name in names if not spelled else ():
+    for name in names.keys() - spelled.keys():
         ends = [own for own in places if own.endswith(f".{name}") or name.endswith(f".{own}")]
         if len(ends) == 1 and ends[0] not in spelled.values():
             spelled[name] = ends[0]
@@ -349,7 +366,7 @@ def diagnose(suspect: Suspect, *, every: bool = False) -> Diagnosis:
     is too much to be held at once; stops at the first difference then, unless `every` is said.
     Raises InputRefused and RuntimeRefused where nothing can be compared.
     """
-    followed = follow(suspect.candidate, suspect.base, tuple(suspect.inputs))
+    followed = follow(suspect)
     sizes = _sizes(suspect)
     keys = [key for key in sizes if not followed.keys or key in set(followed.keys)]
     calls: dict[str, int] = {}

@@ -488,8 +488,8 @@ def test_weights_beside_the_graph_stay_where_they_are(tmp_path: Path, monkeypatc
     monkeypatch.setattr(graph_files, "INLINE", 0)
     made = half_value(make("merged", tmp_path, the_adapter()))
     result = proven(made, the_adapter())
-    data, graph = sorted(tmp_path.iterdir())
-    assert data.suffix == ".data" and graph.name == "graph.onnx"  # and nothing else
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data", ".onnx"]  # and nothing else
+    assert max(path.stat().st_size for path in tmp_path.iterdir() if path.suffix == ".onnx") < 60_000
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
     assert "arrives 0.5 times" in result.diagnosis.why
 
@@ -532,8 +532,50 @@ def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
     assert "arrives 0.5 times" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
 
 
-def test_inside_a_torchscript_file_nothing_is_seen_and_that_is_said(tmp_path: Path) -> None:
-    export.save_torchscript(export.to_torchscript(bert().module, bert().examples()), tmp_path / "base.pt", extra={})
-    result = proof.prove(ScriptRunner(tmp_path / "base.pt", bert().input_names), bert(), [the_adapter()])
+def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
+    export.save_torchscript(export.to_torchscript(module, bert().examples()), folder / "script.pt", extra={})
+    return ScriptRunner(folder / "script.pt", bert().input_names)
+
+
+def test_a_torchscript_file_is_judged_by_its_weights(tmp_path: Path) -> None:
+    module = copy.deepcopy(bert().module)
+    layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+    result = proof.prove(scripted(module, tmp_path), bert(), [the_adapter()])
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "arrives 0.5 times" in result.diagnosis.why
+
+
+def test_inside_a_torchscript_file_with_branches_nothing_is_seen_and_that_is_said(tmp_path: Path) -> None:
+    candidate = scripted(proof.adapted(bert(), [the_adapter("de", 1)]), tmp_path)
+    result = proof.prove(candidate, bert(), [the_adapter()])
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
-    assert any("what happens inside a TorchScript file cannot be seen" in note for note in result.verdict.notes)
+    assert any("cannot be seen into" in note for note in result.verdict.notes)
+
+
+# --- other kinds of layers ----------------------------------------------------------------------
+
+
+def test_an_embeddings_adapter_that_is_missing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pair = LoraPair(0.3 * rng.standard_normal((2, 50)), 0.3 * rng.standard_normal((16, 2)), 1.0, embedding=True)
+    adapter = an_adapter({WORDS: pair, **the_adapter().pairs}, sha256="ee")
+    result = proven(make("nodes", tmp_path, the_adapter()), adapter)
+    assert result.diagnosis is not None and result.diagnosis.first == WORDS
+    assert "its adapter is missing" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 2, "dilation": 2}, {"padding": (1, 0)}])
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv2d])
+def test_a_convolution_is_a_matrix_product_of_what_its_kernel_sees(kind: Any, options: dict[str, Any]) -> None:
+    if kind is torch.nn.Conv1d:
+        options = {name: value[0] if isinstance(value, tuple) else value for name, value in options.items()}
+    layer = kind(3, 4, 2 if kind is torch.nn.Conv1d else (2, 3), bias=False, **options).double()
+    x = torch.randn(2, 3, *([9] if kind is torch.nn.Conv1d else [9, 8]), dtype=torch.float64)
+    y = layer(x).detach().numpy()
+    laid_out = trace._patches(x.numpy(), y, layer)
+    assert laid_out is not None
+    rows, outputs = laid_out
+    expected = rows @ layer.weight.detach().numpy().reshape(4, -1).T
+    np.testing.assert_allclose(outputs, expected, rtol=1e-12)
