@@ -345,10 +345,10 @@ def test_verify_tells_where_it_goes_wrong_and_why(
 ) -> None:
     report = tmp_path / "verdict.json"
     words = ("verify", rows, "--model", MODEL, "--adapter-id", "1")
-    code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "2", "--report", report)
+    code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "7", "--report", report)
     assert code == 4 and json.loads(report.read_text())["diagnosis"] == told["diagnosis"]
     assert told["diagnosis"]["first"] == PACKED
-    assert "as if its weight, 2, were left out" in told["diagnosis"]["why"]
+    assert "as if its weight, 7, were left out" in told["diagnosis"]["why"]
     assert "2 go wrong, 2 in the same way; 10 of 10 modules were compared" in told["diagnosis"]["why"]
     layers = {layer.pop("name"): layer for layer in told["diagnosis"]["layers"]}
     assert list(layers)[:3] == ["conv", PACKED, OUT] and set(layers[OUT]) == {"error", "deployed_error", "effect"}
