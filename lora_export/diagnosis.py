@@ -73,6 +73,7 @@ class Observed:
     before: Wide | None = None  # (out, in): the base's, where the adapter brings `weight`
     stored: Wide | None = None  # (out, in): what the candidate holds, where that can be read
     settled: Wide | None = None  # (out, in): W + ΔW, where it should be rounded as it is
+    gate: float = 0.0  # what PyTorch's own error allows it, whatever fp32 costs: a layer may compute in int8
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -139,7 +140,7 @@ class Observed:
         """How far it may be: some times what fp32 itself costs this module on this input."""
         narrow = times(self.x.astype(np.float32) if self.x.dtype.kind == "f" else self.x, _narrow(self.total()))
         own = rms(narrow.astype(np.float64) - self.product(self.total()))
-        return max(OWN_ERRORS * own, FEW_EPS * EPS["float32"] * rms(self.expected))
+        return max(self.gate, OWN_ERRORS * own, FEW_EPS * EPS["float32"] * rms(self.expected))
 
     @property
     def grain(self) -> float:

@@ -7,22 +7,27 @@ arithmetic with what it judges.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import layers, parity, plan, runtime
+from lora_export import kept, layers, parity, plan, runtime, standin
+from lora_export.decoding import CacheRunner
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
-from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
+from lora_export.provenance import described
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 from lora_export.trace import Suspect, diagnose
 
 LOUDER = 1.1  # the control's factor on every scale
@@ -50,11 +55,30 @@ class Proof:
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
-    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it."""
-    module = copy.deepcopy(model.module)
+    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it.
+
+    Its tensors are the model's own, but for what the adapters bring: nothing in it may be changed in place.
+    """
+    if strengths and not adapters:
+        raise InputRefused("there are strengths and no adapters that they could belong to")
+    module = _copied(model.module, lambda tensor: tensor)
     if adapters:
         layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
     return module.eval()
+
+
+def _copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of which each parameter and buffer is what `change` makes of the original's: no more memory than that."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        made = change(tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(module, memo)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
 def prove(
@@ -68,13 +92,16 @@ def prove(
     device: str = "cpu",
     atol: float | None = None,
     rtol: float | None = None,
+    cache: Path | None = None,
     trace: bool = False,
     step: Note = lambda _: None,
+    say: Note = lambda _: None,
 ) -> Proof:
     """Judge a candidate against the model with its adapters attached (numerics: the verdict).
 
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
+    `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
     A candidate that is different is followed module by module to where that begins; with `trace`, any is.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
@@ -82,18 +109,20 @@ def prove(
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    module = adapted(model, adapters, strengths)
-    attached = Referee(copy.deepcopy(module).double())
+    held = _held(candidate, model, adapters)
+    judged = standin.standing_in(model, held)
+    module = adapted(judged, adapters, strengths)
     rounded = _rounded_weights(candidate, module) if adapters else {}
-    referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
+    bench = _Bench(module, rounded, has_pairs=any(adapter.pairs for adapter in adapters), alone=not adapters)
     if rounded and isinstance(candidate, ModuleRunner):
         # The loss that a merge into a low precision means is told apart from faults of the merge: the referee
         # rounds W + sBA itself, and so does the model as it would be deployed.
-        layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
-        module = copy.deepcopy(referee.module).float()
-    deployed = ModuleRunner(module.to(device), device)
+        layers.settle(bench.referee.module, rounded, chosen=candidate.module.state_dict())
+        module = _copied(bench.referee.module, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    deployed = ModuleRunner(_copied(module, lambda tensor: tensor.to(device)), device)
+    standin.round_activations(deployed.module, held)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
-    has_pairs = any(adapter.pairs for adapter in adapters)
+    said = _ask(bench, judged, adapters, strengths, inputs, cache, step, say)
     cases, refusals = [], []
     for name, arrays in inputs.items():
         step(f"case {name}")
@@ -102,17 +131,14 @@ def prove(
         except RuntimeRefused as refusal:
             answer = {}
             refusals.append(f"the candidate refused case {name}: {refusal}")
-        reference = referee.run(arrays)
+        proper = deployed.run(arrays)  # which learns on the way whether its outputs' names mean anything
         cases.append(
             parity.Case(
                 name=name,
                 inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
-                referee=reference,
-                deployed=deployed.run(arrays),
-                candidate=_aligned(answer, reference, candidate, deployed),
-                base=_with_strength(attached, arrays, 0.0, has_pairs=has_pairs) if adapters else None,
-                louder=_with_strength(attached, arrays, LOUDER, has_pairs=has_pairs) if adapters else None,
-                attached=attached.run(arrays) if rounded else None,
+                deployed=proper,
+                candidate=_aligned(answer, said[name]["referee"], candidate, deployed),
+                **said[name],
             )
         )
     if len(refusals) == len(cases):
@@ -124,22 +150,29 @@ def prove(
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
-        notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model)],
+        notes=[
+            *refusals,
+            *_about_referee(bench.stayed),
+            *_fixed(candidate, model),
+            *_about_cache(candidate),
+            *standin.told(held),
+        ],
     )
     about = {
         **runtime.environment(),
-        "model": model.source,
-        "adapters": {adapter.name: adapter.sha256 for adapter in adapters},
+        "model": {"source": model.source, "sha256": model.fingerprint()},
+        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
         "seed": seed,
+        "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
     diagnosis = None
     if trace or verdict.outcome is parity.Outcome.DIFFERENT:
         step("looking for where it differs")
         case = _most_telling(cases, verdict, inputs)
-        steps = plan.make(adapters, layers.specs(model.module), strengths=strengths) if adapters else None
-        sides = candidate, referee, attached, deployed
-        suspect = Suspect(*sides, model.module, steps, inputs[case.name], case, keep_whole=has_pairs)
+        steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None
+        sides = candidate, bench.referee, bench.attached, deployed
+        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=bench.has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis)
@@ -218,6 +251,12 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
     return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
 
 
+def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+    """The quantised weights of an ONNX candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
+
+
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     """Which of the module's tensors the candidate's file stores in less than fp32, by the module's names."""
     stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
@@ -231,10 +270,66 @@ def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     }
 
 
-def _with_strength(referee: Referee, arrays: Arrays, factor: float, *, has_pairs: bool) -> Arrays:
-    # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-    with layers.strength(referee.module, factor, keep_whole=has_pairs):
-        return referee.run(arrays)
+class _Bench:
+    """The referee, and the same with its adapters off or too loud. Nothing is made before somebody asks."""
+
+    def __init__(self, module: nn.Module, rounded: Mapping[str, str], *, has_pairs: bool, alone: bool):
+        self.module, self.rounded, self.has_pairs, self.alone = module, rounded, has_pairs, alone
+        self.stayed: set[str] = set()  # operators that stayed in fp32 all the same
+
+    @cached_property
+    def attached(self) -> Referee:
+        """With the adapters as they are, in fp64."""
+        return Referee(_copied(self.module, _wide), self.stayed)
+
+    @cached_property
+    def referee(self) -> Referee:
+        """Who judges: where the candidate's weights are rounded, a module of its own to be rounded alike."""
+        return Referee(copy.deepcopy(self.attached.module), self.stayed) if self.rounded else self.attached
+
+    def says(self, arrays: Arrays) -> dict[str, Arrays]:
+        """All that a case needs of it, by the names of the case's fields."""
+        said = {"referee": self.referee.run(arrays)}
+        if not self.alone:
+            said |= {"base": self._at(0.0, arrays), "louder": self._at(LOUDER, arrays)}
+        return said | ({"attached": self.attached.run(arrays)} if self.rounded else {})
+
+    def _at(self, factor: float, arrays: Arrays) -> Arrays:
+        # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
+        with layers.strength(self.attached.module, factor, keep_whole=self.has_pairs):
+            return self.attached.run(arrays)
+
+
+def _ask(
+    bench: _Bench,
+    model: Model,
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float] | None,
+    inputs: Mapping[str, Arrays],
+    cache: Path | None,
+    step: Note,
+    say: Note,
+) -> kept.Said:
+    """What the referee says of each case: what it said before, where that was kept and still holds."""
+    question, store = None, None
+    if cache is not None:
+        store = kept.Kept(cache, say)
+        # Rounded as the candidate's weights are, the referee is one of this candidate alone.
+        question = None if bench.rounded else kept.question(model, adapters, strengths, inputs)
+        if question is None:
+            why = "the candidate's weights are rounded" if bench.rounded else "an adapter came from no file"
+            say(f"cache: not used, since {why}")
+        elif found := store.get(question):
+            said, stayed = found
+            bench.stayed.update(stayed)
+            return said
+    said = {}
+    for name, arrays in inputs.items():
+        step(f"asking the referee, case {name}")
+        said[name] = bench.says(arrays)
+    if store and question:
+        store.put(question, said, bench.stayed)
+    return said
 
 
 def case_inputs(
@@ -246,11 +341,18 @@ def case_inputs(
 
 def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
-        made = model.inputs(sizes, seed=seed + number + 1)
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
-        yield label, {name: value.numpy() for name, value in made.items()}
+        yield label, _draw(model, candidate, sizes, seed + number + 1)
     if user_inputs is not None:
         yield user_inputs.name, _read_inputs(user_inputs, model)
+
+
+def _draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
+    """Seeded inputs as the model takes them, and the candidate can."""
+    arrays = {name: value.numpy() for name, value in model.inputs(sizes, seed=seed).items()}
+    if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
+        return candidate.without_padding(arrays)
+    return arrays
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
@@ -281,13 +383,17 @@ def _fixed(candidate: Runner, model: Model) -> list[str]:
     ]
 
 
-def _about_referee(referee: Referee) -> list[str]:
-    if not referee.stayed:
+def _about_cache(candidate: Runner) -> list[str]:
+    return candidate.notes if isinstance(candidate, CacheRunner) else []
+
+
+def _about_referee(stayed: set[str]) -> list[str]:
+    if not stayed:
         return ["the referee ran in fp64 throughout"]
-    return [f"the referee ran in fp64, but for: {', '.join(sorted(referee.stayed))}"]
+    return [f"the referee ran in fp64, but for: {', '.join(sorted(stayed))}"]
 
 
-def _aligned(answer: Arrays, reference: Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
+def _aligned(answer: Arrays, reference: parity.Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
     """The candidate's outputs under the reference's names: by order where either side's names mean nothing."""
     if (candidate.names_known and deployed.names_known) or len(answer) != len(reference):
         return answer
@@ -300,10 +406,10 @@ def _sensitivity(
     """For each input: does another draw of it, the others held, change PyTorch's answer, and the candidate's?"""
     before = list(inputs.values())[min(2, len(inputs) - 1)]
     sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
-    draws = [model.inputs(sizes, seed=seed + 1000 + number) for number in range(PERTURBATIONS)]
+    draws = [_draw(model, candidate, sizes, seed + 1000 + number) for number in range(PERTURBATIONS)]
     expected, answered = deployed.run(before), candidate.run(before)
     for name in model.input_names:
-        fresh = next((d[name].numpy() for d in draws if not np.array_equal(d[name].numpy(), before[name])), None)
+        fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
         if fresh is None:
             continue
         perturbed = {**before, name: fresh}

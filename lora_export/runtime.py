@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_export import __version__
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import onnxruntime
@@ -54,8 +56,10 @@ COMPUTE = frozenset(
 class Runner(Protocol):
     """Something that answers inputs with outputs, both by name."""
 
-    axes: Mapping[str, tuple[int | None, ...]]  # input -> sizes, None where the candidate lets them vary; {} if unknown
-    names_known: bool  # whether the outputs' names mean something, or only their order does
+    @property
+    def axes(self) -> Mapping[str, tuple[int | None, ...]]: ...  # input -> sizes, None where they vary; {} if unknown
+    @property
+    def names_known(self) -> bool: ...  # whether the outputs' names mean something, or only their order does
 
     def run(self, inputs: Arrays) -> Arrays: ...
 
@@ -198,6 +202,11 @@ class Placement:
     by_provider: Mapping[str, tuple[tuple[str, str], ...]]  # provider -> (node, operator) ...
     options: Mapping[str, str]
     version: str
+
+    @property
+    def operators(self) -> frozenset[str]:
+        """What kinds of nodes there are, after the runtime's own fusions."""
+        return frozenset(operator for nodes in self.by_provider.values() for _, operator in nodes)
 
     @property
     def compute(self) -> int:
@@ -345,13 +354,19 @@ class OnnxRunner:
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     facts: dict[str, Any] = {
+        "lora_export": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime().__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "tf32": False,  # `_tf32_off` and CUDA_OPTIONS see to that
     }
+    if transformers := sys.modules.get("transformers"):
+        facts["transformers"] = transformers.__version__
     for variable in ("NVIDIA_TF32_OVERRIDE", "ORT_CUDA_GEMM_OPTIONS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]

@@ -222,7 +222,7 @@ def follow(suspect: Suspect) -> Followed:
         return _FollowedModule(candidate)
     if isinstance(candidate, ScriptRunner):
         return _FollowedModule(ModuleRunner(_with_weights_of(candidate, suspect)))
-    raise InputRefused(f"what happens inside a {type(candidate).__name__} cannot be seen")
+    raise InputRefused("a decoder that is run with its cache, step by step, is not followed")
 
 
 def _with_weights_of(candidate: ScriptRunner, suspect: Suspect) -> nn.Module:
@@ -494,7 +494,7 @@ def _first(
         if key in values and not there.input_agrees:
             return _Told(key, _between(suspect, before, key, there, values[key]))
         if key in values and not there.output_agrees:
-            return _Told(key, _within(suspect, followed, key, there, values))
+            return _Told(key, _within(suspect, followed, key, compared, values))
         before = key
     return None
 
@@ -538,9 +538,10 @@ def _within(
     suspect: Suspect,
     followed: Followed,
     key: Key,
-    there: _Compared,
+    compared: Mapping[Key, _Compared],
     values: Mapping[Key, Values],
 ) -> str:
+    there = compared[key]
     own = f"its output is off by {_times(there.layer.error, there.layer.deployed_error)}"
     if there.entering is None:
         lines = [f"{own}; whether its input agrees could not be seen"]
@@ -548,7 +549,7 @@ def _within(
         lines = [f"{own}; its input agrees"]
     else:
         lines = [f"{own}; its input agrees ({_times(there.entering, there.entering_own)})"]
-    observed = _observed(suspect, followed, key, values[key], is_first=True)
+    observed = _observed(suspect, followed, key, values[key], compared[key].allowed, is_first=True)
     if observed is None:
         return "\n".join([*lines, f"{NOT_EXPLAINED}: its kind of layer is not looked into"])
     if observed.agrees:
@@ -558,7 +559,7 @@ def _within(
     if cause and cause.kind == "missing" and isinstance(followed, _FollowedGraph) and followed.lacks_adapter:
         lines.append("the graph takes an adapter's file, and was run without one (--onnx-adapter)")
     lines += _as_with_others(suspect, followed, key)
-    lines.append(_others(suspect, followed, key, cause, values))
+    lines.append(_others(suspect, followed, key, cause, compared, values))
     return "\n".join(lines)
 
 
@@ -567,7 +568,7 @@ def _is_whole(array: Array | None) -> bool:
 
 
 def _observed(
-    suspect: Suspect, followed: Followed, key: Key, values: Values, *, is_first: bool = False
+    suspect: Suspect, followed: Followed, key: Key, values: Values, gate: float, *, is_first: bool = False
 ) -> Observed | None:
     """What the candidate's module made of its own input; None where that cannot be laid out as x Wᵀ."""
     attached, base = suspect.attached_places[key.weight], suspect.places[key.weight]
@@ -588,6 +589,7 @@ def _observed(
         shift=bias - without if bias is not None and without is not None and (bias != without).any() else None,
         before=plain if step is not None and step.replace is not None else None,
         stored=followed.stored(key) if is_first else None,
+        gate=gate,
         settled=None if settled is None else _matrix(settled),
     )
 
@@ -665,10 +667,21 @@ def _as_with_others(suspect: Suspect, followed: Followed, key: Key) -> Iterator[
             yield f"with {told} it would be what it should"
 
 
-def _others(suspect: Suspect, followed: Followed, first: Key, cause: Cause | None, values: Mapping[Key, Values]) -> str:
+def _others(
+    suspect: Suspect,
+    followed: Followed,
+    first: Key,
+    cause: Cause | None,
+    compared: Mapping[Key, _Compared],
+    values: Mapping[Key, Values],
+) -> str:
     """How many more modules go wrong by themselves, and whether in the same way."""
-    observed = {key: _observed(suspect, followed, key, there) for key, there in values.items() if key != first}
-    looked = [there for there in observed.values() if there is not None]
+    others = [
+        _observed(suspect, followed, key, there, compared[key].allowed)
+        for key, there in values.items()
+        if key != first and key in compared
+    ]
+    looked = [there for there in others if there is not None]
     wrong = [there for there in looked if not there.agrees]
     if not wrong:
         return f"of {len(looked)} more, each judged by its own input, none goes wrong"

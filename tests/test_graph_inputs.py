@@ -167,12 +167,6 @@ def test_a_graph_of_an_old_ir_version_is_refused() -> None:
 @pytest.mark.parametrize(
     ("adapter", "told"),
     [
-        (an_adapter({"m": LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[1, 1])}), "default, m: DoRA"),
-        (
-            an_adapter({"c": LoraPair(a=np.ones((1, 3, 2)), b=np.ones((2, 1, 1)), scale=1.0)}),
-            "default, c: a convolution",
-        ),
-        (an_adapter({"e": LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, embedding=True)}), "default, e: an embedding"),
         (an_adapter({"m": PAIR}, rows={"e.weight": Rows(np.arange(2), X)}), "default, e.weight: rows of tokens"),
         (an_adapter({"m": PAIR}, replaced={"head.weight": X}), "default, head.weight: a whole tensor"),
         (an_adapter({"m": PAIR}, biases={"m": np.ones(2, np.float32)}), "default, m: a change of a bias"),

@@ -24,7 +24,8 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "session", "parity", "diagnosis", "report", "trace", "proof"),
+    *("runtime", "decoding", "session", "parity", "diagnosis", "report", "standin", "kept", "candidate", "trace"),
+    *("proof", "testing"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}

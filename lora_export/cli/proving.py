@@ -11,7 +11,7 @@ import click
 
 from lora_export import __version__, parity, report
 from lora_export.cli import doctor
-from lora_export.cli.arguments import split_name
+from lora_export.cli.arguments import say, split_name
 from lora_export.errors import Different, EnvironmentLacking, Undecided
 from lora_export.lora import Adapter
 from lora_export.model import Model
@@ -115,3 +115,17 @@ def show(proof: Proof | None) -> None:
         click.echo("not verified (--no-verify)")
     else:
         report.print_verdict(report.console(), proof.verdict, proof.placement, proof.diagnosis)
+
+
+def tell_github(proof: Proof, title: str) -> None:
+    """Annotations for the runner, and a summary for the run's page, where this is a step of a GitHub workflow."""
+    if "GITHUB_ACTIONS" not in os.environ:
+        return
+    for line in report.github.workflow_commands(proof.verdict, title):
+        click.echo(line, err=True)
+    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(report.github.summary(proof.verdict, proof.placement, proof.about, title=title))
+        except OSError as error:
+            say(f"the run's page was not written: {error}")
