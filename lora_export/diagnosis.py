@@ -264,7 +264,7 @@ def _of_strength(there: Observed) -> Iterator[Explanation]:
 
 
 def _nearest_known(factor: float, term: Term) -> float:
-    known = [0.0, 1.0, float(f"{factor:.2g}"), *(value for value, _ in _known_factors(term))]
+    known = [0.0, 1.0, round(factor, 2), *(value for value, _ in _known_factors(term))]
     nearest = min(known, key=lambda value: abs(value - factor))
     return nearest if abs(nearest - factor) <= SAME_FACTOR * max(abs(nearest), 1.0) else factor
 

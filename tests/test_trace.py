@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from graphs import AXES, an_adapter, exported, inputs, stored
@@ -492,6 +493,24 @@ def test_weights_beside_the_graph_stay_where_they_are(tmp_path: Path, monkeypatc
     assert max(path.stat().st_size for path in tmp_path.iterdir() if path.suffix == ".onnx") < 60_000
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
     assert "arrives 0.5 times" in result.diagnosis.why
+
+
+@pytest.mark.parametrize("defect", [True, False])
+def test_a_graph_that_onnxruntime_has_fused_is_compared_where_it_can_be(defect: bool, tmp_path: Path) -> None:
+    made = make("nodes" if not defect else "merged", tmp_path, the_adapter())
+    if defect:
+        half_value(made)
+    graph_files.save(made.graph, tmp_path, "graph.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in graph_files.load(tmp_path / "fused.onnx").graph}
+    assert {"BiasGelu", "FusedGemm", "SkipLayerNormalization"} <= operators
+    result = proof.prove(OnnxRunner(tmp_path / "fused.onnx"), bert(), [the_adapter()], trace=True)
+    assert result.diagnosis is not None and result.diagnosis.first == (VALUE if defect else None)
+    assert "10 of 11 modules were compared" in result.diagnosis.why  # the pooler's is fused with its tanh
+    assert not defect or "none goes wrong" in result.diagnosis.why
 
 
 def test_a_graph_whose_names_have_lost_their_prefix_is_followed(tmp_path: Path) -> None:

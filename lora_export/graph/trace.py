@@ -64,7 +64,7 @@ class _Follower:
         x = node.inputs[position]
         entering = None if x is None or tensor_of(x) is not None else x.name
         operator = identity(node)
-        if operator in ATTENTIONS:
+        if operator in ATTENTIONS or "activation" in node.attributes:  # FusedGemm's, FusedConv's
             return Watched(name, site, entering, None, False)
         if operator not in PRODUCTS | CONVOLUTIONS and site.layout is not Layout.EMBEDDING and site.quantised is None:
             return None
