@@ -39,6 +39,9 @@ from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Referee, Runne
 
 Array = NDArray[Any]
 AT_ONCE = 1 << 25  # numbers, of what enters and leaves modules, that are held of each side at a time
+# How many times a verdict's own k a module may be off by. In the middle of a model, a few outliers make an rmse a
+# matter of chance: in right graphs of MiniLM, modules were off by up to 6.5 times PyTorch's own error.
+STANDS_OUT = 8.0
 INTEGERS = "iub"
 SAME_SCRIPT = 1e-4, 1e-5  # rtol and atol within which a script computes what a module with its weights does
 
@@ -452,7 +455,10 @@ def _apart(own: Array, referee: Array, deployed: Array) -> tuple[float, float, f
         return float(np.count_nonzero(wrong)), 0.0, 0.0
     errors = deployed.astype(np.float64) - referee
     allowed = parity.allow(
-        referee, errors, k=parity.slack(referee.size, "float32"), eps=parity.FEW_EPS * parity.EPS["float32"]
+        referee,
+        errors,
+        k=STANDS_OUT * parity.slack(referee.size, "float32"),
+        eps=parity.FEW_EPS * parity.EPS["float32"],
     )
     difference = _in_shape(own.astype(np.float64), referee) - referee
     error = parity.rms(difference) if np.isfinite(difference).all() else math.inf
@@ -700,6 +706,9 @@ def _behind_all(suspect: Suspect, followed: Followed, keys: Sequence[Key]) -> st
             "looked into, it agrees: with its inner values handed out, onnxruntime fuses and orders less, so that the "
             "difference lies in how it optimises the graph"
         )
+    strains = [there.figures.strain for there in told.comparisons if there.figures]
+    if told.outcome is parity.Outcome.DIFFERENT and max(strains, default=math.inf) <= STANDS_OUT:
+        return "it is small, and no module stands out: it may grow from one to the next"
     if told.outcome is parity.Outcome.DIFFERENT:
         return f"every module agrees that was compared: it happens after {keys[-1]}, or beside them"
     return "every module that was compared is within its gate"

@@ -18,7 +18,7 @@ import torch
 from graphs import AXES, an_adapter, exported, inputs, stored
 from numpy.typing import NDArray
 
-from lora_export import diagnosis, export, layers, model, plan, proof, trace
+from lora_export import diagnosis, export, layers, model, plan, proof, runtime, trace
 from lora_export.errors import RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graph_files
@@ -434,7 +434,7 @@ def test_a_right_graph_is_right_in_every_module(mode: str, tmp_path: Path) -> No
         WORDS, "bert.embeddings.token_type_embeddings", "bert.embeddings.position_embeddings", QUERY,
     ]  # fmt: skip
     for layer in result.diagnosis.layers:
-        assert layer.error <= 8 * layer.deployed_error or layer.error < 1e-8
+        assert layer.error <= 8 * layer.deployed_error or layer.error < 1e-8  # PyTorch looks embeddings up exactly
         assert layer.effect is not None and (layer.effect > 1e-5) == ("embeddings" not in layer.name)
 
 
@@ -444,6 +444,29 @@ def test_nobody_looks_for_a_difference_that_is_not_there(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(proof, "diagnose", not_now)
     assert proven(make("merged", tmp_path, the_adapter()), the_adapter()).diagnosis is None
+
+
+def test_a_small_difference_is_not_laid_at_any_modules_door(tmp_path: Path) -> None:
+    made = make("merged", tmp_path, the_adapter())
+    made.put(made.factor("classifier.weight"), stored(made.graph, "classifier.weight") * (1 + 2.0**-18))
+    result = proven(made, the_adapter())
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
+    assert result.diagnosis.first is None and "it is small, and no module stands out" in result.diagnosis.why
+
+
+def test_a_difference_that_goes_when_it_is_looked_into_lies_in_the_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fusing(OnnxRunner):
+        def run(self, inputs: Any, names: Any = None) -> Any:
+            answer = super().run(inputs, names)
+            return answer if len(self.session.get_outputs()) > 1 else {key: 1.1 * v for key, v in answer.items()}
+
+    monkeypatch.setattr(runtime, "OnnxRunner", Fusing)
+    graph_files.save(make("merged", tmp_path, the_adapter()).graph, tmp_path, "graph.onnx")
+    result = proof.prove(Fusing(tmp_path / "graph.onnx"), bert(), [the_adapter()])
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
+    assert result.diagnosis.first is None and "in how it optimises the graph" in result.diagnosis.why
 
 
 # --- how it is done -----------------------------------------------------------------------------
