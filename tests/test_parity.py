@@ -87,6 +87,7 @@ def test_the_figures_are_those_of_the_definitions() -> None:
         Gate("error", 0.25, 0.25, passed=True),
         Gate("tail", 0.25, 0.25 + few_eps, passed=True),
         Gate("signal", 0.25, 0.4, passed=True),
+        Gate("loss", 2.0, 4.0, passed=True),
     )
     assert [(control.name, control.told) for control in figures.controls] == [("off", True), ("louder", True)]
 
