@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import layers, parity, plan, runtime
+from lora_export.decoding import CacheRunner
 from lora_export.errors import InputRefused, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
@@ -117,7 +118,7 @@ def prove(
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
-        notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model)],
+        notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model), *_about_cache(candidate)],
     )
     about = {
         **runtime.environment(),
@@ -214,11 +215,18 @@ def case_inputs(
 
 def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
-        made = model.inputs(sizes, seed=seed + number + 1)
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
-        yield label, {name: value.numpy() for name, value in made.items()}
+        yield label, _draw(model, candidate, sizes, seed + number + 1)
     if user_inputs is not None:
         yield user_inputs.name, _read_inputs(user_inputs, model)
+
+
+def _draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
+    """Seeded inputs as the model takes them, and the candidate can."""
+    arrays = {name: value.numpy() for name, value in model.inputs(sizes, seed=seed).items()}
+    if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
+        return candidate.without_padding(arrays)
+    return arrays
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
@@ -249,6 +257,10 @@ def _fixed(candidate: Runner, model: Model) -> list[str]:
     ]
 
 
+def _about_cache(candidate: Runner) -> list[str]:
+    return candidate.notes if isinstance(candidate, CacheRunner) else []
+
+
 def _about_referee(referee: Referee) -> list[str]:
     if not referee.stayed:
         return ["the referee ran in fp64 throughout"]
@@ -268,10 +280,10 @@ def _sensitivity(
     """For each input: does another draw of it, the others held, change PyTorch's answer, and the candidate's?"""
     before = list(inputs.values())[min(2, len(inputs) - 1)]
     sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
-    draws = [model.inputs(sizes, seed=seed + 1000 + number) for number in range(PERTURBATIONS)]
+    draws = [_draw(model, candidate, sizes, seed + 1000 + number) for number in range(PERTURBATIONS)]
     expected, answered = deployed.run(before), candidate.run(before)
     for name in model.input_names:
-        fresh = next((d[name].numpy() for d in draws if not np.array_equal(d[name].numpy(), before[name])), None)
+        fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
         if fresh is None:
             continue
         perturbed = {**before, name: fresh}

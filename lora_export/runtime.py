@@ -54,8 +54,10 @@ COMPUTE = frozenset(
 class Runner(Protocol):
     """Something that answers inputs with outputs, both by name."""
 
-    axes: Mapping[str, tuple[int | None, ...]]  # input -> sizes, None where the candidate lets them vary; {} if unknown
-    names_known: bool  # whether the outputs' names mean something, or only their order does
+    @property
+    def axes(self) -> Mapping[str, tuple[int | None, ...]]: ...  # input -> sizes, None where they vary; {} if unknown
+    @property
+    def names_known(self) -> bool: ...  # whether the outputs' names mean something, or only their order does
 
     def run(self, inputs: Arrays) -> Arrays: ...
 

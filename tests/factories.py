@@ -32,6 +32,18 @@ class Scaled(nn.Module):
         return hidden, hidden.sum(1)
 
 
+class Sums(nn.Module):
+    """Answers each token of (batch, length) with (batch, length, 3) of the sum of all up to it that are not masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 4)
+        self.dense = nn.Linear(4, 3, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.dense((self.table(input_ids) * attention_mask[..., None]).cumsum(1))}
+
+
 def spotter() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return Spotter(), torch.randn(2, 4, 9)
@@ -69,3 +81,11 @@ def fixed_batch() -> tuple[nn.Module, torch.Tensor]:
 
 def failing() -> nn.Module:
     raise ValueError("no weights at hand")
+
+
+def sums() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    ids = torch.arange(18).reshape(2, 9) % 11
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return Sums(), {"input_ids": ids, "attention_mask": mask}

@@ -24,7 +24,7 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "session", "parity", "report", "proof"),
+    *("runtime", "decoding", "session", "parity", "report", "proof"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}

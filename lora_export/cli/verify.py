@@ -125,6 +125,7 @@ def command(
 def _runner(path: Path, base: Model, provider: str, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
     """Whatever runs a file of this kind."""
     from lora_export import files
+    from lora_export.decoding import with_cache
     from lora_export.formats.onnx_adapter import IDS
     from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
 
@@ -135,7 +136,7 @@ def _runner(path: Path, base: Model, provider: str, onnx_adapter: Path | None, a
         runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
         if adapter_id is None and IDS in runner.axes:
             raise click.UsageError(f"{path} was made with --lora rows: say --adapter-id N, 0 for the base")
-        return runner if adapter_id is None else runner.with_rows([adapter_id])
+        return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
     if path.is_dir():
         from lora_export.model import load as load_model
 
