@@ -518,23 +518,35 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
             slots[attribute] = tensor
 
 
-def settle(module: nn.Module, stored: Mapping[str, str], chosen: Mapping[str, Tensor]) -> None:
+def settle(
+    module: nn.Module,
+    stored: Mapping[str, str],
+    chosen: Mapping[str, Tensor],
+    *,
+    factor: float = 1.0,
+    keep_whole: bool = True,
+) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
     `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes; a tensor that it
     lacks is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
     the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
-    the one that stands in `chosen` is taken. Nothing is attached any more then.
+    the one that stands in `chosen` is taken. Nothing is attached any more then. `factor` and `keep_whole` are
+    those of `strength`.
     """
     owners = _attached(module)
+    whole_goes = factor == 0 and not keep_whole
     paths = {owner: path for path, owner in module.named_modules()}
     for owner in owners:
         attachment = _attachment(owner)
-        settled = {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in attachment.wholes}
+        attachment.factor *= factor
+        stays = () if whole_goes else attachment.wholes
+        settled = {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in stays}
         settled |= {branch.weight: _adapted_weight(owner, branch.weight) for branch in attachment.branches}
         if "lora_shift" in owner._buffers:
             settled["bias"] = _adapted_bias(owner)
-        owner.__dict__[STATE] = dataclasses.replace(attachment, wholes=())  # they stay where they are
+        if not whole_goes:
+            owner.__dict__[STATE] = dataclasses.replace(attachment, wholes=())  # they stay where they are
         for attribute, value in settled.items():
             if value is None:
                 continue

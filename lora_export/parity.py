@@ -46,6 +46,7 @@ FEW_ELEMENTS = 10
 FEW_EPS = 4  # what a last rounding and a sum in another order may cost the worst element
 LARGEST_SHARE = 0.1  # of the adapter's effect that the error may be
 LARGEST_LOSS = 1.0  # of the adapter's effect that rounding the weights may cost
+LEAST_VALUES = 5  # of a feature, from which its size, and PyTorch's error in it, are more than chance
 SPIKED = 10  # times its median that the rmse of PyTorch's error is where a few elements hold most of it
 NUDGE = 1.01
 SHOWN = 5  # outputs, and reasons, that a verdict prints; it holds all of them
@@ -698,6 +699,8 @@ def _small_along(cases: Sequence[Case], output: str, axis: int, dtype: str) -> I
     error = means(lambda case: _wide(case.candidate[output]) - _wide(case.referee[output]))
     own = means(lambda case: _wide(case.deployed[output]) - _wide(case.referee[output]))
     each = sum(case.candidate[output].size for case in cases) // len(truth)
+    if each < LEAST_VALUES:
+        return
     with np.errstate(divide="ignore"):
         below = np.floor(np.log10(truth.max() / truth)) if truth.any() else np.zeros_like(truth)
     for decade in np.unique(below[(below > 0) & (truth >= EPS[dtype] * truth.max())]):

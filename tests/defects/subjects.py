@@ -137,7 +137,9 @@ def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
     }
     if kind == "dora":
         # DoRA of a packed in_proj or a convolution is another matter; here are linear layers alone.
-        pairs = {path: with_lengths(module, path, pair, rng) for path, pair in pairs.items() if "self_attn" != path[-9:]}
+        pairs = {
+            path: with_lengths(module, path, pair, rng) for path, pair in pairs.items() if "self_attn" != path[-9:]
+        }
     whole = _whole(name, module, rng) if kind == "whole" else {}
     return Adapter(name=f"{kind}{seed}", format="test", pairs=pairs, sha256=f"{seed:02x}", **whole)
 
@@ -179,7 +181,9 @@ def _whole(name: str, module: nn.Module, rng: np.random.Generator) -> dict[str, 
         for key, value in module.state_dict().items()
         if head is not None and key.startswith(f"{head}.")
     }
-    shifted = [path for path, layer in module.named_modules() if path.endswith(("linear1", "key", "c_fc"))]
+    shifted = [
+        path for path, layer in module.named_modules() if path.endswith(("linear1", "intermediate.dense", "c_fc"))
+    ]
     sizes = {path: module.get_submodule(path).bias.shape for path in shifted}  # type: ignore[union-attr]
     biases = {path: 0.2 * rng.standard_normal(size).astype(np.float32) for path, size in sizes.items()}
     return {"replaced": replaced, "biases": biases}
