@@ -493,11 +493,12 @@ def _attached(module: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> Iterator[None]:
+def strength(module: nn.Module, factor: float, *, keep_whole: bool = False, turn_whole: bool = False) -> Iterator[None]:
     """Multiply every branch and bias shift by `factor` while active, whoever reads the weights, and however.
 
     At 0 the output is the base's, bit for bit: the whole tensors go too, unless `keep_whole`. At any
-    other factor they stay: a whole tensor has no strength. Raises InputRefused where nothing is attached.
+    other factor they stay: a whole tensor has no strength; with `turn_whole` what it changes is multiplied.
+    Raises InputRefused where nothing is attached.
     """
     owners = _attached(module)
     before = [_attachment(owner).factor for owner in owners]
@@ -505,10 +506,10 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
     for owner in owners:
         attachment = _attachment(owner)
         attachment.factor *= factor
-        for whole in attachment.wholes if factor == 0 and not keep_whole else ():
+        for whole in attachment.wholes if (factor == 0 and not keep_whole) or turn_whole else ():
             slots = _slots(owner, whole.attribute)
             put_aside.append((slots, whole.attribute, slots[whole.attribute]))
-            slots[whole.attribute] = _moved(whole.base, slots[whole.attribute])
+            slots[whole.attribute] = _turned(whole, slots[whole.attribute], factor)
     try:
         yield
     finally:
@@ -518,35 +519,45 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
             slots[attribute] = tensor
 
 
+def _turned(whole: _Whole, there: Tensor, factor: float) -> Tensor:
+    """The base's tensor and `factor` times what the whole one changes in it."""
+    base = _moved(whole.base, there)
+    if factor == 0 or not there.is_floating_point():
+        return base
+    turned = base.detach() + factor * (there.detach() - base.detach())
+    return nn.Parameter(turned, requires_grad=False) if isinstance(there, nn.Parameter) else turned
+
+
 def settle(
     module: nn.Module,
     stored: Mapping[str, str],
     chosen: Mapping[str, Tensor],
     *,
     factor: float = 1.0,
-    keep_whole: bool = True,
+    turn_whole: bool = False,
 ) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
     `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes; a tensor that it
     lacks is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
     the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
-    the one that stands in `chosen` is taken. Nothing is attached any more then. `factor` and `keep_whole` are
-    those of `strength`.
+    the one that stands in `chosen` is taken. Nothing is attached any more then. `factor` and `turn_whole` are
+    those of `strength`; whole tensors are kept.
     """
     owners = _attached(module)
-    whole_goes = factor == 0 and not keep_whole
     paths = {owner: path for path, owner in module.named_modules()}
     for owner in owners:
         attachment = _attachment(owner)
         attachment.factor *= factor
-        stays = () if whole_goes else attachment.wholes
-        settled = {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in stays}
+        settled = {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in attachment.wholes}
+        if turn_whole:
+            settled |= {
+                there.attribute: _turned(there, settled[there.attribute], factor) for there in attachment.wholes
+            }
         settled |= {branch.weight: _adapted_weight(owner, branch.weight) for branch in attachment.branches}
         if "lora_shift" in owner._buffers:
             settled["bias"] = _adapted_bias(owner)
-        if not whole_goes:
-            owner.__dict__[STATE] = dataclasses.replace(attachment, wholes=())  # they stay where they are
+        owner.__dict__[STATE] = dataclasses.replace(attachment, wholes=())  # they stay where they are
         for attribute, value in settled.items():
             if value is None:
                 continue

@@ -620,8 +620,8 @@ def _differences(f: Figures) -> dict[str, str]:
         texts["tail"] = f"{_at(f)}, allowed is {gate.allowed:.3g}{suspicion}"
     if gate := failed.get("bulk"):
         texts["bulk"] = (
-            f"half of it is off by {gate.value:.3g} and more, allowed is {gate.allowed:.3g}: PyTorch's own error is in a "
-            f"few elements{suspicion}"
+            f"half of it is off by {gate.value:.3g} and more, allowed is {gate.allowed:.3g}: PyTorch's own error is "
+            f"in a few elements{suspicion}"
         )
     if gate := failed.get("exact"):
         count = f"{gate.value:.0f} of {_count(math.prod(f.shape), 'value')}"

@@ -223,14 +223,14 @@ def _controls(attached: Referee, rounded: Mapping[str, str], *, has_pairs: bool)
     made = {}
     for side, factor in factors.items():
         module = copy.deepcopy(attached.module)
-        layers.settle(module, rounded, chosen={}, factor=factor, keep_whole=has_pairs)
+        layers.settle(module, rounded, chosen={}, factor=factor, turn_whole=not has_pairs)
         made[side] = Referee(module, attached.stayed).run
     return made
 
 
 def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
     # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-    with layers.strength(referee.module, factor, keep_whole=has_pairs):
+    with layers.strength(referee.module, factor, keep_whole=has_pairs, turn_whole=not has_pairs):
         return referee.run(arrays)
 
 
@@ -259,7 +259,7 @@ def _from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
         return made
 
     sides = ("deployed", "candidate", "base", "louder", "attached")
-    given = {side: getattr(case, side) for side in sides}
+    given: dict[str, Any] = {side: getattr(case, side) for side in sides}
     return dataclasses.replace(case, **{side: settled(value) for side, value in given.items() if value is not None})
 
 
@@ -428,7 +428,7 @@ def _never_varied(model: Model, tried: Sequence[parity.Sensitivity], refusals: S
     """Inputs that are the same in every draw, such as a mask of ones in a factory's example."""
     constant = [] if refusals else [name for name in model.input_names if name not in {there.input for there in tried}]
     return [
-        f"the input {name} is the same in every draw: whether it matters was not tried. Give another example, or --inputs"
+        f"the input {name} is the same in every draw: whether it matters was not tried. Another example would (--inputs)"
         for name in constant
     ]
 

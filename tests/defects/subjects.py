@@ -138,7 +138,7 @@ def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
     if kind == "dora":
         # DoRA of a packed in_proj or a convolution is another matter; here are linear layers alone.
         pairs = {
-            path: with_lengths(module, path, pair, rng) for path, pair in pairs.items() if "self_attn" != path[-9:]
+            path: with_lengths(module, path, pair, rng) for path, pair in pairs.items() if path[-9:] != "self_attn"
         }
     whole = _whole(name, module, rng) if kind == "whole" else {}
     return Adapter(name=f"{kind}{seed}", format="test", pairs=pairs, sha256=f"{seed:02x}", **whole)

@@ -189,7 +189,7 @@ def _(adapter: Adapter, column: Column) -> Adapter:
     packed = {path: pair for path, pair in adapter.pairs.items() if path.endswith(("self_attn", "c_attn"))}
     for path, pair in packed.items():
         q, k, v = np.split(pair.b, 3)
-        adapter = each(adapter, lambda pair, b=np.concatenate([k, q, v]): with_b(pair, b), path)
+        adapter = subjects.change(adapter, {**adapter.pairs, path: with_b(pair, np.concatenate([k, q, v]))})
     return adapter
 
 
@@ -729,7 +729,7 @@ def _(column: Column) -> Runner | None:
 
 @defect("`.onnx_adapter` without one layer's tensors")
 def _(column: Column) -> Runner | None:
-    return with_file(column, lambda given: {k: v for k, v in list(given.items())[2:]})
+    return with_file(column, lambda given: dict(list(given.items())[2:]))
 
 
 @defect("`.onnx_adapter` without one B")
