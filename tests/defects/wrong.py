@@ -252,6 +252,22 @@ def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, change, last(adapter))
 
 
+@of_adapter("one number of A off by a thousandth")
+def _(adapter: Adapter, column: Column) -> Adapter:
+    def change(pair: LoraPair) -> LoraPair:
+        a = pair.a.copy()
+        a[0, 0] *= 1.001
+        return dataclasses.replace(pair, a=a)
+
+    return each(adapter, change, last(adapter))
+
+
+@of_adapter("adapter rounded to fp16")
+def _(adapter: Adapter, column: Column) -> Adapter:
+    half = np.float16
+    return each(adapter, lambda p: dataclasses.replace(p, a=p.a.astype(half), b=p.b.astype(half)))
+
+
 @of_adapter("adapter rounded to bf16")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda p: dataclasses.replace(p, a=bf16(p.a), b=bf16(p.b)))
@@ -312,6 +328,36 @@ def lengthened(adapter: Adapter, column: Column, length: Callable[..., NDArray[A
         return dataclasses.replace(pair, magnitude=length(subjects.lengths(weight), after, pair.magnitude))
 
     return subjects.change(adapter, {path: change(path, pair) for path, pair in adapter.pairs.items()})
+
+
+# What others let pass: an adapter that does little is not an adapter that does nothing.
+
+
+@of_adapter("faint adapter missing on every layer", "faint")
+def _(adapter: Adapter, column: Column) -> Adapter:
+    return subjects.change(adapter, {})
+
+
+@of_adapter("faint adapter missing on one kind of layer", "faint")
+def _(adapter: Adapter, column: Column) -> Adapter:
+    return without(adapter, {"net": "linear2", "gpt2": "c_fc", "llama": "v_proj"}.get(column.subject, "value"))
+
+
+@of_adapter("faint adapter, every scale × 1.1", "faint")
+def _(adapter: Adapter, column: Column) -> Adapter:
+    return each(adapter, lambda pair: scaled(pair, 1.1))
+
+
+@of_adapter("faint adapter with its ranks in another order", "faint")
+def _(adapter: Adapter, column: Column) -> Adapter:
+    return each(adapter, lambda pair: dataclasses.replace(pair, a=pair.a[::-1]))
+
+
+@defect("faint adapter swallowed by bf16", "faint")
+def _(column: Column) -> Runner | None:
+    if column.mode != "checkpoint":
+        return None
+    return dataclasses.replace(column, storage="bfloat16").candidate(subjects.adapter(column.subject, "faint"))
 
 
 # --- weights ---------------------------------------------------------------------------------------
