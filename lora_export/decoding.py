@@ -56,8 +56,7 @@ class CacheRunner:
     @property
     def takes_padding(self) -> bool:
         """Whether a sequence may have places that are masked out."""
-        operators = {operator for nodes in self.inner.placement.by_provider.values() for _, operator in nodes}
-        return MASK in self.inner.axes and COUNTS_THE_MASK not in operators
+        return MASK in self.inner.axes and COUNTS_THE_MASK not in self.inner.placement.operators
 
     @property
     def notes(self) -> list[str]:

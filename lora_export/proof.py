@@ -9,22 +9,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import layers, parity, plan, runtime
+from lora_export import kept, layers, parity, plan, runtime, standin
 from lora_export.decoding import CacheRunner
 from lora_export.errors import InputRefused, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
-from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
+from lora_export.provenance import described
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 
 LOUDER = 1.1  # the control's factor on every scale
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
@@ -41,18 +44,50 @@ class Proof:
     about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
+    ended_with: int | None = None  # the exit code of what ended it before anything was measured
 
     @property
     def exit_code(self) -> int:
-        return self.verdict.exit_code
+        return self.verdict.exit_code if self.ended_with is None else self.ended_with
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
     """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it."""
-    module = copy.deepcopy(model.module)
+    return _with_adapters(copy.deepcopy(model.module), adapters, strengths)
+
+
+def _with_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> nn.Module:
+    if strengths and not adapters:
+        raise InputRefused("there are strengths and no adapters that they could belong to")
     if adapters:
         layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
     return module.eval()
+
+
+def _copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of which each parameter and buffer is what `change` makes of the original's: no more memory than that."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        made = change(tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(module, memo)
+
+
+def _shared(module: nn.Module) -> nn.Module:
+    """A copy with the same tensors, of which none may be changed in place."""
+    return _copied(module, lambda tensor: tensor)
+
+
+class _LateReferee(Referee):
+    """A referee whose fp64 copy is made when it is first asked: what it said may have been kept."""
+
+    def __init__(self, module: nn.Module):
+        self.source, self.stayed = _shared(module), set()
+
+    @functools.cached_property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        return _copied(self.source, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
 
 
 def prove(
@@ -66,20 +101,25 @@ def prove(
     device: str = "cpu",
     atol: float | None = None,
     rtol: float | None = None,
+    cache: Path | None = None,
     step: Note = lambda _: None,
+    say: Note = lambda _: None,
 ) -> Proof:
     """Judge a candidate against the model with its adapters attached (numerics: the verdict).
 
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
+    `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
     """
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    module = adapted(model, adapters, strengths)
-    attached = Referee(copy.deepcopy(module).double())
+    held = _held(candidate, model, adapters)
+    judged = standin.standing_in(model, held)
+    module = _with_adapters(_shared(judged.module), adapters, strengths)
+    attached = _LateReferee(module)
     rounded = _rounded_weights(candidate, module) if adapters else {}
     referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
     if rounded and isinstance(candidate, ModuleRunner):
@@ -87,11 +127,15 @@ def prove(
         # rounds W + sBA itself, and so does the model as it would be deployed.
         layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
         module = copy.deepcopy(referee.module).float()
+    standin.round_activations(module, held)
     deployed = ModuleRunner(module.to(device), device)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
+    # Rounded as the candidate's weights are, the referee is one of this candidate alone.
+    question = None if rounded or cache is None else kept.question(judged, adapters, strengths, inputs)
+    answers = kept.Answers(cache, question, attached.stayed, say)
     has_pairs = any(adapter.pairs for adapter in adapters)
     controls = _controls(attached, rounded, has_pairs=has_pairs) if adapters else {}
-    looked_up = _RowsLookedUp(attached.module, model, adapters)
+    looked_up = _RowsLookedUp(module, model, adapters)
     cases, refusals = [], []
     for name, arrays in inputs.items():
         step(f"case {name}")
@@ -100,7 +144,8 @@ def prove(
         except RuntimeRefused as refusal:
             answer = {}
             refusals.append(f"the candidate refused case {name}: {refusal}")
-        reference = referee.run(arrays)
+        ask = functools.partial(answers.of, name)
+        reference = ask("referee", referee.run, arrays)
         case = parity.Case(
             name=name,
             inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
@@ -108,9 +153,11 @@ def prove(
             deployed=deployed.run(arrays),
             candidate=_aligned(answer, reference, candidate, deployed),
             attached=attached.run(arrays) if rounded else None,
-            **{side: wrong(arrays) for side, wrong in controls.items()},
+            **{side: ask(side, wrong, arrays) for side, wrong in controls.items()},
         )
         cases.append(_from_first_token(case, arrays))
+    answers.keep()
+    doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
     if len(refusals) == len(cases):
         raise RuntimeRefused(refusals[0])
     step("inputs, one by one")
@@ -129,16 +176,18 @@ def prove(
             *_about_cache(candidate),
             *_never_varied(model, sensitivity, refusals),
             *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
-            *looked_up.notes,
+            *notes,
             *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
+            *standin.told(held),
         ],
-        doubts=looked_up.doubts,
+        doubts=doubts,
     )
     about = {
         **runtime.environment(),
-        "model": model.source,
-        "adapters": {adapter.name: adapter.sha256 for adapter in adapters},
+        "model": {"source": model.source, "sha256": model.fingerprint()},
+        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
         "seed": seed,
+        "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
     return Proof(verdict, placement, about, inputs, tuple(cases))
@@ -201,6 +250,12 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
     return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
 
 
+def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+    """The quantised weights of an ONNX candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
+
+
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     """Which of the module's tensors the candidate's file stores in less than fp32, by the module's names."""
     stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
@@ -259,8 +314,9 @@ def _from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
         return made
 
     sides = ("deployed", "candidate", "base", "louder", "attached")
-    given: dict[str, Any] = {side: getattr(case, side) for side in sides}
-    return dataclasses.replace(case, **{side: settled(value) for side, value in given.items() if value is not None})
+    given: dict[str, Arrays | None] = {side: getattr(case, side) for side in sides}
+    made: dict[str, Any] = {side: settled(value) for side, value in given.items() if value is not None}
+    return dataclasses.replace(case, **made)
 
 
 def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
@@ -278,7 +334,7 @@ def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterat
 
 
 class _RowsLookedUp:
-    """Which of the rows that adapters bring to tables of embeddings were looked up while the referee ran."""
+    """Which of the rows that adapters bring to tables of embeddings were looked up while PyTorch ran."""
 
     def __init__(self, module: nn.Module, model: Model, adapters: Sequence[Adapter]):
         self.wanted: dict[str, set[int]] = {}
@@ -428,7 +484,7 @@ def _never_varied(model: Model, tried: Sequence[parity.Sensitivity], refusals: S
     """Inputs that are the same in every draw, such as a mask of ones in a factory's example."""
     constant = [] if refusals else [name for name in model.input_names if name not in {there.input for there in tried}]
     return [
-        f"the input {name} is the same in every draw: whether it matters was not tried. Another example would (--inputs)"
+        f"the input {name} is the same in every draw: whether it matters was not tried. --inputs can"
         for name in constant
     ]
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_export import __version__
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import onnxruntime
@@ -49,6 +51,9 @@ COMPUTE = frozenset(
         "GRU",
     }
 )
+
+
+GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
 
 
 class Runner(Protocol):
@@ -112,15 +117,29 @@ class Referee:
 
 
 class _Fp32Lifted(TorchFunctionMode):
-    """Casts to fp32 that a model makes inside (norms, rotary tables, softmax) become casts to fp64."""
+    """Casts to fp32 that a model makes inside (norms, rotary tables, softmax) become casts to fp64.
+
+    Products of experts, for which PyTorch has no fp64 kernel, are computed one expert after the other.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return args[0].double()
+        if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
+            return _grouped_products(*args, **kwargs)
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
+    """Rows (rows, in) by the weights (experts, in, out) of their experts; those of expert i end before `offs[i]`."""
+    products, begin = rows.new_zeros(len(rows), weights.shape[-1]), 0
+    for weight, end in zip(weights, offs.tolist(), strict=True):
+        products[begin:end] = rows[begin:end] @ weight
+        begin = end
+    return products
 
 
 class _Fp32Witness(TorchDispatchMode):
@@ -200,6 +219,11 @@ class Placement:
     by_provider: Mapping[str, tuple[tuple[str, str], ...]]  # provider -> (node, operator) ...
     options: Mapping[str, str]
     version: str
+
+    @property
+    def operators(self) -> frozenset[str]:
+        """What kinds of nodes there are, after the runtime's own fusions."""
+        return frozenset(operator for nodes in self.by_provider.values() for _, operator in nodes)
 
     @property
     def compute(self) -> int:
@@ -324,13 +348,19 @@ class OnnxRunner:
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     facts: dict[str, Any] = {
+        "lora_export": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime().__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "tf32": False,  # `_tf32_off` and CUDA_OPTIONS see to that
     }
+    if transformers := sys.modules.get("transformers"):
+        facts["transformers"] = transformers.__version__
     for variable in ("NVIDIA_TF32_OVERRIDE", "ORT_CUDA_GEMM_OPTIONS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]

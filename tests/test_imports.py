@@ -24,7 +24,7 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "decoding", "session", "parity", "report", "proof"),
+    *("runtime", "decoding", "session", "parity", "report", "standin", "kept", "candidate", "proof", "testing"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
