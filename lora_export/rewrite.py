@@ -192,7 +192,8 @@ def _carry_out(
             step.rows.put_into(merged, rows.start)
         _refuse_overflow(place, weight, merged)
         return []
-    change, total = _two(spare, merged.shape, sums_in(weight.dtype))
+    change, room = _two(spare, merged.shape, sums_in(weight.dtype))
+    total = merged if merged.dtype == room.dtype else room  # no pass over what need not be rounded
     change = step.stored_delta(rows, out=change)
     if step.magnitude is None:
         add_into(merged, weight, change, total)
@@ -203,7 +204,7 @@ def _carry_out(
         _refuse_overflow(place, weight, merged)
     tally = Tally(place.name)
     if measured:
-        tally.count(weight, change, merged)
+        tally.count(weight, change, merged, room)
     return [tally]
 
 
@@ -240,7 +241,8 @@ def _rescale_into(
     else:
         step.rescale(total, energies(total), rows)
     np.subtract(total, weight, out=change, casting="unsafe")
-    np.copyto(out, total, casting="unsafe")
+    if out is not total:
+        np.copyto(out, total, casting="unsafe")
 
 
 def _two(spare: Bytes, shape: tuple[int, ...], wide: np.dtype[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:

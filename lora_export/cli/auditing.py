@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import load_adapters, say
+from lora_export.cli.arguments import answer, load_adapters, say
 from lora_export.errors import InputRefused
 
 
@@ -33,6 +32,8 @@ def judge(
     if not adapters:
         raise click.UsageError("--base needs the adapters that were merged (-a)")
     for path in reports:
+        if path.suffix == ".html":
+            raise click.UsageError(f"{path}: an audit of weights is written as .json or .xml")
         report.check_path(path)
     loaded = load_adapters(adapters)
     origin, merged = open_checkpoint(base), open_checkpoint(candidate)
@@ -47,7 +48,7 @@ def judge(
     for path in reports:
         report.write(path, found, about=about, seconds=time.perf_counter() - begun)
     if as_json:
-        click.echo(json.dumps(report.document(found, about=about)))
+        answer(report.document(found, about=about))
     else:
         report.print_verdict(report.console(), found)
     return found.exit_code

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_export.cli import startup
 from lora_export.cli.arguments import (
     adapter_weights,
     json_option,
@@ -89,17 +90,18 @@ def command(
     BASE is a Hugging Face folder, a .safetensors file or an .onnx graph; the output is of the same kind,
     with the same layout. Needs no PyTorch, and memory does not grow with the model.
     """
-    from lora_export import plan, report
-    from lora_export.cli.progress import byte_progress
+    with startup.brisk():
+        from lora_export import plan, report
+        from lora_export.cli.progress import byte_progress
 
-    loaded = load_adapters(adapters)
-    stored = None if dtype == "keep" else dtype
-    if base.suffix == ".onnx":
-        work = _over_graph(base, stored, origin, requantize=requantize)
-    else:
-        work = _over_checkpoint(base, loaded, stored, origin, requantize=requantize)
-    steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
-    work.check(steps)
+        loaded = load_adapters(adapters)
+        stored = None if dtype == "keep" else dtype
+        if base.suffix == ".onnx":
+            work = _over_graph(base, stored, origin, requantize=requantize)
+        else:
+            work = _over_checkpoint(base, loaded, stored, origin, requantize=requantize)
+        steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
+        work.check(steps)
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
     for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes, *work.told(steps)]:
         say(f"note: {note}")

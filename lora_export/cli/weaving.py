@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.graph.branches import branch
 from lora_export.graph.files import save
 from lora_export.graph.fold import fold
-from lora_export.graph.inputs import open_inputs
+from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import find
 from lora_export.lora import Adapter
@@ -39,10 +39,15 @@ class Order:
     weights: Sequence[float]
     target: str | None = None  # where adapters to come may stand
     names: str = "olive"
+    dora: bool = False  # whether adapters to come may have it everywhere
 
     @property
     def strengths(self) -> Sequence[float]:
         return self.weights or (1.0,) * len(self.adapters)
+
+    def planned(self, specs: Iterable[plan.TensorSpec]) -> plan.Plan:
+        """Where its adapters land; those that are swapped are never there at once."""
+        return plan.make(self.adapters, specs, strengths=self.weights, apart=self.mode in SWAPPED)
 
     def future(self, base: Model) -> list[Adapter]:
         """An adapter without effect at the places that --target names; none where it was not given."""
@@ -61,7 +66,7 @@ def check(order: Order, base: Model) -> None:
             file_name(adapter)
     specs = layers.specs(base.module)
     if order.adapters:
-        layers.refuse_tied(base.module, plan.make(order.adapters, specs, strengths=order.weights))
+        layers.refuse_tied(base.module, order.planned(specs))
     if future := order.future(base):
         layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
 
@@ -73,7 +78,7 @@ def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Cal
         return []
     stage("finding its weights")
     sites = find(program)
-    steps = plan.make(order.adapters, sites.specs, strengths=order.weights) if order.adapters else None
+    steps = order.planned(sites.specs) if order.adapters else None
     notes = [note for adapter in order.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
         say(f"note: {note}")
@@ -85,10 +90,13 @@ def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Cal
         return []
     wanted = {step.weight for step in (steps.steps if steps else ())}
     wanted |= {step.weight for step in plan.make(future, sites.specs, identity_ok=True).steps} if future else set()
-    contract = open_inputs(program, sites, [name for name in sites.by_name if name in wanted], names=order.names)
+    dora = wanted if order.dora else {step.weight for step in (steps.steps if steps else ()) if step.has_dora}
+    weights = [name for name in sites.by_name if name in wanted]
+    contract = open_inputs(program, sites, weights, names=order.names, dora=dora)
     for adapter in order.adapters:
         assert steps is not None
-        given = onnx_adapter.parameters(contract, steps, adapter.name)
+        factors = factors_of(program, contract, steps, adapter.name)
+        given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / file_name(adapter), given, contract, sha256=adapter.sha256)
     return [file_name(adapter) for adapter in order.adapters]
 
