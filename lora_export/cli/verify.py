@@ -59,6 +59,9 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     metavar="FOLDER",
     help="Keep there what the fp64 referee says, and ask it only once for the same model, adapters and inputs.",
 )
+@click.option(
+    "--trace", is_flag=True, help="Compare every module, whatever the verdict; `different` is followed without it too."
+)
 @json_option
 def command(
     candidate: Path,
@@ -74,6 +77,7 @@ def command(
     seed: int,
     reports: tuple[Path, ...],
     cache: Path | None,
+    trace: bool,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -124,6 +128,7 @@ def command(
                 atol=atol,
                 rtol=rtol,
                 cache=cache,
+                trace=trace,
                 step=lambda what: stage(f"verifying, {what}"),
                 say=say,
             )
@@ -148,6 +153,7 @@ def command(
             result.verdict,
             placement=result.placement,
             about=about,
+            diagnosis=result.diagnosis,
             exit_code=result.exit_code,
             seconds=seconds,
         )
