@@ -7,10 +7,10 @@ arithmetic with what it judges.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +48,21 @@ class Proof:
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
     diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
+    ended_with: int | None = None  # the exit code of what ended it before anything was measured
 
     @property
     def exit_code(self) -> int:
-        return self.verdict.exit_code
+        return self.verdict.exit_code if self.ended_with is None else self.ended_with
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
-    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it.
+    """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it."""
+    return _with_adapters(copy.deepcopy(model.module), adapters, strengths)
 
-    Its tensors are the model's own, but for what the adapters bring: nothing in it may be changed in place.
-    """
+
+def _with_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> nn.Module:
     if strengths and not adapters:
         raise InputRefused("there are strengths and no adapters that they could belong to")
-    module = _copied(model.module, lambda tensor: tensor)
     if adapters:
         layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
     return module.eval()
@@ -77,8 +78,20 @@ def _copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
     return copy.deepcopy(module, memo)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+def _shared(module: nn.Module) -> nn.Module:
+    """A copy with the same tensors, of which none may be changed in place."""
+    return _copied(module, lambda tensor: tensor)
+
+
+class _LateReferee(Referee):
+    """A referee whose fp64 copy is made when it is first asked: what it said may have been kept."""
+
+    def __init__(self, module: nn.Module):
+        self.source, self.stayed = _shared(module), set()
+
+    @functools.cached_property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        return _copied(self.source, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
 
 
 def prove(
@@ -111,18 +124,22 @@ def prove(
         placement.insist()
     held = _held(candidate, model, adapters)
     judged = standin.standing_in(model, held)
-    module = adapted(judged, adapters, strengths)
+    module = _with_adapters(_shared(judged.module), adapters, strengths)
+    attached = _LateReferee(module)
     rounded = _rounded_weights(candidate, module) if adapters else {}
-    bench = _Bench(module, rounded, has_pairs=any(adapter.pairs for adapter in adapters), alone=not adapters)
+    referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
     if rounded and isinstance(candidate, ModuleRunner):
         # The loss that a merge into a low precision means is told apart from faults of the merge: the referee
         # rounds W + sBA itself, and so does the model as it would be deployed.
-        layers.settle(bench.referee.module, rounded, chosen=candidate.module.state_dict())
-        module = _copied(bench.referee.module, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    deployed = ModuleRunner(_copied(module, lambda tensor: tensor.to(device)), device)
-    standin.round_activations(deployed.module, held)
+        layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
+        module = copy.deepcopy(referee.module).float()
+    standin.round_activations(module, held)
+    deployed = ModuleRunner(module.to(device), device)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
-    said = _ask(bench, judged, adapters, strengths, inputs, cache, step, say)
+    # Rounded as the candidate's weights are, the referee is one of this candidate alone.
+    question = None if rounded or cache is None else kept.question(judged, adapters, strengths, inputs)
+    answers = kept.Answers(cache, question, attached.stayed, say)
+    has_pairs = any(adapter.pairs for adapter in adapters)
     cases, refusals = [], []
     for name, arrays in inputs.items():
         step(f"case {name}")
@@ -131,16 +148,21 @@ def prove(
         except RuntimeRefused as refusal:
             answer = {}
             refusals.append(f"the candidate refused case {name}: {refusal}")
-        proper = deployed.run(arrays)  # which learns on the way whether its outputs' names mean anything
+        ask = functools.partial(answers.of, name)
+        reference = ask("referee", referee.run, arrays)
         cases.append(
             parity.Case(
                 name=name,
                 inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
-                deployed=proper,
-                candidate=_aligned(answer, said[name]["referee"], candidate, deployed),
-                **said[name],
+                referee=reference,
+                deployed=deployed.run(arrays),
+                candidate=_aligned(answer, reference, candidate, deployed),
+                base=ask("base", _with_strength, attached, 0.0, has_pairs, arrays) if adapters else None,
+                louder=ask("louder", _with_strength, attached, LOUDER, has_pairs, arrays) if adapters else None,
+                attached=attached.run(arrays) if rounded else None,
             )
         )
+    answers.keep()
     if len(refusals) == len(cases):
         raise RuntimeRefused(refusals[0])
     step("inputs, one by one")
@@ -152,7 +174,7 @@ def prove(
         rtol=rtol,
         notes=[
             *refusals,
-            *_about_referee(bench.stayed),
+            *_about_referee(referee),
             *_fixed(candidate, model),
             *_about_cache(candidate),
             *standin.told(held),
@@ -171,8 +193,8 @@ def prove(
         step("looking for where it differs")
         case = _most_telling(cases, verdict, inputs)
         steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None
-        sides = candidate, bench.referee, bench.attached, deployed
-        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=bench.has_pairs)
+        sides = candidate, referee, attached, deployed
+        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis)
@@ -270,66 +292,10 @@ def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     }
 
 
-class _Bench:
-    """The referee, and the same with its adapters off or too loud. Nothing is made before somebody asks."""
-
-    def __init__(self, module: nn.Module, rounded: Mapping[str, str], *, has_pairs: bool, alone: bool):
-        self.module, self.rounded, self.has_pairs, self.alone = module, rounded, has_pairs, alone
-        self.stayed: set[str] = set()  # operators that stayed in fp32 all the same
-
-    @cached_property
-    def attached(self) -> Referee:
-        """With the adapters as they are, in fp64."""
-        return Referee(_copied(self.module, _wide), self.stayed)
-
-    @cached_property
-    def referee(self) -> Referee:
-        """Who judges: where the candidate's weights are rounded, a module of its own to be rounded alike."""
-        return Referee(copy.deepcopy(self.attached.module), self.stayed) if self.rounded else self.attached
-
-    def says(self, arrays: Arrays) -> dict[str, Arrays]:
-        """All that a case needs of it, by the names of the case's fields."""
-        said = {"referee": self.referee.run(arrays)}
-        if not self.alone:
-            said |= {"base": self._at(0.0, arrays), "louder": self._at(LOUDER, arrays)}
-        return said | ({"attached": self.attached.run(arrays)} if self.rounded else {})
-
-    def _at(self, factor: float, arrays: Arrays) -> Arrays:
-        # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-        with layers.strength(self.attached.module, factor, keep_whole=self.has_pairs):
-            return self.attached.run(arrays)
-
-
-def _ask(
-    bench: _Bench,
-    model: Model,
-    adapters: Sequence[Adapter],
-    strengths: Sequence[float] | None,
-    inputs: Mapping[str, Arrays],
-    cache: Path | None,
-    step: Note,
-    say: Note,
-) -> kept.Said:
-    """What the referee says of each case: what it said before, where that was kept and still holds."""
-    question, store = None, None
-    if cache is not None:
-        store = kept.Kept(cache, say)
-        # Rounded as the candidate's weights are, the referee is one of this candidate alone.
-        question = None if bench.rounded else kept.question(model, adapters, strengths, inputs)
-        if question is None:
-            why = "the candidate's weights are rounded" if bench.rounded else "an adapter came from no file"
-            say(f"cache: not used, since {why}")
-        elif found := store.get(question):
-            said, stayed = found
-            bench.stayed.update(stayed)
-            return said
-    said = {}
-    for name, arrays in inputs.items():
-        step(f"asking the referee, case {name}")
-        said[name] = bench.says(arrays)
-    if store and question:
-        store.put(question, said, bench.stayed)
-    return said
+def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
+    # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
+    with layers.strength(referee.module, factor, keep_whole=has_pairs):
+        return referee.run(arrays)
 
 
 def case_inputs(
@@ -387,13 +353,13 @@ def _about_cache(candidate: Runner) -> list[str]:
     return candidate.notes if isinstance(candidate, CacheRunner) else []
 
 
-def _about_referee(stayed: set[str]) -> list[str]:
-    if not stayed:
+def _about_referee(referee: Referee) -> list[str]:
+    if not referee.stayed:
         return ["the referee ran in fp64 throughout"]
-    return [f"the referee ran in fp64, but for: {', '.join(sorted(stayed))}"]
+    return [f"the referee ran in fp64, but for: {', '.join(sorted(referee.stayed))}"]
 
 
-def _aligned(answer: Arrays, reference: parity.Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
+def _aligned(answer: Arrays, reference: Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
     """The candidate's outputs under the reference's names: by order where either side's names mean nothing."""
     if (candidate.names_known and deployed.names_known) or len(answer) != len(reference):
         return answer

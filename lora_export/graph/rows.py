@@ -41,7 +41,8 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     stand in the graph's metadata. Any other id, and a count that is not the batch's, ends a run with an
     error. Shorter ranks are filled with zeros, and an adapter is zeros where it has no pair. The scale
     lies in B; the base's weights keep their bytes. `batch` is the symbol that the graph's inputs have
-    for their first dimension. `sites` does not describe the graph any more then.
+    for their first dimension; where none has it, the one that all inputs have there is meant. `sites`
+    does not describe the graph any more then.
 
     DoRA's factors (adapters + 1, out) are ones where there is none; a plan with DoRA has to be made with
     `apart`, since the adapters are never there at once.
@@ -57,7 +58,7 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     weaver = Weaver(model)
     if IDS in weaver.values:
         raise InputRefused(f"the graph has an input or value {IDS} already: start from the graph without adapters")
-    leader = _leader(model, batch)
+    leader, batch = _leader(model, batch)
     there = {
         step.weight: weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding) for step in plan.low_rank
     }
@@ -78,11 +79,16 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     model.metadata_props[ROWS] = json.dumps({"adapters": names})
 
 
-def _leader(model: ir.Model, batch: str) -> ir.Value:
-    """An input whose first dimension is the batch."""
-    for value in model.graph.inputs:
-        if value.shape is not None and len(value.shape) and _is(value.shape[0], batch):
-            return value
+def _leader(model: ir.Model, batch: str) -> tuple[ir.Value, str]:
+    """An input whose first dimension is the batch, and the batch's symbol."""
+    symbols = {value: value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)}
+    common = set(symbols.values())
+    if not any(_is(size, batch) for size in common) and len(common) == 1:
+        (only,) = common
+        batch = only.value or batch if isinstance(only, ir.SymbolicDim) else batch
+    for value, size in symbols.items():
+        if _is(size, batch):
+            return value, batch
     first = [f"{value.name} {value.shape}" for value in model.graph.inputs]
     raise InputRefused(f"no input of the graph has the batch, `{batch}`, as its first dimension: {', '.join(first)}")
 
