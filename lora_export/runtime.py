@@ -248,6 +248,8 @@ class Placement:
                 f"{self.asked} was asked for, but {len(self.off_provider)} of {self.compute} compute nodes ran "
                 f"elsewhere: {some}"
             )
+        if self.asked != PROVIDERS["cpu"] and not self.by_provider.get(self.asked):
+            raise EnvironmentLacking(f"{self.asked} was asked for, and onnxruntime tells of no node that ran on it")
 
 
 class OnnxRunner:
