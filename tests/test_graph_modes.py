@@ -13,12 +13,15 @@ import numpy as np
 import onnx
 import onnx.reference
 import onnx_ir as ir
+import peft
 import pytest
+import torch
 from graphs import Arrays, a_graph, an_adapter, contents, quantised, run
 from handmade import base_file
 from numpy.typing import NDArray
+from torch import nn
 
-from lora_export import plan
+from lora_export import formats, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.formats import onnx_adapter
 from lora_export.graph import branches, sites
@@ -319,3 +322,69 @@ def test_it_does_so_by_onnxs_own_definition(tmp_path: Path, name: str, mode: str
         onnx.checker.check_model(ir.to_proto(woven.graphs[number]), full_check=True)
         expected = meant(layer, found, adapter, base)
         np.testing.assert_allclose(woven.by_definition(number, **layer.feeds), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- QLoRA, as PEFT has it ---
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
+    """A graph of four bits, and a module with the weights that these stand for."""
+    torch.manual_seed(0)
+    module = Two()
+    named = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    graph = filled(
+        """g (float[N,S,32] x) => (float[N,S,8] y)
+        <float[1,1] U = {0}, float[1,1] D = {0}, float[1] u = {0}, float[1] d = {0}>
+        { [up] a = MatMul(x, U)
+          b = Add(a, u)
+          c = Tanh(b)
+          [down] e = MatMul(c, D)
+          y = Add(e, d) }""",
+        U=named["up.weight"].T, D=named["down.weight"].T, u=named["up.bias"], d=named["down.bias"],
+    )  # fmt: skip
+    graph = quantised(graph, as_pairs=as_pairs)
+    for number, node in enumerate(graph.graph):
+        node.name = node.name or f"node_{number}"  # to be told apart by
+    found = sites.find(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
+    with torch.no_grad():
+        for name in ("up.weight", "down.weight"):
+            (site,) = found.by_name[name]
+            assert site.quantised is not None
+            module.get_parameter(name).copy_(torch.from_numpy(np.array(site.matrix)))
+    return graph, found, module
+
+
+@MODES
+@pytest.mark.parametrize("as_pairs", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_peft_beside_four_bits_is_what_peft_computes_beside_what_they_stand_for(
+    tmp_path: Path, mode: str, dora: bool, as_pairs: bool
+) -> None:
+    graph, found, module = qlora(tmp_path, as_pairs=as_pairs)
+    config = peft.LoraConfig(r=3, lora_alpha=8, target_modules=["up", "down"], use_dora=dora)
+    model = peft.get_peft_model(module, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    woven, x = Woven(mode, graph, found, formats.load(tmp_path / "adapter")), normal(3, 4, 32)
+    with torch.no_grad():
+        on = model(torch.from_numpy(x)).numpy()
+        with model.disable_adapter():
+            off = model(torch.from_numpy(x)).numpy()
+    # onnxruntime rounds what enters a MatMulNBits that it made of a DequantizeLinear to 8 bits.
+    close = {"rtol": 1e-4, "atol": 0.03 if as_pairs else 1e-5}
+    np.testing.assert_allclose(woven.answer(1, x=x), on, **close)
+    np.testing.assert_allclose(woven.answer(0, x=x), off, **close)
+    assert np.abs(on - off).mean() > 0.2
