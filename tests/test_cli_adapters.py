@@ -142,7 +142,9 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 
     monkeypatch.setattr(onnx_adapter, "parameters", louder)
     assert call("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs") == 4
-    assert capsys.readouterr().err.splitlines()[0].startswith("Error: fr: different")
+    told = capsys.readouterr().err
+    assert told.splitlines()[0].startswith("Error: fr: different")
+    assert f"first module that differs: {PACKED}\n" in told and "its adapter arrives 1.05 times as strong" in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -337,6 +339,35 @@ def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFix
     assert "say --adapter-id N" in capsys.readouterr().err
     assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
     assert "has no input adapter_ids" in capsys.readouterr().err
+
+
+def test_verify_tells_where_it_goes_wrong_and_why(
+    place: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "verdict.json"
+    words = ("verify", rows, "--model", MODEL, "--adapter-id", "1")
+    code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "7", "--report", report)
+    assert code == 4 and json.loads(report.read_text())["diagnosis"] == told["diagnosis"]
+    assert told["diagnosis"]["first"] == PACKED
+    assert "as if its weight, 7, were left out" in told["diagnosis"]["why"]
+    assert "2 go wrong, 2 in the same way; 10 of 10 modules were compared" in told["diagnosis"]["why"]
+    layers = {layer.pop("name"): layer for layer in told["diagnosis"]["layers"]}
+    assert list(layers)[:3] == ["conv", PACKED, OUT] and set(layers[OUT]) == {"error", "deployed_error", "effect"}
+    assert layers["conv"]["effect"] == 0 and layers[OUT]["error"] > 1e4 * layers[OUT]["deployed_error"]
+    assert call(*words, "-a", place / "legal", "--weight", "-0.5") == 4
+    assert "with adapter id 2 (legal) it would be what it should" in capsys.readouterr().out
+
+
+def test_verify_compares_every_module_where_it_is_asked_to(
+    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("verify", rows, "--model", MODEL, "--adapter-id", "1", "-a", place / "fr")
+    code, told = answer(capsys, *words)
+    assert (code, told["diagnosis"]) == (0, None)
+    code, told = answer(capsys, *words, "--trace")
+    assert (code, told["diagnosis"]["first"], len(told["diagnosis"]["layers"])) == (0, None, 10)
+    assert call(*words, "--trace") == 0
+    assert "no module differs\n  every module that was compared is within its gate" in capsys.readouterr().out
 
 
 def test_rows_that_mix_up_adapters_are_never_published(

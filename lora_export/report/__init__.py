@@ -66,6 +66,7 @@ def write(
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
     diagnosis: Any = None,
+    exit_code: int | None = None,
     seconds: float = 0.0,
 ) -> None:
     """Write a report, as JSON, JUnit XML or HTML by the path's suffix, whole or not at all; an older one is replaced.
@@ -76,7 +77,7 @@ def write(
     if path.suffix == ".xml":
         content = junit(verdict, placement, about, seconds=seconds)
     else:
-        told = document(verdict, placement, about, diagnosis)
+        told = document(verdict, placement, about, diagnosis, exit_code)
         content = page(told) if path.suffix == ".html" else json.dumps(told, indent=2, allow_nan=False) + "\n"
     with files.stage_file(path, inputs=[], overwrite=True) as stage:
         (stage / path.name).write_text(content, encoding="utf-8")

@@ -21,6 +21,8 @@ MARKS = {"same": "✓", "different": "✕", "undecided": "?"}
 GATES = {
     "error": "error in the mean",
     "tail": "worst element",
+    "bulk": "most elements",
+    "loss": "cost of rounding",
     "signal": "beside the effect",
     "exact": "values that differ",
     "tolerance": "tolerance",
