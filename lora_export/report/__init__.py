@@ -16,9 +16,9 @@ from lora_export.audit import Audit
 from lora_export.errors import InputRefused
 from lora_export.parity import Verdict
 from lora_export.report import github
-from lora_export.report.document import Placement, as_dict, document
-from lora_export.report.junit import junit, junit_of_weights
-from lora_export.report.page import page, require_jinja2
+from lora_export.report.documents import Placement, as_dict, document
+from lora_export.report.html import page, require_jinja2
+from lora_export.report.junit_xml import junit, junit_of_weights
 from lora_export.report.terminal import (
     console,
     placed,

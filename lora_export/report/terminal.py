@@ -20,7 +20,7 @@ from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.parity import DECIDES, Outcome, Verdict
 from lora_export.plan import Plan
-from lora_export.report.document import Placement
+from lora_export.report.documents import Placement
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
 SHOWN = 5  # rows of a ledger

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 from lora_export.audit import Audit
 from lora_export.parity import CONTROLS, DECIDES, Comparison, Control, Outcome, Reason, Sensitivity, Verdict
-from lora_export.report.document import Placement
+from lora_export.report.documents import Placement
 from lora_export.report.terminal import placed
 
 # XML 1.0 has no escape for these. Compiled where it is used: that takes as long as to import the rest of this file.
@@ -86,7 +87,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for number, inner in enumerate(value):
             yield from _flat(inner, f"{name}.{number}")
     else:
-        yield name, " ".join(map(str, value)) if name == "command" else str(value)
+        yield name, shlex.join(value) if name == "command" else str(value)
 
 
 def _compared(verdict: Verdict, case: str) -> str:
