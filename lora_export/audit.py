@@ -260,7 +260,7 @@ class _Sum:
         """These rows as they are stored, and what fp32 may cost there."""
         step, total = self.step, weight.copy()
         doubt = np.zeros_like(weight)
-        for number, (term, share) in enumerate(zip(step.terms, self.shares, strict=True)):
+        for number, (term, share) in enumerate(zip(step.terms, self.shares, strict=step.shift is None)):
             if share:
                 scale = term.strength * term.pair.scale * share
                 total += scale * _product(term.pair, rows, turned=step.spec.layout.is_turned != (number == self.turned))
@@ -270,7 +270,9 @@ class _Sum:
                     * _norms(term.pair, rows, turned=step.spec.layout.is_turned)
                 )
         if step.shift is not None:
-            total += self.shares[0] * step.shift[rows].astype(np.float64)
+            shift = self.shares[0] * step.shift[rows].astype(np.float64)
+            total += shift
+            doubt += np.abs(shift)
         doubt = UNIT * (doubt + 4 * np.abs(total))
         if step.magnitude is None or not self.magnitude:
             return total, doubt

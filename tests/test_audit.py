@@ -113,6 +113,13 @@ def with_biases(folder: Path) -> Path:
     return path
 
 
+def with_shifted_biases(folder: Path) -> Path:
+    path = peft_adapter(folder, {"a": PAIRS["a"]}, lora_bias=True)
+    file = path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.a.lora_B.bias": normal(40)}, file)
+    return path
+
+
 def with_token_rows(folder: Path) -> Path:
     path = peft_adapter(folder, PAIRS, trainable_token_indices={"embed": [3, 41]})
     file = path / "adapter_model.safetensors"
@@ -123,7 +130,7 @@ def with_token_rows(folder: Path) -> Path:
 
 ADAPTERS = [
     plain, rank_stabilised, with_dora, on_embeddings, on_embeddings_with_dora, on_convolutions, with_a_head,
-    with_biases, with_token_rows,
+    with_biases, with_shifted_biases, with_token_rows,
 ]  # fmt: skip
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
 
@@ -306,8 +313,13 @@ def test_a_sum_that_was_rounded_twice_is_told_in_a_low_precision(
 
 def test_a_head_and_rows_that_are_not_the_adapters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = the_base(tmp_path / "base.safetensors")
-    for make, name in ((with_a_head, "new_head.weight"), (with_token_rows, "embed.weight"), (with_biases, "a.bias")):
-        adapter, out = make(tmp_path / name), tmp_path / f"{name}.safetensors"
+    for make, name in (
+        (with_a_head, "new_head.weight"),
+        (with_token_rows, "embed.weight"),
+        (with_biases, "a.bias"),
+        (with_shifted_biases, "a.bias"),
+    ):
+        adapter, out = make(tmp_path / make.__name__), tmp_path / f"{make.__name__}.safetensors"
         assert run("merge", base, adapter, "-o", out) == 0
         tensors = {key: array.copy() for key, array in load_file(out).items()}
         if name == "new_head.weight":

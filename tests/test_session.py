@@ -239,6 +239,20 @@ def test_a_graph_whose_inputs_were_folded_away_is_refused(model: Path) -> None:
         Session(model.parent / "folded.onnx")
 
 
+@pytest.mark.parametrize("size", [4, 10**13])
+def test_a_record_of_other_sizes_than_the_graphs_is_refused_before_anything_so_large_is_made(
+    tmp_path: Path, size: int
+) -> None:
+    path = files_of(tmp_path)
+    graph = files.load(path)
+    record = graph.metadata_props[onnx_adapter.KEY]
+    assert '"shape": [2, 3]' in record
+    graph.metadata_props[onnx_adapter.KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
+    files.save(graph, tmp_path, "lying.onnx")
+    with pytest.raises(InputRefused, match=rf"lying.onnx: its record says \[{size}, 3\] of m.weight"):
+        Session(tmp_path / "lying.onnx")
+
+
 def test_an_adapters_own_inputs_are_no_feeds(session: Session) -> None:
     with pytest.raises(InputRefused, match=r"m.lora_A.weight are an adapter's inputs"):
         session.run({"x": X, "m.lora_A.weight": ONE["m.lora_A.weight"]})
