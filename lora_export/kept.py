@@ -28,8 +28,8 @@ from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter
 from lora_export.model import Model
 
-Arrays = Mapping[str, NDArray[Any]]
-Said = Mapping[str, Mapping[str, Arrays]]  # case -> role (referee, base, louder) -> output -> values
+Arrays = dict[str, NDArray[Any]]
+Say = Callable[[str], None]
 
 METADATA = "lora_export"
 KNOWN_BY_VERSION = ("torch", "transformers", "builtins")  # packages whose code their version tells
@@ -40,47 +40,40 @@ class Question:
     """What the referee is asked. `key` is of the model, adapters and inputs, `made_with` of the code that answers."""
 
     key: str
-    made_with: Mapping[str, str]
+    made_with: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A folder of answers. Whatever is wrong with it is said to `say` and never ends a proof."""
+class Answers:
+    """What the referee said and says. Whatever is wrong with the folder is said to `say` and never ends a proof.
 
-    folder: Path
-    say: Callable[[str], None]
+    Without a question there is nothing to look up or to keep. `stayed` are the operators that the referee could not
+    lift to fp64: they are kept with what it said.
+    """
 
-    def get(self, question: Question) -> tuple[Said, set[str]] | None:
-        """What was said, and which operators stayed in fp32; None where nobody asked, or it cannot be believed."""
-        path = self._path(question)
-        if not path.exists():
-            return None
-        try:
-            there = tensorfile.open_file(path)
-            told = files.parse_json(there.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
-            said = [(json.loads(name), there.read(name)) for name in there.entries]
-            if told.get("digest") != _digest(said):
-                raise InputRefused("its values are not those that were written")
-            if told.get("made_with") != dict(question.made_with):
-                self.say(
-                    f"cache: {path.name} is stale ({_changes(told['made_with'], question.made_with)}): asked again"
-                )
-                return None
-            return _by_case(said), set(told["stayed"])
-        except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
-            self.say(f"cache: {path.name} is damaged ({error}): asked again")
-            return None
+    def __init__(self, folder: Path | None, question: Question | None, stayed: set[str], say: Say):
+        self.folder, self.question, self.stayed, self.say = folder, question, stayed, say
+        self.said: dict[tuple[str, str], Arrays] = {}  # (case, role) -> output -> values
+        self.is_kept = False
+        if folder is None:
+            return
+        if question is None:
+            say("cache: not used: an adapter came from no file, or the candidate's weights are rounded")
+        else:
+            self._look_up(question)
 
-    def put(self, question: Question, said: Said, stayed: set[str]) -> None:
-        """Keep an answer, whole or not at all."""
-        path = self._path(question)
-        flat = [
-            ([case, role, output], values)
-            for case, roles in said.items()
-            for role, arrays in roles.items()
-            for output, values in arrays.items()
-        ]
-        told = {"made_with": dict(question.made_with), "stayed": sorted(stayed), "digest": _digest(flat)}
+    def of(self, case: str, role: str, ask: Callable[..., Arrays], *arguments: Any) -> Arrays:
+        """What was said of a case in a role (referee, base, louder), or what `ask` answers now."""
+        if (case, role) not in self.said:
+            self.said[case, role] = ask(*arguments)
+        return self.said[case, role]
+
+    def keep(self) -> None:
+        """Write down what was said, whole or not at all, unless it stands there already."""
+        if self.folder is None or self.question is None or self.is_kept:
+            return
+        flat = [((*key, output), values) for key, arrays in self.said.items() for output, values in arrays.items()]
+        told = {"made_with": self.question.made_with, "stayed": sorted(self.stayed), "digest": _digest(flat)}
+        path = self._path(self.question)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with files.stage_file(path, inputs=[], overwrite=True) as stage:
@@ -89,7 +82,31 @@ class Kept:
         except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have
             self.say(f"cache: nothing was kept: {error}")
 
+    def _look_up(self, question: Question) -> None:
+        path = self._path(question)
+        if not path.exists():
+            return
+        try:
+            there = tensorfile.open_file(path)
+            told = files.parse_json(there.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
+            flat = [(tuple(json.loads(name)), there.read(name)) for name in there.entries]
+            if told.get("digest") != _digest(flat):
+                raise InputRefused("its values are not those that were written")
+            if told["made_with"] != question.made_with:
+                changes = _changes(told["made_with"], question.made_with)
+                self.say(f"cache: {path.name} is stale ({changes}): the referee is asked again")
+                return
+            for (case, role, output), values in flat:
+                self.said.setdefault((case, role), {})[output] = values
+            self.stayed.update(told["stayed"])
+        except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
+            self.said.clear()
+            self.say(f"cache: {path.name} is damaged ({error}): the referee is asked again")
+        else:
+            self.is_kept = True
+
     def _path(self, question: Question) -> Path:
+        assert self.folder is not None
         return self.folder / f"referee-{question.key[:32]}.safetensors"
 
 
@@ -148,13 +165,6 @@ def _digest(said: Sequence[tuple[Sequence[str], NDArray[Any]]]) -> str:
     for name, array in sorted(said, key=lambda there: list(there[0])):
         _feed(digest, json.dumps([*name, str(array.dtype), list(array.shape)]), array)
     return digest.hexdigest()
-
-
-def _by_case(said: Sequence[tuple[Sequence[str], NDArray[Any]]]) -> Said:
-    result: dict[str, dict[str, dict[str, NDArray[Any]]]] = {}
-    for (case, role, output), values in said:
-        result.setdefault(case, {}).setdefault(role, {})[output] = values
-    return result
 
 
 def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -19,18 +19,26 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
-from test_exporters import WORDS, a_llama, assert_folding_is_pytorchs, base_of, linear_weights, module_of
-from tokenizers import Tokenizer, models
+from test_exporters import (
+    WORDS,
+    a_llama,
+    assert_folding_is_pytorchs,
+    base_of,
+    linear_weights,
+    module_of,
+    save_tokenizer,
+)
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from lora_export import formats, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.cli import run
+from lora_export.decoding import with_cache
 from lora_export.formats import onnx_adapter
-from lora_export.graph import branches, files, inputs, sites
+from lora_export.graph import branches, files, inputs, rows, sites
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter
+from lora_export.runtime import OnnxRunner
 
 genai: Any = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
@@ -38,12 +46,6 @@ PROMPT = [5, 9, 11, 30]
 TOKENS = 64
 slow = pytest.mark.slow
 Build = Callable[..., Path]
-
-
-def save_tokenizer(folder: Path) -> None:
-    words = models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w2")
-    tokenizer.save_pretrained(folder)
 
 
 def build(base: Path, folder: Path, precision: str, *options: str) -> Path:
@@ -182,7 +184,7 @@ def test_genai_generates_pytorchs_tokens_with_an_adapter_folded_in(
 def test_genai_generates_pytorchs_tokens_with_an_adapter_woven_in(
     base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
-    graph, (module, adapter) = speaker("fp32", "fuse_qkv=false"), adapted
+    graph, (module, adapter) = speaker("fp32"), adapted
     folder = beside(graph, tmp_path / "woven")
     model, found = opened(graph, base)
     branches.branch(model, found, plan.make([formats.load(adapter)], found.specs))
@@ -194,7 +196,7 @@ def test_genai_generates_pytorchs_tokens_with_an_adapter_woven_in(
 def test_genai_generates_pytorchs_tokens_with_an_adapter_that_it_loads_itself(
     base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
-    graph, (module, adapter) = speaker("fp32", "fuse_qkv=false"), adapted
+    graph, (module, adapter) = speaker("fp32"), adapted
     folder = beside(graph, tmp_path / "swapped")
     model, found = opened(graph, base)
     file = swapped(model, found, formats.load(adapter), folder)
@@ -213,17 +215,47 @@ def swapped(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Pa
 
 
 @slow
+@pytest.mark.parametrize("way", ["woven in", "loaded by genai"])
 def test_genai_generates_with_an_adapter_beside_int4_what_pytorch_does_beside_the_weights_these_stand_for(
-    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+    way: str, base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
     # accuracy_level 1: the default, 4, rounds what enters a layer to 8 bits, which decides words by itself.
-    graph, (module, adapter) = speaker("int4", "fuse_qkv=false", "accuracy_level=1"), adapted
+    graph, (module, adapter) = speaker("int4", "accuracy_level=1"), adapted
     folder = beside(graph, tmp_path / "beside int4")
     model, found = opened(graph, base)
     rounded = with_weights(module, {site.name: site.matrix for site in found.linear})
-    branches.branch(model, found, plan.make([formats.load(adapter)], found.specs))
+    file = None
+    if way == "woven in":
+        branches.branch(model, found, plan.make([formats.load(adapter)], found.specs))
+    else:
+        file = swapped(model, found, formats.load(adapter), folder)
     files.save(model, folder, "model.onnx")
-    assert_says(generated(folder), rounded, module)
+    assert_says(generated(folder, file), rounded, module)
+
+
+@slow
+@pytest.mark.parametrize("precision", [("fp32",), ("int4", "accuracy_level=1")], ids=["fp32", "int4"])
+def test_rows_of_the_builders_graph_decode_with_their_own_adapters(
+    precision: tuple[str, ...], base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    module, adapter = adapted
+    model, found = opened(speaker(*precision), base)
+    module = with_weights(module, {site.name: site.matrix for site in found.linear})
+    rows.choose_by_row(model, found, plan.make([formats.load(adapter)], found.specs, apart=True))
+    head = module.config.hidden_size // module.config.num_attention_heads
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if "key_values" in (value.name or "") or "present" in (value.name or ""):
+            value.shape = ir.Shape([*value.shape[:3], head])  # which the builder does not tell
+    files.save(model, tmp_path, "rows.onnx")
+    ids = np.random.default_rng(0).integers(0, WORDS, (4, 9))
+    runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows([1, 0, 0, 1]))
+    answer = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+    with torch.no_grad():
+        on = module(torch.from_numpy(ids)).logits.numpy()
+        with module.disable_adapter():
+            off = module(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(answer, np.stack([on[0], off[1], off[2], on[3]]), rtol=1e-3, atol=1e-3)
+    assert np.abs(on - off).max() > 1
 
 
 def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftModel:

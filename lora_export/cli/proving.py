@@ -9,15 +9,16 @@ from typing import Any
 
 import click
 
-from lora_export import __version__, parity, report
+from lora_export import __version__, report
 from lora_export.cli import doctor
 from lora_export.cli.arguments import say, split_name
-from lora_export.errors import Different, EnvironmentLacking, Undecided
+from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.lora import Adapter
 from lora_export.model import Model
+from lora_export.parity import Outcome, Reason, Verdict
 from lora_export.proof import Proof, prove
 from lora_export.provenance import described
-from lora_export.runtime import Runner
+from lora_export.runtime import Placement, Runner, environment
 
 
 def inputs_of(model: str, adapters: Sequence[str]) -> list[Path]:
@@ -95,14 +96,28 @@ def demanded(proof: Proof, what: str = "") -> Proof:
     """The proof, if it is one. Raises what its verdict means otherwise."""
     if proof.verdict.same:
         return proof
-    kind = Different if proof.verdict.outcome is parity.Outcome.DIFFERENT else Undecided
+    kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
     told = f"{what}: {proof.verdict}" if what else str(proof.verdict)
+    if proof.diagnosis:
+        told += f"\n{proof.diagnosis}"
     raise kind(f"{told}\nNothing was written; --no-verify would publish it all the same.")
+
+
+def without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
+    """What ended a proof before anything was measured, as a proof that says so."""
+    outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
+    gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
+    verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), perturbed=(), dtype="float32")
+    return Proof(verdict, placement, environment(), ended_with=error.exit_code)
 
 
 def document(proof: Proof | None) -> dict[str, Any] | None:
     """The proof as JSON; None where none was asked for."""
-    return report.document(proof.verdict, proof.placement, proof.about) if proof else None
+    if proof is None:
+        return None
+    return report.document(
+        proof.verdict, proof.placement, proof.about, diagnosis=proof.diagnosis, exit_code=proof.exit_code
+    )
 
 
 def show(proof: Proof | None) -> None:
@@ -110,7 +125,7 @@ def show(proof: Proof | None) -> None:
     if proof is None:
         click.echo("not verified (--no-verify)")
     else:
-        report.print_verdict(report.console(), proof.verdict, proof.placement)
+        report.print_verdict(report.console(), proof.verdict, proof.placement, proof.diagnosis)
 
 
 def tell_github(proof: Proof, title: str) -> None:

@@ -20,12 +20,19 @@ from lora_export.cli.arguments import (
     provider_option,
     say,
 )
-from lora_export.errors import InputRefused
+from lora_export.errors import Different, EnvironmentLacking, InputRefused, Undecided
 
 
 @click.command()
 @click.argument("candidate", type=click.Path(path_type=Path))
-@click.option("--model", required=True, metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
+@click.option("--model", metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
+@click.option(
+    "--base",
+    "origin",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters.",
+)
 @adapters_option
 @adapter_weights
 @click.option(
@@ -59,10 +66,14 @@ from lora_export.errors import InputRefused
     metavar="FOLDER",
     help="Keep there what the fp64 referee says, and ask it only once for the same model, adapters and inputs.",
 )
+@click.option(
+    "--trace", is_flag=True, help="Compare every module, whatever the verdict; `different` is followed without it too."
+)
 @json_option
 def command(
     candidate: Path,
-    model: str,
+    model: str | None,
+    origin: Path | None,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     onnx_adapter: Path | None,
@@ -74,6 +85,7 @@ def command(
     seed: int,
     reports: tuple[Path, ...],
     cache: Path | None,
+    trace: bool,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -81,7 +93,19 @@ def command(
     CANDIDATE is an .onnx file, a TorchScript .pt, a merged Hugging Face folder, or a merged
     .safetensors file of MODEL's weights. The verdict is `same` (exit 0), `different` (4) or
     `undecided` (5); 6 means that the asked provider did not do the work.
+
+    With --base in place of --model nothing is run: every tensor of a merged folder or file is held
+    against W + s·BA in fp64, and what no adapter touches against the base's bytes. Needs no PyTorch.
     """
+    if (model is None) == (origin is None):
+        raise click.UsageError("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
+    if origin is not None:
+        if {onnx_adapter, adapter_id, inputs_file, atol, rtol, cache} != {None} or provider != "cpu" or trace:
+            raise click.UsageError("with --base nothing is run: options on how to run CANDIDATE belong to --model")
+        from lora_export.cli import auditing
+
+        return auditing.judge(candidate, origin, adapters, weights, reports, as_json=as_json)
+    assert model is not None
     from lora_export import candidate as candidates
     from lora_export import proof, report
     from lora_export.cli import proving
@@ -98,35 +122,42 @@ def command(
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
     if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id) != (None, None):
         raise click.UsageError("--onnx-adapter and --adapter-id are for .onnx files")
-    proving.require(provider)
-    loaded = load_adapters(adapters)
-    for note in (note for adapter in loaded for note in adapter.notes):
-        say(f"note: {note}")
-    with stages() as stage:
-        stage("loading the model")
-        base = load_model(model, loaded)
-        stage("loading the candidate")
-        runner = candidates.open_candidate(
-            candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
-        )
-        if IDS in runner.axes:
-            raise click.UsageError(f"{candidate} was made with --lora rows: say --adapter-id N, 0 for the base")
-        result = proof.prove(
-            runner,
-            base,
-            loaded,
-            strengths=weights,
-            seed=seed,
-            user_inputs=inputs_file,
-            device=provider,
-            atol=atol,
-            rtol=rtol,
-            cache=cache,
-            step=lambda what: stage(f"verifying, {what}"),
-            say=say,
-        )
-        stage("hashing the candidate")
-        digests = candidates.hashes(candidate)
+    runner, refusal = None, None
+    try:
+        proving.require(provider)
+        loaded = load_adapters(adapters)
+        for note in (note for adapter in loaded for note in adapter.notes):
+            say(f"note: {note}")
+        with stages() as stage:
+            stage("loading the model")
+            base = load_model(model, loaded)
+            stage("loading the candidate")
+            runner = candidates.open_candidate(
+                candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
+            )
+            if IDS in runner.axes:
+                raise click.UsageError(f"{candidate} was made with --lora rows: say --adapter-id N, 0 for the base")
+            result = proof.prove(
+                runner,
+                base,
+                loaded,
+                strengths=weights,
+                seed=seed,
+                user_inputs=inputs_file,
+                device=provider,
+                atol=atol,
+                rtol=rtol,
+                cache=cache,
+                trace=trace,
+                step=lambda what: stage(f"verifying, {what}"),
+                say=say,
+            )
+            stage("hashing the candidate")
+            digests = candidates.hashes(candidate)
+    except (Different, Undecided, EnvironmentLacking) as error:
+        # No figures, but an answer all the same: it is reported as every other, and told on stderr.
+        refusal, digests = error, {}
+        result = proving.without_figures(error, getattr(runner, "placement", None))
     seconds = time.perf_counter() - begun
     about = {
         "candidate": {"path": str(candidate), "sha256": digests},
@@ -137,12 +168,22 @@ def command(
     }
     result = replace(result, about=about)
     for path in reports:
-        report.write(path, result.verdict, placement=result.placement, about=about, seconds=seconds)
+        report.write(
+            path,
+            result.verdict,
+            placement=result.placement,
+            about=about,
+            diagnosis=result.diagnosis,
+            exit_code=result.exit_code,
+            seconds=seconds,
+        )
     if as_json:
         answer(proving.document(result))
-    else:
+    elif refusal is None:
         proving.show(result)
     proving.tell_github(result, f"verify {candidate.name}")
+    if refusal is not None:
+        raise refusal
     return result.exit_code
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.audit import Audit
 from lora_export.parity import Verdict
 
 VERSION = 1  # of the JSON documents; grows when a field changes its meaning or goes
@@ -49,18 +50,19 @@ def as_dict(noun: Any) -> dict[str, Any]:
 
 
 def document(
-    verdict: Verdict,
+    verdict: Verdict | Audit,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
     diagnosis: Any = None,
+    exit_code: int | None = None,
 ) -> dict[str, Any]:
     """A verdict with what it takes to trust it: what ran where, and facts `about` the run (versions, files, seed).
 
     `diagnosis` says where a difference begins, if somebody looked: a mapping or dataclass with `first`, `why`
-    and `layers`.
+    and `layers`. `exit_code` is another than the verdict's own where the provider did not do the work.
     """
     result = as_dict(verdict) | {
-        "exit_code": verdict.exit_code,
+        "exit_code": verdict.exit_code if exit_code is None else exit_code,
         "placement": None,
         "diagnosis": _plain(diagnosis),
         "about": _plain(about or {}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ MARKS = {"same": "✓", "different": "✕", "undecided": "?"}
 GATES = {
     "error": "error in the mean",
     "tail": "worst element",
+    "bulk": "most elements",
+    "loss": "cost of rounding",
     "signal": "beside the effect",
     "exact": "values that differ",
     "tolerance": "tolerance",
@@ -48,7 +51,13 @@ def page(told: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "times": _times, "percent": _percent, "inline": _inline}
+    environment.filters |= {
+        "figure": _figure,
+        "times": _times,
+        "percent": _percent,
+        "inline": _inline,
+        "command_line": shlex.join,
+    }
     diagnosis = told.get("diagnosis")
     rendered: str = environment.get_template("page.html.j2").render(
         told=told,
