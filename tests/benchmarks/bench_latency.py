@@ -138,7 +138,9 @@ def table(times: Times, limit: str) -> str:
     head = " | ".join(f"{rows} x {tokens}" for rows, tokens in SHAPES)
     lines = [f"| milliseconds (times {limit}) | {head} |", "|---|" + "---|" * len(SHAPES)]
     for name in names:
-        cells = (f"{1000 * median(times[name, shape]):.1f} ({against(times, name, limit, shape):.2f})" for shape in SHAPES)
+        cells = (
+            f"{1000 * median(times[name, shape]):.1f} ({against(times, name, limit, shape):.2f})" for shape in SHAPES
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -187,4 +189,3 @@ def test_a_base_and_many_adapters_beside_as_many_merged_models(place: Path) -> N
     keep("loading", "\n".join(["| | load | memory |", "|---|---|---|", *rows, "", f"3 rounds. {machine()}"]))
     assert cells["base and 8 .onnx_adapter"][1] < cells["8 merged"][1] / 3
     assert cells[f"rows, {ADAPTERS} adapters in it"][1] < cells["8 merged"][1] / 3
-
