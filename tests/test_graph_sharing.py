@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def kinds(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def answers(model: ir.Model) -> dict[str, NDArray[Any]]:
+def answers(model: ir.Model) -> Mapping[str, NDArray[Any]]:
     return run(model, x=X)
 
 
