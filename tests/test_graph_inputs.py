@@ -36,6 +36,7 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, Place
 from lora_export.graph import branches, files, sites
+from lora_export.graph.dora import length_factors
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.inputs import contract_of, factors_of, open_inputs
 from lora_export.graph.readers import readers
@@ -548,3 +549,21 @@ def test_a_block_in_bfloat16_is_filled_up_in_a_dtype_that_can_be(mode: str) -> N
     weight = np.float32([[1, 3, 3], [4, 6, 4], [2, 1, 5], [5, 2, 6]])
     weight[1:] += pair.delta()
     assert np.array_equal(answer.astype(np.float32), X @ weight.T)
+
+
+@pytest.mark.parametrize("last", [6, 7])
+def test_dora_has_one_factor_for_a_weight_that_is_stored_more_than_once(last: int) -> None:
+    model = a_graph(f"""
+        g (float[N,3] x) => (float[N,2] y, float[N,2] z)
+        <float[2,3] m.weight = {{1,2,3,4,5,6}}, float[2,3] o.weight = {{1,2,3,4,5,{last}}}>
+        {{ y = Gemm <transB = 1> (x, m.weight)
+           z = Gemm <transB = 1> (x, o.weight) }}""")
+    there = tuple(site for found in sites.find(model).by_name.values() for site in found)
+    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=[1, 2])
+    both = sites.Sites({"m.weight": there}, (), ())
+    steps = plan.make([an_adapter({"m": pair})], both.specs)
+    if last == 6:
+        assert length_factors(steps.steps, "default", both.by_name.__getitem__)["m.weight"].shape == (2,)
+        return
+    with pytest.raises(InputRefused, match=r"m\.weight is stored more than once in the graph, and not with the same"):
+        choose_by_row(model, both, steps, batch="N")

@@ -31,12 +31,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lora_export import export, formats, model
+from lora_export import export, formats, layers, model, plan
 from lora_export.cli import weaving
-from lora_export.errors import InputRefused
-from lora_export.graph import files
+from lora_export.errors import InputRefused, MatchError
+from lora_export.graph import files, sites
 from lora_export.lora import Adapter
 from lora_export.model import Model
+from lora_export.parity import Outcome
 from lora_export.proof import adapted, bits_that_differ, case_inputs, prove, prove_mixed
 from lora_export.runtime import Arrays, OnnxRunner
 
@@ -229,6 +230,13 @@ def answers(base: Model, runner: OnnxRunner) -> dict[str, Arrays]:
     return {case: runner.run(arrays) for case, arrays in case_inputs(base, runner).items()}
 
 
+def adds_a_bias_itself(name: str, variant: str) -> bool:
+    """Whether a Gemm or Conv adds the bias of a layer that the adapter changes."""
+    found = sites.find(SUBJECTS[name].graph).by_name
+    read = [site.node for module in adapter_of(name, variant).pairs for site in found[f"{module}.weight"]]
+    return any(node.op_type in ("Gemm", "Conv") and len(node.inputs) == 3 for node in read)
+
+
 # --- the cells ---
 
 MODES = ("merged", "nodes", "inputs", "rows")
@@ -255,7 +263,12 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
     assert not prove(kept.on, base, [wrong_in_one_layer(name, variant)]).verdict.same
     assert kept.unchanged == (mode != "merged" and not subject.whole)
     if kept.off is not None:
-        assert bits_that_differ(base_answers(subject.source, subject.dtype), answers(base, kept.off)) == []
+        unlike = bits_that_differ(base_answers(subject.source, subject.dtype), answers(base, kept.off))
+        # DoRA's factor comes before the bias, which the node then cannot add any more: not always the same last bit.
+        assert not unlike or (variant == "dora" and adds_a_bias_itself(name, variant))
+        told = prove(kept.off, base, []).verdict
+        # Half precision is too coarse to tell so small a model from itself x 1.01, which is all there is to tell.
+        assert told.same or (subject.dtype is torch.float16 and told.outcome is Outcome.UNDECIDED), str(told)
     if kept.mixed is not None:
         assert kept.off is not None
         alone = prove(kept.off, base, [])
@@ -282,3 +295,23 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     peft.get_peft_model(copy.deepcopy(module), config).save_pretrained(tmp_path)
     with pytest.raises(InputRefused, match=r"target_parameters: .*mixture-of-experts.* not supported"):
         formats.load(tmp_path)
+
+
+class Reader(nn.Module):
+    """Attention of one signal to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, signal: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return self.attn(signal, memory, memory, need_weights=False)[0]
+
+
+@slow
+def test_attention_to_something_else_takes_no_adapter_on_its_packed_weight() -> None:
+    examples = {"signal": torch.randn(2, 7, 16), "memory": torch.randn(2, 5, 16)}
+    graph = export.to_onnx(Reader().eval(), examples, axes={"signal": {0: "batch"}, "memory": {0: "batch"}})
+    adapter = layers.fresh_adapter(Reader(), targets=["attn"], rank=2, alpha=2, seed=0, name="a")
+    with pytest.raises(MatchError, match=r"attn\.in_proj_weight \(48, 16\) is not the weight of a linear layer"):
+        plan.make([adapter], sites.find(graph).specs, identity_ok=True)

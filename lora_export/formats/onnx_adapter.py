@@ -136,7 +136,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
 
 def _place(entry: Mapping[str, Any]) -> Place:
     shape = tuple(map(int, entry["shape"]))
-    if len(shape) < 2:
+    if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
     texts |= {key: str(entry[key]) for key in ("factor", "value", "quantised") if key in entry}

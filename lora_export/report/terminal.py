@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from lora_export import files
+from lora_export.audit import Audit
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
@@ -62,7 +63,7 @@ def console(file: TextIO | None = None) -> Console:
 
 
 def print_verdict(
-    to: Console, verdict: Verdict, placement: Placement | None = None, diagnosis: Diagnosis | None = None
+    to: Console, verdict: Verdict | Audit, placement: Placement | None = None, diagnosis: Diagnosis | None = None
 ) -> None:
     """One screen: the outcome, why, the most strained outputs with their figures, where it begins, what ran where."""
     colour = COLOURS[verdict.outcome]
