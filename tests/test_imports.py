@@ -24,18 +24,18 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "session", "parity", "report", "proof"),
+    *("onnx_runner", "runtime", "session", "parity", "report", "evidence", "proof"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
-NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "report"}
+NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "onnx_runner", "parity", "report", "evidence"}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}
 NOT_IN_THE_CORE = {"torch", "transformers", "accelerate", "onnxruntime"}
 # `session` runs where nothing else of ours does; only onnxruntime writes its adapters' format, when it is asked to.
 MAY_IMPORT_ONNXRUNTIME = {
-    *("lora_export.runtime", "lora_export.session", "lora_export.cli.doctor"),
+    *("lora_export.onnx_runner", "lora_export.session", "lora_export.cli.doctor"),
     "lora_export.formats.onnx_adapter",
 }
 
