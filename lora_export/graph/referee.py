@@ -1,0 +1,219 @@
+"""A plan in a graph by another way than the one that is judged.
+
+`at_the_weights` computes W + ΔW in the graph itself, between each weight and its reader, where `fold` computes it in
+NumPy and `branches` computes x·ΔW beside it. Neither's arithmetic is used, nor what moves or copies weights there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.graph.branches import Branch, Weaver, branch, module_of
+from lora_export.graph.fold import new_initializer, refuse_what_a_graph_cannot_take
+from lora_export.graph.readers import Site, flipped
+from lora_export.graph.sites import Sites, unused
+from lora_export.graph.wide import ROUNDS, dequantise
+from lora_export.plan import Layout, Plan, Step
+
+LOW = frozenset({"float16", "bfloat16"})
+Array = NDArray[np.float32]
+
+
+def at_the_weights(model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool = False) -> None:
+    """Let every reader of a planned weight read W + ΔW, computed by nodes of the graph, in memory.
+
+    ΔW = Σ strength·scale·B·A as two products of what the adapter holds; DoRA's length is taken of the sum by
+    nodes, too. Weights in half precision are summed in fp32 and rounded once; with `rounded` that rounding stays
+    when the graph is widened. A MatMulNBits becomes a MatMul by the float weight that it stands for. `sites`
+    does not describe the graph any more then.
+    """
+    refuse_what_a_graph_cannot_take(plan)
+    weaver = Weaver(model)
+    for step in plan.steps:
+        for site in sites.by_name[step.weight]:
+            _Reader(weaver, step, site, rounded=rounded).change()
+
+
+def beside_the_weights(model: ir.Model, sites: Sites, plan: Plan) -> int:
+    """As `branches.branch`, where branches can stand, and `at_the_weights` elsewhere; returns how many those are."""
+    steps = [step for step in plan.steps if not _can_branch(model, step, sites)]
+    at_the_weights(model, sites, replace(plan, steps=tuple(steps)))
+    branch(model, sites, replace(plan, steps=tuple(step for step in plan.steps if step not in steps)))
+    return len(steps)
+
+
+def _can_branch(model: ir.Model, step: Step, sites: Sites) -> bool:
+    plain = step.terms and step.replace is None and (step.magnitude is None or model.opset_imports.get("", 0) >= 11)
+    return bool(plain) and not any(site.obstacle for site in sites.by_name[step.weight])
+
+
+def beside_quantised(model: ir.Model, sites: Sites, plan: Plan) -> None:
+    """x·ΔW beside weights that stay quantised, W + ΔW at all others: how exactly such a graph can be computed.
+
+    A quantised product has an error of its own (it may round x to 8 bits), which a graph with float weights lacks.
+    ΔW is one matrix, made of the factors when the graph runs; for DoRA it is made here.
+    """
+    apart = [step for step in plan.steps if any(site.quantised for site in sites.by_name[step.weight])]
+    at_the_weights(model, sites, replace(plan, steps=tuple(step for step in plan.steps if step not in apart)))
+    weaver = Weaver(model)
+    for step in apart:
+        for site in weaver.places(step.weight, sites):
+            path = f"/{module_of(step.weight)}"
+            made, change = _change(weaver, step, site)  # (in, out)
+            node = weaver.node(site.node.op_type, [_entering(site), change], path, None, _ways(site.node))
+            if node.op_type not in ("MatMul", "Gemm"):
+                node.op_type, node.domain = "MatMul", ""
+            weaver.stand_beside(site, [Branch([*made, node], node.outputs[0], path)])
+
+
+def _change(weaver: Weaver, step: Step, site: Site) -> tuple[list[ir.Node], ir.Value]:
+    """What is added to a quantised weight, (in, out) in the type that it computes in."""
+    dtype = np.dtype(site.dtype)
+    if step.magnitude is not None:
+        before = site.matrix.astype(np.float64)
+        return [], _initializer(weaver, step, "change", (_in_fp64(step, before) - before).T.astype(dtype))
+    b, a = _factors(step)
+    sides = [_initializer(weaver, step, side, array.T.astype(dtype)) for side, array in (("A", a), ("B", b))]
+    node = weaver.node("MatMul", sides, f"/{step.weight}", ir.Shape([a.shape[1], b.shape[0]]))
+    return [node], node.outputs[0]
+
+
+def _in_fp64(step: Step, before: NDArray[np.float64]) -> NDArray[np.float64]:
+    """m / ‖W + ΔW‖ · (W + ΔW), of a weight (out, in)."""
+    assert step.magnitude is not None
+    b, a = (factor.astype(np.float64) for factor in _factors(step))
+    total: NDArray[np.float64] = before + b @ a
+    total *= step.magnitude[:, None] / np.linalg.norm(total, axis=1, keepdims=True)
+    return total
+
+
+def _ways(node: ir.Node) -> dict[str, int | float]:
+    """What a Gemm does to its input and its product besides."""
+    if node.op_type != "Gemm":
+        return {}
+    return {"transA": node.attributes.get_int("transA", 0), "alpha": node.attributes.get_float("alpha", 1.0)}
+
+
+def _entering(site: Site) -> ir.Value:
+    x = site.node.inputs[0]
+    assert x is not None
+    return x
+
+
+def _factors(step: Step) -> tuple[Array, Array]:
+    """All of a step's pairs as one: B (out, ranks) times the scales, and A (ranks, in * kernel)."""
+    b = [term.pair.b.reshape(-1, term.pair.rank) * (term.strength * term.pair.scale) for term in step.terms]
+    a = [term.pair.a.reshape(term.pair.rank, -1) for term in step.terms]
+    return np.concatenate(b, axis=1).astype(np.float32), np.concatenate(a).astype(np.float32)
+
+
+def _initializer(weaver: Weaver, step: Step, part: str, array: NDArray[Any]) -> ir.Value:
+    name = unused(f"{step.weight}.referee.{part}", weaver.values)
+    return new_initializer(weaver.model, name, ir.Tensor(np.ascontiguousarray(array)))
+
+
+class _Reader:
+    """One reader of a planned weight, and the nodes that are put before it."""
+
+    def __init__(self, weaver: Weaver, step: Step, site: Site, *, rounded: bool):
+        self.weaver, self.step, self.site, self.rounded = weaver, step, site, rounded
+        node = site.node if site.quantised is None else dequantise(weaver.model, site.node)
+        self.node = node or site.node  # the weight of a DequantizeLinear is read like any other
+        self.index, self.layout = (1, Layout.IN_OUT) if node is not None and node is not site.node else self._lies()
+
+    def _lies(self) -> tuple[int, Layout]:
+        """Where the node reads the weight, and how it lies for that node."""
+        site = self.site
+        layout = self.step.spec.layout if site.layout is Layout.OTHER else site.layout
+        return site.index, flipped(layout) if site.turned else layout
+
+    @property
+    def turned(self) -> bool:
+        return self.layout.is_turned
+
+    def change(self) -> None:
+        """Put the nodes in."""
+        before = self.node.inputs[self.index]
+        assert before is not None
+        dtype = ir.DataType.from_numpy(np.dtype(self.site.dtype))
+        low = self.site.dtype in LOW
+        value = self._whole() if self.step.replace is not None else before
+        value = self._cast(value, ir.DataType.FLOAT) if low else value
+        if self.step.terms:
+            value = self._with_pairs(value)
+        elif self.step.shift is not None:
+            value = self._add("Add", value, self._given("shift", self.step.shift))
+        if low:
+            value = self._cast(value, dtype)
+            if self.rounded:
+                producer = value.producer()
+                assert producer is not None
+                producer.metadata_props[ROUNDS] = "once"
+        self.node.replace_input_with(self.index, value)
+
+    def _whole(self) -> ir.Value:
+        """The tensor that takes the weight's place, as the reader wants it."""
+        assert self.step.replace is not None
+        turned = self.step.replace.ndim == 2 and self.step.spec.layout.is_turned != self.turned
+        array = self.step.replace.T if turned else self.step.replace
+        return self._given("whole", array.astype(self.site.dtype))
+
+    def _with_pairs(self, weight: ir.Value) -> ir.Value:
+        b, a = _factors(self.step)
+        if (block := self.site.block) is not None:  # zeros for its neighbours
+            wide = np.zeros((self._outputs, b.shape[1]), np.float32)
+            wide[block.start : block.stop] = b
+            b = wide
+        sides = (a.T, b.T) if self.turned else (b, a)
+        change = self._add("MatMul", *(self._given(f"factor{n}", side) for n, side in enumerate(sides)))
+        kernel = self.step.terms[0].pair.a.shape[2:]
+        if not kernel:
+            return self._rescaled(self._add("Add", weight, change))
+        shape = self._given("shape", np.array(self.step.terms[0].pair.shape, np.int64))
+        flat = self._given("flat", np.array([b.shape[0], -1], np.int64))
+        total = self._add("Add", self._add("Reshape", weight, flat), change)
+        return self._add("Reshape", self._rescaled(total), shape)
+
+    def _rescaled(self, total: ir.Value) -> ir.Value:
+        """DoRA: each output's length becomes the magnitude. A product with ones is a sum in every opset."""
+        magnitude = self.step.magnitude
+        if magnitude is None:
+            return total
+        inner, upright = math.prod(self.step.terms[0].pair.shape[1:]), (1, -1) if self.turned else (-1, 1)
+        squares = self._add("Mul", total, total)
+        ones = self._given("ones", np.ones((1, inner) if self.turned else (inner, 1), np.float32))
+        sums = self._add("MatMul", *((ones, squares) if self.turned else (squares, ones)))
+        if (block := self.site.block) is None:
+            lengths = self._given("magnitude", magnitude.reshape(upright))
+            return self._add("Mul", total, self._add("Div", lengths, self._add("Sqrt", sums)))
+        ours, others = np.zeros(self._outputs, np.float32), np.ones(self._outputs, np.float32)
+        ours[block.start : block.stop], others[block.start : block.stop] = magnitude, 0
+        lengths, kept = self._given("magnitude", ours.reshape(upright)), self._given("kept", others.reshape(upright))
+        own = self._add("Div", lengths, self._add("Sqrt", self._add("Add", sums, kept)))
+        return self._add("Mul", total, self._add("Add", own, kept))
+
+    @property
+    def _outputs(self) -> int:
+        """Output features of the matrix, neighbours included."""
+        return int(self.site.stored.shape[1 if self.site.layout is Layout.IN_OUT else 0])
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        cast = self._add("Cast", value, to=int(dtype))
+        cast.type = ir.TensorType(dtype)
+        return cast
+
+    def _given(self, part: str, array: NDArray[Any]) -> ir.Value:
+        return _initializer(self.weaver, self.step, part, array)
+
+    def _add(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        node = self.weaver.node(op_type, inputs, f"/{self.step.weight}/referee", None, attributes)
+        graph = self.node.graph
+        assert graph is not None
+        graph.insert_before(self.node, node)
+        return node.outputs[0]
