@@ -63,6 +63,7 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> p
         candidate=answer,
         base=rows([alone[0].referee for _ in alone]),
         louder=rows([case.louder or case.referee for case in alone]),
+        peer=alone[0].peer,
     )
 
 
@@ -84,3 +85,8 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
     if one.shape != other.shape:
         return f"{one.shape} and {other.shape}"
     return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
+
+
+def differ(one: Arrays, other: Arrays) -> bool:
+    """Whether any output is another."""
+    return any(not np.array_equal(value, other[name]) for name, value in one.items())

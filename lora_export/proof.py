@@ -17,6 +17,7 @@ from lora_export import layers, parity, plan, runtime
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.evidence import Proof as Proof
 from lora_export.evidence import bits_that_differ as bits_that_differ
+from lora_export.evidence import differ
 from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
@@ -204,9 +205,5 @@ def _sensitivity(
             continue
         perturbed = {**before, name: fresh}
         yield parity.Sensitivity(
-            name, _differ(expected, deployed.run(perturbed)), _differ(answered, candidate.run(perturbed))
+            name, differ(expected, deployed.run(perturbed)), differ(answered, candidate.run(perturbed))
         )
-
-
-def _differ(one: Arrays, other: Arrays) -> bool:
-    return any(not np.array_equal(value, other[name]) for name, value in one.items())

@@ -217,3 +217,20 @@ class _Reader:
         assert graph is not None
         graph.insert_before(self.node, node)
         return node.outputs[0]
+
+
+def at_strength(plan: Plan, factor: float) -> Plan:
+    """The plan with every scale and every bias's shift times `factor`; at 0 only the whole tensors stay, if anything.
+
+    They have no strength: where there is nothing else, 0 leaves the base.
+    """
+    if factor:
+        return replace(plan, steps=tuple(_times(step, factor) for step in plan.steps))
+    kept = [replace(step, terms=()) for step in plan.steps if step.replace is not None] if plan.low_rank else []
+    return replace(plan, steps=tuple(kept))
+
+
+def _times(step: Step, factor: float) -> Step:
+    terms = tuple(replace(term, strength=term.strength * factor) for term in step.terms)
+    shift = None if step.shift is None else step.shift * np.float32(factor)
+    return replace(step, terms=terms, shift=shift)
