@@ -231,7 +231,7 @@ class _Ways:
     def _beside(self, model: ir.Model, sites: Sites, steps: Plan) -> None:
         elsewhere = referee.beside_the_weights(model, sites, steps)
         if elsewhere:
-            note = f"{elsewhere} changes have no place beside their weights: these are computed at them, in fp64"
+            note = f"of {elsewhere} weights, beside which nothing can stand, W + ΔW is computed where they are read"
             self.told += [note] if note not in self.told else []
 
     def _made(self, way: Callable[[ir.Model, Sites, Plan], object], factor: float = 1.0) -> ir.Model:

@@ -247,9 +247,13 @@ def in_memory(model: ir.Model) -> tuple[bytes, dict[str, NDArray[Any]]]:
     """
     apart: dict[str, NDArray[Any]] = {}
     message = ir.to_proto(model)
-    for tensor in message.graph.initializer:
-        held = model.graph.initializers[tensor.name].const_value
+    for tensor in list(message.graph.initializer):
+        value = model.graph.initializers[tensor.name]
+        held = value.const_value
         assert held is not None
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            message.graph.initializer.remove(tensor)  # onnxruntime would, and then miss it
+            continue
         native = not held.dtype.is_string() and held.dtype.numpy().isbuiltin == 1
         if native and held.nbytes >= EXTERNAL_FROM:
             apart[tensor.name] = np.ascontiguousarray(held.numpy())  # a view is copied: onnxruntime takes none

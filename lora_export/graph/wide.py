@@ -7,11 +7,10 @@ the type that it had, between casts, and is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.quantised import NBITS, of_node
@@ -37,18 +36,20 @@ WIDE = {
 }  # fmt: skip
 
 
-def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataType]] | None = None) -> tuple[str, ...]:
+def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataType]]) -> tuple[str, ...]:
     """Turn a graph into one that computes in fp64, in memory; returns the operators that could not.
 
     Its inputs and its stored tensors keep their types, its float outputs become fp64. A MatMulNBits that is
     understood becomes a MatMul by what its bits stand for. Nodes with graphs of their own stay as they are.
-    `types_of` tells the types of values where shape inference does not.
+    `types_of` is asked for the types of values where the graph does not tell them.
     """
     _dequantise_all(model)
-    ShapeInferencePass()(model)
-    if types_of is not None and any(_lacks_type(value) for value in _outputs(model)):
-        for name, dtype in types_of(model).items():
-            _set_type(model, name, dtype)
+    unknown = [output for node in model.graph for output in node.outputs if output.name and _lacks_type(output)]
+    if unknown:
+        types = types_of(model)
+        for value in unknown:
+            if value.name in types:
+                value.type = ir.TensorType(types[value.name])
     widener = _Widener(model)
     for node in list(model.graph):
         widener.visit(node)
@@ -60,18 +61,8 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     return tuple(sorted(widener.stayed))
 
 
-def _outputs(model: ir.Model) -> Iterator[ir.Value]:
-    return (output for node in model.graph for output in node.outputs if output.name)
-
-
 def _lacks_type(value: ir.Value) -> bool:
     return value.dtype is None or value.dtype is ir.DataType.UNDEFINED
-
-
-def _set_type(model: ir.Model, name: str, dtype: ir.DataType) -> None:
-    for value in _outputs(model):
-        if value.name == name and _lacks_type(value):
-            value.type = ir.TensorType(dtype)
 
 
 class _Widener:
@@ -119,11 +110,8 @@ class _Widener:
             if value is not None and self._is_float(value):
                 node.replace_input_with(index, self._as_wide(value, node))
         for output in node.outputs:
-            if output.dtype in FLOATS or (_lacks_type(output) and self._gives_floats(node)):
+            if output.dtype in FLOATS:
                 self._becomes_wide(output)
-
-    def _gives_floats(self, node: ir.Node) -> bool:
-        return any(value is not None and value.dtype is DOUBLE for value in node.inputs)
 
     def _leave(self, node: ir.Node) -> None:
         """The node as it is, its inputs as they were: those of its inner graphs, too."""
@@ -195,18 +183,15 @@ def dequantise(model: ir.Model, node: ir.Node) -> ir.Node | None:
         product.outputs[0].name = unused(f"{output.name}.product", taken)
         product.outputs[0].type = output.type
         nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}/Add"))
-    _take_the_place_of(model, node, nodes)
+    _take_the_place_of(node, nodes)
     return product
 
 
-def _take_the_place_of(model: ir.Model, node: ir.Node, nodes: list[ir.Node]) -> None:
+def _take_the_place_of(node: ir.Node, nodes: list[ir.Node]) -> None:
     old, new = node.outputs[0], nodes[-1].outputs[0]
     new.type, new.shape, name = old.type, old.shape, old.name
     assert node.graph is not None
     node.graph.insert_before(node, nodes)
-    ir.convenience.replace_all_uses_with(old, new)
-    for index, output in enumerate(model.graph.outputs):
-        if output is old:
-            model.graph.outputs[index] = new
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
     new.name = name
