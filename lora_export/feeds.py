@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -21,8 +21,17 @@ from lora_export.formats.onnx_adapter import IDS
 
 Arrays = dict[str, NDArray[Any]]
 
-# batch, length, and how much a cache holds: none of the lengths is another's, one batch has a single row.
-CASES = ((1, 7, 0), (3, 16, 5), (5, 29, 3))
+
+class Sizes(NamedTuple):
+    """How large what comes is, and how much of it a cache holds already."""
+
+    batch: int
+    length: int
+    past: int
+
+
+# None of the lengths is another's; one batch has a single row. A cache is empty, and once it is not.
+CASES = (Sizes(1, 7, 0), Sizes(3, 16, 5), Sizes(5, 29, 0))
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK = re.compile(r"mask", re.IGNORECASE)
@@ -45,28 +54,29 @@ class Feeds:
                 f"for each of {', '.join(str(value.name) for value in self.inputs)}"
             )
 
-    def cases(self, *, seed: int = 0, cached: bool = True) -> Iterator[tuple[str, Arrays]]:
-        """Three cases of differing sizes, by what varies in them; with an empty cache unless `cached`."""
-        for number, (batch, length, held) in enumerate(CASES):
-            past = held if cached else 0
-            label = f"batch {batch} x length {length}" + (f", {past} before" if self.caches else "")
-            yield label, self.make(batch, length, past, seed=seed + number + 1)
+    def choices(self, sizes: Sizes) -> list[Sizes]:
+        """These sizes, and what a graph with a cache may take instead: a single step after it, or nothing before."""
+        if not self.caches or not sizes.past:
+            return [sizes._replace(past=0)]
+        return [sizes, sizes._replace(length=1), sizes._replace(past=0)]
 
-    def draws(self, before: Arrays, *, seed: int) -> Arrays:
-        """For each input of the last case another array that it may hold; none for one that cannot be varied."""
-        batch, length, past = CASES[-1]
-        past = 0 if any(before[cache.name or ""].size == 0 for cache in self.caches) else past
-        fresh = [self.make(batch, length, past, seed=seed + 1000 + number) for number in range(PERTURBATIONS)]
+    def label(self, sizes: Sizes) -> str:
+        """What a case of these sizes is called."""
+        return f"batch {sizes.batch} x length {sizes.length}" + (f" after {sizes.past}" if self.caches else "")
+
+    def draws(self, sizes: Sizes, before: Arrays, *, seed: int) -> Arrays:
+        """For each input another array of these sizes that it may hold; none for one that cannot be varied."""
         varied: Arrays = {}
-        for draw in fresh:
-            for name, array in draw.items():
+        for number in range(PERTURBATIONS):
+            for name, array in self.make(sizes, seed=seed + number).items():
                 if not np.array_equal(array, before[name]):
                     varied.setdefault(name, array)
         return varied
 
-    def make(self, batch: int, length: int, past: int, *, seed: int) -> Arrays:
+    def make(self, wanted: Sizes, *, seed: int) -> Arrays:
         """One set of inputs, of these sizes where the graph leaves them open."""
         rng = np.random.default_rng(seed)
+        batch, length, past = wanted
         sizes = self._sizes(batch, length, past)
         valid = rng.integers(max(1, length // 2), length + 1, size=batch)
         valid[1::2] = np.minimum(valid[1::2], max(1, length - 2))  # a mask of ones alone would not be put to the test
@@ -84,7 +94,8 @@ class Feeds:
             for axis, symbol in _symbols(value):
                 over_all = value not in self.caches and self.caches and symbol not in self._lengths
                 later = past if value in self.caches else past + length if over_all else length
-                told.setdefault(symbol, later if axis else batch)
+                inner = _head_size(value) if value in self.caches and axis == _rank(value) - 1 else 0
+                told.setdefault(symbol, inner or (later if axis else batch))
 
         def size(value: ir.Value, axis: int) -> int:
             there = value.shape[axis] if value.shape is not None else None
@@ -159,6 +170,18 @@ def _rows_indexed(value: ir.Value) -> int:
                 known.add(node.outputs[0])
                 waiting.append(node.outputs[0])
     return min(rows, default=0)
+
+
+def _head_size(cache: ir.Value) -> int:
+    """Features of an attention's head, from onnxruntime's operator that reads the cache; 0 where none does."""
+    for node, _ in cache.uses():
+        heads, groups = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
+        query = node.inputs[0]
+        width = query.shape[-1] if heads and groups and query is not None and query.shape is not None else None
+        if isinstance(width, int):
+            packed = len(node.inputs) < 2 or node.inputs[1] is None  # keys and values lie beside the queries
+            return width // (heads + 2 * groups if packed else heads)
+    return 0
 
 
 def _rank(value: ir.Value) -> int:

@@ -47,6 +47,9 @@ COMPUTE = frozenset(
 )
 
 
+SILENT = 4  # what fails is raised, and need not be printed
+
+
 class Runner(Protocol):
     """Something that answers inputs with outputs, both by name."""
 
@@ -142,7 +145,8 @@ class OnnxRunner:
         self.names_known = True
         self.path = Path(what)
         self._source = source  # a held graph's tensors live as long as its session
-        self._active: tuple[Any, Any] | None = None  # adapter and run options
+        self._active: tuple[Any, Any] = None, ort.RunOptions()  # adapter and run options
+        self._active[1].log_severity_level = SILENT
         self._ids: NDArray[np.int64] | None = None
 
     def with_adapter(self, path: Path) -> OnnxRunner:
@@ -161,6 +165,7 @@ class OnnxRunner:
         except RuntimeError as error:
             raise InputRefused(f"{path} is no adapter in onnxruntime's format, or a damaged one") from error
         options.add_active_adapter(adapter)
+        options.log_severity_level = SILENT
         runner = copy.copy(self)
         runner._active = adapter, options  # both: onnxruntime runs the base where the adapter's object is gone
         return runner
@@ -189,7 +194,7 @@ class OnnxRunner:
         if self._ids is not None:
             inputs = {**inputs, onnx_adapter.IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
         try:
-            return dict(zip(names, self.session.run(names, inputs, self._active and self._active[1]), strict=True))
+            return dict(zip(names, self.session.run(names, inputs, self._active[1]), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime: {error}") from error
 

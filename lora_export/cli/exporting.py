@@ -72,6 +72,9 @@ class ModelJudge:
     def __init__(self, base: Model, inputs_file: Path | None, provider: str, stage: Say):
         self.base, self.inputs_file, self.provider, self.stage = base, inputs_file, provider, stage
 
+    def prepare(self) -> None:
+        """Whatever the model takes can be made."""
+
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:
         """What a graph is given, by case."""
         return case_inputs(self.base, runner, user_inputs=self.inputs_file)

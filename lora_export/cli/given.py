@@ -108,6 +108,11 @@ class OwnJudge:
             user_inputs=inputs_file,
         )
 
+    def prepare(self) -> None:
+        """Make the inputs. Raises InputRefused where that cannot be, RuntimeRefused where the base does not run."""
+        self.stage("running the base")
+        self.judge.inputs()
+
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:  # noqa: ARG002 - they come from the graph itself
         """What a graph is given, by case."""
         return self.judge.inputs()

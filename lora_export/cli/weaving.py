@@ -62,6 +62,7 @@ class Source(Protocol):
 class Judge(Protocol):
     """What a graph is proven against."""
 
+    def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
     def prove(
         self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
@@ -142,7 +143,8 @@ class Prover:
     base_answers: dict[str, Arrays] = field(default_factory=dict)
 
     def look_at_base(self, program: ir.Model) -> None:
-        """Remember what the graph answers before anything is put into it."""
+        """Remember what the graph answers before anything is put into it, where that is asked for later."""
+        self.judge.prepare()
         if self.order.mode in SWAPPED:
             self.stage("running the base")
             self.base_answers = self._answers(OnnxRunner(Held("the base", *in_memory(program)), self.provider))

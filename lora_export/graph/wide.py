@@ -48,8 +48,8 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
     if unknown:
         types = types_of(model)
         for value in unknown:
-            if value.name in types:
-                value.type = ir.TensorType(types[value.name])
+            if dtype := types.get(value.name or ""):
+                value.type = ir.TensorType(dtype)
     widener = _Widener(model)
     for node in list(model.graph):
         widener.visit(node)
