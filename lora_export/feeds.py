@@ -57,7 +57,7 @@ class Feeds:
     def choices(self, sizes: Sizes) -> list[Sizes]:
         """These sizes, and what a graph with a cache may take instead: a single step after it, or nothing before."""
         if not self.caches or not sizes.past:
-            return [sizes._replace(past=0)]
+            return [sizes]
         return [sizes, sizes._replace(length=1), sizes._replace(past=0)]
 
     def label(self, sizes: Sizes) -> str:
@@ -76,7 +76,7 @@ class Feeds:
     def make(self, wanted: Sizes, *, seed: int) -> Arrays:
         """One set of inputs, of these sizes where the graph leaves them open."""
         rng = np.random.default_rng(seed)
-        batch, length, past = wanted
+        batch, length, past = wanted if self.caches else wanted._replace(past=0)
         sizes = self._sizes(batch, length, past)
         valid = rng.integers(max(1, length // 2), length + 1, size=batch)
         valid[1::2] = np.minimum(valid[1::2], max(1, length - 2))  # a mask of ones alone would not be put to the test

@@ -28,7 +28,18 @@ WORK = (
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
-NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "onnx_runner", "parity", "report", "evidence", "feeds", "graph_proof"}
+NUMPY_CORE = {
+    *GROUND,
+    "merge",
+    "graph",
+    "examples",
+    "onnx_runner",
+    "parity",
+    "report",
+    "evidence",
+    "feeds",
+    "graph_proof",
+}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}

@@ -22,7 +22,7 @@ from lora_export.graph.wide import ROUNDS, dequantise
 from lora_export.plan import Layout, Plan, Step
 
 LOW = frozenset({"float16", "bfloat16"})
-Array = NDArray[np.float32]
+Wide = NDArray[np.float64]
 
 
 def at_the_weights(model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool = False) -> None:
@@ -84,11 +84,11 @@ def _change(weaver: Weaver, step: Step, site: Site) -> tuple[list[ir.Node], ir.V
     return [node], node.outputs[0]
 
 
-def _in_fp64(step: Step, before: NDArray[np.float64]) -> NDArray[np.float64]:
+def _in_fp64(step: Step, before: Wide) -> Wide:
     """m / ‖W + ΔW‖ · (W + ΔW), of a weight (out, in)."""
     assert step.magnitude is not None
-    b, a = (factor.astype(np.float64) for factor in _factors(step))
-    total: NDArray[np.float64] = before + b @ a
+    b, a = _factors(step)
+    total: Wide = before + b @ a
     total *= step.magnitude[:, None] / np.linalg.norm(total, axis=1, keepdims=True)
     return total
 
@@ -106,11 +106,12 @@ def _entering(site: Site) -> ir.Value:
     return x
 
 
-def _factors(step: Step) -> tuple[Array, Array]:
-    """All of a step's pairs as one: B (out, ranks) times the scales, and A (ranks, in * kernel)."""
-    b = [term.pair.b.reshape(-1, term.pair.rank) * (term.strength * term.pair.scale) for term in step.terms]
-    a = [term.pair.a.reshape(term.pair.rank, -1) for term in step.terms]
-    return np.concatenate(b, axis=1).astype(np.float32), np.concatenate(a).astype(np.float32)
+def _factors(step: Step) -> tuple[Wide, Wide]:
+    """All of a step's pairs as one, exactly: B (out, ranks) times the scales, and A (ranks, in * kernel)."""
+    scaled = [(term.pair, np.float64(term.strength * term.pair.scale)) for term in step.terms]
+    b = [pair.b.reshape(-1, pair.rank).astype(np.float64) * scale for pair, scale in scaled]
+    a = [pair.a.reshape(pair.rank, -1).astype(np.float64) for pair, _ in scaled]
+    return np.concatenate(b, axis=1), np.concatenate(a)
 
 
 def _initializer(weaver: Weaver, step: Step, part: str, array: NDArray[Any]) -> ir.Value:
@@ -167,7 +168,7 @@ class _Reader:
     def _with_pairs(self, weight: ir.Value) -> ir.Value:
         b, a = _factors(self.step)
         if (block := self.site.block) is not None:  # zeros for its neighbours
-            wide = np.zeros((self._outputs, b.shape[1]), np.float32)
+            wide = np.zeros((self._outputs, b.shape[1]))
             wide[block.start : block.stop] = b
             b = wide
         sides = (a.T, b.T) if self.turned else (b, a)
@@ -209,7 +210,9 @@ class _Reader:
         return cast
 
     def _given(self, part: str, array: NDArray[Any]) -> ir.Value:
-        return _initializer(self.weaver, self.step, part, array)
+        """An initializer; fp64 numbers are rounded when the graph runs, or never where it is wide."""
+        value = _initializer(self.weaver, self.step, part, array)
+        return self._cast(value, ir.DataType.FLOAT) if array.dtype == np.float64 else value
 
     def _add(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         node = self.weaver.node(op_type, inputs, f"/{self.step.weight}/referee", None, attributes)
