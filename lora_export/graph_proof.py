@@ -28,6 +28,7 @@ from lora_export.plan import Plan
 
 LOUDER = 1.1  # the control's factor on every scale
 PEER = "the other graph"
+AGAINST = "the base graph"  # what a record says of such a verdict
 GRAPHS = "graph against graph, no PyTorch model was given (--model): the referee is the base graph"
 LOW = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 UNDEFINED = ir.DataType.UNDEFINED
@@ -115,6 +116,7 @@ class GraphJudge:
         about = {
             **onnx_runner.environment(),
             "model": str(self.source),
+            "against": AGAINST,
             "adapters": {adapter.name: adapter.sha256 for adapter in adapters},
             "seed": self.seed,
             "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},

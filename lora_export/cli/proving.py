@@ -43,8 +43,10 @@ def summary(proof: Proof | None) -> dict[str, Any]:
     if proof is None:
         return {"outcome": "not verified", "why": "--no-verify"}
     shares = [there.figures.share for there in proof.verdict.comparisons if there.figures and there.figures.share]
+    against = {"against": proof.about["against"]} if "against" in proof.about else {}
     return {
         "outcome": str(proof.verdict.outcome),
+        **against,
         "provider": proof.placement.asked if proof.placement else "PyTorch",
         "error_as_share_of_effect": max(shares, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},

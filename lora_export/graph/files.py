@@ -153,7 +153,7 @@ def _without_data(message: bytes) -> onnx.ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-            tensor.dims[:] = [0] * len(tensor.dims)
+            tensor.dims[:] = [0] * max(1, len(tensor.dims))  # a number, too
     return proto
 
 
