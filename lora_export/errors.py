@@ -7,6 +7,7 @@ and ends as a traceback with code 1, never as a verdict.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,14 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Control characters as escapes, line breaks too: a name may not pass for a line of ours either."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
+
+
+def _no_command(line: str) -> str:
+    """GitHub's runner obeys lines that begin with `::`, and `##[` anywhere in one, on stdout and on stderr alike."""
+    line = line.replace("##[", "##\\x5b")
+    return line.replace("::", "\\x3a:", 1) if line.lstrip().startswith("::") else line
 
 
 class LoraExportError(Exception):

@@ -23,10 +23,11 @@ class Proof:
     about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
+    ended_with: int | None = None  # the exit code of what ended it before anything was measured
 
     @property
     def exit_code(self) -> int:
-        return self.verdict.exit_code
+        return self.verdict.exit_code if self.ended_with is None else self.ended_with
 
 
 def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:

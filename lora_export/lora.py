@@ -209,10 +209,17 @@ def add(weight: NDArray[Any], change: NDArray[np.float32], dtype: np.dtype[Any] 
 
 
 def add_into(out: NDArray[Any], weight: NDArray[Any], change: NDArray[np.float32], total: NDArray[Any]) -> None:
-    """As `add`, in memory that is there already: `total` receives the sum, `out` the sum rounded."""
-    np.copyto(total, weight)
-    total += change
-    np.copyto(out, total, casting="unsafe")
+    """As `add`, in memory that is there already: `total` receives the sum, `out` the sum rounded.
+
+    They may be one and the same, where nothing is to be rounded.
+    """
+    if weight.dtype == total.dtype:
+        np.add(weight, change, out=total)
+    else:  # converted first: numpy, adding two dtypes, converts in small pieces, and slower
+        np.copyto(total, weight)
+        total += change
+    if out is not total:
+        np.copyto(out, total, casting="unsafe")
 
 
 def energies(weight: NDArray[Any]) -> NDArray[np.float64]:

@@ -105,6 +105,11 @@ def load(source: str, adapters: Sequence[Adapter] = (), *, labels: Sequence[str]
     return _from_factory(source, _find_factory(place, name))
 
 
+def of_module(module: nn.Module, examples: Any) -> Model:
+    """A module in hand with its example inputs, as a factory would return them; the module itself stays as it is."""
+    return _from_factory(type(module).__name__, lambda: (copy.deepcopy(module), examples))
+
+
 def with_weights(model: Model, path: Path) -> nn.Module:
     """A copy of the model's module with the weights of a .safetensors file, all of them and no others."""
     tensorfile.open_file(path)

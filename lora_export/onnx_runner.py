@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export import __version__
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import onnxruntime
@@ -53,8 +55,10 @@ SILENT = 4  # what fails is raised, and need not be printed
 class Runner(Protocol):
     """Something that answers inputs with outputs, both by name."""
 
-    axes: Mapping[str, tuple[int | None, ...]]  # input -> sizes, None where the candidate lets them vary; {} if unknown
-    names_known: bool  # whether the outputs' names mean something, or only their order does
+    @property
+    def axes(self) -> Mapping[str, tuple[int | None, ...]]: ...  # input -> sizes, None where they vary; {} if unknown
+    @property
+    def names_known(self) -> bool: ...  # whether the outputs' names mean something, or only their order does
 
     def run(self, inputs: Arrays) -> Arrays: ...
 
@@ -67,6 +71,11 @@ class Placement:
     by_provider: Mapping[str, tuple[tuple[str, str], ...]]  # provider -> (node, operator) ...
     options: Mapping[str, str]
     version: str
+
+    @property
+    def operators(self) -> frozenset[str]:
+        """What kinds of nodes there are, after the runtime's own fusions."""
+        return frozenset(operator for nodes in self.by_provider.values() for _, operator in nodes)
 
     @property
     def compute(self) -> int:
@@ -215,7 +224,14 @@ def _session(ort: Any, source: Path | Held, provider: tuple[str, Mapping[str, st
 
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
-    facts: dict[str, Any] = {"onnxruntime": onnxruntime().__version__, "numpy": np.__version__}
+    facts: dict[str, Any] = {
+        "lora_export": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "onnxruntime": onnxruntime().__version__,
+        "numpy": np.__version__,
+        "tf32": False,  # CUDA_OPTIONS, and PyTorch's runner, see to that
+    }
     for variable in ("NVIDIA_TF32_OVERRIDE", "ORT_CUDA_GEMM_OPTIONS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]

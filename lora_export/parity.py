@@ -23,9 +23,10 @@ complaint is `same`. Knows arrays alone: neither torch nor onnxruntime.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -45,6 +46,7 @@ FEW_ELEMENTS = 10
 FEW_EPS = 4  # what a last rounding and a sum in another order may cost the worst element
 LARGEST_SHARE = 0.1  # of the adapter's effect that the error may be
 NUDGE = 1.01
+DECIDES = "what would decide it"  # before a remedy
 SHOWN = 5  # outputs, and reasons, that a verdict prints; it holds all of them
 
 
@@ -120,6 +122,15 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How large numbers are, signs aside: counts[i] of them lie in [2^(first+i), 2^(first+i+1)), `zeros` are 0."""
+
+    first: int
+    counts: tuple[int, ...]
+    zeros: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """What was measured of one output in one case, in the output's own units unless said otherwise."""
 
@@ -139,9 +150,12 @@ class Figures:
     top1: float | None  # share of equal argmax; logits only
     kl: float | None  # mean KL(R||O) in nats; logits only
     merge_loss: float | None  # rmse(R, attached) / effect, where weights were rounded
+    errors: Histogram  # |O-R|, element by element
+    deployed_errors: Histogram  # |P-R|
+    effects: Histogram | None  # |R-B|; None without an adapter
     gates: tuple[Gate, ...]
     controls: tuple[Control, ...]
-    peer: str = PYTORCH  # whose own error is the measure
+    peer: str = field(default=PYTORCH, repr=False)  # whose own error is the measure
 
     @property
     def strain(self) -> float:
@@ -160,6 +174,7 @@ class Reason:
     text: str
     case: str = ""
     output: str = ""
+    remedy: str = ""  # of `undecided`: what would let this check decide, where that can be said
 
     def __str__(self) -> str:
         where = " in ".join(part for part in (self.output, self.case and f"case {self.case}") if part)
@@ -187,10 +202,11 @@ class Comparison:
             lines.append(
                 f"  error {f.error:.3g}, allowed {error.allowed:.3g}; {f.peer}'s own {f.deployed_error:.3g} ({times})"
             )
-        lines.append(
-            f"  worst place {list(f.worst.index)}: {f.worst.candidate:.9g}, the referee has {f.worst.referee:.9g} "
-            f"(off by {f.max_error:.3g}, {f.peer} by {f.deployed_max_error:.3g})"
-        )
+        lines += [
+            f"  worst place {list(f.worst.index)}: off by {f.max_error:.3g}, "
+            f"{f.peer} by {f.deployed_max_error:.3g} at most",
+            f"    it is {f.worst.candidate:.9g}, the referee has {f.worst.referee:.9g}",
+        ]
         if f.share is not None:
             lines.append(f"  the error is {_percent(f.share)} of what the adapter does ({f.effect:.3g})")
         elif f.effect is not None:
@@ -223,6 +239,14 @@ class Verdict:
         return self.outcome.exit_code
 
     @property
+    def foremost(self) -> tuple[Reason, ...]:
+        """Of each gate's complaints about each output the first: the other cases say it again."""
+        by_gate: dict[tuple[str, ...], Reason] = {}
+        for there in self.reasons:
+            by_gate.setdefault((there.outcome, there.gate, there.output, "" if there.output else there.text), there)
+        return tuple(by_gate.values())
+
+    @property
     def nearest_to_failing(self) -> tuple[Comparison, ...]:
         """For each output the case that strained its gates most, the most strained output first."""
         measured = [there for there in self.comparisons if there.figures is not None]
@@ -239,8 +263,13 @@ class Verdict:
         outputs = {there.output for there in self.comparisons}
         cases = {there.case for there in self.comparisons}
         lines = [f"{self.outcome}: {_count(len(outputs), 'output')} in {_count(len(cases), 'case')}, {self.dtype}"]
-        lines += [f"  - {reason}" for reason in self.reasons[:SHOWN]]
-        lines += [f"  - and {_count(len(self.reasons) - SHOWN, 'reason')} more"] if len(self.reasons) > SHOWN else []
+        told = self.foremost[:SHOWN]
+        for reason, after in itertools.zip_longest(told, told[1:]):
+            lines.append(f"  - {reason}")
+            if reason.remedy and (after is None or after.remedy != reason.remedy):  # one for a whole run of them
+                lines.append(f"    {DECIDES}: {reason.remedy}")
+        more = len(self.reasons) - len(told)
+        lines += [f"  - and {_count(more, 'reason')} more"] if more else []
         shown = self.nearest_to_failing
         lines += [str(there) for there in shown[:SHOWN]]
         if len(shown) > SHOWN:
@@ -431,6 +460,9 @@ def _measure(case: Case, output: str, own: Wide, *, dtype: str, tolerance: Toler
         top1=_top1(o, r) if _is_logits(output, o) else None,
         kl=_kl(o, r) if _is_logits(output, o) else None,
         merge_loss=_ratio(loss, effect),
+        errors=histogram(_wide(o) - _wide(r)),
+        deployed_errors=histogram(_wide(p) - _wide(r)),
+        effects=None if case.base is None else histogram(_wide(r) - _wide(case.base[output])),
         gates=tuple(_gates(o, r, p, allowed=allowed, effect=effect, tolerance=tolerance)),
         controls=tuple(_controls(case, output, allowed=allowed, effect=effect, tolerance=tolerance)),
         peer=case.peer,
@@ -534,6 +566,7 @@ CONTROLS = {
     "nudged": "the model with every value x 1.01",
     "tolerance": "the model without its adapters",
 }
+WRONG_BY = {"off": 1.0, "louder": 0.1}  # how far such a referee lies from the right one, in effects
 
 
 def _controls(
@@ -571,7 +604,11 @@ def _complaints(case: str, output: str, f: Figures) -> list[Reason]:
     """What the gates say against the candidate or, only where that is nothing, against the check itself."""
     differences = _differences(f)
     outcome = Outcome.DIFFERENT if differences else Outcome.UNDECIDED
-    return [Reason(outcome, gate, text, case, output) for gate, text in (differences or _doubts(f)).items()]
+    remedies = {} if differences else _remedies(f)
+    return [
+        Reason(outcome, gate, text, case, output, remedies.get(gate, ""))
+        for gate, text in (differences or _doubts(f)).items()
+    ]
 
 
 def _differences(f: Figures) -> dict[str, str]:
@@ -602,20 +639,45 @@ def _doubts(f: Figures) -> dict[str, str]:
     if f.share is not None and any(gate.name == "signal" and not gate.passed for gate in f.gates):
         texts["signal"] = (
             f"the error {f.error:.3g} is {_percent(f.share)} of what the adapter does ({f.effect:.3g}); over "
-            f"{_percent(LARGEST_SHARE)} a merged model cannot be told from an unmerged one. Use a stronger adapter, "
-            "or inputs on which it does more"
+            f"{_percent(LARGEST_SHARE)} a merged model cannot be told from an unmerged one"
         )
     for control in f.controls:
         if control.told or not control.required:
             continue
         gates = "the gates: they are too wide to judge this output, or the adapter does too little to it"
         if control.name == "tolerance":
-            gates = f"the tolerance: it is wider than the adapter's effect ({f.effect:.3g}). Narrow it or drop it"
+            gates = f"the tolerance: it is wider than the adapter's effect ({f.effect:.3g})"
         texts[control.name] = (
             f"control `{control.name}`: {CONTROLS[control.name]} (off by {control.error:.3g}; {f.peer}'s own error is "
             f"{f.deployed_error:.3g}) passes {gates}"
         )
     return texts
+
+
+def _remedies(f: Figures) -> dict[str, str]:
+    """For each doubt, by its gate, what would take it away: in numbers, so that nobody has to try them out.
+
+    The adapter that does enough for the most demanding of them does enough for all.
+    """
+    allowed = next((gate.allowed for gate in f.gates if gate.name == "error"), 0.0)
+    remedies = {}
+    times = [f.share / LARGEST_SHARE] if f.share else []
+    for control in f.controls:
+        if control.name == "tolerance":
+            # The worst element lies at least as far off as all do in the mean.
+            remedies[control.name] = f"an --atol below {control.error:.2g} with --rtol 0, or the gates alone"
+        elif control.name == "nudged":
+            remedies[control.name] = f"inputs on which {f.peer}'s own error is smaller beside the values (--inputs)"
+        elif f.effect and control.required and not control.told:
+            # O's own error and the wrong referee's distance add up as squares do.
+            distance = math.sqrt(max(0.0, allowed**2 - f.error**2))
+            times.append(distance / (f.effect * WRONG_BY.get(control.name, 1.0)))
+    if times:
+        enough = 1.05 * max(1.0, *times, 0.0)
+        told = f"{enough:.2g}" if enough < 10 else f"{enough:,.0f}"
+        more = f"an adapter that does {told} times as much to this output, or inputs on which this one does (--inputs)"
+        remedies |= dict.fromkeys(("signal", *WRONG_BY), more)
+    return remedies
 
 
 def _at(f: Figures) -> str:
@@ -629,8 +691,8 @@ def _at(f: Figures) -> str:
 def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, adapted: bool) -> Iterator[Reason]:
     """The set as a whole must have compared something, and each control must have been told apart somewhere."""
 
-    def complain(gate: str, text: str, case: str = "", output: str = "") -> Reason:
-        return Reason(Outcome.UNDECIDED, gate, text, case, output)
+    def complain(gate: str, text: str, case: str = "", output: str = "", remedy: str = "") -> Reason:
+        return Reason(Outcome.UNDECIDED, gate, text, case, output, remedy)
 
     if not comparisons:
         yield complain("nothing", "nothing was compared: there is no case, or no output")
@@ -645,12 +707,22 @@ def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, 
 
     measured = [there.figures for there in comparisons if there.figures]
     if measured and adapted and not any(f.effect for f in measured):
-        yield complain("signal", "the adapter changes no output in any case: the referee says the same without it")
+        yield complain(
+            "signal",
+            "the adapter changes no output in any case: the referee says the same without it",
+            remedy="an adapter whose B and scale are not zero (`lora-export inspect` shows them), or inputs that reach "
+            "the layers that it changes (--inputs)",
+        )
         return
     controls = [control for f in measured for control in f.controls]
     for name in dict.fromkeys(control.name for control in controls):
         if not any(control.told or control.required for control in controls if control.name == name):
-            yield complain(name, f"control `{name}`: {CONTROLS[name]} gives the same outputs, in every case")
+            yield complain(
+                name,
+                f"control `{name}`: {CONTROLS[name]} gives the same outputs, in every case",
+                remedy="an output in floating point beside those that are chosen among (the logits of an argmax), or "
+                "more inputs (--inputs)",
+            )
 
 
 def _folded_inputs(perturbed: Sequence[Sensitivity], peer: str) -> Iterator[Reason]:
@@ -690,6 +762,15 @@ def rms(x: Wide) -> float:
     """The root mean square. Divided by the peak first: neither 1e200 nor 1e-200 survives being squared."""
     peak = _peak(x)
     return peak * float(np.sqrt(np.mean(np.square(x / peak)))) if 0 < peak < math.inf else peak
+
+
+def histogram(x: Wide) -> Histogram:
+    """How large the numbers are, by powers of two."""
+    exponents = np.frexp(x[x != 0])[1] - 1  # 2^e <= |x| < 2^(e+1)
+    if not exponents.size:
+        return Histogram(0, (), x.size)
+    first = int(exponents.min())
+    return Histogram(first, tuple(map(int, np.bincount(exponents - first))), x.size - exponents.size)
 
 
 def _peak(x: Wide) -> float:

@@ -78,6 +78,17 @@ class Term:
     pair: LoraPair
     strength: float = 1.0
 
+    @property
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """A (in, rank) and strength * scale * B (rank, out), as matrix products take them, in fp32.
+
+        A convolution's are (rank, in, kernel) and (out, rank, 1...). An overflow is infinite: look for it.
+        """
+        a, ones = self.pair.a, [1] * (self.pair.a.ndim - 2)
+        with np.errstate(over="ignore"):
+            b = self.pair.b.reshape(*self.pair.b.shape[:2], *ones) * np.float32(self.strength * self.pair.scale)
+        return (a, b) if ones else (a.T, b.T)
+
     def __str__(self) -> str:
         what = f"{self.strength * self.pair.scale:g} * B A (rank {self.pair.rank}, {self.adapter})"
         what += ", an embedding's" if self.pair.embedding else ""
@@ -88,7 +99,8 @@ class Term:
 class Step:
     """All that happens to one weight: `replace` takes its place, `rows` that of its rows, `terms` or `shift` are added.
 
-    A term with DoRA's magnitude is the only one, and rescales the sum.
+    A term with DoRA's magnitude is the only one, and rescales the sum; where adapters are planned apart, the only
+    one of its adapter.
     """
 
     spec: TensorSpec
@@ -106,6 +118,16 @@ class Step:
     def magnitude(self) -> NDArray[np.float32] | None:
         """The length that DoRA gives each output of W + ΔW (out,); None where W + ΔW is all."""
         return self.terms[0].pair.magnitude if self.terms else None
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether one of the adapters rescales the sum."""
+        return any(term.pair.magnitude is not None for term in self.terms)
+
+    def of(self, adapter: str) -> Step | None:
+        """What one adapter alone adds to the weight; None where that is nothing."""
+        terms = tuple(term for term in self.terms if term.adapter == adapter)
+        return replace(self, terms=terms) if terms else None
 
     @property
     def is_whole(self) -> bool:
@@ -251,11 +273,13 @@ def make(
     strengths: Sequence[float] | None = None,
     may_add: bool = False,
     identity_ok: bool = False,
+    apart: bool = False,
 ) -> Plan:
     """Lay adapters against a base's names and shapes.
 
     `strengths` multiply each adapter's scales, in order (default 1.0). With `may_add`, a whole
     tensor that the base lacks (a new head) is added; a module or graph cannot take one.
+    With `apart`, the adapters are never there at once, so that none is in another's way: see `Step.of`.
     Every adapter tensor is used exactly once, or MatchError lists all misfits.
     Raises InputRefused for an adapter that would change nothing, unless `identity_ok`
     (training starts from one), and for the same adapter given twice.
@@ -273,7 +297,9 @@ def make(
     by_weight: dict[str, list[_Landing]] = {}
     for landing in landings:
         by_weight.setdefault(landing.weight, []).append(landing)
-    misfits += [clash for there in by_weight.values() for clash in _clashes(there)]
+    for there in by_weight.values():
+        for together in _by_adapter(there) if apart else [there]:
+            misfits += _clashes(together)
     if misfits:
         raise MatchError(misfits, targets=targets)
 
@@ -379,6 +405,11 @@ def _lay(
         there = prefix.to_base(tensor) or tensor
         judge(tensor, there, _rows_problem(there, rows, base), rows=rows)
     return landed, unfit
+
+
+def _by_adapter(there: Sequence[_Landing]) -> Iterator[list[_Landing]]:
+    for adapter in dict.fromkeys(landing.adapter for landing in there):
+        yield [landing for landing in there if landing.adapter == adapter]
 
 
 def _clashes(there: Sequence[_Landing]) -> list[Misfit]:

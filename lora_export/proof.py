@@ -7,13 +7,18 @@ arithmetic with what it judges.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from lora_export import layers, parity, plan, runtime
+from lora_export import kept, layers, parity, plan, runtime, standin
+from lora_export.decoding import CacheRunner
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.evidence import Proof as Proof
 from lora_export.evidence import bits_that_differ as bits_that_differ
@@ -22,7 +27,8 @@ from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
-from lora_export.runtime import Arrays, ModuleRunner, Placement, Referee, Runner
+from lora_export.provenance import described
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 
 LOUDER = 1.1  # the control's factor on every scale
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
@@ -32,10 +38,41 @@ Note = Callable[[str], None]
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
     """A copy of the model's module with the adapters attached; raises MatchError where they do not fit it."""
-    module = copy.deepcopy(model.module)
+    return _with_adapters(copy.deepcopy(model.module), adapters, strengths)
+
+
+def _with_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> nn.Module:
+    if strengths and not adapters:
+        raise InputRefused("there are strengths and no adapters that they could belong to")
     if adapters:
         layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
     return module.eval()
+
+
+def _copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of which each parameter and buffer is what `change` makes of the original's: no more memory than that."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        made = change(tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+    return copy.deepcopy(module, memo)
+
+
+def _shared(module: nn.Module) -> nn.Module:
+    """A copy with the same tensors, of which none may be changed in place."""
+    return _copied(module, lambda tensor: tensor)
+
+
+class _LateReferee(Referee):
+    """A referee whose fp64 copy is made when it is first asked: what it said may have been kept."""
+
+    def __init__(self, module: nn.Module):
+        self.source, self.stayed = _shared(module), set()
+
+    @functools.cached_property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        return _copied(self.source, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
 
 
 def prove(
@@ -49,20 +86,25 @@ def prove(
     device: str = "cpu",
     atol: float | None = None,
     rtol: float | None = None,
+    cache: Path | None = None,
     step: Note = lambda _: None,
+    say: Note = lambda _: None,
 ) -> Proof:
     """Judge a candidate against the model with its adapters attached (numerics: the verdict).
 
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
+    `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
     """
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    module = adapted(model, adapters, strengths)
-    attached = Referee(copy.deepcopy(module).double())
+    held = _held(candidate, model, adapters)
+    judged = standin.standing_in(model, held)
+    module = _with_adapters(_shared(judged.module), adapters, strengths)
+    attached = _LateReferee(module)
     rounded = _rounded_weights(candidate, module) if adapters else {}
     referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
     if rounded and isinstance(candidate, ModuleRunner):
@@ -70,8 +112,12 @@ def prove(
         # rounds W + sBA itself, and so does the model as it would be deployed.
         layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
         module = copy.deepcopy(referee.module).float()
+    standin.round_activations(module, held)
     deployed = ModuleRunner(module.to(device), device)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
+    # Rounded as the candidate's weights are, the referee is one of this candidate alone.
+    question = None if rounded or cache is None else kept.question(judged, adapters, strengths, inputs)
+    answers = kept.Answers(cache, question, attached.stayed, say)
     has_pairs = any(adapter.pairs for adapter in adapters)
     cases, refusals = [], []
     for name, arrays in inputs.items():
@@ -81,7 +127,8 @@ def prove(
         except RuntimeRefused as refusal:
             answer = {}
             refusals.append(f"the candidate refused case {name}: {refusal}")
-        reference = referee.run(arrays)
+        ask = functools.partial(answers.of, name)
+        reference = ask("referee", referee.run, arrays)
         cases.append(
             parity.Case(
                 name=name,
@@ -89,11 +136,12 @@ def prove(
                 referee=reference,
                 deployed=deployed.run(arrays),
                 candidate=_aligned(answer, reference, candidate, deployed),
-                base=_with_strength(attached, arrays, 0.0, has_pairs=has_pairs) if adapters else None,
-                louder=_with_strength(attached, arrays, LOUDER, has_pairs=has_pairs) if adapters else None,
+                base=ask("base", _with_strength, attached, 0.0, has_pairs, arrays) if adapters else None,
+                louder=ask("louder", _with_strength, attached, LOUDER, has_pairs, arrays) if adapters else None,
                 attached=attached.run(arrays) if rounded else None,
             )
         )
+    answers.keep()
     if len(refusals) == len(cases):
         raise RuntimeRefused(refusals[0])
     step("inputs, one by one")
@@ -103,16 +151,29 @@ def prove(
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
-        notes=[*refusals, *_about_referee(referee), *_fixed(candidate, model)],
+        notes=[
+            *refusals,
+            *_about_referee(referee),
+            *_fixed(candidate, model),
+            *_about_cache(candidate),
+            *standin.told(held),
+        ],
     )
     about = {
         **runtime.environment(),
-        "model": model.source,
-        "adapters": {adapter.name: adapter.sha256 for adapter in adapters},
+        "model": {"source": model.source, "sha256": model.fingerprint()},
+        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
         "seed": seed,
+        "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
     return Proof(verdict, placement, about, inputs, tuple(cases))
+
+
+def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+    """The quantised weights of an ONNX candidate."""
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
 
 
 def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
@@ -128,7 +189,7 @@ def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     }
 
 
-def _with_strength(referee: Referee, arrays: Arrays, factor: float, *, has_pairs: bool) -> Arrays:
+def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
     # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
     with layers.strength(referee.module, factor, keep_whole=has_pairs):
         return referee.run(arrays)
@@ -143,11 +204,18 @@ def case_inputs(
 
 def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
-        made = model.inputs(sizes, seed=seed + number + 1)
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
-        yield label, {name: value.numpy() for name, value in made.items()}
+        yield label, _draw(model, candidate, sizes, seed + number + 1)
     if user_inputs is not None:
         yield user_inputs.name, _read_inputs(user_inputs, model)
+
+
+def _draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
+    """Seeded inputs as the model takes them, and the candidate can."""
+    arrays = {name: value.numpy() for name, value in model.inputs(sizes, seed=seed).items()}
+    if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
+        return candidate.without_padding(arrays)
+    return arrays
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
@@ -178,6 +246,10 @@ def _fixed(candidate: Runner, model: Model) -> list[str]:
     ]
 
 
+def _about_cache(candidate: Runner) -> list[str]:
+    return candidate.notes if isinstance(candidate, CacheRunner) else []
+
+
 def _about_referee(referee: Referee) -> list[str]:
     if not referee.stayed:
         return ["the referee ran in fp64 throughout"]
@@ -197,10 +269,10 @@ def _sensitivity(
     """For each input: does another draw of it, the others held, change PyTorch's answer, and the candidate's?"""
     before = list(inputs.values())[min(2, len(inputs) - 1)]
     sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
-    draws = [model.inputs(sizes, seed=seed + 1000 + number) for number in range(PERTURBATIONS)]
+    draws = [_draw(model, candidate, sizes, seed + 1000 + number) for number in range(PERTURBATIONS)]
     expected, answered = deployed.run(before), candidate.run(before)
     for name in model.input_names:
-        fresh = next((d[name].numpy() for d in draws if not np.array_equal(d[name].numpy(), before[name])), None)
+        fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
         if fresh is None:
             continue
         perturbed = {**before, name: fresh}

@@ -80,7 +80,7 @@ def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iter
     old, count = move.old, max(1, transfer.BLOCK // max(1, _room(move, 1)))
     cuts = [*range(0, place.rows, count), place.rows]
     rows = [slice(first, last) for first, last in itertools.pairwise(cuts)]
-    measured = _measured(move.step, rows)
+    measured = measured_blocks(move.step, rows)
     along = [_energies_along(source, read_fd, move, patch, rows) for patch in _patches(move)]
     for part, is_measured in zip(rows, measured, strict=True):
         yield Block(
@@ -107,7 +107,7 @@ def _energies_along(
     def of(part: slice) -> NDArray[np.float64]:
         stored = np.empty((part.stop - part.start) * move.old.row_bytes, np.uint8)
         transfer.read(source, read_fd, stored, move.old.start + part.start * move.old.row_bytes)
-        weight = _start(step, part, _part(stored.view(move.old.dtype).reshape(_shape(move, part)), patch))
+        weight = start(step, part, _part(stored.view(move.old.dtype).reshape(_shape(move, part)), patch))
         total = weight.astype(sums_in(weight.dtype))
         total += step.stored_delta(part)
         return energies(total.T)
@@ -125,7 +125,7 @@ def _room(move: Move, rows: int) -> int:
     return rows * math.prod(move.old.shape[1:]) * each
 
 
-def _measured(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
+def measured_blocks(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
     """Which blocks of a weight the ledger's figures are taken from: all, or in a large weight some.
 
     Measuring a block costs as much as changing it, and a million entries tell a retention to a thousandth. The
@@ -185,14 +185,15 @@ def _carry_out(
     *,
     measured: bool,
 ) -> list[Tally]:
-    weight = _start(step, rows, stored)
+    weight = start(step, rows, stored)
     if step.is_whole:
         np.copyto(merged, weight, casting="unsafe")
         if step.rows is not None:
             step.rows.put_into(merged, rows.start)
         _refuse_overflow(place, weight, merged)
         return []
-    change, total = _two(spare, merged.shape, sums_in(weight.dtype))
+    change, room = _two(spare, merged.shape, sums_in(weight.dtype))
+    total = merged if merged.dtype == room.dtype else room  # no pass over what need not be rounded
     change = step.stored_delta(rows, out=change)
     if step.magnitude is None:
         add_into(merged, weight, change, total)
@@ -203,11 +204,11 @@ def _carry_out(
         _refuse_overflow(place, weight, merged)
     tally = Tally(place.name)
     if measured:
-        tally.count(weight, change, merged)
+        tally.count(weight, change, merged, room)
     return [tally]
 
 
-def _start(step: Step, rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
+def start(step: Step, rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
     """What the step begins with: the base's rows, or those of the tensor that takes their place."""
     if step.replace is None:
         return stored
@@ -240,7 +241,8 @@ def _rescale_into(
     else:
         step.rescale(total, energies(total), rows)
     np.subtract(total, weight, out=change, casting="unsafe")
-    np.copyto(out, total, casting="unsafe")
+    if out is not total:
+        np.copyto(out, total, casting="unsafe")
 
 
 def _two(spare: Bytes, shape: tuple[int, ...], wide: np.dtype[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ from lora_export.onnx_runner import OnnxRunner as OnnxRunner
 from lora_export.onnx_runner import Placement as Placement
 from lora_export.onnx_runner import Runner as Runner
 from lora_export.outputs import have_names, named_outputs
+
+GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
+
 
 # --- PyTorch ------------------------------------------------------------------------------------
 
@@ -75,15 +79,29 @@ class Referee:
 
 
 class _Fp32Lifted(TorchFunctionMode):
-    """Casts to fp32 that a model makes inside (norms, rotary tables, softmax) become casts to fp64."""
+    """Casts to fp32 that a model makes inside (norms, rotary tables, softmax) become casts to fp64.
+
+    Products of experts, for which PyTorch has no fp64 kernel, are computed one expert after the other.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             return args[0].double()
+        if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
+            return _grouped_products(*args, **kwargs)
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
+    """Rows (rows, in) by the weights (experts, in, out) of their experts; those of expert i end before `offs[i]`."""
+    products, begin = rows.new_zeros(len(rows), weights.shape[-1]), 0
+    for weight, end in zip(weights, offs.tolist(), strict=True):
+        products[begin:end] = rows[begin:end] @ weight
+        begin = end
+    return products
 
 
 class _Fp32Witness(TorchDispatchMode):
@@ -154,10 +172,13 @@ class ScriptRunner:
 
 def environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
-    return {
+    facts: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **onnx_runner.environment(),
     }
+    if transformers := sys.modules.get("transformers"):
+        facts["transformers"] = transformers.__version__
+    return facts

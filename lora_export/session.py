@@ -61,11 +61,7 @@ class Session:
         self.session = _session(self.model, provider, options)
         contract = onnx_adapter.read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
         self.contract = _as_it_is(contract, self.session, self.model)
-        self._bare = {
-            name: _owned(np.zeros(shape, place.dtype))
-            for place in self.contract.places
-            for name, shape in ((place.a, (place.shape[1], 0)), (place.b, (0, place.shape[0])))
-        }
+        self._bare = {name: _owned(array) for place in self.contract.places for name, array in place.bare().items()}
         self._loaded: dict[str, Values] = {}
         for name, path in adapters.items():
             self.load(name, path)
@@ -97,13 +93,30 @@ class Session:
             raise InputRefused(f"a mix needs adapters and finite strengths, not {dict(strengths)}")
         mixed: dict[str, Any] = {}
         for place in self.contract.places:
-            there = [(values[place.a], values[place.b], strength) for values, strength in parts if place.a in values]
+            there = [(values, strength) for values, strength in parts if place.a in values]
             if there:
-                a = np.concatenate([as_array(a) for a, _, _ in there], axis=1)
-                b = np.concatenate([as_array(b).astype(np.float32) * strength for _, b, strength in there])
-                mixed[place.a] = self._placed(a)
-                mixed[place.b] = self._placed(onnx_adapter.stored(f"{name}, {place.weight}", place.b, b, place.dtype))
+                self._refuse_dora(name, place, there)
+                mixed |= {key: self._placed(array) for key, array in self._side_by_side(name, place, there).items()}
         self._loaded[name] = mixed
+
+    def _side_by_side(self, name: str, place: Place, there: Sequence[tuple[Values, np.float32]]) -> Arrays:
+        """What a mix gives to one place's inputs."""
+        a = np.concatenate([as_array(values[place.a]) for values, _ in there], axis=place.ranks_of(place.a))
+        b = np.concatenate(
+            [as_array(values[place.b]).astype(np.float32) * strength for values, strength in there],
+            axis=place.ranks_of(place.b),
+        )
+        given = {place.a: a, place.b: onnx_adapter.stored(f"{name}, {place.weight}", place.b, b, place.dtype)}
+        return given | {key: as_array(there[0][0][key]) for key in place.takes if key == place.factor}
+
+    def _refuse_dora(self, name: str, place: Place, there: Sequence[tuple[Values, np.float32]]) -> None:
+        """DoRA's factor holds for one W + sBA: for no other strength, and for no sum."""
+        as_it_is = len(there) == 1 and there[0][1] == 1
+        if place.factor and not as_it_is and any((as_array(values[place.factor]) != 1).any() for values, _ in there):
+            raise InputRefused(
+                f"{name}: an adapter with DoRA stands at {place.weight}, where it can be mixed with no other and has "
+                "no strength but 1: its factor was made for W + sBA as it is"
+            )
 
     def unload(self, name: str) -> None:
         """Forget an adapter; runs and bindings that have it keep it until they end."""

@@ -32,6 +32,70 @@ class Scaled(nn.Module):
         return hidden, hidden.sum(1)
 
 
+class Pictures(nn.Module):
+    """Classifies small pictures: (batch, 3, 8, 8) -> (batch, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.dense = nn.Linear(12, 24)
+        self.head = nn.Linear(24, 5)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        seen = torch.relu(self.second(torch.relu(self.norm(self.first(picture)))))
+        return self.head(torch.relu(self.dense(seen.mean((2, 3)))))
+
+
+class Reader(nn.Module):
+    """Attention alone: (batch, length, 16) -> (batch, length, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        read, _ = self.attn(signal, signal, signal, need_weights=False)
+        return self.head(signal + read)
+
+
+def pictures() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Pictures(), torch.randn(2, 3, 8, 8)
+
+
+def reader() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Reader(), torch.randn(2, 7, 16)
+
+
+class Wide(nn.Module):
+    """Rows of 64 through two linear layers: (batch, length, 64) -> (batch, length, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(rows)))
+
+
+class Sums(nn.Module):
+    """Answers each token of (batch, length) with (batch, length, 3) of the sum of all up to it that are not masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 4)
+        self.dense = nn.Linear(4, 3, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.dense((self.table(input_ids) * attention_mask[..., None]).cumsum(1))}
+
+
 def spotter() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return Spotter(), torch.randn(2, 4, 9)
@@ -69,3 +133,16 @@ def fixed_batch() -> tuple[nn.Module, torch.Tensor]:
 
 def failing() -> nn.Module:
     raise ValueError("no weights at hand")
+
+
+def wide() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Wide(), torch.randn(2, 5, 64)
+
+
+def sums() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    ids = torch.arange(18).reshape(2, 9) % 11
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return Sums(), {"input_ids": ids, "attention_mask": mask}

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ import pytest
 import torch
 from graphs import Arrays, an_adapter, eager, with_changes
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -32,7 +29,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -332,46 +328,3 @@ def test_a_half_precision_graph_is_named_by_a_single_precision_base(name: str, a
     assert {site.name for site in found.linear} == linear_weights(module_of(name)).keys()
     # The exporter stores some of what it folded as float32, rounded to half precision all the same.
     assert {spec.dtype for spec in found.specs} == {"float16", "float32"}
-
-
-# --- onnxruntime-genai ---
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """What the builder makes of the Llama, in this precision: q, k and v packed, under names of its own."""
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    folder = tmp_path_factory.mktemp("genai")
-    words = models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w2")
-    tokenizer.save_pretrained(base_of("llama"))
-
-    @functools.cache
-    def build(precision: str) -> Path:
-        line = f"-m onnxruntime_genai.models.builder -i {base_of('llama')} -o {folder / precision} -e cpu"
-        line += f" -p {precision} -c {folder / 'cache'}"
-        subprocess.run([sys.executable, *line.split()], check=True, capture_output=True)
-        return folder / precision / "model.onnx"
-
-    return build
-
-
-@slow
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_graph_of_the_genai_builder_is_named_by_content_alone(precision: str, built: Callable[[str], Path]) -> None:
-    model = files.load(built(precision))
-    assert not sites.find(model).linear
-    found = sites.find(model, open_checkpoint(base_of("llama")))
-    weights = linear_weights(module_of("llama"))
-    assert {site.name for site in found.linear} == weights.keys()
-    assert sum(site.block is not None for site in found.linear) == 6
-    for site in found.linear:
-        error = np.linalg.norm(site.matrix - weights[site.name]) / np.linalg.norm(weights[site.name])
-        assert error == 0 if precision == "fp32" else 0.01 < error < 0.2
-
-
-@slow
-def test_a_graph_of_the_genai_builder_computes_what_pytorch_computes_with_an_adapter(
-    built: Callable[[str], Path], tmp_path: Path
-) -> None:
-    assert_folding_is_pytorchs(built("fp32"), "llama", tmp_path / "folded")

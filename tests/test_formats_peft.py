@@ -294,6 +294,19 @@ def test_packed_attention_counts_its_output_projection_once_and_says_so_once(tmp
     assert adapter.notes[0].startswith("attn.out_proj: PEFT up to 0.21 adds the output projection's change twice")
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
+def test_the_patterns_that_fit_an_attention_are_its_output_projections_too(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
+    patterns = {"rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 5, "out_proj": 7}}
+    model = trained(net, target_modules=["attn"], r=2, lora_alpha=4, **patterns)
+    adapter = read_back(model, tmp_path)
+    theirs = model.base_model.model["attn"]
+    layers = {"attn": theirs, "attn.out_proj": theirs.base_layer.out_proj}
+    assert {name: pair.scale for name, pair in adapter.pairs.items()} == dict.fromkeys(layers, 5 / 3)
+    assert {name: layer.scaling["default"] for name, layer in layers.items()} == dict.fromkeys(layers, 5 / 3)
+    assert len(adapter.notes) == 1
+
+
 def test_names_without_the_wrappers_prefix_and_with_an_adapters_name_are_read_alike(mlp, tmp_path):
     model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
     adapter = read_back(model, tmp_path)

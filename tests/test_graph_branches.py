@@ -28,7 +28,6 @@ from graphs import (
 )
 from numpy.typing import NDArray
 from test_graph_fold import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
-from test_graph_rows import by_row
 from torch import Tensor, nn
 
 from lora_export import export, plan
@@ -347,11 +346,6 @@ def test_dora_beside_the_weights_of_an_old_graph_is_refused() -> None:
         woven(model, an_adapter({"m": DORA}))
 
 
-def test_dora_by_row_is_refused_by_name() -> None:
-    with pytest.raises(InputRefused, match=r"default, m: DoRA"):
-        by_row(a_graph(GEMM), an_adapter({"m": DORA}))
-
-
 # --- embeddings ---
 
 WORDS = """
@@ -438,11 +432,6 @@ def test_an_embeddings_adapter_beside_some_rows_of_a_larger_table_is_refused() -
     with pytest.raises(InputRefused, match=r"small\.weight is read by Gather, beside which no branch"):
         pair = LoraPair(a=[[1, 2]], b=[[1], [2]], scale=1.0, embedding=True)
         branches.branch(model, found, plan.make([an_adapter({"small": pair})], found.specs))
-
-
-def test_an_embedding_by_row_is_refused_by_name() -> None:
-    with pytest.raises(InputRefused, match="default, words: an embedding"):
-        by_row(a_graph(WORDS), an_adapter({"words": LOOKUP}))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -580,12 +569,6 @@ def test_a_convolution_with_its_activation_inside_is_refused_by_name() -> None:
     model.graph[0].domain, model.opset_imports["com.microsoft"] = "com.microsoft", 1
     with pytest.raises(InputRefused, match=r"c\.weight is read by FusedConv, beside which no branch can stand"):
         woven(model, an_adapter({"c": CONVOLVED}))
-
-
-def test_a_convolution_by_row_is_refused_by_name() -> None:
-    pair = dataclasses.replace(CONVOLVED, magnitude=None)
-    with pytest.raises(InputRefused, match="default, c: a convolution"):
-        by_row(a_graph(CONV.replace("ATTRIBUTES", "strides = [1]")), an_adapter({"c": pair}))
 
 
 def test_a_pair_on_a_tensor_that_its_adapter_brings_is_refused_by_name() -> None:

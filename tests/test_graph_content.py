@@ -343,7 +343,7 @@ def test_inspect_tells_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert told["sites"][0] == {
         "name": "q.weight", "how": "content", "operator": "MatMul", "node": "n", "input": 1, "initializer": "W",
         "layout": "in_out", "shape": [2, 2], "dtype": "float32", "stored_as": "float", "block": [0, 2],
-        "quantised": None, "obstacle": "MatMul together with its neighbours in W",
+        "quantised": None, "obstacle": "",
     }  # fmt: skip
     assert [site["equals"] for site in told["unnamed"]] == [["k.weight", "other.weight"]]
 

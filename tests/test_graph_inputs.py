@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx.reference
 import onnx_ir as ir
 import pytest
-from graphs import EVERY_MODEL, a_graph, an_adapter, contents, eager, exported, inputs, linear_specs, run, with_changes
+from graphs import (
+    EVERY_MODEL,
+    a_graph,
+    an_adapter,
+    contents,
+    eager,
+    exported,
+    inputs,
+    linear_specs,
+    quantised,
+    run,
+    with_changes,
+)
+from handmade import base_file
 from numpy.typing import NDArray
 from test_graph_fold import GEMM, LINEAR, PAIR, SHARED, SQUARE
 
 from lora_export import plan
+from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, Place
-from lora_export.graph import files, sites
-from lora_export.graph.inputs import contract_of, open_inputs
+from lora_export.graph import branches, files, sites
+from lora_export.graph.fold import new_initializer
+from lora_export.graph.inputs import contract_of, factors_of, open_inputs
+from lora_export.graph.readers import readers
+from lora_export.graph.rows import choose_by_row
+from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter, LoraPair, Rows
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
@@ -167,12 +188,6 @@ def test_a_graph_of_an_old_ir_version_is_refused() -> None:
 @pytest.mark.parametrize(
     ("adapter", "told"),
     [
-        (an_adapter({"m": LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[1, 1])}), "default, m: DoRA"),
-        (
-            an_adapter({"c": LoraPair(a=np.ones((1, 3, 2)), b=np.ones((2, 1, 1)), scale=1.0)}),
-            "default, c: a convolution",
-        ),
-        (an_adapter({"e": LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, embedding=True)}), "default, e: an embedding"),
         (an_adapter({"m": PAIR}, rows={"e.weight": Rows(np.arange(2), X)}), "default, e.weight: rows of tokens"),
         (an_adapter({"m": PAIR}, replaced={"head.weight": X}), "default, head.weight: a whole tensor"),
         (an_adapter({"m": PAIR}, biases={"m": np.ones(2, np.float32)}), "default, m: a change of a bias"),
@@ -307,3 +322,215 @@ def test_an_export_with_mixed_ranks_computes_what_pytorch_computes_and_the_base_
             np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=1e-5)
             assert np.abs(value - before[key]).max() > 1e-2  # the adapter is seen
             assert off[key].tobytes() == before[key].tobytes()
+
+
+# --- quantised bases and blocks ---
+
+NUMBERS = np.random.default_rng(3)
+WEIGHTS = {name: NUMBERS.normal(size=(size, 32)).astype(np.float32) for name, size in {"q": 8, "k": 4, "o": 6}.items()}
+
+
+def two_layers(
+    folder: Path, *, bits: int = 0, block: int = 32, as_pairs: bool = False, seed: int = 0
+) -> tuple[ir.Model, Sites]:
+    """q and k in one matrix, o in its own, with names that only the base's checkpoint knows."""
+    noise = np.random.default_rng(seed).normal(size=(12, 32)).astype(np.float32) * (1e-2 if seed else 0)
+    packed = np.concatenate([WEIGHTS["q"], WEIGHTS["k"]]) + noise
+    model = a_graph("""
+        g (float[N,32] x) => (float[N,12] y, float[N,6] z)
+        <float[32,12] W = {0}, float[32,6] V = {0}>
+        { [qk] y = MatMul(x, W)
+          [o] z = MatMul(x, V) }""")
+    for name, array in {"W": packed.T, "V": WEIGHTS["o"].T}.items():
+        model.graph.initializers[name].const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
+    if bits:
+        model = quantised(model, bits=bits, block=block, as_pairs=as_pairs)
+    tensors = {"q.weight": packed[:8], "k.weight": packed[8:], "o.weight": WEIGHTS["o"]}
+    return model, sites.find(model, open_checkpoint(base_file(folder / f"{seed}.safetensors", tensors)))
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_a_quantised_bases_fingerprint_is_of_what_is_stored(tmp_path: Path, as_pairs: bool) -> None:
+    def fingerprint(**options: Any) -> str:
+        model, found = two_layers(tmp_path, **options)
+        return open_inputs(model, found, ["q.weight"]).base
+
+    prints = [
+        fingerprint(bits=4, as_pairs=as_pairs),
+        fingerprint(bits=4, block=16, as_pairs=as_pairs),
+        fingerprint(bits=4, as_pairs=as_pairs, seed=1),
+        fingerprint(),
+    ]
+    assert fingerprint(bits=4, as_pairs=as_pairs) == prints[0]
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_block_whose_name_only_the_checkpoint_knew_is_still_known(tmp_path: Path, bits: int) -> None:
+    model, found = two_layers(tmp_path, bits=bits)
+    opened = open_inputs(model, found, ["k.weight", "o.weight"], dora=["k.weight"])
+    files.save(model, tmp_path, "packed.onnx")
+    model = files.load(tmp_path / "packed.onnx")
+    assert not {"k.weight", "o.weight"} & set(sites.find(model).by_name)
+    contract = contract_of(model, tmp_path / "packed.onnx")
+    assert contract == opened
+    assert [(place.weight, place.block) for place in contract.places] == [("k.weight", (8, 12)), ("o.weight", None)]
+    pair = LoraPair(a=NUMBERS.normal(size=(2, 32)), b=NUMBERS.normal(size=(4, 2)), scale=1.0, magnitude=[1, 2, 3, -4])
+    adapter = an_adapter({"k": pair})
+    steps = plan.make([adapter], [place.spec for place in contract.places])
+    fed = onnx_adapter.parameters(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+    x = NUMBERS.normal(size=(5, 32)).astype(np.float32)
+    off, on = run(model, x=x), run(model, x=x, **fed)
+    stored = next(site for site in found.by_name["k.weight"]).matrix.astype(np.float64)
+    factor = pair.magnitude / np.linalg.norm(stored + pair.delta(), axis=1)
+    np.testing.assert_allclose(on["y"][:, 8:], (off["y"][:, 8:] + x @ pair.delta().T) * factor, rtol=1e-4, atol=1e-4)
+    assert on["y"][:, :8].tobytes() == off["y"][:, :8].tobytes() and on["z"].tobytes() == off["z"].tobytes()
+
+
+@pytest.mark.parametrize(("bits", "name"), [(0, "W"), (4, "W_Q4"), (4, "W_scales")])
+def test_a_block_that_was_changed_afterwards_is_refused(tmp_path: Path, bits: int, name: str) -> None:
+    model, found = two_layers(tmp_path, bits=bits)
+    open_inputs(model, found, ["k.weight"])
+    value = model.graph.initializers[name]
+    changed = value.const_value.numpy().copy()
+    changed[-1] += 1  # k's
+    value.const_value = ir.Tensor(changed, name=name)
+    with pytest.raises(InputRefused, match=r"k\.weight: holds other numbers"):
+        contract_of(model, Path("x.onnx"))
+
+
+def test_a_graph_that_was_quantised_after_it_got_its_inputs_is_believed() -> None:
+    model = quantised_later(
+        a_graph("""
+        g (float[N,32] x) => (float[N,4] y) <float[32,4] m.weight = {0}>
+        { [m] y = MatMul(x, m.weight) }""")
+    )
+    contract = contract_of(model, Path("x.onnx"))
+    assert [place.quantised for place in contract.places] == [""]
+    assert [site.quantised is not None for site in sites.find(model).by_name["m.weight"]] == [True]
+
+
+def quantised_later(model: ir.Model) -> ir.Model:
+    """As a quantiser would do it that leaves the inputs for adapters alone."""
+    weight = NUMBERS.normal(size=(32, 4)).astype(np.float32)
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(weight, name="m.weight")
+    four = quantised(model.clone())
+    open_inputs(model, sites.find(model), ["m.weight"])
+    (old,), (new,) = (
+        [node for node in graph.graph if node.name == name] for graph, name in ((model, "m"), (four, "m_Q4"))
+    )
+    values = [new_initializer(model, value.name, value.const_value) for value in new.inputs[1:3]]
+    product = ir.Value(name="product", type=old.outputs[0].type, shape=old.outputs[0].shape)
+    node = ir.node(new.op_type, [old.inputs[0], *values], new.attributes, domain=new.domain, outputs=[product])
+    model.graph.insert_before(old, node)
+    for user, index in old.outputs[0].uses():
+        user.replace_input_with(index, product)
+    model.graph.remove(old)
+    del model.graph.initializers["m.weight"]
+    model.opset_imports["com.microsoft"] = 1
+    return model
+
+
+# --- DoRA's factors, embeddings, dtypes ---
+
+
+def test_dora_where_the_graph_takes_none_is_refused_by_name() -> None:
+    model = a_graph(GEMM)
+    contract = opened(model, "m.weight")
+    dora = LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[1, 1])
+    with pytest.raises(InputRefused, match=r"no input for DoRA's factor at these weights:\n  default, m\.weight\n"):
+        given(contract, an_adapter({"m": dora}))
+
+
+def test_a_plain_adapter_gives_ones_where_the_graph_takes_factors() -> None:
+    model = a_graph(GEMM)
+    fed = given(opened(model, "m.weight", dora=["m.weight"]), an_adapter({"m": PAIR}))
+    assert fed["m.lora_magnitude_vector.weight"].tolist() == [1, 1]
+    assert np.array_equal(run(model, x=X, **fed)["y"], [[7, 17], [7, 17]])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("olive", ["h.self_attn.e.lora_A.weight", "h.self_attn.e.lora_B.weight", "h.self_attn.e.{}.weight"]),
+        ("genai", ["h.attn.e.lora_A.MatMul.weight", "h.attn.e.lora_B.MatMul.weight", "h.attn.e.{}.weight"]),
+        ("peft", ["base_model.model.h.self_attn.e.lora_embedding_A", "base_model.model.h.self_attn.e.lora_embedding_B",
+                  "base_model.model.h.self_attn.e.{}"]),
+    ],
+)  # fmt: skip
+def test_an_embeddings_inputs_and_its_factor_follow_the_conventions_too(names: str, expected: list[str]) -> None:
+    model = a_graph("""
+        g (int64[N] ids) => (float[N,2] y) <float[3,2] h.self_attn.e.weight = {1,2,3,4,5,6}>
+        { [n] y = Gather(h.self_attn.e.weight, ids) }""")
+    opened(model, "h.self_attn.e.weight", names=names, dora=["h.self_attn.e.weight"])
+    assert [value.name for value in model.graph.inputs[1:]] == [
+        name.format("lora_magnitude_vector") for name in expected
+    ]
+
+
+TWO_DTYPES = """
+g (float[N,3] x, float16[N,3] h) => (float[N,2] y, float16[N,2] z)
+<float[3,2] m.weight = {1,4,2,5,3,6}>
+{ half = Cast <to = 10> (m.weight)
+  [first] z = MatMul(h, half)
+  [second] y = MatMul(x, m.weight) }
+"""
+
+
+@pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+def test_readers_that_compute_in_two_dtypes_have_each_their_own(mode: str) -> None:
+    model = a_graph(TWO_DTYPES, modules={"first": "m", "second": "m"})
+    found, pair = sites.find(model), LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=[2, -3])
+    assert {site.dtype for site in found.by_name["m.weight"]} == {"float16", "float32"}
+    steps, fed = plan.make([an_adapter({"m": pair})], found.specs), dict[str, Any]()
+    if mode == "nodes":
+        branches.branch(model, found, steps)
+    elif mode == "rows":
+        choose_by_row(model, found, steps, batch="N")
+        fed = {"adapter_ids": np.array([1, 1])}
+    else:
+        contract = open_inputs(model, found, ["m.weight"], dora=["m.weight"])
+        fed = onnx_adapter.parameters(contract, steps, "default", factors_of(model, contract, steps, "default"))
+        assert {array.dtype for array in fed.values()} == {np.dtype(np.float32)}
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    total = np.float64([[1, 2, 3], [4, 5, 6]]) + pair.delta()
+    expected = X @ (total * (pair.magnitude / np.linalg.norm(total, axis=1))[:, None]).T
+    answer = run(model, x=X, h=X.astype(np.float16), **fed)
+    assert answer["z"].dtype == np.float16
+    np.testing.assert_allclose(answer["y"], expected, rtol=1e-6)
+    np.testing.assert_allclose(answer["z"], expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+def test_a_block_in_bfloat16_is_filled_up_in_a_dtype_that_can_be(mode: str) -> None:
+    # onnxruntime's CPU computes nothing in bfloat16, and its Pad has no kernel for it anywhere: ONNX's own definition.
+    model = a_graph("""
+        g (float[N,3] x) => (float[N,4] y) <float[3,4] W = {1,4,2,5,3,6,1,2,3,4,5,6}>
+        { [n] y = MatMul(x, W) }""")
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.dtype = ir.DataType.BFLOAT16
+    value = model.graph.initializers["W"]
+    value.const_value = ir.Tensor(value.const_value.numpy().astype(ml_dtypes.bfloat16), name="W")
+    (site,) = readers(value)
+    blocks = {
+        name: (dataclasses.replace(site, name=name, block=block),)
+        for name, block in {"q.weight": range(1), "k.weight": range(1, 4)}.items()
+    }
+    found = sites.Sites(blocks, (), ())
+    pair = LoraPair(a=PAIR.a, b=[[1], [2], [-1]], scale=2.0)
+    steps, fed = plan.make([an_adapter({"k": pair})], found.specs), dict[str, Any]()
+    if mode == "nodes":
+        branches.branch(model, found, steps)
+    elif mode == "rows":
+        choose_by_row(model, found, steps, batch="N")
+        fed = {"adapter_ids": np.array([1, 1])}
+    else:
+        fed = onnx_adapter.parameters(open_inputs(model, found, ["k.weight"]), steps, "default")
+    assert {node.op_type: str(node.inputs[0].dtype) for node in model.graph}["Pad"] == "FLOAT"
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    (answer,) = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(
+        None, {"x": X.astype(ml_dtypes.bfloat16), **fed}
+    )
+    weight = np.float32([[1, 3, 3], [4, 6, 4], [2, 1, 5], [5, 2, 6]])
+    weight[1:] += pair.delta()
+    assert np.array_equal(answer.astype(np.float32), X @ weight.T)

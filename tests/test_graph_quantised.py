@@ -235,12 +235,3 @@ def test_an_adapter_beside_a_quantised_weight_adds_what_it_means(as_pairs: bool,
     expected = before + 0.5 * x.astype(np.float64) @ PAIR.a.T.astype(np.float64) @ PAIR.b.T.astype(np.float64)
     np.testing.assert_allclose(run(model, x=x)["y"], expected, rtol=1e-4, atol=1e-4)
     assert np.abs(expected - before).max() > 1
-
-
-def test_a_branch_beside_one_block_of_several_is_refused_by_name(tmp_path: Path) -> None:
-    packed = quantised(a_product(np.concatenate([WEIGHTS["a"], WEIGHTS["b"]])))
-    found = sites.find(packed, base(tmp_path, WEIGHTS))
-    with pytest.raises(
-        InputRefused, match=r"a.weight is read by MatMulNBits together with its neighbours in val_49_Q4"
-    ):
-        branches.branch(packed, found, plan.make([an_adapter({"a": PAIR})], found.specs))

@@ -222,7 +222,7 @@ def test_onnxruntimes_attention_takes_q_k_and_v_in_one_and_each_can_be_folded_in
     rng = np.random.default_rng(1)
     pairs = {name: LoraPair(a=rng.normal(size=(1, 4)), b=rng.normal(size=(4, 1)), scale=1.0) for name in "qv"}
     steps = plan.make([an_adapter(pairs)], found.specs)
-    with pytest.raises(InputRefused, match=r"q.weight is read by Attention together with its neighbours in w"):
+    with pytest.raises(InputRefused, match=r"q.weight is read by Attention, beside which no branch can stand"):
         branches.branch(model, found, steps)
     fold.fold(model, found, steps)
     x = rng.normal(size=(2, 3, 4)).astype(np.float32)

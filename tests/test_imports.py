@@ -24,7 +24,8 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("onnx_runner", "runtime", "session", "parity", "report", "evidence", "feeds", "graph_proof", "proof"),
+    *("onnx_runner", "runtime", "decoding", "session", "parity", "report", "evidence", "feeds", "graph_proof"),
+    *("standin", "kept", "candidate", "proof", "testing"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}

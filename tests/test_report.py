@@ -96,7 +96,7 @@ def test_the_screen_shows_outcome_figures_and_placement() -> None:
     assert text.startswith("same: 1 output in 2 cases, float32\n")
     assert "error 0.25, allowed 0.25; PyTorch's own 0.125 (x 2)" in text
     assert "the error is 0.39 % of what the adapter does (64)" in text
-    assert "worst place [0, 0]: -0.25, the referee has 0 (off by 0.25, PyTorch by 0.125)" in text
+    assert "  worst place [0, 0]: off by 0.25, PyTorch by 0.125 at most\n    it is -0.25, the referee has 0\n" in text
     assert text.endswith("142 of 142 compute nodes on CPUExecutionProvider\n")
 
 
@@ -311,6 +311,8 @@ def outcomes(root: ElementTree.Element) -> dict[tuple[str, str], str]:
 def test_junit_has_a_test_for_everything_that_was_asked() -> None:
     root = parsed(SAME, Placed(), about={"torch": "2.13"}, seconds=1.5)
     assert outcomes(root) == {
+        ("cases", "2 x 300"): "passed",
+        ("cases", "1 x 600"): "passed",
         ("outputs.2 x 300", "logits"): "passed",
         ("outputs.1 x 600", "logits"): "passed",
         ("controls", "off: the model without its adapters"): "passed",
@@ -320,17 +322,25 @@ def test_junit_has_a_test_for_everything_that_was_asked() -> None:
         ("verdict", "same"): "passed",
     }
     for element in (root, root[0]):
-        counts = [element.attrib[name] for name in ("tests", "failures", "errors", "skipped", "time")]
-        assert counts == ["7", "0", "0", "0", "1.500"]
+        counts = [element.attrib[name] for name in ("tests", "failures", "errors", "time")]
+        assert counts == ["9", "0", "0", "1.500"]
+    assert (root[0].attrib["skipped"], "skipped" in root.attrib) == ("0", False)
     assert root.find("testsuite/properties/property").attrib == {"name": "torch", "value": "2.13"}  # type: ignore[union-attr]
     told = {test.attrib["classname"]: test.findtext("system-out") for test in root.iter("testcase")}
     assert "error 0.25, allowed 0.25; PyTorch's own 0.125 (x 2)" in str(told["lora-export.outputs.2 x 300"])
-    assert told["lora-export.controls"] == "told from the candidate in 2 of 2 outputs"
+    assert told["lora-export.cases"] == "compared: logits [2, 300]"
+    assert str(told["lora-export.controls"]).splitlines() == [
+        "told from the candidate in 2 of 2 outputs",
+        "logits in case 2 x 300: told, off by 6.15",
+        "logits in case 1 x 600: told, off by 6.15",
+    ]
 
 
 def test_what_is_different_is_a_failure() -> None:
     root = parsed(DIFFERENT, STRAYED)
     assert outcomes(root) == {
+        ("cases", "2 x 300"): "passed",
+        ("cases", "bad"): "passed",
         ("outputs.2 x 300", "logits"): "passed",
         ("outputs.bad", "logits"): "failure",
         ("controls", "off: the model without its adapters"): "passed",
@@ -365,7 +375,7 @@ def test_an_input_that_nobody_heeds_is_a_skipped_test() -> None:
     verdict = judge([case()], perturbed=[*TRIED, Sensitivity("mask", False, False)])
     root = parsed(verdict)
     assert outcomes(root)["inputs", "mask"] == "skipped"
-    assert root.attrib["skipped"] == "1"
+    assert root[0].attrib["skipped"] == "1"
 
 
 def test_a_missing_output_and_a_value_that_is_no_number_are_in_the_xml() -> None:
@@ -393,15 +403,15 @@ def test_the_suffix_chooses_and_an_older_report_is_replaced(tmp_path: Path) -> N
     report.write(path, DIFFERENT)
     report.write(path, SAME, placement=Placed(), seconds=2)
     root = ElementTree.parse(path).getroot()
-    assert (root.attrib["tests"], root.attrib["failures"], root.attrib["time"]) == ("7", "0", "2.000")
+    assert (root.attrib["tests"], root.attrib["failures"], root.attrib["time"]) == ("9", "0", "2.000")
     assert [there.name for there in tmp_path.iterdir()] == ["junit.xml"]
 
 
-@pytest.mark.parametrize("name", ["report.txt", "report", "report.html"])
+@pytest.mark.parametrize("name", ["report.txt", "report", "report.htm"])
 def test_another_suffix_is_refused_before_and_after_the_work(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputRefused, match=r"a report is \.json .* or \.xml"):
+    with pytest.raises(InputRefused, match=r"a report is \.json .*, \.xml .* or \.html"):
         report.check_path(tmp_path / name)
-    with pytest.raises(InputRefused, match=r"a report is \.json .* or \.xml"):
+    with pytest.raises(InputRefused, match=r"a report is \.json .*, \.xml .* or \.html"):
         report.write(tmp_path / name, SAME)
     assert list(tmp_path.iterdir()) == []
 

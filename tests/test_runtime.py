@@ -61,6 +61,28 @@ def test_the_referee_says_which_operators_stayed_in_fp32() -> None:
     assert any("exp" in operator for operator in referee.stayed)
 
 
+def test_the_referee_computes_products_of_experts_in_fp64_though_pytorch_has_no_kernel() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return nn.functional.grouped_mm(x, self.weights, offs=ends)
+
+    rows, ends = np.random.default_rng(0).normal(size=(5, 16)), np.array([2, 2, 5, 5], np.int32)  # two have no rows
+    experts = Experts()
+    with pytest.raises(RuntimeError, match="got Double"):
+        experts.double()(torch.from_numpy(rows), torch.from_numpy(ends))
+    referee = runtime.Referee(experts)
+    answer = referee.run({"x": rows, "ends": ends})["output_0"]
+    weights = experts.weights.detach().numpy()
+    np.testing.assert_allclose(
+        answer, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
+    )
+    assert referee.stayed == set()
+
+
 def test_the_referee_leaves_the_default_dtype_as_it_was() -> None:
     runtime.Referee(nn.Identity().double()).run({"input": np.zeros((1, 3))})
     assert torch.get_default_dtype() == torch.float32

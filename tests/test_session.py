@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import why_no_cuda
-from graphs import a_graph
+from graphs import a_graph, an_adapter, quantised
+from handmade import base_file
 from numpy.typing import NDArray
 from test_formats_onnx_adapter import shortened
 
-from lora_export import Session
+from lora_export import Session, plan
+from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract
 from lora_export.graph import files, sites
-from lora_export.graph.inputs import open_inputs
+from lora_export.graph.inputs import factors_of, open_inputs
+from lora_export.lora import LoraPair
 
 BODY = """
 g ({dtype}[N,3] x) => ({dtype}[N,2] y)
@@ -280,3 +285,148 @@ def test_serving_loads_neither_torch_nor_onnx(session: Session, tmp_path: Path) 
     words = [sys.executable, "-c", code, str(session.model), str(tmp_path / "one.onnx_adapter")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "(1, 2)\n"), done.stderr
+
+
+# --- what else can stand beside a weight ---
+
+EVERYTHING = """
+g (int64[N] words, float[N,2,L] x) => (float[N,2] y, float[N,3,M] z)
+<float[5,3] e.weight = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6}, float[2,3] m.weight = {1,2,3,4,5,6},
+ float[3,2,1] c.weight = {1,2,3,4,5,6}>
+{ h = Gather(e.weight, words)
+  y = Gemm <transB = 1> (h, m.weight)
+  z = Conv(x, c.weight) }"""
+FED = {"words": np.array([4, 0, -1]), "x": np.arange(18, dtype=np.float32).reshape(3, 2, 3)}
+TABLE = np.float64([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 2, 3], [4, 5, 6]])
+DENSE, KERNEL = np.float64([[1, 2, 3], [4, 5, 6]]), np.float64([[1, 2], [3, 4], [5, 6]])  # (out, in)
+PAIRS = {
+    "e": LoraPair(a=[[1, 0, 2, 0, -1]], b=[[1], [2], [0]], scale=1.0, magnitude=[3, -1, 2], embedding=True),
+    "m": LoraPair(a=[[1, 0, 1], [0, 1, 0]], b=[[1, 0], [0, 2]], scale=0.5, magnitude=[4, 0.5]),
+    "c": LoraPair(a=np.float32([[1, -1]])[..., None], b=np.float32([[1], [0], [2]])[..., None], scale=1.0,
+                  magnitude=[1, 7, 2]),
+}  # fmt: skip
+
+
+def changed(weight: NDArray[np.float64], pair: LoraPair | None) -> NDArray[np.float64]:
+    if pair is None:
+        return weight
+    total = weight + pair.delta().reshape(weight.shape)
+    if pair.magnitude is None:
+        return total
+    return total * (pair.magnitude / np.linalg.norm(total, axis=1))[:, None]
+
+
+def computed(pairs: Mapping[str, LoraPair]) -> dict[str, NDArray[np.float64]]:
+    table = changed(TABLE.T, pairs.get("e")).T
+    y = table[FED["words"]] @ changed(DENSE, pairs.get("m")).T
+    return {"y": y, "z": np.einsum("oi,nil->nol", changed(KERNEL, pairs.get("c")), FED["x"])}
+
+
+def files_of(folder: Path, **adapters: Mapping[str, LoraPair]) -> Path:
+    """A graph that takes DoRA at every place, and adapters for it."""
+    graph = a_graph(EVERYTHING)
+    given = [an_adapter(pairs, name=name) for name, pairs in adapters.items()]
+    found = sites.find(graph)
+    contract = open_inputs(graph, found, list(found.by_name), dora=found.by_name)
+    for adapter in given:
+        steps = plan.make([adapter], found.specs)
+        factors = factors_of(graph, contract, steps, adapter.name)
+        arrays = onnx_adapter.parameters(contract, steps, adapter.name, factors)
+        onnx_adapter.write(folder / f"{adapter.name}.onnx_adapter", arrays, contract, sha256="1")
+    files.save(graph, folder, "model.onnx")
+    return folder / "model.onnx"
+
+
+def loaded(folder: Path, **adapters: Mapping[str, LoraPair]) -> Session:
+    path = files_of(folder, **adapters)
+    return Session(path, {name: folder / f"{name}.onnx_adapter" for name in adapters})
+
+
+def without_dora(*modules: str) -> dict[str, LoraPair]:
+    return {module: dataclasses.replace(PAIRS[module], magnitude=None) for module in modules}
+
+
+def agree(answer: Mapping[str, NDArray[Any]], pairs: Mapping[str, LoraPair]) -> None:
+    for name, value in computed(pairs).items():
+        np.testing.assert_allclose(answer[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_embeddings_and_convolutions_are_swapped_like_others(tmp_path: Path) -> None:
+    every, some = PAIRS, {**without_dora("e"), "c": PAIRS["c"]}
+    session = loaded(tmp_path, every=every, some=some)
+    for _ in range(2):
+        agree(session.run(FED, adapter="every"), every)
+        agree(session.run(FED, adapter="some"), some)
+        agree(session.run(FED), {})
+    assert np.abs(computed(every)["y"] - computed(without_dora("e", "m"))["y"]).max() > 1  # the factors are seen
+
+
+def test_a_binding_has_doras_factors_and_loses_them_with_the_adapter(tmp_path: Path) -> None:
+    session = loaded(tmp_path, every=PAIRS)
+    binding = session.io_binding(adapter="every")
+    for name, value in FED.items():
+        binding.bind_cpu_input(name, value)
+    for name in ("y", "z"):
+        binding.bind_output(name, "cpu")
+    for adapter, pairs in [("every", PAIRS), (None, {}), ("every", PAIRS)]:
+        session.bind(binding, adapter=adapter)
+        session.run_with_iobinding(binding)
+        agree(dict(zip(("y", "z"), binding.copy_outputs_to_cpu(), strict=True)), pairs)
+
+
+def test_an_adapter_without_one_of_its_factors_is_partial(tmp_path: Path) -> None:
+    # It would be the same adapter without DoRA, and no error.
+    session = loaded(tmp_path, every=PAIRS)
+    held = onnx_adapter.read(tmp_path / "every.onnx_adapter")
+    given = {name: onnx_adapter.as_array(value) for name, value in held.values.items()}
+    del given["m.lora_magnitude_vector.weight"]
+    given["c.lora_magnitude_vector.weight"] = given["c.lora_magnitude_vector.weight"].reshape(-1)
+    onnx_adapter.write(tmp_path / "x", given, session.contract, sha256="1")
+    with pytest.raises(InputRefused) as refusal:
+        session.load("x", tmp_path / "x")
+    assert "m.lora_magnitude_vector.weight: missing, though m.lora_A.weight is there" in str(refusal.value)
+    assert "c.lora_magnitude_vector.weight: [3], the graph takes [3, 1]" in str(refusal.value)
+    assert session.adapters == ("every",)
+
+
+def test_a_mix_puts_the_ranks_of_every_kind_side_by_side(tmp_path: Path) -> None:
+    session = loaded(tmp_path, one=without_dora("e", "c"), two=without_dora("m", "c"))
+    session.mix("both", {"one": 2.0, "two": -1.0})
+    scaled = {module: dataclasses.replace(pair, scale=2 * pair.scale) for module, pair in without_dora("e").items()}
+    scaled |= {module: dataclasses.replace(pair, scale=-pair.scale) for module, pair in without_dora("m").items()}
+    agree(session.run(FED, adapter="both"), scaled | without_dora("c"))  # 2 - 1 of it
+
+
+@pytest.mark.parametrize("strengths", [{"dora": 1.0, "plain": 1.0}, {"dora": 0.5}])
+def test_dora_is_mixed_with_nothing_and_has_no_other_strength(tmp_path: Path, strengths: dict[str, float]) -> None:
+    session = loaded(tmp_path, dora={"m": PAIRS["m"]}, plain=without_dora("e", "m"))
+    with pytest.raises(InputRefused, match=r"both: an adapter with DoRA stands at m.weight, where it can be"):
+        session.mix("both", strengths)
+    assert session.adapters == ("dora", "plain")
+
+
+def test_dora_is_mixed_with_what_stands_elsewhere(tmp_path: Path) -> None:
+    session = loaded(tmp_path, dora={"m": PAIRS["m"]}, plain=without_dora("e"))
+    session.mix("both", {"dora": 1.0, "plain": -3.0})
+    elsewhere = {"e": dataclasses.replace(PAIRS["e"], magnitude=None, scale=-3.0)}
+    agree(session.run(FED, adapter="both"), {"m": PAIRS["m"], **elsewhere})
+
+
+def test_an_adapter_for_one_of_two_blocks_and_for_four_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(size=(4, 32)).astype(np.float32) for name in ("q", "k")}
+    packed = np.concatenate([*weights.values()])
+    numbers = ",".join(map(str, packed.T.flat))
+    graph = quantised(a_graph(f"""
+        g (float[N,32] x) => (float[N,8] y) <float[32,8] W = {{{numbers}}}>
+        {{ [n] y = MatMul(x, W) }}"""))  # fmt: skip
+    checkpoint = base_file(tmp_path / "base.safetensors", {f"{name}.weight": one for name, one in weights.items()})
+    found = sites.find(graph, open_checkpoint(checkpoint))
+    k = an_adapter({"k": LoraPair(a=rng.normal(size=(2, 32)), b=rng.normal(size=(4, 2)), scale=1.0)})
+    contract, steps = open_inputs(graph, found, list(found.by_name)), plan.make([k], found.specs)
+    onnx_adapter.write(tmp_path / "k", onnx_adapter.parameters(contract, steps, k.name), contract, sha256="1")
+    files.save(graph, tmp_path, "model.onnx")
+    session, x = Session(tmp_path / "model.onnx", {"k": tmp_path / "k"}), rng.normal(size=(5, 32)).astype(np.float32)
+    off, on = session.run({"x": x})["y"], session.run({"x": x}, adapter="k")["y"]
+    assert on[:, :4].tobytes() == off[:, :4].tobytes()
+    np.testing.assert_allclose(on[:, 4:], off[:, 4:] + x @ k.pairs["k"].delta().T, rtol=1e-4, atol=1e-4)

@@ -418,6 +418,31 @@ def test_too_little_memory_is_told_and_leaves_the_old_output(place, monkeypatch,
     assert everything(place) == before
 
 
+@pytest.mark.fault(28)
+def test_at_any_limit_of_memory_a_merge_is_whole_or_told_to_have_too_little(place):
+    line = large_merge(place, rows=2048)
+    before = {path.name for path in place.iterdir()}
+    codes = []
+    for limit in range(160 << 20, 1 << 30, 60 << 20):  # bytes of address space; a Python with NumPy takes 150 MB
+        done = subprocess.run(
+            line,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        )
+        codes.append(done.returncode)
+        assert done.returncode in (0, 6), done.stderr
+        if done.returncode:
+            assert done.stderr.startswith("Error: there is not enough memory")
+            assert "Traceback" not in done.stderr
+            assert {path.name for path in place.iterdir()} == before
+        else:
+            (place / "out.safetensors").unlink()
+    assert codes[0] == 6
+    assert codes[-1] == 0
+
+
 # --- A full disk ---
 
 

@@ -22,6 +22,7 @@ from types import FrameType
 import click
 
 from lora_export import __version__
+from lora_export.cli import startup
 from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed, one_line, printable
 
 # name -> its one-line help, so that `lora-export --help` loads no command
@@ -106,6 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path need not be text, and a terminal need not know every letter
             stream.reconfigure(errors="backslashreplace")
+    if arguments is None:
+        startup.take_process()
     with _signals_unwind(for_good=arguments is None):
         code = run(arguments)
     sys.exit(code)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -71,6 +72,11 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         return command
 
     return decorate
+
+
+def answer(document: Any) -> None:
+    """The one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
+    click.echo(json.dumps(document, allow_nan=False).replace("##[", "##\\u005b"))
 
 
 def say(line: str) -> None:

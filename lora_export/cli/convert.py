@@ -44,11 +44,12 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
     from lora_export.errors import InputRefused, MatchError
     from lora_export.formats import onnx_adapter
     from lora_export.graph.files import load
-    from lora_export.graph.inputs import contract_of
+    from lora_export.graph.inputs import contract_of, factors_of
 
     (loaded,) = load_adapters([adapter])
     onnx_adapter.refuse_what_no_input_carries([loaded])
-    contract = contract_of(load(graph), graph)
+    model = load(graph)
+    contract = contract_of(model, graph)
     try:
         steps = plan.make([loaded], [place.spec for place in contract.places], strengths=[weight])
     except MatchError as error:
@@ -58,11 +59,14 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
         ) from error
     for note in [*loaded.notes, *steps.notes]:
         say(f"note: {note}")
-    given = onnx_adapter.parameters(contract, steps, loaded.name)
+    onnx_adapter.refuse_dora_without_a_place(contract, steps)
+    factors = factors_of(model, contract, steps, loaded.name)
+    given = onnx_adapter.parameters(contract, steps, loaded.name, factors)
     places = [graph, split_name(adapter)[1]]
     with files.stage_file(output, inputs=places, overwrite=overwrite, say=say) as folder:
         onnx_adapter.write(folder / output.name, given, contract, sha256=loaded.sha256)
-    told = {"output": str(output), "places": len(given) // 2, "of": len(contract.places), "base": contract.base}
+    taken = {contract.inputs[name].weight for name in given}
+    told = {"output": str(output), "places": len(taken), "of": len(contract.places), "base": contract.base}
     if as_json:
         click.echo(json.dumps(told))
     else:

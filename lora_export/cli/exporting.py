@@ -41,8 +41,7 @@ class FromModel:
         """Raise InputRefused for what will not fit the graph because it does not fit the module."""
         specs = layers.specs(self.base.module)
         if self.order.adapters:
-            steps = plan.make(self.order.adapters, specs, strengths=self.order.weights)
-            layers.refuse_tied(self.base.module, steps)
+            layers.refuse_tied(self.base.module, self.order.planned(specs))
         if self.future:
             layers.refuse_tied(self.base.module, plan.make(self.future, specs, identity_ok=True))
 

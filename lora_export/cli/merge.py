@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_export.cli import startup
 from lora_export.cli.arguments import (
     adapter_weights,
     json_option,
@@ -62,6 +63,11 @@ if TYPE_CHECKING:
     metavar="CHECKPOINT",
     help="What an .onnx BASE was made from: names its weights by content where their names are lost.",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Merge into quantised weights of an .onnx BASE too, and quantise the sum in the scheme that they have.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
 @overwrite_option
 @json_option
@@ -74,6 +80,7 @@ def command(
     min_retention: float,
     hashing: str,
     origin: Path | None,
+    requantize: bool,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -83,18 +90,20 @@ def command(
     BASE is a Hugging Face folder, a .safetensors file or an .onnx graph; the output is of the same kind,
     with the same layout. Needs no PyTorch, and memory does not grow with the model.
     """
-    from lora_export import plan, report
-    from lora_export.cli.progress import byte_progress
+    with startup.brisk():
+        from lora_export import plan, report
+        from lora_export.cli.progress import byte_progress
 
-    loaded = load_adapters(adapters)
-    stored = None if dtype == "keep" else dtype
-    work = (
-        _over_graph(base, stored, origin) if base.suffix == ".onnx" else _over_checkpoint(base, loaded, stored, origin)
-    )
-    steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
-    work.check(steps)
+        loaded = load_adapters(adapters)
+        stored = None if dtype == "keep" else dtype
+        if base.suffix == ".onnx":
+            work = _over_graph(base, stored, origin, requantize=requantize)
+        else:
+            work = _over_checkpoint(base, loaded, stored, origin, requantize=requantize)
+        steps = plan.make(loaded, work.specs, strengths=weights, may_add=work.may_add)
+        work.check(steps)
     in_plan = () if dry_run else steps.notes  # a dry run prints the plan itself
-    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes]:
+    for note in [*(note for adapter in loaded for note in adapter.notes), *in_plan, *work.notes, *work.told(steps)]:
         say(f"note: {note}")
     if dry_run:
         if as_json:
@@ -135,16 +144,21 @@ class _Work:
     size: Callable[[Plan], int]  # bytes that will be written
     stage: Callable[..., AbstractContextManager[Path]]
     carry_out: Callable[..., MergeReport]
+    told: Callable[[Plan], Iterable[str]] = lambda _: ()  # notes on a plan
     may_add: bool = False
     way_out: str = ""  # where rounding takes too much
 
 
-def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None) -> _Work:
+def _over_checkpoint(
+    base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None, *, requantize: bool
+) -> _Work:
     from lora_export import files, merge
     from lora_export.checkpoint import code_of_its_own, open_checkpoint
 
     if origin is not None:
         raise click.UsageError("--base is for an .onnx: a checkpoint's weights have their names")
+    if requantize:
+        raise click.UsageError("--requantize is for an .onnx: a quantised checkpoint is not merged into")
     checkpoint = open_checkpoint(base)
     list(checkpoint.companions())  # refuses links that lead elsewhere: before the work, not after it
     notes = list(_other_bases(adapters, checkpoint))
@@ -163,11 +177,12 @@ def _over_checkpoint(base: Path, adapters: Sequence[Adapter], dtype: str | None,
     )
 
 
-def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
+def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantize: bool) -> _Work:
     from lora_export import files
     from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
     from lora_export.graph.merge import merge_graph, refuse_before_the_work
+    from lora_export.graph.requantise import notes_on
     from lora_export.graph.sites import find
 
     if dtype:
@@ -178,11 +193,12 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None) -> _Work:
     return _Work(
         specs=sites.specs,
         notes=sites.notes,
-        check=lambda steps: refuse_before_the_work(steps, graph, sites),
+        check=lambda steps: refuse_before_the_work(steps, graph, sites, requantise=requantize),
+        told=lambda steps: notes_on(steps, graph.model, sites) if requantize else (),
         size=lambda _: graph.nbytes,
         stage=files.stage_file,
-        carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, **rest),
-        way_out="keep the adapter beside the weights (onnx --lora nodes)",
+        carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, requantise=requantize, **rest),
+        way_out="keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Progress bars: on stderr, and on a terminal only."""
+"""Progress bars: on stderr, and on a terminal only; a merge, which is short, imports them there only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 
 def _terminal() -> Console:
@@ -30,6 +21,8 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if not console.is_terminal:  # a disabled bar still keeps its books, at every block of a merge
         yield lambda _: None
         return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
@@ -39,6 +32,8 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def step_progress(what: str) -> Iterator[Callable[[int, int, float], None]]:
     """Yield a function that hears (steps done, steps in all, loss)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = _terminal()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -53,6 +48,8 @@ def step_progress(what: str) -> Iterator[Callable[[int, int, float], None]]:
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
     """Yield a function that hears what is being done now; on a terminal it is shown with the time it takes."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console = _terminal()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export import parity, report
+from lora_export import report
 from lora_export.cli import doctor
-from lora_export.cli.arguments import split_name
-from lora_export.errors import Different, EnvironmentLacking, Undecided
+from lora_export.cli.arguments import say, split_name
+from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.evidence import Proof
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Runner
+from lora_export.onnx_runner import Placement, Runner
+from lora_export.parity import Outcome, Reason, Verdict
 from lora_export.provenance import record_of
 
 if TYPE_CHECKING:
@@ -97,14 +98,24 @@ def demanded(proof: Proof, what: str = "") -> Proof:
     """The proof, if it is one. Raises what its verdict means otherwise."""
     if proof.verdict.same:
         return proof
-    kind = Different if proof.verdict.outcome is parity.Outcome.DIFFERENT else Undecided
+    kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
     told = f"{what}: {proof.verdict}" if what else str(proof.verdict)
     raise kind(f"{told}\nNothing was written; --no-verify would publish it all the same.")
 
 
+def without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
+    """What ended a proof before anything was measured, as a proof that says so."""
+    from lora_export.runtime import environment
+
+    outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
+    gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
+    verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), perturbed=(), dtype="float32")
+    return Proof(verdict, placement, environment(), ended_with=error.exit_code)
+
+
 def document(proof: Proof | None) -> dict[str, Any] | None:
     """The proof as JSON; None where none was asked for."""
-    return report.document(proof.verdict, proof.placement, proof.about) if proof else None
+    return report.document(proof.verdict, proof.placement, proof.about, exit_code=proof.exit_code) if proof else None
 
 
 def show(proof: Proof | None) -> None:
@@ -113,3 +124,17 @@ def show(proof: Proof | None) -> None:
         click.echo("not verified (--no-verify)")
     else:
         report.print_verdict(report.console(), proof.verdict, proof.placement)
+
+
+def tell_github(proof: Proof, title: str) -> None:
+    """Annotations for the runner, and a summary for the run's page, where this is a step of a GitHub workflow."""
+    if "GITHUB_ACTIONS" not in os.environ:
+        return
+    for line in report.github.workflow_commands(proof.verdict, title):
+        click.echo(line, err=True)
+    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(report.github.summary(proof.verdict, proof.placement, proof.about, title=title))
+        except OSError as error:
+            say(f"the run's page was not written: {error}")

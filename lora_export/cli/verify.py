@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from lora_export.cli.arguments import (
     adapter_weights,
     adapters_option,
+    answer,
     inputs_option,
     json_option,
     load_adapters,
     provider_option,
     say,
 )
-from lora_export.errors import InputRefused
-
-if TYPE_CHECKING:
-    from lora_export.model import Model
-    from lora_export.runtime import Runner
+from lora_export.errors import Different, EnvironmentLacking, InputRefused, Undecided
 
 
 @click.command()
@@ -52,8 +50,14 @@ if TYPE_CHECKING:
     "reports",
     multiple=True,
     type=click.Path(path_type=Path),
-    metavar="FILE.json|.xml",
-    help="Write the verdict as JSON or JUnit XML; may be repeated.",
+    metavar="FILE.json|.xml|.html",
+    help="Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read and show); may be repeated.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Keep there what the fp64 referee says, and ask it only once for the same model, adapters and inputs.",
 )
 @json_option
 def command(
@@ -69,6 +73,7 @@ def command(
     rtol: float | None,
     seed: int,
     reports: tuple[Path, ...],
+    cache: Path | None,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -77,9 +82,11 @@ def command(
     .safetensors file of MODEL's weights. The verdict is `same` (exit 0), `different` (4) or
     `undecided` (5); 6 means that the asked provider did not do the work.
     """
+    from lora_export import candidate as candidates
     from lora_export import proof, report
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
+    from lora_export.formats.onnx_adapter import IDS
     from lora_export.model import load as load_model
 
     begun = time.perf_counter()
@@ -91,66 +98,80 @@ def command(
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
     if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id) != (None, None):
         raise click.UsageError("--onnx-adapter and --adapter-id are for .onnx files")
-    proving.require(provider)
-    loaded = load_adapters(adapters)
-    for note in (note for adapter in loaded for note in adapter.notes):
-        say(f"note: {note}")
-    with stages() as stage:
-        stage("loading the model")
-        base = load_model(model, loaded)
-        stage("loading the candidate")
-        runner = _runner(candidate, base, provider, onnx_adapter, adapter_id)
-        result = proof.prove(
-            runner,
-            base,
-            loaded,
-            strengths=weights,
-            seed=seed,
-            user_inputs=inputs_file,
-            device=provider,
-            atol=atol,
-            rtol=rtol,
-            step=lambda what: stage(f"verifying, {what}"),
-        )
+    runner, refusal = None, None
+    try:
+        proving.require(provider)
+        loaded = load_adapters(adapters)
+        for note in (note for adapter in loaded for note in adapter.notes):
+            say(f"note: {note}")
+        with stages() as stage:
+            stage("loading the model")
+            base = load_model(model, loaded)
+            stage("loading the candidate")
+            runner = candidates.open_candidate(
+                candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
+            )
+            if IDS in runner.axes:
+                raise click.UsageError(f"{candidate} was made with --lora rows: say --adapter-id N, 0 for the base")
+            result = proof.prove(
+                runner,
+                base,
+                loaded,
+                strengths=weights,
+                seed=seed,
+                user_inputs=inputs_file,
+                device=provider,
+                atol=atol,
+                rtol=rtol,
+                cache=cache,
+                step=lambda what: stage(f"verifying, {what}"),
+                say=say,
+            )
+            stage("hashing the candidate")
+            digests = candidates.hashes(candidate)
+    except (Different, Undecided, EnvironmentLacking) as error:
+        # No figures, but an answer all the same: it is reported as every other, and told on stderr.
+        refusal, digests = error, {}
+        result = proving.without_figures(error, getattr(runner, "placement", None))
     seconds = time.perf_counter() - begun
+    about = {
+        "candidate": {"path": str(candidate), "sha256": digests},
+        **result.about,
+        "seconds": round(seconds, 1),
+        "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": _command_line(),
+    }
+    result = replace(result, about=about)
     for path in reports:
-        report.write(path, result.verdict, placement=result.placement, about=result.about, seconds=seconds)
+        report.write(
+            path,
+            result.verdict,
+            placement=result.placement,
+            about=about,
+            exit_code=result.exit_code,
+            seconds=seconds,
+        )
     if as_json:
-        click.echo(json.dumps(proving.document(result)))
-    else:
+        answer(proving.document(result))
+    elif refusal is None:
         proving.show(result)
+    proving.tell_github(result, f"verify {candidate.name}")
+    if refusal is not None:
+        raise refusal
     return result.exit_code
 
 
-def _runner(path: Path, base: Model, provider: str, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
-    """Whatever runs a file of this kind."""
-    from lora_export import files
-    from lora_export.formats.onnx_adapter import IDS
-    from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
-
-    if not path.is_dir():
-        files.must_be_regular(path)
-    if path.suffix == ".onnx":
-        runner = OnnxRunner(path, provider)
-        runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
-        if adapter_id is None and IDS in runner.axes:
-            raise click.UsageError(f"{path} was made with --lora rows: say --adapter-id N, 0 for the base")
-        return runner if adapter_id is None else runner.with_rows([adapter_id])
-    if path.is_dir():
-        from lora_export.model import load as load_model
-
-        return ModuleRunner(load_model(str(path)).module, stored=_stored(path))
-    if path.suffix == ".safetensors":
-        from lora_export.model import with_weights
-
-        return ModuleRunner(with_weights(base, path), stored=_stored(path))
-    if path.suffix in (".pt", ".ts", ".pth"):
-        return ScriptRunner(path, base.input_names)
-    raise InputRefused(f"{path}: a candidate is an .onnx, .pt or .safetensors file, or a Hugging Face folder")
-
-
-def _stored(path: Path) -> dict[str, str]:
-    """The dtypes in which a checkpoint keeps its tensors."""
-    from lora_export.checkpoint import open_checkpoint
-
-    return {spec.name: spec.dtype for spec in open_checkpoint(path).specs}
+def _command_line() -> list[str]:
+    """The command as it was given, defaults left out, to be given again."""
+    context = click.get_current_context()
+    words = ["lora-export", "verify"]
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[str(parameter.name)]
+        spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
+        if value is True:
+            words += spelling
+        else:
+            words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
+    return words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.graph.branches import branch
 from lora_export.graph.files import in_memory
 from lora_export.graph.fold import fold
-from lora_export.graph.inputs import open_inputs
+from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import Sites, find
 from lora_export.ledger import MIN_RETENTION, StepResult, refuse_faint
@@ -45,6 +45,10 @@ class Order:
     @property
     def strengths(self) -> Sequence[float]:
         return self.weights or (1.0,) * len(self.adapters)
+
+    def planned(self, specs: Iterable[plan.TensorSpec]) -> Plan:
+        """Where its adapters land; those that are swapped are never there at once."""
+        return plan.make(self.adapters, specs, strengths=self.weights, apart=self.mode in SWAPPED)
 
 
 class Source(Protocol):
@@ -84,7 +88,7 @@ def weave(program: ir.Model, order: Order, source: Source, folder: Path, stage: 
         return []
     stage("finding its weights")
     sites = find(program, source.checkpoint)
-    steps = plan.make(order.adapters, sites.specs, strengths=order.weights) if order.adapters else None
+    steps = order.planned(sites.specs) if order.adapters else None
     notes = [note for adapter in order.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
         say(f"note: {note}")
@@ -97,10 +101,13 @@ def weave(program: ir.Model, order: Order, source: Source, folder: Path, stage: 
         ways[order.mode](program, sites, steps)
         return []
     wanted = {step.weight for step in (steps.steps if steps else ())} | set(source.targets(sites))
-    contract = open_inputs(program, sites, [name for name in sites.by_name if name in wanted], names=order.names)
+    dora = {step.weight for step in (steps.steps if steps else ()) if step.has_dora}
+    weights = [name for name in sites.by_name if name in wanted]
+    contract = open_inputs(program, sites, weights, names=order.names, dora=dora)
     for adapter in order.adapters:
         assert steps is not None
-        given = onnx_adapter.parameters(contract, steps, adapter.name)
+        factors = factors_of(program, contract, steps, adapter.name)
+        given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / file_name(adapter), given, contract, sha256=adapter.sha256)
     return [file_name(adapter) for adapter in order.adapters]
 

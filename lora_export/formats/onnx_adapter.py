@@ -1,9 +1,10 @@
 """onnxruntime's own adapter files, and the contract between such a file and a graph that takes it.
 
 A graph made for adapters has, at every place where one may stand, A (in, rank) and B (rank, out) as
-optional inputs. An `.onnx_adapter` is a FlatBuffer of tensors under those inputs' names
-(onnxruntime/lora/adapter_format/adapter_schema.fbs) and two whole numbers that onnxruntime never looks
-at. They are used here: `model_version` is the base's fingerprint, `adapter_version` the adapter's.
+optional inputs, and where it was made for DoRA, the factor of each output. An `.onnx_adapter` is a
+FlatBuffer of tensors under those inputs' names (onnxruntime/lora/adapter_format/adapter_schema.fbs) and
+two whole numbers that onnxruntime never looks at. They are used here: `model_version` is the base's
+fingerprint, `adapter_version` the adapter's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from lora_export import files
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, one_line
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, TensorSpec
 
 KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
@@ -36,22 +38,53 @@ SHOWN = 20  # misfits that an error lists
 ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
 
 Arrays = Mapping[str, NDArray[Any]]
+NO_ARRAYS: Arrays = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place in a graph where an adapter may stand."""
+    """One place in a graph where an adapter may stand.
+
+    A linear layer takes A (in, rank) and B (rank, out), an embedding the same, `in` being its number of rows,
+    and a convolution A (rank, in, kernel) and B (out, rank, 1...). The scale lies in B.
+    """
 
     weight: str  # the base's name for the weight beside which it stands
-    a: str  # the graph's input (in, rank)
-    b: str  # the graph's input (rank, out); the scale lies in it
-    shape: tuple[int, int]  # (out, in) of the weight
+    a: str  # the graph's input
+    b: str
+    shape: tuple[int, ...]  # (out, in, kernel) of the weight
     dtype: str
     digest: str  # of the weight's contents
+    factor: str = ""  # the graph's input (out, 1...) for DoRA's m / ‖W + sBA‖; empty where it has none
+    embedding: bool = False
+    value: str = ""  # the graph's initializer that holds the weight
+    block: tuple[int, int] | None = None  # which of its output features, where others lie beside them
+    quantised: str = ""  # how it is, in words; empty where it is not
 
     @property
     def spec(self) -> TensorSpec:
-        return TensorSpec(self.weight, self.shape, self.dtype, Layout.OUT_IN)
+        shape = self.shape[::-1] if self.embedding else self.shape
+        return TensorSpec(self.weight, shape, self.dtype, Layout.EMBEDDING if self.embedding else Layout.OUT_IN)
+
+    @property
+    def takes(self) -> dict[str, tuple[int | None, ...]]:
+        """What shape each of its inputs has; the rank's size is None."""
+        out, inner, *kernel = self.shape
+        ones = (1,) * len(kernel)
+        shapes: dict[str, tuple[int | None, ...]]
+        shapes = {self.a: (None, inner, *kernel), self.b: (out, None, *ones)}
+        if not kernel:
+            shapes = {self.a: (inner, None), self.b: (None, out)}
+        return shapes | ({self.factor: (out, *ones)} if self.factor else {})
+
+    def bare(self) -> dict[str, NDArray[Any]]:
+        """What each of its inputs holds where there is no adapter: the rank is zero, the factor one."""
+        fill = {name: np.zeros if name != self.factor else np.ones for name in self.takes}
+        return {name: fill[name]([size or 0 for size in shape], self.dtype) for name, shape in self.takes.items()}
+
+    def ranks_of(self, name: str) -> int:
+        """The axis of an input that is the rank."""
+        return self.takes[name].index(None)
 
 
 @dataclass(frozen=True)
@@ -69,13 +102,13 @@ class Contract:
 
     @property
     def inputs(self) -> dict[str, Place]:
-        return {name: place for place in self.places for name in (place.a, place.b)}
+        return {name: place for place in self.places for name in place.takes}
 
     def __str__(self) -> str:
         """As it stands in a graph's metadata."""
+        defaults = {one.name: one.default for one in fields(Place)}
         places = [
-            {"weight": p.weight, "a": p.a, "b": p.b, "shape": list(p.shape), "dtype": p.dtype, "digest": p.digest}
-            for p in self.places
+            {key: value for key, value in asdict(place).items() if value != defaults[key]} for place in self.places
         ]
         return json.dumps({"base": self.base, "names": self.names, "places": places})
 
@@ -98,9 +131,16 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
 
 
 def _place(entry: Mapping[str, Any]) -> Place:
-    out_features, in_features = entry["shape"]
+    shape = tuple(map(int, entry["shape"]))
+    if len(shape) < 2:
+        raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
-    return Place(shape=(int(out_features), int(in_features)), **texts)
+    texts |= {key: str(entry[key]) for key in ("factor", "value", "quantised") if key in entry}
+    block = None
+    if "block" in entry:
+        start, stop = entry["block"]
+        block = int(start), int(stop)
+    return Place(shape=shape, embedding=bool(entry.get("embedding")), block=block, **texts)
 
 
 def _31_bits(fingerprint: str) -> int:
@@ -111,54 +151,67 @@ def _31_bits(fingerprint: str) -> int:
 
 
 def refuse_what_no_input_carries(adapters: Sequence[Adapter]) -> None:
-    """Raise InputRefused for adapters that hold more than low-rank pairs of matrices, naming what."""
+    """Raise InputRefused for adapters that hold more than low-rank pairs, naming what."""
     told = []
     for adapter in adapters:
         bad = [f"{name}: a whole tensor" for name in adapter.replaced]
         bad += [f"{name}: a change of a bias" for name in adapter.biases]
         bad += [f"{name}: rows of tokens" for name in adapter.rows]
-        bad += [f"{name}: {what}" for name, pair in adapter.pairs.items() if (what := _unfit(pair))]
         told += [one_line(f"  {adapter.name}, {line}") for line in bad]
     if told:
         more = [f"  and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
         raise InputRefused(
-            "A and B of linear layers can be swapped while a graph runs; these cannot:\n"
+            "low-rank pairs can be swapped while a graph runs; these cannot:\n"
             + "\n".join([*told[:SHOWN], *more])
             + "\nMerge such an adapter into a graph of its own (--lora merged). Nothing was written."
         )
 
 
-def _unfit(pair: LoraPair) -> str:
-    if pair.magnitude is not None:
-        return "DoRA, whose factor such a graph has no input for"
-    if pair.embedding:
-        return "an embedding, which reads no x"
-    return "" if pair.a.ndim == pair.b.ndim == 2 else "a convolution"
+def refuse_dora_without_a_place(contract: Contract, plan: Plan) -> None:
+    """Raise InputRefused, with every such weight, where an adapter has DoRA and the graph no input for its factor."""
+    with_factor = {place.weight for place in contract.places if place.factor}
+    lacking = [
+        one_line(f"  {term.adapter}, {step.weight}")
+        for step in plan.low_rank
+        for term in step.terms
+        if term.pair.magnitude is not None and step.weight not in with_factor
+    ]
+    if lacking:
+        more = [f"  and {len(lacking) - SHOWN} more"] if len(lacking) > SHOWN else []
+        raise InputRefused(
+            "the graph has no input for DoRA's factor at these weights:\n"
+            + "\n".join([*lacking[:SHOWN], *more])
+            + "\nA graph has one where an adapter with DoRA was given when it was made. Nothing was written."
+        )
 
 
-def parameters(contract: Contract, plan: Plan, adapter: str) -> dict[str, NDArray[Any]]:
-    """What one adapter of a plan gives to the graph's inputs: A (in, rank), and B (rank, out) times its scale.
+def parameters(contract: Contract, plan: Plan, adapter: str, factors: Arrays = NO_ARRAYS) -> dict[str, NDArray[Any]]:
+    """What one adapter of a plan gives to the graph's inputs: A, and B times its scale, and DoRA's factors.
 
-    Two pairs of one adapter that land on one weight stand side by side in the rank. Raises InputRefused
-    where the graph's dtype cannot hold a value.
+    Two pairs of one adapter that land on one weight stand side by side in the rank. `factors` are, by weight,
+    what `graph.dora` made of the adapter's magnitudes; where an adapter has none, it gives ones. Raises
+    InputRefused where the graph's dtype cannot hold a value, and for DoRA where the graph does not take it.
     """
+    refuse_dora_without_a_place(contract, plan)
     by_weight = {place.weight: place for place in contract.places}
     given: dict[str, NDArray[Any]] = {}
     for step in plan.low_rank:
-        terms = [term for term in step.terms if term.adapter == adapter]
-        if not terms:
+        own = step.of(adapter)
+        if own is None:
             continue
         place = by_weight[step.weight]
-        with np.errstate(over="ignore"):  # looked for where it is stored
-            scaled = [term.pair.b.T * np.float32(term.strength * term.pair.scale) for term in terms]
-        a = np.concatenate([term.pair.a.T for term in terms], axis=1)
-        b = np.concatenate(scaled)
-        for name, array in ((place.a, a), (place.b, b)):
+        sides: dict[str, NDArray[Any]] = {
+            name: np.concatenate(arrays, axis=place.ranks_of(name))
+            for name, *arrays in zip((place.a, place.b), *(term.factors for term in own.terms), strict=True)
+        }
+        if place.factor:
+            sides[place.factor] = place.bare()[place.factor] if own.magnitude is None else factors[step.weight]
+        for name, array in sides.items():
             given[name] = stored(f"{adapter}, {step.weight}", name, array, place.dtype)
     return given
 
 
-def stored(what: str, name: str, array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+def stored(what: str, name: str, array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """A factor in the graph's dtype. Raises InputRefused where that cannot hold a value."""
     kind = np.dtype(dtype)
     with np.errstate(over="ignore"):  # looked for below
@@ -239,24 +292,27 @@ def _misfits(adapter: OnnxAdapter, contract: Contract) -> Iterator[str]:
         if name not in contract.inputs:
             yield f"{name}: the graph has no such input for an adapter"
     for place in contract.places:
-        a, b = adapter.values.get(place.a), adapter.values.get(place.b)
-        if (a is None) != (b is None):
-            yield f"{place.a if a is None else place.b}: missing, though {place.b if a is None else place.a} is there"
-        for name, value in ((place.a, a), (place.b, b)):
-            if value is not None and value.element_type() != ONNX_TYPES[place.dtype]:
+        there = {name: adapter.values[name] for name in place.takes if name in adapter.values}
+        for name in place.takes:
+            if there and name not in there:
+                yield f"{name}: missing, though {next(iter(there))} is there"
+        for name, value in there.items():
+            if value.element_type() != ONNX_TYPES[place.dtype]:
                 yield f"{name}: {value.data_type()}, the graph takes {place.dtype}"
-        if a is not None and b is not None:
-            yield from _shape_misfits(place, list(a.shape()), list(b.shape()))
+        if len(there) == len(place.takes):
+            yield from _shape_misfits(place, {name: list(value.shape()) for name, value in there.items()})
 
 
-def _shape_misfits(place: Place, a: list[int], b: list[int]) -> Iterator[str]:
-    out_features, in_features = place.shape
-    if len(a) != 2 or a[0] != in_features:
-        yield f"{place.a}: {a}, the graph takes [{in_features}, rank]"
-    elif len(b) != 2 or b[1] != out_features:
-        yield f"{place.b}: {b}, the graph takes [rank, {out_features}]"
-    elif a[1] != b[0]:
-        yield f"{place.a} {a} and {place.b} {b}: the ranks disagree"
+def _shape_misfits(place: Place, shapes: Mapping[str, list[int]]) -> Iterator[str]:
+    for name, shape in shapes.items():
+        wanted = place.takes[name]
+        if len(shape) != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, shape, strict=True)):
+            sizes = ["rank" if size is None else str(size) for size in wanted]
+            yield f"{name}: {shape}, the graph takes [{', '.join(sizes)}]"
+            return
+    a, b = (shapes[name][place.ranks_of(name)] for name in (place.a, place.b))
+    if a != b:
+        yield f"{place.a} {shapes[place.a]} and {place.b} {shapes[place.b]}: the ranks disagree"
 
 
 def as_array(value: Any) -> NDArray[Any]:

@@ -349,12 +349,18 @@ def _said_of(module: str, config: Mapping[str, Any], patterns: str, default: str
     return next(iter(config[patterns].values(module)), config[default])
 
 
+def _targeted(module: str, key: str) -> str:
+    """What PEFT called the module when it asked its patterns: an attention's output projection is the attention's."""
+    return module.removesuffix(".out_proj") if OUT_PROJ in key else module
+
+
 def _pair(
     module: str, file: tensorfile.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
 ) -> LoraPair:
     a, b = file.read(keys[A][module]), file.read(keys[B][module])
-    rank = _said_of(module, config, "rank_pattern", "r")
-    alpha = _said_of(module, config, "alpha_pattern", "lora_alpha")
+    targeted = _targeted(module, keys[A][module])
+    rank = _said_of(targeted, config, "rank_pattern", "r")
+    alpha = _said_of(targeted, config, "alpha_pattern", "lora_alpha")
     embedding = module in keys[EMBEDDING]
     if embedding is not (".lora_embedding_B" in keys[B][module]):
         raise InputRefused("one of lora_A and lora_B is an embedding's, the other is not")
@@ -415,8 +421,8 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
     # PEFT saves its patterns sorted: where several match, it may have trained with another one.
     notes += [
         f"{module}: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does"
-        for module in keys[A]
-        if len(set(config["alpha_pattern"].values(module))) > 1
+        for module, key in keys[A].items()
+        if len(set(config["alpha_pattern"].values(_targeted(module, key)))) > 1
     ]
     notes += [
         f"{tensor} is saved whole, undeclared: it replaces the base's tensor"

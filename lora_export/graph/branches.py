@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,20 +12,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.graph.dora import length_factor
 from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
 from lora_export.graph.quantised import NBITS
-from lora_export.graph.readers import ONNX, identity
+from lora_export.graph.readers import common_dtype
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
-from lora_export.lora import LoraPair, energies
-from lora_export.plan import Layout, Plan, Step, Term
+from lora_export.plan import Plan, Step, Term
 
 Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
 NONE: Attributes = MappingProxyType({})
 # Operators that add a bias, and at which input.
 BIASES: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, NBITS: 5})
-LOWEST_OPSET = 11  # a Gemm can do without its bias since
-OUTPUTS = 512  # of a weight, whose lengths are computed in fp64 at a time
+LOWEST_OPSET = 11  # a Gemm can do without its bias since, and Pad has its sizes as an input
 
 
 def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
@@ -38,96 +36,64 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     An embedding's branch looks up rows of A (num, r) as the layer looks up its own; a convolution's is
     a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is multiplied by
     `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before the bias is
-    added. The base's weights keep their bytes. Whole tensors and bias shifts are folded in. `sites`
-    does not describe the graph any more then.
+    added. Where a weight is a block of several that lie side by side, B is filled up with zeros for its
+    neighbours' outputs, and the factor with ones. The base's weights keep their bytes, quantised ones
+    too. Whole tensors and bias shifts are folded in. `sites` does not describe the graph any more then.
 
     Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
-    graph holds such branches already, where its opset is below 11 for DoRA, and as `fold` does; throw
-    the graph away then.
+    graph holds such branches already, where its opset is below 11 for DoRA or a block, and as `fold`
+    does; throw the graph away then.
     """
     refuse_what_no_branch_can_do(plan)
-    _refuse_old(model, plan)
     # First, while every bias is still where `sites` says.
     folded = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
     weaver, several = Weaver(model), len(plan.adapters) > 1
     for step in plan.low_rank:
-        there = weaver.places(step.weight, sites, _obstacle_to(step.terms[0].pair))
-        _refuse_groups(step, there)
-        pairs = [_pair(weaver, step, term, there[0], _label(term, several=several)) for term in step.terms]
-        lengths = _Lengths(weaver, step, _label(step.terms[0], several=several))
+        there = weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding)
+        pairs = [_pair(weaver, step, term, there, _label(term, several=several)) for term in step.terms]
+        lengths = _Lengths(weaver, step, common_dtype(there), _label(step.terms[0], several=several))
         for site in there:
             weaver.stand_beside(site, [weaver.low_rank(site, a, b) for a, b in pairs], lengths.of(site))
     return [result for result in folded if result is not None]
 
 
-def _refuse_old(model: ir.Model, plan: Plan) -> None:
-    opset = model.opset_imports.get("", 0)
-    if opset < LOWEST_OPSET and any(step.magnitude is not None for step in plan.steps):
-        raise InputRefused(
-            f"the graph is of opset {opset}; DoRA beside its weights needs {LOWEST_OPSET}. Export it anew, or merge"
-        )
-
-
-def _obstacle_to(pair: LoraPair) -> Callable[[Site], str]:
-    """As `Site.obstacle`, where a pair of this kind is to stand beside."""
-
-    def obstacle(site: Site) -> str:
-        alone = site.inner is None and site.block is None
-        if pair.embedding:
-            return "" if alone and _is_lookup(site) else site.obstacle or site.node.op_type
-        return "" if alone and _is_convolution(site) else site.obstacle
-
-    return obstacle
-
-
-def _is_lookup(site: Site) -> bool:
-    return identity(site.node) == (ONNX, "Gather") and site.layout is Layout.EMBEDDING
-
-
-def _is_convolution(site: Site) -> bool:
-    return identity(site.node) == (ONNX, "Conv") and site.layout is Layout.OUT_IN
-
-
-def _refuse_groups(step: Step, there: Sequence[Site]) -> None:
-    groups = max(site.node.attributes.get_int("group", 1) if _is_convolution(site) else 1 for site in there)
-    if groups > 1:
-        raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {groups} groups")
+def obstacle_to(site: Site, *, embedding: bool) -> str:
+    """As `Site.obstacle`, where a pair of an embedding's, or of another layer's kind is to stand beside."""
+    alone = site.inner is None and site.block is None
+    if embedding:
+        return "" if alone and site.is_lookup else site.obstacle or site.node.op_type
+    return "" if alone and site.is_convolution else site.obstacle
 
 
 def _label(term: Term, *, several: bool) -> str:
     return f".{term.adapter}" if several else ""
 
 
-def _pair(weaver: Weaver, step: Step, term: Term, site: Site, label: str) -> tuple[Factor, Factor]:
-    """A (in, r) and s·B (r, out) as initializers in the weight's dtype; a convolution's as its pair has them.
-
-    `in` is how many rows an embedding has.
-    """
-    module, dtype = module_of(step.weight), np.dtype(site.dtype)
-    scale = np.float32(term.strength * term.pair.scale)
+def _pair(weaver: Weaver, step: Step, term: Term, there: Sequence[Site], label: str) -> tuple[Factor, Factor]:
+    """A and s·B, as `Term.factors` has them, as initializers in the dtype of the weight's readers."""
+    module, dtype = module_of(step.weight), np.dtype(common_dtype(there))
     with np.errstate(over="ignore"):  # looked for where it is stored
-        a, b = term.pair.a.astype(dtype), (term.pair.b * scale).astype(dtype)
-    if a.ndim == 2:
-        a, b = a.T, b.T
+        a, b = (side.astype(dtype) for side in term.factors)
     return weaver.factor(module, f"lora_A{label}", a), weaver.factor(module, f"lora_B{label}", b)
 
 
 class _Lengths:
     """What DoRA multiplies each output of a step's weight by, as initializers: one for each weight that differs."""
 
-    def __init__(self, weaver: Weaver, step: Step, label: str):
-        self.weaver, self.step, self.label = weaver, step, label
+    def __init__(self, weaver: Weaver, step: Step, dtype: str, label: str):
+        self.weaver, self.step, self.dtype, self.label = weaver, step, dtype, label
         self.made: list[tuple[NDArray[Any], Factor]] = []
-        self.by_holder: dict[ir.Value | ir.Node, Factor] = {}
+        self.by_holder: dict[tuple[ir.Value | ir.Node, range | None], Factor] = {}
 
-    def of(self, site: Site) -> Factor | None:
-        """m / ‖W + sBA‖ (out,), a convolution's (out, 1...), for the weight that is read there; None without DoRA."""
+    def of(self, site: Site) -> Rescaling | None:
+        """The multiplication by m / ‖W + sBA‖, for the weight that is read there; None without DoRA."""
         if self.step.magnitude is None:
             return None
-        holder = site.value if site.quantised is None else site.quantised.node
+        holder = site.holder, site.block
         if holder not in self.by_holder:
-            self.by_holder[holder] = self._stored(_length_factor(self.step, site))
-        return self.by_holder[holder]
+            with np.errstate(over="ignore"):  # looked for where it is stored
+                self.by_holder[holder] = self._stored(length_factor(self.step, site).astype(self.dtype))
+        return self.weaver.rescaling(site, self.by_holder[holder])
 
     def _stored(self, array: NDArray[Any]) -> Factor:
         for other, factor in self.made:
@@ -136,21 +102,6 @@ class _Lengths:
         factor = self.weaver.factor(module_of(self.step.weight), f"lora_magnitude_vector{self.label}", array)
         self.made.append((array, factor))
         return factor
-
-
-def _length_factor(step: Step, site: Site) -> NDArray[Any]:
-    """m / ‖W + sBA‖ of each output, in fp64 from what the site stores, rounded once to the dtype it computes in."""
-    (term,) = step.terms  # a plan lets no other stand beside DoRA
-    matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
-    weight = matrix.reshape(term.pair.shape[0], -1)
-    a = term.pair.a.reshape(term.pair.rank, -1).astype(np.float64)
-    b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * (term.strength * term.pair.scale)
-    parts = [slice(begin, begin + OUTPUTS) for begin in range(0, len(weight), OUTPUTS)]
-    squares = np.concatenate([energies(weight[part].astype(np.float64) + b[part] @ a) for part in parts])
-    factor = np.ones((len(squares), 1))
-    step.rescale(factor, squares)
-    with np.errstate(over="ignore"):  # looked for where it is stored
-        return factor.reshape(-1, *[1] * (term.pair.a.ndim - 2)).astype(site.dtype)
 
 
 def module_of(weight: str) -> str:
@@ -173,6 +124,13 @@ class Branch(NamedTuple):
     path: str
 
 
+class Rescaling(NamedTuple):
+    """The multiplication of a layer's product, branches included, by DoRA's factor."""
+
+    nodes: Callable[[ir.Value], list[ir.Node]]  # of the product; the last gives the result
+    path: str
+
+
 class Weaver:
     """Adds nodes and initializers to a graph under names that are free."""
 
@@ -182,17 +140,18 @@ class Weaver:
         self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.old = frozenset(self.values)
 
-    def places(
-        self, weight: str, sites: Sites, obstacle: Callable[[Site], str] = attrgetter("obstacle")
-    ) -> tuple[Site, ...]:
+    def places(self, weight: str, sites: Sites, *, embedding: bool = False) -> tuple[Site, ...]:
         """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers."""
         there = sites.by_name[weight]
-        strangers = sorted({told for site in there if (told := obstacle(site))})
+        strangers = sorted({told for site in there if (told := obstacle_to(site, embedding=embedding))})
         if strangers:
             raise InputRefused(
                 f"{weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
                 "adapter into the weights instead"
             )
+        groups = max(site.node.attributes.get_int("group", 1) if site.is_convolution else 1 for site in there)
+        if groups > 1:
+            raise InputRefused(f"{weight}: a pair has no meaning beside a convolution of {groups} groups")
         return there
 
     def factor(self, module: str, part: str, array: NDArray[Any], *, name: str = "") -> Factor:
@@ -209,37 +168,96 @@ class Weaver:
 
     def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
         """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
-        if _is_lookup(site):
-            return self._looked_up(site, a, b)
-        if _is_convolution(site):
-            return self._convolved(site, a, b)
-        x = site.node.inputs[0]
-        assert x is not None
-        turned, amplified = _attributes(site.node)
-        down = self._multiply(x, a, turned)
-        up = self._multiply(down.outputs[0], b, amplified)
-        return Branch([down, up], up.outputs[0], b.path)
+        before, a = self.suited(site, a)
+        widened, b = self.suited(site, b, fill=0.0)
+        if site.is_lookup:
+            nodes = self._looked_up(site, a, b)
+        elif site.is_convolution:
+            nodes = self._convolved(site, a, b)
+        else:
+            x = site.node.inputs[0]
+            assert x is not None
+            turned, amplified = _attributes(site.node)
+            down = self._multiply(x, a, turned)
+            nodes = [down, self._multiply(down.outputs[0], b, amplified)]
+        return Branch([*before, *widened, *nodes], nodes[-1].outputs[0], b.path)
 
-    def _looked_up(self, site: Site, a: Factor, b: Factor) -> Branch:
+    def suited(self, site: Site, factor: Factor, *, fill: float | None = None) -> tuple[list[ir.Node], Factor]:
+        """A factor in the dtype that the site computes in, and the nodes that make it so.
+
+        With `fill`, its last dimension is that of all the outputs of the site's matrix: a block's neighbours, where
+        it has any, have this number.
+        """
+        kind = ir.DataType.from_numpy(np.dtype(site.dtype))
+        nodes = [] if factor.value.dtype == kind else [self._cast_to(kind, factor.value, factor.path)]
+        if fill is not None and site.block is not None:
+            nodes += self._widened(site, _behind(factor, nodes), fill)
+        return nodes, _behind(factor, nodes)
+
+    def _cast_to(self, kind: ir.DataType, value: ir.Value, path: str) -> ir.Node:
+        node = self.node("Cast", [value], path, value.shape, {"to": int(kind)})
+        node.outputs[0].type = ir.TensorType(kind)
+        return node
+
+    def _widened(self, site: Site, factor: Factor, fill: float) -> list[ir.Node]:
+        """B as wide as the whole matrix is one multiplication and one addition beside it, whatever the blocks.
+
+        To fill up or concatenate the products instead is as fast, and would do so with every token.
+        """
+        assert site.block is not None
+        self.needs(LOWEST_OPSET, "an adapter beside a part of a weight")
+        value, path = factor.value, factor.path
+        assert value.shape is not None
+        sides = [0] * len(value.shape)
+        sizes = [*sides[1:], site.block.start, *sides[1:], site.width - site.block.stop]
+        shape = ir.Shape([*value.shape[:-1], site.width])
+        nodes = []
+        if value.dtype == ir.DataType.BFLOAT16:  # which onnxruntime has no Pad for
+            nodes.append(self._cast_to(ir.DataType.FLOAT, value, path))
+            value = nodes[-1].outputs[0]
+        assert value.dtype is not None
+        inputs = [value, self.constant(path, "outputs", np.array(sizes, np.int64))]
+        if fill:
+            inputs.append(self.constant(path, "fill", np.array(fill, value.dtype.numpy())))
+        nodes.append(self.node("Pad", inputs, path, shape))
+        if factor.value.dtype == ir.DataType.BFLOAT16:
+            nodes.append(self._cast_to(ir.DataType.BFLOAT16, nodes[-1].outputs[0], path))
+        return nodes
+
+    def needs(self, opset: int, what: str) -> None:
+        """Raise InputRefused for a graph of an older set of operators."""
+        there = self.model.opset_imports.get("", 0)
+        if there < opset:
+            raise InputRefused(f"the graph is of opset {there}; {what} needs {opset}. Export it anew, or merge")
+
+    def _looked_up(self, site: Site, a: Factor, b: Factor) -> list[ir.Node]:
         ids = site.node.inputs[1]
         assert ids is not None and a.value.shape is not None
         shape = None if ids.shape is None else ir.Shape([*ids.shape, a.value.shape[-1]])
         down = self.node("Gather", [a.value, ids], a.path, shape)
-        up = self._multiply(down.outputs[0], b, NONE)
-        return Branch([down, up], up.outputs[0], b.path)
+        return [down, self._multiply(down.outputs[0], b, NONE)]
 
-    def _convolved(self, site: Site, a: Factor, b: Factor) -> Branch:
+    def _convolved(self, site: Site, a: Factor, b: Factor) -> list[ir.Node]:
         x, product = site.node.inputs[0], site.node.outputs[0]
         assert x is not None and a.value.shape is not None
         shape = product.shape and ir.Shape([product.shape[0], a.value.shape[0], *product.shape[2:]])
         down = self.node("Conv", [x, a.value], a.path, shape, site.node.attributes)
-        up = self.node("Conv", [down.outputs[0], b.value], b.path, product.shape)
-        return Branch([down, up], up.outputs[0], b.path)
+        return [down, self.node("Conv", [down.outputs[0], b.value], b.path, product.shape)]
 
-    def stand_beside(self, site: Site, branches: Sequence[Branch], length: Factor | None = None) -> None:
+    def rescaling(self, site: Site, factor: Factor) -> Rescaling:
+        """The multiplication of all rows by one factor (out,), a convolution's (out, 1...)."""
+        self.needs(LOWEST_OPSET, "DoRA beside its weights")
+        before, last = self.suited(site, factor, fill=1.0)
+
+        def nodes(total: ir.Value) -> list[ir.Node]:
+            return [*before, self.node("Mul", [total, last.value], factor.path, total.shape)]
+
+        return Rescaling(nodes, factor.path)
+
+    def stand_beside(self, site: Site, branches: Sequence[Branch], rescaling: Rescaling | None = None) -> None:
         """Add the branches to what a site's node computes, before anything reads it.
 
-        `length` multiplies the sum; the node's own bias is added behind it.
+        `rescaling` is of the sum; the node's own bias is added behind it.
         """
         product = site.node.outputs[0]
         assert site.node.graph is not None
@@ -250,8 +268,8 @@ class Weaver:
             add = self.node("Add", [total, branch.product], branch.path, product.shape)
             added += [*branch.nodes, add]
             total = add.outputs[0]
-        if length is not None:
-            added += self._rescaled(site, total, length)
+        if rescaling is not None:
+            added += self._rescaled(site, total, rescaling)
             total = added[-1].outputs[0]
         site.node.graph.insert_after(site.node, added)
         for node, index in uses:
@@ -262,15 +280,15 @@ class Weaver:
                     total.name, product.name = product.name, total.name
                     graph.outputs[index] = total
 
-    def _rescaled(self, site: Site, total: ir.Value, length: Factor) -> list[ir.Node]:
+    def _rescaled(self, site: Site, total: ir.Value, rescaling: Rescaling) -> list[ir.Node]:
         """The sum by each output's length, and the bias, taken out of the site's node, added behind."""
-        shape = site.node.outputs[0].shape
-        nodes = [self.node("Mul", [total, length.value], length.path, shape)]
+        nodes = rescaling.nodes(total)
         bias = self._bias_taken_out(site.node)
         if bias is not None:
-            before = self._as_added(site, bias, length.path)
+            before = self._as_added(site, bias, rescaling.path)
             last = before[-1].outputs[0] if before else bias
-            nodes += [*before, self.node("Add", [nodes[0].outputs[0], last], length.path, shape)]
+            shape = site.node.outputs[0].shape
+            nodes += [*before, self.node("Add", [nodes[-1].outputs[0], last], rescaling.path, shape)]
         return nodes
 
     def _bias_taken_out(self, node: ir.Node) -> ir.Value | None:
@@ -285,16 +303,17 @@ class Weaver:
 
     def _as_added(self, site: Site, bias: ir.Value, path: str) -> list[ir.Node]:
         """The nodes that make a bias what its node added: a Gemm's times beta, a convolution's upright."""
-        if _is_convolution(site):
+        if site.is_convolution:
             upright = np.array([-1, *[1] * (len(site.shape) - 2)], np.int64)
-            return [self.node("Reshape", [bias, self._constant(path, "shape", upright)], path)]
+            return [self.node("Reshape", [bias, self.constant(path, "shape", upright)], path)]
         beta = site.node.attributes.get_float("beta", 1.0)
         if beta == 1:
             return []
-        factor = self._constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
+        factor = self.constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
         return [self.node("Mul", [bias, factor], path, bias.shape)]
 
-    def _constant(self, path: str, name: str, array: NDArray[Any]) -> ir.Value:
+    def constant(self, path: str, name: str, array: NDArray[Any]) -> ir.Value:
+        """A new initializer of a name that follows a node's path."""
         name = unused(f"{path[1:].replace('/', '.')}.{name}", self.values)
         return new_initializer(self.model, name, ir.Tensor(array))
 
@@ -316,6 +335,11 @@ class Weaver:
         name = unused(f"{path}/{op_type}", self.nodes)
         output = ir.Value(name=unused(f"{name}_output_0", self.values), type=inputs[0].type, shape=shape)
         return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
+
+
+def _behind(factor: Factor, nodes: Sequence[ir.Node]) -> Factor:
+    """A factor as the last of these nodes leaves it."""
+    return factor._replace(value=nodes[-1].outputs[0]) if nodes else factor
 
 
 def _attributes(node: ir.Node) -> tuple[Attributes, Attributes]:

@@ -153,7 +153,7 @@ def _without_data(message: bytes) -> onnx.ModelProto:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-            tensor.dims[:] = [0] * max(1, len(tensor.dims))  # a number, too
+            tensor.dims[:] = [0] * max(len(tensor.dims), 1)  # a scalar would hold one number
     return proto
 
 

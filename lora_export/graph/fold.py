@@ -76,8 +76,9 @@ def refuse_quantised(step: Step, sites: Sites) -> None:
     if kinds:
         raise InputRefused(
             f"{step.weight} is quantised ({', '.join(sorted(kinds))}): its weights are never quantised again silently. "
-            "Keep the adapter beside it (--lora nodes), as one that was trained on a quantised base wants it; or merge "
-            "into the float model, and quantise that"
+            "Keep the adapter beside it (onnx MODEL.onnx --lora nodes), as one that was trained on a quantised base "
+            "wants it; or quantise it again with the change in it (merge --requantize), which rounds the change too; "
+            "or merge into the float model, and quantise that"
         )
 
 
@@ -136,7 +137,7 @@ def _as_stored(step: Step, site: Site) -> Step:
     spec = step.spec
     lies = spec.layout if site.layout is Layout.OTHER else site.layout
     turned = lies.is_turned != spec.layout.is_turned
-    dtype = str(site.tensor.dtype.numpy())
+    dtype = site.dtype if site.quantised is not None else str(site.tensor.dtype.numpy())
     stored = replace(spec, shape=site.shape, dtype=dtype, layout=lies)
     whole = step.replace.T if step.replace is not None and turned else step.replace
     return replace(step, spec=stored, replace=whole)
@@ -167,6 +168,19 @@ def _own_value(model: ir.Model, sites: Sites, value: ir.Value, mine: Sequence[Si
     return own
 
 
+def alone(model: ir.Model, value: ir.Value, readers: Sequence[tuple[ir.Node, int]], name: str) -> ir.Value:
+    """The initializer that these inputs of nodes, and no others, read from now on: `value`, or a new one like it."""
+    tensor = tensor_of(value)
+    assert tensor is not None
+    if value.is_initializer() and not value.is_graph_output() and set(value.uses()) <= set(readers):
+        return value
+    own = new_initializer(model, unused(name, value_names(model)), tensor)
+    for node, index in readers:
+        node.replace_input_with(index, own)
+    _drop_idle(value)
+    return own
+
+
 def _behind(model: ir.Model, site: Site, own: ir.Value) -> ir.Value:
     """`own` behind nodes like those that stand between the site's value and its reader."""
     between: list[ir.Node] = []
@@ -183,7 +197,8 @@ def _behind(model: ir.Model, site: Site, own: ir.Value) -> ir.Value:
     for node in reversed(between):
         name, old = unused(f"{own.name}_{node.op_type}", taken), node.outputs[0]
         output = ir.Value(name=name, type=old.type, shape=old.shape)
-        copy = ir.node(node.op_type, [last], node.attributes, domain=node.domain, outputs=[output], name=name)
+        inputs = [last, *node.inputs[1:]]  # a DequantizeLinear has scales
+        copy = ir.node(node.op_type, inputs, node.attributes, domain=node.domain, outputs=[output], name=name)
         reader.insert_before(site.node, copy)
         last = output
     return last
@@ -192,7 +207,7 @@ def _behind(model: ir.Model, site: Site, own: ir.Value) -> ir.Value:
 def _drop_idle(value: ir.Value) -> None:
     """Remove what only led from the weight to its former readers."""
     for node, _ in list(value.uses()):
-        if node.op_type in ("Transpose", "Cast", "Identity"):
+        if node.op_type in ("Transpose", "Cast", "Identity", "DequantizeLinear"):
             _drop_idle(node.outputs[0])
             _remove_idle(node)
     producer = value.producer()

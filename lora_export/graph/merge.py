@@ -12,8 +12,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +26,14 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.files import data_name
 from lora_export.graph import wire
 from lora_export.graph.files import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
-from lora_export.graph.fold import Landing, change_in_memory, land, refuse_quantised, refuse_what_a_graph_cannot_take
+from lora_export.graph.fold import (
+    Landing,
+    change_in_memory,
+    land,
+    refuse_quantised,
+    refuse_what_a_graph_cannot_take,
+)
+from lora_export.graph.requantise import Part, Requantised, is_quantised, refuse_unknown_scheme, take_over
 from lora_export.graph.sites import Sites
 from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, Tally, refuse_faint
 from lora_export.lora import EVERY_ROW
@@ -34,6 +41,11 @@ from lora_export.plan import Plan
 from lora_export.rewrite import Move, Patch
 from lora_export.tensorfile import PAGE, Entry
 from lora_export.transfer import Block, Bytes, Hashes
+
+WAYS_OUT = (
+    "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
+    "quantise that"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +55,15 @@ class _Weight:
     value: ir.Value
     source: Path
     move: Move
+    part: tuple[Requantised, Part] | None = None  # what is made in place of a copy
 
     @property
     def old(self) -> Entry:
         return self.move.old
+
+    @property
+    def is_copy(self) -> bool:
+        return self.part is None and self.move.is_copy
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,24 +86,27 @@ def merge_graph(
     min_retention: float = MIN_RETENTION,
     hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
+    requantise: bool = False,
 ) -> MergeReport:
     """Carry out a plan over the graph of a file, into the folder `stage` (see `files.stage_file`).
 
     Weights inside the graph's file stay inside, those in files beside it go into one file that is named by its
     content. Only the plan's weights change; whoever shared one of their tensors gets an initializer of its own.
     The graph's properties stay, and say where it comes from; its exporter's notes on this machine go (`strip`).
+    With `requantise`, quantised weights are quantised again in the scheme that they have; else they are refused.
     Peak memory is the graph without its weights and a few blocks. The graph in `graph.model` is used up.
 
     Raises InputRefused when an adapter is in the graph already, a value is not finite, a file changes meanwhile, or
     a weight keeps less than `min_retention` of its change.
     """
     begun = time.perf_counter()
-    refuse_before_the_work(plan, graph, sites)
+    refuse_before_the_work(plan, graph, sites, requantise=requantise)
     ledger = _Ledger(hashing, progress)
-    landings = _land(plan, graph.model, sites, ledger)
+    with threadpool_limits(1, user_api="blas"):
+        landed = _land(plan, graph.model, sites, ledger)
     strip(graph.model)
     graph.model.metadata_props.pop(provenance.KEY, None)  # its adapters are in the new one
-    weights = list(_weights(graph.model, landings))
+    weights = list(_weights(graph.model, landed))
     own = Path(os.path.realpath(graph.path))
     with threadpool_limits(1, user_api="blas"):  # the transfer's threads are as many as there are cores
         beside = [weight for weight in weights if weight.source != own]
@@ -96,23 +116,23 @@ def merge_graph(
         with (stage / file_name).open("xb") as target:
             ledger.sources[own] = _carry(own, target, parts, Hashes(hashing), ledger)
     results = [tally.result() for tally in ledger.tallies.values()]
-    refuse_faint(results, min_retention)
+    refuse_faint(results, min_retention, WAYS_OUT)
     sources = {path.name: {hashing: value} for path, value in ledger.sources.items()}
-    settings = {"lora": "merged", "min_retention": min_retention}
+    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
     record = provenance.record(plan, sources, graph.history, settings)
     append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
     return MergeReport(
         results=tuple(results),
-        copied=sum(weight.old.nbytes for weight in weights if weight.move.is_copy),
+        copied=sum(weight.old.nbytes for weight in weights if weight.is_copy),
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
         replaced=sum(step.is_whole for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
 
 
-def refuse_before_the_work(plan: Plan, graph: GraphFile, sites: Sites) -> None:
+def refuse_before_the_work(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
     """Raise InputRefused for what can be told of a merge without reading a weight."""
     if graph.takes_adapters:
         raise InputRefused(
@@ -122,7 +142,11 @@ def refuse_before_the_work(plan: Plan, graph: GraphFile, sites: Sites) -> None:
     provenance.refuse_second_merge(plan, graph.path, graph.history)
     refuse_what_a_graph_cannot_take(plan)
     for step in plan.steps:
-        refuse_quantised(step, sites)
+        if not requantise:
+            refuse_quantised(step, sites)
+        for site in sites.by_name[step.weight]:
+            if site.quantised is not None:
+                refuse_unknown_scheme(site.quantised, step.weight)
 
 
 class _Ledger:
@@ -137,25 +161,45 @@ class _Ledger:
         return self.tallies.setdefault(weight, Tally(weight))
 
 
-def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> dict[ir.Value, list[Landing]]:
+@dataclass(frozen=True, eq=False)
+class _Landed:
+    """What is to be done to tensors that lie in files."""
+
+    landings: dict[ir.Value, list[Landing]] = field(default_factory=dict)
+    parts: dict[ir.Value, tuple[Requantised, Part]] = field(default_factory=dict)
+
+
+def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> _Landed:
     """What is to be done to weights that stay in their files; to the others it is done."""
-    landings: dict[ir.Value, list[Landing]] = {}
+    landed, quantised = _Landed(), dict[ir.Value, list[Landing]]()
     for step in plan.steps:
         for landing in land(model, sites, step):
-            if isinstance(landing.value.const_value, ir.ExternalTensor):
-                landings.setdefault(landing.value, []).append(landing)
-                continue  # `rewrite` will do it
-            tally = change_in_memory(landing)
-            if not step.is_whole:
-                ledger.tally(step.weight).merge(tally)
-    return landings
+            if is_quantised(landing.value):
+                quantised.setdefault(landing.value, []).append(landing)
+            elif isinstance(landing.value.const_value, ir.ExternalTensor):
+                landed.landings.setdefault(landing.value, []).append(landing)  # `rewrite` will do it
+            else:
+                tally = change_in_memory(landing)
+                if not step.is_whole:
+                    ledger.tally(step.weight).merge(tally)
+    for value, there in quantised.items():
+        weight, places = take_over(model, value, there)
+        for part, place in places.items():
+            if isinstance(place.const_value, ir.ExternalTensor):
+                landed.parts[place] = weight, part
+                continue
+            place.const_value, tallies = weight.made(part)
+            for tally in tallies:
+                ledger.tally(tally.weight).merge(tally)
+    return landed
 
 
-def _weights(model: ir.Model, landings: Mapping[ir.Value, list[Landing]]) -> Iterator[_Weight]:
+def _weights(model: ir.Model, landed: _Landed) -> Iterator[_Weight]:
     for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            yield _Weight(value, Path(os.path.realpath(tensor.path)), _move(tensor, landings.get(value, [])))
+            source = Path(os.path.realpath(tensor.path))
+            yield _Weight(value, source, _move(tensor, landed.landings.get(value, [])), landed.parts.get(value))
 
 
 def _move(tensor: ir.ExternalTensor, landings: Sequence[Landing]) -> Move:
@@ -245,12 +289,17 @@ def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashe
     """Write parts of a file; returns the hash of all of the source, of which the parts' weights are."""
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts)
-        room = rewrite.room(part.weight.move for part in parts if part.weight is not None)
+        weights = [part.weight for part in parts if part.weight is not None]
+        room = max(rewrite.room(weight.move for weight in weights), *(_room(weight) for weight in weights), 0)
         for block, found in transfer.transfer(source, target.fileno(), blocks, hashes, room=room):
             for tally in found or ():
                 ledger.tally(tally.weight).merge(tally)
             ledger.progress(block.end - block.place)
     return hashes.source.hexdigest()
+
+
+def _room(weight: _Weight) -> int:
+    return weight.part[0].room(weight.part[1]) if weight.part is not None else 0
 
 
 def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part]) -> Iterator[Block]:
@@ -262,8 +311,11 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part]) -
             yield from _literal(first, cursor)
             continue
         start, stop = first.weight.old.start, first.weight.old.start + place - first.place
-        if first.weight.move.is_copy:
+        if first.weight.is_copy:
             blocks = rewrite.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
+        elif first.weight.part is not None:
+            requantised, part = first.weight.part
+            blocks = requantised.blocks(part, start, first.place)
         else:
             there = replace(first.weight.old, start=first.place, stop=place)
             blocks = rewrite.changed_blocks(source, read_fd, first.weight.move, there)
@@ -291,7 +343,7 @@ def _runs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 def _are_neighbours(one: _Part, other: _Part) -> bool:
     if one.weight is None or other.weight is None or one.end != other.place:
         return False
-    return one.weight.move.is_copy and other.weight.move.is_copy and one.weight.old.stop == other.weight.old.start
+    return one.weight.is_copy and other.weight.is_copy and one.weight.old.stop == other.weight.old.start
 
 
 def _passed_over(start: int, stop: int, place: int) -> Iterator[Block]:

@@ -19,6 +19,7 @@ from lora_export.plan import FLOATS
 
 NBITS = "MatMulNBits"
 BITS = frozenset({2, 4, 8})  # those that a byte holds whole
+BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 Rows = slice | NDArray[np.int64]
 
 
@@ -57,19 +58,19 @@ class NBits:
         out, inner = self.shape
         blocks = -(-inner // self.size)
         packed = _array(self.node, 1).view(np.uint8).reshape(out, -1)[part]
-        levels = _unpacked(packed, self.bits).reshape(len(packed), blocks, self.size).astype(np.float32)
+        levels = unpacked(packed, self.bits).reshape(len(packed), blocks, self.size).astype(np.float32)
         scales = _array(self.node, 2).reshape(out, blocks)[part].astype(np.float32)
         weight: NDArray[np.float32] = (levels - self._zero(part, out, blocks)) * scales[..., None]
         return weight.reshape(len(packed), -1)[:, :inner]
 
     def _zero(self, part: Rows, out: int, blocks: int) -> NDArray[np.float32] | np.float32:
-        zero = _input(self.node, 3)
+        zero = tensor_at(self.node, 3)
         if zero is None:
             return np.float32(1 << (self.bits - 1))
         points = zero.numpy()
         points = points.reshape(out, -1)[part]
         if points.dtype == np.uint8:
-            points = _unpacked(points, self.bits)
+            points = unpacked(points, self.bits)
         return points[:, :blocks, None].astype(np.float32)
 
 
@@ -85,14 +86,14 @@ class Dequantised:
 
     @property
     def kind(self) -> str:
-        tensor, scale = _input(self.node, 0), _input(self.node, 1)
+        tensor, scale = tensor_at(self.node, 0), tensor_at(self.node, 1)
         assert tensor is not None and scale is not None
         over = f"in blocks of {self.size}" if self.size else "by channel" if scale.size > 1 else "by tensor"
         return f"{tensor.dtype.name.lower()} {over}"
 
     def rows(self, part: Rows) -> NDArray[np.float32]:
         levels = _array(self.node, 0)[part].astype(np.float32)
-        zero = _input(self.node, 2)
+        zero = tensor_at(self.node, 2)
         if zero is not None:
             levels -= self._spread(zero.numpy(), part)
         levels *= self._spread(_array(self.node, 1), part)
@@ -117,9 +118,11 @@ def of_node(node: ir.Node, index: int) -> NBits | None:
         return None
     inner, out = (node.attributes.get_int(name, 0) for name in ("K", "N"))
     bits, size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
-    held, scales, zero = (_input(node, at) for at in (1, 2, 3))
+    held, scales, zero = (tensor_at(node, at) for at in (1, 2, 3))
     if bits not in BITS or held is None or scales is None or min(inner, out, size) < 1 or _name(node, 4):
         return None  # a group index (input 4) permutes the rows
+    if node.attributes.get_int("weight_prepacked", 0) or held.dtype not in BYTES:
+        return None  # in another order of some GPU's
     blocks = -(-inner // size)
     points = None if zero is None else out * (-(-blocks * bits // 8) if zero.dtype == ir.DataType.UINT8 else blocks)
     fits = (held.size, scales.size) == (out * blocks * size * bits // 8, out * blocks)
@@ -132,7 +135,7 @@ def behind(node: ir.Node, index: int) -> Dequantised | None:
     """The weight that a DequantizeLinear gives of integers at its input 0; None for any other node."""
     if node.domain not in ("", "ai.onnx", "com.microsoft") or node.op_type != "DequantizeLinear" or index != 0:
         return None
-    held, scale, zero = (_input(node, at) for at in (0, 1, 2))
+    held, scale, zero = (tensor_at(node, at) for at in (0, 1, 2))
     if held is None or scale is None or str(scale.dtype.numpy()) not in FLOATS or (_name(node, 2) and zero is None):
         return None
     shape = tuple(int(size) for size in held.shape.numpy())
@@ -152,8 +155,8 @@ def _fits(scale: ir.TensorProtocol, shape: Sequence[int], axis: int, size: int) 
     return there == [-(-count // size) if at == axis else count for at, count in enumerate(shape)]
 
 
-def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Rows of bytes as rows of numbers of so many bits, the lowest bits of a byte first."""
+def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Rows of bytes (or one) as rows of numbers of so many bits, the lowest bits of a byte first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     apart = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return apart.reshape(*packed.shape[:-1], math.prod(apart.shape[-2:]))
@@ -164,12 +167,13 @@ def _name(node: ir.Node, index: int) -> str:
     return (value.name or "") if value is not None else ""
 
 
-def _input(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+def tensor_at(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+    """What is stored and read at one of a node's inputs; None where it is computed, or nothing is read there."""
     value = node.inputs[index] if index < len(node.inputs) else None
     return ir.convenience.get_const_tensor(value) if value is not None else None
 
 
 def _array(node: ir.Node, index: int) -> NDArray[Any]:
-    tensor = _input(node, index)
+    tensor = tensor_at(node, index)
     assert tensor is not None
     return tensor.numpy()

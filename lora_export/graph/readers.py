@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -69,6 +69,19 @@ class Site:
         return self.layout not in (Layout.OTHER, Layout.EMBEDDING)
 
     @property
+    def is_lookup(self) -> bool:
+        return identity(self.node) == (ONNX, "Gather") and self.layout is Layout.EMBEDDING
+
+    @property
+    def is_convolution(self) -> bool:
+        return identity(self.node) == (ONNX, "Conv") and self.layout is Layout.OUT_IN
+
+    @property
+    def holder(self) -> ir.Value | ir.Node:
+        """What stores the weight: the initializer, or the node that turns integers into it."""
+        return self.value if self.quantised is None else self.quantised.node
+
+    @property
     def tensor(self) -> ir.TensorProtocol:
         """What is stored, whole."""
         found = tensor_of(self.value)
@@ -99,9 +112,19 @@ class Site:
         return self.array.T if self.layout is Layout.IN_OUT else self.array
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of `stored`: the site's own entries and their neighbours. Reads nothing."""
+        return self.quantised.shape if self.quantised is not None else _stored_shape(self.value)
+
+    @property
+    def width(self) -> int:
+        """Output features of a linear layer's whole matrix, neighbours included."""
+        return self.whole[1 if self.layout is Layout.IN_OUT else 0]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of `array`. Reads nothing."""
-        whole = self.quantised.shape if self.quantised is not None else _stored_shape(self.value)
+        whole = self.whole
         if self.block is None:
             return whole
         return (whole[0], len(self.block)) if self.layout is Layout.IN_OUT else (len(self.block), *whole[1:])
@@ -114,8 +137,6 @@ class Site:
             return operator
         if self.inner is not None:
             return f"the function {operator}"
-        if self.block is not None:
-            return f"{operator} together with its neighbours in {self.value.name}"
         if self.index == 0:
             return f"{operator} as its first operand"
         plain = {(ONNX, "MatMul"), (ONNX, "Gemm"), (MICROSOFT, "MatMulNBits")}
@@ -248,6 +269,14 @@ def stored_dtype(value: ir.Value) -> str:
     if tensor is None:
         return ""
     return "string" if tensor.dtype.is_string() else str(tensor.dtype.numpy())
+
+
+def common_dtype(sites: Iterable[Site]) -> str:
+    """The dtype that holds what all these readers of one weight compute in."""
+    dtypes = {site.dtype for site in sites}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def size_of(site: Site) -> int:

@@ -1,14 +1,17 @@
 """Adapters chosen row by row: an input says for each row of a batch which adapter it has, 0 being none.
 
 Standard operators only, so that any provider runs it: A stacked (adapters + 1, in, rank) and B stacked
-(adapters + 1, rank, out), the first of each zeros, are gathered by row and multiplied batch-wise.
+(adapters + 1, rank, out), the first of each zeros, are gathered by row and multiplied batch-wise. An
+embedding's A is one table of all adapters, in which each row looks up its own. A convolution is computed
+for all adapters, whose ranks lie side by side, and each row keeps its own: none of ONNX's has other
+weights for each row.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +22,10 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
-from lora_export.graph.branches import Branch, Factor, Weaver, module_of
+from lora_export.graph.branches import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
+from lora_export.graph.dora import length_factors
 from lora_export.graph.fold import new_initializer
+from lora_export.graph.readers import common_dtype
 from lora_export.graph.sites import Site, Sites, unused
 from lora_export.plan import Plan, Step
 
@@ -36,12 +41,16 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     stand in the graph's metadata. Any other id, and a count that is not the batch's, ends a run with an
     error. Shorter ranks are filled with zeros, and an adapter is zeros where it has no pair. The scale
     lies in B; the base's weights keep their bytes. `batch` is the symbol that the graph's inputs have
-    for their first dimension. `sites` does not describe the graph any more then.
+    for their first dimension; where none has it, the one that all inputs have there is meant. `sites`
+    does not describe the graph any more then.
+
+    DoRA's factors (adapters + 1, out) are ones where there is none; a plan with DoRA has to be made with
+    `apart`, since the adapters are never there at once.
 
     Raises InputRefused, with every such place, where no dimension of what enters a layer is the batch
-    for certain; for adapters that are more than pairs of matrices; and where a weight is also read by
-    something that is no linear layer, an adapter overflows the weights' dtype, or the opset is below 15.
-    Throw the graph away then.
+    for certain; for adapters that are more than low-rank pairs; and where a weight is also read by
+    something that is no layer of its kind, an adapter overflows the weights' dtype, or the opset is
+    below 15. Throw the graph away then.
     """
     if model.opset_imports.get("", 0) < LOWEST_OPSET:
         raise InputRefused(f"the graph is of opset {model.opset_imports.get('', 0)}; rows need {LOWEST_OPSET}")
@@ -49,24 +58,37 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     weaver = Weaver(model)
     if IDS in weaver.values:
         raise InputRefused(f"the graph has an input or value {IDS} already: start from the graph without adapters")
-    leader = _leader(model, batch)
-    there = {step.weight: weaver.places(step.weight, sites) for step in plan.low_rank}
+    leader, batch = _leader(model, batch)
+    there = {
+        step.weight: weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding) for step in plan.low_rank
+    }
     layouts = _layouts(model, [(name, site) for name, found in there.items() for site in found], batch)
     chooser = _Chooser(weaver, leader, len(plan.adapters))
     names = [adapter.name for adapter in plan.adapters]
+    factors = {name: length_factors(plan.low_rank, name, there.__getitem__) for name in names}
     for step in plan.low_rank:
         found = there[step.weight]
-        a, b = _stacks(weaver, step, names, found[0].dtype)
+        stacks = _Stacks(weaver, step, names, common_dtype(found))
+        a, b = stacks.convolutions if found[0].is_convolution else stacks.pairs
+        lengths = stacks.factors([factors[name].get(step.weight) for name in names]) if step.has_dora else None
         for site in found:
-            weaver.stand_beside(site, [chooser.branch(site, layouts[site.place], a, b)])
+            layout = layouts[site.place]
+            beside = chooser.convolved(site, a, b, stacks.owners) if site.is_convolution else None
+            rescaling = None if lengths is None else chooser.rescaling(site, layout, lengths)
+            weaver.stand_beside(site, [beside or chooser.branch(site, layout, a, b)], rescaling)
     model.metadata_props[ROWS] = json.dumps({"adapters": names})
 
 
-def _leader(model: ir.Model, batch: str) -> ir.Value:
-    """An input whose first dimension is the batch."""
-    for value in model.graph.inputs:
-        if value.shape is not None and len(value.shape) and _is(value.shape[0], batch):
-            return value
+def _leader(model: ir.Model, batch: str) -> tuple[ir.Value, str]:
+    """An input whose first dimension is the batch, and the batch's symbol."""
+    symbols = {value: value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)}
+    common = set(symbols.values())
+    if not any(_is(size, batch) for size in common) and len(common) == 1:
+        (only,) = common
+        batch = only.value or batch if isinstance(only, ir.SymbolicDim) else batch
+    for value, size in symbols.items():
+        if _is(size, batch):
+            return value, batch
     first = [f"{value.name} {value.shape}" for value in model.graph.inputs]
     raise InputRefused(f"no input of the graph has the batch, `{batch}`, as its first dimension: {', '.join(first)}")
 
@@ -75,26 +97,57 @@ def _is(size: Dim, symbol: str) -> bool:
     return isinstance(size, ir.SymbolicDim) and size.value == symbol
 
 
-def _stacks(weaver: Weaver, step: Step, adapters: Sequence[str], dtype: str) -> tuple[Factor, Factor]:
-    """A (adapters + 1, in, rank) and B (adapters + 1, rank, out), zeros where there is nothing."""
-    out_features, in_features = step.terms[0].pair.shape
-    terms = {name: [term for term in step.terms if term.adapter == name] for name in adapters}
-    rank = max(sum(term.pair.rank for term in own) for own in terms.values())
-    a = np.zeros((len(adapters) + 1, in_features, rank), np.float32)
-    b = np.zeros((len(adapters) + 1, rank, out_features), np.float32)
-    for number, own in enumerate(terms.values(), 1):
-        begin = 0
-        for term in own:
-            ranks = slice(begin, begin := begin + term.pair.rank)
-            with np.errstate(over="ignore"):  # looked for where it is stored
-                a[number, :, ranks] = term.pair.a.T
-                b[number, ranks] = term.pair.b.T * np.float32(term.strength * term.pair.scale)
-    module = module_of(step.weight)
-    sides: Mapping[str, NDArray[Any]] = {"lora_A": a, "lora_B": b}
-    first, second = (
-        weaver.factor(module, side, stored(step.weight, side, array, dtype)) for side, array in sides.items()
-    )
-    return first, second
+class _Stacks:
+    """What all adapters add to one weight, as initializers; the first of each stack is the base, which adds nothing."""
+
+    def __init__(self, weaver: Weaver, step: Step, adapters: Sequence[str], dtype: str):
+        self.weaver, self.step, self.dtype = weaver, step, dtype
+        own = (step.of(name) for name in adapters)
+        self.sides = [[] if there is None else [term.factors for term in there.terms] for there in own]
+        self.ranks = [sum(term.pair.rank for term in there.terms) if there else 0 for there in map(step.of, adapters)]
+
+    @property
+    def pairs(self) -> tuple[Factor, Factor]:
+        """A (adapters + 1, in, rank) and B (adapters + 1, rank, out), zeros where there is nothing.
+
+        An embedding's A are one table (adapters + 1 times its rows, rank).
+        """
+        out_features, in_features = self.step.terms[0].pair.shape
+        rank = max(self.ranks)
+        a = np.zeros((len(self.sides) + 1, in_features, rank), np.float32)
+        b = np.zeros((len(self.sides) + 1, rank, out_features), np.float32)
+        for number, sides in enumerate(self.sides, 1):
+            begin = 0
+            for first, second in sides:
+                ranks = slice(begin, begin := begin + len(second))
+                a[number, :, ranks] = first
+                b[number, ranks] = second
+        table = a.reshape(-1, rank) if self.step.terms[0].pair.embedding else a
+        return self._factor("lora_A", table), self._factor("lora_B", b)
+
+    @property
+    def convolutions(self) -> tuple[Factor, Factor]:
+        """A (ranks, in, kernel) and B (out, ranks, 1...), all adapters' side by side."""
+        sides = [side for there in self.sides for side in there]
+        a, b = np.concatenate([a for a, _ in sides]), np.concatenate([b for _, b in sides], axis=1)
+        return self._factor("lora_A", a), self._factor("lora_B", b)
+
+    @property
+    def owners(self) -> NDArray[np.bool_]:
+        """Which of the ranks that lie side by side are each adapter's (adapters + 1, ranks)."""
+        number = np.repeat(np.arange(len(self.ranks)) + 1, self.ranks)
+        owns: NDArray[np.bool_] = number == np.arange(len(self.ranks) + 1)[:, None]
+        return owns
+
+    def factors(self, factors: Sequence[NDArray[np.float64] | None]) -> Factor:
+        """DoRA's factors (adapters + 1, out), ones where an adapter has none."""
+        stack = np.ones((len(factors) + 1, self.step.terms[0].pair.shape[0]))
+        for row, factor in zip(stack[1:], factors, strict=True):
+            row[:] = 1 if factor is None else factor.reshape(-1)
+        return self._factor("lora_magnitude_vector", stack)
+
+    def _factor(self, side: str, array: NDArray[Any]) -> Factor:
+        return self.weaver.factor(module_of(self.step.weight), side, stored(self.step.weight, side, array, self.dtype))
 
 
 # --- where the batch is -------------------------------------------------------------------------
@@ -138,7 +191,8 @@ def _layouts(model: ir.Model, places: Sequence[tuple[str, Site]], batch: str) ->
 
 
 def _entering(site: Site) -> ir.Value:
-    x = site.node.inputs[0]
+    """What the layer computes on; of an embedding, the numbers of the rows that it looks up."""
+    x = site.node.inputs[1 if site.is_lookup else 0]
     assert x is not None
     return x
 
@@ -151,10 +205,16 @@ def _layout(site: Site, batch: str) -> _Layout | str:
         return "it turns or scales what enters it"
     if x.shape is None:
         return "nothing tells the shape of what enters it"
+    if site.is_convolution and not _is(x.shape[0], batch):
+        return f"{x.shape} enters it, the first dimension of which is not the batch for certain"
+    if site.is_convolution:
+        return _Layout(len(x.shape))
     axes = [axis for axis, size in enumerate(x.shape) if _is(size, batch)]
+    if len(axes) == 1 and site.is_lookup:
+        return _Layout(len(x.shape) + 1, axes[0])
     if len(axes) == 1 and axes[0] < len(x.shape) - 1 and isinstance(x.shape[-1], int):
         return _Layout(len(x.shape), axes[0])
-    flat = None if axes else _flattened(x, batch)
+    flat = None if axes or site.is_lookup else _flattened(x, batch)
     return flat or f"{x.shape} enters it, in which no one dimension is the batch for certain"
 
 
@@ -210,11 +270,13 @@ class _Chooser:
         """x·A·B with A and B by row, in the shape of what the site's node computes."""
         nodes = _Nodes(self.weaver, a.path)
         product = site.node.outputs[0]
-        inner = self._spread(nodes, _entering(site), layout)
+        a, b = nodes.suited(site, a), nodes.suited(site, b, fill=0.0)
+        inner = self._looked_up(nodes, site, layout, a) if site.is_lookup else _entering(site)
+        inner = self._spread(nodes, inner, layout, _features(inner))
         order = [layout.axis, *(axis for axis in range(len(_sizes(inner))) if axis != layout.axis)]
         if layout.axis:
             inner = nodes.add("Transpose", [inner], [_sizes(inner)[axis] for axis in order], perm=order)
-        for factor in (a, b):
+        for factor in (b,) if site.is_lookup else (a, b):
             nodes.path = factor.path
             inner = self._multiply(nodes, inner, factor.value)
         if layout.axis:
@@ -226,15 +288,78 @@ class _Chooser:
             inner = nodes.add("Squeeze", [inner, self._constant(1)], product.shape)
         return Branch(nodes.made, inner, b.path)
 
-    def _spread(self, nodes: _Nodes, x: ir.Value, layout: _Layout) -> ir.Value:
+    def _looked_up(self, nodes: _Nodes, site: Site, layout: _Layout, table: Factor) -> ir.Value:
+        """The rows of A that are looked up, each row of the batch in its own adapter's part of the table."""
+        tokens, count = _entering(site), site.whole[0]
+        sizes = _sizes(tokens)
+        if tokens.dtype != ir.DataType.INT64:
+            tokens = nodes.add("Cast", [tokens], sizes, ir.DataType.INT64, to=int(ir.DataType.INT64))
+        # Negative ones count from the end of the adapter's own part.
+        negative = nodes.add("Less", [tokens, self._constant(0)], sizes, ir.DataType.BOOL)
+        behind = nodes.add("Add", [tokens, self._constant(count)], sizes)
+        tokens = nodes.add("Where", [negative, behind, tokens], sizes, ir.DataType.INT64)
+        first = nodes.add("Mul", [self.ids, self._constant(count)], [self.batch])
+        axes = [axis for axis in range(len(sizes)) if axis != layout.axis]
+        if axes:
+            spread = [self.batch if axis == layout.axis else 1 for axis in range(len(sizes))]
+            first = nodes.add("Unsqueeze", [first, self._constant(*axes)], spread)
+        own = nodes.add("Add", [tokens, first], sizes)
+        kind = table.value.dtype
+        return nodes.add("Gather", [table.value, own], [*sizes, _features(table.value)], kind)
+
+    def convolved(self, site: Site, a: Factor, b: Factor, owners: NDArray[np.bool_]) -> Branch:
+        """A convolution by all adapters' A, of which each row keeps its own ranks, and one by all their B."""
+        nodes = _Nodes(self.weaver, a.path)
+        a, b = nodes.suited(site, a), nodes.suited(site, b)
+        product, ranks = site.node.outputs[0], owners.shape[1]
+        shape = product.shape and [product.shape[0], ranks, *product.shape[2:]]
+        inner = nodes.add("Conv", [_entering(site), a.value], shape, None, site.node.attributes)
+        own = self._of_rows(nodes, self.weaver.constant(a.path, "rows", owners), len(site.shape), axis=0, last=1)
+        # Chosen, not multiplied: what is not finite in another adapter is none of this row's.
+        nothing = self.weaver.constant(a.path, "nothing", np.zeros((), np.dtype(site.dtype)))
+        inner = nodes.add("Where", [own, inner, nothing], shape, inner.dtype)
+        nodes.path = b.path
+        return Branch(nodes.made, nodes.add("Conv", [inner, b.value], product.shape), b.path)
+
+    def rescaling(self, site: Site, layout: _Layout, factors: Factor) -> Rescaling:
+        """The multiplication of each row by its own adapter's factors."""
+
+        def multiplied(total: ir.Value) -> list[ir.Node]:
+            nodes = _Nodes(self.weaver, factors.path)
+            stack, shape = nodes.suited(site, factors, fill=1.0).value, site.node.outputs[0].shape
+            if site.is_convolution:
+                own = self._of_rows(nodes, stack, layout.rank, axis=0, last=1)
+            else:
+                own = self._of_rows(nodes, stack, 4 if layout.is_flat else layout.rank, axis=layout.axis)
+            if not layout.is_flat:
+                nodes.add("Mul", [total, own], shape)
+                return nodes.made
+            spread = self._spread(nodes, total, layout, site.width)
+            spread = nodes.add("Mul", [spread, own], _sizes(spread))
+            nodes.add("Reshape", [spread, self._constant(-1, site.width)], shape)
+            return nodes.made
+
+        return Rescaling(multiplied, factors.path)
+
+    def _of_rows(self, nodes: _Nodes, stack: ir.Value, rank: int, *, axis: int, last: int = -1) -> ir.Value:
+        """Each row's own part of a stack (adapters + 1, n), in so many dimensions, of which `last` is n."""
+        width = _sizes(stack)[1]
+        own = nodes.add("Gather", [stack, self.ids], [self.batch, width], axis=0)
+        places = {axis: self.batch, last % rank: width}
+        ones = [at for at in range(rank) if at not in places]
+        if not ones:
+            return own
+        return nodes.add("Unsqueeze", [own, self._constant(*ones)], [places.get(at, 1) for at in range(rank)])
+
+    def _spread(self, nodes: _Nodes, x: ir.Value, layout: _Layout, features: int) -> ir.Value:
         """x with a dimension that is the batch, and at least one between it and the features."""
         if layout.is_flat:
-            last = self._constant(layout.inner, _features(x))
+            last = self._constant(layout.inner, features)
             shape = nodes.add("Concat", [self._constant(layout.outer), self.count, last], [4], axis=0)
             outer, inner = (ir.SymbolicDim(None) if size == -1 else size for size in (layout.outer, layout.inner))
-            return nodes.add("Reshape", [x, shape], [outer, self.batch, inner, _features(x)])
+            return nodes.add("Reshape", [x, shape], [outer, self.batch, inner, features])
         if layout.rank == 2:
-            return nodes.add("Unsqueeze", [x, self._constant(1)], [self.batch, 1, _features(x)])
+            return nodes.add("Unsqueeze", [x, self._constant(1)], [self.batch, 1, features])
         return x
 
     def _multiply(self, nodes: _Nodes, x: ir.Value, stack: ir.Value) -> ir.Value:
@@ -260,17 +385,24 @@ class _Nodes:
         self.weaver, self.path = weaver, path
         self.made: list[ir.Node] = []
 
+    def suited(self, site: Site, factor: Factor, *, fill: float | None = None) -> Factor:
+        """As `Weaver.suited`."""
+        before, factor = self.weaver.suited(site, factor, fill=fill)
+        self.made += before
+        return factor
+
     def add(
         self,
         op_type: str,
         inputs: Sequence[ir.Value],
         shape: Iterable[Dim] | None,
         dtype: ir.DataType | None = None,
+        own: Attributes = NONE,
         **attributes: int | Sequence[int],
     ) -> ir.Value:
         """One more; its output has the first input's type where `dtype` is not told."""
         known = None if shape is None else ir.Shape(shape)
-        node = self.weaver.node(op_type, inputs, self.path, known, attributes)
+        node = self.weaver.node(op_type, inputs, self.path, known, {**own, **attributes})
         if dtype is not None:
             node.outputs[0].type = ir.TensorType(dtype)
         self.made.append(node)

@@ -33,12 +33,22 @@ from lora_export.plan import FLOATS, Layout, TensorSpec
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # on a value; onnxscript's key
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # on a node; this and the next are PyTorch's keys
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # on an initializer
-# Quantised weights that are not read.
-UNREAD = frozenset({"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "DequantizeLinear"})
+# At which input quantised weights are read; not all of them are understood.
+UNREAD = {
+    "MatMulNBits": 1,
+    "MatMulBnb4": 1,
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+    "QLinearMatMul": 3,
+    "ConvInteger": 1,
+    "QLinearConv": 3,
+    "DequantizeLinear": 0,
+    "GatherBlockQuantized": 0,
+}
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 # What may stand between an output head and the graph's output.
 PASSING = frozenset({"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze", "Transpose"})
-MARKS = re.compile(r"_(?:DQ_)?Q\d$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")  # that quantisers add to a name
+MARKS = re.compile(r"_(?:DQ_)?Q\d$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")  # that quantisers add to a name
 BUILDERS = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # a name that onnxruntime-genai's builder made up
 SHOWN = 10  # contradictions that an error lists
 
@@ -50,11 +60,12 @@ class Sites:
     by_name: Mapping[str, tuple[Site, ...]]  # one parameter may be read in several places
     unnamed: tuple[Site, ...]  # linear layers whose weight nobody could name for certain
     notes: tuple[str, ...]  # what was not looked at
+    unread: tuple[TensorSpec, ...] = ()  # weights that are quantised in ways that are not understood
 
     @property
     def specs(self) -> list[TensorSpec]:
         """One spec a parameter, as the model has it: an exporter's transposition is undone in shape and layout."""
-        return [_spec(name, there) for name, there in self.by_name.items()]
+        return [*(_spec(name, there) for name, there in self.by_name.items()), *self.unread]
 
     @property
     def linear(self) -> tuple[Site, ...]:
@@ -103,6 +114,7 @@ def find(model: ir.Model, base: Checkpoint | None = None) -> Sites:
         by_name={name: tuple(sites) for name, sites in named.items()},
         unnamed=tuple(site for site in nameless if site.is_linear),
         notes=tuple(notes),
+        unread=tuple(spec for spec in _unread(model, weights) if spec.name not in named),
     )
 
 
@@ -406,12 +418,7 @@ def _preferred(site: Site, match: Match, base: Base) -> list[View]:
 
 def _notes(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
     """What holds weights and is not understood."""
-    understood = {site.quantised.node for site in sites if site.quantised is not None}
-    quantised = Counter(
-        node.op_type
-        for node in ir.traversal.RecursiveGraphIterator(model.graph)
-        if node.op_type in UNREAD and node not in understood and any(map(_is_stored, node.inputs[:2]))
-    )
+    quantised = Counter(node.op_type for node, _ in _not_understood(model, sites))
     unread: Counter[str] = Counter()
     for site in sites:
         if site.layout is not Layout.OTHER or len(site.shape) != 2 or site.node.op_type in UNREAD:
@@ -423,6 +430,27 @@ def _notes(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
         yield f"{count} {op_type} nodes hold quantised weights, which are not looked at"
     for reader, count in unread.items():
         yield f"{count} matrices are read by {reader}, where no linear layer is looked for"
+
+
+def _not_understood(model: ir.Model, sites: Iterable[Site]) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Nodes that read a stored quantised weight which nothing here reads, and what they read."""
+    understood = {site.quantised.node for site in sites if site.quantised is not None}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        index = UNREAD.get(node.op_type, len(node.inputs))
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None and node not in understood and _is_stored(value):
+            yield node, value
+
+
+def _unread(model: ir.Model, sites: Iterable[Site]) -> Iterator[TensorSpec]:
+    """What such nodes read, by name: an adapter that was made for it is told why it finds no weight."""
+    told = set()
+    for node, value in _not_understood(model, sites):
+        name, module = _old_name(value), _module(node)[0]
+        name = name if _looks_like_parameter(name) else f"{module}.weight" if module else ""
+        if name and name not in told:
+            told.add(name)
+            yield TensorSpec(name, (), f"{stored_dtype(value)} of {node.op_type}")
 
 
 def _is_stored(value: ir.Value | None) -> bool:

@@ -14,7 +14,19 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # What is imported later, as commands import what they need, would not be seen.
-READERS = ("cli.merge", "cli.inspect", "cli.progress", "formats.peft", "head", "merge", "report", "tensorfile")
+READERS = (
+    *(
+        "cli.merge",
+        "cli.inspect",
+        "cli.convert",
+        "cli.progress",
+        "formats.peft",
+        "formats.onnx_adapter",
+        "head",
+        "merge",
+    ),
+    *("report", "tensorfile", "session", "graph.merge", "graph.inputs"),
+)
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
     for reader in READERS:
         importlib.import_module(f"lora_export.{reader}")

@@ -122,14 +122,40 @@ def records() -> SearchStrategy[bytes]:
     return st.lists(record, min_size=count, max_size=count).map(lambda two: "\n\n".join(two).encode())
 
 
+def fields() -> SearchStrategy[bytes]:
+    """What a graph may say of its quantised weights, as `quantised_fields` reads it."""
+    names = ("fc.weight_Q4", "s", "z", "up.weight_quantized", "t", "p")
+    attributes = ("K", "N", "bits", "block_size", "axis", "weight_prepacked", "output_dtype", "saturate", "g")
+    odd = st.sampled_from((0, 1, 2, 3, 4, 5, 8, 16, 17, 255, -1, -2, 2147483647, -2147483648, 1 << 29))
+    several = st.lists(odd, max_size=4).map(lambda numbers: " ".join(map(str, numbers)))
+    small = st.lists(st.integers(0, 4), max_size=3).map(lambda numbers: " ".join(map(str, numbers)))
+    line = st.one_of(
+        st.tuples(st.sampled_from("01"), st.sampled_from(attributes), odd.map(str) | several).map(
+            "{0[0]}.{0[1]}={0[2]}".format
+        ),
+        st.tuples(st.sampled_from(names), st.just("dims"), small | several).map("{0[0]}.{0[1]}={0[2]}".format),
+        st.tuples(st.sampled_from(names), st.just("type"), st.integers(0, 28)).map("{0[0]}.{0[1]}={0[2]}".format),
+        st.tuples(st.sampled_from(names), st.just("bytes"), several).map("{0[0]}.{0[1]}={0[2]}".format),
+        st.tuples(st.sampled_from("01"), st.lists(st.sampled_from((*names, "x", "w")), max_size=6)).map(
+            lambda both: f"inputs={both[0]} {' '.join(both[1])}"
+        ),
+    )
+    return st.lists(line, max_size=3).map(lambda lines: "\n".join(lines).encode())
+
+
 HEADERS = ("adapter_header", "base_header")
-JSON_FILES = ("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest")
+JSON_FILES = ("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract")
 
 
 def inputs(target: str) -> SearchStrategy[bytes]:
     """What to try on a target."""
     good = GOOD[target]
-    structured = {"adapter_keys": keys(), "external_data": records(), "examples_jsonl": json_lines()}
+    structured = {
+        "adapter_keys": keys(),
+        "external_data": records(),
+        "quantised_fields": fields(),
+        "examples_jsonl": json_lines(),
+    }
     structured |= {name: near_json(GOOD[name]) for name in (*HEADERS, *JSON_FILES)}
     ways = [structured[target]] * 3 if target in structured else []
     return st.one_of(*ways, mutated(good), st.binary(max_size=64))

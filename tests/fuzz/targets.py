@@ -8,6 +8,7 @@ character on the terminal, too much memory or too much time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -19,21 +20,26 @@ import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
+import onnxruntime
+from onnx import numpy_helper
 from safetensors.numpy import save
 
 from lora_export import cli, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import LoraExportError
 from lora_export.examples import read_arrays, read_examples
+from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graphs
-from lora_export.graph import fold, sites
+from lora_export.graph import fold, inputs, sites
 from lora_export.lora import Adapter, LoraPair
+from lora_export.session import Session
 
 Target = Callable[[bytes], bool]  # whether the input was accepted
 
@@ -365,6 +371,155 @@ def external_data(data: bytes) -> bool:
     return graph(model.SerializeToString())
 
 
+# Quantised weights for an adapter of `fc` and `up`, both 2 x 3 (out, in).
+QUANTISED = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[N, 3] x) => (float[N, 2] y)
+<uint8[2, 1, 8] "fc.weight_Q4" = {152, 7, 0, 0, 0, 0, 0, 0, 143, 10, 0, 0, 0, 0, 0, 0}, float[2] s = {0.5, -2},
+ uint8[2] z = {8, 3},
+ int8[2, 3] "up.weight_quantized" = {1, 2, 3, 4, 5, 6}, float[2, 2] t = {1, 2, 3, 4}, int8[2, 2] p = {0, 1, 2, 3}>
+{ h = com.microsoft.MatMulNBits <K = 3, N = 2, bits = 4, block_size = 16> (x, "fc.weight_Q4", s, z)
+  w = DequantizeLinear <axis = 1, block_size = 2> ("up.weight_quantized", t, p)
+  i = Gemm <transB = 1> (x, w)
+  y = Add(h, i) }"""
+BOTH = {f"{WRAPPER}{name}.lora_{side}.weight": array for name in ("fc", "up") for side, array in (("A", A), ("B", B))}
+
+
+def good_quantised() -> onnx.ModelProto:
+    model = onnx.parser.parse_model(QUANTISED)
+    for tensor in model.graph.initializer:
+        raw = numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+        tensor.CopyFrom(raw)
+    return model
+
+
+def quantised_graph(data: bytes) -> bool:
+    """An .onnx file whose quantised weights are merged into."""
+    with a_place() as place:
+        write(place / "model", {"base.onnx": data})
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["fc", "up"]}
+        an_adapter(place, as_json(config), save(BOTH))
+        before = everything(place)
+        command("inspect", place / "model/base.onnx")
+        out = place / "out.onnx"
+        code = command("merge", place / "model/base.onnx", place / "adapter", "-o", out, "--requantize")
+        if code == 0:
+            assert sites.find(graphs.load(out)).by_name, "it said that it had succeeded"
+            for path in place.glob("out.onnx*"):
+                path.unlink()
+        assert everything(place) == before
+        return code == 0
+
+
+def quantised_fields(data: bytes) -> bool:
+    """What a graph says of its quantised weights: lines as `0.K=3` (a node's attribute) and `s.dims=2` (a tensor's)."""
+    model = good_quantised()
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for line in data.decode("utf-8", "replace").split("\n"):
+        path, _, value = line.partition("=")
+        holder, _, name = path.rpartition(".")
+        numbers = [int(part) for part in re.findall(r"-?\d{1,9}", value)]
+        if holder in tensors and name == "dims":
+            tensors[holder].dims[:] = numbers
+        elif holder in tensors and name == "type" and numbers:
+            tensors[holder].data_type = numbers[0]
+        elif holder in tensors and name == "bytes":
+            tensors[holder].raw_data = bytes(number % 256 for number in numbers)
+        elif holder in ("0", "1") and numbers:
+            node = model.graph.node[int(holder)]
+            kept = [attribute for attribute in node.attribute if attribute.name != name]
+            del node.attribute[:]
+            node.attribute.extend(
+                [*kept, onnx.helper.make_attribute(name, numbers[0] if len(numbers) == 1 else numbers)]
+            )
+        elif path == "inputs" and numbers:
+            node = model.graph.node[numbers[0] % 2]
+            node.input[:] = value.split()[1:]
+    return quantised_graph(model.SerializeToString())
+
+
+# A graph that takes an adapter beside `fc`, 2 x 3 (out, in).
+PLACE = {"weight": "fc.weight", "a": "fc.lora_A.weight", "b": "fc.lora_B.weight", "shape": [2, 3], "dtype": "float32"}
+OPEN = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[N, 3] x, float[3, r] "fc.lora_A.weight", float[r, 2] "fc.lora_B.weight") => (float[N, 2] y)
+<float[3, 2] "fc.weight" = {1, 2, 3, 4, 5, 6}, float[3, 0] "fc.lora_A.weight" = {}, float[0, 2] "fc.lora_B.weight" = {}>
+{ h = MatMul(x, "fc.weight")
+  d = MatMul(x, "fc.lora_A.weight")
+  u = MatMul(d, "fc.lora_B.weight")
+  y = Add(h, u) }"""
+
+
+def open_graph_of(contract: bytes) -> bytes:
+    model = onnx.parser.parse_model(OPEN)
+    model.metadata_props.add(key=onnx_adapter.KEY, value=contract.decode("utf-8", "replace"))
+    return model.SerializeToString()
+
+
+@functools.cache
+def good_contract() -> bytes:
+    digests = inputs._digests(sites.find(ir.from_proto(onnx.parser.parse_model(OPEN))))
+    digests = {name: digest for name, digest in digests.items() if "lora" not in name}
+    places = [{**PLACE, "digest": digests["fc.weight"]}]
+    return as_json({"base": inputs._hash(digests.items()), "names": inputs._hash(digests), "places": places})
+
+
+def contract(data: bytes) -> bool:
+    """What a graph says of the places where it takes adapters, read by `convert` and by a Session."""
+    with a_place() as place:
+        write(place / "model", {"base.onnx": open_graph_of(data)})
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["fc"]}
+        an_adapter(place, as_json(config), save({name: array for name, array in BOTH.items() if ".fc." in name}))
+        before = everything(place)
+        out = place / "out.onnx_adapter"
+        code = command(
+            "convert", place / "adapter", "-o", out, "--to", "onnx_adapter", "--for", place / "model/base.onnx"
+        )
+        session_refused = refused(lambda: a_session(place / "model/base.onnx", {"a": out} if code == 0 else {}))
+        assert code or not session_refused, "what was written for a graph is not taken by it"
+        out.unlink(missing_ok=True)
+        assert everything(place) == before
+        return code == 0
+
+
+def onnx_adapter_file(data: bytes) -> bool:
+    """An .onnx_adapter, shown, and loaded by a Session."""
+    with a_place() as place:
+        path = place / "a.onnx_adapter"
+        path.write_bytes(data)
+        command("inspect", path)
+        session = the_session()
+        accepted = not refused(lambda: session.load("a", path))
+        if accepted:
+            (answer,) = session.run({"x": np.ones((1, 3), np.float32)}, adapter="a").values()
+            assert answer.shape == (1, 2)
+            session.unload("a")
+        assert path.read_bytes() == data
+        return accepted
+
+
+def a_session(path: Path, adapters: Mapping[str, Path]) -> Session:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return Session(path, adapters, options=options)
+
+
+@functools.cache
+def the_session() -> Session:
+    with a_place() as place:
+        (place / "base.onnx").write_bytes(open_graph_of(good_contract()))
+        return a_session(place / "base.onnx", {})
+
+
+@functools.cache
+def good_onnx_adapter() -> bytes:
+    with a_place() as place:
+        path = place / "a.onnx_adapter"
+        known = onnx_adapter.read_contract({onnx_adapter.KEY: good_contract().decode()}, "a graph")
+        given = {PLACE["a"]: np.ascontiguousarray(A.T), PLACE["b"]: np.ascontiguousarray(B.T)}
+        onnx_adapter.write(path, given, known, sha256="7" * 64)  # type: ignore[arg-type]
+        return path.read_bytes()
+
+
 def examples_reader(suffix: str) -> Target:
     def target(data: bytes) -> bool:
         with a_place() as place:
@@ -392,6 +547,10 @@ TARGETS: dict[str, Target] = {
     "manifest": manifest,
     "graph": graph,
     "external_data": external_data,
+    "quantised_graph": quantised_graph,
+    "quantised_fields": quantised_fields,
+    "contract": contract,
+    "onnx_adapter": onnx_adapter_file,
     "examples_jsonl": examples_reader(".jsonl"),
     "examples_csv": examples_reader(".csv"),
     "examples_npz": examples_reader(".npz"),
@@ -417,6 +576,10 @@ GOOD: dict[str, bytes] = {
     "manifest": as_json(MANIFEST),
     "graph": good_graph().SerializeToString(),
     "external_data": b"location=weights.data\noffset=8\nlength=24\n\nlocation=weights.data\noffset=0",
+    "quantised_graph": good_quantised().SerializeToString(),
+    "quantised_fields": b"0.K=3\ns.dims=2\nt.type=1\nz.bytes=8 3",
+    "contract": good_contract(),
+    "onnx_adapter": good_onnx_adapter(),
     "examples_jsonl": b'{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n',
     "examples_csv": b'text,label,more\n"a, b",0,\nc,1,\n',
     "examples_npz": npz(x=W, labels=np.int64([0, 1])),

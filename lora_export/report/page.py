@@ -1,0 +1,224 @@
+"""HTML: one page that explains itself, to be opened from a disk or an artefact. No script, no network.
+
+It is drawn from the JSON document and from nothing else. Names in it come from files that nobody vouches for:
+everything is escaped, and the page forbids itself to load or to run anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_export.errors import EnvironmentLacking, one_line
+from lora_export.parity import CONTROLS
+from lora_export.report import drawing
+
+Document = Mapping[str, Any]
+
+MARKS = {"same": "✓", "different": "✕", "undecided": "?"}
+GATES = {
+    "error": "error in the mean",
+    "tail": "worst element",
+    "bulk": "most elements",
+    "loss": "cost of rounding",
+    "signal": "beside the effect",
+    "exact": "values that differ",
+    "tolerance": "tolerance",
+}
+STRAYS = 20  # nodes off the asked provider that are listed
+ROWS = 400  # layers that the table lists
+
+
+def require_jinja2() -> Any:
+    """The package. Raises EnvironmentLacking where it is missing."""
+    try:
+        return importlib.import_module("jinja2")
+    except ImportError as error:
+        raise EnvironmentLacking(f"an HTML report needs jinja2 ({error}): pip install 'lora-export[report]'") from error
+
+
+def page(told: Document) -> str:
+    """A verdict's document (`document`) as a page of HTML that needs nothing beside itself."""
+    jinja2 = require_jinja2()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_export", "report"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figure": _figure, "times": _times, "percent": _percent, "inline": _inline}
+    diagnosis = told.get("diagnosis")
+    rendered: str = environment.get_template("page.html.j2").render(
+        told=told,
+        about=told["about"],
+        reasons=_reasons(told["reasons"]),
+        mark=MARKS[told["outcome"]],
+        tiles=_tiles(told),
+        outputs=_outputs(told),
+        controls=_controls(told),
+        placement=told["placement"],
+        strays=STRAYS,
+        diagnosis=diagnosis,
+        layers=drawing.layers(diagnosis["layers"], diagnosis["first"]) if diagnosis else [],
+        rows=ROWS,
+        adapters=_adapters(told["about"]),
+        files=_files(told["about"]),
+        facts=_facts(told["about"]),
+    )
+    return rendered
+
+
+def _shown(value: Any) -> Any:
+    """What the page shows of a value: control characters, and half characters that UTF-8 cannot hold, as escapes."""
+    return one_line(value) if type(value) is str else value
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _times(factor: float) -> str:
+    return f"× {factor:.3g}" if factor < 1000 else f"× {float(f'{factor:.3g}'):,.0f}"
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return "–"
+    return f"{100 * share:.2g} %" if share < 0.99 else f"{100 * share:.0f} %"
+
+
+def _inline(value: Any) -> str:
+    """A fact in one line, whatever it is made of."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_inline(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return (
+            " x ".join(map(_inline, value))
+            if all(isinstance(item, int) for item in value)
+            else ", ".join(map(_inline, value))
+        )
+    return (
+        {None: "none", True: "yes", False: "no"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _reasons(reasons: Sequence[Document]) -> list[dict[str, Any]]:
+    """One for each gate of each output, however many cases failed it; a remedy once for all that have the same."""
+    grouped: dict[tuple[str, ...], dict[str, Any]] = {}
+    for reason in reasons:
+        key = reason["outcome"], reason["gate"], reason["output"], "" if reason["output"] else reason["text"]
+        grouped.setdefault(key, {**reason, "cases": 0})["cases"] += 1
+    result = list(grouped.values())
+    for reason, after in itertools.pairwise(result):
+        if reason["output"] == after["output"] and reason["remedy"] == after["remedy"]:
+            reason["remedy"] = ""
+    return result
+
+
+def _measured(told: Document) -> list[Document]:
+    return [there for there in told["comparisons"] if there["figures"]]
+
+
+def _tiles(told: Document) -> list[tuple[str, str]]:
+    """The handful of numbers that one looks for first."""
+    measured = [there["figures"] for there in _measured(told)]
+    outputs = {there["output"] for there in told["comparisons"]}
+    cases = {there["case"] for there in told["comparisons"]}
+    tiles = [(f"{len(outputs)} × {len(cases)}", "outputs × cases compared")]
+    if shares := [f["share"] for f in measured if f["share"] is not None]:
+        tiles.append((_percent(max(shares)), "of what the adapter does is error, at most"))
+    if ratios := [f["ratio"] for f in measured if f["ratio"] is not None]:
+        tiles.append((_times(max(ratios)), "PyTorch's own error, at most"))
+    if agreements := [f["top1"] for f in measured if f["top1"] is not None]:
+        tiles.append((_percent(min(agreements)), "top-1 agreement, at least"))
+    if placement := told["placement"]:
+        on = placement["compute_nodes"] - len(placement["off_provider"])
+        tiles.append((f"{on} of {placement['compute_nodes']}", f"compute nodes on {placement['asked']}"))
+    return tiles
+
+
+def _outputs(told: Document) -> list[dict[str, Any]]:
+    """For each output its cases and its plot, in the model's order."""
+    result = []
+    for name in dict.fromkeys(there["output"] for there in told["comparisons"]):
+        cases = [there for there in told["comparisons"] if there["output"] == name]
+        figures = [there["figures"] for there in cases if there["figures"]]
+        limits = [gate["allowed"] for f in figures for gate in f["gates"] if gate["name"] == "error"]
+        series = [
+            ("effect", "what the adapter does", [f["effects"] for f in figures if f["effects"]]),
+            ("error", "the candidate's error", [f["errors"] for f in figures]),
+            ("own", "PyTorch's own error", [f["deployed_errors"] for f in figures]),
+        ]
+        result.append(
+            {
+                "name": name,
+                "dtype": figures[0]["dtype"] if figures else None,
+                "cases": [{**there, "gates": _gates(there["figures"])} for there in cases],
+                "logits": any(f["top1"] is not None for f in figures),
+                "loss": any(f["merge_loss"] is not None for f in figures),
+                "exact": sum(f["errors"]["zeros"] for f in figures),
+                "elements": sum(f["errors"]["zeros"] + sum(f["errors"]["counts"]) for f in figures),
+                "drawings": drawing.histogram(series, min(limits, default=None)),
+            }
+        )
+    return result
+
+
+def _gates(figures: Document | None) -> list[dict[str, Any]]:
+    """How much of what each gate allows was used, as a bar that is full at the limit."""
+    gates = figures["gates"] if figures else []
+    bars = []
+    for gate in gates:
+        used = gate["value"] / gate["allowed"] if gate["allowed"] else None
+        width = 100.0 * min(1.0, max(0.02, used)) if used is not None else 0.0 if gate["passed"] else 100.0
+        bars.append({**gate, "title": GATES.get(gate["name"], gate["name"]), "used": used, "width": round(width, 1)})
+    return bars
+
+
+def _controls(told: Document) -> list[dict[str, Any]]:
+    """For each control where it had to tell the candidate from a model that is wrong on purpose, and whether it did."""
+    put: dict[str, list[dict[str, Any]]] = {}
+    for there in _measured(told):
+        for control in there["figures"]["controls"]:
+            put.setdefault(control["name"], []).append({**control, "output": there["output"], "case": there["case"]})
+    return [
+        {
+            "name": name,
+            "what": CONTROLS.get(name, name),
+            "told": sum(control["told"] for control in controls),
+            "put": len(controls),
+            "powerless": [control for control in controls if control["required"] and not control["told"]],
+        }
+        for name, controls in put.items()
+    ]
+
+
+def _files(about: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what it is, where, SHA-256) of everything that was read."""
+    rows = []
+    if isinstance(candidate := about.get("candidate"), Mapping):
+        rows += [("candidate", name, digest) for name, digest in candidate.get("sha256", {}).items()]
+    if isinstance(model := about.get("model"), Mapping):
+        rows.append(("model's weights", str(model.get("source", "")), str(model.get("sha256", ""))))
+    for adapter in _adapters(about):
+        weight = adapter.get("weight", 1)
+        what = "adapter" if weight == 1 else f"adapter, × {weight:g}"
+        rows.append((what, str(adapter.get("name", "")), str(adapter.get("sha256", ""))))
+    return rows
+
+
+def _adapters(about: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    there = about.get("adapters", [])
+    return [adapter for adapter in there if isinstance(adapter, Mapping)] if isinstance(there, list) else []
+
+
+def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything else that is known about the run."""
+    elsewhere = ("candidate", "model", "adapters", "command", "inputs", "created")
+    return [(name, _inline(value)) for name, value in about.items() if name not in elsewhere]

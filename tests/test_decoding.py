@@ -1,0 +1,216 @@
+"""Graphs with a key/value cache: run as a model without one, and judged step by step."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from lora_export import layers, model, parity, plan, proof
+from lora_export.decoding import STEPS, CacheRunner, with_cache
+from lora_export.errors import RuntimeRefused
+from lora_export.lora import Adapter, LoraPair
+from lora_export.runtime import OnnxRunner
+
+FACTORIES = Path(__file__).parent / "factories.py"
+WORDS, FEATURES = 11, 4
+
+# What it keeps of each token is its row of the table; what it answers, the sum of all rows so far, times a matrix.
+SUMS = """
+<ir_version: 8, opset_import: ["" : 17]>
+sums (int64[batch, tokens] input_ids, int64[batch, total] attention_mask, float[batch, 1, past, 4] past_key)
+=> (float[batch, tokens, 3] logits, float[batch, 1, total, 4] present_key)
+<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] three = {3}, int64 axis = {2},
+ int64[1] last = {-1}, int64[1] end = {9223372036854775807}> {
+  many = Shape <start = 1, end = 2> (input_ids)
+  rows = Gather <axis = 0> (table, input_ids)
+  here = Unsqueeze (rows, one)
+  present_key = Concat <axis = 2> (past_key, here)
+  seen = Cast <to = 1> (attention_mask)
+  aside = Unsqueeze (seen, one)
+  mask = Unsqueeze (aside, three)
+  kept = Mul (present_key, mask)
+  sums = CumSum (kept, axis)
+  before = Shape <start = 2, end = 3> (past_key)
+  now = Slice (sums, before, end, two)
+  flat = Squeeze (now, one)
+  logits = MatMul (flat, turned)
+}
+"""
+# What exporters call them, which ONNX's text form cannot say.
+CALLED = {"past_key": "past_key_values.0.key", "present_key": "present.0.key"}
+
+
+def a_graph(
+    path: Path, base: model.Model, change: tuple[str, str] = ("", ""), *, adapter: Adapter | None = None
+) -> Path:
+    """The graph of `sums`, with the adapter folded in, and with some of its text changed."""
+    module = copy.deepcopy(base.module)
+    if adapter is not None:
+        layers.fold(module, plan.make([adapter], layers.specs(module)))
+    assert change[0] in SUMS
+    graph = onnx.parser.parse_model(SUMS.replace(*change))
+    for node in graph.graph.node:
+        node.input[:] = [CALLED.get(name, name) for name in node.input]
+        node.output[:] = [CALLED.get(name, name) for name in node.output]
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.name = CALLED.get(value.name, value.name)
+    weights = {
+        "table": module.table.weight.detach().numpy(),
+        "turned": module.dense.weight.detach().numpy().T.copy(),
+    }
+    graph.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    onnx.save(graph, path)
+    return path
+
+
+def an_adapter() -> Adapter:
+    rng = np.random.default_rng(0)
+    pair = LoraPair(a=rng.standard_normal((2, FEATURES)), b=rng.standard_normal((3, 2)), scale=0.5)
+    return Adapter(name="a", format="test", pairs={"dense": pair}, sha256="0a")
+
+
+@pytest.fixture(scope="module")
+def sums() -> model.Model:
+    return model.load(f"{FACTORIES}:sums")
+
+
+def judged(path: Path, base: model.Model) -> proof.Proof:
+    return proof.prove(with_cache(OnnxRunner(path)), base, [an_adapter()])
+
+
+def test_each_run_gets_the_cache_of_the_run_before(sums: model.Model, tmp_path: Path) -> None:
+    runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums)))
+    assert isinstance(runner, CacheRunner)
+    ids = np.arange(14).reshape(2, 7) % WORDS
+    mask = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    rows = sums.module.table.weight.detach().numpy()[ids] * mask[..., None]
+    expected = rows.cumsum(1) @ sums.module.dense.weight.detach().numpy().T
+    answer = runner.run({"input_ids": ids, "attention_mask": mask})
+    assert list(answer) == ["logits"]
+    np.testing.assert_allclose(answer["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_prompt_is_one_run_and_every_later_token_another(sums: model.Model, tmp_path: Path) -> None:
+    inner = OnnxRunner(a_graph(tmp_path / "m.onnx", sums))
+    runner, given, run = with_cache(inner), [], inner.run
+    inner.run = lambda inputs: (given.append({name: value.shape for name, value in inputs.items()}), run(inputs))[1]
+    runner.run({"input_ids": np.ones((2, 7), np.int64), "attention_mask": np.ones((2, 7), np.int64)})
+    assert [shapes["input_ids"] for shapes in given] == [(2, 3), *[(2, 1)] * STEPS]
+    assert [shapes["attention_mask"] for shapes in given] == [(2, length) for length in range(3, 8)]
+    assert [shapes["past_key_values.0.key"] for shapes in given] == [(2, 1, n, FEATURES) for n in (0, 3, 4, 5, 6)]
+
+
+def test_a_right_graph_is_the_same_and_the_verdict_says_how_it_ran(sums: model.Model, tmp_path: Path) -> None:
+    verdict = judged(a_graph(tmp_path / "m.onnx", sums, adapter=an_adapter()), sums).verdict
+    assert verdict.same, str(verdict)
+    assert f"run with its cache: a prompt, then {STEPS} tokens one by one" in verdict.notes
+    assert {there.input for there in verdict.perturbed} == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("kept = Mul (present_key, mask)", "kept = Identity (present_key)"),  # the mask is ignored
+        ("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)"),  # kept in the wrong order
+        ("Slice (sums, before, end, two)", "Slice (sums, zero, many, two)"),  # the answers of other places
+    ],
+    ids=["mask", "order", "places"],
+)
+def test_a_graph_that_handles_its_cache_wrongly_is_different(
+    change: tuple[str, str], sums: model.Model, tmp_path: Path
+) -> None:
+    path = a_graph(tmp_path / "m.onnx", sums, change, adapter=an_adapter())
+    verdict = judged(path, sums).verdict
+    assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
+
+
+def test_the_base_is_not_the_adapter(sums: model.Model, tmp_path: Path) -> None:
+    assert judged(a_graph(tmp_path / "m.onnx", sums), sums).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_an_answer_for_the_last_token_alone_is_refused(sums: model.Model, tmp_path: Path) -> None:
+    last = ("Slice (sums, before, end, two)", "Slice (sums, last, end, two)")
+    runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums, last)))
+    with pytest.raises(RuntimeRefused, match=r"answers logits \[1, 1, 3\] to 3 tokens"):
+        runner.run({"input_ids": np.ones((1, 7), np.int64), "attention_mask": np.ones((1, 7), np.int64)})
+
+
+def test_a_model_without_tokens_is_refused(sums: model.Model, tmp_path: Path) -> None:
+    runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums)))
+    with pytest.raises(RuntimeRefused, match="decodes input_ids; the model takes pixels"):
+        runner.run({"pixels": np.ones((1, 7), np.float32)})
+
+
+def test_a_graph_without_a_cache_stays_as_it_is(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[b, 2, 2] x) => (float[b, 2, 2] y) { y = Relu (x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    runner = OnnxRunner(tmp_path / "m.onnx")
+    assert with_cache(runner) is runner
+
+
+# --- a graph that an exporter made ---------------------------------------------------------------
+
+
+class Cached(nn.Module):
+    """A causal model, its cache as tensors that go in and come out."""
+
+    def __init__(self, causal: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: Any) -> tuple[torch.Tensor, ...]:
+        cache = DynamicCache(config=self.causal.config)
+        for number, (key, value) in enumerate(past):
+            cache.update(key, value, number)
+        answer = self.causal(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        return (answer.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
+
+
+def test_an_exported_llama_with_its_cache_is_the_llama(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    base = model.load(str(tmp_path / "llama"))
+    rng = np.random.default_rng(1)
+    pairs = {
+        f"model.layers.{layer}.self_attn.q_proj": LoraPair(
+            a=rng.standard_normal((2, 32)), b=rng.standard_normal((32, 2)), scale=0.1
+        )
+        for layer in range(2)
+    }
+    adapter = Adapter(name="a", format="test", pairs=pairs, sha256="0a")
+    module: Any = copy.deepcopy(base.module)
+    layers.fold(module, plan.make([adapter], layers.specs(module)))
+    export_with_cache(module, tmp_path / "cached.onnx")
+    runner = with_cache(OnnxRunner(tmp_path / "cached.onnx"))
+    verdict = proof.prove(runner, base, [adapter]).verdict
+    assert verdict.same, str(verdict)
+    assert proof.prove(runner, base, []).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def export_with_cache(module: LlamaForCausalLM, path: Path) -> None:
+    places = [f"{number}.{part}" for number in range(2) for part in ("key", "value")]
+    varies = torch.export.Dim.DYNAMIC
+    tokens, cache = {0: varies, 1: varies}, {0: varies, 2: varies}
+    past = [(torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, 16)) for _ in range(2)]
+    torch.onnx.export(
+        Cached(module).eval(),
+        (torch.randint(4, 50, (2, 3)), torch.ones(2, 8, dtype=torch.long), past),
+        path,
+        dynamo=True,
+        input_names=["input_ids", "attention_mask", *(f"past_key_values.{place}" for place in places)],
+        output_names=["logits", *(f"present.{place}" for place in places)],
+        dynamic_shapes=(tokens, tokens, [(cache, cache)] * 2),
+        verbose=False,
+    )

@@ -1,0 +1,280 @@
+"""Every model × how its adapter is kept × what kind of adapter it is, proven against PyTorch; README.md has the table.
+
+PEFT writes the adapters, and says what they compute; our own export makes the graphs. A cell's proof is the
+verdict that `onnx` and `verify` give, and it must not be fooled by an adapter that is wrong in one of its layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from graphs import eager
+from test_exporters import WORDS, a_bert, a_gpt2, a_llama
+from torch import nn
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lora_export import export, formats, model
+from lora_export.cli import weaving
+from lora_export.errors import InputRefused
+from lora_export.graph import files
+from lora_export.lora import Adapter
+from lora_export.model import Model
+from lora_export.proof import adapted, bits_that_differ, case_inputs, prove, prove_mixed
+from lora_export.runtime import Arrays, OnnxRunner
+
+FACTORIES = Path(__file__).with_name("factories.py")
+SPREAD = 0.15  # of A and B
+slow = pytest.mark.slow
+
+
+# --- models ---
+
+
+def a_vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4,
+        num_labels=5,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def a_t5() -> nn.Module:
+    config = T5Config(
+        vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def a_mixtral() -> nn.Module:
+    """A mixture of experts, whose attention is dense."""
+    config = MixtralConfig(
+        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=40, num_local_experts=4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, and the layers of it that are adapted."""
+
+    source: str | Callable[[], nn.Module]  # a factory of factories.py, or what is saved as a Hugging Face folder
+    targets: Any = "all-linear"
+    dora: Any = None  # targets of DoRA, where it cannot have the same
+    as_peft: bool = True  # PEFT computes what its adapter means
+    obstacle: str = ""  # why its adapter cannot be swapped while the graph runs
+
+
+LAYERS = ["linear1", "linear2", "out_proj", "head"]
+SUBJECTS: Mapping[str, Subject] = {
+    "llama": Subject(a_llama),
+    "gpt2": Subject(a_gpt2),
+    "bert": Subject(a_bert),
+    "bert, words": Subject(a_bert, ["word_embeddings", "query"], obstacle="an embedding"),
+    "vit": Subject(a_vit),
+    "vit, patches": Subject(a_vit, ["projection", "fc1"], obstacle="a convolution"),
+    "t5": Subject(a_t5),
+    "moe": Subject(a_mixtral, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "cnn": Subject("pictures", ["first", "second", "dense", "head"], obstacle="a convolution"),
+    "cnn, head": Subject("pictures", ["dense", "head"]),
+    # PEFT doubles the change of MultiheadAttention's output, and DoRA is nothing that it does there.
+    # `nn.TransformerEncoderLayer` reads its layers' weights itself, and never sees what PEFT puts beside them.
+    "encoder": Subject("spotter", [*LAYERS[:2], "self_attn", "head"], dora=LAYERS, as_peft=False),
+    "attention": Subject("reader", ["attn", "head"], dora=["out_proj", "head"], as_peft=False),
+}
+
+
+@functools.cache
+def base_of(source: str | Callable[[], nn.Module]) -> Model:
+    if isinstance(source, str):
+        return model.load(f"{FACTORIES}:{source}")
+    torch.manual_seed(0)
+    module, folder = source().eval(), Path(tempfile.mkdtemp())
+    for weight in module.parameters():
+        if weight.ndim > 1:  # as large as a trained model's: beside the initial 0.02 an adapter would be all there is
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    module.save_pretrained(folder)
+    return model.load(str(folder))
+
+
+@functools.cache
+def graph_of(source: str | Callable[[], nn.Module]) -> ir.Model:
+    base = base_of(source)
+    return export.to_onnx(base.module, base.examples(), axes=base.axes)
+
+
+# --- adapters ---
+
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "lora": {"r": 3, "lora_alpha": 6},
+    "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+    "patterns": {"r": 2, "lora_alpha": 4},  # and one rank, one alpha of their own
+    "dora": {"r": 3, "lora_alpha": 6, "use_dora": True},
+}
+
+
+@functools.cache
+def trained(name: str, variant: str, seed: int = 0) -> tuple[Adapter, peft.PeftModel]:
+    """An adapter as PEFT saves it, read again, and PEFT's own model with it."""
+    subject = SUBJECTS[name]
+    config = {"target_modules": (subject.dora if variant == "dora" else None) or subject.targets, **VARIANTS[variant]}
+    if variant == "patterns":
+        names = sorted(adapter_of(name, "lora").pairs)
+        config |= {"rank_pattern": {names[0]: 5}, "alpha_pattern": {names[-1]: 3}}
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(copy.deepcopy(base_of(subject.source).module), peft.LoraConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_magnitude_vector" in key:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+            elif parameter.requires_grad:
+                parameter.normal_(std=SPREAD, generator=generator)
+    folder = Path(tempfile.mkdtemp())
+    adapted.save_pretrained(folder)
+    return formats.load(folder), adapted
+
+
+def adapter_of(name: str, variant: str, seed: int = 0) -> Adapter:
+    return trained(name, variant, seed)[0]
+
+
+def wrong_in_one_layer(name: str, variant: str) -> Adapter:
+    """The adapter, but for a pair out of another training."""
+    right, other = adapter_of(name, variant), adapter_of(name, variant, seed=1)
+    last = list(right.pairs)[-1]
+    return replace(right, pairs={**right.pairs, last: other.pairs[last]})
+
+
+# --- ways to keep them ---
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A graph with an adapter, as it runs."""
+
+    on: OnnxRunner
+    off: OnnxRunner | None = None  # the same graph without
+    mixed: OnnxRunner | None = None  # with and without in one batch
+    unchanged: bool = field(default=True)  # whether the base's weights have their bytes
+
+
+def keep(mode: str, name: str, variant: str, folder: Path) -> Kept:
+    """As `lora-export onnx --lora MODE` does it."""
+    base, graph, adapter = (
+        base_of(SUBJECTS[name].source),
+        graph_of(SUBJECTS[name].source).clone(),
+        adapter_of(name, variant),
+    )
+    before = weights_of(graph)
+    order = weaving.Order(mode, [adapter], (1.0,))
+    weaving.check(order, base)
+    beside = weaving.weave(graph, order, base, folder, lambda _: None)
+    after = weights_of(graph)
+    runner = saved(graph, folder)
+    unchanged = all(after[key] == value for key, value in before.items())
+    if mode == "inputs":
+        return Kept(runner.with_adapter(folder / beside[0]), runner, unchanged=unchanged)
+    if mode == "rows":
+        return Kept(runner.with_rows([1]), runner.with_rows([0]), runner.with_rows([1, 0]), unchanged)
+    return Kept(runner, unchanged=unchanged)
+
+
+def weights_of(graph: ir.Model) -> dict[str, bytes]:
+    tensors = {name: value.const_value for name, value in graph.graph.initializers.items()}
+    return {name: tensor.tobytes() for name, tensor in tensors.items() if tensor is not None}
+
+
+def saved(graph: ir.Model, folder: Path) -> OnnxRunner:
+    files.save(graph, folder, "model.onnx")
+    return OnnxRunner(folder / "model.onnx", "cpu")
+
+
+@functools.cache
+def base_answers(source: str | Callable[[], nn.Module]) -> dict[str, Arrays]:
+    runner = saved(graph_of(source).clone(), Path(tempfile.mkdtemp()))
+    return answers(base_of(source), runner)
+
+
+def answers(base: Model, runner: OnnxRunner) -> dict[str, Arrays]:
+    return {case: runner.run(arrays) for case, arrays in case_inputs(base, runner).items()}
+
+
+# --- the cells ---
+
+MODES = ("merged", "nodes", "inputs", "rows")
+# What runs with every `make test`: each mode and each variant, on graphs that are quickly made.
+QUICK = {("vit", "lora"), ("cnn", "dora"), ("cnn, head", "rslora"), ("attention", "patterns")}
+ADAPTED = [
+    pytest.param(name, variant, marks=[] if (name, variant) in QUICK else slow)
+    for name in SUBJECTS
+    for variant in VARIANTS
+]
+
+
+def refusal(mode: str, name: str, variant: str) -> str:
+    """What a graph that takes adapters while it runs says of this one; empty where it takes it."""
+    if mode not in ("inputs", "rows"):
+        return ""
+    return "DoRA" if variant == "dora" else SUBJECTS[name].obstacle
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "variant"), ADAPTED)
+def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str, tmp_path: Path) -> None:
+    base, adapter = base_of(SUBJECTS[name].source), adapter_of(name, variant)
+    if told := refusal(mode, name, variant):
+        with pytest.raises(InputRefused, match=told):
+            keep(mode, name, variant, tmp_path)
+        return
+    kept = keep(mode, name, variant, tmp_path)
+    proof = prove(kept.on, base, [adapter])
+    assert proof.verdict.same, str(proof.verdict)
+    assert not prove(kept.on, base, [wrong_in_one_layer(name, variant)]).verdict.same
+    assert kept.unchanged == (mode != "merged")
+    if kept.off is not None:
+        assert bits_that_differ(base_answers(SUBJECTS[name].source), answers(base, kept.off)) == []
+    if kept.mixed is not None:
+        assert kept.off is not None
+        alone = prove(kept.off, base, [])
+        mixed = prove_mixed(kept.mixed, [alone, proof], [1, 0])
+        assert mixed.verdict.same, str(mixed.verdict)
+        assert not prove_mixed(kept.mixed, [proof, alone], [1, 0]).verdict.same
+
+
+@pytest.mark.parametrize(("name", "variant"), [cell for cell in ADAPTED if SUBJECTS[str(cell.values[0])].as_peft])
+def test_what_the_proofs_call_right_is_what_peft_computes(name: str, variant: str) -> None:
+    base = base_of(SUBJECTS[name].source)
+    adapter, theirs = trained(name, variant)
+    feeds = base.examples()
+    ours, expected, without = (eager(one, feeds) for one in (adapted(base, [adapter]), theirs, base.module))
+    for key, value in expected.items():
+        np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4 * np.abs(value).max())
+        assert np.abs(value - without[key]).max() > 0.02 * np.abs(value).max()
+
+
+@slow
+def test_experts_are_refused_by_name(tmp_path: Path) -> None:
+    module = base_of(a_mixtral).module
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    peft.get_peft_model(copy.deepcopy(module), config).save_pretrained(tmp_path)
+    with pytest.raises(InputRefused, match=r"target_parameters: .*mixture-of-experts.* not supported"):
+        formats.load(tmp_path)
