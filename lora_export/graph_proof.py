@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
 
-from lora_export import feeds, onnx_runner, parity, plan
+from lora_export import feeds, files, onnx_runner, parity, plan
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.evidence import Proof, differ
@@ -25,6 +26,7 @@ from lora_export.graph.wide import widen
 from lora_export.lora import Adapter
 from lora_export.onnx_runner import Arrays, Held, OnnxRunner
 from lora_export.plan import Plan
+from lora_export.provenance import described
 
 LOUDER = 1.1  # the control's factor on every scale
 PEER = "the other graph"
@@ -115,14 +117,20 @@ class GraphJudge:
         notes = [*ways.told, self._about_referee(), *refusals, *self.notes]
         about = {
             **onnx_runner.environment(),
-            "model": str(self.source),
+            "model": {"source": str(self.source), "sha256": self._sha256},
             "against": AGAINST,
-            "adapters": {adapter.name: adapter.sha256 for adapter in adapters},
+            "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
             "seed": self.seed,
+            "tolerance": None,
             "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
         }
         verdict = parity.judge(cases, dtype=self.dtype, perturbed=sensitivity, notes=notes)
         return Proof(verdict, candidate.placement, about, inputs, tuple(cases))
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of the graph's file; weights beside it are not of it."""
+        return files.sha256(self.source)
 
     @property
     def dtype(self) -> str:

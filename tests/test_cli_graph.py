@@ -30,7 +30,6 @@ from test_exporters import (
     text,
 )
 from test_exporters import answers as answers_of
-from test_exporters import built as built
 
 from lora_export import export, formats, model, plan
 from lora_export.cli import weaving
@@ -114,7 +113,7 @@ def test_adapters_in_a_graph_are_what_pytorch_computes(
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
     assert (code, told["proof"]["outcome"]) == (0, "same"), told
     assert any("graph against graph, no PyTorch model was given" in note for note in told["proof"]["notes"])
-    assert told["proof"]["about"]["model"] == str(place / "base.onnx")
+    assert told["proof"]["about"]["model"]["source"] == str(place / "base.onnx")
     assert "torch" not in told["proof"]["about"]
     assert_is_pytorchs(OnnxRunner(out), place / "fr", 0.5)
     there = record(out)
@@ -217,7 +216,7 @@ def test_a_graph_is_proven_against_the_model_that_it_was_made_from(
     assert code == 0
     proofs = [told["proof"], *told.get("adapters", {}).values()]
     assert {proof["outcome"] for proof in proofs} == {"same"}
-    assert {proof["about"]["model"] for proof in proofs} == {SPOTTER}
+    assert {proof["about"]["model"]["source"] for proof in proofs} == {SPOTTER}
     assert "against" not in record(tmp_path / "out.onnx")["verdict"]
 
 
@@ -537,19 +536,6 @@ def test_graphs_of_every_maker(
         assert_is_the_models(out, name, adapter)
     else:
         assert {proof["outcome"] for proof in told["adapters"].values()} == {"same"}
-
-
-@pytest.mark.slow
-def test_a_graph_of_the_genai_builder_with_its_cache(
-    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter = an_adapter_of("llama", tmp_path / "a")
-    words = ("onnx", built("fp32"), "-a", adapter, "--base", base_of("llama"), "-o", tmp_path / "out.onnx")
-    code, told = answer(capsys, *words)
-    assert code == 0 and told["proof"]["outcome"] == "same"
-    cases = {there["case"] for there in told["proof"]["comparisons"]}
-    assert cases == {"batch 1 x length 7 after 0", "batch 3 x length 1 after 5", "batch 5 x length 29 after 0"}
-    assert_is_the_models(tmp_path / "out.onnx", "llama", adapter)
 
 
 @pytest.mark.parametrize("mode", ["merged", slow("nodes")])

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.graph.branches import Branch, Weaver, branch, module_of
+from lora_export.graph.branches import LOWEST_OPSET, Branch, Weaver, branch, module_of, obstacle_to
 from lora_export.graph.fold import new_initializer, refuse_what_a_graph_cannot_take
 from lora_export.graph.readers import Site, flipped
 from lora_export.graph.sites import Sites, unused
@@ -49,8 +49,11 @@ def beside_the_weights(model: ir.Model, sites: Sites, plan: Plan) -> int:
 
 
 def _can_branch(model: ir.Model, step: Step, sites: Sites) -> bool:
-    plain = step.terms and step.replace is None and (step.magnitude is None or model.opset_imports.get("", 0) >= 11)
-    return bool(plain) and not any(site.obstacle for site in sites.by_name[step.weight])
+    if not step.terms or step.replace is not None or model.opset_imports.get("", 0) < LOWEST_OPSET:
+        return False
+    embedding, there = step.terms[0].pair.embedding, sites.by_name[step.weight]
+    grouped = any(site.is_convolution and site.node.attributes.get_int("group", 1) > 1 for site in there)
+    return not grouped and not any(obstacle_to(site, embedding=embedding) for site in there)
 
 
 def beside_quantised(model: ir.Model, sites: Sites, plan: Plan) -> None:
