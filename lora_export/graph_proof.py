@@ -18,7 +18,7 @@ import onnx_ir as ir
 from lora_export import feeds, files, onnx_runner, parity, plan
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.evidence import Proof, differ
+from lora_export.evidence import Proof, bits_that_differ, differ
 from lora_export.graph import referee
 from lora_export.graph.files import in_memory
 from lora_export.graph.sites import Sites, find
@@ -95,7 +95,11 @@ class GraphJudge:
         deployed = {name: peer.run(arrays) for name, arrays in inputs.items()}
         answers, refusals = _answers(candidate, inputs, step)
         sides = {who: self._in_fp64(model, inputs) for who, model in ways.referees(step)}
-        if not self._base_answers:
+        if not adapters and not refusals and not bits_that_differ(answers, deployed):
+            # Nothing is nearer to the base than its own bits; a quantised one lies far from what it is in fp64.
+            sides["referee"] = deployed
+            ways.told.append("its answers are those of the graph that it was made from, to the last bit")
+        elif not self._base_answers:
             step("the base in fp64")
             self._base_answers = self._in_fp64(self.base.clone(), inputs)
         cases = [
@@ -104,8 +108,8 @@ class GraphJudge:
                 inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
                 deployed=deployed[name],
                 candidate=answers[name],
-                referee=sides.get("referee", self._base_answers)[name],
-                base=sides.get("base", self._base_answers)[name] if adapters else None,
+                referee=sides["referee"][name] if "referee" in sides else self._base_answers[name],
+                base=(sides.get("base") or self._base_answers)[name] if adapters else None,
                 louder=sides["louder"][name] if adapters else None,
                 attached=sides["attached"][name] if "attached" in sides else None,
                 peer=PEER,
@@ -114,7 +118,8 @@ class GraphJudge:
         ]
         step("inputs, one by one")
         sensitivity = [] if refusals else list(self._sensitivity(candidate, peer))
-        notes = [*ways.told, self._about_referee(), *refusals, *self.notes]
+        about_fp64 = [self._about_referee()] if self._base_answers else []
+        notes = [*ways.told, *about_fp64, *refusals, *self.notes]
         about = {
             **onnx_runner.environment(),
             "model": {"source": str(self.source), "sha256": self._sha256},
@@ -215,7 +220,7 @@ class _Ways:
     def deployed(self) -> ir.Model:
         """As exactly as a graph in these types computes it."""
         if not self.adapters:
-            self.told.append("graph against graph: the base, optimised and not, is the measure of the base")
+            self.told.append("graph against graph, without an adapter")
             return self.judge.base.clone()
         if self.judge.mode != "merged":
             self.told.append(f"{GRAPHS}, in which W + ΔW is computed at each weight when it runs")

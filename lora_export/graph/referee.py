@@ -34,10 +34,10 @@ def at_the_weights(model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool =
     does not describe the graph any more then.
     """
     refuse_what_a_graph_cannot_take(plan)
-    weaver = Weaver(model)
+    weaver, products = Weaver(model), _Products(model)
     for step in plan.steps:
         for site in sites.by_name[step.weight]:
-            _Reader(weaver, step, site, rounded=rounded).change()
+            _Reader(weaver, step, site, products.of(site), rounded=rounded).change()
 
 
 def beside_the_weights(model: ir.Model, sites: Sites, plan: Plan) -> int:
@@ -68,10 +68,14 @@ def beside_quantised(model: ir.Model, sites: Sites, plan: Plan) -> None:
     for step in apart:
         for site in weaver.places(step.weight, sites):
             path = f"/{module_of(step.weight)}"
-            made, change = _change(weaver, step, site)  # (in, out)
-            node = weaver.node(site.node.op_type, [_entering(site), change], path, None, _ways(site.node))
-            if node.op_type not in ("MatMul", "Gemm"):
-                node.op_type, node.domain = "MatMul", ""
+            made, change = _change(weaver, step, site)  # (in, out), or the rows of a table
+            if step.terms[0].pair.embedding:
+                ids = site.node.inputs[1]
+                assert ids is not None
+                node = weaver.node("Gather", [change, ids], path)
+            else:
+                kind = site.node.op_type if site.node.op_type == "Gemm" else "MatMul"
+                node = weaver.node(kind, [_entering(site), change], path, None, _ways(site.node))
             weaver.stand_beside(site, [Branch([*made, node], node.outputs[0], path)])
 
 
@@ -79,12 +83,29 @@ def _change(weaver: Weaver, step: Step, site: Site) -> tuple[list[ir.Node], ir.V
     """What is added to a quantised weight, (in, out) in the type that it computes in."""
     dtype = np.dtype(site.dtype)
     if step.magnitude is not None:
-        before = site.matrix.astype(np.float64)
-        return [], _initializer(weaver, step, "change", (_in_fp64(step, before) - before).T.astype(dtype))
+        before = (site.array.T if site.layout is Layout.EMBEDDING else site.matrix).astype(np.float64)
+        change = _among_neighbours(site, _in_fp64(step, before) - before)
+        return [], _initializer(weaver, step, "change", change.T.astype(dtype))
     b, a = _factors(step)
+    b = _among_neighbours(site, b)
     sides = [_initializer(weaver, step, side, array.T.astype(dtype)) for side, array in (("A", a), ("B", b))]
     node = weaver.node("MatMul", sides, f"/{step.weight}", ir.Shape([a.shape[1], b.shape[0]]))
     return [node], node.outputs[0]
+
+
+def _among_neighbours(site: Site, rows: Wide) -> Wide:
+    """What belongs to a weight's outputs, with zeros for those of its neighbours in a packed one."""
+    if (block := site.block) is None:
+        return rows
+    wide = np.zeros((_outputs(site), rows.shape[1]))
+    wide[block.start : block.stop] = rows
+    return wide
+
+
+def _outputs(site: Site) -> int:
+    """Output features of the matrix, neighbours included."""
+    whole = site.quantised.shape if site.quantised is not None else tuple(map(int, site.tensor.shape.numpy()))
+    return whole[1 if site.layout is Layout.IN_OUT else 0]
 
 
 def _in_fp64(step: Step, before: Wide) -> Wide:
@@ -122,14 +143,27 @@ def _initializer(weaver: Weaver, step: Step, part: str, array: NDArray[Any]) -> 
     return new_initializer(weaver.model, name, ir.Tensor(np.ascontiguousarray(array)))
 
 
+class _Products:
+    """The MatMuls in the place of MatMulNBits nodes: one for all the weights that lie side by side in one."""
+
+    def __init__(self, model: ir.Model):
+        self.model = model
+        self.by_node: dict[ir.Node, ir.Node | None] = {}
+
+    def of(self, site: Site) -> ir.Node | None:
+        """The MatMul in the place of a site's node; None where that stays."""
+        if site.quantised is not None and site.node not in self.by_node:
+            self.by_node[site.node] = dequantise(self.model, site.node)
+        return self.by_node.get(site.node)
+
+
 class _Reader:
     """One reader of a planned weight, and the nodes that are put before it."""
 
-    def __init__(self, weaver: Weaver, step: Step, site: Site, *, rounded: bool):
+    def __init__(self, weaver: Weaver, step: Step, site: Site, product: ir.Node | None, *, rounded: bool):
         self.weaver, self.step, self.site, self.rounded = weaver, step, site, rounded
-        node = site.node if site.quantised is None else dequantise(weaver.model, site.node)
-        self.node = node or site.node  # the weight of a DequantizeLinear is read like any other
-        self.index, self.layout = (1, Layout.IN_OUT) if node is not None and node is not site.node else self._lies()
+        self.node = product or site.node
+        self.index, self.layout = (1, Layout.IN_OUT) if product is not None else self._lies()
 
     def _lies(self) -> tuple[int, Layout]:
         """Where the node reads the weight, and how it lies for that node."""
@@ -170,10 +204,7 @@ class _Reader:
 
     def _with_pairs(self, weight: ir.Value) -> ir.Value:
         b, a = _factors(self.step)
-        if (block := self.site.block) is not None:  # zeros for its neighbours
-            wide = np.zeros((self._outputs, b.shape[1]))
-            wide[block.start : block.stop] = b
-            b = wide
+        b = _among_neighbours(self.site, b)
         sides = (a.T, b.T) if self.turned else (b, a)
         change = self._add("MatMul", *(self._given(f"factor{n}", side) for n, side in enumerate(sides)))
         kernel = self.step.terms[0].pair.a.shape[2:]
@@ -196,16 +227,11 @@ class _Reader:
         if (block := self.site.block) is None:
             lengths = self._given("magnitude", magnitude.reshape(upright))
             return self._add("Mul", total, self._add("Div", lengths, self._add("Sqrt", sums)))
-        ours, others = np.zeros(self._outputs, np.float32), np.ones(self._outputs, np.float32)
+        ours, others = np.zeros(_outputs(self.site), np.float32), np.ones(_outputs(self.site), np.float32)
         ours[block.start : block.stop], others[block.start : block.stop] = magnitude, 0
         lengths, kept = self._given("magnitude", ours.reshape(upright)), self._given("kept", others.reshape(upright))
         own = self._add("Div", lengths, self._add("Sqrt", self._add("Add", sums, kept)))
         return self._add("Mul", total, self._add("Add", own, kept))
-
-    @property
-    def _outputs(self) -> int:
-        """Output features of the matrix, neighbours included."""
-        return int(self.site.stored.shape[1 if self.site.layout is Layout.IN_OUT else 0])
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         cast = self._add("Cast", value, to=int(dtype))
