@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export import parity
+from lora_export.diagnosis import Diagnosis
 from lora_export.errors import Undecided
 from lora_export.onnx_runner import Arrays, Placement, Runner
 
@@ -24,6 +25,7 @@ class Proof:
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
     ended_with: int | None = None  # the exit code of what ended it before anything was measured
+    diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
 
     @property
     def exit_code(self) -> int:
@@ -74,11 +76,12 @@ def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]
         f"{case}, {name}: {_largest_difference(value, others[case][name])}"
         for case, outputs in answers.items()
         for name, value in outputs.items()
-        if _bits(value) != _bits(others[case][name])
+        if bits(value) != bits(others[case][name])
     ]
 
 
-def _bits(array: NDArray[Any]) -> tuple[Any, ...]:
+def bits(array: NDArray[Any]) -> tuple[Any, ...]:
+    """What makes two arrays the same to the last bit."""
     return array.dtype, array.shape, array.tobytes()
 
 

@@ -98,6 +98,60 @@ def _conv1d() -> tuple[type[nn.Module], ...]:
     return (loaded.Conv1D,) if loaded else ()
 
 
+class Plain(NamedTuple):
+    """A weight whose module makes x Wᵀ of one input, adds a bias at most, and hands that out."""
+
+    name: str
+    owner: nn.Module  # that holds the tensor
+    attribute: str
+    layout: Layout
+    attention: nn.MultiheadAttention | None = None  # that computes with it, where its owner is never called
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is stored, without what is attached."""
+        return cast(Tensor, self.owner._parameters[self.attribute])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in), a convolution's kernel flattened."""
+        first, *others = self.tensor.shape
+        return (math.prod(others), first) if self.layout.is_turned else (first, math.prod(others))
+
+    @property
+    def has_bias(self) -> bool:
+        return self.owner._parameters.get(self._bias) is not None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), with what an adapter adds to it."""
+        return cast(Tensor, getattr(self.owner, self._bias)) if self.has_bias else None
+
+    @property
+    def _bias(self) -> str:
+        return "in_proj_bias" if self.attribute == "in_proj_weight" else "bias"
+
+
+def plain(module: nn.Module) -> list[Plain]:
+    """The weights of linear layers, convolutions and embeddings that compute nothing else, attached or not.
+
+    Each tensor's first name; a subclass with a `forward` of its own is left out.
+    """
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *_conv1d())
+    known = {kind.forward for kind in kinds}
+    parents = {child: parent for parent in module.modules() for child in parent.children()}
+    found = []
+    for path, owner in module.named_modules():
+        original = _attachment(owner).original if STATE in owner.__dict__ else type(owner)
+        attention = owner if isinstance(owner, nn.MultiheadAttention) else parents.get(owner)
+        attention = attention if isinstance(attention, nn.MultiheadAttention) else None
+        attribute = "in_proj_weight" if attention is owner else "weight"
+        if (attention is owner or original.forward in known) and owner._parameters.get(attribute) is not None:
+            name = f"{path}.{attribute}" if path else attribute
+            found.append(Plain(name, owner, attribute, _layout(owner, attribute), attention))
+    return found
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """How many of a module's parameters an optimiser would train."""
@@ -493,11 +547,12 @@ def _attached(module: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> Iterator[None]:
+def strength(module: nn.Module, factor: float, *, keep_whole: bool = False, turn_whole: bool = False) -> Iterator[None]:
     """Multiply every branch and bias shift by `factor` while active, whoever reads the weights, and however.
 
     At 0 the output is the base's, bit for bit: the whole tensors go too, unless `keep_whole`. At any
-    other factor they stay: a whole tensor has no strength. Raises InputRefused where nothing is attached.
+    other factor they stay: a whole tensor has no strength; with `turn_whole` what it changes is multiplied.
+    Raises InputRefused where nothing is attached.
     """
     owners = _attached(module)
     before = [_attachment(owner).factor for owner in owners]
@@ -505,10 +560,10 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
     for owner in owners:
         attachment = _attachment(owner)
         attachment.factor *= factor
-        for whole in attachment.wholes if factor == 0 and not keep_whole else ():
+        for whole in attachment.wholes if (factor == 0 and not keep_whole) or turn_whole else ():
             slots = _slots(owner, whole.attribute)
             put_aside.append((slots, whole.attribute, slots[whole.attribute]))
-            slots[whole.attribute] = _moved(whole.base, slots[whole.attribute])
+            slots[whole.attribute] = _turned(whole, slots[whole.attribute], factor)
     try:
         yield
     finally:
@@ -518,19 +573,41 @@ def strength(module: nn.Module, factor: float, *, keep_whole: bool = False) -> I
             slots[attribute] = tensor
 
 
-def settle(module: nn.Module, stored: Mapping[str, str], chosen: Mapping[str, Tensor]) -> None:
+def _turned(whole: _Whole, there: Tensor, factor: float) -> Tensor:
+    """The base's tensor and `factor` times what the whole one changes in it."""
+    base = _moved(whole.base, there)
+    if factor == 0 or not there.is_floating_point():
+        return base
+    turned = base.detach() + factor * (there.detach() - base.detach())
+    return nn.Parameter(turned, requires_grad=False) if isinstance(there, nn.Parameter) else turned
+
+
+def settle(
+    module: nn.Module,
+    stored: Mapping[str, str],
+    chosen: Mapping[str, Tensor],
+    *,
+    factor: float = 1.0,
+    turn_whole: bool = False,
+) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
     `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes; a tensor that it
     lacks is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
     the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
-    the one that stands in `chosen` is taken. Nothing is attached any more then.
+    the one that stands in `chosen` is taken. Nothing is attached any more then. `factor` and `turn_whole` are
+    those of `strength`; whole tensors are kept.
     """
     owners = _attached(module)
     paths = {owner: path for path, owner in module.named_modules()}
     for owner in owners:
         attachment = _attachment(owner)
+        attachment.factor *= factor
         settled = {whole.attribute: _slots(owner, whole.attribute)[whole.attribute] for whole in attachment.wholes}
+        if turn_whole:
+            settled |= {
+                there.attribute: _turned(there, settled[there.attribute], factor) for there in attachment.wholes
+            }
         settled |= {branch.weight: _adapted_weight(owner, branch.weight) for branch in attachment.branches}
         if "lora_shift" in owner._buffers:
             settled["bias"] = _adapted_bias(owner)

@@ -221,10 +221,12 @@ def _huggingface_inputs(module: Any) -> tuple[Axes, Make]:
     def make_text(sizes: Sizes, generator: torch.Generator) -> Inputs:
         shape = (sizes["batch"], sizes["sequence"])
         inputs = {"input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
-        # Every second row is padded at its end: a mask of ones alone would never be put to the test.
+        # All rows but the first are padded for certain: a mask of ones alone would never be put to the test.
         lengths = torch.randint(max(1, shape[1] // 2), shape[1] + 1, (shape[0], 1), generator=generator)
-        lengths[1::2] = torch.clamp(lengths[1::2], max=max(1, shape[1] - 2))
-        inputs["attention_mask"] = (torch.arange(shape[1]) < lengths).long()
+        lengths[1:] = torch.clamp(lengths[1:], max=max(1, shape[1] - 2))
+        mask = (torch.arange(shape[1]) < lengths).long()
+        mask[2::2] = mask[2::2].flip(1)  # at the beginning: a mask taken for a mere length has to fail
+        inputs["attention_mask"] = mask
         if "token_type_ids" in takes and token_types > 1:
             inputs["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
         if "decoder_input_ids" in takes:

@@ -100,6 +100,8 @@ class Placement:
                 f"{self.asked} was asked for, but {len(self.off_provider)} of {self.compute} compute nodes ran "
                 f"elsewhere: {some}"
             )
+        if self.asked != PROVIDERS["cpu"] and not self.by_provider.get(self.asked):
+            raise EnvironmentLacking(f"{self.asked} was asked for, and onnxruntime tells of no node that ran on it")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +116,19 @@ class Held:
 class OnnxRunner:
     """An ONNX graph under onnxruntime, on the provider that was asked for and on no other.
 
-    `plain` leaves out every optimisation of onnxruntime's.
+    `plain` leaves out every optimisation of onnxruntime's. `message` is what to run in a file's place: the graph as
+    bytes, its weights in files of `folder`.
     """
 
-    def __init__(self, source: Path | Held, provider: str = "cpu", *, plain: bool = False):
+    def __init__(
+        self,
+        source: Path | Held,
+        provider: str = "cpu",
+        *,
+        plain: bool = False,
+        message: bytes = b"",
+        folder: Path = Path(),
+    ):
         ort = onnxruntime()
         asked = PROVIDERS[provider]
         if provider == "cuda" and hasattr(ort, "preload_dlls"):
@@ -132,7 +143,7 @@ class OnnxRunner:
         what = source.what if isinstance(source, Held) else source
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                self.session = _session(ort, source, (asked, options), plain=plain)
+                self.session = _session(ort, source, (asked, options), plain=plain, message=message, folder=folder)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime refused {what}: {error}") from error
         if asked not in self.session.get_providers():
@@ -152,11 +163,26 @@ class OnnxRunner:
             for value in self.session.get_inputs()
         }
         self.names_known = True
-        self.path = Path(what)
+        self.path, self.provider = Path(what), provider
         self._source = source  # a held graph's tensors live as long as its session
         self._active: tuple[Any, Any] = None, ort.RunOptions()  # adapter and run options
         self._active[1].log_severity_level = SILENT
         self._ids: NDArray[np.int64] | None = None
+
+    def of(self, message: bytes, folder: Path) -> OnnxRunner:
+        """Another graph, as bytes, with the adapter or the ids that this one runs with."""
+        runner = OnnxRunner(self.path, self.provider, message=message, folder=folder)
+        runner._active = self._active
+        return runner if self._ids is None else runner.with_rows(self._ids.tolist())
+
+    @property
+    def ids(self) -> tuple[int, ...] | None:
+        """Which adapters the rows of every batch have; None where nobody has said."""
+        return None if self._ids is None else tuple(self._ids.tolist())
+
+    @property
+    def has_adapter(self) -> bool:
+        return self._active[0] is not None
 
     def with_adapter(self, path: Path) -> OnnxRunner:
         """The same session with this `.onnx_adapter` in every run.
@@ -184,22 +210,25 @@ class OnnxRunner:
 
         The batch is the first dimension of the first input. Raises InputRefused for another kind of graph.
         """
-        if onnx_adapter.IDS not in self.axes:
+        if onnx_adapter.IDS not in self.axes and self._ids is None:
             raise InputRefused(f"{self.path} has no input {onnx_adapter.IDS}: it was not made with --lora rows")
         runner = copy.copy(self)
         runner._ids = np.array(ids, np.int64)
         runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.IDS}
         return runner
 
-    def run(self, inputs: Arrays) -> Arrays:
-        """One forward pass. Inputs that the graph does not have are an error: they were folded away."""
+    def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
+        """One forward pass; `names` are the outputs that are wanted, all where it is None.
+
+        Inputs that the graph does not have are an error: they were folded away.
+        """
         surplus = [name for name in inputs if name not in self.axes]
         lacking = [name for name in self.axes if name not in inputs]
         if surplus or lacking:
             told = [f"the graph has no input {name}" for name in surplus]
             told += [f"the graph wants {name}, which the model does not take" for name in lacking]
             raise RuntimeRefused("; ".join(told))
-        names = [value.name for value in self.session.get_outputs()]
+        names = [value.name for value in self.session.get_outputs()] if names is None else list(names)
         if self._ids is not None:
             inputs = {**inputs, onnx_adapter.IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
         try:
@@ -208,12 +237,23 @@ class OnnxRunner:
             raise RuntimeRefused(f"onnxruntime: {error}") from error
 
 
-def _session(ort: Any, source: Path | Held, provider: tuple[str, Mapping[str, str]], *, plain: bool) -> Any:
+def _session(
+    ort: Any,
+    source: Path | Held,
+    provider: tuple[str, Mapping[str, str]],
+    *,
+    plain: bool,
+    message: bytes,
+    folder: Path,
+) -> Any:
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings.log_severity_level = 3  # errors only; a fallback is found by asking, not by reading warnings
     if plain:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if message:
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        return ort.InferenceSession(message, settings, providers=[provider])
     if isinstance(source, Path):
         return ort.InferenceSession(str(source.resolve()), settings, providers=[provider])
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in source.tensors.values()]

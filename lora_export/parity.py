@@ -13,8 +13,11 @@ lives. Five arrays an output do, all computed from the same inputs:
     structure  all are finite and have the same names, count, dtype and shape, else different
     error      rmse(O,R) <= k * rmse(P,R), or eps * rms(R) where P happens to be exact, else different
     tail       max|O-R| <= k * max|P-R| + 4 * eps * max|R|, else different
+    bulk       where most of P's error is in a few elements: the same of the median of |O-R|, else different
+    features   the error gate again for features a tenth and less as large as the largest, all cases together
     signal     rmse(O,R) <= 0.1 * rmse(R,B), else undecided: a merged model could not have been told from another
-    controls   error or tail must *fail* for O against B, and for O against L, else undecided
+    loss       where weights were rounded, that moves the outputs less than the adapter does, else undecided
+    controls   error, tail or bulk must *fail* for O against B, and for O against L, else undecided
 
 "As close to the truth as PyTorch itself is" is the rule of PyTorch's own compiler tests
 (torch._dynamo.utils.same). `different` outweighs `undecided`, and only a set of cases without any
@@ -45,6 +48,9 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16"
 FEW_ELEMENTS = 10
 FEW_EPS = 4  # what a last rounding and a sum in another order may cost the worst element
 LARGEST_SHARE = 0.1  # of the adapter's effect that the error may be
+LARGEST_LOSS = 1.0  # of the adapter's effect that rounding the weights may cost
+LEAST_VALUES = 5  # of a feature, from which its size, and PyTorch's error in it, are more than chance
+SPIKED = 10  # times its median that the rmse of PyTorch's error is where a few elements hold most of it
 NUDGE = 1.01
 DECIDES = "what would decide it"  # before a remedy
 SHOWN = 5  # outputs, and reasons, that a verdict prints; it holds all of them
@@ -69,7 +75,8 @@ class Case:
     `candidate` and `deployed` are in the deployed dtype, the others in fp64. `base` and `louder`
     are None only where there is no adapter at all. `attached` is given where the candidate's
     merged weights are stored in a low precision: then `referee` used the weights so rounded,
-    `attached` the adapters as they are, and the difference is the merge loss (reported, not judged).
+    `attached` the adapters as they are, and the difference is the merge loss. `base` and `louder` are rounded
+    like `referee` then: what rounding does to the base's own weights must not pass for the adapter's effect.
     """
 
     name: str
@@ -299,11 +306,13 @@ def judge(
     atol: float | None = None,
     rtol: float | None = None,
     notes: Sequence[str] = (),
+    doubts: Sequence[str] = (),
 ) -> Verdict:
     """Put every gate and control to every output of every case.
 
     `dtype` is the one in which the model is deployed; an output of a coarser dtype is measured by its own.
-    `atol` and `rtol` are a further demand, never a relief. `notes` are passed through to the verdict.
+    `atol` and `rtol` are a further demand, never a relief. `notes` are passed through to the verdict; `doubts`
+    are what the inputs did not put to the test, and make it undecided.
     Raises InputRefused for another dtype than `DEPLOYED`, and for a tolerance that is not a finite number.
     """
     if dtype not in DEPLOYED:
@@ -318,8 +327,10 @@ def judge(
     )
     reasons = (
         *(reason for there in comparisons for reason in there.reasons),
+        *_small_features(cases, comparisons, dtype),
         *_could_it_tell(cases, comparisons, adapted=adapted),
         *_folded_inputs(perturbed, peer),
+        *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in doubts),
     )
     return Verdict(
         outcome=_weightiest(reasons),
@@ -463,7 +474,7 @@ def _measure(case: Case, output: str, own: Wide, *, dtype: str, tolerance: Toler
         errors=histogram(_wide(o) - _wide(r)),
         deployed_errors=histogram(_wide(p) - _wide(r)),
         effects=None if case.base is None else histogram(_wide(r) - _wide(case.base[output])),
-        gates=tuple(_gates(o, r, p, allowed=allowed, effect=effect, tolerance=tolerance)),
+        gates=tuple(_gates(o, r, p, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
         controls=tuple(_controls(case, output, allowed=allowed, effect=effect, tolerance=tolerance)),
         peer=case.peer,
     )
@@ -477,20 +488,31 @@ def _effect(referee: Array, base: Array) -> float:
 
 
 def _gates(
-    o: Array, r: Array, p: Array, *, allowed: Allowance | None, effect: float | None, tolerance: Tolerance | None
+    o: Array,
+    r: Array,
+    p: Array,
+    *,
+    allowed: Allowance | None,
+    effect: float | None,
+    loss: float | None,
+    tolerance: Tolerance | None,
 ) -> Iterator[Gate]:
     if allowed is None:
         yield exact_gate(o, r, p)
         return
     yield error_gate(o, r, allowed)
     yield tail_gate(o, r, allowed)
+    if allowed.median is not None:
+        yield bulk_gate(o, r, allowed)
     if effect:
         yield signal_gate(o, r, effect)
+    if loss is not None:
+        yield _gate("loss", loss, LARGEST_LOSS * (effect or 0.0))
     if tolerance:
         yield tolerance_gate(o, r, tolerance)
 
 
-# The gates. A control puts the first two again, with the same allowance, to a wrong referee.
+# The gates. A control puts error, tail and bulk again, with the same allowance, to a wrong referee.
 
 
 @dataclass(frozen=True)
@@ -500,6 +522,7 @@ class Allowance:
     k: float
     rmse: float
     peak: float
+    median: float | None = None  # of |O - R|; None where PyTorch's rmse speaks for most of its elements
 
 
 def slack(elements: int, dtype: str) -> float:
@@ -519,8 +542,14 @@ def allow(referee: Array, own: Wide, *, k: float, eps: float) -> Allowance:
     normal errors with k = 10), and the candidate be blamed for it.
     """
     truth = _wide(referee)
-    rmse = max(k * rms(own), eps * rms(truth))  # the floor is for a P that happens to be exact
-    return Allowance(k, rmse, peak=k * _peak(own) + FEW_EPS * eps * _peak(truth))
+    floor = eps * rms(truth)  # for a P that happens to be exact
+    median = float(np.median(np.abs(own)))
+    return Allowance(
+        k,
+        rmse=max(k * rms(own), floor),
+        peak=k * _peak(own) + FEW_EPS * eps * _peak(truth),
+        median=max(k * median, floor) if own.size > FEW_ELEMENTS and rms(own) > SPIKED * median else None,
+    )
 
 
 def error_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
@@ -531,6 +560,11 @@ def error_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
 def tail_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
     """Is every single element? One bad element in a million hides from an rmse."""
     return _gate("tail", _peak(_wide(candidate) - _wide(truth)), allowed.peak)
+
+
+def bulk_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
+    """Are most elements? Where PyTorch itself loses a few, its rmse and its worst say nothing of the others."""
+    return _gate("bulk", float(np.median(np.abs(_wide(candidate) - _wide(truth)))), allowed.median or 0.0)
 
 
 def signal_gate(candidate: Array, referee: Array, effect: float) -> Gate:
@@ -586,6 +620,10 @@ def _controls(
         required = _is_float(o) and bool(effect)
     for name, truth in wrong.items():
         yield Control(name, rms(_wide(o) - _wide(truth)), not _passes(o, truth, allowed), required)
+    if case.base is not None and _is_float(o) and not effect and np.any(r):
+        # No adapter reaches it: that its gates are not too wide is shown as it is without any adapter.
+        truth = _wide(r) * NUDGE
+        yield Control("nudged", rms(_wide(o) - truth), not _passes(o, truth, allowed), required=True)
     if tolerance and required and "off" in wrong:
         told = not tolerance_gate(o, wrong["off"], tolerance).passed
         yield Control("tolerance", rms(_wide(o) - _wide(wrong["off"])), told, required)
@@ -594,7 +632,8 @@ def _controls(
 def _passes(candidate: Array, truth: Array, allowed: Allowance | None) -> bool:
     if allowed is None:
         return exact_gate(candidate, truth, truth).passed
-    return error_gate(candidate, truth, allowed).passed and tail_gate(candidate, truth, allowed).passed
+    gates = [error_gate, tail_gate, *([bulk_gate] if allowed.median is not None else [])]
+    return all(gate(candidate, truth, allowed).passed for gate in gates)
 
 
 # What the figures mean
@@ -624,6 +663,11 @@ def _differences(f: Figures) -> dict[str, str]:
         )
     if gate := failed.get("tail"):
         texts["tail"] = f"{_at(f)}, allowed is {gate.allowed:.3g}{suspicion}"
+    if gate := failed.get("bulk"):
+        texts["bulk"] = (
+            f"half of it is off by {gate.value:.3g} and more, allowed is {gate.allowed:.3g}: {f.peer}'s own error is "
+            f"in a few elements{suspicion}"
+        )
     if gate := failed.get("exact"):
         count = f"{gate.value:.0f} of {_count(math.prod(f.shape), 'value')}"
         texts["exact"] = f"{count} are neither the referee's nor {f.peer}'s; {_at(f)}"
@@ -640,6 +684,12 @@ def _doubts(f: Figures) -> dict[str, str]:
         texts["signal"] = (
             f"the error {f.error:.3g} is {_percent(f.share)} of what the adapter does ({f.effect:.3g}); over "
             f"{_percent(LARGEST_SHARE)} a merged model cannot be told from an unmerged one"
+        )
+    if any(gate.name == "loss" and not gate.passed for gate in f.gates):
+        cost = "all" if f.merge_loss is None else _percent(f.merge_loss)
+        texts["loss"] = (
+            f"rounding the merged weights costs {cost} of what the adapter does: the file is what such a merge should "
+            "be, and whether the adapter is still in it cannot be told"
         )
     for control in f.controls:
         if control.told or not control.required:
@@ -660,7 +710,7 @@ def _remedies(f: Figures) -> dict[str, str]:
     The adapter that does enough for the most demanding of them does enough for all.
     """
     allowed = next((gate.allowed for gate in f.gates if gate.name == "error"), 0.0)
-    remedies = {}
+    remedies = {"loss": "a merge with --dtype float32, or the adapter beside the weights (onnx --lora nodes)"}
     times = [f.share / LARGEST_SHARE] if f.share else []
     for control in f.controls:
         if control.name == "tolerance":
@@ -686,6 +736,55 @@ def _at(f: Figures) -> str:
         f"at {list(worst.index)} it is {worst.candidate:.9g}, the referee has {worst.referee:.9g}: off by "
         f"{f.max_error:.3g}, {f.peer} by {f.deployed_max_error:.3g} at most"
     )
+
+
+def _small_features(cases: Sequence[Case], comparisons: Sequence[Comparison], dtype: str) -> Iterator[Reason]:
+    """The error gate for features that are small beside others, which an rmse over the whole output would not see.
+
+    Features are the numbers along an axis whose size is the same in every case: classes, a vocabulary, channels.
+    Those of like size (within a factor of ten, over all cases) are judged together, by PyTorch's own error in them.
+    Features below eps of the largest are left out: they are what is left where numbers as large as that cancel.
+    """
+    measured: dict[str, list[Case]] = {}
+    for there in comparisons:
+        if there.figures is not None:
+            measured.setdefault(there.output, []).extend(case for case in cases if case.name == there.case)
+    for output, mine in measured.items():
+        first = mine[0].candidate[output]
+        if not _is_float(first) or len({case.candidate[output].ndim for case in mine}) > 1:
+            continue
+        for axis in range(first.ndim):
+            sizes = {case.candidate[output].shape[axis] for case in mine}
+            if len(sizes) == 1 and sizes.pop() > 1:
+                yield from _small_along(mine, output, axis, _coarser(first, dtype))
+
+
+def _small_along(cases: Sequence[Case], output: str, axis: int, dtype: str) -> Iterator[Reason]:
+    def means(of: Callable[[Case], Wide]) -> Wide:
+        """The root mean square of each feature, over all cases."""
+        every = [np.moveaxis(of(case), axis, 0) for case in cases]
+        return np.array([rms(feature) for feature in np.hstack([x.reshape(len(x), -1) for x in every])])
+
+    truth = means(lambda case: _wide(case.referee[output]))
+    error = means(lambda case: _wide(case.candidate[output]) - _wide(case.referee[output]))
+    own = means(lambda case: _wide(case.deployed[output]) - _wide(case.referee[output]))
+    each = sum(case.candidate[output].size for case in cases) // len(truth)
+    if each < LEAST_VALUES:
+        return
+    with np.errstate(divide="ignore"):
+        below = np.floor(np.log10(truth.max() / truth)) if truth.any() else np.zeros_like(truth)
+    for decade in np.unique(below[(below > 0) & (truth >= EPS[dtype] * truth.max())]):
+        there = below == decade
+        k = slack(int(there.sum()) * each, dtype)
+        gate = _gate("features", rms(error[there]), max(k * rms(own[there]), EPS[dtype] * rms(truth[there])))
+        if not gate.passed:
+            worst = int(np.argmax(np.where(there, error, 0)))
+            text = (
+                f"{_count(int(there.sum()), 'feature')} of {len(there)} along axis {axis}, small beside the others "
+                f"(number {worst} is about {truth[worst]:.3g}, the largest {truth.max():.3g}): the error is "
+                f"{gate.value:.3g}, allowed is {gate.allowed:.3g}; PyTorch's own is {rms(own[there]):.3g}"
+            )
+            yield Reason(Outcome.DIFFERENT, "features", text, output=output)
 
 
 def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, adapted: bool) -> Iterator[Reason]:

@@ -10,27 +10,33 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import kept, layers, parity, plan, runtime, standin
 from lora_export.decoding import CacheRunner
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.diagnosis import Diagnosis
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.evidence import Proof as Proof
+from lora_export.evidence import bits, differ
 from lora_export.evidence import bits_that_differ as bits_that_differ
-from lora_export.evidence import differ
 from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
 from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
+from lora_export.trace import Suspect, diagnose
 
 LOUDER = 1.1  # the control's factor on every scale
+# What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
+CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
 
 Note = Callable[[str], None]
@@ -87,6 +93,7 @@ def prove(
     atol: float | None = None,
     rtol: float | None = None,
     cache: Path | None = None,
+    trace: bool = False,
     step: Note = lambda _: None,
     say: Note = lambda _: None,
 ) -> Proof:
@@ -95,6 +102,7 @@ def prove(
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
     `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
+    A candidate that is different is followed module by module to where that begins; with `trace`, any is.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
     """
@@ -114,11 +122,13 @@ def prove(
         module = copy.deepcopy(referee.module).float()
     standin.round_activations(module, held)
     deployed = ModuleRunner(module.to(device), device)
-    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs)
+    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
     # Rounded as the candidate's weights are, the referee is one of this candidate alone.
     question = None if rounded or cache is None else kept.question(judged, adapters, strengths, inputs)
     answers = kept.Answers(cache, question, attached.stayed, say)
     has_pairs = any(adapter.pairs for adapter in adapters)
+    controls = _controls(attached, rounded, has_pairs=has_pairs) if adapters else {}
+    looked_up = _RowsLookedUp(module, model, adapters)
     cases, refusals = [], []
     for name, arrays in inputs.items():
         step(f"case {name}")
@@ -129,25 +139,27 @@ def prove(
             refusals.append(f"the candidate refused case {name}: {refusal}")
         ask = functools.partial(answers.of, name)
         reference = ask("referee", referee.run, arrays)
-        cases.append(
-            parity.Case(
-                name=name,
-                inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
-                referee=reference,
-                deployed=deployed.run(arrays),
-                candidate=_aligned(answer, reference, candidate, deployed),
-                base=ask("base", _with_strength, attached, 0.0, has_pairs, arrays) if adapters else None,
-                louder=ask("louder", _with_strength, attached, LOUDER, has_pairs, arrays) if adapters else None,
-                attached=attached.run(arrays) if rounded else None,
-            )
+        case = parity.Case(
+            name=name,
+            inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
+            referee=reference,
+            deployed=deployed.run(arrays),
+            candidate=_aligned(answer, reference, candidate, deployed),
+            attached=attached.run(arrays) if rounded else None,
         )
+        wrong: dict[str, Any] = {side: ask(side, run, arrays) for side, run in controls.items()}
+        case = replace(case, **wrong)
+        cases.append(_from_first_token(case, arrays))
     answers.keep()
+    doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
     if len(refusals) == len(cases):
         raise RuntimeRefused(refusals[0])
     step("inputs, one by one")
     sensitivity = [] if refusals else list(_sensitivity(model, candidate, deployed, inputs, seed))
+    again = [] if refusals else list(_asked_again(candidate, cases[0], inputs[cases[0].name]))
+    padded = any(_before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
-        cases,
+        [*cases, *again],
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
@@ -156,8 +168,13 @@ def prove(
             *_about_referee(referee),
             *_fixed(candidate, model),
             *_about_cache(candidate),
+            *_never_varied(model, sensitivity, refusals),
+            *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
+            *notes,
+            *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
             *standin.told(held),
         ],
+        doubts=doubts,
     )
     about = {
         **runtime.environment(),
@@ -167,7 +184,32 @@ def prove(
         "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
-    return Proof(verdict, placement, about, inputs, tuple(cases))
+    diagnosis = None
+    if trace or verdict.outcome is parity.Outcome.DIFFERENT:
+        step("looking for where it differs")
+        case = _most_telling(cases, verdict, inputs)
+        steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None
+        sides = candidate, referee, attached, deployed
+        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=has_pairs)
+        diagnosis, note = _diagnosed(suspect, every=trace)
+        verdict = replace(verdict, notes=(*verdict.notes, *note))
+    return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
+
+
+def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Mapping[str, Arrays]) -> parity.Case:
+    """The smallest of the cases that the candidate answered and that are different; of all, where none of them is."""
+    answered = [case for case in cases if case.candidate]
+    wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
+    telling = [case for case in answered if case.name in wrong]
+    return min(telling or answered, key=lambda case: sum(value.size for value in inputs[case.name].values()))
+
+
+def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list[str]]:
+    """What was found, and what a reader must know of it. A verdict stands, whatever becomes of this."""
+    try:
+        return diagnose(suspect, every=every), []
+    except CANNOT_FOLLOW as error:
+        return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
 
 
 def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
@@ -189,23 +231,129 @@ def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
     }
 
 
+def _controls(attached: Referee, rounded: Mapping[str, str], *, has_pairs: bool) -> dict[str, Callable[..., Arrays]]:
+    """Referees that are wrong on purpose, by the side of a case that they make."""
+    factors = {"base": 0.0, "louder": LOUDER}
+    if not rounded:
+        return {side: functools.partial(_with_strength, attached, f, has_pairs) for side, f in factors.items()}
+    # Their weights are rounded too: beside a base in full precision, rounding alone would look like an adapter.
+    made = {}
+    for side, factor in factors.items():
+        module = copy.deepcopy(attached.module)
+        layers.settle(module, rounded, chosen={}, factor=factor, turn_whole=not has_pairs)
+        made[side] = Referee(module, attached.stayed).run
+    return made
+
+
 def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
     # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-    with layers.strength(referee.module, factor, keep_whole=has_pairs):
+    with layers.strength(referee.module, factor, keep_whole=has_pairs, turn_whole=not has_pairs):
         return referee.run(arrays)
 
 
+def _before_first_token(arrays: Arrays) -> NDArray[np.bool_]:
+    """Where [batch, sequence] rows are padded at their beginning. Empty where there is no mask."""
+    mask = arrays.get("attention_mask", np.ones((0, 0), np.int64))
+    return np.cumsum(mask, axis=1) == 0 if mask.ndim == 2 else np.zeros((0, 0), bool)
+
+
+def _from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
+    """The case with the referee's numbers on every side where a row's padding comes before its tokens.
+
+    There a decoder attends to nothing, and what comes of that nobody promises: with a cache it is something else
+    than without. What is not finite there stays.
+    """
+    nothing = _before_first_token(arrays)
+
+    def settled(answers: Arrays) -> Arrays:
+        made = dict(answers)
+        for name, truth in case.referee.items():
+            value = answers.get(name)
+            if value is not None and truth.ndim > 2 and value.shape == truth.shape and truth.shape[:2] == nothing.shape:
+                there = nothing & np.isfinite(value).reshape(*nothing.shape, -1).all(-1)
+                made[name] = value.copy()
+                made[name][there] = truth[there].astype(value.dtype)
+        return made
+
+    sides = ("deployed", "candidate", "base", "louder", "attached")
+    given: dict[str, Arrays | None] = {side: getattr(case, side) for side in sides}
+    made: dict[str, Any] = {side: settled(value) for side, value in given.items() if value is not None}
+    return replace(case, **made)
+
+
+def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
+    """The first case once more, after all others, where the answer is not the same bit for bit.
+
+    Dropout, an adapter that was let go, or a cache that outlives a call show themselves here.
+    """
+    answer = candidate.run(arrays)
+    if answer.keys() != case.candidate.keys() and len(answer) == len(case.candidate):
+        answer = dict(zip(case.candidate, answer.values(), strict=True))  # names that mean nothing
+    if answer.keys() != case.candidate.keys() or any(bits(case.candidate[key]) != bits(answer[key]) for key in answer):
+        yield _from_first_token(replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
+
+
+class _RowsLookedUp:
+    """Which of the rows that adapters bring to tables of embeddings were looked up while PyTorch ran."""
+
+    def __init__(self, module: nn.Module, model: Model, adapters: Sequence[Adapter]):
+        self.wanted: dict[str, set[int]] = {}
+        self.seen: dict[str, set[int]] = {}
+        if not any(adapter.rows for adapter in adapters):
+            return
+        for step in plan.make(adapters, layers.specs(model.module)).steps:
+            owner = module.get_submodule(step.weight.rpartition(".")[0])
+            if step.rows is not None and isinstance(owner, nn.Embedding):
+                self.wanted[step.weight] = set(step.rows.indices.tolist())
+                self.seen[step.weight] = set()
+                owner.register_forward_pre_hook(functools.partial(self._note, step.weight))
+
+    def _note(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.seen[table] |= set(inputs[0].flatten().tolist())
+
+    @property
+    def doubts(self) -> list[str]:
+        """Tables of whose rows none was looked up: they may hold anything."""
+        return [
+            f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs in which they "
+            "are (--inputs)"
+            for table, rows in self.wanted.items()
+            if not rows & self.seen[table]
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        return [
+            f"{table}: {len(rows & self.seen[table])} of the {len(rows)} rows that the adapter brings were looked up"
+            for table, rows in self.wanted.items()
+            if 0 < len(rows & self.seen[table]) < len(rows)
+        ]
+
+
 def case_inputs(
-    model: Model, candidate: Runner, *, seed: int = 0, user_inputs: Path | None = None
+    model: Model,
+    candidate: Runner,
+    *,
+    seed: int = 0,
+    user_inputs: Path | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> dict[str, Arrays]:
-    """What a proof gives to everybody, by case: three sets of seeded inputs, and the user's own."""
-    return dict(_inputs(model, candidate, seed, user_inputs))
+    """What a proof gives to everybody, by case: three sets of seeded inputs, and the user's own.
+
+    Tokens whose rows the adapters bring stand among a Hugging Face model's seeded ones.
+    """
+    rows = [index for adapter in adapters for rows in adapter.rows.values() for index in rows.indices.tolist()]
+    tokens = np.array(sorted(set(rows)) if model.is_huggingface else [], np.int64)
+    return dict(_inputs(model, candidate, seed, user_inputs, tokens))
 
 
-def _inputs(model: Model, candidate: Runner, seed: int, user_inputs: Path | None) -> Iterator[tuple[str, Arrays]]:
+def _inputs(
+    model: Model, candidate: Runner, seed: int, user_inputs: Path | None, tokens: NDArray[np.int64]
+) -> Iterator[tuple[str, Arrays]]:
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
-        yield label, _draw(model, candidate, sizes, seed + number + 1)
+        arrays = _draw(model, candidate, sizes, seed + number + 1)
+        yield label, _with_tokens(arrays, tokens) if tokens.size else arrays
     if user_inputs is not None:
         yield user_inputs.name, _read_inputs(user_inputs, model)
 
@@ -216,6 +364,17 @@ def _draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
     if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
         return candidate.without_padding(arrays)
     return arrays
+
+
+def _with_tokens(arrays: Arrays, tokens: NDArray[np.int64]) -> Arrays:
+    """These tokens, from the last on, at every second place: a random one of 50,000 would never be among 200."""
+    made = {}
+    for name, array in arrays.items():
+        made[name] = array.copy()
+        if name.endswith("input_ids"):
+            places = made[name].reshape(-1)[::2]
+            places[:] = np.resize(np.roll(tokens, len(places)), len(places))
+    return made
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
@@ -274,8 +433,17 @@ def _sensitivity(
     for name in model.input_names:
         fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
         if fresh is None:
-            continue
+            continue  # `_never_varied` tells of it
         perturbed = {**before, name: fresh}
         yield parity.Sensitivity(
             name, differ(expected, deployed.run(perturbed)), differ(answered, candidate.run(perturbed))
         )
+
+
+def _never_varied(model: Model, tried: Sequence[parity.Sensitivity], refusals: Sequence[str]) -> list[str]:
+    """Inputs that are the same in every draw, such as a mask of ones in a factory's example."""
+    constant = [] if refusals else [name for name in model.input_names if name not in {there.input for there in tried}]
+    return [
+        f"the input {name} is the same in every draw: whether it matters was not tried. --inputs can"
+        for name in constant
+    ]

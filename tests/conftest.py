@@ -17,3 +17,7 @@ def why_no_cuda() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and why_no_cuda():
         pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep", action="store_true", help="write the tables that tests make into tests/README.md")

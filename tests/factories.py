@@ -96,6 +96,23 @@ class Sums(nn.Module):
         return {"logits": self.dense((self.table(input_ids) * attention_mask[..., None]).cumsum(1))}
 
 
+class Worded(nn.Module):
+    """Words and a mask of them: (batch, length) -> (batch, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4)
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(self.dense(self.words(ids))) * mask[..., None]).sum(1)
+
+
+def worded() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Worded(), {"ids": torch.tensor([[1, 2, 3, 4, 5], [5, 4, 7, 6, 0]]), "mask": torch.ones(2, 5).long()}
+
+
 def spotter() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return Spotter(), torch.randn(2, 4, 9)

@@ -442,6 +442,20 @@ def test_dora_where_the_graph_takes_none_is_refused_by_name() -> None:
         given(contract, an_adapter({"m": dora}))
 
 
+def test_a_convolutions_default_has_one_rank_of_zeros() -> None:
+    # Over no channels at all, onnxruntime's convolution returns whatever was in its memory before.
+    model = a_graph("""
+        g (float[N,2,L] x) => (float[N,3,M] y) <float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}>
+        { [n] y = Conv(x, c.weight) }""")
+    (place,) = opened(model, "c.weight", dora=["c.weight"]).places
+    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in place.takes}
+    assert {name: array.shape for name, array in defaults.items()} == {
+        "c.lora_A.weight": (1, 2, 2), "c.lora_B.weight": (3, 1, 1), "c.lora_magnitude_vector.weight": (3, 1),
+    }  # fmt: skip
+    assert [array.any() for array in defaults.values()] == [False, False, True]
+    assert [str(value.shape) for value in model.graph.inputs[1:]] == ["[c.lora_r,2,2]", "[3,c.lora_r,1]", "[3,1]"]
+
+
 def test_a_plain_adapter_gives_ones_where_the_graph_takes_factors() -> None:
     model = a_graph(GEMM)
     fed = given(opened(model, "m.weight", dora=["m.weight"]), an_adapter({"m": PAIR}))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from defects import subjects
 
 from lora_export import layers, model, parity, plan, proof, runtime
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, Rows
 from lora_export.runtime import Arrays
 
 FACTORIES = Path(__file__).parent / "factories.py"
@@ -174,3 +176,139 @@ def test_a_whole_model_converted_to_bf16_is_judged_by_what_bf16_should_hold(scal
     candidate = runtime.ModuleRunner(module, stored={"dense.weight": "bfloat16", "dense.bias": "bfloat16"})
     assert not torch.equal(module.dense.bias, scaled.module.dense.bias)
     assert proof.prove(candidate, scaled, [an_adapter()]).verdict.same
+
+
+def test_an_adapter_that_bf16_swallows_is_not_called_the_same(scaled: model.Model) -> None:
+    """The file is exactly what such a merge should be; of the adapter there is next to nothing left in it."""
+    faint = an_adapter(2e-5)
+    result = proof.prove(bf16_merge(scaled, faint), scaled, [faint])
+    assert result.verdict.outcome is parity.Outcome.UNDECIDED, str(result.verdict)
+    assert {reason.gate for reason in result.verdict.reasons} <= {"loss", "signal", "off", "louder"}
+    unrounded = proof.prove(folded(scaled, faint), scaled, [faint])
+    assert unrounded.verdict.same, str(unrounded.verdict)
+
+
+def test_a_rounded_candidate_is_put_beside_a_base_that_is_rounded_too(scaled: model.Model) -> None:
+    """Else what rounding does to the base would count as the adapter's effect."""
+    adapter = an_adapter()
+    result = proof.prove(bf16_merge(scaled, adapter), scaled, [adapter])
+    module = copy.deepcopy(scaled.module)
+    with torch.no_grad():
+        module.dense.weight.copy_(module.dense.weight.bfloat16())
+    base = runtime.Referee(module.double())
+    for case in result.cases:
+        expected = base.run(result.inputs[case.name])
+        assert all(np.array_equal(case.base[name], value) for name, value in expected.items())
+        assert not np.array_equal(case.base["output_0"], case.referee["output_0"])
+
+
+class Forgetful(runtime.ModuleRunner):
+    """Right three times, and without its adapter ever after."""
+
+    calls = 0
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.calls += 1
+        answers = super().run(inputs)
+        return answers if self.calls <= 3 else {name: 0.5 * value for name, value in answers.items()}
+
+
+def test_a_candidate_that_changes_its_mind_is_different(scaled: model.Model) -> None:
+    result = proof.prove(Forgetful(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    assert result.verdict.outcome is parity.Outcome.DIFFERENT
+    assert any("asked again" in reason.case for reason in result.verdict.reasons)
+
+
+class Trembling(runtime.ModuleRunner):
+    """Another last bit on each call, as atomic sums on a GPU give it."""
+
+    calls = 0
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.calls += 1
+        up = np.float32(1 + 2.0**-23 * (self.calls > 3))
+        return {name: value * up for name, value in super().run(inputs).items()}
+
+
+def test_a_candidate_that_is_right_each_time_may_give_other_bits(scaled: model.Model) -> None:
+    result = proof.prove(Trembling(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    assert result.verdict.same
+    assert any("other bits" in note for note in result.verdict.notes)
+
+
+@pytest.fixture(scope="module")
+def llama() -> model.Model:
+    return subjects.loaded("llama")
+
+
+def with_rows(base: model.Model, *tokens: int, pairs: bool = True) -> Adapter:
+    """An adapter that also brings some tokens' embeddings."""
+    table = base.module.model.embed_tokens.weight.detach().numpy()
+    rows = Rows(np.array(tokens), table[list(tokens)] + 0.5)
+    some = subjects.adapter("llama", "linear").pairs if pairs else {}
+    return Adapter(name="rows", format="test", pairs=some, rows={"model.embed_tokens.weight": rows}, sha256="00")
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_rows_of_tokens_that_chance_would_not_draw_are_tried_all_the_same(llama: model.Model, pairs: bool) -> None:
+    adapter = with_rows(llama, 3, 57, pairs=pairs)
+    assert proof.prove(folded(llama, adapter), llama, [adapter]).verdict.same
+    for number, arrays in enumerate(proof.case_inputs(llama, folded(llama, adapter), adapters=[adapter]).values()):
+        plain = list(proof.case_inputs(llama, folded(llama, adapter)).values())[number]
+        assert {3, 57} <= set(arrays["input_ids"].flatten())
+        assert (arrays["input_ids"] == plain["input_ids"]).sum() >= arrays["input_ids"].size // 2
+    lost = dataclasses.replace(adapter, rows={})
+    candidate = folded(llama, lost) if pairs else runtime.ModuleRunner(llama.module)
+    assert proof.prove(candidate, llama, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_rows_that_no_input_looks_up_leave_it_undecided() -> None:
+    """A module of the user's own: its example says which tokens there are."""
+    base = model.load(f"{FACTORIES}:worded")
+    pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=0.5)
+    rows = {"words.weight": Rows(np.array([8, 9]), np.ones((2, 4), np.float32))}
+    adapter = Adapter(name="a", format="test", pairs={"dense": pair}, rows=rows, sha256="0a")
+    result = proof.prove(folded(base, dataclasses.replace(adapter, rows={})), base, [adapter])
+    assert result.verdict.outcome is parity.Outcome.UNDECIDED
+    assert any("words.weight: none of the 2 rows" in reason.text for reason in result.verdict.reasons)
+
+
+def test_an_input_that_never_varies_is_told(scaled: model.Model) -> None:
+    base = model.load(f"{FACTORIES}:worded")
+    pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=0.5)
+    adapter = Adapter(name="a", format="test", pairs={"dense": pair}, sha256="0a")
+    result = proof.prove(folded(base, adapter), base, [adapter])
+    assert result.verdict.same
+    assert any("the input mask is the same in every draw" in note for note in result.verdict.notes)
+
+
+def test_what_a_decoder_says_before_a_rows_first_token_is_not_judged(llama: model.Model) -> None:
+    adapter = subjects.adapter("llama", "linear")
+    right = folded(llama, adapter)
+
+    class Odd(runtime.ModuleRunner):
+        """Like a decoder with a cache: something else where there is nothing to attend to."""
+
+        where = staticmethod(lambda mask: np.cumsum(mask, 1) == 0)
+
+        def run(self, inputs: Arrays) -> Arrays:
+            logits = super().run(inputs)["logits"].copy()
+            logits[self.where(inputs["attention_mask"])] += 1.0
+            return {"logits": logits}
+
+    result = proof.prove(Odd(right.module), llama, [adapter])
+    assert result.verdict.same
+    assert any("before a row's first token" in note for note in result.verdict.notes)
+    Odd.where = staticmethod(lambda mask: np.cumsum(mask, 1) == 1)  # the first token itself
+    assert proof.prove(Odd(right.module), llama, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_an_adapter_of_whole_tensors_alone_has_controls_too(scaled: model.Model) -> None:
+    weight = scaled.module.dense.weight.detach().numpy() + np.float32(0.2)
+    adapter = Adapter(name="a", format="test", pairs={}, replaced={"dense.weight": weight}, sha256="0a")
+    result = proof.prove(folded(scaled, adapter), scaled, [adapter])
+    assert result.verdict.same, str(result.verdict)
+    controls = [c for there in result.verdict.comparisons for c in there.figures.controls]
+    assert {control.name for control in controls} == {"off", "louder"} and all(control.told for control in controls)
+    tenth = dataclasses.replace(adapter, replaced={"dense.weight": weight + np.float32(0.02)})
+    assert proof.prove(folded(scaled, tenth), scaled, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT

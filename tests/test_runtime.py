@@ -192,3 +192,13 @@ def test_what_is_no_torchscript_is_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.pt").write_bytes(b"noise")
     with pytest.raises(InputRefused, match="no TorchScript"):
         runtime.ScriptRunner(tmp_path / "noise.pt", [])
+
+
+def test_a_provider_of_which_onnxruntime_tells_nothing_did_not_do_the_work() -> None:
+    nothing = runtime.Placement("CUDAExecutionProvider", {}, {}, "1")
+    with pytest.raises(EnvironmentLacking, match="no node that ran on it"):
+        nothing.insist()
+    elsewhere = runtime.Placement("CUDAExecutionProvider", {"CPUExecutionProvider": (("a", "Add"),)}, {}, "1")
+    with pytest.raises(EnvironmentLacking, match="no node that ran on it"):
+        elsewhere.insist()
+    runtime.Placement("CPUExecutionProvider", {}, {}, "1").insist()  # a graph of constants runs nothing

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -25,7 +26,7 @@ from lora_export import Session, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract
+from lora_export.formats.onnx_adapter import Contract, as_array
 from lora_export.graph import files, sites
 from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.lora import LoraPair
@@ -206,6 +207,19 @@ def test_half_precision_is_swapped_and_mixed_in_half_precision(tmp_path: Path) -
     assert np.array_equal(session.run({"x": X.astype(np.float16)}, adapter="twice")["y"], expected(TWO, 2.0))
     with pytest.raises(InputRefused, match=r"loud, m.weight: 3 values of m.lora_B.weight .* float16 is 65504"):
         session.mix("loud", {"x": 7e4})
+
+
+def test_bfloat16_is_written_and_read_and_where_onnxruntime_has_no_kernel_it_says_so(tmp_path: Path) -> None:
+    path, contract = a_model(tmp_path, dtype="bfloat16")
+    given = {name: array.astype(ml_dtypes.bfloat16) for name, array in TWO.items()}
+    onnx_adapter.write(tmp_path / "x", given, contract, sha256="1")
+    there = onnx_adapter.read(tmp_path / "x")
+    onnx_adapter.refuse_misfits(there, contract, source="x", graph=path)  # raises for any misfit
+    assert {name: as_array(value).tobytes() for name, value in there.values.items()} == {
+        name: array.tobytes() for name, array in given.items()
+    }
+    with pytest.raises(RuntimeRefused, match="NOT_IMPLEMENTED"):  # as of 1.31 the CPU multiplies nothing in it
+        Session(path, {"x": tmp_path / "x"})
 
 
 def test_a_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     "commas, or every linear layer but the output head.",
 )
 @click.option(
+    "--dora",
+    is_flag=True,
+    help="With --lora inputs: adapters to come may have DoRA at all these places; each takes its factor too.",
+)
+@click.option(
     "--names",
     type=click.Choice(["olive", "genai", "peft"]),
     default="olive",
@@ -61,6 +66,7 @@ def command(
     mode: str,
     inputs_file: Path | None,
     target: str | None,
+    dora: bool,
     names: str,
     opset: int | None,
     checkpoint: Path | None,
@@ -85,9 +91,11 @@ def command(
     from lora_export.graph.files import append_metadata, save
 
     is_graph = model.endswith(".onnx")
+    if mode != "inputs" and dora:
+        raise click.UsageError("--dora is for --lora inputs; other graphs hold the adapters that they are given")
     _check_usage(mode, adapters, target, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference)
     proving.require(provider)
-    order = weaving.Order(mode, load_adapters(adapters), weights, target, names)
+    order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
     with (
         files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,

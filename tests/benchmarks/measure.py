@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from statistics import median
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import kept
 import peak
 from peak import Run
 
@@ -95,8 +95,4 @@ def machine() -> str:
 def keep(name: str, text: str) -> None:
     """Put a result into the README beside this file, in the place of the former one."""
     print(f"\n{text}\n")
-    mark, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    there = README.read_text(encoding="utf-8")
-    kept = re.sub(f"{mark}.*?{end}", lambda _: f"{mark}\n{text}\n{end}", there, flags=re.DOTALL)
-    assert mark in there, f"{README} has no place for {name}"
-    README.write_text(kept, encoding="utf-8")
+    kept.put(README, name, text)

@@ -1,0 +1,60 @@
+"""What becomes of a candidate: our verdict, and what others would have said of the same outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from defects import rivals
+from defects.subjects import Column
+from defects.wrong import Defect
+
+from lora_export import parity, proof
+from lora_export.errors import EnvironmentLacking, LoraExportError
+from lora_export.lora import Adapter
+from lora_export.runtime import Runner
+
+
+@dataclass(frozen=True)
+class Judged:
+    verdict: str  # same, different, undecided, or `refused` with the exit code that it ends with
+    passed_by: frozenset[str] = frozenset()  # rivals
+    proof: proof.Proof | None = field(default=None, repr=False)
+
+
+def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -> Judged:
+    """Our verdict on a candidate, and the rivals' on the outputs of its first answers."""
+    try:
+        result = proof.prove(runner, column.base, [adapter], seed=seed)
+    except EnvironmentLacking as refusal:
+        others: Any = runner
+        others.placement = dataclasses.replace(others.placement, asked="CPUExecutionProvider")
+        return Judged(f"refused {refusal.exit_code}", judged(others, column, adapter).passed_by)
+    except LoraExportError as refusal:
+        return Judged(f"refused {refusal.exit_code}")
+    return Judged(str(result.verdict.outcome), _passed_by(result), result)
+
+
+def judged_defect(defect: Defect, column: Column) -> Judged | None:
+    """None where the column has nothing that the defect could break."""
+    try:
+        runner = defect.make(column)
+    except LoraExportError as refusal:
+        return Judged(f"refused {refusal.exit_code}")
+    return None if runner is None else judged(runner, column, defect.adapter(column))
+
+
+def _passed_by(result: proof.Proof) -> frozenset[str]:
+    cases = [case for case in result.cases if not case.name.endswith("asked again")]
+    return frozenset(
+        name for name, rival in rivals.present() if all(rival(case.deployed, case.candidate) for case in cases)
+    )
+
+
+def strain(result: proof.Proof) -> float:
+    """How near to failing the verdict came."""
+    return max((there.figures.strain for there in result.verdict.comparisons if there.figures), default=0.0)
+
+
+SAME = str(parity.Outcome.SAME)

