@@ -5,7 +5,8 @@ lives. Five arrays an output do, all computed from the same inputs:
 
     O  the candidate, which is judged
     R  the referee: adapters attached, in fp64
-    P  the deployed model: PyTorch in the dtype in which it will run
+    P  the deployed model: PyTorch in the dtype in which it will run; of a graph that is judged against its own
+       base, that base with the adapters in another way
     B  the base: the referee without its adapters
     L  the louder referee: every scale x 1.1
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -41,6 +42,7 @@ Array = NDArray[Any]
 Arrays = Mapping[str, Array]  # output -> its values
 Wide = NDArray[np.float64]
 
+PYTORCH = "PyTorch"
 DEPLOYED = ("float32", "float16", "bfloat16")  # a referee in fp64 is finer than each of these
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1 to the next number
 FEW_ELEMENTS = 10
@@ -85,6 +87,7 @@ class Case:
     base: Arrays | None = None
     louder: Arrays | None = None
     attached: Arrays | None = None
+    peer: str = PYTORCH  # who computed `deployed`, in words
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ class Figures:
     effects: Histogram | None  # |R-B|; None without an adapter
     gates: tuple[Gate, ...]
     controls: tuple[Control, ...]
+    peer: str = field(default=PYTORCH, repr=False)  # whose own error is the measure
 
     @property
     def strain(self) -> float:
@@ -203,11 +207,11 @@ class Comparison:
         if error := next((gate for gate in f.gates if gate.name == "error"), None):
             times = f"x {f.ratio:.3g}" if f.ratio is not None else "it is exact"
             lines.append(
-                f"  error {f.error:.3g}, allowed {error.allowed:.3g}; PyTorch's own {f.deployed_error:.3g} ({times})"
+                f"  error {f.error:.3g}, allowed {error.allowed:.3g}; {f.peer}'s own {f.deployed_error:.3g} ({times})"
             )
         lines += [
             f"  worst place {list(f.worst.index)}: off by {f.max_error:.3g}, "
-            f"PyTorch by {f.deployed_max_error:.3g} at most",
+            f"{f.peer} by {f.deployed_max_error:.3g} at most",
             f"    it is {f.worst.candidate:.9g}, the referee has {f.worst.referee:.9g}",
         ]
         if f.share is not None:
@@ -231,6 +235,7 @@ class Verdict:
     perturbed: tuple[Sensitivity, ...]
     dtype: str  # in which the candidate is deployed
     notes: tuple[str, ...] = ()  # what was not judged, and how the referee was made
+    peer: str = PYTORCH  # whose own error was the measure
 
     @property
     def same(self) -> bool:
@@ -313,6 +318,7 @@ def judge(
     if dtype not in DEPLOYED:
         raise InputRefused(f"parity in {dtype} cannot be judged by a float64 referee; deploy in {', '.join(DEPLOYED)}")
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
+    peer = cases[0].peer if cases else PYTORCH
     adapted = any(case.base is not None or case.louder is not None for case in cases)
     comparisons = tuple(
         _compare(case, output, cases, dtype=dtype, adapted=adapted, tolerance=tolerance)
@@ -323,7 +329,7 @@ def judge(
         *(reason for there in comparisons for reason in there.reasons),
         *_small_features(cases, comparisons, dtype),
         *_could_it_tell(cases, comparisons, adapted=adapted),
-        *_folded_inputs(perturbed),
+        *_folded_inputs(perturbed, peer),
         *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in doubts),
     )
     return Verdict(
@@ -332,7 +338,8 @@ def judge(
         comparisons=comparisons,
         perturbed=tuple(perturbed),
         dtype=dtype,
-        notes=(*notes, *_not_judged(comparisons, perturbed, adapted=adapted)),
+        notes=(*notes, *_not_judged(comparisons, perturbed, peer, adapted=adapted)),
+        peer=peer,
     )
 
 
@@ -400,10 +407,10 @@ def _structure(case: Case, output: str, *, adapted: bool) -> list[Reason]:
             shapes = f"{list(array.shape)}, the referee's {list(referee.shape)}"
             faults.append(complain(_whose(who), f"{who}'s shape is {shapes}, for the inputs {case.inputs_summary}"))
         if who == "the candidate" and array.dtype != deployed.dtype:
-            text = f"the candidate's dtype is {array.dtype}, PyTorch's {deployed.dtype}"
+            text = f"the candidate's dtype is {array.dtype}, {case.peer}'s {deployed.dtype}"
             faults.append(complain(Outcome.DIFFERENT, text))
         elif who != "the candidate" and not _comparable(array, deployed):
-            text = f"{who}'s dtype is {array.dtype} beside PyTorch's {deployed.dtype}: not comparable"
+            text = f"{who}'s dtype is {array.dtype} beside {case.peer}'s {deployed.dtype}: not comparable"
             faults.append(complain(Outcome.UNDECIDED, text))
     return faults or _not_finite(there, complain)
 
@@ -469,6 +476,7 @@ def _measure(case: Case, output: str, own: Wide, *, dtype: str, tolerance: Toler
         effects=None if case.base is None else histogram(_wide(r) - _wide(case.base[output])),
         gates=tuple(_gates(o, r, p, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
         controls=tuple(_controls(case, output, allowed=allowed, effect=effect, tolerance=tolerance)),
+        peer=case.peer,
     )
 
 
@@ -650,19 +658,19 @@ def _differences(f: Figures) -> dict[str, str]:
     if gate := failed.get("error"):
         times = f", which is x {f.ratio:.3g}" if f.ratio is not None else ""
         texts["error"] = (
-            f"the error is {f.error:.3g}, allowed is {gate.allowed:.3g}; PyTorch's own is {f.deployed_error:.3g}"
+            f"the error is {f.error:.3g}, allowed is {gate.allowed:.3g}; {f.peer}'s own is {f.deployed_error:.3g}"
             f"{times}{suspicion}"
         )
     if gate := failed.get("tail"):
         texts["tail"] = f"{_at(f)}, allowed is {gate.allowed:.3g}{suspicion}"
     if gate := failed.get("bulk"):
         texts["bulk"] = (
-            f"half of it is off by {gate.value:.3g} and more, allowed is {gate.allowed:.3g}: PyTorch's own error is "
+            f"half of it is off by {gate.value:.3g} and more, allowed is {gate.allowed:.3g}: {f.peer}'s own error is "
             f"in a few elements{suspicion}"
         )
     if gate := failed.get("exact"):
         count = f"{gate.value:.0f} of {_count(math.prod(f.shape), 'value')}"
-        texts["exact"] = f"{count} are neither the referee's nor PyTorch's; {_at(f)}"
+        texts["exact"] = f"{count} are neither the referee's nor {f.peer}'s; {_at(f)}"
     if gate := failed.get("tolerance"):
         texts["tolerance"] = (
             f"outside the tolerance: max(|O-R| - rtol * |R|) is {gate.value:.3g}, atol {gate.allowed:.3g}"
@@ -690,7 +698,7 @@ def _doubts(f: Figures) -> dict[str, str]:
         if control.name == "tolerance":
             gates = f"the tolerance: it is wider than the adapter's effect ({f.effect:.3g})"
         texts[control.name] = (
-            f"control `{control.name}`: {CONTROLS[control.name]} (off by {control.error:.3g}; PyTorch's own error is "
+            f"control `{control.name}`: {CONTROLS[control.name]} (off by {control.error:.3g}; {f.peer}'s own error is "
             f"{f.deployed_error:.3g}) passes {gates}"
         )
     return texts
@@ -709,7 +717,7 @@ def _remedies(f: Figures) -> dict[str, str]:
             # The worst element lies at least as far off as all do in the mean.
             remedies[control.name] = f"an --atol below {control.error:.2g} with --rtol 0, or the gates alone"
         elif control.name == "nudged":
-            remedies[control.name] = "inputs on which PyTorch's own error is smaller beside the values (--inputs)"
+            remedies[control.name] = f"inputs on which {f.peer}'s own error is smaller beside the values (--inputs)"
         elif f.effect and control.required and not control.told:
             # O's own error and the wrong referee's distance add up as squares do.
             distance = math.sqrt(max(0.0, allowed**2 - f.error**2))
@@ -726,7 +734,7 @@ def _at(f: Figures) -> str:
     worst = f.worst
     return (
         f"at {list(worst.index)} it is {worst.candidate:.9g}, the referee has {worst.referee:.9g}: off by "
-        f"{f.max_error:.3g}, PyTorch by {f.deployed_max_error:.3g} at most"
+        f"{f.max_error:.3g}, {f.peer} by {f.deployed_max_error:.3g} at most"
     )
 
 
@@ -816,18 +824,22 @@ def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, 
             )
 
 
-def _folded_inputs(perturbed: Sequence[Sensitivity]) -> Iterator[Reason]:
+def _folded_inputs(perturbed: Sequence[Sensitivity], peer: str) -> Iterator[Reason]:
     for there in perturbed:
         if there.reference_changed and not there.candidate_changed:
-            text = f"perturbing the input {there.input} changes PyTorch and not the candidate: it was folded away"
+            text = f"perturbing the input {there.input} changes {peer} and not the candidate: it was folded away"
             yield Reason(Outcome.DIFFERENT, "inputs", text)
     if perturbed and not any(there.reference_changed for there in perturbed):
         yield Reason(
-            Outcome.UNDECIDED, "inputs", "perturbing the inputs, one by one, changes nothing in PyTorch either"
+            Outcome.UNDECIDED,
+            "inputs",
+            f"perturbing the inputs, one by one, changes nothing in {peer} either",
         )
 
 
-def _not_judged(comparisons: Sequence[Comparison], perturbed: Sequence[Sensitivity], *, adapted: bool) -> Iterator[str]:
+def _not_judged(
+    comparisons: Sequence[Comparison], perturbed: Sequence[Sensitivity], peer: str, *, adapted: bool
+) -> Iterator[str]:
     measured = [(there.output, there.figures) for there in comparisons if there.figures]
     reached = {output for output, f in measured if f.effect}
     unreached = [name for name in dict.fromkeys(output for output, _ in measured) if name not in reached]
@@ -839,7 +851,7 @@ def _not_judged(comparisons: Sequence[Comparison], perturbed: Sequence[Sensitivi
         yield "whether each input matters was not tried"
     for there in perturbed:
         if not there.reference_changed:
-            yield f"perturbing the input {there.input} does not change PyTorch either, so nothing is known of it"
+            yield f"perturbing the input {there.input} does not change {peer} either, so nothing is known of it"
 
 
 # Figures

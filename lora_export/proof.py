@@ -7,11 +7,10 @@ arithmetic with what it judges.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,11 @@ from torch import nn
 from lora_export import kept, layers, parity, plan, runtime, standin
 from lora_export.decoding import CacheRunner
 from lora_export.diagnosis import Diagnosis
-from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused, Undecided
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
+from lora_export.evidence import Proof as Proof
+from lora_export.evidence import bits, differ
+from lora_export.evidence import bits_that_differ as bits_that_differ
+from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
@@ -37,23 +40,6 @@ CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
 
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Proof:
-    """A verdict with what it takes to trust and to repeat it."""
-
-    verdict: parity.Verdict
-    placement: Placement | None  # None where PyTorch itself ran the candidate
-    about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
-    inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
-    cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
-    ended_with: int | None = None  # the exit code of what ended it before anything was measured
-    diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
-
-    @property
-    def exit_code(self) -> int:
-        return self.verdict.exit_code if self.ended_with is None else self.ended_with
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
@@ -160,8 +146,9 @@ def prove(
             deployed=deployed.run(arrays),
             candidate=_aligned(answer, reference, candidate, deployed),
             attached=attached.run(arrays) if rounded else None,
-            **{side: ask(side, wrong, arrays) for side, wrong in controls.items()},
         )
+        wrong: dict[str, Any] = {side: ask(side, run, arrays) for side, run in controls.items()}
+        case = replace(case, **wrong)
         cases.append(_from_first_token(case, arrays))
     answers.keep()
     doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
@@ -223,63 +210,6 @@ def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list
         return diagnose(suspect, every=every), []
     except CANNOT_FOLLOW as error:
         return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
-
-
-def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:
-    """Judge a candidate whose batches mix adapters, as `ids` over and over along the batch, against what was proven.
-
-    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. Each row
-    has to be what it was there. Raises Undecided where no output has a row for each row of the batch.
-    """
-    cases = []
-    for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
-        alone = [proof.cases[number] for proof in proofs]
-        batch = len(next(iter(arrays.values())))
-        outputs = [key for key, value in alone[0].referee.items() if value.ndim and len(value) == batch]
-        if not outputs:
-            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
-        answer = candidate.run(arrays)
-        if answer.keys() != alone[0].referee.keys():  # names that mean nothing
-            answer = dict(zip(alone[0].referee, answer.values(), strict=True))
-        cases.append(_mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs}))
-    return Proof(parity.judge(cases), proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
-
-
-def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> parity.Case:
-    """A case whose every row is, on every side, the row of the case of its adapter."""
-
-    def rows(answers: Sequence[parity.Arrays]) -> Arrays:
-        return {key: np.stack([answers[chosen][key][row] for row, chosen in enumerate(ids)]) for key in answer}
-
-    return parity.Case(
-        name=f"{alone[0].name}, adapters {', '.join(map(str, ids))}",
-        inputs_summary=alone[0].inputs_summary,
-        referee=rows([case.referee for case in alone]),
-        deployed=rows([case.deployed for case in alone]),
-        candidate=answer,
-        base=rows([alone[0].referee for _ in alone]),
-        louder=rows([case.louder or case.referee for case in alone]),
-    )
-
-
-def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:
-    """Where answers, by case, are not the same bit for bit: `case, output: largest difference`."""
-    return [
-        f"{case}, {name}: {_largest_difference(value, others[case][name])}"
-        for case, outputs in answers.items()
-        for name, value in outputs.items()
-        if _bits(value) != _bits(others[case][name])
-    ]
-
-
-def _bits(array: NDArray[Any]) -> tuple[Any, ...]:
-    return array.dtype, array.shape, array.tobytes()
-
-
-def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
-    if one.shape != other.shape:
-        return f"{one.shape} and {other.shape}"
-    return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
 
 
 def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
@@ -348,7 +278,7 @@ def _from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
     sides = ("deployed", "candidate", "base", "louder", "attached")
     given: dict[str, Arrays | None] = {side: getattr(case, side) for side in sides}
     made: dict[str, Any] = {side: settled(value) for side, value in given.items() if value is not None}
-    return dataclasses.replace(case, **made)
+    return replace(case, **made)
 
 
 def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
@@ -359,10 +289,8 @@ def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterat
     answer = candidate.run(arrays)
     if answer.keys() != case.candidate.keys() and len(answer) == len(case.candidate):
         answer = dict(zip(case.candidate, answer.values(), strict=True))  # names that mean nothing
-    if answer.keys() != case.candidate.keys() or any(
-        _bits(case.candidate[key]) != _bits(answer[key]) for key in answer
-    ):
-        yield _from_first_token(dataclasses.replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
+    if answer.keys() != case.candidate.keys() or any(bits(case.candidate[key]) != bits(answer[key]) for key in answer):
+        yield _from_first_token(replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
 
 
 class _RowsLookedUp:
@@ -508,7 +436,7 @@ def _sensitivity(
             continue  # `_never_varied` tells of it
         perturbed = {**before, name: fresh}
         yield parity.Sensitivity(
-            name, _differ(expected, deployed.run(perturbed)), _differ(answered, candidate.run(perturbed))
+            name, differ(expected, deployed.run(perturbed)), differ(answered, candidate.run(perturbed))
         )
 
 
@@ -519,7 +447,3 @@ def _never_varied(model: Model, tried: Sequence[parity.Sensitivity], refusals: S
         f"the input {name} is the same in every draw: whether it matters was not tried. --inputs can"
         for name in constant
     ]
-
-
-def _differ(one: Arrays, other: Arrays) -> bool:
-    return any(not np.array_equal(value, other[name]) for name, value in one.items())

@@ -23,10 +23,21 @@ def record(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Where an output comes from: the hashes of the base's files, the adapters, an earlier merge's among them."""
+    return record_of(plan.adapters, plan.strengths, base, history, settings)
+
+
+def record_of(
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    base: Mapping[str, Any],
+    history: History,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """As `record`, where there need not be a plan."""
     return {
         "made_by": f"lora-export {__version__}",
         "base": dict(base),
-        "adapters": [*history, *described(plan.adapters, plan.strengths)],
+        "adapters": [*history, *described(adapters, strengths)],
         "settings": dict(settings),
     }
 

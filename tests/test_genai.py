@@ -19,6 +19,8 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
+from test_cli_flow import answer
+from test_cli_graph import an_adapter_of, assert_is_the_models
 from test_exporters import (
     WORDS,
     a_llama,
@@ -266,3 +268,26 @@ def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftMo
             layer = changed.base_model.model.get_submodule(name.removesuffix(".weight"))
             getattr(layer, "base_layer", layer).weight.copy_(torch.from_numpy(np.array(weight)))
     return changed
+
+
+# --- through the command, without a PyTorch model ---
+
+
+@slow
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [("fp32", "merged"), ("fp32", "nodes"), ("int4", "nodes"), ("int4", "inputs"), ("int4", "rows")],
+)
+def test_the_command_proves_a_graph_of_the_builder_with_its_cache(
+    precision: str, mode: str, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = an_adapter_of("llama", tmp_path / "a"), tmp_path / "out.onnx"
+    words = ("onnx", built(precision), "-a", adapter, "--base", base_of("llama"), "--lora", mode, "-o", out)
+    code, told = answer(capsys, *words)
+    assert code == 0
+    proofs = [told["proof"], *told.get("adapters", {}).values()]
+    assert {proof["outcome"] for proof in proofs} == {"same"}
+    cases = {there["case"] for there in told["proof"]["comparisons"]}
+    assert cases == {"batch 1 x length 7 after 0", "batch 3 x length 1 after 5", "batch 5 x length 29 after 0"}
+    if precision == "fp32":
+        assert_is_the_models(out, "llama", adapter)

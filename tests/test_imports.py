@@ -24,31 +24,21 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *(
-        "runtime",
-        "decoding",
-        "session",
-        "parity",
-        "audit",
-        "diagnosis",
-        "report",
-        "standin",
-        "kept",
-        "candidate",
-        "trace",
-    ),
-    *("proof", "testing"),
+    *("onnx_runner", "runtime", "decoding", "session", "parity", "audit", "diagnosis", "report"),
+    *("evidence", "feeds", "graph_proof", "standin", "kept", "candidate", "trace", "proof", "testing"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
-NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "audit", "diagnosis", "report"}
+NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "audit", "diagnosis", "report"} | {
+    *("onnx_runner", "evidence", "feeds", "graph_proof"),
+}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}
 NOT_IN_THE_CORE = {"torch", "transformers", "accelerate", "onnxruntime"}
 # `session` runs where nothing else of ours does; only onnxruntime writes its adapters' format, when it is asked to.
 MAY_IMPORT_ONNXRUNTIME = {
-    *("lora_export.runtime", "lora_export.session", "lora_export.cli.doctor"),
+    *("lora_export.onnx_runner", "lora_export.session", "lora_export.cli.doctor"),
     "lora_export.formats.onnx_adapter",
 }
 

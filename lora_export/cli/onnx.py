@@ -1,13 +1,17 @@
-"""`lora-export onnx`: a model with its adapters into one ONNX file."""
+"""`lora-export onnx`: a model, or a graph made elsewhere, with adapters into one ONNX file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_export.cli.arguments import load_adapters, provider_option, publishing_options, say
+
+if TYPE_CHECKING:
+    from lora_export.cli.weaving import Judge, Order, Say, Source
 
 
 @click.command()
@@ -40,6 +44,19 @@ from lora_export.cli.arguments import load_adapters, provider_option, publishing
     help="With --lora inputs: whose conventions the inputs' names follow.",
 )
 @click.option("--opset", type=click.IntRange(min=18), help="The ONNX operator set (default: the exporter's).")
+@click.option(
+    "--base",
+    "checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="What an .onnx MODEL was made from: names its weights by content where their names are lost.",
+)
+@click.option(
+    "--model",
+    "reference",
+    metavar="MODEL",
+    help="The PyTorch model that an .onnx MODEL was made from: prove the result against it, not against the graph.",
+)
 @provider_option
 def command(
     model: str,
@@ -52,55 +69,52 @@ def command(
     dora: bool,
     names: str,
     opset: int | None,
+    checkpoint: Path | None,
+    reference: str | None,
     provider: str,
     no_verify: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export MODEL to ONNX with its adapters, prove it, and only then publish it.
+    """Put adapters into an ONNX graph of MODEL, prove it, and only then publish it.
 
-    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The base is
-    exported once, in float32, with dynamic batch and sequence; then the adapters are put into the
-    graph. With --lora inputs they stand beside it, each in its own NAME.onnx_adapter. With --lora
-    rows the graph has the input `adapter_ids`, which is for each row of the batch 0 (the base) or an
-    adapter's number, in the order in which they were given.
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`, which is exported once, in
+    float32, with dynamic batch and sequence; or an .onnx file that was made elsewhere, quantised ones included,
+    which needs no PyTorch and is its own measure unless --model names another. With --lora inputs the adapters
+    stand beside the graph, each in its own NAME.onnx_adapter. With --lora rows the graph has the input
+    `adapter_ids`, which is for each row of the batch 0 (the base) or an adapter's number, in the order in which
+    they were given.
     """
     from lora_export import files, provenance
     from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
-    from lora_export.export import to_onnx
     from lora_export.graph.files import append_metadata, save
-    from lora_export.model import load as load_model
 
-    if mode != "inputs" and target is not None:
-        raise click.UsageError("--target is for --lora inputs; other graphs hold the adapters that they are given")
-    if mode == "inputs" and not adapters and target is None:
-        raise click.UsageError("--lora inputs needs an adapter (-a), or --target for those to come")
+    is_graph = model.endswith(".onnx")
     if mode != "inputs" and dora:
         raise click.UsageError("--dora is for --lora inputs; other graphs hold the adapters that they are given")
-    if mode == "rows" and not adapters:
-        raise click.UsageError("--lora rows needs the adapters that rows may choose from (-a)")
+    _check_usage(mode, adapters, target, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference)
     proving.require(provider)
-    loaded = load_adapters(adapters)
+    order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
     with (
         files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,
     ):
-        stage("loading the model")
-        base = load_model(model, loaded)
-        order = weaving.Order(mode, loaded, weights, target, names, dora)
-        weaving.check(order, base)
-        stage("exporting the base")
-        program = to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
-        prover = None if no_verify else weaving.Prover(order, base, inputs_file, provider, stage)
-        if prover:
-            prover.look_at_base(program, folder)
-        companions = weaving.weave(program, order, base, folder, stage)
-        record = proving.provenance(base, loaded, weights, {"lora": mode, "opset": opset})
+        stage("reading the graph" if is_graph else "loading the model")
+        source = _source(model, order, opset, checkpoint)
+        weaving.check(order)
+        source.check()
+        program = source.program(stage)
+        prover = None
+        if not no_verify:
+            judge = _judge(source, order, reference, inputs_file, provider, stage)
+            prover = weaving.Prover(order, judge, provider, stage)
+            prover.look_at_base(program)
+        companions = weaving.weave(program, order, source, folder, stage)
         stage("writing")
         save(program, folder, output.name)
         proofs = prover.prove(folder / output.name) if prover else None
-        record["verdict"] = weaving.summary(proofs)
+        record = source.record() | {"verdict": weaving.summary(proofs)}
         append_metadata(folder / output.name, {provenance.KEY: json.dumps(record)})
     written = [output, *(output.parent / name for name in companions)]
     if as_json:
@@ -110,3 +124,58 @@ def command(
     weaving.show(proofs)
     for path in written:
         click.echo(f"wrote {files.shown(path)} ({path.stat().st_size:,} bytes)")
+
+
+def _check_usage(
+    mode: str,
+    adapters: tuple[str, ...],
+    target: str | None,
+    *,
+    is_graph: bool,
+    opset: int | None,
+    checkpoint: Path | None,
+    reference: str | None,
+) -> None:
+    if mode != "inputs" and target is not None:
+        raise click.UsageError("--target is for --lora inputs; other graphs hold the adapters that they are given")
+    if mode == "inputs" and not adapters and target is None:
+        raise click.UsageError("--lora inputs needs an adapter (-a), or --target for those to come")
+    if mode == "rows" and not adapters:
+        raise click.UsageError("--lora rows needs the adapters that rows may choose from (-a)")
+    if is_graph and not adapters and target is None:
+        raise click.UsageError("MODEL is a graph already: give the adapters that are to be put into it (-a)")
+    if is_graph and opset is not None:
+        raise click.UsageError("--opset is for models that are exported; MODEL is a graph already")
+    if not is_graph and (checkpoint, reference) != (None, None):
+        raise click.UsageError("--base and --model are for an .onnx MODEL")
+    if reference is not None and reference.endswith(".onnx"):
+        raise click.UsageError("--model names a PyTorch model; without it a graph is proven against itself")
+
+
+def _source(model: str, order: Order, opset: int | None, checkpoint: Path | None) -> Source:
+    if model.endswith(".onnx"):
+        from lora_export.cli.given import FromGraph
+
+        return FromGraph(Path(model), order, checkpoint)
+    from lora_export.cli.exporting import FromModel
+
+    return FromModel(model, order, opset)
+
+
+def _judge(
+    source: Source, order: Order, reference: str | None, inputs_file: Path | None, provider: str, stage: Say
+) -> Judge:
+    """What the graph is proven against: the PyTorch model, or where there is none, the graph that it was made from."""
+    from lora_export.cli import given
+
+    if isinstance(source, given.FromGraph) and reference is None:
+        return given.OwnJudge(source, inputs_file, provider, stage)
+    from lora_export.cli import exporting
+
+    if isinstance(source, exporting.FromModel):
+        return exporting.ModelJudge(source.base, inputs_file, provider, stage)
+    from lora_export.model import load as load_model
+
+    assert reference is not None
+    stage("loading the model")
+    return exporting.ModelJudge(load_model(reference, order.adapters), inputs_file, provider, stage)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export import __version__, report
+from lora_export import report
 from lora_export.cli import doctor
 from lora_export.cli.arguments import say, split_name
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
+from lora_export.evidence import Proof
 from lora_export.lora import Adapter
-from lora_export.model import Model
+from lora_export.onnx_runner import Placement, Runner
 from lora_export.parity import Outcome, Reason, Verdict
-from lora_export.proof import Proof, prove
-from lora_export.provenance import described
-from lora_export.runtime import Placement, Runner, environment
+from lora_export.provenance import record_of
+
+if TYPE_CHECKING:
+    from lora_export.model import Model
 
 
 def inputs_of(model: str, adapters: Sequence[str]) -> list[Path]:
@@ -33,12 +35,8 @@ def provenance(
     base: Model, adapters: Sequence[Adapter], strengths: Sequence[float], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Where an exported file comes from, by hashes."""
-    return {
-        "made_by": f"lora-export {__version__}",
-        "base": {"sha256": base.fingerprint()},
-        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
-        "settings": settings,
-    }
+    fingerprint = {"sha256": base.fingerprint()}
+    return record_of(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
 
 
 def summary(proof: Proof | None) -> dict[str, Any]:
@@ -46,11 +44,13 @@ def summary(proof: Proof | None) -> dict[str, Any]:
     if proof is None:
         return {"outcome": "not verified", "why": "--no-verify"}
     shares = [there.figures.share for there in proof.verdict.comparisons if there.figures and there.figures.share]
+    against = {"against": proof.about["against"]} if "against" in proof.about else {}
     return {
         "outcome": str(proof.verdict.outcome),
+        **against,
         "provider": proof.placement.asked if proof.placement else "PyTorch",
         "error_as_share_of_effect": max(shares, default=None),
-        "versions": {name: proof.about[name] for name in ("torch", "onnxruntime")},
+        "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
         "variables": {name: proof.about[name] for name in doctor.SETTINGS if name in proof.about},
     }
 
@@ -80,6 +80,8 @@ def demand_same(
     what: str = "",
 ) -> Proof:
     """Prove a file, or `what` in it, that is to be published. Raises what the verdict means unless it is `same`."""
+    from lora_export.proof import prove
+
     proof = prove(
         candidate,
         base,
@@ -105,6 +107,8 @@ def demanded(proof: Proof, what: str = "") -> Proof:
 
 def without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
     """What ended a proof before anything was measured, as a proof that says so."""
+    from lora_export.runtime import environment
+
     outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
     gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
     verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), perturbed=(), dtype="float32")

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import onnx_ir as ir
 
-from lora_export import layers, plan
+from lora_export import plan
+from lora_export.checkpoint import Checkpoint
 from lora_export.cli import proving
 from lora_export.cli.arguments import say
 from lora_export.errors import InputRefused
+from lora_export.evidence import Proof, bits_that_differ, prove_mixed
 from lora_export.formats import onnx_adapter
 from lora_export.graph.branches import branch
-from lora_export.graph.files import save
+from lora_export.graph.files import in_memory
 from lora_export.graph.fold import fold
 from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.graph.rows import choose_by_row
-from lora_export.graph.sites import find
+from lora_export.graph.sites import Sites, find
+from lora_export.ledger import MIN_RETENTION, StepResult, refuse_faint
 from lora_export.lora import Adapter
-from lora_export.model import Model
-from lora_export.proof import Proof, bits_that_differ, case_inputs, prove_mixed
-from lora_export.runtime import Arrays, OnnxRunner, Runner
+from lora_export.onnx_runner import Arrays, Held, OnnxRunner
+from lora_export.plan import Plan
 
+Say = Callable[[str], None]
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until it is told otherwise
 
 
@@ -45,51 +47,61 @@ class Order:
     def strengths(self) -> Sequence[float]:
         return self.weights or (1.0,) * len(self.adapters)
 
-    def planned(self, specs: Iterable[plan.TensorSpec]) -> plan.Plan:
+    def planned(self, specs: Iterable[plan.TensorSpec]) -> Plan:
         """Where its adapters land; those that are swapped are never there at once."""
         return plan.make(self.adapters, specs, strengths=self.weights, apart=self.mode in SWAPPED)
 
-    def future(self, base: Model) -> list[Adapter]:
-        """An adapter without effect at the places that --target names; none where it was not given."""
-        if self.target is None:
-            return []
-        names: Any = self.target if self.target == "all-linear" else [name for name in self.target.split(",") if name]
-        return [layers.fresh_adapter(base.module, targets=names, rank=1, alpha=1.0, seed=0, name="--target")]
+
+class Source(Protocol):
+    """What a graph is made of: a PyTorch model that is exported, or a graph that was made elsewhere."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None: ...  # that names the graph's weights by content
+    def check(self) -> None: ...  # raises what will not fit, before any work
+    def program(self, stage: Say) -> ir.Model: ...  # the base, the caller's own
+    def targets(self, sites: Sites) -> list[str]: ...  # the weights that --target names
+    def check_plan(self, steps: Plan) -> None: ...  # raises what only the plan tells
+    def record(self) -> dict[str, Any]: ...  # where the graph comes from, by hashes
 
 
-def check(order: Order, base: Model) -> None:
-    """Raise InputRefused, before the export, for what will not fit the graph because it does not fit the module."""
+class Judge(Protocol):
+    """What a graph is proven against."""
+
+    def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
+    def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
+    def prove(
+        self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
+    ) -> Proof: ...
+
+
+def check(order: Order) -> None:
+    """Raise InputRefused for adapters that no graph of this kind holds."""
     if order.mode in SWAPPED:
         onnx_adapter.refuse_what_no_input_carries(order.adapters)
     if order.mode == "inputs":
         for adapter in order.adapters:
             file_name(adapter)
-    specs = layers.specs(base.module)
-    if order.adapters:
-        layers.refuse_tied(base.module, order.planned(specs))
-    if future := order.future(base):
-        layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
 
 
-def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Callable[[str], None]) -> list[str]:
+def weave(program: ir.Model, order: Order, source: Source, folder: Path, stage: Say) -> list[str]:
     """Put the adapters into the graph, or beside it into the folder; returns the names of the files it wrote."""
-    future = order.future(base)
-    if not order.adapters and not future:
+    if not order.adapters and order.target is None:
         return []
     stage("finding its weights")
-    sites = find(program)
+    sites = find(program, source.checkpoint)
     steps = order.planned(sites.specs) if order.adapters else None
     notes = [note for adapter in order.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
         say(f"note: {note}")
+    if steps:
+        source.check_plan(steps)
     stage("folding the adapters in" if order.mode == "merged" else "weaving the adapters in")
     if order.mode != "inputs":
         assert steps is not None
-        ways: dict[str, Callable[..., object]] = {"merged": fold, "nodes": branch, "rows": choose_by_row}
+        ways: dict[str, Callable[..., object]] = {"merged": _fold, "nodes": branch, "rows": choose_by_row}
         ways[order.mode](program, sites, steps)
         return []
-    wanted = {step.weight for step in (steps.steps if steps else ())}
-    wanted |= {step.weight for step in plan.make(future, sites.specs, identity_ok=True).steps} if future else set()
+    wanted = {step.weight for step in (steps.steps if steps else ())} | set(source.targets(sites))
     dora = wanted if order.dora else {step.weight for step in (steps.steps if steps else ()) if step.has_dora}
     weights = [name for name in sites.by_name if name in wanted]
     contract = open_inputs(program, sites, weights, names=order.names, dora=dora)
@@ -99,6 +111,13 @@ def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Cal
         given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / file_name(adapter), given, contract, sha256=adapter.sha256)
     return [file_name(adapter) for adapter in order.adapters]
+
+
+def _fold(program: ir.Model, sites: Sites, steps: Plan) -> list[StepResult]:
+    """As `fold`. Raises InputRefused where rounding leaves a weight less than half of its change, too."""
+    results = fold(program, sites, steps)
+    refuse_faint(results, MIN_RETENTION)
+    return results
 
 
 def file_name(adapter: Adapter) -> str:
@@ -126,32 +145,25 @@ class Prover:
     """Proves a graph before it is published; where its adapters are swapped, each of them and the base."""
 
     order: Order
-    base: Model
-    inputs_file: Path | None
+    judge: Judge
     provider: str
-    stage: Callable[[str], None]
+    stage: Say
     base_answers: dict[str, Arrays] = field(default_factory=dict)
 
-    def look_at_base(self, program: ir.Model, folder: Path) -> None:
-        """Remember what the graph answers before anything is put into it."""
-        if self.order.mode not in SWAPPED:
-            return
-        self.stage("running the base")
-        place = folder / "base"
-        place.mkdir()
-        try:
-            save(program, place, "base.onnx")
-            self.base_answers = self._answers(OnnxRunner(place / "base.onnx", self.provider))
-        finally:
-            shutil.rmtree(place)
+    def look_at_base(self, program: ir.Model) -> None:
+        """Remember what the graph answers before anything is put into it, where that is asked for later."""
+        self.judge.prepare()
+        if self.order.mode in SWAPPED:
+            self.stage("running the base")
+            self.base_answers = self._answers(OnnxRunner(Held("the base", *in_memory(program)), self.provider))
 
     def prove(self, path: Path) -> Proofs:
         """Raises what the verdict means unless it is `same`, for one and all."""
         runner = OnnxRunner(path, self.provider)
         if self.order.mode not in SWAPPED:
-            return Proofs(self._demand(runner, self.order.adapters, self.order.weights))
+            return Proofs(self.judge.prove(runner, self.order.adapters, self.order.weights))
         runners = self._by_adapter(runner)
-        whole = self._demand(runners[0], [], [], "the base")
+        whole = self.judge.prove(runners[0], [], [], "the base")
         unlike = bits_that_differ(self.base_answers, self._answers(runners[0]))
         if unlike:
             say(
@@ -159,7 +171,7 @@ class Prover:
                 f"another order ({unlike[0]})"
             )
         adapters = {
-            adapter.name: self._demand(own, [adapter], [strength], adapter.name)
+            adapter.name: self.judge.prove(own, [adapter], [strength], adapter.name)
             for own, adapter, strength in zip(runners[1:], self.order.adapters, self.order.strengths, strict=True)
         }
         mixed = self._mixed(runner, [whole, *adapters.values()]) if self.order.mode == "rows" else None
@@ -178,14 +190,8 @@ class Prover:
         ids = [*range(1, len(proofs)), 0]
         return proving.demanded(prove_mixed(runner.with_rows(ids), proofs, ids), "mixed batches")
 
-    def _answers(self, runner: Runner) -> dict[str, Arrays]:
-        inputs = case_inputs(self.base, runner, user_inputs=self.inputs_file)
-        return {case: runner.run(arrays) for case, arrays in inputs.items()}
-
-    def _demand(self, runner: Runner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
-        return proving.demand_same(
-            runner, self.base, adapters, weights, self.inputs_file, device=self.provider, stage=self.stage, what=what
-        )
+    def _answers(self, runner: OnnxRunner) -> dict[str, Arrays]:
+        return {case: runner.run(arrays) for case, arrays in self.judge.inputs(runner).items()}
 
 
 def summary(proofs: Proofs | None) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, RuntimeRefused
@@ -240,6 +242,32 @@ def message_of(model: ir.Model, *, check: bool = True) -> bytes:
     except (ir.serde.SerdeError, onnx.checker.ValidationError, ValueError) as error:
         raise RuntimeRefused(f"the graph cannot be written as ONNX: {_innermost(error)}") from error
     return message
+
+
+def in_memory(model: ir.Model) -> tuple[bytes, dict[str, NDArray[Any]]]:
+    """The graph's message without its large weights, and these by name, where they are: in memory or in their files.
+
+    For a runtime that takes both; nothing is read or copied. Weights of types that NumPy lacks stay in the message.
+    """
+    apart: dict[str, NDArray[Any]] = {}
+    message = ir.to_proto(model)
+    for tensor in list(message.graph.initializer):
+        value = model.graph.initializers[tensor.name]
+        held = value.const_value
+        assert held is not None
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            message.graph.initializer.remove(tensor)  # onnxruntime would, and then miss it
+            continue
+        native = not held.dtype.is_string() and held.dtype.numpy().isbuiltin == 1
+        if native and held.nbytes >= EXTERNAL_FROM:
+            apart[tensor.name] = np.ascontiguousarray(held.numpy())  # a view is copied: onnxruntime takes none
+            tensor.ClearField("raw_data")
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="memory")
+        elif isinstance(held, ir.ExternalTensor):
+            tensor.CopyFrom(ir.to_proto(ir.Tensor(held.numpy(), dtype=held.dtype, name=tensor.name)))
+    return message.SerializeToString(), apart
 
 
 def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -46,6 +46,8 @@ UNREAD = {
     "GatherBlockQuantized": 0,
 }
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
+# What may stand between an output head and the graph's output.
+PASSING = frozenset({"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze", "Transpose"})
 MARKS = re.compile(r"_(?:DQ_)?Q\d$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")  # that quantisers add to a name
 BUILDERS = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # a name that onnxruntime-genai's builder made up
 SHOWN = 10  # contradictions that an error lists
@@ -129,6 +131,20 @@ def _weights(model: ir.Model) -> Iterator[Site]:
             scales = site.node.op_type in UNREAD and site.index > 0  # of the weight beside them
             if site.quantised is not None or (dtype in FLOATS and not scales):
                 yield site
+
+
+def is_output_head(site: Site) -> bool:
+    """Whether what a linear layer computes is an output of the graph, but for what does not mix its features."""
+    waiting, known = list(site.node.outputs), set(site.node.outputs)
+    while waiting:
+        at = waiting.pop()
+        if at.is_graph_output():
+            return True
+        for node, _ in at.uses():
+            fresh = [output for output in node.outputs if output not in known] if node.op_type in PASSING else []
+            known.update(fresh)
+            waiting += fresh
+    return False
 
 
 def value_names(model: ir.Model) -> set[str]:

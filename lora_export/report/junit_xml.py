@@ -41,7 +41,7 @@ def junit(
         reasons = [reason for reason in verdict.reasons if _of_control(reason) and reason.gate == name]
         _test(suite, "controls", f"{name}: {CONTROLS[name]}", reasons, told=_told(verdict, name))
     for sensitivity in verdict.perturbed:
-        _input_test(suite, sensitivity)
+        _input_test(suite, sensitivity, verdict.peer)
     if placement is not None:
         strays = [Reason(Outcome.DIFFERENT, "placement", placed(placement))] if placement.off_provider else []
         _test(suite, "placement", placement.asked, strays, told=placed(placement))
@@ -130,14 +130,14 @@ def _test(
     return test
 
 
-def _input_test(suite: ElementTree.Element, there: Sensitivity) -> None:
+def _input_test(suite: ElementTree.Element, there: Sensitivity, peer: str) -> None:
     folded = there.reference_changed and not there.candidate_changed
-    text = f"perturbing {there.input} changes PyTorch and not the candidate: it was folded away"
+    text = f"perturbing {there.input} changes {peer} and not the candidate: it was folded away"
     reasons = [Reason(Outcome.DIFFERENT, "inputs", text)] if folded else []
-    changed = f"PyTorch changed: {there.reference_changed}; the candidate changed: {there.candidate_changed}"
+    changed = f"{peer} changed: {there.reference_changed}; the candidate changed: {there.candidate_changed}"
     test = _test(suite, "inputs", there.input, reasons, told=changed)
     if not there.reference_changed:
-        test.insert(0, ElementTree.Element("skipped", message="PyTorch does not heed it either"))
+        test.insert(0, ElementTree.Element("skipped", message=f"{peer} does not heed it either"))
 
 
 def _xml(text: str) -> str:

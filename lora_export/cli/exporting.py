@@ -1,0 +1,85 @@
+"""A graph that is exported from a PyTorch model, and the proof against that model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export import export, layers, plan
+from lora_export.cli import proving
+from lora_export.cli.weaving import Order, Say
+from lora_export.evidence import Proof
+from lora_export.graph.sites import Sites
+from lora_export.lora import Adapter
+from lora_export.model import Model
+from lora_export.model import load as load_model
+from lora_export.onnx_runner import Arrays, OnnxRunner
+from lora_export.proof import case_inputs
+
+
+class FromModel:
+    """A PyTorch model as the source of a graph. See `weaving.Source`."""
+
+    checkpoint = None
+
+    def __init__(self, model: str, order: Order, opset: int | None):
+        self.base, self.order, self.opset = load_model(model, order.adapters), order, opset
+        self.future = self._fresh_adapter()
+
+    def _fresh_adapter(self) -> list[Adapter]:
+        """An adapter without effect at the places that --target names; none where it was not given."""
+        target = self.order.target
+        if target is None:
+            return []
+        names: Any = target if target == "all-linear" else [name for name in target.split(",") if name]
+        return [layers.fresh_adapter(self.base.module, targets=names, rank=1, alpha=1.0, seed=0, name="--target")]
+
+    def check(self) -> None:
+        """Raise InputRefused for what will not fit the graph because it does not fit the module."""
+        specs = layers.specs(self.base.module)
+        if self.order.adapters:
+            layers.refuse_tied(self.base.module, self.order.planned(specs))
+        if self.future:
+            layers.refuse_tied(self.base.module, plan.make(self.future, specs, identity_ok=True))
+
+    def program(self, stage: Say) -> ir.Model:
+        """The base, exported."""
+        stage("exporting the base")
+        return export.to_onnx(self.base.module, self.base.examples(), axes=self.base.axes, opset=self.opset)
+
+    def targets(self, sites: Sites) -> list[str]:
+        """The weights beside which adapters to come may stand."""
+        if not self.future:
+            return []
+        return [step.weight for step in plan.make(self.future, sites.specs, identity_ok=True).steps]
+
+    def check_plan(self, steps: plan.Plan) -> None:
+        """A module that was loaded anew holds no adapter."""
+
+    def record(self) -> dict[str, Any]:
+        """Where the graph comes from."""
+        settings = {"lora": self.order.mode, "opset": self.opset}
+        return proving.provenance(self.base, self.order.adapters, self.order.weights, settings)
+
+
+class ModelJudge:
+    """Proves candidates against a PyTorch model with its adapters attached. See `weaving.Judge`."""
+
+    def __init__(self, base: Model, inputs_file: Path | None, provider: str, stage: Say):
+        self.base, self.inputs_file, self.provider, self.stage = base, inputs_file, provider, stage
+
+    def prepare(self) -> None:
+        """Whatever the model takes can be made."""
+
+    def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:
+        """What a graph is given, by case."""
+        return case_inputs(self.base, runner, user_inputs=self.inputs_file)
+
+    def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
+        """The proof, `same`. Raises what its verdict means otherwise."""
+        return proving.demand_same(
+            runner, self.base, adapters, weights, self.inputs_file, device=self.provider, stage=self.stage, what=what
+        )

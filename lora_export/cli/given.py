@@ -1,0 +1,128 @@
+"""A graph that was made elsewhere, and the proof against that graph. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export import files, provenance
+from lora_export.checkpoint import open_checkpoint
+from lora_export.cli import proving
+from lora_export.cli.weaving import Order, Say
+from lora_export.errors import InputRefused
+from lora_export.evidence import Proof
+from lora_export.graph.branches import module_of
+from lora_export.graph.files import open_graph
+from lora_export.graph.sites import Sites, is_output_head, place
+from lora_export.graph_proof import GraphJudge
+from lora_export.lora import Adapter
+from lora_export.onnx_runner import Arrays, OnnxRunner
+from lora_export.plan import Plan
+
+HASHING = "xxh3_128"
+SHOWN = 10  # layers that an error lists
+
+
+class FromGraph:
+    """An `.onnx` as the source of a graph. See `weaving.Source`."""
+
+    def __init__(self, path: Path, order: Order, base: Path | None):
+        files.must_exist(path, "model")
+        self.order, self.graph = order, open_graph(path)
+        self.checkpoint = None if base is None else open_checkpoint(base)
+
+    def check(self) -> None:
+        """Raise InputRefused for a graph that takes adapters already."""
+        if self.graph.takes_adapters:
+            raise InputRefused(
+                f"{self.graph.path} takes adapters while it runs already: start from the graph that it was made from"
+            )
+
+    def program(self, stage: Say) -> ir.Model:
+        """A copy that may be changed; its large weights stay in their files."""
+        stage("reading the graph")
+        model = self.graph.model.clone()
+        model.metadata_props.pop(provenance.KEY, None)  # its adapters are in the new record
+        return model
+
+    def targets(self, sites: Sites) -> list[str]:
+        """The weights beside which adapters to come may stand: those of --target."""
+        target = self.order.target
+        if target is None:
+            return []
+        linear = {site.name: site for site in sites.linear if len(site.shape) == 2}
+        if target == "all-linear":
+            unknown = [place(site) for site in sites.unnamed if not site.equals and not is_output_head(site)]
+            if unknown:
+                more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+                raise InputRefused(
+                    f"{len(unknown)} linear layers have no certain name ({', '.join(unknown[:SHOWN])}{more}): "
+                    "--base CHECKPOINT, which the graph was made of, names them by content"
+                )
+            return [name for name, site in linear.items() if not is_output_head(site)]
+        names = [name for name in target.split(",") if name]
+        matched = {name: [weight for weight in linear if _matches(weight, name)] for name in names}
+        if lost := [name for name, weights in matched.items() if not weights]:
+            endings = sorted({module_of(weight).rpartition(".")[2] for weight in linear})
+            near = [difflib.get_close_matches(name, endings, n=3, cutoff=0.5) or endings[:3] for name in lost]
+            raise InputRefused(
+                "; ".join(
+                    f"`{name}` matches no linear layer; the nearest: {', '.join(found) or 'none'}"
+                    for name, found in zip(lost, near, strict=True)
+                )
+            )
+        return [weight for weight in linear if any(weight in weights for weights in matched.values())]
+
+    def check_plan(self, steps: Plan) -> None:
+        """Raise InputRefused where one of the adapters is in the graph already."""
+        provenance.refuse_second_merge(steps, self.graph.path, self.graph.history)
+
+    def record(self) -> dict[str, Any]:
+        """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
+        base = {path.name: {HASHING: files.hash_of(path, HASHING)} for path in self.graph.sources}
+        for path in self.graph.changed():
+            raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
+        order = self.order
+        return provenance.record_of(order.adapters, order.strengths, base, self.graph.history, {"lora": order.mode})
+
+
+def _matches(weight: str, name: str) -> bool:
+    return f".{module_of(weight)}".endswith(f".{name}")
+
+
+class OwnJudge:
+    """Proves candidates against the graph that they were made from. See `weaving.Judge`."""
+
+    def __init__(self, source: FromGraph, inputs_file: Path | None, provider: str, stage: Say):
+        self.stage = stage
+        self.judge = GraphJudge(
+            source.graph.path,
+            source.graph.model,
+            source.order.mode,
+            source.checkpoint,
+            provider=provider,
+            user_inputs=inputs_file,
+        )
+
+    def prepare(self) -> None:
+        """Make the inputs. Raises InputRefused where that cannot be, RuntimeRefused where the base does not run."""
+        self.stage("running the base")
+        self.judge.inputs()
+
+    def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:  # noqa: ARG002 - they come from the graph itself
+        """What a graph is given, by case."""
+        return self.judge.inputs()
+
+    def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
+        """The proof, `same`. Raises what its verdict means otherwise."""
+        proof = self.judge.prove(
+            runner,
+            adapters,
+            weights,
+            step=lambda step: self.stage(f"verifying {what}, {step}" if what else f"verifying, {step}"),
+        )
+        return proving.demanded(proof, what)

@@ -1,0 +1,96 @@
+"""A verdict with what led to it, and what can be judged once adapters were proven one by one. Knows arrays alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export import parity
+from lora_export.diagnosis import Diagnosis
+from lora_export.errors import Undecided
+from lora_export.onnx_runner import Arrays, Placement, Runner
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """A verdict with what it takes to trust and to repeat it."""
+
+    verdict: parity.Verdict
+    placement: Placement | None  # None where PyTorch itself ran the candidate
+    about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
+    inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
+    cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
+    ended_with: int | None = None  # the exit code of what ended it before anything was measured
+    diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
+
+    @property
+    def exit_code(self) -> int:
+        return self.verdict.exit_code if self.ended_with is None else self.ended_with
+
+
+def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:
+    """Judge a candidate whose batches mix adapters, as `ids` over and over along the batch, against what was proven.
+
+    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. Each row
+    has to be what it was there. Raises Undecided where no output has a row for each row of the batch.
+    """
+    cases = []
+    for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
+        alone = [proof.cases[number] for proof in proofs]
+        batch = len(next(iter(arrays.values())))
+        outputs = [key for key, value in alone[0].referee.items() if value.ndim and len(value) == batch]
+        if not outputs:
+            raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
+        answer = candidate.run(arrays)
+        if answer.keys() != alone[0].referee.keys():  # names that mean nothing
+            answer = dict(zip(alone[0].referee, answer.values(), strict=True))
+        cases.append(_mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs}))
+    return Proof(parity.judge(cases), proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
+
+
+def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> parity.Case:
+    """A case whose every row is, on every side, the row of the case of its adapter."""
+
+    def rows(answers: Sequence[parity.Arrays]) -> Arrays:
+        return {key: np.stack([answers[chosen][key][row] for row, chosen in enumerate(ids)]) for key in answer}
+
+    return parity.Case(
+        name=f"{alone[0].name}, adapters {', '.join(map(str, ids))}",
+        inputs_summary=alone[0].inputs_summary,
+        referee=rows([case.referee for case in alone]),
+        deployed=rows([case.deployed for case in alone]),
+        candidate=answer,
+        base=rows([alone[0].referee for _ in alone]),
+        louder=rows([case.louder or case.referee for case in alone]),
+        peer=alone[0].peer,
+    )
+
+
+def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:
+    """Where answers, by case, are not the same bit for bit: `case, output: largest difference`."""
+    return [
+        f"{case}, {name}: {_largest_difference(value, others[case][name])}"
+        for case, outputs in answers.items()
+        for name, value in outputs.items()
+        if bits(value) != bits(others[case][name])
+    ]
+
+
+def bits(array: NDArray[Any]) -> tuple[Any, ...]:
+    """What makes two arrays the same to the last bit."""
+    return array.dtype, array.shape, array.tobytes()
+
+
+def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
+    if one.shape != other.shape:
+        return f"{one.shape} and {other.shape}"
+    return f"{np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0):.3g}"
+
+
+def differ(one: Arrays, other: Arrays) -> bool:
+    """Whether any output is another."""
+    return any(not np.array_equal(value, other[name]) for name, value in one.items())
