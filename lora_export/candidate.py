@@ -9,6 +9,7 @@ from lora_export import files
 from lora_export.checkpoint import open_checkpoint
 from lora_export.decoding import with_cache
 from lora_export.errors import InputRefused
+from lora_export.formats.onnx_adapter import IDS
 from lora_export.model import Model, with_weights
 from lora_export.model import load as load_model
 from lora_export.runtime import ModuleRunner, OnnxRunner, Runner, ScriptRunner
@@ -29,6 +30,8 @@ def open_candidate(
     if path.suffix == ".onnx":
         runner = OnnxRunner(path, provider)
         runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
+        if adapter_id is None and IDS in runner.axes:
+            return runner  # for whoever says which rows have which
         return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
     if path.is_dir():
         return ModuleRunner(load_model(str(path)).module, stored=_stored(path))

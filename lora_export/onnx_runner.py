@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lora_export import __version__
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.files import parse_json
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import onnxruntime
 
@@ -179,6 +180,13 @@ class OnnxRunner:
     def ids(self) -> tuple[int, ...] | None:
         """Which adapters the rows of every batch have; None where nobody has said."""
         return None if self._ids is None else tuple(self._ids.tolist())
+
+    @property
+    def adapters_by_row(self) -> list[str] | None:
+        """The names of the adapters that rows may choose from, from id 1 on; None where the graph does not say."""
+        told = self.session.get_modelmeta().custom_metadata_map.get(onnx_adapter.ROWS)
+        names = None if told is None else parse_json(told.encode(), str(self.path)).get("adapters", [])
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
     @property
     def has_adapter(self) -> bool:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -341,6 +341,38 @@ def judge(
         notes=(*notes, *_not_judged(comparisons, perturbed, peer, adapted=adapted)),
         peer=peer,
     )
+
+
+def together(verdicts: Mapping[str, Verdict]) -> Verdict:
+    """Verdicts on one candidate in several roles as one, which is `same` where all of them are.
+
+    Cases are called after their role, too.
+    """
+    first = next(iter(verdicts.values()))
+    reasons = tuple(_in_role(role, reason) for role, there in verdicts.items() for reason in there.reasons)
+    return Verdict(
+        outcome=_weightiest(reasons),
+        reasons=reasons,
+        comparisons=tuple(
+            replace(
+                comparison,
+                case=f"{role}, {comparison.case}",
+                reasons=tuple(_in_role(role, reason) for reason in comparison.reasons),
+            )
+            for role, there in verdicts.items()
+            for comparison in there.comparisons
+        ),
+        perturbed=tuple(dict.fromkeys(tried for there in verdicts.values() for tried in there.perturbed)),
+        dtype=first.dtype,
+        notes=tuple(dict.fromkeys(note for there in verdicts.values() for note in there.notes)),
+        peer=first.peer,
+    )
+
+
+def _in_role(role: str, reason: Reason) -> Reason:
+    if reason.case:
+        return replace(reason, case=f"{role}, {reason.case}")
+    return replace(reason, text=f"{role}: {reason.text}")
 
 
 def _weightiest(reasons: Sequence[Reason]) -> Outcome:

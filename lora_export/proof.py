@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import kept, layers, parity, plan, runtime, standin
-from lora_export.decoding import CacheRunner
+from lora_export.decoding import CacheRunner, with_cache
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.evidence import Proof as Proof
@@ -34,6 +34,7 @@ from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 from lora_export.trace import Suspect, diagnose
 
+MIXED = "mixed batches"
 LOUDER = 1.1  # the control's factor on every scale
 # What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
@@ -194,6 +195,47 @@ def prove(
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
+
+
+def prove_rows(
+    candidate: OnnxRunner,
+    model: Model,
+    adapters: Sequence[Adapter],
+    *,
+    strengths: Sequence[float] | None = None,
+    step: Note = lambda _: None,
+    **how: Any,
+) -> Proof:
+    """Judge a graph whose rows choose their adapter: the base, each adapter alone, and all of them in one batch.
+
+    `adapters` are those of the graph, in the order of their ids; `how` is as in `prove`. Raises InputRefused
+    where the graph says that it holds others, or another number of them.
+    """
+    names = candidate.adapters_by_row
+    if names is not None and len(names) != len(adapters):
+        raise InputRefused(
+            f"{candidate.path} holds {len(names)} adapters ({', '.join(names)}) and {len(adapters)} were given: give "
+            "them in that order, or prove one by --adapter-id"
+        )
+    roles = ["the base", *(adapter.name for adapter in adapters)]
+    alone = []
+    for number, role in enumerate(roles):
+        runner = with_cache(candidate.with_rows([number]))
+        mine: Sequence[Adapter] = adapters[number - 1 : number] if number else ()
+        own = strengths[number - 1 : number] if strengths and number else None
+        alone.append(prove(runner, model, mine, strengths=own, step=functools.partial(_told_of, role, step), **how))
+    ids = [*range(1, len(roles)), 0]
+    step("mixed batches")
+    mixed = prove_mixed(with_cache(candidate.with_rows(ids)), alone, ids)
+    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
+    verdict = parity.together(verdicts | {MIXED: mixed.verdict})
+    about = {**alone[0].about, "adapters": [told for proof in alone for told in proof.about["adapters"]]}
+    diagnosis = next((proof.diagnosis for proof in alone if proof.diagnosis), None)
+    return Proof(verdict, alone[0].placement, about, alone[0].inputs, alone[0].cases, diagnosis=diagnosis)
+
+
+def _told_of(role: str, step: Note, what: str) -> None:
+    step(f"{role}, {what}")
 
 
 def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Mapping[str, Arrays]) -> parity.Case:

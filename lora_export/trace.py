@@ -27,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 from lora_export import layers, parity
 from lora_export.diagnosis import NOT_EXPLAINED, Cause, Diagnosis, LayerError, Neighbours, Observed, explain
 from lora_export.errors import InputRefused
-from lora_export.files import parse_json
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graph_files
 from lora_export.graph import sites as graph_sites
@@ -275,10 +274,9 @@ class _FollowedGraph:
 
     def others(self) -> Iterator[tuple[str, _FollowedGraph]]:
         """The same with each other adapter that the graph holds, where all rows have one of them."""
-        metadata = self.runner.session.get_modelmeta().custom_metadata_map
-        if self.runner.ids is None or len(self.runner.ids) != 1 or onnx_adapter.ROWS not in metadata:
+        names = self.runner.adapters_by_row
+        if self.runner.ids is None or len(self.runner.ids) != 1 or names is None:
             return
-        names = parse_json(metadata[onnx_adapter.ROWS].encode(), str(self.runner.path)).get("adapters", [])
         for number, name in enumerate(["the base", *names]):
             if number != self.runner.ids[0]:
                 other = copy.copy(self)

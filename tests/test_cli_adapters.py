@@ -335,10 +335,30 @@ def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFix
     assert call(*words, *legal, "--adapter-id", "1") == 4
     assert call(*words, "--adapter-id", "0") == 0
     assert call(*words, *legal, "--adapter-id", "3") == 8
-    assert call(*words, *legal) == 2
-    assert "say --adapter-id N" in capsys.readouterr().err
     assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
     assert "has no input adapter_ids" in capsys.readouterr().err
+
+
+def test_verify_judges_all_ids_and_their_mixtures_at_once(
+    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("verify", rows, "--model", MODEL, "--json")
+    fr, legal = ("-a", place / "fr"), ("-a", place / "legal")
+    capsys.readouterr()
+    assert call(*words, *fr, *legal, "--weight", "1", "--weight", "-0.5") == 0
+    told = json.loads(capsys.readouterr().out)
+    roles = [case["case"].split(", ")[0] for case in told["comparisons"]]
+    assert list(dict.fromkeys(roles)) == ["the base", "fr", "legal", "mixed batches"]
+    assert roles == [role for role in dict.fromkeys(roles) for _ in range(3)]
+    assert [adapter["name"] for adapter in told["about"]["adapters"]] == ["fr", "legal"]
+
+    assert call(*words, *legal, *fr, "--weight", "-0.5", "--weight", "1") == 4  # another order than the graph's
+    wrong = json.loads(capsys.readouterr().out)
+    assert {reason["case"].split(", ")[0] for reason in wrong["reasons"]} == {"legal", "fr", "mixed batches"}
+    assert wrong["diagnosis"]["first"]
+
+    assert call(*words, *legal) == 3
+    assert "holds 2 adapters (fr, legal) and 1 were given" in capsys.readouterr().err
 
 
 def test_verify_tells_where_it_goes_wrong_and_why(

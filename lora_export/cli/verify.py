@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +46,8 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     "--adapter-id",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Run CANDIDATE, a graph made by `onnx --lora rows`, with this adapter in all rows (0: the base).",
+    help="Run CANDIDATE, a graph made by `onnx --lora rows`, with this adapter in all rows (0: the base) and no other; "
+    "without it the base, each adapter given by -a in the order of their ids, and batches that mix them are proven.",
 )
 @provider_option
 @inputs_option
@@ -112,6 +114,7 @@ def command(
     from lora_export.cli.progress import stages
     from lora_export.formats.onnx_adapter import IDS
     from lora_export.model import load as load_model
+    from lora_export.onnx_runner import OnnxRunner
 
     begun = time.perf_counter()
     for path in reports:
@@ -135,9 +138,9 @@ def command(
             runner = candidates.open_candidate(
                 candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
             )
-            if IDS in runner.axes:
-                raise click.UsageError(f"{candidate} was made with --lora rows: say --adapter-id N, 0 for the base")
-            result = proof.prove(
+            by_row = isinstance(runner, OnnxRunner) and IDS in runner.axes
+            prove: Callable[..., proof.Proof] = proof.prove_rows if by_row else proof.prove
+            result = prove(
                 runner,
                 base,
                 loaded,
