@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak defects check bench clean
+.PHONY: help demo test test-slow test-optimum soak defects check bench clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/demo.stamp ## train, merge, export and verify an adapter on a real model
 	$(BIN)/python samples/demo.py
@@ -19,6 +19,10 @@ test: $(VENV)/dev.stamp ## the test suite, without what takes long
 
 test-slow: $(VENV)/dev.stamp ## the tests that take long
 	$(BIN)/python -m pytest -m "slow and not soak"
+
+# optimum-onnx wants a transformers older than ours: it has an environment of its own.
+test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it
+	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/test_exporters.py
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m soak
@@ -41,6 +45,11 @@ clean: ## remove .venv and all that was built
 # A stamp stands for an installation that succeeded; a changed pyproject.toml makes it stale.
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/venv.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+$(VENV)/optimum/done.stamp: | $(VENV)/venv.stamp
+	$(BIN)/python -m venv $(VENV)/optimum
+	$(VENV)/optimum/bin/python -m pip install --disable-pip-version-check 'optimum-onnx[onnxruntime]>=0.1'
 	@touch $@
 
 $(VENV)/venv.stamp:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from torch import nn
 
 from lora_export import kept, layers, parity, plan, runtime, standin
 from lora_export.decoding import CacheRunner
-from lora_export.errors import InputRefused, RuntimeRefused, Undecided
+from lora_export.diagnosis import Diagnosis
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused, Undecided
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
 from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
+from lora_export.trace import Suspect, diagnose
 
 LOUDER = 1.1  # the control's factor on every scale
+# What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
+CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
 
 Note = Callable[[str], None]
@@ -45,6 +49,7 @@ class Proof:
     inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
     ended_with: int | None = None  # the exit code of what ended it before anything was measured
+    diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
 
     @property
     def exit_code(self) -> int:
@@ -102,6 +107,7 @@ def prove(
     atol: float | None = None,
     rtol: float | None = None,
     cache: Path | None = None,
+    trace: bool = False,
     step: Note = lambda _: None,
     say: Note = lambda _: None,
 ) -> Proof:
@@ -110,6 +116,7 @@ def prove(
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
     `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
+    A candidate that is different is followed module by module to where that begins; with `trace`, any is.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
     """
@@ -190,7 +197,32 @@ def prove(
         "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
-    return Proof(verdict, placement, about, inputs, tuple(cases))
+    diagnosis = None
+    if trace or verdict.outcome is parity.Outcome.DIFFERENT:
+        step("looking for where it differs")
+        case = _most_telling(cases, verdict, inputs)
+        steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None
+        sides = candidate, referee, attached, deployed
+        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=has_pairs)
+        diagnosis, note = _diagnosed(suspect, every=trace)
+        verdict = replace(verdict, notes=(*verdict.notes, *note))
+    return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
+
+
+def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Mapping[str, Arrays]) -> parity.Case:
+    """The smallest of the cases that the candidate answered and that are different; of all, where none of them is."""
+    answered = [case for case in cases if case.candidate]
+    wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
+    telling = [case for case in answered if case.name in wrong]
+    return min(telling or answered, key=lambda case: sum(value.size for value in inputs[case.name].values()))
+
+
+def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list[str]]:
+    """What was found, and what a reader must know of it. A verdict stands, whatever becomes of this."""
+    try:
+        return diagnose(suspect, every=every), []
+    except CANNOT_FOLLOW as error:
+        return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
 
 
 def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:

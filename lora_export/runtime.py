@@ -253,9 +253,12 @@ class Placement:
 
 
 class OnnxRunner:
-    """An ONNX file under onnxruntime, on the provider that was asked for and on no other."""
+    """An ONNX file under onnxruntime, on the provider that was asked for and on no other.
 
-    def __init__(self, path: Path, provider: str = "cpu"):
+    `message` is what to run in the file's place: the graph as bytes, its weights in files of `folder`.
+    """
+
+    def __init__(self, path: Path, provider: str = "cpu", *, message: bytes = b"", folder: Path = Path()):
         ort = onnxruntime()
         asked = PROVIDERS[provider]
         if provider == "cuda" and hasattr(ort, "preload_dlls"):
@@ -270,9 +273,13 @@ class OnnxRunner:
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         settings.log_severity_level = 3  # errors only; a fallback is found by asking, not by reading warnings
         options = CUDA_OPTIONS if provider == "cuda" else {}
+        if message:
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                self.session = ort.InferenceSession(str(path.resolve()), settings, providers=[(asked, options)])
+                self.session = ort.InferenceSession(
+                    message or str(path.resolve()), settings, providers=[(asked, options)]
+                )
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime refused {path}: {error}") from error
         if asked not in self.session.get_providers():
@@ -292,9 +299,24 @@ class OnnxRunner:
             for value in self.session.get_inputs()
         }
         self.names_known = True
-        self.path = path
+        self.path, self.provider = path, provider
         self._active: tuple[Any, Any] | None = None  # adapter and run options
         self._ids: NDArray[np.int64] | None = None
+
+    def of(self, message: bytes, folder: Path) -> OnnxRunner:
+        """Another graph, as bytes, with the adapter or the ids that this one runs with."""
+        runner = OnnxRunner(self.path, self.provider, message=message, folder=folder)
+        runner._active = self._active
+        return runner if self._ids is None else runner.with_rows(self._ids.tolist())
+
+    @property
+    def ids(self) -> tuple[int, ...] | None:
+        """Which adapters the rows of every batch have; None where nobody has said."""
+        return None if self._ids is None else tuple(self._ids.tolist())
+
+    @property
+    def has_adapter(self) -> bool:
+        return self._active is not None
 
     def with_adapter(self, path: Path) -> OnnxRunner:
         """The same session with this `.onnx_adapter` in every run.
@@ -321,22 +343,25 @@ class OnnxRunner:
 
         The batch is the first dimension of the first input. Raises InputRefused for another kind of graph.
         """
-        if onnx_adapter.IDS not in self.axes:
+        if onnx_adapter.IDS not in self.axes and self._ids is None:
             raise InputRefused(f"{self.path} has no input {onnx_adapter.IDS}: it was not made with --lora rows")
         runner = copy.copy(self)
         runner._ids = np.array(ids, np.int64)
         runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.IDS}
         return runner
 
-    def run(self, inputs: Arrays) -> Arrays:
-        """One forward pass. Inputs that the graph does not have are an error: they were folded away."""
+    def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
+        """One forward pass; `names` are the outputs that are wanted, all where it is None.
+
+        Inputs that the graph does not have are an error: they were folded away.
+        """
         surplus = [name for name in inputs if name not in self.axes]
         lacking = [name for name in self.axes if name not in inputs]
         if surplus or lacking:
             told = [f"the graph has no input {name}" for name in surplus]
             told += [f"the graph wants {name}, which the model does not take" for name in lacking]
             raise RuntimeRefused("; ".join(told))
-        names = [value.name for value in self.session.get_outputs()]
+        names = [value.name for value in self.session.get_outputs()] if names is None else list(names)
         if self._ids is not None:
             inputs = {**inputs, onnx_adapter.IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
         try:

@@ -229,11 +229,18 @@ def _session(model: Path, provider: str, options: Any) -> Any:
 
 
 def _as_it_is(contract: Contract, session: Any, model: Path) -> Contract:
-    """The contract with the types that the graph has now. Raises InputRefused where its inputs are gone."""
+    """The contract with the types that the graph has now. Raises InputRefused where its inputs are gone, or others."""
     optional = {value.name: value.type for value in session.get_overridable_initializers()}
     gone = [name for name in contract.inputs if optional.get(name) not in TENSOR_TYPES]
     if gone:
         raise InputRefused(f"{model} has lost {len(gone)} of its inputs for adapters, the first of them {gone[0]}")
+    shapes = {value.name: value.shape for value in session.get_overridable_initializers()}
+    for place in contract.places:
+        for name, sizes in place.takes.items():
+            if len(shapes[name]) != len(sizes) or any(
+                size not in (None, there) for size, there in zip(sizes, shapes[name], strict=True)
+            ):
+                raise InputRefused(f"{model}: its record says {list(place.shape)} of {place.weight}, {name} is another")
     places: Iterator[Place] = (replace(place, dtype=TENSOR_TYPES[optional[place.a]]) for place in contract.places)
     return replace(contract, places=tuple(places))
 

@@ -25,7 +25,7 @@ class ParityFailed(AssertionError):
 
     def __init__(self, proof: Proof):
         self.proof = proof
-        super().__init__(report.screen(proof.verdict, proof.placement))
+        super().__init__(report.screen(proof.verdict, proof.placement, proof.diagnosis))
 
 
 def assert_parity(

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from handmade import peft_adapter
+from safetensors.numpy import load_file, save_file
 from test_cli_flow import answer, call
 
 from lora_export import export, formats, model, proof
@@ -141,7 +142,9 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 
     monkeypatch.setattr(onnx_adapter, "parameters", louder)
     assert call("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs") == 4
-    assert capsys.readouterr().err.splitlines()[0].startswith("Error: fr: different")
+    told = capsys.readouterr().err
+    assert told.splitlines()[0].startswith("Error: fr: different")
+    assert f"first module that differs: {PACKED}\n" in told and "its adapter arrives 1.05 times as strong" in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,6 +341,35 @@ def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFix
     assert "has no input adapter_ids" in capsys.readouterr().err
 
 
+def test_verify_tells_where_it_goes_wrong_and_why(
+    place: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "verdict.json"
+    words = ("verify", rows, "--model", MODEL, "--adapter-id", "1")
+    code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "7", "--report", report)
+    assert code == 4 and json.loads(report.read_text())["diagnosis"] == told["diagnosis"]
+    assert told["diagnosis"]["first"] == PACKED
+    assert "as if its weight, 7, were left out" in told["diagnosis"]["why"]
+    assert "2 go wrong, 2 in the same way; 10 of 10 modules were compared" in told["diagnosis"]["why"]
+    layers = {layer.pop("name"): layer for layer in told["diagnosis"]["layers"]}
+    assert list(layers)[:3] == ["conv", PACKED, OUT] and set(layers[OUT]) == {"error", "deployed_error", "effect"}
+    assert layers["conv"]["effect"] == 0 and layers[OUT]["error"] > 1e4 * layers[OUT]["deployed_error"]
+    assert call(*words, "-a", place / "legal", "--weight", "-0.5") == 4
+    assert "with adapter id 2 (legal) it would be what it should" in capsys.readouterr().out
+
+
+def test_verify_compares_every_module_where_it_is_asked_to(
+    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("verify", rows, "--model", MODEL, "--adapter-id", "1", "-a", place / "fr")
+    code, told = answer(capsys, *words)
+    assert (code, told["diagnosis"]) == (0, None)
+    code, told = answer(capsys, *words, "--trace")
+    assert (code, told["diagnosis"]["first"], len(told["diagnosis"]["layers"])) == (0, None, 10)
+    assert call(*words, "--trace") == 0
+    assert "no module differs\n  every module that was compared is within its gate" in capsys.readouterr().out
+
+
 def test_rows_that_mix_up_adapters_are_never_published(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,3 +409,79 @@ def test_verify_refuses_an_adapter_for_another_base(
     words = ("verify", place / "base.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
     assert call(*words, tmp_path / "copy") == 8  # a graph without places for it
     assert "Invalid input name" in capsys.readouterr().err
+
+
+# --- DoRA and convolutions ---
+
+
+def dora_adapter(folder: Path, *, seed: int) -> Path:
+    """DoRA at the convolution, the packed projection, and the head."""
+    rng = np.random.default_rng(seed)
+    conv = 0.3 * rng.standard_normal((2, 4, 3)), 0.3 * rng.standard_normal((16, 2, 1))
+    pairs = {"conv": conv, PACKED: a_pair(rng, 48, 16, 2), "head": a_pair(rng, 3, 16, 2)}
+    shapes = {"conv": (1, 16, 1), PACKED: (48,), "head": (3,)}
+    magnitudes = {f"{name}.lora_magnitude_vector": rng.uniform(0.5, 1.5, shape) for name, shape in shapes.items()}
+    peft_adapter(folder, pairs, use_dora=True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors |= {f"base_model.model.{name}": array.astype(np.float32) for name, array in magnitudes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_dora(place: Path) -> Path:
+    """A graph that takes DoRA wherever it takes an adapter, and one adapter that has it."""
+    adapter = dora_adapter(place / "dora", seed=3)
+    words = ("-a", adapter, "-a", place / "fr", "--dora", "--lora", "inputs", "-o", place / "factors" / "graph.onnx")
+    (place / "factors").mkdir()
+    assert call("onnx", MODEL, *words) == 0
+    return place / "factors" / "graph.onnx"
+
+
+def test_dora_and_convolutions_are_proven_as_inputs_beside_an_adapter_that_has_neither(with_dora: Path) -> None:
+    verdict = record(with_dora)["verdict"]
+    assert verdict["outcome"] == "same"
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
+    base = with_dora.parents[1] / "base.onnx"
+    answers = [OnnxRunner(path).run(signal())["output_0"] for path in (with_dora, base)]
+    np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_of_next_week_is_converted_with_the_graphs_own_weights(
+    with_dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later, out = dora_adapter(tmp_path / "later", seed=8), tmp_path / "later.onnx_adapter"
+    words = ("convert", later, "--to", "onnx_adapter", "-o", out, "--weight", "0.5", "--for")
+    code, told = answer(capsys, *words, with_dora)
+    assert (code, told["places"], told["of"]) == (0, 3, 4)
+    words = ("verify", with_dora, "--model", MODEL, "--onnx-adapter", out, "-a", later, "--weight")
+    assert call(*words, "0.5") == 0
+    assert call(*words, "1") == 4
+
+
+def test_dora_for_a_graph_that_takes_none_is_refused_with_the_way_out(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    later = peft_adapter(tmp_path / "later", {"head": a_pair(rng, 3, 16, 2)}, use_dora=True)
+    tensors = load_file(later / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.head.lora_magnitude_vector": np.ones(3, np.float32)},
+        later / "adapter_model.safetensors",
+    )
+    words = ("convert", later, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", tmp_path / "x")
+    assert call(*words) == 3
+    told = capsys.readouterr().err
+    assert "later, head.weight\n" in told and "`onnx --lora inputs --dora`" in told
+    assert not (tmp_path / "x").exists()
+    assert call("onnx", MODEL, "-a", later, "--lora", "nodes", "--dora", "-o", tmp_path / "x.onnx") == 2
+
+
+def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place: Path, tmp_path: Path) -> None:
+    # Both change the head, and would be refused as a sum: DoRA rescales all that it finds there.
+    adapter = dora_adapter(tmp_path / "dora", seed=3)
+    words = ("-a", adapter, "-a", place / "fr", "--lora", "rows", "-o", tmp_path / "rows.onnx")
+    assert call("onnx", MODEL, *words) == 0
+    verdict = record(tmp_path / "rows.onnx")["verdict"]
+    assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same"
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import pytest
 import torch
 from graphs import Arrays, an_adapter, eager, with_changes
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -29,6 +32,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -133,12 +137,27 @@ def transformers_fused(name: str, path: Path) -> None:
     transformers_exporter(name, path, "cpu")
 
 
+TASKS = {"llama": "text-generation", "gpt2": "text-generation", "bert": "text-classification"}
+OPTIMUM = "from optimum.exporters.onnx import main_export; import sys; main_export(*sys.argv[1:3], task=sys.argv[3])"
+
+
+def optimum(name: str, path: Path) -> None:
+    """In an environment of its own: optimum-onnx wants a transformers older than the rest of the tests."""
+    python = os.environ.get("OPTIMUM_PYTHON")
+    if python is None:
+        pytest.skip("OPTIMUM_PYTHON names no interpreter that has optimum-onnx: `make test-optimum` sets one up")
+    save_tokenizer(base_of(name))
+    line = [python, "-c", OPTIMUM, base_of(name), path.parent, TASKS[name]]
+    subprocess.run(line, check=True, capture_output=True, cwd=path.parent)
+
+
 EXPORTERS: dict[str, Callable[[str, Path], None]] = {
     "torchscript": torchscript,
     "dynamo": dynamo,
     "dynamo, not optimised": raw_dynamo,
     "transformers": transformers_exporter,
     "transformers, fused": transformers_fused,
+    "optimum": optimum,
 }
 
 
@@ -197,6 +216,12 @@ AFTERWARDS: dict[str, Callable[[Path, Path], None]] = {
 # --- what is known afterwards ---
 
 
+def save_tokenizer(folder: Path) -> None:
+    words = models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w2")
+    tokenizer.save_pretrained(folder)
+
+
 def linear_weights(module: nn.Module) -> dict[str, NDArray[Any]]:
     """Every linear layer's weight in the (out, in) view."""
     found = {}
@@ -246,10 +271,15 @@ def answers(path: Path, feeds: dict[str, Tensor]) -> Arrays:
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     arrays = {key: value.numpy() for key, value in feeds.items()}
+    batch, length = feeds["input_ids"].shape
     for wanted in session.get_inputs():
-        if wanted.name not in arrays:  # an empty cache
+        if wanted.name == "position_ids":
+            arrays[wanted.name] = np.tile(np.arange(length), (batch, 1))
+        elif wanted.name == "token_type_ids":
+            arrays[wanted.name] = np.zeros((batch, length), np.int64)
+        elif wanted.name not in arrays:  # an empty cache
             shape = [size if isinstance(size, int) else HEAD if size == "kv_cache_dim" else 0 for size in wanted.shape]
-            arrays[wanted.name] = np.zeros([len(feeds["input_ids"]), *shape[1:]], np.float32)
+            arrays[wanted.name] = np.zeros([batch, *shape[1:]], np.float32)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, arrays), strict=True))
 

@@ -19,10 +19,16 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
-from test_exporters import WORDS, a_llama, assert_folding_is_pytorchs, base_of, linear_weights, module_of
-from tokenizers import Tokenizer, models
+from test_exporters import (
+    WORDS,
+    a_llama,
+    assert_folding_is_pytorchs,
+    base_of,
+    linear_weights,
+    module_of,
+    save_tokenizer,
+)
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from lora_export import formats, plan
 from lora_export.checkpoint import open_checkpoint
@@ -40,12 +46,6 @@ PROMPT = [5, 9, 11, 30]
 TOKENS = 64
 slow = pytest.mark.slow
 Build = Callable[..., Path]
-
-
-def save_tokenizer(folder: Path) -> None:
-    words = models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w2")
-    tokenizer.save_pretrained(folder)
 
 
 def build(base: Path, folder: Path, precision: str, *options: str) -> Path:

@@ -36,6 +36,7 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, Place
 from lora_export.graph import branches, files, sites
+from lora_export.graph.dora import length_factors
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.inputs import contract_of, factors_of, open_inputs
 from lora_export.graph.readers import readers
@@ -442,6 +443,20 @@ def test_dora_where_the_graph_takes_none_is_refused_by_name() -> None:
         given(contract, an_adapter({"m": dora}))
 
 
+def test_a_convolutions_default_has_one_rank_of_zeros() -> None:
+    # Over no channels at all, onnxruntime's convolution returns whatever was in its memory before.
+    model = a_graph("""
+        g (float[N,2,L] x) => (float[N,3,M] y) <float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}>
+        { [n] y = Conv(x, c.weight) }""")
+    (place,) = opened(model, "c.weight", dora=["c.weight"]).places
+    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in place.takes}
+    assert {name: array.shape for name, array in defaults.items()} == {
+        "c.lora_A.weight": (1, 2, 2), "c.lora_B.weight": (3, 1, 1), "c.lora_magnitude_vector.weight": (3, 1),
+    }  # fmt: skip
+    assert [array.any() for array in defaults.values()] == [False, False, True]
+    assert [str(value.shape) for value in model.graph.inputs[1:]] == ["[c.lora_r,2,2]", "[3,c.lora_r,1]", "[3,1]"]
+
+
 def test_a_plain_adapter_gives_ones_where_the_graph_takes_factors() -> None:
     model = a_graph(GEMM)
     fed = given(opened(model, "m.weight", dora=["m.weight"]), an_adapter({"m": PAIR}))
@@ -534,3 +549,21 @@ def test_a_block_in_bfloat16_is_filled_up_in_a_dtype_that_can_be(mode: str) -> N
     weight = np.float32([[1, 3, 3], [4, 6, 4], [2, 1, 5], [5, 2, 6]])
     weight[1:] += pair.delta()
     assert np.array_equal(answer.astype(np.float32), X @ weight.T)
+
+
+@pytest.mark.parametrize("last", [6, 7])
+def test_dora_has_one_factor_for_a_weight_that_is_stored_more_than_once(last: int) -> None:
+    model = a_graph(f"""
+        g (float[N,3] x) => (float[N,2] y, float[N,2] z)
+        <float[2,3] m.weight = {{1,2,3,4,5,6}}, float[2,3] o.weight = {{1,2,3,4,5,{last}}}>
+        {{ y = Gemm <transB = 1> (x, m.weight)
+           z = Gemm <transB = 1> (x, o.weight) }}""")
+    there = tuple(site for found in sites.find(model).by_name.values() for site in found)
+    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=[1, 2])
+    both = sites.Sites({"m.weight": there}, (), ())
+    steps = plan.make([an_adapter({"m": pair})], both.specs)
+    if last == 6:
+        assert length_factors(steps.steps, "default", both.by_name.__getitem__)["m.weight"].shape == (2,)
+        return
+    with pytest.raises(InputRefused, match=r"m\.weight is stored more than once in the graph, and not with the same"):
+        choose_by_row(model, both, steps, batch="N")

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 WIDTH = 4096
 BLOCK = 32
 LIMIT = 200  # MiB
-SMALL, LARGE = (14_000, 127, 2_800), (140_000, 16, 28_000)  # outputs of the head, its rank, outputs of each other layer
+# Outputs of the head and its rank, outputs of each other layer. Both adapters, which stand in memory, are as large.
+SMALL, LARGE = (14_000, 127, 2_800), (140_000, 16, 28_000)
 
 
 def floats(layers: Mapping[str, int]) -> Iterator[tuple[onnx.NodeProto, list[TensorProto]]]:
@@ -79,6 +80,8 @@ def hollow(path: Path, parts: Iterator[tuple[onnx.NodeProto, list[TensorProto]]]
 def test_a_graph_ten_times_as_large_takes_no_more_memory(tmp_path, kind, layers):
     peaks, sizes = [], []
     for name, (rows, rank, kept) in {"small": SMALL, "large": LARGE}.items():
+        if kind is in_bands:  # each of its tensors is made of several passes
+            rows, rank, kept = rows // 5, 2 * rank, kept // 5  # noqa: PLW2901
         graph = hollow(
             tmp_path / f"{name}.onnx", kind({"head": rows, **{f"kept.{number}": kept for number in range(layers)}})
         )

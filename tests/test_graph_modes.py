@@ -13,13 +13,28 @@ import numpy as np
 import onnx
 import onnx.reference
 import onnx_ir as ir
+import peft
 import pytest
-from graphs import Arrays, a_graph, an_adapter, contents, quantised, run
+import torch
+from graphs import (
+    Arrays,
+    a_graph,
+    an_adapter,
+    attached,
+    contents,
+    eager,
+    exported,
+    inputs,
+    quantised,
+    run,
+)
 from handmade import base_file
 from numpy.typing import NDArray
+from torch import nn
 
-from lora_export import plan
+from lora_export import formats, plan
 from lora_export.checkpoint import open_checkpoint
+from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph import branches, sites
 from lora_export.graph.inputs import factors_of, open_inputs
@@ -319,3 +334,139 @@ def test_it_does_so_by_onnxs_own_definition(tmp_path: Path, name: str, mode: str
         onnx.checker.check_model(ir.to_proto(woven.graphs[number]), full_check=True)
         expected = meant(layer, found, adapter, base)
         np.testing.assert_allclose(woven.by_definition(number, **layer.feeds), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- QLoRA, as PEFT has it ---
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
+    """A graph of four bits, and a module with the weights that these stand for."""
+    torch.manual_seed(0)
+    module = Two()
+    named = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    graph = filled(
+        """g (float[N,S,32] x) => (float[N,S,8] y)
+        <float[1,1] U = {0}, float[1,1] D = {0}, float[1] u = {0}, float[1] d = {0}>
+        { [up] a = MatMul(x, U)
+          b = Add(a, u)
+          c = Tanh(b)
+          [down] e = MatMul(c, D)
+          y = Add(e, d) }""",
+        U=named["up.weight"].T, D=named["down.weight"].T, u=named["up.bias"], d=named["down.bias"],
+    )  # fmt: skip
+    graph = quantised(graph, as_pairs=as_pairs)
+    for number, node in enumerate(graph.graph):
+        node.name = node.name or f"node_{number}"  # to be told apart by
+    found = sites.find(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
+    with torch.no_grad():
+        for name in ("up.weight", "down.weight"):
+            (site,) = found.by_name[name]
+            assert site.quantised is not None
+            module.get_parameter(name).copy_(torch.from_numpy(np.array(site.matrix)))
+    return graph, found, module
+
+
+@MODES
+@pytest.mark.parametrize("as_pairs", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_peft_beside_four_bits_is_what_peft_computes_beside_what_they_stand_for(
+    tmp_path: Path, mode: str, dora: bool, as_pairs: bool
+) -> None:
+    graph, found, module = qlora(tmp_path, as_pairs=as_pairs)
+    config = peft.LoraConfig(r=3, lora_alpha=8, target_modules=["up", "down"], use_dora=dora)
+    model = peft.get_peft_model(module, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    woven, x = Woven(mode, graph, found, formats.load(tmp_path / "adapter")), normal(3, 4, 32)
+    with torch.no_grad():
+        on = model(torch.from_numpy(x)).numpy()
+        with model.disable_adapter():
+            off = model(torch.from_numpy(x)).numpy()
+    # onnxruntime rounds what enters a MatMulNBits that it made of a DequantizeLinear to 8 bits.
+    close = {"rtol": 1e-4, "atol": 0.03 if as_pairs else 1e-5}
+    np.testing.assert_allclose(woven.answer(1, x=x), on, **close)
+    np.testing.assert_allclose(woven.answer(0, x=x), off, **close)
+    assert np.abs(on - off).mean() > 0.2
+
+
+# --- real exports, against PyTorch ---
+
+
+def everything(found: Sites, name: str, *, rank: int) -> Adapter:
+    """A pair wherever one can stand and the batch enters, with DoRA at every second."""
+    rng, pairs = np.random.default_rng(rank), {}
+    for number, spec in enumerate(found.specs):
+        embedding = spec.layout is plan.Layout.EMBEDDING
+        strangers = [branches.obstacle_to(site, embedding=embedding) for site in found.by_name[spec.name]]
+        if any(strangers) or "position_embeddings" in spec.name:
+            continue
+        out, *inner = spec.matrix
+        pairs[branches.module_of(spec.name)] = LoraPair(
+            a=normal(rank, *inner, rng=rng),
+            b=normal(out, rank, *[1] * (len(inner) - 1), rng=rng),
+            scale=0.3,
+            magnitude=rng.uniform(0.5, 1.5, out) if number % 2 == rank % 2 else None,
+            embedding=embedding,
+        )
+    return an_adapter(pairs, name=name)
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("name", ["encoder", "bert"])
+def test_an_export_with_everything_beside_its_weights_computes_what_pytorch_computes(name: str, mode: str) -> None:
+    made = exported(name)
+    found = sites.find(made.graph)
+    two = everything(found, "one", rank=2), everything(found, "two", rank=3)
+    assert ("conv" if name == "encoder" else "bert.embeddings.word_embeddings") in two[0].pairs
+    woven, feeds = Woven(mode, made.graph, found, *two, batch="batch"), inputs(name, 3, 12, seed=2)
+    arrays = {key: value.numpy() for key, value in feeds.items()}
+    before = run(made.graph, **arrays)
+    modules = [made.module, *(attached(made.module, adapter) for adapter in two)]
+    alone = [eager(module, feeds) for module in modules]
+    for number in (0, 1, 2):
+        answer = run(woven.graphs[number], **woven.fed(number, arrays))
+        for key, value in alone[number].items():
+            np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=2e-5)
+            assert number == 0 or np.abs(value - before[key]).max() > 1e-2
+    if mode == "rows":
+        answer = run(woven.graphs[0], **woven.fed([2, 0, 1], arrays))
+        for key in before:
+            expected = np.stack([alone[number][key][row] for row, number in enumerate([2, 0, 1])])
+            np.testing.assert_allclose(answer[key], expected, rtol=1e-4, atol=2e-5)
+
+
+def test_positions_are_the_same_for_all_rows_and_refused_by_name() -> None:
+    made = exported("bert")
+    found = sites.find(made.graph)
+    name = "bert.embeddings.position_embeddings"
+    (spec,) = (spec for spec in found.specs if spec.name == f"{name}.weight")
+    pair = LoraPair(a=normal(1, spec.shape[0]), b=normal(spec.shape[1], 1), scale=1.0, embedding=True)
+    steps = plan.make([an_adapter({name: pair})], found.specs)
+    with pytest.raises(InputRefused, match=rf"{name}\.weight \(Gather .* no one dimension is the batch for certain"):
+        choose_by_row(made.graph, found, steps)
+
+
+def test_a_convolution_whose_first_dimension_is_not_the_batch_is_refused_by_name() -> None:
+    graph = filled(
+        "g (float[L,2,N] x, float[N] lead) => (float[L,4,M] y) <float[1] W = {0}> { [n] y = Conv(x, W) }",
+        W=normal(4, 2, 1),
+    )
+    found = sites.find(graph)
+    assert list(found.by_name) == []
+    by_hand = Sites({"c.weight": (next(sites.readers(graph.graph.initializers["W"])),)}, (), ())
+    pair = LoraPair(a=normal(1, 2, 1), b=normal(4, 1, 1), scale=1.0)
+    with pytest.raises(InputRefused, match=r"c\.weight \(Conv `n`\): \[L,2,N\] enters it, the first dimension of"):
+        choose_by_row(graph, by_hand, plan.make([an_adapter({"c": pair})], by_hand.specs), batch="N")

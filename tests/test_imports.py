@@ -24,11 +24,24 @@ GROUND = (
 )
 WORK = (
     *("merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
-    *("runtime", "decoding", "session", "parity", "report", "standin", "kept", "candidate", "proof", "testing"),
+    *(
+        "runtime",
+        "decoding",
+        "session",
+        "parity",
+        "audit",
+        "diagnosis",
+        "report",
+        "standin",
+        "kept",
+        "candidate",
+        "trace",
+    ),
+    *("proof", "testing"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
-NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "report"}
+NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "audit", "diagnosis", "report"}
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}

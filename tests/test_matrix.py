@@ -31,12 +31,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lora_export import export, formats, model
+from lora_export import export, formats, layers, model, plan
 from lora_export.cli import weaving
-from lora_export.errors import InputRefused
-from lora_export.graph import files
+from lora_export.errors import InputRefused, MatchError
+from lora_export.graph import files, sites
 from lora_export.lora import Adapter
 from lora_export.model import Model
+from lora_export.parity import Outcome
 from lora_export.proof import adapted, bits_that_differ, case_inputs, prove, prove_mixed
 from lora_export.runtime import Arrays, OnnxRunner
 
@@ -74,13 +75,23 @@ def a_mixtral() -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model, and the layers of it that are adapted."""
+    """A model, and what of it is adapted."""
 
     source: str | Callable[[], nn.Module]  # a factory of factories.py, or what is saved as a Hugging Face folder
     targets: Any = "all-linear"
     dora: Any = None  # targets of DoRA, where it cannot have the same
+    whole: tuple[str, ...] = ()  # modules that are trained whole
+    dtype: torch.dtype = torch.float32
     as_peft: bool = True  # PEFT computes what its adapter means
-    obstacle: str = ""  # why its adapter cannot be swapped while the graph runs
+
+    @property
+    def base(self) -> Model:
+        return _base(self.source, self.dtype)
+
+    @property
+    def graph(self) -> ir.Model:
+        """The export, without an adapter; a fresh copy."""
+        return _graph(self.source, self.dtype).clone()
 
 
 LAYERS = ["linear1", "linear2", "out_proj", "head"]
@@ -88,13 +99,14 @@ SUBJECTS: Mapping[str, Subject] = {
     "llama": Subject(a_llama),
     "gpt2": Subject(a_gpt2),
     "bert": Subject(a_bert),
-    "bert, words": Subject(a_bert, ["word_embeddings", "query"], obstacle="an embedding"),
+    "bert, words": Subject(a_bert, ["word_embeddings", "query"]),
+    "bert, half": Subject(a_bert, dtype=torch.float16, as_peft=False),
     "vit": Subject(a_vit),
-    "vit, patches": Subject(a_vit, ["projection", "fc1"], obstacle="a convolution"),
+    "vit, patches": Subject(a_vit, ["projection", "fc1"]),
+    "vit, head": Subject(a_vit, ["fc1", "fc2"], whole=("classifier",)),
     "t5": Subject(a_t5),
     "moe": Subject(a_mixtral, ["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "cnn": Subject("pictures", ["first", "second", "dense", "head"], obstacle="a convolution"),
-    "cnn, head": Subject("pictures", ["dense", "head"]),
+    "cnn": Subject("pictures", ["first", "second", "dense", "head"]),
     # PEFT doubles the change of MultiheadAttention's output, and DoRA is nothing that it does there.
     # `nn.TransformerEncoderLayer` reads its layers' weights itself, and never sees what PEFT puts beside them.
     "encoder": Subject("spotter", [*LAYERS[:2], "self_attn", "head"], dora=LAYERS, as_peft=False),
@@ -103,7 +115,10 @@ SUBJECTS: Mapping[str, Subject] = {
 
 
 @functools.cache
-def base_of(source: str | Callable[[], nn.Module]) -> Model:
+def _base(source: str | Callable[[], nn.Module], dtype: torch.dtype) -> Model:
+    if dtype is not torch.float32:
+        loaded = _base(source, torch.float32)
+        return replace(loaded, module=copy.deepcopy(loaded.module).to(dtype))
     if isinstance(source, str):
         return model.load(f"{FACTORIES}:{source}")
     torch.manual_seed(0)
@@ -116,8 +131,8 @@ def base_of(source: str | Callable[[], nn.Module]) -> Model:
 
 
 @functools.cache
-def graph_of(source: str | Callable[[], nn.Module]) -> ir.Model:
-    base = base_of(source)
+def _graph(source: str | Callable[[], nn.Module], dtype: torch.dtype) -> ir.Model:
+    base = _base(source, dtype)
     return export.to_onnx(base.module, base.examples(), axes=base.axes)
 
 
@@ -135,12 +150,13 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
 def trained(name: str, variant: str, seed: int = 0) -> tuple[Adapter, peft.PeftModel]:
     """An adapter as PEFT saves it, read again, and PEFT's own model with it."""
     subject = SUBJECTS[name]
-    config = {"target_modules": (subject.dora if variant == "dora" else None) or subject.targets, **VARIANTS[variant]}
+    targets = (subject.dora if variant == "dora" else None) or subject.targets
+    config = {"target_modules": targets, "modules_to_save": list(subject.whole), **VARIANTS[variant]}
     if variant == "patterns":
         names = sorted(adapter_of(name, "lora").pairs)
         config |= {"rank_pattern": {names[0]: 5}, "alpha_pattern": {names[-1]: 3}}
     torch.manual_seed(seed)
-    adapted = peft.get_peft_model(copy.deepcopy(base_of(subject.source).module), peft.LoraConfig(**config)).eval()
+    adapted = peft.get_peft_model(copy.deepcopy(subject.base.module), peft.LoraConfig(**config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
@@ -179,11 +195,7 @@ class Kept:
 
 def keep(mode: str, name: str, variant: str, folder: Path) -> Kept:
     """As `lora-export onnx --lora MODE` does it."""
-    base, graph, adapter = (
-        base_of(SUBJECTS[name].source),
-        graph_of(SUBJECTS[name].source).clone(),
-        adapter_of(name, variant),
-    )
+    base, graph, adapter = SUBJECTS[name].base, SUBJECTS[name].graph, adapter_of(name, variant)
     before = weights_of(graph)
     order = weaving.Order(mode, [adapter], (1.0,))
     weaving.check(order, base)
@@ -209,20 +221,27 @@ def saved(graph: ir.Model, folder: Path) -> OnnxRunner:
 
 
 @functools.cache
-def base_answers(source: str | Callable[[], nn.Module]) -> dict[str, Arrays]:
-    runner = saved(graph_of(source).clone(), Path(tempfile.mkdtemp()))
-    return answers(base_of(source), runner)
+def base_answers(source: str | Callable[[], nn.Module], dtype: torch.dtype) -> dict[str, Arrays]:
+    runner = saved(_graph(source, dtype).clone(), Path(tempfile.mkdtemp()))
+    return answers(_base(source, dtype), runner)
 
 
 def answers(base: Model, runner: OnnxRunner) -> dict[str, Arrays]:
     return {case: runner.run(arrays) for case, arrays in case_inputs(base, runner).items()}
 
 
+def adds_a_bias_itself(name: str, variant: str) -> bool:
+    """Whether a Gemm or Conv adds the bias of a layer that the adapter changes."""
+    found = sites.find(SUBJECTS[name].graph).by_name
+    read = [site.node for module in adapter_of(name, variant).pairs for site in found[f"{module}.weight"]]
+    return any(node.op_type in ("Gemm", "Conv") and len(node.inputs) == 3 for node in read)
+
+
 # --- the cells ---
 
 MODES = ("merged", "nodes", "inputs", "rows")
 # What runs with every `make test`: each mode and each variant, on graphs that are quickly made.
-QUICK = {("vit", "lora"), ("cnn", "dora"), ("cnn, head", "rslora"), ("attention", "patterns")}
+QUICK = {("vit", "lora"), ("cnn", "dora"), ("attention", "patterns")}
 ADAPTED = [
     pytest.param(name, variant, marks=[] if (name, variant) in QUICK else slow)
     for name in SUBJECTS
@@ -230,28 +249,26 @@ ADAPTED = [
 ]
 
 
-def refusal(mode: str, name: str, variant: str) -> str:
-    """What a graph that takes adapters while it runs says of this one; empty where it takes it."""
-    if mode not in ("inputs", "rows"):
-        return ""
-    return "DoRA" if variant == "dora" else SUBJECTS[name].obstacle
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "variant"), ADAPTED)
 def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str, tmp_path: Path) -> None:
-    base, adapter = base_of(SUBJECTS[name].source), adapter_of(name, variant)
-    if told := refusal(mode, name, variant):
-        with pytest.raises(InputRefused, match=told):
+    subject, base, adapter = SUBJECTS[name], SUBJECTS[name].base, adapter_of(name, variant)
+    if subject.whole and mode in ("inputs", "rows"):
+        with pytest.raises(InputRefused, match=f"{subject.whole[0]}.weight: a whole tensor"):
             keep(mode, name, variant, tmp_path)
         return
     kept = keep(mode, name, variant, tmp_path)
     proof = prove(kept.on, base, [adapter])
     assert proof.verdict.same, str(proof.verdict)
     assert not prove(kept.on, base, [wrong_in_one_layer(name, variant)]).verdict.same
-    assert kept.unchanged == (mode != "merged")
+    assert kept.unchanged == (mode != "merged" and not subject.whole)
     if kept.off is not None:
-        assert bits_that_differ(base_answers(SUBJECTS[name].source), answers(base, kept.off)) == []
+        unlike = bits_that_differ(base_answers(subject.source, subject.dtype), answers(base, kept.off))
+        # DoRA's factor comes before the bias, which the node then cannot add any more: not always the same last bit.
+        assert not unlike or (variant == "dora" and adds_a_bias_itself(name, variant))
+        told = prove(kept.off, base, []).verdict
+        # Half precision is too coarse to tell so small a model from itself x 1.01, which is all there is to tell.
+        assert told.same or (subject.dtype is torch.float16 and told.outcome is Outcome.UNDECIDED), str(told)
     if kept.mixed is not None:
         assert kept.off is not None
         alone = prove(kept.off, base, [])
@@ -262,7 +279,7 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
 
 @pytest.mark.parametrize(("name", "variant"), [cell for cell in ADAPTED if SUBJECTS[str(cell.values[0])].as_peft])
 def test_what_the_proofs_call_right_is_what_peft_computes(name: str, variant: str) -> None:
-    base = base_of(SUBJECTS[name].source)
+    base = SUBJECTS[name].base
     adapter, theirs = trained(name, variant)
     feeds = base.examples()
     ours, expected, without = (eager(one, feeds) for one in (adapted(base, [adapter]), theirs, base.module))
@@ -273,8 +290,28 @@ def test_what_the_proofs_call_right_is_what_peft_computes(name: str, variant: st
 
 @slow
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
-    module = base_of(a_mixtral).module
+    module = SUBJECTS["moe"].base.module
     config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     peft.get_peft_model(copy.deepcopy(module), config).save_pretrained(tmp_path)
     with pytest.raises(InputRefused, match=r"target_parameters: .*mixture-of-experts.* not supported"):
         formats.load(tmp_path)
+
+
+class Reader(nn.Module):
+    """Attention of one signal to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, signal: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return self.attn(signal, memory, memory, need_weights=False)[0]
+
+
+@slow
+def test_attention_to_something_else_takes_no_adapter_on_its_packed_weight() -> None:
+    examples = {"signal": torch.randn(2, 7, 16), "memory": torch.randn(2, 5, 16)}
+    graph = export.to_onnx(Reader().eval(), examples, axes={"signal": {0: "batch"}, "memory": {0: "batch"}})
+    adapter = layers.fresh_adapter(Reader(), targets=["attn"], rank=2, alpha=2, seed=0, name="a")
+    with pytest.raises(MatchError, match=r"attn\.in_proj_weight \(48, 16\) is not the weight of a linear layer"):
+        plan.make([adapter], sites.find(graph).specs, identity_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -25,7 +26,7 @@ from lora_export import Session, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract
+from lora_export.formats.onnx_adapter import Contract, as_array
 from lora_export.graph import files, sites
 from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.lora import LoraPair
@@ -208,6 +209,19 @@ def test_half_precision_is_swapped_and_mixed_in_half_precision(tmp_path: Path) -
         session.mix("loud", {"x": 7e4})
 
 
+def test_bfloat16_is_written_and_read_and_where_onnxruntime_has_no_kernel_it_says_so(tmp_path: Path) -> None:
+    path, contract = a_model(tmp_path, dtype="bfloat16")
+    given = {name: array.astype(ml_dtypes.bfloat16) for name, array in TWO.items()}
+    onnx_adapter.write(tmp_path / "x", given, contract, sha256="1")
+    there = onnx_adapter.read(tmp_path / "x")
+    onnx_adapter.refuse_misfits(there, contract, source="x", graph=path)  # raises for any misfit
+    assert {name: as_array(value).tobytes() for name, value in there.values.items()} == {
+        name: array.tobytes() for name, array in given.items()
+    }
+    with pytest.raises(RuntimeRefused, match="NOT_IMPLEMENTED"):  # as of 1.31 the CPU multiplies nothing in it
+        Session(path, {"x": tmp_path / "x"})
+
+
 def test_a_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
     files.save(a_graph(BODY.format(dtype="float")), tmp_path, "plain.onnx")
     with pytest.raises(InputRefused, match="does not say where it takes adapters"):
@@ -223,6 +237,20 @@ def test_a_graph_whose_inputs_were_folded_away_is_refused(model: Path) -> None:
     files.save(graph, model.parent, "folded.onnx")
     with pytest.raises(InputRefused, match=r"has lost 4 of its inputs for adapters, the first of them m.lora_A.weight"):
         Session(model.parent / "folded.onnx")
+
+
+@pytest.mark.parametrize("size", [4, 10**13])
+def test_a_record_of_other_sizes_than_the_graphs_is_refused_before_anything_so_large_is_made(
+    tmp_path: Path, size: int
+) -> None:
+    path = files_of(tmp_path)
+    graph = files.load(path)
+    record = graph.metadata_props[onnx_adapter.KEY]
+    assert '"shape": [2, 3]' in record
+    graph.metadata_props[onnx_adapter.KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
+    files.save(graph, tmp_path, "lying.onnx")
+    with pytest.raises(InputRefused, match=rf"lying.onnx: its record says \[{size}, 3\] of m.weight"):
+        Session(tmp_path / "lying.onnx")
 
 
 def test_an_adapters_own_inputs_are_no_feeds(session: Session) -> None:

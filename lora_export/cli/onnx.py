@@ -28,6 +28,11 @@ from lora_export.cli.arguments import load_adapters, provider_option, publishing
     "commas, or every linear layer but the output head.",
 )
 @click.option(
+    "--dora",
+    is_flag=True,
+    help="With --lora inputs: adapters to come may have DoRA at all these places; each takes its factor too.",
+)
+@click.option(
     "--names",
     type=click.Choice(["olive", "genai", "peft"]),
     default="olive",
@@ -44,6 +49,7 @@ def command(
     mode: str,
     inputs_file: Path | None,
     target: str | None,
+    dora: bool,
     names: str,
     opset: int | None,
     provider: str,
@@ -70,6 +76,8 @@ def command(
         raise click.UsageError("--target is for --lora inputs; other graphs hold the adapters that they are given")
     if mode == "inputs" and not adapters and target is None:
         raise click.UsageError("--lora inputs needs an adapter (-a), or --target for those to come")
+    if mode != "inputs" and dora:
+        raise click.UsageError("--dora is for --lora inputs; other graphs hold the adapters that they are given")
     if mode == "rows" and not adapters:
         raise click.UsageError("--lora rows needs the adapters that rows may choose from (-a)")
     proving.require(provider)
@@ -80,7 +88,7 @@ def command(
     ):
         stage("loading the model")
         base = load_model(model, loaded)
-        order = weaving.Order(mode, loaded, weights, target, names)
+        order = weaving.Order(mode, loaded, weights, target, names, dora)
         weaving.check(order, base)
         stage("exporting the base")
         program = to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)

@@ -98,6 +98,8 @@ def demanded(proof: Proof, what: str = "") -> Proof:
         return proof
     kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
     told = f"{what}: {proof.verdict}" if what else str(proof.verdict)
+    if proof.diagnosis:
+        told += f"\n{proof.diagnosis}"
     raise kind(f"{told}\nNothing was written; --no-verify would publish it all the same.")
 
 
@@ -111,7 +113,11 @@ def without_figures(error: LoraExportError, placement: Placement | None = None) 
 
 def document(proof: Proof | None) -> dict[str, Any] | None:
     """The proof as JSON; None where none was asked for."""
-    return report.document(proof.verdict, proof.placement, proof.about, exit_code=proof.exit_code) if proof else None
+    if proof is None:
+        return None
+    return report.document(
+        proof.verdict, proof.placement, proof.about, diagnosis=proof.diagnosis, exit_code=proof.exit_code
+    )
 
 
 def show(proof: Proof | None) -> None:
@@ -119,7 +125,7 @@ def show(proof: Proof | None) -> None:
     if proof is None:
         click.echo("not verified (--no-verify)")
     else:
-        report.print_verdict(report.console(), proof.verdict, proof.placement)
+        report.print_verdict(report.console(), proof.verdict, proof.placement, proof.diagnosis)
 
 
 def tell_github(proof: Proof, title: str) -> None:

@@ -25,7 +25,14 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
 
 @click.command()
 @click.argument("candidate", type=click.Path(path_type=Path))
-@click.option("--model", required=True, metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
+@click.option("--model", metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
+@click.option(
+    "--base",
+    "origin",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters.",
+)
 @adapters_option
 @adapter_weights
 @click.option(
@@ -59,10 +66,14 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     metavar="FOLDER",
     help="Keep there what the fp64 referee says, and ask it only once for the same model, adapters and inputs.",
 )
+@click.option(
+    "--trace", is_flag=True, help="Compare every module, whatever the verdict; `different` is followed without it too."
+)
 @json_option
 def command(
     candidate: Path,
-    model: str,
+    model: str | None,
+    origin: Path | None,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     onnx_adapter: Path | None,
@@ -74,6 +85,7 @@ def command(
     seed: int,
     reports: tuple[Path, ...],
     cache: Path | None,
+    trace: bool,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -81,7 +93,19 @@ def command(
     CANDIDATE is an .onnx file, a TorchScript .pt, a merged Hugging Face folder, or a merged
     .safetensors file of MODEL's weights. The verdict is `same` (exit 0), `different` (4) or
     `undecided` (5); 6 means that the asked provider did not do the work.
+
+    With --base in place of --model nothing is run: every tensor of a merged folder or file is held
+    against W + s·BA in fp64, and what no adapter touches against the base's bytes. Needs no PyTorch.
     """
+    if (model is None) == (origin is None):
+        raise click.UsageError("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
+    if origin is not None:
+        if {onnx_adapter, adapter_id, inputs_file, atol, rtol, cache} != {None} or provider != "cpu" or trace:
+            raise click.UsageError("with --base nothing is run: options on how to run CANDIDATE belong to --model")
+        from lora_export.cli import auditing
+
+        return auditing.judge(candidate, origin, adapters, weights, reports, as_json=as_json)
+    assert model is not None
     from lora_export import candidate as candidates
     from lora_export import proof, report
     from lora_export.cli import proving
@@ -124,6 +148,7 @@ def command(
                 atol=atol,
                 rtol=rtol,
                 cache=cache,
+                trace=trace,
                 step=lambda what: stage(f"verifying, {what}"),
                 say=say,
             )
@@ -148,6 +173,7 @@ def command(
             result.verdict,
             placement=result.placement,
             about=about,
+            diagnosis=result.diagnosis,
             exit_code=result.exit_code,
             seconds=seconds,
         )

@@ -39,6 +39,7 @@ class Order:
     weights: Sequence[float]
     target: str | None = None  # where adapters to come may stand
     names: str = "olive"
+    dora: bool = False  # whether adapters to come may have it everywhere
 
     @property
     def strengths(self) -> Sequence[float]:
@@ -89,7 +90,7 @@ def weave(program: ir.Model, order: Order, base: Model, folder: Path, stage: Cal
         return []
     wanted = {step.weight for step in (steps.steps if steps else ())}
     wanted |= {step.weight for step in plan.make(future, sites.specs, identity_ok=True).steps} if future else set()
-    dora = {step.weight for step in (steps.steps if steps else ()) if step.has_dora}
+    dora = wanted if order.dora else {step.weight for step in (steps.steps if steps else ()) if step.has_dora}
     weights = [name for name in sites.by_name if name in wanted]
     contract = open_inputs(program, sites, weights, names=order.names, dora=dora)
     for adapter in order.adapters:

@@ -78,9 +78,13 @@ class Place:
         return shapes | ({self.factor: (out, *ones)} if self.factor else {})
 
     def bare(self) -> dict[str, NDArray[Any]]:
-        """What each of its inputs holds where there is no adapter: the rank is zero, the factor one."""
-        fill = {name: np.zeros if name != self.factor else np.ones for name in self.takes}
-        return {name: fill[name]([size or 0 for size in shape], self.dtype) for name, shape in self.takes.items()}
+        """What each of its inputs holds where there is no adapter: A and B of rank zero, and a factor of ones.
+
+        A convolution's have one rank of zeros: over no channels at all, onnxruntime's leaves what it returns unset.
+        """
+        rank = 1 if len(self.shape) > 2 else 0
+        sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.takes.items()}
+        return {name: (np.ones if name == self.factor else np.zeros)(size, self.dtype) for name, size in sizes.items()}
 
     def ranks_of(self, name: str) -> int:
         """The axis of an input that is the rank."""
@@ -132,7 +136,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
 
 def _place(entry: Mapping[str, Any]) -> Place:
     shape = tuple(map(int, entry["shape"]))
-    if len(shape) < 2:
+    if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
     texts |= {key: str(entry[key]) for key in ("factor", "value", "quantised") if key in entry}
@@ -181,7 +185,8 @@ def refuse_dora_without_a_place(contract: Contract, plan: Plan) -> None:
         raise InputRefused(
             "the graph has no input for DoRA's factor at these weights:\n"
             + "\n".join([*lacking[:SHOWN], *more])
-            + "\nA graph has one where an adapter with DoRA was given when it was made. Nothing was written."
+            + "\nA graph has one where an adapter with DoRA was given when it was made, or `onnx --lora inputs --dora` "
+            "was said. Nothing was written."
         )
 
 

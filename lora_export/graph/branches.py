@@ -16,6 +16,7 @@ from lora_export.graph.dora import length_factor
 from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
 from lora_export.graph.quantised import NBITS
 from lora_export.graph.readers import common_dtype
+from lora_export.graph.sharing import share
 from lora_export.graph.sites import Site, Sites, unused, value_names
 from lora_export.ledger import StepResult
 from lora_export.plan import Plan, Step, Term
@@ -37,7 +38,8 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is multiplied by
     `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before the bias is
     added. Where a weight is a block of several that lie side by side, B is filled up with zeros for its
-    neighbours' outputs, and the factor with ones. The base's weights keep their bytes, quantised ones
+    neighbours' outputs, and the factor with ones. Layers that read one x multiply it by their A
+    together (see `sharing`); each has its own A and B still. The base's weights keep their bytes, quantised ones
     too. Whole tensors and bias shifts are folded in. `sites` does not describe the graph any more then.
 
     Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
@@ -48,12 +50,17 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     # First, while every bias is still where `sites` says.
     folded = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
     weaver, several = Weaver(model), len(plan.adapters) > 1
+    linear: list[list[Branch]] = []
     for step in plan.low_rank:
         there = weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding)
         pairs = [_pair(weaver, step, term, there, _label(term, several=several)) for term in step.terms]
         lengths = _Lengths(weaver, step, common_dtype(there), _label(step.terms[0], several=several))
         for site in there:
-            weaver.stand_beside(site, [weaver.low_rank(site, a, b) for a, b in pairs], lengths.of(site))
+            beside = [weaver.low_rank(site, a, b) for a, b in pairs]
+            weaver.stand_beside(site, beside, lengths.of(site))
+            if site.is_linear:
+                linear.append(beside)
+    share(weaver, linear)
     return [result for result in folded if result is not None]
 
 

@@ -61,12 +61,12 @@ def open_inputs(
 ) -> Contract:
     """Give these weights' layers A and B as optional inputs, in memory; see `Place` for their shapes.
 
-    Each is an input and an initializer of one name. The initializer's rank is 0, so that without an
-    adapter the layer gains zeros and the graph computes what it did; each place's rank has a symbol of
-    its own, so that an adapter's ranks may differ. The weights in `dora` also take the factor of each
-    output, by default ones, by which the sum is multiplied before the bias is added. What the inputs
-    are called, for which base they were made and where they are stands in the graph's metadata, and is
-    returned. `sites` does not describe the graph any more then.
+    Each is an input and an initializer of one name. The initializer's rank is 0 (a convolution's is one
+    of zeros), so that without an adapter the layer gains zeros and the graph computes what it did; each
+    place's rank has a symbol of its own, so that an adapter's ranks may differ. The weights in `dora` also
+    take the factor of each output, by default ones, by which the sum is multiplied before the bias is
+    added. What the inputs are called, for which base they were made and where they are stands in the
+    graph's metadata, and is returned. `sites` does not describe the graph any more then.
 
     Reads all the base's weights, for their fingerprint. Raises InputRefused where a weight is also
     read by something that is no layer of its kind, where the graph has an input of the name already,

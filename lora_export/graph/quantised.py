@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.plan import FLOATS
-
 NBITS = "MatMulNBits"
 BITS = frozenset({2, 4, 8})  # those that a byte holds whole
+NO_NUMBER = -(1 << 40)  # no axis, no size and no count
+SCALES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 BYTES = (ir.DataType.UINT8, ir.DataType.INT8)
 Rows = slice | NDArray[np.int64]
 
@@ -116,13 +116,15 @@ def of_node(node: ir.Node, index: int) -> NBits | None:
     """The weight of a MatMulNBits whose integers are read at this input; None for any other, or one not understood."""
     if (node.domain, node.op_type, index) != ("com.microsoft", NBITS, 1):
         return None
-    inner, out = (node.attributes.get_int(name, 0) for name in ("K", "N"))
-    bits, size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
+    inner, out = _number(node, "K"), _number(node, "N")
+    bits, size = _number(node, "bits", 4), _number(node, "block_size")
     held, scales, zero = (tensor_at(node, at) for at in (1, 2, 3))
     if bits not in BITS or held is None or scales is None or min(inner, out, size) < 1 or _name(node, 4):
         return None  # a group index (input 4) permutes the rows
-    if node.attributes.get_int("weight_prepacked", 0) or held.dtype not in BYTES:
+    if _number(node, "weight_prepacked") or held.dtype not in BYTES:
         return None  # in another order of some GPU's
+    if scales.dtype.name not in SCALES or (zero is not None and zero.dtype not in (BYTES[0], scales.dtype)):
+        return None
     blocks = -(-inner // size)
     points = None if zero is None else out * (-(-blocks * bits // 8) if zero.dtype == ir.DataType.UINT8 else blocks)
     fits = (held.size, scales.size) == (out * blocks * size * bits // 8, out * blocks)
@@ -136,14 +138,14 @@ def behind(node: ir.Node, index: int) -> Dequantised | None:
     if node.domain not in ("", "ai.onnx", "com.microsoft") or node.op_type != "DequantizeLinear" or index != 0:
         return None
     held, scale, zero = (tensor_at(node, at) for at in (0, 1, 2))
-    if held is None or scale is None or str(scale.dtype.numpy()) not in FLOATS or (_name(node, 2) and zero is None):
+    if held is None or scale is None or scale.dtype.name not in SCALES or (_name(node, 2) and zero is None):
         return None
     shape = tuple(int(size) for size in held.shape.numpy())
-    axis, size = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    axis, size = _number(node, "axis", 1), _number(node, "block_size")
     axis = axis + len(shape) if axis < 0 else axis
     if scale.size > 1 and not (0 <= axis < len(shape) and _fits(scale, shape, axis, size)):
         return None
-    if zero is not None and zero.size != scale.size:
+    if size < 0 or (zero is not None and (zero.size, zero.dtype) != (scale.size, held.dtype)):
         return None
     return Dequantised(node, axis, size if scale.size > 1 else 0, shape, str(scale.dtype.numpy()))
 
@@ -160,6 +162,14 @@ def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     apart = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return apart.reshape(*packed.shape[:-1], math.prod(apart.shape[-2:]))
+
+
+def _number(node: ir.Node, name: str, default: int = 0) -> int:
+    """An attribute; far below zero where it is no whole number: onnxruntime's operators have no checker."""
+    attribute = node.attributes.get(name)
+    if attribute is None:
+        return default
+    return attribute.as_int() if attribute.type == ir.AttributeType.INT and not attribute.is_ref() else NO_NUMBER
 
 
 def _name(node: ir.Node, index: int) -> str:

@@ -222,11 +222,11 @@ def _axis(node: ir.Node) -> int | None:
 
 
 def _flag(node: ir.Node, name: str) -> bool | None:
-    """A yes or no among a node's attributes; None where a function's caller decides."""
+    """A yes or no among a node's attributes; None where a function's caller decides, or it is neither."""
     attribute = node.attributes.get(name)
     if attribute is None:
         return False
-    return None if attribute.is_ref() else attribute.as_int() == 1
+    return None if attribute.is_ref() or attribute.type != ir.AttributeType.INT else attribute.as_int() == 1
 
 
 def flipped(layout: Layout) -> Layout:

@@ -267,9 +267,13 @@ class Requantised:
         def of(rows: slice) -> Reach:
             return self._reach(self._summed(self._weight(rows), rows)[0], rows)
 
-        with ThreadPoolExecutor(transfer.default_threads()) as pool:
-            lows, highs = zip(*pool.map(of, pieces), strict=True)
-        reach = Reach(functools.reduce(np.minimum, lows), functools.reduce(np.maximum, highs))
+        low = high = np.zeros(1, np.float32)
+        threads = transfer.default_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(0, len(pieces), threads):  # all at once, what they found would be as large as the band
+                for found in pool.map(of, pieces[first : first + threads]):
+                    low, high = np.minimum(low, found.low), np.maximum(high, found.high)
+        reach = Reach(low, high)
         return self._renewed(self._points(every), reach, every)
 
     def _energies_along(self, patch: Patch) -> NDArray[np.float64] | None:

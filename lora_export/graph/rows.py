@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
+from lora_export.graph import quantised as nbits
 from lora_export.graph.branches import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.graph.dora import length_factors
 from lora_export.graph.fold import new_initializer
@@ -171,7 +172,7 @@ class _Layout:
 def _layouts(model: ir.Model, places: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.Node, int], _Layout]:
     """Where each place has its batch. Infers shapes where the graph does not tell them."""
     if any(_entering(site).shape is None for _, site in places):
-        ShapeInferencePass()(model)
+        _infer_shapes(model)
     found: dict[tuple[ir.Node, int], _Layout] = {}
     problems = []
     for name, site in places:
@@ -188,6 +189,35 @@ def _layouts(model: ir.Model, places: Sequence[tuple[str, Site]], batch: str) ->
             + "\nLeave them out of the adapter, or swap whole adapters instead (--lora inputs). Nothing was written."
         )
     return found
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Give values the shapes and types that ONNX infers, also behind MatMulNBits, of which it knows nothing.
+
+    That is inferred of a copy, in which a MatMul by an input of the weight's shape takes its place.
+    """
+    plain = model.clone()
+    for node in list(ir.traversal.RecursiveGraphIterator(plain.graph)):
+        packed = nbits.of_node(node, 1) if len(node.inputs) > 1 else None
+        if packed is not None:
+            kind = ir.DataType.from_numpy(np.dtype(packed.dtype))
+            weight = ir.Value(name=f"{node.name}.plain", shape=ir.Shape(packed.shape[::-1]), type=ir.TensorType(kind))
+            plain.graph.inputs.append(weight)
+            node.resize_inputs(2)
+            node.replace_input_with(1, weight)
+            node.op_type, node.domain = "MatMul", ""
+            node.attributes.clear()
+    ShapeInferencePass()(plain)
+    inferred = {value.name: value for value in _values(plain)}
+    for value in _values(model):
+        told = inferred[value.name]
+        value.shape = told.shape if value.shape is None else value.shape
+        value.type = told.type if value.type is None else value.type
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        yield from node.outputs
 
 
 def _entering(site: Site) -> ir.Value:

@@ -125,11 +125,14 @@ class Groups:
         if not self.size:
             return points.reshape([-1 if at == self.axis else 1 for at in range(len(self.shape))])
         there = [-(-size // self.size) if at == self.axis else size for at, size in enumerate(self.shape)]
-        spread = np.repeat(points.reshape([-1, *there[1:]]), self.size, axis=self.axis)
+        points = points.reshape([-1, *there[1:]])
         if self.axis:
+            spread = np.repeat(points, self.size, axis=self.axis)
             return spread[(EVERY_ROW,) * self.axis + (slice(self.shape[self.axis]),)]
-        first = rows.start % self.size
-        return spread[first : first + rows.stop - rows.start]
+        if len(points) == 1:
+            return points
+        own: NDArray[Any] = points[np.arange(rows.start, rows.stop) // self.size - rows.start // self.size]
+        return own
 
     def reduced(self, by: np.ufunc, entries: NDArray[Any], rows: slice) -> NDArray[Any]:
         """Each group's part of these rows, reduced to one: (bands, width)."""

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import files
+from lora_export.audit import Audit
 from lora_export.errors import InputRefused
 from lora_export.parity import Verdict
 from lora_export.report import github
-from lora_export.report.document import Placement, as_dict, document
-from lora_export.report.junit import junit
-from lora_export.report.page import page, require_jinja2
+from lora_export.report.documents import Placement, as_dict, document
+from lora_export.report.html import page, require_jinja2
+from lora_export.report.junit_xml import junit, junit_of_weights
 from lora_export.report.terminal import (
     console,
     placed,
@@ -61,7 +62,7 @@ def check_path(path: Path) -> None:
 
 def write(
     path: Path,
-    verdict: Verdict,
+    verdict: Verdict | Audit,
     *,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
@@ -75,7 +76,11 @@ def write(
     """
     check_path(path)
     if path.suffix == ".xml":
-        content = junit(verdict, placement, about, seconds=seconds)
+        content = (
+            junit_of_weights(verdict, about, seconds=seconds)
+            if isinstance(verdict, Audit)
+            else junit(verdict, placement, about, seconds=seconds)
+        )
     else:
         told = document(verdict, placement, about, diagnosis, exit_code)
         content = page(told) if path.suffix == ".html" else json.dumps(told, indent=2, allow_nan=False) + "\n"

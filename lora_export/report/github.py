@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_export.errors import one_line, printable
 from lora_export.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict
-from lora_export.report.document import Placement
+from lora_export.report.documents import Placement
 from lora_export.report.terminal import placed
 
 ICONS = {Outcome.SAME: "✅", Outcome.DIFFERENT: "❌", Outcome.UNDECIDED: "❓"}

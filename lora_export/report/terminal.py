@@ -14,11 +14,13 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from lora_export import files
+from lora_export.audit import Audit
+from lora_export.diagnosis import Diagnosis
 from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.parity import DECIDES, Outcome, Verdict
 from lora_export.plan import Plan
-from lora_export.report.document import Placement
+from lora_export.report.documents import Placement
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
 SHOWN = 5  # rows of a ledger
@@ -60,25 +62,29 @@ def console(file: TextIO | None = None) -> Console:
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def print_verdict(to: Console, verdict: Verdict, placement: Placement | None = None, diagnosis: object = None) -> None:
+def print_verdict(
+    to: Console, verdict: Verdict | Audit, placement: Placement | None = None, diagnosis: Diagnosis | None = None
+) -> None:
     """One screen: the outcome, why, the most strained outputs with their figures, where it begins, what ran where."""
     colour = COLOURS[verdict.outcome]
     title, *lines = str(verdict).splitlines()
-    lines += [] if diagnosis is None else str(diagnosis).splitlines()
     rest = printable(title.removeprefix(verdict.outcome))
     to.print(Text.assemble((verdict.outcome, f"bold {colour}"), rest), soft_wrap=True)
     for line in lines:
         style = colour if line.startswith("  - ") else "bold" if line.startswith(f"    {DECIDES}") else ""
         for part in _broken(printable(line), to.width) if to.is_terminal else [line]:
             _say(to, part, style=style)
+    for line in str(diagnosis).splitlines() if diagnosis else ():
+        for part in _broken(printable(line), to.width) if to.is_terminal else [line]:
+            _say(to, part, style=colour if diagnosis and diagnosis.first else "")
     if placement is not None:
         _say(to, placed(placement), style="red" if placement.off_provider else "")
 
 
-def screen(verdict: Verdict, placement: Placement | None = None, diagnosis: object = None) -> str:
+def screen(verdict: Verdict, placement: Placement | None = None, diagnosis: Diagnosis | None = None) -> str:
     """What `print_verdict` prints, as plain text."""
-    parts = [verdict, *([diagnosis] if diagnosis else []), *([placed(placement)] if placement else [])]
-    return "\n".join(map(str, parts))
+    told = [str(verdict), str(diagnosis) if diagnosis else "", placed(placement) if placement else ""]
+    return "\n".join(part for part in told if part)
 
 
 def placed(placement: Placement) -> str:

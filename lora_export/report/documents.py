@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.audit import Audit
 from lora_export.parity import Verdict
 
 VERSION = 1  # of the JSON documents; grows when a field changes its meaning or goes
@@ -49,7 +50,7 @@ def as_dict(noun: Any) -> dict[str, Any]:
 
 
 def document(
-    verdict: Verdict,
+    verdict: Verdict | Audit,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
     diagnosis: Any = None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from lora_export.audit import Audit
 from lora_export.parity import CONTROLS, DECIDES, Comparison, Control, Outcome, Reason, Sensitivity, Verdict
-from lora_export.report.document import Placement
+from lora_export.report.documents import Placement
 from lora_export.report.terminal import placed
 
 # XML 1.0 has no escape for these. Compiled where it is used: that takes as long as to import the rest of this file.
@@ -27,10 +29,7 @@ def junit(
     A test for each case, each output in each case, each control, each input, the placement, and the verdict
     as a whole. `different` is a failure; `undecided` is an error: the test could not be made.
     """
-    suite = ElementTree.Element("testsuite", name="lora-export", time=f"{seconds:.3f}")
-    properties = ElementTree.SubElement(suite, "properties")
-    for name, value in _flat(about or {}):
-        ElementTree.SubElement(properties, "property", name=_xml(name), value=_xml(value))
+    suite = _suite(about, seconds)
     named = [*(there.case for there in verdict.comparisons), *(reason.case for reason in verdict.reasons)]
     for case in filter(None, dict.fromkeys(named)):
         reasons = [reason for reason in verdict.reasons if reason.case == case and not reason.output]
@@ -47,6 +46,27 @@ def junit(
         strays = [Reason(Outcome.DIFFERENT, "placement", placed(placement))] if placement.off_provider else []
         _test(suite, "placement", placement.asked, strays, told=placed(placement))
     _test(suite, "verdict", "same", verdict.reasons, told=str(verdict))
+    return _finished(suite, seconds)
+
+
+def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, seconds: float = 0.0) -> str:
+    """A checkpoint's audit as JUnit XML: a test for each tensor."""
+    suite = _suite(about, seconds)
+    for weight in audit.weights:
+        reasons = [] if weight.outcome is Outcome.SAME else [Reason(weight.outcome, weight.fate, str(weight))]
+        _test(suite, f"weights.{weight.fate}", weight.name, reasons, told=str(weight))
+    return _finished(suite, seconds)
+
+
+def _suite(about: Mapping[str, Any] | None, seconds: float) -> ElementTree.Element:
+    suite = ElementTree.Element("testsuite", name="lora-export", time=f"{seconds:.3f}")
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in _flat(about or {}):
+        ElementTree.SubElement(properties, "property", name=_xml(name), value=_xml(value))
+    return suite
+
+
+def _finished(suite: ElementTree.Element, seconds: float) -> str:
     suites = ElementTree.Element("testsuites", name="lora-export verify", time=f"{seconds:.3f}")
     suites.append(suite)
     for element in (suites, suite):
@@ -67,7 +87,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for number, inner in enumerate(value):
             yield from _flat(inner, f"{name}.{number}")
     else:
-        yield name, " ".join(map(str, value)) if name == "command" else str(value)
+        yield name, shlex.join(value) if name == "command" else str(value)
 
 
 def _compared(verdict: Verdict, case: str) -> str:

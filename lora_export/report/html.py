@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,13 @@ def page(told: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "times": _times, "percent": _percent, "inline": _inline}
+    environment.filters |= {
+        "figure": _figure,
+        "times": _times,
+        "percent": _percent,
+        "inline": _inline,
+        "command_line": shlex.join,
+    }
     diagnosis = told.get("diagnosis")
     rendered: str = environment.get_template("page.html.j2").render(
         told=told,

@@ -1,0 +1,54 @@
+"""`lora-export verify` without a model: a merged checkpoint against its base and adapters, weight by weight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from lora_export.cli.arguments import answer, load_adapters, say
+from lora_export.errors import InputRefused
+
+
+def judge(
+    candidate: Path,
+    base: Path,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    reports: Sequence[Path],
+    *,
+    as_json: bool,
+) -> int:
+    """Judge a merged checkpoint and say so; returns the exit code. Needs no PyTorch."""
+    from lora_export import audit, plan, report
+    from lora_export.checkpoint import open_checkpoint
+    from lora_export.cli.progress import byte_progress
+
+    begun = time.perf_counter()
+    if candidate.suffix == ".onnx":
+        raise click.UsageError("--base judges checkpoints; what an .onnx computes is judged with --model")
+    if not adapters:
+        raise click.UsageError("--base needs the adapters that were merged (-a)")
+    for path in reports:
+        if path.suffix == ".html":
+            raise click.UsageError(f"{path}: an audit of weights is written as .json or .xml")
+        report.check_path(path)
+    loaded = load_adapters(adapters)
+    origin, merged = open_checkpoint(base), open_checkpoint(candidate)
+    if origin.path.resolve() == merged.path.resolve():
+        raise InputRefused(f"{candidate} is the base itself")
+    steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True)
+    for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+        say(f"note: {note}")
+    with byte_progress("judging", merged.nbytes) as progress:
+        found = audit.audit(steps, origin, merged, progress=progress)
+    about = {"candidate": str(candidate), "base": str(base), "adapters": [adapter.name for adapter in loaded]}
+    for path in reports:
+        report.write(path, found, about=about, seconds=time.perf_counter() - begun)
+    if as_json:
+        answer(report.document(found, about=about))
+    else:
+        report.print_verdict(report.console(), found)
+    return found.exit_code

@@ -1,0 +1,720 @@
+"""Follow one case through candidate and PyTorch, module by module, to where they part.
+
+The candidate's inner values are made outputs of a graph that exists in memory alone; PyTorch's are seen by
+hooks. Both run whole, and a module at a time is compared. What a module made of its *own* input is then held
+against what its weights and adapters should have made of it (`diagnosis`), whatever was wrong before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its name everywhere
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lora_export import layers, parity
+from lora_export.diagnosis import NOT_EXPLAINED, Cause, Diagnosis, LayerError, Neighbours, Observed, explain
+from lora_export.errors import InputRefused
+from lora_export.files import parse_json
+from lora_export.formats import onnx_adapter
+from lora_export.graph import files as graph_files
+from lora_export.graph import sites as graph_sites
+from lora_export.graph.branches import module_of
+from lora_export.graph.trace import Watched, expose, watch
+from lora_export.layers import Plain
+from lora_export.plan import Layout, Plan
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Referee, Runner, ScriptRunner
+
+Array = NDArray[Any]
+AT_ONCE = 1 << 25  # numbers, of what enters and leaves modules, that are held of each side at a time
+# How many times a verdict's own k a module may be off by. In the middle of a model, a few outliers make an rmse a
+# matter of chance: in right graphs of MiniLM, modules were off by up to 6.5 times PyTorch's own error.
+STANDS_OUT = 8.0
+INTEGERS = "iub"
+SAME_SCRIPT = 1e-4, 1e-5  # rtol and atol within which a script computes what a module with its weights does
+
+
+class Key(NamedTuple):
+    """One call of one module."""
+
+    weight: str
+    call: int
+
+    def __str__(self) -> str:
+        return module_of(self.weight) + (f" (call {self.call + 1})" if self.call else "")
+
+
+class Values(NamedTuple):
+    """What entered a module, where that could be seen, and what left it."""
+
+    x: Array | None
+    y: Array
+
+
+Seen = Callable[[Key, Tensor | None, Tensor], None]
+
+
+class Followed(Protocol):
+    """A candidate whose inner values can be had."""
+
+    @property
+    def keys(self) -> Sequence[Key]: ...  # in the order in which they run; empty where all may be there
+
+    def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]: ...
+
+    def outputs(self, inputs: Arrays) -> Arrays: ...
+
+    def stored(self, key: Key) -> Array | None: ...
+
+    def has_bias(self, key: Key, /) -> bool: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Suspect:
+    """One case of a proof, with all who took part in it."""
+
+    candidate: Runner
+    referee: Referee
+    attached: Referee  # the adapters as they are, where the referee's weights were rounded
+    deployed: ModuleRunner
+    base: nn.Module  # without adapters
+    plan: Plan | None
+    inputs: Arrays
+    case: parity.Case
+    keep_whole: bool = False  # without its adapters the base keeps the tensors that they bring whole
+
+    @cached_property
+    def places(self) -> dict[str, Plain]:
+        return _places(self.base)
+
+    @cached_property
+    def attached_places(self) -> dict[str, Plain]:
+        return _places(self.attached.module)
+
+    @cached_property
+    def settled_places(self) -> dict[str, Plain]:
+        """Of the referee, where it is another than that to which the adapters are attached."""
+        return {} if self.referee is self.attached else _places(self.referee.module)
+
+    def referee_says(self, keys: Collection[Key], **inputs: Array) -> dict[Key, Values]:
+        """What the referee's modules are given and give, with some inputs changed."""
+        return _recorded(self.referee.module, lambda: self.referee.run({**self.inputs, **inputs}), keys)
+
+    def deployed_says(self, keys: Collection[Key], **inputs: Array) -> dict[Key, Values]:
+        return _recorded(self.deployed.module, lambda: self.deployed.run({**self.inputs, **inputs}), keys)
+
+    def base_says(self, keys: Collection[Key]) -> dict[Key, Values]:
+        if self.plan is None:
+            return {}
+        with layers.strength(self.attached.module, 0.0, keep_whole=self.keep_whole):
+            return _recorded(self.attached.module, lambda: self.attached.run(self.inputs), keys)
+
+
+def _places(module: nn.Module) -> dict[str, Plain]:
+    return {place.name: place for place in layers.plain(module)}
+
+
+# --- what PyTorch computes ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _watching(module: nn.Module, wanted: Collection[str], seen: Seen) -> Iterator[None]:
+    """Have `seen` called with what enters and leaves these weights' modules, while active."""
+    calls: dict[str, int] = {}
+
+    def told(weight: str, x: Tensor | None, y: Tensor) -> None:
+        calls[weight] = calls.get(weight, -1) + 1
+        seen(Key(weight, calls[weight]), x, y)
+
+    attention = _Attention(told)
+    handles = []
+    for place in layers.plain(module):
+        if place.name not in wanted:
+            continue
+        if place.attention is None:
+
+            def hook(_: nn.Module, given: tuple[Any, ...], y: Tensor, weight: str = place.name) -> None:
+                told(weight, given[0] if given else None, y)
+
+            handles.append(place.owner.register_forward_hook(hook))
+        else:
+            attention.wanted.setdefault(place.attention, {})[place.name] = place
+    for owner in attention.wanted:
+        handles.append(owner.register_forward_pre_hook(lambda owner, _: attention.inside.append(owner)))
+        handles.append(owner.register_forward_hook(lambda *_: attention.inside.pop() and None))
+    try:
+        with attention:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Attention(TorchFunctionMode):
+    """Looks into nn.MultiheadAttention, whose layers are no modules that are called.
+
+    That a mode is active also keeps PyTorch from taking its fast paths, in which no hook is called.
+    """
+
+    def __init__(self, told: Callable[[str, Tensor | None, Tensor], None]):
+        super().__init__()
+        self.told = told
+        self.inside: list[nn.Module] = []
+        self.wanted: dict[nn.Module, dict[str, Plain]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.multi_head_attention_forward and self.inside:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            for weight, place in self.wanted[self.inside[-1]].items():
+                self._tell(weight, place, given, result[0])
+        return result
+
+    def _tell(self, weight: str, place: Plain, given: dict[str, Any], y: Tensor) -> None:
+        query = given["query"]
+        if place.attribute == "in_proj_weight":
+            if given["key"] is query and given["value"] is query:
+                self.told(weight, query, F.linear(query, given["in_proj_weight"], given.get("in_proj_bias")))
+            return
+        identity = torch.eye(query.shape[-1], dtype=query.dtype, device=query.device)
+        before, _ = F.multi_head_attention_forward(**given | {"out_proj_weight": identity, "out_proj_bias": None})
+        self.told(weight, before, y)
+
+
+def _numpy(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().to(torch.float32 if tensor.dtype is torch.bfloat16 else tensor.dtype).numpy()
+    return array
+
+
+def _recorded(module: nn.Module, run: Callable[[], object], keys: Collection[Key]) -> dict[Key, Values]:
+    """What enters and leaves modules in one run. Copies: a later work in place does not change them."""
+    found: dict[Key, Values] = {}
+
+    def seen(key: Key, x: Tensor | None, y: Tensor) -> None:
+        if key in wanted:
+            found[key] = Values(None if x is None else _numpy(x).copy(), _numpy(y).copy())
+
+    wanted = set(keys)
+    with _watching(module, {key.weight for key in wanted}, seen):
+        run()
+    return found
+
+
+# --- what the candidate computes ----------------------------------------------------------------
+
+
+def follow(suspect: Suspect) -> Followed:
+    """Make a candidate's inner values visible. Raises InputRefused where that cannot be done."""
+    candidate = suspect.candidate
+    if isinstance(candidate, OnnxRunner):
+        return _FollowedGraph(candidate, suspect.places, tuple(suspect.inputs))
+    if isinstance(candidate, ModuleRunner):
+        return _FollowedModule(candidate)
+    if isinstance(candidate, ScriptRunner):
+        return _FollowedModule(ModuleRunner(_with_weights_of(candidate, suspect)))
+    raise InputRefused("a decoder that is run with its cache, step by step, is not followed")
+
+
+def _with_weights_of(candidate: ScriptRunner, suspect: Suspect) -> nn.Module:
+    """The model with a TorchScript file's weights: no hook sees into the file itself."""
+    module, state = copy.deepcopy(suspect.base), candidate.script.state_dict()
+    names = module.state_dict().keys()
+    if not names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script keeps every buffer
+        raise InputRefused("the TorchScript file holds other tensors than the model, and cannot be seen into")
+    module.load_state_dict({name: state[name] for name in names})
+    answer = _named_alike(ModuleRunner(module).run(suspect.inputs), suspect.case)
+    if any(not np.allclose(answer[name], value, *SAME_SCRIPT) for name, value in suspect.case.candidate.items()):
+        raise InputRefused("the TorchScript file computes something else with its weights than the model")
+    return module
+
+
+class _FollowedGraph:
+    """A graph with further outputs, in memory; its weights are read where they are."""
+
+    def __init__(self, runner: OnnxRunner, places: Mapping[str, Plain], inputs: Sequence[str]):
+        model = graph_files.load(runner.path)
+        found = graph_sites.find(model)
+        spelled = _spelled(found.by_name, places)
+        biased = {name: places[own].has_bias for name, own in spelled.items()}
+        self.watched: dict[Key, Watched] = {}
+        for watched in watch(model, found, inputs, biased):
+            own = spelled[watched.name]
+            call = sum(key.weight == own for key in self.watched)
+            self.watched[Key(own, call)] = watched
+        if not self.watched:
+            raise InputRefused("the graph names no weight that the model has")
+        exposed = expose(model, list(self.watched.values()))
+        self.added = set(exposed.outputs)
+        self.runner = runner.of(exposed.message, exposed.folder)
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        return [key for key, there in self.watched.items() if there.y is not None]
+
+    def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]:
+        names = {name for key in keys for name in (self.watched[key].x, self.watched[key].y) if name}
+        values = {**inputs, **self.runner.run(inputs, sorted(names - inputs.keys()))}
+        found = {}
+        for key in keys:
+            there = self.watched[key]
+            found[key] = Values(values[there.x] if there.x else None, values[there.y or ""])
+        return found
+
+    def others(self) -> Iterator[tuple[str, _FollowedGraph]]:
+        """The same with each other adapter that the graph holds, where all rows have one of them."""
+        metadata = self.runner.session.get_modelmeta().custom_metadata_map
+        if self.runner.ids is None or len(self.runner.ids) != 1 or onnx_adapter.ROWS not in metadata:
+            return
+        names = parse_json(metadata[onnx_adapter.ROWS].encode(), str(self.runner.path)).get("adapters", [])
+        for number, name in enumerate(["the base", *names]):
+            if number != self.runner.ids[0]:
+                other = copy.copy(self)
+                other.runner = self.runner.with_rows([number])
+                yield f"adapter id {number} ({name})", other
+
+    @property
+    def lacks_adapter(self) -> bool:
+        """Whether the graph takes an adapter's file, and was given none."""
+        return (
+            onnx_adapter.KEY in self.runner.session.get_modelmeta().custom_metadata_map and not self.runner.has_adapter
+        )
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        names = [value.name for value in self.runner.session.get_outputs() if value.name not in self.added]
+        return self.runner.run(inputs, names)
+
+    def stored(self, key: Key) -> Array | None:
+        site = self.watched[key].site
+        matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
+        return matrix.reshape(len(matrix), -1).astype(np.float64)
+
+    def has_bias(self, key: Key) -> bool:
+        return self.watched[key].has_bias
+
+
+def _spelled(names: Mapping[str, object], places: Mapping[str, Plain]) -> dict[str, str]:
+    """What the model calls each weight of a graph, a prefix of either aside."""
+    spelled = {name: name for name in names if name in places}
+    for name in names.keys() - spelled.keys():
+        ends = [own for own in places if own.endswith(f".{name}") or name.endswith(f".{own}")]
+        if len(ends) == 1 and ends[0] not in spelled.values():
+            spelled[name] = ends[0]
+    return spelled
+
+
+class _FollowedModule:
+    """A module, watched by hooks."""
+
+    def __init__(self, runner: ModuleRunner):
+        self.runner = runner
+        self.places = _places(runner.module)
+        if not self.places:
+            raise InputRefused("the module has no layer that could be watched")
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        return []
+
+    def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]:
+        return _recorded(self.runner.module, lambda: self.runner.run(inputs), keys)
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        return self.runner.run(inputs)
+
+    def stored(self, key: Key) -> Array | None:
+        return _matrix(self.places[key.weight])
+
+    def has_bias(self, _: Key) -> bool:
+        return True
+
+
+# --- where they part ----------------------------------------------------------------------------
+
+
+class _Compared(NamedTuple):
+    """One call of one module: how far candidate and PyTorch are from the referee."""
+
+    layer: LayerError
+    allowed: float
+    entering: float | None  # rmse of what enters; None where it could not be seen
+    entering_own: float  # PyTorch's
+    entering_allowed: float
+
+    @property
+    def input_agrees(self) -> bool:
+        return self.entering is None or self.entering <= self.entering_allowed
+
+    @property
+    def output_agrees(self) -> bool:
+        return self.layer.error <= self.allowed
+
+
+def diagnose(suspect: Suspect, *, every: bool = False) -> Diagnosis:
+    """Find the first module of a candidate whose output differs in this case, and why.
+
+    Runs the candidate, PyTorch, base and referee once more, or more often where what is to be compared
+    is too much to be held at once; stops at the first difference then, unless `every` is said.
+    Raises InputRefused and RuntimeRefused where nothing can be compared.
+    """
+    followed = follow(suspect)
+    sizes = _sizes(suspect)
+    keys = [key for key in sizes if not followed.keys or key in set(followed.keys)]
+    calls: dict[str, int] = {}
+    for key in followed.keys:
+        calls[key.weight] = calls.get(key.weight, 0) + 1
+    # A module that the graph reads in more or fewer places than PyTorch calls it cannot be told call by call.
+    for weight in {key.weight for key in keys} if calls else ():
+        if calls[weight] != sum(key.weight == weight for key in sizes):
+            keys = [key for key in keys if key.weight != weight]
+    if not keys:
+        raise InputRefused("no module is called in PyTorch that could be found in the candidate")
+    compared: dict[Key, _Compared] = {}
+    told: _Told | None = None
+    for group in _groups(keys, sizes):
+        values = followed.run(suspect.inputs, group)
+        compared |= _compare(suspect, followed, values)
+        if told is None:
+            told = _first(suspect, followed, compared, values)
+        if told is not None and not every:
+            break
+    layers_told = tuple(there.layer for there in compared.values())
+    seen = f"{len({key.weight for key in compared})} of {len(suspect.places)} modules were compared"
+    if told is None:
+        return Diagnosis(None, f"{_behind_all(suspect, followed, keys)}; {seen}", layers_told)
+    return Diagnosis(str(told.key), f"{told.why}; {seen}", layers_told)
+
+
+def _sizes(suspect: Suspect) -> dict[Key, int]:
+    """How many numbers enter and leave each module, in the order in which PyTorch calls them."""
+    found: dict[Key, int] = {}
+
+    def seen(key: Key, x: Tensor | None, y: Tensor) -> None:
+        found[key] = y.numel() + (0 if x is None else x.numel())
+
+    with _watching(suspect.deployed.module, suspect.places, seen):
+        suspect.deployed.run(suspect.inputs)
+    return found
+
+
+def _groups(keys: Sequence[Key], sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
+    group: list[Key] = []
+    held = 0
+    for key in keys:
+        if group and held + sizes[key] > AT_ONCE:
+            yield group
+            group, held = [], 0
+        group.append(key)
+        held += sizes[key]
+    yield group
+
+
+def _compare(suspect: Suspect, followed: Followed, values: Mapping[Key, Values]) -> dict[Key, _Compared]:
+    """Each module of the group, in the order in which they run. The referee's values are never held together."""
+    deployed, base = suspect.deployed_says(values), suspect.base_says(values)
+    found: dict[Key, _Compared] = {}
+
+    def seen(key: Key, x: Tensor | None, y: Tensor) -> None:
+        if key not in values or key not in deployed:
+            return
+        given, own = values[key]
+        if not followed.has_bias(key):
+            bias = _bias((suspect.settled_places or suspect.attached_places)[key.weight])
+            own = own if bias is None else own + bias.astype(own.dtype)
+        error, own_error, allowed = _apart(own, _numpy(y), deployed[key].y)
+        effect = parity.rms(_numpy(y) - base[key].y) if key in base else None
+        x_deployed = deployed[key].x
+        enters = (
+            (None, 0.0, 0.0)
+            if x is None or given is None or x_deployed is None or given.size != x.numel()
+            else _apart(given, _numpy(x), x_deployed)
+        )
+        found[key] = _Compared(LayerError(str(key), error, own_error, effect), allowed, *enters)
+
+    with _watching(suspect.referee.module, {key.weight for key in values}, seen):
+        suspect.referee.run(suspect.inputs)
+    return found
+
+
+def _apart(own: Array, referee: Array, deployed: Array) -> tuple[float, float, float]:
+    """rmse of the candidate and of PyTorch, and how much the gate allows."""
+    if referee.dtype.kind in INTEGERS:
+        wrong = _in_shape(own, referee) != referee
+        return float(np.count_nonzero(wrong)), 0.0, 0.0
+    errors = deployed.astype(np.float64) - referee
+    allowed = parity.allow(
+        referee,
+        errors,
+        k=STANDS_OUT * parity.slack(referee.size, "float32"),
+        eps=parity.FEW_EPS * parity.EPS["float32"],
+    )
+    difference = _in_shape(own.astype(np.float64), referee) - referee
+    error = parity.rms(difference) if np.isfinite(difference).all() else math.inf
+    return error, parity.rms(errors), allowed.rmse
+
+
+def _in_shape(own: Array, referee: Array) -> Array:
+    """The candidate's values as the referee has them, where one of the two keeps batch and length the other way round.
+
+    Of two ways to read them that shapes allow, the nearer: neither makes wrong numbers right.
+    """
+    if own.shape == referee.shape:
+        return own
+    if own.size != referee.size:
+        return np.full(referee.shape, np.nan)
+    ways = [own.reshape(referee.shape)]
+    if referee.ndim > 2:
+        first, second, *rest = referee.shape
+        ways.append(own.reshape(second, first, *rest).swapaxes(0, 1))
+    return min(ways, key=lambda way: float(np.sum(np.abs(way.astype(np.float64) - referee))))
+
+
+# --- why ----------------------------------------------------------------------------------------
+
+
+class _Told(NamedTuple):
+    key: Key
+    why: str
+
+
+def _first(
+    suspect: Suspect,
+    followed: Followed,
+    compared: Mapping[Key, _Compared],
+    values: Mapping[Key, Values],
+) -> _Told | None:
+    before: Key | None = None
+    for key, there in compared.items():
+        if key in values and not there.input_agrees:
+            return _Told(key, _between(suspect, before, key, there, values[key]))
+        if key in values and not there.output_agrees:
+            return _Told(key, _within(suspect, followed, key, compared, values))
+        before = key
+    return None
+
+
+def _times(error: float, own: float) -> str:
+    if not own or not math.isfinite(error):
+        return f"{error:.3g}, PyTorch's is {own:.3g}"
+    return f"{error / own:.3g} x PyTorch's own error"
+
+
+def _between(suspect: Suspect, before: Key | None, key: Key, there: _Compared, values: Values) -> str:
+    place = f"{before}, which runs before it, agrees" if before else "it is the first that was compared"
+    entering = _times(there.entering or 0.0, there.entering_own)
+    if values.x is not None and values.x.dtype.kind in INTEGERS:
+        entering = f"{there.entering:.0f} of {values.x.size} numbers"
+    lines = [f"what enters it differs already ({entering}), while {place}"]
+    reason = next(_as_if(suspect, key, values.x), "") if values.x is not None else ""
+    lines.append(reason or "it happens between the two, in what is no such layer: attention, mask, norm, activation")
+    return "\n".join(lines)
+
+
+def _as_if(suspect: Suspect, key: Key, x: Array) -> Iterator[str]:
+    """Which of the model's inputs the candidate seems to take for ones, zeros, or a count."""
+    for name, given in suspect.inputs.items():
+        if given.dtype.kind not in INTEGERS:
+            continue
+        for number, told in ((1, "ones"), (0, "zeros")):
+            changed = {name: np.full_like(given, number)}
+            if np.array_equal(changed[name], given):
+                continue
+            found, deployed = suspect.referee_says([key], **changed).get(key), suspect.deployed_says([key], **changed)
+            narrow = deployed[key].x if key in deployed else None
+            if found is None or found.x is None or narrow is None or found.x.size != x.size:
+                continue
+            error, _, allowed = _apart(x, found.x, narrow)
+            if error <= allowed:
+                yield f"it is as if the input {name} were all {told}"
+
+
+def _within(
+    suspect: Suspect,
+    followed: Followed,
+    key: Key,
+    compared: Mapping[Key, _Compared],
+    values: Mapping[Key, Values],
+) -> str:
+    there = compared[key]
+    own = f"its output is off by {_times(there.layer.error, there.layer.deployed_error)}"
+    if there.entering is None:
+        lines = [f"{own}; whether its input agrees could not be seen"]
+    elif values[key].x is not None and _is_whole(values[key].x):
+        lines = [f"{own}; its input agrees"]
+    else:
+        lines = [f"{own}; its input agrees ({_times(there.entering, there.entering_own)})"]
+    observed = _observed(suspect, followed, key, values[key], compared[key].allowed, is_first=True)
+    if observed is None:
+        return "\n".join([*lines, f"{NOT_EXPLAINED}: its kind of layer is not looked into"])
+    if observed.agrees:
+        return "\n".join([*lines, "it does with its input what it should: the difference has grown before it"])
+    cause = explain(observed, _neighbours(suspect, values, key, observed))
+    lines.append(str(cause) if cause else f"{NOT_EXPLAINED}")
+    if cause and cause.kind == "missing" and isinstance(followed, _FollowedGraph) and followed.lacks_adapter:
+        lines.append("the graph takes an adapter's file, and was run without one (--onnx-adapter)")
+    lines += _as_with_others(suspect, followed, key)
+    lines.append(_others(suspect, followed, key, cause, compared, values))
+    return "\n".join(lines)
+
+
+def _is_whole(array: Array | None) -> bool:
+    return array is not None and array.dtype.kind in INTEGERS
+
+
+def _observed(
+    suspect: Suspect, followed: Followed, key: Key, values: Values, gate: float, *, is_first: bool = False
+) -> Observed | None:
+    """What the candidate's module made of its own input; None where that cannot be laid out as x Wᵀ."""
+    attached, base = suspect.attached_places[key.weight], suspect.places[key.weight]
+    rows = _rows(values, base)
+    if rows is None:
+        return None
+    step = suspect.plan.by_weight.get(key.weight) if suspect.plan else None
+    weight, plain, bias = _matrix(attached), _matrix(base), _bias(attached)
+    without = _bias(base)
+    settled = suspect.settled_places.get(key.weight)
+    return Observed(
+        name=str(key),
+        x=rows[0],
+        y=rows[1],
+        weight=weight,
+        bias=bias if followed.has_bias(key) else None,
+        step=step if step and step.terms else None,
+        shift=bias - without if bias is not None and without is not None and (bias != without).any() else None,
+        before=plain if step is not None and step.replace is not None else None,
+        stored=followed.stored(key) if is_first else None,
+        gate=gate,
+        settled=None if settled is None else _matrix(settled),
+    )
+
+
+def _matrix(place: Plain) -> NDArray[np.float64]:
+    """The weight (out, in) in fp64, without what is attached to it, a convolution's kernel flattened."""
+    weight = place.tensor.detach().double().cpu().numpy()
+    weight = weight.T if place.layout.is_turned else weight
+    return weight.reshape(len(weight), -1)
+
+
+def _bias(place: Plain) -> NDArray[np.float64] | None:
+    """(out,), with what is attached to it."""
+    bias = place.bias
+    return None if bias is None else bias.detach().double().cpu().numpy()
+
+
+def _rows(values: Values, place: Plain) -> tuple[Array, Array] | None:
+    """x (n, in), or ids (n,), and y (n, out)."""
+    x, y = values
+    if x is None:
+        return None
+    if isinstance(place.owner, layers.CONVOLUTIONS):
+        return _patches(x, y, place.owner)
+    y = y.reshape(-1, y.shape[-1]).astype(np.float64)
+    x = x.reshape(-1) if place.layout is Layout.EMBEDDING else x.reshape(-1, x.shape[-1]).astype(np.float64)
+    return (x, y) if len(x) == len(y) else None
+
+
+def _patches(x: Array, y: Array, owner: Any) -> tuple[Array, Array] | None:
+    """A convolution as a matrix product: for each place of its output what its kernel sees."""
+    if owner.groups != 1 or owner.padding_mode != "zeros" or x.ndim != owner.weight.ndim:
+        return None
+    pads = owner._reversed_padding_repeated_twice
+    around = [(0, 0), (0, 0), *reversed(list(zip(pads[::2], pads[1::2], strict=True)))]
+    padded = np.pad(x.astype(np.float64), around)
+    reach = [(size - 1) * step + 1 for size, step in zip(owner.kernel_size, owner.dilation, strict=True)]
+    dims = len(reach)
+    windows = sliding_window_view(padded, reach, axis=tuple(range(2, 2 + dims)))
+    steps = tuple(slice(None, None, step) for step in (*owner.stride, *owner.dilation))
+    windows = windows[(slice(None), slice(None), *steps)]  # (n, in, places..., kernel...)
+    seen = np.moveaxis(windows, 1, 1 + dims)
+    rows = seen.reshape(-1, math.prod(seen.shape[1 + dims :]))
+    outputs = np.moveaxis(y, 1, -1).reshape(-1, y.shape[1]).astype(np.float64)
+    return (rows, outputs) if len(rows) == len(outputs) else None
+
+
+def _neighbours(suspect: Suspect, values: Mapping[Key, Values], key: Key, observed: Observed) -> Neighbours:
+    """What may have got into a module from elsewhere."""
+    places = suspect.places
+
+    def weights(shape: tuple[int, ...]) -> Iterator[tuple[str, NDArray[np.float64]]]:
+        for name, place in places.items():
+            if name != key.weight and place.matrix_shape == shape:
+                yield module_of(name), _matrix(place)
+
+    steps = {module_of(step.weight): step for step in suspect.plan.low_rank} if suspect.plan else {}
+    inputs = {}
+    for other, there in values.items():
+        rows = _rows(there, places[other.weight]) if other != key else None
+        if rows is not None and rows[0].shape == observed.x.shape:
+            inputs[str(other)] = rows[0]
+    return Neighbours(steps, inputs, weights)
+
+
+def _as_with_others(suspect: Suspect, followed: Followed, key: Key) -> Iterator[str]:
+    """Whether a graph's other adapters are what was expected of this one; or none was given to it."""
+    others = dict(followed.others()) if isinstance(followed, _FollowedGraph) else {}
+    if not others:
+        return
+    expected, deployed = suspect.referee_says([key]), suspect.deployed_says([key])
+    for told, other in others.items():
+        error, _, allowed = _apart(other.run(suspect.inputs, [key])[key].y, expected[key].y, deployed[key].y)
+        if error <= allowed:
+            yield f"with {told} it would be what it should"
+
+
+def _others(
+    suspect: Suspect,
+    followed: Followed,
+    first: Key,
+    cause: Cause | None,
+    compared: Mapping[Key, _Compared],
+    values: Mapping[Key, Values],
+) -> str:
+    """How many more modules go wrong by themselves, and whether in the same way."""
+    others = [
+        _observed(suspect, followed, key, there, compared[key].allowed)
+        for key, there in values.items()
+        if key != first and key in compared
+    ]
+    looked = [there for there in others if there is not None]
+    wrong = [there for there in looked if not there.agrees]
+    if not wrong:
+        return f"of {len(looked)} more, each judged by its own input, none goes wrong"
+    causes = [explain(there) for there in wrong]
+    alike = sum(other is not None and cause is not None and other.kind == cause.kind for other in causes)
+    return f"of {len(looked)} more, each judged by its own input, {len(wrong)} go wrong, {alike} in the same way"
+
+
+def _behind_all(suspect: Suspect, followed: Followed, keys: Sequence[Key]) -> str:
+    """Why a candidate differs none of whose modules does."""
+    outputs = followed.outputs(suspect.inputs)
+    again = parity.judge([replace(suspect.case, candidate=_named_alike(outputs, suspect.case))])
+    told = parity.judge([suspect.case])
+    if told.outcome is parity.Outcome.DIFFERENT and again.outcome is not parity.Outcome.DIFFERENT:
+        return (
+            "looked into, it agrees: with its inner values handed out, onnxruntime fuses and orders less, so that the "
+            "difference lies in how it optimises the graph"
+        )
+    strains = [there.figures.strain for there in told.comparisons if there.figures]
+    if told.outcome is parity.Outcome.DIFFERENT and max(strains, default=math.inf) <= STANDS_OUT:
+        return "it is small, and no module stands out: it may grow from one to the next"
+    if told.outcome is parity.Outcome.DIFFERENT:
+        return f"every module agrees that was compared: it happens after {keys[-1]}, or beside them"
+    return "every module that was compared is within its gate"
+
+
+def _named_alike(outputs: Arrays, case: parity.Case) -> Arrays:
+    if outputs.keys() == case.candidate.keys() or len(outputs) != len(case.candidate):
+        return outputs
+    return dict(zip(case.candidate, outputs.values(), strict=True))

@@ -1,0 +1,191 @@
+"""What adapters beside the weights cost while a graph runs, beside the graph in which they are folded in.
+
+A Llama of 138 million parameters in fp32 (no cache; one token stands for a step of decoding), rank 16 on every linear
+layer, onnxruntime on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from bench_graph import MAKE
+from measure import keep, machine, run
+
+from lora_export import formats, plan
+from lora_export.formats import onnx_adapter
+from lora_export.graph.branches import branch
+from lora_export.graph.files import load, save
+from lora_export.graph.fold import fold
+from lora_export.graph.inputs import open_inputs
+from lora_export.graph.rows import choose_by_row
+from lora_export.graph.sites import find
+
+ROUNDS = 8
+ADAPTERS = 8  # in the graph of rows
+SHAPES = {(8, 64): 1, (8, 1): 6, (1, 1): 10}  # rows x tokens -> runs in each round
+COUNTS = (1, 4, 8)  # adapters beside one base, or merged models
+CONTROL = "merged, a second session"  # how far two sessions of one file lie apart: no figure is finer than that
+FILE = "model.onnx"
+LOADED = """
+import json, resource, sys, time
+import onnxruntime as ort
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+options = ort.SessionOptions()
+options.log_severity_level, options.intra_op_num_threads = 3, 2
+before, begun, kept = peak(), time.perf_counter(), []
+for path in sys.argv[1:]:
+    if path.endswith(".onnx_adapter"):
+        kept.append(ort.LoraAdapter())
+        kept[-1].Load(path)
+    else:
+        kept.append(ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+print(json.dumps([time.perf_counter() - begun, peak() - before]))
+"""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A graph, and what is fed to it besides tokens."""
+
+    path: Path
+    adapter: Path | None = None
+    rows: bool = False
+
+    def session(self) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 2
+        return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+
+    def feeds(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        ids = np.random.default_rng(0).integers(0, 32000, shape)
+        mixed = {"adapter_ids": np.arange(shape[0]) % ADAPTERS + 1} if self.rows else {}
+        return {"input_ids": ids, "attention_mask": np.ones(shape, np.int64), **mixed}
+
+    def options(self) -> tuple[Any, Any]:
+        """onnxruntime's RunOptions, and what has to live as long."""
+        options = ort.RunOptions()
+        if self.adapter is None:
+            return options, None
+        held = ort.LoraAdapter()
+        held.Load(str(self.adapter))
+        options.add_active_adapter(held)
+        return options, held
+
+
+Times = dict[tuple[str, tuple[int, int]], list[float]]  # seconds, one a round
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every graph in a folder of its own, beside the model and the adapter."""
+    folder = tmp_path_factory.mktemp("latency")
+    run([sys.executable, "-c", MAKE, folder])
+    base, adapter = folder / "inside" / FILE, formats.load(folder / "adapter")
+    named = [replace(adapter, name=f"adapter-{number}", sha256=str(number)) for number in range(ADAPTERS)]
+    for way in ("merged", "nodes", "inputs", "rows"):
+        model = load(base)
+        sites = find(model)
+        steps = plan.make(named if way == "rows" else [adapter], sites.specs)
+        (folder / way).mkdir()
+        if way == "inputs":
+            contract = open_inputs(model, sites, [step.weight for step in steps.steps])
+            given = onnx_adapter.parameters(contract, steps, adapter.name)
+            for each in named:
+                onnx_adapter.write(folder / way / f"{each.name}.onnx_adapter", given, contract, sha256=each.sha256)
+        else:
+            {"merged": fold, "nodes": branch, "rows": choose_by_row}[way](model, sites, steps)
+        save(model, folder / way, FILE)
+    return folder
+
+
+def timed(rivals: Mapping[str, Rival], rounds: int) -> Times:
+    """Each in turn with a session of its own, in every round: where a session's memory lies is luck, too."""
+    times: Times = {}
+    for number in range(rounds):
+        names = [*rivals][number % len(rivals) :] + [*rivals][: number % len(rivals)]
+        for name in names:
+            rival = rivals[name]
+            session, (options, held) = rival.session(), rival.options()
+            for shape, runs in SHAPES.items():
+                feeds, spent = rival.feeds(shape), []
+                for _ in range(runs + 1):  # the first one fetches memory
+                    begun = time.perf_counter()
+                    session.run(None, feeds, options)
+                    spent.append(time.perf_counter() - begun)
+                times.setdefault((name, shape), []).append(median(spent[1:]))
+            del session, held
+    return times
+
+
+def against(times: Times, name: str, other: str, shape: tuple[int, int]) -> float:
+    """How many times as long as the other one takes: the median over the rounds."""
+    return median(a / b for a, b in zip(times[name, shape], times[other, shape], strict=True))
+
+
+def table(times: Times, limit: str) -> str:
+    names = list(dict.fromkeys(name for name, _ in times))
+    head = " | ".join(f"{rows} x {tokens}" for rows, tokens in SHAPES)
+    lines = [f"| milliseconds (times {limit}) | {head} |", "|---|" + "---|" * len(SHAPES)]
+    for name in names:
+        cells = (
+            f"{1000 * median(times[name, shape]):.1f} ({against(times, name, limit, shape):.2f})" for shape in SHAPES
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_a_run_beside_the_merged_graph(place: Path) -> None:
+    merged = Rival(place / "merged" / FILE)
+    rivals = {
+        "merged": merged,
+        CONTROL: merged,
+        "nodes": Rival(place / "nodes" / FILE),
+        "inputs": Rival(place / "inputs" / FILE, place / "inputs/adapter-0.onnx_adapter"),
+        f"rows, {ADAPTERS} adapters, mixed": Rival(place / "rows" / FILE, rows=True),
+    }
+    times = timed(rivals, ROUNDS)
+    told = f"rows x tokens; {ROUNDS} rounds, 2 threads, onnxruntime {ort.__version__}. {machine()}"
+    keep("latency", f"{table(times, 'merged')}\n\n{told}")
+    # Wall time is not asserted; that a branch is no second model is.
+    assert all(against(times, name, "merged", (8, 64)) < 1.5 for name in rivals)
+
+
+def loaded(*paths: Path) -> tuple[float, float]:
+    """Seconds and MiB of a fresh process to have all these at hand."""
+    line = [sys.executable, "-c", LOADED, *map(str, paths)]
+    seconds, memory = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    return seconds, memory
+
+
+def test_a_base_and_many_adapters_beside_as_many_merged_models(place: Path) -> None:
+    def lines(count: int) -> dict[str, Sequence[Path]]:
+        return {
+            f"{count} merged": [place / "merged" / FILE] * count,
+            f"base and {count} .onnx_adapter": [
+                place / "inputs" / FILE,
+                *(place / f"inputs/adapter-{number}.onnx_adapter" for number in range(count)),
+            ],
+        }
+
+    ways = {name: paths for count in COUNTS for name, paths in lines(count).items()}
+    ways[f"rows, {ADAPTERS} adapters in it"] = [place / "rows" / FILE]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, paths in ways.items():
+            found[name].append(loaded(*paths))
+    cells = {name: tuple(map(median, zip(*runs, strict=True))) for name, runs in found.items()}
+    rows = [f"| {name} | {seconds:.2f} s | {memory:.0f} MiB |" for name, (seconds, memory) in cells.items()]
+    keep("loading", "\n".join(["| | load | memory |", "|---|---|---|", *rows, "", f"3 rounds. {machine()}"]))
+    assert cells["base and 8 .onnx_adapter"][1] < cells["8 merged"][1] / 3
+    assert cells[f"rows, {ADAPTERS} adapters in it"][1] < cells["8 merged"][1] / 3

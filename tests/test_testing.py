@@ -1,0 +1,76 @@
+"""`assert_parity`: the verdict as an assertion of somebody else's suite."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import scaled
+from handmade import peft_adapter
+
+from lora_export import cli, model
+from lora_export.errors import InputRefused
+from lora_export.parity import Outcome
+from lora_export.testing import ParityFailed, assert_parity
+
+FACTORY = f"{Path(__file__).parent / 'factories.py'}:scaled"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter, one that is too weak to see, and right and wrong graphs with the first."""
+    folder = tmp_path_factory.mktemp("parity")
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 8)), rng.standard_normal((8, 2))
+    for name, size in (("adapter", 1.0), ("weak", 1e-8)):
+        peft_adapter(folder / name, {"dense": (a, b * size)})
+    for name, weight in (("right", "1"), ("wrong", "1.1")):
+        words = ["torchscript", FACTORY, "-a", str(folder / "adapter"), "--weight", weight, "--no-verify"]
+        assert cli.run([*words, "-o", str(folder / f"{name}.pt")]) == 0
+    return folder
+
+
+def test_what_is_right_returns_its_proof(place: Path) -> None:
+    proof = assert_parity(place / "right.pt", FACTORY, place / "adapter", cache=place / "cache")
+    assert proof.verdict.same and len(proof.cases) >= 3
+    assert list((place / "cache").iterdir())
+
+
+def test_what_is_wrong_fails_with_the_commands_own_screen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ParityFailed) as failed:
+        assert_parity(str(place / "wrong.pt"), FACTORY, [str(place / "adapter")])
+    assert isinstance(failed.value, AssertionError)
+    assert failed.value.proof.verdict.outcome is Outcome.DIFFERENT
+    capsys.readouterr()
+    assert cli.run(["verify", str(place / "wrong.pt"), "--model", FACTORY, "-a", str(place / "adapter")]) == 4
+    assert str(failed.value) == capsys.readouterr().out.rstrip("\n")
+    assert_parity(place / "wrong.pt", FACTORY, place / "adapter", strengths=[1.1])
+
+
+def test_what_could_not_have_failed_has_not_passed(place: Path) -> None:
+    with pytest.raises(ParityFailed, match=r"(?s)^undecided: .*what would decide it: an --atol below"):
+        assert_parity(place / "right.pt", FACTORY, place / "adapter", atol=1e6)
+    with pytest.raises(ParityFailed, match=r"^undecided: "):
+        module, examples = scaled()
+        assert_parity(module, (module, examples), place / "weak")
+
+
+def test_modules_in_memory_are_judged_and_stay_as_they_are(place: Path) -> None:
+    module, examples = scaled()
+    module = module.train()
+    before = copy.deepcopy(module.state_dict())
+    assert_parity(copy.deepcopy(module), (module, examples))
+    with pytest.raises(ParityFailed, match="It fits the model without its adapters"):
+        assert_parity(copy.deepcopy(module), (module, examples), place / "adapter")
+    assert module.training and all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert_parity(place / "right.pt", model.load(FACTORY), place / "adapter")
+
+
+def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> None:
+    with pytest.raises(InputRefused, match="there is no candidate"):
+        assert_parity(place / "absent.onnx", FACTORY)
+    with pytest.raises(InputRefused, match="no adapters that they could belong to"):
+        assert_parity(place / "right.pt", FACTORY, strengths=[2.0])
