@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-optimum soak check bench clean
+.PHONY: help demo test test-slow test-optimum soak defects check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optim
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m soak
+
+defects: $(VENV)/dev.stamp ## break right exports in a hundred ways; needs polygraphy and optimum-onnx for their columns
+	$(BIN)/python -m pytest -s -m slow --keep tests/test_defects.py
 
 check: $(VENV)/dev.stamp ## lint, format, types
 	$(BIN)/ruff check .

@@ -48,7 +48,9 @@ def judged_defect(defect: Defect, column: Column) -> Judged | None:
 def _passed_by(result: proof.Proof) -> frozenset[str]:
     cases = [case for case in result.cases if not case.name.endswith("asked again")]
     return frozenset(
-        name for name, rival in rivals.present() if all(rival(case.deployed, case.candidate) for case in cases)
+        name
+        for name, rival in rivals.present()
+        if all(case.candidate and rival(case.deployed, case.candidate) for case in cases)
     )
 
 

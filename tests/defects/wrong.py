@@ -899,8 +899,24 @@ def approximated(program: ir.Model) -> list[ir.Node]:
     return [node for node in program.graph if node.op_type in ("Gelu", "Erf")]
 
 
-@surgery("GELU by its tanh approximation", lambda program: bool(approximated(program)))
-def _(program: ir.Model) -> None:
+@defect("GELU by its tanh approximation")
+def _(column: Column) -> Runner | None:
+    adapter = subjects.adapter(column.subject, column.kind)
+    if column.mode in GRAPHS:
+        found = approximated(column.graph(adapter))
+        return column.candidate(adapter, graph=approximate) if found else None
+    merged = column.module(adapter)
+    exact = [path for path, layer in merged.named_modules() if type(layer).__name__ == "GELUActivation"]
+    return column.candidate(adapter, module=by_tanh) if exact and column.mode == "checkpoint" else None
+
+
+def by_tanh(module: nn.Module) -> None:
+    for path, layer in list(module.named_modules()):
+        if type(layer).__name__ == "GELUActivation":
+            module.set_submodule(path, nn.GELU(approximate="tanh"))
+
+
+def approximate(program: ir.Model) -> None:
     for node in approximated(program):
         if node.op_type == "Gelu":
             node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
