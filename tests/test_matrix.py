@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from lora_export import export, formats, layers, model, plan
-from lora_export.cli import weaving
+from lora_export.cli import exporting, weaving
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph import files, sites
 from lora_export.lora import Adapter
@@ -198,8 +198,10 @@ def keep(mode: str, name: str, variant: str, folder: Path) -> Kept:
     base, graph, adapter = SUBJECTS[name].base, SUBJECTS[name].graph, adapter_of(name, variant)
     before = weights_of(graph)
     order = weaving.Order(mode, [adapter], (1.0,))
-    weaving.check(order, base)
-    beside = weaving.weave(graph, order, base, folder, lambda _: None)
+    source = exporting.FromModel(base, order)
+    weaving.check(order)
+    source.check()
+    beside = weaving.weave(graph, order, source, folder, lambda _: None)
     after = weights_of(graph)
     runner = saved(graph, folder)
     unchanged = all(after[key] == value for key, value in before.items())

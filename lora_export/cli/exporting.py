@@ -15,7 +15,6 @@ from lora_export.evidence import Proof
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter
 from lora_export.model import Model
-from lora_export.model import load as load_model
 from lora_export.onnx_runner import Arrays, OnnxRunner
 from lora_export.proof import case_inputs
 
@@ -25,8 +24,8 @@ class FromModel:
 
     checkpoint = None
 
-    def __init__(self, model: str, order: Order, opset: int | None):
-        self.base, self.order, self.opset = load_model(model, order.adapters), order, opset
+    def __init__(self, base: Model, order: Order, opset: int | None = None):
+        self.base, self.order, self.opset = base, order, opset
         self.future = self._fresh_adapter()
 
     def _fresh_adapter(self) -> list[Adapter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,12 +97,13 @@ def command(
     _check_usage(mode, adapters, target, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference)
     proving.require(provider)
     order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
+    make_source = _maker(model, order, opset, checkpoint, reference)
     with (
         files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,
     ):
         stage("reading the graph" if is_graph else "loading the model")
-        source = _source(model, order, opset, checkpoint)
+        source = make_source()
         weaving.check(order)
         source.check()
         program = source.program(stage)
@@ -152,14 +154,18 @@ def _check_usage(
         raise click.UsageError("--model names a PyTorch model; without it a graph is proven against itself")
 
 
-def _source(model: str, order: Order, opset: int | None, checkpoint: Path | None) -> Source:
+def _maker(
+    model: str, order: Order, opset: int | None, checkpoint: Path | None, reference: str | None
+) -> Callable[[], Source]:
+    """What makes the source. All that may be missing here is imported at once, before there is an output to clear."""
+    if not model.endswith(".onnx") or reference is not None:
+        from lora_export.cli.exporting import FromModel
+        from lora_export.model import load as load_model
     if model.endswith(".onnx"):
         from lora_export.cli.given import FromGraph
 
-        return FromGraph(Path(model), order, checkpoint)
-    from lora_export.cli.exporting import FromModel
-
-    return FromModel(model, order, opset)
+        return lambda: FromGraph(Path(model), order, checkpoint)
+    return lambda: FromModel(load_model(model, order.adapters), order, opset)
 
 
 def _judge(
