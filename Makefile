@@ -27,7 +27,7 @@ test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optim
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m soak
 
-defects: $(VENV)/dev.stamp ## break right exports in a hundred ways; needs polygraphy and optimum-onnx for their columns
+defects: $(VENV)/dev.stamp ## break right exports in every way known; needs polygraphy and optimum-onnx for their columns
 	$(BIN)/python -m pytest -s -m slow --keep tests/test_defects.py
 
 check: $(VENV)/dev.stamp ## lint, format, types

@@ -134,12 +134,17 @@ def test_no_right_export_is_called_anything_but_the_same(request: pytest.Fixture
                 alarms.setdefault(name, []).extend([case] * (name not in there.passed_by))
     assert len(JUDGING) >= 25 and len(JUDGING_SEEDS) >= 5
     if request.config.getoption("--keep"):
-        count = len(JUDGING) * len(JUDGING_SEEDS)
-        lines = [f"| {name} | {len(cases)} of {count} |" for name, cases in alarms.items()]
-        told = f"The nearest that one came to a limit: {100 * nearest:.0f} % of what is allowed."
-        head = "| | right exports refused |\n|---|---|\n"
-        kept.put(README, "false alarms", f"{head}{chr(10).join(lines)}\n\n{told}")
+        kept.put(README, "false alarms", alarmed(alarms, nearest))
     assert alarms["verify"] == []
+
+
+def alarmed(alarms: dict[str, list[str]], nearest: float) -> str:
+    """How many right exports each refused, and how near ours came to it."""
+    count = len(JUDGING) * len(JUDGING_SEEDS)
+    lines = [f"| {name} | {len(cases)} of {count} |" for name, cases in alarms.items()]
+    head = "| | right exports refused |\n|---|---|\n"
+    told = f"The nearest that one came to a limit: {100 * nearest:.0f} % of what is allowed."
+    return f"{head}{chr(10).join(lines)}\n\n{told}"
 
 
 @pytest.mark.slow
