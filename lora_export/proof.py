@@ -186,7 +186,8 @@ def prove(
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
     }
     diagnosis = None
-    if trace or verdict.outcome is parity.Outcome.DIFFERENT:
+    answered = any(case.candidate for case in cases)  # with some output, whether it is the model's or not
+    if answered and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
         step("looking for where it differs")
         case = _most_telling(cases, verdict, inputs)
         steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None

@@ -313,3 +313,14 @@ def test_an_adapter_of_whole_tensors_alone_has_controls_too(scaled: model.Model)
     assert {control.name for control in controls} == {"off", "louder"} and all(control.told for control in controls)
     tenth = dataclasses.replace(adapter, replaced={"dense.weight": weight + np.float32(0.02)})
     assert proof.prove(folded(scaled, tenth), scaled, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+class Silent(runtime.ModuleRunner):
+    def run(self, inputs: Arrays) -> Arrays:
+        return {}
+
+
+def test_a_candidate_without_any_output_is_different_and_nothing_is_looked_for_in_it(scaled: model.Model) -> None:
+    result = proof.prove(Silent(scaled.module), scaled, [an_adapter()])
+    assert result.verdict.outcome is parity.Outcome.DIFFERENT and result.diagnosis is None
+    assert "the candidate lacks this output" in str(result.verdict)
