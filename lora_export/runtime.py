@@ -67,12 +67,13 @@ class Referee:
         """One forward pass with every float in fp64."""
         wide = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
+        module = self.module  # before anybody watches: it may be made now, of one in fp32
         witness = _Fp32Witness(self.stayed)
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
             with torch.no_grad(), witness, _Fp32Lifted():
-                outputs = named_outputs(self.module(**wide))
+                outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)
         return {name: _to_numpy(value) for name, value in outputs.items()}

@@ -72,6 +72,7 @@ def test_each_layer_keeps_its_a_and_b_under_its_name():
     for module, there in PAIRS.items():
         assert np.array_equal(stored(model, f"{module}.lora_A.weight"), there.a.T)
         assert np.array_equal(stored(model, f"{module}.lora_B.weight"), there.b.T * np.float32(there.scale))
+    assert find(model).notes == ()  # whoever looks for the layers is not told of these
 
 
 def test_dora_rescales_its_own_layer_and_no_other():

@@ -39,6 +39,7 @@ def folded(base: model.Model, adapter: Adapter, strength: float = 1.0) -> runtim
 def test_a_merged_module_is_the_same_on_shapes_that_were_never_traced(scaled: model.Model) -> None:
     result = proof.prove(folded(scaled, an_adapter()), scaled, [an_adapter()])
     assert result.verdict.outcome is parity.Outcome.SAME
+    assert "the referee ran in fp64 throughout" in result.verdict.notes
     assert result.exit_code == 0
     shapes = [shape["rows"] for shape in result.about["inputs"].values()]
     assert len(shapes) == 3

@@ -50,6 +50,7 @@ PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 PASSING = frozenset({"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze", "Transpose"})
 MARKS = re.compile(r"_(?:DQ_)?Q\d$|_Bnb4$|_quant(?:ized)?$|(?<=\.)q(?=weight$)")  # that quantisers add to a name
 BUILDERS = re.compile(r"(.+\.)?\w+\.MatMul\.weight")  # a name that onnxruntime-genai's builder made up
+SIDES = re.compile(r"(^|\.)lora_([AB]|zeros)\b")  # a name that says whose it is: an adapter's, beside a layer
 SHOWN = 10  # contradictions that an error lists
 
 
@@ -422,6 +423,8 @@ def _notes(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
     unread: Counter[str] = Counter()
     for site in sites:
         if site.layout is not Layout.OTHER or len(site.shape) != 2 or site.node.op_type in UNREAD:
+            continue
+        if SIDES.search(site.value.name or ""):
             continue
         called = site.inner is not None or site.node.op_identifier() in model.functions
         first = " as its first operand" if site.node.op_type in PRODUCTS and site.index == 0 else ""
