@@ -38,19 +38,21 @@ COUNTS = (1, 4, 8)  # adapters beside one base, or merged models
 CONTROL = "merged, a second session"  # how far two sessions of one file lie apart: no figure is finer than that
 FILE = "model.onnx"
 LOADED = """
-import json, resource, sys, time
+import json, os, sys, time
 import onnxruntime as ort
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident():  # not the peak: a child's begins with its parent's
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 options = ort.SessionOptions()
 options.log_severity_level, options.intra_op_num_threads = 3, 2
-before, begun, kept = peak(), time.perf_counter(), []
+before, begun, kept = resident(), time.perf_counter(), []
 for path in sys.argv[1:]:
     if path.endswith(".onnx_adapter"):
         kept.append(ort.LoraAdapter())
         kept[-1].Load(path)
     else:
         kept.append(ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
-print(json.dumps([time.perf_counter() - begun, peak() - before]))
+print(json.dumps([time.perf_counter() - begun, resident() - before]))
 """
 
 
