@@ -47,7 +47,7 @@ class CacheRunner:
     def axes(self) -> Mapping[str, tuple[int | None, ...]]:
         """What a caller gives; any sequence will do, also where the graph takes one token at a time."""
         batch = self.inner.axes[IDS][0]
-        return {name: (batch, None) for name in (IDS, MASK) if name in self.inner.axes or name == MASK}
+        return dict.fromkeys((IDS, MASK), (batch, None))
 
     @property
     def placement(self) -> Placement:
