@@ -35,6 +35,7 @@ from lora_export.lora import Adapter, LoraPair, fresh_pair
 from lora_export.plan import Layout, Plan, Step, TensorSpec
 
 STATE = "_lora_export"  # where an _Attachment stands in the __dict__ of the module it belongs to
+Stored = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]  # how a tensor is rounded: a dtype, or a scheme
 FP32_SUM = 2.0**-18  # of its terms' size: how far off W + ΔW may be when fp32 sums it (64 products, half an eps each)
 PARTS = ("lora_A", "lora_B", "lora_magnitude")  # what an owner's branches are made of
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -584,7 +585,7 @@ def _turned(whole: _Whole, there: Tensor, factor: float) -> Tensor:
 
 def settle(
     module: nn.Module,
-    stored: Mapping[str, str],
+    stored: Mapping[str, Stored],
     chosen: Mapping[str, Tensor],
     *,
     factor: float = 1.0,
@@ -592,11 +593,11 @@ def settle(
 ) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
-    `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes; a tensor that it
-    lacks is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
-    the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
-    the one that stands in `chosen` is taken. Nothing is attached any more then. `factor` and `turn_whole` are
-    those of `strength`; whole tensors are kept.
+    `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes, or to what rounds them
+    (to the nearest that a quantised weight's scales allow); a tensor that it lacks is not rounded. For a referee in
+    fp64, this is what a merged file should hold, computed without the merge's arithmetic. Where a sum lies so near
+    the middle of two neighbours that fp32 may take either, the one that stands in `chosen` is taken. Nothing is
+    attached any more then. `factor` and `turn_whole` are those of `strength`; whole tensors are kept.
     """
     owners = _attached(module)
     paths = {owner: path for path, owner in module.named_modules()}
@@ -616,10 +617,11 @@ def settle(
             if value is None:
                 continue
             name = f"{paths[owner]}.{attribute}"
-            rounded = value.detach().to(getattr(torch, stored[name])).to(value.dtype) if name in stored else value
+            rounded = _rounded(value.detach(), stored[name]) if name in stored else value
             if name in stored and name in chosen:
                 other = chosen[name].to(value.dtype)
                 size = value.abs() + _slots(owner, attribute)[attribute].abs()
+                size = size if isinstance(stored[name], str) else size.max()  # integers are told from the scheme's zero
                 as_near = (other - value).abs() <= (rounded - value).abs() + FP32_SUM * size
                 rounded = torch.where(as_near, other, rounded)
             _slots(owner, attribute)[attribute] = nn.Parameter(rounded.detach(), requires_grad=False)
@@ -627,7 +629,13 @@ def settle(
     with torch.no_grad():
         for place in _places(module):
             if place.name in stored:  # a sum that is rounded already stays as it is
-                place.tensor.copy_(place.tensor.to(getattr(torch, stored[place.name])))
+                place.tensor.copy_(_rounded(place.tensor, stored[place.name]))
+
+
+def _rounded(value: Tensor, stored: Stored) -> Tensor:
+    if isinstance(stored, str):
+        return value.to(getattr(torch, stored)).to(value.dtype)
+    return torch.from_numpy(stored(value.double().numpy())).to(value.dtype)
 
 
 # --- Fold ---

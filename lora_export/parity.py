@@ -307,12 +307,14 @@ def judge(
     rtol: float | None = None,
     notes: Sequence[str] = (),
     doubts: Sequence[str] = (),
+    faults: Sequence[str] = (),
 ) -> Verdict:
     """Put every gate and control to every output of every case.
 
     `dtype` is the one in which the model is deployed; an output of a coarser dtype is measured by its own.
     `atol` and `rtol` are a further demand, never a relief. `notes` are passed through to the verdict; `doubts`
-    are what the inputs did not put to the test, and make it undecided.
+    are what the inputs did not put to the test, and make it undecided; `faults` are what was found wrong in the
+    candidate's weights, however little of it arrives at its outputs, and make it different.
     Raises InputRefused for another dtype than `DEPLOYED`, and for a tolerance that is not a finite number.
     """
     if dtype not in DEPLOYED:
@@ -331,6 +333,7 @@ def judge(
         *_could_it_tell(cases, comparisons, adapted=adapted),
         *_folded_inputs(perturbed, peer),
         *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in doubts),
+        *(Reason(Outcome.DIFFERENT, "weights", fault) for fault in faults),
     )
     return Verdict(
         outcome=_weightiest(reasons),
@@ -742,7 +745,10 @@ def _remedies(f: Figures) -> dict[str, str]:
     The adapter that does enough for the most demanding of them does enough for all.
     """
     allowed = next((gate.allowed for gate in f.gates if gate.name == "error"), 0.0)
-    remedies = {"loss": "a merge with --dtype float32, or the adapter beside the weights (onnx --lora nodes)"}
+    remedies = {
+        "loss": "weights that are stored finer (a merge with --dtype float32, a graph of more bits), or the adapter "
+        "beside them (onnx --lora nodes)"
+    }
     times = [f.share / LARGEST_SHARE] if f.share else []
     for control in f.controls:
         if control.name == "tolerance":

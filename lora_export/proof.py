@@ -30,6 +30,7 @@ from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
+from lora_export.plan import Plan
 from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 from lora_export.trace import Suspect, diagnose
@@ -95,6 +96,7 @@ def prove(
     rtol: float | None = None,
     cache: Path | None = None,
     trace: bool = False,
+    origin: Path | None = None,
     step: Note = lambda _: None,
     say: Note = lambda _: None,
 ) -> Proof:
@@ -103,6 +105,7 @@ def prove(
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
     `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
+    `origin` is the quantised graph into whose weights the adapters were merged to make an ONNX candidate.
     A candidate that is different is followed module by module to where that begins; with `trace`, any is.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
@@ -110,20 +113,21 @@ def prove(
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    held = _held(candidate, model, adapters)
+    changes = plan.make(adapters, layers.specs(model.module), strengths=strengths) if adapters else None
+    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
+    held = _held(candidate, model, changes, origin, inputs)
     judged = standin.standing_in(model, held)
     module = _with_adapters(_shared(judged.module), adapters, strengths)
     attached = _LateReferee(module)
-    rounded = _rounded_weights(candidate, module) if adapters else {}
+    rounded, chosen = _rounded_weights(candidate, module, held) if adapters else ({}, {})
     referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
-    if rounded and isinstance(candidate, ModuleRunner):
+    if rounded:
         # The loss that a merge into a low precision means is told apart from faults of the merge: the referee
         # rounds W + sBA itself, and so does the model as it would be deployed.
-        layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
+        layers.settle(referee.module, rounded, chosen)
         module = copy.deepcopy(referee.module).float()
     standin.round_activations(module, held)
     deployed = ModuleRunner(module.to(device), device)
-    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
     # Rounded as the candidate's weights are, the referee is one of this candidate alone.
     question = None if rounded or cache is None else kept.question(judged, adapters, strengths, inputs)
     answers = kept.Answers(cache, question, attached.stayed, say)
@@ -176,6 +180,7 @@ def prove(
             *standin.told(held),
         ],
         doubts=doubts,
+        faults=standin.faults(held),
     )
     about = {
         **runtime.environment(),
@@ -190,9 +195,8 @@ def prove(
     if answered and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
         step("looking for where it differs")
         case = _most_telling(cases, verdict, inputs)
-        steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None
         sides = candidate, referee, attached, deployed
-        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=has_pairs)
+        suspect = Suspect(*sides, judged.module, changes, inputs[case.name], case, keep_whole=has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
@@ -255,26 +259,53 @@ def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list
         return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
 
 
-def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+def _held(
+    candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
+) -> dict[str, standin.StandIn]:
     """The quantised weights of an ONNX candidate."""
     runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
+    held = {}
+    if isinstance(runner, OnnxRunner):
+        executed = functools.partial(_executed, candidate, runner, next(iter(inputs.values())))
+        held = standin.stand_ins(runner.path, model, changes, origin, executed)
+    if origin is not None and not held:
+        raise InputRefused(f"{origin} is given as what was merged into, and the candidate has no quantised weights")
+    return held
 
 
-def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
-    """Which of the module's tensors the candidate's file stores in less than fp32, by the module's names."""
-    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset[tuple[str, str]]:
+    """(node, operator) of what onnxruntime makes of a graph."""
+
+    def run(other: OnnxRunner) -> None:
+        (replace(candidate, inner=other) if isinstance(candidate, CacheRunner) else other).run(arrays)
+
+    return graph.executed(run)
+
+
+def _rounded_weights(
+    candidate: Runner, module: nn.Module, held: Mapping[str, standin.StandIn]
+) -> tuple[dict[str, layers.Stored], Mapping[str, torch.Tensor]]:
+    """Which of the module's tensors the candidate stores in less than fp32, how, and what it made of them."""
+    if not isinstance(candidate, ModuleRunner):
+        sums = {name: there for name, there in held.items() if there.merged is not None}
+        return {name: there.nearest for name, there in sums.items()}, {
+            name: torch.from_numpy(there.weight) for name, there in sums.items()
+        }
+    stored = candidate.stored
     low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
     # A checkpoint may lack the model's prefix, or have one that the module lacks.
-    return {
+    rounded: dict[str, layers.Stored] = {
         spec.name: dtype
         for spec in layers.specs(module)
         for name, dtype in low.items()
         if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
     }
+    return rounded, candidate.module.state_dict()
 
 
-def _controls(attached: Referee, rounded: Mapping[str, str], *, has_pairs: bool) -> dict[str, Callable[..., Arrays]]:
+def _controls(
+    attached: Referee, rounded: Mapping[str, layers.Stored], *, has_pairs: bool
+) -> dict[str, Callable[..., Arrays]]:
     """Referees that are wrong on purpose, by the side of a case that they make."""
     factors = {"base": 0.0, "louder": LOUDER}
     if not rounded:
