@@ -626,10 +626,16 @@ def settle(
                 rounded = torch.where(as_near, other, rounded)
             _slots(owner, attribute)[attribute] = nn.Parameter(rounded.detach(), requires_grad=False)
     detach(module)
-    with torch.no_grad():
-        for place in _places(module):
-            if place.name in stored:  # a sum that is rounded already stays as it is
-                place.tensor.copy_(_rounded(place.tensor, stored[place.name]))
+    made: dict[int, Tensor] = {}  # by the tensor that it stands for, so that one of several names stays one
+    for place in _places(module):
+        if place.name in stored:
+            rounded = _rounded(place.tensor.detach(), stored[place.name])
+            if not torch.equal(rounded, place.tensor):  # a sum that is rounded already stays as it is
+                is_parameter = isinstance(place.tensor, nn.Parameter)
+                made[id(place.tensor)] = nn.Parameter(rounded, requires_grad=False) if is_parameter else rounded
+    for place in list(_places(module)):
+        if id(place.tensor) in made:
+            _slots(place.owner, place.attribute)[place.attribute] = made[id(place.tensor)]
 
 
 def _rounded(value: Tensor, stored: Stored) -> Tensor:
