@@ -169,8 +169,11 @@ def prove(
         own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
         doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
         sensitivity = list(_sensitivity(asked, deployed))
-        question = None if cache is None else kept.question(judged, adapters, strengths, inputs)
-        answers = kept.Answers(cache, None if rounded else question, stayed, say)
+        dtypes = {name: kind for name, kind in rounded.items() if isinstance(kind, str)}
+        question = None
+        if cache is not None and len(dtypes) == len(rounded):
+            question = kept.question(judged, adapters, strengths, inputs, dtypes, deployed.module)
+        answers = kept.Answers(cache, question, stayed, say)
         said: dict[str, dict[str, Arrays]] = {}
         for role in sides.roles if adapters else ("referee",):
             step(f"the {role}")
