@@ -396,6 +396,35 @@ def test_the_nearest_behind_a_dequantisation_of_packed_weights() -> None:
     assert site.nearest(np.zeros((4, 3))).tolist() == np.zeros((4, 3)).tolist()
 
 
+# --- followed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
+def test_a_quantised_graph_is_followed(as_pairs: bool, wide: model.Model, graph: ir.Model, tmp_path: Path) -> None:
+    few = exact(quantised(graph.clone(), as_pairs=as_pairs), 4)
+    path = beside(few.clone(), an_adapter(4.0), tmp_path)
+    right = proof.prove(OnnxRunner(path), wide, [an_adapter(4.0)], trace=True).diagnosis
+    assert right is not None and right.first is None
+    assert [there.name for there in right.layers] == ["up", "down"]
+    assert all(0 < there.error < 1.2 * there.deployed_error for there in right.layers)
+    lost = replace(an_adapter(4.0), pairs={"up": an_adapter(4.0).pairs["up"]})
+    (tmp_path / "lost").mkdir()
+    wrong = proof.prove(OnnxRunner(beside(few, lost, tmp_path / "lost")), wide, [an_adapter(4.0)]).diagnosis
+    assert wrong is not None and wrong.first == "down" and "its adapter is missing" in wrong.why
+
+
+@pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
+def test_a_requantised_merge_is_followed(as_pairs: bool, wide: model.Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone(), as_pairs=as_pairs), 4), tmp_path)
+    path = requantised(base, an_adapter(), tmp_path / "merged")
+    right = proof.prove(OnnxRunner(path), wide, [an_adapter()], origin=base, trace=True).diagnosis
+    assert right is not None and right.first is None and len(right.layers) == 2
+    louder = requantised(base, an_adapter(1.5), tmp_path / "louder")
+    wrong = proof.prove(OnnxRunner(louder), wide, [an_adapter()], origin=base).diagnosis
+    assert wrong is not None and wrong.first == "up"
+    assert re.search(r"arrives 1\.(4[6-9]|5\d*) times .* is no more than rounding costs", wrong.why), wrong.why
+
+
 def test_the_command_judges_what_merge_requantize_made(
     wide: model.Model, graph: ir.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
