@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from lora_export.cli.arguments import (
     adapter_weights,
     adapters_option,
     answer,
+    command_line,
     inputs_option,
     json_option,
     load_adapters,
@@ -178,7 +178,7 @@ def command(
         **result.about,
         "seconds": round(seconds, 1),
         "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": _command_line(),
+        "command": command_line(),
     }
     result = replace(result, about=about)
     for path in reports:
@@ -199,19 +199,3 @@ def command(
     if refusal is not None:
         raise refusal
     return result.exit_code
-
-
-def _command_line() -> list[str]:
-    """The command as it was given, defaults left out, to be given again."""
-    context = click.get_current_context()
-    words = ["lora-export", "verify"]
-    for parameter in context.command.params:
-        if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[str(parameter.name)]
-        spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-        if value is True:
-            words += spelling
-        else:
-            words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
-    return words
