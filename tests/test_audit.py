@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import junit_schema
 import ml_dtypes
 import numpy as np
 import peak
@@ -365,7 +366,9 @@ def test_reports_hold_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture
     options = [part for file in files for part in ("--report", file)]
     code, told = judged(capsys, out, base, adapter, more=tuple(options))
     assert code == 4 and json.loads(files[0].read_text()) == told
-    suite = ElementTree.fromstring(files[1].read_text()).find("testsuite")
+    junit = ElementTree.fromstring(files[1].read_text())
+    assert junit_schema.faults(junit) == []
+    suite = junit.find("testsuite")
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == (str(len(tensors)), "1")
     (failed,) = (test for test in suite.findall("testcase") if test.find("failure") is not None)

@@ -194,7 +194,10 @@ def test_the_page_of_an_audit_begins_with_what_is_wrong() -> None:
     table = there.text.split("worst element")[1]
     assert table.index("layers. 1. weight") < table.index("layers. 0. weight")
     assert "7 entries are off" in table and "× inf" in table
-    assert "it is this sum in layers.1.weight not in layers.0.weight fits" in there.text and there.text.count("first to differ") == 2
+    assert (
+        "it is this sum in layers.1.weight not in layers.0.weight fits" in there.text
+        and there.text.count("first to differ") == 2
+    )
 
 
 def test_a_hostile_name_is_text_in_an_audit_too() -> None:
