@@ -20,7 +20,7 @@ PACKAGE = Path(lora_export.__file__).parent
 # From the ground up: a layer imports only what stands before it. `plan` stands low because every
 # holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 GROUND = (
-    *("errors", "lora", "plan", "files", "tensorfile", "formats", "head", "ledger", "provenance"),
+    *("errors", "lora", "plan", "files", "staging", "tensorfile", "formats", "head", "ledger", "provenance"),
     *("checkpoint", "transfer", "rewrite"),
 )
 WORK = (
