@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import click
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from lora_export.ledger import MergeReport
     from lora_export.lora import Adapter
     from lora_export.plan import Plan, TensorSpec
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/model
+CACHED = "models--"  # a model's folder in the hub's cache: models--owner--model
 
 
 @click.command()
@@ -203,9 +207,24 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
 
 
 def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:
-    """Adapters that name another base than this one calls itself. No more than a doubt: names are not weights."""
-    own = base.config.get("_name_or_path")
+    """Adapters that name another model of the hub than this one is. No more than a doubt: names are not weights.
+
+    A path, of whatever machine, tells nothing of what lies there.
+    """
+    folders = base.path.absolute().parts
+    cached = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))
+    own = [name for name in (*cached, base.config.get("_name_or_path")) if _is_of_the_hub(name)]
+    known = {_model(name) for name in (*own, *folders)}
     for adapter in adapters:
         told = adapter.metadata.get("base_model_name_or_path")
-        if own and told and PurePosixPath(str(own)).name != PurePosixPath(str(told)).name:
-            yield f"{adapter.name} was made for {told}, the base calls itself {own}: shapes that agree prove nothing"
+        if own and _is_of_the_hub(told) and _model(told) not in known:
+            yield f"{adapter.name} was made for {told}, the base is {own[0]}: shapes that agree prove nothing"
+
+
+def _is_of_the_hub(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _model(name: str) -> str:
+    """A name without its owner: mirrors hold the same weights under theirs."""
+    return name.rpartition("/")[2].casefold()
