@@ -27,12 +27,12 @@ from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed
 
 # name -> its one-line help, so that `lora-export --help` loads no command
 COMMANDS = {
-    "inspect": "Show what an adapter or a checkpoint holds.",
-    "merge": "Merge adapters into a checkpoint's weights.",
-    "onnx": "Export to ONNX, adapters merged, as graph nodes, or swapped at run time.",
+    "inspect": "Show what an adapter, a checkpoint or a graph holds.",
+    "merge": "Merge adapters into the weights of a checkpoint or a graph.",
+    "onnx": "Make an .onnx of a model or a graph: adapters merged, as nodes, as inputs, or row by row.",
     "torchscript": "Export to TorchScript, adapters merged or attached.",
     "verify": "Prove that a file computes what the PyTorch model computes.",
-    "convert": "Convert an adapter for a graph that is there already.",
+    "convert": "Convert an adapter for a graph that is deployed already.",
     "train": "Train a LoRA adapter.",
     "doctor": "Say what is installed and which providers really load.",
 }
