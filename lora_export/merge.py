@@ -45,7 +45,7 @@ def merge_checkpoint(
     progress: Progress = lambda _: None,
     workshop: Workshop | None = None,
 ) -> MergeReport:
-    """Carry out a plan over a checkpoint, into the folder `stage` (see `files`).
+    """Carry out a plan over a checkpoint, into the folder `stage` (see `staging`).
 
     A folder becomes a folder with the same shards, config and tokenizer and a manifest; a bare
     file becomes one file called `file_name`, its provenance in the header. `dtype` converts every

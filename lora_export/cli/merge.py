@@ -182,7 +182,7 @@ class _Work:
 def _over_checkpoint(
     base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None, *, requantize: bool
 ) -> _Work:
-    from lora_export import files, merge
+    from lora_export import merge, staging
     from lora_export.checkpoint import code_of_its_own, open_checkpoint
 
     if origin is not None:
@@ -200,7 +200,7 @@ def _over_checkpoint(
         notes=notes,
         check=lambda steps: merge.refuse_before_the_work(steps, checkpoint),
         size=lambda steps: merge.output_size(steps, checkpoint, dtype),
-        stage=files.stage_folder if checkpoint.is_folder else files.stage_file,
+        stage=staging.stage_folder if checkpoint.is_folder else staging.stage_file,
         carry_out=lambda steps, folder, **rest: merge.merge_checkpoint(steps, checkpoint, folder, dtype=dtype, **rest),
         may_add=True,
         way_out="--dtype float32 keeps it",
@@ -208,7 +208,7 @@ def _over_checkpoint(
 
 
 def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantize: bool) -> _Work:
-    from lora_export import files
+    from lora_export import files, staging
     from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
     from lora_export.graph.merge import merge_graph, refuse_before_the_work
@@ -226,7 +226,7 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
         check=lambda steps: refuse_before_the_work(steps, graph, sites, requantise=requantize),
         told=lambda steps: notes_on(steps, graph.model, sites) if requantize else (),
         size=lambda _: graph.nbytes,
-        stage=files.stage_file,
+        stage=staging.stage_file,
         carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, requantise=requantize, **rest),
         way_out="keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)",
     )

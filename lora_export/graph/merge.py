@@ -23,7 +23,6 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance, rewrite, transfer
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.files import data_name
 from lora_export.graph import wire
 from lora_export.graph.files import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
 from lora_export.graph.fold import (
@@ -39,6 +38,7 @@ from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, Tally, refu
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Plan
 from lora_export.rewrite import Move, Patch, Workshop
+from lora_export.staging import data_name
 from lora_export.tensorfile import PAGE, Entry
 from lora_export.transfer import Block, Bytes, Hashes
 
@@ -89,7 +89,7 @@ def merge_graph(
     requantise: bool = False,
     workshop: Workshop | None = None,
 ) -> MergeReport:
-    """Carry out a plan over the graph of a file, into the folder `stage` (see `files.stage_file`).
+    """Carry out a plan over the graph of a file, into the folder `stage` (see `staging.stage_file`).
 
     Weights inside the graph's file stay inside, those in files beside it go into one file that is named by its
     content. Only the plan's weights change; whoever shared one of their tensors gets an initializer of its own.
