@@ -165,7 +165,7 @@ class OnnxRunner:
         }
         self.names_known = True
         self.path, self.provider = Path(what), provider
-        self._source = source  # a held graph's tensors live as long as its session
+        self.source = source  # a held graph's tensors live as long as its session
         self._active: tuple[Any, Any] = None, ort.RunOptions()  # adapter and run options
         self._active[1].log_severity_level = SILENT
         self._ids: NDArray[np.int64] | None = None

@@ -25,7 +25,7 @@ from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import Sites, find
 from lora_export.ledger import MIN_RETENTION, StepResult, refuse_faint
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Arrays, Held, OnnxRunner
+from lora_export.onnx_runner import Arrays, Held, OnnxRunner, Runner
 from lora_export.plan import Plan
 
 Say = Callable[[str], None]
@@ -68,6 +68,7 @@ class Judge(Protocol):
     """What a graph is proven against."""
 
     def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
+    def asked(self, runner: OnnxRunner) -> Runner: ...  # the graph as it answers `inputs`
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
     def prove(
         self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
@@ -188,10 +189,11 @@ class Prover:
         """All adapters and the base in one batch."""
         self.stage("verifying mixed batches")
         ids = [*range(1, len(proofs)), 0]
-        return proving.demanded(prove_mixed(runner.with_rows(ids), proofs, ids), "mixed batches")
+        return proving.demanded(prove_mixed(self.judge.asked(runner.with_rows(ids)), proofs, ids), "mixed batches")
 
     def _answers(self, runner: OnnxRunner) -> dict[str, Arrays]:
-        return {case: runner.run(arrays) for case, arrays in self.judge.inputs(runner).items()}
+        asked = self.judge.asked(runner)
+        return {case: asked.run(arrays) for case, arrays in self.judge.inputs(runner).items()}
 
 
 def summary(proofs: Proofs | None) -> dict[str, Any]:
