@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,9 @@ from test_exporters import (
 from test_exporters import answers as answers_of
 
 from lora_export import export, formats, model, plan
-from lora_export.cli import weaving
+from lora_export.cli import given, weaving
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files, sites
-from lora_export.graph.sites import Sites
 from lora_export.onnx_runner import OnnxRunner
 from lora_export.plan import Plan
 
@@ -234,47 +234,40 @@ def test_another_model_is_different(spotter: Path, tmp_path: Path, monkeypatch: 
 
 # --- wrong weaves ---
 
-Weave = Callable[[ir.Model, Sites, Plan], Any]
+Fault = Callable[[Plan], Plan]
 
 
-def scaled(weave: Weave) -> Weave:
+def scaled(steps: Plan) -> Plan:
     """A scale that is a twentieth too large, in one of the layers."""
-
-    def wrong(program: ir.Model, found: Sites, steps: Plan) -> Any:
-        first, *others = steps.steps
-        terms = tuple(replace(term, strength=1.05 * term.strength) for term in first.terms)
-        return weave(program, found, replace(steps, steps=(replace(first, terms=terms), *others)))
-
-    return wrong
+    first, *others = steps.steps
+    terms = tuple(replace(term, strength=1.05 * term.strength) for term in first.terms)
+    return replace(steps, steps=(replace(first, terms=terms), *others))
 
 
-def forgetful(weave: Weave) -> Weave:
+def forgetful(steps: Plan) -> Plan:
     """One layer is left out."""
-    return lambda program, found, steps: weave(program, found, replace(steps, steps=steps.steps[1:]))
+    return replace(steps, steps=steps.steps[1:])
 
 
-def turned(weave: Weave) -> Weave:
+def turned(steps: Plan) -> Plan:
     """B of a square layer, the other way round."""
 
-    def wrong(program: ir.Model, found: Sites, steps: Plan) -> Any:
-        def swap(step: plan.Step) -> plan.Step:
-            if step.spec.name != f"{LAYER}.attention.self.query.weight":
-                return step
-            (term,) = step.terms
-            pair = replace(term.pair, a=term.pair.b.T, b=term.pair.a.T)
-            return replace(step, terms=(replace(term, pair=pair),))
+    def swap(step: plan.Step) -> plan.Step:
+        if step.spec.name != f"{LAYER}.attention.self.query.weight":
+            return step
+        (term,) = step.terms
+        pair = replace(term.pair, a=term.pair.b.T, b=term.pair.a.T)
+        return replace(step, terms=(replace(term, pair=pair),))
 
-        return weave(program, found, replace(steps, steps=tuple(map(swap, steps.steps))))
-
-    return wrong
+    return replace(steps, steps=tuple(map(swap, steps.steps)))
 
 
 @pytest.mark.parametrize("fault", [scaled, forgetful, turned])
 @pytest.mark.parametrize(
-    ("graph", "mode", "name"),
+    ("graph", "mode", "place_of", "name"),
     [
-        ("base", "merged", "fold"), ("base", "nodes", "branch"), ("base", "rows", "choose_by_row"),
-        ("bits", "nodes", "branch"),
+        ("base", "merged", given, "write_merged"), ("base", "nodes", weaving, "branch"),
+        ("base", "rows", weaving, "choose_by_row"), ("bits", "nodes", weaving, "branch"),
     ],
 )  # fmt: skip
 def test_a_wrong_weave_is_different_and_never_published(
@@ -282,12 +275,18 @@ def test_a_wrong_weave_is_different_and_never_published(
     tmp_path: Path,
     graph: str,
     mode: str,
+    place_of: ModuleType,
     name: str,
-    fault: Callable[[Weave], Weave],
+    fault: Fault,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(weaving, name, fault(getattr(weaving, name)))
+    right = getattr(place_of, name)
+
+    def wrong(*arguments: Any, **how: Any) -> Any:
+        return right(*(fault(there) if isinstance(there, Plan) else there for there in arguments), **how)
+
+    monkeypatch.setattr(place_of, name, wrong)
     words = ("onnx", place / f"{graph}.onnx", "-a", place / "fr", "--lora", mode, "-o", tmp_path / "out.onnx")
     assert call(*words) == 4
     assert "different" in capsys.readouterr().err

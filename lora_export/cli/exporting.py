@@ -13,7 +13,10 @@ from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
 from lora_export.decoding import with_cache
 from lora_export.evidence import Proof
+from lora_export.graph.files import save
+from lora_export.graph.fold import fold
 from lora_export.graph.sites import Sites
+from lora_export.ledger import MIN_RETENTION, refuse_faint
 from lora_export.lora import Adapter
 from lora_export.model import Model
 from lora_export.onnx_runner import Arrays, OnnxRunner, Runner
@@ -58,6 +61,15 @@ class FromModel:
 
     def check_plan(self, steps: plan.Plan) -> None:
         """A module that was loaded anew holds no adapter."""
+
+    def merge(self, program: ir.Model, sites: Sites, steps: plan.Plan, folder: Path, file_name: str) -> list[str]:
+        """Fold the adapters into the graph, which stands in memory, and write it; returns what lies beside it.
+
+        Raises InputRefused where rounding leaves a weight less than half of its change.
+        """
+        refuse_faint(fold(program, sites, steps), MIN_RETENTION)
+        *beside, _ = save(program, folder, file_name)
+        return [path.name for path in beside]
 
     def record(self) -> dict[str, Any]:
         """Where the graph comes from."""
