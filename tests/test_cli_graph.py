@@ -33,6 +33,7 @@ from test_exporters import (
 from test_exporters import answers as answers_of
 
 from lora_export import export, formats, model, plan
+from lora_export import files as hashing
 from lora_export.cli import given, weaving
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files, sites
@@ -80,6 +81,15 @@ def record(path: Path) -> dict[str, Any]:
         {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
     )
     return told
+
+
+def held(value: ir.Value) -> bytes:
+    assert value.const_value is not None
+    return value.const_value.tobytes()
+
+
+def hash_of(path: Path) -> str:
+    return hashing.hash_of(path, "xxh3_128")
 
 
 def feeds(batch: int = 3, length: int = 9) -> dict[str, Any]:
@@ -475,6 +485,23 @@ def test_weights_beside_the_graph_are_read_where_they_are(place: Path, tmp_path:
     assert call("onnx", tmp_path / "apart.onnx", "-a", place / "fr", "-o", out, "--lora", "nodes") == 0
     assert set(record(out)["base"]) == {"apart.onnx", "apart.data"}
     assert_is_pytorchs(OnnxRunner(out), place / "fr")
+
+
+def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, tmp_path: Path) -> None:
+    ir.save(ir.load(place / "base.onnx"), tmp_path / "apart.onnx", external_data="apart.data", size_threshold_bytes=0)
+    proven, merged = tmp_path / "proven", tmp_path / "merged"
+    proven.mkdir(), merged.mkdir()
+    assert call("onnx", tmp_path / "apart.onnx", "-a", place / "fr", "-o", proven / "out.onnx") == 0
+    assert call("merge", tmp_path / "apart.onnx", place / "fr", "-o", merged / "out.onnx") == 0
+    weights = [ir.load(folder / "out.onnx").graph.initializers for folder in (proven, merged)]
+    assert {name: held(value) for name, value in weights[0].items()} == {n: held(v) for n, v in weights[1].items()}
+    large = [value.const_value for value in weights[0].values() if value.const_value.nbytes >= files.EXTERNAL_FROM]
+    assert large and all(isinstance(tensor, ir.ExternalTensor) for tensor in large)
+    assert record(proven / "out.onnx")["base"] == record(merged / "out.onnx")["base"]
+    assert record(proven / "out.onnx")["base"]["apart.data"] == {"xxh3_128": hash_of(tmp_path / "apart.data")}
+    properties = [entry.key for entry in onnx.load(proven / "out.onnx").metadata_props]
+    assert len(properties) == len(set(properties))
+    assert_is_pytorchs(OnnxRunner(proven / "out.onnx"), place / "fr")
 
 
 # --- of every maker ---

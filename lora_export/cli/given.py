@@ -17,7 +17,7 @@ from lora_export.cli.weaving import Order, Say
 from lora_export.errors import InputRefused
 from lora_export.evidence import Proof
 from lora_export.graph.branches import module_of
-from lora_export.graph.files import open_graph
+from lora_export.graph.files import EXTERNAL_FROM, initializers, open_graph
 from lora_export.graph.merge import write_merged
 from lora_export.graph.sites import Sites, is_output_head, place
 from lora_export.graph_proof import GraphJudge
@@ -89,13 +89,21 @@ class FromGraph:
 
         Raises as `merge_graph` does, of which this is the work.
         """
+        for value in initializers(program):
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < EXTERNAL_FROM:
+                # Where onnxruntime infers shapes of it, it reads no other file.
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
         graph = replace(self.graph, model=program)
         self._hashes = write_merged(steps, graph, sites, folder, file_name=file_name, hashing=HASHING).sources
         return [path.name for path in folder.iterdir() if path.name != file_name]
 
     def record(self) -> dict[str, Any]:
         """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
-        base = self._hashes or {path.name: {HASHING: files.hash_of(path, HASHING)} for path in self.graph.sources}
+        base = {
+            path.name: self._hashes.get(path.name) or {HASHING: files.hash_of(path, HASHING)}
+            for path in self.graph.sources
+        }
         for path in self.graph.changed():
             raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
         order = self.order
