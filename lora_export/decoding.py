@@ -7,14 +7,20 @@ sequence, which a model without a cache gives at once, also proves what the grap
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.files import load
+from lora_export.graph.operators import head_size
+from lora_export.onnx_runner import Held
 from lora_export.runtime import Arrays, OnnxRunner, Placement
 
 STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
@@ -144,7 +150,16 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
             slots.append(Slot(value.name, back.name, sizes, TYPES[value.type]))
     if not slots or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
         return runner
+    if any(slot.sizes[-1] is None for slot in slots):
+        slots = _with_features(slots, runner.source)
     return CacheRunner(runner, tuple(slots))
+
+
+def _with_features(slots: Sequence[Slot], source: Path | Held) -> list[Slot]:
+    """The slots with the size of a head where their graph leaves it to the operator that reads them."""
+    model = load(source) if isinstance(source, Path) else ir.from_proto(onnx.ModelProto.FromString(source.message))
+    features = {value.name: head_size(value) or None for value in model.graph.inputs}
+    return [slot._replace(sizes=(*slot.sizes[:-1], slot.sizes[-1] or features[slot.past])) for slot in slots]
 
 
 def _tail(name: str) -> str:

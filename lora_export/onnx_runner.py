@@ -166,7 +166,7 @@ class OnnxRunner:
         }
         self.names_known = True
         self.path, self.provider = Path(what), provider
-        self._source = source  # a held graph's tensors live as long as its session
+        self.source = source  # a held graph's tensors live as long as its session
         self._active: tuple[Any, Any] = None, ort.RunOptions()  # adapter and run options
         self._active[1].log_severity_level = SILENT
         self._ids: NDArray[np.int64] | None = None
@@ -177,7 +177,7 @@ class OnnxRunner:
 
     def as_shipped(self) -> OnnxRunner:
         """The same graph, adapter and ids, where the provider has its own settings: CUDA's multiply fp32 as TF32."""
-        return self._equipped(OnnxRunner(self._source, self.provider, as_shipped=True))
+        return self._equipped(OnnxRunner(self.source, self.provider, as_shipped=True))
 
     def _equipped(self, runner: OnnxRunner) -> OnnxRunner:
         runner._active = self._active

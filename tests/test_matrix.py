@@ -201,9 +201,9 @@ def keep(mode: str, name: str, variant: str, folder: Path) -> Kept:
     source = exporting.FromModel(base, order)
     weaving.check(order)
     source.check()
-    beside = weaving.weave(graph, order, source, folder, lambda _: None)
+    beside = weaving.write(graph, order, source, folder, "model.onnx", lambda _: None)
     after = weights_of(graph)
-    runner = saved(graph, folder)
+    runner = OnnxRunner(folder / "model.onnx", "cpu")
     unchanged = all(after[key] == value for key, value in before.items())
     if mode == "inputs":
         return Kept(runner.with_adapter(folder / beside[0]), runner, unchanged=unchanged)

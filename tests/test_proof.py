@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from defects import subjects
+from torch import nn
 
 from lora_export import layers, model, parity, plan, proof, runtime
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
@@ -303,6 +304,30 @@ def test_what_a_decoder_says_before_a_rows_first_token_is_not_judged(llama: mode
     assert any("before a row's first token" in note for note in result.verdict.notes)
     Odd.where = staticmethod(lambda mask: np.cumsum(mask, 1) == 1)  # the first token itself
     assert proof.prove(Odd(right.module), llama, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+@pytest.mark.parametrize(("places", "outcome"), [(0, parity.Outcome.SAME), (1, parity.Outcome.DIFFERENT)])
+def test_a_mixed_batch_is_judged_from_each_rows_first_token_on(places: int, outcome: parity.Outcome) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"attention_mask": np.array([[0, 0, 1, 1, 1]] * 200)}
+    truths = [rng.standard_normal((200, 5, 4)) for _ in range(3)]
+    alone = []
+    for truth in truths:
+        deployed = {"logits": (truth + 1e-6 * rng.standard_normal(truth.shape)).astype(np.float32)}
+        louder = {"logits": truths[0] + 1.1 * (truth - truths[0])}
+        sides = {"referee": {"logits": truth}, "deployed": deployed, "candidate": deployed, "louder": louder}
+        case = parity.Case("padded", "", base={"logits": truths[0]}, **sides)
+        alone.append(proof.Proof(parity.judge([case]), None, {}, {"padded": arrays}, (case,)))
+    rows = np.resize([1, 2, 0], 200)
+
+    class Mixing(runtime.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            answer = np.stack([alone[chosen].cases[0].deployed["logits"][row] for row, chosen in enumerate(rows)])
+            answer[np.cumsum(inputs["attention_mask"], 1) == places] += 1.0
+            return {"logits": answer}
+
+    verdict = proof.prove_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
+    assert verdict.outcome is outcome, str(verdict)
 
 
 def test_an_adapter_of_whole_tensors_alone_has_controls_too(scaled: model.Model) -> None:

@@ -34,7 +34,7 @@ from lora_export.graph.fold import (
 )
 from lora_export.graph.requantise import Part, Requantised, is_quantised, refuse_unknown_scheme, take_over
 from lora_export.graph.sites import Sites
-from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, Tally, refuse_faint
+from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Plan
 from lora_export.rewrite import Move, Patch, Workshop
@@ -101,7 +101,57 @@ def merge_graph(
     Raises InputRefused when an adapter is in the graph already, a value is not finite, a file changes meanwhile, or
     a weight keeps less than `min_retention` of its change.
     """
-    begun = time.perf_counter()
+    begun, workshop = time.perf_counter(), workshop or Workshop()
+    written = write_merged(
+        plan,
+        graph,
+        sites,
+        stage,
+        file_name=file_name,
+        min_retention=min_retention,
+        hashing=hashing,
+        progress=progress,
+        requantise=requantise,
+        workshop=workshop,
+    )
+    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
+    settings |= workshop.settings
+    record = provenance.record(plan, written.sources, graph.history, settings)
+    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
+    for path in graph.changed():
+        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    return MergeReport(
+        results=written.results,
+        copied=written.copied,
+        bytes=sum(path.stat().st_size for path in stage.iterdir()),
+        replaced=sum(step.is_whole for step in plan.steps),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What was done to a graph's files."""
+
+    results: tuple[StepResult, ...]
+    copied: int  # bytes
+    sources: dict[str, dict[str, str]]  # the old files' hashes, as a record has them
+
+
+def write_merged(
+    plan: Plan,
+    graph: GraphFile,
+    sites: Sites,
+    stage: Path,
+    *,
+    file_name: str,
+    min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
+    progress: Progress = lambda _: None,
+    requantise: bool = False,
+    workshop: Workshop | None = None,
+) -> Written:
+    """As `merge_graph`, but for the record of it, and for the look at files that change meanwhile."""
     refuse_before_the_work(plan, graph, sites, requantise=requantise)
     ledger = _Ledger(hashing, progress, workshop or Workshop())
     with threadpool_limits(1, user_api="blas"):
@@ -119,19 +169,10 @@ def merge_graph(
             ledger.sources[own] = _carry(own, target, parts, Hashes(hashing), ledger)
     results = [tally.result() for tally in ledger.tallies.values()]
     refuse_faint(results, min_retention, WAYS_OUT)
-    sources = {path.name: {hashing: value} for path, value in ledger.sources.items()}
-    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
-    settings |= ledger.workshop.settings
-    record = provenance.record(plan, sources, graph.history, settings)
-    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
-    for path in graph.changed():
-        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
-    return MergeReport(
-        results=tuple(results),
-        copied=sum(weight.old.nbytes for weight in weights if weight.is_copy),
-        bytes=sum(path.stat().st_size for path in stage.iterdir()),
-        replaced=sum(step.is_whole for step in plan.steps),
-        seconds=time.perf_counter() - begun,
+    return Written(
+        tuple(results),
+        sum(weight.old.nbytes for weight in weights if weight.is_copy),
+        {path.name: {hashing: value} for path, value in ledger.sources.items()},
     )
 
 
