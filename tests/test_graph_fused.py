@@ -1,4 +1,4 @@
-"""What multiplies by a weight and does more in one reads W + A·B in its place, and W itself where there is no adapter."""
+"""What multiplies by a weight and does more in one reads W + A·B in its place, and W itself without an adapter."""
 
 from __future__ import annotations
 
