@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,10 @@ class CacheRunner:
         elif not self.takes_padding:
             told.append(f"its {COUNTS_THE_MASK} takes no padding within a sequence: none was tried")
         return told
+
+    def as_shipped(self) -> CacheRunner:
+        """The same, where the provider has its own settings."""
+        return replace(self, inner=self.inner.as_shipped())
 
     def without_padding(self, inputs: Arrays) -> Arrays:
         """A model's inputs with all of every sequence in them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,6 +69,21 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> p
         louder=rows([case.louder or case.referee for case in alone]),
         peer=alone[0].peer,
     )
+
+
+def distances(cases: Sequence[parity.Case]) -> dict[str, tuple[float, float | None]]:
+    """Output -> rmse(O,R) over all cases together, and as a share of what the adapter does; None without an adapter."""
+
+    def apart(one: Callable[[parity.Case], parity.Arrays], output: str) -> float:
+        errors = [one(case)[output].astype(np.float64) - case.referee[output] for case in cases]
+        return parity.rms(np.concatenate([error.ravel() for error in errors]))
+
+    found = {}
+    for output in cases[0].referee:
+        error = apart(lambda case: case.candidate, output)
+        effect = None if cases[0].base is None else apart(lambda case: case.base or {}, output)
+        found[output] = error, error / effect if effect else None
+    return found
 
 
 def before_first_token(arrays: Arrays) -> NDArray[np.bool_]:

@@ -24,7 +24,7 @@ from lora_export.decoding import CacheRunner, with_cache
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.evidence import Proof as Proof
-from lora_export.evidence import before_first_token, bits, differ, from_first_token
+from lora_export.evidence import before_first_token, bits, differ, distances, from_first_token
 from lora_export.evidence import bits_that_differ as bits_that_differ
 from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
@@ -177,6 +177,9 @@ def prove(
         ],
         doubts=doubts,
     )
+    if all(there.figures for there in verdict.comparisons):
+        step("as shipped")
+        verdict = replace(verdict, notes=(*verdict.notes, *_as_shipped(candidate, deployed, cases, inputs)))
     about = {
         **runtime.environment(),
         "model": {"source": model.source, "sha256": model.fingerprint()},
@@ -304,6 +307,31 @@ def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterat
         answer = dict(zip(case.candidate, answer.values(), strict=True))  # names that mean nothing
     if answer.keys() != case.candidate.keys() or any(bits(case.candidate[key]) != bits(answer[key]) for key in answer):
         yield from_first_token(replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
+
+
+def _as_shipped(
+    candidate: Runner, deployed: ModuleRunner, cases: Sequence[parity.Case], inputs: Mapping[str, Arrays]
+) -> list[str]:
+    """How far off the candidate is where its provider has its own settings; nothing where a proof leaves it those."""
+    placement: Placement | None = getattr(candidate, "placement", None)
+    if placement is None or not placement.options:
+        return []
+    settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
+    told = f"not judged: with {placement.asked}'s own settings, in place of {settings}, "
+    try:
+        shipped: Runner = candidate.as_shipped()  # type: ignore[attr-defined]
+        answers = [_aligned(shipped.run(inputs[case.name]), dict(case.referee), shipped, deployed) for case in cases]
+    except LoraExportError as error:
+        return [f"{told}it did not run: {str(error).splitlines()[0]}"]
+    itself = [
+        from_first_token(replace(case, candidate=answer), inputs[case.name])
+        for case, answer in zip(cases, answers, strict=True)
+    ]
+    judged, found = distances(cases), []
+    for output, (off, share) in distances(itself).items():
+        of_effect = "" if share is None else f", {parity.percent(share)} of what the adapter does"
+        found.append(f"{output} is off by {off:.3g} (as judged by {judged[output][0]:.3g}){of_effect}")
+    return [told + "; ".join(found)]
 
 
 class _RowsLookedUp:

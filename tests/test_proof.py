@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -349,3 +350,44 @@ def test_a_candidate_without_any_output_is_different_and_nothing_is_looked_for_i
     result = proof.prove(Silent(scaled.module), scaled, [an_adapter()])
     assert result.verdict.outcome is parity.Outcome.DIFFERENT and result.diagnosis is None
     assert "the candidate lacks this output" in str(result.verdict)
+
+
+class OnCuda(runtime.ModuleRunner):
+    """A candidate whose provider is told to compute more exactly than it would by itself."""
+
+    placement = runtime.Placement(
+        "CUDAExecutionProvider", {"CUDAExecutionProvider": (("m", "MatMul"),)}, {"use_tf32": "0"}, "1"
+    )
+
+    def as_shipped(self) -> runtime.ModuleRunner:
+        return Coarse(self.module)
+
+
+class Coarse(runtime.ModuleRunner):
+    def run(self, inputs: Arrays) -> Arrays:
+        return {name: np.float32(1.001) * value for name, value in super().run(inputs).items()}
+
+
+class Lost(runtime.ModuleRunner):
+    def run(self, inputs: Arrays) -> Arrays:
+        raise RuntimeRefused("out of memory\nsomewhere")
+
+
+def test_what_a_provider_would_do_with_its_own_settings_is_told_and_not_judged(
+    scaled: model.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = proof.prove(OnCuda(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    assert told.verdict.same, str(told.verdict)
+    (note,) = [note for note in told.verdict.notes if note.startswith("not judged: with CUDAExecutionProvider's own")]
+    off = r"output_1 is off by (\S+) \(as judged by (\S+)\), (\S+) % of what the adapter does"
+    found = re.search(off, note)
+    assert found and "in place of use_tf32=0, output_0 is off by" in note, note
+    error, judged, share = map(float, found.groups())
+    referee = np.concatenate([case.referee["output_1"].ravel() for case in told.cases])
+    base = np.concatenate([case.base["output_1"].ravel() for case in told.cases if case.base])
+    assert error == pytest.approx(1e-3 * parity.rms(referee), rel=1e-2) and judged < 1e-2 * error
+    assert share == pytest.approx(100 * error / parity.rms(referee - base), rel=6e-2)
+
+    monkeypatch.setattr(OnCuda, "as_shipped", lambda self: Lost(self.module))
+    told = proof.prove(OnCuda(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    assert told.verdict.same and any(note.endswith("it did not run: out of memory") for note in told.verdict.notes)

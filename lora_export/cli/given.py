@@ -16,10 +16,10 @@ from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
 from lora_export.errors import InputRefused
 from lora_export.evidence import Proof
-from lora_export.graph.branches import module_of
 from lora_export.graph.files import EXTERNAL_FROM, initializers, open_graph
 from lora_export.graph.merge import write_merged
 from lora_export.graph.sites import Sites, is_output_head, place
+from lora_export.graph.weaver import module_of
 from lora_export.graph_proof import GraphJudge
 from lora_export.lora import Adapter
 from lora_export.onnx_runner import Arrays, OnnxRunner

@@ -86,7 +86,7 @@ def command(
     `adapter_ids`, which is for each row of the batch 0 (the base) or an adapter's number, in the order in which
     they were given.
     """
-    from lora_export import files, provenance
+    from lora_export import files, provenance, staging
     from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
     from lora_export.graph.files import append_metadata
@@ -99,7 +99,7 @@ def command(
     order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
     make_source = _maker(model, order, opset, checkpoint, reference)
     with (
-        files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,
     ):
         stage("reading the graph" if is_graph else "loading the model")

@@ -23,11 +23,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
 from lora_export.graph import quantised as nbits
-from lora_export.graph.branches import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.graph.dora import length_factors
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.readers import common_dtype
 from lora_export.graph.sites import Site, Sites, unused
+from lora_export.graph.weaver import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.plan import Plan, Step
 
 LOWEST_OPSET = 15  # Shape has `start` and `end` since
