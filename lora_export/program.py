@@ -1,0 +1,593 @@
+"""An exported program as a module: its graph is run node by node, its weights are those of layers again.
+
+A program has no layers, only parameters with their names, and operators that read them. Where every operator that
+reads `X.weight` is a linear layer's, a convolution's or an embedding's, X is made that layer (`nn.Linear` and so on)
+and called in the operator's place: what attaches adapters to a module, watches its layers or looks rows up does so
+here too, and a reference with adapters computes `W x + s·B (A x)`, which no merge does. Where a weight is read in
+another way (transposed and multiplied, as a program has it after its decomposition), whoever reads it is given
+`W + s·BA` of the reference's own making, in fp64 for the referee: not the sum that a merge wrote, and the only
+meaning that an adapter has where its layer cannot be told.
+
+The floats are those of the file. Where the module is cast (`.double()`, `.to()`), the dtype in which the file keeps
+its weights stands for the dtype that they have now, wherever the graph names it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_export import aten, exported
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
+from lora_export.exported import Exported, Graph, Node, Stored, Symbol, Value, Word
+from lora_export.plan import Layout
+
+ALIKE = 5  # faults of one kind that are told
+CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
+TURNS = ("t.default", "numpy_T.default", "permute.default", "transpose.int", "swapaxes.default", "swapdims.default")
+# The argument of a product by its right side, which is multiplied as it lies: (in, out).
+RIGHT = {
+    **{"mm.default": "mat2", "addmm.default": "mat2", "bmm.default": "mat2", "matmul.default": "other"},
+}
+# Blocks that a module runs under a switch. Switched off, they are their graph; on, gradients alone differ.
+INLINE = {
+    "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,  # how many arguments come before the graph
+    "torch.ops.higher_order.wrap_with_autocast": 4,
+}
+
+
+class Turned(nn.Module):
+    """The owner of a weight that lies (in, out), as transformers' Conv1D has it."""
+
+    lora_layout = Layout.IN_OUT
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One node, ready to run."""
+
+    node: Node
+    run: aten.Operator | None  # None: the node's graph, in the place of the node
+    arguments: tuple[tuple[str, Any], ...]
+    layer: str  # the module that is called in the operator's place; empty where there is none
+    input: Any  # of that module
+    inner: _Steps | None
+    ends: tuple[str, ...]  # values that nobody reads any more
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    graph: Graph
+    steps: tuple[_Step, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Steps:
+        return self  # it never changes, and a module is copied often
+
+
+class Place(NamedTuple):
+    """Where a value of the graph lies in the module."""
+
+    owner: str
+    attribute: str
+
+
+class Program(nn.Module):
+    """A program's graph. Raises InputRefused for operators and structures that are not run from a file."""
+
+    def __init__(self, source: Exported):
+        super().__init__()
+        self._described = _Described(source)
+        self._places = {there.value: Place(*_split(there.name)) for there in source.stored}
+        uses = _uses(source.graph)
+        called = _build(self, source, uses)
+        self._steps = _prepared(source.graph, self._places, set(source.input_values.values()), called, source.path)
+        self._writes = any(step.run is not None and step.run.writes for step in _every(self._steps))
+        self.eval()
+
+    @property
+    def source(self) -> Exported:
+        """What the file says of itself."""
+        return self._described.source
+
+    @property
+    def stored_dtypes(self) -> dict[str, str]:
+        """In which dtype the file keeps each tensor, by the module's names."""
+        return {there.name: there.payload.dtype for there in self.source.stored}
+
+    @property
+    def file_dtype(self) -> torch.dtype | None:
+        """The dtype of the file's weights: that of the first one of floats."""
+        kinds = {"parameter": [], "buffer": [], "constant": []}  # type: dict[str, list[torch.dtype]]
+        for there in self.source.stored:
+            dtype: torch.dtype = getattr(torch, there.payload.dtype)
+            if dtype.is_floating_point:
+                kinds[there.kind].append(dtype)
+        return next(iter([*kinds["parameter"], *kinds["buffer"], *kinds["constant"]]), None)
+
+    @property
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        """Input -> sizes, None where they vary."""
+        return {
+            name: tuple(size if isinstance(size, int) else None for size in tensor.sizes)
+            for name, tensor in self.source.inputs.items()
+        }
+
+    def extra_repr(self) -> str:
+        return f"graph {self.source.digest}"
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """The outputs, in the structure in which the module that was exported returned them.
+
+        Raises RuntimeRefused for inputs that the program was not made for, and for what an operator refuses.
+        """
+        self._check(inputs)
+        now = self._dtype_now()
+        values: dict[str, Any] = {}
+        for name, spelled in self.source.input_values.items():
+            given = self._in_its_dtype(inputs[name], self.source.inputs[name].dtype, now)
+            values[spelled] = given.clone() if self._writes else given
+        versions = self._versions() if self._writes else []
+        results = self._run(self._steps, values, now)
+        if versions != (self._versions() if self._writes else []):
+            raise RuntimeRefused(f"{self.source.path.name} changes its own weights when it is run")
+        return _filled(self.source.outputs, results)
+
+    # --- running ---
+
+    def _run(self, steps: _Steps, values: dict[str, Any], now: torch.dtype | None) -> list[Any]:
+        device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+        read = functools.partial(self._read, values, now, device)
+        for step in steps.steps:
+            try:
+                result = self._result(step, read, values, now)
+            except (LoraExportError, MemoryError):
+                raise
+            except Exception as error:  # operators raise whatever they like
+                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise RuntimeRefused(f"node {step.node.name} ({_short(step.node.target)}): {told}") from error
+            _bind(step.node, result, values)
+            for name in step.ends:
+                values.pop(name, None)
+        return [read(output) for output in steps.graph.outputs]
+
+    def _result(self, step: _Step, read: Callable[[Any], Any], values: dict[str, Any], now: torch.dtype | None) -> Any:
+        if step.layer:
+            return self.get_submodule(step.layer)(read(step.input))
+        if step.run is None:
+            assert step.inner is not None
+            given = [read(value) for _, value in step.arguments]
+            inputs = dict(zip(step.inner.graph.inputs, given, strict=True))
+            made = self._run(step.inner, {name: value for name, value in inputs.items() if name is not None}, now)
+            return made[0] if step.inner.graph.is_single else made
+        if step.run.names is None:
+            return step.run.run(*(read(value) for _, value in step.arguments))
+        return step.run.run(**{name: read(value) for name, value in step.arguments})
+
+    def _read(self, values: Mapping[str, Any], now: torch.dtype | None, device: torch.device, argument: Any) -> Any:
+        if isinstance(argument, Value):
+            if argument.name in values:
+                return values[argument.name]
+            place = self._places[argument.name]
+            return getattr(self.get_submodule(place.owner), place.attribute)  # with what is attached to it
+        if isinstance(argument, Word):
+            return self._word(argument, now, device)
+        if isinstance(argument, list):
+            return [self._read(values, now, device, each) for each in argument]
+        return argument
+
+    def _word(self, word: Word, now: torch.dtype | None, device: torch.device) -> Any:
+        if word.kind == "device":
+            return device  # where the module is, wherever it was exported
+        found: Any = getattr(torch, word.name)
+        return now if word.kind == "dtype" and found is self.file_dtype else found
+
+    def _dtype_now(self) -> torch.dtype | None:
+        """What the file's own dtype has become: that of the first tensor which the file keeps in it."""
+        for there in self.source.stored:
+            if getattr(torch, there.payload.dtype) is self.file_dtype:
+                owner, attribute = self._places[there.value]
+                module = self.get_submodule(owner)
+                tensor = {**module._parameters, **module._buffers}[attribute]
+                return None if tensor is None else tensor.dtype
+        return self.file_dtype
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in (*self.parameters(), *self.buffers())]
+
+    # --- inputs ---
+
+    def _check(self, inputs: Mapping[str, Tensor]) -> None:
+        told = [f"the program has no input {name}" for name in inputs if name not in self.source.inputs]
+        told += [f"the program wants {name}, which it was not given" for name in self.source.inputs if name not in inputs]
+        if told:
+            raise RuntimeRefused("; ".join(told))
+        sizes: dict[str, int] = {}
+        for name, tensor in self.source.inputs.items():
+            given = inputs[name]
+            declared: torch.dtype = getattr(torch, tensor.dtype)
+            if given.is_floating_point() != declared.is_floating_point or (
+                not declared.is_floating_point and given.dtype is not declared
+            ):
+                told.append(f"{name} is {str(given.dtype)[6:]}, and the program takes {tensor.dtype}")
+            if given.ndim != len(tensor.sizes):
+                told.append(f"{name} has {given.ndim} axes, and the program takes {len(tensor.sizes)}")
+                continue
+            for axis, (size, wanted) in enumerate(zip(given.shape, tensor.sizes, strict=True)):
+                told += self._size_problem(f"axis {axis} of {name}", size, wanted, sizes)
+        if told:
+            raise RuntimeRefused("; ".join(told[:ALIKE]))
+
+    def _size_problem(self, what: str, size: int, wanted: int | Symbol, sizes: dict[str, int]) -> Iterator[str]:
+        if isinstance(wanted, int):
+            if size != wanted:
+                yield f"{what} is {size}, and the program was exported for {wanted} alone"
+            return
+        if not wanted.name:
+            return  # an expression of others, which the program computes itself
+        if sizes.setdefault(wanted.name, size) != size:
+            yield f"{what} is {size}, where another axis that has to be as long is {sizes[wanted.name]}"
+        low, high = self.source.ranges.get(wanted.name, (0, None))
+        if size < low or (high is not None and size > high):
+            yield f"{what} is {size}, and the program takes {low} to {'any' if high is None else high}"
+
+    def _in_its_dtype(self, given: Tensor, declared: str, now: torch.dtype | None) -> Tensor:
+        wanted: torch.dtype = getattr(torch, declared)
+        if not wanted.is_floating_point or (given.dtype is torch.float64 and now is torch.float64):
+            return given  # a referee's numbers are not narrowed
+        return given.to(now if wanted is self.file_dtype and now is not None else wanted)
+
+
+class _Described:
+    """Holds what the file says, out of reach of a module's copies."""
+
+    def __init__(self, source: Exported):
+        self.source = source
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Described:
+        return self
+
+
+def load(path: Path) -> Program:
+    """The program in a .pt2 file. Raises InputRefused for what cannot be read, or is not run from a file."""
+    return Program(exported.read(path))
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+class _Use(NamedTuple):
+    node: Node
+    argument: str
+
+
+def _split(name: str) -> tuple[str, str]:
+    owner, _, attribute = name.rpartition(".")
+    return owner, attribute
+
+
+def _short(target: str) -> str:
+    return target.removeprefix("torch.ops.")[:80]
+
+
+def _spelled(node: Node) -> str:
+    """`linear.default` for torch.ops.aten.linear.default."""
+    return node.target.removeprefix("torch.ops.aten.")
+
+
+def _uses(graph: Graph) -> dict[str, list[_Use]]:
+    """Who reads a value, and as which argument."""
+    found: dict[str, list[_Use]] = {}
+    for node in graph.nodes:
+        for name, argument in node.inputs:
+            for value in _values(argument):
+                found.setdefault(value, []).append(_Use(node, name))
+    for value in _values(list(graph.outputs)):
+        found.setdefault(value, []).append(_Use(Node("output", "output", (), ()), ""))
+    return found
+
+
+def _values(argument: Any) -> Iterator[str]:
+    if isinstance(argument, Value):
+        yield argument.name
+    elif isinstance(argument, list):
+        for each in argument:
+            yield from _values(each)
+
+
+def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]]) -> dict[str, str]:
+    """Give the program its modules and tensors; returns node -> the layer that is called in its place."""
+    by_owner: dict[str, dict[str, Stored]] = {}
+    for there in source.stored:
+        owner, attribute = _split(there.name)
+        by_owner.setdefault(owner, {})[attribute] = there
+    called: dict[str, str] = {}
+    made: dict[str, nn.Module] = {"": program}
+    for owner, tensors in by_owner.items():
+        module, nodes = _layer(tensors, uses)
+        if owner:
+            made[owner] = module
+            called |= {node.name: owner for node in nodes}
+    for owner in sorted(made, key=lambda path: path.count(".")):
+        if owner:
+            _put(program, owner, made[owner], source.path)
+    contents: dict[str, bytearray] = {}
+    whole: dict[Any, nn.Parameter | Tensor] = {}  # tied tensors are one
+    for there in source.stored:
+        owner, attribute = _split(there.name)
+        _put_tensor(program.get_submodule(owner), attribute, there, source, contents, whole)
+    return called
+
+
+def _put(program: Program, path: str, module: nn.Module, file: Path) -> None:
+    above: nn.Module = program
+    *parents, last = path.split(".")
+    for part in parents:
+        if part not in above._modules:
+            _add(above, part, nn.Module(), path, file)
+        above = above._modules[part]  # type: ignore[assignment]
+    if last in above._modules:
+        raise InputRefused(f"{file}: two modules are called {path}")
+    _add(above, last, module, path, file)
+
+
+def _add(above: nn.Module, name: str, module: nn.Module, path: str, file: Path) -> None:
+    try:
+        above.add_module(name, module)
+    except (KeyError, TypeError) as error:  # empty, or an attribute that every module has
+        raise InputRefused(f"{file}: {path!r} can be no module's name") from error
+
+
+def _put_tensor(
+    owner: nn.Module,
+    attribute: str,
+    there: Stored,
+    source: Exported,
+    contents: dict[str, bytearray],
+    whole: dict[Any, Tensor],
+) -> None:
+    payload = there.payload
+    key = (there.kind == "parameter", payload)
+    if key not in whole:
+        dtype: torch.dtype = getattr(torch, payload.dtype)
+        if payload.member not in contents:
+            contents[payload.member] = source.content(payload.member)
+        content = contents[payload.member]
+        flat = torch.frombuffer(content, dtype=dtype) if content else torch.zeros(0, dtype=dtype)
+        tensor = flat.as_strided(payload.sizes, payload.strides, payload.offset)
+        is_parameter = there.kind == "parameter" and dtype.is_floating_point
+        whole[key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    value = whole[key]
+    owner._parameters.pop(attribute, None)
+    try:
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(attribute, value)
+        else:
+            owner.register_buffer(attribute, value, persistent=there.persistent and there.kind != "constant")
+    except (KeyError, TypeError) as error:
+        raise InputRefused(f"{source.path}: {there.name!r} can be no tensor's name") from error
+
+
+def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[_Use]]) -> tuple[nn.Module, list[Node]]:
+    """The module that holds these tensors, without them, and the nodes in whose place it is called."""
+    packed = _packed_attention(tensors)
+    if packed is not None:
+        return packed, []
+    weight = tensors.get("weight")
+    if weight is None or weight.kind != "parameter":
+        return nn.Module(), []
+    readers, sizes = uses.get(weight.value, []), weight.payload.sizes
+    kinds = {(_spelled(use.node), use.argument) for use in readers}
+    bias = tensors.get("bias")
+    nodes = [use.node for use in readers]
+    with torch.device("meta"):
+        if kinds == {("linear.default", "weight")} and len(sizes) == 2:
+            layer: nn.Module = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
+            return layer, nodes if all(_has_bias(node, bias) for node in nodes) else []
+        if kinds == {("embedding.default", "weight")} and len(sizes) == 2:
+            padding = {_argument(node, "padding_idx", -1) for node in nodes}
+            pad = next(iter(padding)) if len(padding) == 1 else None
+            known = isinstance(pad, int) and -1 <= pad < sizes[0] and set(tensors) == {"weight"}
+            return nn.Embedding(*sizes, padding_idx=pad if known and pad != -1 else None), nodes if known else []
+        if kinds <= {(f"conv{n}d.{o}", "weight") for n in (1, 2, 3) for o in ("default", "padding")} and kinds:
+            return _convolution(nodes, sizes, bias)
+        if {kind for kind, _ in kinds} & set(TURNS) and len(sizes) == 2 and _all_turned(readers):
+            return nn.Linear(sizes[1], sizes[0], bias=bias is not None), []  # read, not called
+    if kinds and len(sizes) == 2 and all(RIGHT.get(kind) == argument for kind, argument in kinds):
+        return Turned(), []
+    return nn.Module(), []
+
+
+def _packed_attention(tensors: Mapping[str, Stored]) -> nn.Module | None:
+    """An nn.MultiheadAttention's owner, whose weights are read and multiplied by function."""
+    packed = tensors.get("in_proj_weight")
+    if packed is None or packed.kind != "parameter" or len(packed.payload.sizes) != 2:
+        return None
+    width = packed.payload.sizes[1]
+    if packed.payload.sizes[0] != 3 * width or not width:
+        return None
+    with torch.device("meta"):
+        attention = nn.MultiheadAttention(width, 1, bias="in_proj_bias" in tensors)
+    attention._modules.clear()  # `out_proj` has tensors of its own in the file
+    return attention
+
+
+def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | None) -> tuple[nn.Module, list[Node]]:
+    settings = {
+        tuple(_setting(_argument(node, name, default)) for name, default in CONVOLUTION_DEFAULTS) for node in nodes
+    }
+    if len(settings) != 1 or len(sizes) not in CONVOLUTIONS:
+        return nn.Module(), []
+    stride, padding, dilation, groups = next(iter(settings))
+    if not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
+        return nn.Module(), []
+    try:
+        layer = CONVOLUTIONS[len(sizes)](
+            sizes[1] * groups,
+            sizes[0],
+            tuple(sizes[2:]),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias is not None,
+        )
+    except (ValueError, TypeError, RuntimeError):
+        return nn.Module(), []
+    return layer, list(nodes) if all(_has_bias(node, bias) for node in nodes) else []
+
+
+CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+
+
+def _setting(value: Any) -> Any:
+    """A convolution's setting, one number for all its dimensions or one each."""
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else tuple(value)
+    return value
+
+
+def _argument(node: Node, name: str, default: Any) -> Any:
+    return next((value for spelled, value in node.inputs if spelled == name), default)
+
+
+def _has_bias(node: Node, bias: Stored | None) -> bool:
+    """Whether a node adds the bias of the layer whose weight it reads, or none where there is none."""
+    return bool(_argument(node, "bias", None) == (None if bias is None else Value(bias.value)))
+
+
+def _all_turned(readers: Sequence[_Use]) -> bool:
+    """Whether a matrix is transposed by everybody who reads it: it lies (out, in) then, and is multiplied from the right."""
+    return all(
+        use.argument in ("self", "input")
+        and (
+            _spelled(use.node) in ("t.default", "numpy_T.default")
+            or (_spelled(use.node) == "permute.default" and _argument(use.node, "dims", None) in ([1, 0], [-1, -2]))
+            or {_argument(use.node, f"{a}{n}", None) for a in ("dim", "axis") for n in (0, 1)} - {None} in ({0, 1}, {-1, -2})
+        )
+        for use in readers
+    )
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+def _prepared(
+    graph: Graph, places: Mapping[str, Place], given: set[str], called: Mapping[str, str], path: Path
+) -> _Steps:
+    """The graph's nodes with their operators looked up. Raises InputRefused with all that are not run."""
+    last = _last_reads(graph)
+    steps, problems = [], []
+    for number, node in enumerate(graph.nodes):
+        try:
+            steps.append(_step(node, places, given, called, path, tuple(last.get(number, ()))))
+        except InputRefused as error:
+            problems.append(str(error))
+    if problems:
+        more = f" (and {len(problems) - 1} more nodes like it)" if len(problems) > 1 else ""
+        raise InputRefused(f"{problems[0]}{more}")
+    return _Steps(graph, tuple(steps))
+
+
+def _last_reads(graph: Graph) -> dict[int, list[str]]:
+    """Node -> the values that nobody reads after it. Those that nobody reads at all stay until the end."""
+    reads: dict[str, int] = {}
+    for number, node in enumerate(graph.nodes):
+        for _, argument in node.inputs:
+            for value in _values(argument):
+                reads[value] = number
+    for value in _values(list(graph.outputs)):
+        reads.pop(value, None)
+    ends: dict[int, list[str]] = {}
+    for value, number in reads.items():
+        ends.setdefault(number, []).append(value)
+    return ends
+
+
+def _step(
+    node: Node,
+    places: Mapping[str, Place],
+    given: set[str],
+    called: Mapping[str, str],
+    path: Path,
+    ends: tuple[str, ...],
+) -> _Step:
+    where = f"{path}: node {node.name}"
+    if node.target in INLINE:
+        return _inlined(node, path, ends)
+    if node.target.startswith(aten.HIGHER_ORDER):
+        raise InputRefused(f"{where}: {_short(node.target)} runs graphs in a way that is not supported")
+    operator = aten.resolve(node.target, where)
+    if any(isinstance(argument, Graph) for _, argument in node.inputs):
+        raise InputRefused(f"{where}: {_short(node.target)} is given a graph")
+    if operator.names is not None:
+        strange = [name for name, _ in node.inputs if name not in operator.names]
+        if strange:
+            raise InputRefused(f"{where}: {_short(node.target)} has no argument {', '.join(strange)[:80]}")
+    if operator.writes and (target := next(iter(node.inputs), None)) is not None:
+        written = set(_values(target[1]))
+        if written & (places.keys() | given):
+            raise InputRefused(
+                f"{where}: {_short(node.target)} changes {', '.join(sorted(written))}, which is no value of its own: "
+                "a program that keeps something from run to run is not supported"
+            )
+    layer = called.get(node.name, "")
+    first = _argument(node, "indices" if _spelled(node) == "embedding.default" else "input", None) if layer else None
+    # Pinning is for copies to a GPU.
+    arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
+    return _Step(node, operator, arguments, layer, first, None, ends)
+
+
+def _inlined(node: Node, path: Path, ends: tuple[str, ...]) -> _Step:
+    before = INLINE[node.target]
+    values = [value for _, value in node.inputs]
+    where = f"{path}: node {node.name} ({_short(node.target)})"
+    if len(values) <= before or not isinstance(values[before], Graph):
+        raise InputRefused(f"{where} has no graph where it should")
+    enabled = values[2] if node.target.endswith("autocast") else False
+    if enabled is not False:
+        raise InputRefused(f"{where}: a block under autocast is not supported")
+    graph: Graph = values[before]
+    arguments = tuple(("", value) for value in values[before + 1 :])
+    if len(arguments) != len(graph.inputs):
+        raise InputRefused(f"{where} gives {len(arguments)} values to a graph that takes {len(graph.inputs)}")
+    names = {name for name in graph.inputs if name is not None}
+    return _Step(node, None, arguments, "", None, _prepared(graph, {}, names, {}, path), ends)
+
+
+def _every(steps: _Steps) -> Iterator[_Step]:
+    for step in steps.steps:
+        yield step
+        if step.inner is not None:
+            yield from _every(step.inner)
+
+
+def _bind(node: Node, result: Any, values: dict[str, Any]) -> None:
+    outputs = node.outputs
+    if not outputs:
+        return
+    if len(outputs) == 1:
+        if isinstance(outputs[0], list):
+            values.update(zip(outputs[0], result, strict=True))
+        elif outputs[0] is not None:
+            many = isinstance(result, tuple | list) and len(result) == 1
+            values[outputs[0]] = result[0] if many else result
+        return
+    for output, part in zip(outputs, result, strict=True):
+        if isinstance(output, list):
+            values.update(zip(output, part, strict=True))
+        elif output is not None:
+            values[output] = part
+
+
+def _filled(structure: Any, results: Sequence[Any]) -> Any:
+    if isinstance(structure, dict):
+        return {key: _filled(part, results) for key, part in structure.items()}
+    if isinstance(structure, tuple | list):
+        return type(structure)(_filled(part, results) for part in structure)
+    return results[structure]
