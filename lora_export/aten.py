@@ -67,12 +67,12 @@ CHECKS = ("_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constra
 REFUSED = {"view.dtype"}
 
 
-def _assert(condition: Any, message: str = "", **_: Any) -> None:
-    if not bool(condition):
-        raise RuntimeError(message or "an assertion of the program's own fails")
+def _assert(self: Any, assert_msg: str = "") -> None:
+    if not bool(self):
+        raise RuntimeError(assert_msg or "an assertion of the program's own fails")
 
 
-def _checked_range(size: Any, min: Any = None, max: Any = None) -> None:  # noqa: A002 - the operator's names
+def _checked_range(size: Any, min: Any = None, max: Any = None) -> None:
     if (min is not None and size < min) or (max is not None and size > max):
         raise RuntimeError(f"a size is {size}, and has to lie between {min} and {max}")
 
@@ -82,12 +82,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> tuple[
     return F.scaled_dot_product_attention(query, key, value, **named), None
 
 
-def _group_norm(input: Tensor, weight: Any, bias: Any, *, group: int, eps: float, **_: int) -> tuple[Any, ...]:  # noqa: A002
+def _group_norm(input: Tensor, weight: Any, bias: Any, *, group: int, eps: float, **_: int) -> tuple[Any, ...]:
     return F.group_norm(input, group, weight, bias, eps), None, None
 
 
 def _batch_norm(
-    input: Tensor,  # noqa: A002 - the operator's name
+    input: Tensor,
     weight: Any,
     bias: Any,
     running_mean: Tensor,
@@ -113,12 +113,12 @@ def _new_zeros(self: Tensor, size: Any, dtype: Any = None, **_: Any) -> Tensor:
 # In the place of operators that trust what they are told, or hand out memory as they find it. What is None in their
 # answer is a by-product for gradients; a program that reads it fails.
 INSTEAD: dict[str, Function] = {
-    "_assert_scalar.default": lambda self, assert_msg: _assert(self, assert_msg),
-    "_assert_async.default": lambda self: _assert(self),
-    "_assert_async.msg": lambda self, assert_msg: _assert(self, assert_msg),
+    "_assert_scalar.default": _assert,
+    "_assert_async.default": _assert,
+    "_assert_async.msg": _assert,
     "_assert_tensor_metadata.default": lambda **_: None,  # of types that a referee widens
-    "sym_constrain_range.default": lambda size, **limits: _checked_range(size, **limits),
-    "sym_constrain_range_for_size.default": lambda size, **limits: _checked_range(size, **limits),
+    "sym_constrain_range.default": _checked_range,
+    "sym_constrain_range_for_size.default": _checked_range,
     "_scaled_dot_product_flash_attention_for_cpu.default": _attention,
     "native_group_norm.default": _group_norm,
     "_native_batch_norm_legit_no_training.default": _batch_norm,
@@ -126,7 +126,7 @@ INSTEAD: dict[str, Function] = {
     "empty.memory_format": _zeros,
     "empty_like.default": _zeros_like,
     "new_empty.default": _new_zeros,
-    "empty_permuted.default": lambda size, physical_layout, **more: _zeros(size, **more),
+    "empty_permuted.default": _zeros,
 }
 OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
 
@@ -163,7 +163,7 @@ NUMBERS: dict[str, Function] = {
     "torch.sym_float": float,
     "torch.sym_max": max,
     "torch.sym_min": min,
-    "torch.sym_sum": lambda terms: _within(sum)(terms),
+    "torch.sym_sum": _within(sum),
     "torch.sym_ite": lambda condition, yes, no: yes if condition else no,
     "torch.sym_sqrt": math.sqrt,
 }

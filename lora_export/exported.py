@@ -34,8 +34,19 @@ NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # as 
 
 # torch's own numbers for them (torch/_export/serde/schema.py); NumPy's and ml_dtypes' names.
 DTYPES = {
-    **{1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64"},
-    **{12: "bool", 13: "bfloat16", 28: "uint16", 34: "uint32", 35: "uint64"},
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float16",
+    7: "float32",
+    8: "float64",
+    12: "bool",
+    13: "bfloat16",
+    28: "uint16",
+    34: "uint32",
+    35: "uint64",
 }
 ITEM_BYTES = {name: 1 if name == "bool" else int(re.sub(r"\D", "", name)) // 8 for name in DTYPES.values()}
 MEMORY_FORMATS = {1: "contiguous_format", 2: "channels_last", 3: "channels_last_3d", 4: "preserve_format"}
@@ -192,7 +203,7 @@ class _opened:  # noqa: N801 - used as a function is
     def __enter__(self) -> zipfile.ZipFile:
         self.file = files.open_regular(self.path)
         try:
-            return zipfile.ZipFile(_Bounded(self.file))  # type: ignore[arg-type]
+            return zipfile.ZipFile(_Bounded(self.file))
         except Exception as error:  # zipfile has a dozen kinds for this
             self.file.close()
             raise InputRefused(f"{self.path} is no .pt2 file: {error}") from error
@@ -453,9 +464,7 @@ class _Reader:
         inputs = []
         for each in _list(told.get("inputs"), place):
             argument = _table(each, place)
-            inputs.append(
-                Named(_text(argument.get("name"), place), self._argument(argument.get("arg"), known, place))
-            )
+            inputs.append(Named(_text(argument.get("name"), place), self._argument(argument.get("arg"), known, place)))
         named = [each.name for each in inputs if each.name]
         if len(set(named)) != len(named):
             raise InputRefused(f"{place} is given an argument more than once")
@@ -629,7 +638,9 @@ class _Reader:
         elif name == "collections.namedtuple" or name in fields:
             return tuple(made)
         if not isinstance(keys, list) or len(keys) != len(made) or not all(isinstance(key, str) for key in keys):
-            raise InputRefused(f"{place} are held in a {name[:80]!r}, which is not supported: tuples, lists and dicts are")
+            raise InputRefused(
+                f"{place} are held in a {name[:80]!r}, which is not supported: tuples, lists and dicts are"
+            )
         if len(set(keys)) != len(keys):
             raise InputRefused(f"{place}: a key of a {name} stands in it twice")
         refuse_unprintable(keys, place)

@@ -33,7 +33,9 @@ CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dim
 TURNS = ("t.default", "numpy_T.default", "permute.default", "transpose.int", "swapaxes.default", "swapdims.default")
 # The argument of a product by its right side, which is multiplied as it lies: (in, out).
 RIGHT = {
-    **{"mm.default": "mat2", "addmm.default": "mat2", "bmm.default": "mat2", "matmul.default": "other"},
+    "mm.default": "mat2",
+    "addmm.default": "mat2",
+    "matmul.default": "other",
 }
 # Blocks that a module runs under a switch. Switched off, they are their graph; on, gradients alone differ.
 INLINE = {
@@ -118,6 +120,17 @@ class Program(nn.Module):
             for name, tensor in self.source.inputs.items()
         }
 
+    @property
+    def limits(self) -> dict[str, tuple[tuple[int, int | None], ...]]:
+        """Input -> the least and the greatest size of each axis; None where any will do."""
+        ranges = self.source.ranges
+        return {
+            name: tuple(
+                (size, size) if isinstance(size, int) else ranges.get(size.name, (0, None)) for size in tensor.sizes
+            )
+            for name, tensor in self.source.inputs.items()
+        }
+
     def extra_repr(self) -> str:
         return f"graph {self.source.digest}"
 
@@ -145,7 +158,7 @@ class Program(nn.Module):
         read = functools.partial(self._read, values, now, device)
         for step in steps.steps:
             try:
-                result = self._result(step, read, values, now)
+                result = self._result(step, read, now)
             except (LoraExportError, MemoryError):
                 raise
             except Exception as error:  # operators raise whatever they like
@@ -156,7 +169,7 @@ class Program(nn.Module):
                 values.pop(name, None)
         return [read(output) for output in steps.graph.outputs]
 
-    def _result(self, step: _Step, read: Callable[[Any], Any], values: dict[str, Any], now: torch.dtype | None) -> Any:
+    def _result(self, step: _Step, read: Callable[[Any], Any], now: torch.dtype | None) -> Any:
         if step.layer:
             return self.get_submodule(step.layer)(read(step.input))
         if step.run is None:
@@ -204,7 +217,9 @@ class Program(nn.Module):
 
     def _check(self, inputs: Mapping[str, Tensor]) -> None:
         told = [f"the program has no input {name}" for name in inputs if name not in self.source.inputs]
-        told += [f"the program wants {name}, which it was not given" for name in self.source.inputs if name not in inputs]
+        told += [
+            f"the program wants {name}, which it was not given" for name in self.source.inputs if name not in inputs
+        ]
         if told:
             raise RuntimeRefused("; ".join(told))
         sizes: dict[str, int] = {}
@@ -430,7 +445,7 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | Non
         layer = CONVOLUTIONS[len(sizes)](
             sizes[1] * groups,
             sizes[0],
-            tuple(sizes[2:]),
+            tuple(sizes[2:]),  # type: ignore[arg-type]
             stride=stride,
             padding=padding,
             dilation=dilation,
@@ -462,16 +477,18 @@ def _has_bias(node: Node, bias: Stored | None) -> bool:
 
 
 def _all_turned(readers: Sequence[_Use]) -> bool:
-    """Whether a matrix is transposed by everybody who reads it: it lies (out, in) then, and is multiplied from the right."""
-    return all(
-        use.argument in ("self", "input")
-        and (
-            _spelled(use.node) in ("t.default", "numpy_T.default")
-            or (_spelled(use.node) == "permute.default" and _argument(use.node, "dims", None) in ([1, 0], [-1, -2]))
-            or {_argument(use.node, f"{a}{n}", None) for a in ("dim", "axis") for n in (0, 1)} - {None} in ({0, 1}, {-1, -2})
-        )
-        for use in readers
-    )
+    """Whether everybody who reads a matrix transposes it first: what is multiplied as x Wᵀ lies (out, in)."""
+    return all(_turns(use) for use in readers)
+
+
+def _turns(use: _Use) -> bool:
+    operator, given = _spelled(use.node), dict(use.node.inputs)
+    if use.argument != "self" or operator not in TURNS:
+        return False
+    if operator == "permute.default":
+        return given.get("dims") in ([1, 0], [-1, -2])
+    axes = {given[name] for name in ("dim0", "dim1", "axis0", "axis1") if isinstance(given.get(name), int)}
+    return axes in (set(), {0, 1}, {-2, -1})
 
 
 # --- steps --------------------------------------------------------------------------------------

@@ -30,8 +30,10 @@ from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
+from lora_export.program import Program
 from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
+from lora_export.specimens import Limits
 from lora_export.trace import Suspect, diagnose
 
 MIXED = "mixed batches"
@@ -122,6 +124,9 @@ def prove(
         layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
         module = copy.deepcopy(referee.module).float()
     standin.round_activations(module, held)
+    dtype = _computes_in(candidate)
+    if dtype is not torch.float32:
+        _narrow(module, candidate, dtype, model)
     deployed = ModuleRunner(module.to(device), device)
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
     # Rounded as the candidate's weights are, the referee is one of this candidate alone.
@@ -161,12 +166,14 @@ def prove(
     padded = any(_before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
         [*cases, *again],
+        dtype=str(dtype).removeprefix("torch."),
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
         notes=[
             *refusals,
             *_about_referee(referee),
+            *model.notes,
             *_fixed(candidate, model),
             *_about_cache(candidate),
             *_never_varied(model, sensitivity, refusals),
@@ -272,6 +279,32 @@ def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
         for name, dtype in low.items()
         if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
     }
+
+
+def _computes_in(candidate: Runner) -> torch.dtype:
+    """The dtype in which a candidate was made to compute, where PyTorch runs it; float32 for everybody else."""
+    halves = (torch.float16, torch.bfloat16)
+    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in halves else torch.float32
+
+
+def _narrow(module: nn.Module, candidate: Runner, dtype: torch.dtype, model: Model) -> None:
+    """Have PyTorch compute as the candidate does: each tensor in the dtype in which the candidate's file keeps it.
+
+    A module of this model's own casts inside follow its weights, as they would where it is loaded in that dtype;
+    those of a program do where it was exported in it, and a program of another dtype is refused.
+    """
+    if isinstance(module, Program) and module.file_dtype is not dtype:
+        raise InputRefused(
+            f"the candidate computes in {str(dtype)[6:]} and {model.source} was exported in "
+            f"{str(module.file_dtype)[6:]}, from which PyTorch's own error in {str(dtype)[6:]} cannot be told. Give "
+            f"--model as a Hugging Face folder, a factory, or a .pt2 that was exported in {str(dtype)[6:]}"
+        )
+    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
+        if tensor.is_floating_point():
+            own = stored.get(name, str(dtype)[6:] if name in parameters else "float32")
+            tensor.data = tensor.data.to(getattr(torch, own))
 
 
 def _controls(attached: Referee, rounded: Mapping[str, str], *, has_pairs: bool) -> dict[str, Callable[..., Arrays]]:
@@ -393,7 +426,7 @@ def case_inputs(
 def _inputs(
     model: Model, candidate: Runner, seed: int, user_inputs: Path | None, tokens: NDArray[np.int64]
 ) -> Iterator[tuple[str, Arrays]]:
-    for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
+    for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
         arrays = _draw(model, candidate, sizes, seed + number + 1)
         yield label, _with_tokens(arrays, tokens) if tokens.size else arrays
@@ -441,11 +474,26 @@ def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
     return fixed
 
 
+def _limits(candidate: Runner, model: Model) -> Limits:
+    """Between which sizes a candidate says that it can be run, where it says so. The batch is never excused."""
+    limits: Limits = {}
+    told = candidate.limits if isinstance(candidate, ModuleRunner) else {}
+    for name, axes in model.axes.items():
+        for axis, symbol in axes.items():
+            if symbol != "batch" and axis < len(told.get(name, ())):
+                limits[symbol] = told[name][axis]
+    return limits
+
+
 def _fixed(candidate: Runner, model: Model) -> list[str]:
     fixed = _fixed_sizes(candidate, model)
-    return [
+    notes = [
         f"the candidate was made for one size of {symbol}, {size}: no other was tried" for symbol, size in fixed.items()
     ]
+    for symbol, (low, high) in _limits(candidate, model).items():
+        if symbol not in fixed and (low or high is not None):
+            notes.append(f"the candidate takes a {symbol} of {low} to {'any size' if high is None else high}")
+    return notes
 
 
 def _about_cache(candidate: Runner) -> list[str]:
