@@ -60,11 +60,6 @@ class Model:
     notes: tuple[str, ...] = ()  # what a verdict on it has to say
 
     @property
-    def is_exported(self) -> bool:
-        """Whether it is a program of torch.export's, which has no code of its own to be exported again."""
-        return isinstance(self.module, program.Program)
-
-    @property
     def input_names(self) -> tuple[str, ...]:
         return tuple(self.axes)
 
@@ -256,12 +251,12 @@ def _huggingface_inputs(module: Any) -> tuple[Axes, Make]:
 
 
 def _exported(path: Path) -> Model:
-    """A .pt2 in fp32: where it was exported in another precision, that of its weights is what its graph computes in."""
+    """A .pt2 with its weights in fp32; where it was exported in another precision, its graph computes in fp32 too."""
     module = program.load(path)
     signature = Signature(module.source)
     notes = []
     if module.file_dtype not in (None, torch.float32):
-        notes.append(f"the model's weights are {str(module.file_dtype)[6:]}; PyTorch computed with them in float32")
+        notes.append(f"the model's .pt2 keeps its weights in {str(module.file_dtype)[6:]}")
     fixed = [
         f"axis {axis} of {name} is {size}"
         for name, tensor in module.source.inputs.items()

@@ -31,6 +31,7 @@ from lora_export.plan import Layout
 ALIKE = 5  # faults of one kind that are told
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
 TURNS = ("t.default", "numpy_T.default", "permute.default", "transpose.int", "swapaxes.default", "swapdims.default")
+ENTERS = {"embedding.default": "indices", "mm.default": "self", "addmm.default": "mat1"}  # others: "input"
 # The argument of a product by its right side, which is multiplied as it lies: (in, out).
 RIGHT = {
     "mm.default": "mat2",
@@ -88,6 +89,11 @@ class Program(nn.Module):
         self._places = {there.value: Place(*_split(there.name)) for there in source.stored}
         uses = _uses(source.graph)
         called = _build(self, source, uses)
+        # Weights that no layer multiplies by: whoever watches layers does not see them used.
+        layers = {layer for layer in called.values() if layer is not None}
+        self.unseen = tuple(
+            f"{owner}.weight" for owner, module in self.named_modules() if _is_matrix(module) and owner not in layers
+        )
         self._steps = _prepared(source.graph, self._places, set(source.input_values.values()), called, source.path)
         self._writes = any(step.run is not None and step.run.writes for step in _every(self._steps))
         self.eval()
@@ -315,19 +321,27 @@ def _values(argument: Any) -> Iterator[str]:
             yield from _values(each)
 
 
-def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]]) -> dict[str, str]:
-    """Give the program its modules and tensors; returns node -> the layer that is called in its place."""
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding, Turned, *CONVOLUTIONS.values()))
+
+
+def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]]) -> dict[str, str | None]:
+    """Give the program its modules and tensors; returns node -> the layer that is called in its place.
+
+    None stands for a node that nobody needs any more.
+    """
     by_owner: dict[str, dict[str, Stored]] = {}
     for there in source.stored:
         owner, attribute = _split(there.name)
         by_owner.setdefault(owner, {})[attribute] = there
-    called: dict[str, str] = {}
+    called: dict[str, str | None] = {}
     made: dict[str, nn.Module] = {"": program}
     for owner, tensors in by_owner.items():
-        module, nodes = _layer(tensors, uses)
+        layer = _layer(tensors, uses)
         if owner:
-            made[owner] = module
-            called |= {node.name: owner for node in nodes}
+            made[owner] = layer.module
+            called |= {node.name: owner for node in layer.nodes}
+            called |= dict.fromkeys((node.name for node in layer.spared), None)
     for owner in sorted(made, key=lambda path: path.count(".")):
         if owner:
             _put(program, owner, made[owner], source.path)
@@ -388,34 +402,64 @@ def _put_tensor(
         raise InputRefused(f"{source.path}: {there.name!r} can be no tensor's name") from error
 
 
-def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[_Use]]) -> tuple[nn.Module, list[Node]]:
-    """The module that holds these tensors, without them, and the nodes in whose place it is called."""
+class _Layer(NamedTuple):
+    """A module that is to hold some tensors."""
+
+    module: nn.Module
+    nodes: Sequence[Node] = ()  # in whose place it is called; without any its weight is read
+    spared: Sequence[Node] = ()  # that nobody reads then
+
+
+def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[_Use]]) -> _Layer:
+    """The module that should hold these tensors, without them."""
     packed = _packed_attention(tensors)
     if packed is not None:
-        return packed, []
+        return _Layer(packed)
     weight = tensors.get("weight")
     if weight is None or weight.kind != "parameter":
-        return nn.Module(), []
-    readers, sizes = uses.get(weight.value, []), weight.payload.sizes
+        return _Layer(nn.Module())
+    readers, sizes, bias = uses.get(weight.value, []), weight.payload.sizes, tensors.get("bias")
     kinds = {(_spelled(use.node), use.argument) for use in readers}
-    bias = tensors.get("bias")
     nodes = [use.node for use in readers]
     with torch.device("meta"):
         if kinds == {("linear.default", "weight")} and len(sizes) == 2:
-            layer: nn.Module = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
-            return layer, nodes if all(_has_bias(node, bias) for node in nodes) else []
+            layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
+            return _Layer(layer, nodes if all(_has_bias(node, bias) for node in nodes) else [])
         if kinds == {("embedding.default", "weight")} and len(sizes) == 2:
-            padding = {_argument(node, "padding_idx", -1) for node in nodes}
-            pad = next(iter(padding)) if len(padding) == 1 else None
-            known = isinstance(pad, int) and -1 <= pad < sizes[0] and set(tensors) == {"weight"}
-            return nn.Embedding(*sizes, padding_idx=pad if known and pad != -1 else None), nodes if known else []
-        if kinds <= {(f"conv{n}d.{o}", "weight") for n in (1, 2, 3) for o in ("default", "padding")} and kinds:
+            return _embedding(tensors, nodes, sizes)
+        if kinds and kinds <= {(name, "weight") for name in CONVOLVE}:
             return _convolution(nodes, sizes, bias)
-        if {kind for kind, _ in kinds} & set(TURNS) and len(sizes) == 2 and _all_turned(readers):
-            return nn.Linear(sizes[1], sizes[0], bias=bias is not None), []  # read, not called
+        if kinds and len(sizes) == 2 and all(_turns(use) for use in readers):
+            layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
+            products = [use for node in nodes for name in _names(node) for use in uses.get(name, [])]
+            if products and all(_is_linear(use, bias) for use in products):
+                return _Layer(layer, [use.node for use in products], spared=nodes)
+            return _Layer(layer)
     if kinds and len(sizes) == 2 and all(RIGHT.get(kind) == argument for kind, argument in kinds):
-        return Turned(), []
-    return nn.Module(), []
+        return _Layer(Turned())
+    return _Layer(nn.Module())
+
+
+def _embedding(tensors: Mapping[str, Stored], nodes: Sequence[Node], sizes: Sequence[int]) -> _Layer:
+    paddings = {_argument(node, "padding_idx", -1) for node in nodes}
+    padding = next(iter(paddings)) if len(paddings) == 1 else None
+    known = isinstance(padding, int) and -1 <= padding < sizes[0] and set(tensors) == {"weight"}
+    table = nn.Embedding(sizes[0], sizes[1], padding_idx=padding if known and padding != -1 else None)
+    return _Layer(table, nodes if known else [])
+
+
+def _names(node: Node) -> list[str]:
+    return [name for name in node.outputs if isinstance(name, str)]
+
+
+def _is_linear(use: _Use, bias: Stored | None) -> bool:
+    """Whether a product by a transposed weight is what a linear layer with this bias computes of a matrix."""
+    operator, given = _spelled(use.node), dict(use.node.inputs)
+    if operator == "mm.default":
+        return use.argument == "mat2" and bias is None
+    if operator != "addmm.default" or use.argument != "mat2" or bias is None:
+        return False
+    return given.get("self") == Value(bias.value) and not {"alpha", "beta"} & given.keys()
 
 
 def _packed_attention(tensors: Mapping[str, Stored]) -> nn.Module | None:
@@ -432,15 +476,15 @@ def _packed_attention(tensors: Mapping[str, Stored]) -> nn.Module | None:
     return attention
 
 
-def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | None) -> tuple[nn.Module, list[Node]]:
+def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | None) -> _Layer:
     settings = {
         tuple(_setting(_argument(node, name, default)) for name, default in CONVOLUTION_DEFAULTS) for node in nodes
     }
     if len(settings) != 1 or len(sizes) not in CONVOLUTIONS:
-        return nn.Module(), []
-    stride, padding, dilation, groups = next(iter(settings))
-    if not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
-        return nn.Module(), []
+        return _Layer(nn.Module())
+    stride, padding, dilation, groups, transposed = next(iter(settings))
+    if transposed is not False or not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
+        return _Layer(nn.Module())
     try:
         layer = CONVOLUTIONS[len(sizes)](
             sizes[1] * groups,
@@ -453,11 +497,12 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | Non
             bias=bias is not None,
         )
     except (ValueError, TypeError, RuntimeError):
-        return nn.Module(), []
-    return layer, list(nodes) if all(_has_bias(node, bias) for node in nodes) else []
+        return _Layer(nn.Module())
+    return _Layer(layer, list(nodes) if all(_has_bias(node, bias) for node in nodes) else [])
 
 
-CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+CONVOLVE = ("convolution.default", *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")))
+CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
 
 
 def _setting(value: Any) -> Any:
@@ -476,12 +521,8 @@ def _has_bias(node: Node, bias: Stored | None) -> bool:
     return bool(_argument(node, "bias", None) == (None if bias is None else Value(bias.value)))
 
 
-def _all_turned(readers: Sequence[_Use]) -> bool:
-    """Whether everybody who reads a matrix transposes it first: what is multiplied as x Wᵀ lies (out, in)."""
-    return all(_turns(use) for use in readers)
-
-
 def _turns(use: _Use) -> bool:
+    """Whether a matrix is transposed: one that is multiplied as x Wᵀ lies (out, in)."""
     operator, given = _spelled(use.node), dict(use.node.inputs)
     if use.argument != "self" or operator not in TURNS:
         return False
@@ -495,12 +536,14 @@ def _turns(use: _Use) -> bool:
 
 
 def _prepared(
-    graph: Graph, places: Mapping[str, Place], given: set[str], called: Mapping[str, str], path: Path
+    graph: Graph, places: Mapping[str, Place], given: set[str], called: Mapping[str, str | None], path: Path
 ) -> _Steps:
     """The graph's nodes with their operators looked up. Raises InputRefused with all that are not run."""
     last = _last_reads(graph)
     steps, problems = [], []
     for number, node in enumerate(graph.nodes):
+        if called.get(node.name, "") is None:
+            continue
         try:
             steps.append(_step(node, places, given, called, path, tuple(last.get(number, ()))))
         except InputRefused as error:
@@ -530,7 +573,7 @@ def _step(
     node: Node,
     places: Mapping[str, Place],
     given: set[str],
-    called: Mapping[str, str],
+    called: Mapping[str, str | None],
     path: Path,
     ends: tuple[str, ...],
 ) -> _Step:
@@ -553,8 +596,8 @@ def _step(
                 f"{where}: {_short(node.target)} changes {', '.join(sorted(written))}, which is no value of its own: "
                 "a program that keeps something from run to run is not supported"
             )
-    layer = called.get(node.name, "")
-    first = _argument(node, "indices" if _spelled(node) == "embedding.default" else "input", None) if layer else None
+    layer = called.get(node.name) or ""
+    first = _argument(node, ENTERS.get(_spelled(node), "input"), None) if layer else None
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
     return _Step(node, operator, arguments, layer, first, None, ends)

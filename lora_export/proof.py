@@ -256,6 +256,13 @@ def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs:
 
 def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list[str]]:
     """What was found, and what a reader must know of it. A verdict stands, whatever becomes of this."""
+    watched = [suspect.base, *([suspect.candidate.module] if isinstance(suspect.candidate, ModuleRunner) else [])]
+    unseen = [name for module in watched if isinstance(module, Program) for name in module.unseen]
+    if unseen:
+        return None, [
+            f"where it differs was not looked for: {unseen[0]} and {len(unseen) - 1} more weights of a .pt2 are "
+            "multiplied by operators that are no layer's"
+        ]
     try:
         return diagnose(suspect, every=every), []
     except CANNOT_FOLLOW as error:
@@ -492,7 +499,8 @@ def _fixed(candidate: Runner, model: Model) -> list[str]:
     ]
     for symbol, (low, high) in _limits(candidate, model).items():
         if symbol not in fixed and (low or high is not None):
-            notes.append(f"the candidate takes a {symbol} of {low} to {'any size' if high is None else high}")
+            bounds = f"{low} and more" if high is None else f"{low} to {high}" if low else f"up to {high}"
+            notes.append(f"the candidate takes a {symbol} of {bounds}: what lies beyond was not tried")
     return notes
 
 

@@ -66,11 +66,12 @@ class Signature:
         self.draws = {name: self._draw(name) for name in source.inputs}
 
     def make(self, sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
-        """Inputs of these sizes, by name."""
+        """Inputs of these sizes, by name; floats in fp32, of which those of a half stand in that half too."""
         made = {}
         for name, tensor in self.source.inputs.items():
             shape = tuple(sizes[self.symbols[size.name]] if isinstance(size, Symbol) else size for size in tensor.sizes)
-            made[name] = self.draws[name](shape, generator).to(getattr(torch, tensor.dtype))
+            drawn = self.draws[name](shape, generator).to(getattr(torch, tensor.dtype))
+            made[name] = drawn.float() if drawn.is_floating_point() else drawn
         return made
 
     def _names(self) -> dict[str, str]:

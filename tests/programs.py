@@ -47,7 +47,7 @@ class Subject:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.normal_(std=0.3)
+                    parameter.normal_(std=0.15)
         return model
 
     def adapter(self, folder: Path) -> Adapter:
@@ -77,7 +77,7 @@ def export(
 ) -> Path:
     """Export a module to a .pt2 file, inputs by their names, the first `dynamic` axes of each to vary."""
     if shapes is None:
-        shapes = {name: {axis: VARIES for axis in range(min(dynamic, value.ndim))} for name, value in inputs.items()}
+        shapes = {name: dict.fromkeys(range(min(dynamic, value.ndim)), VARIES) for name, value in inputs.items()}
     exported = torch.export.export(module.eval(), (), dict(inputs), dynamic_shapes=shapes if dynamic else None)
     torch.export.save(exported.run_decompositions() if decomposed else exported, path)
     return path
@@ -106,6 +106,10 @@ def graph_of(path: Path) -> tuple[str, dict[str, Any]]:
 
 def ids(rows: int, length: int, *, seed: int = 0) -> Tensor:
     return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
 def padded(rows: int, length: int) -> Tensor:
@@ -137,7 +141,9 @@ def gpt2() -> nn.Module:
 
 WORDS = {"input_ids": ids(2, 11), "attention_mask": padded(2, 11)}
 SUBJECTS = {
-    "mlp": Subject(Wide, {"rows": torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))}, 2, ("up", "down")),
+    "mlp": Subject(
+        Wide, {"rows": torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))}, 2, ("up", "down")
+    ),
     "cnn": Subject(
         Pictures,
         {"picture": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))},
