@@ -88,7 +88,8 @@ class Named(NamedTuple):
 @dataclass(frozen=True)
 class Node:
     target: str  # as the file spells it
-    name: str  # for messages
+    number: int  # in its graph
+    name: str  # for messages: nothing says that it is the only one's
     inputs: tuple[Named, ...]
     outputs: tuple[Any, ...]  # a name, a list of names, or None for what is not named, of each result
 
@@ -459,7 +460,8 @@ class _Reader:
 
     def _node(self, told: dict[str, Any], number: int, known: set[str]) -> Node:
         target = _text(told.get("target"), f"{self.path}: node {number}")
-        name = told.get("name") if isinstance(told.get("name"), str) else str(number)
+        name = told.get("name")
+        name = name if isinstance(name, str) and name.isidentifier() and len(name) < 200 else str(number)
         place = f"{self.path}: node {name} ({target[:80]})"
         inputs = []
         for each in _list(told.get("inputs"), place):
@@ -469,7 +471,7 @@ class _Reader:
         if len(set(named)) != len(named):
             raise InputRefused(f"{place} is given an argument more than once")
         outputs = tuple(self._result(output, place) for output in _list(told.get("outputs"), place))
-        return Node(target, str(name), tuple(inputs), outputs)
+        return Node(target, number, name, tuple(inputs), outputs)
 
     def _result(self, told: Any, place: str) -> Any:
         kind, value = _only(told, place)
@@ -639,7 +641,7 @@ class _Reader:
             return tuple(made)
         if not isinstance(keys, list) or len(keys) != len(made) or not all(isinstance(key, str) for key in keys):
             raise InputRefused(
-                f"{place} are held in a {name[:80]!r}, which is not supported: tuples, lists and dicts are"
+                f"{place}: a {name[:80]!r} is no container that is supported; tuples, lists and dicts are"
             )
         if len(set(keys)) != len(keys):
             raise InputRefused(f"{place}: a key of a {name} stands in it twice")

@@ -309,7 +309,7 @@ def _uses(graph: Graph) -> dict[str, list[_Use]]:
             for value in _values(argument):
                 found.setdefault(value, []).append(_Use(node, name))
     for value in _values(list(graph.outputs)):
-        found.setdefault(value, []).append(_Use(Node("output", "output", (), ()), ""))
+        found.setdefault(value, []).append(_Use(Node("output", -1, "output", (), ()), ""))
     return found
 
 
@@ -325,8 +325,8 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Embedding, Turned, *CONVOLUTIONS.values()))
 
 
-def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]]) -> dict[str, str | None]:
-    """Give the program its modules and tensors; returns node -> the layer that is called in its place.
+def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]]) -> dict[int, str | None]:
+    """Give the program its modules and tensors; returns node's number -> the layer that is called in its place.
 
     None stands for a node that nobody needs any more.
     """
@@ -334,14 +334,14 @@ def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]
     for there in source.stored:
         owner, attribute = _split(there.name)
         by_owner.setdefault(owner, {})[attribute] = there
-    called: dict[str, str | None] = {}
+    called: dict[int, str | None] = {}
     made: dict[str, nn.Module] = {"": program}
     for owner, tensors in by_owner.items():
         layer = _layer(tensors, uses)
         if owner:
             made[owner] = layer.module
-            called |= {node.name: owner for node in layer.nodes}
-            called |= dict.fromkeys((node.name for node in layer.spared), None)
+            called |= {node.number: owner for node in layer.nodes}
+            called |= dict.fromkeys((node.number for node in layer.spared), None)
     for owner in sorted(made, key=lambda path: path.count(".")):
         if owner:
             _put(program, owner, made[owner], source.path)
@@ -536,13 +536,13 @@ def _turns(use: _Use) -> bool:
 
 
 def _prepared(
-    graph: Graph, places: Mapping[str, Place], given: set[str], called: Mapping[str, str | None], path: Path
+    graph: Graph, places: Mapping[str, Place], given: set[str], called: Mapping[int, str | None], path: Path
 ) -> _Steps:
     """The graph's nodes with their operators looked up. Raises InputRefused with all that are not run."""
     last = _last_reads(graph)
     steps, problems = [], []
     for number, node in enumerate(graph.nodes):
-        if called.get(node.name, "") is None:
+        if called.get(node.number, "") is None:
             continue
         try:
             steps.append(_step(node, places, given, called, path, tuple(last.get(number, ()))))
@@ -573,7 +573,7 @@ def _step(
     node: Node,
     places: Mapping[str, Place],
     given: set[str],
-    called: Mapping[str, str | None],
+    called: Mapping[int, str | None],
     path: Path,
     ends: tuple[str, ...],
 ) -> _Step:
@@ -596,7 +596,7 @@ def _step(
                 f"{where}: {_short(node.target)} changes {', '.join(sorted(written))}, which is no value of its own: "
                 "a program that keeps something from run to run is not supported"
             )
-    layer = called.get(node.name) or ""
+    layer = called.get(node.number) or ""
     first = _argument(node, ENTERS.get(_spelled(node), "input"), None) if layer else None
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
