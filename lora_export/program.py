@@ -165,7 +165,7 @@ class Program(nn.Module):
         for step in steps.steps:
             try:
                 result = self._result(step, read, now)
-            except (LoraExportError, MemoryError):
+            except LoraExportError:
                 raise
             except Exception as error:  # operators raise whatever they like
                 told = (str(error).strip().splitlines() or [type(error).__name__])[0]
