@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora_export.checkpoint import open_checkpoint
-    from lora_export.files import stage_file, stage_folder
     from lora_export.formats import load as load_adapter
     from lora_export.layers import attach, detach, fresh_adapter, trainable
     from lora_export.layers import fold as fold_module
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from lora_export.proof import prove
     from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
     from lora_export.session import Session
+    from lora_export.staging import stage_file, stage_folder
 
 # public name -> where it lives
 _HOMES = {
@@ -47,8 +47,8 @@ _HOMES = {
     "module_specs": "layers:specs",
     "open_checkpoint": "checkpoint:open_checkpoint",
     "prove": "proof:prove",
-    "stage_file": "files:stage_file",
-    "stage_folder": "files:stage_folder",
+    "stage_file": "staging:stage_file",
+    "stage_folder": "staging:stage_folder",
     "trainable": "layers:trainable",
 }
 

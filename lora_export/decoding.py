@@ -7,14 +7,20 @@ sequence, which a model without a cache gives at once, also proves what the grap
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.files import load
+from lora_export.graph.operators import head_size
+from lora_export.onnx_runner import Held
 from lora_export.runtime import Arrays, OnnxRunner, Placement
 
 STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
@@ -69,6 +75,10 @@ class CacheRunner:
         elif not self.takes_padding:
             told.append(f"its {COUNTS_THE_MASK} takes no padding within a sequence: none was tried")
         return told
+
+    def as_shipped(self) -> CacheRunner:
+        """The same, where the provider has its own settings."""
+        return replace(self, inner=self.inner.as_shipped())
 
     def without_padding(self, inputs: Arrays) -> Arrays:
         """A model's inputs with all of every sequence in them."""
@@ -140,7 +150,16 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
             slots.append(Slot(value.name, back.name, sizes, TYPES[value.type]))
     if not slots or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
         return runner
+    if any(slot.sizes[-1] is None for slot in slots):
+        slots = _with_features(slots, runner.source)
     return CacheRunner(runner, tuple(slots))
+
+
+def _with_features(slots: Sequence[Slot], source: Path | Held) -> list[Slot]:
+    """The slots with the size of a head where their graph leaves it to the operator that reads them."""
+    model = load(source) if isinstance(source, Path) else ir.from_proto(onnx.ModelProto.FromString(source.message))
+    features = {value.name: head_size(value) or None for value in model.graph.inputs}
+    return [slot._replace(sizes=(*slot.sizes[:-1], slot.sizes[-1] or features[slot.past])) for slot in slots]
 
 
 def _tail(name: str) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.examples import read_arrays
 from lora_export.formats.onnx_adapter import IDS
+from lora_export.graph.operators import head_size
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -94,7 +95,7 @@ class Feeds:
             for axis, symbol in _symbols(value):
                 over_all = value not in self.caches and self.caches and symbol not in self._lengths
                 later = past if value in self.caches else past + length if over_all else length
-                inner = _head_size(value) if value in self.caches and axis == _rank(value) - 1 else 0
+                inner = head_size(value) if value in self.caches and axis == _rank(value) - 1 else 0
                 told.setdefault(symbol, inner or (later if axis else batch))
 
         def size(value: ir.Value, axis: int) -> int:
@@ -170,18 +171,6 @@ def _rows_indexed(value: ir.Value) -> int:
                 known.add(node.outputs[0])
                 waiting.append(node.outputs[0])
     return min(rows, default=0)
-
-
-def _head_size(cache: ir.Value) -> int:
-    """Features of an attention's head, from onnxruntime's operator that reads the cache; 0 where none does."""
-    for node, _ in cache.uses():
-        heads, groups = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-        query = node.inputs[0]
-        width = query.shape[-1] if heads and groups and query is not None and query.shape is not None else None
-        if isinstance(width, int):
-            packed = len(node.inputs) < 2 or node.inputs[1] is None  # keys and values lie beside the queries
-            return width // (heads + 2 * groups if packed else heads)
-    return 0
 
 
 def _rank(value: ir.Value) -> int:

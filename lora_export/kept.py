@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import __version__, files, tensorfile
+from lora_export import __version__, files, staging, tensorfile
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter
 from lora_export.model import Model
@@ -76,7 +76,7 @@ class Answers:
         path = self._path(self.question)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with files.stage_file(path, inputs=[], overwrite=True) as stage:
+            with staging.stage_file(path, inputs=[], overwrite=True) as stage:
                 named = {json.dumps(name): values for name, values in flat}
                 tensorfile.write(stage / path.name, named, {METADATA: json.dumps(told)})
         except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have

@@ -8,10 +8,10 @@ being that of each output, over everything that leads to it (Liu et al. 2024, eq
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,11 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 
 EVERY_ROW = slice(None)
+
+# Products of low rank, see `multiply`.
+SMALL = 1_000_000  # multiplications up to which OpenBLAS calls a product small
+LEAST_ROWS, MOST_RANK = 8, 24
+PIECEMEAL = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})  # what OpenBLAS calls processors with AVX-512
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ class LoraPair:
         """
         return self.magnitude is None and (self.scale == 0 or not self.a.any() or not self.b.any())
 
-    @cached_property
+    @functools.cached_property
     def transposed(self) -> LoraPair:
         """The pair of the transposed weight, for weights that are stored (in, out); what is added to it, alone."""
         return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
@@ -103,7 +108,7 @@ class LoraPair:
         scale = np.float32(strength * self.scale)
         late = not _is_power_of_two(scale)
         # A power of two commutes with every rounding: on B, which is small, it saves a pass over the product.
-        np.matmul(b if late else b * scale, self.a.reshape(self.rank, -1), out=product.reshape(shape[0], -1))
+        multiply(b if late else b * scale, self.a.reshape(self.rank, -1), product.reshape(shape[0], -1))
         if late:
             product *= scale
         return product
@@ -133,6 +138,33 @@ class Rows:
         """Write the rows that lie in this part of the table, which begins with the row `first`."""
         here = (self.indices >= first) & (self.indices < first + len(table))
         table[self.indices[here] - first] = self.values[here].astype(table.dtype)
+
+
+def multiply(b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """`b @ a`, (rows, rank) by (rank, columns), into `out`; a low rank in the pieces that suit OpenBLAS best.
+
+    Where it has AVX-512, it multiplies small matrices without packing them first. In such pieces the product takes
+    half of the time, or less (measured with ranks from 2 to 24 and 768 to 14336 columns, blocks of 2 MiB, OpenBLAS
+    0.3.31 as SkylakeX on a Zen processor), and has the same bits. At rank 32 little is gained, and some bits differ.
+    As Haswell it has no such way, and pieces take longer.
+    """
+    rank, columns = a.shape
+    if rank > MOST_RANK or not _likes_pieces():
+        np.matmul(b, a, out=out)
+        return
+    width = -(-columns // -(-columns * rank * LEAST_ROWS // SMALL))
+    height = SMALL // (rank * width)
+    for left in range(0, columns, width):
+        part = slice(left, left + width)
+        for top in range(0, len(b), height):
+            np.matmul(b[top : top + height], a[:, part], out=out[top : top + height, part])
+
+
+@functools.cache
+def _likes_pieces() -> bool:
+    from threadpoolctl import threadpool_info  # not imported where nothing is multiplied
+
+    return any(library.get("architecture") in PIECEMEAL for library in threadpool_info())
 
 
 def _is_power_of_two(scale: np.float32) -> bool:

@@ -26,7 +26,7 @@ from lora_export.errors import InputRefused
 from lora_export.head import config_with_heads
 from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
 from lora_export.plan import FLOATS, Plan, Step
-from lora_export.rewrite import Move
+from lora_export.rewrite import Move, Workshop
 from lora_export.tensorfile import Entry, TensorFile
 from lora_export.transfer import Block
 
@@ -43,12 +43,14 @@ def merge_checkpoint(
     min_retention: float = MIN_RETENTION,
     hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
+    workshop: Workshop | None = None,
 ) -> MergeReport:
-    """Carry out a plan over a checkpoint, into the folder `stage` (see `files`).
+    """Carry out a plan over a checkpoint, into the folder `stage` (see `staging`).
 
     A folder becomes a folder with the same shards, config and tokenizer and a manifest; a bare
     file becomes one file called `file_name`, its provenance in the header. `dtype` converts every
     float tensor. `hashing` is the hash by which base and output are recorded (see `files.HASHES`).
+    `workshop` is who changes the weights, NumPy unless told (see `device`).
     Peak memory is a few blocks, whatever the model's size.
 
     Raises InputRefused when an adapter is in the base already, tied embeddings would be torn, a value
@@ -56,7 +58,8 @@ def merge_checkpoint(
     """
     begun = time.perf_counter()
     refuse_before_the_work(plan, base)
-    settings = {"dtype": dtype or "keep", "min_retention": min_retention}
+    workshop = workshop or Workshop()
+    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | workshop.settings
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
@@ -73,7 +76,7 @@ def merge_checkpoint(
         for name, source in base.shards.items():
             path = stage / (name if base.is_folder else file_name)
             own = functools.partial(metadata, name)
-            written[name] = _write_shard(path, source, moves[name], own, progress, hashing=hashing)
+            written[name] = _write_shard(path, source, moves[name], own, progress, workshop, hashing=hashing)
     results = [result for shard in written.values() for result in shard.results]
     refuse_faint(results, min_retention)
     for source in base.shards.values():
@@ -166,6 +169,7 @@ def _write_shard(
     moves: Sequence[Move],
     metadata: Callable[[str], Mapping[str, str]],
     progress: Progress,
+    workshop: Workshop,
     *,
     hashing: str,
 ) -> _Written:
@@ -180,9 +184,10 @@ def _write_shard(
     hashes.target.update(header)
     with source.path.open("rb") as reader, path.open("xb") as writer:
         hashes.source.update(reader.read(source.data_start))
-        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places)
+        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places, workshop)
         tallies: dict[str, Tally] = {}
-        for block, found in transfer.transfer(source.path, writer.fileno(), blocks, hashes, room=rewrite.room(moves)):
+        passed = workshop.transfer(source.path, writer.fileno(), blocks, hashes, room=rewrite.room(moves))
+        for block, found in passed:
             for tally in found or ():
                 tallies.setdefault(tally.weight, Tally(tally.weight)).merge(tally)
             progress(block.end - block.place)
@@ -194,7 +199,7 @@ def _write_shard(
 
 
 def _blocks(
-    source: Path, read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry]
+    source: Path, read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry], workshop: Workshop
 ) -> Iterator[Block]:
     """The whole of the source's data, in its order, and after it what is added."""
     for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
@@ -204,7 +209,7 @@ def _blocks(
             yield from rewrite.copied_blocks(read_fd, write_fd, first.old.start, place.start, last.stop - place.start)
         else:
             for move, place in run:
-                yield from rewrite.changed_blocks(source, read_fd, move, place)
+                yield from rewrite.changed_blocks(source, read_fd, move, place, workshop)
 
 
 def _equal(one: Step, other: Step) -> bool:

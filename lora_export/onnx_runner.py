@@ -118,7 +118,7 @@ class OnnxRunner:
     """An ONNX graph under onnxruntime, on the provider that was asked for and on no other.
 
     `plain` leaves out every optimisation of onnxruntime's. `message` is what to run in a file's place: the graph as
-    bytes, its weights in files of `folder`.
+    bytes, its weights in files of `folder`. `as_shipped` leaves the provider its own settings.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class OnnxRunner:
         plain: bool = False,
         message: bytes = b"",
         folder: Path = Path(),
+        as_shipped: bool = False,
     ):
         ort = onnxruntime()
         asked = PROVIDERS[provider]
@@ -140,7 +141,7 @@ class OnnxRunner:
                 f"this onnxruntime ({ort.__version__}) has no {asked}: pip install onnxruntime-gpu "
                 "(and uninstall onnxruntime, which would shadow it)"
             )
-        options = CUDA_OPTIONS if provider == "cuda" else {}
+        options = CUDA_OPTIONS if provider == "cuda" and not as_shipped else {}
         what = source.what if isinstance(source, Held) else source
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -165,14 +166,20 @@ class OnnxRunner:
         }
         self.names_known = True
         self.path, self.provider = Path(what), provider
-        self._source = source  # a held graph's tensors live as long as its session
+        self.source = source  # a held graph's tensors live as long as its session
         self._active: tuple[Any, Any] = None, ort.RunOptions()  # adapter and run options
         self._active[1].log_severity_level = SILENT
         self._ids: NDArray[np.int64] | None = None
 
     def of(self, message: bytes, folder: Path) -> OnnxRunner:
         """Another graph, as bytes, with the adapter or the ids that this one runs with."""
-        runner = OnnxRunner(self.path, self.provider, message=message, folder=folder)
+        return self._equipped(OnnxRunner(self.path, self.provider, message=message, folder=folder))
+
+    def as_shipped(self) -> OnnxRunner:
+        """The same graph, adapter and ids, where the provider has its own settings: CUDA's multiply fp32 as TF32."""
+        return self._equipped(OnnxRunner(self.source, self.provider, as_shipped=True))
+
+    def _equipped(self, runner: OnnxRunner) -> OnnxRunner:
         runner._active = self._active
         return runner if self._ids is None else runner.with_rows(self._ids.tolist())
 

@@ -163,13 +163,13 @@ class Step:
 
     def stored_delta(self, rows: slice, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """What is added to these rows of the weight as it is stored, in fp32, into `out` where that is given."""
-        return self.shift[rows] if self.shift is not None else _sum(self._stored_terms, rows, out)
+        return self.shift[rows] if self.shift is not None else _sum(self.stored_terms, rows, out)
 
     def row_energies(self) -> NDArray[np.float32]:
         """‖ΔW‖² of each row of the weight as it is stored, without making ΔW: ‖bA‖² = b AAᵀ bᵀ."""
         if self.shift is not None:
             return np.square(self.shift)
-        scaled = [(term.pair, np.float32(term.strength * term.pair.scale)) for term in self._stored_terms]
+        scaled = [(term.pair, np.float32(term.strength * term.pair.scale)) for term in self.stored_terms]
         a = np.concatenate([pair.a.reshape(pair.rank, -1) for pair, _ in scaled])  # (ranks, in * kernel)
         gram, rows = a @ a.T, scaled[0][0].b.shape[0]
         energies = np.empty(rows, np.float32)
@@ -180,7 +180,8 @@ class Step:
         return energies
 
     @property
-    def _stored_terms(self) -> Sequence[Term]:
+    def stored_terms(self) -> Sequence[Term]:
+        """The terms, with pairs of the weight as it is stored."""
         if not self.spec.layout.is_turned:
             return self.terms
         return [replace(term, pair=term.pair.transposed) for term in self.terms]

@@ -24,7 +24,7 @@ from lora_export.decoding import CacheRunner, with_cache
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.evidence import Proof as Proof
-from lora_export.evidence import bits, differ
+from lora_export.evidence import before_first_token, bits, differ, distances, from_first_token
 from lora_export.evidence import bits_that_differ as bits_that_differ
 from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
@@ -155,7 +155,7 @@ def prove(
         )
         wrong: dict[str, Any] = {side: ask(side, run, arrays) for side, run in controls.items()}
         case = replace(case, **wrong)
-        cases.append(_from_first_token(case, arrays))
+        cases.append(from_first_token(case, arrays))
     answers.keep()
     doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
     if len(refusals) == len(cases):
@@ -163,7 +163,7 @@ def prove(
     step("inputs, one by one")
     sensitivity = [] if refusals else list(_sensitivity(model, candidate, deployed, inputs, seed))
     again = [] if refusals else list(_asked_again(candidate, cases[0], inputs[cases[0].name]))
-    padded = any(_before_first_token(arrays).any() for arrays in inputs.values())
+    padded = any(before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
         [*cases, *again],
         dtype=str(dtype).removeprefix("torch."),
@@ -184,6 +184,9 @@ def prove(
         ],
         doubts=doubts,
     )
+    if all(there.figures for there in verdict.comparisons):
+        step("as shipped")
+        verdict = replace(verdict, notes=(*verdict.notes, *_as_shipped(candidate, deployed, cases, inputs)))
     about = {
         **runtime.environment(),
         "model": {"source": model.source, "sha256": model.fingerprint()},
@@ -334,36 +337,6 @@ def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arr
         return referee.run(arrays)
 
 
-def _before_first_token(arrays: Arrays) -> NDArray[np.bool_]:
-    """Where [batch, sequence] rows are padded at their beginning. Empty where there is no mask."""
-    mask = arrays.get("attention_mask", np.ones((0, 0), np.int64))
-    return np.cumsum(mask, axis=1) == 0 if mask.ndim == 2 else np.zeros((0, 0), bool)
-
-
-def _from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
-    """The case with the referee's numbers on every side where a row's padding comes before its tokens.
-
-    There a decoder attends to nothing, and what comes of that nobody promises: with a cache it is something else
-    than without. What is not finite there stays.
-    """
-    nothing = _before_first_token(arrays)
-
-    def settled(answers: Arrays) -> Arrays:
-        made = dict(answers)
-        for name, truth in case.referee.items():
-            value = answers.get(name)
-            if value is not None and truth.ndim > 2 and value.shape == truth.shape and truth.shape[:2] == nothing.shape:
-                there = nothing & np.isfinite(value).reshape(*nothing.shape, -1).all(-1)
-                made[name] = value.copy()
-                made[name][there] = truth[there].astype(value.dtype)
-        return made
-
-    sides = ("deployed", "candidate", "base", "louder", "attached")
-    given: dict[str, Arrays | None] = {side: getattr(case, side) for side in sides}
-    made: dict[str, Any] = {side: settled(value) for side, value in given.items() if value is not None}
-    return replace(case, **made)
-
-
 def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
     """The first case once more, after all others, where the answer is not the same bit for bit.
 
@@ -373,7 +346,32 @@ def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterat
     if answer.keys() != case.candidate.keys() and len(answer) == len(case.candidate):
         answer = dict(zip(case.candidate, answer.values(), strict=True))  # names that mean nothing
     if answer.keys() != case.candidate.keys() or any(bits(case.candidate[key]) != bits(answer[key]) for key in answer):
-        yield _from_first_token(replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
+        yield from_first_token(replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
+
+
+def _as_shipped(
+    candidate: Runner, deployed: ModuleRunner, cases: Sequence[parity.Case], inputs: Mapping[str, Arrays]
+) -> list[str]:
+    """How far off the candidate is where its provider has its own settings; nothing where a proof leaves it those."""
+    placement: Placement | None = getattr(candidate, "placement", None)
+    if placement is None or not placement.options:
+        return []
+    settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
+    told = f"not judged: with {placement.asked}'s own settings, in place of {settings}, "
+    try:
+        shipped: Runner = candidate.as_shipped()  # type: ignore[attr-defined]
+        answers = [_aligned(shipped.run(inputs[case.name]), dict(case.referee), shipped, deployed) for case in cases]
+    except LoraExportError as error:
+        return [f"{told}it did not run: {str(error).splitlines()[0]}"]
+    itself = [
+        from_first_token(replace(case, candidate=answer), inputs[case.name])
+        for case, answer in zip(cases, answers, strict=True)
+    ]
+    judged, found = distances(cases), []
+    for output, (off, share) in distances(itself).items():
+        of_effect = "" if share is None else f", {parity.percent(share)} of what the adapter does"
+        found.append(f"{output} is off by {off:.3g} (as judged by {judged[output][0]:.3g}){of_effect}")
+    return [told + "; ".join(found)]
 
 
 class _RowsLookedUp:

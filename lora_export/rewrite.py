@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +25,7 @@ from lora_export.ledger import Tally
 from lora_export.lora import EVERY_ROW, add_into, energies, sums_in
 from lora_export.plan import FLOATS, Step
 from lora_export.tensorfile import Entry
-from lora_export.transfer import Block, Bytes
+from lora_export.transfer import Block, Bytes, Hashes, Memory
 
 MEASURED = 1 << 20  # entries of a weight from which its figures are taken, at least
 
@@ -72,7 +72,7 @@ def copied_blocks(read_fd: int, write_fd: int, start: int, place: int, count: in
             yield Block(first, last, place + first - start, place + last - start, shared=first in shared)
 
 
-def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iterator[Block]:
+def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry, workshop: Workshop) -> Iterator[Block]:
     """Carry a tensor over in whole rows, changed on the way. The work of a block returns Tallies.
 
     Where DoRA's lengths run along the rows, the tensor is read once more, before its first block.
@@ -88,7 +88,7 @@ def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry) -> Iter
             old.start + part.stop * old.row_bytes,
             place.start + part.start * place.row_bytes,
             place.start + part.stop * place.row_bytes,
-            work=functools.partial(_change, move, place, part, is_measured, along),
+            work=functools.partial(_change, workshop.carry_out, move, place, part, is_measured, along),
         )
 
 
@@ -145,6 +145,7 @@ def measured_blocks(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
 
 
 def _change(
+    carry_out: CarryOut,
     move: Move,
     place: Entry,
     rows: slice,
@@ -159,10 +160,10 @@ def _change(
     merged = target.view(place.dtype).reshape(shape)
     stored = source.view(move.old.dtype).reshape(shape) if move.old.nbytes else merged  # of an added tensor: nothing
     tallies = []
-    with np.errstate(over="ignore", invalid="ignore"):  # _refuse_overflow looks for it, and knows the tensor's name
+    with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow looks for it, and knows the tensor's name
         if move.step is None:
             np.copyto(merged, stored, casting="unsafe")
-            _refuse_overflow(place, stored, merged)
+            refuse_overflow(place, stored, merged)
         for patch, lengths in zip(_patches(move), along, strict=True):
             first, last = max(rows.start, patch.rows.start), min(rows.stop, patch.rows.stop)
             if first < last:
@@ -170,11 +171,11 @@ def _change(
                 own = slice(first - patch.rows.start, last - patch.rows.start)
                 before, after = _part(stored[here], patch), _part(merged[here], patch)
                 named = replace(place, name=patch.step.weight) if move.patches else place
-                tallies += _carry_out(patch.step, named, own, before, after, lengths, spare, measured=measured)
+                tallies += carry_out(patch.step, named, own, before, after, lengths, spare, measured=measured)
     return tallies
 
 
-def _carry_out(
+def carry_out(
     step: Step,
     place: Entry,
     rows: slice,
@@ -185,12 +186,13 @@ def _carry_out(
     *,
     measured: bool,
 ) -> list[Tally]:
+    """What a step does to some rows, by NumPy: `stored` in, `merged` out. See `CarryOut`."""
     weight = start(step, rows, stored)
     if step.is_whole:
         np.copyto(merged, weight, casting="unsafe")
         if step.rows is not None:
             step.rows.put_into(merged, rows.start)
-        _refuse_overflow(place, weight, merged)
+        refuse_overflow(place, weight, merged)
         return []
     change, room = _two(spare, merged.shape, sums_in(weight.dtype))
     total = merged if merged.dtype == room.dtype else room  # no pass over what need not be rounded
@@ -201,11 +203,53 @@ def _carry_out(
         _rescale_into(merged, weight, change, total, step, rows, along)
     flat = total.reshape(-1)
     if not flat @ flat < np.float64(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
-        _refuse_overflow(place, weight, merged)
+        refuse_overflow(place, weight, merged)
     tally = Tally(place.name)
     if measured:
         tally.count(weight, change, merged, room)
     return [tally]
+
+
+class CarryOut(Protocol):
+    """Makes `merged` of `stored`, some rows of a weight (or the part of them that is the step's), as the step says.
+
+    `place` is where they will lie, `along` DoRA's lengths where these run along the rows. Returns what became of them,
+    where something was added and it is `measured`. Raises InputRefused for what the stored type cannot hold.
+    """
+
+    def __call__(
+        self,
+        step: Step,
+        place: Entry,
+        rows: slice,
+        stored: NDArray[Any],
+        merged: NDArray[Any],
+        along: NDArray[np.float64] | None,
+        spare: Bytes,
+        *,
+        measured: bool,
+    ) -> list[Tally]: ...
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Who changes the weights, and where: NumPy on every core, or a GPU (see `device`)."""
+
+    carry_out: CarryOut = carry_out
+    threads: int | None = None  # as many as `transfer` thinks right
+    memory: Memory = transfer.memory
+    device: str = ""  # its name, where it is not the processor
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a record should say of it."""
+        return {"device": self.device} if self.device else {}
+
+    def transfer(
+        self, source: Path, target_fd: int, blocks: Iterable[Block], hashes: Hashes, *, room: int
+    ) -> Iterator[tuple[Block, Any]]:
+        """As `transfer.transfer`, with this workshop's threads and memory."""
+        return transfer.transfer(source, target_fd, blocks, hashes, room=room, threads=self.threads, memory=self.memory)
 
 
 def start(step: Step, rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
@@ -252,7 +296,7 @@ def _two(spare: Bytes, shape: tuple[int, ...], wide: np.dtype[Any]) -> tuple[NDA
     return change, spare[half : half + wide.itemsize * count].view(wide).reshape(shape)
 
 
-def _refuse_overflow(place: Entry, before: NDArray[Any], after: NDArray[Any]) -> None:
+def refuse_overflow(place: Entry, before: NDArray[Any], after: NDArray[Any]) -> None:
     if str(place.dtype) not in FLOATS or np.isfinite(after).all():
         return
     bad = before.size - np.count_nonzero(np.isfinite(before))

@@ -30,8 +30,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graph_files
 from lora_export.graph import sites as graph_sites
-from lora_export.graph.branches import module_of
 from lora_export.graph.trace import Watched, expose, watch
+from lora_export.graph.weaver import module_of
 from lora_export.layers import Plain
 from lora_export.plan import Layout, Plan
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Referee, Runner, ScriptRunner

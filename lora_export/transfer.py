@@ -42,6 +42,7 @@ _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM}
 
 Bytes = NDArray[np.uint8]
+Memory = Callable[[int], Bytes]  # so many bytes, of any content
 Work = Callable[[Bytes, Bytes, Bytes], Any]  # (source, target, spare): fills the target's bytes, returns what it found
 
 
@@ -85,10 +86,15 @@ class _Desk:
     spare: Bytes
 
     @classmethod
-    def of(cls, room: int) -> _Desk:
+    def of(cls, room: int, memory: Memory) -> _Desk:
         # One allocation: from 4 MiB on NumPy asks for huge pages, and each call finds them warm.
-        memory = np.empty(4 * room, np.uint8)
-        return cls(memory[:room], memory[room : 2 * room], memory[2 * room :])
+        whole = memory(4 * room)
+        return cls(whole[:room], whole[room : 2 * room], whole[2 * room :])
+
+
+def memory(count: int) -> Bytes:
+    """Bytes in the process's ordinary memory."""
+    return np.empty(count, np.uint8)
 
 
 def default_threads() -> int:
@@ -105,15 +111,16 @@ def transfer(
     *,
     room: int = BLOCK,
     threads: int | None = None,
+    memory: Memory = memory,
 ) -> Iterator[tuple[Block, Any]]:
     """Carry `blocks` over, in any order; yield each, in theirs, with what its work returned.
 
     `room` is the size of the largest block, in bytes of the source or the target or what its work needs
-    half of in `spare`. The hashes take in what the blocks hold, in their order.
+    half of in `spare`; `memory` is where blocks are worked on. The hashes take in what the blocks hold, in their order.
     Raises InputRefused where the source ends too early, and whatever a block's work raises.
     """
     threads = threads or default_threads()
-    idle = [_Desk.of(room) for _ in range(threads + AHEAD)]
+    idle = [_Desk.of(room, memory) for _ in range(threads + AHEAD)]
     waiting: deque[tuple[Block, _Desk, Future[Any]]] = deque()
     written = kicked = 0
     with source.open("rb") as reader, ThreadPoolExecutor(threads) as pool:

@@ -98,7 +98,7 @@ def _no_longer_than(limit: int | None) -> Iterator[None]:
 
 def strike_before(moment: int, number: int, times: int = 1) -> None:
     """Have this process send itself a signal before its moment of this number, counted from 1."""
-    from lora_export import files
+    from lora_export import staging
 
     passed = 0
 
@@ -116,7 +116,7 @@ def strike_before(moment: int, number: int, times: int = 1) -> None:
     for name in MOMENTS:
         setattr(os, name, watched(getattr(os, name)))
     fcntl.flock = watched(fcntl.flock)
-    files._exchange = watched(files._exchange)
+    staging._exchange = watched(staging._exchange)
 
 
 # --- work ---
@@ -131,9 +131,9 @@ def command(*line: str) -> None:
 
 def command_without_exchange(*line: str) -> None:
     """The same on a file system that cannot swap two names."""
-    from lora_export import files
+    from lora_export import staging
 
-    files._exchange = lambda *_: False
+    staging._exchange = lambda *_: False
     command(*line)
 
 
@@ -143,7 +143,7 @@ def publish_graph(target: str, weight: float) -> None:
     from onnx import TensorProto, helper, numpy_helper
     from onnx_ir import from_proto
 
-    from lora_export import cli, files
+    from lora_export import cli, staging
     from lora_export.cli.arguments import say
     from lora_export.graph import files as graphs
 
@@ -155,7 +155,7 @@ def publish_graph(target: str, weight: float) -> None:
 
     @cli.cli.command("publish")
     def _() -> None:
-        with files.stage_file(Path(target), inputs=(), overwrite=True, say=say) as stage:
+        with staging.stage_file(Path(target), inputs=(), overwrite=True, say=say) as stage:
             graphs.save(model, stage, Path(target).name)
             graphs.append_metadata(stage / Path(target).name, {"lora_export": f'{{"verdict": {weight}}}'})
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,10 @@ from test_exporters import (
 from test_exporters import answers as answers_of
 
 from lora_export import export, formats, model, plan
-from lora_export.cli import weaving
+from lora_export import files as hashing
+from lora_export.cli import given, weaving
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files, sites
-from lora_export.graph.sites import Sites
 from lora_export.onnx_runner import OnnxRunner
 from lora_export.plan import Plan
 
@@ -80,6 +81,15 @@ def record(path: Path) -> dict[str, Any]:
         {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
     )
     return told
+
+
+def held(value: ir.Value) -> bytes:
+    assert value.const_value is not None
+    return value.const_value.tobytes()
+
+
+def hash_of(path: Path) -> str:
+    return hashing.hash_of(path, "xxh3_128")
 
 
 def feeds(batch: int = 3, length: int = 9) -> dict[str, Any]:
@@ -234,47 +244,40 @@ def test_another_model_is_different(spotter: Path, tmp_path: Path, monkeypatch: 
 
 # --- wrong weaves ---
 
-Weave = Callable[[ir.Model, Sites, Plan], Any]
+Fault = Callable[[Plan], Plan]
 
 
-def scaled(weave: Weave) -> Weave:
+def scaled(steps: Plan) -> Plan:
     """A scale that is a twentieth too large, in one of the layers."""
-
-    def wrong(program: ir.Model, found: Sites, steps: Plan) -> Any:
-        first, *others = steps.steps
-        terms = tuple(replace(term, strength=1.05 * term.strength) for term in first.terms)
-        return weave(program, found, replace(steps, steps=(replace(first, terms=terms), *others)))
-
-    return wrong
+    first, *others = steps.steps
+    terms = tuple(replace(term, strength=1.05 * term.strength) for term in first.terms)
+    return replace(steps, steps=(replace(first, terms=terms), *others))
 
 
-def forgetful(weave: Weave) -> Weave:
+def forgetful(steps: Plan) -> Plan:
     """One layer is left out."""
-    return lambda program, found, steps: weave(program, found, replace(steps, steps=steps.steps[1:]))
+    return replace(steps, steps=steps.steps[1:])
 
 
-def turned(weave: Weave) -> Weave:
+def turned(steps: Plan) -> Plan:
     """B of a square layer, the other way round."""
 
-    def wrong(program: ir.Model, found: Sites, steps: Plan) -> Any:
-        def swap(step: plan.Step) -> plan.Step:
-            if step.spec.name != f"{LAYER}.attention.self.query.weight":
-                return step
-            (term,) = step.terms
-            pair = replace(term.pair, a=term.pair.b.T, b=term.pair.a.T)
-            return replace(step, terms=(replace(term, pair=pair),))
+    def swap(step: plan.Step) -> plan.Step:
+        if step.spec.name != f"{LAYER}.attention.self.query.weight":
+            return step
+        (term,) = step.terms
+        pair = replace(term.pair, a=term.pair.b.T, b=term.pair.a.T)
+        return replace(step, terms=(replace(term, pair=pair),))
 
-        return weave(program, found, replace(steps, steps=tuple(map(swap, steps.steps))))
-
-    return wrong
+    return replace(steps, steps=tuple(map(swap, steps.steps)))
 
 
 @pytest.mark.parametrize("fault", [scaled, forgetful, turned])
 @pytest.mark.parametrize(
-    ("graph", "mode", "name"),
+    ("graph", "mode", "place_of", "name"),
     [
-        ("base", "merged", "fold"), ("base", "nodes", "branch"), ("base", "rows", "choose_by_row"),
-        ("bits", "nodes", "branch"),
+        ("base", "merged", given, "write_merged"), ("base", "nodes", weaving, "branch"),
+        ("base", "rows", weaving, "choose_by_row"), ("bits", "nodes", weaving, "branch"),
     ],
 )  # fmt: skip
 def test_a_wrong_weave_is_different_and_never_published(
@@ -282,12 +285,18 @@ def test_a_wrong_weave_is_different_and_never_published(
     tmp_path: Path,
     graph: str,
     mode: str,
+    place_of: ModuleType,
     name: str,
-    fault: Callable[[Weave], Weave],
+    fault: Fault,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(weaving, name, fault(getattr(weaving, name)))
+    right = getattr(place_of, name)
+
+    def wrong(*arguments: Any, **how: Any) -> Any:
+        return right(*(fault(there) if isinstance(there, Plan) else there for there in arguments), **how)
+
+    monkeypatch.setattr(place_of, name, wrong)
     words = ("onnx", place / f"{graph}.onnx", "-a", place / "fr", "--lora", mode, "-o", tmp_path / "out.onnx")
     assert call(*words) == 4
     assert "different" in capsys.readouterr().err
@@ -476,6 +485,23 @@ def test_weights_beside_the_graph_are_read_where_they_are(place: Path, tmp_path:
     assert call("onnx", tmp_path / "apart.onnx", "-a", place / "fr", "-o", out, "--lora", "nodes") == 0
     assert set(record(out)["base"]) == {"apart.onnx", "apart.data"}
     assert_is_pytorchs(OnnxRunner(out), place / "fr")
+
+
+def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, tmp_path: Path) -> None:
+    ir.save(ir.load(place / "base.onnx"), tmp_path / "apart.onnx", external_data="apart.data", size_threshold_bytes=0)
+    proven, merged = tmp_path / "proven", tmp_path / "merged"
+    proven.mkdir(), merged.mkdir()
+    assert call("onnx", tmp_path / "apart.onnx", "-a", place / "fr", "-o", proven / "out.onnx") == 0
+    assert call("merge", tmp_path / "apart.onnx", place / "fr", "-o", merged / "out.onnx") == 0
+    weights = [ir.load(folder / "out.onnx").graph.initializers for folder in (proven, merged)]
+    assert {name: held(value) for name, value in weights[0].items()} == {n: held(v) for n, v in weights[1].items()}
+    large = [value.const_value for value in weights[0].values() if value.const_value.nbytes >= files.EXTERNAL_FROM]
+    assert large and all(isinstance(tensor, ir.ExternalTensor) for tensor in large)
+    assert record(proven / "out.onnx")["base"] == record(merged / "out.onnx")["base"]
+    assert record(proven / "out.onnx")["base"]["apart.data"] == {"xxh3_128": hash_of(tmp_path / "apart.data")}
+    properties = [entry.key for entry in onnx.load(proven / "out.onnx").metadata_props]
+    assert len(properties) == len(set(properties))
+    assert_is_pytorchs(OnnxRunner(proven / "out.onnx"), place / "fr")
 
 
 # --- of every maker ---

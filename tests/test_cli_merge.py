@@ -16,7 +16,7 @@ import pytest
 from handmade import base_file, peft_adapter
 from safetensors.numpy import load_file
 
-from lora_export import cli, files, merge
+from lora_export import cli, files, merge, staging
 
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]
@@ -258,7 +258,7 @@ def test_an_output_in_the_wrong_place_ends_with_7(place, capsys, output, message
 
 @pytest.mark.fault(33)
 def test_a_second_run_on_one_output_ends_with_7(place, capsys):
-    with files.stage_folder(place / "out", inputs=()) as stage:
+    with staging.stage_folder(place / "out", inputs=()) as stage:
         assert run(place, "base", "adapter", "-o", "out") == 7
         assert f"another run (process {os.getpid()}) is writing {place / 'out'}" in capsys.readouterr().err
         assert stage.is_dir()

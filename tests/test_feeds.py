@@ -67,6 +67,21 @@ def test_a_cache_a_mask_over_it_and_positions_behind_it() -> None:
     assert Feeds(a_graph(TEXT), "text.onnx").choices(Sizes(3, 4, 5)) == [Sizes(3, 4, 5)]  # there is nothing to vary
 
 
+def test_a_branch_on_the_cache_is_taken_where_there_is_one_and_a_mask_of_four_dimensions_hides_the_same_places() -> (
+    None
+):
+    text = CACHED.replace(
+        "int64[b, total] attention_mask", "bool[b, 1, s, total] attention_mask, bool[1] use_cache_branch"
+    )
+    maker = Feeds(a_graph(text), "cached.onnx")
+    made, empty = (maker.make(Sizes(3, 4, past), seed=0) for past in (5, 0))
+    assert made["use_cache_branch"].tolist() == [True] and empty["use_cache_branch"].tolist() == [False]
+    mask = made["attention_mask"]
+    assert mask.dtype == bool and mask.shape == (3, 1, 4, 9)
+    flat = Feeds(a_graph(CACHED), "cached.onnx").make(Sizes(3, 4, 5), seed=0)["attention_mask"]
+    assert (mask == flat.astype(bool)[:, None, None]).all() and not mask.all()
+
+
 def test_every_input_that_can_be_varied_is() -> None:
     maker = Feeds(a_graph(CACHED), "cached.onnx")
     before = maker.make(Sizes(3, 16, 5), seed=0)
@@ -102,6 +117,7 @@ def test_fixed_sizes_are_kept_and_sizes_without_a_name_are_one_by_their_place() 
     [
         ("int64[n] lengths", r"nothing tells what lengths \(int64 \[n\]\) should hold"),
         ("bool[n] flags", "nothing tells what flags"),
+        ("int64[n] past_lengths", "nothing tells what past_lengths"),
         ("string[n] words", "nothing tells what words"),
     ],
 )

@@ -78,7 +78,9 @@ def test_every_step_of_a_row_has_the_rows_adapter(tmp_path: Path, base: model.Mo
     choose_by_row(graph, found, plan.make(TWO, found.specs, apart=True))
     files.save(graph, tmp_path, "rows.onnx")
     which = [2, 0, 1, 1]
-    answer = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows(which)).run(FEEDS)["logits"]
+    runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows(which))
+    answer = runner.run(FEEDS)["logits"]
+    assert runner.as_shipped().run(FEEDS)["logits"].tobytes() == answer.tobytes()  # a CPU has no settings of its own
     expected = [alone(base.module, adapter) for adapter in (None, *TWO)]
     for row, number in enumerate(which):
         np.testing.assert_allclose(answer[row], expected[number][row], rtol=1e-4, atol=1e-5)
@@ -99,7 +101,9 @@ def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Mo
         factors = factors_of(graph, contract, steps, adapter.name)
         given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
         onnx_adapter.write(tmp_path / adapter.name, given, contract, sha256="1")
-        answer = with_cache(runner.with_adapter(tmp_path / adapter.name)).run(FEEDS)["logits"]
+        with_it = with_cache(runner.with_adapter(tmp_path / adapter.name))
+        answer = with_it.run(FEEDS)["logits"]
+        assert with_it.as_shipped().run(FEEDS)["logits"].tobytes() == answer.tobytes()
         np.testing.assert_allclose(answer, alone(base.module, adapter), rtol=1e-4, atol=1e-5)
     without = with_cache(OnnxRunner(tmp_path / "base.onnx")).run(FEEDS)["logits"]
     assert with_cache(runner).run(FEEDS)["logits"].tobytes() == without.tobytes()

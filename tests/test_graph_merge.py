@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from test_graph_fold import everywhere
 
-from lora_export import cli, files, formats, plan, rewrite, transfer
+from lora_export import cli, files, formats, plan, rewrite, staging, transfer
 from lora_export.errors import InputRefused
 from lora_export.graph import files as graphs
 from lora_export.graph.fold import fold
@@ -93,7 +93,7 @@ def test_what_was_inside_stays_inside_and_what_was_beside_is_named_by_its_conten
         assert [file.name for file in written] == ["m.onnx"]
         return
     digest = files.hash_of(written[1], "xxh3_128")
-    assert [file.name for file in written] == ["m.onnx", files.data_name("m.onnx", digest)]
+    assert [file.name for file in written] == ["m.onnx", staging.data_name("m.onnx", digest)]
     assert written[1].stat().st_size < sum(weight.nbytes for weight in WEIGHTS.values()) + 3 * 4096
 
 

@@ -36,7 +36,7 @@ from lora_export import formats, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph import branches, sites
+from lora_export.graph import branches, sites, weaver
 from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import Sites
@@ -410,11 +410,11 @@ def everything(found: Sites, name: str, *, rank: int) -> Adapter:
     rng, pairs = np.random.default_rng(rank), {}
     for number, spec in enumerate(found.specs):
         embedding = spec.layout is plan.Layout.EMBEDDING
-        strangers = [branches.obstacle_to(site, embedding=embedding) for site in found.by_name[spec.name]]
+        strangers = [weaver.obstacle_to(site, embedding=embedding) for site in found.by_name[spec.name]]
         if any(strangers) or "position_embeddings" in spec.name:
             continue
         out, *inner = spec.matrix
-        pairs[branches.module_of(spec.name)] = LoraPair(
+        pairs[weaver.module_of(spec.name)] = LoraPair(
             a=normal(rank, *inner, rng=rng),
             b=normal(out, rank, *[1] * (len(inner) - 1), rng=rng),
             scale=0.3,

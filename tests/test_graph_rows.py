@@ -175,6 +175,17 @@ def test_a_layer_whose_batch_is_not_certain_is_refused_by_name(sizes: str, body:
         by_row(model, an_adapter({"m": PAIR}))
 
 
+def test_of_several_symbols_the_batch_is_the_one_that_enters_every_layer() -> None:
+    two = an_adapter({"a": SQUARE, "b": SQUARE})
+    by_row(model := a_graph(TWO_LAYERS.replace("[N,2] x", "[N,2] x, float[M,2] z")), two, batch="batch")
+    x = np.float32([[1, 2], [3, 4]])
+    expected = x @ np.float32([[2, 4], [3, 4]]) @ np.float32([[2, 2], [1, 1]])
+    assert np.array_equal(run(model, x=x, z=x[:1], adapter_ids=ids(1, 1))["y"], expected)
+    apart = TWO_LAYERS.replace("[N,2] x", "[N,2] x, float[M,2] z").replace("MatMul(h, b", "MatMul(z, b")
+    with pytest.raises(InputRefused, match=r"the batch, `batch`, .*: x \[N,2\], z \[M,2\]"):
+        by_row(a_graph(apart), two, batch="batch")
+
+
 def test_a_graph_without_a_batch_is_refused() -> None:
     with pytest.raises(InputRefused, match=r"no input of the graph has the batch, `N`, .*: x \[2,3\]"):
         by_row(a_graph(GEMM.replace("float[N,3]", "float[2,3]")), an_adapter({"m": PAIR}))

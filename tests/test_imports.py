@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ PACKAGE = Path(lora_export.__file__).parent
 # From the ground up: a layer imports only what stands before it. `plan` stands low because every
 # holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 GROUND = (
-    *("errors", "lora", "plan", "files", "tensorfile", "formats", "head", "ledger", "provenance"),
+    *("errors", "lora", "plan", "files", "staging", "tensorfile", "formats", "head", "ledger", "provenance"),
     *("checkpoint", "transfer", "rewrite"),
 )
 WORK = (
-    *("merge", "layers", "graph", "aten", "exported", "program", "specimens", "model", "outputs", "export"),
-    *("examples", "train"),
+    *("device", "merge", "layers", "graph", "aten", "exported", "program", "specimens", "model", "outputs"),
+    *("export", "examples", "train"),
     *("onnx_runner", "runtime", "decoding", "session", "parity", "audit", "diagnosis", "report"),
     *("evidence", "feeds", "graph_proof", "standin", "kept", "candidate", "trace", "proof", "testing"),
 )
@@ -93,6 +94,11 @@ def test_every_file_has_its_place_in_the_order():
 def test_imports_only_go_down(module):
     place = ORDER.index(layer(module))
     assert layers_below(module) <= set(ORDER[:place])
+
+
+def test_nothing_imports_in_a_circle():
+    files_below = {module: imports_of(module) & set(MODULES) - {module} for module in LAYERED}
+    TopologicalSorter(files_below).prepare()  # raises CycleError, with the circle
 
 
 def test_a_plan_knows_no_holder_of_weights():

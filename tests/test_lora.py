@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lora_export import lora
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair, Rows, add, energies, fresh_pair
 
@@ -32,6 +33,36 @@ def test_the_change_is_the_scaled_product_of_b_and_a():
 
 def test_some_rows_of_the_change_are_those_rows_of_it():
     assert pair().delta(slice(1, 2)).tolist() == [[2, 5, 6]]
+
+
+@pytest.mark.parametrize("likes_pieces", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"),
+    [(1, 1, 1), (9, 7, 2), (300, 500, 16), (40, 9000, 16), (3, 20001, 24), (300, 500, 25), (200, 600, 64)],
+)
+def test_a_low_rank_is_multiplied_in_small_pieces_where_that_is_faster(monkeypatch, likes_pieces, rows, columns, rank):
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 10, (rank, columns)), rng.integers(-9, 10, (rows, rank))
+    products: list[int] = []
+    heights: list[int] = []
+    matmul = np.matmul
+
+    def counted(one: np.ndarray, other: np.ndarray, out: np.ndarray) -> None:
+        products.append(one.size * other.shape[1])
+        heights.append(len(one))
+        matmul(one, other, out=out)
+
+    monkeypatch.setattr(np, "matmul", counted)
+    monkeypatch.setattr(lora, "_likes_pieces", lambda: likes_pieces)
+    delta = LoraPair(a=a, b=b, scale=0.5).delta()
+    assert np.array_equal(delta, 0.5 * (b @ a))
+    assert sum(products) == rows * rank * columns
+    if likes_pieces and rank <= 24:
+        assert (
+            max(heights) >= min(rows, 8) and max(products) <= 1_000_000 and len(products) < 3 + sum(products) / 500_000
+        )
+    else:
+        assert len(products) == 1
 
 
 def test_rank_and_shape_are_those_of_the_weight():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lora_export import parity
 from lora_export.errors import InputRefused
-from lora_export.parity import Allowance, Case, Gate, Outcome, Sensitivity, Tolerance, judge
+from lora_export.parity import Allowance, Case, Gate, Outcome, Sensitivity, Tolerance, gates, judge, judging
 
 COUNT = np.arange(1024)
 # ±1 in three patterns: each has rms 1 and peak 1, and the product of any two has mean 0.
@@ -117,7 +117,7 @@ def test_only_the_error_gate_sees_a_small_error_everywhere(monkeypatch: pytest.M
     assert "y in case first: the error is 0.1, allowed is 0.0656; PyTorch's own is 0.0328, which is x 3.05" in str(
         verdict
     )
-    monkeypatch.setattr(parity, "error_gate", opened("error"))
+    monkeypatch.setattr(gates, "error_gate", opened("error"))
     assert judge([case]).same
 
 
@@ -209,7 +209,7 @@ def test_only_the_tail_gate_sees_one_bad_element_in_a_million(monkeypatch: pytes
     assert verdict.outcome is Outcome.DIFFERENT
     assert [reason.gate for reason in verdict.reasons] == ["tail"]
     assert "at [123456] it is 1.00010002, the referee has 1: off by 0.0001" in str(verdict)
-    monkeypatch.setattr(parity, "tail_gate", opened("tail"))
+    monkeypatch.setattr(gates, "tail_gate", opened("tail"))
     assert judge([case]).same
 
 
@@ -235,7 +235,7 @@ def test_only_the_signal_gate_sees_an_error_that_is_large_beside_a_weak_adapter(
     assert verdict.outcome is Outcome.UNDECIDED and verdict.exit_code == 5 and not verdict
     assert [reason.gate for reason in verdict.reasons] == ["signal"]
     assert "the error 0.2 is 20 % of what the adapter does (1)" in str(verdict)
-    monkeypatch.setattr(parity, "signal_gate", opened("signal"))
+    monkeypatch.setattr(gates, "signal_gate", opened("signal"))
     assert judge([case]).same
 
 
@@ -297,14 +297,14 @@ def test_only_the_control_sees_gates_so_wide_that_louder_adapters_pass(monkeypat
     assert verdict.outcome is Outcome.UNDECIDED
     assert [reason.gate for reason in verdict.reasons] == ["louder"]
     assert "the model with every scale x 1.1 (off by 0.1; PyTorch's own error is 0.08) passes the gates" in str(verdict)
-    monkeypatch.setattr(parity, "_passes", lambda *_: False)
+    monkeypatch.setattr(gates, "_passes", lambda *_: False)
     assert judge([case]).same
 
 
 def test_only_the_control_sees_gates_so_wide_that_the_base_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(own=0.6 * OWN, error=0, effect=EFFECT, louder=np.ones(1024) + 5 * EFFECT)
     assert gates_complaining(case) == ["off"]
-    monkeypatch.setattr(parity, "_passes", lambda *_: False)
+    monkeypatch.setattr(gates, "_passes", lambda *_: False)
     assert judge([case]).same
 
 
@@ -595,7 +595,7 @@ def test_other_outputs_report_no_agreement() -> None:
     ("share", "text"), [(4.2e-6, "0.00042 %"), (0.1, "10 %"), (0.9996, "100 %"), (12.34, "1234 %")]
 )
 def test_shares_are_printed_in_percent(share: float, text: str) -> None:
-    assert parity._percent(share) == text
+    assert parity.percent(share) == text
 
 
 def test_a_verdict_prints_a_screen_and_holds_everything() -> None:
@@ -620,7 +620,7 @@ def test_only_the_bulk_gate_sees_errors_everywhere_beside_pytorchs_own_in_one_pl
     case = make(own=spiked(1.0, 1e-6 * OWN), error=0.05 * ERROR, effect=64 * EFFECT)
     assert gates_complaining(case) == ["bulk"]
     assert "half of it is off by 0.05 and more, allowed is 2" in str(judge([case], perturbed=TRIED))
-    monkeypatch.setattr(parity, "bulk_gate", opened("bulk"))
+    monkeypatch.setattr(gates, "bulk_gate", opened("bulk"))
     assert judge([case], perturbed=TRIED).same
 
 
@@ -646,7 +646,7 @@ def test_only_the_features_gate_sees_an_adapter_missing_in_a_small_column(monkey
     assert verdict.outcome is Outcome.DIFFERENT
     assert [reason.gate for reason in verdict.reasons] == ["features"]
     assert "y: 2 features of 128 along axis 1, small beside the others" in str(verdict)
-    monkeypatch.setattr(parity, "_small_features", lambda *_: ())
+    monkeypatch.setattr(judging, "_small_features", lambda *_: ())
     assert judge(cases, perturbed=TRIED).same
 
 

@@ -26,7 +26,7 @@ import saboteur
 from handmade import base_file, graph_file, peft_adapter
 from saboteur import Ended
 
-from lora_export import cli, files, merge, tensorfile
+from lora_export import cli, files, merge, staging, tensorfile
 from lora_export.graph import files as graphs
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +181,7 @@ def test_a_first_graph_that_is_killed_between_its_two_files_is_written_by_the_ne
             break
         if any(output.target.parent.glob("m.onnx.*.data")) and not output.target.exists():
             data = next(output.target.parent.glob("m.onnx.*.data"))
-            with files.stage_file(output.target, inputs=()) as stage:  # not told to overwrite anything
+            with staging.stage_file(output.target, inputs=()) as stage:  # not told to overwrite anything
                 for name in (output.target.name, data.name):
                     (stage / name).write_bytes(b"again")
             assert data.read_bytes() == b"again"

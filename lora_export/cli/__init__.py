@@ -27,12 +27,12 @@ from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed
 
 # name -> its one-line help, so that `lora-export --help` loads no command
 COMMANDS = {
-    "inspect": "Show what an adapter or a checkpoint holds.",
-    "merge": "Merge adapters into a checkpoint's weights.",
-    "onnx": "Export to ONNX, adapters merged, as graph nodes, or swapped at run time.",
+    "inspect": "Show what an adapter, a checkpoint or a graph holds.",
+    "merge": "Merge adapters into the weights of a checkpoint or a graph.",
+    "onnx": "Make an .onnx of a model or a graph: adapters merged, as nodes, as inputs, or row by row.",
     "torchscript": "Export to TorchScript, adapters merged or attached.",
     "verify": "Prove that a file computes what the PyTorch model computes.",
-    "convert": "Convert an adapter for a graph that is there already.",
+    "convert": "Convert an adapter for a graph that is deployed already.",
     "train": "Train a LoRA adapter.",
     "doctor": "Say what is installed and which providers really load.",
 }
@@ -117,8 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     line, stdout = sys.argv[1:] if arguments is None else arguments, sys.stdout
-    if "lora_export.files" in sys.modules:  # an earlier run in this process
-        sys.modules["lora_export.files"].finished.clear()
+    if "lora_export.staging" in sys.modules:  # an earlier run in this process
+        sys.modules["lora_export.staging"].finished.clear()
     try:
         result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
@@ -145,9 +145,9 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _stopped(*, terminated: bool) -> int:
-    from lora_export import files
+    from lora_export import files, staging
 
-    left = f"{files.shown(files.finished[-1])} had been written" if files.finished else "nothing was left behind"
+    left = f"{files.shown(staging.finished[-1])} had been written" if staging.finished else "nothing was left behind"
     click.echo(f"{'Terminated' if terminated else 'Stopped'}; {left}.", err=True)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 

@@ -11,11 +11,15 @@ import onnx_ir as ir
 from lora_export import export, layers, plan
 from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
+from lora_export.decoding import with_cache
 from lora_export.evidence import Proof
+from lora_export.graph.files import save
+from lora_export.graph.fold import fold
 from lora_export.graph.sites import Sites
+from lora_export.ledger import MIN_RETENTION, refuse_faint
 from lora_export.lora import Adapter
 from lora_export.model import Model
-from lora_export.onnx_runner import Arrays, OnnxRunner
+from lora_export.onnx_runner import Arrays, OnnxRunner, Runner
 from lora_export.proof import case_inputs
 
 
@@ -58,6 +62,15 @@ class FromModel:
     def check_plan(self, steps: plan.Plan) -> None:
         """A module that was loaded anew holds no adapter."""
 
+    def merge(self, program: ir.Model, sites: Sites, steps: plan.Plan, folder: Path, file_name: str) -> list[str]:
+        """Fold the adapters into the graph, which stands in memory, and write it; returns what lies beside it.
+
+        Raises InputRefused where rounding leaves a weight less than half of its change.
+        """
+        refuse_faint(fold(program, sites, steps), MIN_RETENTION)
+        *beside, _ = save(program, folder, file_name)
+        return [path.name for path in beside]
+
     def record(self) -> dict[str, Any]:
         """Where the graph comes from."""
         settings = {"lora": self.order.mode, "opset": self.opset}
@@ -73,12 +86,23 @@ class ModelJudge:
     def prepare(self) -> None:
         """Whatever the model takes can be made."""
 
+    def asked(self, runner: OnnxRunner) -> Runner:
+        """A decoder with its cache kept for it: the model, which is given whole sequences, knows of none."""
+        return with_cache(runner)
+
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:
         """What a graph is given, by case."""
-        return case_inputs(self.base, runner, user_inputs=self.inputs_file)
+        return case_inputs(self.base, self.asked(runner), user_inputs=self.inputs_file)
 
     def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
         """The proof, `same`. Raises what its verdict means otherwise."""
         return proving.demand_same(
-            runner, self.base, adapters, weights, self.inputs_file, device=self.provider, stage=self.stage, what=what
+            self.asked(runner),
+            self.base,
+            adapters,
+            weights,
+            self.inputs_file,
+            device=self.provider,
+            stage=self.stage,
+            what=what,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
 from lora_export.errors import InputRefused
 from lora_export.evidence import Proof
-from lora_export.graph.branches import module_of
-from lora_export.graph.files import open_graph
+from lora_export.graph.files import EXTERNAL_FROM, initializers, open_graph
+from lora_export.graph.merge import write_merged
 from lora_export.graph.sites import Sites, is_output_head, place
+from lora_export.graph.weaver import module_of
 from lora_export.graph_proof import GraphJudge
 from lora_export.lora import Adapter
 from lora_export.onnx_runner import Arrays, OnnxRunner
@@ -34,6 +36,7 @@ class FromGraph:
         files.must_exist(path, "model")
         self.order, self.graph = order, open_graph(path)
         self.checkpoint = None if base is None else open_checkpoint(base)
+        self._hashes: dict[str, dict[str, str]] = {}  # of its files, where they were read from end to end
 
     def check(self) -> None:
         """Raise InputRefused for a graph that takes adapters already."""
@@ -81,9 +84,26 @@ class FromGraph:
         """Raise InputRefused where one of the adapters is in the graph already."""
         provenance.refuse_second_merge(steps, self.graph.path, self.graph.history)
 
+    def merge(self, program: ir.Model, sites: Sites, steps: Plan, folder: Path, file_name: str) -> list[str]:
+        """Carry its files over in blocks, W + ΔW in place of W; returns what lies beside the graph, as it did before.
+
+        Raises as `merge_graph` does, of which this is the work.
+        """
+        for value in initializers(program):
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < EXTERNAL_FROM:
+                # Where onnxruntime infers shapes of it, it reads no other file.
+                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+        graph = replace(self.graph, model=program)
+        self._hashes = write_merged(steps, graph, sites, folder, file_name=file_name, hashing=HASHING).sources
+        return [path.name for path in folder.iterdir() if path.name != file_name]
+
     def record(self) -> dict[str, Any]:
         """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
-        base = {path.name: {HASHING: files.hash_of(path, HASHING)} for path in self.graph.sources}
+        base = {
+            path.name: self._hashes.get(path.name) or {HASHING: files.hash_of(path, HASHING)}
+            for path in self.graph.sources
+        }
         for path in self.graph.changed():
             raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
         order = self.order
@@ -112,6 +132,10 @@ class OwnJudge:
         """Make the inputs. Raises InputRefused where that cannot be, RuntimeRefused where the base does not run."""
         self.stage("running the base")
         self.judge.inputs()
+
+    def asked(self, runner: OnnxRunner) -> OnnxRunner:
+        """As it is: the inputs are all that the graph takes, a cache too."""
+        return runner
 
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:  # noqa: ARG002 - they come from the graph itself
         """What a graph is given, by case."""

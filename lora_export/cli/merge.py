@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import click
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from lora_export.ledger import MergeReport
     from lora_export.lora import Adapter
     from lora_export.plan import Plan, TensorSpec
+    from lora_export.rewrite import Workshop
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/model
+CACHED = "models--"  # a model's folder in the hub's cache: models--owner--model
 
 
 @click.command()
@@ -68,6 +74,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Merge into quantised weights of an .onnx BASE too, and quantise the sum in the scheme that they have.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where weights are changed; cuda needs PyTorch, and is not known to be faster.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
 @overwrite_option
 @json_option
@@ -81,6 +94,7 @@ def command(
     hashing: str,
     origin: Path | None,
     requantize: bool,
+    device: str,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -90,6 +104,7 @@ def command(
     BASE is a Hugging Face folder, a .safetensors file or an .onnx graph; the output is of the same kind,
     with the same layout. Needs no PyTorch, and memory does not grow with the model.
     """
+    on_device = None if device == "cpu" else _gpu()
     with startup.brisk():
         from lora_export import plan, report
         from lora_export.cli.progress import byte_progress
@@ -114,11 +129,18 @@ def command(
     inputs = [base, *(split_name(adapter)[1] for adapter in adapters)]
     size = work.size(steps)
     with (
+        on_device or contextlib.nullcontext() as workshop,
         work.stage(output, inputs=inputs, overwrite=overwrite, needs=size, say=say) as folder,
         byte_progress("merging", size) as progress,
     ):
         ledger = work.carry_out(
-            steps, folder, file_name=output.name, min_retention=min_retention, hashing=hashing, progress=progress
+            steps,
+            folder,
+            file_name=output.name,
+            min_retention=min_retention,
+            hashing=hashing,
+            progress=progress,
+            workshop=workshop,
         )
         if not ledger.replaced and not any(result.changed for result in ledger.results):
             raise InputRefused("the merge would change no entry of any weight: rounding takes all of it")
@@ -132,6 +154,14 @@ def command(
         click.echo(json.dumps({"output": str(output), **report.as_dict(ledger)}))
     else:
         report.print_ledger(report.console(), ledger, output)
+
+
+def _gpu() -> AbstractContextManager[Workshop]:
+    """The GPU, once it is known to answer: told before anything is read."""
+    from lora_export import device
+
+    device.require_cuda()
+    return device.cuda()
 
 
 @dataclass(frozen=True)
@@ -152,7 +182,7 @@ class _Work:
 def _over_checkpoint(
     base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None, *, requantize: bool
 ) -> _Work:
-    from lora_export import files, merge
+    from lora_export import merge, staging
     from lora_export.checkpoint import code_of_its_own, open_checkpoint
 
     if origin is not None:
@@ -170,7 +200,7 @@ def _over_checkpoint(
         notes=notes,
         check=lambda steps: merge.refuse_before_the_work(steps, checkpoint),
         size=lambda steps: merge.output_size(steps, checkpoint, dtype),
-        stage=files.stage_folder if checkpoint.is_folder else files.stage_file,
+        stage=staging.stage_folder if checkpoint.is_folder else staging.stage_file,
         carry_out=lambda steps, folder, **rest: merge.merge_checkpoint(steps, checkpoint, folder, dtype=dtype, **rest),
         may_add=True,
         way_out="--dtype float32 keeps it",
@@ -178,7 +208,7 @@ def _over_checkpoint(
 
 
 def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantize: bool) -> _Work:
-    from lora_export import files
+    from lora_export import files, staging
     from lora_export.checkpoint import open_checkpoint
     from lora_export.graph.files import open_graph
     from lora_export.graph.merge import merge_graph, refuse_before_the_work
@@ -196,16 +226,31 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
         check=lambda steps: refuse_before_the_work(steps, graph, sites, requantise=requantize),
         told=lambda steps: notes_on(steps, graph.model, sites) if requantize else (),
         size=lambda _: graph.nbytes,
-        stage=files.stage_file,
+        stage=staging.stage_file,
         carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, requantise=requantize, **rest),
         way_out="keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)",
     )
 
 
 def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:
-    """Adapters that name another base than this one calls itself. No more than a doubt: names are not weights."""
-    own = base.config.get("_name_or_path")
+    """Adapters that name another model of the hub than this one is. No more than a doubt: names are not weights.
+
+    A path, of whatever machine, tells nothing of what lies there.
+    """
+    folders = base.path.absolute().parts
+    cached = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))
+    own = [name for name in (*cached, base.config.get("_name_or_path")) if _is_of_the_hub(name)]
+    known = {_model(name) for name in (*own, *folders)}
     for adapter in adapters:
         told = adapter.metadata.get("base_model_name_or_path")
-        if own and told and PurePosixPath(str(own)).name != PurePosixPath(str(told)).name:
-            yield f"{adapter.name} was made for {told}, the base calls itself {own}: shapes that agree prove nothing"
+        if own and _is_of_the_hub(told) and _model(told) not in known:
+            yield f"{adapter.name} was made for {told}, the base is {own[0]}: shapes that agree prove nothing"
+
+
+def _is_of_the_hub(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _model(name: str) -> str:
+    """A name without its owner: mirrors hold the same weights under theirs."""
+    return name.rpartition("/")[2].casefold()

@@ -86,10 +86,10 @@ def command(
     `adapter_ids`, which is for each row of the batch 0 (the base) or an adapter's number, in the order in which
     they were given.
     """
-    from lora_export import files, provenance
+    from lora_export import files, provenance, staging
     from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
-    from lora_export.graph.files import append_metadata, save
+    from lora_export.graph.files import append_metadata
 
     refuse_exported(model)
     is_graph = model.endswith(".onnx")
@@ -100,7 +100,7 @@ def command(
     order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
     make_source = _maker(model, order, opset, checkpoint, reference)
     with (
-        files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,
     ):
         stage("reading the graph" if is_graph else "loading the model")
@@ -113,9 +113,7 @@ def command(
             judge = _judge(source, order, reference, inputs_file, provider, stage)
             prover = weaving.Prover(order, judge, provider, stage)
             prover.look_at_base(program)
-        companions = weaving.weave(program, order, source, folder, stage)
-        stage("writing")
-        save(program, folder, output.name)
+        companions = weaving.write(program, order, source, folder, output.name, stage)
         proofs = prover.prove(folder / output.name) if prover else None
         record = source.record() | {"verdict": weaving.summary(proofs)}
         append_metadata(folder / output.name, {provenance.KEY: json.dumps(record)})

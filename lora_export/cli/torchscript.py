@@ -39,7 +39,7 @@ def command(
     """
     import copy
 
-    from lora_export import files, layers, plan
+    from lora_export import files, layers, plan, staging
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
     from lora_export.export import save_torchscript, to_torchscript
@@ -49,7 +49,7 @@ def command(
     refuse_exported(model)
     loaded = load_adapters(adapters)
     with (
-        files.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,
     ):
         stage("loading the model")

@@ -92,7 +92,7 @@ def command(
     """
     import torch
 
-    from lora_export import files, formats, layers, plan, train
+    from lora_export import files, formats, layers, plan, staging, train
     from lora_export.cli.progress import step_progress
     from lora_export.examples import read_examples
     from lora_export.formats import peft
@@ -101,7 +101,7 @@ def command(
     refuse_exported(model)
     examples = read_examples(data_path)
     say(f"{data_path}: {examples}")
-    with files.stage_folder(output, inputs=[data_path, *_folder_of(model)], overwrite=overwrite, say=say) as stage:
+    with staging.stage_folder(output, inputs=[data_path, *_folder_of(model)], overwrite=overwrite, say=say) as stage:
         torch.manual_seed(seed)  # a new head starts from it
         loaded = load_model(model, labels=examples.classes if examples.texts else ())
         data, judged = _prepared(loaded, examples, holdout=holdout, seed=seed, max_length=max_length)

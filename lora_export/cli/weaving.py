@@ -18,14 +18,12 @@ from lora_export.errors import InputRefused
 from lora_export.evidence import Proof, bits_that_differ, prove_mixed
 from lora_export.formats import onnx_adapter
 from lora_export.graph.branches import branch
-from lora_export.graph.files import in_memory
-from lora_export.graph.fold import fold
+from lora_export.graph.files import in_memory, save
 from lora_export.graph.inputs import factors_of, open_inputs
 from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import Sites, find
-from lora_export.ledger import MIN_RETENTION, StepResult, refuse_faint
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Arrays, Held, OnnxRunner
+from lora_export.onnx_runner import Arrays, Held, OnnxRunner, Runner
 from lora_export.plan import Plan
 
 Say = Callable[[str], None]
@@ -61,6 +59,7 @@ class Source(Protocol):
     def program(self, stage: Say) -> ir.Model: ...  # the base, the caller's own
     def targets(self, sites: Sites) -> list[str]: ...  # the weights that --target names
     def check_plan(self, steps: Plan) -> None: ...  # raises what only the plan tells
+    def merge(self, program: ir.Model, sites: Sites, steps: Plan, folder: Path, file_name: str) -> list[str]: ...
     def record(self) -> dict[str, Any]: ...  # where the graph comes from, by hashes
 
 
@@ -68,6 +67,7 @@ class Judge(Protocol):
     """What a graph is proven against."""
 
     def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
+    def asked(self, runner: OnnxRunner) -> Runner: ...  # the graph as it answers `inputs`
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
     def prove(
         self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
@@ -80,13 +80,13 @@ def check(order: Order) -> None:
         onnx_adapter.refuse_what_no_input_carries(order.adapters)
     if order.mode == "inputs":
         for adapter in order.adapters:
-            file_name(adapter)
+            adapter_file(adapter)
 
 
-def weave(program: ir.Model, order: Order, source: Source, folder: Path, stage: Say) -> list[str]:
-    """Put the adapters into the graph, or beside it into the folder; returns the names of the files it wrote."""
+def write(program: ir.Model, order: Order, source: Source, folder: Path, file_name: str, stage: Say) -> list[str]:
+    """Write the graph with the adapters in it or beside it into the folder; returns the names of its companions."""
     if not order.adapters and order.target is None:
-        return []
+        return _saved(program, folder, file_name, stage)
     stage("finding its weights")
     sites = find(program, source.checkpoint)
     steps = order.planned(sites.specs) if order.adapters else None
@@ -95,12 +95,16 @@ def weave(program: ir.Model, order: Order, source: Source, folder: Path, stage: 
         say(f"note: {note}")
     if steps:
         source.check_plan(steps)
-    stage("folding the adapters in" if order.mode == "merged" else "weaving the adapters in")
+    if order.mode == "merged":
+        assert steps is not None
+        stage("folding the adapters in")
+        return source.merge(program, sites, steps, folder, file_name)
+    stage("weaving the adapters in")
     if order.mode != "inputs":
         assert steps is not None
-        ways: dict[str, Callable[..., object]] = {"merged": _fold, "nodes": branch, "rows": choose_by_row}
+        ways: dict[str, Callable[..., object]] = {"nodes": branch, "rows": choose_by_row}
         ways[order.mode](program, sites, steps)
-        return []
+        return _saved(program, folder, file_name, stage)
     wanted = {step.weight for step in (steps.steps if steps else ())} | set(source.targets(sites))
     dora = wanted if order.dora else {step.weight for step in (steps.steps if steps else ()) if step.has_dora}
     weights = [name for name in sites.by_name if name in wanted]
@@ -109,18 +113,18 @@ def weave(program: ir.Model, order: Order, source: Source, folder: Path, stage: 
         assert steps is not None
         factors = factors_of(program, contract, steps, adapter.name)
         given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
-        onnx_adapter.write(folder / file_name(adapter), given, contract, sha256=adapter.sha256)
-    return [file_name(adapter) for adapter in order.adapters]
+        onnx_adapter.write(folder / adapter_file(adapter), given, contract, sha256=adapter.sha256)
+    return [*(adapter_file(adapter) for adapter in order.adapters), *_saved(program, folder, file_name, stage)]
 
 
-def _fold(program: ir.Model, sites: Sites, steps: Plan) -> list[StepResult]:
-    """As `fold`. Raises InputRefused where rounding leaves a weight less than half of its change, too."""
-    results = fold(program, sites, steps)
-    refuse_faint(results, MIN_RETENTION)
-    return results
+def _saved(program: ir.Model, folder: Path, file_name: str, stage: Say) -> list[str]:
+    """Write the graph; returns what lies beside it."""
+    stage("writing")
+    *beside, _ = save(program, folder, file_name)
+    return [path.name for path in beside]
 
 
-def file_name(adapter: Adapter) -> str:
+def adapter_file(adapter: Adapter) -> str:
     """What an adapter's file beside the graph is called."""
     if adapter.name.startswith(".") or "/" in adapter.name:
         raise InputRefused(f"no file can be called after the adapter {adapter.name!r}: give it a name, -a NAME=ADAPTER")
@@ -182,16 +186,17 @@ class Prover:
         adapters = self.order.adapters
         if self.order.mode == "rows":
             return [runner.with_rows([number]) for number in range(len(adapters) + 1)]
-        return [runner, *(runner.with_adapter(runner.path.with_name(file_name(adapter))) for adapter in adapters)]
+        return [runner, *(runner.with_adapter(runner.path.with_name(adapter_file(adapter))) for adapter in adapters)]
 
     def _mixed(self, runner: OnnxRunner, proofs: Sequence[Proof]) -> Proof:
         """All adapters and the base in one batch."""
         self.stage("verifying mixed batches")
         ids = [*range(1, len(proofs)), 0]
-        return proving.demanded(prove_mixed(runner.with_rows(ids), proofs, ids), "mixed batches")
+        return proving.demanded(prove_mixed(self.judge.asked(runner.with_rows(ids)), proofs, ids), "mixed batches")
 
     def _answers(self, runner: OnnxRunner) -> dict[str, Arrays]:
-        return {case: runner.run(arrays) for case, arrays in self.judge.inputs(runner).items()}
+        asked = self.judge.asked(runner)
+        return {case: asked.run(arrays) for case, arrays in self.judge.inputs(runner).items()}
 
 
 def summary(proofs: Proofs | None) -> dict[str, Any]:

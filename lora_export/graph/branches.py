@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
 from lora_export.graph.dora import length_factor
-from lora_export.graph.fold import change_weight, new_initializer, refuse_overflow, refuse_what_no_branch_can_do
-from lora_export.graph.quantised import NBITS
+from lora_export.graph.fold import change_weight, refuse_what_no_branch_can_do
 from lora_export.graph.readers import common_dtype
 from lora_export.graph.sharing import share
-from lora_export.graph.sites import Site, Sites, unused, value_names
+from lora_export.graph.sites import Site, Sites
+from lora_export.graph.weaver import Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.ledger import StepResult
 from lora_export.plan import Plan, Step, Term
-
-Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
-NONE: Attributes = MappingProxyType({})
-# Operators that add a bias, and at which input.
-BIASES: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, NBITS: 5})
-LOWEST_OPSET = 11  # a Gemm can do without its bias since, and Pad has its sizes as an input
 
 
 def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
@@ -62,14 +53,6 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
                 linear.append(beside)
     share(weaver, linear)
     return [result for result in folded if result is not None]
-
-
-def obstacle_to(site: Site, *, embedding: bool) -> str:
-    """As `Site.obstacle`, where a pair of an embedding's, or of another layer's kind is to stand beside."""
-    alone = site.inner is None and site.block is None
-    if embedding:
-        return "" if alone and site.is_lookup else site.obstacle or site.node.op_type
-    return "" if alone and site.is_convolution else site.obstacle
 
 
 def _label(term: Term, *, several: bool) -> str:
@@ -109,250 +92,3 @@ class _Lengths:
         factor = self.weaver.factor(module_of(self.step.weight), f"lora_magnitude_vector{self.label}", array)
         self.made.append((array, factor))
         return factor
-
-
-def module_of(weight: str) -> str:
-    """The module whose weight this is; empty where the weight is the whole model's."""
-    return re.sub(r"(^|\.)(in_proj_)?weight$", "", weight)
-
-
-class Factor(NamedTuple):
-    """One side of a low-rank pair in a graph, and where it says it is."""
-
-    value: ir.Value
-    path: str  # the beginning of its nodes' names
-
-
-class Branch(NamedTuple):
-    """What will be added to a layer's product."""
-
-    nodes: list[ir.Node]  # in the order in which they run
-    product: ir.Value
-    path: str
-
-
-class Rescaling(NamedTuple):
-    """The multiplication of a layer's product, branches included, by DoRA's factor."""
-
-    nodes: Callable[[ir.Value], list[ir.Node]]  # of the product; the last gives the result
-    path: str
-
-
-class Weaver:
-    """Adds nodes and initializers to a graph under names that are free."""
-
-    def __init__(self, model: ir.Model):
-        self.model = model
-        self.values = value_names(model)
-        self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
-        self.old = frozenset(self.values)
-
-    def places(self, weight: str, sites: Sites, *, embedding: bool = False) -> tuple[Site, ...]:
-        """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers."""
-        there = sites.by_name[weight]
-        strangers = sorted({told for site in there if (told := obstacle_to(site, embedding=embedding))})
-        if strangers:
-            raise InputRefused(
-                f"{weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
-                "adapter into the weights instead"
-            )
-        groups = max(site.node.attributes.get_int("group", 1) if site.is_convolution else 1 for site in there)
-        if groups > 1:
-            raise InputRefused(f"{weight}: a pair has no meaning beside a convolution of {groups} groups")
-        return there
-
-    def factor(self, module: str, part: str, array: NDArray[Any], *, name: str = "") -> Factor:
-        """A new initializer `MODULE.PART.weight`, or of this name. Raises InputRefused where that is taken."""
-        parts = [part for part in (module, part) if part]
-        name = name or ".".join([*parts, "weight"])
-        if name in self.old:
-            raise InputRefused(
-                f"the graph holds {name} already: an adapter stands beside its weights. Start from the graph without it"
-            )
-        refuse_overflow(name, array)
-        value = new_initializer(self.model, unused(name, self.values), ir.Tensor(np.ascontiguousarray(array)))
-        return Factor(value, "/".join(["", *parts]))
-
-    def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
-        """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
-        before, a = self.suited(site, a)
-        widened, b = self.suited(site, b, fill=0.0)
-        if site.is_lookup:
-            nodes = self._looked_up(site, a, b)
-        elif site.is_convolution:
-            nodes = self._convolved(site, a, b)
-        else:
-            x = site.node.inputs[0]
-            assert x is not None
-            turned, amplified = _attributes(site.node)
-            down = self._multiply(x, a, turned)
-            nodes = [down, self._multiply(down.outputs[0], b, amplified)]
-        return Branch([*before, *widened, *nodes], nodes[-1].outputs[0], b.path)
-
-    def suited(self, site: Site, factor: Factor, *, fill: float | None = None) -> tuple[list[ir.Node], Factor]:
-        """A factor in the dtype that the site computes in, and the nodes that make it so.
-
-        With `fill`, its last dimension is that of all the outputs of the site's matrix: a block's neighbours, where
-        it has any, have this number.
-        """
-        kind = ir.DataType.from_numpy(np.dtype(site.dtype))
-        nodes = [] if factor.value.dtype == kind else [self._cast_to(kind, factor.value, factor.path)]
-        if fill is not None and site.block is not None:
-            nodes += self._widened(site, _behind(factor, nodes), fill)
-        return nodes, _behind(factor, nodes)
-
-    def _cast_to(self, kind: ir.DataType, value: ir.Value, path: str) -> ir.Node:
-        node = self.node("Cast", [value], path, value.shape, {"to": int(kind)})
-        node.outputs[0].type = ir.TensorType(kind)
-        return node
-
-    def _widened(self, site: Site, factor: Factor, fill: float) -> list[ir.Node]:
-        """B as wide as the whole matrix is one multiplication and one addition beside it, whatever the blocks.
-
-        To fill up or concatenate the products instead is as fast, and would do so with every token.
-        """
-        assert site.block is not None
-        self.needs(LOWEST_OPSET, "an adapter beside a part of a weight")
-        value, path = factor.value, factor.path
-        assert value.shape is not None
-        sides = [0] * len(value.shape)
-        sizes = [*sides[1:], site.block.start, *sides[1:], site.width - site.block.stop]
-        shape = ir.Shape([*value.shape[:-1], site.width])
-        nodes = []
-        if value.dtype == ir.DataType.BFLOAT16:  # which onnxruntime has no Pad for
-            nodes.append(self._cast_to(ir.DataType.FLOAT, value, path))
-            value = nodes[-1].outputs[0]
-        assert value.dtype is not None
-        inputs = [value, self.constant(path, "outputs", np.array(sizes, np.int64))]
-        if fill:
-            inputs.append(self.constant(path, "fill", np.array(fill, value.dtype.numpy())))
-        nodes.append(self.node("Pad", inputs, path, shape))
-        if factor.value.dtype == ir.DataType.BFLOAT16:
-            nodes.append(self._cast_to(ir.DataType.BFLOAT16, nodes[-1].outputs[0], path))
-        return nodes
-
-    def needs(self, opset: int, what: str) -> None:
-        """Raise InputRefused for a graph of an older set of operators."""
-        there = self.model.opset_imports.get("", 0)
-        if there < opset:
-            raise InputRefused(f"the graph is of opset {there}; {what} needs {opset}. Export it anew, or merge")
-
-    def _looked_up(self, site: Site, a: Factor, b: Factor) -> list[ir.Node]:
-        ids = site.node.inputs[1]
-        assert ids is not None and a.value.shape is not None
-        shape = None if ids.shape is None else ir.Shape([*ids.shape, a.value.shape[-1]])
-        down = self.node("Gather", [a.value, ids], a.path, shape)
-        return [down, self._multiply(down.outputs[0], b, NONE)]
-
-    def _convolved(self, site: Site, a: Factor, b: Factor) -> list[ir.Node]:
-        x, product = site.node.inputs[0], site.node.outputs[0]
-        assert x is not None and a.value.shape is not None
-        shape = product.shape and ir.Shape([product.shape[0], a.value.shape[0], *product.shape[2:]])
-        down = self.node("Conv", [x, a.value], a.path, shape, site.node.attributes)
-        return [down, self.node("Conv", [down.outputs[0], b.value], b.path, product.shape)]
-
-    def rescaling(self, site: Site, factor: Factor) -> Rescaling:
-        """The multiplication of all rows by one factor (out,), a convolution's (out, 1...)."""
-        self.needs(LOWEST_OPSET, "DoRA beside its weights")
-        before, last = self.suited(site, factor, fill=1.0)
-
-        def nodes(total: ir.Value) -> list[ir.Node]:
-            return [*before, self.node("Mul", [total, last.value], factor.path, total.shape)]
-
-        return Rescaling(nodes, factor.path)
-
-    def stand_beside(self, site: Site, branches: Sequence[Branch], rescaling: Rescaling | None = None) -> None:
-        """Add the branches to what a site's node computes, before anything reads it.
-
-        `rescaling` is of the sum; the node's own bias is added behind it.
-        """
-        product = site.node.outputs[0]
-        assert site.node.graph is not None
-        uses = product.uses()
-        added: list[ir.Node] = []
-        total = product
-        for branch in branches:
-            add = self.node("Add", [total, branch.product], branch.path, product.shape)
-            added += [*branch.nodes, add]
-            total = add.outputs[0]
-        if rescaling is not None:
-            added += self._rescaled(site, total, rescaling)
-            total = added[-1].outputs[0]
-        site.node.graph.insert_after(site.node, added)
-        for node, index in uses:
-            node.replace_input_with(index, total)
-        for graph in self.model.graphs():
-            for index, output in enumerate(graph.outputs):
-                if output is product:  # the graph's output keeps its name
-                    total.name, product.name = product.name, total.name
-                    graph.outputs[index] = total
-
-    def _rescaled(self, site: Site, total: ir.Value, rescaling: Rescaling) -> list[ir.Node]:
-        """The sum by each output's length, and the bias, taken out of the site's node, added behind."""
-        nodes = rescaling.nodes(total)
-        bias = self._bias_taken_out(site.node)
-        if bias is not None:
-            before = self._as_added(site, bias, rescaling.path)
-            last = before[-1].outputs[0] if before else bias
-            shape = site.node.outputs[0].shape
-            nodes += [*before, self.node("Add", [nodes[-1].outputs[0], last], rescaling.path, shape)]
-        return nodes
-
-    def _bias_taken_out(self, node: ir.Node) -> ir.Value | None:
-        """The bias that a node adds no longer; None where it never did."""
-        index = BIASES.get(node.op_type, len(node.inputs))
-        bias = node.inputs[index] if index < len(node.inputs) else None
-        if bias is not None:
-            node.replace_input_with(index, None)
-            while node.inputs[-1] is None:
-                node.resize_inputs(len(node.inputs) - 1)
-        return bias
-
-    def _as_added(self, site: Site, bias: ir.Value, path: str) -> list[ir.Node]:
-        """The nodes that make a bias what its node added: a Gemm's times beta, a convolution's upright."""
-        if site.is_convolution:
-            upright = np.array([-1, *[1] * (len(site.shape) - 2)], np.int64)
-            return [self.node("Reshape", [bias, self.constant(path, "shape", upright)], path)]
-        beta = site.node.attributes.get_float("beta", 1.0)
-        if beta == 1:
-            return []
-        factor = self.constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
-        return [self.node("Mul", [bias, factor], path, bias.shape)]
-
-    def constant(self, path: str, name: str, array: NDArray[Any]) -> ir.Value:
-        """A new initializer of a name that follows a node's path."""
-        name = unused(f"{path[1:].replace('/', '.')}.{name}", self.values)
-        return new_initializer(self.model, name, ir.Tensor(array))
-
-    def _multiply(self, x: ir.Value, factor: Factor, attributes: Attributes) -> ir.Node:
-        assert factor.value.shape is not None
-        known = x.shape is not None and "transA" not in attributes
-        shape = ir.Shape([*x.shape[:-1], factor.value.shape[-1]]) if known and x.shape is not None else None
-        return self.node("Gemm" if attributes else "MatMul", [x, factor.value], factor.path, shape, attributes)
-
-    def node(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        path: str,
-        shape: ir.Shape | None = None,
-        attributes: Attributes = NONE,
-    ) -> ir.Node:
-        """A node whose one output has the first input's type; not in the graph yet."""
-        name = unused(f"{path}/{op_type}", self.nodes)
-        output = ir.Value(name=unused(f"{name}_output_0", self.values), type=inputs[0].type, shape=shape)
-        return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
-
-
-def _behind(factor: Factor, nodes: Sequence[ir.Node]) -> Factor:
-    """A factor as the last of these nodes leaves it."""
-    return factor._replace(value=nodes[-1].outputs[0]) if nodes else factor
-
-
-def _attributes(node: ir.Node) -> tuple[Attributes, Attributes]:
-    """What a Gemm does to its input and its product: its branch turns x on the way in, and has alpha on the way out."""
-    if node.op_type != "Gemm":
-        return NONE, NONE
-    alpha = node.attributes.get_float("alpha", 1.0)
-    turned = node.attributes.get_int("transA", 0) == 1
-    return {"transA": 1} if turned else NONE, {"alpha": alpha} if alpha != 1 else NONE

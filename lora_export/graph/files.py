@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.files import data_name, sha256
+from lora_export.files import sha256
 from lora_export.formats import onnx_adapter
 from lora_export.graph import operators, wire
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 from lora_export.provenance import History
+from lora_export.staging import data_name
 
 LIMIT = 1 << 31  # bytes; what is longer, protobuf neither writes nor reads
 INLINE = 1 << 30  # bytes of weights up to which a graph is one file
@@ -171,7 +172,7 @@ def save(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str
     """Write a graph into a folder that is the caller's to publish; returns the files, the graph last.
 
     `metadata` is added to the model's properties. Weights of 1 GiB and more go into a file beside the
-    graph that is named by its content (`files.data_name`), so that an old graph never meets new weights.
+    graph that is named by its content (`staging.data_name`), so that an old graph never meets new weights.
     Changes the model: `strip` is applied. Raises RuntimeRefused when the graph without its weights is
     too long, or ONNX's checker objects.
     """

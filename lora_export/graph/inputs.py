@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, one_line
 from lora_export.files import HASHES
 from lora_export.formats.onnx_adapter import KEY, Contract, Place, read_contract
-from lora_export.graph.branches import Factor, Weaver, module_of
 from lora_export.graph.dora import length_factors
 from lora_export.graph.readers import common_dtype, readers
 from lora_export.graph.sites import Site, Sites, find
+from lora_export.graph.weaver import Factor, Weaver, module_of
 from lora_export.plan import Layout, Plan
 
 SHOWN = 20  # problems that an error lists

@@ -23,7 +23,6 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance, rewrite, transfer
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.files import data_name
 from lora_export.graph import wire
 from lora_export.graph.files import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
 from lora_export.graph.fold import (
@@ -35,10 +34,11 @@ from lora_export.graph.fold import (
 )
 from lora_export.graph.requantise import Part, Requantised, is_quantised, refuse_unknown_scheme, take_over
 from lora_export.graph.sites import Sites
-from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, Tally, refuse_faint
+from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Plan
-from lora_export.rewrite import Move, Patch
+from lora_export.rewrite import Move, Patch, Workshop
+from lora_export.staging import data_name
 from lora_export.tensorfile import PAGE, Entry
 from lora_export.transfer import Block, Bytes, Hashes
 
@@ -87,21 +87,73 @@ def merge_graph(
     hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
     requantise: bool = False,
+    workshop: Workshop | None = None,
 ) -> MergeReport:
-    """Carry out a plan over the graph of a file, into the folder `stage` (see `files.stage_file`).
+    """Carry out a plan over the graph of a file, into the folder `stage` (see `staging.stage_file`).
 
     Weights inside the graph's file stay inside, those in files beside it go into one file that is named by its
     content. Only the plan's weights change; whoever shared one of their tensors gets an initializer of its own.
     The graph's properties stay, and say where it comes from; its exporter's notes on this machine go (`strip`).
     With `requantise`, quantised weights are quantised again in the scheme that they have; else they are refused.
+    `workshop` is who changes float weights that lie in files, NumPy unless told (see `device`).
     Peak memory is the graph without its weights and a few blocks. The graph in `graph.model` is used up.
 
     Raises InputRefused when an adapter is in the graph already, a value is not finite, a file changes meanwhile, or
     a weight keeps less than `min_retention` of its change.
     """
-    begun = time.perf_counter()
+    begun, workshop = time.perf_counter(), workshop or Workshop()
+    written = write_merged(
+        plan,
+        graph,
+        sites,
+        stage,
+        file_name=file_name,
+        min_retention=min_retention,
+        hashing=hashing,
+        progress=progress,
+        requantise=requantise,
+        workshop=workshop,
+    )
+    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
+    settings |= workshop.settings
+    record = provenance.record(plan, written.sources, graph.history, settings)
+    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
+    for path in graph.changed():
+        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    return MergeReport(
+        results=written.results,
+        copied=written.copied,
+        bytes=sum(path.stat().st_size for path in stage.iterdir()),
+        replaced=sum(step.is_whole for step in plan.steps),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What was done to a graph's files."""
+
+    results: tuple[StepResult, ...]
+    copied: int  # bytes
+    sources: dict[str, dict[str, str]]  # the old files' hashes, as a record has them
+
+
+def write_merged(
+    plan: Plan,
+    graph: GraphFile,
+    sites: Sites,
+    stage: Path,
+    *,
+    file_name: str,
+    min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
+    progress: Progress = lambda _: None,
+    requantise: bool = False,
+    workshop: Workshop | None = None,
+) -> Written:
+    """As `merge_graph`, but for the record of it, and for the look at files that change meanwhile."""
     refuse_before_the_work(plan, graph, sites, requantise=requantise)
-    ledger = _Ledger(hashing, progress)
+    ledger = _Ledger(hashing, progress, workshop or Workshop())
     with threadpool_limits(1, user_api="blas"):
         landed = _land(plan, graph.model, sites, ledger)
     strip(graph.model)
@@ -117,18 +169,10 @@ def merge_graph(
             ledger.sources[own] = _carry(own, target, parts, Hashes(hashing), ledger)
     results = [tally.result() for tally in ledger.tallies.values()]
     refuse_faint(results, min_retention, WAYS_OUT)
-    sources = {path.name: {hashing: value} for path, value in ledger.sources.items()}
-    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
-    record = provenance.record(plan, sources, graph.history, settings)
-    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
-    for path in graph.changed():
-        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
-    return MergeReport(
-        results=tuple(results),
-        copied=sum(weight.old.nbytes for weight in weights if weight.is_copy),
-        bytes=sum(path.stat().st_size for path in stage.iterdir()),
-        replaced=sum(step.is_whole for step in plan.steps),
-        seconds=time.perf_counter() - begun,
+    return Written(
+        tuple(results),
+        sum(weight.old.nbytes for weight in weights if weight.is_copy),
+        {path.name: {hashing: value} for path, value in ledger.sources.items()},
     )
 
 
@@ -150,10 +194,10 @@ def refuse_before_the_work(plan: Plan, graph: GraphFile, sites: Sites, *, requan
 
 
 class _Ledger:
-    """What is heard while the files are written."""
+    """What is heard while the files are written, and who changes the weights."""
 
-    def __init__(self, hashing: str, progress: Progress):
-        self.hashing, self.progress = hashing, progress
+    def __init__(self, hashing: str, progress: Progress, workshop: Workshop):
+        self.hashing, self.progress, self.workshop = hashing, progress, workshop
         self.tallies: dict[str, Tally] = {}
         self.sources: dict[Path, str] = {}  # hashes
 
@@ -288,10 +332,10 @@ def _put(value: ir.Value, location: str, offset: int, length: int) -> None:
 def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashes, ledger: _Ledger) -> str:
     """Write parts of a file; returns the hash of all of the source, of which the parts' weights are."""
     with source.open("rb") as reader:
-        blocks = _blocks(source, reader.fileno(), target.fileno(), parts)
+        blocks = _blocks(source, reader.fileno(), target.fileno(), parts, ledger.workshop)
         weights = [part.weight for part in parts if part.weight is not None]
         room = max(rewrite.room(weight.move for weight in weights), *(_room(weight) for weight in weights), 0)
-        for block, found in transfer.transfer(source, target.fileno(), blocks, hashes, room=room):
+        for block, found in ledger.workshop.transfer(source, target.fileno(), blocks, hashes, room=room):
             for tally in found or ():
                 ledger.tally(tally.weight).merge(tally)
             ledger.progress(block.end - block.place)
@@ -302,7 +346,7 @@ def _room(weight: _Weight) -> int:
     return weight.part[0].room(weight.part[1]) if weight.part is not None else 0
 
 
-def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part]) -> Iterator[Block]:
+def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part], workshop: Workshop) -> Iterator[Block]:
     """The parts in their order, and the source in its own, every byte of it once."""
     cursor = place = 0  # how far the source was read, and the target written
     for run in _runs(parts):
@@ -318,7 +362,7 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part]) -
             blocks = requantised.blocks(part, start, first.place)
         else:
             there = replace(first.weight.old, start=first.place, stop=place)
-            blocks = rewrite.changed_blocks(source, read_fd, first.weight.move, there)
+            blocks = rewrite.changed_blocks(source, read_fd, first.weight.move, there, workshop)
         if start < cursor:  # it was read before: for another reader of the same bytes, say
             blocks = map(functools.partial(_aside, source, read_fd, cursor), blocks)
         else:

@@ -1,13 +1,26 @@
-"""Operators that onnxruntime has added to ONNX's own domain, so that ONNX's checker does not take them for damage."""
+"""What has to be known of onnxruntime's own operators: those in ONNX's domain, and what attention says of its cache."""
 
 from __future__ import annotations
 
 import functools
 
 import onnx
+import onnx_ir as ir
 from onnx import defs
 
 FLOATS = ["tensor(bfloat16)", "tensor(double)", "tensor(float)", "tensor(float16)"]
+
+
+def head_size(cache: ir.Value) -> int:
+    """Features of an attention's head, from onnxruntime's operator that reads the cache; 0 where none does."""
+    for node, _ in cache.uses():
+        heads, groups = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
+        query = node.inputs[0]
+        width = query.shape[-1] if heads and groups and query is not None and query.shape is not None else None
+        if isinstance(width, int):
+            packed = len(node.inputs) < 2 or node.inputs[1] is None  # keys and values lie beside the queries
+            return width // (heads + 2 * groups if packed else heads)
+    return 0
 
 
 def check_model(model: onnx.ModelProto | str) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.graph.branches import LOWEST_OPSET, Branch, Weaver, branch, module_of, obstacle_to
+from lora_export.graph.branches import branch
 from lora_export.graph.fold import new_initializer, refuse_what_a_graph_cannot_take
 from lora_export.graph.readers import Site, flipped
 from lora_export.graph.sites import Sites, unused
+from lora_export.graph.weaver import LOWEST_OPSET, Branch, Weaver, module_of, obstacle_to
 from lora_export.graph.wide import ROUNDS, dequantise
 from lora_export.plan import Layout, Plan, Step
 

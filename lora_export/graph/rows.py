@@ -23,11 +23,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
 from lora_export.graph import quantised as nbits
-from lora_export.graph.branches import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.graph.dora import length_factors
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.readers import common_dtype
 from lora_export.graph.sites import Site, Sites, unused
+from lora_export.graph.weaver import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.plan import Plan, Step
 
 LOWEST_OPSET = 15  # Shape has `start` and `end` since
@@ -42,8 +42,8 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     stand in the graph's metadata. Any other id, and a count that is not the batch's, ends a run with an
     error. Shorter ranks are filled with zeros, and an adapter is zeros where it has no pair. The scale
     lies in B; the base's weights keep their bytes. `batch` is the symbol that the graph's inputs have
-    for their first dimension; where none has it, the one that all inputs have there is meant. `sites`
-    does not describe the graph any more then.
+    for their first dimension; where none has it, the one that all inputs have there is meant, or else the
+    only one of them that enters every layer. `sites` does not describe the graph any more then.
 
     DoRA's factors (adapters + 1, out) are ones where there is none; a plan with DoRA has to be made with
     `apart`, since the adapters are never there at once.
@@ -59,11 +59,14 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     weaver = Weaver(model)
     if IDS in weaver.values:
         raise InputRefused(f"the graph has an input or value {IDS} already: start from the graph without adapters")
-    leader, batch = _leader(model, batch)
     there = {
         step.weight: weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding) for step in plan.low_rank
     }
-    layouts = _layouts(model, [(name, site) for name, found in there.items() for site in found], batch)
+    places = [(name, site) for name, found in there.items() for site in found]
+    if any(_entering(site).shape is None for _, site in places):
+        _infer_shapes(model)
+    leader, batch = _leader(model, batch, [site for _, site in places])
+    layouts = _layouts(places, batch)
     chooser = _Chooser(weaver, leader, len(plan.adapters))
     names = [adapter.name for adapter in plan.adapters]
     factors = {name: length_factors(plan.low_rank, name, there.__getitem__) for name in names}
@@ -80,18 +83,23 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     model.metadata_props[ROWS] = json.dumps({"adapters": names})
 
 
-def _leader(model: ir.Model, batch: str) -> tuple[ir.Value, str]:
+def _leader(model: ir.Model, batch: str, layers: Sequence[Site]) -> tuple[ir.Value, str]:
     """An input whose first dimension is the batch, and the batch's symbol."""
     symbols = {value: value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)}
-    common = set(symbols.values())
-    if not any(_is(size, batch) for size in common) and len(common) == 1:
-        (only,) = common
-        batch = only.value or batch if isinstance(only, ir.SymbolicDim) else batch
+    if not any(_is(size, batch) for size in symbols.values()):
+        names = {size.value for size in symbols.values() if isinstance(size, ir.SymbolicDim) and size.value}
+        # Exporters that were told no names give inputs of one batch different symbols.
+        fits = names if len(set(symbols.values())) == 1 else {name for name in names if _enters_all(layers, name)}
+        batch = fits.pop() if len(fits) == 1 else batch
     for value, size in symbols.items():
         if _is(size, batch):
             return value, batch
     first = [f"{value.name} {value.shape}" for value in model.graph.inputs]
     raise InputRefused(f"no input of the graph has the batch, `{batch}`, as its first dimension: {', '.join(first)}")
+
+
+def _enters_all(layers: Sequence[Site], symbol: str) -> bool:
+    return not any(isinstance(_layout(site, symbol), str) for site in layers)
 
 
 def _is(size: Dim, symbol: str) -> bool:
@@ -169,10 +177,8 @@ class _Layout:
         return self.outer != 0
 
 
-def _layouts(model: ir.Model, places: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.Node, int], _Layout]:
-    """Where each place has its batch. Infers shapes where the graph does not tell them."""
-    if any(_entering(site).shape is None for _, site in places):
-        _infer_shapes(model)
+def _layouts(places: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.Node, int], _Layout]:
+    """Where each place has its batch. Raises InputRefused, with every place where nobody can tell."""
     found: dict[tuple[ir.Node, int], _Layout] = {}
     problems = []
     for name, site in places:

@@ -10,13 +10,11 @@ they are so narrow, and that they are so many.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-if TYPE_CHECKING:  # they come from where this is called
-    from lora_export.graph.branches import Branch, Weaver
+from lora_export.graph.weaver import Branch, Weaver
 
 MOST_RANKS = 64  # of the branches that share; at about half as many again the zeros take as long as what is saved
 

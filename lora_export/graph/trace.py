@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.branches import BIASES
 from lora_export.graph.files import LIMIT, message_of
 from lora_export.graph.readers import ATTENTIONS, CONVOLUTIONS, MICROSOFT, PRODUCTS, Site, identity, tensor_of
 from lora_export.graph.sites import Sites
+from lora_export.graph.weaver import BIASES
 from lora_export.plan import Layout
 
 MOST_NODES = 40  # of a branch, that are looked through

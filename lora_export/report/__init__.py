@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import files
+from lora_export import staging
 from lora_export.audit import Audit
 from lora_export.errors import InputRefused
 from lora_export.parity import Verdict
@@ -84,5 +84,5 @@ def write(
     else:
         told = document(verdict, placement, about, diagnosis, exit_code)
         content = page(told) if path.suffix == ".html" else json.dumps(told, indent=2, allow_nan=False) + "\n"
-    with files.stage_file(path, inputs=[], overwrite=True) as stage:
+    with staging.stage_file(path, inputs=[], overwrite=True) as stage:
         (stage / path.name).write_text(content, encoding="utf-8")

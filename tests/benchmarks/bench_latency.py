@@ -1,7 +1,8 @@
 """What adapters beside the weights cost while a graph runs, beside the graph in which they are folded in.
 
-A Llama of 138 million parameters in fp32 (no cache; one token stands for a step of decoding), rank 16 on every linear
-layer, onnxruntime on the CPU.
+A Llama of 138 million parameters in fp32, rank 16 on every linear layer, onnxruntime on the CPU: exported without a
+cache, where one token stands for a step of decoding; and as onnxruntime-genai's builder makes it, beside the graph that
+the builder makes of the model with the adapter.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from bench_graph import MAKE
 from measure import keep, machine, run
 
 from lora_export import formats, plan
+from lora_export.checkpoint import open_checkpoint
 from lora_export.formats import onnx_adapter
 from lora_export.graph.branches import branch
 from lora_export.graph.files import load, save
@@ -33,10 +36,24 @@ from lora_export.graph.sites import find
 
 ROUNDS = 8
 ADAPTERS = 8  # in the graph of rows
-SHAPES = {(8, 64): 1, (8, 1): 6, (1, 1): 10}  # rows x tokens -> runs in each round
+
+
+class Shape(NamedTuple):
+    rows: int
+    tokens: int
+    past: int = 0  # tokens in the cache
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.tokens}" + (f" after {self.past}" if self.past else "")
+
+
+SHAPES = {Shape(8, 64): 1, Shape(8, 1): 6, Shape(1, 1): 10}  # -> runs in each round
+BUILT_SHAPES = {Shape(8, 64): 1, Shape(1, 64): 3, Shape(8, 1, 64): 6, Shape(1, 1, 64): 10}
 COUNTS = (1, 4, 8)  # adapters beside one base, or merged models
+TOLD = f"rows x tokens; {ROUNDS} rounds, 2 threads, onnxruntime {ort.__version__}"
 CONTROL = "merged, a second session"  # how far two sessions of one file lie apart: no figure is finer than that
 FILE = "model.onnx"
+HEADS = 12
 LOADED = """
 import json, os, sys, time
 import onnxruntime as ort
@@ -62,17 +79,23 @@ class Rival:
 
     path: Path
     adapter: Path | None = None
-    rows: bool = False
 
     def session(self) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 2
         return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
 
-    def feeds(self, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        ids = np.random.default_rng(0).integers(0, 32000, shape)
-        mixed = {"adapter_ids": np.arange(shape[0]) % ADAPTERS + 1} if self.rows else {}
-        return {"input_ids": ids, "attention_mask": np.ones(shape, np.int64), **mixed}
+    def feeds(self, shape: Shape, taken: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Of these inputs; of whatever is no token, mask or id, a cache is expected."""
+        random = np.random.default_rng(0)
+        rows, tokens, past = shape
+        given = {
+            "input_ids": random.integers(0, 32000, (rows, tokens)),
+            "attention_mask": np.ones((rows, past + tokens), np.int64),
+            "adapter_ids": np.arange(rows) % ADAPTERS + 1,
+        }
+        cache = random.standard_normal((rows, HEADS, past, 64), np.float32)
+        return {value.name: given.get(value.name, cache) for value in taken}
 
     def options(self) -> tuple[Any, Any]:
         """onnxruntime's RunOptions, and what has to live as long."""
@@ -85,7 +108,7 @@ class Rival:
         return options, held
 
 
-Times = dict[tuple[str, tuple[int, int]], list[float]]  # seconds, one a round
+Times = dict[tuple[str, Shape], list[float]]  # seconds, one a round
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +134,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def timed(rivals: Mapping[str, Rival], rounds: int) -> Times:
+def timed(rivals: Mapping[str, Rival], rounds: int, shapes: Mapping[Shape, int] = SHAPES) -> Times:
     """Each in turn with a session of its own, in every round: where a session's memory lies is luck, too."""
     times: Times = {}
     for number in range(rounds):
@@ -119,8 +142,8 @@ def timed(rivals: Mapping[str, Rival], rounds: int) -> Times:
         for name in names:
             rival = rivals[name]
             session, (options, held) = rival.session(), rival.options()
-            for shape, runs in SHAPES.items():
-                feeds, spent = rival.feeds(shape), []
+            for shape, runs in shapes.items():
+                feeds, spent = rival.feeds(shape, session.get_inputs()), []
                 for _ in range(runs + 1):  # the first one fetches memory
                     begun = time.perf_counter()
                     session.run(None, feeds, options)
@@ -130,18 +153,18 @@ def timed(rivals: Mapping[str, Rival], rounds: int) -> Times:
     return times
 
 
-def against(times: Times, name: str, other: str, shape: tuple[int, int]) -> float:
+def against(times: Times, name: str, other: str, shape: Shape) -> float:
     """How many times as long as the other one takes: the median over the rounds."""
     return median(a / b for a, b in zip(times[name, shape], times[other, shape], strict=True))
 
 
 def table(times: Times, limit: str) -> str:
-    names = list(dict.fromkeys(name for name, _ in times))
-    head = " | ".join(f"{rows} x {tokens}" for rows, tokens in SHAPES)
-    lines = [f"| milliseconds (times {limit}) | {head} |", "|---|" + "---|" * len(SHAPES)]
+    names, shapes = (list(dict.fromkeys(there)) for there in zip(*times, strict=True))
+    head = " | ".join(map(str, shapes))
+    lines = [f"| milliseconds (times {limit}) | {head} |", "|---|" + "---|" * len(shapes)]
     for name in names:
         cells = (
-            f"{1000 * median(times[name, shape]):.1f} ({against(times, name, limit, shape):.2f})" for shape in SHAPES
+            f"{1000 * median(times[name, shape]):.1f} ({against(times, name, limit, shape):.2f})" for shape in shapes
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -154,13 +177,87 @@ def test_a_run_beside_the_merged_graph(place: Path) -> None:
         CONTROL: merged,
         "nodes": Rival(place / "nodes" / FILE),
         "inputs": Rival(place / "inputs" / FILE, place / "inputs/adapter-0.onnx_adapter"),
-        f"rows, {ADAPTERS} adapters, mixed": Rival(place / "rows" / FILE, rows=True),
+        f"rows, {ADAPTERS} adapters, mixed": Rival(place / "rows" / FILE),
     }
     times = timed(rivals, ROUNDS)
-    told = f"rows x tokens; {ROUNDS} rounds, 2 threads, onnxruntime {ort.__version__}. {machine()}"
-    keep("latency", f"{table(times, 'merged')}\n\n{told}")
+    keep("latency", f"{table(times, 'merged')}\n\n{TOLD}. {machine()}")
     # Wall time is not asserted; that a branch is no second model is.
-    assert all(against(times, name, "merged", (8, 64)) < 1.5 for name in rivals)
+    assert all(against(times, name, "merged", Shape(8, 64)) < 1.5 for name in rivals)
+
+
+@pytest.fixture(scope="module")
+def built(place: Path) -> Path:
+    """What genai's builder makes of the model, with our adapters in it; and what it makes of model and adapter."""
+    from test_exporters import save_tokenizer
+    from test_genai import build  # skips where genai is missing
+
+    folder, adapter = place / "genai", formats.load(place / "adapter")
+    save_tokenizer(place / "model")
+    build(place / "model", folder / "base", "fp32")
+    build(place / "model", folder / "genai nodes", "fp32", f"adapter_path={place / 'adapter'}")
+    for way in ("merged", "nodes", "inputs", "genai inputs"):
+        (folder / way).mkdir()
+    for way in ("merged", "nodes", "inputs"):
+        model = load(folder / "base" / FILE)
+        sites = find(model, open_checkpoint(place / "model"))
+        steps = plan.make([adapter], sites.specs)
+        if way == "inputs":
+            contract = open_inputs(model, sites, [step.weight for step in steps.steps], names="genai")
+            given = onnx_adapter.parameters(contract, steps, adapter.name)
+            onnx_adapter.write(folder / way / "a.onnx_adapter", given, contract, sha256=adapter.sha256)
+        else:
+            {"merged": fold, "nodes": branch}[way](model, sites, steps)
+        save(model, folder / way, FILE)
+    extract(folder / "genai nodes" / FILE, folder / "genai inputs")
+    return folder
+
+
+def extract(graph: Path, folder: Path) -> None:
+    """The builder's adapter as inputs of its graph, as Olive's `extract-adapters` makes them of it."""
+    model = load(graph)
+    parameters = {}
+    for name, value in model.graph.initializers.items():
+        if ".lora_" in name:
+            array = value.const_value.numpy()
+            axis = 1 if "lora_A" in name else 0  # the rank's
+            parameters[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            value.const_value = ir.Tensor(np.delete(array, slice(None), axis), name=name)
+            value.shape = ir.Shape([size if at != axis else "lora_r" for at, size in enumerate(array.shape)])
+            model.graph.inputs.append(value)
+    form = ort.AdapterFormat()
+    form.set_adapter_version(1)
+    form.set_model_version(1)
+    form.set_parameters(parameters)
+    form.export_adapter(str(folder / "a.onnx_adapter"))
+    save(model, folder, FILE)
+
+
+def test_a_run_beside_genais_own_lora_graph(built: Path) -> None:
+    ways = {
+        "merged": "merged",
+        CONTROL: "merged",
+        "nodes": "nodes",
+        "inputs": "inputs",
+        "genai's builder, adapter as nodes": "genai nodes",
+        "genai's builder, adapter as inputs": "genai inputs",
+    }
+    rivals = {
+        name: Rival(built / way / FILE, built / way / "a.onnx_adapter" if way.endswith("inputs") else None)
+        for name, way in ways.items()
+    }
+    answers = {name: logits(rival) for name, rival in rivals.items()}
+    for answer in answers.values():  # all hold one adapter, and it does something
+        np.testing.assert_allclose(answer, answers["merged"], rtol=1e-3, atol=1e-3)
+    assert np.abs(logits(Rival(built / "base" / FILE)) - answers["merged"]).max() > 0.1
+    times = timed(rivals, ROUNDS, BUILT_SHAPES)
+    keep("latency beside genai", f"{table(times, 'merged')}\n\n{TOLD}, a key/value cache. {machine()}")
+    assert all(against(times, name, "merged", Shape(8, 64)) < 1.5 for name in rivals)
+
+
+def logits(rival: Rival) -> np.ndarray:
+    session, (options, _held) = rival.session(), rival.options()
+    (answer,) = session.run(["logits"], rival.feeds(Shape(2, 5), session.get_inputs()), options)
+    return answer
 
 
 def loaded(*paths: Path) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """What a merge costs beside the copy that it cannot avoid, and beside PEFT and mergekit.
 
 The base has the shape of a Llama of 1.1 billion parameters in bf16 (2.2 GB, four shards, random weights). Needs
-10 GB of disk. mergekit wants other versions of its libraries: name its program by MERGEKIT=/path/to/mergekit-yaml.
+10 GB of disk. `--device cuda` is measured too where there is a GPU. mergekit wants other versions of its libraries:
+name its program by MERGEKIT=/path/to/mergekit-yaml.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from measure import Run, keep, machine, ratio, run, settle, side_by_side, table
 
 from lora_export import tensorfile
@@ -108,15 +110,14 @@ def test_a_merge_beside_the_copy_and_its_peers(base, which, request):
         return run([sys.executable, "-m", "lora_export", "merge", base, made, "-o", out, *options])
 
     copy = "`cp -r` and `sync`"
-    results = side_by_side(
-        {
-            copy: lambda: run(["cp", "-r", base, out], ["sync"]),
-            "lora-export merge": ours,
-            "lora-export merge --hash sha256": lambda: ours("--hash", "sha256"),
-        },
-        settled,
-        RUNS,
-    )
+    rivals = {
+        copy: lambda: run(["cp", "-r", base, out], ["sync"]),
+        "lora-export merge": ours,
+        "lora-export merge --hash sha256": lambda: ours("--hash", "sha256"),
+    }
+    if torch.cuda.is_available():
+        rivals["lora-export merge --device cuda"] = lambda: ours("--device", "cuda")
+    results = side_by_side(rivals, settled, RUNS)
     peers = {
         "lora-export merge": ours,
         PEFT_NAME: lambda: run([sys.executable, "-c", PEFT, base, made, out]),

@@ -1,0 +1,24 @@
+"""A plan over an nn.Module: attach its adapters as branches, or fold them into the weights."""
+
+from lora_export.layers.attaching import attach, detach, settle, strength
+from lora_export.layers.folding import fold, refuse_tied
+from lora_export.layers.fresh import ParameterCount, fresh_adapter, read_back, trainable
+from lora_export.layers.places import CONVOLUTIONS, specs
+from lora_export.layers.products import Plain, plain
+
+__all__ = [
+    "CONVOLUTIONS",
+    "ParameterCount",
+    "Plain",
+    "attach",
+    "detach",
+    "fold",
+    "fresh_adapter",
+    "plain",
+    "read_back",
+    "refuse_tied",
+    "settle",
+    "specs",
+    "strength",
+    "trainable",
+]
