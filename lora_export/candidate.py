@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-from lora_export import files, program
+from lora_export import files
 from lora_export.checkpoint import open_checkpoint
 from lora_export.decoding import with_cache
 from lora_export.errors import InputRefused
+from lora_export.exported import program
 from lora_export.formats.onnx_adapter import IDS
 from lora_export.model import Model, with_weights
 from lora_export.model import load as load_model
@@ -40,8 +41,8 @@ def open_candidate(
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names)
     if path.suffix == ".pt2":
-        exported = program.load(path)
-        return ModuleRunner(exported, axes=exported.axes, stored=exported.stored_dtypes, limits=exported.limits)
+        module = program.load(path)
+        return ModuleRunner(module, axes=module.axes, stored=module.stored_dtypes, limits=module.limits)
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 
 

@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_export import files, program, tensorfile
+from lora_export import files, tensorfile
 from lora_export.checkpoint import CONFIG, code_of_its_own, open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.exported import program
+from lora_export.exported.specimens import Limits, Signature, padding_mask
 from lora_export.head import config_for_labels, config_with_heads
 from lora_export.lora import Adapter
-from lora_export.specimens import Limits, Signature, padding_mask
 
 Inputs = dict[str, torch.Tensor]
 Axes = dict[str, dict[int, str]]  # input -> axis -> the size's symbol

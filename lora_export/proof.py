@@ -28,12 +28,12 @@ from lora_export.evidence import before_first_token, bits, differ, distances, fr
 from lora_export.evidence import bits_that_differ as bits_that_differ
 from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
+from lora_export.exported.program import Program
+from lora_export.exported.specimens import Limits
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
-from lora_export.program import Program
 from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
-from lora_export.specimens import Limits
 from lora_export.trace import Suspect, diagnose
 
 MIXED = "mixed batches"

@@ -27,8 +27,9 @@ from programs import export, graph_of, ids, noise, padded, rewritten
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_export import aten, exported, program
 from lora_export.errors import InputRefused
+from lora_export.exported import description, operators, program
+from lora_export.exported.nouns import Symbol
 
 FACTORIES = Path(__file__).parent / "factories.py"
 Change = Callable[[dict[str, Any]], object]
@@ -87,11 +88,11 @@ def nodes(graph: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_file_is_described_as_torch_wrote_it(good: Path) -> None:
-    found = exported.read(good)
+    found = description.read(good)
     assert list(found.inputs) == ["ids", "mask"]
     assert [tensor.dtype for tensor in found.inputs.values()] == ["int64", "int64"]
     (batch, length), (_, other) = (tensor.sizes for tensor in found.inputs.values())
-    assert isinstance(batch, exported.Symbol) and isinstance(length, exported.Symbol)
+    assert isinstance(batch, Symbol) and isinstance(length, Symbol)
     assert (batch.hint, length.hint, length.name) == (2, 5, other.name)  # type: ignore[union-attr]
     state = Worded().state_dict()
     assert {there.name: there.payload.sizes for there in found.stored} == {k: tuple(v.shape) for k, v in state.items()}
@@ -217,14 +218,14 @@ def test_a_target_that_is_not_on_the_list_is_refused_by_name(good: Path, tmp_pat
 
 
 def test_no_operator_of_the_list_touches_files_or_memory() -> None:
-    names = aten.OPERATORS | {name.partition(".")[0] for name in aten.INSTEAD}
+    names = operators.OPERATORS | {name.partition(".")[0] for name in operators.INSTEAD}
     touching = ("file", "storage", "set_", "resize", "rand", "normal", "bernoulli", "load", "save", "pin_memory")
     assert not [name for name in names if name != "sym_storage_offset" and any(word in name for word in touching)]
     for name in names:
         for overload in getattr(torch.ops.aten, name).overloads():
             target = f"torch.ops.aten.{name}.{overload}"
             try:
-                aten.resolve(target, "here")
+                operators.resolve(target, "here")
             except InputRefused:
                 continue
             kinds = {
@@ -423,7 +424,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, kind: str) -
     else:
         path.symlink_to(kind)
     with bounded(), pytest.raises(InputRefused, match="regular file"):
-        exported.read(path)
+        description.read(path)
 
 
 # --- the JSON --------------------------------------------------------------------------------------

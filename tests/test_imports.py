@@ -24,15 +24,14 @@ GROUND = (
     *("checkpoint", "transfer", "rewrite"),
 )
 WORK = (
-    *("device", "merge", "layers", "graph", "aten", "exported", "program", "specimens", "model", "outputs"),
-    *("export", "examples", "train"),
+    *("device", "merge", "layers", "graph", "exported", "model", "outputs", "export", "examples", "train"),
     *("onnx_runner", "runtime", "decoding", "session", "parity", "audit", "diagnosis", "report"),
     *("evidence", "feeds", "graph_proof", "standin", "kept", "candidate", "trace", "proof", "testing"),
 )
 ORDER = (*GROUND, *WORK, "cli")
 DOERS = {"merge", "layers", "graph", "export", "train", "runtime", "session", "parity"}
 NUMPY_CORE = {*GROUND, "merge", "graph", "examples", "parity", "audit", "diagnosis", "report"} | {
-    *("onnx_runner", "evidence", "feeds", "graph_proof", "exported"),
+    *("onnx_runner", "evidence", "feeds", "graph_proof"),
 }
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 

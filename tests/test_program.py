@@ -21,8 +21,9 @@ from factories import Pictures, Spotter, Wide
 from programs import SUBJECTS, VARIES, Subject, export, graph_of, noise, rewritten
 from torch import Tensor, nn
 
-from lora_export import candidate, cli, exported, layers, model, plan, program, proof
+from lora_export import candidate, cli, layers, model, plan, proof
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.exported import description, program
 from lora_export.lora import Adapter, LoraPair
 from lora_export.outputs import named_outputs
 from lora_export.parity import Outcome
@@ -123,7 +124,7 @@ def test_odder_programs_compute_what_their_module_computes(
     eager = module().eval()
     (name,) = {"x": 0} if module is not Spotter else {"signal": 0}
     path = export(eager, {name: noise(*shape)}, tmp_path / "odd.pt2", decomposed=decomposed)
-    targets = {node.target for node in exported.read(path).graph.nodes}
+    targets = {node.target for node in description.read(path).graph.nodes}
     if module is Switches and not decomposed:
         assert {target.rpartition(".")[2] for target in targets} >= {"wrap_with_set_grad_enabled"}, targets
     if module is Changes and not decomposed:
@@ -256,7 +257,7 @@ def test_a_decomposed_program_is_the_same_too(
 ) -> None:
     subject = SUBJECTS[name]
     path = subject.export(subject.merged(), tmp_path / "decomposed.pt2", decomposed=True)
-    assert not any(".linear." in node.target for node in exported.read(path).graph.nodes)
+    assert not any(".linear." in node.target for node in description.read(path).graph.nodes)
     assert verdict(path, model.load(str(made(name, "base"))), [adapter(name)]).verdict.outcome is Outcome.SAME
 
 

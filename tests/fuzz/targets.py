@@ -33,16 +33,17 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import save
 
-from lora_export import cli, exported, plan, program
+from lora_export import cli, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import LoraExportError
 from lora_export.examples import read_arrays, read_examples
+from lora_export.exported import description, program
+from lora_export.exported.specimens import Signature
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graphs
 from lora_export.graph import fold, inputs, sites
 from lora_export.lora import Adapter, LoraPair
 from lora_export.session import Session
-from lora_export.specimens import Signature
 
 Target = Callable[[bytes], bool]  # whether the input was accepted
 
@@ -633,7 +634,7 @@ def exported_archive(data: bytes) -> bool:
 
 def run_program(path: Path) -> None:
     module = program.load(path)
-    signature = Signature(exported.read(path))
+    signature = Signature(description.read(path))
     with torch.no_grad():
         module(**signature.make(dict.fromkeys(signature.traced, 2), torch.Generator().manual_seed(0)))
 

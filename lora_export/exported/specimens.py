@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.exported import Exported, Symbol, Value
+from lora_export.exported.nouns import Exported, Symbol, Value
 
 Sizes = Mapping[str, int]
 Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size

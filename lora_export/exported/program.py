@@ -23,21 +23,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_export import aten, exported
 from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
-from lora_export.exported import Exported, Graph, Node, Stored, Symbol, Value, Word
-from lora_export.plan import Layout
+from lora_export.exported import description, operators
+from lora_export.exported.layering import (
+    argument_of,
+    build,
+    is_matrix,
+    operator_of,
+    readers_of,
+    shown,
+    split_name,
+    values_in,
+)
+from lora_export.exported.nouns import Exported, Graph, Node, Symbol, Value, Word
 
 ALIKE = 5  # faults of one kind that are told
-CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
-TURNS = ("t.default", "numpy_T.default", "permute.default", "transpose.int", "swapaxes.default", "swapdims.default")
 ENTERS = {"embedding.default": "indices", "mm.default": "self", "addmm.default": "mat1"}  # others: "input"
-# The argument of a product by its right side, which is multiplied as it lies: (in, out).
-RIGHT = {
-    "mm.default": "mat2",
-    "addmm.default": "mat2",
-    "matmul.default": "other",
-}
 # Blocks that a module runs under a switch. Switched off, they are their graph; on, gradients alone differ.
 INLINE = {
     "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,  # how many arguments come before the graph
@@ -45,10 +46,11 @@ INLINE = {
 }
 
 
-class Turned(nn.Module):
-    """The owner of a weight that lies (in, out), as transformers' Conv1D has it."""
+class Place(NamedTuple):
+    """Where a value of the graph lies in the module."""
 
-    lora_layout = Layout.IN_OUT
+    owner: str
+    attribute: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class _Step:
     """One node, ready to run."""
 
     node: Node
-    run: aten.Operator | None  # None: the node's graph, in the place of the node
+    run: operators.Operator | None  # None: the node's graph, in the place of the node
     arguments: tuple[tuple[str, Any], ...]
     layer: str  # the module that is called in the operator's place; empty where there is none
     input: Any  # of that module
@@ -73,26 +75,19 @@ class _Steps:
         return self  # it never changes, and a module is copied often
 
 
-class Place(NamedTuple):
-    """Where a value of the graph lies in the module."""
-
-    owner: str
-    attribute: str
-
-
 class Program(nn.Module):
     """A program's graph. Raises InputRefused for operators and structures that are not run from a file."""
 
     def __init__(self, source: Exported):
         super().__init__()
         self._described = _Described(source)
-        self._places = {there.value: Place(*_split(there.name)) for there in source.stored}
-        uses = _uses(source.graph)
-        called = _build(self, source, uses)
+        self._places = {there.value: Place(*split_name(there.name)) for there in source.stored}
+        readers = readers_of(source.graph)
+        called = build(self, source, readers)
         # Weights that no layer multiplies by: whoever watches layers does not see them used.
         layers = {layer for layer in called.values() if layer is not None}
         self.unseen = tuple(
-            f"{owner}.weight" for owner, module in self.named_modules() if _is_matrix(module) and owner not in layers
+            f"{owner}.weight" for owner, module in self.named_modules() if is_matrix(module) and owner not in layers
         )
         self._steps = _prepared(source.graph, self._places, set(source.input_values.values()), called, source.path)
         self._writes = any(step.run is not None and step.run.writes for step in _every(self._steps))
@@ -148,9 +143,9 @@ class Program(nn.Module):
         self._check(inputs)
         now = self._dtype_now()
         values: dict[str, Any] = {}
-        for name, spelled in self.source.input_values.items():
+        for name, value in self.source.input_values.items():
             given = self._in_its_dtype(inputs[name], self.source.inputs[name].dtype, now)
-            values[spelled] = given.clone() if self._writes else given
+            values[value] = given.clone() if self._writes else given
         versions = self._versions() if self._writes else []
         results = self._run(self._steps, values, now)
         if versions != (self._versions() if self._writes else []):
@@ -169,7 +164,7 @@ class Program(nn.Module):
                 raise
             except Exception as error:  # operators raise whatever they like
                 told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeRefused(f"node {step.node.name} ({_short(step.node.target)}): {told}") from error
+                raise RuntimeRefused(f"node {step.node.name} ({shown(step.node.target)}): {told}") from error
             _bind(step.node, result, values)
             for name in step.ends:
                 values.pop(name, None)
@@ -276,260 +271,7 @@ class _Described:
 
 def load(path: Path) -> Program:
     """The program in a .pt2 file. Raises InputRefused for what cannot be read, or is not run from a file."""
-    return Program(exported.read(path))
-
-
-# --- layers -------------------------------------------------------------------------------------
-
-
-class _Use(NamedTuple):
-    node: Node
-    argument: str
-
-
-def _split(name: str) -> tuple[str, str]:
-    owner, _, attribute = name.rpartition(".")
-    return owner, attribute
-
-
-def _short(target: str) -> str:
-    return target.removeprefix("torch.ops.")[:80]
-
-
-def _spelled(node: Node) -> str:
-    """`linear.default` for torch.ops.aten.linear.default."""
-    return node.target.removeprefix("torch.ops.aten.")
-
-
-def _uses(graph: Graph) -> dict[str, list[_Use]]:
-    """Who reads a value, and as which argument."""
-    found: dict[str, list[_Use]] = {}
-    for node in graph.nodes:
-        for name, argument in node.inputs:
-            for value in _values(argument):
-                found.setdefault(value, []).append(_Use(node, name))
-    for value in _values(list(graph.outputs)):
-        found.setdefault(value, []).append(_Use(Node("output", -1, "output", (), ()), ""))
-    return found
-
-
-def _values(argument: Any) -> Iterator[str]:
-    if isinstance(argument, Value):
-        yield argument.name
-    elif isinstance(argument, list):
-        for each in argument:
-            yield from _values(each)
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding, Turned, *CONVOLUTIONS.values()))
-
-
-def _build(program: Program, source: Exported, uses: Mapping[str, Sequence[_Use]]) -> dict[int, str | None]:
-    """Give the program its modules and tensors; returns node's number -> the layer that is called in its place.
-
-    None stands for a node that nobody needs any more.
-    """
-    by_owner: dict[str, dict[str, Stored]] = {}
-    for there in source.stored:
-        owner, attribute = _split(there.name)
-        by_owner.setdefault(owner, {})[attribute] = there
-    called: dict[int, str | None] = {}
-    made: dict[str, nn.Module] = {"": program}
-    for owner, tensors in by_owner.items():
-        layer = _layer(tensors, uses)
-        if owner:
-            made[owner] = layer.module
-            called |= {node.number: owner for node in layer.nodes}
-            called |= dict.fromkeys((node.number for node in layer.spared), None)
-    for owner in sorted(made, key=lambda path: path.count(".")):
-        if owner:
-            _put(program, owner, made[owner], source.path)
-    contents: dict[str, bytearray] = {}
-    whole: dict[Any, nn.Parameter | Tensor] = {}  # tied tensors are one
-    for there in source.stored:
-        owner, attribute = _split(there.name)
-        _put_tensor(program.get_submodule(owner), attribute, there, source, contents, whole)
-    return called
-
-
-def _put(program: Program, path: str, module: nn.Module, file: Path) -> None:
-    above: nn.Module = program
-    *parents, last = path.split(".")
-    for part in parents:
-        if part not in above._modules:
-            _add(above, part, nn.Module(), path, file)
-        above = above._modules[part]  # type: ignore[assignment]
-    if last in above._modules:
-        raise InputRefused(f"{file}: two modules are called {path}")
-    _add(above, last, module, path, file)
-
-
-def _add(above: nn.Module, name: str, module: nn.Module, path: str, file: Path) -> None:
-    try:
-        above.add_module(name, module)
-    except (KeyError, TypeError) as error:  # empty, or an attribute that every module has
-        raise InputRefused(f"{file}: {path!r} can be no module's name") from error
-
-
-def _put_tensor(
-    owner: nn.Module,
-    attribute: str,
-    there: Stored,
-    source: Exported,
-    contents: dict[str, bytearray],
-    whole: dict[Any, Tensor],
-) -> None:
-    payload = there.payload
-    key = (there.kind == "parameter", payload)
-    if key not in whole:
-        dtype: torch.dtype = getattr(torch, payload.dtype)
-        if payload.member not in contents:
-            contents[payload.member] = source.content(payload.member)
-        content = contents[payload.member]
-        flat = torch.frombuffer(content, dtype=dtype) if content else torch.zeros(0, dtype=dtype)
-        tensor = flat.as_strided(payload.sizes, payload.strides, payload.offset)
-        is_parameter = there.kind == "parameter" and dtype.is_floating_point
-        whole[key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-    value = whole[key]
-    owner._parameters.pop(attribute, None)
-    try:
-        if isinstance(value, nn.Parameter):
-            owner.register_parameter(attribute, value)
-        else:
-            owner.register_buffer(attribute, value, persistent=there.persistent and there.kind != "constant")
-    except (KeyError, TypeError) as error:
-        raise InputRefused(f"{source.path}: {there.name!r} can be no tensor's name") from error
-
-
-class _Layer(NamedTuple):
-    """A module that is to hold some tensors."""
-
-    module: nn.Module
-    nodes: Sequence[Node] = ()  # in whose place it is called; without any its weight is read
-    spared: Sequence[Node] = ()  # that nobody reads then
-
-
-def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[_Use]]) -> _Layer:
-    """The module that should hold these tensors, without them."""
-    packed = _packed_attention(tensors)
-    if packed is not None:
-        return _Layer(packed)
-    weight = tensors.get("weight")
-    if weight is None or weight.kind != "parameter":
-        return _Layer(nn.Module())
-    readers, sizes, bias = uses.get(weight.value, []), weight.payload.sizes, tensors.get("bias")
-    kinds = {(_spelled(use.node), use.argument) for use in readers}
-    nodes = [use.node for use in readers]
-    with torch.device("meta"):
-        if kinds == {("linear.default", "weight")} and len(sizes) == 2:
-            layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
-            return _Layer(layer, nodes if all(_has_bias(node, bias) for node in nodes) else [])
-        if kinds == {("embedding.default", "weight")} and len(sizes) == 2:
-            return _embedding(tensors, nodes, sizes)
-        if kinds and kinds <= {(name, "weight") for name in CONVOLVE}:
-            return _convolution(nodes, sizes, bias)
-        if kinds and len(sizes) == 2 and all(_turns(use) for use in readers):
-            layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
-            products = [use for node in nodes for name in _names(node) for use in uses.get(name, [])]
-            if products and all(_is_linear(use, bias) for use in products):
-                return _Layer(layer, [use.node for use in products], spared=nodes)
-            return _Layer(layer)
-    if kinds and len(sizes) == 2 and all(RIGHT.get(kind) == argument for kind, argument in kinds):
-        return _Layer(Turned())
-    return _Layer(nn.Module())
-
-
-def _embedding(tensors: Mapping[str, Stored], nodes: Sequence[Node], sizes: Sequence[int]) -> _Layer:
-    paddings = {_argument(node, "padding_idx", -1) for node in nodes}
-    padding = next(iter(paddings)) if len(paddings) == 1 else None
-    known = isinstance(padding, int) and -1 <= padding < sizes[0] and set(tensors) == {"weight"}
-    table = nn.Embedding(sizes[0], sizes[1], padding_idx=padding if known and padding != -1 else None)
-    return _Layer(table, nodes if known else [])
-
-
-def _names(node: Node) -> list[str]:
-    return [name for name in node.outputs if isinstance(name, str)]
-
-
-def _is_linear(use: _Use, bias: Stored | None) -> bool:
-    """Whether a product by a transposed weight is what a linear layer with this bias computes of a matrix."""
-    operator, given = _spelled(use.node), dict(use.node.inputs)
-    if operator == "mm.default":
-        return use.argument == "mat2" and bias is None
-    if operator != "addmm.default" or use.argument != "mat2" or bias is None:
-        return False
-    return given.get("self") == Value(bias.value) and not {"alpha", "beta"} & given.keys()
-
-
-def _packed_attention(tensors: Mapping[str, Stored]) -> nn.Module | None:
-    """An nn.MultiheadAttention's owner, whose weights are read and multiplied by function."""
-    packed = tensors.get("in_proj_weight")
-    if packed is None or packed.kind != "parameter" or len(packed.payload.sizes) != 2:
-        return None
-    width = packed.payload.sizes[1]
-    if packed.payload.sizes[0] != 3 * width or not width:
-        return None
-    with torch.device("meta"):
-        attention = nn.MultiheadAttention(width, 1, bias="in_proj_bias" in tensors)
-    attention._modules.clear()  # `out_proj` has tensors of its own in the file
-    return attention
-
-
-def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | None) -> _Layer:
-    settings = {
-        tuple(_setting(_argument(node, name, default)) for name, default in CONVOLUTION_DEFAULTS) for node in nodes
-    }
-    if len(settings) != 1 or len(sizes) not in CONVOLUTIONS:
-        return _Layer(nn.Module())
-    stride, padding, dilation, groups, transposed = next(iter(settings))
-    if transposed is not False or not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
-        return _Layer(nn.Module())
-    try:
-        layer = CONVOLUTIONS[len(sizes)](
-            sizes[1] * groups,
-            sizes[0],
-            tuple(sizes[2:]),  # type: ignore[arg-type]
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias is not None,
-        )
-    except (ValueError, TypeError, RuntimeError):
-        return _Layer(nn.Module())
-    return _Layer(layer, list(nodes) if all(_has_bias(node, bias) for node in nodes) else [])
-
-
-CONVOLVE = ("convolution.default", *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")))
-CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
-
-
-def _setting(value: Any) -> Any:
-    """A convolution's setting, one number for all its dimensions or one each."""
-    if isinstance(value, list):
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
-
-
-def _argument(node: Node, name: str, default: Any) -> Any:
-    return next((value for spelled, value in node.inputs if spelled == name), default)
-
-
-def _has_bias(node: Node, bias: Stored | None) -> bool:
-    """Whether a node adds the bias of the layer whose weight it reads, or none where there is none."""
-    return bool(_argument(node, "bias", None) == (None if bias is None else Value(bias.value)))
-
-
-def _turns(use: _Use) -> bool:
-    """Whether a matrix is transposed: one that is multiplied as x Wᵀ lies (out, in)."""
-    operator, given = _spelled(use.node), dict(use.node.inputs)
-    if use.argument != "self" or operator not in TURNS:
-        return False
-    if operator == "permute.default":
-        return given.get("dims") in ([1, 0], [-1, -2])
-    axes = {given[name] for name in ("dim0", "dim1", "axis0", "axis1") if isinstance(given.get(name), int)}
-    return axes in (set(), {0, 1}, {-2, -1})
+    return Program(description.read(path))
 
 
 # --- steps --------------------------------------------------------------------------------------
@@ -558,10 +300,10 @@ def _last_reads(graph: Graph) -> dict[int, list[str]]:
     """Node -> the values that nobody reads after it. Those that nobody reads at all stay until the end."""
     reads: dict[str, int] = {}
     for number, node in enumerate(graph.nodes):
-        for _, argument in node.inputs:
-            for value in _values(argument):
+        for _, given in node.inputs:
+            for value in values_in(given):
                 reads[value] = number
-    for value in _values(list(graph.outputs)):
+    for value in values_in(list(graph.outputs)):
         reads.pop(value, None)
     ends: dict[int, list[str]] = {}
     for value, number in reads.items():
@@ -580,24 +322,24 @@ def _step(
     where = f"{path}: node {node.name}"
     if node.target in INLINE:
         return _inlined(node, path, ends)
-    if node.target.startswith(aten.HIGHER_ORDER):
-        raise InputRefused(f"{where}: {_short(node.target)} runs graphs in a way that is not supported")
-    operator = aten.resolve(node.target, where)
+    if node.target.startswith(operators.HIGHER_ORDER):
+        raise InputRefused(f"{where}: {shown(node.target)} runs graphs in a way that is not supported")
+    operator = operators.resolve(node.target, where)
     if any(isinstance(argument, Graph) for _, argument in node.inputs):
-        raise InputRefused(f"{where}: {_short(node.target)} is given a graph")
+        raise InputRefused(f"{where}: {shown(node.target)} is given a graph")
     if operator.names is not None:
         strange = [name for name, _ in node.inputs if name not in operator.names]
         if strange:
-            raise InputRefused(f"{where}: {_short(node.target)} has no argument {', '.join(strange)[:80]}")
+            raise InputRefused(f"{where}: {shown(node.target)} has no argument {', '.join(strange)[:80]}")
     if operator.writes and (target := next(iter(node.inputs), None)) is not None:
-        written = set(_values(target[1]))
+        written = set(values_in(target[1]))
         if written & (places.keys() | given):
             raise InputRefused(
-                f"{where}: {_short(node.target)} changes {', '.join(sorted(written))}, which is no value of its own: "
+                f"{where}: {shown(node.target)} changes {', '.join(sorted(written))}, which is no value of its own: "
                 "a program that keeps something from run to run is not supported"
             )
     layer = called.get(node.number) or ""
-    first = _argument(node, ENTERS.get(_spelled(node), "input"), None) if layer else None
+    first = argument_of(node, ENTERS.get(operator_of(node), "input"), None) if layer else None
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
     return _Step(node, operator, arguments, layer, first, None, ends)
@@ -606,7 +348,7 @@ def _step(
 def _inlined(node: Node, path: Path, ends: tuple[str, ...]) -> _Step:
     before = INLINE[node.target]
     values = [value for _, value in node.inputs]
-    where = f"{path}: node {node.name} ({_short(node.target)})"
+    where = f"{path}: node {node.name} ({shown(node.target)})"
     if len(values) <= before or not isinstance(values[before], Graph):
         raise InputRefused(f"{where} has no graph where it should")
     enabled = values[2] if node.target.endswith("autocast") else False
