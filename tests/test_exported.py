@@ -27,6 +27,7 @@ from programs import export, graph_of, ids, noise, padded, rewritten
 from safetensors.torch import save_file
 from torch import nn
 
+from lora_export import model
 from lora_export.errors import InputRefused
 from lora_export.exported import description, operators, program
 from lora_export.exported.nouns import Symbol
@@ -499,7 +500,11 @@ def renamed(name: str) -> Callable[[Path, Path], Path]:
 
 
 @pytest.mark.parametrize(
-    "name", ["forward.weight", "__class__.weight", "_modules.x", "a..b", "training", "dense", ".", ""]
+    "name",
+    [
+        *("forward.weight", "__class__.weight", "_modules.x", "a..b", "training", "dense", ".", "", "unseen", "source"),
+        "a." * 200 + "weight",
+    ],
 )
 def test_names_that_would_stand_for_something_of_the_module_are_refused(good: Path, tmp_path: Path, name: str) -> None:
     told = refused(renamed(name)(good, tmp_path))
@@ -536,6 +541,7 @@ def number(value: int) -> dict[str, int]:
         (tensor_meta(sizes=[number(-10), number(-4)]), "a size is negative"),
         (tensor_meta(strides=[number(1)]), "sizes, strides and an offset"),
         (tensor_meta(sizes=[{"as_expr": {"expr_str": "s0"}}, number(4)]), "sizes, strides and an offset"),
+        (tensor_meta(sizes=[number(1 << 62), number(9), number(0)], strides=[number(1)] * 3), "can be no tensor"),
         (tensor_meta(dtype=11), "torch's type 11"),
         (tensor_meta(layout=1), "is no dense tensor"),
         (lambda config: config["config"]["words.weight"].update(path_name="../../models/model.json"), "should lie in"),
@@ -552,6 +558,64 @@ def test_a_tensor_that_its_bytes_do_not_hold_is_refused(
         config = json.loads(archive.read(f"{root}/{name}"))
     change(config)
     assert problem in refused(rewritten(good, tmp_path / "evil.pt2", {name: json.dumps(config).encode()}))
+
+
+def test_a_tensor_whose_bytes_are_no_whole_numbers_is_refused(good: Path, tmp_path: Path) -> None:
+    members: dict[str, bytes | None] = {"data/weights/weight_0": bytes(10 * 4 * 4 + 1)}
+    assert "does not hold as many" in refused(rewritten(good, tmp_path / "evil.pt2", members))
+
+
+def hints(value: int) -> Change:
+    def change(graph: dict[str, Any]) -> None:
+        for there in graph["graph_module"]["graph"]["tensor_values"].values():
+            for size in there["sizes"]:
+                if "as_expr" in size:
+                    size["as_expr"]["hint"] = {"as_int": value}
+
+    return change
+
+
+def sizes(*values: int) -> Change:
+    def change(graph: dict[str, Any]) -> None:
+        for name in ("ids", "mask"):
+            there = graph["graph_module"]["graph"]["tensor_values"][name]
+            there["sizes"] = [{"as_int": value} for value in values]
+
+    return change
+
+
+def ranges(low: int) -> Change:
+    def change(graph: dict[str, Any]) -> None:
+        graph["range_constraints"] = {name: {"min_val": low, "max_val": None} for name in graph["range_constraints"]}
+
+    return change
+
+
+def no_inputs(graph: dict[str, Any]) -> None:
+    inner, specs = graph["graph_module"]["graph"], graph["graph_module"]["signature"]["input_specs"]
+    own = [number for number, spec in enumerate(specs) if "user_input" not in spec]
+    inner["inputs"], specs[:] = [inner["inputs"][number] for number in own], [specs[number] for number in own]
+    inner["nodes"], inner["outputs"] = [], inner["inputs"][:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (sizes(1 << 40, 4), "too much to try"),
+        (ranges(1 << 40), "too much to try"),
+        (no_inputs, "takes 0 inputs"),
+    ],
+)
+def test_inputs_that_cannot_be_made_are_refused(good: Path, tmp_path: Path, change: Change, problem: str) -> None:
+    path = changed(good, tmp_path, change)
+    code, said, told = run("verify", path, "--model", path)
+    assert (code, said) == (3, "") and problem in told, told
+
+
+@pytest.mark.parametrize("hint", [1 << 40, -5, 0])
+def test_a_hint_is_believed_by_nobody(good: Path, tmp_path: Path, hint: int) -> None:
+    drawn = model.load(str(changed(good, tmp_path, hints(hint)))).checked_sizes({})
+    assert [there["sequence"] for there in drawn] == [7, 16, 29]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ def read(path: Path) -> Exported:
                 "one, as torch.export.save writes it"
             )
         (model,) = models
-        text = archive.content(file, members[f"models/{model}.json"], path, most=files.MAX_JSON)
+        graph = archive.content(file, members[f"models/{model}.json"], path, most=files.MAX_JSON)
         weights = _payloads(file, members, path, "weights", model)
         constants = _payloads(file, members, path, "constants", model)
-    return _Reader(path, members, {**constants, **weights}).program(text)
+    return _Reader(path, members, {**constants, **weights}).program(graph)
 
 
 def _payloads(
@@ -74,8 +75,8 @@ def _payloads(
             f"{path} has no {name}: an older torch pickled the {folder}, and no pickle is opened here. Export it again "
             "with torch 2.10 or later"
         )
-    text = bytes(archive.content(file, members[name], path, most=files.MAX_JSON))
-    told = table(files.parse_json(text, f"{name} in {path}", most=MOST_OBJECTS).get("config"), f"{name} in {path}")
+    content = bytes(archive.content(file, members[name], path, most=files.MAX_JSON))
+    told = table(files.parse_json(content, f"{name} in {path}", most=MOST_OBJECTS).get("config"), f"{name} in {path}")
     refuse_unprintable(told, str(path))
     return {
         tensor: _payload(table(entry, tensor), members, f"data/{folder}/", f"{path}: {tensor}")
@@ -98,11 +99,11 @@ def _payload(entry: dict[str, Any], members: Mapping[str, zipfile.ZipInfo], fold
     if len(sizes) < len(told.sizes) or len(numbers) < len(strides) + 1 or len(strides) != len(sizes):
         raise InputRefused(f"{place}: a stored tensor has sizes, strides and an offset in numbers")
     payload = Payload(folder + file, told.dtype, sizes, tuple(numbers[:-1]), numbers[-1])
-    held = members[payload.member].file_size / ITEM_BYTES[payload.dtype]
+    held, rest = divmod(members[payload.member].file_size, ITEM_BYTES[payload.dtype])
     count = math.prod(sizes)
     last = payload.offset + sum((size - 1) * stride for size, stride in zip(sizes, payload.strides, strict=True))
     # A view that repeats its numbers would be a small file that takes any memory.
-    if count and (last >= held or count > held):
+    if rest or (count and (last >= held or count > held)):
         raise InputRefused(f"{place} is {list(sizes)} of {told.dtype}, and {file} does not hold as many")
     return payload
 
@@ -116,16 +117,16 @@ class _Reader:
     def __init__(self, path: Path, members: Mapping[str, zipfile.ZipInfo], payloads: Mapping[str, Payload]):
         self.path, self.members, self.payloads = path, members, payloads
 
-    def program(self, text: bytearray) -> Exported:
+    def program(self, content: bytearray) -> Exported:
         place = f"{self.path}: its graph"
-        whole = files.parse_json(bytes(text), place, most=MOST_OBJECTS)
-        version = table(whole.get("schema_version"), place)
+        told = files.parse_json(bytes(content), place, most=MOST_OBJECTS)
+        version = table(told.get("schema_version"), place)
         if version.get("major") != SCHEMA:
             raise InputRefused(
                 f"{self.path} is written in version {str(version.get('major'))[:20]} of torch's schema, and I know "
                 f"{SCHEMA}. Export it again with torch 2.10 or later"
             )
-        module = table(whole.get("graph_module"), place)
+        module = table(told.get("graph_module"), place)
         raw = table(module.get("graph"), place)
         graph = self._graph(raw, set(), place)
         signature = table(module.get("signature"), place)
@@ -142,7 +143,7 @@ class _Reader:
         outputs = self._outputs(items(signature.get("output_specs"), place), graph, call, module)
         ranges = {
             symbol: self._range(table(bounds, place), symbol)
-            for symbol, bounds in table(whole.get("range_constraints"), place).items()
+            for symbol, bounds in table(told.get("range_constraints"), place).items()
         }
         return Exported(
             path=self.path,
@@ -152,7 +153,7 @@ class _Reader:
             stored=tuple(stored),
             outputs=outputs,
             ranges=ranges,
-            digest=hashlib.sha256(text).hexdigest(),
+            digest=hashlib.sha256(content).hexdigest(),
             members=self.members,
         )
 
@@ -300,9 +301,9 @@ class _Reader:
                 users.append((value, tensor_of(table(told[value], place), f"{self.path}: the input {value}")))
             elif kind != "constant_input":
                 raise InputRefused(f"{self.path} takes an input of the kind {kind!r}, which is not supported")
-        twice = {there.name for there in stored if sum(there.name == other.name for other in stored) > 1}
+        twice = sorted(name for name, count in Counter(there.name for there in stored).items() if count > 1)
         if twice:
-            raise InputRefused(f"{place} names {', '.join(sorted(twice)[:5])} more than once")
+            raise InputRefused(f"{place} names {', '.join(twice[:5])} more than once")
         return stored, users
 
     def _stored(self, kind: str, told: dict[str, Any], value: str | None) -> Stored:
@@ -358,9 +359,10 @@ class _Reader:
 
     def _structure(self, told: Any, place: str, places: Iterator[int], fields: Mapping[str, Any]) -> Any:
         """A structure with the number of each leaf in its place. No type in it is looked up."""
-        whole = files.parse_json(b'{"structure": ' + text(told, place).encode() + b"}", place)
-        spec = items(whole.get("structure"), place)
-        if len(whole) != 1 or len(spec) != 2 or spec[0] != 1:
+        wrapped = '{"structure": ' + text(told, place) + "}"
+        parsed = files.parse_json(wrapped.encode(errors="surrogatepass"), place)
+        spec = items(parsed.get("structure"), place)
+        if len(parsed) != 1 or len(spec) != 2 or spec[0] != 1:
             raise InputRefused(f"{place}: a structure is told in version 1, and not so")
         return self._built(table(spec[1], place), place, places, fields)
 
@@ -374,8 +376,8 @@ class _Reader:
             return SEQUENCES[name](made)
         keys: Any = None
         if name in MAPPINGS or name.startswith(OF_TRANSFORMERS):
-            told = text(spec.get("context"), place).encode()
-            keys = files.parse_json(b'{"keys": ' + told + b"}", place).get("keys")
+            told = '{"keys": ' + text(spec.get("context"), place) + "}"
+            keys = files.parse_json(told.encode(errors="surrogatepass"), place).get("keys")
         elif name == "collections.namedtuple" or name in fields:
             return tuple(made)
         if not isinstance(keys, list) or len(keys) != len(made) or not all(isinstance(key, str) for key in keys):

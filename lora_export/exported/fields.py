@@ -49,9 +49,9 @@ def real(value: Any, place: str) -> float:
         raise InputRefused(f"{place}: a number is beyond number") from None
 
 
-def only(table: Any, place: str) -> tuple[str, Any]:
+def only(union: Any, place: str) -> tuple[str, Any]:
     """The one field of a union."""
-    fields = table(table, place)
+    fields = table(union, place)
     if len(fields) != 1:
         raise InputRefused(f"{place}: one field is expected, and there are {', '.join(fields) or 'none'}")
     ((name, value),) = fields.items()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.exported.nouns import Exported, Graph, Node, Stored, Value
+from lora_export.exported.nouns import Exported, Graph, Node, Payload, Stored, Value
 from lora_export.plan import Layout
 
+DEEPEST = 100  # modules in each other; PyTorch walks through them by recursion
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
 CONVOLVE = ("convolution.default", *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")))
 CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
@@ -94,17 +95,22 @@ def build(program: nn.Module, source: Exported, uses: Mapping[str, Sequence[Use]
     for owner in sorted(made, key=lambda path: path.count(".")):
         if owner:
             _put(program, owner, made[owner], source.path)
-    contents: dict[str, bytearray] = {}
-    whole: dict[Any, nn.Parameter | Tensor] = {}  # tied tensors are one
+    contents = source.contents()
+    made_of: dict[tuple[bool, Payload], Tensor] = {}  # tied ones are one
     for there in source.stored:
+        key = there.kind == "parameter", there.payload
+        if key not in made_of:
+            made_of[key] = _tensor(there, contents[there.payload.member], source.path)
         owner, attribute = split_name(there.name)
-        _put_tensor(program.get_submodule(owner), attribute, there, source, contents, whole)
+        _put_tensor(program.get_submodule(owner), attribute, there, made_of[key], source.path)
     return called
 
 
 def _put(program: nn.Module, path: str, module: nn.Module, file: Path) -> None:
     above: nn.Module = program
     *parents, last = path.split(".")
+    if len(parents) > DEEPEST:
+        raise InputRefused(f"{file}: {path[:80]!r}... can be no module's name: it is {len(parents)} modules deep")
     for part in parents:
         if part not in above._modules:
             _add(above, part, nn.Module(), path, file)
@@ -121,26 +127,19 @@ def _add(above: nn.Module, name: str, module: nn.Module, path: str, file: Path) 
         raise InputRefused(f"{file}: {path!r} can be no module's name") from error
 
 
-def _put_tensor(
-    owner: nn.Module,
-    attribute: str,
-    there: Stored,
-    source: Exported,
-    contents: dict[str, bytearray],
-    whole: dict[Any, Tensor],
-) -> None:
+def _tensor(there: Stored, content: bytearray, file: Path) -> Tensor:
     payload = there.payload
-    key = (there.kind == "parameter", payload)
-    if key not in whole:
-        dtype: torch.dtype = getattr(torch, payload.dtype)
-        if payload.member not in contents:
-            contents[payload.member] = source.content(payload.member)
-        content = contents[payload.member]
+    dtype: torch.dtype = getattr(torch, payload.dtype)
+    try:
         flat = torch.frombuffer(content, dtype=dtype) if content else torch.zeros(0, dtype=dtype)
         tensor = flat.as_strided(payload.sizes, payload.strides, payload.offset)
-        is_parameter = there.kind == "parameter" and dtype.is_floating_point
-        whole[key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-    value = whole[key]
+    except RuntimeError as error:  # sizes whose product PyTorch cannot count
+        raise InputRefused(f"{file}: {there.name} can be no tensor: {str(error).splitlines()[0]}") from error
+    is_parameter = there.kind == "parameter" and dtype.is_floating_point
+    return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+def _put_tensor(owner: nn.Module, attribute: str, there: Stored, value: Tensor, file: Path) -> None:
     owner._parameters.pop(attribute, None)
     try:
         if isinstance(value, nn.Parameter):
@@ -148,7 +147,7 @@ def _put_tensor(
         else:
             owner.register_buffer(attribute, value, persistent=there.persistent and there.kind != "constant")
     except (KeyError, TypeError) as error:
-        raise InputRefused(f"{source.path}: {there.name!r} can be no tensor's name") from error
+        raise InputRefused(f"{file}: {there.name!r} can be no tensor's name") from error
 
 
 class _Layer(NamedTuple):

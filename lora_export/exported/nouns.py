@@ -119,7 +119,8 @@ class Exported:
     digest: str  # of the graph's JSON
     members: Mapping[str, zipfile.ZipInfo] = field(repr=False)
 
-    def content(self, member: str) -> bytearray:
-        """The bytes of a member, its checksum compared."""
+    def contents(self) -> dict[str, bytearray]:
+        """The bytes of each member in which a tensor lies, their checksums compared."""
+        names = dict.fromkeys(there.payload.member for there in self.stored)
         with archive.opened(self.path) as file:
-            return archive.content(file, self.members[member], self.path)
+            return {name: archive.content(file, self.members[name], self.path) for name in names}

@@ -80,11 +80,13 @@ class Program(nn.Module):
 
     def __init__(self, source: Exported):
         super().__init__()
+        # All that a program has of its own is there before its modules are: none may be called like it.
+        self.unseen: tuple[str, ...] = ()  # weights that no layer multiplies by: who watches layers sees no use of them
+        self.file_dtype = _dtype_of(source)  # of the file's weights: that of the first one of floats
         self._described = _Described(source)
         self._places = {there.value: Place(*split_name(there.name)) for there in source.stored}
-        readers = readers_of(source.graph)
-        called = build(self, source, readers)
-        # Weights that no layer multiplies by: whoever watches layers does not see them used.
+        self._steps, self._writes = _Steps(source.graph, ()), False
+        called = build(self, source, readers_of(source.graph))
         layers = {layer for layer in called.values() if layer is not None}
         self.unseen = tuple(
             f"{owner}.weight" for owner, module in self.named_modules() if is_matrix(module) and owner not in layers
@@ -102,16 +104,6 @@ class Program(nn.Module):
     def stored_dtypes(self) -> dict[str, str]:
         """In which dtype the file keeps each tensor, by the module's names."""
         return {there.name: there.payload.dtype for there in self.source.stored}
-
-    @property
-    def file_dtype(self) -> torch.dtype | None:
-        """The dtype of the file's weights: that of the first one of floats."""
-        kinds = {"parameter": [], "buffer": [], "constant": []}  # type: dict[str, list[torch.dtype]]
-        for there in self.source.stored:
-            dtype: torch.dtype = getattr(torch, there.payload.dtype)
-            if dtype.is_floating_point:
-                kinds[there.kind].append(dtype)
-        return next(iter([*kinds["parameter"], *kinds["buffer"], *kinds["constant"]]), None)
 
     @property
     def axes(self) -> dict[str, tuple[int | None, ...]]:
@@ -257,6 +249,15 @@ class Program(nn.Module):
         if not wanted.is_floating_point or (given.dtype is torch.float64 and now is torch.float64):
             return given  # a referee's numbers are not narrowed
         return given.to(now if wanted is self.file_dtype and now is not None else wanted)
+
+
+def _dtype_of(source: Exported) -> torch.dtype | None:
+    for kind in ("parameter", "buffer", "constant"):
+        for there in source.stored:
+            dtype: torch.dtype = getattr(torch, there.payload.dtype)
+            if there.kind == kind and dtype.is_floating_point:
+                return dtype
+    return None
 
 
 class _Described:

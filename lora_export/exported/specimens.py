@@ -6,6 +6,7 @@ its name, and so are positions. What neither tells is refused: a number out of r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,6 +20,8 @@ Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 BATCH, SEQUENCE = "batch", "sequence"
+MOST_INPUTS = 256
+MOST_NUMBERS = 1 << 28  # in one input: a file may say that it takes any number of them
 # What leaves numbers as they are, for all that their places change.
 PASSED_ON = frozenset(
     {
@@ -47,6 +50,8 @@ class Signature:
 
     def __init__(self, source: Exported):
         self.source = source
+        if not 0 < len(source.inputs) <= MOST_INPUTS:
+            raise InputRefused(f"{source.path} takes {len(source.inputs)} inputs; a model takes 1 to {MOST_INPUTS}")
         self.symbols = self._names()
         self.axes = {
             name: {axis: self.symbols[size.name] for axis, size in enumerate(tensor.sizes) if isinstance(size, Symbol)}
@@ -62,7 +67,7 @@ class Signature:
         for tensor in source.inputs.values():
             for size in tensor.sizes:
                 if isinstance(size, Symbol):
-                    self.traced.setdefault(self.symbols[size.name], size.hint or max(2, source.ranges[size.name][0]))
+                    self.traced.setdefault(self.symbols[size.name], self._traced(size))
         self.draws = {name: self._draw(name) for name in source.inputs}
 
     def make(self, sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,9 +75,15 @@ class Signature:
         made = {}
         for name, tensor in self.source.inputs.items():
             shape = tuple(sizes[self.symbols[size.name]] if isinstance(size, Symbol) else size for size in tensor.sizes)
+            if math.prod(shape) > MOST_NUMBERS:
+                raise InputRefused(f"{self.source.path}: {name} would be {list(shape)}, which is too much to try")
             drawn = self.draws[name](shape, generator).to(getattr(torch, tensor.dtype))
             made[name] = drawn.float() if drawn.is_floating_point() else drawn
         return made
+
+    def _traced(self, size: Symbol) -> int:
+        low, _ = self.source.ranges.get(size.name, (0, None))
+        return size.hint if size.hint is not None and size.hint > 0 else max(2, low)
 
     def _names(self) -> dict[str, str]:
         """The program's symbols by ours."""
