@@ -300,8 +300,8 @@ def _computes_in(candidate: Runner) -> torch.dtype:
 def _narrow(module: nn.Module, candidate: Runner, dtype: torch.dtype, model: Model) -> None:
     """Have PyTorch compute as the candidate does: each tensor in the dtype in which the candidate's file keeps it.
 
-    A module of this model's own casts inside follow its weights, as they would where it is loaded in that dtype;
-    those of a program do where it was exported in it, and a program of another dtype is refused.
+    Raises InputRefused for a program of another dtype: its graph names the one that it was exported in, and would
+    compute neither in that nor in this.
     """
     if isinstance(module, Program) and module.file_dtype is not dtype:
         raise InputRefused(

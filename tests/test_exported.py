@@ -23,6 +23,7 @@ import pytest
 import torch
 from factories import Wide, Worded
 from fuzz.targets import bounded, run
+from handmade import Payload
 from programs import export, graph_of, ids, noise, padded, rewritten
 from safetensors.torch import save_file
 from torch import nn
@@ -41,16 +42,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     inputs = {"ids": ids(2, 5) % 10, "mask": padded(2, 5)}
     return export(Worded(), inputs, tmp_path_factory.mktemp("good") / "good.pt2", dynamic=2)
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, proof: Path):
-        self.proof = proof
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.proof), "w")
 
 
 def payload(place: Path) -> bytes:

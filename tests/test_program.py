@@ -127,7 +127,8 @@ def test_odder_programs_compute_what_their_module_computes(
     path = export(eager, {name: noise(*shape)}, tmp_path / "odd.pt2", decomposed=decomposed)
     targets = {node.target for node in description.read(path).graph.nodes}
     if module is Switches and not decomposed:
-        assert {target.rpartition(".")[2] for target in targets} >= {"wrap_with_set_grad_enabled"}, targets
+        blocks = {target.rpartition(".")[2] for target in targets if "higher_order" in target}
+        assert blocks == {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
     if module is Changes and not decomposed:
         assert any(re.fullmatch(r"torch\.ops\.aten\.\w*[a-z]_\.\w+", target) for target in targets)
     given = {name: torch.randn(5, *shape[1:])}
@@ -296,25 +297,14 @@ DEFECTS = [left_out, louder, doubled, turned, not_finite]
 
 
 @pytest.mark.parametrize(
-    ("name", "defect"), [("mlp", defect) for defect in DEFECTS] + [("cnn", left_out), ("cnn", louder)]
+    ("name", "defect"),
+    [
+        *(("mlp", defect) for defect in DEFECTS),
+        *(("cnn", defect) for defect in (left_out, louder)),
+        *(pytest.param(name, defect, marks=pytest.mark.slow) for name in ("llama", "bert") for defect in DEFECTS),
+    ],
 )
 def test_a_merge_that_is_wrong_is_different(
-    made: Callable[[str, str], Path],
-    adapter: Callable[[str], Adapter],
-    tmp_path: Path,
-    name: str,
-    defect: Callable[[peft.PeftModel], None],
-) -> None:
-    subject = SUBJECTS[name]
-    wrong = subject.export(subject.merged(defect), tmp_path / "wrong.pt2")
-    result = verdict(wrong, model.load(str(made(name, "base"))), [adapter(name)])
-    assert result.verdict.outcome is Outcome.DIFFERENT, str(result.verdict)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("defect", DEFECTS)
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_merge_of_a_transformer_that_is_wrong_is_different(
     made: Callable[[str, str], Path],
     adapter: Callable[[str], Adapter],
     tmp_path: Path,

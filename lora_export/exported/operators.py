@@ -98,8 +98,8 @@ def _batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps), None, None
 
 
-def _zeros(size: Any, dtype: Any = None, **_: Any) -> Tensor:
-    return torch.zeros(size, dtype=dtype)
+def _zeros(size: Any, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 def _zeros_like(self: Tensor, dtype: Any = None, **_: Any) -> Tensor:
