@@ -283,7 +283,7 @@ def test_a_structure_whose_type_names_code_is_refused_and_imports_nothing(
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'payload-ran')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     leaf = {"type": None, "context": None, "children_spec": []}
-    structure = json.dumps([1, {"type": kind, "context": '"touch payload-ran"', "children_spec": [leaf]}])
+    structure = json.dumps([1, {"type": kind, "context": '["a"]', "children_spec": [leaf]}])
 
     def change(graph: dict[str, Any]) -> None:
         graph["graph_module"]["module_call_graph"][0]["signature"][spec] = structure

@@ -28,7 +28,7 @@ from lora_export.exported import description, program
 from lora_export.lora import Adapter, LoraPair
 from lora_export.outputs import named_outputs
 from lora_export.parity import Outcome
-from lora_export.runtime import ModuleRunner, Referee
+from lora_export.runtime import Referee
 
 SMALL = ("mlp", "cnn", "words")
 EVERY = [*SMALL, "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2"))]
@@ -116,8 +116,15 @@ class Changes(nn.Module):
         return nn.functional.interpolate(y.add_(1), scale_factor=2, mode="bilinear")
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize(("module", "shape"), [(Switches, (2, 4)), (Changes, (2, 3, 6, 6)), (Spotter, (2, 4, 9))])
+@pytest.mark.parametrize(
+    ("module", "shape", "decomposed"),
+    [
+        *((Switches, (2, 4), decomposed) for decomposed in (False, True)),
+        *((Changes, (2, 3, 6, 6), decomposed) for decomposed in (False, True)),
+        (Spotter, (2, 4, 9), False),
+        pytest.param(Spotter, (2, 4, 9), True, marks=pytest.mark.slow),
+    ],
+)
 def test_odder_programs_compute_what_their_module_computes(
     tmp_path: Path, module: Callable[[], nn.Module], shape: tuple[int, ...], decomposed: bool
 ) -> None:
@@ -145,8 +152,7 @@ def test_odder_programs_compute_what_their_module_computes(
     ("name", "decomposed"),
     [
         *((name, decomposed) for name in SMALL for decomposed in (False, True)),
-        ("llama", False),
-        *(pytest.param("bert", decomposed, marks=pytest.mark.slow) for decomposed in (False, True)),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("llama", False), ("bert", False), ("bert", True))),
     ],
 )
 def test_the_referee_is_the_eager_model_in_fp64_with_its_adapter_attached(
@@ -442,7 +448,9 @@ def in_half(subject: Subject, module: nn.Module, dtype: torch.dtype, path: Path)
     return export(copy.deepcopy(module).to(dtype), inputs, path, dynamic=subject.dynamic)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("mlp", torch.bfloat16), ("cnn", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mlp", torch.bfloat16), pytest.param("cnn", torch.float16, marks=pytest.mark.slow)]
+)
 def test_in_half_precision_pytorch_is_run_in_it_too(
     made: Callable[[str, str], Path], adapter: Callable[[str], Adapter], tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
@@ -569,9 +577,8 @@ def test_packed_attention_takes_its_adapter(tmp_path: Path) -> None:
     of_eager = model.of_module(eager, noise(2, 4, 9))
     theirs = Referee(proof.adapted(of_eager, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
     np.testing.assert_allclose(own["output_0"], theirs["output_0"], rtol=1e-10, atol=1e-12)
-    folded = copy.deepcopy(eager)
-    layers.fold(folded, plan.make([adapter], layers.specs(folded)))
-    assert proof.prove(ModuleRunner(folded), base, [adapter]).verdict.outcome is Outcome.SAME
+    without = Referee(copy.deepcopy(eager).double()).run({"signal": noise(3, 4, 9).numpy()})
+    assert np.abs(without["output_0"] - own["output_0"]).max() > 1e-2
 
 
 def test_merged_files_of_other_kinds_are_judged_by_a_program_too(
