@@ -269,6 +269,15 @@ def test_a_decomposed_program_is_the_same_too(
     assert verdict(path, model.load(str(made(name, "base"))), [adapter(name)]).verdict.outcome is Outcome.SAME
 
 
+def test_an_adapter_that_was_exported_beside_its_weights_is_the_same_too(
+    made: Callable[[str, str], Path], adapter: Callable[[str], Adapter], tmp_path: Path
+) -> None:
+    subject = SUBJECTS["mlp"]
+    attached = subject.export(subject.adapted.base_model.model, tmp_path / "attached.pt2")
+    assert any("lora_A" in there.name for there in description.read(attached).stored)
+    assert verdict(attached, model.load(str(made("mlp", "base"))), [adapter("mlp")]).verdict.outcome is Outcome.SAME
+
+
 def targets(adapted: peft.PeftModel) -> list[Any]:
     return [layer for layer in adapted.modules() if hasattr(layer, "lora_B") and len(layer.lora_B)]
 

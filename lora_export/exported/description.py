@@ -52,6 +52,8 @@ def read(path: Path) -> Exported:
             raise InputRefused(f"{path} is an archive of version {bytes(version[:20])!r}, and I know 0")
         if archive.content(file, members["byteorder"], path) != b"little" if "byteorder" in members else False:
             raise InputRefused(f"{path} was written with the bytes of numbers in another order than I read")
+        if any(name.startswith("data/aotinductor/") for name in members):
+            raise InputRefused(f"{path} holds compiled code (AOTInductor), which is not run from a file here")
         models = [match[1] for name in members if (match := MODEL.fullmatch(name))]
         if len(models) != 1:
             raise InputRefused(
