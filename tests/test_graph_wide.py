@@ -109,6 +109,16 @@ def test_an_operator_without_fp64_stays_and_is_named() -> None:
     assert np.abs(answer - 0.5 * active.astype(np.float64) @ held["v"].T.astype(np.float64)).max() < 1e-15
 
 
+def test_an_operator_that_stays_is_given_the_half_precision_that_it_had_and_its_output_is_handed_out_wide() -> None:
+    body = "g (float16[n] x) => (float16[n] y, float16[n] z) { twice = Add(x, x) y = Erf(twice) z = Neg(y) }"
+    model = a_graph(body)
+    answer, stayed = in_fp64(model, x=np.array([0.25, 0.3, 2.0], np.float16))
+    (erf,) = (node for node in model.graph if node.op_type == "Erf")
+    assert stayed == ("Erf",) and erf.inputs[0] is not None
+    assert erf.inputs[0].dtype is erf.outputs[0].dtype is ir.DataType.FLOAT16
+    assert answer.dtype == np.float64 and [output.name for output in model.graph.outputs] == ["y", "z"]
+
+
 def test_a_cast_to_half_precision_does_not_round_unless_that_is_meant() -> None:
     def graph() -> ir.Model:
         body = "g (float[n] x) => (float[n] y) { half = Cast<to: int = 10>(x) y = Cast<to: int = 1>(half) }"

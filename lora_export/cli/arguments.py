@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from lora_export.errors import one_line
+from lora_export.errors import InputRefused, one_line
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
@@ -74,6 +75,15 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
     return decorate
 
 
+def refuse_exported(model: str) -> None:
+    """Raises InputRefused where a .pt2 is to be exported again, or trained: it is a graph, and no module's code."""
+    if model.endswith(".pt2"):
+        raise InputRefused(
+            f"{model} is a program that was exported already. `lora-export verify` takes it, as --model and as "
+            "CANDIDATE; to make another file, give the model that it was exported from"
+        )
+
+
 def answer(document: Any) -> None:
     """The one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
     click.echo(json.dumps(document, allow_nan=False).replace("##[", "##\\u005b"))
@@ -98,3 +108,19 @@ def load_adapters(arguments: Sequence[str]) -> list[Adapter]:
     from lora_export import formats
 
     return [formats.load(path, name=name) for name, path in map(split_name, arguments)]
+
+
+def command_line() -> list[str]:
+    """The command as it was given, defaults left out, to be given again."""
+    context = click.get_current_context()
+    words = ["lora-export", str(context.info_name)]
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[str(parameter.name)]
+        spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
+        if value is True:
+            words += spelling
+        else:
+            words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
+    return words

@@ -115,6 +115,18 @@ class Site:
         """The weight in the (out, in) view."""
         return self.array.T if self.layout is Layout.IN_OUT else self.array
 
+    def nearest(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of what the scales of a quantised weight allow, the nearest to this `matrix`, in the (out, in) view."""
+        assert self.quantised is not None
+        array = matrix.T if self.layout is Layout.IN_OUT else matrix
+        if self.block is None:
+            found = self.quantised.nearest(array)
+        else:
+            whole = self.stored.astype(np.float64)
+            whole[self.where] = array
+            found = self.quantised.nearest(whole)[self.where]
+        return found.T if self.layout is Layout.IN_OUT else found
+
     @property
     def whole(self) -> tuple[int, ...]:
         """The shape of `stored`: the site's own entries and their neighbours. Reads nothing."""
