@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -30,7 +30,7 @@ from lora_export import transfer
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import one_line
 from lora_export.lora import LoraPair
-from lora_export.parity import Outcome
+from lora_export.parity import Outcome, Place
 from lora_export.plan import FLOATS, Plan, Step
 from lora_export.tensorfile import Entry, TensorFile
 
@@ -64,6 +64,11 @@ class Weight:
     off: int = 0  # entries that are not what they should be
     error: float = 0.0  # the largest |M - V|, as a share of what is allowed there
     controls: Mapping[str, bool] = field(default_factory=dict)  # what was done to V -> whether M was told from it
+    # Of a changed one, as a merge's ledger has them (see StepResult), but for the sums, which are made in fp64.
+    relative_change: float | None = None
+    retention: float | None = None
+    noise: float | None = None
+    worst: Place | None = None  # where M lies farthest from V, as a share of what is allowed there
 
     def __str__(self) -> str:
         return one_line(f"{self.name}: {self.outcome}{f', {self.why}' if self.why else ''}")
@@ -337,30 +342,61 @@ def _changed(name: str, step: Step, before: Stored, found: Stored) -> Weight:
     wrong = {what: measured(one) for what, one in _wrong(step, truth)}
     told, real = dict.fromkeys(wrong, False), dict.fromkeys(wrong, False)
     off = elements = 0
-    error = 0.0
+    error, worst = -1.0, None
+    sums = np.zeros(4)  # ‖W‖², ‖V − W‖², <M − W, V − W>, ‖M − V‖²
     for rows in pieces:
         held, base = found.rows(rows).astype(np.float64), weight(rows)
         value, doubt = truth.rows(rows, base)
         distance, allowed = np.abs(held - value), _allowed(value, doubt, found.dtype)
         off += distance.size - int(np.count_nonzero(distance <= allowed))  # NaN is off
         elements += distance.size
-        error = max(error, float(np.nan_to_num(distance / allowed, nan=np.inf).max(initial=0)))
+        shares = np.nan_to_num(distance / allowed, nan=np.inf)
+        if shares.max(initial=-1.0) > error:
+            error, index = float(shares.max()), np.unravel_index(int(shares.argmax()), shares.shape)
+            place = (rows.start + int(index[0]), *map(int, index[1:]))
+            worst = Place(place, float(held[index]), float(value[index]))
+        change = value - base
+        with np.errstate(over="ignore", invalid="ignore"):  # what is off may be anything
+            sums += [np.vdot(x, y) for x, y in ((base, base), (change, change), (held - base, change))] + [
+                np.square(distance).sum()
+            ]
         for what, one in wrong.items():
             if not told[what]:
                 other, doubt = one.rows(rows, base)
                 real[what] = real[what] or not np.array_equal(other, value)
                 told[what] = not (np.abs(held - other) <= _allowed(other, doubt, found.dtype)).all()
     controls = {what: there for what, there in told.items() if real[what]}
+    own = _figures(name, sums, max(error, 0.0), worst, elements, off, controls)
     if off:
         why = f"{off:,} of {elements:,} entries are not W + s·BA, by up to {error:.3g} times what is allowed"
         guess = _explained(step, truth, weight, found, pieces, told, off, elements)
         why += f": {guess}" if guess else ""
-        return Weight(name, Fate.CHANGED, Outcome.DIFFERENT, why, elements, off, error, controls)
+        return replace(own, outcome=Outcome.DIFFERENT, why=why)
     missed = [what for what, there in controls.items() if not there]
     if missed:
         why = f"it cannot be told from the sum with {' and '.join(missed)}: rounding to {found.dtype} hides it"
-        return Weight(name, Fate.CHANGED, Outcome.UNDECIDED, why, elements, off, error, controls)
-    return Weight(name, Fate.CHANGED, Outcome.SAME, "", elements, 0, error, controls)
+        return replace(own, outcome=Outcome.UNDECIDED, why=why)
+    return own
+
+
+def _figures(
+    name: str, sums: Wide, error: float, worst: Place | None, elements: int, off: int, controls: Mapping[str, bool]
+) -> Weight:
+    """A changed weight with what was measured of it, as if it were the same."""
+    before, change, kept, noise = map(float, sums)
+    return Weight(
+        name,
+        Fate.CHANGED,
+        Outcome.SAME,
+        elements=elements,
+        off=off,
+        error=error,
+        controls=controls,
+        relative_change=math.sqrt(change / before) if before else None,
+        retention=kept / change if change else None,
+        noise=math.sqrt(noise / change) if change else None,
+        worst=worst,
+    )
 
 
 def _allowed(value: Wide, doubt: Wide, dtype: np.dtype[Any]) -> Wide:

@@ -106,6 +106,23 @@ class CacheRunner:
                 parts.setdefault(name, []).append(value)
         return {name: np.concatenate(values, axis=1) for name, values in parts.items()}
 
+    def prompt(self, inputs: Arrays) -> Arrays:
+        """Of a model's inputs what the first run is given, and of that the rows whose first place holds a token."""
+        _, stop = next(self._turns(inputs[IDS].shape[1]))
+        mask = inputs.get(MASK, np.ones_like(inputs[IDS]))
+        return {name: value[mask[:, 0] == 1, :stop] for name, value in inputs.items()}
+
+    def first_turn(self, inputs: Arrays) -> Arrays:
+        """What the graph itself is given with a prompt: it, and a cache in which nothing is."""
+        length = inputs[IDS].shape[1]
+        return {**self._turn(inputs, 0, length), **self._empty(len(inputs[IDS]))}
+
+    def answers(self, inputs: Arrays) -> Arrays:
+        """To a prompt, without the cache."""
+        made = self.inner.run(self.first_turn(inputs))
+        kept = {slot.present for slot in self.slots}
+        return {name: value for name, value in made.items() if name not in kept}
+
     @property
     def _tokens_at_once(self) -> int | None:
         return self.inner.axes[IDS][1]

@@ -188,6 +188,8 @@ class Cause:
     share: float  # of the difference, that it leaves
 
     def __str__(self) -> str:
+        if self.share > UNEXPLAINED:  # and yet it was believed
+            return f"{self.text} (what that does not explain is no more than rounding costs)"
         return f"{self.text} (explains {_percent(1 - self.share)} of the difference)"
 
 

@@ -57,7 +57,7 @@ class Answers:
         if folder is None:
             return
         if question is None:
-            say("cache: not used: an adapter came from no file, or the candidate's weights are rounded")
+            say("cache: not used: an adapter came from no file, or was merged into quantised weights")
         else:
             self._look_up(question)
 
@@ -111,9 +111,18 @@ class Answers:
 
 
 def question(
-    model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None, inputs: Mapping[str, Arrays]
+    model: Model,
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float] | None,
+    inputs: Mapping[str, Arrays],
+    rounded: Mapping[str, str],
+    settled: nn.Module,
 ) -> Question | None:
-    """The hashes of everything that the referee's answer depends on; None for an adapter that came from no file."""
+    """The hashes of everything that the referee's answer depends on; None for an adapter that came from no file.
+
+    Of weights that the referee rounds, to the dtypes `rounded`, the candidate may have chosen some, where two are as
+    near: what they have become stands in `settled`.
+    """
     if not all(adapter.sha256 for adapter in adapters):
         return None
     digest = hashlib.sha256()
@@ -124,6 +133,9 @@ def question(
         [adapter.sha256, float(w)] for adapter, w in zip(adapters, strengths or [1.0] * len(adapters), strict=True)
     ]
     digest.update(json.dumps(chosen).encode())
+    for name in sorted(rounded):
+        weight = settled.state_dict()[name].detach().cpu().contiguous().reshape(-1)
+        _feed(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
     for case, arrays in inputs.items():
         for name, array in arrays.items():
             _feed(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)

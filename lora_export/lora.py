@@ -243,7 +243,8 @@ def add(weight: NDArray[Any], change: NDArray[np.float32], dtype: np.dtype[Any] 
 def add_into(out: NDArray[Any], weight: NDArray[Any], change: NDArray[np.float32], total: NDArray[Any]) -> None:
     """As `add`, in memory that is there already: `total` receives the sum, `out` the sum rounded.
 
-    They may be one and the same, where nothing is to be rounded.
+    They may be one and the same, where nothing is to be rounded. ml_dtypes converts: rounding to bf16 by integer
+    arithmetic in place takes 1.2 times as long, in the best pieces that were tried, and widening by a shift 1.8 times.
     """
     if weight.dtype == total.dtype:
         np.add(weight, change, out=total)

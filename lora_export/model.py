@@ -182,6 +182,10 @@ def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str
             module = cls.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {error}") from error
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        # Out of the mapped file: who cuts that short meanwhile would end this process, and a proof that widens the
+        # model tensor by tensor would hold all of both.
+        tensor.data = tensor.data.clone()
     module.eval()
     axes, make = _huggingface_inputs(module)
     sizes = {symbol: TRACED[symbol] for symbol in {symbol for there in axes.values() for symbol in there.values()}}

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +52,7 @@ COMPUTE = frozenset(
 )
 
 
+KERNEL = "_kernel_time"  # what a profile adds to the name of a node that is computed
 SILENT = 4  # what fails is raised, and need not be printed
 
 
@@ -232,6 +235,20 @@ class OnnxRunner:
         runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.IDS}
         return runner
 
+    def executed(self, run: Callable[[OnnxRunner], object]) -> frozenset[tuple[str, str]]:
+        """(node, operator) of all that is computed while `run` uses the runner that it is given, one like this.
+
+        The placement is told before onnxruntime's last fusions, this is after them. Loads the graph once more.
+        """
+        ort, (asked, options) = onnxruntime(), (self.placement.asked, self.placement.options)
+        with tempfile.TemporaryDirectory() as folder:
+            runner = copy.copy(self)
+            runner.session = _session(ort, self.source, (asked, options), profile=Path(folder, "profile"))
+            run(runner)
+            events = json.loads(Path(runner.session.end_profiling()).read_bytes())
+        kernels = [there for there in events if there.get("cat") == "Node" and there["name"].endswith(KERNEL)]
+        return frozenset((there["name"].removesuffix(KERNEL), there["args"]["op_name"]) for there in kernels)
+
     def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
         """One forward pass; `names` are the outputs that are wanted, all where it is None.
 
@@ -257,11 +274,14 @@ def _session(
     source: Path | Held,
     provider: tuple[str, Mapping[str, str]],
     *,
-    plain: bool,
-    message: bytes,
-    folder: Path,
+    plain: bool = False,
+    message: bytes = b"",
+    folder: Path = Path(),
+    profile: Path | None = None,
 ) -> Any:
     settings = ort.SessionOptions()
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings.log_severity_level = 3  # errors only; a fallback is found by asking, not by reading warnings
     if plain:

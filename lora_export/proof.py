@@ -6,13 +6,14 @@ arithmetic with what it judges.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from lora_export.exported.program import Program
 from lora_export.exported.specimens import Limits
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
+from lora_export.plan import Plan
 from lora_export.provenance import described
 from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
 from lora_export.trace import Suspect, diagnose
@@ -61,7 +63,7 @@ def _with_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Se
 def _copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """A copy of which each parameter and buffer is what `change` makes of the original's: no more memory than that."""
     memo: dict[int, Any] = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
+    for tensor in _tensors(module):
         made = change(tensor.detach())
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
@@ -69,19 +71,54 @@ def _copied(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _shared(module: nn.Module) -> nn.Module:
-    """A copy with the same tensors, of which none may be changed in place."""
-    return _copied(module, lambda tensor: tensor)
+    """A copy that holds the very same parameters and buffers: they go where those of the original go."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+@contextlib.contextmanager
+def _widened(module: nn.Module) -> Iterator[None]:
+    """Have the module's fp32 tensors in fp64, where they lie, while active: never do both take memory.
+
+    All who share them see it. Each fp32 number is an fp64 number too, so that nothing is lost on the way back.
+    """
+    narrow = [tensor for tensor in _tensors(module) if tensor.dtype is torch.float32]
+
+    def turn(dtype: torch.dtype) -> None:
+        made: dict[Any, torch.Tensor] = {}  # one that has several names keeps them
+        for tensor in narrow:
+            place = tensor.data_ptr(), tensor.shape, tensor.stride()
+            if place not in made or not tensor.numel():
+                made[place] = tensor.detach().to(dtype)
+            tensor.data = made[place]
+
+    try:
+        turn(torch.float64)
+        yield
+    finally:
+        turn(torch.float32)
 
 
 class _LateReferee(Referee):
-    """A referee whose fp64 copy is made when it is first asked: what it said may have been kept."""
+    """A referee whose module is made when it is first asked: what it said may have been kept."""
 
-    def __init__(self, module: nn.Module):
-        self.source, self.stayed = _shared(module), set()
+    def __init__(self, make: Callable[[], nn.Module], stayed: set[str]):
+        self.make, self.stayed = make, stayed
 
     @functools.cached_property
     def module(self) -> nn.Module:  # type: ignore[override]
-        return _copied(self.source, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
+        return self.make()
 
 
 def prove(
@@ -97,6 +134,7 @@ def prove(
     rtol: float | None = None,
     cache: Path | None = None,
     trace: bool = False,
+    origin: Path | None = None,
     step: Note = lambda _: None,
     say: Note = lambda _: None,
 ) -> Proof:
@@ -105,6 +143,7 @@ def prove(
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
     `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
+    `origin` is the quantised graph into whose weights the adapters were merged to make an ONNX candidate.
     A candidate that is different is followed module by module to where that begins; with `trace`, any is.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
@@ -112,77 +151,72 @@ def prove(
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
         placement.insist()
-    held = _held(candidate, model, adapters)
+    changes = plan.make(adapters, layers.specs(model.module), strengths=strengths) if adapters else None
+    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
+    held = _held(candidate, model, changes, origin, inputs)
     judged = standin.standing_in(model, held)
     module = _with_adapters(_shared(judged.module), adapters, strengths)
-    attached = _LateReferee(module)
-    rounded = _rounded_weights(candidate, module) if adapters else {}
-    referee = Referee(copy.deepcopy(attached.module), attached.stayed) if rounded else attached
-    if rounded and isinstance(candidate, ModuleRunner):
-        # The loss that a merge into a low precision means is told apart from faults of the merge: the referee
-        # rounds W + sBA itself, and so does the model as it would be deployed.
-        layers.settle(referee.module, rounded, chosen=candidate.module.state_dict())
-        module = copy.deepcopy(referee.module).float()
-    standin.round_activations(module, held)
-    dtype = _computes_in(candidate)
-    if dtype is not torch.float32:
-        _narrow(module, candidate, dtype, model)
-    deployed = ModuleRunner(module.to(device), device)
-    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
-    # Rounded as the candidate's weights are, the referee is one of this candidate alone.
-    question = None if rounded or cache is None else kept.question(judged, adapters, strengths, inputs)
-    answers = kept.Answers(cache, question, attached.stayed, say)
+    rounded, chosen = _rounded_weights(candidate, module, held) if adapters else ({}, {})
     has_pairs = any(adapter.pairs for adapter in adapters)
-    controls = _controls(attached, rounded, has_pairs=has_pairs) if adapters else {}
-    looked_up = _RowsLookedUp(module, model, adapters)
-    cases, refusals = [], []
+    asked = _asked(candidate, model, inputs, seed, step)
+    if len(asked.refusals) == len(inputs):
+        raise RuntimeRefused(asked.refusals[0])
+    stayed: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        # fp32 and fp64 by turns: the model, in the wider of them, is all that is held beside the candidate.
+        sides = _Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
+        deployed = ModuleRunner(_narrowed(_deployed(sides, held, device), candidate, model), device)
+        step("PyTorch")
+        looked_up = _RowsLookedUp(deployed.module, model, adapters)
+        own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
+        doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
+        sensitivity = list(_sensitivity(asked, deployed))
+        dtypes = {name: kind for name, kind in rounded.items() if isinstance(kind, str)}
+        question = None
+        if cache is not None and len(dtypes) == len(rounded):
+            question = kept.question(judged, adapters, strengths, inputs, dtypes, deployed.module)
+        answers = kept.Answers(cache, question, stayed, say)
+        said: dict[str, dict[str, Arrays]] = {}
+        for role in sides.roles if adapters else ("referee",):
+            step(f"the {role}")
+            side = sides.of(role)
+            said[role] = {name: answers.of(name, role, side, arrays) for name, arrays in inputs.items()}
+        answers.keep()
+    cases = []
     for name, arrays in inputs.items():
-        step(f"case {name}")
-        try:
-            answer = candidate.run(arrays)
-        except RuntimeRefused as refusal:
-            answer = {}
-            refusals.append(f"the candidate refused case {name}: {refusal}")
-        ask = functools.partial(answers.of, name)
-        reference = ask("referee", referee.run, arrays)
+        answer, reference = asked.answers.get(name, {}), said["referee"][name]
+        wrong: dict[str, Any] = {role: said[role][name] for role in said if role != "referee"}
         case = parity.Case(
             name=name,
             inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
             referee=reference,
-            deployed=deployed.run(arrays),
+            deployed=own[name],
             candidate=_aligned(answer, reference, candidate, deployed),
-            attached=attached.run(arrays) if rounded else None,
+            **wrong,
         )
-        wrong: dict[str, Any] = {side: ask(side, run, arrays) for side, run in controls.items()}
-        case = replace(case, **wrong)
         cases.append(from_first_token(case, arrays))
-    answers.keep()
-    doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
-    if len(refusals) == len(cases):
-        raise RuntimeRefused(refusals[0])
-    step("inputs, one by one")
-    sensitivity = [] if refusals else list(_sensitivity(model, candidate, deployed, inputs, seed))
-    again = [] if refusals else list(_asked_again(candidate, cases[0], inputs[cases[0].name]))
+    again = [] if asked.again is None else list(_asked_again(asked.again, cases[0], inputs[cases[0].name]))
     padded = any(before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
         [*cases, *again],
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(_computes_in(candidate)),
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
         notes=[
-            *refusals,
-            *_about_referee(referee),
+            *asked.refusals,
+            *_about_referee(stayed),
             *model.notes,
             *_fixed(candidate, model),
             *_about_cache(candidate),
-            *_never_varied(model, sensitivity, refusals),
+            *_never_varied(model, sensitivity, asked.refusals),
             *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
             *notes,
             *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
             *standin.told(held),
         ],
         doubts=doubts,
+        faults=standin.faults(held),
     )
     if all(there.figures for there in verdict.comparisons):
         step("as shipped")
@@ -200,9 +234,10 @@ def prove(
     if answered and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
         step("looking for where it differs")
         case = _most_telling(cases, verdict, inputs)
-        steps = plan.make(adapters, layers.specs(judged.module), strengths=strengths) if adapters else None
-        sides = candidate, referee, attached, deployed
-        suspect = Suspect(*sides, judged.module, steps, inputs[case.name], case, keep_whole=has_pairs)
+        attached = Referee(_copied(module, _double), stayed)
+        referee = Referee(_settled(attached.module, rounded, chosen), stayed) if rounded else attached
+        everybody = candidate, referee, attached, deployed
+        suspect = Suspect(*everybody, judged.module, changes, inputs[case.name], case, keep_whole=has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
@@ -272,23 +307,113 @@ def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list
         return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
 
 
-def _held(candidate: Runner, model: Model, adapters: Sequence[Adapter]) -> dict[str, standin.StandIn]:
+def _held(
+    candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
+) -> dict[str, standin.StandIn]:
     """The quantised weights of an ONNX candidate."""
     runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    return standin.stand_ins(runner.path, model, adapters) if isinstance(runner, OnnxRunner) else {}
+    held = {}
+    if isinstance(runner, OnnxRunner):
+        executed = functools.partial(_executed, candidate, runner, next(iter(inputs.values())))
+        held = standin.stand_ins(runner.path, model, changes, origin, executed)
+    if origin is not None and not held:
+        raise InputRefused(f"{origin} is given as what was merged into, and the candidate has no quantised weights")
+    return held
 
 
-def _rounded_weights(candidate: Runner, module: nn.Module) -> dict[str, str]:
-    """Which of the module's tensors the candidate's file stores in less than fp32, by the module's names."""
-    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset[tuple[str, str]]:
+    """(node, operator) of what onnxruntime makes of a graph."""
+
+    def run(other: OnnxRunner) -> None:
+        (replace(candidate, inner=other) if isinstance(candidate, CacheRunner) else other).run(arrays)
+
+    return graph.executed(run)
+
+
+def _rounded_weights(
+    candidate: Runner, module: nn.Module, held: Mapping[str, standin.StandIn]
+) -> tuple[dict[str, layers.Stored], Mapping[str, torch.Tensor]]:
+    """Which of the module's tensors the candidate stores in less than fp32, how, and what it made of them."""
+    if not isinstance(candidate, ModuleRunner):
+        sums = {name: there for name, there in held.items() if there.merged is not None}
+        return {name: there.nearest for name, there in sums.items()}, {
+            name: torch.from_numpy(there.weight) for name, there in sums.items()
+        }
+    stored = candidate.stored
     low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
     # A checkpoint may lack the model's prefix, or have one that the module lacks.
-    return {
+    rounded: dict[str, layers.Stored] = {
         spec.name: dtype
         for spec in layers.specs(module)
         for name, dtype in low.items()
         if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
     }
+    return rounded, candidate.module.state_dict()
+
+
+class _Sides:
+    """The referee and those that are wrong on purpose, one after the other: none is made before it is asked.
+
+    Where weights are rounded, each has a copy of those that are: beside a base in full precision, rounding alone
+    would look like an adapter.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rounded: Mapping[str, layers.Stored],
+        chosen: Mapping[str, torch.Tensor],
+        stack: contextlib.ExitStack,
+        stayed: set[str],
+        *,
+        has_pairs: bool,
+    ):
+        self.source, self.rounded, self.chosen = module, rounded, chosen
+        self.stack, self.stayed, self.has_pairs = stack, stayed, has_pairs
+        self.roles = ("referee", "base", "louder", *(["attached"] if rounded else []))
+
+    @functools.cached_property
+    def wide(self) -> nn.Module:
+        """The adapters attached, in fp64."""
+        self.stack.enter_context(_widened(self.source))
+        return self.source
+
+    def of(self, role: str) -> Callable[[Arrays], Arrays]:
+        """Who answers in a role."""
+        factor = {"base": 0.0, "louder": LOUDER}.get(role)
+        if self.rounded and role != "attached":
+            return _LateReferee(functools.partial(self.settled, factor), self.stayed).run
+        attached = _LateReferee(lambda: self.wide, self.stayed)
+        if factor is None:
+            return attached.run
+        return functools.partial(_with_strength, attached, factor, self.has_pairs)
+
+    def settled(self, factor: float | None = None) -> nn.Module:
+        """With the weights as they should be stored, in fp64."""
+        if factor is None:
+            return _settled(self.wide, self.rounded, self.chosen)
+        return _settled(self.wide, self.rounded, {}, factor=factor, turn_whole=not self.has_pairs)
+
+
+def _settled(
+    module: nn.Module, rounded: Mapping[str, layers.Stored], chosen: Mapping[str, torch.Tensor], **how: Any
+) -> nn.Module:
+    made = _shared(module)
+    layers.settle(made, rounded, chosen, **how)
+    return made
+
+
+def _deployed(sides: _Sides, held: Mapping[str, standin.StandIn], device: str) -> nn.Module:
+    """PyTorch as it would be deployed: where weights are rounded, of those that the referee rounded itself.
+
+    The loss that a merge into a low precision means is so told apart from faults of the merge.
+    """
+    if sides.rounded:
+        module = _copied(sides.settled(), _single).to(device)
+    else:
+        module = _shared(sides.source) if device == "cpu" else copy.deepcopy(sides.source).to(device)
+    standin.round_activations(module, held)
+    return module
 
 
 def _computes_in(candidate: Runner) -> torch.dtype:
@@ -297,37 +422,35 @@ def _computes_in(candidate: Runner) -> torch.dtype:
     return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in halves else torch.float32
 
 
-def _narrow(module: nn.Module, candidate: Runner, dtype: torch.dtype, model: Model) -> None:
-    """Have PyTorch compute as the candidate does: each tensor in the dtype in which the candidate's file keeps it.
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
+    """The module, or beside a candidate that computes in a half a copy that does too.
+
+    Each of the copy's tensors is in the dtype in which the candidate's file keeps it.
 
     Raises InputRefused for a program of another dtype: its graph names the one that it was exported in, and would
     compute neither in that nor in this.
     """
+    dtype = _computes_in(candidate)
+    if dtype is torch.float32:
+        return module
     if isinstance(module, Program) and module.file_dtype is not dtype:
+        own = "no float" if module.file_dtype is None else _name(module.file_dtype)
         raise InputRefused(
-            f"the candidate computes in {str(dtype)[6:]} and {model.source} was exported in "
-            f"{str(module.file_dtype)[6:]}, from which PyTorch's own error in {str(dtype)[6:]} cannot be told. Give "
-            f"--model as a Hugging Face folder, a factory, or a .pt2 that was exported in {str(dtype)[6:]}"
+            f"the candidate computes in {_name(dtype)} and {model.source} was exported in {own}, from which PyTorch's "
+            f"own error in {_name(dtype)} cannot be told. Give --model as a Hugging Face folder, a factory, or a .pt2 "
+            f"that was exported in {_name(dtype)}"
         )
+    made = _copied(module, torch.clone)
     stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    for name, tensor in (*parameters.items(), *made.named_buffers(remove_duplicate=False)):
         if tensor.is_floating_point():
-            own = stored.get(name, str(dtype)[6:] if name in parameters else "float32")
-            tensor.data = tensor.data.to(getattr(torch, own))
-
-
-def _controls(attached: Referee, rounded: Mapping[str, str], *, has_pairs: bool) -> dict[str, Callable[..., Arrays]]:
-    """Referees that are wrong on purpose, by the side of a case that they make."""
-    factors = {"base": 0.0, "louder": LOUDER}
-    if not rounded:
-        return {side: functools.partial(_with_strength, attached, f, has_pairs) for side, f in factors.items()}
-    # Their weights are rounded too: beside a base in full precision, rounding alone would look like an adapter.
-    made = {}
-    for side, factor in factors.items():
-        module = copy.deepcopy(attached.module)
-        layers.settle(module, rounded, chosen={}, factor=factor, turn_whole=not has_pairs)
-        made[side] = Referee(module, attached.stayed).run
+            usual = dtype if name in parameters else torch.float32  # a buffer that no file keeps stays as it is
+            tensor.data = tensor.data.to(getattr(torch, stored.get(name, _name(usual))))
     return made
 
 
@@ -337,12 +460,45 @@ def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arr
         return referee.run(arrays)
 
 
-def _asked_again(candidate: Runner, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
-    """The first case once more, after all others, where the answer is not the same bit for bit.
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the candidate answered, before anybody else is asked."""
+
+    answers: Mapping[str, Arrays]  # by case
+    refusals: Sequence[str]
+    varied: Sequence[_Varied] = ()  # nothing of these where a case was refused
+    again: Arrays | None = None  # the first case once more, after all others
+
+
+class _Varied(NamedTuple):
+    """One input drawn anew, the others held."""
+
+    input: str
+    before: Arrays
+    after: Arrays
+    changed: bool  # the candidate's answer
+
+
+def _asked(candidate: Runner, model: Model, inputs: Mapping[str, Arrays], seed: int, step: Note) -> _Asked:
+    answers, refusals = {}, []
+    for name, arrays in inputs.items():
+        step(f"case {name}")
+        try:
+            answers[name] = candidate.run(arrays)
+        except RuntimeRefused as refusal:
+            refusals.append(f"the candidate refused case {name}: {refusal}")
+    if refusals:
+        return _Asked(answers, refusals)
+    step("inputs, one by one")
+    varied = list(_varied(model, candidate, inputs, seed))
+    return _Asked(answers, (), varied, candidate.run(next(iter(inputs.values()))))
+
+
+def _asked_again(answer: Arrays, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
+    """The first case once more, with what came after all others, where that is not the same bit for bit.
 
     Dropout, an adapter that was let go, or a cache that outlives a call show themselves here.
     """
-    answer = candidate.run(arrays)
     if answer.keys() != case.candidate.keys() and len(answer) == len(case.candidate):
         answer = dict(zip(case.candidate, answer.values(), strict=True))  # names that mean nothing
     if answer.keys() != case.candidate.keys() or any(bits(case.candidate[key]) != bits(answer[key]) for key in answer):
@@ -506,10 +662,10 @@ def _about_cache(candidate: Runner) -> list[str]:
     return candidate.notes if isinstance(candidate, CacheRunner) else []
 
 
-def _about_referee(referee: Referee) -> list[str]:
-    if not referee.stayed:
+def _about_referee(stayed: Collection[str]) -> list[str]:
+    if not stayed:
         return ["the referee ran in fp64 throughout"]
-    return [f"the referee ran in fp64, but for: {', '.join(sorted(referee.stayed))}"]
+    return [f"the referee ran in fp64, but for: {', '.join(sorted(stayed))}"]
 
 
 def _aligned(answer: Arrays, reference: Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
@@ -519,22 +675,27 @@ def _aligned(answer: Arrays, reference: Arrays, candidate: Runner, deployed: Mod
     return dict(zip(reference, answer.values(), strict=True))
 
 
-def _sensitivity(
-    model: Model, candidate: Runner, deployed: ModuleRunner, inputs: Mapping[str, Arrays], seed: int
-) -> Iterator[parity.Sensitivity]:
-    """For each input: does another draw of it, the others held, change PyTorch's answer, and the candidate's?"""
+def _varied(model: Model, candidate: Runner, inputs: Mapping[str, Arrays], seed: int) -> Iterator[_Varied]:
+    """For each input: does another draw of it, the others held, change the candidate's answer?"""
     before = list(inputs.values())[min(2, len(inputs) - 1)]
     sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
     draws = [_draw(model, candidate, sizes, seed + 1000 + number) for number in range(PERTURBATIONS)]
-    expected, answered = deployed.run(before), candidate.run(before)
+    answered = candidate.run(before)
     for name in model.input_names:
         fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
         if fresh is None:
             continue  # `_never_varied` tells of it
-        perturbed = {**before, name: fresh}
-        yield parity.Sensitivity(
-            name, differ(expected, deployed.run(perturbed)), differ(answered, candidate.run(perturbed))
-        )
+        after = {**before, name: fresh}
+        yield _Varied(name, before, after, differ(answered, candidate.run(after)))
+
+
+def _sensitivity(asked: _Asked, deployed: ModuleRunner) -> Iterator[parity.Sensitivity]:
+    """The same of PyTorch's answer."""
+    if not asked.varied:
+        return
+    expected = deployed.run(asked.varied[0].before)
+    for there in asked.varied:
+        yield parity.Sensitivity(there.input, differ(expected, deployed.run(there.after)), there.changed)
 
 
 def _never_varied(model: Model, tried: Sequence[parity.Sensitivity], refusals: Sequence[str]) -> list[str]:

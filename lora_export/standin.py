@@ -4,15 +4,18 @@ A graph of few bits lies as far from its model as its rounding, which is no faul
 two are told apart, the referee, the model as deployed and the controls are all given the very weights that
 the graph holds, read from the file by our own reading of its format: the gates stay as narrow as for floats, and
 how far the weights lie from the model's is said beside the verdict. What is no rounding of the model's is `different`.
+
+Where adapters were merged into the quantised weights, the referee does it too, in fp64: W + s·BA, each entry at the
+nearest number that the graph's own scales allow. W is what the graph held before (`origin`), or the model's, where
+the sum was quantised once. What that second rounding costs of the adapter is the verdict's merge loss.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,26 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import layers, plan
+from lora_export import layers
 from lora_export.checkpoint import open_checkpoint
-from lora_export.errors import Different, Undecided
+from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph.content import NEAR
 from lora_export.graph.files import open_graph
 from lora_export.graph.quantised import NBITS
 from lora_export.graph.sites import Site, find
-from lora_export.lora import Adapter
 from lora_export.model import Model
-from lora_export.plan import Layout
+from lora_export.parity import DECIDES
+from lora_export.plan import Layout, Plan
+
+Wide = NDArray[np.float64]
 
 HOLDERS = frozenset({NBITS, "DequantizeLinear"})
 ROUNDS_ACTIVATIONS = 4  # MatMulNBits' accuracy_level from which it multiplies in int8; docs/ContribOperators.md
+OWN_BLOCK = 32  # onnxruntime's session.qdq_matmulnbits_block_size
 HALF = 0.5  # of an adapter's change that a weight holds which was merged before it was quantised
+SURE = 5.0  # standard deviations from which a smaller share of it is no chance
+FEW = 0.05  # share of the entries that a fault may have changed in what is one sum, quantised once
+NEAR_TIE = 2.0**-16  # of the largest entry: what a sum in fp32 may cost beside the middle of two integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,50 +53,91 @@ class StandIn:
 
     kind: str  # such as `4 bits in blocks of 32`
     weight: NDArray[np.float32]  # as the model's parameter lies
-    distance: float  # ‖weight − W‖ / ‖W‖
+    distance: float  # ‖weight − W‖ / ‖W‖; W + ΔW of what it was, where adapters were merged into it
     block: int  # of the layer's input that is rounded to int8 with one scale; 0: it is not
+    nearest: Callable[[Wide], Wide] = field(repr=False)  # of what its scales allow, to a weight as it lies here
+    merged: Merged | None = None  # where adapters were merged into it and the sum was quantised
 
 
-def stand_ins(path: Path, model: Model, adapters: Sequence[Adapter] = ()) -> dict[str, StandIn]:
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """Of what a quantised weight is the sum, and how much of the adapters' change is found in it."""
+
+    before: NDArray[np.float32]  # the weight without adapters, as the model's parameter lies
+    found: float  # <weight − before, ΔW> / ‖ΔW‖²
+    doubt: float  # of `found`: one standard deviation, by what rounding left beside it
+    distance: float  # ‖weight − V‖ / ‖V‖, V = before + ΔW
+    strange: int  # entries that are not the nearest which the scales allow to before + ΔW
+
+
+def stand_ins(
+    path: Path,
+    model: Model,
+    changes: Plan | None = None,
+    origin: Path | None = None,
+    executed: Callable[[], Collection[tuple[str, str]]] = frozenset,
+) -> dict[str, StandIn]:
     """The quantised weights of a graph by the model's names; none where it is a graph of floats.
 
-    Reads those weights, and what names them. Raises Different where one of them is no rounding of the model's
-    weight, and Undecided where it seems to hold an adapter already.
+    `changes` are what adapters do to the model, `origin` is the quantised graph that they were merged into;
+    `executed` tells what onnxruntime makes of the graph, (node, operator), and is asked where that matters.
+    Reads those weights, and what names them. Raises Different where one of them is no rounding of the model's weight,
+    and Undecided where it seems to hold an adapter already and nobody knows of what it is the sum.
     """
+    found = _quantised_weights(path, model, executed)
+    before = _quantised_weights(origin, model, frozenset) if origin is not None else {}
+    _refuse_strangers(before, str(origin))
+    if origin is not None and not before:
+        raise InputRefused(f"{origin} has no quantised weights of the model: it is not what {path} was merged from")
+    found = _with_sums(found, before, model, changes, origin)
+    _refuse_strangers(found, "the graph")
+    return found
+
+
+def _quantised_weights(
+    path: Path, model: Model, executed: Callable[[], Collection[tuple[str, str]]]
+) -> dict[str, StandIn]:
     graph = open_graph(path).model
-    if not any(node.op_type in HOLDERS for node in ir.traversal.RecursiveGraphIterator(graph.graph)):
+    holders = {node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph)} & HOLDERS
+    if not holders:
         return {}
     sites = find(graph, open_checkpoint(Path(model.source)) if model.is_huggingface else None)
     parameters = {spec.name: spec for spec in layers.specs(model.module)}
     tensors = model.module.state_dict()
+    runs = executed() if holders != {NBITS} else ()
     found = {}
     for name, there in sites.by_name.items():
         site = next((site for site in there if site.quantised is not None), None)
         if site is None or name not in parameters:
             continue
         own = tensors[name].detach().float().numpy()
-        held = site.matrix.T if parameters[name].layout is Layout.IN_OUT else site.matrix
+        is_turned = parameters[name].layout is Layout.IN_OUT
+        held = site.matrix.T if is_turned else site.matrix
         found[name] = StandIn(
             _kind(site),
             np.ascontiguousarray(held, np.float32),
             _norm(held - own) / (_norm(own) or 1.0),
-            _block(site),
+            _block(site, runs),
+            functools.partial(_nearest, site, is_turned),
         )
-    _refuse_strangers(found)
-    _refuse_merged(found, model, adapters)
     return found
 
 
+def _nearest(site: Site, is_turned: bool, values: Wide) -> Wide:
+    found = site.nearest(values.T if is_turned else values)
+    return np.ascontiguousarray(found.T if is_turned else found)
+
+
 def standing_in(model: Model, held: Mapping[str, StandIn]) -> Model:
-    """The model with these weights in place of its own."""
+    """The model with these weights in place of its own; with what they were where adapters were merged into them."""
     if not held:
         return model
     module = copy.deepcopy(model.module)
     tensors = module.state_dict()  # shares the module's memory
     with torch.no_grad():
         for name, there in held.items():
-            tensors[name].copy_(torch.from_numpy(there.weight))
-    return dataclasses.replace(model, module=module)
+            tensors[name].copy_(torch.from_numpy(there.weight if there.merged is None else there.merged.before))
+    return replace(model, module=module)
 
 
 def round_activations(module: nn.Module, held: Mapping[str, StandIn]) -> None:
@@ -118,11 +168,30 @@ def told(held: Mapping[str, StandIn]) -> list[str]:
     name, worst = max(held.items(), key=lambda item: item[1].distance)
     lines = [
         f"{len(held)} weights are quantised ({', '.join(kinds)}): everybody computed with what the graph holds, which "
-        f"lies up to {worst.distance:.1%} from the model's weights ({name})"
+        f"lies up to {worst.distance:.1%} from the model's weights{' and adapters' if worst.merged else ''} ({name})"
     ]
     if any(there.block for there in held.values()):
         lines.append("onnxruntime multiplies in int8 there (accuracy_level 4): PyTorch's own error is that of int8 too")
+    sums = {name: there.merged for name, there in held.items() if there.merged is not None}
+    if sums:
+        name, least = min(sums.items(), key=lambda item: item[1].found)
+        mean = sum(there.found for there in sums.values()) / len(sums)
+        lines.append(
+            f"adapters were merged into {len(sums)} quantised weights: each should be the nearest to W + s·BA that its "
+            f"scales allow. Of the change {mean:.0%} is in them in the mean, least in {name} ({least.found:.2f} ± "
+            f"{least.doubt:.2g})"
+        )
     return lines
+
+
+def faults(held: Mapping[str, StandIn]) -> list[str]:
+    """What is wrong with weights of which it is known what they should be: a rounded input may hide it."""
+    return [
+        f"{name}: {there.merged.strange:,} of {there.weight.size:,} integers are not the nearest to W + s·BA that "
+        f"their scales allow ({there.merged.found:.3f} ± {there.merged.doubt:.2g} of the change is in it)"
+        for name, there in held.items()
+        if there.merged is not None and there.merged.strange
+    ]
 
 
 def _kind(site: Site) -> str:
@@ -130,13 +199,17 @@ def _kind(site: Site) -> str:
     return site.quantised.kind
 
 
-def _block(site: Site) -> int:
+def _block(site: Site, runs: Collection[tuple[str, str]]) -> int:
+    """How much of a layer's input is rounded to int8 at once; 0: it is not."""
     assert site.quantised is not None
-    attributes = site.quantised.node.attributes
-    # onnxruntime fuses what is dequantised in blocks with its product, and at this level unless a session says another.
-    default = 0 if site.quantised.node.op_type == NBITS else ROUNDS_ACTIVATIONS
-    rounds = attributes.get_int("accuracy_level", default) >= ROUNDS_ACTIVATIONS
-    return attributes.get_int("block_size", 0) if rounds else 0
+    node = site.quantised.node
+    if node.op_type == NBITS:
+        rounds = node.attributes.get_int("accuracy_level", 0) >= ROUNDS_ACTIVATIONS
+        return node.attributes.get_int("block_size", 0) if rounds else 0
+    # onnxruntime fuses much of what is dequantised with its product, at this level unless a session says another, and
+    # in blocks of its own where the scales have none. The node that does both has the product's name.
+    is_fused = (site.node.name, NBITS) in runs
+    return (node.attributes.get_int("block_size", 0) or OWN_BLOCK) if is_fused else 0
 
 
 def _norm(array: NDArray[Any]) -> float:
@@ -152,32 +225,73 @@ def _rounded(values: torch.Tensor, size: int) -> torch.Tensor:
     return rounded
 
 
-def _refuse_strangers(held: Mapping[str, StandIn]) -> None:
+def _refuse_strangers(held: Mapping[str, StandIn], who: str) -> None:
     strange = [f"{name} ({there.distance:.0%} away)" for name, there in held.items() if there.distance > NEAR]
     if strange:
-        raise Different(f"quantised weights of the graph are no rounding of the model's: {', '.join(strange[:10])}")
+        raise Different(f"quantised weights of {who} are no rounding of the model's: {', '.join(strange[:10])}")
 
 
-def _refuse_merged(held: Mapping[str, StandIn], model: Model, adapters: Sequence[Adapter]) -> None:
-    merged = list(_merged(held, model, adapters)) if held and adapters else []
-    if merged:
-        raise Undecided(
-            f"the quantised weights hold the adapter already ({', '.join(merged[:10])}): how much of their distance "
-            "from the model is rounding cannot be told. Judge the merge before it is quantised, or keep the adapter "
-            "beside the quantised weights (onnx --lora nodes)"
+def _with_sums(
+    held: Mapping[str, StandIn],
+    before: Mapping[str, StandIn],
+    model: Model,
+    changes: Plan | None,
+    origin: Path | None,
+) -> dict[str, StandIn]:
+    """The weights, and of what those are the sum that hold the adapters already."""
+    touched = {step.weight for step in changes.steps} if changes else set()
+    shared = sorted((held.keys() & before.keys()) - touched)
+    strange = [name for name in shared if not np.array_equal(held[name].weight, before[name].weight)]
+    if strange:
+        raise Different(
+            f"quantised weights that no adapter changes are not those of {origin}: {', '.join(strange[:10])}"
         )
+    if not held or changes is None:
+        return dict(held)
+    sums = dict(_sums(held, before, model, changes))
+    if origin is None:
+        sums = {name: there for name, there in sums.items() if there.found > HALF or there.found > SURE * there.doubt}
+        _refuse_unknown_sums(sums)
+    elif all(np.array_equal(there.weight, before[name].weight) for name, there in held.items() if name in before):
+        sums = {}  # the adapters are beside the very weights of the origin
+    merged = {name: replace(held[name], merged=there, distance=there.distance) for name, there in sums.items()}
+    return {**held, **merged}
 
 
-def _merged(held: Mapping[str, StandIn], model: Model, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Weights in which more of the adapters' change is found than not."""
+def _sums(
+    held: Mapping[str, StandIn], before: Mapping[str, StandIn], model: Model, changes: Plan
+) -> Iterator[tuple[str, Merged]]:
+    """What each quantised weight would be as a sum, and how far that is true."""
     tensors = model.module.state_dict()
-    for step in plan.make(adapters, layers.specs(model.module)).low_rank:
+    for step in changes.low_rank:
         if step.weight not in held:
             continue
-        own, there = tensors[step.weight].detach().float().numpy(), held[step.weight].weight
-        if step.spec.layout.is_turned:
-            own, there = own.T, there.T
-        _, change = step.carried_out(own)
-        energy = float((change.astype(np.float64) ** 2).sum())
-        if float(((there - own).astype(np.float64) * change).sum()) > HALF * energy:
-            yield step.weight
+        there = held[step.weight]
+        own = before[step.weight].weight if step.weight in before else tensors[step.weight].detach().float().numpy()
+        turn = np.transpose if step.spec.layout.is_turned else np.asarray
+        total, change = (turn(part).astype(np.float64) for part in step.carried_out(turn(own)))
+        kept = there.weight.astype(np.float64) - own
+        energy = float((change**2).sum()) or 1.0
+        found = float((kept * change).sum()) / energy
+        doubt = float(np.sqrt(np.mean((kept - found * change) ** 2) / energy))
+        tie = NEAR_TIE * float(np.abs(total).max(initial=0.0))
+        strange = np.abs(there.weight - total) > np.abs(there.nearest(total) - total) + tie
+        distance = _norm(there.weight - total) / (_norm(total) or 1.0)
+        yield step.weight, Merged(own, found, doubt, distance, int(strange.sum()))
+
+
+def _refuse_unknown_sums(sums: Mapping[str, Merged]) -> None:
+    strange = {name: there for name, there in sums.items() if there.strange > FEW * there.before.size}
+    if strange:
+        told = [
+            f"{name}: {there.found:.2f} ± {there.doubt:.2g} of the adapter's change is in it, and "
+            f"{there.strange / there.before.size:.0%} of its integers are not the nearest to W + s·BA"
+            for name, there in list(strange.items())[:3]
+        ]
+        raise Undecided(
+            f"{len(strange)} quantised weights hold the adapter already, and the model's own weights do not say of "
+            f"what they are the sum ({'; '.join(told)}). {DECIDES}: the quantised graph that the adapter was merged "
+            "into (--base BASE.onnx beside --model), where `merge --requantize` made this one. Weights that a search "
+            "quantised after the merge (GPTQ, AWQ) cannot be decided here: judge the merge before it, or keep the "
+            "adapter beside the quantised weights (onnx --lora nodes)"
+        )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_export import layers, parity
+from lora_export.decoding import IDS, CacheRunner
 from lora_export.diagnosis import NOT_EXPLAINED, Cause, Diagnosis, LayerError, Neighbours, Observed, explain
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
@@ -220,18 +221,23 @@ def follow(suspect: Suspect) -> Followed:
     candidate = suspect.candidate
     if isinstance(candidate, OnnxRunner):
         return _FollowedGraph(candidate, suspect.places, tuple(suspect.inputs))
+    if isinstance(candidate, CacheRunner):
+        return _FollowedGraph(candidate.inner, suspect.places, tuple(suspect.inputs), candidate)
     if isinstance(candidate, ModuleRunner):
         return _FollowedModule(candidate)
     if isinstance(candidate, ScriptRunner):
         return _FollowedModule(ModuleRunner(_with_weights_of(candidate, suspect)))
-    raise InputRefused("a decoder that is run with its cache, step by step, is not followed")
+    raise InputRefused(f"a {type(candidate).__name__} is not followed")
 
 
 def _with_weights_of(candidate: ScriptRunner, suspect: Suspect) -> nn.Module:
-    """The model with a TorchScript file's weights: no hook sees into the file itself."""
-    module, state = copy.deepcopy(suspect.base), candidate.script.state_dict()
-    names = module.state_dict().keys()
-    if not names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script keeps every buffer
+    """The model with a TorchScript file's weights, A and B where it has them: no hook sees into the file itself."""
+    state = candidate.script.state_dict()
+    for module in (copy.deepcopy(suspect.base), copy.deepcopy(suspect.deployed.module)):
+        names = module.state_dict().keys()
+        if names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script keeps every buffer
+            break
+    else:
         raise InputRefused("the TorchScript file holds other tensors than the model, and cannot be seen into")
     module.load_state_dict({name: state[name] for name in names})
     answer = _named_alike(ModuleRunner(module).run(suspect.inputs), suspect.case)
@@ -241,9 +247,15 @@ def _with_weights_of(candidate: ScriptRunner, suspect: Suspect) -> nn.Module:
 
 
 class _FollowedGraph:
-    """A graph with further outputs, in memory; its weights are read where they are."""
+    """A graph with further outputs, in memory; its weights are read where they are.
 
-    def __init__(self, runner: OnnxRunner, places: Mapping[str, Plain], inputs: Sequence[str]):
+    A graph with a `cache` is given a prompt, and a cache in which nothing is.
+    """
+
+    def __init__(
+        self, runner: OnnxRunner, places: Mapping[str, Plain], inputs: Sequence[str], cache: CacheRunner | None = None
+    ):
+        self.cache = cache
         model = graph_files.load(runner.path)
         found = graph_sites.find(model)
         spelled = _spelled(found.by_name, places)
@@ -265,7 +277,8 @@ class _FollowedGraph:
 
     def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]:
         names = {name for key in keys for name in (self.watched[key].x, self.watched[key].y) if name}
-        values = {**inputs, **self.runner.run(inputs, sorted(names - inputs.keys()))}
+        given = inputs if self.cache is None else self.cache.first_turn(inputs)
+        values = {**given, **self.runner.run(given, sorted(names - given.keys()))}
         found = {}
         for key in keys:
             there = self.watched[key]
@@ -291,8 +304,9 @@ class _FollowedGraph:
         )
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        names = [value.name for value in self.runner.session.get_outputs() if value.name not in self.added]
-        return self.runner.run(inputs, names)
+        kept = {slot.present for slot in self.cache.slots} if self.cache else set()
+        names = [value.name for value in self.runner.session.get_outputs() if value.name not in self.added | kept]
+        return self.runner.run(inputs if self.cache is None else self.cache.first_turn(inputs), names)
 
     def stored(self, key: Key) -> Array | None:
         site = self.watched[key].site
@@ -365,8 +379,43 @@ def diagnose(suspect: Suspect, *, every: bool = False) -> Diagnosis:
 
     Runs the candidate, PyTorch, base and referee once more, or more often where what is to be compared
     is too much to be held at once; stops at the first difference then, unless `every` is said.
+    A decoder with a cache is followed through the prompt of the case, before it reads what it kept.
     Raises InputRefused and RuntimeRefused where nothing can be compared.
     """
+    if isinstance(suspect.candidate, CacheRunner):
+        at_prompt = _at_prompt(suspect, suspect.candidate)
+        found = _followed(at_prompt, every=every)
+        length = at_prompt.inputs[IDS].shape[1]
+        told = f"seen at the prompt, {length} tokens, with nothing in the cache"
+        if found.first is None and _differs(suspect.case) and not _differs(at_prompt.case):
+            told += ": what goes wrong does so where the cache is written, or read again"
+        return replace(found, why=f"{found.why}\n{told}")
+    return _followed(suspect, every=every)
+
+
+def _at_prompt(suspect: Suspect, candidate: CacheRunner) -> Suspect:
+    """The first run of a case that was run token by token, as a case of its own."""
+    inputs = candidate.prompt(suspect.inputs)
+    if not inputs[IDS].size:
+        raise InputRefused("every row of the case begins with padding")
+    referee = suspect.referee.run(inputs)
+    case = replace(
+        suspect.case,
+        referee=referee,
+        deployed=suspect.deployed.run(inputs),
+        candidate=_renamed(candidate.answers(inputs), referee),
+        base=None,
+        louder=None,
+        attached=None,
+    )
+    return replace(suspect, inputs=inputs, case=case)
+
+
+def _differs(case: parity.Case) -> bool:
+    return parity.judge([case]).outcome is parity.Outcome.DIFFERENT
+
+
+def _followed(suspect: Suspect, *, every: bool) -> Diagnosis:
     followed = follow(suspect)
     sizes = _sizes(suspect)
     keys = [key for key in sizes if not followed.keys or key in set(followed.keys)]
@@ -713,6 +762,10 @@ def _behind_all(suspect: Suspect, followed: Followed, keys: Sequence[Key]) -> st
 
 
 def _named_alike(outputs: Arrays, case: parity.Case) -> Arrays:
-    if outputs.keys() == case.candidate.keys() or len(outputs) != len(case.candidate):
+    return _renamed(outputs, case.candidate)
+
+
+def _renamed(outputs: Arrays, others: Mapping[str, Array]) -> Arrays:
+    if outputs.keys() == others.keys() or len(outputs) != len(others):
         return outputs
-    return dict(zip(case.candidate, outputs.values(), strict=True))
+    return dict(zip(others, outputs.values(), strict=True))

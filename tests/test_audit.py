@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import junit_schema
 import ml_dtypes
 import numpy as np
 import peak
@@ -361,15 +362,43 @@ def test_reports_hold_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run("merge", base, adapter, "-o", out) == 0
     tensors = load_file(out) | {"kept.bias": np.ones(16, np.float32)}
     save_file(tensors, out)
-    files = tmp_path / "r.json", tmp_path / "r.xml"
+    files = tmp_path / "r.json", tmp_path / "r.xml", tmp_path / "r.html"
     options = [part for file in files for part in ("--report", file)]
     code, told = judged(capsys, out, base, adapter, more=tuple(options))
     assert code == 4 and json.loads(files[0].read_text()) == told
-    suite = ElementTree.fromstring(files[1].read_text()).find("testsuite")
+    junit = ElementTree.fromstring(files[1].read_text())
+    assert junit_schema.faults(junit) == []
+    suite = junit.find("testsuite")
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == (str(len(tensors)), "1")
     (failed,) = (test for test in suite.findall("testcase") if test.find("failure") is not None)
     assert failed.get("name") == "kept.bias"
+    assert "1 of 16 entries" not in files[2].read_text() and "16 of 16 entries are not the base" in files[2].read_text()
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
+def test_a_changed_weight_has_the_ledgers_figures(
+    piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "PIECE", piece)
+    base, adapter = the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16), plain(tmp_path / "ad")
+    out = tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out, "--json") == 0
+    ledger = json.loads(capsys.readouterr().out)["results"]
+    _, told = judged(capsys, out, base, adapter)
+    found = {there["name"]: there for there in told["weights"]}
+    assert len(ledger) == len(PAIRS)
+    before, after = load_file(base), load_file(out)
+    for step in ledger:
+        there = found[step["weight"]]
+        for figure in ("relative_change", "retention", "noise"):
+            assert there[figure] == pytest.approx(step[figure], rel=1e-3) and there[figure] > 0
+        worst = there["worst"]
+        index = tuple(worst["index"])
+        held, start = after[step["weight"]].astype(np.float64), before[step["weight"]].astype(np.float64)
+        assert worst["candidate"] == held[index] != start[index]
+        assert abs(worst["candidate"] - worst["referee"]) <= there["error"] * 2**-8 * abs(held[index])
+    assert told["about"]["adapters"][0]["sha256"] and told["about"]["command"][:2] == ["lora-export", "verify"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,38 @@ def test_an_exported_llama_with_its_cache_is_the_llama(tmp_path: Path) -> None:
     verdict = proof.prove(runner, base, [adapter]).verdict
     assert verdict.same, str(verdict)
     assert proof.prove(runner, base, []).verdict.outcome is parity.Outcome.DIFFERENT
+    right = proof.prove(runner, base, [adapter], trace=True).diagnosis
+    assert right is not None and right.first is None and len(right.layers) == 16
+    assert "seen at the prompt, 3 tokens" in right.why and "goes wrong" not in right.why
+    louder = {name: replace(pair, scale=0.1 * (1 + ("1" in name))) for name, pair in pairs.items()}
+    wrong = proof.prove(runner, base, [replace(adapter, pairs=louder)]).diagnosis
+    assert wrong is not None and wrong.first == "model.layers.1.self_attn.q_proj"
+    assert "arrives 0.5 times as strong" in wrong.why and "seen at the prompt" in wrong.why
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)"), "where the cache is written"),
+        (("CumSum (kept, axis)", "Identity (kept)"), "what enters it differs already"),
+    ],
+    ids=["in the cache", "at the prompt"],
+)
+def test_what_goes_wrong_in_the_cache_is_told_from_what_does_before(
+    change: tuple[str, str], told: str, sums: model.Model, tmp_path: Path
+) -> None:
+    graph = onnx.load(a_graph(tmp_path / "m.onnx", sums, change, adapter=an_adapter()))
+    names = {"table": "table.weight", "turned": "dense.weight"}
+    for node in graph.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for tensor in graph.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    onnx.save(graph, tmp_path / "named.onnx")
+    found = judged(tmp_path / "named.onnx", sums)
+    assert found.verdict.outcome is parity.Outcome.DIFFERENT and found.diagnosis is not None
+    assert told in str(found.diagnosis), str(found.diagnosis)
+    if "cache" in told:
+        assert found.diagnosis.first is None
 
 
 def export_with_cache(module: LlamaForCausalLM, path: Path) -> None:

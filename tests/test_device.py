@@ -185,6 +185,16 @@ def test_arbitrary_values_are_numpys_within_what_is_promised(tmp_path, dtype, ca
     assert_as_promised(tmp_path, by_torch(), dtype, cancel=cancel)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_a_device_made_passes_the_audit(tmp_path, dtype):
+    rng = np.random.default_rng(2)
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": rng.standard_normal((200, 300))}, dtype)
+    pair = 0.1 * rng.standard_normal((8, 300)), rng.standard_normal((200, 8))
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": pair}, lora_alpha=3)
+    merged(base, adapter, tmp_path / "out", workshop=by_torch())
+    assert cli.run(["verify", str(tmp_path / "out/model.safetensors"), "--base", str(base), "-a", str(adapter)]) == 0
+
+
 # --- what the device does not do ---
 
 

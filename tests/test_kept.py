@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_proof import an_adapter, bf16_merge, folded
 
 from lora_export import kept, model, parity, proof, tensorfile
@@ -124,8 +125,35 @@ def test_what_cannot_be_kept_is_said_and_the_proof_goes_on(scaled, tmp_path):
     assert result.verdict.same and "nothing was kept" in told[0]
     result, told = proven(scaled, tmp_path / "a", dataclasses.replace(an_adapter(), sha256=""))
     assert result.verdict.same and "came from no file" in told[0]
-    result, told = proven(scaled, tmp_path / "a", candidate=bf16_merge(scaled, an_adapter()))
-    assert "weights are rounded" in told[0] and not (tmp_path / "a").exists()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_merge_in_low_precision_is_asked_about_once(scaled, asked, tmp_path):
+    first, told = proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter()))
+    assert len(asked) == 12 and told == []  # the adapters as they are, too, for the merge's loss
+    second, told = proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter()))
+    assert len(asked) == 12 and told == []
+    assert second.verdict == first.verdict and second.verdict.same
+    assert all(there.figures.merge_loss for there in second.verdict.comparisons)
+    wrong, _ = proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter(), strength=1.1))
+    assert wrong.verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_what_a_merge_was_rounded_to_is_part_of_the_question(scaled, tmp_path):
+    """The dtype, and where two numbers are as near the one that it chose."""
+    proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter()))
+    other = bf16_merge(scaled, an_adapter())
+    other.stored = dict.fromkeys(other.stored, "float16")
+    proven(scaled, tmp_path, candidate=other)
+    assert len(list(tmp_path.iterdir())) == 2
+    keys = []
+    for step in (0, 2**-7):
+        module = bf16_merge(scaled, an_adapter()).module
+        with torch.no_grad():
+            module.dense.weight[0, 0] *= 1 + step
+        there = kept.question(scaled, [an_adapter()], None, {}, {"dense.weight": "bfloat16"}, module)
+        keys.append(there.key)
+    assert keys[0] != keys[1]
 
 
 def test_a_layer_that_is_not_torchs_is_known_by_its_code(scaled):

@@ -77,6 +77,37 @@ def test_without_adapters_the_model_itself_is_the_same(scaled: model.Model) -> N
     assert proof.prove(runtime.ModuleRunner(scaled.module), scaled, []).verdict.same
 
 
+def test_the_model_is_as_it_was_after_a_proof(scaled: model.Model) -> None:
+    """It is in fp64 meanwhile, also where the candidate runs that very module, and however the proof ends."""
+    before = {name: value.clone() for name, value in scaled.module.state_dict().items()}
+    places = list(scaled.module.parameters())
+    assert proof.prove(runtime.ModuleRunner(scaled.module), scaled, []).verdict.same
+    after = scaled.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype is torch.float32 for name in before)
+    assert all(one is other for one, other in zip(places, scaled.module.parameters(), strict=True))
+
+
+def test_widening_keeps_what_is_shared_and_comes_back_to_the_bit() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
+    module[2].weight = torch.nn.Parameter(module[0].weight.detach())  # another parameter, the same memory
+    sharing = proof._shared(module)
+    bits = {name: value.clone() for name, value in module.state_dict().items()}
+
+    class Interrupted(Exception):
+        pass
+
+    with pytest.raises(Interrupted), proof._widened(module):
+        for there in (module, sharing):
+            kinds = {name: value.dtype for name, value in there.state_dict().items()}
+            assert kinds.pop("1.num_batches_tracked") is torch.int64 and set(kinds.values()) == {torch.float64}
+        assert module[0].weight.data_ptr() == module[2].weight.data_ptr() == sharing[0].weight.data_ptr()
+        raise Interrupted
+    for there in (module, sharing):
+        assert all(torch.equal(bits[name], value) for name, value in there.state_dict().items())
+        assert {value.dtype for value in there.parameters()} == {torch.float32}
+    assert module[0].weight.data_ptr() == module[2].weight.data_ptr()
+
+
 class Deaf(runtime.ModuleRunner):
     """Ignores one of its inputs, as a graph does into which it was folded."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import junit_schema
 import numpy as np
 import pytest
 from rich.console import Console
@@ -296,8 +297,24 @@ def test_values_of_other_kinds_are_told_or_refused() -> None:
 
 def parsed(verdict: Verdict, placement: Any = None, **more: Any) -> ElementTree.Element:
     root = ElementTree.fromstring(report.junit(verdict, placement, **more))
-    assert root.tag == "testsuites"
+    assert root.tag == "testsuites" and junit_schema.faults(root) == []
     return root
+
+
+def test_the_schema_of_junit_finds_what_is_wrong() -> None:
+    text = report.junit(DIFFERENT, STRAYED, {"torch": "2.13"}, seconds=1.5)
+    assert junit_schema.faults(ElementTree.fromstring(text)) == []
+    for there, instead in {
+        ' tests="': ' count="',
+        'failures="': 'failures="1',
+        "<system-out>": "<system-out><b/>",
+        "<property ": "<property kind='' ",
+        'time="1.500"': 'time="1.5 s"',
+        "<properties>": "<properties>words",
+        "</testsuites>": "<testcase name=''/></testsuites>",
+    }.items():
+        assert there in text
+        assert junit_schema.faults(ElementTree.fromstring(text.replace(there, instead, 1))), instead
 
 
 def outcomes(root: ElementTree.Element) -> dict[tuple[str, str], str]:

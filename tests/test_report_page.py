@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from test_report import DIFFERENT, NOTHING, SAME, STRAYED, UNDECIDED, Placed, case
 
-from lora_export import parity, report
+from lora_export import audit, parity, report
 from lora_export.errors import EnvironmentLacking
 from lora_export.parity import Verdict, judge
 from lora_export.report import drawing, html
@@ -40,7 +41,7 @@ DIAGNOSIS = {"first": "encoder.1", "why": "1.1 times the adapter's change fits\n
 class Read(HTMLParser):
     """A page's elements and what a reader sees. Raises for one that is not closed."""
 
-    VOID = frozenset({"meta", "br"})
+    VOID = frozenset({"meta", "br", "wbr"})
 
     def __init__(self, page: str):
         super().__init__()
@@ -152,6 +153,65 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path: Path) -> None:
     assert not [name for _, attrs in there.elements for name in attrs if name.startswith("on")]
     assert there.text.count(SHOWN) > 15
     assert "49" not in there.text.split("Error per layer")[1].split("Could this")[0]
+
+
+SUM = audit.Weight(
+    "layers.0.weight", audit.Fate.CHANGED, parity.Outcome.SAME, elements=1200, error=0.25,
+    controls={"english left out": True, "english x 1.1": False}, relative_change=0.125, retention=0.998, noise=0.0625,
+    worst=parity.Place((3, 14), 0.5, 0.4375),
+)  # fmt: skip
+WRONG = dataclasses.replace(
+    SUM, name="layers.1.weight", outcome=parity.Outcome.DIFFERENT, why="it is the sum with english x 1.1", off=7,
+    error=math.inf, retention=math.nan,
+)  # fmt: skip
+KEPT = audit.Weight("norm.weight", audit.Fate.KEPT, parity.Outcome.SAME, elements=40)
+
+
+AUDITED = {**ABOUT, "candidate": "merged", "base": "base", "command": ["lora-export", "verify", "merged"]}
+
+
+def weighed(*weights: audit.Weight, about: Any = AUDITED) -> Read:
+    wrong = any(there.outcome is parity.Outcome.DIFFERENT for there in weights)
+    found = audit.Audit(parity.Outcome.DIFFERENT if wrong else parity.Outcome.SAME, weights)
+    return Read(report.page(report.document(found, about=about)))
+
+
+def test_the_page_of_an_audit_tells_every_weight_its_figures() -> None:
+    there = weighed(SUM, KEPT)
+    assert "Every weight of merged" in there.text and "base and its adapter english" in there.text
+    assert "2 of 2 tensors are what they should be" in there.text
+    for figure in ("12 %", "100 % of a change arrived", "noise 0.0625", "at [3, 14]", "0.5, not 0.4375", "25 %"):
+        assert figure in there.text, figure
+    assert "told from the candidate in 0 of 1 weights not in layers.0.weight no power" in there.text
+    assert "kept as the base has them 1 of 1" in there.text and "lora-export verify merged" in there.text
+    assert len(there.of("path", "effect")) == len(there.of("path", "error")) == 2  # at two widths
+    assert "first to differ" not in there.text
+
+
+def test_the_page_of_an_audit_begins_with_what_is_wrong() -> None:
+    there = weighed(KEPT, SUM, WRONG)
+    assert "Not every weight of merged" in there.text and "2 of 3 tensors" in there.text
+    table = there.text.split("worst element")[1]
+    assert table.index("layers. 1. weight") < table.index("layers. 0. weight")
+    assert "7 entries are off" in table and "× inf" in table
+    assert (
+        "it is this sum in layers.1.weight not in layers.0.weight fits" in there.text
+        and there.text.count("first to differ") == 2
+    )
+
+
+def test_a_hostile_name_is_text_in_an_audit_too() -> None:
+    hostile = dataclasses.replace(WRONG, name=HOSTILE, why=HOSTILE, controls={HOSTILE: False})
+    about = {
+        "candidate": HOSTILE,
+        "base": HOSTILE,
+        "adapters": [{"name": HOSTILE, "sha256": HOSTILE}],
+        HOSTILE: HOSTILE,
+    }
+    there = weighed(hostile, about=about)
+    assert "script" not in {tag for tag, _ in there.elements}
+    assert not [name for _, attrs in there.elements for name in attrs if name.startswith("on")]
+    assert there.text.count(SHOWN) > 8
 
 
 def test_without_jinja2_html_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

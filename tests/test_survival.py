@@ -79,7 +79,8 @@ class Output:
         if self.target.suffix == ".onnx":
             graph = onnx.load_from_string(parts[self.target.name])
             assert len(graphs.load(self.target).graph.initializers) == len(graph.graph.initializer) > 0
-            named = {entry.value for entry in graph.graph.initializer[0].external_data if entry.key == "location"}
+            places = [entry for tensor in graph.graph.initializer for entry in tensor.external_data]
+            named = {entry.value for entry in places if entry.key == "location"}
             parts |= {name: (self.target.parent / name).read_bytes() for name in named}
         return parts
 
@@ -116,6 +117,11 @@ def merge_line(place: Path, base: str, out: str, version: int) -> list[str]:
     ]
 
 
+def export_line(place: Path, version: int) -> list[str]:
+    adapter, out = place / ("first", "second")[version], place / "exported.onnx"
+    return ["onnx", str(place / "base.onnx"), "-a", str(adapter), "-o", str(out), "--overwrite", "--no-verify"]
+
+
 def outputs(place: Path) -> dict[str, Output]:
     def merged(base: str, out: str, work: Callable[..., None] = saboteur.command) -> Output:
         return Output(place / out, lambda version: (work, *merge_line(place, base, out, version)))
@@ -126,6 +132,9 @@ def outputs(place: Path) -> dict[str, Output]:
         "file": merged("bare.safetensors", "out.safetensors"),
         "folder without exchange": merged("base", "out", saboteur.command_without_exchange),
         "merged graph": merged("base.onnx", "merged.onnx"),
+        "exported graph": Output(
+            place / "exported.onnx", lambda version: (saboteur.command, *export_line(place, version))
+        ),
         "graph": Output(graph, lambda version: (saboteur.publish_graph, str(graph), float(version + 1))),
     }
 
@@ -189,20 +198,28 @@ def test_a_first_graph_that_is_killed_between_its_two_files_is_written_by_the_ne
     pytest.fail("it was never killed between its two files")
 
 
-def killed_and_run_again(place: Path, rounds: int, *, seed: int) -> int:
-    """A real merge over an old output, killed by the clock; how many of the rounds met it at work on its output."""
+def killed_and_run_again(place: Path, rounds: int, *, seed: int, kind: str = "folder") -> int:
+    """A real command over an old output, killed by the clock; how many of the rounds met it at work on its output."""
     rng = random.Random(seed)
     base_file(place / "base/model-00001-of-00002.safetensors", {"fc1.weight": W, "fc1.weight.rest": np.ones(1 << 20)})
-    output = outputs(place)["folder"]
+    matrices = {"fc1.weight": W.T, "fc2.weight": 2 * W.T, "rest": np.ones((W.shape[1], 1 << 18))}
+    for path in place.glob("base.data"):
+        path.unlink()
+    graph_file(place / "base.onnx", {name: np.float32(matrix) for name, matrix in matrices.items()}, data="base.data")
+    output = outputs(place)[kind]
     known = output.versions()
 
     def start(version: int) -> subprocess.Popen[str]:
-        line = [*PROGRAM, *merge_line(place, "base", "out", version)]
+        line = [*PROGRAM, *output.write(version)[1:]]
         return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    begun = time.monotonic()
-    assert start(1).wait() == 0
-    duration, hit = time.monotonic() - begun, 0
+    begun, process, at_work = time.monotonic(), start(1), []
+    while process.poll() is None:
+        if output.leftovers():
+            at_work.append(time.monotonic())
+        time.sleep(0.0005)
+    assert process.wait() == 0
+    duration, work, hit = time.monotonic() - begun, at_work[-1] - at_work[0], 0
     for number in range(rounds):
         version = number % 2
         process = start(version)
@@ -210,7 +227,7 @@ def killed_and_run_again(place: Path, rounds: int, *, seed: int) -> int:
             until = time.monotonic() + duration * 3
             while not output.leftovers() and process.poll() is None and time.monotonic() < until:
                 time.sleep(0.0005)
-        time.sleep(rng.uniform(0, duration if number % 4 == 0 else duration / 8))
+        time.sleep(rng.uniform(0, duration if number % 4 == 0 else work))
         process.kill()
         process.communicate()
         assert output.written() in known
@@ -223,7 +240,8 @@ def killed_and_run_again(place: Path, rounds: int, *, seed: int) -> int:
             assert (output.leftovers(), output.written()) == (set(), known[version])
         else:
             is_cleaned_by_the_next_run(output, version, known)
-    print(f"\n{rounds} merges were killed, {hit} of them at work on the output; a whole run takes {duration:.2f} s")
+    told = f"{rounds} runs ({kind}) were killed, {hit} of them at work on the output"
+    print(f"\n{told}; a whole run takes {duration:.2f} s")
     return hit
 
 
@@ -236,6 +254,15 @@ def test_a_merge_that_is_killed_at_random_leaves_the_old_output_or_the_new_one(p
 @pytest.mark.fault(28)
 def test_300_merges_that_are_killed_at_random_leave_the_old_output_or_the_new_one(place):
     assert killed_and_run_again(place, 300, seed=2) > 100
+
+
+@pytest.mark.soak
+@pytest.mark.fault(28)
+@pytest.mark.parametrize(("kind", "rounds", "seed"), [("merged graph", 150, 5), ("exported graph", 150, 6)])
+def test_300_graphs_that_are_killed_at_random_while_they_are_made_are_the_old_one_or_the_new_one(
+    place, kind, rounds, seed
+):
+    assert killed_and_run_again(place, rounds, seed=seed, kind=kind) > rounds // 3
 
 
 @pytest.mark.soak

@@ -589,7 +589,18 @@ def test_a_torchscript_file_is_judged_by_its_weights(tmp_path: Path) -> None:
     assert "arrives 0.5 times" in result.diagnosis.why
 
 
-def test_inside_a_torchscript_file_with_branches_nothing_is_seen_and_that_is_said(tmp_path: Path) -> None:
+def test_a_torchscript_file_with_branches_is_judged_by_its_a_and_b(tmp_path: Path) -> None:
+    wrong = the_adapter()
+    pair = wrong.pairs[DOWN.removesuffix(".weight")]
+    halved = dataclasses.replace(
+        wrong, pairs={**wrong.pairs, DOWN.removesuffix(".weight"): dataclasses.replace(pair, b=pair.b / 2)}
+    )
+    result = proof.prove(scripted(proof.adapted(bert(), [halved]), tmp_path), bert(), [wrong])
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "arrives 0.5 times" in result.diagnosis.why
+
+
+def test_a_torchscript_file_with_other_tensors_is_not_seen_into_and_that_is_said(tmp_path: Path) -> None:
     candidate = scripted(proof.adapted(bert(), [the_adapter("de", 1)]), tmp_path)
     result = proof.prove(candidate, bert(), [the_adapter()])
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None

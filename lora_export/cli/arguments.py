@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lora_export.errors import InputRefused, one_line
 
@@ -107,3 +108,19 @@ def load_adapters(arguments: Sequence[str]) -> list[Adapter]:
     from lora_export import formats
 
     return [formats.load(path, name=name) for name, path in map(split_name, arguments)]
+
+
+def command_line() -> list[str]:
+    """The command as it was given, defaults left out, to be given again."""
+    context = click.get_current_context()
+    words = ["lora-export", str(context.info_name)]
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[str(parameter.name)]
+        spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
+        if value is True:
+            words += spelling
+        else:
+            words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
+    return words

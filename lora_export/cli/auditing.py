@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import answer, load_adapters, say
+from lora_export.cli.arguments import answer, command_line, load_adapters, say
 from lora_export.errors import InputRefused
 
 
@@ -22,9 +23,12 @@ def judge(
     as_json: bool,
 ) -> int:
     """Judge a merged checkpoint and say so; returns the exit code. Needs no PyTorch."""
-    from lora_export import audit, plan, report
+    import numpy as np
+
+    from lora_export import __version__, audit, plan, report
     from lora_export.checkpoint import open_checkpoint
     from lora_export.cli.progress import byte_progress
+    from lora_export.provenance import described
 
     begun = time.perf_counter()
     if candidate.suffix == ".onnx":
@@ -32,8 +36,6 @@ def judge(
     if not adapters:
         raise click.UsageError("--base needs the adapters that were merged (-a)")
     for path in reports:
-        if path.suffix == ".html":
-            raise click.UsageError(f"{path}: an audit of weights is written as .json or .xml")
         report.check_path(path)
     loaded = load_adapters(adapters)
     origin, merged = open_checkpoint(base), open_checkpoint(candidate)
@@ -44,9 +46,19 @@ def judge(
         say(f"note: {note}")
     with byte_progress("judging", merged.nbytes) as progress:
         found = audit.audit(steps, origin, merged, progress=progress)
-    about = {"candidate": str(candidate), "base": str(base), "adapters": [adapter.name for adapter in loaded]}
+    seconds = time.perf_counter() - begun
+    about = {
+        "candidate": str(candidate),
+        "base": str(base),
+        "adapters": described(loaded, weights or (1.0,) * len(loaded)),
+        "lora_export": __version__,
+        "numpy": np.__version__,
+        "seconds": round(seconds, 1),
+        "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": command_line(),
+    }
     for path in reports:
-        report.write(path, found, about=about, seconds=time.perf_counter() - begun)
+        report.write(path, found, about=about, seconds=seconds)
     if as_json:
         answer(report.document(found, about=about))
     else:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from lora_export.cli.arguments import (
     adapter_weights,
     adapters_option,
     answer,
+    command_line,
     inputs_option,
     json_option,
     load_adapters,
@@ -32,7 +33,8 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     "origin",
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters.",
+    help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters. Beside "
+    "--model: the quantised .onnx that CANDIDATE was made of by `merge --requantize`.",
 )
 @adapters_option
 @adapter_weights
@@ -103,17 +105,19 @@ def command(
     With --base in place of --model nothing is run: every tensor of a merged folder or file is held
     against W + s·BA in fp64, and what no adapter touches against the base's bytes. Needs no PyTorch.
     """
-    if (model is None) == (origin is None):
+    if model is None and origin is None:
         raise click.UsageError("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
-    if origin is not None:
+    if origin is not None and model is not None and {candidate.suffix, origin.suffix} != {".onnx"}:
+        raise click.UsageError("--base beside --model is the quantised .onnx that an .onnx was merged from")
+    if model is None:
+        assert origin is not None
         if {onnx_adapter, adapter_id, inputs_file, atol, rtol, cache} != {None} or provider != "cpu" or trace:
             raise click.UsageError("with --base nothing is run: options on how to run CANDIDATE belong to --model")
         from lora_export.cli import auditing
 
         return auditing.judge(candidate, origin, adapters, weights, reports, as_json=as_json)
-    assert model is not None
     from lora_export import candidate as candidates
-    from lora_export import proof, report
+    from lora_export import files, proof, report
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
     from lora_export.formats.onnx_adapter import IDS
@@ -125,11 +129,14 @@ def command(
         report.check_path(path)
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
+    if origin is not None:
+        files.must_exist(origin, "base graph")
     if provider != "cpu" and candidate.suffix != ".onnx":
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
     if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id) != (None, None):
         raise click.UsageError("--onnx-adapter and --adapter-id are for .onnx files")
     runner, refusal = None, None
+    given: dict[str, Any] = {}
     try:
         proving.require(provider)
         loaded = load_adapters(adapters)
@@ -156,11 +163,14 @@ def command(
                 rtol=rtol,
                 cache=cache,
                 trace=trace,
+                origin=origin,
                 step=lambda what: stage(f"verifying, {what}"),
                 say=say,
             )
             stage("hashing the candidate")
             digests = candidates.hashes(candidate)
+            if origin is not None:
+                given["base"] = {"path": str(origin), "sha256": candidates.hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as error:
         # No figures, but an answer all the same: it is reported as every other, and told on stderr.
         refusal, digests = error, {}
@@ -168,10 +178,11 @@ def command(
     seconds = time.perf_counter() - begun
     about = {
         "candidate": {"path": str(candidate), "sha256": digests},
+        **given,
         **result.about,
         "seconds": round(seconds, 1),
         "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": _command_line(),
+        "command": command_line(),
     }
     result = replace(result, about=about)
     for path in reports:
@@ -192,19 +203,3 @@ def command(
     if refusal is not None:
         raise refusal
     return result.exit_code
-
-
-def _command_line() -> list[str]:
-    """The command as it was given, defaults left out, to be given again."""
-    context = click.get_current_context()
-    words = ["lora-export", "verify"]
-    for parameter in context.command.params:
-        if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[str(parameter.name)]
-        spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-        if value is True:
-            words += spelling
-        else:
-            words += [word for each in (value if parameter.multiple else [value]) for word in (*spelling, str(each))]
-    return words

@@ -30,8 +30,9 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before the bias is
     added. Where a weight is a block of several that lie side by side, B is filled up with zeros for its
     neighbours' outputs, and the factor with ones. Layers that read one x multiply it by their A
-    together (see `sharing`); each has its own A and B still. The base's weights keep their bytes, quantised ones
-    too. Whole tensors and bias shifts are folded in. `sites` does not describe the graph any more then.
+    together (see `sharing`); each has its own A and B still. What multiplies and does more in one (onnxruntime's
+    Attention) reads W + A·B. The base's weights keep their bytes, quantised ones too. Whole tensors and bias
+    shifts are folded in. `sites` does not describe the graph any more then.
 
     Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
     graph holds such branches already, where its opset is below 11 for DoRA or a block, and as `fold`
@@ -43,14 +44,11 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     weaver, several = Weaver(model), len(plan.adapters) > 1
     linear: list[list[Branch]] = []
     for step in plan.low_rank:
-        there = weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding)
+        there = weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding, in_place=True)
         pairs = [_pair(weaver, step, term, there, _label(term, several=several)) for term in step.terms]
         lengths = _Lengths(weaver, step, common_dtype(there), _label(step.terms[0], several=several))
         for site in there:
-            beside = [weaver.low_rank(site, a, b) for a, b in pairs]
-            weaver.stand_beside(site, beside, lengths.of(site))
-            if site.is_linear:
-                linear.append(beside)
+            linear.append(weaver.put(site, pairs, lengths.of(site)))
     share(weaver, linear)
     return [result for result in folded if result is not None]
 

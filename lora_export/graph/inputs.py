@@ -80,12 +80,11 @@ def open_inputs(
     weaver, places = Weaver(model), []
     for weight in weights:
         embedding = all(site.layout is Layout.EMBEDDING for site in sites.by_name[weight])
-        there = weaver.places(weight, sites, embedding=embedding)
+        there = weaver.places(weight, sites, embedding=embedding, in_place=True)
         place = _place(weight, there, NAMES[names], digests[weight], embedding=embedding, dora=weight in with_factor)
         a, b, *factor = _opened(weaver, place)
         for site in there:
-            rescaling = weaver.rescaling(site, factor[0]) if factor else None
-            weaver.stand_beside(site, [weaver.low_rank(site, a, b)], rescaling)
+            weaver.put(site, [(a, b)], weaver.rescaling(site, factor[0]) if factor else None)
         places.append(place)
     contract = Contract(_hash(digests.items()), _hash(_spoken(sites)), tuple(places))
     model.metadata_props[KEY] = str(contract)

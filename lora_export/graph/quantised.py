@@ -39,6 +39,10 @@ class Quantised(Protocol):
         """The weight's rows as they compute. Reads all of the stored tensors, and makes only these rows."""
         ...
 
+    def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of the numbers that the scales and zero points allow each entry, those nearest to these `values`."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class NBits:
@@ -62,6 +66,14 @@ class NBits:
         scales = _array(self.node, 2).reshape(out, blocks)[part].astype(np.float32)
         weight: NDArray[np.float32] = (levels - self._zero(part, out, blocks)) * scales[..., None]
         return weight.reshape(len(packed), -1)[:, :inner]
+
+    def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        out, inner = self.shape
+        blocks = -(-inner // self.size)
+        apart = np.pad(values, [(0, 0), (0, blocks * self.size - inner)]).reshape(out, blocks, self.size)
+        scales = _array(self.node, 2).reshape(out, blocks, 1)
+        found = _nearest(apart, scales, self._zero(slice(None), out, blocks), 0, (1 << self.bits) - 1)
+        return found.reshape(out, -1)[:, :inner]
 
     def _zero(self, part: Rows, out: int, blocks: int) -> NDArray[np.float32] | np.float32:
         zero = tensor_at(self.node, 3)
@@ -98,6 +110,15 @@ class Dequantised:
             levels -= self._spread(zero.numpy(), part)
         levels *= self._spread(_array(self.node, 1), part)
         return levels
+
+    def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        held, zero = tensor_at(self.node, 0), tensor_at(self.node, 2)
+        assert held is not None
+        bits, is_signed = held.dtype.bitwidth, held.dtype.is_signed()
+        lowest = -(1 << (bits - 1)) if is_signed else 0
+        every = slice(None)
+        zeros = np.float32(0) if zero is None else self._spread(zero.numpy(), every)
+        return _nearest(values, self._spread(_array(self.node, 1), every), zeros, lowest, lowest + (1 << bits) - 1)
 
     def _spread(self, points: NDArray[Any], part: Rows) -> NDArray[np.float32]:
         """Scales or zero points over the rows that they belong to."""
@@ -162,6 +183,19 @@ def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     apart = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return apart.reshape(*packed.shape[:-1], math.prod(apart.shape[-2:]))
+
+
+def _nearest(
+    values: NDArray[np.float64],
+    scales: NDArray[Any],
+    zeros: NDArray[np.float32] | np.float32,
+    lowest: int,
+    highest: int,
+) -> NDArray[np.float64]:
+    scales, zeros = scales.astype(np.float64), np.asarray(zeros, np.float64)
+    levels = np.clip(np.rint(values / np.where(scales, scales, 1.0) + zeros), lowest, highest)
+    found: NDArray[np.float64] = (levels - zeros) * scales
+    return found
 
 
 def _number(node: ir.Node, name: str, default: int = 0) -> int:

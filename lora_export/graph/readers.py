@@ -28,6 +28,10 @@ ATTENTIONS = frozenset(
 )
 CONVOLUTIONS = frozenset({(ONNX, "Conv"), (MICROSOFT, "FusedConv")})
 NAMES = {int(kind): str(kind.numpy()) for kind in map(ir.DataType.from_numpy, map(np.dtype, sorted(FLOATS)))}
+# Those that multiply by a matrix at input 1 and do more in one: no branch stands beside them, but its change can be
+# added to what they read.
+FUSED = ATTENTIONS | {(MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGemm")}
+CHANGED = "lora_export.changed"  # on a node that adds a change to the weight at its input 0, or scales the sum
 MOST_BETWEEN = 8  # nodes between a weight and its reader
 
 
@@ -111,6 +115,18 @@ class Site:
         """The weight in the (out, in) view."""
         return self.array.T if self.layout is Layout.IN_OUT else self.array
 
+    def nearest(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of what the scales of a quantised weight allow, the nearest to this `matrix`, in the (out, in) view."""
+        assert self.quantised is not None
+        array = matrix.T if self.layout is Layout.IN_OUT else matrix
+        if self.block is None:
+            found = self.quantised.nearest(array)
+        else:
+            whole = self.stored.astype(np.float64)
+            whole[self.where] = array
+            found = self.quantised.nearest(whole)[self.where]
+        return found.T if self.layout is Layout.IN_OUT else found
+
     @property
     def whole(self) -> tuple[int, ...]:
         """The shape of `stored`: the site's own entries and their neighbours. Reads nothing."""
@@ -128,6 +144,17 @@ class Site:
         if self.block is None:
             return whole
         return (whole[0], len(self.block)) if self.layout is Layout.IN_OUT else (len(self.block), *whole[1:])
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether the node can read W + ΔW in place of W, where nothing can be added to its product."""
+        plain = self.is_linear and self.index == 1 and self.inner is None and self.quantised is None
+        return plain and identity(self.node) in FUSED
+
+    @property
+    def as_read(self) -> Layout:
+        """How the matrix lies for the node itself, behind what stands between."""
+        return flipped(self.layout) if self.turned else self.layout
 
     @property
     def obstacle(self) -> str:
@@ -186,7 +213,7 @@ def _between(node: ir.Node, index: int, way: _Way) -> _Way | None:
     if _is_onnx(node, "Transpose") and len(way.shape) == 2:
         perm = node.attributes.get("perm")  # left out or not, it can only be the turn or the identity
         return way._replace(turned=not way.turned) if perm is None or list(perm.as_ints()) == [1, 0] else way
-    if _is_onnx(node, "Identity"):
+    if _is_onnx(node, "Identity") or (index == 0 and CHANGED in node.metadata_props):
         return way
     if _is_onnx(node, "Cast"):
         to = "" if (target := node.attributes.get("to")) is None or target.is_ref() else NAMES.get(target.as_int(), "")

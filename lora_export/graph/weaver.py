@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph.fold import new_initializer, refuse_overflow
 from lora_export.graph.quantised import NBITS
+from lora_export.graph.readers import CHANGED
 from lora_export.graph.sites import Site, Sites, unused, value_names
+from lora_export.plan import Layout
 
 Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
 NONE: Attributes = MappingProxyType({})
@@ -67,14 +69,18 @@ class Weaver:
         self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.old = frozenset(self.values)
 
-    def places(self, weight: str, sites: Sites, *, embedding: bool = False) -> tuple[Site, ...]:
-        """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers."""
+    def places(self, weight: str, sites: Sites, *, embedding: bool = False, in_place: bool = False) -> tuple[Site, ...]:
+        """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers.
+
+        With `in_place`, those that can read W + ΔW in its place are none of these.
+        """
         there = sites.by_name[weight]
-        strangers = sorted({told for site in there if (told := obstacle_to(site, embedding=embedding))})
+        others = [site for site in there if not (in_place and site.reads_whole)]
+        strangers = sorted({told for site in others if (told := obstacle_to(site, embedding=embedding))})
         if strangers:
             raise InputRefused(
                 f"{weight} is read by {', '.join(strangers)}, beside which no branch can stand. Merge the "
-                "adapter into the weights instead"
+                "adapter into the weights instead, or start from the graph before its nodes were fused"
             )
         groups = max(site.node.attributes.get_int("group", 1) if site.is_convolution else 1 for site in there)
         if groups > 1:
@@ -92,6 +98,51 @@ class Weaver:
         refuse_overflow(name, array)
         value = new_initializer(self.model, unused(name, self.values), ir.Tensor(np.ascontiguousarray(array)))
         return Factor(value, "/".join(["", *parts]))
+
+    def put(
+        self, site: Site, pairs: Sequence[tuple[Factor, Factor]], rescaling: Rescaling | None = None
+    ) -> list[Branch]:
+        """Put pairs beside a site's node, or into what it reads; returns the branches of a linear layer."""
+        if site.reads_whole:
+            self._change_what_is_read(site, pairs, rescaling)
+            return []
+        branches = [self.low_rank(site, a, b) for a, b in pairs]
+        self.stand_beside(site, branches, rescaling)
+        return branches if site.is_linear else []
+
+    def _change_what_is_read(
+        self, site: Site, pairs: Sequence[tuple[Factor, Factor]], rescaling: Rescaling | None
+    ) -> None:
+        """Let a site's node read W + A·B (in, out), which onnxruntime folds where A and B are constant.
+
+        W keeps its bits where A·B is zeros: no other way leaves the node, and so what it computes, as it is.
+        """
+        total = site.node.inputs[site.index]
+        assert total is not None and site.node.graph is not None
+        path, upright = pairs[0][1].path, site.as_read is Layout.OUT_IN
+        nodes = [self._turn(total, path)] if upright else []
+        total = nodes[-1].outputs[0] if nodes else total
+        for a, b in pairs:
+            before, a = self.suited(site, a)  # noqa: PLW2901
+            widened, b = self.suited(site, b, fill=0.0)  # noqa: PLW2901
+            product = self._multiply(a.value, b, NONE)
+            total_node = self.node("Add", [total, product.outputs[0]], b.path, total.shape)
+            nodes += [*before, *widened, product, total_node]
+            total = total_node.outputs[0]
+            total_node.metadata_props[CHANGED] = "sum"
+        if rescaling is not None:
+            nodes += rescaling.nodes(total)
+            nodes[-1].metadata_props[CHANGED] = "length"
+            total = nodes[-1].outputs[0]
+        if upright:
+            nodes.append(self._turn(total, path))
+            total = nodes[-1].outputs[0]
+        site.node.graph.insert_before(site.node, nodes)
+        site.node.replace_input_with(site.index, total)
+
+    def _turn(self, matrix: ir.Value, path: str) -> ir.Node:
+        shape = None if matrix.shape is None else ir.Shape([matrix.shape[1], matrix.shape[0]])
+        return self.node("Transpose", [matrix], path, shape, {"perm": [1, 0]})
 
     def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
         """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""

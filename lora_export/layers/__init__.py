@@ -1,6 +1,6 @@
 """A plan over an nn.Module: attach its adapters as branches, or fold them into the weights."""
 
-from lora_export.layers.attaching import attach, detach, settle, strength
+from lora_export.layers.attaching import Stored, attach, detach, settle, strength
 from lora_export.layers.folding import fold, refuse_tied
 from lora_export.layers.fresh import ParameterCount, fresh_adapter, read_back, trainable
 from lora_export.layers.places import CONVOLUTIONS, specs
@@ -10,6 +10,7 @@ __all__ = [
     "CONVOLUTIONS",
     "ParameterCount",
     "Plain",
+    "Stored",
     "attach",
     "detach",
     "fold",

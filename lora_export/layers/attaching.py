@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -35,6 +35,7 @@ from lora_export.layers.folding import places_of, result_of, whole_of
 from lora_export.layers.places import CONVOLUTIONS, Place, conv1d, places_in, slots_of, wide_dtype
 from lora_export.plan import Plan, Step
 
+Stored = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]  # how a tensor is rounded: a dtype, or a scheme
 FP32_SUM = 2.0**-18  # of its terms' size: how far off W + ΔW may be when fp32 sums it (64 products, half an eps each)
 
 
@@ -218,7 +219,7 @@ def _turned(whole: Whole, there: Tensor, factor: float) -> Tensor:
 
 def settle(
     module: nn.Module,
-    stored: Mapping[str, str],
+    stored: Mapping[str, Stored],
     chosen: Mapping[str, Tensor],
     *,
     factor: float = 1.0,
@@ -226,11 +227,11 @@ def settle(
 ) -> None:
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
-    `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes; a tensor that it
-    lacks is not rounded. For a referee in fp64, this is what a merged checkpoint should hold, computed without
-    the merge's arithmetic. Where a sum lies so near the middle of two neighbours that fp32 may take either,
-    the one that stands in `chosen` is taken. Nothing is attached any more then. `factor` and `turn_whole` are
-    those of `strength`; whole tensors are kept.
+    `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes, or to what rounds them
+    (to the nearest that a quantised weight's scales allow); a tensor that it lacks is not rounded. For a referee in
+    fp64, this is what a merged file should hold, computed without the merge's arithmetic. Where a sum lies so near
+    the middle of two neighbours that fp32 may take either, the one that stands in `chosen` is taken. Nothing is
+    attached any more then. `factor` and `turn_whole` are those of `strength`; whole tensors are kept.
     """
     owners = attached_in(module)
     paths = {owner: path for path, owner in module.named_modules()}
@@ -250,15 +251,28 @@ def settle(
             if value is None:
                 continue
             name = f"{paths[owner]}.{attribute}"
-            rounded = value.detach().to(getattr(torch, stored[name])).to(value.dtype) if name in stored else value
+            rounded = _rounded(value.detach(), stored[name]) if name in stored else value
             if name in stored and name in chosen:
                 other = chosen[name].to(value.dtype)
                 size = value.abs() + slots_of(owner, attribute)[attribute].abs()
+                size = size if isinstance(stored[name], str) else size.max()  # integers are told from the scheme's zero
                 as_near = (other - value).abs() <= (rounded - value).abs() + FP32_SUM * size
                 rounded = torch.where(as_near, other, rounded)
             slots_of(owner, attribute)[attribute] = nn.Parameter(rounded.detach(), requires_grad=False)
     detach(module)
-    with torch.no_grad():
-        for place in places_in(module):
-            if place.name in stored:  # a sum that is rounded already stays as it is
-                place.tensor.copy_(place.tensor.to(getattr(torch, stored[place.name])))
+    made: dict[int, Tensor] = {}  # by the tensor that it stands for, so that one of several names stays one
+    for place in places_in(module):
+        if place.name in stored:
+            rounded = _rounded(place.tensor.detach(), stored[place.name])
+            if not torch.equal(rounded, place.tensor):  # a sum that is rounded already stays as it is
+                is_parameter = isinstance(place.tensor, nn.Parameter)
+                made[id(place.tensor)] = nn.Parameter(rounded, requires_grad=False) if is_parameter else rounded
+    for place in list(places_in(module)):
+        if id(place.tensor) in made:
+            slots_of(place.owner, place.attribute)[place.attribute] = made[id(place.tensor)]
+
+
+def _rounded(value: Tensor, stored: Stored) -> Tensor:
+    if isinstance(stored, str):
+        return value.to(getattr(torch, stored)).to(value.dtype)
+    return torch.from_numpy(stored(value.double().numpy())).to(value.dtype)

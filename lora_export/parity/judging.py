@@ -101,12 +101,14 @@ def judge(
     rtol: float | None = None,
     notes: Sequence[str] = (),
     doubts: Sequence[str] = (),
+    faults: Sequence[str] = (),
 ) -> Verdict:
     """Put every gate and control to every output of every case.
 
     `dtype` is the one in which the model is deployed; an output of a coarser dtype is measured by its own.
     `atol` and `rtol` are a further demand, never a relief. `notes` are passed through to the verdict; `doubts`
-    are what the inputs did not put to the test, and make it undecided.
+    are what the inputs did not put to the test, and make it undecided; `faults` are what was found wrong in the
+    candidate's weights, however little of it arrives at its outputs, and make it different.
     Raises InputRefused for another dtype than `DEPLOYED`, and for a tolerance that is not a finite number.
     """
     if dtype not in DEPLOYED:
@@ -125,6 +127,7 @@ def judge(
         *_could_it_tell(cases, comparisons, adapted=adapted),
         *_folded_inputs(perturbed, peer),
         *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in doubts),
+        *(Reason(Outcome.DIFFERENT, "weights", fault) for fault in faults),
     )
     return Verdict(
         outcome=weightiest(reasons),

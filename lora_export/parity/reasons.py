@@ -79,7 +79,10 @@ def _remedies(f: Figures) -> dict[str, str]:
     The adapter that does enough for the most demanding of them does enough for all.
     """
     allowed = next((gate.allowed for gate in f.gates if gate.name == "error"), 0.0)
-    remedies = {"loss": "a merge with --dtype float32, or the adapter beside the weights (onnx --lora nodes)"}
+    remedies = {
+        "loss": "weights that are stored finer (a merge with --dtype float32, a graph of more bits), or the adapter "
+        "beside them (onnx --lora nodes)"
+    }
     times = [f.share / LARGEST_SHARE] if f.share else []
     for control in f.controls:
         if control.name == "tolerance":

@@ -134,11 +134,20 @@ def _steps(shares: Mapping[int, float], x: Scale, y: Scale) -> str:
 
 # The error, layer by layer
 
+OF_LAYERS = (
+    ("effect", "effect", "what the adapter does"),
+    ("deployed_error", "own", "PyTorch's own error"),
+    ("error", "error", "the candidate's error"),
+)
 
-def layers(there: Sequence[Mapping[str, Any]], first: str | None) -> list[Drawing]:
-    """Lines over the layers, in the order in which the model runs them, on a logarithmic axis of magnitudes."""
-    kinds = [("effect", "effect", "what the adapter does"), ("deployed_error", "own", "PyTorch's own error")]
-    kinds.append(("error", "error", "the candidate's error"))
+
+def layers(
+    there: Sequence[Mapping[str, Any]], first: str | None, kinds: Sequence[tuple[str, str, str]] = OF_LAYERS
+) -> list[Drawing]:
+    """Lines over the layers, in the order in which the model runs them, on a logarithmic axis of magnitudes.
+
+    `kinds` are the fields that are drawn, with their colours' names and what the legend calls them.
+    """
     values = [value for layer in there for field, _, _ in kinds if (value := layer.get(field))]
     if not values:
         return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,17 @@ GATES = {
 }
 STRAYS = 20  # nodes off the asked provider that are listed
 ROWS = 400  # layers that the table lists
+MOST = 5000  # tensors that are listed by name
+FATES = {
+    "kept": "kept as the base has them",
+    "changed": "changed by adapters",
+    "replaced": "brought by adapters, whole or in rows",
+    "none": "known to nobody",
+}
+OF_WEIGHTS = (
+    ("effect", "effect", "‖ΔW‖ / ‖W‖, the adapters' change"),
+    ("error", "error", "how far the weight lies from W + s·BA"),
+)
 
 
 def require_jinja2() -> Any:
@@ -41,7 +53,7 @@ def require_jinja2() -> Any:
 
 
 def page(told: Document) -> str:
-    """A verdict's document (`document`) as a page of HTML that needs nothing beside itself."""
+    """A verdict's document (`document`), or an audit's, as a page of HTML that needs nothing beside itself."""
     jinja2 = require_jinja2()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_export", "report"),
@@ -58,25 +70,122 @@ def page(told: Document) -> str:
         "inline": _inline,
         "command_line": shlex.join,
     }
-    diagnosis = told.get("diagnosis")
-    rendered: str = environment.get_template("page.html.j2").render(
+    name, figures = ("weights.html.j2", _of_weights(told)) if "weights" in told else ("page.html.j2", _of_outputs(told))
+    rendered: str = environment.get_template(name).render(
         told=told,
         about=told["about"],
-        reasons=_reasons(told["reasons"]),
         mark=MARKS[told["outcome"]],
-        tiles=_tiles(told),
-        outputs=_outputs(told),
-        controls=_controls(told),
-        placement=told["placement"],
-        strays=STRAYS,
-        diagnosis=diagnosis,
-        layers=drawing.layers(diagnosis["layers"], diagnosis["first"]) if diagnosis else [],
         rows=ROWS,
         adapters=_adapters(told["about"]),
         files=_files(told["about"]),
         facts=_facts(told["about"]),
+        **figures,
     )
     return rendered
+
+
+def _of_outputs(told: Document) -> dict[str, Any]:
+    """What a page on a verdict shows beside what every page does."""
+    diagnosis = told.get("diagnosis")
+    return {
+        "reasons": _reasons(told["reasons"]),
+        "tiles": _tiles(told),
+        "outputs": _outputs(told),
+        "controls": _controls(told),
+        "placement": told["placement"],
+        "strays": STRAYS,
+        "diagnosis": diagnosis,
+        "layers": drawing.layers(diagnosis["layers"], diagnosis["first"]) if diagnosis else [],
+    }
+
+
+def _of_weights(told: Document) -> dict[str, Any]:
+    """What a page on a checkpoint's weights shows beside what every page does."""
+    weights = told["weights"]
+    wrong = sorted((there for there in weights if there["outcome"] != "same"), key=lambda there: there["outcome"])
+    changed = [there for there in weights if there["fate"] == "changed" and there["relative_change"] is not None]
+    first = next((there["name"] for there in changed if there["outcome"] != "same"), None)
+    measured = [
+        {
+            "name": there["name"],
+            "effect": there["relative_change"],
+            "error": _product(there, "relative_change", "noise"),
+        }
+        for there in changed
+    ]
+    return {
+        "tiles": _tiles_of_weights(weights, changed),
+        "wrong": wrong,
+        "changed": [_with_bar(there) for there in sorted(changed, key=lambda there: there["outcome"] == "same")],
+        "drawings": drawing.layers(measured, first, OF_WEIGHTS),
+        "controls": _controls_of_weights(changed),
+        "fates": _fates(weights),
+        "most": MOST,
+    }
+
+
+def _product(there: Document, one: str, other: str) -> float | None:
+    return None if there[one] is None or there[other] is None else there[one] * there[other]
+
+
+def _with_bar(weight: Document) -> dict[str, Any]:
+    used = math.inf if weight["error"] is None else weight["error"]  # JSON has no infinity
+    return {**weight, "used": used, "width": round(100.0 * min(1.0, max(0.02, used)), 1)}
+
+
+def _tiles_of_weights(weights: Sequence[Document], changed: Sequence[Document]) -> list[tuple[str, str]]:
+    right = sum(there["outcome"] == "same" for there in weights)
+    tiles = [(f"{right:,} of {len(weights):,}", "tensors are what they should be")]
+    if changed:
+        used = max(_with_bar(there)["used"] for there in changed)
+        tiles.append((_percent(used) if used < 10 else _times(used), "of what is allowed was used, at most"))
+        tiles.append((_percent(min(there["retention"] or 0.0 for there in changed)), "of a change arrived, at least"))
+        tiles.append((_percent(max(there["relative_change"] for there in changed)), "of a weight was changed, at most"))
+    put = [told for there in changed for told in there["controls"].values()]
+    if put:
+        tiles.append((f"{sum(put)} of {len(put)}", "wrong sums were told from the candidate"))
+    return tiles
+
+
+def _controls_of_weights(changed: Sequence[Document]) -> list[dict[str, Any]]:
+    """For each wrong sum from how many weights it was told, and from which it was not."""
+    put: dict[str, list[tuple[Document, bool]]] = {}
+    for there in changed:
+        for what, told in there["controls"].items():
+            put.setdefault(what, []).append((there, told))
+
+    def missed(weights: Sequence[tuple[Document, bool]], *, is_that_sum: bool) -> list[str]:
+        return [
+            there["name"] for there, told in weights if not told and (there["outcome"] == "different") == is_that_sum
+        ]
+
+    return [
+        {
+            "what": what,
+            "told": sum(told for _, told in weights),
+            "put": len(weights),
+            "fits": missed(weights, is_that_sum=True),
+            "powerless": missed(weights, is_that_sum=False),
+        }
+        for what, weights in put.items()
+    ]
+
+
+def _fates(weights: Sequence[Document]) -> list[dict[str, Any]]:
+    found = []
+    for name in dict.fromkeys(there["fate"] for there in weights):
+        mine = [there for there in weights if there["fate"] == name]
+        outcomes = [there["outcome"] for there in mine]
+        found.append(
+            {
+                "name": FATES[name],
+                "all": len(mine),
+                "right": outcomes.count("same"),
+                "elements": sum(there["elements"] for there in mine),
+                "outcome": "different" if "different" in outcomes else "undecided",
+            }
+        )
+    return found
 
 
 def _shown(value: Any) -> Any:
