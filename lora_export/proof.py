@@ -445,7 +445,8 @@ def _narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
             f"that was exported in {_name(dtype)}"
         )
     made = _copied(module, torch.clone)
-    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+    told = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+    stored = {name: kind for name, kind in told.items() if kind in parity.DEPLOYED}
     parameters = dict(made.named_parameters(remove_duplicate=False))
     for name, tensor in (*parameters.items(), *made.named_buffers(remove_duplicate=False)):
         if tensor.is_floating_point():
