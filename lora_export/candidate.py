@@ -9,6 +9,7 @@ from lora_export import files
 from lora_export.checkpoint import open_checkpoint
 from lora_export.decoding import with_cache
 from lora_export.errors import InputRefused
+from lora_export.exported import program
 from lora_export.formats.onnx_adapter import IDS
 from lora_export.model import Model, with_weights
 from lora_export.model import load as load_model
@@ -20,7 +21,7 @@ LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as proto
 def open_candidate(
     path: Path, base: Model, *, provider: str = "cpu", onnx_adapter: Path | None = None, adapter_id: int | None = None
 ) -> Runner:
-    """Whatever runs a file of this kind: an .onnx, a TorchScript .pt, a Hugging Face folder, or weights of `base`.
+    """Whatever runs a file of this kind: an .onnx, a .pt or .pt2, a Hugging Face folder, or weights of `base`.
 
     `onnx_adapter` is run with an .onnx that takes it, `adapter_id` stands for all rows of one that has rows.
     Raises InputRefused for another kind, and EnvironmentLacking where the provider does not load.
@@ -39,7 +40,10 @@ def open_candidate(
         return ModuleRunner(with_weights(base, path), stored=_stored(path))
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names)
-    raise InputRefused(f"{path}: a candidate is an .onnx, .pt or .safetensors file, or a Hugging Face folder")
+    if path.suffix == ".pt2":
+        module = program.load(path)
+        return ModuleRunner(module, axes=module.axes, stored=module.stored_dtypes, limits=module.limits)
+    raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 
 
 def hashes(path: Path) -> dict[str, str]:

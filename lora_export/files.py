@@ -102,17 +102,17 @@ def damage(folder: Path) -> list[str]:
     return found
 
 
-def parse_json(text: bytes, source: Path | str) -> dict[str, Any]:
+def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> dict[str, Any]:
     """A JSON object from a file that nobody vouches for.
 
-    Raises InputRefused, naming `source`, for what is not JSON, not an object, nested deeply or beyond number,
-    or names a key twice (Python would silently take the last one).
+    Raises InputRefused, naming `source`, for what is not JSON, not an object, nested deeply, of more than `most`
+    objects, or names a key twice (Python would silently take the last one).
     """
     objects = itertools.count(1)
 
     def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if next(objects) > MAX_OBJECTS:
-            raise InputRefused(f"{source} holds more than {MAX_OBJECTS:,} objects, which no such file needs")
+        if next(objects) > most:
+            raise InputRefused(f"{source} holds more than {most:,} objects, which no such file needs")
         table = dict(pairs)
         if len(table) != len(pairs):
             twins = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

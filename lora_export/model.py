@@ -1,7 +1,7 @@
 """The module and example inputs that the user named.
 
-MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. A factory is the
-user's own code and the only code that is run; nothing is downloaded.
+MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory` or a program of torch.export's (.pt2). A
+factory is the user's own code and the only code that is run; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch import nn
 from lora_export import files, tensorfile
 from lora_export.checkpoint import CONFIG, code_of_its_own, open_checkpoint
 from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.exported import program
+from lora_export.exported.specimens import Limits, Signature, padding_mask
 from lora_export.head import config_for_labels, config_with_heads
 from lora_export.lora import Adapter
 
@@ -55,6 +57,8 @@ class Model:
     make: Make
     sizes: Sizes  # what the example inputs are made with
     is_huggingface: bool = False
+    limits: Limits = field(default_factory=dict)  # sizes that a symbol may have, where not any
+    notes: tuple[str, ...] = ()  # what a verdict on it has to say
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -76,12 +80,20 @@ class Model:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def checked_sizes(self, fixed: Mapping[str, int]) -> list[Sizes]:
-        """Three sets of sizes that differ from the traced ones in every dynamic axis, but for the `fixed` ones."""
+    def checked_sizes(self, fixed: Mapping[str, int], limits: Limits | None = None) -> list[Sizes]:
+        """Three sets of sizes that differ from the traced ones in every dynamic axis, but for the `fixed` ones.
+
+        They stay within the model's `limits`, and within those that are given.
+        """
         symbols = sorted({symbol for axes in self.axes.values() for symbol in axes.values()})
         sets = []
         for number, chosen in enumerate(CHECKED):
             sizes = {symbol: chosen.get(symbol, self.sizes[symbol] + 1 + 2 * number) for symbol in symbols}
+            for low_high in (self.limits, limits or {}):
+                for symbol, (low, high) in low_high.items():
+                    if symbol in sizes:
+                        least = max(sizes[symbol], low)
+                        sizes[symbol] = least if high is None else min(least, high)
             sets.append({**sizes, **fixed})
         return sets
 
@@ -96,11 +108,13 @@ def load(source: str, adapters: Sequence[Adapter] = (), *, labels: Sequence[str]
     """
     if Path(source).is_dir():
         return _huggingface(Path(source), adapters, labels)
+    if source.endswith(".pt2"):
+        return _exported(Path(source))
     place, separator, name = source.rpartition(":")
     if not separator or not place or not name:
         raise InputRefused(
-            f"{source!r} is no model: give a Hugging Face folder that exists, `package.module:factory` or "
-            "`file.py:factory`"
+            f"{source!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
+            "`file.py:factory` or a .pt2 file"
         )
     return _from_factory(source, _find_factory(place, name))
 
@@ -225,12 +239,7 @@ def _huggingface_inputs(module: Any) -> tuple[Axes, Make]:
     def make_text(sizes: Sizes, generator: torch.Generator) -> Inputs:
         shape = (sizes["batch"], sizes["sequence"])
         inputs = {"input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
-        # All rows but the first are padded for certain: a mask of ones alone would never be put to the test.
-        lengths = torch.randint(max(1, shape[1] // 2), shape[1] + 1, (shape[0], 1), generator=generator)
-        lengths[1:] = torch.clamp(lengths[1:], max=max(1, shape[1] - 2))
-        mask = (torch.arange(shape[1]) < lengths).long()
-        mask[2::2] = mask[2::2].flip(1)  # at the beginning: a mask taken for a mere length has to fail
-        inputs["attention_mask"] = mask
+        inputs["attention_mask"] = padding_mask(shape, generator)
         if "token_type_ids" in takes and token_types > 1:
             inputs["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
         if "decoder_input_ids" in takes:
@@ -241,6 +250,35 @@ def _huggingface_inputs(module: Any) -> tuple[Axes, Make]:
     names = make_text(TRACED, torch.Generator().manual_seed(0))
     axes = {name: {0: "batch", 1: "target" if name.startswith("decoder") else "sequence"} for name in names}
     return axes, make_text
+
+
+# --- a program of torch.export's ----------------------------------------------------------------
+
+
+def _exported(path: Path) -> Model:
+    """A .pt2 with its weights in fp32; where it was exported in another precision, its graph computes in fp32 too."""
+    module = program.load(path)
+    signature = Signature(module.source)
+    notes = []
+    if module.file_dtype not in (None, torch.float32):
+        notes.append(f"the model's .pt2 keeps its weights in {str(module.file_dtype)[6:]}")
+    fixed = [
+        f"axis {axis} of {name} is {size}"
+        for name, tensor in module.source.inputs.items()
+        for axis, size in enumerate(tensor.sizes)
+        if isinstance(size, int) and axis < 2
+    ]
+    if fixed and not any(signature.axes.values()):
+        notes.append(f"the model was exported for one size of every axis ({', '.join(fixed)}): no other was tried")
+    return Model(
+        source=str(path),
+        module=module.to(torch.float32),
+        axes=signature.axes,
+        make=signature.make,
+        sizes=signature.traced,
+        limits=signature.limits,
+        notes=tuple(notes),
+    )
 
 
 # --- the user's own code ------------------------------------------------------------------------

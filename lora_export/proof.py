@@ -29,6 +29,8 @@ from lora_export.evidence import before_first_token, bits, differ, distances, fr
 from lora_export.evidence import bits_that_differ as bits_that_differ
 from lora_export.evidence import prove_mixed as prove_mixed
 from lora_export.examples import read_arrays
+from lora_export.exported.program import Program
+from lora_export.exported.specimens import Limits
 from lora_export.lora import Adapter
 from lora_export.model import Model, Sizes
 from lora_export.plan import Plan
@@ -163,7 +165,7 @@ def prove(
     with contextlib.ExitStack() as stack:
         # fp32 and fp64 by turns: the model, in the wider of them, is all that is held beside the candidate.
         sides = _Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
-        deployed = ModuleRunner(_deployed(sides, held, device), device)
+        deployed = ModuleRunner(_deployed(sides, held, device, candidate, model), device)
         step("PyTorch")
         looked_up = _RowsLookedUp(deployed.module, model, adapters)
         own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
@@ -197,12 +199,14 @@ def prove(
     padded = any(before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
         [*cases, *again],
+        dtype=str(_computes_in(candidate)).removeprefix("torch."),
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
         notes=[
             *asked.refusals,
             *_about_referee(stayed),
+            *model.notes,
             *_fixed(candidate, model),
             *_about_cache(candidate),
             *_never_varied(model, sensitivity, asked.refusals),
@@ -290,6 +294,13 @@ def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs:
 
 def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list[str]]:
     """What was found, and what a reader must know of it. A verdict stands, whatever becomes of this."""
+    watched = [suspect.base, *([suspect.candidate.module] if isinstance(suspect.candidate, ModuleRunner) else [])]
+    unseen = [name for module in watched if isinstance(module, Program) for name in module.unseen]
+    if unseen:
+        return None, [
+            f"where it differs was not looked for: {unseen[0]} and {len(unseen) - 1} more weights of a .pt2 are "
+            "multiplied by operators that are no layer's"
+        ]
     try:
         return diagnose(suspect, every=every), []
     except CANNOT_FOLLOW as error:
@@ -392,17 +403,48 @@ def _settled(
     return made
 
 
-def _deployed(sides: _Sides, held: Mapping[str, standin.StandIn], device: str) -> nn.Module:
+def _deployed(
+    sides: _Sides, held: Mapping[str, standin.StandIn], device: str, candidate: Runner, model: Model
+) -> nn.Module:
     """PyTorch as it would be deployed: where weights are rounded, of those that the referee rounded itself.
 
     The loss that a merge into a low precision means is so told apart from faults of the merge.
     """
+    dtype = _computes_in(candidate)
     if sides.rounded:
-        module = _copied(sides.settled(), _single).to(device)
+        module = _copied(sides.settled(), _single)
     else:
-        module = _shared(sides.source) if device == "cpu" else copy.deepcopy(sides.source).to(device)
+        module = _shared(sides.source) if (device, dtype) == ("cpu", torch.float32) else copy.deepcopy(sides.source)
     standin.round_activations(module, held)
-    return module
+    if dtype is not torch.float32:
+        _narrow(module, candidate, dtype, model)
+    return module.to(device)
+
+
+def _computes_in(candidate: Runner) -> torch.dtype:
+    """The dtype in which a candidate was made to compute, where PyTorch runs it; float32 for everybody else."""
+    halves = (torch.float16, torch.bfloat16)
+    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in halves else torch.float32
+
+
+def _narrow(module: nn.Module, candidate: Runner, dtype: torch.dtype, model: Model) -> None:
+    """Have PyTorch compute as the candidate does, in place: each tensor in the dtype in which the file keeps it.
+
+    Raises InputRefused for a program of another dtype: its graph names the one that it was exported in, and would
+    compute neither in that nor in this.
+    """
+    if isinstance(module, Program) and module.file_dtype is not dtype:
+        raise InputRefused(
+            f"the candidate computes in {str(dtype)[6:]} and {model.source} was exported in "
+            f"{str(module.file_dtype)[6:]}, from which PyTorch's own error in {str(dtype)[6:]} cannot be told. Give "
+            f"--model as a Hugging Face folder, a factory, or a .pt2 that was exported in {str(dtype)[6:]}"
+        )
+    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
+        if tensor.is_floating_point():
+            own = stored.get(name, str(dtype)[6:] if name in parameters else "float32")
+            tensor.data = tensor.data.to(getattr(torch, own))
 
 
 def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
@@ -538,7 +580,7 @@ def case_inputs(
 def _inputs(
     model: Model, candidate: Runner, seed: int, user_inputs: Path | None, tokens: NDArray[np.int64]
 ) -> Iterator[tuple[str, Arrays]]:
-    for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model))):
+    for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
         arrays = _draw(model, candidate, sizes, seed + number + 1)
         yield label, _with_tokens(arrays, tokens) if tokens.size else arrays
@@ -586,11 +628,27 @@ def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
     return fixed
 
 
+def _limits(candidate: Runner, model: Model) -> Limits:
+    """Between which sizes a candidate says that it can be run, where it says so. The batch is never excused."""
+    limits: Limits = {}
+    told = candidate.limits if isinstance(candidate, ModuleRunner) else {}
+    for name, axes in model.axes.items():
+        for axis, symbol in axes.items():
+            if symbol != "batch" and axis < len(told.get(name, ())):
+                limits[symbol] = told[name][axis]
+    return limits
+
+
 def _fixed(candidate: Runner, model: Model) -> list[str]:
     fixed = _fixed_sizes(candidate, model)
-    return [
+    notes = [
         f"the candidate was made for one size of {symbol}, {size}: no other was tried" for symbol, size in fixed.items()
     ]
+    for symbol, (low, high) in _limits(candidate, model).items():
+        if symbol not in fixed and (low or high is not None):
+            bounds = f"{low} and more" if high is None else f"{low} to {high}" if low else f"up to {high}"
+            notes.append(f"the candidate takes a {symbol} of {bounds}: what lies beyond was not tried")
+    return notes
 
 
 def _about_cache(candidate: Runner) -> list[str]:

@@ -41,10 +41,16 @@ class ModuleRunner:
     axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     names_known: bool = True
     stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype of the file it came from, where known
+    limits: Mapping[str, tuple[tuple[int, int | None], ...]] = field(default_factory=dict)  # of its axes' sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the module's weights: its first floats."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass. Floats go in and come out in the module's own dtype."""
-        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+        dtype = self.dtype
         made = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()}
         made = {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
         with torch.no_grad(), _tf32_off():

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzz.targets import bounded, everything, run
-from handmade import base_file, peft_adapter, raw_tensor_file
+from handmade import Payload, base_file, peft_adapter, raw_tensor_file
 from safetensors.numpy import load_file
 
 from lora_export import examples, model, runtime
@@ -70,16 +70,6 @@ def merged(place: Path) -> dict[str, bytes]:
 
 
 # --- pickles and code ------------------------------------------------------------------------------
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, proof: Path):
-        self.proof = proof
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.proof), "w")
 
 
 def pickled(place: Path) -> bytes:

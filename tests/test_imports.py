@@ -24,7 +24,7 @@ GROUND = (
     *("checkpoint", "transfer", "rewrite"),
 )
 WORK = (
-    *("device", "merge", "layers", "graph", "model", "outputs", "export", "examples", "train"),
+    *("device", "merge", "layers", "graph", "exported", "model", "outputs", "export", "examples", "train"),
     *("onnx_runner", "runtime", "decoding", "session", "parity", "audit", "diagnosis", "report"),
     *("evidence", "feeds", "graph_proof", "standin", "kept", "candidate", "trace", "proof", "testing"),
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from lora_export.errors import one_line
+from lora_export.errors import InputRefused, one_line
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
@@ -73,6 +73,15 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         return command
 
     return decorate
+
+
+def refuse_exported(model: str) -> None:
+    """Raises InputRefused where a .pt2 is to be exported again, or trained: it is a graph, and no module's code."""
+    if model.endswith(".pt2"):
+        raise InputRefused(
+            f"{model} is a program that was exported already. `lora-export verify` takes it, as --model and as "
+            "CANDIDATE; to make another file, give the model that it was exported from"
+        )
 
 
 def answer(document: Any) -> None:

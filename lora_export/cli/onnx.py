@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import load_adapters, provider_option, publishing_options, say
+from lora_export.cli.arguments import load_adapters, provider_option, publishing_options, refuse_exported, say
 
 if TYPE_CHECKING:
     from lora_export.cli.weaving import Judge, Order, Say, Source
@@ -91,6 +91,7 @@ def command(
     from lora_export.cli.progress import stages
     from lora_export.graph.files import append_metadata
 
+    refuse_exported(model)
     is_graph = model.endswith(".onnx")
     if mode != "inputs" and dora:
         raise click.UsageError("--dora is for --lora inputs; other graphs hold the adapters that they are given")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import load_adapters, publishing_options, say
+from lora_export.cli.arguments import load_adapters, publishing_options, refuse_exported, say
 
 
 @click.command()
@@ -46,6 +46,7 @@ def command(
     from lora_export.model import load as load_model
     from lora_export.runtime import ScriptRunner
 
+    refuse_exported(model)
     loaded = load_adapters(adapters)
     with (
         staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export import __version__
-from lora_export.cli.arguments import json_option, overwrite_option, say
+from lora_export.cli.arguments import json_option, overwrite_option, refuse_exported, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,6 +98,7 @@ def command(
     from lora_export.formats import peft
     from lora_export.model import load as load_model
 
+    refuse_exported(model)
     examples = read_examples(data_path)
     say(f"{data_path}: {examples}")
     with staging.stage_folder(output, inputs=[data_path, *_folder_of(model)], overwrite=overwrite, say=say) as stage:

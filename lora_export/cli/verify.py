@@ -94,9 +94,13 @@ def command(
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
 
-    CANDIDATE is an .onnx file, a TorchScript .pt, a merged Hugging Face folder, or a merged
-    .safetensors file of MODEL's weights. The verdict is `same` (exit 0), `different` (4) or
-    `undecided` (5); 6 means that the asked provider did not do the work.
+    CANDIDATE is an .onnx file, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder,
+    or a merged .safetensors file of MODEL's weights. MODEL is a Hugging Face folder,
+    `package.module:factory`, `file.py:factory` or a .pt2. The verdict is `same` (exit 0), `different` (4)
+    or `undecided` (5); 6 means that the asked provider did not do the work.
+
+    A .pt2 is read without torch.export.load, which would run what stands in it: of its operators, those
+    of a closed list are run, and others are refused by name.
 
     With --base in place of --model nothing is run: every tensor of a merged folder or file is held
     against W + s·BA in fp64, and what no adapter touches against the base's bytes. Needs no PyTorch.

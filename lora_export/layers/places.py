@@ -63,6 +63,8 @@ def layout_of(owner: nn.Module, attribute: str) -> Layout:
         return Layout.OUT_IN
     if isinstance(owner, conv1d()) and attribute == "weight":
         return Layout.IN_OUT
+    if attribute == "weight" and isinstance(told := getattr(owner, "lora_layout", None), Layout):
+        return told  # a program's matrix, of whose layer nothing but its name is left
     return Layout.OTHER
 
 

@@ -25,7 +25,7 @@ READERS = (
         "head",
         "merge",
     ),
-    *("report", "tensorfile", "session", "graph.merge", "graph.inputs"),
+    *("report", "tensorfile", "session", "graph.merge", "graph.inputs", "exported.program", "exported.specimens"),
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
     for reader in READERS:

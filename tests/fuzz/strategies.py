@@ -18,6 +18,7 @@ ODD_VALUES = (
     *("9223372036854775808", "18446744073709551616", "1" + "0" * 400, "1" * 5000, "2.0", "1e2", "4294967296"),
     *('""', '"0"', '"a"', '"fc"', '"fc.weight"', '"../x"', '"/etc/passwd"', '"."', '".."', '"model.safetensors"'),
     *(r'"\ud800"', r'"\u0000"', r'"\u001b[2J"', r'"\n"', '"é"', '"' + "n" * 300 + '"', '"none"', '"all"', '"LORA"'),
+    *('"torch.ops.aten.add.Tensor"', '"torch.ops.aten.resize_.default"', '"os.system"', '"as_tensor"', '{"as_int": 7}'),
     *('"(a+)+$"', '"("', '"F32"', '"BF16"', '"F4"', '"gpt2"', '"gaussian"', '"pissa"'),
     *("[]", "{}", "[[]]", '[""]', "[null]", "[1]", '["fc"]', '{"": null}', '{"a": {"a": {}}}', "[1, 2]", "[2, 3]"),
     *("[" * depth + "]" * depth for depth in (60, 500, 3000)),
@@ -144,7 +145,10 @@ def fields() -> SearchStrategy[bytes]:
 
 
 HEADERS = ("adapter_header", "base_header")
-JSON_FILES = ("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract")
+JSON_FILES = (
+    *("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract"),
+    *("exported_graph", "exported_weights"),
+)
 
 
 def inputs(target: str) -> SearchStrategy[bytes]:

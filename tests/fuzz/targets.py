@@ -20,6 +20,7 @@ import signal
 import struct
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime
+import torch
 from onnx import numpy_helper
 from safetensors.numpy import save
 
@@ -35,6 +37,8 @@ from lora_export import cli, plan
 from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import LoraExportError
 from lora_export.examples import read_arrays, read_examples
+from lora_export.exported import description, program
+from lora_export.exported.specimens import Signature
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files as graphs
 from lora_export.graph import fold, inputs, sites
@@ -536,6 +540,105 @@ def inputs_npz(data: bytes) -> bool:
         return not refused(lambda: read_arrays(place / "inputs.npz"))
 
 
+def named(name: str, **fields: object) -> dict[str, object]:
+    return {"name": name, "kind": 1, "arg": fields}
+
+
+def tensor_of(*sizes: int | str) -> dict[str, object]:
+    strides = [
+        int(np.prod([size for size in sizes[place + 1 :] if isinstance(size, int)])) for place in range(len(sizes))
+    ]
+    told = [{"as_int": size} if isinstance(size, int) else {"as_expr": {"expr_str": size}} for size in sizes]
+    rest = {"strides": [{"as_int": stride} for stride in strides], "storage_offset": {"as_int": 0}, "layout": 7}
+    return {"dtype": 7, "sizes": told, **rest}
+
+
+LEAF = {"type": None, "context": None, "children_spec": []}
+X = {"as_tensor": {"name": "x"}}
+# A linear layer and a view of what it makes, as torch.export writes them, without what is only told.
+PROGRAM = {
+    "graph_module": {
+        "graph": {
+            "inputs": [{"as_tensor": {"name": "w"}}, X],
+            "outputs": [{"as_tensor": {"name": "y"}}],
+            "nodes": [
+                {
+                    "target": "torch.ops.aten.sym_size.int",
+                    "inputs": [named("self", **X), named("dim", as_int=0)],
+                    "outputs": [{"as_sym_int": {"as_name": "n"}}],
+                },
+                {
+                    "target": "torch.ops.aten.linear.default",
+                    "inputs": [named("input", **X), named("weight", as_tensor={"name": "w"})],
+                    "outputs": [{"as_tensor": {"name": "h"}}],
+                },
+                {
+                    "target": "torch.ops.aten.view.default",
+                    "inputs": [
+                        named("self", as_tensor={"name": "h"}),
+                        named("size", as_sym_ints=[{"as_name": "n"}, {"as_int": 2}, {"as_int": 1}]),
+                    ],
+                    "outputs": [{"as_tensor": {"name": "y"}}],
+                },
+            ],
+            "tensor_values": {"x": tensor_of("s0", 3)},
+        },
+        "signature": {
+            "input_specs": [
+                {"parameter": {"arg": {"name": "w"}, "parameter_name": "fc.weight"}},
+                {"user_input": {"arg": X}},
+            ],
+            "output_specs": [{"user_output": {"arg": {"as_tensor": {"name": "y"}}}}],
+        },
+        "module_call_graph": [
+            {
+                "fqn": "",
+                "signature": {
+                    "in_spec": json.dumps([1, {**LEAF, "type": "builtins.tuple", "children_spec": [LEAF]}]),
+                    "out_spec": json.dumps([1, LEAF]),
+                    "forward_arg_names": ["x"],
+                },
+            }
+        ],
+    },
+    "range_constraints": {"s0": {"min_val": 0, "max_val": 9}},
+    "schema_version": {"major": 8, "minor": 20},
+}
+WEIGHTS = {"config": {"fc.weight": {"path_name": "weight_0", "use_pickle": False, "tensor_meta": tensor_of(2, 3)}}}
+
+
+def archive_of(graph: bytes, weights: bytes) -> bytes:
+    """A .pt2 of this graph and these descriptions of its weights."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in {
+            "archive_format": b"pt2",
+            "archive_version": b"0",
+            "models/model.json": graph,
+            "data/weights/model_weights_config.json": weights,
+            "data/weights/weight_0": W.tobytes(),
+            "data/constants/model_constants_config.json": b'{"config": {}}',
+        }.items():
+            archive.writestr(zipfile.ZipInfo(f"a/{name}"), content)
+    return file.getvalue()
+
+
+def exported_archive(data: bytes) -> bool:
+    """A .pt2 file: read, given inputs, and run as verify runs it."""
+    with a_place() as place:
+        (place / "model.pt2").write_bytes(data)
+        accepted = not refused(lambda: run_program(place / "model.pt2"))
+        assert everything(place) == {"model.pt2": data}
+        return accepted
+
+
+def run_program(path: Path) -> None:
+    module = program.load(path)
+    signature = Signature(description.read(path))
+    with torch.no_grad():
+        module(**signature.make(dict.fromkeys(signature.traced, 2), torch.Generator().manual_seed(0)))
+
+
 TARGETS: dict[str, Target] = {
     "adapter_config": adapter_config,
     "adapter_model_config": adapter_model_config,
@@ -555,6 +658,9 @@ TARGETS: dict[str, Target] = {
     "examples_csv": examples_reader(".csv"),
     "examples_npz": examples_reader(".npz"),
     "inputs_npz": inputs_npz,
+    "exported_archive": exported_archive,
+    "exported_graph": lambda data: exported_archive(archive_of(data, as_json(WEIGHTS))),
+    "exported_weights": lambda data: exported_archive(archive_of(as_json(PROGRAM), data)),
 }
 
 
@@ -584,4 +690,7 @@ GOOD: dict[str, bytes] = {
     "examples_csv": b'text,label,more\n"a, b",0,\nc,1,\n',
     "examples_npz": npz(x=W, labels=np.int64([0, 1])),
     "inputs_npz": npz(x=W),
+    "exported_archive": archive_of(as_json(PROGRAM), as_json(WEIGHTS)),
+    "exported_graph": as_json(PROGRAM),
+    "exported_weights": as_json(WEIGHTS),
 }
