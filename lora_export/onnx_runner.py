@@ -120,8 +120,9 @@ class Held:
 class OnnxRunner:
     """An ONNX graph under onnxruntime, on the provider that was asked for and on no other.
 
-    `plain` leaves out every optimisation of onnxruntime's. `message` is what to run in a file's place: the graph as
-    bytes, its weights in files of `folder`. `as_shipped` leaves the provider its own settings.
+    `plain` leaves out every optimisation of onnxruntime's. `frugal` gives memory back as soon as it is free. `message`
+    is what to run in a file's place: the graph as bytes, its weights in files of `folder`. `as_shipped` leaves the
+    provider its own settings.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class OnnxRunner:
         provider: str = "cpu",
         *,
         plain: bool = False,
+        frugal: bool = False,
         message: bytes = b"",
         folder: Path = Path(),
         as_shipped: bool = False,
@@ -148,7 +150,9 @@ class OnnxRunner:
         what = source.what if isinstance(source, Held) else source
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                self.session = _session(ort, source, (asked, options), plain=plain, message=message, folder=folder)
+                self.session = _session(
+                    ort, source, (asked, options), plain=plain, frugal=frugal, message=message, folder=folder
+                )
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise RuntimeRefused(f"onnxruntime refused {what}: {error}") from error
         if asked not in self.session.get_providers():
@@ -275,6 +279,7 @@ def _session(
     provider: tuple[str, Mapping[str, str]],
     *,
     plain: bool = False,
+    frugal: bool = False,
     message: bytes = b"",
     folder: Path = Path(),
     profile: Path | None = None,
@@ -286,6 +291,8 @@ def _session(
     settings.log_severity_level = 3  # errors only; a fallback is found by asking, not by reading warnings
     if plain:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if frugal:
+        settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
     if message:
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         return ort.InferenceSession(message, settings, providers=[provider])

@@ -165,7 +165,11 @@ def prove(
     with contextlib.ExitStack() as stack:
         # fp32 and fp64 by turns: the model, in the wider of them, is all that is held beside the candidate.
         sides = _Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
+<<<<<<< HEAD
         deployed = ModuleRunner(_deployed(sides, held, device, candidate, model), device)
+=======
+        deployed = ModuleRunner(_narrowed(_deployed(sides, held, device), candidate, model), device)
+>>>>>>> main
         step("PyTorch")
         looked_up = _RowsLookedUp(deployed.module, model, adapters)
         own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
@@ -199,7 +203,11 @@ def prove(
     padded = any(before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
         [*cases, *again],
+<<<<<<< HEAD
         dtype=str(_computes_in(candidate)).removeprefix("torch."),
+=======
+        dtype=_name(_computes_in(candidate)),
+>>>>>>> main
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
@@ -403,19 +411,17 @@ def _settled(
     return made
 
 
-def _deployed(
-    sides: _Sides, held: Mapping[str, standin.StandIn], device: str, candidate: Runner, model: Model
-) -> nn.Module:
+def _deployed(sides: _Sides, held: Mapping[str, standin.StandIn], device: str) -> nn.Module:
     """PyTorch as it would be deployed: where weights are rounded, of those that the referee rounded itself.
 
     The loss that a merge into a low precision means is so told apart from faults of the merge.
     """
-    dtype = _computes_in(candidate)
     if sides.rounded:
-        module = _copied(sides.settled(), _single)
+        module = _copied(sides.settled(), _single).to(device)
     else:
-        module = _shared(sides.source) if (device, dtype) == ("cpu", torch.float32) else copy.deepcopy(sides.source)
+        module = _shared(sides.source) if device == "cpu" else copy.deepcopy(sides.source).to(device)
     standin.round_activations(module, held)
+<<<<<<< HEAD
     if dtype is not torch.float32:
         _narrow(module, candidate, dtype, model)
     return module.to(device)
@@ -446,6 +452,9 @@ def _narrow(module: nn.Module, candidate: Runner, dtype: torch.dtype, model: Mod
         if tensor.is_floating_point():
             own = stored.get(name, str(dtype)[6:] if name in parameters else "float32")
             tensor.data = tensor.data.to(getattr(torch, own))
+=======
+    return module
+>>>>>>> main
 
 
 def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:

@@ -77,6 +77,59 @@ def test_ranks_are_filled_with_zeros_and_the_names_stand_in_the_metadata() -> No
     assert [(value.name, str(value.shape)) for value in model.graph.inputs] == [("x", "[N,3]"), ("adapter_ids", "[N]")]
 
 
+SEQUENCES = """
+g (float[N,T,3] x) => (float[N,T,2] y)
+<float[3,2] m.weight = {1,4,2,5,3,6}>
+{ [n] y = MatMul(x, m.weight) }
+"""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_copies_for_each_row_and_all_adapters_products_are_the_same_and_the_cheaper_is_taken(
+    rows: int, tokens: int
+) -> None:
+    model = a_graph(SEQUENCES)
+    by_row(
+        model, *(an_adapter({"m": pair}, name=name) for name, pair in {"one": PAIR, "two": OTHER, "3": PAIR}.items())
+    )
+    (branch,) = (node for node in model.graph if node.op_type == "If")
+    (chosen,) = branch.inputs
+    assert chosen is not None
+    model.graph.outputs.append(chosen)
+    which = np.arange(rows) % 4
+    x = np.random.default_rng(0).integers(-5, 6, (rows, tokens, 3)).astype(np.float32)
+    answer = run(model, x=x, adapter_ids=which)
+    weights = [W, W + PAIR.delta(), W + OTHER.delta(), W + PAIR.delta()]
+    for row, number in enumerate(which):
+        assert np.array_equal(answer["y"][row], x[row] @ weights[number].T)
+    assert answer[chosen.name or ""] == (3 * (rows * tokens + 16) <= 32 * rows)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_what_is_not_finite_by_another_rows_adapter_is_none_of_a_rows(rows: int) -> None:
+    model = a_graph(SEQUENCES)
+    huge = LoraPair(a=[[3e38, 3e38, 3e38]], b=[[1e-38], [1e-38]], scale=1.0)
+    by_row(model, an_adapter({"m": huge}, name="huge"), an_adapter({"m": PAIR}, name="one"))
+    x = np.full((rows, 1, 3), 2, np.float32)  # by the first adapter's A it is more than a float can be
+    x[1:, 0, 0] = np.inf
+    answer = run(model, x=x, adapter_ids=np.full(rows, 2))["y"]
+    assert np.array_equal(answer[0], x[0] @ (W + PAIR.delta()).T)
+    assert np.array_equal(run(model, x=x[:1].repeat(rows, 0), adapter_ids=0 * np.full(rows, 2))["y"][0], x[0] @ W.T)
+
+
+def test_of_many_adapters_each_row_has_copies_of_its_own_alone() -> None:
+    model = a_graph(SEQUENCES)
+    pairs = [LoraPair(a=PAIR.a, b=PAIR.b, scale=float(number)) for number in range(1, 33)]
+    by_row(model, *(an_adapter({"m": pair}, name=str(number)) for number, pair in enumerate(pairs)))
+    assert not any(node.op_type == "If" for node in model.graph)
+    x = np.float32([[[1, 2, 3]]] * 40)
+    answer = run(model, x=x, adapter_ids=np.arange(40) % 33)["y"]
+    for row in range(40):
+        change = pairs[row % 33 - 1].delta() if row % 33 else 0
+        assert np.array_equal(answer[row], x[row] @ (W + change).T)
+
+
 TWO_LAYERS = """
 g (float[N,2] x) => (float[N,2] y)
 <float[2,2] a.weight = {1,2,3,4}, float[2,2] b.weight = {1,0,1,1}>

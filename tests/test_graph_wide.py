@@ -169,3 +169,21 @@ def test_bits_become_the_weight_that_they_stand_for(bits: int) -> None:
     answer, stayed = in_fp64(small, x=x)
     expected = 0.5 * np.tanh(x.astype(np.float64) @ weight.T + held["c"]) @ held["v"].T.astype(np.float64)
     assert np.abs(answer - expected).max() < 1e-15 and stayed == ()
+
+
+def test_what_only_constants_lead_to_stands_before_all_others_in_its_order() -> None:
+    model = a_graph("""
+        g (float[N,2] x) => (float[N,2] y)
+        <float[2,2] a = {1,2,3,4}, float[2,2] b = {1,0,1,1}>
+        { h = MatMul(x, a)
+          t = Transpose(b)
+          u = Add(t, b)
+          k = MatMul(h, u)
+          z = Add(x, a)
+          y = Add(k, z) }""")
+    x = np.float32([[1, 2], [3, 4]])
+    before = run(model, x=x)["y"]
+    wide.late_weights(model)
+    assert [node.op_type for node in model.graph] == ["Transpose", "Add", "MatMul", "MatMul", "Add", "Add"]
+    assert [node.outputs[0].name for node in model.graph] == ["t", "u", "h", "k", "z", "y"]
+    assert np.array_equal(run(model, x=x)["y"], before)

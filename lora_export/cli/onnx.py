@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,8 @@ def command(
             prover = weaving.Prover(order, judge, provider, stage)
             prover.look_at_base(program)
         companions = weaving.write(program, order, source, folder, output.name, stage)
+        del program
+        gc.collect()  # a graph is a ring, and its weights, which are in the file now, would stay through the proof
         proofs = prover.prove(folder / output.name) if prover else None
         record = source.record() | {"verdict": weaving.summary(proofs)}
         append_metadata(folder / output.name, {provenance.KEY: json.dumps(record)})

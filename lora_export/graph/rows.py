@@ -1,10 +1,11 @@
 """Adapters chosen row by row: an input says for each row of a batch which adapter it has, 0 being none.
 
 Standard operators only, so that any provider runs it: A stacked (adapters + 1, in, rank) and B stacked
-(adapters + 1, rank, out), the first of each zeros, are gathered by row and multiplied batch-wise. An
-embedding's A is one table of all adapters, in which each row looks up its own. A convolution is computed
-for all adapters, whose ranks lie side by side, and each row keeps its own: none of ONNX's has other
-weights for each row.
+(adapters + 1, rank, out), the first of each zeros, are gathered by row and multiplied batch-wise. Where many rows have
+few tokens each, those copies cost more than the products: there all rows are multiplied by all A, each keeps its own
+ranks, and these are multiplied by all B (tests/benchmarks/README.md has what was measured). An embedding's A is one
+table of all adapters, in which each row looks up its own. A convolution is computed for all adapters, whose ranks lie
+side by side, and each row keeps its own: none of ONNX's has other weights for each row.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from lora_export.graph.sites import Site, Sites, unused
 from lora_export.graph.weaver import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
 from lora_export.plan import Plan, Step
 
+# All adapters' products are cheaper than copies for each row where ADAPTERS (tokens + READ) <= COPIED rows: reading an
+# adapter costs as much as multiplying READ tokens by it, and copying one as much as multiplying COPIED tokens.
+READ, COPIED = 16, 32
 LOWEST_OPSET = 15  # Shape has `start` and `end` since
 SHOWN = 20  # problems that an error lists
 Dim = int | ir.SymbolicDim
@@ -288,7 +292,10 @@ class _Chooser:
     def __init__(self, weaver: Weaver, leader: ir.Value, adapters: int):
         assert leader.shape is not None
         self.weaver, self.batch = weaver, leader.shape[0]
+        self.adapters = adapters
         self.constants: dict[tuple[int, ...], ir.Value] = {}
+        self.masks: dict[int, ir.Value] = {}
+        self.dense: dict[ir.Value, ir.Value] = {}
         graph = weaver.model.graph
         ids = ir.Value(name=IDS, shape=ir.Shape([self.batch]), type=ir.TensorType(ir.DataType.INT64))
         graph.inputs.append(ids)
@@ -312,9 +319,12 @@ class _Chooser:
         order = [layout.axis, *(axis for axis in range(len(_sizes(inner))) if axis != layout.axis)]
         if layout.axis:
             inner = nodes.add("Transpose", [inner], [_sizes(inner)[axis] for axis in order], perm=order)
-        for factor in (b,) if site.is_lookup else (a, b):
-            nodes.path = factor.path
-            inner = self._multiply(nodes, inner, factor.value)
+        if site.is_lookup or self.adapters >= COPIED:
+            for factor in (b,) if site.is_lookup else (a, b):
+                nodes.path = factor.path
+                inner = self._multiply(nodes, inner, factor.value)
+        else:
+            inner = self._cheaper(nodes, inner, a, b)
         if layout.axis:
             back = [order.index(axis) for axis in range(len(order))]
             inner = nodes.add("Transpose", [inner], [_sizes(inner)[axis] for axis in back], perm=back)
@@ -406,6 +416,80 @@ class _Chooser:
             ones = range(1, len(between))
             own = nodes.add("Unsqueeze", [own, self._constant(*ones)], [self.batch, *(1 for _ in ones), *matrix])
         return nodes.add("MatMul", [x, own], [self.batch, *between, matrix[-1]])
+
+    # --- all adapters at once, where that is cheaper ---
+
+    def _cheaper(self, nodes: _Nodes, x: ir.Value, a: Factor, b: Factor) -> ir.Value:
+        """x (batch, ..., in) by each row's own A and B: by copies of them, or by all of them."""
+        nodes.path = b.path
+        condition = self._is_dense(nodes, x)
+        many, few = _Nodes(self.weaver, a.path), _Nodes(self.weaver, a.path)
+        apart = self._multiply(many, x, a.value)
+        together = self._by_all(nodes, few, x, a, b)
+        many.path = b.path
+        apart = self._multiply(many, apart, b.value)
+        ways = {"then_branch": (few, together), "else_branch": (many, apart)}
+        graphs = {
+            name: ir.AttrGraph(name, ir.Graph([], [output], nodes=made.made, name=f"{b.path}/{name}"))
+            for name, (made, output) in ways.items()
+        }
+        return nodes.add("If", [condition], _sizes(apart), a.value.dtype, graphs)
+
+    def _is_dense(self, nodes: _Nodes, x: ir.Value) -> ir.Value:
+        """Whether all adapters' products are cheaper for this x: once for all layers that read it."""
+        if x in self.dense:
+            return self.dense[x]
+        made, features, reader = _Nodes(self.weaver, f"/{IDS}"), _features(x), x.producer()
+        rows = made.add("Mul", [self.count, self._constant(COPIED * features)], [1])
+        most = made.add("Sub", [rows, self._constant(READ * self.adapters * features)], [1])
+        size = made.add("Size", [x], [], ir.DataType.INT64)
+        there = made.add("Mul", [size, self._constant(self.adapters)], [1])
+        few = made.add("LessOrEqual", [there, most], [1], ir.DataType.BOOL)
+        few = made.add("Squeeze", [few, self._constant(0)], [])
+        if reader is not None and reader.graph is not None:  # before whichever layer comes first
+            reader.graph.insert_after(reader, made.made)
+            self.dense[x] = few
+        else:
+            nodes.made += made.made
+        return few
+
+    def _by_all(self, nodes: _Nodes, few: _Nodes, x: ir.Value, a: Factor, b: Factor) -> ir.Value:
+        """x by all A side by side, of which each row keeps its own ranks, by all B one below the other.
+
+        The matrices are made of the stacks: a runtime that folds constants has done so when the graph is loaded.
+        """
+        slots, inner, rank = map(int, _sizes(a.value))  # type: ignore[arg-type]
+        wide, out = slots * rank, _features(b.value)
+        turned = nodes.add("Transpose", [a.value], [inner, slots, rank], perm=[1, 0, 2])
+        beside = nodes.add("Reshape", [turned, self._constant(inner, wide)], [inner, wide])
+        below = nodes.add("Reshape", [b.value, self._constant(wide, out)], [wide, out])
+        own = self._own_ranks(rank)
+        between = _sizes(x)[1:-1]
+        if len(between) > 1:
+            ones = range(1, len(between))
+            own = few.add("Unsqueeze", [own, self._constant(*ones)], [self.batch, *(1 for _ in between), wide])
+        kind = a.value.dtype
+        assert kind is not None
+        product = few.add("MatMul", [x, beside], [self.batch, *between, wide], kind)
+        # Chosen, not multiplied: what is not finite by another adapter is none of this row's.
+        nothing = self.weaver.constant(a.path, "nothing", np.zeros((), kind.numpy()))
+        kept = few.add("Where", [own, product, nothing], [self.batch, *between, wide], kind)
+        few.path = b.path
+        return few.add("MatMul", [kept, below], [self.batch, *between, out])
+
+    def _own_ranks(self, rank: int) -> ir.Value:
+        """Which of all adapters' ranks, side by side, are each row's own (batch, 1, ranks)."""
+        if rank not in self.masks:
+            slots = self.adapters + 1
+            owners = np.repeat(np.eye(slots, dtype=bool), rank, axis=1)
+            nodes = _Nodes(self.weaver, f"/{IDS}")
+            table = self.weaver.constant(f"/{IDS}", f"owners.{rank}", owners)
+            own = nodes.add("Gather", [table, self.ids], [self.batch, slots * rank], axis=0)
+            self.masks[rank] = nodes.add("Unsqueeze", [own, self._constant(1)], [self.batch, 1, slots * rank])
+            producer = self.ids.producer()
+            assert producer is not None
+            self.weaver.model.graph.insert_after(producer, nodes.made)
+        return self.masks[rank]
 
     def _constant(self, *numbers: int) -> ir.Value:
         if numbers not in self.constants:

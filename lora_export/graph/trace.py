@@ -17,7 +17,7 @@ from lora_export.graph.sites import Sites
 from lora_export.graph.weaver import BIASES
 from lora_export.plan import Layout
 
-MOST_NODES = 40  # of a branch, that are looked through
+MOST_NODES = 60  # of a branch, that are looked through
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +123,9 @@ class _Follower:
                 return False
             products = products or identity(node) in PRODUCTS | CONVOLUTIONS
             waiting += [entering for entering in node.inputs if entering is not None]
+            for attribute in node.attributes.values():  # an If's two ways
+                if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
+                    waiting += list(attribute.as_graph().outputs)
         return products and (names or not strange)
 
 

@@ -19,6 +19,7 @@ from lora_export.graph.sites import unused, value_names
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 DOUBLE = ir.DataType.DOUBLE
+GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 ROUNDS = "lora_export.rounds"  # on a cast that stays one: its rounding is meant
 # Operators of which onnxruntime's CPU provider has a kernel in fp64 for all of their floats (a test asks it).
 WIDE = {
@@ -120,7 +121,7 @@ class _Widener:
             self.stayed.add(node.op_type)
         readers = [node]
         for attribute in node.attributes.values():
-            if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) and not attribute.is_ref():
+            if attribute.type in GRAPHS and not attribute.is_ref():
                 graphs = [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value
                 for graph in graphs:
                     readers += ir.traversal.RecursiveGraphIterator(graph)
@@ -158,6 +159,27 @@ class _Widener:
         assert reader.graph is not None
         reader.graph.insert_before(reader, cast)
         return output
+
+
+def late_weights(model: ir.Model) -> None:
+    """Let onnxruntime compute what only constants lead to just before it is read, one layer's weight after the other.
+
+    It runs a node's inputs one after the other, those first whose nodes stand later in the graph: what stands at the
+    beginning is left for last. Left among the others, every weight of the graph would be there at once.
+    """
+    made: set[ir.Value] = set()
+    early = []
+    for node in model.graph:
+        constant = all(
+            value is None or value in made or (value.is_initializer() and not value.is_graph_input())
+            for value in node.inputs
+        )
+        if constant and not any(attribute.type in GRAPHS for attribute in node.attributes.values()):
+            made |= set(node.outputs)
+            early.append(node)
+    if early:
+        model.graph.remove(early)
+        model.graph.insert_before(model.graph[0], early)
 
 
 def _dequantise_all(model: ir.Model) -> None:

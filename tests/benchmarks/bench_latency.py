@@ -194,8 +194,8 @@ def built(place: Path) -> Path:
     folder, adapter = place / "genai", formats.load(place / "adapter")
     save_tokenizer(place / "model")
     build(place / "model", folder / "base", "fp32")
-    build(place / "model", folder / "genai nodes", "fp32", f"adapter_path={place / 'adapter'}")
-    for way in ("merged", "nodes", "inputs", "genai inputs"):
+    build(place / "model", folder / "genai-nodes", "fp32", f"adapter_path={place / 'adapter'}")
+    for way in ("merged", "nodes", "inputs", "genai-inputs"):
         (folder / way).mkdir()
     for way in ("merged", "nodes", "inputs"):
         model = load(folder / "base" / FILE)
@@ -208,7 +208,7 @@ def built(place: Path) -> Path:
         else:
             {"merged": fold, "nodes": branch}[way](model, sites, steps)
         save(model, folder / way, FILE)
-    extract(folder / "genai nodes" / FILE, folder / "genai inputs")
+    extract(folder / "genai-nodes" / FILE, folder / "genai-inputs")
     return folder
 
 
@@ -238,8 +238,8 @@ def test_a_run_beside_genais_own_lora_graph(built: Path) -> None:
         CONTROL: "merged",
         "nodes": "nodes",
         "inputs": "inputs",
-        "genai's builder, adapter as nodes": "genai nodes",
-        "genai's builder, adapter as inputs": "genai inputs",
+        "genai's builder, adapter as nodes": "genai-nodes",
+        "genai's builder, adapter as inputs": "genai-inputs",
     }
     rivals = {
         name: Rival(built / way / FILE, built / way / "a.onnx_adapter" if way.endswith("inputs") else None)
