@@ -46,8 +46,9 @@ def assert_parity(
     """Raise ParityFailed unless the candidate computes what the model computes with its adapters attached.
 
     `candidate` is a file as `lora-export verify` takes it, or a module in memory; `model` a Hugging Face folder,
-    `file.py:factory`, or a module with its example inputs. `inputs` is an .npz to check on too; `cache` a folder
-    where the referee's answers are kept from run to run. Everything else is as in the command. Returns the proof.
+    `file.py:factory`, a .pt2, or a module with its example inputs. `inputs` is an .npz to check on too; `cache` a
+    folder where the referee's answers are kept from run to run. Everything else is as in the command.
+    Returns the proof.
     Raises what the command ends with for inputs that are refused (InputRefused) and for a provider that does not
     do the work (EnvironmentLacking): neither says anything about the candidate.
     """

@@ -251,7 +251,7 @@ def test_pefts_merge_is_the_same_as_the_programs_model_with_its_adapter(
     assert len(result.cases) == 3 and len({case.inputs_summary for case in result.cases}) == 3
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["mlp", "words", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_pefts_merge_is_the_same_as_the_module_it_came_from(
     made: Callable[[str, str], Path], adapter: Callable[[str], Adapter], name: str
 ) -> None:
@@ -315,7 +315,7 @@ DEFECTS = [left_out, louder, doubled, turned, not_finite]
     ("name", "defect"),
     [
         *(("mlp", defect) for defect in DEFECTS),
-        *(("cnn", defect) for defect in (left_out, louder)),
+        *(pytest.param("cnn", defect, marks=pytest.mark.slow) for defect in (left_out, louder)),
         *(pytest.param(name, defect, marks=pytest.mark.slow) for name in ("llama", "bert") for defect in DEFECTS),
     ],
 )
