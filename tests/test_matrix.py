@@ -243,7 +243,8 @@ def adds_a_bias_itself(name: str, variant: str) -> bool:
 def is_folded_by_the_runtime(name: str, variant: str) -> bool:
     """Whether onnxruntime folds a batch norm into a layer that the adapter changes: not with a branch in between."""
     found = sites.find(SUBJECTS[name].graph).by_name
-    read = [site.node for module in adapter_of(name, variant).pairs for site in found[f"{module}.weight"]]
+    weights = [f"{module}.{end}" for module in adapter_of(name, variant).pairs for end in ("weight", "in_proj_weight")]
+    read = [site.node for weight in weights for site in found.get(weight, ())]
     behind = [user.op_type for node in read for user, _ in node.outputs[0].uses()]
     return "BatchNormalization" in behind
 
