@@ -16,6 +16,7 @@ from torch import nn
 from lora_export import layers, model, parity, plan, proof, runtime
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
 from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.proof import sides
 from lora_export.runtime import Arrays
 
 FACTORIES = Path(__file__).parent / "factories.py"
@@ -90,13 +91,13 @@ def test_the_model_is_as_it_was_after_a_proof(scaled: model.Model) -> None:
 def test_widening_keeps_what_is_shared_and_comes_back_to_the_bit() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
     module[2].weight = torch.nn.Parameter(module[0].weight.detach())  # another parameter, the same memory
-    sharing = proof._shared(module)
+    sharing = sides.shared(module)
     bits = {name: value.clone() for name, value in module.state_dict().items()}
 
     class Interrupted(Exception):
         pass
 
-    with pytest.raises(Interrupted), proof._widened(module):
+    with pytest.raises(Interrupted), sides.widened(module):
         for there in (module, sharing):
             kinds = {name: value.dtype for name, value in there.state_dict().items()}
             assert kinds.pop("1.num_batches_tracked") is torch.int64 and set(kinds.values()) == {torch.float64}

@@ -30,6 +30,7 @@ from lora_export.graph.rows import choose_by_row
 from lora_export.lora import Adapter, LoraPair
 from lora_export.model import Model, Sizes
 from lora_export.parity import Outcome
+from lora_export.proof import flow
 from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
 
 LAYER = "bert.encoder.layer.0"
@@ -442,7 +443,7 @@ def test_nobody_looks_for_a_difference_that_is_not_there(tmp_path: Path, monkeyp
     def not_now(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(proof, "diagnose", not_now)
+    monkeypatch.setattr(flow, "diagnose", not_now)
     assert proven(make("merged", tmp_path, the_adapter()), the_adapter()).diagnosis is None
 
 

@@ -1,0 +1,240 @@
+"""The flow that every proof follows: the same seeded inputs through referee, PyTorch and candidate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_export import kept, layers, parity, plan, runtime, standin
+from lora_export.decoding import CacheRunner, with_cache
+from lora_export.diagnosis import Diagnosis
+from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
+from lora_export.evidence import Proof, before_first_token, from_first_token, prove_mixed
+from lora_export.exported.program import Program
+from lora_export.lora import Adapter
+from lora_export.model import Model
+from lora_export.proof.answers import aligned, as_shipped, ask, asked_again, never_varied, sensitivity_of
+from lora_export.proof.lookups import RowsLookedUp
+from lora_export.proof.questions import case_inputs, told_of_sizes
+from lora_export.proof.sides import (
+    Sides,
+    as_deployed,
+    computes_in,
+    copied,
+    double,
+    held_by,
+    name_of,
+    narrowed,
+    rounded_weights,
+    settled,
+    shared,
+    with_adapters,
+)
+from lora_export.provenance import described
+from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Placement, Referee, Runner
+from lora_export.trace import Suspect, diagnose
+
+Note = Callable[[str], None]
+MIXED = "mixed batches"
+# What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
+CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
+
+
+def prove(
+    candidate: Runner,
+    model: Model,
+    adapters: Sequence[Adapter],
+    *,
+    strengths: Sequence[float] | None = None,
+    seed: int = 0,
+    user_inputs: Path | None = None,
+    device: str = "cpu",
+    atol: float | None = None,
+    rtol: float | None = None,
+    cache: Path | None = None,
+    trace: bool = False,
+    origin: Path | None = None,
+    step: Note = lambda _: None,
+    say: Note = lambda _: None,
+) -> Proof:
+    """Judge a candidate against the model with its adapters attached (numerics: the verdict).
+
+    Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
+    of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
+    `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
+    `origin` is the quantised graph into whose weights the adapters were merged to make an ONNX candidate.
+    A candidate that is different is followed module by module to where that begins; with `trace`, any is.
+    Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
+    the candidate cannot be run at all.
+    """
+    placement: Placement | None = getattr(candidate, "placement", None)
+    if placement is not None:
+        placement.insist()
+    changes = plan.make(adapters, layers.specs(model.module), strengths=strengths) if adapters else None
+    inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
+    held = held_by(candidate, model, changes, origin, inputs)
+    judged = standin.standing_in(model, held)
+    module = with_adapters(shared(judged.module), adapters, strengths)
+    rounded, chosen = rounded_weights(candidate, module, held) if adapters else ({}, {})
+    has_pairs = any(adapter.pairs for adapter in adapters)
+    asked = ask(candidate, model, inputs, seed, step)
+    if len(asked.refusals) == len(inputs):
+        raise RuntimeRefused(asked.refusals[0])
+    stayed: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        # fp32 and fp64 by turns: the model, in the wider of them, is all that is held beside the candidate.
+        sides = Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
+        deployed = ModuleRunner(narrowed(as_deployed(sides, held, device), candidate, model), device)
+        step("PyTorch")
+        looked_up = RowsLookedUp(deployed.module, model, adapters)
+        own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
+        doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
+        sensitivity = list(sensitivity_of(asked, deployed))
+        dtypes = {name: kind for name, kind in rounded.items() if isinstance(kind, str)}
+        question = None
+        if cache is not None and len(dtypes) == len(rounded):
+            question = kept.question(judged, adapters, strengths, inputs, dtypes, deployed.module)
+        answers = kept.Answers(cache, question, stayed, say)
+        said: dict[str, dict[str, Arrays]] = {}
+        for role in sides.roles if adapters else ("referee",):
+            step(f"the {role}")
+            side = sides.of(role)
+            said[role] = {name: answers.of(name, role, side, arrays) for name, arrays in inputs.items()}
+        answers.keep()
+    cases = []
+    for name, arrays in inputs.items():
+        answer, reference = asked.answers.get(name, {}), said["referee"][name]
+        wrong: dict[str, Any] = {role: said[role][name] for role in said if role != "referee"}
+        case = parity.Case(
+            name=name,
+            inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
+            referee=reference,
+            deployed=own[name],
+            candidate=aligned(answer, reference, candidate, deployed),
+            **wrong,
+        )
+        cases.append(from_first_token(case, arrays))
+    again = [] if asked.again is None else list(asked_again(asked.again, cases[0], inputs[cases[0].name]))
+    padded = any(before_first_token(arrays).any() for arrays in inputs.values())
+    verdict = parity.judge(
+        [*cases, *again],
+        dtype=name_of(computes_in(candidate)),
+        perturbed=sensitivity,
+        atol=atol,
+        rtol=rtol,
+        notes=[
+            *asked.refusals,
+            *_about_referee(stayed),
+            *model.notes,
+            *told_of_sizes(candidate, model),
+            *_about_cache(candidate),
+            *never_varied(model, sensitivity, asked.refusals),
+            *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
+            *notes,
+            *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
+            *standin.told(held),
+        ],
+        doubts=doubts,
+        faults=standin.faults(held),
+    )
+    if all(there.figures for there in verdict.comparisons):
+        step("as shipped")
+        verdict = replace(verdict, notes=(*verdict.notes, *as_shipped(candidate, deployed, cases, inputs)))
+    about = {
+        **runtime.environment(),
+        "model": {"source": model.source, "sha256": model.fingerprint()},
+        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
+        "seed": seed,
+        "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
+        "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
+    }
+    diagnosis = None
+    answered = any(case.candidate for case in cases)  # with some output, whether it is the model's or not
+    if answered and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
+        step("looking for where it differs")
+        case = _most_telling(cases, verdict, inputs)
+        attached = Referee(copied(module, double), stayed)
+        referee = Referee(settled(attached.module, rounded, chosen), stayed) if rounded else attached
+        everybody = candidate, referee, attached, deployed
+        suspect = Suspect(*everybody, judged.module, changes, inputs[case.name], case, keep_whole=has_pairs)
+        diagnosis, note = _diagnosed(suspect, every=trace)
+        verdict = replace(verdict, notes=(*verdict.notes, *note))
+    return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
+
+
+def prove_rows(
+    candidate: OnnxRunner,
+    model: Model,
+    adapters: Sequence[Adapter],
+    *,
+    strengths: Sequence[float] | None = None,
+    step: Note = lambda _: None,
+    **how: Any,
+) -> Proof:
+    """Judge a graph whose rows choose their adapter: the base, each adapter alone, and all of them in one batch.
+
+    `adapters` are those of the graph, in the order of their ids; `how` is as in `prove`. Raises InputRefused
+    where the graph says that it holds others, or another number of them.
+    """
+    names = candidate.adapters_by_row
+    if names is not None and len(names) != len(adapters):
+        raise InputRefused(
+            f"{candidate.path} holds {len(names)} adapters ({', '.join(names)}) and {len(adapters)} were given: give "
+            "them in that order, or prove one by --adapter-id"
+        )
+    roles = ["the base", *(adapter.name for adapter in adapters)]
+    alone = []
+    for number, role in enumerate(roles):
+        runner = with_cache(candidate.with_rows([number]))
+        mine: Sequence[Adapter] = adapters[number - 1 : number] if number else ()
+        own = strengths[number - 1 : number] if strengths and number else None
+        alone.append(prove(runner, model, mine, strengths=own, step=functools.partial(_told_of, role, step), **how))
+    ids = [*range(1, len(roles)), 0]
+    step("mixed batches")
+    mixed = prove_mixed(with_cache(candidate.with_rows(ids)), alone, ids)
+    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
+    verdict = parity.together(verdicts | {MIXED: mixed.verdict})
+    about = {**alone[0].about, "adapters": [told for proof in alone for told in proof.about["adapters"]]}
+    diagnosis = next((proof.diagnosis for proof in alone if proof.diagnosis), None)
+    return Proof(verdict, alone[0].placement, about, alone[0].inputs, alone[0].cases, diagnosis=diagnosis)
+
+
+def _told_of(role: str, step: Note, what: str) -> None:
+    step(f"{role}, {what}")
+
+
+def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Mapping[str, Arrays]) -> parity.Case:
+    """The smallest of the cases that the candidate answered and that are different; of all, where none of them is."""
+    answered = [case for case in cases if case.candidate]
+    wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
+    telling = [case for case in answered if case.name in wrong]
+    return min(telling or answered, key=lambda case: sum(value.size for value in inputs[case.name].values()))
+
+
+def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list[str]]:
+    """What was found, and what a reader must know of it. A verdict stands, whatever becomes of this."""
+    watched = [suspect.base, *([suspect.candidate.module] if isinstance(suspect.candidate, ModuleRunner) else [])]
+    unseen = [name for module in watched if isinstance(module, Program) for name in module.unseen]
+    if unseen:
+        return None, [
+            f"where it differs was not looked for: {unseen[0]} and {len(unseen) - 1} more weights of a .pt2 are "
+            "multiplied by operators that are no layer's"
+        ]
+    try:
+        return diagnose(suspect, every=every), []
+    except CANNOT_FOLLOW as error:
+        return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
+
+
+def _about_cache(candidate: Runner) -> list[str]:
+    return candidate.notes if isinstance(candidate, CacheRunner) else []
+
+
+def _about_referee(stayed: Collection[str]) -> list[str]:
+    if not stayed:
+        return ["the referee ran in fp64 throughout"]
+    return [f"the referee ran in fp64, but for: {', '.join(sorted(stayed))}"]
