@@ -6,7 +6,8 @@ while another's block is computed. A and B of a step are brought over once.
 
 What is promised: an entry is W + ΔW, ΔW and the sum in fp32 (never TF32), rounded once to nearest even. ΔW is added up
 in another order than on the processor. So an entry is the processor's, or differs by what that order may cost, at most
-2·(rank + 1)·2⁻²⁴·(|W| + s·|B||A|), and then by one rounding: one step of the stored type, where W and ΔW do not cancel.
+2·(r + 1)·2⁻²⁴·(|W| + Σ s·|B||A|), r being all ranks together, and then by one rounding: one step of the stored type,
+where W and ΔW do not cancel. DoRA's factor multiplies both.
 
 On the processor stay: fp64 weights, biases, tensors and rows that take another's place (with a pair on top of them or
 not), what is only converted, and the lengths of DoRA where they run along the stored rows.

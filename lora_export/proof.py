@@ -165,7 +165,7 @@ def prove(
     with contextlib.ExitStack() as stack:
         # fp32 and fp64 by turns: the model, in the wider of them, is all that is held beside the candidate.
         sides = _Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
-        deployed = ModuleRunner(_deployed(sides, held, device, candidate, model), device)
+        deployed = ModuleRunner(_narrowed(_deployed(sides, held, device), candidate, model), device)
         step("PyTorch")
         looked_up = _RowsLookedUp(deployed.module, model, adapters)
         own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
@@ -199,7 +199,7 @@ def prove(
     padded = any(before_first_token(arrays).any() for arrays in inputs.values())
     verdict = parity.judge(
         [*cases, *again],
-        dtype=str(_computes_in(candidate)).removeprefix("torch."),
+        dtype=_name(_computes_in(candidate)),
         perturbed=sensitivity,
         atol=atol,
         rtol=rtol,
@@ -403,22 +403,17 @@ def _settled(
     return made
 
 
-def _deployed(
-    sides: _Sides, held: Mapping[str, standin.StandIn], device: str, candidate: Runner, model: Model
-) -> nn.Module:
+def _deployed(sides: _Sides, held: Mapping[str, standin.StandIn], device: str) -> nn.Module:
     """PyTorch as it would be deployed: where weights are rounded, of those that the referee rounded itself.
 
     The loss that a merge into a low precision means is so told apart from faults of the merge.
     """
-    dtype = _computes_in(candidate)
     if sides.rounded:
-        module = _copied(sides.settled(), _single)
+        module = _copied(sides.settled(), _single).to(device)
     else:
-        module = _shared(sides.source) if (device, dtype) == ("cpu", torch.float32) else copy.deepcopy(sides.source)
+        module = _shared(sides.source) if device == "cpu" else copy.deepcopy(sides.source).to(device)
     standin.round_activations(module, held)
-    if dtype is not torch.float32:
-        _narrow(module, candidate, dtype, model)
-    return module.to(device)
+    return module
 
 
 def _computes_in(candidate: Runner) -> torch.dtype:
@@ -427,24 +422,37 @@ def _computes_in(candidate: Runner) -> torch.dtype:
     return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in halves else torch.float32
 
 
-def _narrow(module: nn.Module, candidate: Runner, dtype: torch.dtype, model: Model) -> None:
-    """Have PyTorch compute as the candidate does, in place: each tensor in the dtype in which the file keeps it.
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
+    """The module, or beside a candidate that computes in a half a copy that does too.
+
+    Each of the copy's tensors is in the dtype in which the candidate's file keeps it.
 
     Raises InputRefused for a program of another dtype: its graph names the one that it was exported in, and would
     compute neither in that nor in this.
     """
+    dtype = _computes_in(candidate)
+    if dtype is torch.float32:
+        return module
     if isinstance(module, Program) and module.file_dtype is not dtype:
+        own = "no float" if module.file_dtype is None else _name(module.file_dtype)
         raise InputRefused(
-            f"the candidate computes in {str(dtype)[6:]} and {model.source} was exported in "
-            f"{str(module.file_dtype)[6:]}, from which PyTorch's own error in {str(dtype)[6:]} cannot be told. Give "
-            f"--model as a Hugging Face folder, a factory, or a .pt2 that was exported in {str(dtype)[6:]}"
+            f"the candidate computes in {_name(dtype)} and {model.source} was exported in {own}, from which PyTorch's "
+            f"own error in {_name(dtype)} cannot be told. Give --model as a Hugging Face folder, a factory, or a .pt2 "
+            f"that was exported in {_name(dtype)}"
         )
-    stored = candidate.stored if isinstance(candidate, ModuleRunner) else {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
+    made = _copied(module, torch.clone)
+    told = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+    stored = {name: kind for name, kind in told.items() if kind in parity.DEPLOYED}
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    for name, tensor in (*parameters.items(), *made.named_buffers(remove_duplicate=False)):
         if tensor.is_floating_point():
-            own = stored.get(name, str(dtype)[6:] if name in parameters else "float32")
-            tensor.data = tensor.data.to(getattr(torch, own))
+            usual = dtype if name in parameters else torch.float32  # a buffer that no file keeps stays as it is
+            tensor.data = tensor.data.to(getattr(torch, stored.get(name, _name(usual))))
+    return made
 
 
 def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:

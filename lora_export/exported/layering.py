@@ -13,6 +13,7 @@ from lora_export.errors import InputRefused
 from lora_export.exported.nouns import Exported, Graph, Node, Payload, Stored, Value
 from lora_export.plan import Layout
 
+ATEN = "torch.ops.aten."
 DEEPEST = 100  # modules in each other; PyTorch walks through them by recursion
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
 CONVOLVE = ("convolution.default", *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")))
@@ -47,8 +48,8 @@ def shown(target: str) -> str:
 
 
 def operator_of(node: Node) -> str:
-    """`linear.default` for torch.ops.aten.linear.default."""
-    return node.target.removeprefix("torch.ops.aten.")
+    """`linear.default` for torch.ops.aten.linear.default; nothing for what is no such operator."""
+    return node.target.removeprefix(ATEN) if node.target.startswith(ATEN) else ""
 
 
 def readers_of(graph: Graph) -> dict[str, list[Use]]:
@@ -115,8 +116,6 @@ def _put(program: nn.Module, path: str, module: nn.Module, file: Path) -> None:
         if part not in above._modules:
             _add(above, part, nn.Module(), path, file)
         above = above._modules[part]  # type: ignore[assignment]
-    if last in above._modules:
-        raise InputRefused(f"{file}: two modules are called {path}")
     _add(above, last, module, path, file)
 
 
