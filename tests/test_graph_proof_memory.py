@@ -37,7 +37,7 @@ def tower(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "times"), [("merged", 5), ("nodes", 6.5)])
+@pytest.mark.parametrize(("mode", "times"), [("merged", 5), ("nodes", 6)])
 def test_a_proof_holds_one_weight_at_a_time_in_fp64(tmp_path: Path, mode: str, times: float) -> None:
     graph = tower(tmp_path)
     words = ["onnx", graph, "-a", tmp_path / "a", "--lora", mode, "-o", tmp_path / "out.onnx"]
