@@ -14,6 +14,8 @@ from lora_export.diagnosis import Diagnosis
 from lora_export.errors import Undecided
 from lora_export.onnx_runner import Arrays, Placement, Runner
 
+PRECISION = {"error", "tail", "bulk", "features"}  # gates that put a candidate's error beside its peer's
+
 
 @dataclass(frozen=True, eq=False)
 class Proof:
@@ -69,6 +71,34 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> p
         louder=rows([case.louder or case.referee for case in alone]),
         peer=alone[0].peer,
     )
+
+
+def differs_in_precision_alone(verdict: parity.Verdict) -> bool:
+    """Whether all that is held against a candidate is to be farther from the referee than its peer is."""
+    against = {reason.gate for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
+    return bool(against) and against <= PRECISION
+
+
+def by_the_farther(cases: Sequence[parity.Case], others: Sequence[parity.Case]) -> list[parity.Case]:
+    """The cases with, of each output, whichever of both peers' answers lies farther from the referee.
+
+    An adapter that is large beside its weight costs more digits once it is merged, in whoever merges it: a sum of
+    large numbers that nearly cancel is what W + ΔW then has to make of x, and A x is not. A right merge may not be
+    blamed for that.
+    """
+
+    def farther(case: parity.Case, other: parity.Case) -> parity.Case:
+        chosen = {
+            name: max((value, other.deployed.get(name, value)), key=lambda answer: _error(case.referee[name], answer))
+            for name, value in case.deployed.items()
+        }
+        return replace(case, deployed=chosen)
+
+    return [farther(case, other) for case, other in zip(cases, others, strict=True)]
+
+
+def _error(referee: NDArray[Any], answer: NDArray[Any]) -> float:
+    return parity.rms(answer.astype(np.float64) - referee)
 
 
 def distances(cases: Sequence[parity.Case]) -> dict[str, tuple[float, float | None]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from lora_export import feeds, files, onnx_runner, parity, plan
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.evidence import Proof, bits_that_differ, differ
+from lora_export.evidence import Proof, bits_that_differ, by_the_farther, differ, differs_in_precision_alone
 from lora_export.graph import referee
 from lora_export.graph.files import in_memory
 from lora_export.graph.sites import Sites, find
@@ -35,6 +35,7 @@ from lora_export.provenance import described
 
 LOUDER = 1.1  # the control's factor on every scale
 PEER = "the other graph"
+MERGED = "its own error is that of W + ΔW at each weight, where that is the larger one: ΔW is large beside W"
 AGAINST = "the base graph"  # what a record says of such a verdict
 GRAPHS = "graph against graph, no PyTorch model was given (--model): the referee is the base graph"
 LOW = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
@@ -134,7 +135,19 @@ class GraphJudge:
             "tolerance": None,
             "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},
         }
-        verdict = parity.judge(cases, dtype=self.dtype, perturbed=sensitivity, notes=notes)
+
+        def judge(cases: Sequence[parity.Case], *more: str) -> parity.Verdict:
+            return parity.judge(cases, dtype=self.dtype, perturbed=sensitivity, notes=[*notes, *more])
+
+        verdict = judge(cases)
+        if ways.has_merged_peer and differs_in_precision_alone(verdict):
+            step("the other way, merged")
+            merged = self._runner(ways.merged(), PEER)
+            others = [replace(case, deployed=merged.run(inputs[case.name])) for case in cases]
+            measured = by_the_farther(cases, others)
+            second = judge(measured, MERGED)
+            if second.outcome is not parity.Outcome.DIFFERENT:
+                verdict, cases = second, measured
         return Proof(verdict, candidate.placement, about, inputs, tuple(cases))
 
     @cached_property
@@ -238,6 +251,15 @@ class _Ways:
             return self._made(self._at_the_weights)
         self.told.append(f"{GRAPHS}, in which ΔW stands beside its weights")
         return self._made(self._beside)
+
+    @property
+    def has_merged_peer(self) -> bool:
+        """Whether the other graph has its adapters beside the weights, where they are exacter than a merge can be."""
+        return bool(self.adapters) and self.judge.mode == "merged" and not self.rounded
+
+    def merged(self) -> ir.Model:
+        """As exactly as a graph in these types computes it whose adapters are merged."""
+        return self._made(referee.at_the_weights)
 
     def referees(self, step: Note) -> Iterator[tuple[str, ir.Model]]:
         """The graphs to be run in fp64, one after the other: nothing where there is no adapter."""

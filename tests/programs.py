@@ -47,7 +47,7 @@ class Subject:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.normal_(std=0.15)
+                    parameter.normal_(std=0.3)
         return model
 
     def adapter(self, folder: Path) -> Adapter:

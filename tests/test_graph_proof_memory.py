@@ -26,7 +26,7 @@ def tower(folder: Path) -> Path:
         tensors.append(numpy_helper.from_array(weight, f"{name}.weight"))
         nodes.append(helper.make_node("MatMul", [f"x{layer}", f"{name}.weight"], [f"{name}.y"], name=name))
         nodes.append(helper.make_node("Tanh", [f"{name}.y"], [f"x{layer + 1}"], name=f"{name}.tanh"))
-        pairs[name] = 0.03 * rng.standard_normal((8, WIDTH)), 0.03 * rng.standard_normal((WIDTH, 8))
+        pairs[name] = 0.1 * rng.standard_normal((8, WIDTH)), 0.1 * rng.standard_normal((WIDTH, 8))
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", WIDTH]) for n in ("x0", f"x{LAYERS}")]
     graph = helper.make_graph(nodes, "tower", ends[:1], ends[1:], tensors)
     path = folder / "tower.onnx"

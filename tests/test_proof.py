@@ -16,7 +16,8 @@ from torch import nn
 from lora_export import layers, model, parity, plan, proof, runtime
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
 from lora_export.lora import Adapter, LoraPair, Rows
-from lora_export.proof import sides
+from lora_export.parity import judging
+from lora_export.proof import flow, sides
 from lora_export.runtime import Arrays
 
 FACTORIES = Path(__file__).parent / "factories.py"
@@ -423,3 +424,45 @@ def test_what_a_provider_would_do_with_its_own_settings_is_told_and_not_judged(
     monkeypatch.setattr(OnCuda, "as_shipped", lambda self: Lost(self.module))
     told = proof.prove(OnCuda(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
     assert told.verdict.same and any(note.endswith("it did not run: out of memory") for note in told.verdict.notes)
+
+
+def outweighed(std: float) -> tuple[model.Model, Adapter]:
+    """Two wide layers, and an adapter whose change is several times as large as their weights."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64)).eval()
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.layers(x)
+            return answer
+
+    def make(sizes: model.Sizes, generator: torch.Generator) -> model.Inputs:
+        return {"x": torch.randn(sizes["batch"], 64, 256, generator=generator)}
+
+    base = model.Model("outweighed", Named(), axes={"x": {0: "batch"}}, make=make, sizes={"batch": 2})
+    rng = np.random.default_rng(0)
+    pairs = {
+        name: LoraPair(a=std * rng.standard_normal((2, 256)), b=std * rng.standard_normal((out, 2)), scale=2.0)
+        for name, out in (("layers.0", 256), ("layers.1", 64))
+    }
+    return base, Adapter(name="a", format="test", pairs=pairs, sha256="0a")
+
+
+def test_a_right_merge_of_an_adapter_that_outweighs_the_weights_is_not_blamed_for_the_digits_that_any_merge_costs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judging, "slack", lambda *_: 1.6)  # 2.2 is needed here, 1 once PyTorch has merged it too
+    base, adapter = outweighed(1.0)
+    result = proof.prove(folded(base, adapter), base, [adapter])
+    assert result.verdict.same and flow.MERGED in result.verdict.notes, str(result.verdict)
+    assert result.diagnosis is None
+    wrong = proof.prove(folded(base, adapter, strength=1.00001), base, [adapter])
+    assert wrong.verdict.outcome is parity.Outcome.DIFFERENT and flow.MERGED not in wrong.verdict.notes
+    ordinary, usual = outweighed(0.05)
+    assert flow.MERGED not in proof.prove(folded(ordinary, usual), ordinary, [usual]).verdict.notes
+    monkeypatch.setattr(flow, "differs_in_precision_alone", lambda _: False)
+    assert proof.prove(folded(base, adapter), base, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT

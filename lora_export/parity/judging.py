@@ -5,8 +5,8 @@ lives. Five arrays an output do, all computed from the same inputs:
 
     O  the candidate, which is judged
     R  the referee: adapters attached, in fp64
-    P  the deployed model: PyTorch in the dtype in which it will run; of a graph that is judged against its own
-       base, that base with the adapters in another way
+    P  the deployed model: PyTorch in the dtype in which it will run, adapters attached or, where that is less
+       exact, merged; of a graph that is judged against its own base, that base with the adapters in another way
     B  the base: the referee without its adapters
     L  the louder referee: every scale x 1.1
 

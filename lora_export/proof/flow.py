@@ -9,11 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_export import kept, layers, parity, plan, runtime, standin
 from lora_export.decoding import CacheRunner, with_cache
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
-from lora_export.evidence import Proof, before_first_token, from_first_token, prove_mixed
+from lora_export.evidence import (
+    Proof,
+    before_first_token,
+    by_the_farther,
+    differs_in_precision_alone,
+    from_first_token,
+    prove_mixed,
+)
 from lora_export.exported.program import Program
 from lora_export.lora import Adapter
 from lora_export.model import Model
@@ -27,6 +36,7 @@ from lora_export.proof.sides import (
     copied,
     double,
     held_by,
+    merged,
     name_of,
     narrowed,
     rounded_weights,
@@ -40,6 +50,7 @@ from lora_export.trace import Suspect, diagnose
 
 Note = Callable[[str], None]
 MIXED = "mixed batches"
+MERGED = "PyTorch's own error is that of the adapters merged, where it is the larger one: they outweigh the weights"
 # What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
@@ -118,29 +129,45 @@ def prove(
             **wrong,
         )
         cases.append(from_first_token(case, arrays))
-    again = [] if asked.again is None else list(asked_again(asked.again, cases[0], inputs[cases[0].name]))
     padded = any(before_first_token(arrays).any() for arrays in inputs.values())
-    verdict = parity.judge(
-        [*cases, *again],
-        dtype=name_of(computes_in(candidate)),
-        perturbed=sensitivity,
-        atol=atol,
-        rtol=rtol,
-        notes=[
-            *asked.refusals,
-            *_about_referee(stayed),
-            *model.notes,
-            *told_of_sizes(candidate, model),
-            *_about_cache(candidate),
-            *never_varied(model, sensitivity, asked.refusals),
-            *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
-            *notes,
-            *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
-            *standin.told(held),
-        ],
-        doubts=doubts,
-        faults=standin.faults(held),
-    )
+
+    def judge(cases: Sequence[parity.Case], *more: str) -> parity.Verdict:
+        again = [] if asked.again is None else list(asked_again(asked.again, cases[0], inputs[cases[0].name]))
+        return parity.judge(
+            [*cases, *again],
+            dtype=name_of(computes_in(candidate)),
+            perturbed=sensitivity,
+            atol=atol,
+            rtol=rtol,
+            notes=[
+                *asked.refusals,
+                *_about_referee(stayed),
+                *model.notes,
+                *told_of_sizes(candidate, model),
+                *_about_cache(candidate),
+                *never_varied(model, sensitivity, asked.refusals),
+                *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
+                *notes,
+                *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
+                *standin.told(held),
+                *more,
+            ],
+            doubts=doubts,
+            faults=standin.faults(held),
+        )
+
+    verdict = judge(cases)
+    is_plain = not rounded and not held and computes_in(candidate) is torch.float32
+    if changes is not None and has_pairs and is_plain and differs_in_precision_alone(verdict):
+        step("PyTorch, the adapters merged")
+        peer = ModuleRunner(merged(module, changes).to(device), device)
+        others = [
+            from_first_token(replace(case, deployed=peer.run(inputs[case.name])), inputs[case.name]) for case in cases
+        ]
+        measured = by_the_farther(cases, others)
+        second = judge(measured, MERGED)
+        if second.outcome is not parity.Outcome.DIFFERENT:
+            verdict, cases = second, measured
     if all(there.figures for there in verdict.comparisons):
         step("as shipped")
         verdict = replace(verdict, notes=(*verdict.notes, *as_shipped(candidate, deployed, cases, inputs)))

@@ -213,6 +213,13 @@ def as_deployed(sides: Sides, held: Mapping[str, standin.StandIn], device: str) 
     return module
 
 
+def merged(module: nn.Module, changes: Plan) -> nn.Module:
+    """PyTorch with the adapters merged: W + s·BA in fp64, rounded to fp32 once. No merge of ours has a part in it."""
+    wide = copied(module, double)
+    layers.settle(wide, {step.weight: "float32" for step in changes.steps if step.terms}, {})
+    return copied(wide, _single)
+
+
 def computes_in(candidate: Runner) -> torch.dtype:
     """The dtype in which a candidate was made to compute, where PyTorch runs it; float32 for everybody else."""
     halves = (torch.float16, torch.bfloat16)
