@@ -142,8 +142,10 @@ class GraphJudge:
         verdict = judge(cases)
         if ways.has_merged_peer and differs_in_precision_alone(verdict):
             step("the other way, merged")
-            merged = self._runner(ways.merged(), PEER)
-            others = [replace(case, deployed=merged.run(inputs[case.name])) for case in cases]
+            del peer  # its weights make room for the next one's
+            gc.collect()
+            peer = self._runner(ways.merged(), PEER)
+            others = [replace(case, deployed=peer.run(inputs[case.name])) for case in cases]
             measured = by_the_farther(cases, others)
             second = judge(measured, MERGED)
             if second.outcome is not parity.Outcome.DIFFERENT:
