@@ -449,7 +449,7 @@ def test_nobody_looks_for_a_difference_that_is_not_there(tmp_path: Path, monkeyp
 
 def test_a_small_difference_is_not_laid_at_any_modules_door(tmp_path: Path) -> None:
     made = make("merged", tmp_path, the_adapter())
-    made.put(made.factor("classifier.weight"), stored(made.graph, "classifier.weight") * (1 + 2.0**-18))
+    made.put(made.factor("classifier.weight"), stored(made.graph, "classifier.weight") * (1 + 2.0**-16))
     result = proven(made, the_adapter())
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
     assert result.diagnosis.first is None and "it is small, and no module stands out" in result.diagnosis.why
