@@ -319,7 +319,7 @@ def test_each_thread_computes_in_a_stream_of_its_own_and_waits_for_it(tmp_path, 
     merged(base, adapter, tmp_path / "out", workshop=workshop)
     assert len({queue.thread for queue in Queue.made}) == len(Queue.made) <= workshop.threads
     assert sum(queue.waited for queue in Queue.made) == 150  # two rows of 50 a block
-    assert desks == [1600] * (workshop.threads + transfer.AHEAD)
+    assert desks == [800] * (workshop.threads + transfer.AHEAD)
     assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[3] * 50] * 300
 
 

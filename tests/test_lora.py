@@ -43,13 +43,17 @@ def test_some_rows_of_the_change_are_those_rows_of_it():
 def test_a_low_rank_is_multiplied_in_small_pieces_where_that_is_faster(monkeypatch, likes_pieces, rows, columns, rank):
     rng = np.random.default_rng(0)
     a, b = rng.integers(-9, 10, (rank, columns)), rng.integers(-9, 10, (rows, rank))
-    products: list[int] = []
+    products: list[int] = []  # of each piece
     heights: list[int] = []
+    calls = 0
     matmul = np.matmul
 
     def counted(one: np.ndarray, other: np.ndarray, out: np.ndarray) -> None:
-        products.append(one.size * other.shape[1])
-        heights.append(len(one))
+        nonlocal calls
+        calls += 1
+        for piece in one if one.ndim == 3 else [one]:
+            products.append(piece.size * other.shape[1])
+            heights.append(len(piece))
         matmul(one, other, out=out)
 
     monkeypatch.setattr(np, "matmul", counted)
@@ -58,11 +62,22 @@ def test_a_low_rank_is_multiplied_in_small_pieces_where_that_is_faster(monkeypat
     assert np.array_equal(delta, 0.5 * (b @ a))
     assert sum(products) == rows * rank * columns
     if likes_pieces and rank <= 24:
-        assert (
-            max(heights) >= min(rows, 8) and max(products) <= 1_000_000 and len(products) < 3 + sum(products) / 500_000
-        )
+        assert max(heights) >= min(rows, 8) and max(products) <= 1_000_000
+        assert len(products) < 3 + sum(products) / 500_000 and calls <= 2 * len(set(products)) + 2
+        assert all(height % 4 == 0 for height in set(heights) - {heights[-1]})
     else:
         assert len(products) == 1
+
+
+def test_a_product_can_be_made_in_a_part_of_a_larger_array(monkeypatch):
+    monkeypatch.setattr(lora, "_likes_pieces", lambda: True)
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 10, (16, 9000)), rng.integers(-9, 10, (43, 16))
+    whole = np.full((45, 9002), 7, np.float32)
+    lora.multiply(b.astype(np.float32), a.astype(np.float32), whole[1:-1, 1:-1])
+    assert np.array_equal(whole[1:-1, 1:-1], b @ a)
+    whole[1:-1, 1:-1] = 7
+    assert (whole == 7).all()
 
 
 def test_rank_and_shape_are_those_of_the_weight():

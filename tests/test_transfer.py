@@ -81,13 +81,16 @@ def test_work_makes_the_targets_bytes_and_its_finds_come_in_order(source):
 
 def test_blocks_are_worked_on_at_the_same_time(source):
     meeting = threading.Barrier(2, timeout=20)
+    spares: list[int] = []
 
-    def meet(before: Bytes, after: Bytes, _: Bytes) -> None:
+    def meet(before: Bytes, after: Bytes, spare: Bytes) -> None:
         meeting.wait()  # alone, a thread would wait for ever
+        spares.append(spare.ctypes.data)
         after[:] = before
 
-    blocks = [Block(at, at + 500, at, at + 500, work=meet) for at in (0, 500)]
+    blocks = [Block(at, at + 250, at, at + 250, work=meet) for at in range(0, 1000, 250)]
     assert carry(source, blocks, threads=2)[0] == DATA
+    assert len(spares) == 4 and len(set(spares)) == 2  # nobody shares one, and no block has one of its own
 
 
 def test_no_more_blocks_are_held_than_threads_and_those_ahead(source):
