@@ -6,7 +6,7 @@ with AVX2, ext4, 2.2 GB of bf16, every linear layer changed at rank 16; by hand,
 `make bench` times the whole):
 
 - BLOCK: 1 MiB costs 10 % more than 2 MiB in calls and in waiting for Python's lock; 4 MiB gains nothing more.
-- what a block's change and sum are computed in (spare) is a thread's and not a block's: 0.2 s less of 2.4, since it
+- what a block's change and sum are computed in (spare) is a thread's and not a block's: 0.16 s less of 2.27, since it
   stays in the core's cache from one block to the next (this and the next on cores with AVX-512).
 - writing by whoever did the work: 0.15 s less than by the thread that hashes.
 - threads: two on two cores; a third one only takes turns with them. More than MOST_THREADS were not tried.
