@@ -101,8 +101,8 @@ def test_several_adapters_carry_their_names_and_add_up() -> None:
     adapters = [f"m.{part}.{name}.weight" for name in ("a_lora_A", "blue") for part in ("lora_A", "lora_B")]
     assert list(model.graph.initializers) == ["m.weight", *adapters]
     names = [node.name for node in model.graph]
-    assert names[1:4] == ["/m/lora_A.a_lora_A/MatMul", "/m/lora_B.a_lora_A/MatMul", "/m/lora_B.a_lora_A/Add"]
-    assert len(set(names)) == len(names) == 7
+    side, other = "/m/lora_A.a_lora_A", "/m/lora_B.a_lora_A"
+    assert names[1:] == [f"{side}/Concat", f"{other}/Concat", f"{side}/MatMul", f"{other}/MatMul", f"{other}/Add"]
     assert np.array_equal(run(model, x=X)["y"], [[9 + 4, 21 + 8], [9 + 4, 21 + 8]])
 
 
@@ -555,6 +555,30 @@ def test_a_convolutions_branch_is_named_as_others_are_and_holds_the_pair_as_it_i
     assert stored(model, "c.lora_magnitude_vector.weight").shape == (3, 1)
     (output,) = model.graph.outputs
     assert (output.name, str(output.shape)) == ("y", "[N,3,M]")
+
+
+@pytest.mark.parametrize(
+    ("body", "module", "pair", "feeds"),
+    [
+        (CONV.replace("ATTRIBUTES", "strides = [1]"), "c", CONVOLVED, {"x": np.arange(14.0).reshape(1, 2, 7)}),
+        (WORDS, "words", LOOKUP, {"ids": IDS}),
+    ],
+)
+def test_two_adapters_of_any_layer_are_one_product_of_all_their_ranks(
+    body: str, module: str, pair: LoraPair, feeds: dict[str, Any]
+) -> None:
+    feeds = {name: array.astype(np.int64 if name == "ids" else np.float32) for name, array in feeds.items()}
+    one = dataclasses.replace(pair, magnitude=None)
+    two = dataclasses.replace(one, a=one.a * 3 - 1, scale=-0.25)
+    model, base = a_graph(body), computed(body, **feeds)
+    woven(model, an_adapter({module: one}, name="one"), an_adapter({module: two}, name="two"))
+    alone = [a_graph(body) for _ in range(2)]
+    for graph, there in zip(alone, (one, two), strict=True):
+        woven(graph, an_adapter({module: there}))
+    changes = [run(graph, **feeds)["y"] - base for graph in alone]
+    assert np.allclose(run(model, **feeds)["y"], base + sum(changes), rtol=1e-5)
+    assert min(np.abs(change).max() for change in changes) > 1
+    assert [node.op_type for node in model.graph].count("Add") == 1
 
 
 def test_a_convolution_in_groups_is_refused_by_name() -> None:

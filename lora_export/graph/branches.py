@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from lora_export.graph.dora import length_factor
 from lora_export.graph.fold import change_weight, refuse_what_no_branch_can_do
 from lora_export.graph.readers import common_dtype
-from lora_export.graph.sharing import share
 from lora_export.graph.sites import Site, Sites
-from lora_export.graph.weaver import Branch, Factor, Rescaling, Weaver, module_of
+from lora_export.graph.weaver import Factor, Rescaling, Weaver, module_of
 from lora_export.ledger import StepResult
 from lora_export.plan import Plan, Step, Term
 
@@ -28,11 +27,11 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     An embedding's branch looks up rows of A (num, r) as the layer looks up its own; a convolution's is
     a convolution by A (r, in, kernel) and one by B (out, r, 1...). DoRA's sum is multiplied by
     `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), computed here once, before the bias is
-    added. Where a weight is a block of several that lie side by side, B is filled up with zeros for its
-    neighbours' outputs, and the factor with ones. Layers that read one x multiply it by their A
-    together (see `sharing`); each has its own A and B still. What multiplies and does more in one (onnxruntime's
-    Attention) reads W + A·B. The base's weights keep their bytes, quantised ones too. Whole tensors and bias
-    shifts are folded in. `sites` does not describe the graph any more then.
+    added. Where several weights lie side by side in one matrix, each has its own A and B, whose products
+    are laid side by side (Concat) and added once; outputs of a weight without an adapter gain zeros. Several
+    adapters of one weight are one product, their ranks side by side. What multiplies and does more in one
+    (onnxruntime's Attention) reads W + A·B. The base's weights keep their bytes, quantised ones too. Whole
+    tensors and bias shifts are folded in. `sites` does not describe the graph any more then.
 
     Raises InputRefused where a weight is also read by something that is no layer of its kind, where the
     graph holds such branches already, where its opset is below 11 for DoRA or a block, and as `fold`
@@ -42,14 +41,13 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     # First, while every bias is still where `sites` says.
     folded = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
     weaver, several = Weaver(model), len(plan.adapters) > 1
-    linear: list[list[Branch]] = []
     for step in plan.low_rank:
         there = weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding, in_place=True)
         pairs = [_pair(weaver, step, term, there, _label(term, several=several)) for term in step.terms]
         lengths = _Lengths(weaver, step, common_dtype(there), _label(step.terms[0], several=several))
         for site in there:
-            linear.append(weaver.put(site, pairs, lengths.of(site)))
-    share(weaver, linear)
+            weaver.put(site, pairs, lengths.of(site))
+    weaver.finish()
     return [result for result in folded if result is not None]
 
 

@@ -86,6 +86,7 @@ def open_inputs(
         for site in there:
             weaver.put(site, [(a, b)], weaver.rescaling(site, factor[0]) if factor else None)
         places.append(place)
+    weaver.finish()
     contract = Contract(_hash(digests.items()), _hash(_spoken(sites)), tuple(places))
     model.metadata_props[KEY] = str(contract)
     return contract

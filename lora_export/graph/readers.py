@@ -134,8 +134,8 @@ class Site:
 
     @property
     def width(self) -> int:
-        """Output features of a linear layer's whole matrix, neighbours included."""
-        return self.whole[1 if self.layout is Layout.IN_OUT else 0]
+        """Output features of a layer's whole matrix, neighbours included."""
+        return self.whole[1 if self.layout in (Layout.IN_OUT, Layout.EMBEDDING) else 0]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,13 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
         lengths = stacks.factors([factors[name].get(step.weight) for name in names]) if step.has_dora else None
         for site in found:
             layout = layouts[site.place]
-            beside = chooser.convolved(site, a, b, stacks.owners) if site.is_convolution else None
             rescaling = None if lengths is None else chooser.rescaling(site, layout, lengths)
-            weaver.stand_beside(site, [beside or chooser.branch(site, layout, a, b)], rescaling)
+            if site.is_convolution:
+                way = partial(chooser.convolved, site, a, b, stacks.owners)
+            else:
+                way = partial(chooser.branch, site, layout, a, b)
+            weaver.put_beside(site, way, rescaling)
+    weaver.finish()
     model.metadata_props[ROWS] = json.dumps({"adapters": names})
 
 
@@ -309,11 +314,12 @@ class _Chooser:
         self.ids = nodes.add("Reshape", [found, self.count], [self.batch])
         graph.insert_before(graph[0], nodes.made)
 
-    def branch(self, site: Site, layout: _Layout, a: Factor, b: Factor) -> Branch:
-        """x·A·B with A and B by row, in the shape of what the site's node computes."""
+    def branch(self, site: Site, layout: _Layout, a: Factor, b: Factor, outputs: range) -> Branch:
+        """x·A·B with A and B by row, in the shape of these outputs of the site's node."""
         nodes = _Nodes(self.weaver, a.path)
         product = site.node.outputs[0]
-        a, b = nodes.suited(site, a), nodes.suited(site, b, fill=0.0)
+        shape = product.shape and [*product.shape[:-1], len(outputs)]
+        a, b = nodes.suited(site, a), nodes.suited(site, b, (outputs, 0.0))
         inner = self._looked_up(nodes, site, layout, a) if site.is_lookup else _entering(site)
         inner = self._spread(nodes, inner, layout, _features(inner))
         order = [layout.axis, *(axis for axis in range(len(_sizes(inner))) if axis != layout.axis)]
@@ -329,9 +335,9 @@ class _Chooser:
             back = [order.index(axis) for axis in range(len(order))]
             inner = nodes.add("Transpose", [inner], [_sizes(inner)[axis] for axis in back], perm=back)
         if layout.is_flat:
-            inner = nodes.add("Reshape", [inner, self._constant(-1, _features(inner))], product.shape)
+            inner = nodes.add("Reshape", [inner, self._constant(-1, _features(inner))], shape)
         elif layout.rank == 2:
-            inner = nodes.add("Squeeze", [inner, self._constant(1)], product.shape)
+            inner = nodes.add("Squeeze", [inner, self._constant(1)], shape)
         return Branch(nodes.made, inner, b.path)
 
     def _looked_up(self, nodes: _Nodes, site: Site, layout: _Layout, table: Factor) -> ir.Value:
@@ -353,7 +359,7 @@ class _Chooser:
         kind = table.value.dtype
         return nodes.add("Gather", [table.value, own], [*sizes, _features(table.value)], kind)
 
-    def convolved(self, site: Site, a: Factor, b: Factor, owners: NDArray[np.bool_]) -> Branch:
+    def convolved(self, site: Site, a: Factor, b: Factor, owners: NDArray[np.bool_], _: range) -> Branch:
         """A convolution by all adapters' A, of which each row keeps its own ranks, and one by all their B."""
         nodes = _Nodes(self.weaver, a.path)
         a, b = nodes.suited(site, a), nodes.suited(site, b)
@@ -372,7 +378,7 @@ class _Chooser:
 
         def multiplied(total: ir.Value) -> list[ir.Node]:
             nodes = _Nodes(self.weaver, factors.path)
-            stack, shape = nodes.suited(site, factors, fill=1.0).value, site.node.outputs[0].shape
+            stack, shape = nodes.suited(site, factors, (range(site.width), 1.0)).value, site.node.outputs[0].shape
             if site.is_convolution:
                 own = self._of_rows(nodes, stack, layout.rank, axis=0, last=1)
             else:
@@ -505,10 +511,11 @@ class _Nodes:
         self.weaver, self.path = weaver, path
         self.made: list[ir.Node] = []
 
-    def suited(self, site: Site, factor: Factor, *, fill: float | None = None) -> Factor:
-        """As `Weaver.suited`."""
-        before, factor = self.weaver.suited(site, factor, fill=fill)
-        self.made += before
+    def suited(self, site: Site, factor: Factor, filled: tuple[range, float] | None = None) -> Factor:
+        """As `Weaver.suited`, and `Weaver.filled` with these outputs and this number."""
+        before, factor = self.weaver.suited(site, factor)
+        filling, factor = self.weaver.filled(site, factor, *filled) if filled else ([], factor)
+        self.made += [*before, *filling]
         return factor
 
     def add(

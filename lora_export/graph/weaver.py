@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -60,14 +61,27 @@ class Rescaling(NamedTuple):
     path: str
 
 
+class Addition(NamedTuple):
+    """What one weight's outputs gain."""
+
+    site: Site
+    branch: Callable[[range], Branch]  # for these outputs of the node: the weight's, and neighbours' that gain zeros
+    rescaling: Rescaling | None
+
+
 class Weaver:
-    """Adds nodes and initializers to a graph under names that are free."""
+    """Adds nodes and initializers to a graph under names that are free.
+
+    What is put beside a layer is in the graph after `finish`: a node whose matrix holds several weights side by side
+    (q, k and v; gate and up) is added to once, by a product as wide as its own.
+    """
 
     def __init__(self, model: ir.Model):
         self.model = model
         self.values = value_names(model)
         self.nodes = {node.name for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name}
         self.old = frozenset(self.values)
+        self.beside: dict[ir.Node, list[Addition]] = {}
 
     def places(self, weight: str, sites: Sites, *, embedding: bool = False, in_place: bool = False) -> tuple[Site, ...]:
         """Where a weight is read. Raises InputRefused where no branch can stand beside one of its readers.
@@ -99,16 +113,37 @@ class Weaver:
         value = new_initializer(self.model, unused(name, self.values), ir.Tensor(np.ascontiguousarray(array)))
         return Factor(value, "/".join(["", *parts]))
 
-    def put(
-        self, site: Site, pairs: Sequence[tuple[Factor, Factor]], rescaling: Rescaling | None = None
-    ) -> list[Branch]:
-        """Put pairs beside a site's node, or into what it reads; returns the branches of a linear layer."""
+    def put(self, site: Site, pairs: Sequence[tuple[Factor, Factor]], rescaling: Rescaling | None = None) -> None:
+        """Put pairs beside a site's node, or into what it reads."""
         if site.reads_whole:
             self._change_what_is_read(site, pairs, rescaling)
-            return []
-        branches = [self.low_rank(site, a, b) for a, b in pairs]
-        self.stand_beside(site, branches, rescaling)
-        return branches if site.is_linear else []
+        else:
+            self.put_beside(site, lambda outputs: self.low_rank(site, pairs, outputs), rescaling)
+
+    def put_beside(self, site: Site, branch: Callable[[range], Branch], rescaling: Rescaling | None = None) -> None:
+        """Let what a site's node computes gain a branch, and be multiplied then; see `Addition`."""
+        self.beside.setdefault(site.node, []).append(Addition(site, branch, rescaling))
+
+    def finish(self) -> None:
+        """Add what was put beside nodes to what they compute."""
+        for additions in self.beside.values():
+            rescalings = [addition.rescaling for addition in additions if addition.rescaling is not None]
+            self.stand_beside(additions[0].site, self._side_by_side(additions), rescalings)
+        self.beside.clear()
+
+    def _side_by_side(self, additions: Sequence[Addition]) -> list[Branch]:
+        """The branches of a node, as wide as its product: of several blocks, one.
+
+        Measured with onnxruntime beside a branch for each block, filled up with zeros for its neighbours' outputs: two
+        thirds of the time (tests/benchmarks/README.md).
+        """
+        branches = [addition.branch(outputs) for addition, outputs in _spans(additions)]
+        if additions[0].site.block is None or len(branches) == 1:
+            return branches
+        path, shape = branches[0].path, additions[0].site.node.outputs[0].shape
+        together = self.node("Concat", [branch.product for branch in branches], path, shape, {"axis": -1})
+        nodes = [node for branch in branches for node in branch.nodes]
+        return [Branch([*nodes, together], together.outputs[0], path)]
 
     def _change_what_is_read(
         self, site: Site, pairs: Sequence[tuple[Factor, Factor]], rescaling: Rescaling | None
@@ -122,14 +157,13 @@ class Weaver:
         path, upright = pairs[0][1].path, site.as_read is Layout.OUT_IN
         nodes = [self._turn(total, path)] if upright else []
         total = nodes[-1].outputs[0] if nodes else total
-        for a, b in pairs:
-            before, a = self.suited(site, a)  # noqa: PLW2901
-            widened, b = self.suited(site, b, fill=0.0)  # noqa: PLW2901
-            product = self._multiply(a.value, b, NONE)
-            total_node = self.node("Add", [total, product.outputs[0]], b.path, total.shape)
-            nodes += [*before, *widened, product, total_node]
-            total = total_node.outputs[0]
-            total_node.metadata_props[CHANGED] = "sum"
+        before, a, b = self._joined(site, pairs)
+        filled, b = self.filled(site, b, range(site.width), 0.0)
+        product = self._multiply(a.value, b, NONE)
+        changed = self.node("Add", [total, product.outputs[0]], path, total.shape)
+        changed.metadata_props[CHANGED] = "sum"
+        nodes += [*before, *filled, product, changed]
+        total = changed.outputs[0]
         if rescaling is not None:
             nodes += rescaling.nodes(total)
             nodes[-1].metadata_props[CHANGED] = "length"
@@ -144,10 +178,10 @@ class Weaver:
         shape = None if matrix.shape is None else ir.Shape([matrix.shape[1], matrix.shape[0]])
         return self.node("Transpose", [matrix], path, shape, {"perm": [1, 0]})
 
-    def low_rank(self, site: Site, a: Factor, b: Factor) -> Branch:
+    def low_rank(self, site: Site, pairs: Sequence[tuple[Factor, Factor]], outputs: range) -> Branch:
         """x·A·B, as a site's own node would have it; x are the rows that an embedding looks up."""
-        before, a = self.suited(site, a)
-        widened, b = self.suited(site, b, fill=0.0)
+        before, a, b = self._joined(site, pairs)
+        filled, b = self.filled(site, b, outputs, 0.0)
         if site.is_lookup:
             nodes = self._looked_up(site, a, b)
         elif site.is_convolution:
@@ -158,18 +192,38 @@ class Weaver:
             turned, amplified = _attributes(site.node)
             down = self._multiply(x, a, turned)
             nodes = [down, self._multiply(down.outputs[0], b, amplified)]
-        return Branch([*before, *widened, *nodes], nodes[-1].outputs[0], b.path)
+        return Branch([*before, *filled, *nodes], nodes[-1].outputs[0], b.path)
 
-    def suited(self, site: Site, factor: Factor, *, fill: float | None = None) -> tuple[list[ir.Node], Factor]:
-        """A factor in the dtype that the site computes in, and the nodes that make it so.
+    def _joined(self, site: Site, pairs: Sequence[tuple[Factor, Factor]]) -> tuple[list[ir.Node], Factor, Factor]:
+        """All pairs as one in the dtype that a site computes in, their ranks side by side, and the nodes for that."""
+        ranks = (0, 1) if site.is_convolution else (1, 0)
+        nodes, joined = [], []
+        for factors, axis in zip(zip(*pairs, strict=True), ranks, strict=True):
+            before, suited = zip(*(self.suited(site, factor) for factor in factors), strict=True)
+            nodes += [node for there in before for node in there]
+            if len(suited) > 1:
+                shape = list(suited[0].value.shape)
+                shape[axis] = sum(factor.value.shape[axis] for factor in suited)
+                values = [factor.value for factor in suited]
+                nodes.append(self.node("Concat", values, suited[0].path, ir.Shape(shape), {"axis": axis}))
+                suited = (_behind(suited[0], nodes),)
+            joined.append(suited[0])
+        a, b = joined
+        return nodes, a, b
 
-        With `fill`, its last dimension is that of all the outputs of the site's matrix: a block's neighbours, where
-        it has any, have this number.
-        """
+    def suited(self, site: Site, factor: Factor) -> tuple[list[ir.Node], Factor]:
+        """A factor in the dtype that the site computes in, and the nodes that make it so."""
         kind = ir.DataType.from_numpy(np.dtype(site.dtype))
         nodes = [] if factor.value.dtype == kind else [self._cast_to(kind, factor.value, factor.path)]
-        if fill is not None and site.block is not None:
-            nodes += self._widened(site, _behind(factor, nodes), fill)
+        return nodes, _behind(factor, nodes)
+
+    def filled(self, site: Site, factor: Factor, outputs: range, number: float) -> tuple[list[ir.Node], Factor]:
+        """A factor whose last dimension is these outputs of a site's node, and the nodes that make it so.
+
+        Where the site's weight is a block of the node's, its neighbours' outputs have this number.
+        """
+        wider = site.block is not None and site.block != outputs
+        nodes = self._filled(site, factor, outputs, number) if wider else []
         return nodes, _behind(factor, nodes)
 
     def _cast_to(self, kind: ir.DataType, value: ir.Value, path: str) -> ir.Node:
@@ -177,26 +231,22 @@ class Weaver:
         node.outputs[0].type = ir.TensorType(kind)
         return node
 
-    def _widened(self, site: Site, factor: Factor, fill: float) -> list[ir.Node]:
-        """B as wide as the whole matrix is one multiplication and one addition beside it, whatever the blocks.
-
-        To fill up or concatenate the products instead is as fast, and would do so with every token.
-        """
+    def _filled(self, site: Site, factor: Factor, outputs: range, number: float) -> list[ir.Node]:
         assert site.block is not None
         self.needs(LOWEST_OPSET, "an adapter beside a part of a weight")
         value, path = factor.value, factor.path
         assert value.shape is not None
-        sides = [0] * len(value.shape)
-        sizes = [*sides[1:], site.block.start, *sides[1:], site.width - site.block.stop]
-        shape = ir.Shape([*value.shape[:-1], site.width])
+        sides = [0] * (len(value.shape) - 1)
+        sizes = [*sides, site.block.start - outputs.start, *sides, outputs.stop - site.block.stop]
+        shape = ir.Shape([*value.shape[:-1], len(outputs)])
         nodes = []
         if value.dtype == ir.DataType.BFLOAT16:  # which onnxruntime has no Pad for
             nodes.append(self._cast_to(ir.DataType.FLOAT, value, path))
             value = nodes[-1].outputs[0]
         assert value.dtype is not None
         inputs = [value, self.constant(path, "outputs", np.array(sizes, np.int64))]
-        if fill:
-            inputs.append(self.constant(path, "fill", np.array(fill, value.dtype.numpy())))
+        if number:
+            inputs.append(self.constant(path, "fill", np.array(number, value.dtype.numpy())))
         nodes.append(self.node("Pad", inputs, path, shape))
         if factor.value.dtype == ir.DataType.BFLOAT16:
             nodes.append(self._cast_to(ir.DataType.BFLOAT16, nodes[-1].outputs[0], path))
@@ -225,17 +275,18 @@ class Weaver:
     def rescaling(self, site: Site, factor: Factor) -> Rescaling:
         """The multiplication of all rows by one factor (out,), a convolution's (out, 1...)."""
         self.needs(LOWEST_OPSET, "DoRA beside its weights")
-        before, last = self.suited(site, factor, fill=1.0)
+        before, suited = self.suited(site, factor)
+        filled, last = self.filled(site, suited, range(site.width), 1.0)
 
         def nodes(total: ir.Value) -> list[ir.Node]:
-            return [*before, self.node("Mul", [total, last.value], factor.path, total.shape)]
+            return [*before, *filled, self.node("Mul", [total, last.value], factor.path, total.shape)]
 
         return Rescaling(nodes, factor.path)
 
-    def stand_beside(self, site: Site, branches: Sequence[Branch], rescaling: Rescaling | None = None) -> None:
-        """Add the branches to what a site's node computes, before anything reads it.
+    def stand_beside(self, site: Site, branches: Sequence[Branch], rescalings: Sequence[Rescaling] = ()) -> None:
+        """Add branches as wide as what a site's node computes to that, before anything reads it.
 
-        `rescaling` is of the sum; the node's own bias is added behind it.
+        `rescalings` are of the sum; the node's own bias is added behind them.
         """
         product = site.node.outputs[0]
         assert site.node.graph is not None
@@ -246,8 +297,11 @@ class Weaver:
             add = self.node("Add", [total, branch.product], branch.path, product.shape)
             added += [*branch.nodes, add]
             total = add.outputs[0]
-        if rescaling is not None:
-            added += self._rescaled(site, total, rescaling)
+        for rescaling in rescalings:
+            added += rescaling.nodes(total)
+            total = added[-1].outputs[0]
+        if rescalings:
+            added += self._bias_behind(site, total, rescalings[-1].path)
             total = added[-1].outputs[0]
         site.node.graph.insert_after(site.node, added)
         for node, index in uses:
@@ -258,16 +312,14 @@ class Weaver:
                     total.name, product.name = product.name, total.name
                     graph.outputs[index] = total
 
-    def _rescaled(self, site: Site, total: ir.Value, rescaling: Rescaling) -> list[ir.Node]:
-        """The sum by each output's length, and the bias, taken out of the site's node, added behind."""
-        nodes = rescaling.nodes(total)
+    def _bias_behind(self, site: Site, total: ir.Value, path: str) -> list[ir.Node]:
+        """The bias taken out of a site's node and added to the sum; nothing where it has none."""
         bias = self._bias_taken_out(site.node)
-        if bias is not None:
-            before = self._as_added(site, bias, rescaling.path)
-            last = before[-1].outputs[0] if before else bias
-            shape = site.node.outputs[0].shape
-            nodes += [*before, self.node("Add", [nodes[-1].outputs[0], last], rescaling.path, shape)]
-        return nodes
+        if bias is None:
+            return []
+        before = self._as_added(site, bias, path)
+        last = before[-1].outputs[0] if before else bias
+        return [*before, self.node("Add", [total, last], path, site.node.outputs[0].shape)]
 
     def _bias_taken_out(self, node: ir.Node) -> ir.Value | None:
         """The bias that a node adds no longer; None where it never did."""
@@ -313,6 +365,18 @@ class Weaver:
         name = unused(f"{path}/{op_type}", self.nodes)
         output = ir.Value(name=unused(f"{name}_output_0", self.values), type=inputs[0].type, shape=shape)
         return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
+
+
+def _spans(additions: Sequence[Addition]) -> Iterator[tuple[Addition, range]]:
+    """What is added to a node, block by block, and for which outputs; those that gain nothing go with a neighbour."""
+    if additions[0].site.block is None:
+        yield from ((addition, range(addition.site.width)) for addition in additions)
+        return
+    blocks = {addition.site.block.start: addition for addition in additions if addition.site.block is not None}
+    _, *starts = sorted(blocks)
+    ends = [0, *starts, additions[0].site.width]
+    for (_, addition), (start, stop) in zip(sorted(blocks.items()), pairwise(ends), strict=True):
+        yield addition, range(start, stop)
 
 
 def _behind(factor: Factor, nodes: Sequence[ir.Node]) -> Factor:
