@@ -26,6 +26,8 @@ from lora_export.onnx_runner import Placement as Placement
 from lora_export.onnx_runner import Runner as Runner
 from lora_export.outputs import have_names, named_outputs
 
+NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+NARROWING = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
 GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
 
 
@@ -61,9 +63,9 @@ class ModuleRunner:
 
 @dataclass
 class Referee:
-    """A module in fp64, really: what it computes in fp32 inside is lifted to fp64 too.
+    """A module in fp64, really: what it computes in fp32 or a half inside is lifted to fp64 too.
 
-    `stayed` collects the operators that produced fp32 all the same, for the report.
+    `stayed` collects the operators that produced less than fp64 all the same, for the report.
     """
 
     module: nn.Module  # in fp64 already
@@ -74,32 +76,36 @@ class Referee:
         wide = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
         module = self.module  # before anybody watches: it may be made now, of one in fp32
-        witness = _Fp32Witness(self.stayed)
+        witness = _Witness(self.stayed)
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with torch.no_grad(), witness, _Fp32Lifted():
+            with torch.no_grad(), witness, _Lifted():
                 outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)
         return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
-class _Fp32Lifted(TorchFunctionMode):
-    """Casts to fp32 that a model makes inside (norms, rotary tables, softmax) become casts to fp64.
+class _Lifted(TorchFunctionMode):
+    """Casts to a narrower float that a model makes inside (norms, rotary tables, softmax) become casts to fp64.
 
     Products of experts, for which PyTorch has no fp64 kernel, are computed one expert after the other.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float:
+        if func in NARROWING:
             return args[0].double()
         if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
             return _grouped_products(*args, **kwargs)
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        args = tuple(torch.float64 if _is_narrow(arg) else arg for arg in args)
+        kwargs = {name: torch.float64 if _is_narrow(value) else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in NARROW
 
 
 def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
@@ -111,8 +117,8 @@ def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Ten
     return products
 
 
-class _Fp32Witness(TorchDispatchMode):
-    """Notes which operators produced fp32 while everything should be fp64."""
+class _Witness(TorchDispatchMode):
+    """Notes which operators produced a narrower float while everything should be fp64."""
 
     def __init__(self, seen: set[str]):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -121,7 +127,7 @@ class _Fp32Witness(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            if isinstance(value, torch.Tensor) and value.dtype in NARROW:
                 self.seen.add(str(func))
         return result
 

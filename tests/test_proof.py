@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -89,8 +90,9 @@ def test_the_model_is_as_it_was_after_a_proof(scaled: model.Model) -> None:
     assert all(one is other for one, other in zip(places, scaled.module.parameters(), strict=True))
 
 
-def test_widening_keeps_what_is_shared_and_comes_back_to_the_bit() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_widening_keeps_what_is_shared_and_comes_back_to_the_bit(dtype: torch.dtype) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)).to(dtype)
     module[2].weight = torch.nn.Parameter(module[0].weight.detach())  # another parameter, the same memory
     sharing = sides.shared(module)
     bits = {name: value.clone() for name, value in module.state_dict().items()}
@@ -106,7 +108,7 @@ def test_widening_keeps_what_is_shared_and_comes_back_to_the_bit() -> None:
         raise Interrupted
     for there in (module, sharing):
         assert all(torch.equal(bits[name], value) for name, value in there.state_dict().items())
-        assert {value.dtype for value in there.parameters()} == {torch.float32}
+        assert {value.dtype for value in there.parameters()} == {dtype}
     assert module[0].weight.data_ptr() == module[2].weight.data_ptr()
 
 
@@ -180,6 +182,67 @@ def test_the_users_own_inputs_are_one_more_case(scaled: model.Model, tmp_path: P
 def test_an_adapter_for_another_model_is_a_misfit(scaled: model.Model) -> None:
     with pytest.raises(MatchError, match="no_such_layer"):
         proof.prove(runtime.ModuleRunner(scaled.module), scaled, [an_adapter(module="no_such_layer")])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outcome"),
+    [(torch.float16, parity.Outcome.SAME), (torch.bfloat16, parity.Outcome.UNDECIDED)],  # too coarse for a tenth more
+)
+def test_a_model_in_half_precision_is_refereed_in_fp64_and_deployed_as_it_is(
+    scaled: model.Model, dtype: torch.dtype, outcome: parity.Outcome
+) -> None:
+    scaled.module.to(dtype)
+    adapter = an_adapter()
+    result = proof.prove(folded(scaled, adapter), scaled, [adapter])
+    assert result.verdict.outcome is outcome, str(result.verdict)
+    assert "the referee ran in fp64 throughout" in result.verdict.notes
+    weight, bias = (value.detach().double().numpy() for value in scaled.module.dense.parameters())
+    pair = adapter.pairs["dense"]
+    weight = weight + pair.b.astype(np.float64) @ pair.a.astype(np.float64)
+    for case in result.cases:
+        rows, weights = (result.inputs[case.name][name].astype(np.float64) for name in ("rows", "weights"))
+        expected = np.tanh(rows @ weight.T + bias) * weights[..., None]
+        np.testing.assert_allclose(case.referee["output_0"], expected, rtol=1e-12, atol=1e-12)
+        own = case.deployed["output_0"]
+        assert str(own.dtype) == sides.name_of(dtype)
+        assert 1e-4 < np.abs(own.astype(np.float64) - expected).max() < 0.2  # coarse, as it is deployed
+    assert not proof.prove(folded(scaled, adapter, strength=1.1), scaled, [adapter]).verdict.same
+    assert all(value.dtype is dtype for value in scaled.module.parameters())
+
+
+def test_the_gates_are_those_of_the_coarser_of_candidate_and_model(scaled: model.Model) -> None:
+    class Elsewhere:
+        def run(self, inputs: Arrays) -> Arrays:
+            return inputs
+
+    half = copy.deepcopy(scaled.module).half()
+    assert sides.precision(Elsewhere(), scaled.module) is torch.float32
+    assert sides.precision(Elsewhere(), half) is torch.float16
+    assert sides.precision(runtime.ModuleRunner(copy.deepcopy(half).bfloat16()), scaled.module) is torch.bfloat16
+
+
+def test_what_is_rounded_to_a_scheme_is_deployed_in_the_models_own_precision(scaled: model.Model) -> None:
+    module = sides.with_adapters(scaled.module.half(), [an_adapter()], None)
+    thirds = {"dense.weight": lambda array: np.round(array * 3) / 3}
+    with contextlib.ExitStack() as stack:
+        there = sides.Sides(module, thirds, {}, stack, set(), has_pairs=True)
+        deployed = sides.as_deployed(there, {}, "cpu")
+    assert {value.dtype for value in deployed.parameters()} == {torch.float16}
+    steps = deployed.dense.weight.detach().double() * 3
+    assert (steps - steps.round()).abs().max() < 1e-2
+
+
+def test_a_merge_stored_in_bf16_of_a_model_in_half_precision_is_judged_by_what_it_should_hold(
+    scaled: model.Model,
+) -> None:
+    scaled.module.bfloat16()
+    stored = {"dense.weight": "bfloat16", "dense.bias": "bfloat16"}
+    merged = runtime.ModuleRunner(folded(scaled, an_adapter()).module, stored=stored)
+    result = proof.prove(merged, scaled, [an_adapter()])
+    assert result.verdict.same, str(result.verdict)
+    assert all(there.figures.merge_loss > 1e-4 for there in result.verdict.comparisons)
+    for case in result.cases:
+        assert str(case.deployed["output_0"].dtype) == "bfloat16" and case.referee["output_0"].dtype == np.float64
 
 
 def bf16_merge(base: model.Model, adapter: Adapter, *, strength: float = 1.0) -> runtime.ModuleRunner:

@@ -34,7 +34,7 @@ class Casting(nn.Module):
         a = x.to(torch.float32) / 3
         b = x.float() / 7
         c = torch.softmax(x, dim=-1, dtype=torch.float32)
-        return a + b + c
+        return a + b + c + x.half() / 5 + x.bfloat16().to(torch.float16) / 9
 
 
 class Parts(nn.Module):
@@ -42,20 +42,22 @@ class Parts(nn.Module):
         return {"last": x, "layers": (x + 1, x + 2), "nothing": None}
 
 
-def test_the_referee_lifts_casts_to_fp32_and_no_operator_stays_behind() -> None:
+def test_the_referee_lifts_casts_to_narrower_floats_and_no_operator_stays_behind() -> None:
     x = np.array([[0.1, 0.2, 0.7]])
     referee = runtime.Referee(Casting().double())
     result = referee.run({"x": x})["output_0"]
     softmax = np.exp(x) / np.exp(x).sum()
-    np.testing.assert_allclose(result, x / 3 + x / 7 + softmax, rtol=1e-15)  # fp32 would be off by 1e-8
+    np.testing.assert_allclose(result, x / 3 + x / 7 + x / 5 + x / 9 + softmax, rtol=1e-15)  # fp32: off by 1e-8
     assert referee.stayed == set()
 
 
-def test_the_referee_says_which_operators_stayed_in_fp32() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_referee_says_which_operators_stayed_in_less_than_fp64(dtype: torch.dtype) -> None:
     class Stubborn(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + torch.from_numpy(np.ones(3, np.float32)).exp()
+            return x + ones.exp()
 
+    ones = torch.ones(3, dtype=dtype)
     referee = runtime.Referee(Stubborn().double())
     referee.run({"x": np.zeros((1, 3))})
     assert any("exp" in operator for operator in referee.stayed)

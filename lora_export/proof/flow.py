@@ -32,13 +32,13 @@ from lora_export.proof.questions import case_inputs, told_of_sizes
 from lora_export.proof.sides import (
     Sides,
     as_deployed,
-    computes_in,
     copied,
     double,
     held_by,
     merged,
     name_of,
     narrowed,
+    precision,
     rounded_weights,
     settled,
     shared,
@@ -91,13 +91,13 @@ def prove(
     judged = standin.standing_in(model, held)
     module = with_adapters(shared(judged.module), adapters, strengths)
     rounded, chosen = rounded_weights(candidate, module, held) if adapters else ({}, {})
-    has_pairs = any(adapter.pairs for adapter in adapters)
+    has_pairs, dtype = any(adapter.pairs for adapter in adapters), precision(candidate, model.module)
     asked = ask(candidate, model, inputs, seed, step)
     if len(asked.refusals) == len(inputs):
         raise RuntimeRefused(asked.refusals[0])
     stayed: set[str] = set()
     with contextlib.ExitStack() as stack:
-        # fp32 and fp64 by turns: the model, in the wider of them, is all that is held beside the candidate.
+        # Its own precision and fp64 by turns: the model, in the wider one, is all that is held beside the candidate.
         sides = Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
         deployed = ModuleRunner(narrowed(as_deployed(sides, held, device), candidate, model), device)
         step("PyTorch")
@@ -135,7 +135,7 @@ def prove(
         again = [] if asked.again is None else list(asked_again(asked.again, cases[0], inputs[cases[0].name]))
         return parity.judge(
             [*cases, *again],
-            dtype=name_of(computes_in(candidate)),
+            dtype=name_of(dtype),
             perturbed=sensitivity,
             atol=atol,
             rtol=rtol,
@@ -157,7 +157,7 @@ def prove(
         )
 
     verdict = judge(cases)
-    is_plain = not rounded and not held and computes_in(candidate) is torch.float32
+    is_plain = not rounded and not held and dtype is torch.float32
     if changes is not None and has_pairs and is_plain and differs_in_precision_alone(verdict):
         step("PyTorch, the adapters merged")
         peer = ModuleRunner(merged(module, changes).to(device), device)

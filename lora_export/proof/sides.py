@@ -25,9 +25,10 @@ from lora_export.exported.program import Program
 from lora_export.lora import Adapter
 from lora_export.model import Model
 from lora_export.plan import Plan
-from lora_export.runtime import Arrays, ModuleRunner, OnnxRunner, Referee, Runner
+from lora_export.runtime import NARROW, Arrays, ModuleRunner, OnnxRunner, Referee, Runner
 
 LOUDER = 1.1  # the control's factor on every scale
+HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 def adapted(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
@@ -62,6 +63,11 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     return itertools.chain(module.parameters(), module.buffers())
 
 
+def _by_name(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
@@ -72,25 +78,26 @@ def _single(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def widened(module: nn.Module) -> Iterator[None]:
-    """Have the module's fp32 tensors in fp64, where they lie, while active: never do both take memory.
+    """Have the module's floats in fp64, where they lie, while active: never do both take memory.
 
-    All who share them see it. Each fp32 number is an fp64 number too, so that nothing is lost on the way back.
+    All who share them see it. Each number of a narrower float is one of fp64 too, so that nothing is lost on the
+    way back.
     """
-    narrow = [tensor for tensor in _tensors(module) if tensor.dtype is torch.float32]
+    narrow = [(tensor, tensor.dtype) for tensor in _tensors(module) if tensor.dtype in NARROW]
 
-    def turn(dtype: torch.dtype) -> None:
+    def turn(wanted: Mapping[torch.dtype, torch.dtype]) -> None:
         made: dict[Any, torch.Tensor] = {}  # one that has several names keeps them
-        for tensor in narrow:
+        for tensor, own in narrow:
             place = tensor.data_ptr(), tensor.shape, tensor.stride()
             if place not in made or not tensor.numel():
-                made[place] = tensor.detach().to(dtype)
+                made[place] = tensor.detach().to(wanted[own])
             tensor.data = made[place]
 
     try:
-        turn(torch.float64)
+        turn(dict.fromkeys(NARROW, torch.float64))
         yield
     finally:
-        turn(torch.float32)
+        turn({dtype: dtype for dtype in NARROW})
 
 
 class _LateReferee(Referee):
@@ -167,6 +174,8 @@ class Sides:
     ):
         self.source, self.rounded, self.chosen = module, rounded, chosen
         self.stack, self.stayed, self.has_pairs = stack, stayed, has_pairs
+        # PyTorch as deployed keeps what the model keeps in a half.
+        self.halves = {name: tensor.dtype for name, tensor in _by_name(module) if tensor.dtype in HALVES}
         self.roles = ("referee", "base", "louder", *(["attached"] if rounded else []))
 
     @functools.cached_property
@@ -207,6 +216,8 @@ def as_deployed(sides: Sides, held: Mapping[str, standin.StandIn], device: str) 
     """
     if sides.rounded:
         module = copied(sides.settled(), _single).to(device)
+        for name, tensor in _by_name(module):
+            tensor.data = tensor.data.to(sides.halves.get(name, tensor.dtype))
     else:
         module = shared(sides.source) if device == "cpu" else copy.deepcopy(sides.source).to(device)
     standin.round_activations(module, held)
@@ -221,9 +232,15 @@ def merged(module: nn.Module, changes: Plan) -> nn.Module:
 
 
 def computes_in(candidate: Runner) -> torch.dtype:
-    """The dtype in which a candidate was made to compute, where PyTorch runs it; float32 for everybody else."""
-    halves = (torch.float16, torch.bfloat16)
-    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in halves else torch.float32
+    """The half in which a candidate was made to compute, where PyTorch runs it; float32 for everybody else."""
+    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in HALVES else torch.float32
+
+
+def precision(candidate: Runner, module: nn.Module) -> torch.dtype:
+    """The coarser of what a candidate computes in and what PyTorch does: the half that the model keeps, or fp32."""
+    own = computes_in(candidate)
+    kept = (tensor.dtype for tensor in module.parameters() if tensor.dtype in HALVES)
+    return own if own in HALVES else next(kept, own)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -252,7 +269,7 @@ def narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
     told = candidate.stored if isinstance(candidate, ModuleRunner) else {}
     stored = {name: kind for name, kind in told.items() if kind in parity.DEPLOYED}
     parameters = dict(made.named_parameters(remove_duplicate=False))
-    for name, tensor in (*parameters.items(), *made.named_buffers(remove_duplicate=False)):
+    for name, tensor in _by_name(made):
         if tensor.is_floating_point():
             usual = dtype if name in parameters else torch.float32  # a buffer that no file keeps stays as it is
             tensor.data = tensor.data.to(getattr(torch, stored.get(name, name_of(usual))))
