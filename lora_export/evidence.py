@@ -1,9 +1,10 @@
-"""A verdict with what led to it, and what can be judged once adapters were proven one by one. Knows arrays alone."""
+"""A verdict with what led to it, and what can be judged by proofs and graphs that were there before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,15 @@ from numpy.typing import NDArray
 from lora_export import parity
 from lora_export.diagnosis import Diagnosis
 from lora_export.errors import Undecided
-from lora_export.onnx_runner import Arrays, Placement, Runner
+from lora_export.onnx_runner import Arrays, OnnxRunner, Placement, Runner
 
+AGAINST = "the base graph"  # what a record says of a verdict without a PyTorch model
+UNCHANGED = "its answers are those of the graph that it was made from, to the last bit"
+NODE_BY_NODE = (
+    "its answers are those of the graph that it was made from, to the last bit, where onnxruntime runs both node by "
+    "node; optimised, it fuses other nodes of them"
+)
+NOT_BY_FP64 = "it was judged by that graph's own answers: they are too coarse for a verdict in fp64"
 PRECISION = {"error", "tail", "bulk", "features"}  # gates that put a candidate's error beside its peer's
 
 
@@ -34,6 +42,46 @@ class Proof:
         return self.verdict.exit_code if self.ended_with is None else self.ended_with
 
 
+def prove_by_origin(
+    proof: Proof,
+    candidate: OnnxRunner,
+    origin: Path,
+    ask: Callable[[OnnxRunner], Mapping[str, Arrays]],
+    notes: Sequence[str],
+) -> Proof:
+    """Judge a graph without an adapter by the graph that it was made from, bit for bit; `proof` where a bit differs.
+
+    `proof` is the one that could not be decided: a base that rounds what it multiplies, to int8 or to half
+    precision, can lie too far from its model in fp64, and then its own answers are all that it has to give.
+    `ask` gives a graph the inputs of the proof and returns its answers by case.
+    """
+    for told in (UNCHANGED, NODE_BY_NODE):
+        plain = told is NODE_BY_NODE
+        answers = ask(candidate.node_by_node() if plain else candidate)
+        before = ask(OnnxRunner(origin, candidate.provider, plain=plain))
+        if not bits_that_differ(answers, before):
+            return _unchanged(proof, answers, before, [told, NOT_BY_FP64, *notes])
+    return proof
+
+
+def _unchanged(
+    proof: Proof, answers: Mapping[str, Arrays], before: Mapping[str, Arrays], notes: Sequence[str]
+) -> Proof:
+    cases = []
+    for case in proof.cases:
+        own, was = (_named_as(case.referee, there[case.name]) for there in (answers, before))
+        cases.append(replace(case, candidate=own, referee=was, deployed=was, peer=AGAINST))
+    verdict = parity.judge(cases, dtype=proof.verdict.dtype, perturbed=proof.verdict.perturbed, notes=notes)
+    return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=tuple(cases))
+
+
+def _named_as(reference: parity.Arrays, answer: Arrays) -> Arrays:
+    """The outputs that the reference has, by its names; in their order where a graph's own names mean nothing."""
+    if reference.keys() <= answer.keys():
+        return {name: answer[name] for name in reference}
+    return dict(zip(reference, answer.values(), strict=True))
+
+
 def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:
     """Judge a candidate whose batches mix adapters, as `ids` over and over along the batch, against what was proven.
 
@@ -47,9 +95,7 @@ def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) 
         outputs = [key for key, value in alone[0].referee.items() if value.ndim and len(value) == batch]
         if not outputs:
             raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
-        answer = candidate.run(arrays)
-        if answer.keys() != alone[0].referee.keys():  # names that mean nothing
-            answer = dict(zip(alone[0].referee, answer.values(), strict=True))
+        answer = _named_as(alone[0].referee, candidate.run(arrays))
         case = _mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs})
         cases.append(from_first_token(case, arrays))
     return Proof(parity.judge(cases), proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
@@ -69,7 +115,7 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> p
         candidate=answer,
         base=rows([alone[0].referee for _ in alone]),
         louder=rows([case.louder or case.referee for case in alone]),
-        peer=alone[0].peer,
+        peer=alone[-1].peer,
     )
 
 

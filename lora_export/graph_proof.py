@@ -23,7 +23,15 @@ import onnx_ir as ir
 from lora_export import feeds, files, onnx_runner, parity, plan
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.evidence import Proof, bits_that_differ, by_the_farther, differ, differs_in_precision_alone
+from lora_export.evidence import (
+    AGAINST,
+    UNCHANGED,
+    Proof,
+    bits_that_differ,
+    by_the_farther,
+    differ,
+    differs_in_precision_alone,
+)
 from lora_export.graph import referee
 from lora_export.graph.files import in_memory
 from lora_export.graph.sites import Sites, find
@@ -36,7 +44,6 @@ from lora_export.provenance import described
 LOUDER = 1.1  # the control's factor on every scale
 PEER = "the other graph"
 MERGED = "its own error is that of W + ΔW at each weight, where that is the larger one: ΔW is large beside W"
-AGAINST = "the base graph"  # what a record says of such a verdict
 GRAPHS = "graph against graph, no PyTorch model was given (--model): the referee is the base graph"
 LOW = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 UNDEFINED = ir.DataType.UNDEFINED
@@ -104,7 +111,7 @@ class GraphJudge:
         if not adapters and not refusals and not bits_that_differ(answers, deployed):
             # Nothing is nearer to the base than its own bits; a quantised one lies far from what it is in fp64.
             sides["referee"] = deployed
-            ways.told.append("its answers are those of the graph that it was made from, to the last bit")
+            ways.told.append(UNCHANGED)
         elif not self._base_answers:
             step("the base in fp64")
             self._base_answers = self._in_fp64(self.base.clone(), inputs)

@@ -186,6 +186,10 @@ class OnnxRunner:
         """The same graph, adapter and ids, where the provider has its own settings: CUDA's multiply fp32 as TF32."""
         return self._equipped(OnnxRunner(self.source, self.provider, as_shipped=True))
 
+    def node_by_node(self) -> OnnxRunner:
+        """The same graph, adapter and ids, where onnxruntime optimises nothing: no nodes are fused."""
+        return self._equipped(OnnxRunner(self.source, self.provider, plain=True))
+
     def _equipped(self, runner: OnnxRunner) -> OnnxRunner:
         runner._active = self._active
         return runner if self._ids is None else runner.with_rows(self._ids.tolist())

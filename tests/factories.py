@@ -163,3 +163,24 @@ def sums() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0
     return Sums(), {"input_ids": ids, "attention_mask": mask}
+
+
+class Stacked(nn.Module):
+    """Two linear layers on (batch, length, 32), with an activation between that is no matrix's."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=bias), nn.Linear(64, 8, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def stacked() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Stacked(bias=False), torch.randn(2, 5, 32)
+
+
+def stacked_with_biases() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Stacked(bias=True), torch.randn(2, 5, 32)

@@ -35,6 +35,7 @@ from test_exporters import answers as answers_of
 from lora_export import export, formats, model, plan
 from lora_export import files as hashing
 from lora_export.cli import given, weaving
+from lora_export.evidence import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from lora_export.formats import onnx_adapter
 from lora_export.graph import files, sites
 from lora_export.onnx_runner import OnnxRunner
@@ -240,6 +241,103 @@ def test_another_model_is_different(spotter: Path, tmp_path: Path, monkeypatch: 
     assert call(*words, "--model", SPOTTER) == 4
     assert not (tmp_path / "out.onnx").exists()
     assert call(*words) == 0  # it is its own measure
+
+
+# --- bases that are too coarse for a verdict of their own ---
+
+
+def in_int8(graph: ir.Model) -> ir.Model:
+    """The graph, quantised, as genai's builder makes it: what is multiplied by four bits is rounded to int8 too."""
+    nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
+    for node in nodes:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
+    assert nodes
+    return graph
+
+
+@pytest.fixture(scope="module", params=["stacked", "stacked_with_biases"])
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A graph that multiplies in int8, and two adapters; and the module that it was made from."""
+    folder, factory = tmp_path_factory.mktemp(request.param), f"{SPOTTER.rpartition(':')[0]}:{request.param}"
+    base = model.load(factory)
+    graph = export.to_onnx(base.module, base.examples(), axes=base.axes)
+    files.save(in_int8(quantised(graph, block=16)), folder, "base.onnx")
+    for seed, name in enumerate(("fr", "de")):
+        rng = np.random.default_rng(seed)
+        pairs = {
+            module: (rng.standard_normal((3, inner)), 0.3 * rng.standard_normal((out, 3)))
+            for module, (out, inner) in {"up": (64, 32), "down": (8, 64)}.items()
+        }
+        peft_adapter(folder / name, pairs)
+    return folder, factory
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_base_in_int8_is_judged_by_the_graph_that_it_was_made_from(
+    rounded: tuple[Path, str], tmp_path: Path, mode: str, with_model: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, factory = rounded
+    out, reference = tmp_path / "out.onnx", ("--model", factory) if with_model else ()
+    words = ("-a", folder / "fr", "-a", folder / "de", "--lora", mode, *reference, "-o", out)
+    code, told = answer(capsys, "onnx", folder / "base.onnx", *words)
+    assert code == 0, told
+    proofs = [told["proof"], *told["adapters"].values(), *([told["mixed"]] if mode == "rows" else [])]
+    assert {proof["outcome"] for proof in proofs} == {"same"}
+    by_bits, by_nodes = (
+        any(note in told["proof"]["notes"] for note in notes) for notes in ([UNCHANGED], [NODE_BY_NODE])
+    )
+    assert (by_bits, by_nodes) == (told["bits_of_base"], not told["bits_of_base"])
+    assert record(out)["verdict"]["against"] == AGAINST
+    assert all(("against" in proof["about"]) != with_model for proof in told["adapters"].values())
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
+    rounded: tuple[Path, str], tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, factory = rounded
+    out, adapter = tmp_path / "out.onnx", ("-a", folder / "fr")
+    assert call("onnx", folder / "base.onnx", *adapter, "--lora", mode, "-o", out) == 0
+    words = ("verify", out, "--model", factory, *(adapter if mode == "rows" else ()))
+    capsys.readouterr()
+    code, told = answer(capsys, *words)
+    assert code == 5 and any("--base BASE.onnx" in note for note in told["notes"]), told["notes"]
+    code, told = answer(capsys, *words, "--base", folder / "base.onnx")
+    assert code == 0 and NOT_BY_FP64 in " ".join(told["notes"])
+    graph = files.load(folder / "base.onnx")
+    scales = next(value for name, value in graph.graph.initializers.items() if "scales" in name)
+    assert scales.const_value is not None
+    scales.const_value = ir.Tensor(scales.const_value.numpy() * np.float32(1.0001), name=scales.name)
+    files.save(graph, tmp_path, "other.onnx")
+    assert call(*words, "--base", tmp_path / "other.onnx") in (4, 5)
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+def test_a_base_in_int8_that_was_changed_is_never_published(
+    rounded: tuple[Path, str],
+    tmp_path: Path,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, factory = rounded
+    right = weaving.save
+
+    def nudged(program: ir.Model, *where: Any) -> Any:
+        """One scale of one block is the next larger number."""
+        scales = next(value for name, value in program.graph.initializers.items() if "scales" in name)
+        assert scales.const_value is not None
+        array = scales.const_value.numpy().copy()
+        array.reshape(-1)[3] = np.nextafter(array.reshape(-1)[3], np.float32(np.inf)) * np.float32(1.0001)
+        scales.const_value = ir.Tensor(array, name=scales.name)
+        return right(program, *where)
+
+    monkeypatch.setattr(weaving, "save", nudged)
+    words = ("-a", folder / "fr", "--lora", mode, "--model", factory, "-o", tmp_path / "out.onnx")
+    assert call("onnx", folder / "base.onnx", *words) == 5
+    assert "the base: undecided" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- wrong weaves ---

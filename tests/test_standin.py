@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -507,3 +508,14 @@ def test_eight_bits_hold_127_of_a_blocks_largest() -> None:
     answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
     expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
     np.testing.assert_allclose(answer.detach().numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attn.in_proj_weight", "attn.out_proj.weight"])
+def test_what_attention_multiplies_in_int8_nobody_can_tell(name: str) -> None:
+    module = nn.Module()
+    module.attn = nn.MultiheadAttention(4, 2)
+    weight = module.get_parameter(name).detach().numpy()
+    held = {name: standin.StandIn("4 bits", weight, 0.0, block=2, nearest=np.rint)}
+    with pytest.raises(Undecided, match=rf"{name} is multiplied in int8, .*an accuracy_level below 4"):
+        standin.round_activations(module, held)
+    standin.round_activations(module, {name: dataclasses.replace(held[name], block=0)})

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lora_export import export, layers, plan
 from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
-from lora_export.decoding import with_cache
+from lora_export.decoding import CacheRunner, with_cache
 from lora_export.evidence import Proof
 from lora_export.graph.files import save
 from lora_export.graph.fold import fold
@@ -20,7 +20,7 @@ from lora_export.ledger import MIN_RETENTION, refuse_faint
 from lora_export.lora import Adapter
 from lora_export.model import Model
 from lora_export.onnx_runner import Arrays, OnnxRunner, Runner
-from lora_export.proof import case_inputs
+from lora_export.proof import case_inputs, prove
 
 
 class FromModel:
@@ -94,15 +94,19 @@ class ModelJudge:
         """What a graph is given, by case."""
         return case_inputs(self.base, self.asked(runner), user_inputs=self.inputs_file)
 
+    def notes(self, runner: OnnxRunner) -> list[str]:
+        """How a decoder is run."""
+        asked = self.asked(runner)
+        return asked.notes if isinstance(asked, CacheRunner) else []
+
     def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
-        """The proof, `same`. Raises what its verdict means otherwise."""
-        return proving.demand_same(
+        """The proof, whatever its verdict."""
+        return prove(
             self.asked(runner),
             self.base,
             adapters,
-            weights,
-            self.inputs_file,
+            strengths=weights,
+            user_inputs=self.inputs_file,
             device=self.provider,
-            stage=self.stage,
-            what=what,
+            step=proving.telling(self.stage, what),
         )

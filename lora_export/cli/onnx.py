@@ -112,7 +112,7 @@ def command(
         prover = None
         if not no_verify:
             judge = _judge(source, order, reference, inputs_file, provider, stage)
-            prover = weaving.Prover(order, judge, provider, stage)
+            prover = weaving.Prover(order, judge, provider, stage, Path(model) if is_graph else None)
             prover.look_at_base(program)
         companions = weaving.write(program, order, source, folder, output.name, stage)
         del program

@@ -15,7 +15,7 @@ from lora_export.cli.arguments import say, split_name
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.evidence import Proof
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Placement, Runner
+from lora_export.onnx_runner import Placement
 from lora_export.parity import Outcome, Reason, Verdict
 from lora_export.provenance import record_of
 
@@ -68,30 +68,9 @@ def require(provider: str) -> None:
         )
 
 
-def demand_same(
-    candidate: Runner,
-    base: Model,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    inputs_file: Path | None,
-    *,
-    device: str,
-    stage: Callable[[str], None],
-    what: str = "",
-) -> Proof:
-    """Prove a file, or `what` in it, that is to be published. Raises what the verdict means unless it is `same`."""
-    from lora_export.proof import prove
-
-    proof = prove(
-        candidate,
-        base,
-        adapters,
-        strengths=weights,
-        user_inputs=inputs_file,
-        device=device,
-        step=lambda step: stage(f"verifying {what}, {step}" if what else f"verifying, {step}"),
-    )
-    return demanded(proof, what)
+def telling(stage: Callable[[str], None], what: str = "") -> Callable[[str], None]:
+    """What tells the steps of a proof, of a file or of `what` in it."""
+    return lambda step: stage(f"verifying {what}, {step}" if what else f"verifying, {step}")
 
 
 def demanded(proof: Proof, what: str = "") -> Proof:

@@ -44,6 +44,7 @@ def command(
     from lora_export.cli.progress import stages
     from lora_export.export import save_torchscript, to_torchscript
     from lora_export.model import load as load_model
+    from lora_export.proof import prove
     from lora_export.runtime import ScriptRunner
 
     refuse_exported(model)
@@ -69,7 +70,9 @@ def command(
         result = None
         if not no_verify:
             candidate = ScriptRunner(folder / output.name, base.input_names)
-            result = proving.demand_same(candidate, base, loaded, weights, inputs_file, device="cpu", stage=stage)
+            step = proving.telling(stage)
+            result = prove(candidate, base, loaded, strengths=weights, user_inputs=inputs_file, step=step)
+            proving.demanded(result)
         record["verdict"] = proving.summary(result)
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
     if as_json:

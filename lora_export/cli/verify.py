@@ -34,7 +34,7 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
     help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters. Beside "
-    "--model: the quantised .onnx that CANDIDATE was made of by `merge --requantize`.",
+    "--model: the quantised .onnx that CANDIDATE was made of, by `merge --requantize` or by `onnx --lora`.",
 )
 @adapters_option
 @adapter_weights

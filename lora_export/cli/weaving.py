@@ -15,7 +15,7 @@ from lora_export.checkpoint import Checkpoint
 from lora_export.cli import proving
 from lora_export.cli.arguments import say
 from lora_export.errors import InputRefused
-from lora_export.evidence import Proof, bits_that_differ, prove_mixed
+from lora_export.evidence import Proof, bits_that_differ, prove_by_origin, prove_mixed
 from lora_export.formats import onnx_adapter
 from lora_export.graph.branches import branch
 from lora_export.graph.files import in_memory, save
@@ -24,6 +24,7 @@ from lora_export.graph.rows import choose_by_row
 from lora_export.graph.sites import Sites, find
 from lora_export.lora import Adapter
 from lora_export.onnx_runner import Arrays, Held, OnnxRunner, Runner
+from lora_export.parity import Outcome
 from lora_export.plan import Plan
 
 Say = Callable[[str], None]
@@ -69,6 +70,7 @@ class Judge(Protocol):
     def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
     def asked(self, runner: OnnxRunner) -> Runner: ...  # the graph as it answers `inputs`
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
+    def notes(self, runner: OnnxRunner) -> Sequence[str]: ...  # on how it is asked, and with what
     def prove(
         self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
     ) -> Proof: ...
@@ -152,6 +154,7 @@ class Prover:
     judge: Judge
     provider: str
     stage: Say
+    given: Path | None = None  # the base's graph, where that was made elsewhere
     base_answers: dict[str, Arrays] = field(default_factory=dict)
 
     def look_at_base(self, program: ir.Model) -> None:
@@ -165,9 +168,9 @@ class Prover:
         """Raises what the verdict means unless it is `same`, for one and all."""
         runner = OnnxRunner(path, self.provider)
         if self.order.mode not in SWAPPED:
-            return Proofs(self.judge.prove(runner, self.order.adapters, self.order.weights))
+            return Proofs(proving.demanded(self.judge.prove(runner, self.order.adapters, self.order.weights)))
         runners = self._by_adapter(runner)
-        whole = self.judge.prove(runners[0], [], [], "the base")
+        whole = self._prove_base(runners[0])
         unlike = bits_that_differ(self.base_answers, self._answers(runners[0]))
         if unlike:
             say(
@@ -175,11 +178,19 @@ class Prover:
                 f"another order ({unlike[0]})"
             )
         adapters = {
-            adapter.name: self.judge.prove(own, [adapter], [strength], adapter.name)
+            adapter.name: proving.demanded(self.judge.prove(own, [adapter], [strength], adapter.name), adapter.name)
             for own, adapter, strength in zip(runners[1:], self.order.adapters, self.order.strengths, strict=True)
         }
         mixed = self._mixed(runner, [whole, *adapters.values()]) if self.order.mode == "rows" else None
         return Proofs(whole, adapters, mixed, unlike)
+
+    def _prove_base(self, runner: OnnxRunner) -> Proof:
+        """The graph without an adapter; where fp64 cannot decide it, by the graph that it was made from."""
+        proof = self.judge.prove(runner, [], [], "the base")
+        if proof.verdict.outcome is Outcome.UNDECIDED and self.given is not None:
+            self.stage("verifying the base, the graph that it was made from")
+            proof = prove_by_origin(proof, runner, self.given, self._answers, self.judge.notes(runner))
+        return proving.demanded(proof, "the base")
 
     def _by_adapter(self, runner: OnnxRunner) -> list[OnnxRunner]:
         """The graph as the base, and with each adapter."""

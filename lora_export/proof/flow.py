@@ -21,6 +21,7 @@ from lora_export.evidence import (
     by_the_farther,
     differs_in_precision_alone,
     from_first_token,
+    prove_by_origin,
     prove_mixed,
 )
 from lora_export.exported.program import Program
@@ -51,6 +52,7 @@ from lora_export.trace import Suspect, diagnose
 Note = Callable[[str], None]
 MIXED = "mixed batches"
 MERGED = "PyTorch's own error is that of the adapters merged, where it is the larger one: they outweigh the weights"
+ORIGIN = "the graph that it was made from would decide it (--base BASE.onnx beside --model)"
 # What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
@@ -77,7 +79,8 @@ def prove(
     Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
     `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
-    `origin` is the quantised graph into whose weights the adapters were merged to make an ONNX candidate.
+    `origin` is the quantised graph that an ONNX candidate was made of: into whose weights the adapters were merged, or
+    which decides by its bits what fp64 cannot decide of a candidate without an adapter.
     A candidate that is different is followed module by module to where that begins; with `trace`, any is.
     Raises EnvironmentLacking when the asked provider did not do the work, and RuntimeRefused when
     the candidate cannot be run at all.
@@ -190,7 +193,24 @@ def prove(
         suspect = Suspect(*everybody, judged.module, changes, inputs[case.name], case, keep_whole=has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
-    return Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
+    proof = Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
+    if adapters or verdict.outcome is not parity.Outcome.UNDECIDED:
+        return proof
+    return _by_origin(proof, candidate, origin, step) if held else proof
+
+
+def _by_origin(proof: Proof, candidate: Runner, origin: Path | None, step: Note) -> Proof:
+    """The proof of a quantised graph without an adapter that fp64 could not decide."""
+    if origin is None:
+        return replace(proof, verdict=replace(proof.verdict, notes=(*proof.verdict.notes, ORIGIN)))
+    graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    assert isinstance(graph, OnnxRunner)
+
+    def ask(runner: OnnxRunner) -> dict[str, Arrays]:
+        return {name: with_cache(runner).run(arrays) for name, arrays in proof.inputs.items()}
+
+    step("the graph that it was made from")
+    return prove_by_origin(proof, graph, origin, ask, _about_cache(candidate))
 
 
 def prove_rows(
