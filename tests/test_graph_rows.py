@@ -130,6 +130,18 @@ def test_of_many_adapters_each_row_has_copies_of_its_own_alone() -> None:
         assert np.array_equal(answer[row], x[row] @ (W + change).T)
 
 
+def test_in_half_precision_each_row_has_copies_of_its_own_alone() -> None:
+    model = a_graph(SEQUENCES.replace("float[", "float16["))
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(W.T.astype(np.float16).copy(), name="m.weight")
+    by_row(model, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER}, name="two"))
+    assert not any(node.op_type == "If" for node in model.graph)
+    x = np.float16([[[1, 2, 3]]] * 4)
+    answer = run(model, x=x, adapter_ids=np.array([2, 0, 1, 2]))["y"]
+    weights = [W, W + PAIR.delta(), W + OTHER.delta()]
+    for row, number in enumerate([2, 0, 1, 2]):
+        np.testing.assert_allclose(answer[row], x[row].astype(np.float32) @ weights[number].T, rtol=2e-3)
+
+
 TWO_LAYERS = """
 g (float[N,2] x) => (float[N,2] y)
 <float[2,2] a.weight = {1,2,3,4}, float[2,2] b.weight = {1,0,1,1}>

@@ -276,10 +276,7 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
     assert kept.unchanged == (mode != "merged" and not subject.whole)
     if kept.off is not None:
         # DoRA's factor comes before the bias, which the node then cannot add any more: not always the same last bit.
-        # Nor has a norm whose output a node of rows' choice reads: in half precision onnxruntime computes it as it is
-        # on a CPU then, and in fp32 elsewhere.
-        rounds_elsewhere = subject.dtype is torch.float16 and mode == "rows"
-        if not rounds_elsewhere and (variant != "dora" or not adds_a_bias_itself(name, variant)):
+        if variant != "dora" or not adds_a_bias_itself(name, variant):
             off = kept.off
             if is_folded_by_the_runtime(name, variant):
                 off = OnnxRunner(off.path, plain=True)

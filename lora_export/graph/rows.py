@@ -3,7 +3,9 @@
 Standard operators only, so that any provider runs it: A stacked (adapters + 1, in, rank) and B stacked
 (adapters + 1, rank, out), the first of each zeros, are gathered by row and multiplied batch-wise. Where many rows have
 few tokens each, those copies cost more than the products: there all rows are multiplied by all A, each keeps its own
-ranks, and these are multiplied by all B (tests/benchmarks/README.md has what was measured). An embedding's A is one
+ranks, and these are multiplied by all B (tests/benchmarks/README.md has what was measured). That was measured on a
+CPU, and is chosen in fp32 alone: half precision is for other devices, and on a CPU, which computes it in fp32,
+onnxruntime would round at other places of the base. An embedding's A is one
 table of all adapters, in which each row looks up its own. A convolution is computed for all adapters, whose ranks lie
 side by side, and each row keeps its own: none of ONNX's has other weights for each row.
 """
@@ -325,7 +327,7 @@ class _Chooser:
         order = [layout.axis, *(axis for axis in range(len(_sizes(inner))) if axis != layout.axis)]
         if layout.axis:
             inner = nodes.add("Transpose", [inner], [_sizes(inner)[axis] for axis in order], perm=order)
-        if site.is_lookup or self.adapters >= COPIED:
+        if site.is_lookup or self.adapters >= COPIED or site.dtype != "float32":
             for factor in (b,) if site.is_lookup else (a, b):
                 nodes.path = factor.path
                 inner = self._multiply(nodes, inner, factor.value)
