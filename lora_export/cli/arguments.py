@@ -50,6 +50,18 @@ inputs_option = click.option(
 )
 
 
+class TakesAdapters(click.Command):
+    """A command whose adapters are an option's; `merge` has them as an argument, so that this one is told of -a."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, but for what it says of one argument too many."""
+        ctx.allow_extra_args = True
+        surplus = super().parse_args(ctx, args)
+        if surplus:
+            raise click.UsageError(f"unexpected argument {surplus[0]}. An adapter is given by -a: -a {surplus[0]}", ctx)
+        return surplus
+
+
 MODES = {
     "merged": "fold the adapters into the weights",
     "nodes": "keep A and B beside them",

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import load_adapters, provider_option, publishing_options, refuse_exported, say
+from lora_export.cli.arguments import (
+    TakesAdapters,
+    load_adapters,
+    provider_option,
+    publishing_options,
+    refuse_exported,
+    say,
+)
 
 if TYPE_CHECKING:
     from lora_export.cli.weaving import Judge, Order, Say, Source
 
 
-@click.command()
+@click.command(cls=TakesAdapters)
 @click.argument("model")
 @click.option(
     "-o",

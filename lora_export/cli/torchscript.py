@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import load_adapters, publishing_options, refuse_exported, say
+from lora_export.cli.arguments import TakesAdapters, load_adapters, publishing_options, refuse_exported, say
 
 
-@click.command()
+@click.command(cls=TakesAdapters)
 @click.argument("model")
 @click.option(
     "-o",

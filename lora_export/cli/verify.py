@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from lora_export.cli.arguments import (
+    TakesAdapters,
     adapter_weights,
     adapters_option,
     answer,
@@ -25,7 +26,7 @@ from lora_export.cli.arguments import (
 from lora_export.errors import Different, EnvironmentLacking, InputRefused, Undecided
 
 
-@click.command()
+@click.command(cls=TakesAdapters)
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option("--model", metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
 @click.option(
