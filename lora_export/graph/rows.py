@@ -5,9 +5,10 @@ Standard operators only, so that any provider runs it: A stacked (adapters + 1, 
 few tokens each, those copies cost more than the products: there all rows are multiplied by all A, each keeps its own
 ranks, and these are multiplied by all B (tests/benchmarks/README.md has what was measured). That was measured on a
 CPU, and is chosen in fp32 alone: half precision is for other devices, and on a CPU, which computes it in fp32,
-onnxruntime would round at other places of the base. An embedding's A is one
-table of all adapters, in which each row looks up its own. A convolution is computed for all adapters, whose ranks lie
-side by side, and each row keeps its own: none of ONNX's has other weights for each row.
+onnxruntime would round at other places of the base.
+
+An embedding's A is one table of all adapters, in which each row looks up its own. A convolution is computed for all
+adapters, whose ranks lie side by side, and each row keeps its own: none of ONNX's has other weights for each row.
 """
 
 from __future__ import annotations

@@ -373,6 +373,7 @@ def _spans(additions: Sequence[Addition]) -> Iterator[tuple[Addition, range]]:
         yield from ((addition, range(addition.site.width)) for addition in additions)
         return
     blocks = {addition.site.block.start: addition for addition in additions if addition.site.block is not None}
+    assert len(blocks) == len(additions)
     _, *starts = sorted(blocks)
     ends = [0, *starts, additions[0].site.width]
     for (_, addition), (start, stop) in zip(sorted(blocks.items()), pairwise(ends), strict=True):
