@@ -98,7 +98,8 @@ def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) 
         answer = _named_as(alone[0].referee, candidate.run(arrays))
         case = _mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs})
         cases.append(from_first_token(case, arrays))
-    return Proof(parity.judge(cases), proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
+    verdict = parity.judge(cases, dtype=proofs[-1].verdict.dtype)
+    return Proof(verdict, proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
 
 
 def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> parity.Case:

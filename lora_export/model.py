@@ -16,7 +16,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ CHECKED = (
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A PyTorch model as the user named it, adapters not applied, in fp32 and eval mode."""
+    """A PyTorch model as the user named it, adapters not applied, in eval mode, and in fp32 unless told otherwise."""
 
     source: str
     module: nn.Module
@@ -98,17 +98,39 @@ class Model:
         return sets
 
 
-def load(source: str, adapters: Sequence[Adapter] = (), *, labels: Sequence[str] = ()) -> Model:
+def load(
+    source: str,
+    adapters: Sequence[Adapter] = (),
+    *,
+    labels: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Model:
     """Load the model; where the adapters bring a task head, with that head (its weights still fresh).
 
-    With `labels`, a Hugging Face model gets a fresh head that sorts texts into them.
+    With `labels`, a Hugging Face model gets a fresh head that sorts texts into them. In another `dtype` it is what
+    transformers loads in that, or what a factory returns turned to it; its float inputs are in it too.
 
     Raises InputRefused for what cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
+    made = _load(source, adapters, labels, dtype)
+    if dtype is torch.float32:
+        return made
+
+    def make(sizes: Sizes, generator: torch.Generator) -> Inputs:
+        inputs = made.make(sizes, generator)
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+    note = f"the model is taken in {str(dtype).removeprefix('torch.')}: its weights are rounded to it (--dtype)"
+    return replace(made, make=make, notes=(*made.notes, note))
+
+
+def _load(source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype) -> Model:
     if Path(source).is_dir():
-        return _huggingface(Path(source), adapters, labels)
+        return _huggingface(Path(source), adapters, labels, dtype)
     if source.endswith(".pt2"):
+        if dtype is not torch.float32:
+            raise InputRefused(f"{source} is a program of one precision, which its graph names: it takes no --dtype")
         return _exported(Path(source))
     place, separator, name = source.rpartition(":")
     if not separator or not place or not name:
@@ -116,7 +138,8 @@ def load(source: str, adapters: Sequence[Adapter] = (), *, labels: Sequence[str]
             f"{source!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
             "`file.py:factory` or a .pt2 file"
         )
-    return _from_factory(source, _find_factory(place, name))
+    made = _from_factory(source, _find_factory(place, name))
+    return replace(made, module=made.module.to(dtype))
 
 
 def of_module(module: nn.Module, examples: Any) -> Model:
@@ -150,7 +173,7 @@ def load_tokenizer(model: Model) -> Any:
 # --- Hugging Face -------------------------------------------------------------------------------
 
 
-def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]) -> Model:
+def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype) -> Model:
     open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built from it
     if not (folder / CONFIG).is_file():
         raise InputRefused(f"{folder} has no {CONFIG}: it holds weights, but does not say of which model")
@@ -179,7 +202,7 @@ def _huggingface(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str
         if getattr(config, "use_cache", False):
             config.use_cache = False  # a graph without a cache: one call, one answer
         try:
-            module = cls.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32)
+            module = cls.from_pretrained(folder, config=config, local_files_only=True, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {error}") from error
     for tensor in itertools.chain(module.parameters(), module.buffers()):

@@ -89,7 +89,8 @@ def test_a_decoder_is_proven_against_the_model_that_it_was_made_from(
 def assert_all_same_by_steps(told: Any, *, swapped: bool) -> None:
     proofs = [told["proof"], *told.get("adapters", {}).values()]
     assert len(proofs) == 1 + swapped
-    assert {proof["outcome"] for proof in [*proofs, *([told["mixed"]] if "mixed" in told else [])]} == {"same"}
+    every = [*proofs, *([told["mixed"]] if "mixed" in told else [])]
+    assert {proof["outcome"] for proof in every} == {"same"} and len({proof["dtype"] for proof in every}) == 1
     assert all(BY_STEPS in proof["notes"] for proof in proofs)
     assert told.get("bits_of_base", True)
 
@@ -107,17 +108,21 @@ def test_a_decoder_that_keeps_its_cache_wrongly_is_never_published(
 
 
 def assert_command_proves(
-    graph: Path, mode: str, folder: Path, capsys: pytest.CaptureFixture[str], *, in_int8: bool = False
+    graph: Path, mode: str, folder: Path, capsys: pytest.CaptureFixture[str], *, precision: str = "fp32"
 ) -> None:
     """In this mode, of a Llama's graph; and `verify` says the same of what it published."""
     adapter, out, base = an_adapter_of("llama", folder / "a"), folder / "out.onnx", base_of("llama")
-    given = ("-a", adapter, "--model", base)
+    given = ("-a", adapter, "--model", base, *(("--dtype", "float16") if precision == "fp16" else ()))
+    in_int8 = precision == "int4"
     code, told = answer(capsys, "onnx", graph, *given, "--base", base, "--lora", mode, "-o", out)
     assert code == 0, told
     assert_all_same_by_steps(told, swapped=mode in ("inputs", "rows"))
     how = ("--onnx-adapter", folder / "a.onnx_adapter") if mode == "inputs" else ()
     # In int8, a base without an adapter is decided by the graph that it was made from alone.
     assert call("verify", out, *given, *how) == (5 if (mode, in_int8) == ("rows", True) else 0)
+    if precision == "fp16":
+        code, told = answer(capsys, "verify", out, *given[:4], *how)
+        assert code == 4 and any("--dtype float16" in note for note in told["notes"])
     assert call("verify", out, *given, *how, *(("--base", graph) if in_int8 else ())) == 0
 
 
@@ -133,14 +138,15 @@ def test_a_decoder_of_the_dynamo_exporter_is_proven(
 
 @slow
 @pytest.mark.parametrize(
-    ("precision", "mode"), [*(("fp32", mode) for mode in MODES), *(("int4", mode) for mode in MODES[1:])]
+    ("precision", "mode"),
+    [*((precision, mode) for precision in ("fp32", "fp16") for mode in MODES), *(("int4", mode) for mode in MODES[1:])],
 )
 def test_a_decoder_of_genais_builder_is_proven(
     precision: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tokenizer(base_of("llama"))
     graph = build(base_of("llama"), tmp_path / "built", precision)
-    assert_command_proves(graph, mode, tmp_path, capsys, in_int8=precision == "int4")
+    assert_command_proves(graph, mode, tmp_path, capsys, precision=precision)
 
 
 @slow

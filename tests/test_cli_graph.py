@@ -340,6 +340,53 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
     assert list(tmp_path.iterdir()) == []
 
 
+# --- in half precision ---
+
+
+def test_a_model_in_half_precision_is_exported_and_judged_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory, rng, out = f"{SPOTTER.rpartition(':')[0]}:stacked", np.random.default_rng(0), tmp_path / "out.onnx"
+    sides = rng.standard_normal((3, 32)), 0.3 * rng.standard_normal((64, 3))
+    for name, alpha in {"fr": 6, "louder": 7}.items():
+        peft_adapter(tmp_path / name, {"up": sides}, lora_alpha=alpha)
+    np.savez(tmp_path / "mine.npz", x=rng.standard_normal((2, 4, 32)))
+    words = ("-a", tmp_path / "fr", "--dtype", "float16", "--inputs", tmp_path / "mine.npz")
+    code, told = answer(capsys, "onnx", factory, *words, "-o", out)
+    assert (code, told["proof"]["outcome"], told["proof"]["dtype"]) == (0, "same", "float16"), told
+    assert "the referee ran in fp64 throughout" in told["proof"]["notes"]
+    assert {value.dtype for value in files.load(out).graph.initializers.values() if len(value.shape) == 2} == {
+        ir.DataType.FLOAT16
+    }
+    assert record(out)["settings"]["dtype"] == "float16"
+
+    def verified(adapter: str, *more: Any) -> tuple[int, Any]:
+        return answer(capsys, "verify", out, "--model", factory, "-a", tmp_path / adapter, *more)
+
+    assert verified("fr", "--dtype", "float16")[0] == 0
+    assert verified("louder", "--dtype", "float16")[0] == 4
+    assert call("verify", out, "--model", factory, "-a", tmp_path / "fr") == 8
+    assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is of the PyTorch model that is exported"),
+        (("verify", "x.pt", "--model", SPOTTER), 2, "--dtype are for .onnx files"),
+        (("verify", "base.onnx", "--base", "base.onnx"), 2, "with --base nothing is run"),
+        (("verify", "base.onnx", "--model", "x.pt2"), 3, "a program of one precision, which its graph names"),
+    ],
+)
+def test_a_precision_that_cannot_be_is_refused(
+    place: Path, words: tuple[str, ...], code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(place)
+    Path("x.pt").touch()
+    assert call(*words, "--dtype", "float16") == code
+    assert told in capsys.readouterr().err
+
+
 # --- wrong weaves ---
 
 Fault = Callable[[Plan], Plan]

@@ -15,6 +15,7 @@ from lora_export.errors import InputRefused, one_line
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
+    from lora_export.model import Model
 
 adapter_weights = click.option(
     "--weight",
@@ -40,6 +41,13 @@ provider_option = click.option(
     default="cpu",
     show_default=True,
     help="Where onnxruntime must run the candidate.",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="The precision in which MODEL is deployed: its weights are rounded to it, and the gates are PyTorch's in it.",
 )
 inputs_option = click.option(
     "--inputs",
@@ -113,6 +121,15 @@ def split_name(argument: str) -> tuple[str | None, Path]:
     if not separator or Path(argument).exists() or "/" in name:
         return None, Path(argument)
     return name, Path(path)
+
+
+def loaded_model(source: str, adapters: Sequence[Adapter], dtype: str) -> Model:
+    """MODEL in the precision of --dtype."""
+    import torch
+
+    from lora_export import model
+
+    return model.load(source, adapters, dtype=getattr(torch, dtype))
 
 
 def load_adapters(arguments: Sequence[str]) -> list[Adapter]:

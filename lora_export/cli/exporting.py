@@ -21,6 +21,7 @@ from lora_export.lora import Adapter
 from lora_export.model import Model
 from lora_export.onnx_runner import Arrays, OnnxRunner, Runner
 from lora_export.proof import case_inputs, prove
+from lora_export.runtime import ModuleRunner
 
 
 class FromModel:
@@ -73,7 +74,8 @@ class FromModel:
 
     def record(self) -> dict[str, Any]:
         """Where the graph comes from."""
-        settings = {"lora": self.order.mode, "opset": self.opset}
+        dtype = str(ModuleRunner(self.base.module).dtype).removeprefix("torch.")
+        settings = {"lora": self.order.mode, "opset": self.opset, "dtype": dtype}
         return proving.provenance(self.base, self.order.adapters, self.order.weights, settings)
 
 

@@ -12,7 +12,9 @@ import click
 
 from lora_export.cli.arguments import (
     TakesAdapters,
+    dtype_option,
     load_adapters,
+    loaded_model,
     provider_option,
     publishing_options,
     refuse_exported,
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     metavar="MODEL",
     help="The PyTorch model that an .onnx MODEL was made from: prove the result against it, not against the graph.",
 )
+@dtype_option
 @provider_option
 def command(
     model: str,
@@ -80,6 +83,7 @@ def command(
     opset: int | None,
     checkpoint: Path | None,
     reference: str | None,
+    dtype: str,
     provider: str,
     no_verify: bool,
     overwrite: bool,
@@ -88,7 +92,7 @@ def command(
     """Put adapters into an ONNX graph of MODEL, prove it, and only then publish it.
 
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`, which is exported once, in
-    float32, with dynamic batch and sequence; or an .onnx file that was made elsewhere, quantised ones included,
+    --dtype, with dynamic batch and sequence; or an .onnx file that was made elsewhere, quantised ones included,
     which needs no PyTorch and is its own measure unless --model names another. With --lora inputs the adapters
     stand beside the graph, each in its own NAME.onnx_adapter. With --lora rows the graph has the input
     `adapter_ids`, which is for each row of the batch 0 (the base) or an adapter's number, in the order in which
@@ -103,10 +107,12 @@ def command(
     is_graph = model.endswith(".onnx")
     if mode != "inputs" and dora:
         raise click.UsageError("--dora is for --lora inputs; other graphs hold the adapters that they are given")
-    _check_usage(mode, adapters, target, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference)
+    _check_usage(
+        mode, adapters, target, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference, dtype=dtype
+    )
     proving.require(provider)
     order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
-    make_source = _maker(model, order, opset, checkpoint, reference)
+    make_source = _maker(model, order, opset, checkpoint, reference, dtype)
     with (
         staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
         stages() as stage,
@@ -118,7 +124,7 @@ def command(
         program = source.program(stage)
         prover = None
         if not no_verify:
-            judge = _judge(source, order, reference, inputs_file, provider, stage)
+            judge = _judge(source, order, reference, inputs_file, provider, dtype, stage)
             prover = weaving.Prover(order, judge, provider, stage, Path(model) if is_graph else None)
             prover.look_at_base(program)
         companions = weaving.write(program, order, source, folder, output.name, stage)
@@ -146,6 +152,7 @@ def _check_usage(
     opset: int | None,
     checkpoint: Path | None,
     reference: str | None,
+    dtype: str,
 ) -> None:
     if mode != "inputs" and target is not None:
         raise click.UsageError("--target is for --lora inputs; other graphs hold the adapters that they are given")
@@ -159,26 +166,27 @@ def _check_usage(
         raise click.UsageError("--opset is for models that are exported; MODEL is a graph already")
     if not is_graph and (checkpoint, reference) != (None, None):
         raise click.UsageError("--base and --model are for an .onnx MODEL")
+    if is_graph and reference is None and dtype != "float32":
+        raise click.UsageError("--dtype is of the PyTorch model that is exported, or that --model names")
     if reference is not None and reference.endswith(".onnx"):
         raise click.UsageError("--model names a PyTorch model; without it a graph is proven against itself")
 
 
 def _maker(
-    model: str, order: Order, opset: int | None, checkpoint: Path | None, reference: str | None
+    model: str, order: Order, opset: int | None, checkpoint: Path | None, reference: str | None, dtype: str
 ) -> Callable[[], Source]:
     """What makes the source. All that may be missing here is imported at once, before there is an output to clear."""
     if not model.endswith(".onnx") or reference is not None:
         from lora_export.cli.exporting import FromModel
-        from lora_export.model import load as load_model
     if model.endswith(".onnx"):
         from lora_export.cli.given import FromGraph
 
         return lambda: FromGraph(Path(model), order, checkpoint)
-    return lambda: FromModel(load_model(model, order.adapters), order, opset)
+    return lambda: FromModel(loaded_model(model, order.adapters, dtype), order, opset)
 
 
 def _judge(
-    source: Source, order: Order, reference: str | None, inputs_file: Path | None, provider: str, stage: Say
+    source: Source, order: Order, reference: str | None, inputs_file: Path | None, provider: str, dtype: str, stage: Say
 ) -> Judge:
     """What the graph is proven against: the PyTorch model, or where there is none, the graph that it was made from."""
     from lora_export.cli import given
@@ -189,8 +197,6 @@ def _judge(
 
     if isinstance(source, exporting.FromModel):
         return exporting.ModelJudge(source.base, inputs_file, provider, stage)
-    from lora_export.model import load as load_model
-
     assert reference is not None
     stage("loading the model")
-    return exporting.ModelJudge(load_model(reference, order.adapters), inputs_file, provider, stage)
+    return exporting.ModelJudge(loaded_model(reference, order.adapters, dtype), inputs_file, provider, stage)

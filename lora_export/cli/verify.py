@@ -17,9 +17,11 @@ from lora_export.cli.arguments import (
     adapters_option,
     answer,
     command_line,
+    dtype_option,
     inputs_option,
     json_option,
     load_adapters,
+    loaded_model,
     provider_option,
     say,
 )
@@ -53,6 +55,7 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     "without it the base, each adapter given by -a in the order of their ids, and batches that mix them are proven.",
 )
 @provider_option
+@dtype_option
 @inputs_option
 @click.option("--atol", type=click.FloatRange(min=0), help="Demand |candidate - referee| <= atol + rtol·|referee| too.")
 @click.option("--rtol", type=click.FloatRange(min=0), help="See --atol.")
@@ -84,6 +87,7 @@ def command(
     onnx_adapter: Path | None,
     adapter_id: int | None,
     provider: str,
+    dtype: str,
     inputs_file: Path | None,
     atol: float | None,
     rtol: float | None,
@@ -112,7 +116,8 @@ def command(
         raise click.UsageError("--base beside --model is the quantised .onnx that an .onnx was merged from")
     if model is None:
         assert origin is not None
-        if {onnx_adapter, adapter_id, inputs_file, atol, rtol, cache} != {None} or provider != "cpu" or trace:
+        how = provider, dtype, trace
+        if {onnx_adapter, adapter_id, inputs_file, atol, rtol, cache} != {None} or how != ("cpu", "float32", False):
             raise click.UsageError("with --base nothing is run: options on how to run CANDIDATE belong to --model")
         from lora_export.cli import auditing
 
@@ -122,7 +127,6 @@ def command(
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
     from lora_export.formats.onnx_adapter import IDS
-    from lora_export.model import load as load_model
     from lora_export.onnx_runner import OnnxRunner
 
     begun = time.perf_counter()
@@ -134,8 +138,8 @@ def command(
         files.must_exist(origin, "base graph")
     if provider != "cpu" and candidate.suffix != ".onnx":
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
-    if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id) != (None, None):
-        raise click.UsageError("--onnx-adapter and --adapter-id are for .onnx files")
+    if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id, dtype) != (None, None, "float32"):
+        raise click.UsageError("--onnx-adapter, --adapter-id and --dtype are for .onnx files")
     runner, refusal = None, None
     given: dict[str, Any] = {}
     try:
@@ -145,7 +149,7 @@ def command(
             say(f"note: {note}")
         with stages() as stage:
             stage("loading the model")
-            base = load_model(model, loaded)
+            base = loaded_model(model, loaded, dtype)
             stage("loading the candidate")
             runner = candidates.open_candidate(
                 candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_export import kept, layers, parity, plan, runtime, standin
@@ -52,6 +53,7 @@ from lora_export.trace import Suspect, diagnose
 Note = Callable[[str], None]
 MIXED = "mixed batches"
 MERGED = "PyTorch's own error is that of the adapters merged, where it is the larger one: they outweigh the weights"
+HALF = "the candidate is in half precision: --dtype float16 puts it beside the model in that"
 ORIGIN = "the graph that it was made from would decide it (--base BASE.onnx beside --model)"
 # What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
@@ -97,7 +99,8 @@ def prove(
     has_pairs, dtype = any(adapter.pairs for adapter in adapters), precision(candidate, model.module)
     asked = ask(candidate, model, inputs, seed, step)
     if len(asked.refusals) == len(inputs):
-        raise RuntimeRefused(asked.refusals[0])
+        hint = f". {HALF[0].upper()}{HALF[1:]}" if "expected: (tensor(float16))" in asked.refusals[0] else ""
+        raise RuntimeRefused(asked.refusals[0] + hint)
     stayed: set[str] = set()
     with contextlib.ExitStack() as stack:
         # Its own precision and fp64 by turns: the model, in the wider one, is all that is held beside the candidate.
@@ -151,6 +154,7 @@ def prove(
                 *never_varied(model, sensitivity, asked.refusals),
                 *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
                 *notes,
+                *([HALF] if dtype is torch.float32 and any(map(_is_half, cases)) else []),
                 *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
                 *standin.told(held),
                 *more,
@@ -275,6 +279,11 @@ def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list
         return diagnose(suspect, every=every), []
     except CANNOT_FOLLOW as error:
         return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
+
+
+def _is_half(case: parity.Case) -> bool:
+    there = case.candidate.items()
+    return any(value.dtype == np.float16 and name in case.deployed for name, value in there)
 
 
 def _about_cache(candidate: Runner) -> list[str]:

@@ -70,7 +70,9 @@ def _read_inputs(path: Path, model: Model) -> Arrays:
         raise InputRefused(
             f"{path} holds {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
         )
-    return {name: arrays[name] for name in model.input_names}
+    like = {name: value.numpy().dtype for name, value in model.examples().items()}
+    halves = {name for name, dtype in like.items() if dtype == np.float16 and arrays[name].dtype.kind == "f"}
+    return {name: arrays[name].astype(like[name]) if name in halves else arrays[name] for name in model.input_names}
 
 
 def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
