@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export import parity
 from lora_export.diagnosis import Diagnosis
-from lora_export.errors import Undecided
+from lora_export.errors import InputRefused, RuntimeRefused, Undecided
 from lora_export.onnx_runner import Arrays, OnnxRunner, Placement, Runner
 
 AGAINST = "the base graph"  # what a record says of a verdict without a PyTorch model
@@ -21,7 +21,8 @@ NODE_BY_NODE = (
     "its answers are those of the graph that it was made from, to the last bit, where onnxruntime runs both node by "
     "node; optimised, it fuses other nodes of them"
 )
-NOT_BY_FP64 = "it was judged by that graph's own answers: they are too coarse for a verdict in fp64"
+NOT_BY_FP64 = "whether that graph is the model's was not decided: its answers are too coarse for a verdict in fp64"
+NEAR = 0.1  # of PyTorch's error that two graphs may be apart which differ in what onnxruntime fuses alone
 PRECISION = {"error", "tail", "bulk", "features"}  # gates that put a candidate's error beside its peer's
 
 
@@ -43,36 +44,59 @@ class Proof:
 
 
 def prove_by_origin(
-    proof: Proof,
-    candidate: OnnxRunner,
-    origin: Path,
-    ask: Callable[[OnnxRunner], Mapping[str, Arrays]],
-    notes: Sequence[str],
+    proof: Proof, candidate: OnnxRunner, origin: Path, ask: Callable[[OnnxRunner], Mapping[str, Arrays]]
 ) -> Proof:
-    """Judge a graph without an adapter by the graph that it was made from, bit for bit; `proof` where a bit differs.
+    """Judge a graph that takes adapters, without one, by the graph that it was made from; `proof` where it is another.
 
     `proof` is the one that could not be decided: a base that rounds what it multiplies, to int8 or to half
-    precision, can lie too far from its model in fp64, and then its own answers are all that it has to give.
-    `ask` gives a graph the inputs of the proof and returns its answers by case.
+    precision, can lie too far from its model in fp64, and then its own answers are all that it has to give. They
+    have to be its bits; where onnxruntime fuses other nodes of the two, those of both node by node, and as they run
+    they may be apart by a tenth of how far PyTorch itself lies from fp64. `ask` gives a graph the inputs of the
+    proof and returns its answers by case. Raises InputRefused for an origin that takes or returns something else.
     """
-    for told in (UNCHANGED, NODE_BY_NODE):
-        plain = told is NODE_BY_NODE
-        answers = ask(candidate.node_by_node() if plain else candidate)
-        before = ask(OnnxRunner(origin, candidate.provider, plain=plain))
-        if not bits_that_differ(answers, before):
-            return _unchanged(proof, answers, before, [told, NOT_BY_FP64, *notes])
-    return proof
-
-
-def _unchanged(
-    proof: Proof, answers: Mapping[str, Arrays], before: Mapping[str, Arrays], notes: Sequence[str]
-) -> Proof:
+    answers = ask(candidate)
+    if not candidate.takes_adapters or bits_that_differ(answers, ask(candidate)):
+        return proof
+    before = _asked(OnnxRunner(origin, candidate.provider), ask, answers)
+    told = UNCHANGED
+    if apart := bits_that_differ(answers, before):
+        if not all(_is_near(case, answers, before) for case in proof.cases):
+            return proof
+        told = f"{NODE_BY_NODE} ({apart[0]})"
+        answers = ask(candidate.node_by_node())
+        before = _asked(OnnxRunner(origin, candidate.provider, plain=True), ask, answers)
+        if bits_that_differ(answers, before):
+            return proof
     cases = []
     for case in proof.cases:
         own, was = (_named_as(case.referee, there[case.name]) for there in (answers, before))
         cases.append(replace(case, candidate=own, referee=was, deployed=was, peer=AGAINST))
+    notes = [told, NOT_BY_FP64, *proof.verdict.notes]
     verdict = parity.judge(cases, dtype=proof.verdict.dtype, perturbed=proof.verdict.perturbed, notes=notes)
     return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=tuple(cases))
+
+
+def _asked(
+    origin: OnnxRunner, ask: Callable[[OnnxRunner], Mapping[str, Arrays]], like: Mapping[str, Arrays]
+) -> Mapping[str, Arrays]:
+    refused = f"{origin.path} is not what the candidate was made from:"
+    try:
+        answers = ask(origin)
+    except RuntimeRefused as error:
+        raise InputRefused(f"{refused} {error}") from error
+    if any(answers[case].keys() != outputs.keys() for case, outputs in like.items()):
+        raise InputRefused(f"{refused} it has other outputs")
+    return answers
+
+
+def _is_near(case: parity.Case, answers: Mapping[str, Arrays], before: Mapping[str, Arrays]) -> bool:
+    """Whether two graphs' answers lie together, beside what rounding costs PyTorch there."""
+    own, was = (_named_as(case.referee, there[case.name]) for there in (answers, before))
+    return all(
+        parity.rms(own[name].astype(np.float64) - was[name]) <= NEAR * _error(truth, case.deployed[name])
+        for name, truth in case.referee.items()
+        if own[name].dtype.kind == "f"
+    )
 
 
 def _named_as(reference: parity.Arrays, answer: Arrays) -> Arrays:
@@ -99,7 +123,7 @@ def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) 
         case = _mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs})
         cases.append(from_first_token(case, arrays))
     verdict = parity.judge(cases, dtype=proofs[-1].verdict.dtype)
-    return Proof(verdict, proofs[0].placement, proofs[0].about, proofs[0].inputs, tuple(cases))
+    return Proof(verdict, proofs[0].placement, proofs[-1].about, proofs[0].inputs, tuple(cases))
 
 
 def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> parity.Case:

@@ -207,6 +207,12 @@ class OnnxRunner:
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
     @property
+    def takes_adapters(self) -> bool:
+        """Whether the graph says that it was made to: as inputs, or row by row."""
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        return not {onnx_adapter.KEY, onnx_adapter.ROWS}.isdisjoint(metadata)
+
+    @property
     def has_adapter(self) -> bool:
         return self._active[0] is not None
 

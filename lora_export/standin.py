@@ -91,7 +91,7 @@ def stand_ins(
         before = _weights_at(named, model, ())
         _refuse_strangers(before, str(origin))
         if not before:
-            raise InputRefused(f"{origin} has no quantised weights of the model: it is not what {path} was merged from")
+            raise InputRefused(f"{origin} has no quantised weights of the model: it is not what {path} was made of")
     graph = open_graph(path).model
     has_pairs = any(node.op_type in HOLDERS - {NBITS} for node in ir.traversal.RecursiveGraphIterator(graph.graph))
     found = _weights_at(_quantised_sites(graph, model, named), model, executed() if has_pairs else ())
@@ -193,7 +193,7 @@ def round_activations(module: nn.Module, held: Mapping[str, StandIn]) -> None:
 def _with_rounding_error(weight: torch.Tensor, size: int, _: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
     (values,) = inputs
     error = _rounded(values, size) - values
-    return output + nn.functional.linear(error, weight.to(error.device))
+    return output + nn.functional.linear(error, weight.to(error))
 
 
 def told(held: Mapping[str, StandIn]) -> list[str]:

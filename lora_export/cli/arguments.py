@@ -65,7 +65,7 @@ class TakesAdapters(click.Command):
         """As click does, but for what it says of one argument too many."""
         ctx.allow_extra_args = True
         surplus = super().parse_args(ctx, args)
-        if surplus:
+        if surplus and not ctx.resilient_parsing:
             raise click.UsageError(f"unexpected argument {surplus[0]}. An adapter is given by -a: -a {surplus[0]}", ctx)
         return surplus
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lora_export import export, layers, plan
 from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
-from lora_export.decoding import CacheRunner, with_cache
+from lora_export.decoding import with_cache
 from lora_export.evidence import Proof
 from lora_export.graph.files import save
 from lora_export.graph.fold import fold
@@ -95,11 +95,6 @@ class ModelJudge:
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:
         """What a graph is given, by case."""
         return case_inputs(self.base, self.asked(runner), user_inputs=self.inputs_file)
-
-    def notes(self, runner: OnnxRunner) -> list[str]:
-        """How a decoder is run."""
-        asked = self.asked(runner)
-        return asked.notes if isinstance(asked, CacheRunner) else []
 
     def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
         """The proof, whatever its verdict."""

@@ -141,10 +141,6 @@ class OwnJudge:
         """What a graph is given, by case."""
         return self.judge.inputs()
 
-    def notes(self, runner: OnnxRunner) -> list[str]:  # noqa: ARG002 - as above
-        """What could not be tried."""
-        return self.judge.notes
-
     def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
         """The proof, whatever its verdict."""
         return self.judge.prove(runner, adapters, weights, step=proving.telling(self.stage, what))

@@ -113,7 +113,7 @@ def command(
     if model is None and origin is None:
         raise click.UsageError("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
     if origin is not None and model is not None and {candidate.suffix, origin.suffix} != {".onnx"}:
-        raise click.UsageError("--base beside --model is the quantised .onnx that an .onnx was merged from")
+        raise click.UsageError("--base beside --model is the quantised .onnx that an .onnx was made of")
     if model is None:
         assert origin is not None
         how = provider, dtype, trace

@@ -70,7 +70,6 @@ class Judge(Protocol):
     def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
     def asked(self, runner: OnnxRunner) -> Runner: ...  # the graph as it answers `inputs`
     def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
-    def notes(self, runner: OnnxRunner) -> Sequence[str]: ...  # on how it is asked, and with what
     def prove(
         self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
     ) -> Proof: ...
@@ -189,7 +188,7 @@ class Prover:
         proof = self.judge.prove(runner, [], [], "the base")
         if proof.verdict.outcome is Outcome.UNDECIDED and self.given is not None:
             self.stage("verifying the base, the graph that it was made from")
-            proof = prove_by_origin(proof, runner, self.given, self._answers, self.judge.notes(runner))
+            proof = prove_by_origin(proof, runner, self.given, self._answers)
         return proving.demanded(proof, "the base")
 
     def _by_adapter(self, runner: OnnxRunner) -> list[OnnxRunner]:

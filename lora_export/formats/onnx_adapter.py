@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -135,15 +136,15 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
 
 
 def _place(entry: Mapping[str, Any]) -> Place:
-    shape = tuple(map(int, entry["shape"]))
+    shape = tuple(map(operator.index, entry["shape"]))
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"a weight of shape {shape}")
     texts = {key: str(entry[key]) for key in ("weight", "a", "b", "dtype", "digest")}
     texts |= {key: str(entry[key]) for key in ("factor", "value", "quantised") if key in entry}
     block = None
     if "block" in entry:
-        start, stop = entry["block"]
-        block = int(start), int(stop)
+        start, stop = map(operator.index, entry["block"])
+        block = start, stop
     return Place(shape=shape, embedding=bool(entry.get("embedding")), block=block, **texts)
 
 

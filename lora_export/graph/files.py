@@ -87,6 +87,9 @@ def open_graph(path: Path) -> GraphFile:
         raise InputRefused(f"{path} is no ONNX file: it imports no operators")
     if complaints:
         raise InputRefused(f"{path} is a damaged ONNX file: {'; '.join(complaints[:SHOWN])}")
+    for text in _texts(model):
+        if isinstance(text, bytes):  # protobuf hands out what is no UTF-8
+            raise InputRefused(f"{path} is a damaged ONNX file: {text[:SHOWN]!r} is no text")
     _refuse_misplaced(model, path, _read_inside(model, inside, own))
     try:
         operators.check_model(_without_data(hollow))  # onnx_ir takes any node with any inputs and attributes
@@ -284,17 +287,34 @@ def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 def strip(model: ir.Model) -> None:
     """Remove what exporters note down beside names: stack traces, source lines and paths of this machine."""
+    for holder in _holders(model):
+        for key in [key for key, text in holder.metadata_props.items() if not _is_published(key, text)]:
+            del holder.metadata_props[key]
+        if holder.doc_string and TRACE in holder.doc_string:
+            holder.doc_string = None
+
+
+def _holders(model: ir.Model) -> Iterator[Any]:
+    """All graphs and functions, nodes and values, which have names, notes and properties."""
     graphs: list[ir.Graph | ir.Function] = [*model.graphs(), *model.functions.values()]
     for graph in graphs:
-        holders: list[Any] = [graph, *graph.inputs]
-        holders += graph.initializers.values() if isinstance(graph, ir.Graph) else []
+        yield from (graph, *graph.inputs)
+        yield from graph.initializers.values() if isinstance(graph, ir.Graph) else ()
         for node in graph:
-            holders += [node, *node.outputs]
-        for holder in holders:
-            for key in [key for key, text in holder.metadata_props.items() if not _is_published(key, text)]:
-                del holder.metadata_props[key]
-            if holder.doc_string and TRACE in holder.doc_string:
-                holder.doc_string = None
+            yield from (node, *node.outputs)
+
+
+def _texts(model: ir.Model) -> Iterator[Any]:
+    """What a graph says in words: names, operators, notes and properties."""
+    yield from (model.producer_name, model.producer_version, model.domain, model.doc_string, *model.opset_imports)
+    for identifier in model.functions:
+        yield from identifier
+    for holder in [model, *_holders(model)]:
+        yield from (holder.doc_string, *holder.metadata_props, *holder.metadata_props.values())
+        if not isinstance(holder, ir.Model):
+            yield holder.name
+        if isinstance(holder, ir.Node):
+            yield from (*holder.op_identifier(), *holder.attributes)
 
 
 def _is_published(key: str, text: str) -> bool:

@@ -225,9 +225,13 @@ class Verdict:
 def together(verdicts: Mapping[str, Verdict]) -> Verdict:
     """Verdicts on one candidate in several roles as one, which is `same` where all of them are.
 
-    Cases are called after their role, too.
+    Cases are called after their role, too, and notes that are not of all.
     """
-    first = next(iter(verdicts.values()))
+    *_, last = verdicts.values()
+    said: dict[str, list[str]] = {}
+    for role, there in verdicts.items():
+        for note in dict.fromkeys(there.notes):
+            said.setdefault(note, []).append(role)
     reasons = tuple(_in_role(role, reason) for role, there in verdicts.items() for reason in there.reasons)
     return Verdict(
         outcome=weightiest(reasons),
@@ -242,9 +246,11 @@ def together(verdicts: Mapping[str, Verdict]) -> Verdict:
             for comparison in there.comparisons
         ),
         perturbed=tuple(dict.fromkeys(tried for there in verdicts.values() for tried in there.perturbed)),
-        dtype=first.dtype,
-        notes=tuple(dict.fromkeys(note for there in verdicts.values() for note in there.notes)),
-        peer=first.peer,
+        dtype=last.dtype,
+        notes=tuple(
+            note if len(roles) == len(verdicts) else f"{', '.join(roles)}: {note}" for note, roles in said.items()
+        ),
+        peer=last.peer,
     )
 
 

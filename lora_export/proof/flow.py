@@ -54,7 +54,7 @@ Note = Callable[[str], None]
 MIXED = "mixed batches"
 MERGED = "PyTorch's own error is that of the adapters merged, where it is the larger one: they outweigh the weights"
 HALF = "the candidate is in half precision: --dtype float16 puts it beside the model in that"
-ORIGIN = "the graph that it was made from would decide it (--base BASE.onnx beside --model)"
+ORIGIN = "the graph that it was made from would decide whether it is that still (--base BASE.onnx beside --model)"
 # What ends a diagnosis without one: ours, and what PyTorch and NumPy raise where somebody's model is not as others.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
@@ -198,23 +198,24 @@ def prove(
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     proof = Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)
-    if adapters or verdict.outcome is not parity.Outcome.UNDECIDED:
+    if adapters or not held or verdict.outcome is not parity.Outcome.UNDECIDED:
         return proof
-    return _by_origin(proof, candidate, origin, step) if held else proof
+    return _by_origin(proof, candidate, origin, step)
 
 
 def _by_origin(proof: Proof, candidate: Runner, origin: Path | None, step: Note) -> Proof:
     """The proof of a quantised graph without an adapter that fp64 could not decide."""
+    graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    if not isinstance(graph, OnnxRunner) or not graph.takes_adapters:
+        return proof
     if origin is None:
         return replace(proof, verdict=replace(proof.verdict, notes=(*proof.verdict.notes, ORIGIN)))
-    graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    assert isinstance(graph, OnnxRunner)
 
     def ask(runner: OnnxRunner) -> dict[str, Arrays]:
         return {name: with_cache(runner).run(arrays) for name, arrays in proof.inputs.items()}
 
     step("the graph that it was made from")
-    return prove_by_origin(proof, graph, origin, ask, _about_cache(candidate))
+    return prove_by_origin(proof, graph, origin, ask)
 
 
 def prove_rows(
@@ -249,7 +250,7 @@ def prove_rows(
     mixed = prove_mixed(with_cache(candidate.with_rows(ids)), alone, ids)
     verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
     verdict = parity.together(verdicts | {MIXED: mixed.verdict})
-    about = {**alone[0].about, "adapters": [told for proof in alone for told in proof.about["adapters"]]}
+    about = {**alone[-1].about, "adapters": [told for proof in alone for told in proof.about["adapters"]]}
     diagnosis = next((proof.diagnosis for proof in alone if proof.diagnosis), None)
     return Proof(verdict, alone[0].placement, about, alone[0].inputs, alone[0].cases, diagnosis=diagnosis)
 

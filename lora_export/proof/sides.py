@@ -121,7 +121,9 @@ def held_by(
         executed = functools.partial(_executed, candidate, runner, next(iter(inputs.values())))
         held = standin.stand_ins(runner.path, model, changes, origin, executed)
     if origin is not None and not held:
-        raise InputRefused(f"{origin} is given as what was merged into, and the candidate has no quantised weights")
+        raise InputRefused(
+            f"{origin} is given as what the candidate was made of, and the candidate has no quantised weights"
+        )
     return held
 
 
