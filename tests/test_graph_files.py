@@ -134,6 +134,19 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None
 
 
 @pytest.mark.fault(37)
+@pytest.mark.parametrize("where", ["property", "operator"])
+def test_what_is_no_text_is_refused(tmp_path: Path, where: str) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[N] x) => (float[N] y) { y = Identity(x) }'
+    )
+    proto.metadata_props.add(key="maker", value="somebody")
+    content = proto.SerializeToString()
+    word = b"somebody" if where == "property" else b"Identity"
+    (tmp_path / "m.onnx").write_bytes(content.replace(word, b"\x80" + word[1:]))
+    with pytest.raises(InputRefused, match=r"is a damaged ONNX file: b'.x80.* is no text"):
+        files.load(tmp_path / "m.onnx")
+
+
 def test_a_negative_offset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="-8"):
         files.load(external(tmp_path, offset="-8"))
