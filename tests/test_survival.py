@@ -451,6 +451,21 @@ def test_too_little_memory_is_told_and_leaves_the_old_output(place, monkeypatch,
 
 
 @pytest.mark.fault(28)
+def test_a_thread_that_finds_no_memory_is_told_and_leaves_the_old_output(place, monkeypatch, capsys):
+    line = merge_line(place, "base", "out", 0)
+    assert cli.run(line) == 0
+    before = everything(place)
+
+    def crowded(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading._start_new_thread", crowded)
+    assert cli.run(line) == 6
+    assert capsys.readouterr().err.startswith("Error: there is not enough memory for one more thread")
+    assert everything(place) == before
+
+
+@pytest.mark.fault(28)
 def test_at_any_limit_of_memory_a_merge_is_whole_or_told_to_have_too_little(place):
     line = large_merge(place, rows=2048)
     before = {path.name for path in place.iterdir()}

@@ -42,6 +42,7 @@ PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "o
 
 
 PATIENCE = 1.0  # seconds
+NO_THREAD = "can't start new thread"  # what Python says where a thread's stack finds no room
 
 
 class LazyGroup(click.Group):
@@ -164,6 +165,8 @@ def _foreseen(error: Exception) -> tuple[str, int] | None:
         return f"the package {_package(error)} does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return f"there is not enough memory: {error}".rstrip(": "), EnvironmentLacking.exit_code
+    if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+        return "there is not enough memory for one more thread", EnvironmentLacking.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the answer could not be written'}: {error.strerror}", OutputFailed.exit_code
     if isinstance(error, OSError) and "shared object" in str(error):  # torch loads its libraries by itself
