@@ -435,33 +435,29 @@ def test_ctrl_c_that_a_library_swallows_can_be_pressed_again(monkeypatch, capsys
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.fault(28)
-def test_too_little_memory_is_told_and_leaves_the_old_output(place, monkeypatch, capsys):
-    line = merge_line(place, "base", "out", 0)
-    assert cli.run(line) == 0
-    before = everything(place)
+def too_large(*_: object, **__: object) -> None:
+    np.empty(1 << 60, np.uint8)
 
-    def too_large(*_: object, **__: object) -> None:
-        np.empty(1 << 60, np.uint8)
 
-    monkeypatch.setattr(merge, "merge_checkpoint", too_large)
-    assert cli.run(line) == 6
-    assert capsys.readouterr().err.startswith("Error: there is not enough memory: Unable to allocate")
-    assert everything(place) == before
+def crowded(*_: object, **__: object) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.mark.fault(28)
-def test_a_thread_that_finds_no_memory_is_told_and_leaves_the_old_output(place, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("where", "fault", "told"),
+    [
+        ("lora_export.merge.merge_checkpoint", too_large, ": Unable to allocate"),
+        ("threading._start_new_thread", crowded, " for one more thread"),
+    ],
+)
+def test_too_little_memory_is_told_and_leaves_the_old_output(place, where, fault, told, monkeypatch, capsys):
     line = merge_line(place, "base", "out", 0)
     assert cli.run(line) == 0
     before = everything(place)
-
-    def crowded(*_: object, **__: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr("threading._start_new_thread", crowded)
+    monkeypatch.setattr(where, fault)
     assert cli.run(line) == 6
-    assert capsys.readouterr().err.startswith("Error: there is not enough memory for one more thread")
+    assert capsys.readouterr().err.startswith(f"Error: there is not enough memory{told}")
     assert everything(place) == before
 
 
