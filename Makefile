@@ -22,13 +22,13 @@ test-slow: $(VENV)/dev.stamp ## the tests that take long
 
 # optimum-onnx wants a transformers older than ours: it has an environment of its own.
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it
-	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/test_exporters.py
+	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/graph/test_exporters.py
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 	$(BIN)/python -m pytest -s -m soak
 
 defects: $(VENV)/dev.stamp ## break right exports in every way known; needs polygraphy and optimum-onnx for their columns
-	$(BIN)/python -m pytest -s -m slow --keep tests/test_defects.py
+	$(BIN)/python -m pytest -s -m slow --keep tests/defects/test_defects.py
 
 check: $(VENV)/dev.stamp ## lint, format, types
 	$(BIN)/ruff check .

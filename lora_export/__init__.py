@@ -11,44 +11,45 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lora_export.checkpoint import open_checkpoint
     from lora_export.formats import load as load_adapter
     from lora_export.layers import attach, detach, fresh_adapter, trainable
     from lora_export.layers import fold as fold_module
     from lora_export.layers import specs as module_specs
     from lora_export.lora import Adapter, LoraPair
-    from lora_export.merge import merge_checkpoint
-    from lora_export.model import load as load_model
+    from lora_export.models.load import load_model
     from lora_export.plan import Plan, TensorSpec
     from lora_export.plan import make as make_plan
-    from lora_export.proof import prove
-    from lora_export.runtime import ModuleRunner, OnnxRunner, ScriptRunner
-    from lora_export.session import Session
-    from lora_export.staging import stage_file, stage_folder
+    from lora_export.runtime.onnx_runner import OnnxRunner
+    from lora_export.runtime.session import Session
+    from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+    from lora_export.storage.atomic_output import stage_file, stage_folder
+    from lora_export.verification.against_pytorch import prove
+    from lora_export.weights.checkpoint import open_checkpoint
+    from lora_export.weights.merge import merge_checkpoint
 
 # public name -> where it lives
 _HOMES = {
     "Adapter": "lora:Adapter",
     "LoraPair": "lora:LoraPair",
-    "ModuleRunner": "runtime:ModuleRunner",
-    "OnnxRunner": "runtime:OnnxRunner",
+    "ModuleRunner": "runtime.torch_runners:ModuleRunner",
+    "OnnxRunner": "runtime.onnx_runner:OnnxRunner",
     "Plan": "plan:Plan",
-    "ScriptRunner": "runtime:ScriptRunner",
-    "Session": "session:Session",
+    "ScriptRunner": "runtime.torch_runners:ScriptRunner",
+    "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
     "detach": "layers:detach",
     "fold_module": "layers:fold",
     "fresh_adapter": "layers:fresh_adapter",
     "load_adapter": "formats:load",
-    "load_model": "model:load",
+    "load_model": "models.load:load_model",
     "make_plan": "plan:make",
-    "merge_checkpoint": "merge:merge_checkpoint",
+    "merge_checkpoint": "weights.merge:merge_checkpoint",
     "module_specs": "layers:specs",
-    "open_checkpoint": "checkpoint:open_checkpoint",
-    "prove": "proof:prove",
-    "stage_file": "staging:stage_file",
-    "stage_folder": "staging:stage_folder",
+    "open_checkpoint": "weights.checkpoint:open_checkpoint",
+    "prove": "verification.against_pytorch:prove",
+    "stage_file": "storage.atomic_output:stage_file",
+    "stage_folder": "storage.atomic_output:stage_folder",
     "trainable": "layers:trainable",
 }
 

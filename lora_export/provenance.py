@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__, files
+from lora_export import __version__
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
+from lora_export.storage import files
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 

@@ -9,13 +9,16 @@ from typing import Any
 from torch import nn
 
 from lora_export import formats, report
-from lora_export.candidate import open_candidate
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.model import Model, of_module
-from lora_export.model import load as load_model
-from lora_export.proof import Proof, prove
-from lora_export.runtime import ModuleRunner, Runner
+from lora_export.models.factory import of_module
+from lora_export.models.load import load_model
+from lora_export.models.model import Model
+from lora_export.runtime.open_artifact import open_candidate
+from lora_export.runtime.runner import Runner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.against_pytorch import prove
+from lora_export.verification.proof import Proof
 
 File = str | Path
 

@@ -21,9 +21,10 @@ from rich.table import Table
 from torch import nn
 
 import lora_export as le
-from lora_export import layers, train
+from lora_export import layers
 from lora_export.formats import peft
 from lora_export.lora import Adapter
+from lora_export.training import loop
 
 RANK = 8
 
@@ -32,8 +33,8 @@ RANK = 8
 class Outcome:
     """What came of one training, and of its adapter on the original base."""
 
-    trained: train.Score
-    deployed: train.Score
+    trained: loop.Score
+    deployed: loop.Score
     difference: float  # the largest, of any score of a held-out example
     drift: float  # ‖W' - W‖ / ‖W‖, over all of the base
     file: int  # bytes, as saved
@@ -45,12 +46,12 @@ def run(*, frozen: bool) -> Outcome:
     module, fresh = small_task.adapted(base, RANK)
     if not frozen:
         module.requires_grad_(True)  # the mistake, in one line
-    train.fit(module, kept, **small_task.SETTINGS)
+    loop.fit(module, kept, **small_task.SETTINGS)
 
     adapter, size = saved_and_loaded(layers.read_back(module, fresh))
     deployed = copy.deepcopy(base)
     le.attach(deployed, le.make_plan([adapter], le.module_specs(deployed)))
-    scores = train.evaluate(module, held), train.evaluate(deployed, held)
+    scores = loop.evaluate(module, held), loop.evaluate(deployed, held)
     with torch.no_grad():
         difference = float((module(**held.inputs) - deployed(**held.inputs)).abs().max())
 

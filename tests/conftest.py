@@ -6,12 +6,12 @@ import functools
 
 import pytest
 
-from lora_export.cli import doctor
+from lora_export.runtime import environment
 
 
 @functools.cache
 def why_no_cuda() -> str:
-    return doctor.try_provider(doctor.CUDA).fault
+    return environment.try_provider(environment.CUDA).fault
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

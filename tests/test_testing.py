@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import scaled
-from handmade import peft_adapter
+from support import FACTORIES
+from support.factories import scaled
+from support.handmade import peft_adapter
 
-from lora_export import cli, model
+from lora_export import cli
 from lora_export.errors import InputRefused
-from lora_export.parity import Outcome
+from lora_export.models.load import load_model
 from lora_export.testing import ParityFailed, assert_parity
+from lora_export.verification.parity import Outcome
 
-FACTORY = f"{Path(__file__).parent / 'factories.py'}:scaled"
+FACTORY = f"{FACTORIES}:scaled"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_modules_in_memory_are_judged_and_stay_as_they_are(place: Path) -> None:
     with pytest.raises(ParityFailed, match="It fits the model without its adapters"):
         assert_parity(copy.deepcopy(module), (module, examples), place / "adapter")
     assert module.training and all(torch.equal(before[name], value) for name, value in module.state_dict().items())
-    assert_parity(place / "right.pt", model.load(FACTORY), place / "adapter")
+    assert_parity(place / "right.pt", load_model(FACTORY), place / "adapter")
 
 
 def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> None:

@@ -118,8 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     line, stdout = sys.argv[1:] if arguments is None else arguments, sys.stdout
-    if "lora_export.staging" in sys.modules:  # an earlier run in this process
-        sys.modules["lora_export.staging"].finished.clear()
+    if "lora_export.storage.atomic_output" in sys.modules:  # an earlier run in this process
+        sys.modules["lora_export.storage.atomic_output"].finished.clear()
     try:
         result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
@@ -146,9 +146,13 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _stopped(*, terminated: bool) -> int:
-    from lora_export import files, staging
+    from lora_export.storage import atomic_output, files
 
-    left = f"{files.shown(staging.finished[-1])} had been written" if staging.finished else "nothing was left behind"
+    left = (
+        f"{files.shown(atomic_output.finished[-1])} had been written"
+        if atomic_output.finished
+        else "nothing was left behind"
+    )
     click.echo(f"{'Terminated' if terminated else 'Stopped'}; {left}.", err=True)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 

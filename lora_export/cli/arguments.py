@@ -15,7 +15,7 @@ from lora_export.errors import InputRefused, one_line
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
-    from lora_export.model import Model
+    from lora_export.models.model import Model
 
 adapter_weights = click.option(
     "--weight",
@@ -127,9 +127,9 @@ def loaded_model(source: str, adapters: Sequence[Adapter], dtype: str) -> Model:
     """MODEL in the precision of --dtype."""
     import torch
 
-    from lora_export import model
+    from lora_export.models.load import load_model
 
-    return model.load(source, adapters, dtype=getattr(torch, dtype))
+    return load_model(source, adapters, dtype=getattr(torch, dtype))
 
 
 def load_adapters(arguments: Sequence[str]) -> list[Adapter]:

@@ -25,10 +25,11 @@ def judge(
     """Judge a merged checkpoint and say so; returns the exit code. Needs no PyTorch."""
     import numpy as np
 
-    from lora_export import __version__, audit, plan, report
-    from lora_export.checkpoint import open_checkpoint
+    from lora_export import __version__, plan, report
     from lora_export.cli.progress import byte_progress
     from lora_export.provenance import described
+    from lora_export.verification import against_checkpoint
+    from lora_export.weights.checkpoint import open_checkpoint
 
     begun = time.perf_counter()
     if candidate.suffix == ".onnx":
@@ -45,7 +46,7 @@ def judge(
     for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
         say(f"note: {note}")
     with byte_progress("judging", merged.nbytes) as progress:
-        found = audit.audit(steps, origin, merged, progress=progress)
+        found = against_checkpoint.audit(steps, origin, merged, progress=progress)
     seconds = time.perf_counter() - begun
     about = {
         "candidate": str(candidate),

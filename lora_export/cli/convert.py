@@ -40,11 +40,12 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
     Every tensor of the adapter must have its place in the graph, in shape and type, and the graph must
     be as it was when it was made, before anything is written. Needs no PyTorch.
     """
-    from lora_export import files, plan, staging
+    from lora_export import plan
     from lora_export.errors import InputRefused, MatchError
     from lora_export.formats import onnx_adapter
-    from lora_export.graph.files import load
-    from lora_export.graph.inputs import contract_of, factors_of
+    from lora_export.graph.insert.inputs import contract_of, factors_of
+    from lora_export.graph.onnx_file import load
+    from lora_export.storage import atomic_output, files
 
     (loaded,) = load_adapters([adapter])
     onnx_adapter.refuse_what_no_input_carries([loaded])
@@ -63,7 +64,7 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
     factors = factors_of(model, contract, steps, loaded.name)
     given = onnx_adapter.parameters(contract, steps, loaded.name, factors)
     places = [graph, split_name(adapter)[1]]
-    with staging.stage_file(output, inputs=places, overwrite=overwrite, say=say) as folder:
+    with atomic_output.stage_file(output, inputs=places, overwrite=overwrite, say=say) as folder:
         onnx_adapter.write(folder / output.name, given, contract, sha256=loaded.sha256)
     taken = {contract.inputs[name].weight for name in given}
     told = {"output": str(output), "places": len(taken), "of": len(contract.places), "base": contract.base}

@@ -8,20 +8,23 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_export import export, layers, plan
+from lora_export import layers, plan
 from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
-from lora_export.decoding import with_cache
-from lora_export.evidence import Proof
-from lora_export.graph.files import save
 from lora_export.graph.fold import fold
+from lora_export.graph.onnx_file import save
 from lora_export.graph.sites import Sites
-from lora_export.ledger import MIN_RETENTION, refuse_faint
 from lora_export.lora import Adapter
-from lora_export.model import Model
-from lora_export.onnx_runner import Arrays, OnnxRunner, Runner
-from lora_export.proof import case_inputs, prove
-from lora_export.runtime import ModuleRunner
+from lora_export.models import export
+from lora_export.models.model import Model
+from lora_export.runtime.kv_cache import with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.against_pytorch import prove
+from lora_export.verification.inputs.model_inputs import case_inputs
+from lora_export.verification.proof import Proof
+from lora_export.weights.merge_report import MIN_RETENTION, refuse_faint
 
 
 class FromModel:

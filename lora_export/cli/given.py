@@ -10,20 +10,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_export import files, provenance
-from lora_export.checkpoint import open_checkpoint
+from lora_export import provenance
 from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
 from lora_export.errors import InputRefused
-from lora_export.evidence import Proof
-from lora_export.graph.files import EXTERNAL_FROM, initializers, open_graph
+from lora_export.graph.insert.inserter import module_of
 from lora_export.graph.merge import write_merged
+from lora_export.graph.onnx_file import EXTERNAL_FROM, initializers, open_graph
 from lora_export.graph.sites import Sites, is_output_head, place
-from lora_export.graph.weaver import module_of
-from lora_export.graph_proof import GraphJudge
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Arrays, OnnxRunner
 from lora_export.plan import Plan
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays
+from lora_export.storage import files
+from lora_export.verification.against_graph import GraphJudge
+from lora_export.verification.proof import Proof
+from lora_export.weights.checkpoint import open_checkpoint
 
 HASHING = "xxh3_128"
 SHOWN = 10  # layers that an error lists

@@ -30,17 +30,18 @@ def command(path: Path, base: Path | None, check: bool, as_json: bool) -> None:
 
     Reads headers, and an adapter's tensors; with --base, the weights of both. Runs nothing.
     """
-    from lora_export import files, formats, report
-    from lora_export.checkpoint import open_checkpoint
+    from lora_export import formats, report
+    from lora_export.storage.manifest import damage
+    from lora_export.weights.checkpoint import open_checkpoint
 
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
     if base is not None and path.suffix != ".onnx":
         raise click.UsageError("--base names the weights of an .onnx file")
     if check:
-        damage = files.damage(path)
-        if damage:
-            raise InputRefused(f"{path} is not what was written:\n" + "\n".join(f"  {line}" for line in damage))
+        damaged = damage(path)
+        if damaged:
+            raise InputRefused(f"{path} is not what was written:\n" + "\n".join(f"  {line}" for line in damaged))
     if formats.recognised(path):
         adapter = formats.load(path)
         if as_json:
@@ -52,7 +53,7 @@ def command(path: Path, base: Path | None, check: bool, as_json: bool) -> None:
         _show_onnx_adapter(path, as_json=as_json)
         return
     if path.suffix == ".onnx":
-        from lora_export.graph import files as graph_files
+        from lora_export.graph import onnx_file as graph_files
         from lora_export.graph import sites
 
         found = sites.find(graph_files.load(path), open_checkpoint(base) if base is not None else None)

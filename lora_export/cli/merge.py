@@ -25,11 +25,11 @@ from lora_export.cli.arguments import (
 from lora_export.errors import InputRefused
 
 if TYPE_CHECKING:
-    from lora_export.checkpoint import Checkpoint
-    from lora_export.ledger import MergeReport
     from lora_export.lora import Adapter
     from lora_export.plan import Plan, TensorSpec
-    from lora_export.rewrite import Workshop
+    from lora_export.weights.apply_step import Workshop
+    from lora_export.weights.checkpoint import Checkpoint
+    from lora_export.weights.merge_report import MergeReport
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/model
 CACHED = "models--"  # a model's folder in the hub's cache: models--owner--model
@@ -158,10 +158,10 @@ def command(
 
 def _gpu() -> AbstractContextManager[Workshop]:
     """The GPU, once it is known to answer: told before anything is read."""
-    from lora_export import device
+    from lora_export.weights import cuda
 
-    device.require_cuda()
-    return device.cuda()
+    cuda.require_cuda()
+    return cuda.cuda()
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,9 @@ class _Work:
 def _over_checkpoint(
     base: Path, adapters: Sequence[Adapter], dtype: str | None, origin: Path | None, *, requantize: bool
 ) -> _Work:
-    from lora_export import merge, staging
-    from lora_export.checkpoint import code_of_its_own, open_checkpoint
+    from lora_export.storage import atomic_output
+    from lora_export.weights import merge
+    from lora_export.weights.checkpoint import code_of_its_own, open_checkpoint
 
     if origin is not None:
         raise click.UsageError("--base is for an .onnx: a checkpoint's weights have their names")
@@ -200,7 +201,7 @@ def _over_checkpoint(
         notes=notes,
         check=lambda steps: merge.refuse_before_the_work(steps, checkpoint),
         size=lambda steps: merge.output_size(steps, checkpoint, dtype),
-        stage=staging.stage_folder if checkpoint.is_folder else staging.stage_file,
+        stage=atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file,
         carry_out=lambda steps, folder, **rest: merge.merge_checkpoint(steps, checkpoint, folder, dtype=dtype, **rest),
         may_add=True,
         way_out="--dtype float32 keeps it",
@@ -208,12 +209,12 @@ def _over_checkpoint(
 
 
 def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantize: bool) -> _Work:
-    from lora_export import files, staging
-    from lora_export.checkpoint import open_checkpoint
-    from lora_export.graph.files import open_graph
     from lora_export.graph.merge import merge_graph, refuse_before_the_work
-    from lora_export.graph.requantise import notes_on
+    from lora_export.graph.onnx_file import open_graph
+    from lora_export.graph.quantised.requantise import notes_on
     from lora_export.graph.sites import find
+    from lora_export.storage import atomic_output, files
+    from lora_export.weights.checkpoint import open_checkpoint
 
     if dtype:
         raise click.UsageError("--dtype is for checkpoints: a graph's weights keep the types that its nodes expect")
@@ -226,7 +227,7 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
         check=lambda steps: refuse_before_the_work(steps, graph, sites, requantise=requantize),
         told=lambda steps: notes_on(steps, graph.model, sites) if requantize else (),
         size=lambda _: graph.nbytes,
-        stage=staging.stage_file,
+        stage=atomic_output.stage_file,
         carry_out=lambda steps, folder, **rest: merge_graph(steps, graph, sites, folder, requantise=requantize, **rest),
         way_out="keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)",
     )

@@ -98,10 +98,11 @@ def command(
     `adapter_ids`, which is for each row of the batch 0 (the base) or an adapter's number, in the order in which
     they were given.
     """
-    from lora_export import files, provenance, staging
+    from lora_export import provenance
     from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
-    from lora_export.graph.files import append_metadata
+    from lora_export.graph.onnx_file import append_metadata
+    from lora_export.storage import atomic_output, files
 
     refuse_exported(model)
     is_graph = model.endswith(".onnx")
@@ -114,7 +115,9 @@ def command(
     order = weaving.Order(mode, load_adapters(adapters), weights, target, names, dora)
     make_source = _maker(model, order, opset, checkpoint, reference, dtype)
     with (
-        staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        atomic_output.stage_file(
+            output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say
+        ) as folder,
         stages() as stage,
     ):
         stage("reading the graph" if is_graph else "loading the model")

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export import report
-from lora_export.cli import doctor
 from lora_export.cli.arguments import say, split_name
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
-from lora_export.evidence import Proof
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Placement
-from lora_export.parity import Outcome, Reason, Verdict
 from lora_export.provenance import record_of
+from lora_export.report import github
+from lora_export.runtime import environment
+from lora_export.runtime.runner import Placement
+from lora_export.verification.parity import Outcome, Reason, Verdict
+from lora_export.verification.proof import Proof
 
 if TYPE_CHECKING:
-    from lora_export.model import Model
+    from lora_export.models.model import Model
 
 
 def inputs_of(model: str, adapters: Sequence[str]) -> list[Path]:
@@ -51,7 +52,7 @@ def summary(proof: Proof | None) -> dict[str, Any]:
         "provider": proof.placement.asked if proof.placement else "PyTorch",
         "error_as_share_of_effect": max(shares, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
-        "variables": {name: proof.about[name] for name in doctor.SETTINGS if name in proof.about},
+        "variables": {name: proof.about[name] for name in environment.SETTINGS if name in proof.about},
     }
 
 
@@ -62,9 +63,9 @@ def require(provider: str) -> None:
             "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, whatever is asked for, and a proof in float32 "
             "asks for float32; unset it"
         )
-    if provider == "cuda" and (fault := doctor.try_provider(doctor.CUDA).fault):
+    if provider == "cuda" and (fault := environment.try_provider(environment.CUDA).fault):
         raise EnvironmentLacking(
-            f"{doctor.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` says how to get it"
+            f"{environment.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` says how to get it"
         )
 
 
@@ -86,7 +87,7 @@ def demanded(proof: Proof, what: str = "") -> Proof:
 
 def without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
     """What ended a proof before anything was measured, as a proof that says so."""
-    from lora_export.runtime import environment
+    from lora_export.runtime.torch_runners import environment
 
     outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
     gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
@@ -115,11 +116,11 @@ def tell_github(proof: Proof, title: str) -> None:
     """Annotations for the runner, and a summary for the run's page, where this is a step of a GitHub workflow."""
     if "GITHUB_ACTIONS" not in os.environ:
         return
-    for line in report.github.workflow_commands(proof.verdict, title):
+    for line in github.workflow_commands(proof.verdict, title):
         click.echo(line, err=True)
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(report.github.summary(proof.verdict, proof.placement, proof.about, title=title))
+                file.write(github.summary(proof.verdict, proof.placement, proof.about, title=title))
         except OSError as error:
             say(f"the run's page was not written: {error}")

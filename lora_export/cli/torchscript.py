@@ -39,18 +39,21 @@ def command(
     """
     import copy
 
-    from lora_export import files, layers, plan, staging
+    from lora_export import layers, plan
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
-    from lora_export.export import save_torchscript, to_torchscript
-    from lora_export.model import load as load_model
-    from lora_export.proof import prove
-    from lora_export.runtime import ScriptRunner
+    from lora_export.models.export import save_torchscript, to_torchscript
+    from lora_export.models.load import load_model
+    from lora_export.runtime.torch_runners import ScriptRunner
+    from lora_export.storage import atomic_output, files
+    from lora_export.verification.against_pytorch import prove
 
     refuse_exported(model)
     loaded = load_adapters(adapters)
     with (
-        staging.stage_file(output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say) as folder,
+        atomic_output.stage_file(
+            output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say
+        ) as folder,
         stages() as stage,
     ):
         stage("loading the model")

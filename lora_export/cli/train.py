@@ -14,9 +14,9 @@ from lora_export.cli.arguments import json_option, overwrite_option, refuse_expo
 if TYPE_CHECKING:
     from torch import nn
 
-    from lora_export.examples import Examples
-    from lora_export.model import Model
-    from lora_export.train import Data, Score
+    from lora_export.models.model import Model
+    from lora_export.training.data import Examples
+    from lora_export.training.loop import Data, Score
 
 HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # what transformers calls a model's task head
 
@@ -92,16 +92,21 @@ def command(
     """
     import torch
 
-    from lora_export import files, formats, layers, plan, staging, train
+    from lora_export import formats, layers, plan
     from lora_export.cli.progress import step_progress
-    from lora_export.examples import read_examples
     from lora_export.formats import peft
-    from lora_export.model import load as load_model
+    from lora_export.models.load import load_model
+    from lora_export.storage import atomic_output, files
+    from lora_export.storage.manifest import write_manifest
+    from lora_export.training import loop
+    from lora_export.training.data import read_examples
 
     refuse_exported(model)
     examples = read_examples(data_path)
     say(f"{data_path}: {examples}")
-    with staging.stage_folder(output, inputs=[data_path, *_folder_of(model)], overwrite=overwrite, say=say) as stage:
+    with atomic_output.stage_folder(
+        output, inputs=[data_path, *_folder_of(model)], overwrite=overwrite, say=say
+    ) as stage:
         torch.manual_seed(seed)  # a new head starts from it
         loaded = load_model(model, labels=examples.classes if examples.texts else ())
         data, judged = _prepared(loaded, examples, holdout=holdout, seed=seed, max_length=max_length)
@@ -119,16 +124,16 @@ def command(
         layers.attach(loaded.module, start, trainable=True)
         say(str(layers.trainable(loaded.module)))
         with step_progress("training") as on_step:
-            history = train.fit(loaded.module, data, device=device, on_step=on_step, **settings)  # type: ignore[arg-type]
+            history = loop.fit(loaded.module, data, device=device, on_step=on_step, **settings)  # type: ignore[arg-type]
         say(str(history))
         trained = layers.read_back(loaded.module, adapter)
         if judged is not None:
-            scores["adapter"] = train.evaluate(loaded.module, judged, device=device)
+            scores["adapter"] = loop.evaluate(loaded.module, judged, device=device)
             with layers.strength(loaded.module, 0, keep_whole=True):
-                scores["adapter_off"] = train.evaluate(loaded.module, judged, device=device)
+                scores["adapter_off"] = loop.evaluate(loaded.module, judged, device=device)
         peft.write(trained, stage, rank=rank, alpha=alpha, targets=adapter.targets, **_config(loaded, rslora=rslora))
         _write_model_config(loaded, stage)
-        files.write_manifest(stage, {"made_by": f"lora-export {__version__}", "model": model, "settings": settings})
+        write_manifest(stage, {"made_by": f"lora-export {__version__}", "model": model, "settings": settings})
     if any(name.endswith(".out_proj") and name.removesuffix(".out_proj") in adapter.pairs for name in adapter.pairs):
         say(
             "note: PEFT does not read adapters of nn.MultiheadAttention as they are meant: it passes over the output "
@@ -172,15 +177,16 @@ def _prepared(
     loaded: Model, examples: Examples, *, holdout: float, seed: int, max_length: int
 ) -> tuple[Data, Data | None]:
     """What to train on and what to judge by, as the model takes it."""
-    from lora_export import model, train
-    from lora_export.examples import split
+    from lora_export.models import huggingface
+    from lora_export.training import loop
+    from lora_export.training.data import split
 
     kept, held = split(examples, holdout, seed=seed) if holdout else (examples, None)
     if not examples.texts:
-        return train.arrays(kept), None if held is None else train.arrays(held)
-    tokenizer = model.load_tokenizer(loaded)
-    tokens = train.tokenised(kept, tokenizer, max_length=max_length)
-    return tokens, None if held is None else train.tokenised(held, tokenizer, max_length=max_length)
+        return loop.arrays(kept), None if held is None else loop.arrays(held)
+    tokenizer = huggingface.load_tokenizer(loaded)
+    tokens = loop.tokenised(kept, tokenizer, max_length=max_length)
+    return tokens, None if held is None else loop.tokenised(held, tokenizer, max_length=max_length)
 
 
 def _heads_of(loaded: Model) -> tuple[str, ...]:
@@ -196,8 +202,8 @@ def _head_alone(
     """How far the head alone gets on the frozen base, with the same data, steps and seed."""
     import copy
 
-    from lora_export import train
     from lora_export.cli.progress import step_progress
+    from lora_export.training import loop
 
     if not heads or judged is None:
         raise click.UsageError("--compare-frozen needs a head to train (--head) and examples held out (--holdout)")
@@ -205,8 +211,8 @@ def _head_alone(
     for head in heads:
         module.get_submodule(head).requires_grad_(True)
     with step_progress("training the head alone") as on_step:
-        say(str(train.fit(module, data, device=device, on_step=on_step, **settings)))  # type: ignore[arg-type]
-    return train.evaluate(module, judged, device=device)
+        say(str(loop.fit(module, data, device=device, on_step=on_step, **settings)))  # type: ignore[arg-type]
+    return loop.evaluate(module, judged, device=device)
 
 
 def _config(loaded: Model, *, rslora: bool) -> dict[str, Any]:

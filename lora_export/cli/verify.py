@@ -122,12 +122,14 @@ def command(
         from lora_export.cli import auditing
 
         return auditing.judge(candidate, origin, adapters, weights, reports, as_json=as_json)
-    from lora_export import candidate as candidates
-    from lora_export import files, proof, report
+    from lora_export import report
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
     from lora_export.formats.onnx_adapter import IDS
-    from lora_export.onnx_runner import OnnxRunner
+    from lora_export.runtime import open_artifact as candidates
+    from lora_export.runtime.onnx_runner import OnnxRunner
+    from lora_export.storage import files
+    from lora_export.verification import against_pytorch, proof
 
     begun = time.perf_counter()
     for path in reports:
@@ -155,7 +157,7 @@ def command(
                 candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
             )
             by_row = isinstance(runner, OnnxRunner) and IDS in runner.axes
-            prove: Callable[..., proof.Proof] = proof.prove_rows if by_row else proof.prove
+            prove: Callable[..., proof.Proof] = against_pytorch.prove_rows if by_row else against_pytorch.prove
             result = prove(
                 runner,
                 base,

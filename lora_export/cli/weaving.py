@@ -11,21 +11,24 @@ import click
 import onnx_ir as ir
 
 from lora_export import plan
-from lora_export.checkpoint import Checkpoint
 from lora_export.cli import proving
 from lora_export.cli.arguments import say
 from lora_export.errors import InputRefused
-from lora_export.evidence import Proof, bits_that_differ, prove_by_origin, prove_mixed
 from lora_export.formats import onnx_adapter
-from lora_export.graph.branches import branch
-from lora_export.graph.files import in_memory, save
-from lora_export.graph.inputs import factors_of, open_inputs
-from lora_export.graph.rows import choose_by_row
+from lora_export.graph.insert.inputs import factors_of, open_inputs
+from lora_export.graph.insert.nodes import branch
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.onnx_file import in_memory, save
 from lora_export.graph.sites import Sites, find
 from lora_export.lora import Adapter
-from lora_export.onnx_runner import Arrays, Held, OnnxRunner, Runner
-from lora_export.parity import Outcome
 from lora_export.plan import Plan
+from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.runner import Arrays, Runner
+from lora_export.verification.compare_outputs import bits_that_differ
+from lora_export.verification.derived_proofs import prove_by_origin, prove_mixed
+from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import Proof
+from lora_export.weights.checkpoint import Checkpoint
 
 Say = Callable[[str], None]
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until it is told otherwise

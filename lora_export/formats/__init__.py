@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from lora_export import files
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
+from lora_export.storage import files
 
 FORMATS = {
     "peft": "lora_export.formats.peft",

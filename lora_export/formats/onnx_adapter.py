@@ -24,10 +24,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export import files
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, one_line
 from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, TensorSpec
+from lora_export.storage import files
 
 KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROWS = "lora_export.rows"  # of the adapters' names, in a graph's metadata where each row of a batch chooses its own

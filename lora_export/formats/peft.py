@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export import files, tensorfile
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.patterns import Patterns
 from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.storage import files, safetensors_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -109,7 +109,7 @@ def read(path: Path, name: str) -> Adapter:
                 f"it and save it again with safe_serialization=True"
             )
         raise InputRefused(f"{path} has no {WEIGHTS}")
-    file = tensorfile.open_file(path / WEIGHTS)
+    file = safetensors_file.open_file(path / WEIGHTS)
     keys = _sort_keys(file)
     pairs, biases = _read_pairs(file, keys, config)
     rows = _read_rows(file, keys[ROWS], config)
@@ -175,7 +175,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
         "use_dora": True in dora,
         **config,
     }
-    tensorfile.write(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
+    safetensors_file.write(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -221,7 +221,7 @@ def _positive(path: Path, name: str, value: Any) -> None:
         raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
 
 
-def _sort_keys(file: tensorfile.TensorFile) -> dict[str, dict[str, str]]:
+def _sort_keys(file: safetensors_file.TensorFile) -> dict[str, dict[str, str]]:
     """The file's keys by their kind, and by the module or tensor they belong to.
 
     An embedding's A and B are among the others, and its A once more under EMBEDDING.
@@ -275,7 +275,7 @@ def _kind(match: re.Match[str]) -> str:
 
 
 def _read_pairs(
-    file: tensorfile.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+    file: safetensors_file.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
 ) -> tuple[dict[str, LoraPair], dict[str, NDArray[np.float32]]]:
     """The pairs, and what is added to biases. Raises InputRefused with everything that is wrong with the tensors."""
     problems = [f"{module}: lora_A without lora_B" for module in keys[A] if module not in keys[B]]
@@ -306,7 +306,9 @@ def _read_pairs(
     return pairs, biases
 
 
-def _read_rows(file: tensorfile.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Rows]:
+def _read_rows(
+    file: safetensors_file.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]
+) -> dict[str, Rows]:
     """The rows of tokens, by tensor. Which rows they are stands in the config alone.
 
     Raises InputRefused with everything that is wrong with them.
@@ -355,7 +357,7 @@ def _targeted(module: str, key: str) -> str:
 
 
 def _pair(
-    module: str, file: tensorfile.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+    module: str, file: safetensors_file.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
 ) -> LoraPair:
     a, b = file.read(keys[A][module]), file.read(keys[B][module])
     targeted = _targeted(module, keys[A][module])
@@ -381,7 +383,7 @@ def _pair(
 
 def _magnitude(
     module: str,
-    file: tensorfile.TensorFile,
+    file: safetensors_file.TensorFile,
     keys: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
     b: NDArray[Any],

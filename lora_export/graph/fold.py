@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.graph.readers import Site, readers, tensor_of
 from lora_export.graph.sites import FOLDED_FROM, Sites, unused, value_names
-from lora_export.ledger import StepResult, Tally
 from lora_export.plan import Layout, Plan, Step
+from lora_export.weights.merge_report import StepResult, Tally
 
 
 @dataclass(frozen=True, eq=False)

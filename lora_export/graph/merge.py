@@ -21,10 +21,9 @@ import numpy as np
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from lora_export import provenance, rewrite, transfer
+from lora_export import provenance
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.graph import wire
-from lora_export.graph.files import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
+from lora_export.graph import protobuf_wire
 from lora_export.graph.fold import (
     Landing,
     change_in_memory,
@@ -32,15 +31,18 @@ from lora_export.graph.fold import (
     refuse_quantised,
     refuse_what_a_graph_cannot_take,
 )
-from lora_export.graph.requantise import Part, Requantised, is_quantised, refuse_unknown_scheme, take_over
+from lora_export.graph.onnx_file import LIMIT, GraphFile, append_metadata, initializers, message_of, strip
+from lora_export.graph.quantised.requantise import Part, Requantised, is_quantised, refuse_unknown_scheme, take_over
 from lora_export.graph.sites import Sites
-from lora_export.ledger import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Plan
-from lora_export.rewrite import Move, Patch, Workshop
-from lora_export.staging import data_name
-from lora_export.tensorfile import PAGE, Entry
-from lora_export.transfer import Block, Bytes, Hashes
+from lora_export.storage import block_copy
+from lora_export.storage.atomic_output import data_name
+from lora_export.storage.block_copy import Block, Bytes, Hashes
+from lora_export.storage.safetensors_file import PAGE, Entry
+from lora_export.weights import apply_step
+from lora_export.weights.apply_step import Move, Patch, Workshop
+from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
 
 WAYS_OUT = (
     "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
@@ -302,7 +304,7 @@ def _graph_parts(model: ir.Model, weights: Sequence[_Weight]) -> list[_Part]:
     mark = secrets.token_hex(8)  # a place that no graph can name
     for number, weight in enumerate(weights):
         _put(weight.value, mark, number, weight.old.nbytes)
-    pieces = wire.pieces(message_of(model), mark, [weight.old.nbytes for weight in weights])
+    pieces = protobuf_wire.pieces(message_of(model), mark, [weight.old.nbytes for weight in weights])
     parts: list[_Part] = []
     for piece in pieces:
         place = parts[-1].end if parts else 0
@@ -334,7 +336,7 @@ def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashe
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, ledger.workshop)
         weights = [part.weight for part in parts if part.weight is not None]
-        room = max(rewrite.room(weight.move for weight in weights), *(_room(weight) for weight in weights), 0)
+        room = max(apply_step.room(weight.move for weight in weights), *(_room(weight) for weight in weights), 0)
         for block, found in ledger.workshop.transfer(source, target.fileno(), blocks, hashes, room=room):
             for tally in found or ():
                 ledger.tally(tally.weight).merge(tally)
@@ -356,13 +358,13 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part], w
             continue
         start, stop = first.weight.old.start, first.weight.old.start + place - first.place
         if first.weight.is_copy:
-            blocks = rewrite.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
+            blocks = apply_step.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
         elif first.weight.part is not None:
             requantised, part = first.weight.part
             blocks = requantised.blocks(part, start, first.place)
         else:
             there = replace(first.weight.old, start=first.place, stop=place)
-            blocks = rewrite.changed_blocks(source, read_fd, first.weight.move, there, workshop)
+            blocks = apply_step.changed_blocks(source, read_fd, first.weight.move, there, workshop)
         if start < cursor:  # it was read before: for another reader of the same bytes, say
             blocks = map(functools.partial(_aside, source, read_fd, cursor), blocks)
         else:
@@ -392,8 +394,8 @@ def _are_neighbours(one: _Part, other: _Part) -> bool:
 
 def _passed_over(start: int, stop: int, place: int) -> Iterator[Block]:
     """What the target does not have: read for the source's hash."""
-    for first in range(start, stop, transfer.BLOCK):
-        yield Block(first, min(first + transfer.BLOCK, stop), place, place, work=_nothing)
+    for first in range(start, stop, block_copy.BLOCK):
+        yield Block(first, min(first + block_copy.BLOCK, stop), place, place, work=_nothing)
 
 
 def _nothing(_source: Bytes, _target: Bytes, _spare: Bytes) -> None:
@@ -401,8 +403,8 @@ def _nothing(_source: Bytes, _target: Bytes, _spare: Bytes) -> None:
 
 
 def _literal(part: _Part, cursor: int) -> Iterator[Block]:
-    for first in range(0, len(part.literal), transfer.BLOCK):
-        piece = part.literal[first : first + transfer.BLOCK]
+    for first in range(0, len(part.literal), block_copy.BLOCK):
+        piece = part.literal[first : first + block_copy.BLOCK]
         place = part.place + first
         yield Block(cursor, cursor, place, place + len(piece), work=functools.partial(_write_literal, piece))
 
@@ -416,7 +418,7 @@ def _aside(source: Path, read_fd: int, cursor: int, block: Block) -> Block:
 
     def work(_: Bytes, target: Bytes, spare: Bytes) -> list[Tally]:
         before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
-        transfer.read(source, read_fd, before, block.start)
+        block_copy.read(source, read_fd, before, block.start)
         found: list[Tally] = block.work(before, target, spare) if block.work is not None else []
         return found
 

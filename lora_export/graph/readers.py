@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.graph import quantised
-from lora_export.graph.quantised import Quantised
+from lora_export.graph.quantised import layouts
+from lora_export.graph.quantised.layouts import Quantised
 from lora_export.plan import FLOATS, Layout
 
 MICROSOFT = "com.microsoft"
@@ -201,7 +201,7 @@ def _read(at: ir.Value, way: _Way, functions: Mapping[ir.OperatorIdentifier, ir.
         elif body is not None and room:
             for inside in _read(body.inputs[index], way, functions, room - 1):
                 yield replace(inside, node=node, index=index, inner=inside.inner or inside.node)
-        elif (packed := quantised.of_node(node, index)) is not None:
+        elif (packed := layouts.of_node(node, index)) is not None:
             yield way._replace(dtype=packed.dtype, quantised=packed).ends(node, index, Layout.OUT_IN)
         else:
             layout = layout_at(node, index, len(way.shape))
@@ -218,7 +218,7 @@ def _between(node: ir.Node, index: int, way: _Way) -> _Way | None:
     if _is_onnx(node, "Cast"):
         to = "" if (target := node.attributes.get("to")) is None or target.is_ref() else NAMES.get(target.as_int(), "")
         return way._replace(dtype=to) if to and way.dtype in FLOATS else None
-    packed = quantised.behind(node, index)
+    packed = layouts.behind(node, index)
     return way._replace(quantised=packed, dtype=packed.dtype) if packed is not None else None
 
 

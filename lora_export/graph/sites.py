@@ -20,15 +20,15 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.checkpoint import Checkpoint
 from lora_export.errors import InputRefused
-from lora_export.graph.content import Base, Match, View
+from lora_export.graph.match_by_content import Base, Match, View
 from lora_export.graph.readers import How as How
 from lora_export.graph.readers import Site as Site
 from lora_export.graph.readers import flipped as flipped
 from lora_export.graph.readers import readers as readers
 from lora_export.graph.readers import stored_dtype, tensor_of
 from lora_export.plan import FLOATS, Layout, TensorSpec
+from lora_export.weights.checkpoint import Checkpoint
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # on a value; onnxscript's key
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # on a node; this and the next are PyTorch's keys

@@ -2,8 +2,8 @@
 
 from lora_export.layers.attaching import Stored, attach, detach, settle, strength
 from lora_export.layers.folding import fold, refuse_tied
-from lora_export.layers.fresh import ParameterCount, fresh_adapter, read_back, trainable
-from lora_export.layers.places import CONVOLUTIONS, specs
+from lora_export.layers.module_tensors import CONVOLUTIONS, specs
+from lora_export.layers.new_adapter import ParameterCount, fresh_adapter, read_back, trainable
 from lora_export.layers.products import Plain, plain
 
 __all__ = [

@@ -32,7 +32,7 @@ from lora_export.layers.branched import (
     attachment_of,
 )
 from lora_export.layers.folding import places_of, result_of, whole_of
-from lora_export.layers.places import CONVOLUTIONS, Place, conv1d, places_in, slots_of, wide_dtype
+from lora_export.layers.module_tensors import CONVOLUTIONS, Place, conv1d, places_in, slots_of, wide_dtype
 from lora_export.plan import Plan, Step
 
 Stored = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]  # how a tensor is rounded: a dtype, or a scheme

@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.places import CONVOLUTIONS, conv1d, oriented
+from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, oriented
 from lora_export.plan import Layout
 
 STATE = "_lora_export"  # where an Attachment stands in the __dict__ of the module it belongs to

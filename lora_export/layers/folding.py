@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.branched import STATE, attachment_of, spread
-from lora_export.layers.places import Place, as_tensor, oriented, places_in, wide_dtype
+from lora_export.layers.module_tensors import Place, as_tensor, oriented, places_in, wide_dtype
 from lora_export.plan import Plan, Step
 
 

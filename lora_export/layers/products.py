@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from lora_export.layers.branched import STATE, attachment_of
-from lora_export.layers.places import CONVOLUTIONS, conv1d, layout_of
+from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, layout_of
 from lora_export.plan import Layout
 
 

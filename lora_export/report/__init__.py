@@ -11,10 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import staging
-from lora_export.audit import Audit
 from lora_export.errors import InputRefused
-from lora_export.parity import Verdict
 from lora_export.report import github
 from lora_export.report.documents import Placement, as_dict, document
 from lora_export.report.html import page, require_jinja2
@@ -28,6 +25,9 @@ from lora_export.report.terminal import (
     print_verdict,
     screen,
 )
+from lora_export.storage import atomic_output
+from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.parity import Verdict
 
 __all__ = [
     "as_dict",
@@ -84,5 +84,5 @@ def write(
     else:
         told = document(verdict, placement, about, diagnosis, exit_code)
         content = page(told) if path.suffix == ".html" else json.dumps(told, indent=2, allow_nan=False) + "\n"
-    with staging.stage_file(path, inputs=[], overwrite=True) as stage:
+    with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
         (stage / path.name).write_text(content, encoding="utf-8")

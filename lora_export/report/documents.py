@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.audit import Audit
-from lora_export.parity import Verdict
+from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.parity import Verdict
 
 VERSION = 1  # of the JSON documents; grows when a field changes its meaning or goes
 

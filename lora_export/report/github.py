@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.errors import one_line, printable
-from lora_export.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict
 from lora_export.report.documents import Placement
 from lora_export.report.terminal import placed
+from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict
 
 ICONS = {Outcome.SAME: "✅", Outcome.DIFFERENT: "❌", Outcome.UNDECIDED: "❓"}
 ROWS = 20  # of the summary's table; GitHub takes a megabyte, a reader less

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_export.errors import EnvironmentLacking, one_line
-from lora_export.parity import CONTROLS
 from lora_export.report import drawing
+from lora_export.verification.parity import CONTROLS
 
 Document = Mapping[str, Any]
 

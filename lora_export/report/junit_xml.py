@@ -8,10 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from lora_export.audit import Audit
-from lora_export.parity import CONTROLS, DECIDES, Comparison, Control, Outcome, Reason, Sensitivity, Verdict
 from lora_export.report.documents import Placement
 from lora_export.report.terminal import placed
+from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.parity import (
+    CONTROLS,
+    DECIDES,
+    Comparison,
+    Control,
+    Outcome,
+    Reason,
+    Sensitivity,
+    Verdict,
+)
 
 # XML 1.0 has no escape for these. Compiled where it is used: that takes as long as to import the rest of this file.
 NOT_XML = r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.text import Text
 
-from lora_export import files
-from lora_export.audit import Audit
-from lora_export.diagnosis import Diagnosis
 from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
-from lora_export.parity import DECIDES, Outcome, Verdict
 from lora_export.plan import Plan
 from lora_export.report.documents import Placement
+from lora_export.storage import files
+from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.diagnose.root_cause import Diagnosis
+from lora_export.verification.parity import DECIDES, Outcome, Verdict
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
 SHOWN = 5  # rows of a ledger

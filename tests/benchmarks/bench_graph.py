@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-from lora_export.export import to_onnx
+from lora_export.models.export import to_onnx
 from lora_export.graph import files
-from lora_export.model import load
+from lora_export.models.load import load
 place = Path(sys.argv[1])
 torch.manual_seed(0)
 config = LlamaConfig(

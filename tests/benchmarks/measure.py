@@ -14,9 +14,8 @@ from statistics import median
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import kept
-import peak
-from peak import Run
+from support import peak, tables
+from support.peak import Run
 
 README = Path(__file__).with_name("README.md")
 # Variables that a workplace may have and users do not: the first two hide what a BLAS makes of the processor, the last
@@ -97,4 +96,4 @@ def machine() -> str:
 def keep(name: str, text: str) -> None:
     """Put a result into the README beside this file, in the place of the former one."""
     print(f"\n{text}\n")
-    kept.put(README, name, text)
+    tables.put(README, name, text)

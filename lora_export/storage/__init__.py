@@ -1,0 +1,1 @@
+"""Bytes on disk: read within bounds, copied in blocks, published whole or not at all."""

@@ -1,0 +1,64 @@
+"""The manifest beside an output: what it was made of, and the hash of each of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lora_export.errors import InputRefused
+from lora_export.storage.files import HASHES, hash_of, read_json, sha256
+
+MANIFEST = "lora_export.json"
+
+
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], hashes: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> None:
+    """Record where a folder's contents came from, and what each file holds. Written last.
+
+    `hashes` has, by file, those that are known already ({"sha256": "ba78..."}); the other files are read.
+    """
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            contents[name] = {"bytes": path.stat().st_size, **(hashes.get(name) or {"sha256": sha256(path)})}
+    text = json.dumps({**facts, "files": contents}, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` recorded; empty where there is none. Raises InputRefused for a damaged one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = read_json(path)
+    if not isinstance(manifest.get("files", {}), dict):
+        raise InputRefused(f"{path} is not a manifest")
+    return manifest
+
+
+def damage(folder: Path) -> list[str]:
+    """What in a folder is not as its manifest says; reads every file that it names.
+
+    Raises InputRefused where there is no manifest, or one that records no hashes that we know.
+    """
+    recorded = read_manifest(folder).get("files")
+    if not recorded:
+        raise InputRefused(f"{folder} has no {MANIFEST} to compare it with")
+    found = []
+    for name, facts in recorded.items():
+        known = [key for key in HASHES if isinstance(facts, dict) and key in facts]
+        if not known:
+            raise InputRefused(f"{folder / MANIFEST} records no hash of {name} that this version knows")
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is not there")
+        elif path.stat().st_size != facts.get("bytes"):
+            found.append(f"{name} has {path.stat().st_size} bytes, {facts.get('bytes')} were written")
+        elif any(hash_of(path, key) != facts[key] for key in known):
+            found.append(f"{name} holds other bytes than were written")
+    return found

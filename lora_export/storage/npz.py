@@ -1,0 +1,55 @@
+"""Arrays from a .npz file, read within bounds. NumPy only; nothing is unpickled."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.storage import files
+
+# An .npz that grows larger than this, and by more than this factor, is a bomb: masks and padding among other arrays
+# shrink by less.
+INFLATED, RATIO = 1 << 30, 100  # bytes, times
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file. Nothing is unpickled, and no array takes more memory than the file has bytes for it.
+
+    Raises InputRefused for what is no .npz file of plain arrays, and for one that inflates beyond measure.
+    """
+    try:
+        with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            total, packed = sum(member.file_size for member in members), path.stat().st_size
+            if total > INFLATED and total > RATIO * packed:
+                raise InputRefused(
+                    f"{path} inflates from {packed:,} bytes to {total:,}; if that is right, save it with numpy.savez"
+                )
+            arrays = {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+    except InputRefused:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds for this
+        raise InputRefused(f"{path} is no .npz file of plain arrays: {error}") from error
+    if len(arrays) != len(members):
+        raise InputRefused(f"{path} names an array more than once")
+    return arrays
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in headers:
+            raise ValueError(f"{member.filename} is of version {version}")
+        shape, _, dtype = headers[version](stream)
+        if math.prod(shape) * dtype.itemsize > member.file_size:  # NumPy would take the memory first
+            raise ValueError(f"{member.filename} is too short for {shape} of {dtype}")
+        stream.seek(0)
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array

@@ -1,0 +1,1 @@
+"""Training: data, and the loop that fits whatever in a module requires gradients."""

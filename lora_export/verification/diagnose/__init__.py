@@ -1,0 +1,1 @@
+"""Where a candidate that differs goes wrong, and why."""

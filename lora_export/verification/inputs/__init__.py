@@ -1,0 +1,1 @@
+"""The inputs on which a candidate and its references are run."""

@@ -1,0 +1,50 @@
+"""Whether the rows that adapters bring to tables of embeddings were put to the test."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.lora import Adapter
+from lora_export.models.model import Model
+
+
+class RowsLookedUp:
+    """Which of the rows that adapters bring to tables of embeddings were looked up while PyTorch ran."""
+
+    def __init__(self, module: nn.Module, model: Model, adapters: Sequence[Adapter]):
+        self.wanted: dict[str, set[int]] = {}
+        self.seen: dict[str, set[int]] = {}
+        if not any(adapter.rows for adapter in adapters):
+            return
+        for step in plan.make(adapters, layers.specs(model.module)).steps:
+            owner = module.get_submodule(step.weight.rpartition(".")[0])
+            if step.rows is not None and isinstance(owner, nn.Embedding):
+                self.wanted[step.weight] = set(step.rows.indices.tolist())
+                self.seen[step.weight] = set()
+                owner.register_forward_pre_hook(functools.partial(self._note, step.weight))
+
+    def _note(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.seen[table] |= set(inputs[0].flatten().tolist())
+
+    @property
+    def doubts(self) -> list[str]:
+        """Tables of whose rows none was looked up: they may hold anything."""
+        return [
+            f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs in which they "
+            "are (--inputs)"
+            for table, rows in self.wanted.items()
+            if not rows & self.seen[table]
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        return [
+            f"{table}: {len(rows & self.seen[table])} of the {len(rows)} rows that the adapter brings were looked up"
+            for table, rows in self.wanted.items()
+            if 0 < len(rows & self.seen[table]) < len(rows)
+        ]

@@ -1,0 +1,243 @@
+"""Base weights on disk: headers first, tensors in slices, nothing loaded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export import provenance
+from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.plan import Layout, TensorSpec
+from lora_export.provenance import History
+from lora_export.storage import files, safetensors_file
+from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.storage.safetensors_file import TensorFile
+
+CONFIG = "config.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+BLOBS = "blobs"  # the folder of a Hugging Face cache that its snapshots link into
+# Other weights that may lie in a model's folder: copied along, they would contradict the merged ones.
+OTHER_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".data",
+    ".gguf",
+    ".tflite",
+    ".ot",
+)
+
+AUTO_MAP = "auto_map"
+LABELS = ("id2label", "label2id")  # tables of a config whose keys are the user's own words
+CODE = (
+    AUTO_MAP,
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
+
+# transformers' Conv1D stores (in, out). Only the model's class tells, so these are the classes that use it.
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A Hugging Face folder or one safetensors file, by its headers."""
+
+    path: Path
+    shards: Mapping[str, TensorFile]  # file name -> header
+    specs: tuple[TensorSpec, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)  # empty for a bare file
+    index: str = ""  # the index's file name, where the weights are in several files
+    history: History = ()  # the adapters that an earlier merge put in
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.size for shard in self.shards.values())
+
+    def companions(self) -> Iterator[Path]:
+        """The folder's other files (configuration, tokenizer, licence), weights in other formats left out.
+
+        Raises InputRefused for a link that leads elsewhere: what it points at would be published with the model.
+        """
+        if not self.is_folder:
+            return
+        home = self.path.resolve()
+        ours = {*self.shards, self.index, MANIFEST}
+        for path in files.regular_files(self.path):
+            relative = path.relative_to(self.path)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if hidden or relative.as_posix() in ours or self._is_weights(path):
+                continue
+            place = path.resolve()
+            if not place.is_relative_to(home) and place.parent.name != BLOBS:
+                raise InputRefused(f"{path} is a link to {place}, outside the model; put a copy of the file there")
+            yield relative
+
+    def left_out(self) -> list[str]:
+        """Weights in other formats in the same folder, which a merge does not carry along."""
+        if not self.is_folder:
+            return []
+        found = (path.relative_to(self.path) for path in files.regular_files(self.path))
+        return [path.as_posix() for path in found if path.as_posix() not in self.shards and self._is_weights(path)]
+
+    @staticmethod
+    def _is_weights(path: Path) -> bool:
+        return path.name.endswith((".safetensors", *OTHER_WEIGHTS))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a base's headers, config and index. Reads no weights.
+
+    Raises InputRefused, with everything that is wrong: missing or damaged shards, an index that
+    disagrees with them, two sets of weights, quantised or pickled weights.
+    """
+    path = Path(path)
+    files.must_exist(path, "base model")
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix != ".safetensors":
+        raise InputRefused(f"{path}: a base is a Hugging Face folder or a .safetensors file")
+    shard = safetensors_file.open_file(path)
+    return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], None)), history=_history(path, {}, shard))
+
+
+def code_of_its_own(config: Mapping[str, Any]) -> str:
+    """What in a model's config names code to be loaded with it, as `key: value`; empty where there is none.
+
+    Merging copies such a config and runs nothing of it; whoever builds the model must refuse it.
+    """
+    for key in CODE:
+        for value in _values(config, key):
+            # An attention of transformers' own has a plain name; one from the hub has its owner's before a slash.
+            if key == AUTO_MAP or "/" in str(value):
+                return f"{key}: {value!r}"
+    return ""
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    quantization = next(filter(None, _values(config, "quantization_config")), None)
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise InputRefused(
+            f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
+            "Merge into the original float model, or dequantise this one first"
+        )
+    index, names = _weight_files(folder)
+    shards = {name: safetensors_file.open_file(folder / name) for name in names}
+    if index:
+        _check_index(folder / index, shards)
+    specs = tuple(_specs(shards.values(), config))
+    first = next(iter(shards.values()))
+    return Checkpoint(folder, shards, specs, config, index, _history(folder, read_manifest(folder), first))
+
+
+def _weight_files(folder: Path) -> tuple[str, list[str]]:
+    """The index (or nothing) and the files that hold the weights."""
+    indices = sorted(path.name for path in folder.glob(f"*{INDEX_SUFFIX}"))
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(indices) > 1:
+        raise InputRefused(f"{folder} has {len(indices)} indices: {', '.join(indices)}")
+    if not indices:
+        if len(present) == 1:
+            return "", present
+        if present:
+            raise InputRefused(f"{folder} has {len(present)} safetensors files and no index: {', '.join(present)}")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        if pickles:
+            raise InputRefused(
+                f"{folder} has its weights in pickles ({', '.join(pickles)}), which can run code when they are opened. "
+                "Load it where you trust it and save it again as safetensors"
+            )
+        raise InputRefused(f"{folder} has no safetensors weights")
+    table = files.read_json(folder / indices[0]).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise InputRefused(f"{folder / indices[0]} has no weight_map")
+    strange = [
+        name for name in table.values() if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
+    ]
+    if strange:
+        raise InputRefused(
+            f"{folder / indices[0]} names what is no file in its folder: {', '.join(map(repr, strange))}"
+        )
+    named = list(dict.fromkeys(table.values()))
+    missing = [name for name in named if name not in present]
+    if missing:
+        raise InputRefused(f"{folder} lacks shards that its index names: {', '.join(missing)}")
+    extra = [name for name in present if name not in named]
+    if extra:
+        raise InputRefused(
+            f"{folder} has an index and, besides its shards, {', '.join(extra)}: which is the model? "
+            "Take the others away, or name the file that you mean"
+        )
+    return indices[0], named
+
+
+def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:
+    table: dict[str, str] = files.read_json(index)["weight_map"]
+    problems = [
+        f"{name}: not in {file}, where the index has it"
+        for name, file in table.items()
+        if name not in shards[file].entries
+    ]
+    for file, shard in shards.items():
+        problems += [
+            f"{name}: in {file}, the index says {table.get(name, 'nothing of it')}"
+            for name in shard.entries
+            if table.get(name) != file
+        ]
+    if problems:
+        raise InputRefused(f"{index} disagrees with the shards:\n  " + "\n  ".join(problems))
+
+
+def _specs(shards: Iterable[TensorFile], config: Mapping[str, Any] | None) -> Iterator[TensorSpec]:
+    for shard in shards:
+        refuse_unprintable(shard.entries, f"the header of {shard.path}")
+        for entry in shard.entries.values():
+            yield TensorSpec(
+                name=entry.name,
+                shape=entry.shape,
+                dtype=str(entry.dtype),
+                layout=_layout(entry.name, len(entry.shape), config),
+                file=shard.path.name,
+                nbytes=entry.nbytes,
+            )
+
+
+def _layout(name: str, dimensions: int, config: Mapping[str, Any] | None) -> Layout:
+    if dimensions < 2:
+        return Layout.OTHER
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    if module in CONV1D_NAMES and dimensions == 2:
+        if not config:
+            return Layout.UNKNOWN
+        if not CONV1D_MODELS.isdisjoint(map(str, _values(config, "model_type"))):
+            return Layout.IN_OUT
+    return Layout.MATRIX if dimensions == 2 else Layout.OUT_IN  # a convolution's, or a bare parameter's
+
+
+def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
+    """What a config says under a key, in its nested parts too."""
+    parts = [config]  # no recursion: a hostile config may be nested deeper than Python's stack
+    while parts:
+        part = parts.pop()
+        if key in part:
+            yield part[key]
+        parts += [value for name, value in part.items() if isinstance(value, dict) and name not in LABELS]
+
+
+def _history(path: Path, manifest: Mapping[str, Any], shard: TensorFile) -> History:
+    text = shard.metadata.get(provenance.KEY)
+    return provenance.history(manifest, path) if manifest or text is None else provenance.read_history(text, path)

@@ -1,0 +1,510 @@
+"""Adapters that are swapped while a graph runs, through the command line: `onnx --lora inputs`, `convert`, `verify`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from support.cli import answer, call
+from support.handmade import peft_adapter
+from support.swapping import MODEL
+
+from lora_export import formats
+from lora_export.cli import weaving
+from lora_export.formats import onnx_adapter
+from lora_export.models.load import load_model
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays
+from lora_export.verification.references import pytorch
+
+PACKED, OUT = "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.out_proj"
+
+
+def a_pair(rng: np.random.Generator, out: int, into: int, rank: int) -> tuple[Any, Any]:
+    return 0.3 * rng.standard_normal((rank, into)), 0.3 * rng.standard_normal((out, rank))
+
+
+def adapters(folder: Path, *, seed: int = 0) -> Path:
+    """`fr` (rsLoRA, rank 4, attention and more), `legal` (rank 2 and 3, other layers)."""
+    rng = np.random.default_rng(seed)
+    pairs = {PACKED: a_pair(rng, 48, 16, 4), OUT: a_pair(rng, 16, 16, 4), "head": a_pair(rng, 3, 16, 4)}
+    peft_adapter(folder / "fr", pairs, use_rslora=True, lora_alpha=6)
+    pairs = {"encoder.layers.1.linear2": a_pair(rng, 16, 32, 2), "head": a_pair(rng, 3, 16, 3)}
+    peft_adapter(folder / "legal", pairs, rank_pattern={"head": 3})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two adapters, a graph with inputs for them, and the base as a graph."""
+    folder = adapters(tmp_path_factory.mktemp("swapped"))
+    words = ("-a", folder / "fr", "-a", folder / "legal", "--weight", "1", "--weight", "-0.5", "--target", "linear1")
+    assert call("onnx", MODEL, *words, "-o", folder / "graph.onnx", "--lora", "inputs") == 0
+    assert call("onnx", MODEL, "-o", folder / "base.onnx") == 0
+    return folder
+
+
+def record(path: Path) -> dict[str, Any]:
+    text = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["lora_export"]
+    told: dict[str, Any] = json.loads(text)
+    return told
+
+
+def signal(batch: int = 3, length: int = 7) -> dict[str, Any]:
+    return {"signal": np.random.default_rng(1).standard_normal((batch, 4, length)).astype(np.float32)}
+
+
+# --- onnx --lora inputs ---
+
+
+def test_inputs_are_proven_one_adapter_after_the_other_and_the_base(place: Path) -> None:
+    verdict = record(place / "graph.onnx")["verdict"]
+    assert verdict["outcome"] == "same" and verdict["bits_of_base"] is True
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
+    assert {path.name for path in place.iterdir() if path.is_file()} == {
+        *("graph.onnx", "base.onnx", "fr.onnx_adapter", "legal.onnx_adapter")
+    }
+
+
+def test_every_target_of_every_adapter_and_of_target_has_its_place(place: Path) -> None:
+    contract = onnx_adapter.read_contract(
+        OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, ""
+    )
+    assert [re.sub(r"(\.in_proj_|\.)weight$", "", there.weight) for there in contract.places] == [
+        *(PACKED, OUT, "encoder.layers.0.linear1"),
+        *("encoder.layers.1.linear1", "encoder.layers.1.linear2", "head"),
+    ]
+
+
+def test_without_an_adapter_the_graph_is_the_base_to_the_bit(place: Path) -> None:
+    graph, base = OnnxRunner(place / "graph.onnx"), OnnxRunner(place / "base.onnx")
+    for batch, length in [(1, 1), (3, 7), (5, 33)]:
+        answers, expected = graph.run(signal(batch, length)), base.run(signal(batch, length))
+        assert answers["output_0"].tobytes() == expected["output_0"].tobytes()
+
+
+def test_onnxruntimes_own_loader_computes_what_pytorch_computes(place: Path) -> None:
+    session = onnxruntime.InferenceSession(place / "graph.onnx", providers=["CPUExecutionProvider"])
+    loaded = load_model(MODEL)
+    for name, strength in (("fr", 1.0), ("legal", -0.5)):
+        adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+        adapter.Load(str(place / f"{name}.onnx_adapter"))
+        options.add_active_adapter(adapter)
+        (given,) = session.run(None, signal(), options)
+        module = pytorch.adapted(loaded, [formats.load(place / name)], [strength])
+        with torch.no_grad():
+            expected = module(torch.from_numpy(signal()["signal"])).numpy()
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
+        assert np.abs(given - session.run(None, signal())[0]).max() > 1e-2
+
+
+def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "empty.onnx"
+    code, told = answer(
+        capsys, "onnx", MODEL, "-o", out, "--lora", "inputs", "--target", "all-linear", "--names", "peft"
+    )
+    assert (code, told["proof"]["outcome"], told["bits_of_base"], told["adapters"]) == (0, "same", True, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.onnx"]
+    contract = onnx_adapter.read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
+    assert len(contract.places) == 9 and contract.places[0].a == f"base_model.model.{PACKED}.lora_A.weight"
+    # The base is the same one, whatever the places and names.
+    other = onnx_adapter.read_contract(OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, "")
+    assert contract.base == other.base
+
+
+def test_an_adapter_that_was_written_wrongly_is_never_published(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = onnx_adapter.parameters
+
+    def louder(*arguments: Any) -> dict[str, Any]:
+        return {name: array * 1.05 if "lora_B" in name else array for name, array in right(*arguments).items()}
+
+    monkeypatch.setattr(onnx_adapter, "parameters", louder)
+    assert call("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs") == 4
+    told = capsys.readouterr().err
+    assert told.splitlines()[0].startswith("Error: fr: different")
+    assert f"first module that differs: {PACKED}\n" in told and "its adapter arrives 1.05 times as strong" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = weaving.open_inputs
+
+    def in_another_order(program: ir.Model, *arguments: Any, **options: Any) -> onnx_adapter.Contract:
+        """As a fusion might compute it: the last bit of a bias is another."""
+        bias = program.graph.initializers["head.bias"]
+        assert bias.const_value is not None
+        bias.const_value = ir.Tensor(np.nextafter(bias.const_value.numpy(), np.float32(9)), name="head.bias")
+        return right(program, *arguments, **options)
+
+    monkeypatch.setattr(weaving, "open_inputs", in_another_order)
+    code, told = answer(capsys, "onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs")
+    assert (code, told["bits_of_base"]) == (0, False)
+    assert "not to the last bit" in capsys.readouterr().err
+
+
+def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fr.onnx_adapter").write_text("mine")
+    words = ("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs")
+    assert call(*words) == 7
+    assert "fr.onnx_adapter exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["fr.onnx_adapter"]
+    assert call(*words, "--overwrite", "--no-verify") == 0
+    assert record(tmp_path / "out.onnx")["verdict"]["outcome"] == "not verified"
+    assert onnx_adapter.read(tmp_path / "fr.onnx_adapter").values
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--lora", "inputs"], 2, "--lora inputs needs an adapter (-a), or --target"),
+        (["--lora", "nodes", "--target", "head", "-a", "{place}/fr"], 2, "--target is for --lora inputs"),
+        (["--lora", "inputs", "--target", "query"], 3, "`query` matches no linear layer"),
+        (["--lora", "inputs", "-a", "{place}/fr", "-a", "copy={place}/fr"], 3, "copy is the same adapter as fr"),
+        (["--lora", "inputs", "-a", "x={place}/fr", "-a", "x={place}/legal"], 3, "2 adapters are called x"),
+        (["--lora", "inputs", "-a", ".x={place}/fr"], 3, "no file can be called after the adapter '.x'"),
+    ],
+)
+def test_what_inputs_cannot_be_made_of_is_told(
+    place: Path, tmp_path: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word.format(place=place) for word in words]
+    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", *given) == code
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- convert ---
+
+
+def test_next_weeks_adapter_is_converted_for_the_graph_and_is_what_pytorch_makes_of_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later, out = adapters(tmp_path, seed=7) / "fr", tmp_path / "next.onnx_adapter"
+    words = ("convert", later, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", out)
+    code, told = answer(capsys, *words)
+    assert (code, told["places"], told["of"]) == (0, 3, 6)
+    words = ("verify", place / "graph.onnx", "--model", MODEL, "-a")
+    assert call(*words, later, "--onnx-adapter", out) == 0
+    assert call(*words, place / "fr", "--onnx-adapter", out) == 4
+    assert call(*words, later) == 4  # nothing given: the base
+    assert call("verify", place / "graph.onnx", "--model", MODEL) == 0
+    assert call(*words, place / "legal", "--weight", "-0.5", "--onnx-adapter", place / "legal.onnx_adapter") == 0
+
+
+def test_convert_writes_the_bytes_that_onnx_wrote(place: Path, tmp_path: Path) -> None:
+    for name, weight in (("fr", "1"), ("legal", "-0.5")):
+        out = tmp_path / f"{name}.onnx_adapter"
+        words = ("--to", "onnx_adapter", "--for", place / "graph.onnx", "--weight", weight, "-o", out)
+        assert call("convert", place / name, *words) == 0
+        there, other = onnx_adapter.read(out), onnx_adapter.read(place / out.name)
+        assert (there.model_version, there.adapter_version) == (other.model_version, other.adapter_version)
+        for key, value in there.values.items():
+            assert np.array_equal(onnx_adapter.as_array(value), onnx_adapter.as_array(other.values[key]))
+
+
+def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = onnx_adapter.read(place / "fr.onnx_adapter")
+    capsys.readouterr()
+    assert call("inspect", place / "fr.onnx_adapter", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["format"], told["model_version"]) == ("onnx_adapter", held.model_version)
+    shapes = {name: there["shape"] for name, there in told["parameters"].items()}
+    assert shapes == {name: list(onnx_adapter.as_array(value).shape) for name, value in held.values.items()}
+    assert call("inspect", place / "fr.onnx_adapter") == 0
+    name = min(shapes)
+    shown = " x ".join(map(str, shapes[name]))
+    assert f"  {name}  {shown} tensor(float)" in capsys.readouterr().out.splitlines()
+
+
+def harmed(place: Path, folder: Path, what: str) -> Path:
+    """An adapter for `graph.onnx` that does not fit it, in the way that its name tells."""
+    rng = np.random.default_rng(0)
+    head: dict[str, tuple[Any, Any]] = {"head": a_pair(rng, 3, 16, 2)}
+    match what:
+        case "misfits":
+            pairs = {"head": a_pair(rng, 3, 17, 2), "encoder.layers.1.self_attn": a_pair(rng, 48, 16, 2)}
+            return peft_adapter(folder / what, pairs | {OUT: a_pair(rng, 16, 16, 2)})
+        case "whole":
+            return peft_adapter(
+                folder / what, {OUT: a_pair(rng, 16, 16, 2)}, {"head.weight": np.ones((3, 16), np.float32)}
+            )
+        case "nothing":
+            a, b = head["head"]
+            return peft_adapter(folder / what, {"head": (a, 0 * b)})
+        case _:
+            a, b = head["head"]
+            return peft_adapter(folder / what, {"head": (a, 9 * b)}, lora_alpha=6e38)
+
+
+@pytest.mark.parametrize(
+    ("what", "messages"),
+    [
+        ("misfits", ["2 of 3 targets do not fit", "(3, 16) (out, in), the adapter wants", "takes adapters at 6"]),
+        ("whole", ["whole, head.weight: a whole tensor", "--lora merged"]),
+        ("nothing", ["has no effect"]),
+        ("loud", ["head.lora_B.weight would not be finite: the largest float32"]),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_the_graph_cannot_take_is_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, what: str, messages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = harmed(place, tmp_path, what)
+    out = tmp_path / "out.onnx_adapter"
+    assert call("convert", wrong, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", out) == 3
+    told = capsys.readouterr().err
+    assert [message for message in messages if message not in told] == []
+    assert [path.name for path in tmp_path.iterdir()] == [what]
+
+
+def test_a_graph_that_is_not_made_for_it_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("convert", place / "fr", "--to", "onnx_adapter", "-o", tmp_path / "x", "--for")
+    assert call(*words, place / "base.onnx") == 3
+    assert "does not say where it takes adapters" in capsys.readouterr().err
+    assert call(*words, place / "missing.onnx") == 3
+    graph = onnx.load(place / "graph.onnx")
+    weight = next(value for value in graph.graph.initializer if value.name == "conv.bias")
+    weight.float_data.clear()
+    weight.raw_data = np.zeros(16, np.float32).tobytes()
+    onnx.save(graph, tmp_path / "other.onnx")
+    assert call(*words, tmp_path / "other.onnx") == 3
+    assert "hold other numbers than when it was given its inputs" in capsys.readouterr().err
+    assert call(*words[:-1]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["other.onnx"]
+
+
+# --- onnx --lora rows ---
+
+
+@pytest.fixture(scope="module")
+def rows(place: Path) -> Path:
+    words = ("-a", place / "fr", "-a", place / "legal", "--weight", "1", "--weight", "-0.5")
+    assert call("onnx", MODEL, *words, "-o", place / "rows.onnx", "--lora", "rows") == 0
+    return place / "rows.onnx"
+
+
+def test_rows_are_proven_for_every_id_and_mixed(rows: Path) -> None:
+    verdict = record(rows)["verdict"]
+    assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same" and verdict["bits_of_base"] is True
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
+
+
+def test_a_mixed_batch_is_row_by_row_what_the_graph_with_inputs_computes(place: Path, rows: Path) -> None:
+    ids = np.array([2, 0, 1, 1, 2])
+    answer = OnnxRunner(rows).run({**signal(5), "adapter_ids": ids})["output_0"]
+    swapped = OnnxRunner(place / "graph.onnx")
+    runners = [swapped, *(swapped.with_adapter(place / f"{name}.onnx_adapter") for name in ("fr", "legal"))]
+    alone = [runner.run(signal(5))["output_0"] for runner in runners]
+    expected = np.stack([alone[adapter][row] for row, adapter in enumerate(ids)])
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-6)
+    assert answer[1].tobytes() == alone[0][1].tobytes()
+    assert np.abs(expected - alone[0])[[0, 2, 3, 4]].max(1).min() > 1e-2
+
+
+def test_verify_judges_one_id(place: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("verify", rows, "--model", MODEL)
+    legal = ("-a", place / "legal", "--weight", "-0.5")
+    assert call(*words, *legal, "--adapter-id", "2") == 0
+    assert call(*words, *legal, "--adapter-id", "1") == 4
+    assert call(*words, "--adapter-id", "0") == 0
+    assert call(*words, *legal, "--adapter-id", "3") == 8
+    assert call("verify", place / "base.onnx", "--model", MODEL, "--adapter-id", "0") == 3
+    assert "has no input adapter_ids" in capsys.readouterr().err
+
+
+def test_verify_judges_all_ids_and_their_mixtures_at_once(
+    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("verify", rows, "--model", MODEL, "--json")
+    fr, legal = ("-a", place / "fr"), ("-a", place / "legal")
+    capsys.readouterr()
+    assert call(*words, *fr, *legal, "--weight", "1", "--weight", "-0.5") == 0
+    told = json.loads(capsys.readouterr().out)
+    roles = [case["case"].split(", ")[0] for case in told["comparisons"]]
+    assert list(dict.fromkeys(roles)) == ["the base", "fr", "legal", "mixed batches"]
+    assert roles == [role for role in dict.fromkeys(roles) for _ in range(3)]
+    assert [adapter["name"] for adapter in told["about"]["adapters"]] == ["fr", "legal"]
+
+    assert call(*words, *legal, *fr, "--weight", "-0.5", "--weight", "1") == 4  # another order than the graph's
+    wrong = json.loads(capsys.readouterr().out)
+    assert {reason["case"].split(", ")[0] for reason in wrong["reasons"]} == {"legal", "fr", "mixed batches"}
+    assert wrong["diagnosis"]["first"]
+
+    assert call(*words, *legal) == 3
+    assert "holds 2 adapters (fr, legal) and 1 were given" in capsys.readouterr().err
+
+
+def test_verify_tells_where_it_goes_wrong_and_why(
+    place: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "verdict.json"
+    words = ("verify", rows, "--model", MODEL, "--adapter-id", "1")
+    code, told = answer(capsys, *words, "-a", place / "fr", "--weight", "7", "--report", report)
+    assert code == 4 and json.loads(report.read_text())["diagnosis"] == told["diagnosis"]
+    assert told["diagnosis"]["first"] == PACKED
+    assert "as if its weight, 7, were left out" in told["diagnosis"]["why"]
+    assert "2 go wrong, 2 in the same way; 10 of 10 modules were compared" in told["diagnosis"]["why"]
+    layers = {layer.pop("name"): layer for layer in told["diagnosis"]["layers"]}
+    assert list(layers)[:3] == ["conv", PACKED, OUT] and set(layers[OUT]) == {"error", "deployed_error", "effect"}
+    assert layers["conv"]["effect"] == 0 and layers[OUT]["error"] > 1e4 * layers[OUT]["deployed_error"]
+    assert call(*words, "-a", place / "legal", "--weight", "-0.5") == 4
+    assert "with adapter id 2 (legal) it would be what it should" in capsys.readouterr().out
+
+
+def test_verify_compares_every_module_where_it_is_asked_to(
+    place: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("verify", rows, "--model", MODEL, "--adapter-id", "1", "-a", place / "fr")
+    code, told = answer(capsys, *words)
+    assert (code, told["diagnosis"]) == (0, None)
+    code, told = answer(capsys, *words, "--trace")
+    assert (code, told["diagnosis"]["first"], len(told["diagnosis"]["layers"])) == (0, None, 10)
+    assert call(*words, "--trace") == 0
+    assert "no module differs\n  every module that was compared is within its gate" in capsys.readouterr().out
+
+
+def test_rows_that_mix_up_adapters_are_never_published(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Confused(OnnxRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            if self._ids is not None and len(set(self._ids)) > 1:
+                self._ids = np.roll(self._ids, 1)
+            return super().run(inputs)
+
+    monkeypatch.setattr(weaving, "OnnxRunner", Confused)
+    words = ("-a", place / "fr", "-a", place / "legal", "--lora", "rows")
+    assert call("onnx", MODEL, *words, "-o", tmp_path / "out.onnx") == 4
+    assert capsys.readouterr().err.splitlines()[0].startswith("Error: mixed batches: different")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["onnx", "torchscript", "verify"])
+def test_an_adapter_that_is_given_as_an_argument_is_told_of_its_option(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = () if command == "verify" else ("-o", tmp_path / "out")
+    assert call(command, MODEL, "my adapter", "another", *output) == 2
+    told = capsys.readouterr().err
+    assert "unexpected argument my adapter. An adapter is given by -a: -a my adapter" in told
+    assert f"Usage: lora-export {command}" in told
+
+
+def test_rows_without_adapters_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--lora", "rows") == 2
+    assert "--lora rows needs the adapters" in capsys.readouterr().err
+
+
+# --- verify ---
+
+
+def test_verify_refuses_an_adapter_for_another_base(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = onnx_adapter.read(place / "fr.onnx_adapter")
+    given = {name: onnx_adapter.as_array(value) for name, value in there.values.items()}
+    onnx_adapter.write(tmp_path / "foreign", given, onnx_adapter.Contract("12345678", "", ()), sha256="0")
+    words = ("verify", place / "graph.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
+    assert call(*words, tmp_path / "foreign") == 3
+    assert "it was made for another base" in capsys.readouterr().err
+    (tmp_path / "noise").write_bytes(b"noise")
+    assert call(*words, tmp_path / "noise") == 3
+    shutil.copy(place / "fr.onnx_adapter", tmp_path / "copy")
+    words = ("verify", place / "base.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
+    assert call(*words, tmp_path / "copy") == 8  # a graph without places for it
+    assert "Invalid input name" in capsys.readouterr().err
+
+
+# --- DoRA and convolutions ---
+
+
+def dora_adapter(folder: Path, *, seed: int) -> Path:
+    """DoRA at the convolution, the packed projection, and the head."""
+    rng = np.random.default_rng(seed)
+    conv = 0.3 * rng.standard_normal((2, 4, 3)), 0.3 * rng.standard_normal((16, 2, 1))
+    pairs = {"conv": conv, PACKED: a_pair(rng, 48, 16, 2), "head": a_pair(rng, 3, 16, 2)}
+    shapes = {"conv": (1, 16, 1), PACKED: (48,), "head": (3,)}
+    magnitudes = {f"{name}.lora_magnitude_vector": rng.uniform(0.5, 1.5, shape) for name, shape in shapes.items()}
+    peft_adapter(folder, pairs, use_dora=True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors |= {f"base_model.model.{name}": array.astype(np.float32) for name, array in magnitudes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_dora(place: Path) -> Path:
+    """A graph that takes DoRA wherever it takes an adapter, and one adapter that has it."""
+    adapter = dora_adapter(place / "dora", seed=3)
+    words = ("-a", adapter, "-a", place / "fr", "--dora", "--lora", "inputs", "-o", place / "factors" / "graph.onnx")
+    (place / "factors").mkdir()
+    assert call("onnx", MODEL, *words) == 0
+    return place / "factors" / "graph.onnx"
+
+
+def test_dora_and_convolutions_are_proven_as_inputs_beside_an_adapter_that_has_neither(with_dora: Path) -> None:
+    verdict = record(with_dora)["verdict"]
+    assert verdict["outcome"] == "same"
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
+    base = with_dora.parents[1] / "base.onnx"
+    answers = [OnnxRunner(path).run(signal())["output_0"] for path in (with_dora, base)]
+    np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_of_next_week_is_converted_with_the_graphs_own_weights(
+    with_dora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later, out = dora_adapter(tmp_path / "later", seed=8), tmp_path / "later.onnx_adapter"
+    words = ("convert", later, "--to", "onnx_adapter", "-o", out, "--weight", "0.5", "--for")
+    code, told = answer(capsys, *words, with_dora)
+    assert (code, told["places"], told["of"]) == (0, 3, 4)
+    words = ("verify", with_dora, "--model", MODEL, "--onnx-adapter", out, "-a", later, "--weight")
+    assert call(*words, "0.5") == 0
+    assert call(*words, "1") == 4
+
+
+def test_dora_for_a_graph_that_takes_none_is_refused_with_the_way_out(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    later = peft_adapter(tmp_path / "later", {"head": a_pair(rng, 3, 16, 2)}, use_dora=True)
+    tensors = load_file(later / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.head.lora_magnitude_vector": np.ones(3, np.float32)},
+        later / "adapter_model.safetensors",
+    )
+    words = ("convert", later, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", tmp_path / "x")
+    assert call(*words) == 3
+    told = capsys.readouterr().err
+    assert "later, head.weight\n" in told and "`onnx --lora inputs --dora`" in told
+    assert not (tmp_path / "x").exists()
+    assert call("onnx", MODEL, "-a", later, "--lora", "nodes", "--dora", "-o", tmp_path / "x.onnx") == 2
+
+
+def test_rows_with_dora_and_convolutions_are_proven_for_every_id_and_mixed(place: Path, tmp_path: Path) -> None:
+    # Both change the head, and would be refused as a sum: DoRA rescales all that it finds there.
+    adapter = dora_adapter(tmp_path / "dora", seed=3)
+    words = ("-a", adapter, "-a", place / "fr", "--lora", "rows", "-o", tmp_path / "rows.onnx")
+    assert call("onnx", MODEL, *words) == 0
+    verdict = record(tmp_path / "rows.onnx")["verdict"]
+    assert verdict["outcome"] == verdict["mixed"]["outcome"] == "same"
+    assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}

@@ -1,0 +1,295 @@
+"""The main job through the command line, on a user's own module: train, merge, export, verify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from support import FACTORIES
+from support.cli import answer, call
+
+from lora_export import cli, formats
+from lora_export.models.load import load_model
+
+MODEL = f"{FACTORIES}:spotter"
+
+
+def signals(path: Path) -> Path:
+    """Three classes of noisy signals whose level tells them apart."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 90)
+    noise = rng.standard_normal((90, 4, 9)).astype(np.float32)
+    np.savez(path, signal=noise + labels[:, None, None].astype(np.float32), labels=labels)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter trained by the command line, and the base's weights as safetensors."""
+    folder = tmp_path_factory.mktemp("flow")
+    signals(folder / "signals.npz")
+    code = call(
+        *("train", MODEL, "--data", folder / "signals.npz", "-o", folder / "adapter", "--rank", "4", "--alpha", "8"),
+        *("--epochs", "6", "--learning-rate", "1e-2", "--batch-size", "16"),
+    )
+    assert code == 0
+    save_file(load_model(MODEL).module.state_dict(), folder / "base.safetensors")
+    return folder
+
+
+def test_training_reaches_attention_and_is_what_it_says_it_is(place: Path) -> None:
+    adapter = formats.load(place / "adapter")
+    assert "encoder.layers.0.self_attn" in adapter.pairs  # packed in_proj_weight
+    assert "encoder.layers.1.self_attn.out_proj" in adapter.pairs
+    assert {pair.scale for pair in adapter.pairs.values()} == {2.0}
+    assert not any(pair.is_identity for pair in adapter.pairs.values())
+
+
+def test_training_is_repeatable_and_better_than_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--rank", "4", "--alpha", "8", "--epochs", "6", "--learning-rate", "1e-2", "--batch-size", "16")
+    code, told = answer(capsys, "train", MODEL, "--data", place / "signals.npz", "-o", tmp_path / "again", *options)
+    assert code == 0
+    assert told["accuracy"]["adapter"] > told["accuracy"]["adapter_off"]
+    assert "PEFT does not read adapters of nn.MultiheadAttention" in capsys.readouterr().err
+    first, again = (load_file(path / "adapter_model.safetensors") for path in (place / "adapter", tmp_path / "again"))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", ["merged", "nodes"])
+def test_onnx_is_proven_published_and_proven_again(
+    place: Path, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    code, told = answer(capsys, "onnx", MODEL, "-a", place / "adapter", "-o", out, "--lora", mode)
+    assert (code, told["proof"]["outcome"]) == (0, "same")
+    graph = onnx.load(out)
+    branches = [value.name for value in graph.graph.initializer if "lora_A" in value.name]
+    assert ("encoder.layers.0.self_attn.lora_A.weight" in branches) == (mode == "nodes")
+    record = json.loads({entry.key: entry.value for entry in graph.metadata_props}["lora_export"])
+    assert record["adapters"][0]["sha256"] == formats.load(place / "adapter").sha256
+    assert record["verdict"]["outcome"] == "same"
+    reports = tmp_path / "verdict.json", tmp_path / "verdict.xml"
+    options = [part for path in reports for part in ("--report", path)]
+    code, told = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter", *options)
+    assert (code, told["outcome"]) == (0, "same")
+    assert told["placement"]["off_provider"] == []
+    assert json.loads(reports[0].read_text())["outcome"] == "same"
+    assert ElementTree.parse(reports[1]).getroot().get("failures") == "0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "verdict.json", "verdict.xml"]
+
+
+@pytest.mark.parametrize("mode", ["merged", "nodes"])
+def test_torchscript_is_proven_published_and_proven_again(
+    place: Path, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.pt"
+    code, told = answer(capsys, "torchscript", MODEL, "-a", place / "adapter", "-o", out, "--lora", mode)
+    assert (code, told["proof"]["outcome"]) == (0, "same")
+    code, told = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter")
+    assert (code, told["outcome"]) == (0, "same")
+
+
+def test_a_state_dict_is_merged_and_proven(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "merged.safetensors"
+    assert call("merge", place / "base.safetensors", place / "adapter", "-o", out) == 0
+    code, told = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter")
+    assert (code, told["outcome"]) == (0, "same")
+
+
+def test_a_module_that_was_never_merged_is_different(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = answer(capsys, "verify", place / "base.safetensors", "--model", MODEL, "-a", place / "adapter")
+    assert (code, told["outcome"]) == (4, "different")
+
+
+def test_half_the_strength_is_different(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "half.safetensors"
+    assert call("merge", place / "base.safetensors", place / "adapter", "-o", out, "--weight", "0.5") == 0
+    code, _ = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter")
+    assert code == 4
+    code, _ = answer(capsys, "verify", out, "--model", MODEL, "-a", place / "adapter", "--weight", "0.5")
+    assert code == 0
+
+
+def faint(place: Path, target: Path) -> Path:
+    """The adapter, scaled down until fp32 cannot show it."""
+    shutil.copytree(place / "adapter", target)
+    config = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e-6}))
+    return target
+
+
+def test_an_adapter_too_faint_to_see_is_undecided_and_nothing_is_published(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = faint(place, tmp_path / "weak")
+    out = tmp_path / "faint.onnx"
+    assert call("onnx", MODEL, "-a", weak, "-o", out) == 5
+    assert "undecided" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["weak"]
+    assert call("onnx", MODEL, "-a", weak, "-o", out, "--no-verify") == 0
+    record = {entry.key: entry.value for entry in onnx.load(out).metadata_props}["lora_export"]
+    assert json.loads(record)["verdict"]["outcome"] == "not verified"
+
+
+@pytest.mark.fault(43)
+def test_cuda_that_is_not_there_is_exit_6(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the refusal cannot be seen here")
+    out = tmp_path / "out.onnx"
+    assert call("onnx", MODEL, "-a", place / "adapter", "-o", out, "--provider", "cuda") == 6
+    told = capsys.readouterr()
+    assert "CUDAExecutionProvider" in told.err
+    assert told.out == ""  # onnxruntime prints what it misses; stdout is for answers
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "noise.onnx").write_bytes(b"no graph")
+    assert call("verify", tmp_path / "noise.onnx", "--model", MODEL, "-a", place / "adapter") == 8
+    assert "onnxruntime refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["onnx", "nowhere.py:make", "-o", "{out}"], 3, "there is no file nowhere.py"),
+        (["onnx", MODEL, "-a", "{place}/missing", "-o", "{out}"], 3, "missing"),
+        (["onnx", MODEL, "-a", "{place}/adapter", "-o", "{place}/no/such/folder/x.onnx"], 7, "does not exist"),
+        (["onnx", MODEL, "-a", "{place}/adapter", "-o", "{place}/base.safetensors"], 7, "exists already"),
+        (["onnx", MODEL, "-a", "{place}/adapter"], 2, "Missing option '-o'"),
+        (["torchscript", MODEL, "-a", "{place}/adapter", "--lora", "rows", "-o", "{out}"], 2, "'rows'"),
+        (["verify", "{place}/missing.onnx", "--model", MODEL], 3, "missing.onnx"),
+        (["verify", "{place}/signals.npz", "--model", MODEL], 3, "a candidate is"),
+        (["verify", "{place}/base.safetensors", "--model", MODEL, "--report", "{out}.pdf"], 3, ".json"),
+        (["verify", "{place}/base.safetensors", "--model", MODEL, "--provider", "cuda"], 2, "--provider cuda"),
+        (["train", MODEL, "--data", "{place}/nothing.npz", "-o", "{out}"], 3, "nothing.npz"),
+        (["train", MODEL, "--data", "{place}/signals.npz", "-o", "{out}", "--target", "query"], 3, "query"),
+        (["train", MODEL, "--data", "{place}/signals.npz", "-o", "{out}", "--compare-frozen"], 2, "--head"),
+        (["inspect", "{place}/nothing"], 3, "nothing"),
+        (["no-such-command"], 2, "no-such-command"),
+    ],
+)
+def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    before = sorted(place.rglob("*"))
+    capsys.readouterr()
+    assert call(*(part.format(place=place, out=tmp_path / "out") for part in arguments)) == code
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.out == ""
+    assert "Traceback" not in told.err
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("torch", ["verify", "x.onnx", "--model", "y"]), ("onnx", ["inspect", "{graph}"])],
+)
+def test_a_missing_package_is_exit_6_by_its_name(tmp_path: Path, package: str, arguments: list[str]) -> None:
+    graph = tmp_path / "some.onnx"
+    graph.write_bytes(b"")
+    words = [argument.format(graph=graph) for argument in arguments]
+    code = f"import sys; sys.modules[{package!r}] = None; from lora_export.cli import run; sys.exit(run({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    assert f"needs the package {package}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            "raise OSError('libcudart.so.13: cannot open shared object file: No such file or directory')",
+            "a library does not load: libcudart.so.13: cannot open shared object file",
+        ),
+        (
+            "raise ImportError('libcublas.so.13: version not found', name='torch._C')",
+            "the package torch does not load: libcublas.so.13: version not found",
+        ),
+    ],
+)
+def test_a_torch_whose_libraries_do_not_fit_is_exit_6(tmp_path: Path, source: str, told: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(source)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from lora_export.cli import run; sys.exit(run(sys.argv[2:]))"
+    line = [sys.executable, "-c", code, str(tmp_path), "onnx", "x:y", "-o", str(tmp_path / "out.onnx")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 6 and done.stderr.startswith(f"Error: {told}"), done.stderr
+    assert "`lora-export doctor` says what is wrong" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.fault(43)
+def test_a_gpu_that_is_too_small_is_exit_6(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(cli.cli, "main", too_large)
+    assert call("inspect", "x") == 6
+    assert capsys.readouterr().err.startswith("Error: there is not enough memory: CUDA out of memory.")
+
+
+@pytest.mark.cuda
+@pytest.mark.fault(43)
+def test_what_a_gpu_says_when_it_is_too_small_is_known() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1 << 50, device="cuda")
+
+
+@pytest.mark.fault(44)
+def test_tf32_by_the_environment_is_refused_for_a_proof_on_cuda(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert call("onnx", MODEL, "-o", tmp_path / "out.onnx", "--provider", "cuda") == 6
+    assert "NVIDIA_TF32_OVERRIDE=1 turns TF32 on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(44)
+def test_variables_that_change_results_are_recorded_in_the_file_and_in_the_verdict(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"NVIDIA_TF32_OVERRIDE": "1", "ORT_CUDA_GEMM_OPTIONS": "3"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out.onnx"
+    code, told = answer(capsys, "onnx", MODEL, "-a", place / "adapter", "-o", out)
+    assert code == 0 and variables.items() <= told["proof"]["about"].items()
+    record = json.loads({entry.key: entry.value for entry in onnx.load(out).metadata_props}["lora_export"])
+    assert record["verdict"]["variables"] == variables
+
+
+def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told = answer(capsys, "inspect", place / "adapter")
+    assert code == 0
+    assert told["pairs"]["head"]["scale"] == 2.0
+    assert call("inspect", place / "base.safetensors") == 0
+    assert "head.weight  3 x 16 float32" in capsys.readouterr().out
+    assert call("onnx", MODEL, "-o", tmp_path / "base.onnx") == 0
+    capsys.readouterr()
+    assert call("inspect", tmp_path / "base.onnx") == 0
+    assert "encoder.layers.0.self_attn.in_proj_weight" in capsys.readouterr().out

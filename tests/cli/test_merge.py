@@ -1,0 +1,359 @@
+"""`lora-export merge` from door to door: what it writes, says and ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support.handmade import base_file, peft_adapter
+
+from lora_export import cli
+from lora_export.storage import atomic_output
+from lora_export.storage.manifest import read_manifest
+from lora_export.weights import merge
+
+W = np.arange(6).reshape(2, 3)
+A, B = [[1, 2, 3]], [[1], [10]]
+BA = np.array([[1, 2, 3], [10, 20, 30]])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a base and an adapter for it."""
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", {"fc.weight": W, "norm.weight": [1, 1]})
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    peft_adapter(tmp_path / "adapter", {"fc": (A, B)})
+    return tmp_path
+
+
+def run(place: Path, *arguments: object) -> int:
+    """`merge` with `base`, `adapter` and `out` standing for the places of these names; returns the exit code."""
+    names = {"base", "adapter", "out", "other"}
+    return cli.run(["merge", *(str(place / word) if word in names else str(word) for word in arguments)])
+
+
+def result(folder: Path) -> list[list[float]]:
+    return load_file(folder / "model.safetensors")["fc.weight"].tolist()
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- 0 ---
+
+
+def test_a_merge_writes_the_model_and_says_so(place, capsys):
+    before = everything(place)
+    assert run(place, "base", "adapter", "-o", "out") == 0
+    assert result(place / "out") == (W + BA).tolist()
+    assert {name: content for name, content in everything(place).items() if not name.startswith("out/")} == before
+    told = capsys.readouterr()
+    assert told.err == ""
+    summary, _, row = told.out.splitlines()
+    assert summary.startswith("1 weight merged; ") and f"written to {place / 'out'}" in summary
+    assert row.split() == ["fc.weight", "5.07", "1.0000", "0", "100.0%"]
+
+
+def test_a_bare_file_becomes_a_bare_file(place):
+    assert run(place, place / "base/model.safetensors", "adapter", "-o", place / "merged.safetensors") == 0
+    assert load_file(place / "merged.safetensors")["fc.weight"].tolist() == (W + BA).tolist()
+    assert {path.name for path in place.iterdir()} == {"base", "adapter", "merged.safetensors"}
+
+
+def test_json_is_exactly_one_document_on_stdout(place, capsys):
+    (place / "base/pytorch_model.bin").touch()
+    assert run(place, "base", "adapter", "-o", "out", "--json") == 0
+    told = capsys.readouterr()
+    document = json.loads(told.out)
+    assert told.out.count("\n") == 1
+    assert (document["output"], document["schema"]) == (str(place / "out"), "lora-export/merge-report/1")
+    assert document["results"][0]["weight"] == "fc.weight" and document["results"][0]["retention"] == 1
+    assert document["bytes"] == (place / "out/model.safetensors").stat().st_size
+    assert "pytorch_model.bin" in told.err
+
+
+def test_what_was_decided_and_what_was_left_out_is_told(place, capsys):
+    (place / "base/pytorch_model.bin").touch()
+    peft_adapter(place / "adapter", {"model.fc": (A, B)}, {"score.weight": np.ones((2, 3), np.float32)})
+    assert run(place, "base", "adapter", "-o", "out") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "note: adapter: the adapter's names carry the prefix `model.` that the base's lack; resolved.",
+        "note: the base has no score.weight: it is added.",
+        "note: the base's tensors gain the prefix `model.`, so that the added head finds its model.",
+        "note: pytorch_model.bin holds weights too, unmerged ones; it is left out",
+    ]
+    assert not (place / "out/pytorch_model.bin").exists()
+
+
+def test_weights_multiply_the_adapters_in_order(place):
+    peft_adapter(place / "other", {"fc": (A, B)}, lora_alpha=3)
+    assert run(place, "base", "adapter", "other", "--weight", "0.5", "--weight", "-1", "-o", "out") == 0
+    assert result(place / "out") == (W - 2.5 * BA).tolist()
+
+
+def test_adapters_of_one_name_are_told_apart_by_a_given_one(place, capsys):
+    peft_adapter(place / "sub/adapter", {"fc": (A, B)}, lora_alpha=3)
+    assert run(place, "base", "adapter", place / "sub/adapter", "-o", "out") == 3
+    assert "2 adapters are called adapter; give them different names" in capsys.readouterr().err
+    assert run(place, "base", "adapter", f"second={place / 'sub/adapter'}", "-o", "out") == 0
+    manifest = read_manifest(place / "out")
+    assert [adapter["name"] for adapter in manifest["adapters"]] == ["adapter", "second"]
+
+
+def test_a_conversion_is_stored_as_asked(place):
+    assert run(place, "base", "adapter", "--dtype", "bfloat16", "-o", "out") == 0
+    assert load_file(place / "out/model.safetensors")["norm.weight"].dtype == ml_dtypes.bfloat16
+    assert json.loads((place / "out/config.json").read_text()) == {"model_type": "llama", "dtype": "bfloat16"}
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
+    before = everything(place)
+    assert run(place, "base", "adapter", "--dry-run", "-o", "out") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "1 weights changed, 1 kept as they are",
+        "  fc.weight  [2 x 3 float32]  1 * B A (rank 1, adapter)",
+    ]
+    assert run(place, "base", "adapter", "--dry-run", "--json", "-o", "out") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "lora-export/plan/1"
+    assert document["steps"][0]["spec"]["name"] == "fc.weight"
+    assert everything(place) == before
+
+
+def test_a_dry_run_tells_each_note_once(place, capsys):
+    peft_adapter(place / "adapter", {"model.fc": (A, B)})
+    assert run(place, "base", "adapter", "--dry-run", "-o", "out") == 0
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("carry the prefix `model.`") == 1
+
+
+def test_a_change_that_rounding_thins_out_is_warned_of(place, capsys):
+    # 256 + 1 stays 256 in bf16, 256 + 2 is 258: 4 of 5 parts arrive.
+    base_file(
+        place / "base/model.safetensors", {"fc.weight": [[256, 256]], "fine.weight": [[1, 1]]}, ml_dtypes.bfloat16
+    )
+    peft_adapter(place / "adapter", {"fc": ([[1, 2]], [[1]]), "fine": ([[1, 1]], [[1]])})
+    assert run(place, "base", "adapter", "-o", "out") == 0
+    assert capsys.readouterr().err == (
+        "warning: rounding took more than a tenth of their change from 1 of 2 weights, most from fc.weight (80% kept); "
+        "--dtype float32 keeps it\n"
+    )
+
+
+# --- 2 ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("base", "-o", "out"), "Missing argument '[NAME=]ADAPTER...'"),
+        (("base", "adapter"), "Missing option '-o' / '--output'"),
+        (("base", "adapter", "-o", "out", "--dtype", "float8"), "'float8' is not one of"),
+        (("base", "adapter", "-o", "out", "--weight", "much"), "'much' is not a valid float"),
+        (("base", "adapter", "-o", "out", "--min-retention", "2"), "2.0 is not in the range 0<=x<=1"),
+    ],
+)
+def test_wrong_usage_ends_with_2(place, capsys, arguments, message):
+    assert run(place, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+# --- 3 ---
+
+
+def refused(place: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    before = everything(place)
+    assert run(place, *arguments, "-o", "out") == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert everything(place) == before and not (place / "out").exists()
+    return told.err
+
+
+@pytest.mark.fault(6, 15)
+def test_misfits_are_listed_at_once_and_nothing_is_written(place, capsys):
+    peft_adapter(place / "adapter", {"fc": ([[1, 2]], B), "gate": (A, B), "norm": (A, B)})
+    assert refused(place, capsys, "base", "adapter") == (
+        "Error: 3 of 3 targets do not fit the base. Nothing was written.\n"
+        "  in adapter:\n"
+        "    base_model.model.fc.lora_A.weight: fc.weight is (2, 3) (out, in), the adapter wants (2, 2)\n"
+        "    base_model.model.gate.lora_A.weight: the base has no weight for gate\n"
+        "    base_model.model.norm.lora_A.weight: norm.weight (2,) is not the weight of a linear layer, a convolution "
+        "or an embedding\n"
+    )
+
+
+def test_a_missing_base_or_adapter_is_named(place, capsys):
+    assert refused(place, capsys, "other", "adapter") == f"Error: there is no base model at {place / 'other'}\n"
+    assert refused(place, capsys, "base", "other") == f"Error: there is no adapter at {place / 'other'}\n"
+
+
+@pytest.mark.fault(11)
+def test_a_fresh_adapter_is_refused(place, capsys):
+    peft_adapter(place / "adapter", {"fc": (A, [[0], [0]])})
+    assert "Error: the adapter adapter has no effect: every B (or A, or scale) is zero" in refused(
+        place, capsys, "base", "adapter"
+    )
+
+
+@pytest.mark.fault(14)
+def test_a_loss_beyond_what_is_allowed_is_refused_after_the_work_and_leaves_nothing(place, capsys):
+    base_file(place / "base/model.safetensors", {"fc.weight": [[256, 256]]}, ml_dtypes.bfloat16)
+    peft_adapter(place / "adapter", {"fc": ([[1, 2]], [[1]])})
+    told = refused(place, capsys, "base", "adapter", "--min-retention", "0.9")
+    assert "fc.weight: 80.0% of the change kept, noise 45%" in told
+    assert {path.name for path in place.iterdir()} == {"base", "adapter"}
+    assert run(place, "base", "adapter", "--min-retention", "0.75", "-o", "out") == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+@pytest.mark.fault(21)
+def test_a_second_merge_of_the_same_adapter_is_refused(place, capsys, more):
+    assert run(place, "base", "adapter", "-o", place / "once") == 0
+    capsys.readouterr()
+    assert "already holds the adapter adapter (merged as adapter" in refused(
+        place, capsys, place / "once", "adapter", *more
+    )
+
+
+# --- 7 ---
+
+
+@pytest.mark.fault(34)
+def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsys):
+    assert run(place, "base", "adapter", "-o", "out") == 0
+    old = everything(place / "out")
+    assert run(place, "base", "adapter", "--weight", "2", "-o", "out") == 7
+    assert capsys.readouterr().err == f"Error: {place / 'out'} exists already; say --overwrite to replace it\n"
+    assert everything(place / "out") == old
+    assert run(place, "base", "adapter", "--weight", "2", "--overwrite", "-o", "out") == 0
+    assert result(place / "out") == (W + 2 * BA).tolist()
+
+
+@pytest.mark.fault(30, 31)
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("base", "the output {place}/base is the input {place}/base"),
+        ("base/merged", "the output {place}/base/merged lies inside the input {place}/base"),
+        ("adapter/merged", "the output {place}/adapter/merged lies inside the input {place}/adapter"),
+        ("no/such", "the folder {place}/no does not exist; create it first"),
+    ],
+)
+def test_an_output_in_the_wrong_place_ends_with_7(place, capsys, output, message):
+    before = everything(place)
+    assert run(place, "base", f"named={place / 'adapter'}", "--overwrite", "-o", place / output) == 7
+    assert capsys.readouterr().err == f"Error: {message.format(place=place)}\n"
+    assert everything(place) == before
+
+
+@pytest.mark.fault(33)
+def test_a_second_run_on_one_output_ends_with_7(place, capsys):
+    with atomic_output.stage_folder(place / "out", inputs=()) as stage:
+        assert run(place, "base", "adapter", "-o", "out") == 7
+        assert f"another run (process {os.getpid()}) is writing {place / 'out'}" in capsys.readouterr().err
+        assert stage.is_dir()
+
+
+@pytest.mark.fault(27)
+def test_a_disk_that_is_full_ends_with_7_and_leaves_the_old_output(place):
+    # The limit on a file's size stands for the disk: the write fails in the middle.
+    base_file(place / "base/model.safetensors", {"fc.weight": W, "large.weight": np.ones((100, 100))})
+    assert run(place, "base", "adapter", "-o", "out") == 0
+    before = everything(place)
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_export", "merge", "base", "adapter", "--overwrite", "-o", "out"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr == "Error: out could not be written: File too large\n"
+    assert everything(place) == before
+
+
+# --- Signals and strange names ---
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "Stopped"), (signal.SIGTERM, 143, "Terminated")]
+)
+def test_signals_that_ask_leave_nothing_behind(place, capsys, monkeypatch, sent, code, word):
+    def interrupted(*_: object, **__: object) -> None:
+        assert any(path.name.endswith(".partial") for path in place.iterdir())
+        os.kill(os.getpid(), sent)
+
+    monkeypatch.setattr(merge, "merge_checkpoint", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["merge", str(place / "base"), str(place / "adapter"), "-o", str(place / "out")])
+    assert ended.value.code == code
+    assert capsys.readouterr().err.strip() == f"{word}; nothing was left behind."
+    assert {path.name for path in place.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize("name", ["with space", "new\nline", "größe", "a=b", "n" * 255])
+def test_strange_names_are_names(place, name):
+    (place / name).mkdir()
+    for folder in ("base", "adapter"):
+        (place / folder).rename(place / name / folder)
+    assert run(place, place / name / "base", place / name / "adapter", "-o", place / name / "out") == 0
+    assert result(place / name / "out") == (W + BA).tolist()
+
+
+@pytest.mark.fault(40)
+def test_names_that_are_no_text_are_names_too(place):
+    # In a process of its own: what matters is that its real stdout takes them.
+    name = os.fsdecode(b"not-utf8-\xff")
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_export", "merge", "base", "adapter", "-o", name],
+        cwd=place,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert result(place / name) == (W + BA).tolist()
+
+
+def test_an_adapters_name_cannot_steer_the_terminal(place, capsys):
+    named = f"\x1b[2J={place / 'adapter'}"
+    assert run(place, "base", named, "-o", "out", "--dry-run") == 0
+    assert r"1 * B A (rank 1, \x1b[2J)" in capsys.readouterr().out
+    peft_adapter(place / "adapter", {"gone": (A, B)})
+    assert run(place, "base", named, "-o", "out") == 3
+    assert r"  in \x1b[2J:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["xxh3_128", "sha256"])
+def test_a_merged_folder_is_checked_against_what_was_recorded(place, capsys, name):
+    assert run(place, "base", "adapter", "-o", "out", "--hash", name) == 0
+    recorded = json.loads((place / "out/lora_export.json").read_text())
+    assert list(recorded["base"]["model.safetensors"]) == [name]
+    assert cli.run(["inspect", str(place / "out"), "--check"]) == 0
+    with (place / "out/model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert cli.run(["inspect", str(place / "out")]) == 0  # headers alone do not show it
+    capsys.readouterr()
+    assert cli.run(["inspect", str(place / "out"), "--check"]) == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == [
+        f"Error: {place / 'out'} is not what was written:",
+        "  model.safetensors holds other bytes than were written",
+    ]

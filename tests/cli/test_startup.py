@@ -1,0 +1,96 @@
+"""A short command starts sooner in a process of its own, and leaves everybody else's process as it is."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+from support.handmade import base_file, graph_file, peft_adapter
+
+from lora_export import cli
+from lora_export.cli import startup
+
+
+def told_by(code: str) -> dict[str, object]:
+    """What a fresh interpreter prints as the last line, as JSON."""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    command = [sys.executable, "-c", f"import json, sys, gc, os\n{code}"]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert child.returncode == 0, child.stderr
+    told: dict[str, object] = json.loads(child.stdout.splitlines()[-1])
+    return told
+
+
+OURS = """
+from lora_export.cli import startup
+startup.take_process()
+with startup.brisk():
+    import onnx_ir as ir
+    dim = ir.SymbolicDim("tokens")
+    collecting = gc.isenabled()
+"""
+
+
+def test_what_nobody_uses_is_not_imported():
+    told = told_by(f"{OURS}\nprint(json.dumps([name for name in sys.modules if name.startswith('sympy.')]))")
+    assert told == []
+
+
+def test_what_was_put_off_is_whole_when_it_is_used():
+    use = """
+total = str((dim + 1).value)
+import sympy.polys
+print(json.dumps([total, str(sympy.Symbol("x") * 2), type(sympy).__name__, sympy.polys.__name__]))
+"""
+    assert told_by(OURS + use) == ["tokens + 1", "2*x", "module", "sympy.polys"]
+
+
+def test_afterwards_garbage_is_collected_and_imports_are_found_as_ever():
+    code = "\nprint(json.dumps([collecting, gc.isenabled(), gc.get_freeze_count() > 0, len(sys.meta_path)]))"
+    told = told_by(f"before = len(sys.meta_path){OURS}{code}")
+    assert told == [False, True, True, told_by("print(json.dumps(len(sys.meta_path)))")]
+
+
+def test_a_callers_process_is_left_alone(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    found, frozen = list(sys.meta_path), gc.get_freeze_count()
+    with startup.brisk():
+        assert gc.isenabled() and sys.meta_path == found
+    assert gc.get_freeze_count() == frozen and "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+def test_a_merge_into_a_graph_loads_neither_sympy_nor_progress_bars(tmp_path):
+    base = graph_file(tmp_path / "base.onnx", {"fc.weight": np.zeros((3, 2), np.float32)})
+    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
+    line = ["lora-export", "merge", str(base), str(tmp_path / "adapter"), "-o", str(tmp_path / "out.onnx")]
+    code = f"""
+sys.argv = {line}
+from lora_export.cli import main
+try:
+    main()
+except SystemExit as end:
+    loaded = [name for name in sys.modules if name.startswith("sympy.") or name == "rich.progress"]
+    print(json.dumps([end.code, loaded, os.environ["OPENBLAS_NUM_THREADS"]]))
+"""
+    assert told_by(code) == [0, [], "1"]
+    assert (tmp_path / "out.onnx").exists()
+
+
+def test_a_merge_within_another_program_takes_nothing_of_it(tmp_path):
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.zeros((2, 3), ml_dtypes.bfloat16)})
+    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
+    frozen = gc.get_freeze_count()
+    line = [
+        "merge",
+        str(tmp_path / "base.safetensors"),
+        str(tmp_path / "adapter"),
+        "-o",
+        str(tmp_path / "o.safetensors"),
+    ]
+    assert cli.run(line) == 0
+    assert gc.get_freeze_count() == frozen and gc.isenabled()

@@ -1,0 +1,767 @@
+"""PEFT's adapters. PEFT itself wrote them and says what they mean; what we do not understand is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from support.handmade import peft_adapter
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lora_export import formats
+from lora_export.errors import InputRefused
+from lora_export.formats import peft as reader
+from lora_export.lora import Adapter, LoraPair, Rows
+
+# --- Real adapters ---
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({n: nn.Linear(4, 4) for n in ("up", "down")}) for _ in range(2)])
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block["down"](block["up"](x)).relu()
+        return self.last(x)
+
+
+def trained(base: nn.Module, **config: Any) -> peft.PeftModel:
+    """PEFT's model with an adapter in which every value is as if trained: none is zero."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model.eval()
+
+
+def read_back(model: peft.PeftModel, folder: Path) -> Adapter:
+    model.save_pretrained(folder)
+    return formats.load(folder)
+
+
+def agrees(adapter: Adapter, model: peft.PeftModel) -> bool:
+    """Whether the adapter has PEFT's pairs, on PEFT's modules, at PEFT's scales; and no others."""
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    return adapter.pairs.keys() == layers.keys() and all(
+        all(map(_equal, (pair.a, pair.b, pair.magnitude), _sides(layers[name])))
+        and pair.embedding is isinstance(layers[name], peft.tuners.lora.Embedding)
+        and pair.scale == layers[name].scaling["default"]
+        for name, pair in adapter.pairs.items()
+    )
+
+
+def _sides(layer: peft.tuners.lora.LoraLayer) -> tuple[Any, ...]:
+    if isinstance(layer, peft.tuners.lora.Embedding):
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    else:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return a, b, layer.lora_magnitude_vector["default"].weight if layer.lora_magnitude_vector else None
+
+
+def _equal(ours: Any, theirs: torch.Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return np.array_equal(ours.ravel(), theirs.detach().numpy().ravel())
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, list[Any]]:
+    return {name: tensor.tolist() for name, tensor in adapter.replaced.items()}
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 2, "lora_alpha": 7, "target_modules": ["first", "last"]},
+        {"r": 3, "lora_alpha": 7, "target_modules": ["first", "last"], "use_rslora": True},
+        {"r": 2, "lora_alpha": 4, "target_modules": r".*blocks\.\d\.(up|down)"},
+        {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+        {"r": 2, "lora_alpha": 4, "target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"r": 2, "lora_alpha": 4, "target_modules": ["up", "down"], "exclude_modules": ["blocks.0.up"]},
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["first", "up", "down", "last"],
+            "rank_pattern": {r"blocks\.\d\.up": 3, "first": 4},
+            "alpha_pattern": {"blocks.1.up": 5, "irst": 9},  # the second is no module's name
+            "use_rslora": True,
+        },
+        {"r": 2, "lora_alpha": 4, "target_modules": ["first"], "init_lora_weights": "gaussian"},
+    ],
+)
+@pytest.mark.fault(18)
+def test_pairs_and_scales_are_those_that_peft_uses(mlp, tmp_path, config):
+    model = trained(mlp, **config)
+    adapter = read_back(model, tmp_path)
+    assert agrees(adapter, model)
+    assert len({pair.scale for pair in adapter.pairs.values()}) > 1 or "rank_pattern" not in config
+    assert not adapter.replaced and not adapter.biases and not adapter.notes
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.fault(18)
+def test_the_first_pattern_in_the_files_order_decides_and_other_matches_are_told(mlp, tmp_path, order):
+    # PEFT saves its patterns sorted, whatever their order was when it trained: what it reads back is the truth.
+    trained(mlp, r=2, lora_alpha=4, target_modules=["up", "last"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["alpha_pattern"] = dict([("blocks.1.up", 5), (r"blocks\.\d\.up", 6)][::order])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = formats.load(tmp_path)
+    assert agrees(adapter, peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path))
+    assert adapter.pairs["blocks.1.up"].scale == (2.5 if order == 1 else 3)
+    assert adapter.notes == (
+        "blocks.1.up: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does",
+    )
+
+
+def test_targets_are_told_where_the_configs_list_is_the_whole_story(mlp, tmp_path):
+    configs: list[tuple[Any, tuple[str, ...]]] = [
+        ({"target_modules": ["first", "last"]}, ("first", "last")),
+        ({"target_modules": r".*up"}, ()),
+        ({"target_modules": ["up", "down"], "exclude_modules": ["blocks.0.up"]}, ()),
+        ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "blocks"}, ()),
+    ]
+    for number, (config, targets) in enumerate(configs):
+        assert tuple(sorted(read_back(trained(mlp, **config), tmp_path / str(number)).targets)) == targets
+
+
+def test_an_adapter_stored_in_low_precision_is_read_exactly(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first"])
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        rounded = {name: tensor.astype(dtype) for name, tensor in stored.items()}
+        save_file(rounded, tmp_path / "adapter_model.safetensors")
+        pair = formats.load(tmp_path).pairs["first"]
+        assert np.array_equal(pair.a, rounded["base_model.model.first.lora_A.weight"].astype(np.float32))
+        assert pair.a.dtype == np.float32
+
+
+@pytest.mark.parametrize(("bias", "saved"), [("lora_only", ["last"]), ("all", ["first", "last"])])
+@pytest.mark.fault(18)
+def test_trained_biases_replace_the_bases(mlp, tmp_path, bias, saved):
+    model = trained(mlp, r=2, target_modules=["last"], bias=bias)
+    adapter = read_back(model, tmp_path)
+    merged = model.merge_and_unload().state_dict()
+    names = [f"{name}.bias" for name in saved]
+    assert agrees(adapter, trained(mlp, r=2, target_modules=["last"], bias=bias))
+    if bias == "all":
+        names += [f"blocks.{block}.{layer}.bias" for block in range(2) for layer in ("up", "down")]
+    assert whole_tensors(adapter) == {name: merged[name].tolist() for name in names}
+    assert not adapter.notes  # declared in the config: nothing to wonder about
+
+
+@pytest.mark.fault(18)
+def test_the_bias_of_b_shifts_the_bases_at_the_pairs_scale(mlp, tmp_path):
+    model = trained(mlp, r=2, lora_alpha=8, target_modules=["last"], lora_bias=True)
+    adapter = read_back(model, tmp_path)
+    assert adapter.biases.keys() == {"last"}
+    shift = 4 * model.base_model.model.last.lora_B["default"].bias.detach().numpy()
+    assert np.array_equal(adapter.biases["last"], shift)
+    assert adapter.spelled("last.bias") == "base_model.model.last.lora_B.bias"
+
+
+@pytest.mark.fault(18)
+def test_fully_trained_modules_replace_the_bases(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
+    adapter = read_back(model, tmp_path)
+    merged = model.merge_and_unload().state_dict()
+    assert whole_tensors(adapter) == {name: merged[name].tolist() for name in ("last.weight", "last.bias")}
+    assert adapter.spelled("last.weight") == "base_model.model.last.weight"
+    assert not adapter.notes
+
+
+def test_a_bert_with_a_trained_head_is_read_whole(tmp_path):
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(config)
+    model = trained(base, r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    adapter = read_back(model, tmp_path)
+    assert agrees(adapter, model)
+    assert "bert.encoder.layer.1.attention.self.value" in adapter.pairs
+    merged = model.merge_and_unload().state_dict()
+    names = ("classifier.weight", "classifier.bias")  # PEFT adds the head of a classification task by itself
+    assert whole_tensors(adapter) == {name: merged[name].tolist() for name in names}
+    assert not adapter.notes
+    assert adapter.metadata["task_type"] == "SEQ_CLS"
+    assert (adapter.metadata["r"], adapter.metadata["lora_alpha"]) == (4, 8)
+    assert adapter.metadata["peft_version"] == peft.__version__
+
+
+class Mixed(nn.Module):
+    """A layer of each kind that PEFT adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.h, self.words = nn.Linear(3, 4), Conv1D(4, 3), nn.Embedding(7, 3, padding_idx=0)
+        self.one, self.two, self.three = nn.Conv1d(3, 4, 2), nn.Conv2d(3, 4, (2, 1)), nn.Conv3d(3, 4, 2)
+
+
+KINDS = {"fc": (4, 3), "h": (4, 3), "words": (3, 7), "one": (4, 3, 2), "two": (4, 3, 2, 1), "three": (4, 3, 2, 2, 2)}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_kind_of_layer_is_read_as_peft_means_it(tmp_path, dora):
+    model = trained(Mixed(), r=2, lora_alpha=4, target_modules=[*KINDS], rank_pattern={"two": 3}, use_dora=dora)
+    adapter = read_back(model, tmp_path)
+    assert agrees(adapter, model)
+    assert {name: pair.shape for name, pair in adapter.pairs.items()} == KINDS
+    assert [name for name, pair in adapter.pairs.items() if pair.embedding] == ["words"]
+    assert all((pair.magnitude is not None) is dora for pair in adapter.pairs.values())
+    assert adapter.spelled("words") == "base_model.model.words.lora_embedding_A"
+    assert not adapter.notes and not adapter.replaced
+
+
+def test_older_spellings_of_doras_lengths_are_read_alike(tmp_path):
+    model = trained(Mixed(), r=2, target_modules=["fc", "words"], use_dora=True)
+    read_back(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    for ending in (".weight", ".default", ".default.weight"):
+        spelled = {re.sub(r"(?<=magnitude_vector)$", ending, name): tensor for name, tensor in stored.items()}
+        if "default" in ending:
+            spelled = {re.sub(r"(lora_(embedding_)?[AB])", r"\1.default", name): spelled[name] for name in spelled}
+        save_file(spelled, tmp_path / "adapter_model.safetensors")
+        assert agrees(formats.load(tmp_path), model)
+
+
+def test_an_embedding_that_is_saved_with_its_pair_is_told(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    base = BertForSequenceClassification(config)
+    model = trained(base, r=2, target_modules=["word_embeddings"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    adapter = formats.load(tmp_path)
+    words = "bert.embeddings.word_embeddings"
+    assert whole_tensors(adapter) == {f"{words}.weight": base.state_dict()[f"{words}.weight"].tolist()}
+    assert agrees(adapter, model)
+    assert adapter.notes == (
+        f"{words}.weight is saved with the pair that changes it, as PEFT does with embeddings: it takes the place of "
+        "the base's tensor, and the pair is added to it",
+    )
+
+
+def test_a_fused_projection_is_a_linear_layer_like_others_and_attentions_biases_come_whole(tmp_path):
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 12)})
+    model = trained(net, r=2, target_modules=["attn", "qkv"], bias="all")
+    adapter = read_back(model, tmp_path)
+    shapes = {name: pair.shape for name, pair in adapter.pairs.items()}
+    assert shapes == {"attn": (12, 4), "attn.out_proj": (4, 4), "qkv": (12, 4)}
+    assert adapter.replaced.keys() == {"attn.out_proj.bias", "qkv.bias"}  # PEFT itself forgets in_proj_bias
+
+
+def test_packed_attention_counts_its_output_projection_once_and_says_so_once(tmp_path):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(4, 2)
+
+    adapter = read_back(trained(Net(), r=2, target_modules=["attn"]), tmp_path)
+    assert {name: pair.shape for name, pair in adapter.pairs.items()} == {"attn": (12, 4), "attn.out_proj": (4, 4)}
+    assert len(adapter.notes) == 1
+    assert adapter.notes[0].startswith("attn.out_proj: PEFT up to 0.21 adds the output projection's change twice")
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
+def test_the_patterns_that_fit_an_attention_are_its_output_projections_too(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
+    patterns = {"rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 5, "out_proj": 7}}
+    model = trained(net, target_modules=["attn"], r=2, lora_alpha=4, **patterns)
+    adapter = read_back(model, tmp_path)
+    theirs = model.base_model.model["attn"]
+    layers = {"attn": theirs, "attn.out_proj": theirs.base_layer.out_proj}
+    assert {name: pair.scale for name, pair in adapter.pairs.items()} == dict.fromkeys(layers, 5 / 3)
+    assert {name: layer.scaling["default"] for name, layer in layers.items()} == dict.fromkeys(layers, 5 / 3)
+    assert len(adapter.notes) == 1
+
+
+def test_names_without_the_wrappers_prefix_and_with_an_adapters_name_are_read_alike(mlp, tmp_path):
+    model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
+    adapter = read_back(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    spellings: list[Callable[[str], str]] = [
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
+        lambda name: name.replace("model.last.", "model.last.modules_to_save."),
+    ]
+    for spelling in spellings:
+        save_file({spelling(name): tensor for name, tensor in stored.items()}, tmp_path / "adapter_model.safetensors")
+        other = formats.load(tmp_path)
+        assert {name: pair.delta().tolist() for name, pair in other.pairs.items()} == {
+            name: pair.delta().tolist() for name, pair in adapter.pairs.items()
+        }
+        assert whole_tensors(other).keys() >= {"last.bias"}
+
+
+def test_an_undeclared_whole_tensor_is_taken_with_a_note(tmp_path):
+    # What PEFT does by itself after resizing the embeddings.
+    adapter = formats.load(
+        peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, {"embed.weight": np.ones((2, 1))}, modules_to_save=None)
+    )
+    assert adapter.notes == ("embed.weight is saved whole, undeclared: it replaces the base's tensor",)
+
+
+def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path):
+    peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
+    model = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}, "hidden_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert formats.load(tmp_path).metadata.keys() == {"model_config", "r", "lora_alpha", "use_rslora"}
+    kept = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}}
+    assert formats.load(tmp_path).metadata["model_config"] == kept
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("architectures", "Bert", "a list of names"),
+        ("architectures", [5], "a list of names"),
+        ("id2label", ["good"], "a table of names"),
+        ("label2id", 1, "a table of numbers"),
+        ("problem_type", ["single"], "a name"),
+    ],
+)
+def test_a_models_config_of_the_wrong_types_beside_the_adapter_is_refused(tmp_path, field, value, what):
+    peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4, field: value}))
+    assert refusal(tmp_path) == f"ADAPTER/config.json: {field} is {value!r}; it must be {what}"
+
+
+def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_config_and_weights(tmp_path):
+    peft_adapter(tmp_path / "mine", {"fc": ([[1]], [[1]])})
+    (tmp_path / "link").symlink_to("mine")
+    one, two = formats.load(tmp_path / "link"), formats.load(tmp_path / "mine", name="other")
+    assert (one.name, two.name, one.format) == ("mine", "other", "peft")
+    assert one.sha256 == two.sha256
+    peft_adapter(tmp_path / "mine", {"fc": ([[1]], [[1]])}, lora_alpha=2)
+    assert formats.load(tmp_path / "mine").sha256 != one.sha256
+
+
+def a_llama(**config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes, **config))
+
+
+@pytest.mark.parametrize(
+    ("indices", "tensors"),
+    [
+        ([3, 1], ["model.embed_tokens.weight"]),
+        ({"embed_tokens": [3, 1], "lm_head": [0, 2, 5]}, ["lm_head.weight", "model.embed_tokens.weight"]),
+    ],
+)
+def test_rows_of_tokens_are_read_with_their_places(tmp_path, indices, tensors):
+    model = trained(a_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    adapter = read_back(model, tmp_path)
+    assert sorted(adapter.rows) == tensors and not adapter.is_identity
+    merged = model.merge_and_unload().state_dict()
+    for name, rows in adapter.rows.items():
+        said = indices if isinstance(indices, list) else indices[name.split(".")[-2]]
+        assert rows.indices.tolist() == said
+        assert rows.values.tolist() == merged[name][said].tolist()
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert adapter.spelled("model.embed_tokens.weight") == key
+
+
+# --- Writing ---
+
+
+def test_peft_loads_what_we_write_and_computes_the_same(mlp, tmp_path):
+    model = trained(mlp, r=2, lora_alpha=8, target_modules=["first", "up"], modules_to_save=["last"])
+    adapter = read_back(model, tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    reader.write(adapter, tmp_path / "ours", rank=2, alpha=8, targets=["up", "first"], task_type=None)
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path / "ours").eval()
+    x = torch.randn(5, 3)
+    assert torch.equal(reloaded(x), model(x))
+    assert not torch.allclose(reloaded(x), mlp(x), atol=0.1)
+    again = formats.load(tmp_path / "ours")
+    assert agrees(again, model)
+    assert whole_tensors(again) == whole_tensors(adapter)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_loads_every_kind_of_layer_that_we_write(tmp_path, dora):
+    base = Mixed()
+    model = trained(base, r=2, lora_alpha=8, target_modules=[*KINDS], use_dora=dora)
+    (tmp_path / "ours").mkdir()
+    reader.write(read_back(model, tmp_path / "theirs"), tmp_path / "ours", rank=2, alpha=8, targets=KINDS)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)  # array_equal compares shapes too
+    reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert agrees(formats.load(tmp_path / "ours"), reloaded) and agrees(formats.load(tmp_path / "theirs"), reloaded)
+
+
+def test_an_adapter_that_is_dora_in_part_is_not_written(tmp_path):
+    sides = {"a": np.ones((1, 2)), "b": np.ones((3, 1)), "scale": 2}
+    pairs = {"fc": LoraPair(**sides), "fd": LoraPair(**sides, magnitude=np.ones(3))}
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(Adapter("a", "peft", pairs), tmp_path, rank=1, alpha=2, targets=["fc", "fd"])
+
+
+def test_the_config_we_write_is_told_what_it_does_not_know(tmp_path):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    reader.write(adapter, tmp_path, rank=1, alpha=2, targets=["fc"], task_type="SEQ_CLS", lora_dropout=0.1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["task_type"], config["lora_dropout"], config["modules_to_save"]) == ("SEQ_CLS", 0.1, None)
+    assert formats.load(tmp_path).pairs["fc"].scale == 2
+
+
+@pytest.mark.parametrize(("rank", "alpha", "config"), [(2, 4, {}), (1, 3, {}), (4, 4, {"use_rslora": True})])
+def test_what_the_config_would_say_wrongly_is_not_written(tmp_path, rank, alpha, config):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    with pytest.raises(ValueError, match=f"rank {rank} and alpha {alpha} do not say all that a holds"):
+        reader.write(adapter, tmp_path, rank=rank, alpha=alpha, targets=["fc"], **config)
+    shifted = Adapter("a", "peft", adapter.pairs, biases={"fc": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(shifted, tmp_path, rank=1, alpha=2, targets=["fc"])
+    assert not list(tmp_path.iterdir())
+
+
+# --- Refusals ---
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputRefused) as refused:
+        formats.load(folder)
+    return str(refused.value).replace(str(folder), "ADAPTER")
+
+
+def simple(folder: Path, **config: Any) -> Path:
+    return peft_adapter(folder, {"fc": ([[1, 2]], [[1], [2], [3]])}, **config)
+
+
+def with_tensors(folder: Path, tensors: Mapping[str, Any], **config: Any) -> Path:
+    """The simple adapter with other tensors; None takes one away."""
+    simple(folder, **config)
+    stored = load_file(folder / "adapter_model.safetensors") | tensors
+    kept = {name: np.asarray(value, np.float32) for name, value in stored.items() if value is not None}
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
+
+
+A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": 1}, "use_dora is 1, which I do not understand"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
+        ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
+        ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
+        ({"target_parameters": ["experts.up"]}, "target_parameters: LoRA on bare parameters"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices is '1', which I do not understand"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
+        ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
+        ({"monteclora_config": {"a": 1}}, "monteclora_config: MonteCLoRA is not supported"),
+        ({"velora_config": {"a": 1}}, "velora_config: VeLoRA is not supported"),
+        ({"megatron_config": {"a": 1}}, "megatron_config: Megatron layers are not supported"),
+        ({"kasa_config": {"a": 1}}, "kasa_config: KaSA changes the base weights; convert the adapter"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: LoftQ changes the base weights"),
+        ({"corda_config": {"a": 1}}, "corda_config: CorDA changes the base weights"),
+        ({"lora_ga_config": {"a": 1}}, "lora_ga_config: LoRA-GA changes the base weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base weights"),
+        ({"next_years_idea": 0.5, "and_another": [1]}, "unknown fields: and_another, next_years_idea"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is supported"),
+        ({"peft_type": None}, "peft_type is None; only LORA is supported"),
+        ({"rank_pattern": [1]}, "rank_pattern is [1], which I do not understand"),
+        ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
+        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is no regular expression"),
+    ],
+)
+@pytest.mark.fault(18, 48)
+def test_what_changes_the_meaning_and_is_not_understood_is_refused_by_name(tmp_path, config, message):
+    told = refusal(simple(tmp_path, **config))
+    assert message in told
+    assert ("unknown fields" in told) == ("next_years_idea" in config)
+
+
+def test_everything_that_is_refused_in_a_config_is_told_at_once(tmp_path):
+    told = refusal(simple(tmp_path, use_qalora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
+    assert all(name in told for name in ("use_qalora", "layer_replication", "surprise", "init_lora_weights"))
+
+
+@pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
+def test_what_is_switched_off_is_no_reason_to_refuse(tmp_path, config):
+    assert formats.load(simple(tmp_path, **config)).pairs.keys() == {"fc"}
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", [0, -8, "8", True, None, float("nan"), float("inf"), 10**400])
+@pytest.mark.fault(9, 10)
+def test_a_rank_or_alpha_that_is_no_positive_number_is_refused(tmp_path, field, value):
+    assert refusal(simple(tmp_path, **{field: value})) == (
+        f"ADAPTER/adapter_config.json: {field} is {value!r}; it must be a positive number"
+    )
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.fault(9)
+def test_no_default_is_guessed_for_a_missing_rank_or_alpha(tmp_path, field):
+    simple(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config[field]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert f"{field} is None" in refusal(tmp_path)
+
+
+@pytest.mark.fault(8)
+def test_ranks_that_disagree_are_told_with_all_numbers(tmp_path):
+    assert refusal(simple(tmp_path, r=2)) == (
+        "ADAPTER/adapter_model.safetensors is refused:\n  fc: A (1, 2) and B (3, 1) disagree with the config's rank 2"
+    )
+    told = refusal(with_tensors(tmp_path, {B_KEY: np.ones((3, 2))}))
+    assert told.endswith("  fc: A (1, 2) and B (3, 2) disagree with the config's rank 1")
+
+
+@pytest.mark.fault(16)
+def test_halves_of_pairs_are_all_listed(tmp_path):
+    wrapper = "base_model.model."
+    tensors = {
+        B_KEY: None,
+        f"{wrapper}other.lora_B.weight": [[1]],
+        f"{wrapper}third.lora_B.bias": [1],
+    }
+    assert refusal(with_tensors(tmp_path, tensors)) == (
+        "ADAPTER/adapter_model.safetensors is refused:\n"
+        "  fc: lora_A without lora_B\n"
+        "  other: lora_B without lora_A\n"
+        "  third: a bias of lora_B without lora_B"
+    )
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.fault(12)
+def test_values_that_are_not_finite_are_refused_with_their_module_and_count(tmp_path, poison):
+    tensors = {A_KEY: [[1, poison]], "base_model.model.head.weight": [poison, 1, poison]}
+    told = refusal(with_tensors(tmp_path, tensors, modules_to_save=["head"]))
+    assert told.splitlines()[1:] == [
+        "  fc: A holds 1 values that are not finite (NaN or infinity)",
+        "  head.weight: holds 2 values that are not finite (NaN or infinity)",
+    ]
+
+
+def test_the_bias_of_b_must_be_finite_too(tmp_path):
+    told = refusal(with_tensors(tmp_path, {"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, lora_bias=True))
+    assert "  fc: the bias of B holds 1 values that are not finite" in told
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["emb.lora_embedding_A.weight", "emb.lora_embedding_B.bias"], "unknown kinds of tensors: "),
+        (["fc.lora_magnitude_vector.bias"], "unknown kinds of tensors: "),
+        (["fc.lora_A"], "unknown kinds of tensors: "),
+        (["emb.token_adapter.base_layer.weight"], "unknown kinds of tensors: "),
+        (["fc.lora_C.weight"], "unknown kinds of tensors: "),
+        (["fc.lora_A.bias"], "unknown kinds of tensors: "),
+    ],
+)
+@pytest.mark.fault(18)
+def test_tensors_of_unknown_kinds_are_refused_and_listed(tmp_path, keys, message):
+    keys = [f"base_model.model.{key}" for key in keys]
+    told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
+    assert told == f"ADAPTER/adapter_model.safetensors: {message}{', '.join(keys)}"
+
+
+LENGTHS = "base_model.model.fc.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({LENGTHS: [1, 2, 3]}, {}, "there is a lora_magnitude_vector, but the config does not say use_dora"),
+        ({}, {"use_dora": True}, "the config says use_dora, but there is no lora_magnitude_vector"),
+        ({LENGTHS: [1, 2]}, {"use_dora": True}, "the magnitude is (2,), B (3, 1) asks for (3,)"),
+        ({LENGTHS: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 values that are not finite"),
+        (
+            {LENGTHS: [1, 2, 3], A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 1))},
+            {"use_dora": True},
+            "the magnitude is (3,), B (3, 1, 1) asks for (1, 3, 1)",
+        ),
+        ({A_KEY: np.ones((1, 2, 3))}, {}, "A (1, 2, 3), B (3, 1): neither a linear layer, a convolution nor"),
+        (
+            {A_KEY: np.ones((1, 2, 1, 1, 1, 1)), B_KEY: np.ones((3, 1, 1, 1, 1, 1))},
+            {},
+            "neither a linear layer, a conv",
+        ),
+        ({A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 3))}, {}, "B is (3, 1, 3); beyond (out, rank) it may only"),
+        (
+            {A_KEY: None, "base_model.model.fc.lora_embedding_A": [[1, 2]]},
+            {},
+            "one of lora_A and lora_B is an embedding",
+        ),
+        ({B_KEY: None, "base_model.model.fc.lora_embedding_B": [[1]]}, {}, "one of lora_A and lora_B is an embedding"),
+    ],
+)
+@pytest.mark.fault(18)
+def test_tensors_that_do_not_go_together_are_refused_with_their_module(tmp_path, tensors, config, message):
+    told = refusal(with_tensors(tmp_path, tensors, **config))
+    assert told.splitlines()[1].startswith("  fc: ") and message in told
+
+
+@pytest.mark.fault(18)
+def test_lengths_of_a_layer_without_a_pair_are_refused(tmp_path):
+    told = refusal(with_tensors(tmp_path, {"base_model.model.other.lora_magnitude_vector": [1]}))
+    assert told.endswith("is refused:\n  other: a magnitude without lora_A")
+
+
+ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "indices", "message"),
+    [
+        ({ROWS: [[1, 2]]}, None, "  emb.weight: the config does not say which rows these are"),
+        ({ROWS: [[1, 2]]}, {"other": [1]}, "  trainable_token_indices names other, and there are rows for emb.weight"),
+        ({}, [1], "  trainable_token_indices is a list, and there are rows for no module"),
+        (
+            {ROWS: [[1, 2]], ROWS.replace("emb", "head"): [[1, 2]]},
+            [1],
+            "  trainable_token_indices is a list, and there are rows for emb.weight, head.weight",
+        ),
+        ({ROWS: [[1, 2]]}, [1, 2], "  emb.weight: 2 rows are named, the values are (1, 2)"),
+        ({ROWS: [[1, 2], [3, 4]]}, [1, 1], "  emb.weight: rows must be different and not negative: [1, 1]"),
+        ({ROWS: [[1, 2]]}, [-1], "  emb.weight: rows must be different and not negative: [-1]"),
+        ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, np.inf]]}, [1], "  emb.weight: the rows hold 1 values that are not finite (NaN or infinity)"),
+    ],
+)
+@pytest.mark.fault(12, 18)
+def test_rows_whose_places_are_not_clear_are_refused(tmp_path, tensors, indices, message):
+    told = refusal(with_tensors(tmp_path, tensors, trainable_token_indices=indices))
+    assert message in told.splitlines()
+
+
+def test_rows_are_not_written(tmp_path):
+    adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
+    there = dataclasses.replace(adapter, rows={"emb.weight": Rows(np.array([1]), np.ones((1, 2)))})
+    with pytest.raises(ValueError, match="do not say all"):
+        reader.write(there, tmp_path, rank=1, alpha=2, targets=["fc"])
+
+
+@pytest.mark.fault(18)
+def test_a_grouped_convolution_is_refused_by_name(tmp_path):
+    net = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
+    trained(net, r=4, target_modules=["conv"]).save_pretrained(tmp_path)
+    assert refusal(tmp_path).endswith(
+        "  conv: A (4, 4, 3, 3), B (6, 2, 1, 1): the convolution has 2 groups. PEFT's A mixes the channels of all "
+        "groups, which no weight of a grouped convolution can do: it cannot be merged"
+    )
+
+
+def test_keys_with_and_without_the_wrappers_prefix_are_not_guessed_about(tmp_path):
+    told = refusal(with_tensors(tmp_path, {"fd.lora_A.weight": [[1]], "fd.lora_B.weight": [[1]]}))
+    assert told.endswith("some keys start with `base_model.model.`, these do not: fd.lora_A.weight, fd.lora_B.weight")
+
+
+@pytest.mark.fault(21)
+def test_several_adapters_in_one_file_are_refused(tmp_path):
+    tensors = {f"base_model.model.fc.lora_{side}.second.weight": [[1]] for side in "AB"}
+    assert refusal(with_tensors(tmp_path, tensors)).endswith("holds several adapters: one without a name, second")
+
+
+def test_two_keys_for_one_tensor_are_refused(tmp_path):
+    keys = ["base_model.model.head.modules_to_save.weight", "base_model.model.head.weight"]
+    told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
+    assert told.endswith(f"holds one tensor under two names: {keys[0]} and {keys[1]}")
+
+
+def test_an_adapter_without_tensors_is_refused(tmp_path):
+    assert refusal(with_tensors(tmp_path, {A_KEY: None, B_KEY: None})).endswith("there is no tensor in it")
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.mkdir, (str(self.path),)  # type: ignore[return-value]
+
+
+@pytest.mark.fault(25)
+def test_a_pickle_is_refused_and_its_payload_does_not_run(tmp_path):
+    adapter = simple(tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
+    told = refusal(adapter)
+    assert told.startswith("ADAPTER/adapter_model.bin is a pickle, which can run code when it is opened.")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path):
+    adapter = simple(tmp_path / "adapter")
+    os.truncate(adapter / "adapter_model.safetensors", 100)
+    assert "ADAPTER/adapter_model.safetensors is no safetensors file, or it was cut short" in refusal(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    assert refusal(adapter) == "ADAPTER has no adapter_model.safetensors"
+    (adapter / "adapter_config.json").write_text("{")
+    assert "ADAPTER/adapter_config.json is not JSON" in refusal(adapter)
+    (adapter / "adapter_config.json").unlink()
+    (adapter / "adapter_config.json").mkdir()
+    assert refusal(adapter) == "ADAPTER/adapter_config.json is not a regular file"
+
+
+@pytest.mark.fault(22)
+def test_a_config_that_names_a_key_twice_is_refused(tmp_path):
+    adapter = simple(tmp_path)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "r": 16}')
+    assert refusal(adapter) == "ADAPTER/adapter_config.json names r more than once"
+
+
+# --- Recognising ---
+
+
+def test_what_is_no_adapter_is_told(tmp_path):
+    assert refusal(tmp_path / "none") == "there is no adapter at ADAPTER"
+    assert refusal(tmp_path).startswith("ADAPTER is no adapter that I know. A PEFT adapter is a folder with")
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')  # MLX's, of the same name
+    assert not formats.recognised(tmp_path)
+    assert "is no adapter that I know" in refusal(tmp_path)
+    (tmp_path / "file").touch()
+    assert not formats.recognised(tmp_path / "file")
+
+
+def test_a_format_can_be_named(tmp_path):
+    assert formats.load(simple(tmp_path), format="peft").format == "peft"
+    with pytest.raises(InputRefused, match="unknown adapter format 'tarot'; known: peft"):
+        formats.load(tmp_path, format="tarot")

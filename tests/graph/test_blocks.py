@@ -1,0 +1,158 @@
+"""Several weights side by side in one matrix (q, k and v): whichever have an adapter, the node is added to once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from support.graphs import Arrays, a_graph, an_adapter, quantised, run
+
+from lora_export import plan
+from lora_export.formats import onnx_adapter
+from lora_export.graph.insert import nodes
+from lora_export.graph.insert.inputs import factors_of, open_inputs
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.readers import readers
+from lora_export.graph.sites import Sites
+from lora_export.lora import LoraPair
+
+RNG = np.random.default_rng(5)
+BLOCKS = {"q": range(8), "k": range(8, 12), "v": range(12, 16)}
+WEIGHT = RNG.normal(size=(16, 32)).astype(np.float32)
+BIAS = RNG.normal(size=16).astype(np.float32)
+X = RNG.normal(size=(3, 32)).astype(np.float32)
+
+MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+SUBSETS = pytest.mark.parametrize("with_adapter", ["q", "k", "v", "qk", "qv", "kv", "qkv", "vq"])
+NODES = {  # one product of x·A and B for each weight, side by side, and one sum
+    1: {"MatMul": 2, "Pad": 1, "Add": 1},
+    2: {"MatMul": 4, "Pad": 1, "Concat": 1, "Add": 1},
+    3: {"MatMul": 6, "Concat": 1, "Add": 1},
+}
+
+
+def packed(*, bits: int = 0, bias: bool = False) -> tuple[ir.Model, Sites]:
+    """A graph of one node that multiplies by q, k and v."""
+    product = "Gemm <transB = 1> (x, W, b)" if bias else "MatMul(x, W)"
+    sizes = "16,32" if bias else "32,16"
+    more = ", float[16] b = {0}" if bias else ""
+    model = a_graph(f"g (float[N,32] x) => (float[N,16] y) <float[{sizes}] W = {{0}}{more}> {{ [n] y = {product} }}")
+    arrays = {"W": WEIGHT if bias else np.ascontiguousarray(WEIGHT.T), "b": BIAS}
+    for name, value in model.graph.initializers.items():
+        value.const_value = ir.Tensor(arrays[name], name=name)
+    model = quantised(model, bits=bits) if bits else model
+    (site,) = (site for value in model.graph.initializers.values() for site in readers(value) if site.is_linear)
+    by_name = {
+        f"{name}.weight": (dataclasses.replace(site, name=f"{name}.weight", block=block),)
+        for name, block in reversed(BLOCKS.items())  # as they lie in the matrix they are laid, not as they are listed
+    }
+    return model, Sites(by_name, (), ())
+
+
+def a_pair(name: str, *, rank: int = 2, dora: bool = False) -> LoraPair:
+    rng, size = np.random.default_rng([rank, ord(name)]), len(BLOCKS[name])
+    return LoraPair(
+        a=rng.normal(size=(rank, 32)).astype(np.float32),
+        b=rng.normal(size=(size, rank)).astype(np.float32),
+        scale=0.5,
+        magnitude=rng.uniform(1, 9, size) if dora else None,
+    )
+
+
+def answers(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What a graph computes without the adapter, and with it."""
+    off, fed = run(model, x=X)["y"], dict[str, Any]()
+    steps = plan.make([an_adapter(pairs)], found.specs, apart=mode != "nodes")
+    if mode == "nodes":
+        nodes.branch(model, found, steps)
+    elif mode == "rows":
+        choose_by_row(model, found, steps, batch="N")
+        assert run(model, x=X, adapter_ids=np.zeros(3, np.int64))["y"].tobytes() == off.tobytes()
+        fed = {"adapter_ids": np.ones(3, np.int64)}
+    else:
+        weights = [step.weight for step in steps.steps]
+        contract = open_inputs(model, found, weights, dora=[step.weight for step in steps.steps if step.has_dora])
+        assert run(model, x=X)["y"].tobytes() == off.tobytes()
+        fed = onnx_adapter.parameters(contract, steps, "default", factors_of(model, contract, steps, "default"))
+    return off, run(model, x=X, **fed)["y"]
+
+
+def meant(off: NDArray[Any], found: Sites, pairs: dict[str, LoraPair], bias: Any = 0.0) -> NDArray[np.float64]:
+    """By NumPy in fp64, from what the graph computed without an adapter."""
+    expected = off.astype(np.float64) - bias
+    for name, pair in pairs.items():
+        own = slice(BLOCKS[name].start, BLOCKS[name].stop)
+        expected[:, own] += X.astype(np.float64) @ pair.delta().T
+        if pair.magnitude is not None:
+            (site,) = found.by_name[f"{name}.weight"]
+            total = site.matrix.astype(np.float64) + pair.delta()
+            expected[:, own] *= pair.magnitude / np.linalg.norm(total, axis=1)
+    return expected + bias
+
+
+def close(answer: NDArray[Any], expected: NDArray[np.float64], off: NDArray[Any], changed: Collection[str]) -> None:
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-4)
+    for name, block in BLOCKS.items():
+        own = slice(block.start, block.stop)
+        assert (answer[:, own].tobytes() == off[:, own].tobytes()) == (name not in changed)
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+@MODES
+@SUBSETS
+@pytest.mark.parametrize("bits", [0, 4])
+def test_whichever_weights_have_an_adapter_each_gains_its_own(mode: str, with_adapter: str, bits: int) -> None:
+    model, found = packed(bits=bits)
+    before = operators(model)
+    pairs = {name: a_pair(name) for name in with_adapter}
+    off, on = answers(mode, model, found, pairs)
+    close(on, meant(off, found, pairs), off, with_adapter)
+    if mode != "rows":
+        assert operators(model) - before == NODES[len(with_adapter)]
+
+
+@MODES
+def test_dora_on_one_of_them_leaves_its_neighbours_and_all_biases(mode: str) -> None:
+    model, found = packed(bias=True)
+    pairs = {name: a_pair(name, dora=name == "k") for name in "qk"}
+    off, on = answers(mode, model, found, pairs)
+    expected = meant(off, found, pairs, BIAS)
+    np.testing.assert_allclose(on, expected, rtol=1e-4, atol=1e-4)
+    plain = meant(off, found, {name: a_pair(name) for name in "qk"}, BIAS)
+    assert np.abs(expected - plain)[:, 8:12].min() > 1e-2
+
+
+def test_several_adapters_of_one_weight_are_one_product() -> None:
+    model, found = packed()
+    one, two = {name: a_pair(name) for name in "qk"}, {name: a_pair(name, rank=3) for name in "kv"}
+    adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
+    off = run(model, x=X)["y"]
+    nodes.branch(model, found, plan.make(adapters, found.specs, strengths=[1.0, -2.0]))
+    twice = {name: dataclasses.replace(pair, scale=-2 * pair.scale) for name, pair in two.items()}
+    expected = meant(meant(off, found, one), found, twice)
+    close(run(model, x=X)["y"], expected, off, "qkv")
+    assert operators(model) == {"MatMul": 1 + 2 * 3, "Concat": 1 + 2, "Add": 1}
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_rows_of_one_batch_have_adapters_of_different_weights() -> None:
+    model, found = packed()
+    one, two = {"q": a_pair("q")}, {name: a_pair(name, rank=3, dora=name == "v") for name in "kv"}
+    off = run(model, x=X)["y"]
+    adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
+    choose_by_row(model, found, plan.make(adapters, found.specs, apart=True), batch="N")
+    fed: Arrays = {"adapter_ids": np.array([2, 0, 1])}
+    answer = run(model, x=X, **fed)["y"]
+    expected = np.stack([meant(off, found, two)[0], off[1], meant(off, found, one)[2]])
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-4)
+    assert answer[1].tobytes() == off[1].tobytes()

@@ -1,0 +1,107 @@
+"""Graphs as exporters and optimisers make them: the names that are recovered, and folding there, against PyTorch.
+
+A cell is an exporter and what was done to its graph afterwards. In each, every recovered name must be that of the
+parameter whose entries lie there, and an adapter folded into all of them must give PyTorch's outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.exporters import (
+    AFTERWARDS,
+    EXPORTERS,
+    MODELS,
+    assert_folding_is_pytorchs,
+    base_of,
+    linear_weights,
+    module_of,
+    torchscript,
+)
+
+from lora_export.graph import onnx_file, sites
+from lora_export.graph.sites import Sites
+from lora_export.weights.checkpoint import open_checkpoint
+
+slow = pytest.mark.slow
+
+
+# --- exporters ---
+
+
+# --- what is done to their graphs ---
+
+
+# --- what is known afterwards ---
+
+
+def assert_right(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.float32) -> None:
+    """Each named site holds the parameter that it is named after."""
+    weights = linear_weights(module_of(name))
+    for site in found.linear:
+        expected = weights[site.name.removeprefix(prefix)]  # KeyError: no such layer
+        assert site.matrix.shape == expected.shape, site.name
+        assert np.array_equal(site.matrix, expected.astype(dtype).astype(site.matrix.dtype)), site.name
+
+
+# Names of linear layers that a base cannot give back: of a head that was tied, and whose own name is gone.
+LOST = {"gpt2": {"lm_head.weight"}, "llama": set(), "bert": set()}
+FAST = {("bert", "torchscript", after) for after in AFTERWARDS} | {
+    ("llama", "transformers, fused", ""), ("gpt2", "torchscript", ""), ("llama", "torchscript", "extended"),
+}  # fmt: skip
+CELLS = [
+    pytest.param(model, exporter, after, marks=[] if (model, exporter, after) in FAST else slow)
+    for model in MODELS
+    for exporter in EXPORTERS
+    for after in AFTERWARDS
+    if not (exporter == "transformers, fused" and after)  # onnxruntime's own operators are none of theirs
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    @functools.cache
+    def make(name: str, exporter: str) -> Path:
+        path = tmp_path_factory.mktemp(name) / "model.onnx"
+        EXPORTERS[exporter](name, path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "exporter", "after"), CELLS)
+def test_every_layer_of_a_graph_made_elsewhere_is_found_and_can_be_folded_into(
+    name: str, exporter: str, after: str, made: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    path = made(name, exporter)
+    if after:
+        source, path = path, path.with_name(f"{after}.onnx")  # its weights may lie in a file beside it
+        AFTERWARDS[after](source, path)
+    weights = linear_weights(module_of(name))
+    assert_right(sites.find(onnx_file.load(path)), name, prefix="model." if exporter == "torchscript" else "")
+    found = sites.find(onnx_file.load(path), open_checkpoint(base_of(name)))
+    assert_right(found, name)
+    named = {site.name for site in found.linear}
+    assert named | LOST[name] == weights.keys() | LOST[name]
+    told = [site for site in found.unnamed if not site.equals]
+    assert not told, str(found)
+    assert_folding_is_pytorchs(path, name, tmp_path / "folded")
+
+
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=slow)])
+@pytest.mark.parametrize("after", ["", "stripped"])
+def test_a_half_precision_graph_is_named_by_a_single_precision_base(name: str, after: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    torchscript(name, path, torch.float16)
+    AFTERWARDS[after](path, tmp_path / "after.onnx")
+    found = sites.find(onnx_file.load(tmp_path / "after.onnx" if after else path), open_checkpoint(base_of(name)))
+    assert_right(found, name, dtype=np.float16)
+    assert {site.name for site in found.linear} == linear_weights(module_of(name)).keys()
+    # The exporter stores some of what it folded as float32, rounded to half precision all the same.
+    assert {spec.dtype for spec in found.specs} == {"float16", "float32"}

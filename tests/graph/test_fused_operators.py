@@ -1,0 +1,172 @@
+"""What multiplies by a weight and does more in one reads W + A·B in its place, and W itself without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from support.cli import answer, call
+from support.graphs import Arrays, an_adapter, run, stored
+from support.handmade import base_file, peft_adapter
+from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
+
+from lora_export import plan
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.graph import fold, onnx_file, sites
+from lora_export.graph.insert import nodes, rows
+from lora_export.graph.insert.inputs import contract_of, factors_of, open_inputs
+from lora_export.graph.sites import Sites
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+
+HIDDEN, HEADS = 64, 4
+RNG = np.random.default_rng(1)
+TOKENS = RNG.normal(size=(2, 5, HIDDEN)).astype(np.float32)
+
+
+def a_pair(rank: int, *, dora: bool = False) -> LoraPair:
+    a, b = 0.2 * RNG.normal(size=(rank, HIDDEN)), 0.2 * RNG.normal(size=(HIDDEN, rank))
+    return LoraPair(a=a, b=b, scale=0.5, magnitude=RNG.uniform(4, 12, HIDDEN) if dora else None)
+
+
+# q by DoRA, v plainly; k stays.
+PAIRS = {"q": a_pair(3, dora=True), "v": a_pair(2)}
+OTHERS = {"k": a_pair(2), "v": a_pair(4)}
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[ir.Model, Checkpoint, dict[str, NDArray[Any]]]:
+    """An Attention of q, k and v in one matrix, the checkpoint that names them, and their weights (out, in)."""
+    model = attention(HIDDEN, HEADS)
+    whole = stored(model, "w").T.copy()
+    weights = {name: whole[HIDDEN * at : HIDDEN * (at + 1)] for at, name in enumerate("qkv")}
+    tensors = {f"{name}.weight": weight for name, weight in weights.items()}
+    return model, open_checkpoint(base_file(tmp_path / "base.safetensors", tensors)), weights
+
+
+def expected(weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> NDArray[Any]:
+    changed = {name: weight.astype(np.float64) for name, weight in weights.items()}
+    for name, pair in pairs.items():
+        changed[name] = changed[name] + pair.delta()
+        if pair.magnitude is not None:
+            changed[name] *= (pair.magnitude / np.linalg.norm(changed[name], axis=1))[:, None]
+    return in_numpy(TOKENS, *changed.values(), heads=HEADS)
+
+
+def assert_is(answer: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> None:
+    np.testing.assert_allclose(answer["y"], expected(weights, pairs), rtol=1e-4, atol=1e-3)
+    assert np.abs(expected(weights, pairs) - expected(weights, {})).max() > 0.5
+
+
+def test_attention_reads_its_weights_with_the_adapters_as_nodes(packed: Any) -> None:
+    model, checkpoint, weights = packed
+    found = sites.find(model, checkpoint)
+    before = stored(model, "w").tobytes()
+    nodes.branch(model, found, plan.make([an_adapter(PAIRS)], found.specs))
+    assert stored(model, "w").tobytes() == before
+    assert {"q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector.weight"} <= set(model.graph.initializers)
+    assert_is(run(model, x=TOKENS), weights, PAIRS)
+    # Its weights are found behind what was added, and another adapter can be merged into them.
+    again = sites.find(model, checkpoint)
+    assert {(site.name, site.block) for site in again.linear if site.block} == {
+        (site.name, site.block) for site in found.linear
+    }
+    fold.fold(model, again, plan.make([an_adapter({"k": OTHERS["k"]})], again.specs))
+    assert_is(run(model, x=TOKENS), weights, {**PAIRS, "k": OTHERS["k"]})
+
+
+def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(packed: Any, tmp_path: Path) -> None:
+    model, checkpoint, weights = packed
+    base = run(model, x=TOKENS)["y"]
+    found = sites.find(model, checkpoint)
+    names = [f"{name}.weight" for name in "qkv"]
+    contract = open_inputs(model, found, names, dora=["q.weight"])
+    path = tmp_path / "open.onnx"
+    onnx_file.save(model, tmp_path, path.name)
+    assert OnnxRunner(path).run({"x": TOKENS})["y"].tobytes() == base.tobytes()
+    for pairs in (PAIRS, OTHERS):
+        adapter = an_adapter(pairs, sha256="1")
+        steps = plan.make([adapter], [place.spec for place in contract.places])
+        given = onnx_adapter.parameters(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+        onnx_adapter.write(tmp_path / "a.onnx_adapter", given, contract, sha256="1")
+        assert_is(OnnxRunner(path).with_adapter(tmp_path / "a.onnx_adapter").run({"x": TOKENS}), weights, pairs)
+    assert contract_of(onnx_file.load(path), path).places == contract.places
+    other = onnx_file.load(path)
+    other.graph.initializers["w"].const_value = ir.Tensor(stored(other, "w") + np.float32(1), name="w")
+    with pytest.raises(InputRefused, match=r"q.weight: holds other numbers"):
+        contract_of(other, path)
+
+
+def test_rows_cannot_have_weights_of_their_own_and_are_told_what_can_be_done(packed: Any) -> None:
+    model, checkpoint, _ = packed
+    found = sites.find(model, checkpoint)
+    steps = plan.make([an_adapter(PAIRS)], found.specs, apart=True)
+    with pytest.raises(InputRefused, match=r"read by Attention, .*Merge the adapter.*before its nodes were fused"):
+        rows.choose_by_row(model, found, steps, batch="B")
+
+
+@pytest.mark.parametrize("mode", ["nodes", "inputs"])
+def test_the_command_proves_it(packed: Any, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, checkpoint, weights = packed
+    onnx_file.save(model, tmp_path, "base.onnx")
+    plain = {name: LoraPair(a=pair.a, b=pair.b, scale=1.0) for name, pair in PAIRS.items()}
+    peft_adapter(
+        tmp_path / "a", {name: (pair.a, pair.b) for name, pair in plain.items()},
+        rank_pattern={"v": 2}, alpha_pattern={"v": 2},
+    )  # fmt: skip
+    out = tmp_path / "out.onnx"
+    words = ("-a", tmp_path / "a", "--base", checkpoint.path, "--lora", mode, "-o", out)
+    code, told = answer(capsys, "onnx", tmp_path / "base.onnx", *words)
+    assert (code, told["proof"]["outcome"], told.get("bits_of_base", True)) == (0, "same", True)
+    runner = OnnxRunner(out)
+    runner = runner.with_adapter(tmp_path / "a.onnx_adapter") if mode == "inputs" else runner
+    assert_is(runner.run({"x": TOKENS}), weights, plain)
+    assert call("onnx", tmp_path / "base.onnx", *words[:-4], "--lora", "rows", "-o", tmp_path / "rows.onnx") == 3
+
+
+FUSED = {
+    "FusedMatMul": ("y = com.microsoft.FusedMatMul <alpha = 0.5> (x, W)", Layout.IN_OUT, 0.5),
+    "FusedMatMul, transB": ("y = com.microsoft.FusedMatMul <transB = 1> (x, W)", Layout.OUT_IN, 1),
+    "FusedMatMul behind a turn": ("t = Transpose(W) y = com.microsoft.FusedMatMul (x, t)", Layout.OUT_IN, 1),
+    "FusedGemm": (
+        'y = com.microsoft.FusedGemm <transB = 1, activation = "LeakyRelu", activation_alpha = 1.0> (x, W)',
+        Layout.OUT_IN, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "layout", "factor"), FUSED.values(), ids=FUSED.keys())
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_product_that_is_fused_with_more_reads_what_it_multiplies_by(
+    body: str, layout: Layout, factor: float, dora: bool
+) -> None:
+    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=np.float32([3, 5])) if dora else PAIR
+    adapter = an_adapter({"m": pair})
+    changed = WEIGHT + DELTA
+    if dora:
+        changed = np.float32([[3], [5]]) * changed / np.linalg.norm(changed, axis=1, keepdims=True)
+    model, found = planned_on(body, layout)
+    nodes.branch(model, found, plan.make([adapter], found.specs))
+    np.testing.assert_allclose(run(model, x=X)["y"], factor * X @ changed.T, rtol=1e-5)
+    model, found = planned_on(body, layout)
+    contract = open_inputs(model, found, ["m.weight"], dora=["m.weight"])
+    given = parameters(model, contract, adapter)
+    np.testing.assert_allclose(run(model, x=X, **given)["y"], factor * X @ changed.T, rtol=1e-5)
+    assert run(model, x=X)["y"].tobytes() == run(planned_on(body, layout)[0], x=X)["y"].tobytes()
+
+
+def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
+    model = a_graph(body, layout)
+    return model, sites.find(model)
+
+
+def parameters(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
+    steps = plan.make([adapter], [place.spec for place in contract.places])
+    return onnx_adapter.parameters(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))

@@ -1,0 +1,285 @@
+"""onnxruntime-genai: the builder's graphs, and what genai itself generates with an adapter in them, against PyTorch.
+
+The reference is PEFT's model, and the tokens that transformers draws from it, greedily.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from support.cli import answer
+from support.exporters import (
+    WORDS,
+    a_llama,
+    an_adapter_of,
+    assert_folding_is_pytorchs,
+    assert_is_the_models,
+    base_of,
+    linear_weights,
+    module_of,
+    save_tokenizer,
+)
+from support.genai import TOKENS, build
+from torch import nn
+
+from lora_export import formats, plan
+from lora_export.cli import run
+from lora_export.formats import onnx_adapter
+from lora_export.graph import onnx_file, sites
+from lora_export.graph.insert import inputs, nodes, rows
+from lora_export.graph.sites import Sites
+from lora_export.lora import Adapter
+from lora_export.runtime.kv_cache import with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.weights.checkpoint import open_checkpoint
+
+genai: Any = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+
+PROMPT = [5, 9, 11, 30]
+slow = pytest.mark.slow
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The builder's graph of test_exporters' Llama, in this precision."""
+    folder = tmp_path_factory.mktemp("genai")
+    save_tokenizer(base_of("llama"))
+    return functools.cache(lambda precision: build(base_of("llama"), folder / precision, precision))
+
+
+@slow
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_graph_of_the_builder_is_named_by_content_alone(precision: str, built: Build) -> None:
+    model = onnx_file.load(built(precision))
+    assert not sites.find(model).linear
+    found = sites.find(model, open_checkpoint(base_of("llama")))
+    weights = linear_weights(module_of("llama"))
+    assert {site.name for site in found.linear} == weights.keys()
+    assert sum(site.block is not None for site in found.linear) == 6
+    for site in found.linear:
+        error = np.linalg.norm(site.matrix - weights[site.name]) / np.linalg.norm(weights[site.name])
+        assert error == 0 if precision == "fp32" else 0.01 < error < 0.2
+
+
+@slow
+def test_a_graph_of_the_builder_computes_what_pytorch_computes_with_an_adapter(built: Build, tmp_path: Path) -> None:
+    assert_folding_is_pytorchs(built("fp32"), "llama", tmp_path / "folded")
+
+
+# --- generation ---
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that says many different words."""
+    torch.manual_seed(0)
+    module, folder = a_llama(), tmp_path_factory.mktemp("base")
+    module.config.max_position_embeddings = 2 * TOKENS
+    for weight in module.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.3)
+    module.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speaker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("speaker")
+    return functools.cache(lambda *options: build(base, folder / "-".join(options).replace("=", "_"), *options))
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[peft.PeftModel, Path]:
+    """PEFT's model with an adapter on every linear layer, and where that is saved."""
+    folder = tmp_path_factory.mktemp("adapters") / "pirate"
+    model = peft.get_peft_model(pytorch(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.25, generator=generator)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def pytorch(base: Path) -> Any:
+    return type(a_llama()).from_pretrained(base).eval()
+
+
+def spoken_by(module: Any) -> list[int]:
+    """What PyTorch says, greedily."""
+    ids = torch.tensor([PROMPT])
+    # As long as asked for: without a word that ends it.
+    said = module.generate(input_ids=ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS, pad_token_id=0)
+    return said[0, len(PROMPT) :].tolist()
+
+
+def generated(folder: Path, adapter: Path | None = None) -> list[int]:
+    """What genai says, greedily, with this adapter of its own kind."""
+    model = genai.Model(str(folder))
+    parameters, length = genai.GeneratorParams(model), len(PROMPT) + TOKENS
+    parameters.set_search_options(do_sample=False, min_length=length, max_length=length)
+    generator = genai.Generator(model, parameters)
+    if adapter is not None:
+        adapters = genai.Adapters(model)
+        adapters.load(str(adapter), "pirate")
+        generator.set_active_adapter(adapters, "pirate")
+    generator.append_tokens(np.array([PROMPT], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]
+
+
+def beside(graph: Path, folder: Path) -> Path:
+    """A folder for genai, without its graph."""
+    folder.mkdir()
+    for path in graph.parent.iterdir():
+        if not path.name.startswith("model.onnx"):
+            shutil.copy(path, folder)
+    return folder
+
+
+def opened(graph: Path, base: Path) -> tuple[ir.Model, Sites]:
+    model = onnx_file.load(graph)
+    return model, sites.find(model, open_checkpoint(base))
+
+
+def assert_says(said: list[int], module: Any, other: Any) -> None:
+    """As the module, in words of some variety, and not as the other."""
+    expected = spoken_by(module)
+    assert said == expected
+    assert len(set(expected)) > 10
+    assert expected != spoken_by(other)
+
+
+def test_genai_generates_pytorchs_tokens_with_an_adapter_folded_in(
+    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    graph, (module, adapter) = speaker("fp32"), adapted
+    folder = beside(graph, tmp_path / "folded")
+    assert run(["merge", str(graph), str(adapter), "-o", str(folder / "model.onnx"), "--base", str(base)]) == 0
+    assert_says(generated(folder), module, pytorch(base))
+    assert generated(graph.parent) == spoken_by(pytorch(base))
+
+
+@slow
+def test_genai_generates_pytorchs_tokens_with_an_adapter_woven_in(
+    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    graph, (module, adapter) = speaker("fp32"), adapted
+    folder = beside(graph, tmp_path / "woven")
+    model, found = opened(graph, base)
+    nodes.branch(model, found, plan.make([formats.load(adapter)], found.specs))
+    onnx_file.save(model, folder, "model.onnx")
+    assert_says(generated(folder), module, pytorch(base))
+
+
+@slow
+def test_genai_generates_pytorchs_tokens_with_an_adapter_that_it_loads_itself(
+    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    graph, (module, adapter) = speaker("fp32"), adapted
+    folder = beside(graph, tmp_path / "swapped")
+    model, found = opened(graph, base)
+    file = swapped(model, found, formats.load(adapter), folder)
+    onnx_file.save(model, folder, "model.onnx")
+    assert_says(generated(folder, file), module, pytorch(base))
+    assert generated(folder) == spoken_by(pytorch(base))
+
+
+def swapped(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Path:
+    """Opens the graph for adapters, and writes this one into the folder."""
+    steps = plan.make([adapter], found.specs)
+    contract = inputs.open_inputs(model, found, [step.weight for step in steps.steps], names="genai")
+    path = folder / "pirate.onnx_adapter"
+    onnx_adapter.write(path, onnx_adapter.parameters(contract, steps, adapter.name), contract, sha256=adapter.sha256)
+    return path
+
+
+@slow
+@pytest.mark.parametrize("way", ["woven in", "loaded by genai"])
+def test_genai_generates_with_an_adapter_beside_int4_what_pytorch_does_beside_the_weights_these_stand_for(
+    way: str, base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    # accuracy_level 1: the default, 4, rounds what enters a layer to 8 bits, which decides words by itself.
+    graph, (module, adapter) = speaker("int4", "accuracy_level=1"), adapted
+    folder = beside(graph, tmp_path / "beside int4")
+    model, found = opened(graph, base)
+    rounded = with_weights(module, {site.name: site.matrix for site in found.linear})
+    file = None
+    if way == "woven in":
+        nodes.branch(model, found, plan.make([formats.load(adapter)], found.specs))
+    else:
+        file = swapped(model, found, formats.load(adapter), folder)
+    onnx_file.save(model, folder, "model.onnx")
+    assert_says(generated(folder, file), rounded, module)
+
+
+@slow
+@pytest.mark.parametrize("precision", [("fp32",), ("int4", "accuracy_level=1")], ids=["fp32", "int4"])
+def test_rows_of_the_builders_graph_decode_with_their_own_adapters(
+    precision: tuple[str, ...], base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+) -> None:
+    module, adapter = adapted
+    model, found = opened(speaker(*precision), base)
+    module = with_weights(module, {site.name: site.matrix for site in found.linear})
+    rows.choose_by_row(model, found, plan.make([formats.load(adapter)], found.specs, apart=True))
+    head = module.config.hidden_size // module.config.num_attention_heads
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if "key_values" in (value.name or "") or "present" in (value.name or ""):
+            value.shape = ir.Shape([*value.shape[:3], head])  # which the builder does not tell
+    onnx_file.save(model, tmp_path, "rows.onnx")
+    ids = np.random.default_rng(0).integers(0, WORDS, (4, 9))
+    runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows([1, 0, 0, 1]))
+    answer = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+    with torch.no_grad():
+        on = module(torch.from_numpy(ids)).logits.numpy()
+        with module.disable_adapter():
+            off = module(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(answer, np.stack([on[0], off[1], off[2], on[3]]), rtol=1e-3, atol=1e-3)
+    assert np.abs(on - off).max() > 1
+
+
+def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftModel:
+    """PEFT's model with other weights under its adapter."""
+    changed = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            layer = changed.base_model.model.get_submodule(name.removesuffix(".weight"))
+            getattr(layer, "base_layer", layer).weight.copy_(torch.from_numpy(np.array(weight)))
+    return changed
+
+
+# --- through the command, without a PyTorch model ---
+
+
+@slow
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [("fp32", "merged"), ("fp32", "nodes"), ("int4", "nodes"), ("int4", "inputs"), ("int4", "rows")],
+)
+def test_the_command_proves_a_graph_of_the_builder_with_its_cache(
+    precision: str, mode: str, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = an_adapter_of("llama", tmp_path / "a"), tmp_path / "out.onnx"
+    words = ("onnx", built(precision), "-a", adapter, "--base", base_of("llama"), "--lora", mode, "-o", out)
+    code, told = answer(capsys, *words)
+    assert code == 0
+    proofs = [told["proof"], *told.get("adapters", {}).values()]
+    assert {proof["outcome"] for proof in proofs} == {"same"}
+    cases = {there["case"] for there in told["proof"]["comparisons"]}
+    assert cases == {"batch 1 x length 7 after 0", "batch 3 x length 1 after 5", "batch 5 x length 29 after 0"}
+    if precision == "fp32":
+        assert_is_the_models(out, "llama", adapter)

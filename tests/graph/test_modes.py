@@ -1,0 +1,462 @@
+"""Whatever a plan can hold, beside whatever a graph's weights can be, in every mode: as nodes, as inputs, by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from numpy.typing import NDArray
+from support.graphs import Arrays, a_graph, an_adapter, attached, contents, eager, exported, inputs, quantised, run
+from support.handmade import base_file
+from torch import nn
+
+from lora_export import formats, plan
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.graph import sites
+from lora_export.graph.insert import inserter, nodes
+from lora_export.graph.insert.inputs import factors_of, open_inputs
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.sites import Sites
+from lora_export.lora import Adapter, LoraPair
+from lora_export.weights.checkpoint import open_checkpoint
+
+MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+RNG = np.random.default_rng(0)
+BATCH, LENGTH = 3, 4
+
+
+class Woven:
+    """A graph with adapters beside its weights, to be asked for one of them; 0 is the base."""
+
+    def __init__(self, mode: str, model: ir.Model, found: Sites, *adapters: Adapter, batch: str = "N"):
+        self.mode, self.adapters, self.batch = mode, adapters, batch
+        steps = plan.make(adapters, found.specs, apart=True)
+        self.base, self.graphs = model, {0: model}
+        before = contents(model)
+        if mode == "nodes":
+            for number, adapter in enumerate(adapters, 1):
+                self.graphs[number], own = self._clone(found)
+                nodes.branch(self.graphs[number], own, plan.make([adapter], own.specs))
+        else:
+            graph, own = self._clone(found)
+            self.graphs = dict.fromkeys(range(len(adapters) + 1), graph)
+            if mode == "rows":
+                choose_by_row(graph, own, steps, batch=batch)
+            else:
+                dora = {step.weight for step in steps.steps if step.has_dora}
+                open_inputs(graph, own, [step.weight for step in steps.steps], dora=dora)
+                contract = onnx_adapter.read_contract(graph.metadata_props, "")
+                names = [adapter.name for adapter in adapters]
+                self.given = [
+                    onnx_adapter.parameters(contract, steps, name, factors_of(graph, contract, steps, name))
+                    for name in names
+                ]
+        for graph in self.graphs.values():
+            assert before.items() <= contents(graph).items()
+
+    def _clone(self, found: Sites) -> tuple[ir.Model, Sites]:
+        """Another graph with the same sites."""
+        model = self.base.clone()
+        theirs = {node.name: node for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+        values = model.graph.initializers
+        by_name = {}
+        for name, there in found.by_name.items():
+            moved = []
+            for site in there:
+                again = next(
+                    other for other in sites.readers(values[site.value.name]) if other.node is theirs[site.node.name]
+                )
+                moved.append(dataclasses.replace(again, name=name, block=site.block, how=site.how))
+            by_name[name] = tuple(moved)
+        return model, Sites(by_name, (), ())
+
+    def fed(self, which: int | Sequence[int], feeds: Mapping[str, Any]) -> Arrays:
+        fed = dict(feeds)
+        if self.mode == "rows":
+            rows = len(next(iter(feeds.values())))
+            fed["adapter_ids"] = np.resize(np.array(which, np.int64), rows)
+        elif self.mode == "inputs" and which:
+            assert isinstance(which, int)
+            fed |= self.given[which - 1]
+        return fed
+
+    def answer(self, which: int | Sequence[int], **feeds: Any) -> NDArray[Any]:
+        graph = self.graphs[which if isinstance(which, int) else 0]
+        return run(graph, **self.fed(which, feeds))["y"]
+
+    def by_definition(self, which: int, **feeds: Any) -> NDArray[Any]:
+        """What ONNX's reference implementation computes."""
+        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(self.graphs[which]))
+        fed = self.fed(which, feeds)
+        if self.mode == "inputs" and not which:  # it knows no optional inputs
+            fed |= {name: self.graphs[0].graph.initializers[name].const_value.numpy() for name in self.given[0]}
+        (answer,) = evaluator.run(None, fed)
+        return answer
+
+
+# --- the layers ---
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A graph of one layer, and what it computes by NumPy for weights in the (out, in, ...) view."""
+
+    graph: ir.Model
+    feeds: Arrays
+    base: Mapping[str, NDArray[Any]]  # module -> weight (out, in, ...)
+    embedding: bool = False
+    bias: NDArray[Any] | float = 0.0
+    standard: bool = True  # whether it is all ONNX's own operators
+
+    @property
+    def is_convolution(self) -> bool:
+        return next(iter(self.base.values())).ndim > 2
+
+    def found(self, folder: Path) -> Sites:
+        named = {f"{name}.weight": weight for name, weight in self.base.items()}
+        if self.embedding:
+            named = {name: weight.T for name, weight in named.items()}
+        checkpoint = open_checkpoint(base_file(folder / "base.safetensors", named))
+        found = sites.find(self.graph, checkpoint)
+        assert list(found.by_name) == list(named)
+        return found
+
+
+def filled(body: str, **arrays: NDArray[Any]) -> ir.Model:
+    """A graph whose initializers `NAME = {0}` are these arrays."""
+    model = a_graph(body)
+    for name, array in arrays.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
+    onnx.checker.check_model(ir.to_proto(model))
+    return model
+
+
+def normal(*shape: int, rng: np.random.Generator = RNG) -> NDArray[np.float32]:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+QKV = {"q": normal(8, 32), "k": normal(4, 32), "v": normal(4, 32)}
+PACKED = np.concatenate(list(QKV.values()))  # (out, in)
+X = normal(BATCH, LENGTH, 32)
+TOKENS = RNG.integers(-9, 9, (BATCH, LENGTH))
+
+
+def product(weight: NDArray[Any]) -> ir.Model:
+    return filled(
+        f"""g (float[N,S,32] x) => (float[N,S,{len(weight)}] y) <float[1,1] W = {{0}}>
+        {{ [n] y = MatMul(x, W) }}""",
+        W=weight.T,
+    )
+
+
+def gemm(weight: NDArray[Any], bias: NDArray[Any]) -> ir.Model:
+    return filled(
+        f"""g (float[N,32] x) => (float[N,{len(weight)}] y) <float[1,1] W = {{0}}, float[1] b = {{0}}>
+        {{ [n] y = Gemm <transB = 1> (x, W, b) }}""",
+        W=weight,
+        b=bias,
+    )
+
+
+def flattened(weight: NDArray[Any]) -> ir.Model:
+    return filled(
+        f"""g (float[N,S,32] x) => (float[M,{len(weight)}] y)
+        <float[1,1] W = {{0}}, int64[2] flat = {{-1,32}}>
+        {{ r = Reshape(x, flat)
+           [n] y = MatMul(r, W) }}""",
+        W=weight.T,
+    )
+
+
+def looked_up(table: NDArray[Any], kind: str = "int64") -> ir.Model:
+    return filled(
+        f"""g ({kind}[N,S] x) => (float[N,S,{table.shape[1]}] y) <float[1,1] W = {{0}}>
+        {{ [n] y = Gather(W, x) }}""",
+        W=table,
+    )
+
+
+def convolved(kernel: NDArray[Any], bias: NDArray[Any]) -> ir.Model:
+    return filled(
+        f"""g (float[N,2,L] x) => (float[N,{len(kernel)},M] y) <float[1,1,1] W = {{0}}, float[1] b = {{0}}>
+        {{ [n] y = Conv <strides = [2], pads = [1, 2]> (x, W, b) }}""",
+        W=kernel,
+        b=bias,
+    )
+
+
+@functools.cache
+def layers() -> dict[str, Layer]:
+    x, weight, bias, table, kernel = {"x": X}, normal(6, 32), normal(16), normal(9, 5), normal(4, 2, 3)
+    return {
+        "linear": Layer(product(weight), x, {"m": weight}),
+        "gemm": Layer(gemm(weight, bias[:6]), {"x": X[:, 0]}, {"m": weight}, bias=bias[:6]),
+        "flattened": Layer(flattened(weight), x, {"m": weight}),
+        "packed": Layer(product(PACKED), x, QKV),
+        "packed gemm": Layer(gemm(PACKED, bias), {"x": X[:, 0]}, QKV, bias=bias),
+        "packed and flattened": Layer(flattened(PACKED), x, QKV),
+        "four bits": Layer(quantised(product(weight)), x, {"m": weight}, standard=False),
+        "four bits, zero points": Layer(
+            quantised(product(weight), symmetric=False, block=16), x, {"m": weight}, standard=False
+        ),
+        "dequantised": Layer(quantised(product(weight), as_pairs=True), x, {"m": weight}),
+        "packed four bits": Layer(quantised(product(PACKED)), x, QKV, standard=False),
+        "packed and dequantised": Layer(quantised(product(PACKED), as_pairs=True), x, QKV),
+        "embedding": Layer(looked_up(table), {"x": TOKENS}, {"m": table.T}, embedding=True),
+        "embedding of 32 bits": Layer(
+            looked_up(table, "int32"), {"x": TOKENS.astype(np.int32)}, {"m": table.T}, embedding=True
+        ),
+        "convolution": Layer(
+            convolved(kernel, bias[:4]), {"x": normal(BATCH, 2, 9)}, {"m": kernel}, bias=bias[:4, None]
+        ),
+    }
+
+
+LAYERS = pytest.mark.parametrize("name", list(layers()))
+
+
+def a_pair(layer: Layer, module: str, rng: np.random.Generator, *, rank: int, dora: bool) -> LoraPair:
+    weight = layer.base[module]
+    return LoraPair(
+        a=normal(rank, *weight.shape[1:], rng=rng),
+        b=normal(len(weight), rank, *[1] * (weight.ndim - 2), rng=rng),
+        scale=0.5,
+        magnitude=rng.uniform(1, 9, len(weight)) * rng.choice([-1, 1], len(weight)) if dora else None,
+        embedding=layer.embedding,
+    )
+
+
+def two_adapters(layer: Layer, *, dora: bool) -> tuple[Adapter, Adapter]:
+    """The second has another rank, stands at one module only, and has DoRA where the first has none."""
+    rng, modules = np.random.default_rng(7), list(layer.base)
+    one = {module: a_pair(layer, module, rng, rank=2, dora=dora) for module in modules}
+    two = {modules[-1]: a_pair(layer, modules[-1], rng, rank=3, dora=not dora)}
+    return an_adapter(one, name="one"), an_adapter(two, name="two")
+
+
+def meant(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[Any]) -> NDArray[np.float64]:
+    """What the layer computes with an adapter, in NumPy's fp64, beside what onnxruntime's base computed.
+
+    The base's own answer is taken as it is: onnxruntime rounds x too beside some quantised weights.
+    """
+    answer = base.astype(np.float64) - layer.bias
+    first = 0
+    for module, weight in layer.base.items():
+        (site,) = found.by_name[f"{module}.weight"]
+        outputs = slice(first, first := first + len(weight))
+        pair = adapter.pairs.get(module)
+        if pair is None:
+            continue
+        stored = site.array.T if layer.embedding else site.matrix  # as a quantised one computes
+        total = stored.astype(np.float64) + pair.delta()
+        factor = 1.0
+        if pair.magnitude is not None:
+            norms = np.sqrt(np.square(total).sum(axis=tuple(range(1, total.ndim))))
+            factor = (pair.magnitude / norms).reshape(-1, *[1] * (total.ndim - 2))
+        own = (slice(None), outputs) if layer.is_convolution else (..., outputs)
+        answer[own] = (answer[own] + applied(layer, pair.delta())) * factor
+    return answer + layer.bias
+
+
+def applied(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float64]:
+    """The layer with other weights, without its bias."""
+    x = layer.feeds["x"]
+    if layer.embedding:
+        return weight.T.astype(np.float64)[x]
+    if not layer.is_convolution:
+        rows = x.reshape(-1, 32) if "flat" in layer.graph.graph.initializers else x
+        return rows.astype(np.float64) @ weight.T
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 2)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 3, axis=2)[:, :, ::2]  # (N, in, M, kernel)
+    return np.einsum("nimk,oik->nom", windows, weight)
+
+
+def by_rows(layer: Layer, answers: Sequence[NDArray[Any]], which: Sequence[int]) -> NDArray[Any]:
+    """Each row of the batch out of its own adapter's answer."""
+    split = [answer.reshape(BATCH, -1, *answer.shape[1:]) for answer in answers]
+    mixed = np.stack([split[number][row] for row, number in enumerate(which)])
+    return mixed.reshape(answers[0].shape)
+
+
+@MODES
+@LAYERS
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_does_what_it_means_and_without_it_the_graph_is_the_base(
+    tmp_path: Path, name: str, mode: str, dora: bool
+) -> None:
+    layer = layers()[name]
+    found, adapters = layer.found(tmp_path), two_adapters(layer, dora=dora)
+    base = run(layer.graph, **layer.feeds)["y"]
+    woven = Woven(mode, layer.graph, found, *adapters)
+    expected = [base, *(meant(layer, found, adapter, base) for adapter in adapters)]
+    assert min(np.abs(answer - base).max() for answer in expected[1:]) > 0.5
+    for number, answer in enumerate(expected):
+        np.testing.assert_allclose(woven.answer(number, **layer.feeds), answer, rtol=1e-4, atol=1e-4)
+    assert woven.answer(0, **layer.feeds).tobytes() == base.tobytes()
+    if mode == "rows":
+        which = [2, 0, 1]
+        answer = woven.answer(which, **layer.feeds)
+        np.testing.assert_allclose(answer, by_rows(layer, expected, which), rtol=1e-4, atol=1e-4)
+
+
+@MODES
+@pytest.mark.parametrize("name", [name for name, layer in layers().items() if layer.standard])
+def test_it_does_so_by_onnxs_own_definition(tmp_path: Path, name: str, mode: str) -> None:
+    layer = layers()[name]
+    found, adapters = layer.found(tmp_path), two_adapters(layer, dora=True)
+    woven = Woven(mode, layer.graph, found, *adapters)
+    base = woven.by_definition(0, **layer.feeds)
+    for number, adapter in enumerate(adapters, 1):
+        onnx.checker.check_model(ir.to_proto(woven.graphs[number]), full_check=True)
+        expected = meant(layer, found, adapter, base)
+        np.testing.assert_allclose(woven.by_definition(number, **layer.feeds), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- QLoRA, as PEFT has it ---
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
+    """A graph of four bits, and a module with the weights that these stand for."""
+    torch.manual_seed(0)
+    module = Two()
+    named = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    graph = filled(
+        """g (float[N,S,32] x) => (float[N,S,8] y)
+        <float[1,1] U = {0}, float[1,1] D = {0}, float[1] u = {0}, float[1] d = {0}>
+        { [up] a = MatMul(x, U)
+          b = Add(a, u)
+          c = Tanh(b)
+          [down] e = MatMul(c, D)
+          y = Add(e, d) }""",
+        U=named["up.weight"].T, D=named["down.weight"].T, u=named["up.bias"], d=named["down.bias"],
+    )  # fmt: skip
+    graph = quantised(graph, as_pairs=as_pairs)
+    for number, node in enumerate(graph.graph):
+        node.name = node.name or f"node_{number}"  # to be told apart by
+    found = sites.find(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
+    with torch.no_grad():
+        for name in ("up.weight", "down.weight"):
+            (site,) = found.by_name[name]
+            assert site.quantised is not None
+            module.get_parameter(name).copy_(torch.from_numpy(np.array(site.matrix)))
+    return graph, found, module
+
+
+@MODES
+@pytest.mark.parametrize("as_pairs", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_peft_beside_four_bits_is_what_peft_computes_beside_what_they_stand_for(
+    tmp_path: Path, mode: str, dora: bool, as_pairs: bool
+) -> None:
+    graph, found, module = qlora(tmp_path, as_pairs=as_pairs)
+    config = peft.LoraConfig(r=3, lora_alpha=8, target_modules=["up", "down"], use_dora=dora)
+    model = peft.get_peft_model(module, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    woven, x = Woven(mode, graph, found, formats.load(tmp_path / "adapter")), normal(3, 4, 32)
+    with torch.no_grad():
+        on = model(torch.from_numpy(x)).numpy()
+        with model.disable_adapter():
+            off = model(torch.from_numpy(x)).numpy()
+    # onnxruntime rounds what enters a MatMulNBits that it made of a DequantizeLinear to 8 bits.
+    close = {"rtol": 1e-4, "atol": 0.03 if as_pairs else 1e-5}
+    np.testing.assert_allclose(woven.answer(1, x=x), on, **close)
+    np.testing.assert_allclose(woven.answer(0, x=x), off, **close)
+    assert np.abs(on - off).mean() > 0.2
+
+
+# --- real exports, against PyTorch ---
+
+
+def everything(found: Sites, name: str, *, rank: int) -> Adapter:
+    """A pair wherever one can stand and the batch enters, with DoRA at every second."""
+    rng, pairs = np.random.default_rng(rank), {}
+    for number, spec in enumerate(found.specs):
+        embedding = spec.layout is plan.Layout.EMBEDDING
+        strangers = [inserter.obstacle_to(site, embedding=embedding) for site in found.by_name[spec.name]]
+        if any(strangers) or "position_embeddings" in spec.name:
+            continue
+        out, *inner = spec.matrix
+        pairs[inserter.module_of(spec.name)] = LoraPair(
+            a=normal(rank, *inner, rng=rng),
+            b=normal(out, rank, *[1] * (len(inner) - 1), rng=rng),
+            scale=0.3,
+            magnitude=rng.uniform(0.5, 1.5, out) if number % 2 == rank % 2 else None,
+            embedding=embedding,
+        )
+    return an_adapter(pairs, name=name)
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+@pytest.mark.parametrize("name", ["encoder", "bert"])
+def test_an_export_with_everything_beside_its_weights_computes_what_pytorch_computes(name: str, mode: str) -> None:
+    made = exported(name)
+    found = sites.find(made.graph)
+    two = everything(found, "one", rank=2), everything(found, "two", rank=3)
+    assert ("conv" if name == "encoder" else "bert.embeddings.word_embeddings") in two[0].pairs
+    woven, feeds = Woven(mode, made.graph, found, *two, batch="batch"), inputs(name, 3, 12, seed=2)
+    arrays = {key: value.numpy() for key, value in feeds.items()}
+    before = run(made.graph, **arrays)
+    modules = [made.module, *(attached(made.module, adapter) for adapter in two)]
+    alone = [eager(module, feeds) for module in modules]
+    for number in (0, 1, 2):
+        answer = run(woven.graphs[number], **woven.fed(number, arrays))
+        for key, value in alone[number].items():
+            np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=2e-5)
+            assert number == 0 or np.abs(value - before[key]).max() > 1e-2
+    if mode == "rows":
+        answer = run(woven.graphs[0], **woven.fed([2, 0, 1], arrays))
+        for key in before:
+            expected = np.stack([alone[number][key][row] for row, number in enumerate([2, 0, 1])])
+            np.testing.assert_allclose(answer[key], expected, rtol=1e-4, atol=2e-5)
+
+
+def test_positions_are_the_same_for_all_rows_and_refused_by_name() -> None:
+    made = exported("bert")
+    found = sites.find(made.graph)
+    name = "bert.embeddings.position_embeddings"
+    (spec,) = (spec for spec in found.specs if spec.name == f"{name}.weight")
+    pair = LoraPair(a=normal(1, spec.shape[0]), b=normal(spec.shape[1], 1), scale=1.0, embedding=True)
+    steps = plan.make([an_adapter({name: pair})], found.specs)
+    with pytest.raises(InputRefused, match=rf"{name}\.weight \(Gather .* no one dimension is the batch for certain"):
+        choose_by_row(made.graph, found, steps)
+
+
+def test_a_convolution_whose_first_dimension_is_not_the_batch_is_refused_by_name() -> None:
+    graph = filled(
+        "g (float[L,2,N] x, float[N] lead) => (float[L,4,M] y) <float[1] W = {0}> { [n] y = Conv(x, W) }",
+        W=normal(4, 2, 1),
+    )
+    found = sites.find(graph)
+    assert list(found.by_name) == []
+    by_hand = Sites({"c.weight": (next(sites.readers(graph.graph.initializers["W"])),)}, (), ())
+    pair = LoraPair(a=normal(1, 2, 1), b=normal(4, 1, 1), scale=1.0)
+    with pytest.raises(InputRefused, match=r"c\.weight \(Conv `n`\): \[L,2,N\] enters it, the first dimension of"):
+        choose_by_row(graph, by_hand, plan.make([an_adapter({"c": pair})], by_hand.specs), batch="N")

@@ -1,0 +1,141 @@
+"""Graphs with adapters under ONNX's own reference evaluator, in every float type, in subgraphs and in functions.
+
+It shares no code with onnxruntime, and computes in bfloat16 where onnxruntime's CPU provider does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from support.graphs import Arrays, an_adapter, contents, planned, run
+from support.small_graphs import PAIR
+
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.graph import fold, sites
+from lora_export.graph.insert import inputs, rows
+from lora_export.graph.insert import nodes as branches
+
+X = np.array([[1, 1, 2], [0, 3, 1], [2, -1, 0]])
+W = np.array([[1, 2, 3], [4, 5, 6]])  # of m, (out, in)
+BIAS = np.array([10, 20])
+CHANGED = W + PAIR.delta()
+LAYOUTS = {"W": ("[2,3]", "1,2,3,4,5,6"), "V": ("[3,2]", "1,4,2,5,3,6")}  # as a Gemm reads it, and as a MatMul does
+LINEAR = """
+<domain: "own", opset_import: ["" : 20]>
+linear (a, b) => (c) { d = Transpose <perm = [1, 0]> (b)
+                       c = MatMul(a, d) }"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A graph of W, or of V, that computes x W^T + b."""
+
+    nodes: str
+    x: str = "N"
+    functions: str = ""
+
+
+GRAPHS = {
+    "MatMul": Text("h = MatMul(x, V)\n y = Add(h, b)"),
+    "Gemm": Text("y = Gemm <transB = 1> (x, W, b)"),
+    "three dimensions": Text("h = MatMul(x, V)\n y = Add(h, b)", "N,1"),
+    "a subgraph": Text("""
+        h = If (c) <
+            then_branch = t () => (float[N,2] p) { [first] p = MatMul(x, V) },
+            else_branch = e () => (float[N,2] q) { [second] q = MatMul(x, V) }>
+        y = Add(h, b)"""),
+    "a function": Text("h = own.linear(x, W)\n y = Add(h, b)", functions=LINEAR),
+}
+FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def a_graph_in(text: Text, dtype: Any) -> ir.Model:
+    """The graph with its floats in this type; its weight is `m.weight`, read in the module `m` alone."""
+    (lies,) = LAYOUTS.keys() & set(re.findall(r"\b[VW]\b", text.nodes))
+    shape, numbers = LAYOUTS[lies]
+    nodes = re.sub(rf"\b{lies}\b", '"m.weight"', text.nodes)
+    model = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 20, "own" : 1]>
+        g (float[{text.x},3] x, bool c) => (float[{text.x},2] y)
+        <float{shape} "m.weight" = {{{numbers}}}, float[2] b = {{10,20}}> {{ {nodes} }} {text.functions}""")
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "MatMul":
+            node.metadata_props[sites.NAME_SCOPES] = repr(["", "m", "linear"])
+    for graph in model.graphs():
+        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+            value.dtype = ir.DataType.from_numpy(np.dtype(dtype)) if value.dtype == ir.DataType.FLOAT else value.dtype
+            if value.const_value is not None:
+                value.const_value = ir.Tensor(value.const_value.numpy().astype(dtype), name=value.name)
+    return model
+
+
+def put_into(model: ir.Model, mode: str) -> Arrays:
+    """The adapter by this mode; what is fed beside x to have it."""
+    adapter = an_adapter({"m": PAIR})
+    found, steps = planned(model, adapter)
+    if mode == "inputs":
+        contract = inputs.open_inputs(model, found, ["m.weight"])
+        return onnx_adapter.parameters(contract, steps, adapter.name)
+    if mode == "rows":
+        rows.choose_by_row(model, found, steps, batch="N")
+        return {"adapter_ids": np.ones(len(X), np.int64)}
+    {"merged": fold.fold, "nodes": branches.branch}[mode](model, found, steps)
+    return {}
+
+
+def referee(model: ir.Model, **feeds: Any) -> Arrays:
+    (answer,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+    return {"y": answer}
+
+
+EVALUATORS: dict[str, Callable[..., Arrays]] = {"reference": referee, "onnxruntime": run}
+
+
+def computed(model: ir.Model, *, evaluator: str, dtype: Any, **feeds: Any) -> NDArray[Any]:
+    sizes = model.graph.inputs[0].shape
+    assert sizes is not None
+    x = X.reshape([size if isinstance(size, int) else len(X) for size in sizes]).astype(dtype)
+    answer = EVALUATORS[evaluator](model, x=x, **feeds)["y"]
+    assert answer.dtype == dtype
+    return answer.reshape(len(X), -1).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "evaluator"),
+    [(dtype, "reference") for dtype in FLOATS] + [("float32", "onnxruntime"), ("float16", "onnxruntime")],
+)
+@pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_way_of_keeping_an_adapter_computes_the_same_numbers(
+    name: str, mode: str, dtype: str, evaluator: str
+) -> None:
+    kind, text = FLOATS[dtype], GRAPHS[name]
+    base = a_graph_in(text, kind)
+    model = base.clone()
+    if text.functions and mode != "merged":
+        with pytest.raises(InputRefused, match=r"m\.weight is read by the function linear, beside which no branch"):
+            put_into(model, mode)
+        return
+    given = put_into(model, mode)
+    for choice in (True, False):
+        answer = functools.partial(computed, evaluator=evaluator, dtype=kind, c=np.array(choice))
+        assert np.array_equal(answer(base), X @ W.T + BIAS)
+        assert np.array_equal(answer(model, **given), X @ CHANGED.T + BIAS)
+        if mode == "inputs":
+            assert np.array_equal(answer(model), X @ W.T + BIAS)
+        if mode == "rows":
+            mixed = answer(model, adapter_ids=np.array([0, 1, 0]))
+            assert np.array_equal(mixed, [X[0] @ W.T + BIAS, X[1] @ CHANGED.T + BIAS, X[2] @ W.T + BIAS])
+    if mode != "merged":
+        assert contents(base).items() <= contents(model).items()

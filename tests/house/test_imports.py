@@ -1,0 +1,171 @@
+"""Imports only go down, and `--help` stays light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lora_export
+from lora_export.cli import COMMANDS
+
+PACKAGE = Path(lora_export.__file__).parent
+
+# From the ground up: an entry of the package imports only entries that stand before it. `plan` stands low because
+# every holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
+ORDER = (
+    *("errors", "lora", "plan", "storage", "provenance", "formats"),
+    *("weights", "layers", "graph", "models", "training", "runtime"),
+    *("verification", "report", "testing", "cli"),
+)
+# What does the work: none of these needs another.
+DOERS = (
+    *("weights.merge", "layers", "graph", "models.export", "training.loop"),
+    *("runtime.torch_runners", "runtime.session", "verification.parity"),
+)
+NUMPY_CORE = (
+    *("errors", "lora", "plan", "storage", "provenance", "formats", "weights", "graph", "report"),
+    *("training.data", "runtime.environment", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
+    *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.derived_proofs"),
+    *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
+    *("verification.references.graph", "verification.references.graph_fp64", "verification.diagnose.root_cause"),
+)
+TORCH_BY_REQUEST = {
+    "lora_export.weights.cuda",  # a merge's arithmetic on a GPU, where that was asked for
+    "lora_export.runtime.environment",  # imports every package to see whether it works, each in its own process
+}
+BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
+
+HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "accelerate"}
+NOT_IN_THE_CORE = {"torch", "transformers", "accelerate", "onnxruntime"}
+# `session` runs where nothing else of ours does; only onnxruntime writes its adapters' format, when it is asked to.
+MAY_IMPORT_ONNXRUNTIME = {
+    *("lora_export.runtime.onnx_runner", "lora_export.runtime.session", "lora_export.runtime.environment"),
+    "lora_export.formats.onnx_adapter",
+}
+
+
+def module_name(path: Path) -> str:
+    parts = ("lora_export", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def layer(module: str) -> str:
+    """`graph` for lora_export.graph.sites; the base of the package has no name."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, in full; `from x import y` is x.y where that is a file."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            source = ".".join(part for part in (above, node.module) if part)
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield inner if inner in MODULES else source
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def imports_of(module: str) -> set[str]:
+    return set(imported(module, ast.parse(MODULES[module].read_text(encoding="utf-8"))))
+
+
+def layers_below(module: str) -> set[str]:
+    names = {name for name in imports_of(module) if name.partition(".")[0] == "lora_export"}
+    return {layer(name) for name in names} - {layer(module), BASE_OF_THE_PACKAGE}
+
+
+def within(module: str, places: Iterable[str]) -> str | None:
+    """The one of these places (packages or modules of ours) that a module is, or is in."""
+    name = module.partition(".")[2]
+    return next((place for place in places if f"{name}.".startswith(f"{place}.")), None)
+
+
+LAYERED = [name for name in MODULES if layer(name) not in (BASE_OF_THE_PACKAGE, "__main__")]
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert {layer(module) for module in LAYERED} <= set(ORDER), "a new layer: give it its place in ORDER"
+
+
+@pytest.mark.parametrize("module", LAYERED)
+def test_imports_only_go_down(module):
+    place = ORDER.index(layer(module))
+    assert layers_below(module) <= set(ORDER[:place])
+
+
+def test_nothing_imports_in_a_circle():
+    files_below = {module: imports_of(module) & set(MODULES) - {module} for module in LAYERED}
+    TopologicalSorter(files_below).prepare()  # raises CycleError, with the circle
+
+
+def test_a_plan_knows_no_holder_of_weights():
+    assert layers_below("lora_export.plan") <= {"errors", "lora"}
+
+
+@pytest.mark.parametrize("module", [module for module in LAYERED if within(module, DOERS)])
+def test_doers_do_not_import_each_other(module):
+    assert {within(name, DOERS) for name in imports_of(module)} <= {None, within(module, DOERS)}
+
+
+CORE = [module for module in LAYERED if within(module, NUMPY_CORE) and module not in TORCH_BY_REQUEST]
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_is_numpy(module):
+    excused = {"onnxruntime"} & set(imports_of(module)) if module in MAY_IMPORT_ONNXRUNTIME else set()
+    assert {name.partition(".")[0] for name in imports_of(module)} & NOT_IN_THE_CORE == excused
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_onnxruntime_is_imported_in_one_place(module):
+    names = {name.partition(".")[0] for name in imports_of(module)}
+    assert "onnxruntime" not in names or module in MAY_IMPORT_ONNXRUNTIME
+
+
+# --- what is really loaded ---
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has loaded after a statement, less those it starts with."""
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        f"{statement}\n"
+        "import json; print('\\n' + json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return set(json.loads(child.stdout.splitlines()[-1]))
+
+
+def test_the_core_loads_without_torch():
+    assert loaded_by(f"import lora_export.runtime.environment, {', '.join(CORE)}") & NOT_IN_THE_CORE == set()
+
+
+def test_importing_the_package_loads_nothing_but_itself():
+    assert loaded_by("import lora_export") - sys.stdlib_module_names <= {"lora_export"}
+
+
+def test_help_loads_nothing_but_click():
+    loaded = loaded_by("from lora_export.cli import run; assert run(['--help']) == 0")
+    assert "click" in loaded and loaded - sys.stdlib_module_names <= {"lora_export", "click"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_loads_nothing_heavy(command):
+    loaded = loaded_by(f"from lora_export.cli import run; assert run(['{command}', '--help']) == 0")
+    assert "lora_export" in loaded and loaded & HEAVY == set()

@@ -1,0 +1,299 @@
+"""The samples run, and show what they say they show."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from PIL import Image
+from support import ROOT
+from support.handmade import peft_adapter
+from torch import nn
+
+import lora_export as le
+from lora_export import cli
+
+SAMPLES = ROOT / "samples"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_a_script_sees_it() -> Iterator[None]:
+    """The samples' folder on the path, and PyTorch's threads as they were afterwards."""
+    threads = torch.get_num_threads()
+    sys.path.insert(0, str(SAMPLES))
+    yield
+    sys.path.remove(str(SAMPLES))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter where the samples that take them by name look for them."""
+    folder = tmp_path_factory.mktemp("repository")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    module = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=64))
+    module.save_pretrained(folder / "models" / "base")
+    rng = np.random.default_rng(0)
+    pairs = {
+        f"bert.encoder.layer.{number}.attention.self.query": (
+            rng.standard_normal((2, 32)),
+            rng.standard_normal((32, 2)),
+        )
+        for number in range(2)
+    }
+    peft_adapter(folder / "models" / "adapter", pairs)
+    return folder
+
+
+# --- The demo (which `make demo` runs) ---
+
+
+def test_the_demo_can_be_imported() -> None:
+    import demo
+
+    assert callable(demo.main)
+
+
+def test_the_demos_data_are_ten_classes_of_enough_texts(tmp_path: Path) -> None:
+    import docstrings
+
+    count = docstrings.write(tmp_path / "texts.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    per_class = Counter(row["label"] for row in rows)
+    assert len(rows) == count == len({(row["label"], row["text"]) for row in rows})
+    assert sorted(per_class) == sorted(docstrings.PACKAGES) and len(per_class) == 10
+    assert min(per_class.values()) >= 80
+
+
+# --- Exercise 1 ---
+
+
+def test_the_naive_wrapper_breaks_in_both_modes_and_attach_in_neither(capsys: pytest.CaptureFixture[str]) -> None:
+    import all_linear_layers
+
+    all_linear_layers.main()
+    told = capsys.readouterr().out
+    for mode in ("train", "eval"):
+        assert f"{mode} mode:" in told
+    assert told.count("'LoRALayer' object has no attribute 'weight'") == 2
+    assert "adapted: self_attn, self_attn.out_proj, linear1, linear2\n" in told
+    rows = [line.split("│")[1:-1] for line in told.splitlines() if line.startswith("│")]
+    # Each rank's A and B: (256 + 768) + (256 + 256) + 2 * (256 + 1024) = 4096 numbers; the layer has 789,760.
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["4", "16,384", "806,144", "2.0%", "0", "0"],
+        ["8", "32,768", "822,528", "4.0%", "0", "0"],
+        ["16", "65,536", "855,296", "7.7%", "0", "0"],
+    ]
+
+
+def test_exercise_1_would_notice_an_adapter_that_is_not_the_identity() -> None:
+    import all_linear_layers
+
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    fresh = le.fresh_adapter(layer, targets="all-linear", rank=2, alpha=2, seed=0)
+    for name in fresh.pairs:
+        adapted = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
+        adapted.load_state_dict(layer.state_dict())
+        le.attach(adapted, le.make_plan([fresh], le.module_specs(layer), identity_ok=True))
+        nn.init.normal_(adapted.get_submodule(name).lora_B["default"])  # ones, and the norm would take them out
+        for training in (True, False):
+            assert all_linear_layers.largest_change(layer, adapted, x, training=training) > 1e-3
+
+
+# --- Exercise 2 ---
+
+
+def test_only_the_adapter_of_a_frozen_base_is_the_trained_model(capsys: pytest.CaptureFixture[str]) -> None:
+    import unfrozen_base
+
+    frozen, unfrozen = unfrozen_base.main()
+    assert frozen.deployed == frozen.trained
+    assert (frozen.difference, frozen.drift) == (0, 0)
+    assert frozen.needed == frozen.file
+    assert frozen.trained.accuracy > 0.4  # of ten classes: it has learnt something
+
+    assert unfrozen.trained.accuracy > 0.4
+    assert unfrozen.deployed.accuracy < unfrozen.trained.accuracy - 0.05
+    assert unfrozen.difference > 1
+    assert unfrozen.drift > 0.01
+    assert unfrozen.file == pytest.approx(frozen.file, rel=0.01)
+    assert unfrozen.needed > 10 * unfrozen.file
+
+    told = capsys.readouterr().out
+    assert f"{frozen.trained.accuracy:.1%}" in told and f"{unfrozen.deployed.accuracy:.1%}" in told
+
+
+# --- Exercise 3 ---
+
+
+def test_the_ranks_are_drawn_and_their_costs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import rank_4_or_64
+    import small_task
+
+    small, large = rank_4_or_64.main(tmp_path / "curves.png")
+    told = capsys.readouterr().out
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 1000 and image.height > 500
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50  # not an empty sheet
+
+    # All linear layers of one of MiniLM's layers: rank * (4 * (384 + 384) + 2 * (384 + 1536)); the head: 384 * 10 + 10.
+    assert [run.parameters for run in (small, large)] == [4 * 6912 + 3850, 64 * 6912 + 3850]
+    epochs = small_task.SETTINGS["epochs"]
+    for run in (small, large):
+        assert len(run.training) == epochs and len(run.held_out) == epochs + 1
+        assert run.training[-1] < run.training[0] / 2
+        assert min(run.held_out) < run.held_out[0] - 0.5
+        assert run.seconds > 0
+        assert f"{run.parameters:,}" in told and f"{run.held_out[-1]:.2f}" in told
+    assert small.held_out[0] == large.held_out[0]  # a fresh adapter is the identity, whatever its rank
+    assert large.training[-1] < small.training[-1]
+
+
+def test_the_memory_of_exercise_3_is_what_training_takes() -> None:
+    import rank_4_or_64
+    import small_task
+
+    base, kept, _ = small_task.load()
+    module, _ = small_task.adapted(base, rank=4)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    inputs, labels = kept.batch([0, 1])
+    nn.functional.cross_entropy(module(**inputs), labels).backward()
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    taken = sum(tensor.nbytes for tensor in (*parameters, *(parameter.grad for parameter in parameters), *moments))
+    run = rank_4_or_64.Run(4, le.trainable(module).trained, seconds=1, training=[], held_out=[])
+    assert run.megabytes == taken / 1e6
+
+
+# --- The API ---
+
+
+def test_the_api_merges_proves_and_publishes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import python_api
+
+    base, adapter, out = place / "models" / "base", place / "models" / "adapter", tmp_path / "merged"
+    python_api.main(base, adapter, out)
+    told = capsys.readouterr().out
+    assert told.startswith("2 weights changed, 37 kept as they are\n")
+    assert "\nsame: 2 outputs in 3 cases, float32\n" in told
+    before, after = (transformers.AutoModel.from_pretrained(path).state_dict() for path in (base, out))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == [f"encoder.layer.{number}.attention.self.query.weight" for number in range(2)]
+
+
+def test_the_api_publishes_nothing_that_is_not_proven(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import python_api
+
+    merge = le.merge_checkpoint
+
+    def half(plan: le.Plan, base: Any, stage: Path) -> Any:
+        return merge(le.make_plan(plan.adapters, base.specs, strengths=[0.5]), base, stage)
+
+    monkeypatch.setattr(le, "merge_checkpoint", half)
+    with pytest.raises(SystemExit) as left:
+        python_api.main(place / "models" / "base", place / "models" / "adapter", tmp_path / "merged")
+    assert left.value.code == 4
+    assert "different: " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_parity_test_passes_as_a_suite_of_its_own(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SAMPLES / "parity_test.py")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+# --- The workflow ---
+
+WORKFLOW = yaml.safe_load((SAMPLES / "github_actions.yml").read_text(encoding="utf-8"))
+STEPS = WORKFLOW["jobs"]["lora-export"]["steps"]
+
+
+def commands() -> list[list[str]]:
+    """The words of every lora-export line, with the workflow's variables put in."""
+    lines = [line for step in STEPS for line in step.get("run", "").replace("\\\n", "").splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("lora-export")]
+    return [[WORKFLOW["env"].get(word.removeprefix("$"), word) for word in words[1:]] for words in found]
+
+
+def test_every_command_of_the_workflow_is_one_that_lora_export_takes() -> None:
+    assert [words[0] for words in commands()] == ["merge", "verify", "onnx", "verify"]
+    for name, *arguments in commands():
+        command = cli.cli.get_command(None, name)
+        command.make_context(name, list(arguments))  # raises for what it does not know or lacks
+
+
+@pytest.fixture
+def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run's page, as GitHub gives it to every step."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    return tmp_path / "summary.md"
+
+
+def test_the_workflows_commands_run_and_the_runs_page_tells_the_verdicts(
+    place: Path, summary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    for folder in ("build", "reports"):
+        Path(folder).mkdir()
+    for words in commands():
+        assert cli.run(words) == 0
+    assert {path.name for path in Path("build").iterdir()} >= {"merged", "model.onnx"}
+    told = summary.read_text(encoding="utf-8")
+    assert "### ✅ verify merged: same\n" in told and "### ✅ verify model.onnx: same\n" in told
+    assert told.count("\n| last\\_hidden\\_state | ") == 2
+    reports = {"merged.xml", "merged.html", "onnx.xml", "onnx.html"}
+    assert {path.name for path in Path("reports").iterdir()} == reports
+
+
+def test_a_wrong_merge_fails_the_workflow_and_its_report_is_kept_all_the_same(
+    place: Path, tmp_path: Path, summary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").symlink_to(place / "models")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("build", "reports"):
+        Path(folder).mkdir()
+    merge, verify, *_ = commands()
+    assert cli.run([*merge, "--weight", "0.5"]) == 0
+    assert cli.run(verify) == 4
+    assert "### ❌ verify merged: different\n" in summary.read_text(encoding="utf-8")
+    assert 'failures="0"' not in Path("reports/merged.xml").read_text(encoding="utf-8")
+
+
+def test_what_fails_fails_the_job_and_only_what_tells_of_it_runs_always() -> None:
+    assert not [step for step in STEPS if step.get("continue-on-error")]
+    always = [step["name"] for step in STEPS if step.get("if") == "always()"]
+    assert always == ["Keep the reports"]
+    assert {step["if"] for step in STEPS if "if" in step} == {"always()"}
+    uploads = {step["with"]["path"]: step for step in STEPS if "upload-artifact" in step.get("uses", "")}
+    assert "if" in uploads["reports/"] and "if" not in uploads["build/"]
+    assert all(step["uses"].partition("@v")[2].isdigit() for step in STEPS if "uses" in step)
+
+
+# --- The list of them ---
+
+
+def test_every_sample_is_in_the_readme() -> None:
+    listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
+    names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
+    assert len(names) == 9
+    assert [name for name in names if f"[{name}]({name})" not in listed] == []

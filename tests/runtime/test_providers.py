@@ -1,0 +1,93 @@
+"""The commands on each provider: what is proven on the CPU here is what is proven on a GPU where there is one.
+
+`pytest -m cuda` runs the half of every pair that needs a GPU, `make test-slow` the other one, which shows that it can.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import FACTORIES
+from support.cli import answer, call
+from support.handmade import peft_adapter
+
+from lora_export import Session
+from lora_export.runtime.runner import PROVIDERS
+
+MODEL = f"{FACTORIES}:spotter"
+LAYER = "encoder.layers.1"
+EACH = pytest.mark.parametrize(
+    "provider", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.cuda)]
+)
+ITS_OWN = "not judged: with CUDAExecutionProvider's own settings"  # a second run, as onnxruntime ships it
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter, and the same with one layer's scale a tenth too large."""
+    folder, rng = tmp_path_factory.mktemp("providers"), np.random.default_rng(0)
+
+    def a_pair(out: int, into: int) -> tuple[Any, Any]:
+        return 0.3 * rng.standard_normal((4, into)), 0.3 * rng.standard_normal((out, 4))
+
+    pairs = {f"{LAYER}.linear1": a_pair(32, 16), f"{LAYER}.linear2": a_pair(16, 32), "head": a_pair(3, 16)}
+    peft_adapter(folder / "right", pairs)
+    peft_adapter(folder / "wrong", {name: (a, 1.1 * b if name == "head" else b) for name, (a, b) in pairs.items()})
+    return folder
+
+
+def proves(told: dict[str, Any], provider: str) -> bool:
+    """Whether a verdict says `same`, that this provider did the work, and what TF32 would have done to it."""
+    there = told["placement"]
+    return bool(
+        told["outcome"] == "same"
+        and there["asked"] == PROVIDERS[provider]
+        and not there["off_provider"]
+        and any(note.startswith(ITS_OWN) for note in told["notes"]) is (provider == "cuda")
+    )
+
+
+@EACH
+@pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows"])
+def test_each_way_to_keep_an_adapter_is_proven_and_a_wrong_scale_is_not(
+    place: Path, tmp_path: Path, mode: str, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.onnx"
+    words = ("onnx", MODEL, "-a", place / "right", "--lora", mode, "-o", out, "--provider", provider)
+    code, told = answer(capsys, *words)
+    assert code == 0 and out.exists(), told
+    given = ("--onnx-adapter", tmp_path / "right.onnx_adapter") if mode == "inputs" else ()
+    judged = ("verify", out, "--model", MODEL, *given, "--provider", provider)
+    code, told = answer(capsys, *judged, "-a", place / "right")
+    assert code == 0 and proves(told, provider), told
+    assert answer(capsys, *judged, "-a", place / "wrong")[0] == 4
+
+
+@EACH
+def test_a_session_switches_adapters(place: Path, tmp_path: Path, provider: str) -> None:
+    out = tmp_path / "graph.onnx"
+    words = ("-a", place / "right", "-a", place / "wrong", "--lora", "inputs", "-o", out, "--provider", provider)
+    assert call("onnx", MODEL, *words) == 0
+    names = ("right", "wrong")
+    session = Session(out, {name: tmp_path / f"{name}.onnx_adapter" for name in names}, provider=provider)
+    fed = {"signal": np.random.default_rng(1).standard_normal((3, 4, 7)).astype(np.float32)}
+    base, *both = (session.run(fed, adapter=name)["output_0"] for name in (None, *names))
+    right, wrong = (answer - base for answer in both)
+    assert np.abs(right).min() > 1e-3 and np.abs(wrong - right).max() > 1e-2
+    assert session.run(fed)["output_0"].tobytes() == base.tobytes()
+
+
+@EACH
+def test_what_is_trained_there_is_merged_and_proven(
+    tmp_path: Path, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    signals = rng.standard_normal((64, 4, 9)).astype(np.float32)
+    labels = (signals[:, 0].mean(1) > 0).astype(np.int64)
+    np.savez(tmp_path / "data.npz", signal=signals, labels=labels)
+    words = ("--data", tmp_path / "data.npz", "-o", tmp_path / "made", "--rank", "2", "--target", "linear1,head")
+    assert call("train", MODEL, *words, "--epochs", "3", "--device", provider) == 0, capsys.readouterr().err
+    assert call("onnx", MODEL, "-a", tmp_path / "made", "-o", tmp_path / "out.onnx", "--provider", provider) == 0

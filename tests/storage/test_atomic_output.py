@@ -1,0 +1,580 @@
+"""Outputs are whole or absent, whatever happens; what belongs to others is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_export.errors import OutputFailed
+from lora_export.storage import atomic_output
+from lora_export.storage.manifest import MANIFEST, write_manifest
+
+
+def write_folder(target: Path, content: str = "new", **options: object) -> None:
+    """An output folder as a command makes it."""
+    with atomic_output.stage_folder(target, inputs=options.pop("inputs", ()), **options) as stage:
+        (stage / "sub").mkdir()
+        (stage / "sub/model").write_text(content)
+        write_manifest(stage, {"made_by": "a test"})
+
+
+def write_file(target: Path, content: str = "new", **options: object) -> None:
+    with atomic_output.stage_file(target, inputs=options.pop("inputs", ()), **options) as stage:
+        (stage / target.name).write_text(content)
+
+
+WRITERS = pytest.mark.parametrize("write", [write_folder, write_file])
+
+
+def content(target: Path) -> str:
+    return (target / "sub/model" if target.is_dir() else target).read_text()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def python_command(code: str, *arguments: object) -> list[str]:
+    """A command line for another process, which says what it did on stdout."""
+    prelude = "import sys, time\nfrom pathlib import Path\nfrom lora_export import files, staging\n"
+    return [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, arguments)]
+
+
+# --- Success and failure ---
+
+
+@WRITERS
+def test_success_leaves_the_output_and_nothing_else(tmp_path, write):
+    write(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+    assert content(tmp_path / "out") == "new"
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("stage", [atomic_output.stage_folder, atomic_output.stage_file])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_any_other_way_out_leaves_nothing(tmp_path, stage, failure):
+    with pytest.raises(failure), stage(tmp_path / "out", inputs=()) as folder:
+        (folder / "out").write_text("half")
+        raise failure
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.fault(28)
+@WRITERS
+def test_a_failure_leaves_the_old_output_as_it_was(tmp_path, write):
+    write(tmp_path / "out", "old")
+    stage = atomic_output.stage_folder if write is write_folder else atomic_output.stage_file
+    with pytest.raises(RuntimeError), stage(tmp_path / "out", inputs=(), overwrite=True) as folder:
+        (folder / "out").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == {"out"}
+    assert content(tmp_path / "out") == "old"
+
+
+@pytest.mark.fault(47)
+def test_while_it_is_written_the_output_is_absent_and_the_stage_lies_beside_it(tmp_path):
+    with atomic_output.stage_folder(tmp_path / "out", inputs=()) as stage:
+        assert stage.parent == tmp_path and not list(stage.iterdir())
+        assert names(tmp_path) == {stage.name, ".out.lock"}
+        assert stage.name.startswith(".out.")
+
+
+def test_companions_of_a_file_land_beside_it_and_it_comes_last(tmp_path, monkeypatch):
+    order = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, place: (order.append(self.name), replace(self, place)))
+    with atomic_output.stage_file(tmp_path / "a.onnx", inputs=()) as stage:
+        for name in ("a.onnx", "a.onnx.data", "z.adapter"):
+            (stage / name).write_text(name)
+    assert order == ["a.onnx.data", "z.adapter", "a.onnx"]
+    assert names(tmp_path) == set(order)
+
+
+@pytest.mark.fault(27)
+def test_a_failing_file_system_is_an_output_that_could_not_be_written(tmp_path):
+    with (
+        pytest.raises(OutputFailed, match=r"out could not be written: No such file or directory \(.*/gone\)"),
+        atomic_output.stage_folder(tmp_path / "out", inputs=()) as stage,
+    ):
+        (stage / "gone").read_text()
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize(("write", "publish"), [(write_folder, "rename"), (write_file, "replace")])
+def test_everything_is_flushed_before_it_is_published(tmp_path, monkeypatch, write, publish):
+    # Stands for a power cut, which a test cannot make: what is renamed has been on the disk before.
+    flushed: list[str] = []
+    fsync, rename = os.fsync, getattr(Path, publish)
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink())), fsync(fd))
+    )
+    monkeypatch.setattr(Path, publish, lambda self, place: (flushed.append("published"), rename(self, place)))
+    write(tmp_path / "out")
+    before, after = flushed[: flushed.index("published")], flushed[flushed.index("published") + 1 :]
+    stage = next(path for path in before if path.endswith(".partial"))
+    there = ["", "/sub", "/sub/model", f"/{MANIFEST}"] if write is write_folder else ["", "/out"]
+    assert set(before) == {stage + path for path in there}
+    assert after == [str(tmp_path)]
+
+
+# --- Overwriting ---
+
+
+@pytest.mark.fault(34)
+@WRITERS
+def test_an_existing_output_is_replaced_only_when_told_to(tmp_path, write):
+    write(tmp_path / "out", "old")
+    with pytest.raises(OutputFailed, match="out exists already; say --overwrite to replace it"):
+        write(tmp_path / "out", "new")
+    assert content(tmp_path / "out") == "old"
+    write(tmp_path / "out", "new", overwrite=True)
+    assert content(tmp_path / "out") == "new"
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.fault(28)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
+def test_an_old_folder_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("for a moment there was no output"))
+    write_folder(tmp_path / "out", "new", overwrite=True)
+    assert content(tmp_path / "out") == "new"
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.fault(34)
+def test_a_replaced_folder_keeps_nothing_of_the_old_one(tmp_path):
+    with atomic_output.stage_folder(tmp_path / "out", inputs=()) as stage:
+        (stage / "stale-00003-of-00003").write_text("old")
+        write_manifest(stage, {})
+    write_folder(tmp_path / "out", overwrite=True)
+    assert names(tmp_path / "out") == {"sub", MANIFEST}
+
+
+@pytest.mark.fault(28)
+def test_without_an_exchange_in_the_kernel_the_old_folder_is_set_aside_first(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    monkeypatch.setattr(atomic_output, "_exchange", lambda *_: False)
+    write_folder(tmp_path / "out", "new", overwrite=True)
+    assert content(tmp_path / "out") == "new"
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_that_a_killed_run_had_set_aside_is_put_back(tmp_path):
+    write_folder(tmp_path / ".out.123.old", "old")
+    said: list[str] = []
+    with pytest.raises(OutputFailed, match="out exists already; say --overwrite"):
+        write_folder(tmp_path / "out", say=said.append)
+    assert said == ["put out back, which a run that was killed had set aside"]
+    assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_whose_successor_was_published_before_the_kill_is_removed(tmp_path):
+    write_folder(tmp_path / "out")
+    (tmp_path / ".out.123.old").mkdir()
+    said: list[str] = []
+    write_folder(tmp_path / "out", overwrite=True, say=said.append)
+    assert said == ["removed .out.123.partial, which a run that was killed had left behind"]
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_that_gets_no_successor_is_put_back_at_once(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(self: Path, place: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, place)
+
+    monkeypatch.setattr(atomic_output, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputFailed, match="Input/output error"):
+        write_folder(tmp_path / "out", "new", overwrite=True)
+    assert names(tmp_path) == {"out"} and content(tmp_path / "out") == "old"
+
+
+@pytest.mark.fault(28)
+def test_an_old_folder_whose_place_was_taken_by_another_is_named_and_never_removed(tmp_path):
+    write_folder(tmp_path / "out")
+    for name in (".out.123.old", ".out.123.partial"):
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    write_folder(tmp_path / "out", overwrite=True, say=said.append)
+    assert said == [
+        f"{tmp_path}/.out.123.old is a former out, set aside by a run that was killed: keep it or delete it"
+    ]
+    assert names(tmp_path) == {"out", ".out.123.old", ".out.123.partial"}
+
+
+@pytest.mark.fault(34)
+def test_a_folder_with_foreign_files_is_never_replaced(tmp_path):
+    write_folder(tmp_path / "out", "old")
+    (tmp_path / "out/sub/thesis.tex").write_text("years of work")
+    with pytest.raises(OutputFailed, match=r"did not write, and will not delete: sub/thesis\.tex"):
+        write_folder(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/sub/thesis.tex").exists() and content(tmp_path / "out") == "old"
+
+
+def test_a_folder_that_we_did_not_make_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    for number in range(12):
+        (tmp_path / f"home/{number:02}").touch()
+    with pytest.raises(OutputFailed, match=r"will not delete: 00, .*, 09$"):
+        write_folder(tmp_path / "home", overwrite=True)
+    assert len(names(tmp_path / "home")) == 12
+
+
+def test_a_folder_does_not_replace_a_file_nor_a_file_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputFailed, match="file is a file; the output is a folder"):
+        write_folder(tmp_path / "file", overwrite=True)
+    with pytest.raises(OutputFailed, match="folder is a folder; name a file"):
+        write_file(tmp_path / "folder", overwrite=True)
+
+
+@pytest.mark.fault(34)
+def test_a_companion_does_not_replace_a_foreign_file(tmp_path):
+    (tmp_path / "a.data").write_text("mine")
+    with (
+        pytest.raises(OutputFailed, match=r"a\.data exists already"),
+        atomic_output.stage_file(tmp_path / "a", inputs=()) as stage,
+    ):
+        (stage / "a").touch()
+        (stage / "a.data").touch()
+    assert names(tmp_path) == {"a.data"}
+    assert (tmp_path / "a.data").read_text() == "mine"
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("stage", [atomic_output.stage_folder, atomic_output.stage_file])
+def test_what_appears_at_the_target_meanwhile_is_left_alone(tmp_path, stage):
+    with pytest.raises(OutputFailed, match="out exists already"), stage(tmp_path / "out", inputs=()) as folder:
+        (folder / "out").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").touch()
+    assert names(tmp_path / "out") == {"theirs"}
+
+
+@pytest.mark.fault(34)
+def test_foreign_files_that_appear_in_the_old_output_meanwhile_are_left_alone(tmp_path):
+    write_folder(tmp_path / "out", "old")
+    with (
+        pytest.raises(OutputFailed, match="will not delete: theirs"),
+        atomic_output.stage_folder(tmp_path / "out", inputs=(), overwrite=True),
+    ):
+        (tmp_path / "out/theirs").touch()
+    assert content(tmp_path / "out") == "old"
+
+
+# --- The output and the inputs ---
+
+
+@pytest.mark.fault(31)
+@WRITERS
+def test_the_output_is_not_an_input_by_whatever_name(tmp_path, write):
+    source = tmp_path / "base"
+    write(source, "base")
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    with pytest.raises(OutputFailed, match=r"the output .*/base is the input .*/base"):
+        write(source, overwrite=True, inputs=[source])
+    with pytest.raises(OutputFailed, match="is the input"):
+        write(source, overwrite=True, inputs=[link])
+    with pytest.raises(OutputFailed, match="is the input"):
+        write(link, overwrite=True, inputs=[source])
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(OutputFailed, match="is the input"):
+        write(tmp_path / "sub/../base", overwrite=True, inputs=[source])
+    assert content(source) == "base"
+
+
+@pytest.mark.fault(31)
+def test_the_output_is_no_hard_link_to_an_input(tmp_path):
+    (tmp_path / "base").write_text("base")
+    os.link(tmp_path / "base", tmp_path / "out")
+    with pytest.raises(OutputFailed, match="is the input"):
+        write_file(tmp_path / "out", overwrite=True, inputs=[tmp_path / "base"])
+
+
+@WRITERS
+def test_inputs_elsewhere_are_no_hindrance(tmp_path, write):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").touch()
+    write(tmp_path / "out", "old", inputs=[tmp_path / "base", tmp_path / "adapter"])
+    write(tmp_path / "out", "new", inputs=[tmp_path / "base", tmp_path / "adapter"], overwrite=True)
+    assert content(tmp_path / "out") == "new"
+
+
+@pytest.mark.fault(31)
+@WRITERS
+def test_the_output_lies_not_inside_an_input(tmp_path, write):
+    (tmp_path / "base/sub").mkdir(parents=True)
+    with pytest.raises(OutputFailed, match=r"the output .*/base/sub/out lies inside the input .*/base$"):
+        write(tmp_path / "base/sub/out", inputs=[tmp_path / "base"])
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    with pytest.raises(OutputFailed, match="lies inside the input"):
+        write(tmp_path / "link/out", inputs=[tmp_path / "base"])
+
+
+@pytest.mark.fault(31)
+def test_the_output_does_not_contain_an_input(tmp_path):
+    write_folder(tmp_path / "out")
+    with pytest.raises(OutputFailed, match=r"the input .*model lies inside the output .*, which would be replaced"):
+        write_folder(tmp_path / "out", overwrite=True, inputs=[tmp_path / "out/sub/model"])
+
+
+@pytest.mark.fault(32)
+@WRITERS
+@pytest.mark.parametrize("goal", ["elsewhere", "nowhere"])
+def test_the_output_is_no_symbolic_link(tmp_path, write, goal):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / goal)
+    with pytest.raises(OutputFailed, match="out is a symbolic link; name the place itself"):
+        write(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == {"out", "elsewhere"} and names(tmp_path / "elsewhere") == set()
+
+
+@pytest.mark.fault(32)
+def test_a_symbolic_link_that_is_slipped_in_meanwhile_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    with (
+        pytest.raises(OutputFailed, match="is a symbolic link"),
+        atomic_output.stage_folder(tmp_path / "out", inputs=(), overwrite=True),
+    ):
+        (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path / "elsewhere") == set()
+
+
+# --- Places that cannot be written to ---
+
+
+@pytest.mark.fault(30)
+@WRITERS
+def test_a_missing_parent_is_named(tmp_path, write):
+    with pytest.raises(OutputFailed, match=r"the folder .*/no/such does not exist; create it first"):
+        write(tmp_path / "no/such/out")
+
+
+@pytest.mark.fault(30)
+@WRITERS
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_place_without_a_name_is_refused(tmp_path, monkeypatch, write, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputFailed, match="cannot be written to: name a file or folder in it"):
+        write(Path(place), overwrite=True)
+
+
+@pytest.mark.fault(27, 30)
+@WRITERS
+def test_too_little_space_is_known_before_anything_is_written(tmp_path, write):
+    with pytest.raises(OutputFailed, match=r"GB free, the output needs 1000000000\.00 GB"):
+        write(tmp_path / "out", needs=10**18)
+
+
+TRY = """
+    try:
+        with staging.stage_folder(Path(sys.argv[1]), inputs=()):
+            print("lent a stage")
+    except staging.OutputFailed as error:
+        print(error)
+"""
+
+
+@pytest.mark.fault(30)
+def test_a_read_only_folder_is_refused_before_the_work(tmp_path):
+    command = python_command(TRY, tmp_path / "out")
+    if os.geteuid() == 0:  # root ignores mode bits, so the folder is mounted read-only, for that process alone
+        mounting = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,bind,ro {tmp_path}"
+        command = ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh", *command]
+    tmp_path.chmod(0o500)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    tmp_path.chmod(0o700)
+    if re.search("^(unshare|mount): ", done.stderr):
+        pytest.skip(f"root ignores mode bits, and a read-only mount cannot be made here: {done.stderr.strip()}")
+    refusal = r".*/out could not be written: (Permission denied|Read-only file system) \(.*/\.out\.lock\)\n"
+    assert re.fullmatch(refusal, done.stdout), done
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        "new\nline",
+        "-o",
+        "größe",
+        "gro\u0308ße",
+        "模型",
+        "%s{}'\"\\*",
+        os.fsdecode(b"not-utf8-\xff"),
+        "n" * 240,
+        "n" * 255,
+        "é" * 127,
+    ],
+)
+@WRITERS
+def test_strange_names_work(tmp_path, write, name):
+    write(tmp_path / name, "old")
+    write(tmp_path / name, "new", overwrite=True)
+    assert names(tmp_path) == {name}
+    assert content(tmp_path / name) == "new"
+
+
+@pytest.mark.fault(40)
+@WRITERS
+@pytest.mark.parametrize("name", ["n" * 256, "é" * 128])
+def test_a_name_that_is_too_long_is_refused(tmp_path, write, name):
+    with pytest.raises(OutputFailed, match="the output's name is longer than 255 bytes"):
+        write(tmp_path / name)
+
+
+@pytest.mark.fault(40)
+@WRITERS
+def test_a_path_that_is_too_long_is_refused(tmp_path, write):
+    with pytest.raises(OutputFailed, match="could not be written: File name too long"):
+        write(tmp_path.joinpath(*["n" * 200] * 30))
+
+
+@pytest.mark.fault(35)
+@WRITERS
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_modes_are_what_the_umask_says(tmp_path, write, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "out")
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (folder_mode if path.is_dir() else file_mode)
+
+
+@pytest.mark.fault(35)
+def test_a_replaced_file_gets_the_mode_of_a_new_one(tmp_path):
+    (tmp_path / "out").touch()
+    (tmp_path / "out").chmod(0o640)
+    write_file(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+# --- Other runs, living and dead ---
+
+HOLD = """
+    with staging.stage_folder(Path(sys.argv[1]), inputs=()) as stage:
+        (stage / "half").write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def another_run(target: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in the middle of writing `target`."""
+    command = python_command(HOLD, target)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("name", ["out", "n" * 250])
+def test_a_second_run_on_one_output_ends_at_once_and_the_first_is_not_disturbed(tmp_path, name):
+    (tmp_path / atomic_output._beside(tmp_path / name, "lock")).write_text("a lock that a killed run left\n")
+    with another_run(tmp_path / name) as first:
+        before = names(tmp_path)
+        with pytest.raises(OutputFailed, match=rf"another run \(process {first.pid}\) is writing .*/{name}$"):
+            write_folder(tmp_path / name)
+        assert names(tmp_path) == before
+
+
+@pytest.mark.fault(33)
+def test_a_run_that_has_not_signed_its_lock_yet_holds_it_all_the_same(tmp_path):
+    with (tmp_path / ".out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputFailed, match=r"another run \(process unknown\) is writing"):
+            write_folder(tmp_path / "out")
+
+
+@pytest.mark.fault(32)
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OutputFailed, match="Too many levels of symbolic links"):
+        write_folder(tmp_path / "out")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize(("name", "neighbour"), [("out", "out.v2"), ("out", "out.2"), ("n" * 250, "n" * 250 + ".v2")])
+def test_a_live_run_on_a_neighbour_whose_name_begins_alike_is_not_disturbed(tmp_path, name, neighbour):
+    with another_run(tmp_path / neighbour):
+        before = names(tmp_path)
+        said: list[str] = []
+        write_folder(tmp_path / name, say=said.append)
+        assert names(tmp_path) == before | {name}
+        assert not said
+
+
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("name", ["out", "n" * 240, "n" * 255])
+def test_what_sigkill_left_behind_is_named_and_removed_by_the_next_run(tmp_path, name):
+    with another_run(tmp_path / name) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    left = names(tmp_path)
+    assert len(left) == 2 and name not in left  # the stage and the lock
+    (stage,) = (one for one in left if one.endswith(".partial"))
+    said: list[str] = []
+    write_folder(tmp_path / name, say=said.append)
+    assert said == [f"removed {stage}, which a run that was killed had left behind"]
+    assert names(tmp_path) == {name}
+
+
+@pytest.mark.fault(28)
+def test_ctrl_c_leaves_nothing(tmp_path):
+    with another_run(tmp_path / "out") as process:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.fault(33)
+def test_a_lock_whose_owner_has_just_removed_it_is_taken_anew(tmp_path, monkeypatch):
+    # The other run ends between our open and our lock: the file that we locked has no name any more.
+    flock, calls = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not calls:
+            (tmp_path / ".out.lock").unlink()
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with atomic_output.stage_folder(tmp_path / "out", inputs=()):
+        assert len(calls) == 2
+        with pytest.raises(OutputFailed, match="another run"):
+            write_folder(tmp_path / "out")
+    assert names(tmp_path) == {"out"}

@@ -1,0 +1,252 @@
+"""safetensors files as ranges of bytes: what is damaged is refused by name, at once; what is whole reads back."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from support.handmade import raw_tensor_file
+
+from lora_export.errors import InputRefused
+from lora_export.storage import safetensors_file
+
+TENSORS = {
+    "matrix": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "half": np.array([1, -2, 0.5], np.float16),
+    "brain": np.array([[1.5], [-256]], ml_dtypes.bfloat16),
+    "double": np.array([np.pi]),
+    "numbers": np.arange(3, dtype=np.int64),
+    "scalar": np.array(7, np.int32),
+    "empty": np.zeros((0, 4), np.float32),
+    "mask": np.array([True, False]),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.safetensors"
+
+
+def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputRefused) as refused:
+        safetensors_file.open_file(path)
+    message = str(refused.value)
+    assert str(path) in message
+    return message.replace(str(path), "FILE")
+
+
+# --- Round trips with the safetensors library ---
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+
+
+def test_what_the_library_wrote_we_read(path):
+    safetensors.numpy.save_file(TENSORS, path, metadata={"made by": "the library"})
+    file = safetensors_file.open_file(path)
+    assert file.entries.keys() == TENSORS.keys()
+    assert all(same(file.read(name), tensor) for name, tensor in TENSORS.items())
+    assert file.metadata == {"made by": "the library"}
+
+
+def test_what_we_wrote_the_library_reads(path):
+    strided = TENSORS | {"matrix": TENSORS["matrix"].T}
+    safetensors_file.write(path, strided, {"made by": "us"})
+    read = safetensors.numpy.load_file(path)
+    assert read.keys() == strided.keys()
+    assert all(same(read[name], tensor) for name, tensor in strided.items())
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"made by": "us"}
+
+
+def test_torch_reads_our_bfloat16(path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    safetensors_file.write(path, {"brain": TENSORS["brain"]})
+    assert torch.equal(load_file(path)["brain"], torch.tensor([[1.5], [-256]], dtype=torch.bfloat16))
+
+
+def test_entries_come_in_the_order_of_their_bytes_and_say_where_they_are(path):
+    raw_tensor_file(path, {"late": entry([1], 8, 12), "early": entry([2], 0, 8)}, struct.pack("<3f", 1, 2, 3))
+    file = safetensors_file.open_file(path)
+    assert list(file.entries) == ["early", "late"]
+    content = path.read_bytes()
+    late = file.entries["late"]
+    assert content[late.start : late.stop] == struct.pack("<f", 3)
+    assert file.size == len(content)
+
+
+def test_data_starts_on_a_boundary_of_eight_bytes(path):
+    for length in range(1, 10):
+        safetensors_file.write(path, {"n" * length: np.ones(1, np.float32)})
+        assert safetensors_file.open_file(path).entries["n" * length].start % 8 == 0
+
+
+def test_a_file_without_tensors_is_a_file(path):
+    safetensors_file.write(path, {})
+    assert not safetensors_file.open_file(path).entries
+
+
+# --- Damage ---
+
+
+@pytest.mark.parametrize("cut", [1, 16, 24])
+def test_a_truncated_file_is_refused_with_both_sizes(path, cut):
+    safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
+    whole = path.stat().st_size
+    os.truncate(path, whole - cut)
+    assert refusal(path) == f"FILE is cut short: its header promises {whole} bytes, the file has {whole - cut}"
+
+
+def test_a_file_cut_within_its_header_is_refused(path):
+    safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
+    os.truncate(path, 20)
+    assert "cut short: its header should have 56 bytes, the file has 20" in refusal(path)
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_file_that_cannot_even_hold_a_length_is_refused(path, size):
+    path.write_bytes(b"\0" * size)
+    assert refusal(path) == f"FILE is no safetensors file: it has only {size} bytes"
+
+
+def test_bytes_behind_the_last_tensor_are_refused(path):
+    raw_tensor_file(path, {"x": entry([1], 0, 4)}, b"\0" * 5)
+    assert "is too long" in refusal(path)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 1000])
+def test_a_header_that_claims_to_be_huge_is_refused_without_reading_it(path, length):
+    raw_tensor_file(path, {}, length=length)
+    begun = time.process_time()
+    assert f"its header should have {length} bytes" in refusal(path)
+    assert time.process_time() - begun < 1
+
+
+def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_that_large(path):
+    raw_tensor_file(path, {}, length=100_000_001)
+    os.truncate(path, 200_000_000)  # a sparse file
+    assert "its header should have 100000001 bytes, the file has 200000000" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"", "the header of FILE is not JSON"),
+        (b"not json", "the header of FILE is not JSON"),
+        (b"\xff\xfe\xfd", "the header of FILE is not JSON"),
+        (b"[" * 100_000, "the header of FILE is not JSON"),
+        (b"[]", "the header of FILE is not a JSON object"),
+        (b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "shape": [1]}}', "shape more than once"),
+        ({"x": entry([1], 0, 4, "F99")}, "FILE: x has the unknown dtype 'F99'"),
+        ({"x": {**entry([1], 0, 4), "dtype": ["F32"]}}, "entry for x is malformed"),
+        ({"x": "F32"}, "entry for x is malformed"),
+        ({"x": {"dtype": "F32"}}, "entry for x is malformed"),
+        ({"x": {**entry([1], 0, 4), "data_offsets": [0, 4, 8]}}, "entry for x is malformed"),
+        ({"x": {**entry([1], 0, 4), "shape": 1}}, "entry for x is malformed"),
+        ({"x": {**entry([1], 0, 4), "shape": {}}}, "FILE: "),
+        ({"x": entry([-1], 0, 4)}, "x has a size that is no natural number"),
+        ({"x": {**entry([1], 0, 4), "shape": [1.0]}}, "x has a size that is no natural number"),
+        ({"x": entry([True], 0, 4)}, "x has a size that is no natural number"),
+        ({"x": entry([2], 0, 4)}, r"x (2,) float32 needs 8 bytes, its range has 4"),
+        ({"x": entry([1], 4, 0)}, r"x (1,) float32 needs 4 bytes, its range has -4"),
+        ({"x": entry([2**40, 2**40], 0, 4)}, "needs 4835703278458516698824704 bytes"),
+        ({"x": entry([1], 0, 4), "y": entry([1], 2, 6)}, "y overlaps the tensor before it"),
+        ({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, "y overlaps the tensor before it"),
+        ({"x": entry([1], 4, 8)}, "x leaves a hole before it"),
+        ({"__metadata__": [], "x": entry([1], 0, 4)}, "__metadata__ must map names to strings"),
+        ({"__metadata__": {"a": 1}, "x": entry([1], 0, 4)}, "__metadata__ must map names to strings"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(path, header, message):
+    raw_tensor_file(path, header, b"\0" * 4)
+    assert message in refusal(path)
+
+
+def test_a_name_that_stands_twice_is_refused_though_the_library_accepts_it(path):
+    twice = json.dumps(entry([1], 0, 4))
+    raw_tensor_file(path, f'{{"x": {twice}, "x": {twice}}}'.encode(), b"\0" * 4)
+    assert safetensors.numpy.load_file(path).keys() == {"x"}
+    assert refusal(path) == "the header of FILE names x more than once"
+
+
+def test_what_only_the_library_objects_to_is_refused_in_its_words(path):
+    raw_tensor_file(path, {"x": {**entry([1], 0, 4), "shape": {}}}, b"\0" * 4)
+    assert "invalid type: map, expected a sequence" in refusal(path)
+
+
+# --- What is no regular file ---
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(path):
+    os.mkfifo(path)
+    assert refusal(path) == "FILE is not a regular file"
+
+
+def test_folders_devices_and_dangling_links_are_refused(path):
+    path.mkdir()
+    assert refusal(path) == "FILE is not a regular file"
+    path.rmdir()
+    path.symlink_to("/dev/zero")
+    assert refusal(path) == "FILE is not a regular file"
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert refusal(path) == "FILE: No such file or directory"
+
+
+# --- A file that changes behind our back ---
+
+
+def test_a_file_that_becomes_shorter_is_noticed_when_it_is_read(path):
+    safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
+    file = safetensors_file.open_file(path)
+    os.truncate(path, file.size - 1)
+    with pytest.raises(InputRefused, match="became shorter while x was read"):
+        file.read("x")
+
+
+def test_a_file_knows_whether_it_was_touched_replaced_or_removed(path):
+    safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
+    file = safetensors_file.open_file(path)
+    assert file.unchanged()
+    os.utime(path, ns=(0, file.mtime_ns + 1))
+    assert not file.unchanged()
+    os.utime(path, ns=(0, file.mtime_ns))
+    assert file.unchanged()
+    os.truncate(path, file.size + 1)
+    os.utime(path, ns=(0, file.mtime_ns))
+    assert not file.unchanged()
+    path.unlink()
+    assert not file.unchanged()
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4], [2**32, 0, 2**40], [1] * 65, [2**62] * 300_000])
+def test_shapes_that_no_array_can_have_are_refused(tmp_path, shape):
+    size = 0 if 0 in shape else 4
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    path = raw_tensor_file(tmp_path / "a.safetensors", header, bytes(size))
+    with pytest.raises(InputRefused, match=f"{path}: a has the shape .*, which no array can have"):
+        safetensors_file.open_file(path)
+
+
+@pytest.mark.fault(40)
+def test_names_with_control_characters_are_refused_in_one_line(tmp_path):
+    header = {"x\nnote: all is well": {"dtype": "F9", "shape": [1], "data_offsets": [0, 4]}}
+    path = raw_tensor_file(tmp_path / "a.safetensors", header, bytes(4))
+    with pytest.raises(InputRefused, match="names with control characters") as refused:
+        safetensors_file.open_file(path)
+    assert "\n" not in str(refused.value)

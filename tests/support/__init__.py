@@ -1,0 +1,7 @@
+"""What the tests share. Test files import from here, never from each other."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent  # the checkout
+FACTORIES = TESTS / "support" / "factories.py"  # models for `file.py:factory`

@@ -1,0 +1,528 @@
+"""Quantised candidates: judged by what their weights are, told how far those lie from the model's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from defects import subjects
+from numpy.typing import NDArray
+from support import FACTORIES
+from support.graphs import quantised
+from support.handmade import peft_adapter
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_export import cli, layers, plan
+from lora_export.errors import Different, InputRefused, Undecided
+from lora_export.graph import onnx_file, sites
+from lora_export.graph.insert import nodes
+from lora_export.graph.merge import merge_graph
+from lora_export.lora import Adapter, LoraPair
+from lora_export.models import factory
+from lora_export.models.export import to_onnx
+from lora_export.models.load import load_model
+from lora_export.models.model import Model
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.verification import against_pytorch, parity
+from lora_export.verification.references import quantised_weights
+from lora_export.weights.checkpoint import open_checkpoint
+
+
+def an_adapter(scale: float = 1.0) -> Adapter:
+    rng = np.random.default_rng(0)
+    shapes = {"up": (96, 64), "down": (64, 96)}
+    pairs = {
+        name: LoraPair(a=rng.normal(size=(4, inner)) / 8, b=rng.normal(size=(out, 4)) / 8, scale=scale)
+        for name, (out, inner) in shapes.items()
+    }
+    return Adapter(name="a", format="test", pairs=pairs, sha256="0a")
+
+
+@pytest.fixture(scope="module")
+def wide() -> Model:
+    return load_model(f"{FACTORIES}:wide")
+
+
+@pytest.fixture(scope="module")
+def graph(wide: Model) -> ir.Model:
+    return to_onnx(wide.module, wide.examples(), axes=wide.axes)
+
+
+def beside(graph: ir.Model, adapter: Adapter, folder: Path) -> Path:
+    found = sites.find(graph)
+    nodes.branch(graph, found, plan.make([adapter], found.specs))
+    return saved(graph, folder)
+
+
+def saved(graph: ir.Model, folder: Path) -> Path:
+    onnx_file.save(graph, folder, "m.onnx")
+    return folder / "m.onnx"
+
+
+def exact(graph: ir.Model, level: int) -> ir.Model:
+    for node in graph.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    return graph
+
+
+@pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
+def test_an_adapter_beside_few_bits_is_the_same_and_the_distance_is_told(
+    as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path
+) -> None:
+    path = beside(exact(quantised(graph.clone(), as_pairs=as_pairs), 0), an_adapter(4.0), tmp_path)
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)]).verdict
+    assert verdict.same, str(verdict)
+    (note,) = [note for note in verdict.notes if "quantised" in note]
+    held = quantised_weights.stand_ins(path, wide)
+    assert set(held) == {"up.weight", "down.weight"}
+    for name, there in held.items():
+        own = wide.module.state_dict()[name].double().numpy()
+        assert there.distance == pytest.approx(np.linalg.norm(there.weight - own) / np.linalg.norm(own))
+        assert 0.04 < there.distance < 0.2
+    assert f"{max(there.distance for there in held.values()):.1%} from the model's weights" in note
+
+
+def test_the_adapter_is_judged_as_sharply_as_beside_floats(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    few = exact(quantised(graph.clone()), 0)
+    path = beside(few, an_adapter(1.01), tmp_path)  # far less than the weights' rounding
+    assert against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_few_bits_without_the_adapter_are_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    path = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    assert against_pytorch.prove(OnnxRunner(path), wide, []).verdict.same
+    assert against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_a_graph_of_floats_has_no_stand_ins(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    assert quantised_weights.stand_ins(saved(graph.clone(), tmp_path), wide) == {}
+    assert quantised_weights.standing_in(wide, {}) is wide
+
+
+def test_the_model_keeps_its_own_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    before = copy.deepcopy(wide.module.state_dict())
+    held = quantised_weights.stand_ins(saved(quantised(graph.clone()), tmp_path), wide)
+    other = quantised_weights.standing_in(wide, held)
+    assert all(torch.equal(before[name], value) for name, value in wide.module.state_dict().items())
+    assert all(np.array_equal(other.module.state_dict()[name].numpy(), there.weight) for name, there in held.items())
+
+
+def test_another_models_weights_are_no_rounding_of_this_ones(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    strange = graph.clone()
+    value = next(value for value in strange.graph.initializers.values() if "down.weight" in (value.name or ""))
+    assert value.const_value is not None
+    value.const_value = ir.Tensor(np.random.default_rng(1).permuted(value.const_value.numpy()), name=value.name)
+    with pytest.raises(Different, match=r"no rounding of the model's: down.weight \(1\d\d% away\)"):
+        against_pytorch.prove(OnnxRunner(saved(quantised(strange), tmp_path)), wide, [])
+
+
+# --- merged into the quantised weights -----------------------------------------------------------
+
+
+def requantised(base: Path, adapter: Adapter, folder: Path) -> Path:
+    """What `merge --requantize` makes of a graph."""
+    graph = onnx_file.open_graph(base)
+    found = sites.find(graph.model)
+    steps = plan.make([adapter], found.specs)
+    folder.mkdir(exist_ok=True)
+    merge_graph(steps, graph, found, folder, file_name="merged.onnx", requantise=True, min_retention=0)
+    return folder / "merged.onnx"
+
+
+def with_other(path: Path, change: Callable[[str, NDArray[Any]], NDArray[Any]], folder: Path) -> Path:
+    """The graph with other numbers in its initializers."""
+    model = onnx_file.load(path)
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        held = value.const_value.numpy()
+        value.const_value = ir.Tensor(change(name, held.copy()).astype(held.dtype), name=name)
+    folder.mkdir()
+    return saved(model, folder)
+
+
+SCHEMES = pytest.mark.parametrize(
+    "scheme",
+    [{}, {"symmetric": False}, {"bits": 8}, {"as_pairs": True}],
+    ids=["4 bits", "4 bits, zero points", "8 bits", "DequantizeLinear"],
+)
+
+
+@SCHEMES
+def test_a_requantised_merge_is_the_nearest_that_its_scales_allow(
+    scheme: dict[str, Any], wide: Model, graph: ir.Model, tmp_path: Path
+) -> None:
+    base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
+    path = requantised(base, an_adapter(), tmp_path / "merged")
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
+    assert verdict.same, str(verdict)
+    costs = [there.figures.merge_loss for there in verdict.comparisons if there.figures]
+    assert all(cost is not None and 0.001 < cost < 0.3 for cost in costs)
+    (note,) = [note for note in verdict.notes if "merged into 2 quantised weights" in note]
+    assert "Of the change 100% is in them in the mean" in note
+
+
+@SCHEMES
+@pytest.mark.parametrize("fault", ["scale x 1.1", "missing in one", "one row of B lost", "an integer off by one"])
+def test_a_wrong_requantised_merge_is_different(
+    fault: str, scheme: dict[str, Any], wide: Model, graph: ir.Model, tmp_path: Path
+) -> None:
+    base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
+    right = an_adapter()
+    wrong = an_adapter(1.1) if fault == "scale x 1.1" else right
+    if fault == "missing in one":
+        wrong = replace(right, pairs={"up": right.pairs["up"]})
+    if fault == "one row of B lost":
+        pair = right.pairs["up"]
+        wrong = replace(right, pairs={**right.pairs, "up": replace(pair, b=pair.b * (np.arange(96) != 7)[:, None])})
+    path = requantised(base, wrong, tmp_path / "merged")
+    if fault == "an integer off by one":
+
+        def off(name: str, held: NDArray[Any]) -> NDArray[Any]:
+            if held.dtype.itemsize == 1 and "up.weight" in name and "scale" not in name and "zero" not in name:
+                held.view(np.uint8).reshape(-1)[5] ^= 1
+            return held
+
+        path = with_other(path, off, tmp_path / "off")
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [right], origin=base).verdict
+    assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
+
+
+def test_where_the_graph_multiplies_in_int8_a_requantised_merge_is_judged_too(
+    wide: Model, graph: ir.Model, tmp_path: Path
+) -> None:
+    base = saved(exact(quantised(graph.clone()), 4), tmp_path)
+    path = requantised(base, an_adapter(), tmp_path / "merged")
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
+    assert verdict.same, str(verdict)
+    wrong = requantised(base, an_adapter(1.5), tmp_path / "wrong")
+    told = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()], origin=base).verdict
+    assert told.outcome is parity.Outcome.DIFFERENT
+
+
+def test_a_change_below_the_second_rounding_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    path = requantised(base, an_adapter(0.05), tmp_path / "merged")
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(0.05)], origin=base).verdict
+    assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
+    (reason,) = verdict.foremost
+    assert reason.gate == "loss" and "a graph of more bits" in reason.remedy
+
+
+def test_of_what_a_requantised_merge_is_the_sum_must_be_known(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    path = requantised(base, an_adapter(), tmp_path / "merged")
+    told = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE.onnx"
+    with pytest.raises(Undecided, match=told):
+        against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()])
+
+
+def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
+    module = copy.deepcopy(wide.module)
+    layers.fold(module, plan.make([adapter], layers.specs(module)))
+    return exact(quantised(to_onnx(module, wide.examples(), axes=wide.axes)), 0)
+
+
+def test_what_was_merged_and_then_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
+    path = saved(merged_before(wide, an_adapter()), tmp_path)
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict
+    assert verdict.same, str(verdict)
+    held = quantised_weights.stand_ins(path, wide, plan.make([an_adapter()], layers.specs(wide.module)))
+    for name, there in held.items():
+        assert there.merged is not None and there.merged.found == pytest.approx(1, abs=0.02)
+        assert np.array_equal(there.merged.before, wide.module.state_dict()[name].numpy())
+        assert (
+            there.distance
+            < 0.2
+            < quantised_weights._norm(there.weight - there.merged.before) / quantised_weights._norm(there.weight)
+        )
+
+
+def test_an_adapters_weight_counts(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    path = requantised(base, an_adapter(0.5), tmp_path / "merged")
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], strengths=[0.5], origin=base).verdict
+    assert verdict.same, str(verdict)
+    assert any(re.search(r"Of the change (99|100)%", note) for note in verdict.notes)
+
+
+def test_one_entry_of_what_was_quantised_once_is_not_overlooked(wide: Model, tmp_path: Path) -> None:
+    path = saved(merged_before(wide, an_adapter()), tmp_path)
+
+    def off(name: str, held: NDArray[Any]) -> NDArray[Any]:
+        if held.dtype == np.uint8 and "down.weight" in name:
+            held.reshape(-1)[5] ^= 1
+        return held
+
+    wrong = with_other(path, off, tmp_path / "off")
+    verdict = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()]).verdict
+    assert verdict.outcome is parity.Outcome.DIFFERENT
+
+
+def test_what_no_adapter_changes_is_held_against_the_origin(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    alone = replace(an_adapter(), pairs={"up": an_adapter().pairs["up"]})
+    assert against_pytorch.prove(
+        OnnxRunner(requantised(base, alone, tmp_path / "one")), wide, [alone], origin=base
+    ).verdict.same
+    both = requantised(base, an_adapter(), tmp_path / "both")
+    with pytest.raises(Different, match=r"no adapter changes are not those of .*m.onnx: down.weight"):
+        against_pytorch.prove(OnnxRunner(both), wide, [alone], origin=base)
+
+
+def test_an_adapter_beside_the_origins_very_weights_is_no_merge(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    few = exact(quantised(graph.clone()), 0)
+    (tmp_path / "base").mkdir()
+    base = saved(few.clone(), tmp_path / "base")
+    path = beside(few, an_adapter(), tmp_path)
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
+    assert verdict.same and not any("merged into" in note for note in verdict.notes)
+
+
+def test_an_origin_must_be_quantised_as_the_candidate_is(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    path = requantised(base, an_adapter(), tmp_path / "merged")
+    (tmp_path / "floats").mkdir()
+    floats = saved(graph.clone(), tmp_path / "floats")
+    with pytest.raises(InputRefused, match=r"floats/m.onnx has no quantised weights of the model"):
+        against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=floats)
+    with pytest.raises(InputRefused, match="the candidate has no quantised weights"):
+        against_pytorch.prove(OnnxRunner(floats), wide, [an_adapter()], origin=base)
+
+
+class Turned(nn.Module):
+    """GPT-2 keeps its weights (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = Conv1D(120, 40)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def dequantised(weight: NDArray[np.float32], *, axis: int) -> ir.Model:
+    """y = x W, W (in, out) in int8 with a scale for each place on an axis."""
+    scales = np.abs(weight).max(1 - axis) / 127
+    levels = np.rint(weight / (scales if axis else scales[:, None])).astype(np.int8)
+    inner, out = weight.shape
+    graph = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,M,{inner}] x) => (float[N,M,{out}] y) <int8[1] "fc.weight_quantized" = {{0}}, float[1] s = {{0}}>
+        {{ w = DequantizeLinear <axis = {axis}> ("fc.weight_quantized", s)
+          y = MatMul(x, w) }}""")
+    for name, array in {"fc.weight_quantized": levels, "s": scales}.items():
+        value = graph.graph.initializers[name]
+        value.const_value = ir.Tensor(array, name=name)
+        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
+    graph.graph.node(1).name = "product"
+    return graph
+
+
+@pytest.mark.parametrize(("axis", "block"), [(0, 0), (1, 32)])
+def test_onnxruntime_says_whether_it_fuses_what_is_dequantised(axis: int, block: int, tmp_path: Path) -> None:
+    """With a scale for each output it does, and multiplies in int8 then; with one for each input it does not."""
+    torch.manual_seed(0)
+    turned = factory.of_module(Turned(), {"x": torch.randn(3, 7, 40)})
+    path = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=axis), tmp_path)  # type: ignore[union-attr]
+    runner = OnnxRunner(path)
+    x = np.ones((2, 5, 40), np.float32)
+    held = quantised_weights.stand_ins(
+        path, turned, executed=lambda: runner.executed(lambda other: other.run({"x": x}))
+    )
+    assert held["fc.weight"].block == block
+    verdict = against_pytorch.prove(runner, turned, []).verdict
+    assert verdict.same, str(verdict)
+
+
+def test_a_parameter_may_lie_the_other_way_round(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    turned = factory.of_module(Turned(), {"x": torch.randn(3, 7, 40)})
+    base = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=1), tmp_path)  # type: ignore[union-attr]
+    rng = np.random.default_rng(0)
+
+    def adapter(scale: float) -> Adapter:
+        return Adapter(name="a", format="test", pairs={"fc": LoraPair(a=a, b=b, scale=scale)})
+
+    a, b = rng.normal(size=(2, 40)) / 8, rng.normal(size=(120, 2)) / 8
+    path = requantised(base, adapter(0.2), tmp_path / "merged")
+    verdict = against_pytorch.prove(OnnxRunner(path), turned, [adapter(0.2)], origin=base).verdict
+    assert verdict.same, str(verdict)
+    assert any("merged into 1 quantised weights" in note for note in verdict.notes)
+    wrong = against_pytorch.prove(OnnxRunner(path), turned, [adapter(0.22)], origin=base).verdict
+    assert "weights" in {reason.gate for reason in wrong.reasons}
+
+
+def stripped(graph: ir.Model) -> ir.Model:
+    """Without the names that told whose weights they are."""
+    for number, value in enumerate(list(graph.graph.initializers.values())):
+        value.name = f"w{number}"
+    for number, node in enumerate(graph.graph):
+        node.name = f"n{number}"
+        node.metadata_props.clear()
+    return graph
+
+
+@pytest.mark.parametrize("names", ["kept", "lost"])
+def test_a_hugging_face_models_merge_is_known_by_the_graph_that_it_was_made_of(names: str, tmp_path: Path) -> None:
+    """Its names are held against the checkpoint's content, which what was merged into has no more."""
+    llama, few = subjects.loaded("llama"), exact(quantised(subjects._exported("llama").clone(), block=16), 0)
+    base = saved(few if names == "kept" else stripped(few), tmp_path)
+    adapter = subjects.adapter("llama", "linear")
+    graph = onnx_file.open_graph(base)
+    found = sites.find(graph.model, open_checkpoint(Path(llama.source)))
+    (tmp_path / "merged").mkdir()
+    merge_graph(
+        plan.make([adapter], found.specs), graph, found, tmp_path / "merged", file_name="m.onnx", requantise=True
+    )
+    path = tmp_path / "merged" / "m.onnx"
+    verdict = against_pytorch.prove(OnnxRunner(path), llama, [adapter], origin=base).verdict
+    assert verdict.same, str(verdict)
+    assert any("merged into 12 quantised weights" in note for note in verdict.notes)
+    with pytest.raises(
+        Undecided, match="of the adapter's change is in it" if names == "kept" else r"nobody knows what \d+ quantised"
+    ):
+        against_pytorch.prove(OnnxRunner(path), llama, [adapter])
+    name = "model.layers.1.self_attn.q_proj"
+    louder = replace(adapter, pairs={**adapter.pairs, name: replace(adapter.pairs[name], scale=2.2)})
+    wrong = against_pytorch.prove(OnnxRunner(path), llama, [louder], origin=base).verdict
+    assert wrong.outcome is parity.Outcome.DIFFERENT
+    assert [reason.text.partition(":")[0] for reason in wrong.reasons if reason.gate == "weights"] == [f"{name}.weight"]
+
+
+# --- the nearest that scales allow, by hand ------------------------------------------------------
+
+
+def only_site(text: str, name: str = "fc.weight") -> sites.Site:
+    return sites.find(ir.from_onnx_text(text)).by_name[name][0]
+
+
+@pytest.mark.parametrize(
+    ("zeros", "expected"),
+    # Integers 0 to 15 less 8, times 0.5 and -2; with zero points, less 3 and less 10.
+    [
+        ("", [[-4, 0.5, 3.5], [16, 2, -14]]),
+        (", uint8[2,1] z = {3, 10}", [[-1.5, 0.5, 6], [20, 2, -10]]),
+    ],
+)
+def test_the_nearest_of_four_bits(zeros: str, expected: list[list[float]]) -> None:
+    site = only_site(f"""
+        <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+        g (float[N,3] x) => (float[N,2] y) <uint8[2,1,8] "fc.weight_Q4" = {{{", ".join(["0"] * 16)}}},
+           float[2] s = {{0.5, -2}}{zeros}>
+        {{ y = com.microsoft.MatMulNBits <K = 3, N = 2, bits = 4, block_size = 16>
+               (x, "fc.weight_Q4", s{", z" if zeros else ""}) }}""")
+    assert site.nearest(np.array([[-100, 0.6, 100], [100, 2.9, -100]])).tolist() == expected
+
+
+def test_the_nearest_behind_a_dequantisation_of_packed_weights() -> None:
+    """q and v side by side in one (in, out) matrix; each column has a scale and a zero point."""
+    graph = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,3] x) => (float[N,4] y)
+        <int8[3,4] "fc.weight_quantized" = {0,0,0,0, 0,0,0,0, 0,0,0,0}, float[4] s = {1, 0.5, 2, 4},
+         int8[4] z = {0, 100, -28, 0}>
+        { d = DequantizeLinear <axis = 1> ("fc.weight_quantized", s, z)
+          y = MatMul(x, d) }""")
+    (site,) = sites.find(graph).by_name["fc.weight"]
+    block = replace(site, block=range(2, 4))
+    values = np.array([[-1000, 3.1, 1000], [9.0, -6.5, -2.1]])  # (out, in)
+    assert block.nearest(values).tolist() == [[-200, 4, 310], [8, -8, -4]]
+    assert site.nearest(np.zeros((4, 3))).tolist() == np.zeros((4, 3)).tolist()
+
+
+# --- followed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
+def test_a_quantised_graph_is_followed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    few = exact(quantised(graph.clone(), as_pairs=as_pairs), 4)
+    path = beside(few.clone(), an_adapter(4.0), tmp_path)
+    right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)], trace=True).diagnosis
+    assert right is not None and right.first is None
+    assert [there.name for there in right.layers] == ["up", "down"]
+    assert all(0 < there.error < 1.2 * there.deployed_error for there in right.layers)
+    lost = replace(an_adapter(4.0), pairs={"up": an_adapter(4.0).pairs["up"]})
+    (tmp_path / "lost").mkdir()
+    wrong = against_pytorch.prove(OnnxRunner(beside(few, lost, tmp_path / "lost")), wide, [an_adapter(4.0)]).diagnosis
+    assert wrong is not None and wrong.first == "down" and "its adapter is missing" in wrong.why
+
+
+@pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
+def test_a_requantised_merge_is_followed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    base = saved(exact(quantised(graph.clone(), as_pairs=as_pairs), 4), tmp_path)
+    path = requantised(base, an_adapter(), tmp_path / "merged")
+    right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base, trace=True).diagnosis
+    assert right is not None and right.first is None and len(right.layers) == 2
+    louder = requantised(base, an_adapter(1.5), tmp_path / "louder")
+    wrong = against_pytorch.prove(OnnxRunner(louder), wide, [an_adapter()], origin=base).diagnosis
+    assert wrong is not None and wrong.first == "up"
+    assert re.search(r"arrives 1\.(4[6-9]|5\d*) times .* is no more than rounding costs", wrong.why), wrong.why
+
+
+def test_the_command_judges_what_merge_requantize_made(
+    wide: Model, graph: ir.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved(exact(quantised(graph.clone()), 0), tmp_path)
+    pairs = {name: (pair.a.tolist(), pair.b.tolist()) for name, pair in an_adapter().pairs.items()}
+    adapter, merged = peft_adapter(tmp_path / "adapter", pairs), tmp_path / "merged.onnx"
+    assert cli.run(["merge", str(base), str(adapter), "-o", str(merged), "--requantize"]) == 0
+    verify = ["verify", str(merged), "--model", f"{FACTORIES}:wide", "-a", str(adapter)]
+    capsys.readouterr()
+    assert cli.run([*verify, "--base", str(base), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["outcome"] == "same" and list(told["about"]["base"]["sha256"]) == ["m.onnx"]
+    assert cli.run(verify) == 5
+    assert "--base BASE.onnx" in capsys.readouterr().err
+    assert cli.run([*verify, "--base", str(tmp_path / "none.onnx")]) == 3
+    assert cli.run([*verify, "--base", str(adapter)]) == 2
+
+
+# --- in int8 -------------------------------------------------------------------------------------
+
+
+def test_where_the_graph_multiplies_in_int8_pytorch_errs_as_it_does(
+    wide: Model, graph: ir.Model, tmp_path: Path
+) -> None:
+    path = beside(exact(quantised(graph.clone()), 4), an_adapter(4.0), tmp_path)
+    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)]).verdict
+    assert verdict.same, str(verdict)
+    assert any("in int8" in note for note in verdict.notes)
+    ratios = [there.figures.ratio for there in verdict.comparisons if there.figures and there.figures.ratio]
+    assert ratios == pytest.approx([1.0] * 3, rel=0.1)
+
+
+def test_eight_bits_hold_127_of_a_blocks_largest() -> None:
+    module = nn.Module()
+    module.layer = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(module.layer.weight)
+    weight = np.eye(4, dtype=np.float32)
+    quantised_weights.round_activations(
+        module, {"layer.weight": quantised_weights.StandIn("4 bits", weight, 0.0, block=2, nearest=np.rint)}
+    )
+    answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
+    expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
+    np.testing.assert_allclose(answer.detach().numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attn.in_proj_weight", "attn.out_proj.weight"])
+def test_what_attention_multiplies_in_int8_nobody_can_tell(name: str) -> None:
+    module = nn.Module()
+    module.attn = nn.MultiheadAttention(4, 2)
+    weight = module.get_parameter(name).detach().numpy()
+    held = {name: quantised_weights.StandIn("4 bits", weight, 0.0, block=2, nearest=np.rint)}
+    with pytest.raises(Undecided, match=rf"{name} is multiplied in int8, .*an accuracy_level below 4"):
+        quantised_weights.round_activations(module, held)
+    quantised_weights.round_activations(module, {name: dataclasses.replace(held[name], block=0)})

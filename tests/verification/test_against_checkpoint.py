@@ -1,0 +1,444 @@
+"""Merged checkpoints judged weight by weight: right ones are the same, each defect is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from support import junit_schema, peak
+from support.handmade import base_file, peft_adapter
+
+from lora_export import cli
+from lora_export.verification import against_checkpoint
+
+RNG = np.random.default_rng(0)
+Tensors = dict[str, NDArray[Any]]
+
+
+def normal(*shape: int, std: float = 0.02) -> NDArray[np.float32]:
+    return np.asarray(RNG.normal(size=shape) * std, np.float32)
+
+
+SHAPES = {
+    "a.weight": (40, 40), "b.weight": (64, 24), "kept.weight": (16, 24), "kept.bias": (16,), "a.bias": (40,),
+    "conv.weight": (8, 4, 3, 3), "embed.weight": (50, 16), "head.weight": (5, 24), "scalar": (),
+}  # fmt: skip
+WEIGHTS = {name: normal(*shape) for name, shape in SHAPES.items()}
+RANK = 4
+PAIRS = {
+    "a": (normal(RANK, 40, std=1), normal(40, RANK)),
+    "b": (normal(RANK, 24, std=1), normal(64, RANK)),
+}
+
+
+def the_base(path: Path, dtype: Any = np.float32) -> Path:
+    tensors = WEIGHTS | {"steps": np.arange(7)}
+    save_file(
+        {name: array if array.dtype.kind == "i" else array.astype(dtype) for name, array in tensors.items()}, path
+    )
+    return path
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+def judged(
+    capsys: pytest.CaptureFixture[str], merged: Path, base: Path, *adapters: Path, more: tuple[object, ...] = ()
+) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    given = [part for adapter in adapters for part in ("-a", adapter)]
+    code = run("verify", merged, "--base", base, *given, "--json", *more)
+    return code, json.loads(capsys.readouterr().out)
+
+
+def plain(folder: Path, **config: Any) -> Path:
+    return peft_adapter(folder, PAIRS, **config)
+
+
+def rank_stabilised(folder: Path) -> Path:
+    return peft_adapter(folder, PAIRS, use_rslora=True, lora_alpha=3)
+
+
+def with_dora(folder: Path) -> Path:
+    path = peft_adapter(folder, PAIRS, use_dora=True)
+    file = path / "adapter_model.safetensors"
+    lengths = {
+        f"base_model.model.{name}.lora_magnitude_vector": np.float32(RNG.uniform(0.1, 0.3, len(b)))
+        for name, (_, b) in PAIRS.items()
+    }
+    save_file(load_file(file) | lengths, file)
+    return path
+
+
+def on_embeddings(folder: Path, **config: Any) -> Path:
+    path = peft_adapter(folder, {}, target_modules=["embed"], r=RANK, lora_alpha=2 * RANK, **config)
+    tensors = {
+        "base_model.model.embed.lora_embedding_A": normal(RANK, 50),
+        "base_model.model.embed.lora_embedding_B": normal(16, RANK, std=1),
+    }
+    if config:
+        tensors["base_model.model.embed.lora_magnitude_vector"] = np.float32(RNG.uniform(0.1, 0.3, 16))
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def on_embeddings_with_dora(folder: Path) -> Path:
+    return on_embeddings(folder, use_dora=True)
+
+
+def on_convolutions(folder: Path) -> Path:
+    pair = normal(RANK, 4, 3, 3, std=1), normal(8, RANK, 1, 1)
+    return peft_adapter(folder, {"conv": pair})
+
+
+def with_a_head(folder: Path) -> Path:
+    return peft_adapter(folder, PAIRS, {"head.weight": normal(5, 24), "new_head.weight": normal(3, 24)})
+
+
+def with_biases(folder: Path) -> Path:
+    path = peft_adapter(folder, PAIRS, bias="lora_only")
+    file = path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.a.base_layer.bias": normal(40)}, file)
+    return path
+
+
+def with_shifted_biases(folder: Path) -> Path:
+    path = peft_adapter(folder, {"a": PAIRS["a"]}, lora_bias=True)
+    file = path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.a.lora_B.bias": normal(40)}, file)
+    return path
+
+
+def with_token_rows(folder: Path) -> Path:
+    path = peft_adapter(folder, PAIRS, trainable_token_indices={"embed": [3, 41]})
+    file = path / "adapter_model.safetensors"
+    rows = {"base_model.model.embed.token_adapter.trainable_tokens_delta": normal(2, 16)}
+    save_file(load_file(file) | rows, file)
+    return path
+
+
+ADAPTERS = [
+    plain, rank_stabilised, with_dora, on_embeddings, on_embeddings_with_dora, on_convolutions, with_a_head,
+    with_biases, with_shifted_biases, with_token_rows,
+]  # fmt: skip
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", ADAPTERS)
+def test_what_merge_makes_is_the_same(
+    make: Callable[[Path], Path], dtype: str, piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(against_checkpoint, "PIECE", piece)
+    base, adapter, out = (
+        the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
+        make(tmp_path / "ad"),
+        tmp_path / "m.safetensors",
+    )
+    assert run("merge", base, adapter, "-o", out) == 0, capsys.readouterr()
+    code, told = judged(capsys, out, base, adapter)
+    assert (code, told["outcome"]) == (0, "same"), told
+    changed = [there for there in told["weights"] if there["fate"] != "kept"]
+    assert changed and all(all(there["controls"].values()) for there in changed)
+    assert len(told["weights"]) == len(load_file(out))
+    assert max(there["error"] for there in changed) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_another_dtype_two_adapters_and_a_folder_are_the_same(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, first, second = tmp_path / "base", plain(tmp_path / "one"), rank_stabilised(tmp_path / "two")
+    base.mkdir()
+    the_base(base / "model.safetensors", np.float32)
+    (base / "config.json").write_text('{"model_type": "bert"}')
+    out = tmp_path / "out"
+    weights = ("--weight", 0.5, "--weight", -2)
+    assert run("merge", base, first, second, "-o", out, "--dtype", dtype, *weights) == 0, capsys.readouterr()
+    code, told = judged(capsys, out, base, first, second, more=weights)
+    assert (code, told["outcome"]) == (0, "same"), told
+    (controls,) = (there["controls"] for there in told["weights"] if there["name"] == "a.weight")
+    assert list(controls) == [f"{who} {what}" for who in ("one", "two") for what in ("left out", "x 1.1", "transposed")]
+    code, told = judged(capsys, out, base, first, second)  # without the weights it is something else
+    assert (code, told["outcome"]) == (4, "different")
+
+
+# --- defects ---
+
+A, B = (np.float64(side) for side in PAIRS["a"])
+DELTA = B @ A
+
+
+def rounded(change: NDArray[Any], dtype: Any) -> Callable[[Tensors], None]:
+    def spoil(tensors: Tensors) -> None:
+        base = WEIGHTS["a.weight"].astype(dtype)
+        tensors["a.weight"] = (base.astype(np.float64) + change).astype(dtype)
+
+    return spoil
+
+
+def entry(tensors: Tensors) -> None:
+    flat = tensors["a.weight"].view(np.uint16 if tensors["a.weight"].itemsize == 2 else np.uint32)
+    flat[17, 5] += 1 + (tensors["a.weight"].itemsize == 4) * 30
+
+
+def row(tensors: Tensors) -> None:
+    tensors["a.weight"][[3, 4]] = tensors["a.weight"][[4, 3]]
+
+
+def kept(tensors: Tensors) -> None:
+    tensors["kept.weight"].view(np.uint8).reshape(-1)[3] ^= 1
+
+
+def integers(tensors: Tensors) -> None:
+    tensors["steps"][2] += 1
+
+
+def missing(tensors: Tensors) -> None:
+    del tensors["kept.bias"]
+
+
+def extra(tensors: Tensors) -> None:
+    tensors["foreign"] = np.zeros(3, np.float32)
+
+
+def renamed(tensors: Tensors) -> None:
+    tensors["c.weight"] = tensors.pop("b.weight")
+
+
+def turned(tensors: Tensors) -> None:
+    tensors["b.weight"] = np.ascontiguousarray(tensors["b.weight"].T)
+
+
+def not_a_number(tensors: Tensors) -> None:
+    tensors["a.weight"][0, 0] = np.nan
+
+
+def infinite(tensors: Tensors) -> None:
+    tensors["b.weight"][1, 0] = np.inf
+
+
+def another_dtype(tensors: Tensors) -> None:
+    tensors["b.weight"] = tensors["b.weight"].astype(np.float64)
+
+
+def scalar(tensors: Tensors) -> None:
+    tensors["scalar"] = np.asarray(tensors["scalar"] + np.asarray(1, tensors["scalar"].dtype))
+
+
+def kept_got_the_adapter(tensors: Tensors) -> None:
+    tensors["kept.weight"] += tensors["kept.weight"]
+
+
+def twice(dtype: Any) -> Callable[[Tensors], None]:
+    def spoil(tensors: Tensors) -> None:
+        narrow = WEIGHTS["a.weight"].astype(dtype).astype(np.float64) + DELTA.astype(dtype).astype(np.float64)
+        tensors["a.weight"] = narrow.astype(dtype)
+
+    return spoil
+
+
+DEFECTS: dict[str, tuple[Callable[[Any], Callable[[Tensors], None]], str]] = {
+    "adapter left out": (lambda dtype: rounded(0 * DELTA, dtype), "it is the sum with ad left out"),
+    "scale x 1.1": (lambda dtype: rounded(1.1 * DELTA, dtype), "it is the sum with ad x 1.1"),
+    "scale x 2": (lambda dtype: rounded(2 * DELTA, dtype), "its scale is off: ad x 2"),
+    "scale x 0.99": (lambda dtype: rounded(0.99 * DELTA, dtype), "a.weight: different"),
+    "subtracted": (lambda dtype: rounded(-DELTA, dtype), "its scale is off: ad x -1"),
+    "transposed": (lambda dtype: rounded(DELTA.T, dtype), "it is the sum with ad transposed"),
+    "another's": (lambda dtype: rounded(DELTA[::-1], dtype), "a.weight: different"),
+    "one entry": (lambda _: entry, "a.weight: different, 1 of 1,600 entries .* a few entries are damaged"),
+    "two rows": (lambda _: row, "a.weight: different"),
+    "kept weight": (lambda _: kept, "kept.weight: different, 1 of 384 entries are not the base's"),
+    "kept integers": (lambda _: integers, "steps: different, 1 of 7 entries"),
+    "missing": (lambda _: missing, "kept.bias: different, is missing"),
+    "extra": (lambda _: extra, "foreign: different, is in neither the base nor the adapters"),
+    "renamed": (lambda _: renamed, "b.weight: different, is missing"),
+    "turned": (lambda _: turned, r"b.weight: different, is \[24, 64\], and should be \[64, 24\]"),
+    "nan": (lambda _: not_a_number, "a.weight: different, 1 of 1,600"),
+    "infinity": (lambda _: infinite, "b.weight: different, 1 of 1,536"),
+    "one dtype": (lambda _: another_dtype, "b.weight: different, is float64, the base's is"),
+    "scalar": (lambda _: scalar, "scalar: different, 1 of 1 entries"),
+    "kept was changed": (lambda _: kept_got_the_adapter, "kept.weight: different, 384 of 384"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_is_told_and_named(name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, reason = DEFECTS[name]
+    base, adapter, out = (
+        the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
+        plain(tmp_path / "ad"),
+        tmp_path / "m.safetensors",
+    )
+    assert run("merge", base, adapter, "-o", out) == 0, capsys.readouterr()
+    tensors = {key: array.copy() for key, array in load_file(out).items()}
+    make(DTYPES[dtype])(tensors)
+    save_file(tensors, out)
+    capsys.readouterr()
+    assert run("verify", out, "--base", base, "-a", adapter) == 4
+    told = capsys.readouterr().out
+    assert told.startswith("different: ") and re.search(reason, told), told
+
+
+def test_a_sum_that_was_rounded_twice_is_told_in_a_low_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, out = (
+        the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16),
+        plain(tmp_path / "ad"),
+        tmp_path / "m.safetensors",
+    )
+    assert run("merge", base, adapter, "-o", out) == 0
+    tensors = {key: array.copy() for key, array in load_file(out).items()}
+    twice(ml_dtypes.bfloat16)(tensors)
+    save_file(tensors, out)
+    capsys.readouterr()
+    assert run("verify", out, "--base", base, "-a", adapter) == 4
+    assert "a.weight: different" in (told := capsys.readouterr().out) and "rounded before it was added" in told
+
+
+def test_a_head_and_rows_that_are_not_the_adapters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = the_base(tmp_path / "base.safetensors")
+    for make, name in (
+        (with_a_head, "new_head.weight"),
+        (with_token_rows, "embed.weight"),
+        (with_biases, "a.bias"),
+        (with_shifted_biases, "a.bias"),
+    ):
+        adapter, out = make(tmp_path / make.__name__), tmp_path / f"{make.__name__}.safetensors"
+        assert run("merge", base, adapter, "-o", out) == 0
+        tensors = {key: array.copy() for key, array in load_file(out).items()}
+        if name == "new_head.weight":
+            tensors[name] *= np.float32(1.0001)
+        else:
+            tensors[name] = WEIGHTS[name]
+        save_file(tensors, out)
+        capsys.readouterr()
+        assert run("verify", out, "--base", base, "-a", adapter) == 4
+        assert f"{name}: different" in capsys.readouterr().out
+
+
+def test_what_rounding_hides_is_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {"a.weight": np.full((4, 4), 1000, np.float16)}
+    base = base_file(tmp_path / "base.safetensors", weights, np.float16)
+    adapter = peft_adapter(tmp_path / "ad", {"a": (np.ones((1, 4)), [[1e-3]] * 4)})
+    code, told = judged(capsys, base_file(tmp_path / "m.safetensors", weights, np.float16), base, adapter)
+    assert (code, told["outcome"], told["exit_code"]) == (5, "undecided", 5)
+    assert "cannot be told from the sum with ad left out and ad x 1.1" in told["weights"][0]["why"]
+
+
+def test_a_change_that_is_its_own_transpose_or_nothing_asks_for_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {"a.weight": normal(4, 4), "b.weight": normal(4, 4)}
+    base, out = base_file(tmp_path / "base.safetensors", weights), tmp_path / "m.safetensors"
+    ones = np.ones((1, 4), np.float32)
+    adapter = peft_adapter(tmp_path / "ad", {"a": (ones, ones.T), "b": (ones, 0 * ones.T)})
+    assert run("merge", base, adapter, "-o", out) == 0
+    code, told = judged(capsys, out, base, adapter)
+    assert (code, [list(there["controls"]) for there in told["weights"]]) == (0, [["ad left out", "ad x 1.1"], []])
+
+
+# --- the command ---
+
+
+def test_reports_hold_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out) == 0
+    tensors = load_file(out) | {"kept.bias": np.ones(16, np.float32)}
+    save_file(tensors, out)
+    files = tmp_path / "r.json", tmp_path / "r.xml", tmp_path / "r.html"
+    options = [part for file in files for part in ("--report", file)]
+    code, told = judged(capsys, out, base, adapter, more=tuple(options))
+    assert code == 4 and json.loads(files[0].read_text()) == told
+    junit = ElementTree.fromstring(files[1].read_text())
+    assert junit_schema.faults(junit) == []
+    suite = junit.find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(tensors)), "1")
+    (failed,) = (test for test in suite.findall("testcase") if test.find("failure") is not None)
+    assert failed.get("name") == "kept.bias"
+    assert "1 of 16 entries" not in files[2].read_text() and "16 of 16 entries are not the base" in files[2].read_text()
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
+def test_a_changed_weight_has_the_ledgers_figures(
+    piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(against_checkpoint, "PIECE", piece)
+    base, adapter = the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16), plain(tmp_path / "ad")
+    out = tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out, "--json") == 0
+    ledger = json.loads(capsys.readouterr().out)["results"]
+    _, told = judged(capsys, out, base, adapter)
+    found = {there["name"]: there for there in told["weights"]}
+    assert len(ledger) == len(PAIRS)
+    before, after = load_file(base), load_file(out)
+    for step in ledger:
+        there = found[step["weight"]]
+        for figure in ("relative_change", "retention", "noise"):
+            assert there[figure] == pytest.approx(step[figure], rel=1e-3) and there[figure] > 0
+        worst = there["worst"]
+        index = tuple(worst["index"])
+        held, start = after[step["weight"]].astype(np.float64), before[step["weight"]].astype(np.float64)
+        assert worst["candidate"] == held[index] != start[index]
+        assert abs(worst["candidate"] - worst["referee"]) <= there["error"] * 2**-8 * abs(held[index])
+    assert told["about"]["adapters"][0]["sha256"] and told["about"]["command"][:2] == ["lora-export", "verify"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--base", "base.safetensors"], [], ["--base", "base.safetensors", "--model", "base", "-a", "ad"],
+     ["--base", "base.safetensors", "-a", "ad", "--atol", "1"],
+     ["--base", "base.safetensors", "-a", "ad", "--adapter-id", "0"]],
+)  # fmt: skip
+def test_options_that_mean_nothing_here_are_usage_errors(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    the_base(tmp_path / "base.safetensors")
+    the_base(tmp_path / "m.safetensors")
+    plain(tmp_path / "ad")
+    assert run("verify", "m.safetensors", *options) == 2
+
+
+def test_neither_pytorch_nor_onnx_is_needed(tmp_path: Path) -> None:
+    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out) == 0
+    program = (
+        "import sys; from lora_export import cli; code = cli.run(sys.argv[1:]);"
+        "sys.exit(code or sum(name in sys.modules for name in ('torch', 'onnx', 'onnxruntime', 'transformers')))"
+    )
+    line = [sys.executable, "-c", program, "verify", str(out), "--base", str(base), "-a", str(adapter)]
+    assert subprocess.run(line, capture_output=True, check=False).returncode == 0
+
+
+def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
+    peaks = []
+    for rows in (2_000, 40_000):
+        base = base_file(tmp_path / "base.safetensors", {"a.weight": np.ones((rows, 512))})
+        adapter, out = (
+            peft_adapter(tmp_path / str(rows), {"a": (normal(1, 512), normal(rows, 1))}),
+            tmp_path / "m.safetensors",
+        )
+        assert run("merge", base, adapter, "-o", out, "--overwrite") == 0
+        line = [sys.executable, "-m", "lora_export", "verify", out, "--base", base, "-a", adapter]
+        found = peak.run(line)
+        assert found.code == 0
+        peaks.append(found.peak)
+    assert peaks[1] - peaks[0] < 30, peaks  # MiB; the larger weight has 78

@@ -1,0 +1,308 @@
+"""Base weights on disk: what is read from headers, and every way in which a base is refused before a merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from support.handmade import base_file, raw_tensor_file
+
+from lora_export.errors import InputRefused
+from lora_export.plan import Layout, TensorSpec
+from lora_export.weights.checkpoint import code_of_its_own, open_checkpoint
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+MAP = {"a.weight": FIRST, "b.weight": SECOND, "b.bias": SECOND}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A folder of two shards."""
+    base_file(tmp_path / FIRST, {"a.weight": [[1, 2], [3, 4]]})
+    base_file(tmp_path / SECOND, {"b.weight": [[5, 6, 7]], "b.bias": [8]}, ml_dtypes.bfloat16)
+    write_json(tmp_path / INDEX, {"metadata": {"total_size": 24}, "weight_map": MAP})
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    return tmp_path
+
+
+def single(folder: Path, config: Mapping[str, Any] | None = None, **tensors: Any) -> Path:
+    base_file(folder / "model.safetensors", {name.replace("__", "."): value for name, value in tensors.items()})
+    if config is not None:
+        write_json(folder / "config.json", config)
+    return folder
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputRefused) as refused:
+        open_checkpoint(path)
+    return str(refused.value).replace(str(path), "BASE")
+
+
+# --- What is read ---
+
+
+def test_shards_are_read_in_the_indexs_order_from_their_headers(sharded):
+    base = open_checkpoint(sharded)
+    assert (base.is_folder, base.index, list(base.shards)) == (True, INDEX, [FIRST, SECOND])
+    assert set(base.specs) == {
+        TensorSpec("a.weight", (2, 2), "float32", Layout.MATRIX, FIRST, 16),
+        TensorSpec("b.weight", (1, 3), "bfloat16", Layout.MATRIX, SECOND, 6),
+        TensorSpec("b.bias", (1,), "bfloat16", Layout.OTHER, SECOND, 2),
+    }
+    assert base.nbytes == sum((sharded / name).stat().st_size for name in (FIRST, SECOND))
+
+
+def test_a_single_file_in_a_folder_and_a_bare_file_are_bases(tmp_path):
+    single(tmp_path, {"model_type": "bert"}, fc__weight=[[1]])
+    folder, bare = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "model.safetensors")
+    assert (folder.index, folder.is_folder, folder.config) == ("", True, {"model_type": "bert"})
+    assert (bare.is_folder, bare.config, list(bare.companions()), bare.left_out()) == (False, {}, [], [])
+    assert [spec.name for spec in folder.specs] == [spec.name for spec in bare.specs] == ["fc.weight"]
+
+
+def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
+    sharded = sharded.rename(sharded.with_name("blobs"))
+    snapshot = tmp_path_factory.mktemp("snapshot")
+    for path in sharded.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (snapshot / "tokenizer.json").symlink_to(sharded / "config.json")
+    base = open_checkpoint(snapshot)
+    assert base.specs == open_checkpoint(sharded).specs
+    assert [path.as_posix() for path in base.companions()] == ["config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        ({"model_type": "gpt2"}, Layout.IN_OUT),
+        ({"model_type": "composite", "decoder": {"model_type": "gpt2"}}, Layout.IN_OUT),
+        ({"model_type": "gpt_bigcode"}, Layout.MATRIX),  # the same names, nn.Linear
+        (None, Layout.UNKNOWN),
+    ],
+)
+def test_only_the_models_class_tells_how_gpt2s_matrices_lie(tmp_path, config, layout):
+    single(
+        tmp_path,
+        config,
+        h__0__c_proj__weight=[[1, 2], [3, 4]],
+        h__0__c_proj__bias=[1, 2],
+        c_fc__weight=[[[1]]],
+        wte__weight=[[1, 2]],
+    )
+    layouts = {spec.name: spec.layout for spec in open_checkpoint(tmp_path).specs}
+    assert layouts == {
+        "h.0.c_proj.weight": layout,
+        "h.0.c_proj.bias": Layout.OTHER,
+        "c_fc.weight": Layout.OUT_IN,  # a convolution of that name
+        "wte.weight": Layout.MATRIX,
+    }
+
+
+def test_companions_are_everything_but_weights_and_hidden_files(sharded):
+    for name in ("tokenizer.json", "1_Pooling/config.json", "LICENSE", "lora_export.json", ".git/config", ".hidden"):
+        (sharded / name).parent.mkdir(exist_ok=True)
+        (sharded / name).write_text("{}")
+    for name in ("pytorch_model.bin", "onnx/model.onnx", "onnx/model.onnx_data", "tf_model.h5", "sub/x.safetensors"):
+        (sharded / name).parent.mkdir(exist_ok=True)
+        (sharded / name).touch()
+    (sharded / "dangling.json").symlink_to("nowhere")
+    base = open_checkpoint(sharded)
+    assert [path.as_posix() for path in base.companions()] == [
+        "1_Pooling/config.json",
+        "LICENSE",
+        "config.json",
+        "tokenizer.json",
+    ]
+    assert sorted(base.left_out()) == [
+        "onnx/model.onnx",
+        "onnx/model.onnx_data",
+        "pytorch_model.bin",
+        "sub/x.safetensors",
+        "tf_model.h5",
+    ]
+
+
+# --- The history of earlier merges ---
+
+
+def test_an_earlier_merge_is_known_from_the_folders_manifest(sharded):
+    write_json(sharded / "lora_export.json", {"adapters": [{"name": "a", "sha256": "12"}], "files": {}})
+    assert open_checkpoint(sharded).history == ({"name": "a", "sha256": "12"},)
+
+
+def test_an_earlier_merge_is_known_from_a_files_header(tmp_path):
+    header = {"__metadata__": {"lora_export": '{"adapters": [{"name": "a"}]}'}}
+    raw_tensor_file(tmp_path / "model.safetensors", header)
+    assert open_checkpoint(tmp_path / "model.safetensors").history == ({"name": "a"},)
+    assert open_checkpoint(tmp_path).history == ({"name": "a"},)
+
+
+def test_the_manifest_is_younger_than_a_files_header(tmp_path):
+    header = {"__metadata__": {"lora_export": '{"adapters": [{"name": "old"}]}'}}
+    raw_tensor_file(tmp_path / "model.safetensors", header)
+    write_json(tmp_path / "lora_export.json", {"adapters": [{"name": "old"}, {"name": "new"}]})
+    assert open_checkpoint(tmp_path).history == ({"name": "old"}, {"name": "new"})
+
+
+@pytest.mark.parametrize("record", ["", "[]", '{"adapters": {}}', '{"adapters": ["a"]}', '{"a": 1, "a": 2}'])
+def test_a_damaged_record_of_an_earlier_merge_is_refused(tmp_path, record):
+    path = raw_tensor_file(tmp_path / "model.safetensors", {"__metadata__": {"lora_export": record}})
+    assert "the record of an earlier merge" in refusal(path)
+
+
+# --- What is refused ---
+
+
+def test_a_missing_base_is_refused(tmp_path):
+    assert refusal(tmp_path / "none") == "there is no base model at BASE"
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert refusal(tmp_path / "model.gguf") == "BASE: a base is a Hugging Face folder or a .safetensors file"
+
+
+@pytest.mark.fault(2)
+def test_missing_shards_are_listed(sharded):
+    (sharded / FIRST).unlink()
+    (sharded / SECOND).unlink()
+    base_file(sharded / "other.safetensors", {})
+    assert refusal(sharded) == f"BASE lacks shards that its index names: {FIRST}, {SECOND}"
+
+
+@pytest.mark.fault(1)
+def test_a_damaged_shard_is_refused(sharded):
+    os.truncate(sharded / SECOND, (sharded / SECOND).stat().st_size - 1)
+    assert refusal(sharded).startswith(f"BASE/{SECOND} is cut short")
+
+
+def test_a_fifo_for_a_shard_is_refused(sharded):
+    (sharded / SECOND).unlink()
+    os.mkfifo(sharded / SECOND)
+    assert refusal(sharded) == f"BASE/{SECOND} is not a regular file"
+
+
+@pytest.mark.fault(3)
+def test_every_disagreement_of_index_and_shards_is_listed(sharded):
+    # `b.bias` is promised in the first shard, `gone` is nowhere, and the second holds `a.weight` once more.
+    base_file(sharded / SECOND, {"b.weight": [[5]], "b.bias": [8], "a.weight": [[1]], "unheard": [1]})
+    write_json(sharded / INDEX, {"weight_map": {**MAP, "b.bias": FIRST, "gone": SECOND}})
+    first, *lines = refusal(sharded).splitlines()
+    assert first == f"BASE/{INDEX} disagrees with the shards:"
+    assert sorted(lines) == [
+        f"  a.weight: in {SECOND}, the index says {FIRST}",
+        f"  b.bias: in {SECOND}, the index says {FIRST}",
+        f"  b.bias: not in {FIRST}, where the index has it",
+        f"  gone: not in {SECOND}, where the index has it",
+        f"  unheard: in {SECOND}, the index says nothing of it",
+    ]
+
+
+@pytest.mark.parametrize("place", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", 3, ["x"]])
+@pytest.mark.fault(4)
+def test_an_index_that_points_out_of_its_folder_is_refused(sharded, place):
+    write_json(sharded / INDEX, {"weight_map": {**MAP, "a.weight": place}})
+    assert refusal(sharded) == f"BASE/{INDEX} names what is no file in its folder: {place!r}"
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": None}])
+def test_an_index_without_a_map_is_refused(sharded, content):
+    write_json(sharded / INDEX, content)
+    assert refusal(sharded) == f"BASE/{INDEX} has no weight_map"
+
+
+@pytest.mark.fault(5)
+def test_an_index_and_a_single_file_beside_its_shards_are_refused(sharded):
+    base_file(sharded / "model.safetensors", {"a.weight": [[9]]})
+    assert refusal(sharded) == (
+        "BASE has an index and, besides its shards, model.safetensors: which is the model? "
+        "Take the others away, or name the file that you mean"
+    )
+
+
+@pytest.mark.fault(5)
+def test_two_indices_are_refused(sharded):
+    write_json(sharded / "model.fp16.safetensors.index.json", {"weight_map": MAP})
+    assert refusal(sharded) == f"BASE has 2 indices: model.fp16.safetensors.index.json, {INDEX}"
+
+
+@pytest.mark.fault(5)
+def test_several_files_without_an_index_are_refused(sharded):
+    (sharded / INDEX).unlink()
+    assert refusal(sharded) == f"BASE has 2 safetensors files and no index: {FIRST}, {SECOND}"
+
+
+@pytest.mark.fault(25)
+def test_pickles_alone_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    assert refusal(tmp_path) == (
+        "BASE has its weights in pickles (pytorch_model.bin), which can run code when they are opened. "
+        "Load it where you trust it and save it again as safetensors"
+    )
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    assert refusal(tmp_path) == "BASE has no safetensors weights"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "method"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unknown"), ("awq", "awq")]
+)
+@pytest.mark.fault(20)
+def test_a_quantised_base_is_refused_with_the_ways_out(tmp_path, quantization, method):
+    single(tmp_path, {"quantization_config": quantization}, fc__weight=[[1]])
+    assert refusal(tmp_path) == (
+        f"BASE is quantised ({method}): its weights are never merged or quantised again silently. "
+        "Merge into the original float model, or dequantise this one first"
+    )
+
+
+def test_a_label_may_be_called_anything(tmp_path):
+    single(tmp_path, {"label2id": {"quantization_config": 1, "auto_map": 2}}, fc__weight=[[1]])
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.specs) == 1
+    assert code_of_its_own(checkpoint.config) == ""
+
+
+@pytest.mark.parametrize(
+    ("table", "what"), [({"id2label": {"0": {"a": 1}}}, "names"), ({"label2id": {"a": [0]}}, "numbers")]
+)
+def test_a_table_of_labels_that_holds_more_is_refused(tmp_path, table, what):
+    single(tmp_path, table, fc__weight=[[1]])
+    assert re.fullmatch(rf"BASE/config.json: \w+ is .*; it must be a table of {what}", refusal(tmp_path))
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path):
+    single(tmp_path, None, fc__weight=np.ones((1, 1)))
+    (tmp_path / "config.json").write_text("{")
+    assert refusal(tmp_path).startswith("BASE/config.json is not JSON")
+
+
+@pytest.mark.parametrize("architectures", ["BertModel", {"a": 1}, [5], 5])
+def test_architectures_that_are_no_list_of_names_are_refused(tmp_path, architectures):
+    single(tmp_path, {"architectures": architectures}, fc__weight=[[1]])
+    assert refusal(tmp_path) == f"BASE/config.json: architectures is {architectures!r}; it must be a list of names"
+
+
+def test_a_config_nested_deeper_than_pythons_stack_is_read_or_refused(tmp_path):
+    single(tmp_path, None, fc__weight=[[1]], c_proj__weight=[[1]])
+    for depth in (400, 5000):
+        (tmp_path / "config.json").write_text('{"a": ' * depth + '{"model_type": "gpt2"}' + "}" * depth)
+        try:
+            layouts = {spec.name: spec.layout for spec in open_checkpoint(tmp_path).specs}
+        except InputRefused as error:
+            assert "nests objects and lists more than 100 deep" in str(error) or "is not JSON" in str(error)
+        else:
+            assert layouts["c_proj.weight"] is Layout.IN_OUT

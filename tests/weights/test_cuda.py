@@ -1,0 +1,481 @@
+"""A merge on a device, by PyTorch: the same as NumPy's, and told where there is none.
+
+All but the CUDA runtime itself runs here on the processor: the same code, with PyTorch's own device for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from support.handmade import base_file, graph_file, peft_adapter
+from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lora_export import cli, formats
+from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.plan import Step
+from lora_export.storage import block_copy
+from lora_export.storage.manifest import read_manifest
+from lora_export.weights import apply_step
+from lora_export.weights import cuda as device
+from lora_export.weights.apply_step import Workshop
+from lora_export.weights.merge_report import StepResult, Tally
+
+CPU = torch.device("cpu")
+A, B = [[1, 2, 3]], [[1], [10]]
+
+
+def by_torch(**parts: Any) -> Workshop:
+    """What `--device cuda` computes with, on the processor."""
+    return device.workshop(CPU, name="the processor, by PyTorch", **parts)
+
+
+@pytest.fixture
+def numpy_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy changes no weight: whatever still comes out was made on the device."""
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise AssertionError("this was for the device")
+
+    monkeypatch.setattr(apply_step, "carry_out", gone)
+
+
+def assert_same_figures(one: StepResult, other: StepResult) -> None:
+    assert (one.weight, one.changed, one.elements) == (other.weight, other.changed, other.elements)
+    for figure in ("relative_change", "retention", "noise"):
+        assert getattr(one, figure) == pytest.approx(getattr(other, figure), rel=1e-5, abs=1e-7), figure
+
+
+# --- the same as NumPy and PEFT ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 16, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True},
+        {"r": 2, "lora_alpha": 1, "rank_pattern": {"square": 8}, "alpha_pattern": {"square": 3}},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["up", "square"], "lora_bias": True},
+        {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "lora_only", "modules_to_save": ["down"]},
+    ],
+)
+def test_a_merge_is_pefts_bit_for_bit_where_no_order_of_sums_matters(tmp_path, dtype, config):
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = trained(net, sixty_fourths, **{"target_modules": ["up", "square", "down"], **config})
+    model.save_pretrained(tmp_path / "adapter")
+    places = tmp_path / "base.safetensors", tmp_path / "adapter"
+    theirs = merged(*places, tmp_path / "numpy")
+    ours = merged(*places, tmp_path / "out", workshop=by_torch())
+    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
+    assert len(ours.results) == len(theirs.results) > 0
+    for one, other in zip(ours.results, theirs.results, strict=True):
+        assert_same_figures(one, other)
+
+
+@pytest.mark.parametrize("block", [100, block_copy.BLOCK])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("what", ["linear layers", "convolutions", "matrices stored (in, out) and embeddings"])
+def test_whatever_has_a_pair_is_changed_on_the_device(tmp_path, monkeypatch, numpy_is_gone, what, use_dora, block):
+    monkeypatch.setattr(block_copy, "BLOCK", block)
+    torch.manual_seed(0)
+    net: nn.Module
+    if what == "convolutions":
+        net, targets = Convolutions(), ["one", "two", "three", "point"]
+    elif what == "linear layers":
+        net, targets = Net(), ["up", "down"]
+    else:
+        config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
+        net, targets = GPT2LMHeadModel(config), ["c_attn", "c_proj", "wte", "wpe"]
+    if isinstance(net, GPT2LMHeadModel):
+        net.save_pretrained(tmp_path / "base")
+    else:
+        save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    base = next(tmp_path.glob("base*"))
+    options = {"r": 4, "lora_alpha": 8, "target_modules": targets}
+    model = dora(net, **options) if use_dora else trained(net, sixty_fourths, **options)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merged(base, tmp_path / "adapter", tmp_path / "out", workshop=by_torch())
+    theirs = model.merge_and_unload().state_dict()
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    changed = nearly_the_same_bits(ours, {name: theirs[name] for name in ours}, net.state_dict())
+    assert changed == {result.weight for result in report.results}
+    assert use_dora or same_bits(ours, {name: theirs[name] for name in ours})
+    assert all(result.retention == pytest.approx(1, abs=1e-4) for result in report.results)
+
+
+def test_two_adapters_are_summed_before_the_one_rounding(tmp_path, numpy_is_gone):
+    # In bf16 256 + 1 is 256, twice; 256 + 2 is 258.
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": [[256.0]]}, ml_dtypes.bfloat16)
+    adapters = [
+        peft_adapter(tmp_path / "one", {"fc": ([[1]], [[1]])}),
+        peft_adapter(tmp_path / "two", {"fc": ([[2]], [[1]])}),
+    ]
+    merged(base, adapters, tmp_path / "out", strengths=(1, 0.5), workshop=by_torch())
+    assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[258]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_a_sum_is_rounded_once_to_the_type_that_was_asked_for(tmp_path, stored, dtype):
+    rng = np.random.default_rng(0)
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": rng.standard_normal((50, 40))}, stored)
+    exact = rng.integers(-63, 64, (2, 4, 50)) / 64
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (exact[0][:, :40], exact[1].T)})
+    merged(base, adapter, tmp_path / "out", dtype=dtype, workshop=by_torch(), min_retention=0)
+    weight = load_file(base)["fc.weight"].astype(np.float32)
+    expected = (weight + np.float32(exact[1].T @ exact[0][:, :40])).astype(dtype)
+    assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tobytes() == expected.tobytes()
+
+
+def ulp(values: NDArray[Any]) -> NDArray[np.float64]:
+    """The step of the type at each value, away from zero."""
+    sizes = np.abs(values)
+    return np.nextafter(sizes, np.array(math.inf, values.dtype)).astype(np.float64) - sizes.astype(np.float64)
+
+
+def assert_as_promised(tmp_path: Path, workshop: Workshop, dtype: Any, *, cancel: bool) -> None:
+    """See the docstring of `device`; `cancel` has W be -ΔW, rounded, so that nothing but rounding is left."""
+    rng, rank, scale = np.random.default_rng(1), 32, 3.0
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((rank, 300), (200, rank)))
+    change = scale * (b.astype(np.float64) @ a)
+    weight = -change if cancel else 20 * rng.standard_normal((200, 300))
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight}, dtype)
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (a, b)}, lora_alpha=scale * rank)
+    for name, options in (("numpy", {}), ("device", {"workshop": workshop})):
+        merged(base, adapter, tmp_path / name, min_retention=0, **options)
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors")["fc.weight"] for name in ("numpy", "device"))
+    before = load_file(base)["fc.weight"].astype(np.float64)
+    sums = np.abs(before) + scale * (np.abs(b).astype(np.float64) @ np.abs(a))
+    order = 2 * (rank + 1) * 2.0**-24 * sums
+    apart = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+    assert (apart <= order + np.maximum(ulp(ours), ulp(theirs)) * (apart > 0)).all()
+    assert (np.abs(ours.astype(np.float64) - (before + change)) <= order + ulp(ours) / 2).all()
+    if not cancel and dtype != np.float32:
+        assert (ours == theirs).mean() > 0.99
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_arbitrary_values_are_numpys_within_what_is_promised(tmp_path, dtype, cancel):
+    assert_as_promised(tmp_path, by_torch(), dtype, cancel=cancel)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_a_device_made_passes_the_audit(tmp_path, dtype):
+    rng = np.random.default_rng(2)
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": rng.standard_normal((200, 300))}, dtype)
+    pair = 0.1 * rng.standard_normal((8, 300)), rng.standard_normal((200, 8))
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": pair}, lora_alpha=3)
+    merged(base, adapter, tmp_path / "out", workshop=by_torch())
+    assert cli.run(["verify", str(tmp_path / "out/model.safetensors"), "--base", str(base), "-a", str(adapter)]) == 0
+
+
+# --- what the device does not do ---
+
+
+def test_what_is_not_for_a_device_is_done_by_numpy(tmp_path, monkeypatch):
+    done: list[str] = []
+    carry_out = apply_step.carry_out
+
+    def heard(step: Step, *rest: Any, **options: Any) -> list[Tally]:
+        done.append(step.weight)
+        return carry_out(step, *rest, **options)
+
+    monkeypatch.setattr(apply_step, "carry_out", heard)
+    tensors = {"fc.weight": np.ones((2, 3)), "head.weight": np.ones((4, 3)), "both.weight": np.ones((2, 3))}
+    wide = {"wide.weight": np.ones((2, 3), np.float64)}
+    base = tmp_path / "base.safetensors"
+    save_file({name: value.astype(np.float32) for name, value in tensors.items()} | wide, base)
+    pairs = dict.fromkeys(("fc", "wide", "both"), (A, B))
+    brought = {"head.weight": np.full((4, 3), 2.0), "both.weight": np.full((2, 3), 5.0)}
+    report = merged(base, peft_adapter(tmp_path / "adapter", pairs, brought), tmp_path / "out", workshop=by_torch())
+    assert sorted(done) == ["both.weight", "head.weight", "wide.weight"]
+    ours = load_file(tmp_path / "out/model.safetensors")
+    assert {name: (value.tolist(), value.dtype) for name, value in ours.items()} == {
+        "fc.weight": ([[2, 3, 4], [11, 21, 31]], np.float32),
+        "wide.weight": ([[2, 3, 4], [11, 21, 31]], np.float64),
+        "both.weight": ([[6, 7, 8], [15, 25, 35]], np.float32),
+        "head.weight": ([[2] * 3] * 4, np.float32),
+    }
+    assert {result.weight for result in report.results} == {f"{name}.weight" for name in pairs}
+
+
+# --- refusals are NumPy's, word for word ---
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype", "options"),
+    [
+        ([[60000.0, 1.0]], np.float16, {}),  # a sum that the type cannot hold
+        ([[math.nan, 1.0]], np.float32, {}),
+        ([[256.0, 1024.0]], ml_dtypes.bfloat16, {"min_retention": 0.9}),
+        ([[-10000.0, -10000.0]], np.float32, {"use_dora": True}),  # an output of DoRA's without a direction
+    ],
+)
+def test_what_numpy_refuses_is_refused_in_the_same_words(tmp_path, weight, dtype, options):
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight}, dtype)
+    small = dtype == ml_dtypes.bfloat16
+    config = {"use_dora": True} if options.pop("use_dora", False) else {}
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[1, 1]], [[0.9 if small else 10000]])}, **config)
+    if config:
+        file = adapter / "adapter_model.safetensors"
+        lengths = {"base_model.model.fc.lora_magnitude_vector": np.ones(1, np.float32)}
+        save_file(load_file(file) | lengths, file)
+    said = []
+    for name, workshop in (("numpy", None), ("device", by_torch())):
+        with pytest.raises(InputRefused) as refusal:
+            merged(base, adapter, tmp_path / name, workshop=workshop, **options)
+        said.append(str(refusal.value))
+    assert said[0] == said[1] and "fc.weight" in said[0]
+
+
+def test_what_cuda_complains_of_is_the_environments(tmp_path, monkeypatch):
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((2, 3))})
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)})
+
+    def broken(error: Exception) -> Any:
+        def fail(*_: Any) -> Any:
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(torch, "mm", broken(RuntimeError("CUDA error: an illegal memory access\nsee CUDA_LAUNCH")))
+    with pytest.raises(EnvironmentLacking, match=r"^fc\.weight: CUDA error: an illegal memory access\. `lora-"):
+        merged(base, adapter, tmp_path / "one", workshop=by_torch())
+    monkeypatch.setattr(torch, "mm", broken(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):  # which the command line knows
+        merged(base, adapter, tmp_path / "two", workshop=by_torch())
+    monkeypatch.setattr(torch, "mm", broken(RuntimeError("a bug of ours")))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        merged(base, adapter, tmp_path / "three", workshop=by_torch())
+
+
+# --- memory, streams and factors ---
+
+
+class Queue:
+    """A stream that does nothing before it is waited for."""
+
+    made: list[Queue]
+
+    def __init__(self) -> None:
+        self.thread, self.waited = threading.get_ident(), 0
+        Queue.made.append(self)
+
+    def synchronize(self) -> None:
+        assert self.thread == threading.get_ident() and Queue.inside[self.thread] is self
+        self.waited += 1
+
+    inside: dict[int, Queue | None]
+
+    @staticmethod
+    @contextlib.contextmanager
+    def entered(queue: Queue) -> Iterator[None]:
+        thread = threading.get_ident()
+        assert queue.thread == thread and Queue.inside.get(thread) is None
+        Queue.inside[thread] = queue
+        yield
+        Queue.inside[thread] = None
+
+
+def test_each_thread_computes_in_a_stream_of_its_own_and_waits_for_it(tmp_path, monkeypatch):
+    Queue.made, Queue.inside = [], {}
+    desks: list[int] = []
+
+    def memory(count: int) -> NDArray[np.uint8]:
+        desks.append(count)
+        return np.empty(count, np.uint8)
+
+    monkeypatch.setattr(block_copy, "BLOCK", 400)
+    base = base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((300, 50))})
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((2, 50)), np.ones((300, 2)))})
+    workshop = by_torch(streams=Queue, inside=Queue.entered, memory=memory)
+    assert workshop.threads == block_copy.default_threads() + device.SLEEPING
+    merged(base, adapter, tmp_path / "out", workshop=workshop)
+    assert len({queue.thread for queue in Queue.made}) == len(Queue.made) <= workshop.threads
+    assert sum(queue.waited for queue in Queue.made) == 150  # two rows of 50 a block
+    assert desks == [800] * (workshop.threads + block_copy.AHEAD)
+    assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[3] * 50] * 300
+
+
+def test_a_and_b_are_brought_over_once_and_not_kept_for_ever(tmp_path, monkeypatch):
+    brought: list[str] = []
+    make = device.Arithmetic._factors
+    monkeypatch.setattr(
+        device.Arithmetic, "_factors", lambda self, step: (brought.append(step.weight), make(self, step))[1]
+    )
+    monkeypatch.setattr(block_copy, "BLOCK", 400)
+    names = [f"fc{number}" for number in range(3 * device.STEPS_AT_ONCE)]
+    base = base_file(tmp_path / "base.safetensors", {f"{name}.weight": np.ones((20, 50)) for name in names})
+    pairs = {name: (np.ones((2, 50)), np.ones((20, 2))) for name in names}
+    arithmetic = device.Arithmetic(CPU)
+    merged(
+        base,
+        peft_adapter(tmp_path / "adapter", pairs),
+        tmp_path / "out",
+        workshop=Workshop(arithmetic.carry_out, threads=1),
+    )
+    assert sorted(brought) == sorted(f"{name}.weight" for name in names)
+    assert arithmetic.factors.cache_info().currsize == device.STEPS_AT_ONCE
+
+
+def test_cuda_is_asked_for_pinned_memory_for_streams_and_not_for_tf32(monkeypatch):
+    wanted: dict[str, Any] = {}
+    monkeypatch.setattr(device, "require_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"number {place.index}")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda place: wanted.setdefault("stream", place))
+    monkeypatch.setattr(torch, "empty", lambda count, **options: (wanted.update(options), torch.zeros(count))[1])
+    torch.backends.cuda.matmul.allow_tf32 = True  # monkeypatch cannot take it back
+    with device.cuda() as workshop:
+        assert torch.backends.cuda.matmul.allow_tf32 is False
+        assert workshop.device == "cuda (number 3)" and len(workshop.memory(16)) == 16
+        arithmetic = workshop.carry_out.__self__
+        assert arithmetic.stream == arithmetic.device == torch.device("cuda", 3)
+        assert arithmetic.inside is torch.cuda.stream
+    was, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    assert was is True
+    assert wanted == {"stream": torch.device("cuda", 3), "dtype": torch.uint8, "pin_memory": True}
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a base as a folder and as a graph, and an adapter."""
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", {"fc.weight": np.arange(6).reshape(2, 3), "norm.weight": [1, 1]})
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    graph_file(tmp_path / "base.onnx", {"fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T.copy()})
+    peft_adapter(tmp_path / "adapter", {"fc": (A, B)})
+    return tmp_path
+
+
+def merge(place: Path, base: str, out: str, *options: str) -> int:
+    return cli.run(["merge", str(place / base), str(place / "adapter"), "-o", str(place / out), *options])
+
+
+@pytest.mark.fault(43)
+@pytest.mark.parametrize("base", ["base", "base.onnx"])
+@pytest.mark.parametrize(
+    ("cuda", "is_there", "override", "told"),
+    [
+        (None, False, "", f"this PyTorch ({torch.__version__}) is built without CUDA: https://pytorch.org"),
+        ("13.0", False, "", "PyTorch (for CUDA 13.0) finds no GPU. `lora-export doctor --provider cuda` says what"),
+        ("13.0", True, "1", "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_exit_6_before_anything_is_read(
+    place, capsys, monkeypatch, base, cuda, is_there, override, told
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    monkeypatch.setattr(formats, "load", lambda *_, **__: pytest.fail("it read the adapter"))
+    for options in ((), ("--dry-run",)):
+        assert merge(place, base, "out", "--device", "cuda", *options) == 6
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(f"Error: {told}") and said.err.count("\n") == 1
+    assert {path.name for path in place.iterdir()} == {"base", "base.onnx", "adapter"}
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor in a GPU's place."""
+    monkeypatch.setattr(device, "require_cuda", lambda: None)
+    monkeypatch.setattr(device, "cuda", lambda: contextlib.nullcontext(by_torch()))
+
+
+@pytest.mark.usefixtures("a_gpu", "numpy_is_gone")
+def test_a_folder_is_merged_on_the_device_and_says_so(place):
+    assert merge(place, "base", "out", "--device", "cuda") == 0
+    assert load_file(place / "out/model.safetensors")["fc.weight"].tolist() == [[1, 3, 5], [13, 24, 35]]
+    assert read_manifest(place / "out")["settings"]["device"] == "the processor, by PyTorch"
+
+
+def test_the_processor_is_not_recorded(place):
+    assert merge(place, "base", "out", "--device", "cpu") == 0
+    assert "device" not in read_manifest(place / "out")["settings"]
+
+
+@pytest.mark.usefixtures("a_gpu", "numpy_is_gone")
+def test_a_graph_is_merged_on_the_device_and_says_so(place):
+    from lora_export.graph import onnx_file as graphs
+
+    assert merge(place, "base.onnx", "out.onnx", "--device", "cuda") == 0
+    after = graphs.load(place / "out.onnx")
+    assert after.graph.initializers["fc.weight"].const_value.numpy().T.tolist() == [[1, 3, 5], [13, 24, 35]]
+    assert json.loads(after.metadata_props["lora_export"])["settings"]["device"] == "the processor, by PyTorch"
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_block_of_a_packed_matrix_is_changed_on_the_device(tmp_path, capsys, monkeypatch, use_dora):
+    from test_graph_merge import test_a_block_of_a_packed_matrix_changes_and_its_neighbours_keep_their_bytes as by_numpy
+
+    lines: list[list[str]] = []
+    run = cli.run
+    monkeypatch.setattr(cli, "run", lambda line: (lines.append(line), run([*line, "--device", "cuda"]))[1])
+    monkeypatch.setattr(apply_step, "add_into", lambda *_: pytest.fail("NumPy changed a weight"))
+    monkeypatch.setattr(block_copy, "BLOCK", 1000)
+    by_numpy(tmp_path, "all.data", use_dora, capsys)
+    assert len(lines) == 1
+
+
+def test_without_a_device_no_torch_is_loaded(place):
+    line = ["merge", str(place / "base"), str(place / "adapter"), "-o", str(place / "out")]
+    code = f"import sys; from lora_export import cli; print(cli.run({line}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
+
+
+# --- a real GPU ---
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cancel", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_a_gpu_keeps_the_promise(tmp_path, dtype, cancel):
+    if not torch.cuda.is_available():
+        pytest.skip("onnxruntime's CUDA provider runs here, but this PyTorch sees no GPU")
+    with device.cuda() as workshop:
+        assert_as_promised(tmp_path, workshop, dtype, cancel=cancel)
+        assert workshop.device.startswith("cuda (")
+        assert torch.from_numpy(workshop.memory(1 << 20)).is_pinned()
+
+
+@pytest.mark.cuda
+def test_a_whole_model_is_merged_on_a_gpu_as_on_the_processor(tmp_path, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("onnxruntime's CUDA provider runs here, but this PyTorch sees no GPU")
+    monkeypatch.setattr(block_copy, "BLOCK", 1 << 16)  # many blocks under way at once
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40))).bfloat16()
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    model = trained(net, sixty_fourths, r=8, lora_alpha=8, target_modules=[str(number) for number in range(40)])
+    model.save_pretrained(tmp_path / "adapter")
+    with device.cuda() as workshop:
+        merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", workshop=workshop)
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    assert same_bits(ours, model.merge_and_unload().state_dict())

@@ -1,0 +1,52 @@
+"""What a merge takes of a machine's memory: the same for a base of any size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import peak
+from support.handmade import peft_adapter
+
+WIDTH = 4096
+LIMIT = 160  # MiB
+
+
+def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of bf16 zeros that takes no room on the disk."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + offset)
+    return path
+
+
+@pytest.mark.slow
+def test_a_base_ten_times_as_large_takes_no_more_memory(tmp_path):
+    peaks, sizes = [], []
+    # The adapter stands in memory: the ranks are such that both have as many numbers.
+    for name, rows, rank, kept in (("small", 14_000, 127, 2_800), ("large", 140_000, 16, 28_000)):
+        shapes = {"head.weight": (rows, WIDTH), **{f"kept.{number}": (kept, WIDTH) for number in range(32)}}
+        base = hollow(tmp_path / f"{name}.safetensors", shapes)
+        rng = np.random.default_rng(0)
+        pair = rng.standard_normal((rank, WIDTH)), rng.standard_normal((rows, rank))
+        adapter, out = peft_adapter(tmp_path / name, {"head": pair}), tmp_path / "out.safetensors"
+        run = peak.run([sys.executable, "-m", "lora_export", "merge", base, adapter, "-o", out])
+        assert run.code == 0
+        peaks.append(run.peak)
+        sizes.append(base.stat().st_size)
+        out.unlink()
+    assert sizes[1] > 8e9 and sizes[1] > 9.99 * sizes[0]
+    print(f"peak memory for {sizes[0] / 1e9:.2f} and {sizes[1] / 1e9:.2f} GB: {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
+    assert max(peaks) <= LIMIT
+    assert abs(peaks[1] - peaks[0]) < 8  # MiB

@@ -1,0 +1,138 @@
+"""What a head that came with an adapter means for the config, on configs written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.lora import Adapter
+from lora_export.weights.task_head import config_for_labels, config_with_heads
+
+BASE = {"architectures": ["BertModel"], "hidden_size": 4}
+LABELS_OF_3 = {
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+}
+
+
+def adapter(
+    task: str | None = "SEQ_CLS", *, whole: str = "classifier.weight", rows: int = 3, **metadata: Any
+) -> Adapter:
+    replaced = {whole: np.ones((rows, 4), np.float32)} if whole else {}
+    return Adapter("a", "peft", {}, replaced=replaced, metadata={"task_type": task, **metadata})
+
+
+def test_a_classifiers_class_and_labels_come_from_the_task_and_the_heads_rows():
+    assert config_with_heads(BASE, [adapter()]) == {
+        "architectures": ["BertForSequenceClassification"],
+        "hidden_size": 4,
+        **LABELS_OF_3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("SEQ_CLS", "BertForSequenceClassification"),
+        ("TOKEN_CLS", "BertForTokenClassification"),
+        ("QUESTION_ANS", "BertForQuestionAnswering"),
+    ],
+)
+def test_each_task_has_its_class(task, name):
+    assert config_with_heads(BASE, [adapter(task, whole="head.weight")])["architectures"] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("BertModel", "Bert"),
+        ("BertForMaskedLM", "Bert"),
+        ("BertLMHeadModel", "Bert"),
+        ("GPT2LMHeadModel", "GPT2"),
+        ("GPT2DoubleHeadsModel", "GPT2"),
+        ("XLMWithLMHeadModel", "XLM"),
+        ("T5EncoderModel", "T5"),
+        ("LlamaForCausalLM", "Llama"),
+        ("BartForConditionalGeneration", "Bart"),
+        ("DistilBertForSequenceClassification", "DistilBert"),
+    ],
+)
+def test_the_classs_stem_is_found_in_whatever_head_the_base_had(name, stem):
+    config = config_with_heads({"architectures": [name]}, [adapter()])
+    assert config["architectures"] == [f"{stem}ForSequenceClassification"]
+
+
+@pytest.mark.parametrize(
+    "whole",
+    ["score.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight", "x.classifier.weight"],
+)
+def test_labels_are_counted_wherever_a_classifier_keeps_them(whole):
+    assert config_with_heads(BASE, [adapter(whole=whole)])["id2label"] == LABELS_OF_3["id2label"]
+
+
+def test_what_was_recorded_with_the_adapter_is_believed():
+    recorded = {
+        "architectures": ["BertForSequenceClassification"],
+        "id2label": {"0": "bad", "1": "good", "2": "ugly"},
+        "label2id": {"bad": 0, "good": 1, "ugly": 2},
+        "problem_type": "single_label_classification",
+    }
+    assert config_with_heads(BASE, [adapter(None, model_config=recorded)]) == {"hidden_size": 4, **recorded}
+
+
+def test_of_what_was_recorded_only_what_there_is_is_taken():
+    recorded = {"id2label": {"0": "a"}, "hidden_size": 9}
+    assert config_with_heads(BASE, [adapter(None, model_config=recorded)]) == {**BASE, "id2label": {"0": "a"}}
+
+
+def test_labels_are_counted_in_the_last_layer_of_a_deeper_head():
+    deeper = adapter(whole="classifier.out_proj.weight", rows=3)
+    wholes = {"classifier.dense.weight": np.ones((8, 8), np.float32), **deeper.replaced}
+    config = config_with_heads(BASE, [Adapter("a", "peft", {}, replaced=wholes, metadata=deeper.metadata)])
+    assert config["id2label"] == LABELS_OF_3["id2label"]
+
+
+def test_a_base_that_has_the_head_already_keeps_its_labels_names():
+    named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+    assert config_with_heads(named, [adapter(rows=3)]) == named
+    assert config_with_heads(named, [adapter(rows=2)])["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        [],
+        [adapter(whole="")],  # nothing is replaced
+        [adapter("CAUSAL_LM", whole="lm_head.weight")],
+        [adapter(None)],
+    ],
+)
+def test_without_a_task_head_the_config_stays_as_it_is(adapters):
+    config = config_with_heads(BASE, adapters)
+    assert config == BASE and config is not BASE
+
+
+def test_a_base_without_a_config_gets_none():
+    assert config_with_heads({}, [adapter()]) == {}
+
+
+@pytest.mark.parametrize("architectures", [None, [], "BertModel", [5]])
+def test_a_base_of_unknown_class_gets_the_labels_only(architectures):
+    config = {"architectures": architectures}
+    assert config_with_heads(config, [adapter()]) == config | LABELS_OF_3
+
+
+def test_a_fresh_classifier_has_the_labels_it_is_given():
+    assert config_for_labels({**BASE, "id2label": {"0": "old"}}, ["good", "bad"]) == {
+        "architectures": ["BertForSequenceClassification"],
+        "hidden_size": 4,
+        "id2label": {"0": "good", "1": "bad"},
+        "label2id": {"good": 0, "bad": 1},
+    }
+
+
+@pytest.mark.parametrize("named", [3, "abc", ["a", "b", "c"]])
+def test_labels_of_a_base_that_are_no_table_are_replaced(named):
+    assert config_with_heads({**BASE, "id2label": named}, [adapter(rows=3)])["id2label"] == LABELS_OF_3["id2label"]
