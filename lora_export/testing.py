@@ -50,7 +50,7 @@ def assert_parity(
 
     `candidate` is a file as `lora-export verify` takes it, or a module in memory; `model` a Hugging Face folder,
     `file.py:factory`, a .pt2, or a module with its example inputs. `inputs` is an .npz to check on too; `cache` a
-    folder where the referee's answers are kept from run to run. Everything else is as in the command.
+    folder where the reference's answers are kept from run to run. Everything else is as in the command.
     Returns the proof.
     Raises what the command ends with for inputs that are refused (InputRefused) and for a provider that does not
     do the work (EnvironmentLacking): neither says anything about the candidate.

@@ -27,7 +27,7 @@ from lora_export.errors import InputRefused
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
     from lora_export.plan import Plan, TensorSpec
-    from lora_export.weights.apply_step import Workshop
+    from lora_export.weights.apply_step import Backend
     from lora_export.weights.checkpoint import Checkpoint
     from lora_export.weights.merge_report import MergeReport
 
@@ -129,7 +129,7 @@ def command(
     inputs = [base, *(split_name(adapter)[1] for adapter in adapters)]
     size = work.size(steps)
     with (
-        on_device or contextlib.nullcontext() as workshop,
+        on_device or contextlib.nullcontext() as backend,
         work.stage(output, inputs=inputs, overwrite=overwrite, needs=size, say=say) as folder,
         byte_progress("merging", size) as progress,
     ):
@@ -140,7 +140,7 @@ def command(
             min_retention=min_retention,
             hashing=hashing,
             progress=progress,
-            workshop=workshop,
+            backend=backend,
         )
         if not ledger.replaced and not any(result.changed for result in ledger.results):
             raise InputRefused("the merge would change no entry of any weight: rounding takes all of it")
@@ -153,10 +153,10 @@ def command(
     if as_json:
         click.echo(json.dumps({"output": str(output), **report.as_dict(ledger)}))
     else:
-        report.print_ledger(report.console(), ledger, output)
+        report.print_merge_report(report.console(), ledger, output)
 
 
-def _gpu() -> AbstractContextManager[Workshop]:
+def _gpu() -> AbstractContextManager[Backend]:
     """The GPU, once it is known to answer: told before anything is read."""
     from lora_export.weights import cuda
 

@@ -57,7 +57,9 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
 @provider_option
 @dtype_option
 @inputs_option
-@click.option("--atol", type=click.FloatRange(min=0), help="Demand |candidate - referee| <= atol + rtol·|referee| too.")
+@click.option(
+    "--atol", type=click.FloatRange(min=0), help="Require |candidate - reference| <= atol + rtol·|reference|."
+)
 @click.option("--rtol", type=click.FloatRange(min=0), help="See --atol.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs.")
 @click.option(
@@ -72,7 +74,7 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="FOLDER",
-    help="Keep there what the fp64 referee says, and ask it only once for the same model, adapters and inputs.",
+    help="Keep there what the fp64 reference says, and ask it only once for the same model, adapters and inputs.",
 )
 @click.option(
     "--trace", is_flag=True, help="Compare every module, whatever the verdict; `different` is followed without it too."

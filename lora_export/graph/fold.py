@@ -15,7 +15,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.readers import Site, readers, tensor_of
 from lora_export.graph.sites import FOLDED_FROM, Sites, unused, value_names
 from lora_export.plan import Layout, Plan, Step
-from lora_export.weights.merge_report import StepResult, Tally
+from lora_export.weights.merge_report import Statistics, StepResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +85,17 @@ def refuse_quantised(step: Step, sites: Sites) -> None:
 def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | None:
     """Carry out one step on every initializer that holds its weight; None where a whole tensor takes its place."""
     refuse_quantised(step, sites)
-    tally = Tally(step.weight)
+    statistics = Statistics(step.weight)
     for landing in land(model, sites, step):
-        tally.merge(change_in_memory(landing))
-    return None if step.is_whole else tally.result()
+        statistics.merge(change_in_memory(landing))
+    return None if step.is_whole else statistics.result()
 
 
-def change_in_memory(landing: Landing) -> Tally:
+def change_in_memory(landing: Landing) -> Statistics:
     """Carry out a landing; what was counted is empty where a whole tensor came. Raises InputRefused as `fold` does."""
     tensor, step = landing.value.const_value, landing.step
     assert tensor is not None
-    before, tally = tensor.numpy()[landing.where], Tally(step.weight)
+    before, statistics = tensor.numpy()[landing.where], Statistics(step.weight)
     turned = step.spec.layout.is_turned
     start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
@@ -105,7 +105,7 @@ def change_in_memory(landing: Landing) -> Tally:
             view = start.T if turned else start  # (out, in, ...)
             total, change = step.carried_out(view)
             after = total.astype(before.dtype)
-            tally.count(view, change, after)
+            statistics.count(view, change, after)
             after = after.T if turned else after
     refuse_overflow(step.weight, after, before=before)
     if landing.is_block:  # its neighbours keep their bytes
@@ -113,7 +113,7 @@ def change_in_memory(landing: Landing) -> Tally:
         whole[landing.where] = after
         after = whole
     landing.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=landing.value.name)
-    return tally
+    return statistics
 
 
 def land(model: ir.Model, sites: Sites, step: Step) -> list[Landing]:

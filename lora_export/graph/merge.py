@@ -41,8 +41,8 @@ from lora_export.storage.atomic_output import data_name
 from lora_export.storage.block_copy import Block, Bytes, Hashes
 from lora_export.storage.safetensors_file import PAGE, Entry
 from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Move, Patch, Workshop
-from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
+from lora_export.weights.apply_step import Backend, Move, Patch
+from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, Statistics, StepResult, refuse_faint
 
 WAYS_OUT = (
     "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
@@ -89,7 +89,7 @@ def merge_graph(
     hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
     requantise: bool = False,
-    workshop: Workshop | None = None,
+    backend: Backend | None = None,
 ) -> MergeReport:
     """Carry out a plan over the graph of a file, into the folder `stage` (see `staging.stage_file`).
 
@@ -97,13 +97,13 @@ def merge_graph(
     content. Only the plan's weights change; whoever shared one of their tensors gets an initializer of its own.
     The graph's properties stay, and say where it comes from; its exporter's notes on this machine go (`strip`).
     With `requantise`, quantised weights are quantised again in the scheme that they have; else they are refused.
-    `workshop` is who changes float weights that lie in files, NumPy unless told (see `device`).
+    `backend` is who changes float weights that lie in files, NumPy unless told (see `device`).
     Peak memory is the graph without its weights and a few blocks. The graph in `graph.model` is used up.
 
     Raises InputRefused when an adapter is in the graph already, a value is not finite, a file changes meanwhile, or
     a weight keeps less than `min_retention` of its change.
     """
-    begun, workshop = time.perf_counter(), workshop or Workshop()
+    begun, backend = time.perf_counter(), backend or Backend()
     written = write_merged(
         plan,
         graph,
@@ -114,10 +114,10 @@ def merge_graph(
         hashing=hashing,
         progress=progress,
         requantise=requantise,
-        workshop=workshop,
+        backend=backend,
     )
     settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
-    settings |= workshop.settings
+    settings |= backend.settings
     record = provenance.record(plan, written.sources, graph.history, settings)
     append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
@@ -151,11 +151,11 @@ def write_merged(
     hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
     requantise: bool = False,
-    workshop: Workshop | None = None,
+    backend: Backend | None = None,
 ) -> Written:
     """As `merge_graph`, but for the record of it, and for the look at files that change meanwhile."""
     refuse_before_the_work(plan, graph, sites, requantise=requantise)
-    ledger = _Ledger(hashing, progress, workshop or Workshop())
+    ledger = _Ledger(hashing, progress, backend or Backend())
     with threadpool_limits(1, user_api="blas"):
         landed = _land(plan, graph.model, sites, ledger)
     strip(graph.model)
@@ -169,7 +169,7 @@ def write_merged(
         parts = _graph_parts(graph.model, [weight for weight in weights if weight.source == own])
         with (stage / file_name).open("xb") as target:
             ledger.sources[own] = _carry(own, target, parts, Hashes(hashing), ledger)
-    results = [tally.result() for tally in ledger.tallies.values()]
+    results = [statistics.result() for statistics in ledger.tallies.values()]
     refuse_faint(results, min_retention, WAYS_OUT)
     return Written(
         tuple(results),
@@ -198,13 +198,13 @@ def refuse_before_the_work(plan: Plan, graph: GraphFile, sites: Sites, *, requan
 class _Ledger:
     """What is heard while the files are written, and who changes the weights."""
 
-    def __init__(self, hashing: str, progress: Progress, workshop: Workshop):
-        self.hashing, self.progress, self.workshop = hashing, progress, workshop
-        self.tallies: dict[str, Tally] = {}
+    def __init__(self, hashing: str, progress: Progress, backend: Backend):
+        self.hashing, self.progress, self.backend = hashing, progress, backend
+        self.tallies: dict[str, Statistics] = {}
         self.sources: dict[Path, str] = {}  # hashes
 
-    def tally(self, weight: str) -> Tally:
-        return self.tallies.setdefault(weight, Tally(weight))
+    def statistics(self, weight: str) -> Statistics:
+        return self.tallies.setdefault(weight, Statistics(weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,9 +225,9 @@ def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> _Landed
             elif isinstance(landing.value.const_value, ir.ExternalTensor):
                 landed.landings.setdefault(landing.value, []).append(landing)  # `rewrite` will do it
             else:
-                tally = change_in_memory(landing)
+                statistics = change_in_memory(landing)
                 if not step.is_whole:
-                    ledger.tally(step.weight).merge(tally)
+                    ledger.statistics(step.weight).merge(statistics)
     for value, there in quantised.items():
         weight, places = take_over(model, value, there)
         for part, place in places.items():
@@ -235,8 +235,8 @@ def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> _Landed
                 landed.parts[place] = weight, part
                 continue
             place.const_value, tallies = weight.made(part)
-            for tally in tallies:
-                ledger.tally(tally.weight).merge(tally)
+            for statistics in tallies:
+                ledger.statistics(statistics.weight).merge(statistics)
     return landed
 
 
@@ -334,12 +334,12 @@ def _put(value: ir.Value, location: str, offset: int, length: int) -> None:
 def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashes, ledger: _Ledger) -> str:
     """Write parts of a file; returns the hash of all of the source, of which the parts' weights are."""
     with source.open("rb") as reader:
-        blocks = _blocks(source, reader.fileno(), target.fileno(), parts, ledger.workshop)
+        blocks = _blocks(source, reader.fileno(), target.fileno(), parts, ledger.backend)
         weights = [part.weight for part in parts if part.weight is not None]
         room = max(apply_step.room(weight.move for weight in weights), *(_room(weight) for weight in weights), 0)
-        for block, found in ledger.workshop.transfer(source, target.fileno(), blocks, hashes, room=room):
-            for tally in found or ():
-                ledger.tally(tally.weight).merge(tally)
+        for block, found in ledger.backend.transfer(source, target.fileno(), blocks, hashes, room=room):
+            for statistics in found or ():
+                ledger.statistics(statistics.weight).merge(statistics)
             ledger.progress(block.end - block.place)
     return hashes.source.hexdigest()
 
@@ -348,7 +348,7 @@ def _room(weight: _Weight) -> int:
     return weight.part[0].room(weight.part[1]) if weight.part is not None else 0
 
 
-def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part], workshop: Workshop) -> Iterator[Block]:
+def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part], backend: Backend) -> Iterator[Block]:
     """The parts in their order, and the source in its own, every byte of it once."""
     cursor = place = 0  # how far the source was read, and the target written
     for run in _runs(parts):
@@ -364,7 +364,7 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part], w
             blocks = requantised.blocks(part, start, first.place)
         else:
             there = replace(first.weight.old, start=first.place, stop=place)
-            blocks = apply_step.changed_blocks(source, read_fd, first.weight.move, there, workshop)
+            blocks = apply_step.changed_blocks(source, read_fd, first.weight.move, there, backend)
         if start < cursor:  # it was read before: for another reader of the same bytes, say
             blocks = map(functools.partial(_aside, source, read_fd, cursor), blocks)
         else:
@@ -416,10 +416,10 @@ def _write_literal(piece: bytes, _source: Bytes, target: Bytes, _spare: Bytes) -
 def _aside(source: Path, read_fd: int, cursor: int, block: Block) -> Block:
     """A block that fetches its own source, which is not hashed with it."""
 
-    def work(_: Bytes, target: Bytes, spare: Bytes) -> list[Tally]:
+    def work(_: Bytes, target: Bytes, spare: Bytes) -> list[Statistics]:
         before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
         block_copy.read(source, read_fd, before, block.start)
-        found: list[Tally] = block.work(before, target, spare) if block.work is not None else []
+        found: list[Statistics] = block.work(before, target, spare) if block.work is not None else []
         return found
 
     return Block(cursor, cursor, block.place, block.end, work=work, shared=block.shared)

@@ -228,7 +228,7 @@ def settle(
     """Turn every branch into a weight: W + ΔW in the module's own precision, rounded once to its `stored` dtype.
 
     `stored` maps names of tensors, those that no branch changes included, to NumPy dtypes, or to what rounds them
-    (to the nearest that a quantised weight's scales allow); a tensor that it lacks is not rounded. For a referee in
+    (to the nearest that a quantised weight's scales allow); a tensor that it lacks is not rounded. For a reference in
     fp64, this is what a merged file should hold, computed without the merge's arithmetic. Where a sum lies so near
     the middle of two neighbours that fp32 may take either, the one that stands in `chosen` is taken. Nothing is
     attached any more then. `factor` and `turn_whole` are those of `strength`; whole tensors are kept.

@@ -137,7 +137,7 @@ def print_plan(to: Console, plan: Plan) -> None:
     _say(to, str(plan))
 
 
-def print_ledger(to: Console, ledger: Ledger, output: Path | None = None) -> None:
+def print_merge_report(to: Console, ledger: Ledger, output: Path | None = None) -> None:
     """What a merge did, in a line, and the weights that lost most of their change to rounding."""
     speed = f" ({decimal(int(ledger.bytes / ledger.seconds))}/s)" if ledger.seconds > 0 else ""
     where = f" to {files.shown(output)}" if output else ""

@@ -60,7 +60,7 @@ class ModuleRunner:
 
 
 @dataclass
-class Referee:
+class Fp64Runner:
     """A module in fp64, really: what it computes in fp32 or a half inside is lifted to fp64 too.
 
     `stayed` collects the operators that produced less than fp64 all the same, for the report.

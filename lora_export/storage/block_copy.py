@@ -83,14 +83,14 @@ class Hashes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Desk:
+class _Buffers:
     """The memory that one block lies in, from when it is read until it is hashed."""
 
     source: Bytes
     target: Bytes
 
     @classmethod
-    def of(cls, room: int, memory: Memory) -> _Desk:
+    def of(cls, room: int, memory: Memory) -> _Buffers:
         whole = memory(2 * room)  # one allocation: from 4 MiB on NumPy asks for huge pages
         return cls(whole[:room], whole[room:])
 
@@ -127,19 +127,19 @@ def transfer(
     Raises InputRefused where the source ends too early, and whatever a block's work raises.
     """
     threads = threads or default_threads()
-    idle = [_Desk.of(room, memory) for _ in range(threads + AHEAD)]
+    idle = [_Buffers.of(room, memory) for _ in range(threads + AHEAD)]
     spares = [np.empty(2 * room, np.uint8) for _ in range(threads)]  # the one given back last is the warm one
-    waiting: deque[tuple[Block, _Desk, Future[Any]]] = deque()
+    waiting: deque[tuple[Block, _Buffers, Future[Any]]] = deque()
     written = kicked = 0
     with source.open("rb") as reader, ThreadPoolExecutor(threads) as pool:
 
         def take() -> tuple[Block, Any]:
-            block, desk, future = waiting.popleft()
+            block, buffers, future = waiting.popleft()
             found = future.result()
-            before = desk.source[: block.stop - block.start]
+            before = buffers.source[: block.stop - block.start]
             hashes.source.update(before)
-            hashes.target.update(desk.result(block))
-            idle.append(desk)
+            hashes.target.update(buffers.result(block))
+            idle.append(buffers)
             return block, found
 
         try:
@@ -151,9 +151,9 @@ def transfer(
                         pool.submit(_start_writing, target_fd, kicked, written - kicked)
                         kicked = written
                     yield done, found
-                desk = idle.pop()
+                buffers = idle.pop()
                 waiting.append(
-                    (block, desk, pool.submit(_make, source, reader.fileno(), target_fd, block, desk, spares))
+                    (block, buffers, pool.submit(_make, source, reader.fileno(), target_fd, block, buffers, spares))
                 )
             while waiting:
                 yield take()
@@ -162,17 +162,17 @@ def transfer(
     _start_writing(target_fd, kicked, 0)
 
 
-def _make(source: Path, read_fd: int, target_fd: int, block: Block, desk: _Desk, spares: list[Bytes]) -> Any:
-    found, before = None, desk.source[: block.stop - block.start]
+def _make(source: Path, read_fd: int, target_fd: int, block: Block, buffers: _Buffers, spares: list[Bytes]) -> Any:
+    found, before = None, buffers.source[: block.stop - block.start]
     read(source, read_fd, before, block.start)
     if block.work is not None:
         spare = spares.pop()
         try:
-            found = block.work(before, desk.result(block), spare)
+            found = block.work(before, buffers.result(block), spare)
         finally:
             spares.append(spare)
     if not block.shared:
-        write(target_fd, desk.result(block).data, block.place)
+        write(target_fd, buffers.result(block).data, block.place)
     return found
 
 

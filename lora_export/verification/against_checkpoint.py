@@ -109,7 +109,7 @@ class Audit:
                 )
             )
             controls = [told for weight in changed for told in weight.controls.values()]
-            lines.append(f"{len(controls)} wrong sums (an adapter left out, louder, transposed) were told from it")
+            lines.append(f"{len(controls)} wrong sums (an adapter left out, scaled, transposed) were told from it")
         return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """A graph with adapters, proven against the graph that it was made from: two ways of computing one thing.
 
-Without a PyTorch model there is no other truth than the base graph's own. The referee is that graph with the
-adapters in it by another way than the candidate's (`graph.referee`), computed in fp64 (`graph.wide`) with
+Without a PyTorch model there is no other truth than the base graph's own. The reference is that graph with the
+adapters in it by another way than the candidate's (`graph.reference`), computed in fp64 (`graph.wide`) with
 onnxruntime's optimisations off; the same graph as it is, in its own types and optimised, says how exactly
 float arithmetic can be here. What both ways share is where a weight lies in the graph, and what the adapter holds.
 
@@ -45,10 +45,10 @@ from lora_export.verification.references import graph
 from lora_export.verification.references.graph_fp64 import late_weights, widen
 from lora_export.weights.checkpoint import Checkpoint
 
-LOUDER = 1.1  # the control's factor on every scale
+CONTROL_SCALE = 1.1  # the control's factor on every scale
 PEER = "the other graph"
 MERGED = "its own error is that of W + ΔW at each weight, where that is the larger one: ΔW is large beside W"
-GRAPHS = "graph against graph, no PyTorch model was given (--model): the referee is the base graph"
+GRAPHS = "graph against graph, no PyTorch model was given (--model): the reference is the base graph"
 LOW = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 UNDEFINED = ir.DataType.UNDEFINED
 TYPES = {"tensor(float)": ir.DataType.FLOAT, "tensor(float16)": ir.DataType.FLOAT16} | {
@@ -111,10 +111,10 @@ class GraphJudge:
         peer = self._runner(ways.deployed(), PEER)
         deployed = {name: peer.run(arrays) for name, arrays in inputs.items()}
         answers, refusals = _answers(candidate, inputs, step)
-        sides = {who: self._in_fp64(model, inputs) for who, model in ways.referees(step)}
+        sides = {who: self._in_fp64(model, inputs) for who, model in ways.references(step)}
         if not adapters and not refusals and not bits_that_differ(answers, deployed):
             # Nothing is nearer to the base than its own bits; a quantised one lies far from what it is in fp64.
-            sides["referee"] = deployed
+            sides["reference"] = deployed
             ways.told.append(UNCHANGED)
         elif not self._base_answers:
             step("the base in fp64")
@@ -125,9 +125,9 @@ class GraphJudge:
                 inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
                 deployed=deployed[name],
                 candidate=answers[name],
-                referee=sides["referee"][name] if "referee" in sides else self._base_answers[name],
+                reference=sides["reference"][name] if "reference" in sides else self._base_answers[name],
                 base=(sides.get("base") or self._base_answers)[name] if adapters else None,
-                louder=sides["louder"][name] if adapters else None,
+                scaled=sides["scaled"][name] if adapters else None,
                 attached=sides["attached"][name] if "attached" in sides else None,
                 peer=PEER,
             )
@@ -135,7 +135,7 @@ class GraphJudge:
         ]
         step("inputs, one by one")
         sensitivity = [] if refusals else list(self._sensitivity(candidate, peer))
-        about_fp64 = [self._about_referee()] if self._base_answers else []
+        about_fp64 = [self._about_reference()] if self._base_answers else []
         notes = [*ways.told, *about_fp64, *refusals, *self.notes]
         about = {
             **onnx_runner.environment(),
@@ -238,9 +238,9 @@ class GraphJudge:
         runner = OnnxRunner(Held("the graph in fp64", *in_memory(model)), plain=True, frugal=True)
         return {name: runner.run(arrays) for name, arrays in inputs.items()}
 
-    def _about_referee(self) -> str:
+    def _about_reference(self) -> str:
         stayed = f", but for: {', '.join(sorted(self._stayed))}" if self._stayed else " throughout"
-        return f"the referee ran in fp64{stayed}"
+        return f"the reference ran in fp64{stayed}"
 
 
 class _Ways:
@@ -274,15 +274,15 @@ class _Ways:
         """As exactly as a graph in these types computes it whose adapters are merged."""
         return self._made(graph.at_the_weights)
 
-    def referees(self, step: Note) -> Iterator[tuple[str, ir.Model]]:
+    def references(self, step: Note) -> Iterator[tuple[str, ir.Model]]:
         """The graphs to be run in fp64, one after the other: nothing where there is no adapter."""
         if not self.adapters:
             return
         way = self._beside if self.judge.mode == "merged" and not self.rounded else self._at_the_weights
-        step("the referee")
-        yield "referee", self._made(way)
-        step("the louder referee")
-        yield "louder", self._made(way, LOUDER)
+        step("the reference")
+        yield "reference", self._made(way)
+        step("the reference with scale × 1.1")
+        yield "scaled", self._made(way, CONTROL_SCALE)
         if self.rounded:
             yield "attached", self._made(graph.at_the_weights)
         if any(adapter.pairs for adapter in self.adapters) and any(adapter.replaced for adapter in self.adapters):

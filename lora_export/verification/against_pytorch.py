@@ -1,4 +1,4 @@
-"""The flow that every proof follows: the same seeded inputs through referee, PyTorch and candidate."""
+"""The flow that every proof follows: the same seeded inputs through reference, PyTorch and candidate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_export.runtime import torch_runners
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
-from lora_export.runtime.torch_runners import ModuleRunner, Referee
+from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import (
     aligned,
@@ -90,9 +90,9 @@ def prove(
 ) -> Proof:
     """Judge a candidate against the model with its adapters attached (numerics: the verdict).
 
-    Runs referee, deployed model, base, louder referee and candidate on three sets of seeded inputs
+    Runs reference, deployed model, base, reference with scale × 1.1 and candidate on three sets of seeded inputs
     of different shapes, and on `user_inputs` (.npz) too. `device` is where PyTorch runs as deployed.
-    `cache` is a folder that keeps what the referee said; `say` hears where that could not be used.
+    `cache` is a folder that keeps what the reference said; `say` hears where that could not be used.
     `origin` is the quantised graph that an ONNX candidate was made of: into whose weights the adapters were merged, or
     which decides by its bits what fp64 cannot decide of a candidate without an adapter.
     A candidate that is different is followed module by module to where that begins; with `trace`, any is.
@@ -129,21 +129,21 @@ def prove(
             question = cached_outputs.question(judged, adapters, strengths, inputs, dtypes, deployed.module)
         answers = cached_outputs.Answers(cache, question, stayed, say)
         said: dict[str, dict[str, Arrays]] = {}
-        for role in sides.roles if adapters else ("referee",):
+        for role in sides.roles if adapters else ("reference",):
             step(f"the {role}")
             side = sides.of(role)
             said[role] = {name: answers.of(name, role, side, arrays) for name, arrays in inputs.items()}
         answers.keep()
     cases = []
     for name, arrays in inputs.items():
-        answer, reference = asked.answers.get(name, {}), said["referee"][name]
-        wrong: dict[str, Any] = {role: said[role][name] for role in said if role != "referee"}
+        answer, truth = asked.answers.get(name, {}), said["reference"][name]
+        wrong: dict[str, Any] = {role: said[role][name] for role in said if role != "reference"}
         case = parity.Case(
             name=name,
             inputs_summary=", ".join(f"{key} {value.dtype} {list(value.shape)}" for key, value in arrays.items()),
-            referee=reference,
+            reference=truth,
             deployed=own[name],
-            candidate=aligned(answer, reference, candidate, deployed),
+            candidate=aligned(answer, truth, candidate, deployed),
             **wrong,
         )
         cases.append(from_first_token(case, arrays))
@@ -159,7 +159,7 @@ def prove(
             rtol=rtol,
             notes=[
                 *asked.refusals,
-                *_about_referee(stayed),
+                *_about_reference(stayed),
                 *model.notes,
                 *told_of_sizes(candidate, model),
                 *_about_cache(candidate),
@@ -203,9 +203,9 @@ def prove(
     if answered and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
         step("looking for where it differs")
         case = _most_telling(cases, verdict, inputs)
-        attached = Referee(copied(module, double), stayed)
-        referee = Referee(settled(attached.module, rounded, chosen), stayed) if rounded else attached
-        everybody = candidate, referee, attached, deployed
+        attached = Fp64Runner(copied(module, double), stayed)
+        reference = Fp64Runner(settled(attached.module, rounded, chosen), stayed) if rounded else attached
+        everybody = candidate, reference, attached, deployed
         suspect = Suspect(*everybody, judged.module, changes, inputs[case.name], case, keep_whole=has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
@@ -303,7 +303,7 @@ def _about_cache(candidate: Runner) -> list[str]:
     return candidate.notes if isinstance(candidate, CacheRunner) else []
 
 
-def _about_referee(stayed: Collection[str]) -> list[str]:
+def _about_reference(stayed: Collection[str]) -> list[str]:
     if not stayed:
-        return ["the referee ran in fp64 throughout"]
-    return [f"the referee ran in fp64, but for: {', '.join(sorted(stayed))}"]
+        return ["the reference ran in fp64 throughout"]
+    return [f"the reference ran in fp64, but for: {', '.join(sorted(stayed))}"]

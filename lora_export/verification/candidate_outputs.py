@@ -115,7 +115,7 @@ def as_shipped(
     told = f"not judged: with {placement.asked}'s own settings, in place of {settings}, "
     try:
         shipped: Runner = candidate.as_shipped()  # type: ignore[attr-defined]
-        answers = [aligned(shipped.run(inputs[case.name]), dict(case.referee), shipped, deployed) for case in cases]
+        answers = [aligned(shipped.run(inputs[case.name]), dict(case.reference), shipped, deployed) for case in cases]
     except LoraExportError as error:
         return [f"{told}it did not run: {str(error).splitlines()[0]}"]
     itself = [

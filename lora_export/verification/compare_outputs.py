@@ -23,13 +23,13 @@ def named_as(reference: parity.Arrays, answer: Arrays) -> Arrays:
 
 
 def differs_in_precision_alone(verdict: parity.Verdict) -> bool:
-    """Whether all that is held against a candidate is to be farther from the referee than its peer is."""
+    """Whether all that is held against a candidate is to be farther from the reference than its peer is."""
     against = {reason.gate for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
     return bool(against) and against <= PRECISION
 
 
 def by_the_farther(cases: Sequence[parity.Case], others: Sequence[parity.Case]) -> list[parity.Case]:
-    """The cases with, of each output, whichever of both peers' answers lies farther from the referee.
+    """The cases with, of each output, whichever of both peers' answers lies farther from the reference.
 
     An adapter that is large beside its weight costs more digits once it is merged, in whoever merges it: a sum of
     large numbers that nearly cancel is what W + ΔW then has to make of x, and A x is not. A right merge may not be
@@ -38,7 +38,9 @@ def by_the_farther(cases: Sequence[parity.Case], others: Sequence[parity.Case]) 
 
     def farther(case: parity.Case, other: parity.Case) -> parity.Case:
         chosen = {
-            name: max((value, other.deployed.get(name, value)), key=lambda answer: error_of(case.referee[name], answer))
+            name: max(
+                (value, other.deployed.get(name, value)), key=lambda answer: error_of(case.reference[name], answer)
+            )
             for name, value in case.deployed.items()
         }
         return replace(case, deployed=chosen)
@@ -46,19 +48,19 @@ def by_the_farther(cases: Sequence[parity.Case], others: Sequence[parity.Case]) 
     return [farther(case, other) for case, other in zip(cases, others, strict=True)]
 
 
-def error_of(referee: NDArray[Any], answer: NDArray[Any]) -> float:
-    return parity.rms(answer.astype(np.float64) - referee)
+def error_of(reference: NDArray[Any], answer: NDArray[Any]) -> float:
+    return parity.rms(answer.astype(np.float64) - reference)
 
 
 def distances(cases: Sequence[parity.Case]) -> dict[str, tuple[float, float | None]]:
     """Output -> rmse(O,R) over all cases together, and as a share of what the adapter does; None without an adapter."""
 
     def apart(one: Callable[[parity.Case], parity.Arrays], output: str) -> float:
-        errors = [one(case)[output].astype(np.float64) - case.referee[output] for case in cases]
+        errors = [one(case)[output].astype(np.float64) - case.reference[output] for case in cases]
         return parity.rms(np.concatenate([error.ravel() for error in errors]))
 
     found = {}
-    for output in cases[0].referee:
+    for output in cases[0].reference:
         error = apart(lambda case: case.candidate, output)
         effect = None if cases[0].base is None else apart(lambda case: case.base or {}, output)
         found[output] = error, error / effect if effect else None
@@ -72,7 +74,7 @@ def before_first_token(arrays: Arrays) -> NDArray[np.bool_]:
 
 
 def from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
-    """The case with the referee's numbers on every side where a row's padding comes before its tokens.
+    """The case with the reference's numbers on every side where a row's padding comes before its tokens.
 
     There a decoder attends to nothing, and what comes of that nobody promises: with a cache it is something else
     than without. What is not finite there stays.
@@ -81,7 +83,7 @@ def from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
 
     def settled(answers: Arrays) -> Arrays:
         made = dict(answers)
-        for name, truth in case.referee.items():
+        for name, truth in case.reference.items():
             value = answers.get(name)
             if value is not None and truth.ndim > 2 and value.shape == truth.shape and truth.shape[:2] == nothing.shape:
                 there = nothing & np.isfinite(value).reshape(*nothing.shape, -1).all(-1)
@@ -89,7 +91,7 @@ def from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
                 made[name][there] = truth[there].astype(value.dtype)
         return made
 
-    sides = ("deployed", "candidate", "base", "louder", "attached")
+    sides = ("deployed", "candidate", "base", "scaled", "attached")
     given: dict[str, Arrays | None] = {side: getattr(case, side) for side in sides}
     made: dict[str, Any] = {side: settled(value) for side, value in given.items() if value is not None}
     return replace(case, **made)

@@ -57,8 +57,8 @@ def prove_by_origin(
             return proof
     cases = []
     for case in proof.cases:
-        own, was = (named_as(case.referee, there[case.name]) for there in (answers, before))
-        cases.append(replace(case, candidate=own, referee=was, deployed=was, peer=AGAINST))
+        own, was = (named_as(case.reference, there[case.name]) for there in (answers, before))
+        cases.append(replace(case, candidate=own, reference=was, deployed=was, peer=AGAINST))
     notes = [told, NOT_BY_FP64, *proof.verdict.notes]
     verdict = parity.judge(cases, dtype=proof.verdict.dtype, perturbed=proof.verdict.perturbed, notes=notes)
     return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=tuple(cases))
@@ -79,10 +79,10 @@ def _asked(
 
 def _is_near(case: parity.Case, answers: Mapping[str, Arrays], before: Mapping[str, Arrays]) -> bool:
     """Whether two graphs' answers lie together, beside what rounding costs PyTorch there."""
-    own, was = (named_as(case.referee, there[case.name]) for there in (answers, before))
+    own, was = (named_as(case.reference, there[case.name]) for there in (answers, before))
     return all(
         parity.rms(own[name].astype(np.float64) - was[name]) <= NEAR * error_of(truth, case.deployed[name])
-        for name, truth in case.referee.items()
+        for name, truth in case.reference.items()
         if own[name].dtype.kind == "f"
     )
 
@@ -97,10 +97,10 @@ def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) 
     for number, (name, arrays) in enumerate(proofs[0].inputs.items()):
         alone = [proof.cases[number] for proof in proofs]
         batch = len(next(iter(arrays.values())))
-        outputs = [key for key, value in alone[0].referee.items() if value.ndim and len(value) == batch]
+        outputs = [key for key, value in alone[0].reference.items() if value.ndim and len(value) == batch]
         if not outputs:
             raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
-        answer = named_as(alone[0].referee, candidate.run(arrays))
+        answer = named_as(alone[0].reference, candidate.run(arrays))
         case = _mixed(alone, np.resize(np.array(ids), batch), {key: answer[key] for key in outputs})
         cases.append(from_first_token(case, arrays))
     verdict = parity.judge(cases, dtype=proofs[-1].verdict.dtype)
@@ -116,10 +116,10 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], answer: Arrays) -> p
     return parity.Case(
         name=f"{alone[0].name}, adapters {', '.join(map(str, ids))}",
         inputs_summary=alone[0].inputs_summary,
-        referee=rows([case.referee for case in alone]),
+        reference=rows([case.reference for case in alone]),
         deployed=rows([case.deployed for case in alone]),
         candidate=answer,
-        base=rows([alone[0].referee for _ in alone]),
-        louder=rows([case.louder or case.referee for case in alone]),
+        base=rows([alone[0].reference for _ in alone]),
+        scaled=rows([case.scaled or case.reference for case in alone]),
         peer=alone[-1].peer,
     )

@@ -25,7 +25,7 @@ from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Hashes, Memory
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.merge_report import Tally
+from lora_export.weights.merge_report import Statistics
 
 MEASURED = 1 << 20  # entries of a weight from which its figures are taken, at least
 
@@ -72,7 +72,7 @@ def copied_blocks(read_fd: int, write_fd: int, start: int, place: int, count: in
             yield Block(first, last, place + first - start, place + last - start, shared=first in shared)
 
 
-def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry, workshop: Workshop) -> Iterator[Block]:
+def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry, backend: Backend) -> Iterator[Block]:
     """Carry a tensor over in whole rows, changed on the way. The work of a block returns Tallies.
 
     Where DoRA's lengths run along the rows, the tensor is read once more, before its first block.
@@ -88,7 +88,7 @@ def changed_blocks(source: Path, read_fd: int, move: Move, place: Entry, worksho
             old.start + part.stop * old.row_bytes,
             place.start + part.start * place.row_bytes,
             place.start + part.stop * place.row_bytes,
-            work=functools.partial(_change, workshop.carry_out, move, place, part, is_measured, along),
+            work=functools.partial(_change, backend.carry_out, move, place, part, is_measured, along),
         )
 
 
@@ -154,7 +154,7 @@ def _change(
     source: Bytes,
     target: Bytes,
     spare: Bytes,
-) -> list[Tally]:
+) -> list[Statistics]:
     """Make rows of a tensor that is not copied; returns what became of them where something was added to them."""
     shape = _shape(move, rows)
     merged = target.view(place.dtype).reshape(shape)
@@ -185,7 +185,7 @@ def carry_out(
     spare: Bytes,
     *,
     measured: bool,
-) -> list[Tally]:
+) -> list[Statistics]:
     """What a step does to some rows, by NumPy: `stored` in, `merged` out. See `CarryOut`."""
     weight = start(step, rows, stored)
     if step.is_whole:
@@ -204,10 +204,10 @@ def carry_out(
     flat = total.reshape(-1)
     if not flat @ flat < np.float64(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
         refuse_overflow(place, weight, merged)
-    tally = Tally(place.name)
+    statistics = Statistics(place.name)
     if measured:
-        tally.count(weight, change, merged, room)
-    return [tally]
+        statistics.count(weight, change, merged, room)
+    return [statistics]
 
 
 class CarryOut(Protocol):
@@ -228,11 +228,11 @@ class CarryOut(Protocol):
         spare: Bytes,
         *,
         measured: bool,
-    ) -> list[Tally]: ...
+    ) -> list[Statistics]: ...
 
 
 @dataclass(frozen=True)
-class Workshop:
+class Backend:
     """Who changes the weights, and where: NumPy on every core, or a GPU (see `device`)."""
 
     carry_out: CarryOut = carry_out
@@ -248,7 +248,7 @@ class Workshop:
     def transfer(
         self, source: Path, target_fd: int, blocks: Iterable[Block], hashes: Hashes, *, room: int
     ) -> Iterator[tuple[Block, Any]]:
-        """As `transfer.transfer`, with this workshop's threads and memory."""
+        """As `transfer.transfer`, with this backend's threads and memory."""
         return block_copy.transfer(
             source, target_fd, blocks, hashes, room=room, threads=self.threads, memory=self.memory
         )

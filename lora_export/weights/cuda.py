@@ -37,8 +37,8 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Workshop
-from lora_export.weights.merge_report import Tally
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.merge_report import Statistics
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SLEEPING = 2  # threads beyond the cores: so many wait for the GPU while the others read. Not measured
@@ -76,14 +76,14 @@ def require_cuda() -> None:
 
 
 @contextlib.contextmanager
-def cuda() -> Iterator[Workshop]:
+def cuda() -> Iterator[Backend]:
     """The GPU that PyTorch takes for the current one, with TF32 off meanwhile. Raises as `require_cuda` does."""
     require_cuda()
     place = torch.device("cuda", torch.cuda.current_device())
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield workshop(
+        yield backend(
             place,
             name=f"cuda ({torch.cuda.get_device_name(place)})",
             memory=pinned,
@@ -94,17 +94,17 @@ def cuda() -> Iterator[Workshop]:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def workshop(
+def backend(
     device: torch.device,
     *,
     name: str,
     memory: block_copy.Memory = block_copy.memory,
     streams: Callable[[], Any] = OneQueue,
     inside: Callable[[Any], AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> Workshop:
+) -> Backend:
     """Whoever computes on this device. `streams` makes a thread's Stream, `inside` a context that computes on it."""
     arithmetic = Arithmetic(device, streams, inside)
-    return Workshop(arithmetic.carry_out, block_copy.default_threads() + SLEEPING, memory, name)
+    return Backend(arithmetic.carry_out, block_copy.default_threads() + SLEEPING, memory, name)
 
 
 def pinned(count: int) -> Bytes:
@@ -157,7 +157,7 @@ class Arithmetic:
         spare: Bytes,
         *,
         measured: bool,
-    ) -> list[Tally]:
+    ) -> list[Statistics]:
         """See `rewrite.CarryOut`. What is not for a device is done by NumPy."""
         if not step.terms or step.replace is not None or str(stored.dtype) not in TYPES:
             return apply_step.carry_out(step, place, rows, stored, merged, along, spare, measured=measured)
@@ -177,11 +177,11 @@ class Arithmetic:
             is_finite, *sums = found.tolist()
         if not is_finite:
             apply_step.refuse_overflow(place, stored, merged)
-        tally = Tally(place.name)
+        statistics = Statistics(place.name)
         if measured:
-            tally.sums += sums
-            tally.elements += merged.size
-        return [tally]
+            statistics.sums += sums
+            statistics.elements += merged.size
+        return [statistics]
 
     def _up(self, array: NDArray[Any]) -> torch.Tensor:
         """The array on the device, its bytes as they are: NumPy and PyTorch do not share bf16."""
@@ -220,7 +220,7 @@ def _change(
 
 
 def _sums(weight: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> list[torch.Tensor]:
-    """What `Tally.sums` adds up, in fp64."""
+    """What `Statistics.sums` adds up, in fp64."""
     before, wanted = weight.double().flatten(), change.double().flatten()
     kept = merged.double().flatten() - before
     lost = kept - wanted

@@ -28,9 +28,9 @@ from lora_export.storage.block_copy import Block
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Move, Workshop
+from lora_export.weights.apply_step import Backend, Move
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
-from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, StepResult, Tally, refuse_faint
+from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, Statistics, StepResult, refuse_faint
 from lora_export.weights.task_head import config_with_heads
 
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")  # classes that predict words
@@ -46,14 +46,14 @@ def merge_checkpoint(
     min_retention: float = MIN_RETENTION,
     hashing: str = "xxh3_128",
     progress: Progress = lambda _: None,
-    workshop: Workshop | None = None,
+    backend: Backend | None = None,
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `staging`).
 
     A folder becomes a folder with the same shards, config and tokenizer and a manifest; a bare
     file becomes one file called `file_name`, its provenance in the header. `dtype` converts every
     float tensor. `hashing` is the hash by which base and output are recorded (see `files.HASHES`).
-    `workshop` is who changes the weights, NumPy unless told (see `device`).
+    `backend` is who changes the weights, NumPy unless told (see `device`).
     Peak memory is a few blocks, whatever the model's size.
 
     Raises InputRefused when an adapter is in the base already, tied embeddings would be torn, a value
@@ -61,8 +61,8 @@ def merge_checkpoint(
     """
     begun = time.perf_counter()
     refuse_before_the_work(plan, base)
-    workshop = workshop or Workshop()
-    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | workshop.settings
+    backend = backend or Backend()
+    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | backend.settings
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         return provenance.record(
@@ -79,7 +79,7 @@ def merge_checkpoint(
         for name, source in base.shards.items():
             path = stage / (name if base.is_folder else file_name)
             own = functools.partial(metadata, name)
-            written[name] = _write_shard(path, source, moves[name], own, progress, workshop, hashing=hashing)
+            written[name] = _write_shard(path, source, moves[name], own, progress, backend, hashing=hashing)
     results = [result for shard in written.values() for result in shard.results]
     refuse_faint(results, min_retention)
     for source in base.shards.values():
@@ -172,7 +172,7 @@ def _write_shard(
     moves: Sequence[Move],
     metadata: Callable[[str], Mapping[str, str]],
     progress: Progress,
-    workshop: Workshop,
+    backend: Backend,
     *,
     hashing: str,
 ) -> _Written:
@@ -187,22 +187,22 @@ def _write_shard(
     hashes.target.update(header)
     with source.path.open("rb") as reader, path.open("xb") as writer:
         hashes.source.update(reader.read(source.data_start))
-        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places, workshop)
-        tallies: dict[str, Tally] = {}
-        passed = workshop.transfer(source.path, writer.fileno(), blocks, hashes, room=apply_step.room(moves))
+        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places, backend)
+        tallies: dict[str, Statistics] = {}
+        passed = backend.transfer(source.path, writer.fileno(), blocks, hashes, room=apply_step.room(moves))
         for block, found in passed:
-            for tally in found or ():
-                tallies.setdefault(tally.weight, Tally(tally.weight)).merge(tally)
+            for statistics in found or ():
+                tallies.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
             progress(block.end - block.place)
         final, _ = layout()  # a hash is as long as any other
         block_copy.write(writer.fileno(), memoryview(final), 0)
     progress(len(final))
-    results = tuple(tally.result() for tally in tallies.values())
+    results = tuple(statistics.result() for statistics in tallies.values())
     return _Written(safetensors_file.open_file(path), results, hashes.source.hexdigest(), hashes.target.hexdigest())
 
 
 def _blocks(
-    source: Path, read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry], workshop: Workshop
+    source: Path, read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry], backend: Backend
 ) -> Iterator[Block]:
     """The whole of the source's data, in its order, and after it what is added."""
     for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
@@ -214,7 +214,7 @@ def _blocks(
             )
         else:
             for move, place in run:
-                yield from apply_step.changed_blocks(source, read_fd, move, place, workshop)
+                yield from apply_step.changed_blocks(source, read_fd, move, place, backend)
 
 
 def _equal(one: Step, other: Step) -> bool:

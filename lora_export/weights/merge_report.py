@@ -66,7 +66,7 @@ def refuse_faint(results: Sequence[StepResult], min_retention: float, ways_out: 
         )
 
 
-class Tally:
+class Statistics:
     """Sums over the blocks of one weight, in fp64."""
 
     def __init__(self, weight: str):
@@ -94,7 +94,7 @@ class Tally:
         self.sums += sums
         self.elements += weight.size
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: Statistics) -> None:
         """Add what another one counted of the same weight."""
         self.sums += other.sums
         self.elements += other.elements

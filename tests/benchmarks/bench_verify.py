@@ -78,7 +78,7 @@ def test_a_proof_of_minilm(place: Path) -> None:
     rows = [
         f"| {what} | {there[ROUNDS // 2].seconds:.2f} s ({there[0].seconds:.2f} to {there[-1].seconds:.2f}) "
         f"| {there[ROUNDS // 2].peak:.0f} MiB |"
-        for what, there in {"verify": whole, "with what the referee said in a `--cache`": cached}.items()
+        for what, there in {"verify": whole, "with what the reference said in a `--cache`": cached}.items()
     ]
     table = ["| | wall, median (least to most) | peak memory |", "|---|---|---|", *rows, ""]
     table += ["| stage | seconds |", "|---|---|", *(f"| {what} | {seconds:.2f} |" for what, seconds in split.items())]

@@ -129,10 +129,10 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 ) -> None:
     right = onnx_adapter.parameters
 
-    def louder(*arguments: Any) -> dict[str, Any]:
+    def scaled(*arguments: Any) -> dict[str, Any]:
         return {name: array * 1.05 if "lora_B" in name else array for name, array in right(*arguments).items()}
 
-    monkeypatch.setattr(onnx_adapter, "parameters", louder)
+    monkeypatch.setattr(onnx_adapter, "parameters", scaled)
     assert call("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs") == 4
     told = capsys.readouterr().err
     assert told.splitlines()[0].startswith("Error: fr: different")

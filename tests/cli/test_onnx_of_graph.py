@@ -397,13 +397,13 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
 ) -> None:
     factory, rng, out = f"{SPOTTER.rpartition(':')[0]}:stacked", np.random.default_rng(0), tmp_path / "out.onnx"
     sides = rng.standard_normal((3, 32)), 0.3 * rng.standard_normal((64, 3))
-    for name, alpha in {"fr": 6, "louder": 7}.items():
+    for name, alpha in {"fr": 6, "scaled": 7}.items():
         peft_adapter(tmp_path / name, {"up": sides}, lora_alpha=alpha)
     np.savez(tmp_path / "mine.npz", x=rng.standard_normal((2, 4, 32)))
     words = ("-a", tmp_path / "fr", "--dtype", "float16", "--inputs", tmp_path / "mine.npz")
     code, told = answer(capsys, "onnx", factory, *words, "-o", out)
     assert (code, told["proof"]["outcome"], told["proof"]["dtype"]) == (0, "same", "float16"), told
-    assert "the referee ran in fp64 throughout" in told["proof"]["notes"]
+    assert "the reference ran in fp64 throughout" in told["proof"]["notes"]
     assert {value.dtype for value in onnx_file.load(out).graph.initializers.values() if len(value.shape) == 2} == {
         ir.DataType.FLOAT16
     }
@@ -413,7 +413,7 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
         return answer(capsys, "verify", out, "--model", factory, "-a", tmp_path / adapter, *more)
 
     assert verified("fr", "--dtype", "float16")[0] == 0
-    assert verified("louder", "--dtype", "float16")[0] == 4
+    assert verified("scaled", "--dtype", "float16")[0] == 4
     assert call("verify", out, "--model", factory, "-a", tmp_path / "fr") == 8
     assert "The candidate is in half precision: --dtype float16" in capsys.readouterr().err
 
@@ -502,10 +502,10 @@ def test_a_wrong_adapter_file_is_different_and_never_published(
 ) -> None:
     right = onnx_adapter.parameters
 
-    def louder(*arguments: Any) -> dict[str, Any]:
+    def scaled(*arguments: Any) -> dict[str, Any]:
         return {name: array * 1.05 if "lora_B" in name else array for name, array in right(*arguments).items()}
 
-    monkeypatch.setattr(onnx_adapter, "parameters", louder)
+    monkeypatch.setattr(onnx_adapter, "parameters", scaled)
     words = ("onnx", place / "base.onnx", "-a", place / "fr", "--lora", "inputs", "-o", tmp_path / "out.onnx")
     assert call(*words) == 4
     assert capsys.readouterr().err.splitlines()[0].startswith("Error: fr: different")

@@ -34,7 +34,7 @@ class Defect:
     kind: str | None = None  # of the adapter, where not the column's own
 
     def adapter(self, column: Column) -> Adapter:
-        """The right one, which the referee gets."""
+        """The right one, which the reference gets."""
         return subjects.adapter(column.subject, self.kind or column.kind)
 
 

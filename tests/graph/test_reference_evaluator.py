@@ -94,12 +94,12 @@ def put_into(model: ir.Model, mode: str) -> Arrays:
     return {}
 
 
-def referee(model: ir.Model, **feeds: Any) -> Arrays:
+def reference(model: ir.Model, **feeds: Any) -> Arrays:
     (answer,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
     return {"y": answer}
 
 
-EVALUATORS: dict[str, Callable[..., Arrays]] = {"reference": referee, "onnxruntime": run}
+EVALUATORS: dict[str, Callable[..., Arrays]] = {"reference": reference, "onnxruntime": run}
 
 
 def computed(model: ir.Model, *, evaluator: str, dtype: Any, **feeds: Any) -> NDArray[Any]:

@@ -564,15 +564,15 @@ def test_at_strength_zero_everything_is_the_base_bit_for_bit(monkeypatch: pytest
 def test_a_strength_multiplies_every_branch(grad: bool) -> None:
     base = an_encoder_layer().double().eval()
     pairs, changes = encoder_changes()
-    louder = by_hand(base, {name: 1.1 * change for name, change in changes.items()})
+    scaled = by_hand(base, {name: 1.1 * change for name, change in changes.items()})
     module = copy.deepcopy(base)
     layers.attach(module, plan_for(module, an_adapter(pairs)))
     x = torch.randn(2, 4, 8, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
         usual = module(x)
         with layers.strength(module, 1.1):
-            torch.testing.assert_close(module(x), louder(x), rtol=1e-12, atol=1e-12)
-        assert (usual - louder(x)).abs().max() > 1e-3
+            torch.testing.assert_close(module(x), scaled(x), rtol=1e-12, atol=1e-12)
+        assert (usual - scaled(x)).abs().max() > 1e-3
 
 
 def test_strengths_nest_and_end_with_an_exception() -> None:

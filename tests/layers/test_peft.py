@@ -66,7 +66,7 @@ def trained(base: nn.Module, **config: Any) -> peft.PeftModel:
     return model
 
 
-def louder(model: peft.PeftModel, factor: float) -> peft.PeftModel:
+def scaled(model: peft.PeftModel, factor: float) -> peft.PeftModel:
     scaled = copy.deepcopy(model)
     for module in scaled.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
@@ -110,7 +110,7 @@ def test_attached_adapters_compute_what_peft_computes_at_any_strength(tmp_path, 
     torch.testing.assert_close(ours, theirs, **tolerance)
     assert (ours - base(IDS)).abs().max() > 0.1
     with layers.strength(attached, 1.1):
-        torch.testing.assert_close(attached(IDS), louder(model, 1.1)(IDS), **tolerance)
+        torch.testing.assert_close(attached(IDS), scaled(model, 1.1)(IDS), **tolerance)
         assert (attached(IDS) - ours).abs().max() > 1e-3
     with layers.strength(attached, 0):
         assert torch.equal(attached(IDS), base(IDS))
@@ -167,7 +167,7 @@ def test_bf16_layers_are_rescaled_in_fp32_and_rounded_once(tmp_path):
     assert 0 < worst <= 2.0**-8 * 1.001
 
 
-def test_a_referee_in_fp64_settles_on_the_rescaled_weight(tmp_path):
+def test_a_reference_in_fp64_settles_on_the_rescaled_weight(tmp_path):
     base = base_of(Everything)
     the_plan = plan_of(trained(base, target_modules=TARGETS, use_dora=True), base, tmp_path)
     settled, folded = copy.deepcopy(base), copy.deepcopy(base).double()

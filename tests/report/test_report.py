@@ -55,7 +55,7 @@ def test_the_screen_shows_outcome_figures_and_placement() -> None:
     assert text.startswith("same: 1 output in 2 cases, float32\n")
     assert "error 0.25, allowed 0.25; PyTorch's own 0.125 (x 2)" in text
     assert "the error is 0.39 % of what the adapter does (64)" in text
-    assert "  worst place [0, 0]: off by 0.25, PyTorch by 0.125 at most\n    it is -0.25, the referee has 0\n" in text
+    assert "  worst place [0, 0]: off by 0.25, PyTorch by 0.125 at most\n    it is -0.25, the reference has 0\n" in text
     assert text.endswith("142 of 142 compute nodes on CPUExecutionProvider\n")
 
 
@@ -161,7 +161,7 @@ def test_a_plan_is_printed_as_it_stands() -> None:
 def test_a_ledger_is_a_line_and_the_weights_that_kept_least() -> None:
     kept = [0.999, 0.42, 1.0, 0.95, math.nan, 0.97, 0.98]
     ledger = MergeReport(tuple(Result(f"layer.{number}", retention) for number, retention in enumerate(kept)))
-    lines = printed(ledger, Path("merged"), with_=report.print_ledger).splitlines()
+    lines = printed(ledger, Path("merged"), with_=report.print_merge_report).splitlines()
     assert lines[0] == (
         "7 weights merged; 88.1 MB written to merged in 0.25 s (352.4 MB/s), 80.2 MB of them copied unchanged"
     )
@@ -173,12 +173,12 @@ def test_a_ledger_is_a_line_and_the_weights_that_kept_least() -> None:
 
 def test_on_a_terminal_weights_that_lost_much_are_marked() -> None:
     ledger = MergeReport((Result("lost", 0.4), Result("kept", 1.0), Result("unknown", math.nan)))
-    lines = printed(ledger, with_=report.print_ledger, terminal=True).splitlines()
+    lines = printed(ledger, with_=report.print_merge_report, terminal=True).splitlines()
     assert [("lost" in line or "unknown" in line) for line in lines] == ["\x1b[33m" in line for line in lines]
 
 
 def test_a_merge_without_low_rank_weights_is_a_line() -> None:
-    assert printed(MergeReport(()), with_=report.print_ledger).splitlines() == [
+    assert printed(MergeReport(()), with_=report.print_merge_report).splitlines() == [
         "0 weights merged; 88.1 MB written in 0.25 s (352.4 MB/s), 80.2 MB of them copied unchanged"
     ]
 
@@ -204,7 +204,7 @@ def test_a_verdict_comes_back_from_its_json(tmp_path: Path) -> None:
     assert (bad["case"], bad["output"], bad["figures"]["error"], bad["figures"]["shape"]) == (
         "bad", "logits", 1.0, [2, 300],
     )  # fmt: skip
-    assert bad["figures"]["worst"] == {"index": [0, 0], "candidate": -1.0, "referee": 0.0}
+    assert bad["figures"]["worst"] == {"index": [0, 0], "candidate": -1.0, "reference": 0.0}
     assert bad["figures"]["gates"][0] == {"name": "error", "value": 1.0, "allowed": 0.25, "passed": False}
     assert back["reasons"][0]["outcome"] == "different"
     assert back["perturbed"][1] == {"input": "mask", "reference_changed": True, "candidate_changed": False}
@@ -291,7 +291,7 @@ def test_junit_has_a_test_for_everything_that_was_asked() -> None:
         ("outputs.2 x 300", "logits"): "passed",
         ("outputs.1 x 600", "logits"): "passed",
         ("controls", "off: the model without its adapters"): "passed",
-        ("controls", "louder: the model with every scale x 1.1"): "passed",
+        ("controls", "scaled: the model with every scale x 1.1"): "passed",
         ("inputs", "ids"): "passed",
         ("placement", "CPUExecutionProvider"): "passed",
         ("verdict", "same"): "passed",
@@ -319,7 +319,7 @@ def test_what_is_different_is_a_failure() -> None:
         ("outputs.2 x 300", "logits"): "passed",
         ("outputs.bad", "logits"): "failure",
         ("controls", "off: the model without its adapters"): "passed",
-        ("controls", "louder: the model with every scale x 1.1"): "passed",
+        ("controls", "scaled: the model with every scale x 1.1"): "passed",
         ("inputs", "ids"): "passed",
         ("inputs", "mask"): "failure",
         ("placement", "CUDAExecutionProvider"): "failure",
@@ -329,7 +329,7 @@ def test_what_is_different_is_a_failure() -> None:
     failure = next(root.iter("failure"))
     assert failure.attrib["type"] == "different"
     assert failure.attrib["message"].startswith("logits in case bad: the error is 1, allowed is 0.25")
-    assert "at [0, 0] it is -1, the referee has 0" in str(failure.text)
+    assert "at [0, 0] it is -1, the reference has 0" in str(failure.text)
 
 
 def test_what_is_undecided_is_an_error_never_a_pass() -> None:

@@ -139,8 +139,8 @@ def test_an_exported_llama_with_its_cache_is_the_llama(tmp_path: Path) -> None:
     right = against_pytorch.prove(runner, base, [adapter], trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 16
     assert "seen at the prompt, 3 tokens" in right.why and "goes wrong" not in right.why
-    louder = {name: replace(pair, scale=0.1 * (1 + ("1" in name))) for name, pair in pairs.items()}
-    wrong = against_pytorch.prove(runner, base, [replace(adapter, pairs=louder)]).diagnosis
+    scaled = {name: replace(pair, scale=0.1 * (1 + ("1" in name))) for name, pair in pairs.items()}
+    wrong = against_pytorch.prove(runner, base, [replace(adapter, pairs=scaled)]).diagnosis
     assert wrong is not None and wrong.first == "model.layers.1.self_attn.q_proj"
     assert "arrives 0.5 times as strong" in wrong.why and "seen at the prompt" in wrong.why
 

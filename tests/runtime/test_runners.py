@@ -42,28 +42,28 @@ class Parts(nn.Module):
         return {"last": x, "layers": (x + 1, x + 2), "nothing": None}
 
 
-def test_the_referee_lifts_casts_to_narrower_floats_and_no_operator_stays_behind() -> None:
+def test_the_reference_lifts_casts_to_narrower_floats_and_no_operator_stays_behind() -> None:
     x = np.array([[0.1, 0.2, 0.7]])
-    referee = torch_runners.Referee(Casting().double())
-    result = referee.run({"x": x})["output_0"]
+    reference = torch_runners.Fp64Runner(Casting().double())
+    result = reference.run({"x": x})["output_0"]
     softmax = np.exp(x) / np.exp(x).sum()
     np.testing.assert_allclose(result, x / 3 + x / 7 + x / 5 + x / 9 + softmax, rtol=1e-15)  # fp32: off by 1e-8
-    assert referee.stayed == set()
+    assert reference.stayed == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_referee_says_which_operators_stayed_in_less_than_fp64(dtype: torch.dtype) -> None:
+def test_the_reference_values_which_operators_stayed_in_less_than_fp64(dtype: torch.dtype) -> None:
     class Stubborn(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + ones.exp()
 
     ones = torch.ones(3, dtype=dtype)
-    referee = torch_runners.Referee(Stubborn().double())
-    referee.run({"x": np.zeros((1, 3))})
-    assert any("exp" in operator for operator in referee.stayed)
+    reference = torch_runners.Fp64Runner(Stubborn().double())
+    reference.run({"x": np.zeros((1, 3))})
+    assert any("exp" in operator for operator in reference.stayed)
 
 
-def test_the_referee_computes_products_of_experts_in_fp64_though_pytorch_has_no_kernel() -> None:
+def test_the_reference_computes_products_of_experts_in_fp64_though_pytorch_has_no_kernel() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -76,17 +76,17 @@ def test_the_referee_computes_products_of_experts_in_fp64_though_pytorch_has_no_
     experts = Experts()
     with pytest.raises(RuntimeError, match="got Double"):
         experts.double()(torch.from_numpy(rows), torch.from_numpy(ends))
-    referee = torch_runners.Referee(experts)
-    answer = referee.run({"x": rows, "ends": ends})["output_0"]
+    reference = torch_runners.Fp64Runner(experts)
+    answer = reference.run({"x": rows, "ends": ends})["output_0"]
     weights = experts.weights.detach().numpy()
     np.testing.assert_allclose(
         answer, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
     )
-    assert referee.stayed == set()
+    assert reference.stayed == set()
 
 
-def test_the_referee_leaves_the_default_dtype_as_it_was() -> None:
-    torch_runners.Referee(nn.Identity().double()).run({"input": np.zeros((1, 3))})
+def test_the_reference_leaves_the_default_dtype_as_it_was() -> None:
+    torch_runners.Fp64Runner(nn.Identity().double()).run({"input": np.zeros((1, 3))})
     assert torch.get_default_dtype() == torch.float32
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import peft
 import torch
 import transformers
-from support.factories import Pictures, Wide, Worded
 from torch import Tensor, nn
 from torch.export import Dim
 
 from lora_export import formats
 from lora_export.lora import Adapter
+from support.factories import Pictures, Wide, Worded
 
 VARIES = Dim.DYNAMIC
 

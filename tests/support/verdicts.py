@@ -37,11 +37,11 @@ def case(error: Any = 0.25, *, name: str = "2 x 300", output: str = "logits") ->
     return Case(
         name,
         "ids int64 [2, 300]",
-        referee={output: zero},
+        reference={output: zero},
         deployed={output: np.full_like(zero, 0.125, np.float32)},
         candidate={output: np.asarray(sign * error, np.float32)},
         base={output: 64 * sign},
-        louder={output: 6.4 * sign},
+        scaled={output: 6.4 * sign},
     )
 
 

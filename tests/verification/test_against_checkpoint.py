@@ -397,7 +397,7 @@ def test_a_changed_weight_has_the_ledgers_figures(
         index = tuple(worst["index"])
         held, start = after[step["weight"]].astype(np.float64), before[step["weight"]].astype(np.float64)
         assert worst["candidate"] == held[index] != start[index]
-        assert abs(worst["candidate"] - worst["referee"]) <= there["error"] * 2**-8 * abs(held[index])
+        assert abs(worst["candidate"] - worst["reference"]) <= there["error"] * 2**-8 * abs(held[index])
     assert told["about"]["adapters"][0]["sha256"] and told["about"]["command"][:2] == ["lora-export", "verify"]
 
 

@@ -36,7 +36,7 @@ def scaled() -> model.Model:
 def test_a_merged_module_is_the_same_on_shapes_that_were_never_traced(scaled: model.Model) -> None:
     result = against_pytorch.prove(folded(scaled, an_adapter()), scaled, [an_adapter()])
     assert result.verdict.outcome is parity.Outcome.SAME
-    assert "the referee ran in fp64 throughout" in result.verdict.notes
+    assert "the reference ran in fp64 throughout" in result.verdict.notes
     assert result.exit_code == 0
     shapes = [shape["rows"] for shape in result.about["inputs"].values()]
     assert len(shapes) == 3
@@ -189,14 +189,14 @@ def test_a_model_in_half_precision_is_refereed_in_fp64_and_deployed_as_it_is(
     adapter = an_adapter()
     result = against_pytorch.prove(folded(scaled, adapter), scaled, [adapter])
     assert result.verdict.outcome is outcome, str(result.verdict)
-    assert "the referee ran in fp64 throughout" in result.verdict.notes
+    assert "the reference ran in fp64 throughout" in result.verdict.notes
     weight, bias = (value.detach().double().numpy() for value in scaled.module.dense.parameters())
     pair = adapter.pairs["dense"]
     weight = weight + pair.b.astype(np.float64) @ pair.a.astype(np.float64)
     for case in result.cases:
         rows, weights = (result.inputs[case.name][name].astype(np.float64) for name in ("rows", "weights"))
         expected = np.tanh(rows @ weight.T + bias) * weights[..., None]
-        np.testing.assert_allclose(case.referee["output_0"], expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(case.reference["output_0"], expected, rtol=1e-12, atol=1e-12)
         own = case.deployed["output_0"]
         assert str(own.dtype) == pytorch.name_of(dtype)
         assert 1e-4 < np.abs(own.astype(np.float64) - expected).max() < 0.2  # coarse, as it is deployed
@@ -238,7 +238,7 @@ def test_a_merge_stored_in_bf16_of_a_model_in_half_precision_is_judged_by_what_i
     assert result.verdict.same, str(result.verdict)
     assert all(there.figures.merge_loss > 1e-4 for there in result.verdict.comparisons)
     for case in result.cases:
-        assert str(case.deployed["output_0"].dtype) == "bfloat16" and case.referee["output_0"].dtype == np.float64
+        assert str(case.deployed["output_0"].dtype) == "bfloat16" and case.reference["output_0"].dtype == np.float64
 
 
 def test_a_merge_stored_in_bf16_is_judged_by_what_bf16_should_hold(scaled: model.Model) -> None:
@@ -270,7 +270,7 @@ def test_an_adapter_that_bf16_swallows_is_not_called_the_same(scaled: model.Mode
     faint = an_adapter(2e-5)
     result = against_pytorch.prove(bf16_merge(scaled, faint), scaled, [faint])
     assert result.verdict.outcome is parity.Outcome.UNDECIDED, str(result.verdict)
-    assert {reason.gate for reason in result.verdict.reasons} <= {"loss", "signal", "off", "louder"}
+    assert {reason.gate for reason in result.verdict.reasons} <= {"loss", "signal", "off", "scaled"}
     unrounded = against_pytorch.prove(folded(scaled, faint), scaled, [faint])
     assert unrounded.verdict.same, str(unrounded.verdict)
 
@@ -282,11 +282,11 @@ def test_a_rounded_candidate_is_put_beside_a_base_that_is_rounded_too(scaled: mo
     module = copy.deepcopy(scaled.module)
     with torch.no_grad():
         module.dense.weight.copy_(module.dense.weight.bfloat16())
-    base = torch_runners.Referee(module.double())
+    base = torch_runners.Fp64Runner(module.double())
     for case in result.cases:
         expected = base.run(result.inputs[case.name])
         assert all(np.array_equal(case.base[name], value) for name, value in expected.items())
-        assert not np.array_equal(case.base["output_0"], case.referee["output_0"])
+        assert not np.array_equal(case.base["output_0"], case.reference["output_0"])
 
 
 class Forgetful(torch_runners.ModuleRunner):
@@ -400,8 +400,8 @@ def test_a_mixed_batch_is_judged_from_each_rows_first_token_on(places: int, outc
     alone = []
     for truth in truths:
         deployed = {"logits": (truth + 1e-6 * rng.standard_normal(truth.shape)).astype(np.float32)}
-        louder = {"logits": truths[0] + 1.1 * (truth - truths[0])}
-        sides = {"referee": {"logits": truth}, "deployed": deployed, "candidate": deployed, "louder": louder}
+        scaled = {"logits": truths[0] + 1.1 * (truth - truths[0])}
+        sides = {"reference": {"logits": truth}, "deployed": deployed, "candidate": deployed, "scaled": scaled}
         case = parity.Case("padded", "", base={"logits": truths[0]}, **sides)
         alone.append(proof.Proof(parity.judge([case]), None, {}, {"padded": arrays}, (case,)))
     rows = np.resize([1, 2, 0], 200)
@@ -422,7 +422,7 @@ def test_an_adapter_of_whole_tensors_alone_has_controls_too(scaled: model.Model)
     result = against_pytorch.prove(folded(scaled, adapter), scaled, [adapter])
     assert result.verdict.same, str(result.verdict)
     controls = [c for there in result.verdict.comparisons for c in there.figures.controls]
-    assert {control.name for control in controls} == {"off", "louder"} and all(control.told for control in controls)
+    assert {control.name for control in controls} == {"off", "scaled"} and all(control.told for control in controls)
     tenth = dataclasses.replace(adapter, replaced={"dense.weight": weight + np.float32(0.02)})
     assert against_pytorch.prove(folded(scaled, tenth), scaled, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
 
@@ -469,10 +469,10 @@ def test_what_a_provider_would_do_with_its_own_settings_is_told_and_not_judged(
     found = re.search(off, note)
     assert found and "in place of use_tf32=0, output_0 is off by" in note, note
     error, judged, share = map(float, found.groups())
-    referee = np.concatenate([case.referee["output_1"].ravel() for case in told.cases])
+    reference = np.concatenate([case.reference["output_1"].ravel() for case in told.cases])
     base = np.concatenate([case.base["output_1"].ravel() for case in told.cases if case.base])
-    assert error == pytest.approx(1e-3 * parity.rms(referee), rel=1e-2) and judged < 1e-2 * error
-    assert share == pytest.approx(100 * error / parity.rms(referee - base), rel=6e-2)
+    assert error == pytest.approx(1e-3 * parity.rms(reference), rel=1e-2) and judged < 1e-2 * error
+    assert share == pytest.approx(100 * error / parity.rms(reference - base), rel=6e-2)
 
     monkeypatch.setattr(OnCuda, "as_shipped", lambda self: Lost(self.module))
     told = against_pytorch.prove(OnCuda(folded(scaled, an_adapter()).module), scaled, [an_adapter()])

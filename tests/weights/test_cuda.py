@@ -35,16 +35,16 @@ from lora_export.storage import block_copy
 from lora_export.storage.manifest import read_manifest
 from lora_export.weights import apply_step
 from lora_export.weights import cuda as device
-from lora_export.weights.apply_step import Workshop
-from lora_export.weights.merge_report import StepResult, Tally
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.merge_report import Statistics, StepResult
 
 CPU = torch.device("cpu")
 A, B = [[1, 2, 3]], [[1], [10]]
 
 
-def by_torch(**parts: Any) -> Workshop:
+def by_torch(**parts: Any) -> Backend:
     """What `--device cuda` computes with, on the processor."""
-    return device.workshop(CPU, name="the processor, by PyTorch", **parts)
+    return device.backend(CPU, name="the processor, by PyTorch", **parts)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_merge_is_pefts_bit_for_bit_where_no_order_of_sums_matters(tmp_path, d
     model.save_pretrained(tmp_path / "adapter")
     places = tmp_path / "base.safetensors", tmp_path / "adapter"
     theirs = merged(*places, tmp_path / "numpy")
-    ours = merged(*places, tmp_path / "out", workshop=by_torch())
+    ours = merged(*places, tmp_path / "out", backend=by_torch())
     assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
     assert len(ours.results) == len(theirs.results) > 0
     for one, other in zip(ours.results, theirs.results, strict=True):
@@ -114,7 +114,7 @@ def test_whatever_has_a_pair_is_changed_on_the_device(tmp_path, monkeypatch, num
     options = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     model = dora(net, **options) if use_dora else trained(net, sixty_fourths, **options)
     model.save_pretrained(tmp_path / "adapter")
-    report = merged(base, tmp_path / "adapter", tmp_path / "out", workshop=by_torch())
+    report = merged(base, tmp_path / "adapter", tmp_path / "out", backend=by_torch())
     theirs = model.merge_and_unload().state_dict()
     ours = load_tensors(tmp_path / "out/model.safetensors")
     changed = nearly_the_same_bits(ours, {name: theirs[name] for name in ours}, net.state_dict())
@@ -130,7 +130,7 @@ def test_two_adapters_are_summed_before_the_one_rounding(tmp_path, numpy_is_gone
         peft_adapter(tmp_path / "one", {"fc": ([[1]], [[1]])}),
         peft_adapter(tmp_path / "two", {"fc": ([[2]], [[1]])}),
     ]
-    merged(base, adapters, tmp_path / "out", strengths=(1, 0.5), workshop=by_torch())
+    merged(base, adapters, tmp_path / "out", strengths=(1, 0.5), backend=by_torch())
     assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[258]]
 
 
@@ -141,7 +141,7 @@ def test_a_sum_is_rounded_once_to_the_type_that_was_asked_for(tmp_path, stored, 
     base = base_file(tmp_path / "base.safetensors", {"fc.weight": rng.standard_normal((50, 40))}, stored)
     exact = rng.integers(-63, 64, (2, 4, 50)) / 64
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (exact[0][:, :40], exact[1].T)})
-    merged(base, adapter, tmp_path / "out", dtype=dtype, workshop=by_torch(), min_retention=0)
+    merged(base, adapter, tmp_path / "out", dtype=dtype, backend=by_torch(), min_retention=0)
     weight = load_file(base)["fc.weight"].astype(np.float32)
     expected = (weight + np.float32(exact[1].T @ exact[0][:, :40])).astype(dtype)
     assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tobytes() == expected.tobytes()
@@ -153,7 +153,7 @@ def ulp(values: NDArray[Any]) -> NDArray[np.float64]:
     return np.nextafter(sizes, np.array(math.inf, values.dtype)).astype(np.float64) - sizes.astype(np.float64)
 
 
-def assert_as_promised(tmp_path: Path, workshop: Workshop, dtype: Any, *, cancel: bool) -> None:
+def assert_as_promised(tmp_path: Path, backend: Backend, dtype: Any, *, cancel: bool) -> None:
     """See the docstring of `device`; `cancel` has W be -ΔW, rounded, so that nothing but rounding is left."""
     rng, rank, scale = np.random.default_rng(1), 32, 3.0
     a, b = (rng.standard_normal(shape, np.float32) for shape in ((rank, 300), (200, rank)))
@@ -161,7 +161,7 @@ def assert_as_promised(tmp_path: Path, workshop: Workshop, dtype: Any, *, cancel
     weight = -change if cancel else 20 * rng.standard_normal((200, 300))
     base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight}, dtype)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (a, b)}, lora_alpha=scale * rank)
-    for name, options in (("numpy", {}), ("device", {"workshop": workshop})):
+    for name, options in (("numpy", {}), ("device", {"backend": backend})):
         merged(base, adapter, tmp_path / name, min_retention=0, **options)
     theirs, ours = (load_file(tmp_path / name / "model.safetensors")["fc.weight"] for name in ("numpy", "device"))
     before = load_file(base)["fc.weight"].astype(np.float64)
@@ -186,7 +186,7 @@ def test_what_a_device_made_passes_the_audit(tmp_path, dtype):
     base = base_file(tmp_path / "base.safetensors", {"fc.weight": rng.standard_normal((200, 300))}, dtype)
     pair = 0.1 * rng.standard_normal((8, 300)), rng.standard_normal((200, 8))
     adapter = peft_adapter(tmp_path / "adapter", {"fc": pair}, lora_alpha=3)
-    merged(base, adapter, tmp_path / "out", workshop=by_torch())
+    merged(base, adapter, tmp_path / "out", backend=by_torch())
     assert cli.run(["verify", str(tmp_path / "out/model.safetensors"), "--base", str(base), "-a", str(adapter)]) == 0
 
 
@@ -197,7 +197,7 @@ def test_what_is_not_for_a_device_is_done_by_numpy(tmp_path, monkeypatch):
     done: list[str] = []
     carry_out = apply_step.carry_out
 
-    def heard(step: Step, *rest: Any, **options: Any) -> list[Tally]:
+    def heard(step: Step, *rest: Any, **options: Any) -> list[Statistics]:
         done.append(step.weight)
         return carry_out(step, *rest, **options)
 
@@ -208,7 +208,7 @@ def test_what_is_not_for_a_device_is_done_by_numpy(tmp_path, monkeypatch):
     save_file({name: value.astype(np.float32) for name, value in tensors.items()} | wide, base)
     pairs = dict.fromkeys(("fc", "wide", "both"), (A, B))
     brought = {"head.weight": np.full((4, 3), 2.0), "both.weight": np.full((2, 3), 5.0)}
-    report = merged(base, peft_adapter(tmp_path / "adapter", pairs, brought), tmp_path / "out", workshop=by_torch())
+    report = merged(base, peft_adapter(tmp_path / "adapter", pairs, brought), tmp_path / "out", backend=by_torch())
     assert sorted(done) == ["both.weight", "head.weight", "wide.weight"]
     ours = load_file(tmp_path / "out/model.safetensors")
     assert {name: (value.tolist(), value.dtype) for name, value in ours.items()} == {
@@ -242,9 +242,9 @@ def test_what_numpy_refuses_is_refused_in_the_same_words(tmp_path, weight, dtype
         lengths = {"base_model.model.fc.lora_magnitude_vector": np.ones(1, np.float32)}
         save_file(load_file(file) | lengths, file)
     said = []
-    for name, workshop in (("numpy", None), ("device", by_torch())):
+    for name, backend in (("numpy", None), ("device", by_torch())):
         with pytest.raises(InputRefused) as refusal:
-            merged(base, adapter, tmp_path / name, workshop=workshop, **options)
+            merged(base, adapter, tmp_path / name, backend=backend, **options)
         said.append(str(refusal.value))
     assert said[0] == said[1] and "fc.weight" in said[0]
 
@@ -261,13 +261,13 @@ def test_what_cuda_complains_of_is_the_environments(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "mm", broken(RuntimeError("CUDA error: an illegal memory access\nsee CUDA_LAUNCH")))
     with pytest.raises(EnvironmentLacking, match=r"^fc\.weight: CUDA error: an illegal memory access\. `lora-"):
-        merged(base, adapter, tmp_path / "one", workshop=by_torch())
+        merged(base, adapter, tmp_path / "one", backend=by_torch())
     monkeypatch.setattr(torch, "mm", broken(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):  # which the command line knows
-        merged(base, adapter, tmp_path / "two", workshop=by_torch())
+        merged(base, adapter, tmp_path / "two", backend=by_torch())
     monkeypatch.setattr(torch, "mm", broken(RuntimeError("a bug of ours")))
     with pytest.raises(RuntimeError, match="a bug of ours"):
-        merged(base, adapter, tmp_path / "three", workshop=by_torch())
+        merged(base, adapter, tmp_path / "three", backend=by_torch())
 
 
 # --- memory, streams and factors ---
@@ -309,12 +309,12 @@ def test_each_thread_computes_in_a_stream_of_its_own_and_waits_for_it(tmp_path, 
     monkeypatch.setattr(block_copy, "BLOCK", 400)
     base = base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((300, 50))})
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((2, 50)), np.ones((300, 2)))})
-    workshop = by_torch(streams=Queue, inside=Queue.entered, memory=memory)
-    assert workshop.threads == block_copy.default_threads() + device.SLEEPING
-    merged(base, adapter, tmp_path / "out", workshop=workshop)
-    assert len({queue.thread for queue in Queue.made}) == len(Queue.made) <= workshop.threads
+    backend = by_torch(streams=Queue, inside=Queue.entered, memory=memory)
+    assert backend.threads == block_copy.default_threads() + device.SLEEPING
+    merged(base, adapter, tmp_path / "out", backend=backend)
+    assert len({queue.thread for queue in Queue.made}) == len(Queue.made) <= backend.threads
     assert sum(queue.waited for queue in Queue.made) == 150  # two rows of 50 a block
-    assert desks == [800] * (workshop.threads + block_copy.AHEAD)
+    assert desks == [800] * (backend.threads + block_copy.AHEAD)
     assert load_file(tmp_path / "out/model.safetensors")["fc.weight"].tolist() == [[3] * 50] * 300
 
 
@@ -333,7 +333,7 @@ def test_a_and_b_are_brought_over_once_and_not_kept_for_ever(tmp_path, monkeypat
         base,
         peft_adapter(tmp_path / "adapter", pairs),
         tmp_path / "out",
-        workshop=Workshop(arithmetic.carry_out, threads=1),
+        backend=Backend(arithmetic.carry_out, threads=1),
     )
     assert sorted(brought) == sorted(f"{name}.weight" for name in names)
     assert arithmetic.factors.cache_info().currsize == device.STEPS_AT_ONCE
@@ -347,10 +347,10 @@ def test_cuda_is_asked_for_pinned_memory_for_streams_and_not_for_tf32(monkeypatc
     monkeypatch.setattr(torch.cuda, "Stream", lambda place: wanted.setdefault("stream", place))
     monkeypatch.setattr(torch, "empty", lambda count, **options: (wanted.update(options), torch.zeros(count))[1])
     torch.backends.cuda.matmul.allow_tf32 = True  # monkeypatch cannot take it back
-    with device.cuda() as workshop:
+    with device.cuda() as backend:
         assert torch.backends.cuda.matmul.allow_tf32 is False
-        assert workshop.device == "cuda (number 3)" and len(workshop.memory(16)) == 16
-        arithmetic = workshop.carry_out.__self__
+        assert backend.device == "cuda (number 3)" and len(backend.memory(16)) == 16
+        arithmetic = backend.carry_out.__self__
         assert arithmetic.stream == arithmetic.device == torch.device("cuda", 3)
         assert arithmetic.inside is torch.cuda.stream
     was, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
@@ -459,10 +459,10 @@ def test_without_a_device_no_torch_is_loaded(place):
 def test_a_gpu_keeps_the_promise(tmp_path, dtype, cancel):
     if not torch.cuda.is_available():
         pytest.skip("onnxruntime's CUDA provider runs here, but this PyTorch sees no GPU")
-    with device.cuda() as workshop:
-        assert_as_promised(tmp_path, workshop, dtype, cancel=cancel)
-        assert workshop.device.startswith("cuda (")
-        assert torch.from_numpy(workshop.memory(1 << 20)).is_pinned()
+    with device.cuda() as backend:
+        assert_as_promised(tmp_path, backend, dtype, cancel=cancel)
+        assert backend.device.startswith("cuda (")
+        assert torch.from_numpy(backend.memory(1 << 20)).is_pinned()
 
 
 @pytest.mark.cuda
@@ -475,7 +475,7 @@ def test_a_whole_model_is_merged_on_a_gpu_as_on_the_processor(tmp_path, monkeypa
     save_tensors(net.state_dict(), tmp_path / "base.safetensors")
     model = trained(net, sixty_fourths, r=8, lora_alpha=8, target_modules=[str(number) for number in range(40)])
     model.save_pretrained(tmp_path / "adapter")
-    with device.cuda() as workshop:
-        merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", workshop=workshop)
+    with device.cuda() as backend:
+        merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", backend=backend)
     ours = load_tensors(tmp_path / "out/model.safetensors")
     assert same_bits(ours, model.merge_and_unload().state_dict())

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from lora_export.lora import add
-from lora_export.weights.merge_report import StepResult, Tally
+from lora_export.weights.merge_report import Statistics, StepResult
 
 BF16 = ml_dtypes.bfloat16
 
 
 def tallied(weight: np.ndarray, change: list[float], merged: np.ndarray | None = None) -> StepResult:
     wanted = np.array(change, np.float32)
-    tally = Tally("w")
-    tally.count(weight, wanted, add(weight, wanted) if merged is None else merged)
-    return tally.result()
+    statistics = Statistics("w")
+    statistics.count(weight, wanted, add(weight, wanted) if merged is None else merged)
+    return statistics.result()
 
 
 def test_a_change_that_arrives_whole_has_no_noise():
@@ -51,7 +51,7 @@ def test_blocks_add_up_to_the_figures_of_the_whole():
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((8, 5)).astype(BF16)
     change = 0.01 * rng.standard_normal((8, 5)).astype(np.float32)
-    whole, blocks = Tally("w"), Tally("w")
+    whole, blocks = Statistics("w"), Statistics("w")
     whole.count(weight, change, add(weight, change))
     for rows in (slice(0, 3), slice(3, 8)):
         blocks.count(weight[rows], change[rows], add(weight[rows], change[rows]))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import KEY, Contract, Place, read_contract
 from lora_export.graph.insert.dora import length_factors
-from lora_export.graph.insert.inserter import Factor, Weaver, module_of
+from lora_export.graph.insert.inserter import Factor, Inserter, module_of
 from lora_export.graph.readers import common_dtype, readers
 from lora_export.graph.sites import Site, Sites, find
 from lora_export.plan import Layout, Plan
@@ -77,16 +77,16 @@ def open_inputs(
     if KEY in model.metadata_props:
         raise InputRefused("the graph takes adapters already: start from the graph that does not")
     digests, with_factor = _digests(sites), set(dora)
-    weaver, places = Weaver(model), []
+    inserter, places = Inserter(model), []
     for weight in weights:
         embedding = all(site.layout is Layout.EMBEDDING for site in sites.by_name[weight])
-        there = weaver.places(weight, sites, embedding=embedding, in_place=True)
+        there = inserter.places(weight, sites, embedding=embedding, in_place=True)
         place = _place(weight, there, NAMES[names], digests[weight], embedding=embedding, dora=weight in with_factor)
-        a, b, *factor = _opened(weaver, place)
+        a, b, *factor = _opened(inserter, place)
         for site in there:
-            weaver.put(site, [(a, b)], weaver.rescaling(site, factor[0]) if factor else None)
+            inserter.put(site, [(a, b)], inserter.rescaling(site, factor[0]) if factor else None)
         places.append(place)
-    weaver.finish()
+    inserter.finish()
     contract = Contract(_hash(digests.items()), _hash(_spoken(sites)), tuple(places))
     model.metadata_props[KEY] = str(contract)
     return contract
@@ -117,16 +117,16 @@ def _place(
     )
 
 
-def _opened(weaver: Weaver, place: Place) -> list[Factor]:
+def _opened(inserter: Inserter, place: Place) -> list[Factor]:
     """A place's inputs: A, B, and the factor where it takes one."""
     module = module_of(place.weight)
     # Its own symbol: onnxruntime lets tensors of equal symbols share memory.
     rank = _dotted(module, "lora_r")
     opened = []
     for part, (name, array) in zip(("lora_A", "lora_B", FACTOR), place.bare().items(), strict=False):
-        factor = weaver.factor(module, part, array, name=name)
+        factor = inserter.factor(module, part, array, name=name)
         factor.value.shape = ir.Shape([rank if size is None else size for size in place.takes[name]])
-        weaver.model.graph.inputs.append(factor.value)
+        inserter.model.graph.inputs.append(factor.value)
         opened.append(factor)
     return opened
 

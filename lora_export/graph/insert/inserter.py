@@ -69,7 +69,7 @@ class Addition(NamedTuple):
     rescaling: Rescaling | None
 
 
-class Weaver:
+class Inserter:
     """Adds nodes and initializers to a graph under names that are free.
 
     What is put beside a layer is in the graph after `finish`: a node whose matrix holds several weights side by side

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_export.graph.fold import change_weight, refuse_what_no_branch_can_do
 from lora_export.graph.insert.dora import length_factor
-from lora_export.graph.insert.inserter import Factor, Rescaling, Weaver, module_of
+from lora_export.graph.insert.inserter import Factor, Inserter, Rescaling, module_of
 from lora_export.graph.readers import common_dtype
 from lora_export.graph.sites import Site, Sites
 from lora_export.plan import Plan, Step, Term
@@ -40,14 +40,14 @@ def branch(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     refuse_what_no_branch_can_do(plan)
     # First, while every bias is still where `sites` says.
     folded = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
-    weaver, several = Weaver(model), len(plan.adapters) > 1
+    inserter, several = Inserter(model), len(plan.adapters) > 1
     for step in plan.low_rank:
-        there = weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding, in_place=True)
-        pairs = [_pair(weaver, step, term, there, _label(term, several=several)) for term in step.terms]
-        lengths = _Lengths(weaver, step, common_dtype(there), _label(step.terms[0], several=several))
+        there = inserter.places(step.weight, sites, embedding=step.terms[0].pair.embedding, in_place=True)
+        pairs = [_pair(inserter, step, term, there, _label(term, several=several)) for term in step.terms]
+        lengths = _Lengths(inserter, step, common_dtype(there), _label(step.terms[0], several=several))
         for site in there:
-            weaver.put(site, pairs, lengths.of(site))
-    weaver.finish()
+            inserter.put(site, pairs, lengths.of(site))
+    inserter.finish()
     return [result for result in folded if result is not None]
 
 
@@ -55,19 +55,19 @@ def _label(term: Term, *, several: bool) -> str:
     return f".{term.adapter}" if several else ""
 
 
-def _pair(weaver: Weaver, step: Step, term: Term, there: Sequence[Site], label: str) -> tuple[Factor, Factor]:
+def _pair(inserter: Inserter, step: Step, term: Term, there: Sequence[Site], label: str) -> tuple[Factor, Factor]:
     """A and s·B, as `Term.factors` has them, as initializers in the dtype of the weight's readers."""
     module, dtype = module_of(step.weight), np.dtype(common_dtype(there))
     with np.errstate(over="ignore"):  # looked for where it is stored
         a, b = (side.astype(dtype) for side in term.factors)
-    return weaver.factor(module, f"lora_A{label}", a), weaver.factor(module, f"lora_B{label}", b)
+    return inserter.factor(module, f"lora_A{label}", a), inserter.factor(module, f"lora_B{label}", b)
 
 
 class _Lengths:
     """What DoRA multiplies each output of a step's weight by, as initializers: one for each weight that differs."""
 
-    def __init__(self, weaver: Weaver, step: Step, dtype: str, label: str):
-        self.weaver, self.step, self.dtype, self.label = weaver, step, dtype, label
+    def __init__(self, inserter: Inserter, step: Step, dtype: str, label: str):
+        self.inserter, self.step, self.dtype, self.label = inserter, step, dtype, label
         self.made: list[tuple[NDArray[Any], Factor]] = []
         self.by_holder: dict[tuple[ir.Value | ir.Node, range | None], Factor] = {}
 
@@ -79,12 +79,12 @@ class _Lengths:
         if holder not in self.by_holder:
             with np.errstate(over="ignore"):  # looked for where it is stored
                 self.by_holder[holder] = self._stored(length_factor(self.step, site).astype(self.dtype))
-        return self.weaver.rescaling(site, self.by_holder[holder])
+        return self.inserter.rescaling(site, self.by_holder[holder])
 
     def _stored(self, array: NDArray[Any]) -> Factor:
         for other, factor in self.made:
             if np.array_equal(other, array):
                 return factor
-        factor = self.weaver.factor(module_of(self.step.weight), f"lora_magnitude_vector{self.label}", array)
+        factor = self.inserter.factor(module_of(self.step.weight), f"lora_magnitude_vector{self.label}", array)
         self.made.append((array, factor))
         return factor

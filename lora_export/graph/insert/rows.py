@@ -29,7 +29,7 @@ from lora_export.errors import InputRefused, one_line
 from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.insert.dora import length_factors
-from lora_export.graph.insert.inserter import NONE, Attributes, Branch, Factor, Rescaling, Weaver, module_of
+from lora_export.graph.insert.inserter import NONE, Attributes, Branch, Factor, Inserter, Rescaling, module_of
 from lora_export.graph.quantised import layouts as nbits
 from lora_export.graph.readers import common_dtype
 from lora_export.graph.sites import Site, Sites, unused
@@ -64,23 +64,24 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     if model.opset_imports.get("", 0) < LOWEST_OPSET:
         raise InputRefused(f"the graph is of opset {model.opset_imports.get('', 0)}; rows need {LOWEST_OPSET}")
     refuse_what_no_input_carries(plan.adapters)
-    weaver = Weaver(model)
-    if IDS in weaver.values:
+    inserter = Inserter(model)
+    if IDS in inserter.values:
         raise InputRefused(f"the graph has an input or value {IDS} already: start from the graph without adapters")
     there = {
-        step.weight: weaver.places(step.weight, sites, embedding=step.terms[0].pair.embedding) for step in plan.low_rank
+        step.weight: inserter.places(step.weight, sites, embedding=step.terms[0].pair.embedding)
+        for step in plan.low_rank
     }
     places = [(name, site) for name, found in there.items() for site in found]
     if any(_entering(site).shape is None for _, site in places):
         _infer_shapes(model)
     leader, batch = _leader(model, batch, [site for _, site in places])
     layouts = _layouts(places, batch)
-    chooser = _Chooser(weaver, leader, len(plan.adapters))
+    chooser = _Chooser(inserter, leader, len(plan.adapters))
     names = [adapter.name for adapter in plan.adapters]
     factors = {name: length_factors(plan.low_rank, name, there.__getitem__) for name in names}
     for step in plan.low_rank:
         found = there[step.weight]
-        stacks = _Stacks(weaver, step, names, common_dtype(found))
+        stacks = _Stacks(inserter, step, names, common_dtype(found))
         a, b = stacks.convolutions if found[0].is_convolution else stacks.pairs
         lengths = stacks.factors([factors[name].get(step.weight) for name in names]) if step.has_dora else None
         for site in found:
@@ -90,8 +91,8 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
                 way = partial(chooser.convolved, site, a, b, stacks.owners)
             else:
                 way = partial(chooser.branch, site, layout, a, b)
-            weaver.put_beside(site, way, rescaling)
-    weaver.finish()
+            inserter.put_beside(site, way, rescaling)
+    inserter.finish()
     model.metadata_props[ROWS] = json.dumps({"adapters": names})
 
 
@@ -121,8 +122,8 @@ def _is(size: Dim, symbol: str) -> bool:
 class _Stacks:
     """What all adapters add to one weight, as initializers; the first of each stack is the base, which adds nothing."""
 
-    def __init__(self, weaver: Weaver, step: Step, adapters: Sequence[str], dtype: str):
-        self.weaver, self.step, self.dtype = weaver, step, dtype
+    def __init__(self, inserter: Inserter, step: Step, adapters: Sequence[str], dtype: str):
+        self.inserter, self.step, self.dtype = inserter, step, dtype
         own = (step.of(name) for name in adapters)
         self.sides = [[] if there is None else [term.factors for term in there.terms] for there in own]
         self.ranks = [sum(term.pair.rank for term in there.terms) if there else 0 for there in map(step.of, adapters)]
@@ -168,7 +169,9 @@ class _Stacks:
         return self._factor("lora_magnitude_vector", stack)
 
     def _factor(self, side: str, array: NDArray[Any]) -> Factor:
-        return self.weaver.factor(module_of(self.step.weight), side, stored(self.step.weight, side, array, self.dtype))
+        return self.inserter.factor(
+            module_of(self.step.weight), side, stored(self.step.weight, side, array, self.dtype)
+        )
 
 
 # --- where the batch is -------------------------------------------------------------------------
@@ -297,17 +300,17 @@ def _product(sizes: Sequence[Dim]) -> int:
 class _Chooser:
     """The ids as a graph's input, and branches that follow them."""
 
-    def __init__(self, weaver: Weaver, leader: ir.Value, adapters: int):
+    def __init__(self, inserter: Inserter, leader: ir.Value, adapters: int):
         assert leader.shape is not None
-        self.weaver, self.batch = weaver, leader.shape[0]
+        self.inserter, self.batch = inserter, leader.shape[0]
         self.adapters = adapters
         self.constants: dict[tuple[int, ...], ir.Value] = {}
         self.masks: dict[int, ir.Value] = {}
         self.dense: dict[ir.Value, ir.Value] = {}
-        graph = weaver.model.graph
+        graph = inserter.model.graph
         ids = ir.Value(name=IDS, shape=ir.Shape([self.batch]), type=ir.TensorType(ir.DataType.INT64))
         graph.inputs.append(ids)
-        nodes = _Nodes(weaver, f"/{IDS}")
+        nodes = _Nodes(inserter, f"/{IDS}")
         self.count = nodes.add("Shape", [leader], [1], ir.DataType.INT64, start=0, end=1)
         # Gather counts negative ids from the end; one that is too large it refuses.
         negative = nodes.add("Less", [ids, self._constant(0)], [self.batch], ir.DataType.BOOL)
@@ -319,7 +322,7 @@ class _Chooser:
 
     def branch(self, site: Site, layout: _Layout, a: Factor, b: Factor, outputs: range) -> Branch:
         """x·A·B with A and B by row, in the shape of these outputs of the site's node."""
-        nodes = _Nodes(self.weaver, a.path)
+        nodes = _Nodes(self.inserter, a.path)
         product = site.node.outputs[0]
         shape = product.shape and [*product.shape[:-1], len(outputs)]
         a, b = nodes.suited(site, a), nodes.suited(site, b, (outputs, 0.0))
@@ -364,14 +367,14 @@ class _Chooser:
 
     def convolved(self, site: Site, a: Factor, b: Factor, owners: NDArray[np.bool_], _: range) -> Branch:
         """A convolution by all adapters' A, of which each row keeps its own ranks, and one by all their B."""
-        nodes = _Nodes(self.weaver, a.path)
+        nodes = _Nodes(self.inserter, a.path)
         a, b = nodes.suited(site, a), nodes.suited(site, b)
         product, ranks = site.node.outputs[0], owners.shape[1]
         shape = product.shape and [product.shape[0], ranks, *product.shape[2:]]
         inner = nodes.add("Conv", [_entering(site), a.value], shape, None, site.node.attributes)
-        own = self._of_rows(nodes, self.weaver.constant(a.path, "rows", owners), len(site.shape), axis=0, last=1)
+        own = self._of_rows(nodes, self.inserter.constant(a.path, "rows", owners), len(site.shape), axis=0, last=1)
         # Chosen, not multiplied: what is not finite in another adapter is none of this row's.
-        nothing = self.weaver.constant(a.path, "nothing", np.zeros((), np.dtype(site.dtype)))
+        nothing = self.inserter.constant(a.path, "nothing", np.zeros((), np.dtype(site.dtype)))
         inner = nodes.add("Where", [own, inner, nothing], shape, inner.dtype)
         nodes.path = b.path
         return Branch(nodes.made, nodes.add("Conv", [inner, b.value], product.shape), b.path)
@@ -380,7 +383,7 @@ class _Chooser:
         """The multiplication of each row by its own adapter's factors."""
 
         def multiplied(total: ir.Value) -> list[ir.Node]:
-            nodes = _Nodes(self.weaver, factors.path)
+            nodes = _Nodes(self.inserter, factors.path)
             stack, shape = nodes.suited(site, factors, (range(site.width), 1.0)).value, site.node.outputs[0].shape
             if site.is_convolution:
                 own = self._of_rows(nodes, stack, layout.rank, axis=0, last=1)
@@ -432,7 +435,7 @@ class _Chooser:
         """x (batch, ..., in) by each row's own A and B: by copies of them, or by all of them."""
         nodes.path = b.path
         condition = self._is_dense(nodes, x)
-        many, few = _Nodes(self.weaver, a.path), _Nodes(self.weaver, a.path)
+        many, few = _Nodes(self.inserter, a.path), _Nodes(self.inserter, a.path)
         apart = self._multiply(many, x, a.value)
         together = self._by_all(nodes, few, x, a, b)
         many.path = b.path
@@ -448,7 +451,7 @@ class _Chooser:
         """Whether all adapters' products are cheaper for this x: once for all layers that read it."""
         if x in self.dense:
             return self.dense[x]
-        made, features, reader = _Nodes(self.weaver, f"/{IDS}"), _features(x), x.producer()
+        made, features, reader = _Nodes(self.inserter, f"/{IDS}"), _features(x), x.producer()
         rows = made.add("Mul", [self.count, self._constant(COPIED * features)], [1])
         most = made.add("Sub", [rows, self._constant(READ * self.adapters * features)], [1])
         size = made.add("Size", [x], [], ir.DataType.INT64)
@@ -481,7 +484,7 @@ class _Chooser:
         assert kind is not None
         product = few.add("MatMul", [x, beside], [self.batch, *between, wide], kind)
         # Chosen, not multiplied: what is not finite by another adapter is none of this row's.
-        nothing = self.weaver.constant(a.path, "nothing", np.zeros((), kind.numpy()))
+        nothing = self.inserter.constant(a.path, "nothing", np.zeros((), kind.numpy()))
         kept = few.add("Where", [own, product, nothing], [self.batch, *between, wide], kind)
         few.path = b.path
         return few.add("MatMul", [kept, below], [self.batch, *between, out])
@@ -491,33 +494,33 @@ class _Chooser:
         if rank not in self.masks:
             slots = self.adapters + 1
             owners = np.repeat(np.eye(slots, dtype=bool), rank, axis=1)
-            nodes = _Nodes(self.weaver, f"/{IDS}")
-            table = self.weaver.constant(f"/{IDS}", f"owners.{rank}", owners)
+            nodes = _Nodes(self.inserter, f"/{IDS}")
+            table = self.inserter.constant(f"/{IDS}", f"owners.{rank}", owners)
             own = nodes.add("Gather", [table, self.ids], [self.batch, slots * rank], axis=0)
             self.masks[rank] = nodes.add("Unsqueeze", [own, self._constant(1)], [self.batch, 1, slots * rank])
             producer = self.ids.producer()
             assert producer is not None
-            self.weaver.model.graph.insert_after(producer, nodes.made)
+            self.inserter.model.graph.insert_after(producer, nodes.made)
         return self.masks[rank]
 
     def _constant(self, *numbers: int) -> ir.Value:
         if numbers not in self.constants:
-            name = unused(f"{IDS}.{'_'.join(map(str, numbers))}", self.weaver.values)
-            self.constants[numbers] = new_initializer(self.weaver.model, name, ir.Tensor(np.array(numbers, np.int64)))
+            name = unused(f"{IDS}.{'_'.join(map(str, numbers))}", self.inserter.values)
+            self.constants[numbers] = new_initializer(self.inserter.model, name, ir.Tensor(np.array(numbers, np.int64)))
         return self.constants[numbers]
 
 
 class _Nodes:
     """Nodes in the order in which they run."""
 
-    def __init__(self, weaver: Weaver, path: str):
-        self.weaver, self.path = weaver, path
+    def __init__(self, inserter: Inserter, path: str):
+        self.inserter, self.path = inserter, path
         self.made: list[ir.Node] = []
 
     def suited(self, site: Site, factor: Factor, filled: tuple[range, float] | None = None) -> Factor:
-        """As `Weaver.suited`, and `Weaver.filled` with these outputs and this number."""
-        before, factor = self.weaver.suited(site, factor)
-        filling, factor = self.weaver.filled(site, factor, *filled) if filled else ([], factor)
+        """As `Inserter.suited`, and `Inserter.filled` with these outputs and this number."""
+        before, factor = self.inserter.suited(site, factor)
+        filling, factor = self.inserter.filled(site, factor, *filled) if filled else ([], factor)
         self.made += [*before, *filling]
         return factor
 
@@ -532,7 +535,7 @@ class _Nodes:
     ) -> ir.Value:
         """One more; its output has the first input's type where `dtype` is not told."""
         known = None if shape is None else ir.Shape(shape)
-        node = self.weaver.node(op_type, inputs, self.path, known, {**own, **attributes})
+        node = self.inserter.node(op_type, inputs, self.path, known, {**own, **attributes})
         if dtype is not None:
             node.outputs[0].type = ir.TensorType(dtype)
         self.made.append(node)

@@ -38,7 +38,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.weights import apply_step
 from lora_export.weights.apply_step import Patch
-from lora_export.weights.merge_report import Tally
+from lora_export.weights.merge_report import Statistics
 
 INTEGERS = frozenset({"INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16"})
 MIRRORED_WITHOUT_LOWEST = 8  # bits from which a symmetric scheme of signed integers leaves out the lowest one
@@ -60,12 +60,12 @@ class _Piece(NamedTuple):
     before: NDArray[Any]
     change: NDArray[np.float32]
 
-    def tally(self, merged: NDArray[np.float32] | None) -> Tally:
+    def statistics(self, merged: NDArray[np.float32] | None) -> Statistics:
         """What became of it; nothing is counted where nothing was measured."""
-        tally = Tally(self.weight)
+        statistics = Statistics(self.weight)
         if merged is not None:
-            tally.count(self.before, self.change, merged[self.where])
-        return tally
+            statistics.count(self.before, self.change, merged[self.where])
+        return statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +110,11 @@ class Requantised:
         ends = (numbers.extent(rows if part is Part.LEVELS else self.groups.bands(rows)) for rows in self._cuts(part))
         return max(last - first for first, last in ends)
 
-    def made(self, part: Part) -> tuple[ir.TensorProtocol, list[Tally]]:
+    def made(self, part: Part) -> tuple[ir.TensorProtocol, list[Statistics]]:
         """One of the tensors, changed in memory."""
         numbers = self.numbers(part)
         after, nothing = np.empty(numbers.nbytes, np.uint8), np.empty(0, np.uint8)
-        tallies: list[Tally] = []
+        tallies: list[Statistics] = []
         for block in self.blocks(part, 0, 0):
             assert block.work is not None
             found = block.work(numbers.inside[block.start : block.stop], after[block.place : block.end], nothing)
@@ -149,7 +149,7 @@ class Requantised:
 
     def _make(
         self, part: Part, rows: slice, points: Points | None, measured: bool, source: Bytes, target: Bytes, _: Bytes
-    ) -> list[Tally]:
+    ) -> list[Statistics]:
         if points is not None and part is not Part.LEVELS:
             target[:] = self._stored(part, points, rows, source)
             return []
@@ -173,7 +173,7 @@ class Requantised:
             np.copyto(after[:, :width], flat, where=there, casting="unsafe")
         target[:] = self.levels.packed(after, source)
         merged = (levels - zeros) * scales if measured else None
-        return [piece.tally(merged) for piece in pieces]
+        return [piece.statistics(merged) for piece in pieces]
 
     def _stored(self, part: Part, points: Points, rows: slice, before: Bytes) -> Bytes:
         numbers, bands = self.numbers(part), self.groups.bands(rows)

@@ -116,7 +116,7 @@ INSTEAD: dict[str, Function] = {
     "_assert_scalar.default": _assert,
     "_assert_async.default": _assert,
     "_assert_async.msg": _assert,
-    "_assert_tensor_metadata.default": lambda **_: None,  # of types that a referee widens
+    "_assert_tensor_metadata.default": lambda **_: None,  # of types that a reference widens
     "sym_constrain_range.default": _checked_range,
     "sym_constrain_range_for_size.default": _checked_range,
     "_scaled_dot_product_flash_attention_for_cpu.default": _attention,

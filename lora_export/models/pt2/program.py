@@ -5,7 +5,7 @@ reads `X.weight` is a linear layer's, a convolution's or an embedding's, X is ma
 and called in the operator's place: what attaches adapters to a module, watches its layers or looks rows up does so
 here too, and a reference with adapters computes `W x + s·B (A x)`, which no merge does. Where a weight is read in
 another way (transposed and multiplied, as a program has it after its decomposition), whoever reads it is given
-`W + s·BA` of the reference's own making, in fp64 for the referee: not the sum that a merge wrote, and the only
+`W + s·BA` of the reference's own making, in fp64 for the reference: not the sum that a merge wrote, and the only
 meaning that an adapter has where its layer cannot be told.
 
 The floats are those of the file. Where the module is cast (`.double()`, `.to()`), the dtype in which the file keeps
@@ -247,7 +247,7 @@ class Program(nn.Module):
     def _in_its_dtype(self, given: Tensor, declared: str, now: torch.dtype | None) -> Tensor:
         wanted: torch.dtype = getattr(torch, declared)
         if not wanted.is_floating_point or (given.dtype is torch.float64 and now is torch.float64):
-            return given  # a referee's numbers are not narrowed
+            return given  # a reference's numbers are not narrowed
         return given.to(now if wanted is self.file_dtype and now is not None else wanted)
 
 

@@ -61,7 +61,7 @@ INTEGERS = "iub"
 
 
 class _Compared(NamedTuple):
-    """One call of one module: how far candidate and PyTorch are from the referee."""
+    """One call of one module: how far candidate and PyTorch are from the reference."""
 
     layer: LayerError
     allowed: float
@@ -81,7 +81,7 @@ class _Compared(NamedTuple):
 def diagnose(suspect: Suspect, *, every: bool = False) -> Diagnosis:
     """Find the first module of a candidate whose output differs in this case, and why.
 
-    Runs the candidate, PyTorch, base and referee once more, or more often where what is to be compared
+    Runs the candidate, PyTorch, base and reference once more, or more often where what is to be compared
     is too much to be held at once; stops at the first difference then, unless `every` is said.
     A decoder with a cache is followed through the prompt of the case, before it reads what it kept.
     Raises InputRefused and RuntimeRefused where nothing can be compared.
@@ -102,14 +102,14 @@ def _at_prompt(suspect: Suspect, candidate: CacheRunner) -> Suspect:
     inputs = candidate.prompt(suspect.inputs)
     if not inputs[IDS].size:
         raise InputRefused("every row of the case begins with padding")
-    referee = suspect.referee.run(inputs)
+    reference = suspect.reference.run(inputs)
     case = replace(
         suspect.case,
-        referee=referee,
+        reference=reference,
         deployed=suspect.deployed.run(inputs),
-        candidate=renamed(candidate.answers(inputs), referee),
+        candidate=renamed(candidate.answers(inputs), reference),
         base=None,
-        louder=None,
+        scaled=None,
         attached=None,
     )
     return replace(suspect, inputs=inputs, case=case)
@@ -173,8 +173,8 @@ def _groups(keys: Sequence[Key], sizes: Mapping[Key, int]) -> Iterator[list[Key]
 
 
 def _compare(suspect: Suspect, followed: Followed, values: Mapping[Key, Values]) -> dict[Key, _Compared]:
-    """Each module of the group, in the order in which they run. The referee's values are never held together."""
-    deployed, base = suspect.deployed_says(values), suspect.base_says(values)
+    """Each module of the group, in the order in which they run. The reference's values are never held together."""
+    deployed, base = suspect.deployed_values(values), suspect.base_values(values)
     found: dict[Key, _Compared] = {}
 
     def seen(key: Key, x: Tensor | None, y: Tensor) -> None:
@@ -194,42 +194,42 @@ def _compare(suspect: Suspect, followed: Followed, values: Mapping[Key, Values])
         )
         found[key] = _Compared(LayerError(str(key), error, own_error, effect), allowed, *enters)
 
-    with watching(suspect.referee.module, {key.weight for key in values}, seen):
-        suspect.referee.run(suspect.inputs)
+    with watching(suspect.reference.module, {key.weight for key in values}, seen):
+        suspect.reference.run(suspect.inputs)
     return found
 
 
-def _apart(own: Array, referee: Array, deployed: Array) -> tuple[float, float, float]:
+def _apart(own: Array, reference: Array, deployed: Array) -> tuple[float, float, float]:
     """rmse of the candidate and of PyTorch, and how much the gate allows."""
-    if referee.dtype.kind in INTEGERS:
-        wrong = _in_shape(own, referee) != referee
+    if reference.dtype.kind in INTEGERS:
+        wrong = _in_shape(own, reference) != reference
         return float(np.count_nonzero(wrong)), 0.0, 0.0
-    errors = deployed.astype(np.float64) - referee
+    errors = deployed.astype(np.float64) - reference
     allowed = parity.allow(
-        referee,
+        reference,
         errors,
-        k=STANDS_OUT * parity.slack(referee.size, "float32"),
+        k=STANDS_OUT * parity.slack(reference.size, "float32"),
         eps=parity.FEW_EPS * parity.EPS["float32"],
     )
-    difference = _in_shape(own.astype(np.float64), referee) - referee
+    difference = _in_shape(own.astype(np.float64), reference) - reference
     error = parity.rms(difference) if np.isfinite(difference).all() else math.inf
     return error, parity.rms(errors), allowed.rmse
 
 
-def _in_shape(own: Array, referee: Array) -> Array:
-    """The candidate's values as the referee has them, where one of the two keeps batch and length the other way round.
+def _in_shape(own: Array, reference: Array) -> Array:
+    """The candidate's values in the reference's shape, where one of them has batch and length the other way round.
 
     Of two ways to read them that shapes allow, the nearer: neither makes wrong numbers right.
     """
-    if own.shape == referee.shape:
+    if own.shape == reference.shape:
         return own
-    if own.size != referee.size:
-        return np.full(referee.shape, np.nan)
-    ways = [own.reshape(referee.shape)]
-    if referee.ndim > 2:
-        first, second, *rest = referee.shape
+    if own.size != reference.size:
+        return np.full(reference.shape, np.nan)
+    ways = [own.reshape(reference.shape)]
+    if reference.ndim > 2:
+        first, second, *rest = reference.shape
         ways.append(own.reshape(second, first, *rest).swapaxes(0, 1))
-    return min(ways, key=lambda way: float(np.sum(np.abs(way.astype(np.float64) - referee))))
+    return min(ways, key=lambda way: float(np.sum(np.abs(way.astype(np.float64) - reference))))
 
 
 # --- why ----------------------------------------------------------------------------------------
@@ -282,7 +282,10 @@ def _as_if(suspect: Suspect, key: Key, x: Array) -> Iterator[str]:
             changed = {name: np.full_like(given, number)}
             if np.array_equal(changed[name], given):
                 continue
-            found, deployed = suspect.referee_says([key], **changed).get(key), suspect.deployed_says([key], **changed)
+            found, deployed = (
+                suspect.reference_values([key], **changed).get(key),
+                suspect.deployed_values([key], **changed),
+            )
             narrow = deployed[key].x if key in deployed else None
             if found is None or found.x is None or narrow is None or found.x.size != x.size:
                 continue
@@ -410,7 +413,7 @@ def _as_with_others(suspect: Suspect, followed: Followed, key: Key) -> Iterator[
     others = dict(followed.others()) if isinstance(followed, _FollowedGraph) else {}
     if not others:
         return
-    expected, deployed = suspect.referee_says([key]), suspect.deployed_says([key])
+    expected, deployed = suspect.reference_values([key]), suspect.deployed_values([key])
     for told, other in others.items():
         error, _, allowed = _apart(other.run(suspect.inputs, [key])[key].y, expected[key].y, deployed[key].y)
         if error <= allowed:

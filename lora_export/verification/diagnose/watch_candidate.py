@@ -22,7 +22,7 @@ from lora_export.plan import Layout, Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
-from lora_export.runtime.torch_runners import ModuleRunner, Referee, ScriptRunner
+from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner, ScriptRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.graph_taps import Watched, expose, watch
 from lora_export.verification.diagnose.watch_modules import Array, Key, Values, places_in, recorded
@@ -50,8 +50,8 @@ class Suspect:
     """One case of a proof, with all who took part in it."""
 
     candidate: Runner
-    referee: Referee
-    attached: Referee  # the adapters as they are, where the referee's weights were rounded
+    reference: Fp64Runner
+    attached: Fp64Runner  # the adapters as they are, where the reference's weights were rounded
     deployed: ModuleRunner
     base: nn.Module  # without adapters
     plan: Plan | None
@@ -69,17 +69,17 @@ class Suspect:
 
     @cached_property
     def settled_places(self) -> dict[str, Plain]:
-        """Of the referee, where it is another than that to which the adapters are attached."""
-        return {} if self.referee is self.attached else places_in(self.referee.module)
+        """Of the reference, where it is another than that to which the adapters are attached."""
+        return {} if self.reference is self.attached else places_in(self.reference.module)
 
-    def referee_says(self, keys: Collection[Key], **inputs: Array) -> dict[Key, Values]:
-        """What the referee's modules are given and give, with some inputs changed."""
-        return recorded(self.referee.module, lambda: self.referee.run({**self.inputs, **inputs}), keys)
+    def reference_values(self, keys: Collection[Key], **inputs: Array) -> dict[Key, Values]:
+        """What the reference's modules are given and give, with some inputs changed."""
+        return recorded(self.reference.module, lambda: self.reference.run({**self.inputs, **inputs}), keys)
 
-    def deployed_says(self, keys: Collection[Key], **inputs: Array) -> dict[Key, Values]:
+    def deployed_values(self, keys: Collection[Key], **inputs: Array) -> dict[Key, Values]:
         return recorded(self.deployed.module, lambda: self.deployed.run({**self.inputs, **inputs}), keys)
 
-    def base_says(self, keys: Collection[Key]) -> dict[Key, Values]:
+    def base_values(self, keys: Collection[Key]) -> dict[Key, Values]:
         if self.plan is None:
             return {}
         with layers.strength(self.attached.module, 0.0, keep_whole=self.keep_whole):

@@ -56,44 +56,44 @@ def ratio(value: float | None, unit: float | None) -> float | None:
     return value / unit if value is not None and unit else None
 
 
-def effect_of(referee: Array, base: Array) -> float:
-    """What the adapter does to an output; 0 where that is no more than the referee's own rounding."""
-    effect = rms(wide(referee) - wide(base))
-    noise = FEW_EPS * EPS[referee.dtype.name] * rms(wide(referee)) if is_float(referee) else 0.0
+def effect_of(reference: Array, base: Array) -> float:
+    """What the adapter does to an output; 0 where that is no more than the reference's own rounding."""
+    effect = rms(wide(reference) - wide(base))
+    noise = FEW_EPS * EPS[reference.dtype.name] * rms(wide(reference)) if is_float(reference) else 0.0
     return effect if effect > noise else 0.0
 
 
-def worst_place(candidate: Array, referee: Array) -> Place:
-    wrong = np.abs(wide(candidate) - wide(referee))
+def worst_place(candidate: Array, reference: Array) -> Place:
+    wrong = np.abs(wide(candidate) - wide(reference))
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
-    return Place(index, float(candidate[index]), float(referee[index]))
+    return Place(index, float(candidate[index]), float(reference[index]))
 
 
-def max_relative(candidate: Wide, referee: Wide) -> float | None:
-    where = referee != 0
+def max_relative(candidate: Wide, reference: Wide) -> float | None:
+    where = reference != 0
     if not where.any():
         return None
-    return float(np.max(np.abs(candidate[where] - referee[where]) / np.abs(referee[where])))
+    return float(np.max(np.abs(candidate[where] - reference[where]) / np.abs(reference[where])))
 
 
-def cosine(candidate: Wide, referee: Wide) -> float | None:
-    if not (candidate.any() and referee.any()):
+def cosine(candidate: Wide, reference: Wide) -> float | None:
+    if not (candidate.any() and reference.any()):
         return None
-    return float(np.mean((candidate / rms(candidate)) * (referee / rms(referee))))
+    return float(np.mean((candidate / rms(candidate)) * (reference / rms(reference))))
 
 
 def is_logits(output: str, array: Array) -> bool:
     return "logits" in output and is_float(array) and array.ndim > 0 and array.shape[-1] >= 2
 
 
-def top1(candidate: Array, referee: Array) -> float:
-    return float(np.mean(wide(candidate).argmax(-1) == referee.argmax(-1)))
+def top1(candidate: Array, reference: Array) -> float:
+    return float(np.mean(wide(candidate).argmax(-1) == reference.argmax(-1)))
 
 
-def kl(candidate: Array, referee: Array) -> float:
-    """The mean of KL(referee || candidate) over all rows, in nats."""
-    of_referee, of_candidate = _log_softmax(wide(referee)), _log_softmax(wide(candidate))
-    divergence = np.sum(np.exp(of_referee) * (of_referee - of_candidate), axis=-1)
+def kl(candidate: Array, reference: Array) -> float:
+    """The mean of KL(reference || candidate) over all rows, in nats."""
+    of_reference, of_candidate = _log_softmax(wide(reference)), _log_softmax(wide(candidate))
+    divergence = np.sum(np.exp(of_reference) * (of_reference - of_candidate), axis=-1)
     return max(0.0, float(np.mean(divergence)))  # it is never negative but by rounding
 
 

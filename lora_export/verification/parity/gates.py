@@ -51,14 +51,14 @@ def slack(elements: int, dtype: str) -> float:
     return 2.0 if EPS[dtype] <= EPS["float32"] else 3.0
 
 
-def allow(referee: Array, own: Wide, *, k: float, eps: float) -> Allowance:
+def allow(reference: Array, own: Wide, *, k: float, eps: float) -> Allowance:
     """What R and PyTorch's `own` errors, P - R, alone determine.
 
     With ten elements or less, `own` holds the same output's errors in all cases: from one element
     alone, PyTorch would now and then be exact by luck (in 7 % of all right candidates, measured on
     normal errors with k = 10), and the candidate be blamed for it.
     """
-    truth = wide(referee)
+    truth = wide(reference)
     floor = eps * rms(truth)  # for a P that happens to be exact
     median = float(np.median(np.abs(own)))
     return Allowance(
@@ -109,23 +109,23 @@ def bulk_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
     return gate_of("bulk", float(np.median(np.abs(wide(candidate) - wide(truth)))), allowed.median or 0.0)
 
 
-def signal_gate(candidate: Array, referee: Array, effect: float) -> Gate:
+def signal_gate(candidate: Array, reference: Array, effect: float) -> Gate:
     """Is the error small beside what the adapter does?"""
-    return gate_of("signal", rms(wide(candidate) - wide(referee)), LARGEST_SHARE * effect)
+    return gate_of("signal", rms(wide(candidate) - wide(reference)), LARGEST_SHARE * effect)
 
 
-def exact_gate(candidate: Array, referee: Array, deployed: Array) -> Gate:
-    """Is every integer or boolean the referee's? Counts those that are not.
+def exact_gate(candidate: Array, reference: Array, deployed: Array) -> Gate:
+    """Is every integer or boolean the reference's? Counts those that are not.
 
     The deployed model's own value will do: an argmax over a near tie may fall either way.
     """
-    wrong = (candidate != referee) & (candidate != deployed)
+    wrong = (candidate != reference) & (candidate != deployed)
     return gate_of("exact", float(np.count_nonzero(wrong)), 0.0)
 
 
-def tolerance_gate(candidate: Array, referee: Array, tolerance: Tolerance) -> Gate:
+def tolerance_gate(candidate: Array, reference: Array, tolerance: Tolerance) -> Gate:
     """|O-R| <= atol + rtol * |R| for every element. The value is max(|O-R| - rtol * |R|), which atol allows."""
-    excess = np.abs(wide(candidate) - wide(referee)) - tolerance.rtol * np.abs(wide(referee))
+    excess = np.abs(wide(candidate) - wide(reference)) - tolerance.rtol * np.abs(wide(reference))
     return gate_of("tolerance", float(np.max(excess)), tolerance.atol)
 
 
@@ -134,22 +134,22 @@ def gate_of(name: str, value: float, allowed: float) -> Gate:
     return Gate(name, value, allowed, passed=value <= allowed < math.inf)
 
 
-# The controls. Each puts error, tail and bulk again, with the same allowance, to a wrong referee.
+# The controls. Each puts error, tail and bulk again, with the same allowance, to a wrong reference.
 
 CONTROLS = {
     "off": "the model without its adapters",
-    "louder": "the model with every scale x 1.1",
+    "scaled": "the model with every scale x 1.1",
     "nudged": "the model with every value x 1.01",
     "tolerance": "the model without its adapters",
 }
-WRONG_BY = {"off": 1.0, "louder": 0.1}  # how far such a referee lies from the right one, in effects
+WRONG_BY = {"off": 1.0, "scaled": 0.1}  # how far such a reference lies from the right one, in effects
 
 
 def controls_of(
     o: Array,
     r: Array,
     base: Array | None,
-    louder: Array | None,
+    scaled: Array | None,
     *,
     allowed: Allowance | None,
     effect: float | None,
@@ -160,11 +160,11 @@ def controls_of(
     An integer's gate allows nothing, so it cannot be too wide: it counts only when the whole set is
     asked whether it could tell.
     """
-    if base is None or louder is None:
+    if base is None or scaled is None:
         wrong = {"nudged": wide(r) * NUDGE if is_float(r) else np.zeros_like(r)}
         required = is_float(o) and bool(np.any(r))
     else:
-        wrong = {"off": base, "louder": louder}
+        wrong = {"off": base, "scaled": scaled}
         required = is_float(o) and bool(effect)
     for name, truth in wrong.items():
         yield Control(name, rms(wide(o) - wide(truth)), not _passes(o, truth, allowed), required)

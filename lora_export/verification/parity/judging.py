@@ -4,11 +4,11 @@ A fixed tolerance cannot decide it: 1e-3 is where a GPU's rounding lives *and* w
 lives. Five arrays an output do, all computed from the same inputs:
 
     O  the candidate, which is judged
-    R  the referee: adapters attached, in fp64
+    R  the reference: adapters attached, in fp64
     P  the deployed model: PyTorch in the dtype in which it will run, adapters attached or, where that is less
        exact, merged; of a graph that is judged against its own base, that base with the adapters in another way
-    B  the base: the referee without its adapters
-    L  the louder referee: every scale x 1.1
+    B  the base: the reference without its adapters
+    L  the reference with scale × 1.1: every scale x 1.1
 
     structure  all are finite and have the same names, count, dtype and shape, else different
     error      rmse(O,R) <= k * rmse(P,R), or eps * rms(R) where P happens to be exact, else different
@@ -75,7 +75,7 @@ from lora_export.verification.parity.verdict import (
     weightiest,
 )
 
-DEPLOYED = ("float32", "float16", "bfloat16")  # a referee in fp64 is finer than each of these
+DEPLOYED = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
 LEAST_VALUES = 5  # of a feature, from which its size, and PyTorch's error in it, are more than chance
 
 
@@ -83,20 +83,20 @@ LEAST_VALUES = 5  # of a feature, from which its size, and PyTorch's error in it
 class Case:
     """What everybody made of one set of inputs.
 
-    `candidate` and `deployed` are in the deployed dtype, the others in fp64. `base` and `louder`
+    `candidate` and `deployed` are in the deployed dtype, the others in fp64. `base` and `scaled`
     are None only where there is no adapter at all. `attached` is given where the candidate's
-    merged weights are stored in a low precision: then `referee` used the weights so rounded,
-    `attached` the adapters as they are, and the difference is the merge loss. `base` and `louder` are rounded
-    like `referee` then: what rounding does to the base's own weights must not pass for the adapter's effect.
+    merged weights are stored in a low precision: then `reference` used the weights so rounded,
+    `attached` the adapters as they are, and the difference is the merge loss. `base` and `scaled` are rounded
+    like `reference` then: what rounding does to the base's own weights must not pass for the adapter's effect.
     """
 
     name: str
     inputs_summary: str  # such as "input_ids int64 [2, 7]"
-    referee: Arrays
+    reference: Arrays
     deployed: Arrays
     candidate: Arrays
     base: Arrays | None = None
-    louder: Arrays | None = None
+    scaled: Arrays | None = None
     attached: Arrays | None = None
     peer: str = PYTORCH  # who computed `deployed`, in words
 
@@ -121,10 +121,12 @@ def judge(
     Raises InputRefused for another dtype than `DEPLOYED`, and for a tolerance that is not a finite number.
     """
     if dtype not in DEPLOYED:
-        raise InputRefused(f"parity in {dtype} cannot be judged by a float64 referee; deploy in {', '.join(DEPLOYED)}")
+        raise InputRefused(
+            f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED)}"
+        )
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH
-    adapted = any(case.base is not None or case.louder is not None for case in cases)
+    adapted = any(case.base is not None or case.scaled is not None for case in cases)
     comparisons = tuple(
         _compare(case, output, cases, dtype=dtype, adapted=adapted, tolerance=tolerance)
         for case in cases
@@ -156,12 +158,12 @@ def _compare(
     case: Case, output: str, cases: Sequence[Case], *, dtype: str, adapted: bool, tolerance: Tolerance | None
 ) -> Comparison:
     faults = _structure(case, output, adapted=adapted)
-    if faults or case.referee[output].size == 0:
+    if faults or case.reference[output].size == 0:
         return Comparison(case.name, output, reasons=tuple(faults))
     alike = [case]
-    if case.referee[output].size <= FEW_ELEMENTS:
+    if case.reference[output].size <= FEW_ELEMENTS:
         alike = [there for there in cases if output in _names(there) and not _structure(there, output, adapted=adapted)]
-    own = np.concatenate([(wide(there.deployed[output]) - wide(there.referee[output])).ravel() for there in alike])
+    own = np.concatenate([(wide(there.deployed[output]) - wide(there.reference[output])).ravel() for there in alike])
     figures = _measure(case, output, own, dtype=dtype, tolerance=tolerance)
     return Comparison(case.name, output, figures, tuple(complaints(case.name, output, figures)))
 
@@ -170,11 +172,11 @@ def _sides(case: Case) -> dict[str, Arrays]:
     """All sets of arrays that the case holds, by what a message calls them."""
     sides = {
         "the candidate": case.candidate,
-        "the referee": case.referee,
+        "the reference": case.reference,
         "the deployed model": case.deployed,
         "the base": case.base,
-        "the louder referee": case.louder,
-        "the attached referee": case.attached,
+        "the reference with scale × 1.1": case.scaled,
+        "the attached reference": case.attached,
     }
     return {who: arrays for who, arrays in sides.items() if arrays is not None}
 
@@ -196,16 +198,16 @@ def _structure(case: Case, output: str, *, adapted: bool) -> list[Reason]:
     if list(there) == ["the candidate"]:
         return [complain(Outcome.DIFFERENT, "the candidate has this output, nobody else does")]
     faults = [complain(_whose(who), f"{who} lacks this output") for who in absent]
-    if adapted and (case.base is None or case.louder is None):
+    if adapted and (case.base is None or case.scaled is None):
         what = "without adapters" if case.base is None else "with every scale x 1.1"
         faults.append(complain(Outcome.UNDECIDED, f"the case was not run {what}: a control cannot be put"))
     if faults:
         return faults
 
-    referee, deployed = there["the referee"], there["the deployed model"]
+    reference, deployed = there["the reference"], there["the deployed model"]
     for who, array in there.items():
-        if array.shape != referee.shape:
-            shapes = f"{list(array.shape)}, the referee's {list(referee.shape)}"
+        if array.shape != reference.shape:
+            shapes = f"{list(array.shape)}, the reference's {list(reference.shape)}"
             faults.append(complain(_whose(who), f"{who}'s shape is {shapes}, for the inputs {case.inputs_summary}"))
         if who == "the candidate" and array.dtype != deployed.dtype:
             text = f"the candidate's dtype is {array.dtype}, {case.peer}'s {deployed.dtype}"
@@ -230,7 +232,7 @@ def _comparable(array: Array, deployed: Array) -> bool:
 def _not_finite(there: Arrays, complain: Callable[[Outcome, str], Reason]) -> list[Reason]:
     """NaN and infinity. NaN on both sides is not agreement: where the measure itself is not finite, nothing is told."""
     faults = []
-    measure = np.isfinite(there["the referee"]) & np.isfinite(there["the deployed model"])
+    measure = np.isfinite(there["the reference"]) & np.isfinite(there["the deployed model"])
     for who, array in there.items():
         bad = ~np.isfinite(array)
         fault_of_candidate = who == "the candidate" and bool(np.any(bad & measure))
@@ -239,17 +241,17 @@ def _not_finite(there: Arrays, complain: Callable[[Outcome, str], Reason]) -> li
         if bad.any():
             index = tuple(int(i) for i in np.argwhere(bad)[0])
             text = f"{who} has {count(int(bad.sum()), 'value')} not finite, the first at {list(index)}: "
-            text += f"{float(array[index])}, the referee has {float(there['the referee'][index]):.9g}"
+            text += f"{float(array[index])}, the reference has {float(there['the reference'][index]):.9g}"
             faults.append(complain(Outcome.DIFFERENT if fault_of_candidate else Outcome.UNDECIDED, text))
     return faults
 
 
 def _measure(case: Case, output: str, own: Wide, *, dtype: str, tolerance: Tolerance | None) -> Figures:
     """Every figure, gate and control of one output that everybody has, finite, in one shape."""
-    o, r, p = case.candidate[output], case.referee[output], case.deployed[output]
+    o, r, p = case.candidate[output], case.reference[output], case.deployed[output]
     allowed = allow(r, own, k=slack(o.size, coarser(o, dtype)), eps=EPS[coarser(o, dtype)]) if is_float(o) else None
     error, deployed_error = rms(wide(o) - wide(r)), rms(wide(p) - wide(r))
-    base, louder = (None if there is None else there[output] for there in (case.base, case.louder))
+    base, scaled = (None if there is None else there[output] for there in (case.base, case.scaled))
     effect = None if base is None else effect_of(r, base)
     loss = None if case.attached is None else rms(wide(r) - wide(case.attached[output]))
     return Figures(
@@ -273,7 +275,7 @@ def _measure(case: Case, output: str, own: Wide, *, dtype: str, tolerance: Toler
         deployed_errors=histogram(wide(p) - wide(r)),
         effects=None if base is None else histogram(wide(r) - wide(base)),
         gates=tuple(gates_of(o, r, p, allowed=allowed, effect=effect, loss=loss, tolerance=tolerance)),
-        controls=tuple(controls_of(o, r, base, louder, allowed=allowed, effect=effect, tolerance=tolerance)),
+        controls=tuple(controls_of(o, r, base, scaled, allowed=allowed, effect=effect, tolerance=tolerance)),
         peer=case.peer,
     )
 
@@ -308,9 +310,9 @@ def _small_along(cases: Sequence[Case], output: str, axis: int, dtype: str) -> I
         every = [np.moveaxis(of(case), axis, 0) for case in cases]
         return np.array([rms(feature) for feature in np.hstack([x.reshape(len(x), -1) for x in every])])
 
-    truth = means(lambda case: wide(case.referee[output]))
-    error = means(lambda case: wide(case.candidate[output]) - wide(case.referee[output]))
-    own = means(lambda case: wide(case.deployed[output]) - wide(case.referee[output]))
+    truth = means(lambda case: wide(case.reference[output]))
+    error = means(lambda case: wide(case.candidate[output]) - wide(case.reference[output]))
+    own = means(lambda case: wide(case.deployed[output]) - wide(case.reference[output]))
     each = sum(case.candidate[output].size for case in cases) // len(truth)
     if each < LEAST_VALUES:
         return
@@ -351,7 +353,7 @@ def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, 
     if measured and adapted and not any(f.effect for f in measured):
         yield complain(
             "signal",
-            "the adapter changes no output in any case: the referee says the same without it",
+            "the adapter changes no output in any case: the reference says the same without it",
             remedy="an adapter whose B and scale are not zero (`lora-export inspect` shows them), or inputs that reach "
             "the layers that it changes (--inputs)",
         )

@@ -39,7 +39,7 @@ def _differences(f: Figures) -> dict[str, str]:
         )
     if gate := failed.get("exact"):
         wrong = f"{gate.value:.0f} of {count(math.prod(f.shape), 'value')}"
-        texts["exact"] = f"{wrong} are neither the referee's nor {f.peer}'s; {_at(f)}"
+        texts["exact"] = f"{wrong} are neither the reference's nor {f.peer}'s; {_at(f)}"
     if gate := failed.get("tolerance"):
         texts["tolerance"] = (
             f"outside the tolerance: max(|O-R| - rtol * |R|) is {gate.value:.3g}, atol {gate.allowed:.3g}"
@@ -91,7 +91,7 @@ def _remedies(f: Figures) -> dict[str, str]:
         elif control.name == "nudged":
             remedies[control.name] = f"inputs on which {f.peer}'s own error is smaller beside the values (--inputs)"
         elif f.effect and control.required and not control.told:
-            # O's own error and the wrong referee's distance add up as squares do.
+            # O's own error and the wrong reference's distance add up as squares do.
             distance = math.sqrt(max(0.0, allowed**2 - f.error**2))
             times.append(distance / (f.effect * WRONG_BY.get(control.name, 1.0)))
     if times:
@@ -105,6 +105,6 @@ def _remedies(f: Figures) -> dict[str, str]:
 def _at(f: Figures) -> str:
     worst = f.worst
     return (
-        f"at {list(worst.index)} it is {worst.candidate:.9g}, the referee has {worst.referee:.9g}: off by "
+        f"at {list(worst.index)} it is {worst.candidate:.9g}, the reference has {worst.reference:.9g}: off by "
         f"{f.max_error:.3g}, {f.peer} by {f.deployed_max_error:.3g} at most"
     )

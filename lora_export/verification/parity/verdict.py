@@ -48,10 +48,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Control:
-    """The error and tail gates put to O against a referee that is wrong on purpose: they must tell the two apart."""
+    """The error and tail gates put to O against a reference that is wrong on purpose: they must tell the two apart."""
 
     name: str
-    error: float  # rmse of O against the wrong referee
+    error: float  # rmse of O against the wrong reference
     told: bool
     required: bool  # where nothing can be told by nature (an output that no adapter reaches), nothing is asked
 
@@ -62,7 +62,7 @@ class Place:
 
     index: tuple[int, ...]
     candidate: float
-    referee: float
+    reference: float
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Comparison:
         lines += [
             f"  worst place {list(f.worst.index)}: off by {f.max_error:.3g}, "
             f"{f.peer} by {f.deployed_max_error:.3g} at most",
-            f"    it is {f.worst.candidate:.9g}, the referee has {f.worst.referee:.9g}",
+            f"    it is {f.worst.candidate:.9g}, the reference has {f.worst.reference:.9g}",
         ]
         if f.share is not None:
             lines.append(f"  the error is {percent(f.share)} of what the adapter does ({f.effect:.3g})")
@@ -171,7 +171,7 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     perturbed: tuple[Sensitivity, ...]
     dtype: str  # in which the candidate is deployed
-    notes: tuple[str, ...] = ()  # what was not judged, and how the referee was made
+    notes: tuple[str, ...] = ()  # what was not judged, and how the reference was made
     peer: str = PYTORCH  # whose own error was the measure
 
     @property

@@ -1,6 +1,6 @@
-"""What the referee said, kept in a folder for the next candidate of the same model.
+"""What the reference said, kept in a folder for the next candidate of the same model.
 
-The referee is the dear part of a proof: fp64, three times for each case. It does not know the candidate, so that
+The reference is the dear part of a proof: fp64, three times for each case. It does not know the candidate, so that
 what it says of a model, its adapters and the inputs is said once. An entry is found by the hashes of these, and
 believed only where the code that made it is the same and its own hash is right. A folder that others can write to
 is no place for it: who writes there decides what is true.
@@ -38,16 +38,16 @@ KNOWN_BY_VERSION = ("torch", "transformers", "builtins")  # packages whose code 
 
 @dataclass(frozen=True)
 class Question:
-    """What the referee is asked. `key` is of the model, adapters and inputs, `made_with` of the code that answers."""
+    """What the reference is asked. `key` is of the model, adapters and inputs, `made_with` of the code that answers."""
 
     key: str
     made_with: dict[str, str]
 
 
 class Answers:
-    """What the referee said and says. Whatever is wrong with the folder is said to `say` and never ends a proof.
+    """What the reference said and says. Whatever is wrong with the folder is said to `say` and never ends a proof.
 
-    Without a question there is nothing to look up or to keep. `stayed` are the operators that the referee could not
+    Without a question there is nothing to look up or to keep. `stayed` are the operators that the reference could not
     lift to fp64: they are kept with what it said.
     """
 
@@ -63,7 +63,7 @@ class Answers:
             self._look_up(question)
 
     def of(self, case: str, role: str, ask: Callable[..., Arrays], *arguments: Any) -> Arrays:
-        """What was said of a case in a role (referee, base, louder), or what `ask` answers now."""
+        """What was said of a case in a role (reference, base, scaled), or what `ask` answers now."""
         if (case, role) not in self.said:
             self.said[case, role] = ask(*arguments)
         return self.said[case, role]
@@ -95,20 +95,20 @@ class Answers:
                 raise InputRefused("its values are not those that were written")
             if told["made_with"] != question.made_with:
                 changes = _changes(told["made_with"], question.made_with)
-                self.say(f"cache: {path.name} is stale ({changes}): the referee is asked again")
+                self.say(f"cache: {path.name} is stale ({changes}): the reference is asked again")
                 return
             for (case, role, output), values in flat:
                 self.said.setdefault((case, role), {})[output] = values
             self.stayed.update(told["stayed"])
         except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
             self.said.clear()
-            self.say(f"cache: {path.name} is damaged ({error}): the referee is asked again")
+            self.say(f"cache: {path.name} is damaged ({error}): the reference is asked again")
         else:
             self.is_kept = True
 
     def _path(self, question: Question) -> Path:
         assert self.folder is not None
-        return self.folder / f"referee-{question.key[:32]}.safetensors"
+        return self.folder / f"reference-{question.key[:32]}.safetensors"
 
 
 def question(
@@ -119,9 +119,9 @@ def question(
     rounded: Mapping[str, str],
     settled: nn.Module,
 ) -> Question | None:
-    """The hashes of everything that the referee's answer depends on; None for an adapter that came from no file.
+    """The hashes of everything that the reference's answer depends on; None for an adapter that came from no file.
 
-    Of weights that the referee rounds, to the dtypes `rounded`, the candidate may have chosen some, where two are as
+    Of weights that the reference rounds, to the dtypes `rounded`, the candidate may have chosen some, where two are as
     near: what they have become stands in `settled`.
     """
     if not all(adapter.sha256 for adapter in adapters):

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.graph.fold import new_initializer, refuse_what_a_graph_cannot_take
-from lora_export.graph.insert.inserter import LOWEST_OPSET, Branch, Weaver, module_of, obstacle_to
+from lora_export.graph.insert.inserter import LOWEST_OPSET, Branch, Inserter, module_of, obstacle_to
 from lora_export.graph.insert.nodes import branch
 from lora_export.graph.readers import Site, flipped
 from lora_export.graph.sites import Sites, unused
@@ -35,10 +35,10 @@ def at_the_weights(model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool =
     does not describe the graph any more then.
     """
     refuse_what_a_graph_cannot_take(plan)
-    weaver, products = Weaver(model), _Products(model)
+    inserter, products = Inserter(model), _Products(model)
     for step in plan.steps:
         for site in sites.by_name[step.weight]:
-            _Reader(weaver, step, site, products.of(site), rounded=rounded).change()
+            _Reader(inserter, step, site, products.of(site), rounded=rounded).change()
 
 
 def beside_the_weights(model: ir.Model, sites: Sites, plan: Plan) -> int:
@@ -65,32 +65,32 @@ def beside_quantised(model: ir.Model, sites: Sites, plan: Plan) -> None:
     """
     apart = [step for step in plan.steps if any(site.quantised for site in sites.by_name[step.weight])]
     at_the_weights(model, sites, replace(plan, steps=tuple(step for step in plan.steps if step not in apart)))
-    weaver = Weaver(model)
+    inserter = Inserter(model)
     for step in apart:
-        for site in weaver.places(step.weight, sites):
+        for site in inserter.places(step.weight, sites):
             path = f"/{module_of(step.weight)}"
-            made, change = _change(weaver, step, site)  # (in, out), or the rows of a table
+            made, change = _change(inserter, step, site)  # (in, out), or the rows of a table
             if step.terms[0].pair.embedding:
                 ids = site.node.inputs[1]
                 assert ids is not None
-                node = weaver.node("Gather", [change, ids], path)
+                node = inserter.node("Gather", [change, ids], path)
             else:
                 kind = site.node.op_type if site.node.op_type == "Gemm" else "MatMul"
-                node = weaver.node(kind, [_entering(site), change], path, None, _ways(site.node))
-            weaver.stand_beside(site, [Branch([*made, node], node.outputs[0], path)])
+                node = inserter.node(kind, [_entering(site), change], path, None, _ways(site.node))
+            inserter.stand_beside(site, [Branch([*made, node], node.outputs[0], path)])
 
 
-def _change(weaver: Weaver, step: Step, site: Site) -> tuple[list[ir.Node], ir.Value]:
+def _change(inserter: Inserter, step: Step, site: Site) -> tuple[list[ir.Node], ir.Value]:
     """What is added to a quantised weight, (in, out) in the type that it computes in."""
     dtype = np.dtype(site.dtype)
     if step.magnitude is not None:
         before = (site.array.T if site.layout is Layout.EMBEDDING else site.matrix).astype(np.float64)
         change = _among_neighbours(site, _in_fp64(step, before) - before)
-        return [], _initializer(weaver, step, "change", change.T.astype(dtype))
+        return [], _initializer(inserter, step, "change", change.T.astype(dtype))
     b, a = _factors(step)
     b = _among_neighbours(site, b)
-    sides = [_initializer(weaver, step, side, array.T.astype(dtype)) for side, array in (("A", a), ("B", b))]
-    node = weaver.node("MatMul", sides, f"/{step.weight}", ir.Shape([a.shape[1], b.shape[0]]))
+    sides = [_initializer(inserter, step, side, array.T.astype(dtype)) for side, array in (("A", a), ("B", b))]
+    node = inserter.node("MatMul", sides, f"/{step.weight}", ir.Shape([a.shape[1], b.shape[0]]))
     return [node], node.outputs[0]
 
 
@@ -139,9 +139,9 @@ def _factors(step: Step) -> tuple[Wide, Wide]:
     return np.concatenate(b, axis=1), np.concatenate(a)
 
 
-def _initializer(weaver: Weaver, step: Step, part: str, array: NDArray[Any]) -> ir.Value:
-    name = unused(f"{step.weight}.referee.{part}", weaver.values)
-    return new_initializer(weaver.model, name, ir.Tensor(np.ascontiguousarray(array)))
+def _initializer(inserter: Inserter, step: Step, part: str, array: NDArray[Any]) -> ir.Value:
+    name = unused(f"{step.weight}.reference.{part}", inserter.values)
+    return new_initializer(inserter.model, name, ir.Tensor(np.ascontiguousarray(array)))
 
 
 class _Products:
@@ -161,8 +161,8 @@ class _Products:
 class _Reader:
     """One reader of a planned weight, and the nodes that are put before it."""
 
-    def __init__(self, weaver: Weaver, step: Step, site: Site, product: ir.Node | None, *, rounded: bool):
-        self.weaver, self.step, self.site, self.rounded = weaver, step, site, rounded
+    def __init__(self, inserter: Inserter, step: Step, site: Site, product: ir.Node | None, *, rounded: bool):
+        self.inserter, self.step, self.site, self.rounded = inserter, step, site, rounded
         self.node = product or site.node
         self.index, self.layout = (1, Layout.IN_OUT) if product is not None else self._lies()
 
@@ -241,11 +241,11 @@ class _Reader:
 
     def _given(self, part: str, array: NDArray[Any]) -> ir.Value:
         """An initializer; fp64 numbers are rounded when the graph runs, or never where it is wide."""
-        value = _initializer(self.weaver, self.step, part, array)
+        value = _initializer(self.inserter, self.step, part, array)
         return self._cast(value, ir.DataType.FLOAT) if array.dtype == np.float64 else value
 
     def _add(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        node = self.weaver.node(op_type, inputs, f"/{self.step.weight}/referee", None, attributes)
+        node = self.inserter.node(op_type, inputs, f"/{self.step.weight}/reference", None, attributes)
         graph = self.node.graph
         assert graph is not None
         graph.insert_before(self.node, node)

@@ -1,6 +1,6 @@
-"""Who answers beside the candidate: referees in fp64, and PyTorch as it would be deployed, in one place of memory.
+"""Who answers beside the candidate: references in fp64, and PyTorch as it would be deployed, in one place of memory.
 
-The referee attaches the adapters as branches and never merges them, so that it shares no
+The reference attaches the adapters as branches and never merges them, so that it shares no
 arithmetic with what it judges.
 """
 
@@ -27,11 +27,11 @@ from lora_export.plan import Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
-from lora_export.runtime.torch_runners import NARROW, ModuleRunner, Referee
+from lora_export.runtime.torch_runners import NARROW, Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.references import quantised_weights
 
-LOUDER = 1.1  # the control's factor on every scale
+CONTROL_SCALE = 1.1  # the control's factor on every scale
 HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
@@ -104,8 +104,8 @@ def widened(module: nn.Module) -> Iterator[None]:
         turn({dtype: dtype for dtype in NARROW})
 
 
-class _LateReferee(Referee):
-    """A referee whose module is made when it is first asked: what it said may have been kept."""
+class _LazyReference(Fp64Runner):
+    """A reference whose module is made when it is first asked: what it said may have been kept."""
 
     def __init__(self, make: Callable[[], nn.Module], stayed: set[str]):
         self.make, self.stayed = make, stayed
@@ -162,7 +162,7 @@ def rounded_weights(
 
 
 class Sides:
-    """The referee and those that are wrong on purpose, one after the other: none is made before it is asked.
+    """The reference and those that are wrong on purpose, one after the other: none is made before it is asked.
 
     Where weights are rounded, each has a copy of those that are: beside a base in full precision, rounding alone
     would look like an adapter.
@@ -182,7 +182,7 @@ class Sides:
         self.stack, self.stayed, self.has_pairs = stack, stayed, has_pairs
         # PyTorch as deployed keeps what the model keeps in a half.
         self.halves = {name: tensor.dtype for name, tensor in _by_name(module) if tensor.dtype in HALVES}
-        self.roles = ("referee", "base", "louder", *(["attached"] if rounded else []))
+        self.roles = ("reference", "base", "scaled", *(["attached"] if rounded else []))
 
     @functools.cached_property
     def wide(self) -> nn.Module:
@@ -192,10 +192,10 @@ class Sides:
 
     def of(self, role: str) -> Callable[[Arrays], Arrays]:
         """Who answers in a role."""
-        factor = {"base": 0.0, "louder": LOUDER}.get(role)
+        factor = {"base": 0.0, "scaled": CONTROL_SCALE}.get(role)
         if self.rounded and role != "attached":
-            return _LateReferee(functools.partial(self.settled, factor), self.stayed).run
-        attached = _LateReferee(lambda: self.wide, self.stayed)
+            return _LazyReference(functools.partial(self.settled, factor), self.stayed).run
+        attached = _LazyReference(lambda: self.wide, self.stayed)
         if factor is None:
             return attached.run
         return functools.partial(_with_strength, attached, factor, self.has_pairs)
@@ -216,7 +216,7 @@ def settled(
 
 
 def as_deployed(sides: Sides, held: Mapping[str, quantised_weights.StandIn], device: str) -> nn.Module:
-    """PyTorch as it would be deployed: where weights are rounded, of those that the referee rounded itself.
+    """PyTorch as it would be deployed: where weights are rounded, of those that the reference rounded itself.
 
     The loss that a merge into a low precision means is so told apart from faults of the merge.
     """
@@ -282,7 +282,7 @@ def narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
     return made
 
 
-def _with_strength(referee: Referee, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
+def _with_strength(reference: Fp64Runner, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
     # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-    with layers.strength(referee.module, factor, keep_whole=has_pairs, turn_whole=not has_pairs):
-        return referee.run(arrays)
+    with layers.strength(reference.module, factor, keep_whole=has_pairs, turn_whole=not has_pairs):
+        return reference.run(arrays)

@@ -1,11 +1,11 @@
 """What a quantised graph holds in place of its model's weights: everybody else computes with it too.
 
 A graph of few bits lies as far from its model as its rounding, which is no fault of an adapter beside it. So that the
-two are told apart, the referee, the model as deployed and the controls are all given the very weights that
+two are told apart, the reference, the model as deployed and the controls are all given the very weights that
 the graph holds, read from the file by our own reading of its format: the gates stay as narrow as for floats, and
 how far the weights lie from the model's is said beside the verdict. What is no rounding of the model's is `different`.
 
-Where adapters were merged into the quantised weights, the referee does it too, in fp64: W + s·BA, each entry at the
+Where adapters were merged into the quantised weights, the reference does it too, in fp64: W + s·BA, each entry at the
 nearest number that the graph's own scales allow. W is what the graph held before (`origin`), or the model's, where
 the sum was quantised once. What that second rounding costs of the adapter is the verdict's merge loss.
 """

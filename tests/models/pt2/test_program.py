@@ -31,7 +31,7 @@ from lora_export.models.load import load_model
 from lora_export.models.output_names import named_outputs
 from lora_export.models.pt2 import program, reader
 from lora_export.runtime import open_artifact
-from lora_export.runtime.torch_runners import Referee
+from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import against_pytorch, proof
 from lora_export.verification.parity import Outcome
 from lora_export.verification.references import pytorch
@@ -161,24 +161,24 @@ def test_odder_programs_compute_what_their_module_computes(
         *(pytest.param(*more, marks=pytest.mark.slow) for more in (("llama", False), ("bert", False), ("bert", True))),
     ],
 )
-def test_the_referee_is_the_eager_model_in_fp64_with_its_adapter_attached(
+def test_the_reference_is_the_eager_model_in_fp64_with_its_adapter_attached(
     adapter: Callable[[str], Adapter], tmp_path: Path, name: str, decomposed: bool
 ) -> None:
     subject = SUBJECTS[name]
     base = load_model(str(subject.export(subject.base, tmp_path / "base.pt2", decomposed=decomposed)))
     arrays = {key: value.numpy() for key, value in base.inputs({"batch": 3, "sequence": 8}, seed=1).items()}
     module = pytorch.adapted(base, [adapter(name)]).double()
-    referee = Referee(module)
-    own = referee.run(arrays)
-    theirs = Referee(copy.deepcopy(subject.adapted).double()).run(arrays)
-    plain = Referee(copy.deepcopy(subject.base).double()).run(arrays)
+    reference = Fp64Runner(module)
+    own = reference.run(arrays)
+    theirs = Fp64Runner(copy.deepcopy(subject.adapted).double()).run(arrays)
+    plain = Fp64Runner(copy.deepcopy(subject.base).double()).run(arrays)
     for key, value in theirs.items():
         assert np.abs(value - plain[key]).max() > 1e-3
         np.testing.assert_allclose(own[key], value, rtol=1e-10, atol=1e-10)
-    assert referee.stayed == set()
+    assert reference.stayed == set()
 
 
-def test_a_referee_multiplies_by_the_factors_and_never_by_their_sum(
+def test_a_reference_multiplies_by_the_factors_and_never_by_their_sum(
     made: Callable[[str, str], Path], adapter: Callable[[str], Adapter]
 ) -> None:
     module = program.load(made("mlp", "base"))
@@ -253,7 +253,7 @@ def test_pefts_merge_is_the_same_as_the_programs_model_with_its_adapter(
 ) -> None:
     result = verdict(made(name, "merged"), load_model(str(made(name, "base"))), [adapter(name)])
     assert result.verdict.outcome is Outcome.SAME, str(result.verdict)
-    assert "the referee ran in fp64 throughout" in result.verdict.notes
+    assert "the reference ran in fp64 throughout" in result.verdict.notes
     assert len(result.cases) == 3 and len({case.inputs_summary for case in result.cases}) == 3
 
 
@@ -292,7 +292,7 @@ def left_out(adapted: peft.PeftModel) -> None:
     targets(adapted)[-1].lora_B["default"].weight.zero_()
 
 
-def louder(adapted: peft.PeftModel) -> None:
+def scaled(adapted: peft.PeftModel) -> None:
     for layer in targets(adapted):
         layer.scaling["default"] *= 1.1
 
@@ -314,14 +314,14 @@ def not_finite(adapted: peft.PeftModel) -> None:
     targets(adapted)[0].get_base_layer().weight.view(-1)[3] = float("nan")
 
 
-DEFECTS = [left_out, louder, doubled, turned, not_finite]
+DEFECTS = [left_out, scaled, doubled, turned, not_finite]
 
 
 @pytest.mark.parametrize(
     ("name", "defect"),
     [
         *(("mlp", defect) for defect in DEFECTS),
-        *(pytest.param("cnn", defect, marks=pytest.mark.slow) for defect in (left_out, louder)),
+        *(pytest.param("cnn", defect, marks=pytest.mark.slow) for defect in (left_out, scaled)),
         *(pytest.param(name, defect, marks=pytest.mark.slow) for name in ("llama", "bert") for defect in DEFECTS),
     ],
 )
@@ -508,10 +508,10 @@ def test_casts_in_the_graph_follow_the_weights(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(module(rows=rows.bfloat16()), eager(rows.bfloat16()))
         assert torch.equal(module.float()(rows=rows), copy.deepcopy(eager).float()(rows))
-    referee, theirs = Referee(copy.deepcopy(module).double()), Referee(copy.deepcopy(eager).double())
-    own, wanted = (each.run({"rows": rows.numpy()})["output_0"] for each in (referee, theirs))
+    reference, theirs = Fp64Runner(copy.deepcopy(module).double()), Fp64Runner(copy.deepcopy(eager).double())
+    own, wanted = (each.run({"rows": rows.numpy()})["output_0"] for each in (reference, theirs))
     np.testing.assert_allclose(own, wanted, rtol=1e-12)
-    assert own.dtype == np.float64 and referee.stayed == set()
+    assert own.dtype == np.float64 and reference.stayed == set()
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -588,11 +588,11 @@ def test_packed_attention_takes_its_adapter(tmp_path: Path) -> None:
     }
     adapter = Adapter(name="a", format="test", pairs=pairs)
     base = load_model(str(export(eager, {"signal": noise(2, 4, 9)}, tmp_path / "base.pt2")))
-    own = Referee(pytorch.adapted(base, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
+    own = Fp64Runner(pytorch.adapted(base, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
     of_eager = factory.of_module(eager, noise(2, 4, 9))
-    theirs = Referee(pytorch.adapted(of_eager, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
+    theirs = Fp64Runner(pytorch.adapted(of_eager, [adapter]).double()).run({"signal": noise(3, 4, 9).numpy()})
     np.testing.assert_allclose(own["output_0"], theirs["output_0"], rtol=1e-10, atol=1e-12)
-    without = Referee(copy.deepcopy(eager).double()).run({"signal": noise(3, 4, 9).numpy()})
+    without = Fp64Runner(copy.deepcopy(eager).double()).run({"signal": noise(3, 4, 9).numpy()})
     assert np.abs(without["output_0"] - own["output_0"]).max() > 1e-2
 
 
@@ -610,7 +610,7 @@ def test_merged_files_of_other_kinds_are_judged_by_a_program_too(
     assert result.verdict.outcome is Outcome.DIFFERENT
 
 
-def test_what_the_referee_said_of_a_program_is_kept_for_that_program_alone(
+def test_what_the_reference_said_of_a_program_is_kept_for_that_program_alone(
     made: Callable[[str, str], Path], adapter: Callable[[str], Adapter], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"

@@ -322,7 +322,7 @@ def test_dora_that_was_done_wrongly_is_explained(defect: str, tmp_path: Path) ->
 # --- swapped ------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_louder_than_its_adapter_is_so_everywhere(tmp_path: Path) -> None:
+def test_a_file_that_is_scaled_than_its_adapter_is_so_everywhere(tmp_path: Path) -> None:
     made = make("inputs", tmp_path, the_adapter())
     made.given = {name: 1.1 * array if "lora_B" in name else array for name, array in made.given.items()}
     result = proven(made, the_adapter())
@@ -416,11 +416,11 @@ def test_what_goes_wrong_between_modules_is_said_to_do_so(defect: str, mode: str
 def test_what_goes_wrong_after_the_last_module_is_said_to_do_so(tmp_path: Path) -> None:
     made = make("merged", tmp_path, the_adapter())
     (output,) = made.graph.graph.outputs
-    louder = ir.node("Add", [output, output])
-    louder.outputs[0].type, louder.outputs[0].shape = output.type, output.shape
-    made.graph.graph.append(louder)
-    louder.outputs[0].name, output.name = output.name, "inner"
-    made.graph.graph.outputs[0] = louder.outputs[0]
+    scaled = ir.node("Add", [output, output])
+    scaled.outputs[0].type, scaled.outputs[0].shape = output.type, output.shape
+    made.graph.graph.append(scaled)
+    scaled.outputs[0].name, output.name = output.name, "inner"
+    made.graph.graph.outputs[0] = scaled.outputs[0]
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first is None
     assert "it happens after classifier, or beside them" in result.diagnosis.why

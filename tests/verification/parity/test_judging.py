@@ -39,7 +39,7 @@ def make(
     effect: Any = EFFECT,
     *,
     truth: Any = None,
-    louder: Any = None,
+    scaled: Any = None,
     dtype: str = "float32",
     name: str = "first",
 ) -> Case:
@@ -48,11 +48,11 @@ def make(
     return Case(
         name,
         f"x [{r.size}]",
-        referee={"y": r},
+        reference={"y": r},
         deployed={"y": (r + own).astype(dtype)},
         candidate={"y": (r + error).astype(dtype)},
         base={"y": r - effect},
-        louder={"y": r + 0.1 * np.asarray(effect) if louder is None else louder},
+        scaled={"y": r + 0.1 * np.asarray(effect) if scaled is None else scaled},
     )
 
 
@@ -83,13 +83,13 @@ def test_a_candidate_as_close_as_pytorch_is_the_same() -> None:
 def test_the_figures_are_those_of_the_definitions() -> None:
     # R = 1 and all errors are multiples of 1/8: exact in fp32.
     case = make(own=0.125 * OWN, error=0.25 * ERROR, effect=4.0 * EFFECT)
-    case = replace(case, attached={"y": case.referee["y"] + 2.0})
+    case = replace(case, attached={"y": case.reference["y"] + 2.0})
     figures = judge([case]).comparisons[0].figures
     assert figures is not None
     assert (figures.error, figures.deployed_error, figures.ratio) == (0.25, 0.125, 2.0)
     assert (figures.max_error, figures.deployed_max_error, figures.max_relative_error) == (0.25, 0.125, 0.25)
     assert (figures.effect, figures.share, figures.merge_loss) == (4.0, 0.0625, 0.5)
-    assert (figures.worst.index, figures.worst.candidate, figures.worst.referee) == ((0,), 1.25, 1.0)
+    assert (figures.worst.index, figures.worst.candidate, figures.worst.reference) == ((0,), 1.25, 1.0)
     # mean(O R) / (rms(O) rms(R)), where O is 1.25 and 0.75 in turn
     assert figures.cosine == pytest.approx(1 / math.sqrt((1.25**2 + 0.75**2) / 2))
     few_eps = 4 * 2.0**-23
@@ -99,7 +99,7 @@ def test_the_figures_are_those_of_the_definitions() -> None:
         Gate("signal", 0.25, 0.4, passed=True),
         Gate("loss", 2.0, 4.0, passed=True),
     )
-    assert [(control.name, control.told) for control in figures.controls] == [("off", True), ("louder", True)]
+    assert [(control.name, control.told) for control in figures.controls] == [("off", True), ("scaled", True)]
 
 
 def test_the_root_mean_square_survives_values_whose_square_does_not() -> None:
@@ -218,7 +218,7 @@ def test_only_the_tail_gate_sees_one_bad_element_in_a_million(monkeypatch: pytes
     verdict = judge([case], perturbed=TRIED)
     assert verdict.outcome is Outcome.DIFFERENT
     assert [reason.gate for reason in verdict.reasons] == ["tail"]
-    assert "at [123456] it is 1.00010002, the referee has 1: off by 0.0001" in str(verdict)
+    assert "at [123456] it is 1.00010002, the reference has 1: off by 0.0001" in str(verdict)
     monkeypatch.setattr(gates, "tail_gate", opened("tail"))
     assert judge([case]).same
 
@@ -230,7 +230,7 @@ def test_the_worst_place_of_a_matrix_has_two_numbers() -> None:
     case = make(own=0, error=error, effect=np.ones((32, 32)), truth=truth)
     figures = judge([case]).comparisons[0].figures
     assert figures is not None and figures.worst == parity.Place((3, 17), 0.5, 0.0)
-    assert figures.max_relative_error is None and figures.cosine is None, "both need a referee that is not zero"
+    assert figures.max_relative_error is None and figures.cosine is None, "both need a reference that is not zero"
 
 
 # The signal gate
@@ -239,7 +239,7 @@ def test_the_worst_place_of_a_matrix_has_two_numbers() -> None:
 def test_only_the_signal_gate_sees_an_error_that_is_large_beside_a_weak_adapter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Error 20 % of the effect, within 2 x 10.5 %; the base (100 %) and the louder referee (22.4 %) are told apart.
+    # Error 20 % of the effect, within 2 x 10.5 %; the controls lie at 100 % (base) and at 22.4 % (scale × 1.1).
     case = make(own=0.105 * OWN, error=0.2 * ERROR, effect=EFFECT)
     verdict = judge([case], perturbed=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED and verdict.exit_code == 5 and not verdict
@@ -256,7 +256,7 @@ def test_an_adapter_that_changes_nothing_is_undecided() -> None:
     assert "the adapter changes no output in any case" in str(verdict)
 
 
-def test_a_change_below_the_referees_own_rounding_is_no_effect() -> None:
+def test_a_change_below_the_references_own_rounding_is_no_effect() -> None:
     assert "the adapter changes no output" in str(judge([make(effect=2.0**-51 * EFFECT)]))
 
 
@@ -264,12 +264,12 @@ def test_a_change_below_the_referees_own_rounding_is_no_effect() -> None:
 def test_zero_against_zero_is_undecided() -> None:
     zero = np.zeros(1024)
     assert judge([make(own=0, error=0, effect=zero, truth=zero)]).outcome is Outcome.UNDECIDED
-    unadapted = replace(make(own=0, error=0, effect=zero, truth=zero), base=None, louder=None)
+    unadapted = replace(make(own=0, error=0, effect=zero, truth=zero), base=None, scaled=None)
     assert gates_complaining(unadapted) == ["nudged"]
 
 
 def everywhere(case: Case, **outputs: np.ndarray) -> Case:
-    for side in ("referee", "deployed", "candidate", "base", "louder"):
+    for side in ("reference", "deployed", "candidate", "base", "scaled"):
         case = with_output(case, side, **outputs)
     return case
 
@@ -277,7 +277,7 @@ def everywhere(case: Case, **outputs: np.ndarray) -> Case:
 def test_an_output_that_the_adapter_does_not_reach_is_named_and_spoils_nothing() -> None:
     case = everywhere(make(), mask=np.ones(4, np.int64))
     hidden = np.linspace(1, 2, 600)
-    for side in ("referee", "base", "louder"):
+    for side in ("reference", "base", "scaled"):
         case = with_output(case, side, hidden=hidden)
     for side in ("deployed", "candidate"):
         case = with_output(case, side, hidden=hidden.astype(np.float32))
@@ -291,7 +291,7 @@ def test_an_output_that_the_adapter_does_not_reach_is_named_and_spoils_nothing()
 def test_one_output_that_cannot_be_told_makes_the_whole_undecided() -> None:
     weak = make(own=0.105 * OWN, error=0.2 * ERROR)
     case = make()
-    for side in ("referee", "deployed", "candidate", "base", "louder"):
+    for side in ("reference", "deployed", "candidate", "base", "scaled"):
         case = with_output(case, side, weak=getattr(weak, side)["y"])
     verdict = judge([case])
     assert [(reason.output, reason.gate) for reason in verdict.reasons] == [("weak", "signal")]
@@ -300,19 +300,19 @@ def test_one_output_that_cannot_be_told_makes_the_whole_undecided() -> None:
 # The controls
 
 
-def test_only_the_control_sees_gates_so_wide_that_louder_adapters_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_control_sees_gates_so_wide_that_scaled_adapters_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     # The candidate is perfect; PyTorch is so far off (8 % of the effect) that twice that hides 10 %.
     case = make(own=0.08 * OWN, error=0, effect=EFFECT)
     verdict = judge([case], perturbed=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
-    assert [reason.gate for reason in verdict.reasons] == ["louder"]
+    assert [reason.gate for reason in verdict.reasons] == ["scaled"]
     assert "the model with every scale x 1.1 (off by 0.1; PyTorch's own error is 0.08) passes the gates" in str(verdict)
     monkeypatch.setattr(gates, "_passes", lambda *_: False)
     assert judge([case]).same
 
 
 def test_only_the_control_sees_gates_so_wide_that_the_base_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make(own=0.6 * OWN, error=0, effect=EFFECT, louder=np.ones(1024) + 5 * EFFECT)
+    case = make(own=0.6 * OWN, error=0, effect=EFFECT, scaled=np.ones(1024) + 5 * EFFECT)
     assert gates_complaining(case) == ["off"]
     monkeypatch.setattr(gates, "_passes", lambda *_: False)
     assert judge([case]).same
@@ -320,7 +320,7 @@ def test_only_the_control_sees_gates_so_wide_that_the_base_passes(monkeypatch: p
 
 def test_a_control_that_fails_in_one_place_only_was_told() -> None:
     """Louder by one element: the rmse stays within the allowance, the maximum does not."""
-    case = make(own=1e-2 * OWN, error=0, louder=spiked(1.1, np.ones(1024)))
+    case = make(own=1e-2 * OWN, error=0, scaled=spiked(1.1, np.ones(1024)))
     assert judge([case]).same
 
 
@@ -339,7 +339,7 @@ def test_a_scale_off_by_a_tenth_is_different_and_recognised() -> None:
 
 
 def test_without_an_adapter_the_gates_are_shown_to_see_one_percent() -> None:
-    case = replace(make(), base=None, louder=None)
+    case = replace(make(), base=None, scaled=None)
     verdict = judge([case], perturbed=TRIED)
     assert verdict.same
     figures = verdict.comparisons[0].figures
@@ -347,11 +347,11 @@ def test_without_an_adapter_the_gates_are_shown_to_see_one_percent() -> None:
     assert (figures.effect, figures.share) == (None, None)
     assert [(control.name, control.told, control.required) for control in figures.controls] == [("nudged", True, True)]
     assert "there is no adapter" in verdict.notes[0]
-    assert gates_complaining(replace(make(own=0.006 * OWN, error=0), base=None, louder=None)) == ["nudged"]
-    assert gates_complaining(replace(make(error=0.01 * ERROR), base=None, louder=None)) == ["error", "tail"]
+    assert gates_complaining(replace(make(own=0.006 * OWN, error=0), base=None, scaled=None)) == ["nudged"]
+    assert gates_complaining(replace(make(error=0.01 * ERROR), base=None, scaled=None)) == ["error", "tail"]
 
 
-@pytest.mark.parametrize("side", ["base", "louder"])
+@pytest.mark.parametrize("side", ["base", "scaled"])
 def test_a_case_without_its_controls_is_undecided(side: str) -> None:
     verdict = judge([make(), replace(make(name="second"), **{side: None})])
     assert verdict.outcome is Outcome.UNDECIDED
@@ -376,13 +376,16 @@ def put(value: float, *sides: str) -> Case:
     [
         (with_output(make(), "candidate", y=None), "y in case first: the candidate lacks this output"),
         (with_output(make(), "candidate", z=np.ones(3)), "z in case first: the candidate has this output, nobody"),
-        (with_output(make(), "candidate", y=np.ones((2, 512), np.float32)), "shape is [2, 512], the referee's [1024]"),
-        (with_output(make(), "candidate", y=np.ones(1, np.float32)), "shape is [1], the referee's [1024]"),
+        (
+            with_output(make(), "candidate", y=np.ones((2, 512), np.float32)),
+            "shape is [2, 512], the reference's [1024]",
+        ),
+        (with_output(make(), "candidate", y=np.ones(1, np.float32)), "shape is [1], the reference's [1024]"),
         (with_output(make(), "candidate", y=np.ones(1024, np.float64)), "the candidate's dtype is float64, PyTorch's"),
         (with_output(make(), "candidate", y=np.ones(1024, np.int32)), "the candidate's dtype is int32, PyTorch's"),
         (
             put(math.nan, "candidate"),
-            "the candidate has 1 value not finite, the first at [5]: nan, the referee has 1",
+            "the candidate has 1 value not finite, the first at [5]: nan, the reference has 1",
         ),
         (put(-math.inf, "candidate"), "the first at [5]: -inf"),
     ],
@@ -406,7 +409,7 @@ def test_a_renamed_output_is_different_under_both_names() -> None:
     ]
 
 
-@pytest.mark.parametrize("side", ["referee", "deployed", "base", "louder"])
+@pytest.mark.parametrize("side", ["reference", "deployed", "base", "scaled"])
 @pytest.mark.parametrize("fault", ["nan", "inf", "missing", "shape", "kind"])
 def test_a_faulty_measure_is_undecided(side: str, fault: str) -> None:
     """Nothing is the candidate's fault here, and nothing may be called the same."""
@@ -421,7 +424,7 @@ def test_a_faulty_measure_is_undecided(side: str, fault: str) -> None:
             case = with_output(case, "candidate", y=case.deployed["y"])
     else:
         case = with_output(case, side, y=np.ones(3, np.float32))
-        if side == "referee":
+        if side == "reference":
             case = with_output(case, "candidate", y=np.ones(3, np.float32))
     verdict = judge([case])
     assert verdict.outcome is Outcome.UNDECIDED
@@ -434,7 +437,7 @@ def test_an_output_of_another_kind_is_undecided() -> None:
     assert "not comparable" in str(verdict)
 
 
-@pytest.mark.parametrize("sides", [("referee",), ("deployed",), ("referee", "deployed", "base", "louder")])
+@pytest.mark.parametrize("sides", [("reference",), ("deployed",), ("reference", "deployed", "base", "scaled")])
 @pytest.mark.fault(45)
 def test_nan_on_both_sides_is_not_agreement(sides: tuple[str, ...]) -> None:
     verdict = judge([put(math.nan, "candidate", *sides)])
@@ -443,7 +446,7 @@ def test_nan_on_both_sides_is_not_agreement(sides: tuple[str, ...]) -> None:
 
 
 def test_nan_where_the_measure_is_finite_is_different_even_beside_a_nan_that_is_not() -> None:
-    case = put(math.nan, "referee", "deployed")
+    case = put(math.nan, "reference", "deployed")
     verdict = judge([with_output(case, "candidate", y=np.full(1024, math.nan, np.float32))])
     assert verdict.outcome is Outcome.DIFFERENT
     assert "1023 values not finite, the first at [0]" in str(verdict)
@@ -485,14 +488,16 @@ def test_different_outweighs_undecided() -> None:
 
 def exact(o: list[int], r: list[int], p: list[int], b: list[int], dtype: str = "int64") -> Case:
     o_, r_, p_, b_ = ({"ids": np.array(values, dtype)} for values in (o, r, p, b))
-    return Case("first", "x [3]", referee=r_, deployed=p_, candidate=o_, base=b_, louder=b_)
+    return Case("first", "x [3]", reference=r_, deployed=p_, candidate=o_, base=b_, scaled=b_)
 
 
 def test_integers_are_equal_or_different() -> None:
     assert judge([exact([1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 9, 9])]).same
     verdict = judge([exact([1, 2, 4], [1, 2, 3], [1, 2, 3], [9, 9, 9])])
     assert [reason.gate for reason in verdict.reasons] == ["exact"]
-    assert "1 of 3 values are neither the referee's nor PyTorch's; at [2] it is 4, the referee has 3" in str(verdict)
+    assert "1 of 3 values are neither the reference's nor PyTorch's; at [2] it is 4, the reference has 3" in str(
+        verdict
+    )
 
 
 def test_integers_too_large_for_a_float_are_compared_as_integers() -> None:
@@ -500,7 +505,7 @@ def test_integers_too_large_for_a_float_are_compared_as_integers() -> None:
     assert judge([exact([big + 1], [big], [big], [7])]).outcome is Outcome.DIFFERENT
 
 
-def test_an_integer_may_be_pytorchs_own_where_that_is_not_the_referees() -> None:
+def test_an_integer_may_be_pytorchs_own_where_that_is_not_the_references() -> None:
     assert judge([exact([1, 2, 5], [1, 2, 3], [1, 2, 5], [9, 9, 9])]).same
 
 
@@ -511,9 +516,9 @@ def test_booleans_are_equal_or_different() -> None:
 
 def test_integers_alone_carry_a_verdict_only_where_each_control_changes_some() -> None:
     case = exact([1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 9, 9])
-    assert gates_complaining(replace(case, louder=case.referee)) == ["louder"]
-    assert judge([replace(case, louder=case.referee), replace(case, name="second")]).same
-    assert gates_complaining(replace(case, base=None, louder=None)) == []
+    assert gates_complaining(replace(case, scaled=case.reference)) == ["scaled"]
+    assert judge([replace(case, scaled=case.reference), replace(case, name="second")]).same
+    assert gates_complaining(replace(case, base=None, scaled=None)) == []
 
 
 # Inputs
@@ -574,7 +579,7 @@ def test_a_tolerance_that_is_no_tolerance_is_refused(bad: float) -> None:
         Tolerance(bad, 0.0)
 
 
-def test_float64_has_no_finer_referee() -> None:
+def test_float64_has_no_finer_reference() -> None:
     with pytest.raises(InputRefused, match="parity in float64 cannot be judged"):
         judge([make()], dtype="float64")
 
@@ -678,7 +683,8 @@ def test_axes_that_vary_hold_no_features() -> None:
     rows = [replace(uneven(0.01), name="first"), uneven(0.01, rows=5, name="second")]
     turned = [
         replace(
-            case, **{s: {"y": getattr(case, s)["y"].T} for s in ("referee", "deployed", "candidate", "base", "louder")}
+            case,
+            **{s: {"y": getattr(case, s)["y"].T} for s in ("reference", "deployed", "candidate", "base", "scaled")},
         )
         for case in rows
     ]
@@ -691,8 +697,8 @@ def test_axes_that_vary_hold_no_features() -> None:
 
 def test_rounding_that_outweighs_the_adapter_is_undecided() -> None:
     case = make(effect=1e-3 * EFFECT)
-    assert judge([replace(case, attached={"y": case.referee["y"] + 0.9e-3})], perturbed=TRIED).same
-    verdict = judge([replace(case, attached={"y": case.referee["y"] + 1.1e-3})], perturbed=TRIED)
+    assert judge([replace(case, attached={"y": case.reference["y"] + 0.9e-3})], perturbed=TRIED).same
+    verdict = judge([replace(case, attached={"y": case.reference["y"] + 1.1e-3})], perturbed=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
     assert [reason.gate for reason in verdict.reasons] == ["loss"]
     assert "rounding the merged weights costs 110 % of what the adapter does" in str(verdict)
@@ -702,7 +708,7 @@ def test_an_output_that_no_adapter_reaches_is_judged_by_gates_that_can_fail() ->
     """PyTorch is off by half of it: anything would pass."""
     case = make()
     truth = np.full(1024, 2.0)
-    apart = {"referee": truth, "base": truth, "louder": truth, "deployed": np.float32(truth + 1.0 * OWN)}
+    apart = {"reference": truth, "base": truth, "scaled": truth, "deployed": np.float32(truth + 1.0 * OWN)}
     for side, value in {**apart, "candidate": np.float32(truth + 0.9 * ERROR)}.items():
         case = with_output(case, side, mask=value)
     verdict = judge([case], perturbed=TRIED)
@@ -736,7 +742,7 @@ def test_errors_like_pytorchs_own_are_never_different(
 
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(SEEDS, SIZES, DTYPES, st.floats(-9, 1), st.floats(-18, 2), st.sampled_from([-1.0, 0.1]))
-def test_a_candidate_without_adapters_or_with_louder_ones_is_never_the_same(
+def test_a_candidate_without_adapters_or_with_scaled_ones_is_never_the_same(
     seed: int, size: int, dtype: str, log_own: float, log_effect: float, factor: float
 ) -> None:
     """However weak the adapter and however bad PyTorch."""

@@ -1,4 +1,4 @@
-"""What the referee said is believed only where it is of the same model, adapters, inputs and code, and whole."""
+"""What the reference said is believed only where it is of the same model, adapters, inputs and code, and whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_export.lora import Adapter
 from lora_export.models import model
 from lora_export.models.load import load_model
 from lora_export.runtime.runner import Arrays
-from lora_export.runtime.torch_runners import Referee
+from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.storage import safetensors_file
 from lora_export.verification import against_pytorch, parity, proof
 from lora_export.verification.references import cached_outputs
@@ -29,15 +29,15 @@ def scaled() -> model.Model:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Arrays]:
-    """What the referee was asked, in order."""
+    """What the reference was asked, in order."""
     questions: list[Arrays] = []
-    run = Referee.run
+    run = Fp64Runner.run
 
-    def listened(self: Referee, inputs: Arrays) -> Arrays:
+    def listened(self: Fp64Runner, inputs: Arrays) -> Arrays:
         questions.append(inputs)
         return run(self, inputs)
 
-    monkeypatch.setattr(Referee, "run", listened)
+    monkeypatch.setattr(Fp64Runner, "run", listened)
     return questions
 
 

@@ -17,7 +17,7 @@ from lora_export.graph.onnx_file import in_memory
 from lora_export.lora import LoraPair
 from lora_export.runtime.onnx_runner import Held, OnnxRunner
 from lora_export.verification.against_graph import _types
-from lora_export.verification.references import graph as referee
+from lora_export.verification.references import graph as reference
 from lora_export.verification.references import graph_fp64
 
 Wide = NDArray[np.float64]
@@ -60,7 +60,7 @@ MATMUL = "g (float[b, 5] x) => (float[b, 4] y) <float[5, 4] up.weight = {0}> { y
 GEMM = "g (float[b, 5] x) => (float[b, 4] y) <float[4, 5] up.weight = {0}> { y = Gemm<transB: int = 1>(x, up.weight) }"
 TURNED = """g (float[b, 5] x) => (float[b, 4] y) <float[4, 5] up.weight = {0}> {
     turned = Transpose<perm = [1, 0]>(up.weight) y = MatMul(x, turned) }"""
-WAYS = {"beside": referee.beside_the_weights, "at": referee.at_the_weights}
+WAYS = {"beside": reference.beside_the_weights, "at": reference.at_the_weights}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,7 +93,7 @@ def test_an_embedding_and_a_convolution_read_what_numpy_computes() -> None:
     adapter = an_adapter({"words": looked_up, "conv": pair((2, 3, 3))})
     feeds = {"ids": np.array([[0, 6, 3]]), "x": RNG.standard_normal((1, 3, 3)).astype(np.float32)}
     found, steps = planned(model, adapter)
-    referee.at_the_weights(model, found, steps)
+    reference.at_the_weights(model, found, steps)
     graph_fp64.widen(model, _types)
     answers = OnnxRunner(Held("wide", *in_memory(model)), plain=True).run(feeds)
     rows = changed(table.T, looked_up).T[feeds["ids"]]
@@ -120,7 +120,7 @@ def test_a_block_of_a_packed_weight_changes_alone(dora: bool) -> None:
     }
     told = replace(found, by_name=named, unnamed=())
     adapter = an_adapter({"k": pair((4, 5), magnitude=np.arange(1.0, 5.0) if dora else None)})
-    referee.at_the_weights(model, told, plan.make([adapter], told.specs))
+    reference.at_the_weights(model, told, plan.make([adapter], told.specs))
     x = RNG.standard_normal((3, 5)).astype(np.float32)
     expected = np.concatenate([weight[:2].astype(np.float64), changed(weight[2:], adapter.pairs["k"])])
     assert np.abs(in_fp64(model, x=x) - x.astype(np.float64) @ expected.T).max() < EXACT
@@ -133,7 +133,7 @@ def in_half(rounded: bool) -> tuple[Wide, Wide]:
     model = filled(text, **{"up.weight": weight})
     adapter = an_adapter({"up": pair((4, 5))})
     found, steps = planned(model, adapter)
-    referee.at_the_weights(model, found, steps, rounded=rounded)
+    reference.at_the_weights(model, found, steps, rounded=rounded)
     x = np.eye(5, dtype=np.float16)
     return in_fp64(model, x=x).T, changed(weight.astype(np.float64), adapter.pairs["up"])
 
@@ -162,7 +162,7 @@ def test_beside_a_quantised_weight_stands_one_matrix(as_pairs: bool, dora: bool)
     adapter = an_adapter({"up": pair((4, 32), magnitude=np.arange(1.0, 5.0) if dora else None)})
     found, steps = planned(model, adapter)
     held = found.by_name["up.weight"][0].matrix.astype(np.float64)
-    referee.beside_quantised(model, found, steps)
+    reference.beside_quantised(model, found, steps)
     x = RNG.standard_normal((3, 32)).astype(np.float32)
     expected = x.astype(np.float64) @ changed(held, adapter.pairs["up"]).T + 1
     kinds = {node.op_type for node in model.graph}
@@ -172,7 +172,7 @@ def test_beside_a_quantised_weight_stands_one_matrix(as_pairs: bool, dora: bool)
     assert np.abs(expected - 1 - x @ held.T).max() > 1
     again = quantised(layer(**weights), as_pairs=as_pairs)
     found, steps = planned(again, adapter)
-    referee.at_the_weights(again, found, steps)
+    reference.at_the_weights(again, found, steps)
     assert np.abs(in_fp64(again, x=x) - expected).max() < 1e-6  # the scales' products are fp32's
 
 
@@ -182,7 +182,7 @@ def test_where_nothing_can_stand_beside_the_sum_is_at_the_weight() -> None:
     model = filled(text, **{"up.weight": weight})
     adapter = an_adapter({"up": pair((4, 5))})
     found, steps = planned(model, adapter)
-    assert referee.beside_the_weights(model, found, steps) == 1
+    assert reference.beside_the_weights(model, found, steps) == 1
     x = RNG.standard_normal((5, 3)).astype(np.float32)
     assert np.abs(in_fp64(model, x=x) - changed(weight, adapter.pairs["up"]) @ x.astype(np.float64)).max() < EXACT
 
@@ -200,7 +200,7 @@ def test_strength_is_of_scales_and_shifts(factor: float, told: float) -> None:
     assert held is not None
     weight = held.numpy().T
     found, steps = planned(model, adapter)
-    referee.at_the_weights(model, found, referee.at_strength(steps, factor))
+    reference.at_the_weights(model, found, reference.at_strength(steps, factor))
     x = RNG.standard_normal((3, 32)).astype(np.float32)
     expected = x.astype(np.float64) @ changed(weight, adapter.pairs["up"], factor=told).T + 1
     expected += told * adapter.biases["up"]
@@ -216,10 +216,10 @@ def test_a_whole_tensor_takes_its_place_and_stays_without_strength_beside_pairs(
     adapter = an_adapter({"up": pair((4, 32))}, replaced={"up.bias": new})
     model = graph()
     found, steps = planned(model, adapter)
-    off = referee.at_strength(steps, 0.0)
+    off = reference.at_strength(steps, 0.0)
     assert [step.weight for step in off.steps] == ["up.bias"]
-    referee.at_the_weights(model, found, off)
+    reference.at_the_weights(model, found, off)
     assert np.array_equal(in_fp64(model, x=np.zeros((1, 32), np.float32))[0], new)
     alone = graph()
     _, steps = planned(alone, an_adapter({}, replaced={"up.bias": new}))
-    assert referee.at_strength(steps, 0.0).steps == ()
+    assert reference.at_strength(steps, 0.0).steps == ()

@@ -396,8 +396,8 @@ def test_a_hugging_face_models_merge_is_known_by_the_graph_that_it_was_made_of(n
     ):
         against_pytorch.prove(OnnxRunner(path), llama, [adapter])
     name = "model.layers.1.self_attn.q_proj"
-    louder = replace(adapter, pairs={**adapter.pairs, name: replace(adapter.pairs[name], scale=2.2)})
-    wrong = against_pytorch.prove(OnnxRunner(path), llama, [louder], origin=base).verdict
+    scaled = replace(adapter, pairs={**adapter.pairs, name: replace(adapter.pairs[name], scale=2.2)})
+    wrong = against_pytorch.prove(OnnxRunner(path), llama, [scaled], origin=base).verdict
     assert wrong.outcome is parity.Outcome.DIFFERENT
     assert [reason.text.partition(":")[0] for reason in wrong.reasons if reason.gate == "weights"] == [f"{name}.weight"]
 
@@ -466,8 +466,8 @@ def test_a_requantised_merge_is_followed(as_pairs: bool, wide: Model, graph: ir.
     path = requantised(base, an_adapter(), tmp_path / "merged")
     right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base, trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 2
-    louder = requantised(base, an_adapter(1.5), tmp_path / "louder")
-    wrong = against_pytorch.prove(OnnxRunner(louder), wide, [an_adapter()], origin=base).diagnosis
+    scaled = requantised(base, an_adapter(1.5), tmp_path / "scaled")
+    wrong = against_pytorch.prove(OnnxRunner(scaled), wide, [an_adapter()], origin=base).diagnosis
     assert wrong is not None and wrong.first == "up"
     assert re.search(r"arrives 1\.(4[6-9]|5\d*) times .* is no more than rounding costs", wrong.why), wrong.why
 
