@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import docstrings
 from rich.console import Console
 from rich.table import Table
+
+import docstrings
 
 console = Console(highlight=False)
 

@@ -14,12 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import small_task
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import lora_export as le
+import small_task
 from lora_export.training import loop
 
 LINES = {4: ("blue, solid", "-o", "#0072b2"), 64: ("orange, dashed", "--s", "#d55e00")}

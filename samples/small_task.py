@@ -13,10 +13,10 @@ import importlib.resources
 import tempfile
 from pathlib import Path
 
-import docstrings
 import torch
 from torch import Tensor, nn
 
+import docstrings
 import lora_export as le
 from lora_export.lora import Adapter
 from lora_export.models import huggingface

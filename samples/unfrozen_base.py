@@ -14,13 +14,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import small_task
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import lora_export as le
+import small_task
 from lora_export import layers
 from lora_export.formats import peft
 from lora_export.lora import Adapter

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import FACTORIES
-from support.factories import scaled
-from support.handmade import peft_adapter
 
 from lora_export import cli
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.testing import ParityFailed, assert_parity
 from lora_export.verification.parity import Outcome
+from support import FACTORIES
+from support.factories import scaled
+from support.handmade import peft_adapter
 
 FACTORY = f"{FACTORIES}:scaled"
 

@@ -15,9 +15,6 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from support.cli import answer, call
-from support.handmade import peft_adapter
-from support.swapping import MODEL
 
 from lora_export import formats
 from lora_export.cli import weaving
@@ -26,6 +23,9 @@ from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.references import pytorch
+from support.cli import answer, call
+from support.handmade import peft_adapter
+from support.swapping import MODEL
 
 PACKED, OUT = "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.out_proj"
 

@@ -10,6 +10,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
+
+from lora_export import formats
+from lora_export.graph import onnx_file
+from lora_export.models.load import load_model
+from lora_export.runtime.kv_cache import STEPS, with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner
 from support import FACTORIES
 from support.cli import answer, call
 from support.decoders import FEATURES, WORDS, export_with_cache
@@ -17,12 +23,6 @@ from support.decoders import a_graph as a_decoder
 from support.exporters import an_adapter_of, base_of, module_of, save_tokenizer
 from support.genai import build
 from support.handmade import base_file, peft_adapter
-
-from lora_export import formats
-from lora_export.graph import onnx_file
-from lora_export.models.load import load_model
-from lora_export.runtime.kv_cache import STEPS, with_cache
-from lora_export.runtime.onnx_runner import OnnxRunner
 
 SUMS = f"{FACTORIES}:sums"
 IDS = np.random.default_rng(3).integers(0, WORDS, (3, 8))

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from support import FACTORIES
-from support.cli import answer, call
 
 from lora_export import cli, formats
 from lora_export.models.load import load_model
+from support import FACTORIES
+from support.cli import answer, call
 
 MODEL = f"{FACTORIES}:spotter"
 

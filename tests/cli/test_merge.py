@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.handmade import base_file, peft_adapter
 
 from lora_export import cli
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import read_manifest
 from lora_export.weights import merge
+from support.handmade import base_file, peft_adapter
 
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]

@@ -17,6 +17,17 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from lora_export import formats, plan
+from lora_export.cli import given, weaving
+from lora_export.formats import onnx_adapter
+from lora_export.graph import onnx_file, sites
+from lora_export.models import export
+from lora_export.models.load import load_model
+from lora_export.plan import Plan
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.storage import files as hashing
+from lora_export.verification.derived_proofs import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from support import FACTORIES
 from support.cli import answer, call
 from support.exporters import (
@@ -30,17 +41,6 @@ from support.exporters import (
 )
 from support.graphs import eager, exported, inputs, quantised, with_changes
 from support.handmade import graph_file, peft_adapter
-
-from lora_export import formats, plan
-from lora_export.cli import given, weaving
-from lora_export.formats import onnx_adapter
-from lora_export.graph import onnx_file, sites
-from lora_export.models import export
-from lora_export.models.load import load_model
-from lora_export.plan import Plan
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.storage import files as hashing
-from lora_export.verification.derived_proofs import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 
 LAYER = "bert.encoder.layer.0"
 TARGETS = {

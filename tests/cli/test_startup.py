@@ -10,10 +10,10 @@ import sys
 
 import ml_dtypes
 import numpy as np
-from support.handmade import base_file, graph_file, peft_adapter
 
 from lora_export import cli
 from lora_export.cli import startup
+from support.handmade import base_file, graph_file, peft_adapter
 
 
 def told_by(code: str) -> dict[str, object]:

@@ -9,7 +9,6 @@ from typing import Any
 from defects import rivals
 from defects.subjects import Column
 from defects.wrong import Defect
-
 from lora_export.errors import EnvironmentLacking, LoraExportError
 from lora_export.lora import Adapter
 from lora_export.runtime.runner import Runner

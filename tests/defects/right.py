@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from defects import judging, subjects
 from defects.subjects import Column
-
 from lora_export.verification import parity
 
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from defects import judging, right, rivals, subjects
 from defects.judging import SAME, Judged
 from defects.right import CALIBRATING, CALIBRATING_SEEDS, JUDGING, JUDGING_SEEDS
 from defects.subjects import Column
 from defects.wrong import DEFECTS
-from support import TESTS, tables
-
 from lora_export.verification import parity
+from support import TESTS, tables
 
 README = TESTS / "README.md"
 QUICK = [  # one export, of a small net

@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from defects import subjects
-from defects.subjects import ALPHA, GRAPHS, RANK, Column
 from numpy.typing import NDArray
 from torch import nn
 
+from defects import subjects
+from defects.subjects import ALPHA, GRAPHS, RANK, Column
 from lora_export.errors import RuntimeRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.runner import Arrays, Placement, Runner

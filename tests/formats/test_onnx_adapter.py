@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
-from support.onnx_adapters import shortened
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, Place
+from support.onnx_adapters import shortened
 
 A, B = np.float32([[1, 2], [0, 1], [5, 0]]), np.float32([[1, 2, 3, 4], [0, 0, 1, 0]])
 PLACES = Place("m.weight", "a", "b", (4, 3), "float32", ""), Place("n.weight", "c", "d", (4, 3), "float32", "")

@@ -18,7 +18,6 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from support.handmade import peft_adapter
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats import peft as reader
 from lora_export.lora import Adapter, LoraPair, Rows
+from support.handmade import peft_adapter
 
 # --- Real adapters ---
 

@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fuzz.targets import ADAPTER_TENSORS, GOOD, GRAPH_TENSORS
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+
+from fuzz.targets import ADAPTER_TENSORS, GOOD, GRAPH_TENSORS
 
 Text = SearchStrategy[str]
 

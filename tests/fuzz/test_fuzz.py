@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
 from fuzz import strategies
 from fuzz.targets import GOOD, TARGETS, Target
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"

@@ -12,7 +12,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from support.graphs import Arrays, a_graph, an_adapter, quantised, run
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
@@ -22,6 +21,7 @@ from lora_export.graph.insert.rows import choose_by_row
 from lora_export.graph.readers import readers
 from lora_export.graph.sites import Sites
 from lora_export.lora import LoraPair
+from support.graphs import Arrays, a_graph, an_adapter, quantised, run
 
 RNG = np.random.default_rng(5)
 BLOCKS = {"q": range(8), "k": range(8, 12), "v": range(12, 16)}

@@ -14,6 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from lora_export.graph import onnx_file, sites
+from lora_export.graph.sites import Sites
+from lora_export.weights.checkpoint import open_checkpoint
 from support.exporters import (
     AFTERWARDS,
     EXPORTERS,
@@ -24,10 +28,6 @@ from support.exporters import (
     module_of,
     torchscript,
 )
-
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.sites import Sites
-from lora_export.weights.checkpoint import open_checkpoint
 
 slow = pytest.mark.slow
 

@@ -10,6 +10,12 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 import torch
+
+from lora_export import plan
+from lora_export.errors import InputRefused
+from lora_export.graph import fold, sites
+from lora_export.graph.insert import nodes
+from lora_export.lora import Adapter, LoraPair, Rows
 from support.graphs import (
     EVERY_MODEL,
     LLAMA,
@@ -25,12 +31,6 @@ from support.graphs import (
     with_changes,
 )
 from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
-
-from lora_export import plan
-from lora_export.errors import InputRefused
-from lora_export.graph import fold, sites
-from lora_export.graph.insert import nodes
-from lora_export.lora import Adapter, LoraPair, Rows
 
 
 def by(**pairs: LoraPair) -> Adapter:

@@ -9,10 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from support.cli import answer, call
-from support.graphs import Arrays, an_adapter, run, stored
-from support.handmade import base_file, peft_adapter
-from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
 
 from lora_export import plan
 from lora_export.errors import InputRefused
@@ -25,6 +21,10 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from support.cli import answer, call
+from support.graphs import Arrays, an_adapter, run, stored
+from support.handmade import base_file, peft_adapter
+from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
 
 HIDDEN, HEADS = 64, 4
 RNG = np.random.default_rng(1)

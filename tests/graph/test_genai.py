@@ -17,6 +17,18 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
+from torch import nn
+
+from lora_export import formats, plan
+from lora_export.cli import run
+from lora_export.formats import onnx_adapter
+from lora_export.graph import onnx_file, sites
+from lora_export.graph.insert import inputs, nodes, rows
+from lora_export.graph.sites import Sites
+from lora_export.lora import Adapter
+from lora_export.runtime.kv_cache import with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.weights.checkpoint import open_checkpoint
 from support.cli import answer
 from support.exporters import (
     WORDS,
@@ -30,18 +42,6 @@ from support.exporters import (
     save_tokenizer,
 )
 from support.genai import TOKENS, build
-from torch import nn
-
-from lora_export import formats, plan
-from lora_export.cli import run
-from lora_export.formats import onnx_adapter
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.insert import inputs, nodes, rows
-from lora_export.graph.sites import Sites
-from lora_export.lora import Adapter
-from lora_export.runtime.kv_cache import with_cache
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.weights.checkpoint import open_checkpoint
 
 genai: Any = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 

@@ -12,8 +12,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from support.graphs import a_graph, an_adapter, run, stored
-from support.handmade import base_file
 
 from lora_export import cli, plan
 from lora_export.errors import InputRefused
@@ -22,6 +20,8 @@ from lora_export.graph.sites import How, Sites
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from support.graphs import a_graph, an_adapter, run, stored
+from support.handmade import base_file
 
 WEIGHT = np.float32([[1, 2, 3], [4, 5, 6]])  # (out, in)
 OTHER = np.float32([[7, 8, 9], [1, 0, 1]])

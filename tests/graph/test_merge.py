@@ -17,10 +17,6 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from support.everything import everything
-from support.graphs import a_graph, contents, eager, exported, inputs, quantised, run, stored, with_changes
-from support.handmade import base_file, graph_file, peft_adapter
-from support.small_graphs import everywhere
 
 from lora_export import cli, formats, plan
 from lora_export.errors import InputRefused
@@ -32,6 +28,10 @@ from lora_export.lora import Adapter
 from lora_export.storage import atomic_output, block_copy, files
 from lora_export.weights import apply_step
 from lora_export.weights.merge_report import MergeReport
+from support.everything import everything
+from support.graphs import a_graph, contents, eager, exported, inputs, quantised, run, stored, with_changes
+from support.handmade import base_file, graph_file, peft_adapter
+from support.small_graphs import everywhere
 
 RNG = np.random.default_rng(0)
 A, B = RNG.integers(-3, 4, (2, 40)), RNG.integers(-3, 4, (30, 2))  # (rank, in), (out, rank)

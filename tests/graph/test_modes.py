@@ -17,8 +17,6 @@ import peft
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.graphs import Arrays, a_graph, an_adapter, attached, contents, eager, exported, inputs, quantised, run
-from support.handmade import base_file
 from torch import nn
 
 from lora_export import formats, plan
@@ -31,6 +29,8 @@ from lora_export.graph.insert.rows import choose_by_row
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
+from support.graphs import Arrays, a_graph, an_adapter, attached, contents, eager, exported, inputs, quantised, run
+from support.handmade import base_file
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
 RNG = np.random.default_rng(0)

@@ -12,12 +12,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from support.graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
-from support.small_graphs import LINEAR
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.graph import onnx_file, sites
 from lora_export.storage.files import sha256
+from support.graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
+from support.small_graphs import LINEAR
 
 WEIGHT = [[1, 4], [2, 5], [3, 6]]
 

@@ -10,9 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from support.graphs import an_adapter, run, stored
-from support.handmade import base_file
-from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
@@ -21,6 +18,9 @@ from lora_export.graph.insert import nodes
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
+from support.graphs import an_adapter, run, stored
+from support.handmade import base_file
+from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
 
 
 def fold_into(model: ir.Model) -> None:

@@ -17,14 +17,14 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
-from support.graphs import Arrays, an_adapter, contents, planned, run
-from support.small_graphs import PAIR
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph import fold, sites
 from lora_export.graph.insert import inputs, rows
 from lora_export.graph.insert import nodes as branches
+from support.graphs import Arrays, an_adapter, contents, planned, run
+from support.small_graphs import PAIR
 
 X = np.array([[1, 1, 2], [0, 3, 1], [2, -1, 0]])
 W = np.array([[1, 2, 3], [4, 5, 6]])  # of m, (out, in)

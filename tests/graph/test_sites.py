@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
-from support.graphs import EVERY_MODEL, a_graph, an_adapter, exported
 from torch import nn
 
 from lora_export import plan
@@ -14,6 +13,7 @@ from lora_export.graph import sites
 from lora_export.graph.sites import How, Sites
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, TensorSpec
+from support.graphs import EVERY_MODEL, a_graph, an_adapter, exported
 
 
 def specs(found: Sites) -> dict[str, TensorSpec]:

@@ -11,11 +11,11 @@ import sys
 
 import click
 import pytest
-from support import ROOT
 
 import lora_export
 from lora_export.cli import COMMANDS
 from lora_export.errors import LoraExportError
+from support import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)  # (language, text)

@@ -25,8 +25,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import FACTORIES, TESTS
-from support.handmade import base_file, peft_adapter, raw_tensor_file
 
 from lora_export import cli
 from lora_export.errors import InputRefused, MatchError, Misfit
@@ -36,6 +34,8 @@ from lora_export.storage import files, safetensors_file
 from lora_export.storage.manifest import read_manifest
 from lora_export.weights import checkpoint
 from lora_export.weights.checkpoint import Checkpoint
+from support import FACTORIES, TESTS
+from support.handmade import base_file, peft_adapter, raw_tensor_file
 
 FAULTS = {
     1: "a shard that was cut short",
@@ -926,6 +926,7 @@ CANDIDATES = {
 @pytest.mark.parametrize(("answer", "code"), CANDIDATES.values(), ids=CANDIDATES)
 def test_a_candidate_that_is_wrong_in_some_other_way(place, answer, code):
     import torch
+
     from support import factories
 
     class Candidate(torch.nn.Module):

@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz.targets import bounded, everything, run
 from safetensors.numpy import load_file
-from support.handmade import Payload, base_file, peft_adapter, raw_tensor_file
 
+from fuzz.targets import bounded, everything, run
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.models.load import load_model
 from lora_export.runtime import torch_runners
 from lora_export.storage import npz
 from lora_export.training import data
 from lora_export.weights.checkpoint import OTHER_WEIGHTS
+from support.handmade import Payload, base_file, peft_adapter, raw_tensor_file
 
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from support import ROOT
 
 from lora_export import __version__
+from support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

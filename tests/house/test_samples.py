@@ -17,12 +17,12 @@ import torch
 import transformers
 import yaml
 from PIL import Image
-from support import ROOT
-from support.handmade import peft_adapter
 from torch import nn
 
 import lora_export as le
 from lora_export import cli
+from support import ROOT
+from support.handmade import peft_adapter
 
 SAMPLES = ROOT / "samples"
 

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from support import ROOT, saboteur
-from support.handmade import base_file, graph_file, peft_adapter
-from support.saboteur import Ended
 
 from lora_export import cli
 from lora_export.graph import onnx_file as graphs
 from lora_export.storage import atomic_output, files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest
 from lora_export.weights import merge
+from support import ROOT, saboteur
+from support.handmade import base_file, graph_file, peft_adapter
+from support.saboteur import Ended
 
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]

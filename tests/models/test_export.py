@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import EVERY_MODEL, MAKERS, Encoder, Mlp, eager, exported, inputs, run
 from torch import Tensor, nn
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export
+from support.graphs import EVERY_MODEL, MAKERS, Encoder, Mlp, eager, exported, inputs, run
 
 OTHER_SHAPES = [(1, 5), (3, 12), (5, 2)]
 

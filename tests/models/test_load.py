@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import FACTORIES
 
 from lora_export.errors import InputRefused
 from lora_export.models import load
 from lora_export.models.load import load_model
+from support import FACTORIES
 
 HERE = FACTORIES.parent
 

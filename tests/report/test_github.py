@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from support import FACTORIES
-from support.verdicts import DIFFERENT, SAME, STRAYED, UNDECIDED, case
 
 from lora_export import cli, errors
 from lora_export.report import github
 from lora_export.verification.parity import judge
+from support import FACTORIES
+from support.verdicts import DIFFERENT, SAME, STRAYED, UNDECIDED, case
 
 HOSTILE = "a\n::add-mask::b ##[error]c | <b>@everyone</b> [x](y) 50%,:\r`"
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, LAYERS, NOTHING, SAME, STRAYED, UNDECIDED, Placed, case
 
 from lora_export import report
 from lora_export.errors import EnvironmentLacking
 from lora_export.report import drawing, html
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge
+from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, LAYERS, NOTHING, SAME, STRAYED, UNDECIDED, Placed, case
 
 
 class Read(HTMLParser):

@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from rich.console import Console
-from support import junit_schema
-from support.verdicts import DIFFERENT, NOTHING, SAME, STRAYED, TRIED, UNDECIDED, Placed, case
 
 from lora_export import plan, report
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter, LoraPair, Rows
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
+from support import junit_schema
+from support.verdicts import DIFFERENT, NOTHING, SAME, STRAYED, TRIED, UNDECIDED, Placed, case
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from support import FACTORIES
-from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, NOTHING, SAME, STRAYED, UNDECIDED, Placed, case
 
 from lora_export import cli, report
 from lora_export.runtime import torch_runners
 from lora_export.verification.parity import Verdict, judge
+from support import FACTORIES
+from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, NOTHING, SAME, STRAYED, UNDECIDED, Placed, case
 
 SCHEMA = json.loads(resources.files("lora_export.report").joinpath("verdict-1.schema.json").read_text("utf-8"))
 

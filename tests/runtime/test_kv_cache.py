@@ -11,8 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import FACTORIES
-from support.decoders import FEATURES, WORDS, a_graph, export_with_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import layers, plan
@@ -23,6 +21,8 @@ from lora_export.models.load import load_model
 from lora_export.runtime.kv_cache import STEPS, CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import against_pytorch, parity, proof
+from support import FACTORIES
+from support.decoders import FEATURES, WORDS, a_graph, export_with_cache
 
 
 def an_adapter() -> Adapter:

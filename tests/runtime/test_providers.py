@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import FACTORIES
-from support.cli import answer, call
-from support.handmade import peft_adapter
 
 from lora_export import Session
 from lora_export.runtime.runner import PROVIDERS
+from support import FACTORIES
+from support.cli import answer, call
+from support.handmade import peft_adapter
 
 MODEL = f"{FACTORIES}:spotter"
 LAYER = "encoder.layers.1"

@@ -16,12 +16,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import why_no_cuda
 from numpy.typing import NDArray
-from support.graphs import a_graph, an_adapter, quantised
-from support.handmade import base_file
-from support.onnx_adapters import shortened
 
+from conftest import why_no_cuda
 from lora_export import Session, plan
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
@@ -30,6 +27,9 @@ from lora_export.graph import onnx_file, sites
 from lora_export.graph.insert.inputs import factors_of, open_inputs
 from lora_export.lora import LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
+from support.graphs import a_graph, an_adapter, quantised
+from support.handmade import base_file
+from support.onnx_adapters import shortened
 
 BODY = """
 g ({dtype}[N,3] x) => ({dtype}[N,2] y)

@@ -260,11 +260,11 @@ def sharing_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pat
 
 def test_a_merge_on_a_disk_that_shares_takes_room_for_what_changes_alone(sharing_disk, tmp_path):
     from safetensors.numpy import load_file
-    from support.handmade import base_file, peft_adapter
 
     from lora_export import formats, plan
     from lora_export.weights.checkpoint import open_checkpoint
     from lora_export.weights.merge import merge_checkpoint
+    from support.handmade import base_file, peft_adapter
 
     def used() -> int:
         os.sync()

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from support.handmade import raw_tensor_file
 
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
+from support.handmade import raw_tensor_file
 
 TENSORS = {
     "matrix": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from support import junit_schema, peak
-from support.handmade import base_file, peft_adapter
 
 from lora_export import cli
 from lora_export.verification import against_checkpoint
+from support import junit_schema, peak
+from support.handmade import base_file, peft_adapter
 
 RNG = np.random.default_rng(0)
 Tensors = dict[str, NDArray[Any]]

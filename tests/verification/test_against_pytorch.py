@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from defects import subjects
-from support import FACTORIES
-from support.proofs import an_adapter, bf16_merge, folded
 from torch import nn
 
+from defects import subjects
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
 from lora_export.lora import Adapter, LoraPair, Rows
 from lora_export.models import model
@@ -26,6 +24,8 @@ from lora_export.verification import against_pytorch, derived_proofs, parity, pr
 from lora_export.verification.inputs import model_inputs
 from lora_export.verification.parity import judging
 from lora_export.verification.references import pytorch
+from support import FACTORIES
+from support.proofs import an_adapter, bf16_merge, folded
 
 
 @pytest.fixture

@@ -12,11 +12,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
-from support import FACTORIES
-from support.decoders import FEATURES, WORDS
-from support.decoders import a_graph as a_decoder
-from support.graphs import Arrays, an_adapter, attached, eager, quantised, run, with_changes
-from support.handmade import base_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,6 +27,11 @@ from lora_export.models.load import load_model
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.weights.checkpoint import open_checkpoint
+from support import FACTORIES
+from support.decoders import FEATURES, WORDS
+from support.decoders import a_graph as a_decoder
+from support.graphs import Arrays, an_adapter, attached, eager, quantised, run, with_changes
+from support.handmade import base_file
 
 RNG = np.random.default_rng(0)
 

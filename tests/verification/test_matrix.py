@@ -19,9 +19,6 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
-from support import FACTORIES
-from support.exporters import WORDS, a_bert, a_gpt2, a_llama
-from support.graphs import eager
 from torch import nn
 from transformers import (
     MixtralConfig,
@@ -48,6 +45,9 @@ from lora_export.verification.derived_proofs import prove_mixed
 from lora_export.verification.inputs.model_inputs import case_inputs
 from lora_export.verification.parity import Outcome
 from lora_export.verification.references.pytorch import adapted
+from support import FACTORIES
+from support.exporters import WORDS, a_bert, a_gpt2, a_llama
+from support.graphs import eager
 
 SPREAD = 0.15  # of A and B
 slow = pytest.mark.slow

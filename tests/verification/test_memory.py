@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import peak
-from support.handmade import peft_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import cli
+from support import peak
+from support.handmade import peft_adapter
 
 SLACK = 0.15  # of the model in fp32: what is computed with it
 OPENS = "import sys, pathlib, lora_export.runtime.onnx_runner as there; there.OnnxRunner(pathlib.Path(sys.argv[1]))"

@@ -12,11 +12,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support.handmade import base_file, raw_tensor_file
 
 from lora_export.errors import InputRefused
 from lora_export.plan import Layout, TensorSpec
 from lora_export.weights.checkpoint import code_of_its_own, open_checkpoint
+from support.handmade import base_file, raw_tensor_file
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
-from support.handmade import base_file, graph_file, peft_adapter
-from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -37,6 +35,8 @@ from lora_export.weights import apply_step
 from lora_export.weights import cuda as device
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import Statistics, StepResult
+from support.handmade import base_file, graph_file, peft_adapter
+from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
 
 CPU = torch.device("cpu")
 A, B = [[1, 2, 3]], [[1], [10]]

@@ -20,8 +20,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
-from support.handmade import base_file, peft_adapter
-from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from transformers import (
@@ -42,6 +40,8 @@ from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.weights import apply_step, merge
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
+from support.handmade import base_file, peft_adapter
+from support.merges import Convolutions, Net, dora, merged, nearly_the_same_bits, same_bits, sixty_fourths, trained
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

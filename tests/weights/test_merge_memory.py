@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from support import peak
 from support.handmade import peft_adapter
 

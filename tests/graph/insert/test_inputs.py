@@ -14,21 +14,6 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from support.graphs import (
-    EVERY_MODEL,
-    a_graph,
-    an_adapter,
-    contents,
-    eager,
-    exported,
-    inputs,
-    linear_specs,
-    quantised,
-    run,
-    with_changes,
-)
-from support.handmade import base_file
-from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
@@ -44,6 +29,21 @@ from lora_export.graph.readers import readers
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter, LoraPair, Rows
 from lora_export.weights.checkpoint import open_checkpoint
+from support.graphs import (
+    EVERY_MODEL,
+    a_graph,
+    an_adapter,
+    contents,
+    eager,
+    exported,
+    inputs,
+    linear_specs,
+    quantised,
+    run,
+    with_changes,
+)
+from support.handmade import base_file
+from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
 

@@ -12,6 +12,15 @@ import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_export import plan
+from lora_export.errors import InputRefused
+from lora_export.graph import sites
+from lora_export.graph.fold import StepResult, new_initializer
+from lora_export.graph.insert import nodes
+from lora_export.lora import Adapter, LoraPair
+from lora_export.models import export
 from support.graphs import (
     EVERY_MODEL,
     a_graph,
@@ -28,15 +37,6 @@ from support.graphs import (
     with_changes,
 )
 from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
-from torch import Tensor, nn
-
-from lora_export import plan
-from lora_export.errors import InputRefused
-from lora_export.graph import sites
-from lora_export.graph.fold import StepResult, new_initializer
-from lora_export.graph.insert import nodes
-from lora_export.lora import Adapter, LoraPair
-from lora_export.models import export
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
 

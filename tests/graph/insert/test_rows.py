@@ -12,6 +12,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats.onnx_adapter import ROWS
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.lora import Adapter, LoraPair
 from support.graphs import (
     EVERY_MODEL,
     a_graph,
@@ -27,11 +32,6 @@ from support.graphs import (
     with_changes,
 )
 from support.small_graphs import GEMM, PAIR, SHARED, SQUARE
-
-from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ROWS
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.lora import Adapter, LoraPair
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
 W = np.float32([[1, 2, 3], [4, 5, 6]])  # of m, (out, in)

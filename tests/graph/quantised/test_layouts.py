@@ -13,8 +13,6 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from support.graphs import a_graph, an_adapter, quantised, run
-from support.handmade import base_file
 
 from lora_export import plan
 from lora_export.errors import InputRefused
@@ -24,6 +22,8 @@ from lora_export.graph.sites import How, Site, Sites
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from support.graphs import a_graph, an_adapter, quantised, run
+from support.handmade import base_file
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {name: RNG.normal(size=(48, 80)).astype(np.float32) for name in "abc"}  # (out, in); 80 is no multiple of 32

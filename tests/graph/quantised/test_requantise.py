@@ -16,9 +16,6 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from support.everything import everything
-from support.graphs import contents, quantised, run, stored
-from support.handmade import base_file, graph_file, peft_adapter
 
 from lora_export import cli, formats, plan
 from lora_export.errors import InputRefused
@@ -27,6 +24,9 @@ from lora_export.graph.merge import merge_graph
 from lora_export.graph.sites import find
 from lora_export.storage import block_copy
 from lora_export.weights.merge_report import MergeReport
+from support.everything import everything
+from support.graphs import contents, quantised, run, stored
+from support.handmade import base_file, graph_file, peft_adapter
 
 RNG = np.random.default_rng(0)
 IN, OUT = 80, 48  # 80 is no multiple of 32

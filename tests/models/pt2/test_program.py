@@ -18,9 +18,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import FACTORIES
-from support.factories import Pictures, Spotter, Wide
-from support.programs import SUBJECTS, VARIES, Subject, export, graph_of, noise, rewritten
 from torch import Tensor, nn
 
 from lora_export import cli, layers, plan
@@ -35,6 +32,9 @@ from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import against_pytorch, proof
 from lora_export.verification.parity import Outcome
 from lora_export.verification.references import pytorch
+from support import FACTORIES
+from support.factories import Pictures, Spotter, Wide
+from support.programs import SUBJECTS, VARIES, Subject, export, graph_of, noise, rewritten
 
 SMALL = ("mlp", "cnn", "words")
 EVERY = [*SMALL, "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2"))]

@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz.targets import bounded, run
 from safetensors.torch import save_file
-from support import FACTORIES
-from support.factories import Wide, Worded
-from support.handmade import Payload
-from support.programs import export, graph_of, ids, noise, padded, rewritten
 from torch import nn
 
+from fuzz.targets import bounded, run
 from lora_export.errors import InputRefused
 from lora_export.models.load import load_model
 from lora_export.models.pt2 import allowed_operators, program, reader
 from lora_export.models.pt2.program_types import Symbol
+from support import FACTORIES
+from support.factories import Wide, Worded
+from support.handmade import Payload
+from support.programs import export, graph_of, ids, noise, padded, rewritten
 
 Change = Callable[[dict[str, Any]], object]
 

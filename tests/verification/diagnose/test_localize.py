@@ -16,7 +16,6 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.graphs import AXES, an_adapter, exported, inputs, stored
 
 from lora_export import layers, plan
 from lora_export.errors import RuntimeRefused
@@ -37,6 +36,7 @@ from lora_export.verification import against_pytorch, proof
 from lora_export.verification.diagnose import localize, root_cause, watch_candidate
 from lora_export.verification.parity import Outcome
 from lora_export.verification.references import pytorch
+from support.graphs import AXES, an_adapter, exported, inputs, stored
 
 LAYER = "bert.encoder.layer.0"
 QUERY, KEY, VALUE = (f"{LAYER}.attention.self.{name}" for name in ("query", "key", "value"))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.graphs import a_graph
 
 from lora_export.errors import InputRefused
 from lora_export.verification.inputs.graph_inputs import CASES, Feeds, Sizes, read
+from support.graphs import a_graph
 
 TEXT = """
 text (int64[batch, sequence] input_ids, int64[batch, sequence] attention_mask, int32[batch, sequence] token_type_ids)

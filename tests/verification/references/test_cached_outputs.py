@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import FACTORIES
-from support.proofs import an_adapter, bf16_merge, folded
 
 from lora_export.lora import Adapter
 from lora_export.models import model
@@ -20,6 +18,8 @@ from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.storage import safetensors_file
 from lora_export.verification import against_pytorch, parity, proof
 from lora_export.verification.references import cached_outputs
+from support import FACTORIES
+from support.proofs import an_adapter, bf16_merge, folded
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from support.graphs import a_graph, an_adapter, planned, quantised
 
 from lora_export import plan
 from lora_export.graph import sites
@@ -19,6 +18,7 @@ from lora_export.runtime.onnx_runner import Held, OnnxRunner
 from lora_export.verification.against_graph import _types
 from lora_export.verification.references import graph as reference
 from lora_export.verification.references import graph_fp64
+from support.graphs import a_graph, an_adapter, planned, quantised
 
 Wide = NDArray[np.float64]
 RNG = np.random.default_rng(0)

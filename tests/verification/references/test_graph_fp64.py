@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from support.graphs import a_graph, quantised, run
 
 from lora_export.graph import sites
 from lora_export.graph.onnx_file import in_memory
@@ -19,6 +18,7 @@ from lora_export.graph.readers import MICROSOFT
 from lora_export.runtime.onnx_runner import Held, OnnxRunner
 from lora_export.verification.against_graph import _types
 from lora_export.verification.references import graph_fp64
+from support.graphs import a_graph, quantised, run
 
 DOUBLE, INT, BOOL = TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
 # What an operator's inputs are, where they are not one fp64 tensor or two; and the attributes that it must have.

@@ -15,14 +15,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from defects import subjects
 from numpy.typing import NDArray
-from support import FACTORIES
-from support.graphs import quantised
-from support.handmade import peft_adapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from defects import subjects
 from lora_export import cli, layers, plan
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph import onnx_file, sites
@@ -37,6 +34,9 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import against_pytorch, parity
 from lora_export.verification.references import quantised_weights
 from lora_export.weights.checkpoint import open_checkpoint
+from support import FACTORIES
+from support.graphs import quantised
+from support.handmade import peft_adapter
 
 
 def an_adapter(scale: float = 1.0) -> Adapter:
