@@ -46,7 +46,7 @@ def names(folder: Path) -> set[str]:
 
 def python_command(code: str, *arguments: object) -> list[str]:
     """A command line for another process, which says what it did on stdout."""
-    prelude = "import sys, time\nfrom pathlib import Path\nfrom lora_export import files, staging\n"
+    prelude = "import sys, time\nfrom pathlib import Path\nfrom lora_export.storage import atomic_output\n"
     return [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, arguments)]
 
 
@@ -390,9 +390,9 @@ def test_too_little_space_is_known_before_anything_is_written(tmp_path, write):
 
 TRY = """
     try:
-        with staging.stage_folder(Path(sys.argv[1]), inputs=()):
+        with atomic_output.stage_folder(Path(sys.argv[1]), inputs=()):
             print("lent a stage")
-    except staging.OutputFailed as error:
+    except atomic_output.OutputFailed as error:
         print(error)
 """
 
@@ -482,7 +482,7 @@ def _umask() -> int:
 # --- Other runs, living and dead ---
 
 HOLD = """
-    with staging.stage_folder(Path(sys.argv[1]), inputs=()) as stage:
+    with atomic_output.stage_folder(Path(sys.argv[1]), inputs=()) as stage:
         (stage / "half").write_text("half")
         print("writing", flush=True)
         time.sleep(60)
