@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora_export.formats import load as load_adapter
-    from lora_export.layers import attach, detach, fresh_adapter, trainable
+    from lora_export.layers import attach, count_parameters, create_adapter, detach
     from lora_export.layers import fold as fold_module
     from lora_export.layers import specs as module_specs
     from lora_export.lora import Adapter, LoraPair
@@ -38,9 +38,10 @@ _HOMES = {
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
+    "count_parameters": "layers:count_parameters",
+    "create_adapter": "layers:create_adapter",
     "detach": "layers:detach",
     "fold_module": "layers:fold",
-    "fresh_adapter": "layers:fresh_adapter",
     "load_adapter": "formats:load",
     "load_model": "models.load:load_model",
     "make_plan": "plan:make",
@@ -50,7 +51,6 @@ _HOMES = {
     "prove": "verification.against_pytorch:prove",
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
-    "trainable": "layers:trainable",
 }
 
 __all__ = [
@@ -63,9 +63,10 @@ __all__ = [
     "Session",
     "TensorSpec",
     "attach",
+    "count_parameters",
+    "create_adapter",
     "detach",
     "fold_module",
-    "fresh_adapter",
     "load_adapter",
     "load_model",
     "make_plan",
@@ -75,7 +76,6 @@ __all__ = [
     "prove",
     "stage_file",
     "stage_folder",
-    "trainable",
 ]
 
 

@@ -63,10 +63,10 @@ def main() -> None:
     console.print("\n[bold]The same with lora_export.attach[/bold]")
     table = Table("rank", "trainable", "of all", "share", "change in train mode", "in eval mode")
     for rank in (4, 8, 16):
-        adapter = le.fresh_adapter(layer, targets="all-linear", rank=rank, alpha=2 * rank, seed=0)
+        adapter = le.create_adapter(layer, targets="all-linear", rank=rank, alpha=2 * rank, seed=0)
         adapted = copy.deepcopy(layer)
         le.attach(adapted, le.make_plan([adapter], le.module_specs(layer), identity_ok=True), trainable=True)
-        count = le.trainable(adapted)
+        count = le.count_parameters(adapted)
         changes = [f"{largest_change(layer, adapted, x, training=training):.1g}" for training in (True, False)]
         table.add_row(
             str(rank), f"{count.trained:,}", f"{count.total:,}", f"{count.trained / count.total:.1%}", *changes

@@ -28,7 +28,7 @@ def a_model() -> tuple[nn.Module, torch.Tensor]:
 
 def an_adapter(module: nn.Module) -> le.Adapter:
     """Fresh, an adapter changes nothing, and a check of it could not fail: here B is as if it had been trained."""
-    fresh = le.fresh_adapter(module, targets="all-linear", rank=2, alpha=4, seed=0)
+    fresh = le.create_adapter(module, targets="all-linear", rank=2, alpha=4, seed=0)
     rng = np.random.default_rng(0)
     pairs = {
         name: le.LoraPair(a=pair.a, b=rng.standard_normal(pair.b.shape) / 4, scale=pair.scale)

@@ -54,7 +54,7 @@ def run(rank: int) -> Run:
     history = loop.fit(module, kept, on_step=on_step, **small_task.SETTINGS)
     steps = len(history.losses) // epochs
     training = [statistics.fmean(history.losses[epoch * steps :][:steps]) for epoch in range(epochs)]
-    return Run(rank, le.trainable(module).trained, statistics.median(history.seconds), training, held_out)
+    return Run(rank, le.count_parameters(module).trained, statistics.median(history.seconds), training, held_out)
 
 
 def draw(runs: list[Run], path: Path) -> None:

@@ -72,7 +72,7 @@ def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> loop.ArrayData
 
 def adapted(base: LastLayer, rank: int) -> tuple[LastLayer, Adapter]:
     """A copy of the base, frozen, with a fresh adapter on all of its linear layers and a trainable head."""
-    adapter = le.fresh_adapter(base, targets="all-linear", rank=rank, alpha=2 * rank, seed=0, whole=["head"])
+    adapter = le.create_adapter(base, targets="all-linear", rank=rank, alpha=2 * rank, seed=0, modules_to_save=["head"])
     module = copy.deepcopy(base)
     le.attach(module, le.make_plan([adapter], le.module_specs(base), identity_ok=True), trainable=True)
     return module, adapter

@@ -34,15 +34,15 @@ class FromModel:
 
     def __init__(self, base: Model, order: Order, opset: int | None = None):
         self.base, self.order, self.opset = base, order, opset
-        self.future = self._fresh_adapter()
+        self.future = self._future_adapter()
 
-    def _fresh_adapter(self) -> list[Adapter]:
+    def _future_adapter(self) -> list[Adapter]:
         """An adapter without effect at the places that --target names; none where it was not given."""
         target = self.order.target
         if target is None:
             return []
         names: Any = target if target == "all-linear" else [name for name in target.split(",") if name]
-        return [layers.fresh_adapter(self.base.module, targets=names, rank=1, alpha=1.0, seed=0, name="--target")]
+        return [layers.create_adapter(self.base.module, targets=names, rank=1, alpha=1.0, seed=0, name="--target")]
 
     def check(self) -> None:
         """Raise InputRefused for what will not fit the graph because it does not fit the module."""

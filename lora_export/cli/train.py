@@ -117,19 +117,19 @@ def command(
             say("the head alone, on the frozen base:")
             scores["frozen"] = _head_alone(loaded, heads, data, judged, device=device, **settings)
         targets: Any = "all-linear" if target == "all-linear" else [name for name in target.split(",") if name]
-        adapter = layers.fresh_adapter(
-            loaded.module, targets=targets, rank=rank, alpha=alpha, rslora=rslora, seed=seed, whole=heads
+        adapter = layers.create_adapter(
+            loaded.module, targets=targets, rank=rank, alpha=alpha, rslora=rslora, seed=seed, modules_to_save=heads
         )
         start = plan.make([adapter], layers.specs(loaded.module), identity_ok=True)
         layers.attach(loaded.module, start, trainable=True)
-        say(str(layers.trainable(loaded.module)))
+        say(str(layers.count_parameters(loaded.module)))
         with step_progress("training") as on_step:
             history = loop.fit(loaded.module, data, device=device, on_step=on_step, **settings)  # type: ignore[arg-type]
         say(str(history))
         trained = layers.read_back(loaded.module, adapter)
         if judged is not None:
             scores["adapter"] = loop.evaluate(loaded.module, judged, device=device)
-            with layers.strength(loaded.module, 0, keep_whole=True):
+            with layers.scale_adapters(loaded.module, 0, keep_replaced=True):
                 scores["adapter_off"] = loop.evaluate(loaded.module, judged, device=device)
         peft.write(trained, stage, rank=rank, alpha=alpha, targets=adapter.targets, **_config(loaded, rslora=rslora))
         _write_model_config(loaded, stage)

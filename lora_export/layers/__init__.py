@@ -1,25 +1,28 @@
 """A plan over an nn.Module: attach its adapters as branches, or fold them into the weights."""
 
-from lora_export.layers.attaching import Stored, attach, detach, settle, strength
-from lora_export.layers.folding import fold, refuse_tied
+from lora_export.layers.attaching import attach, detach, scale_adapters
+from lora_export.layers.folding import fold
+from lora_export.layers.materialising import Rounding, materialise
+from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
 from lora_export.layers.module_tensors import CONVOLUTIONS, specs
-from lora_export.layers.new_adapter import ParameterCount, fresh_adapter, read_back, trainable
-from lora_export.layers.products import Plain, plain
+from lora_export.layers.new_adapter import create_adapter
+from lora_export.layers.plan_targets import refuse_tied
+from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back
 
 __all__ = [
     "CONVOLUTIONS",
+    "MatrixWeight",
     "ParameterCount",
-    "Plain",
-    "Stored",
+    "Rounding",
     "attach",
+    "count_parameters",
+    "create_adapter",
     "detach",
+    "find_matrix_weights",
     "fold",
-    "fresh_adapter",
-    "plain",
+    "materialise",
     "read_back",
     "refuse_tied",
-    "settle",
+    "scale_adapters",
     "specs",
-    "strength",
-    "trainable",
 ]

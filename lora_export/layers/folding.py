@@ -7,55 +7,57 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.branched import STATE, attachment_of, spread
-from lora_export.layers.module_tensors import Place, as_tensor, oriented, places_in, wide_dtype
+from lora_export.layers.adapted_layers import per_output
+from lora_export.layers.module_tensors import as_tensor, oriented, wide_dtype
+from lora_export.layers.plan_targets import target_tensors
 from lora_export.plan import Plan, Step
 
 
 def fold(module: nn.Module, plan: Plan) -> None:
-    """Add a plan's changes to the weights, in place, and put its whole tensors there.
+    """Add a plan's changes to the weights, in place, and copy its replaced tensors over those of the base.
 
-    ΔW and the sum in fp32 (fp64 for fp64 weights), one rounding to the weight's dtype. In fp32 the ΔW is
-    the array that a merge of the checkpoint adds. Each ΔW is computed twice, so that everything is checked
-    before anything is changed. Raises InputRefused as `attach` does, and for results that are not finite.
+    ΔW and the sum are computed in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype. In fp32
+    the ΔW is the array that a merge of the checkpoint adds. Each ΔW is computed twice, so that everything is
+    checked before anything is changed. Raises InputRefused as `attach` does, and for results that are not finite.
     """
-    places = places_of(module, plan)
+    targets = target_tensors(module, plan)
     for step in plan.steps:
-        result_of(step, places[step.weight].tensor)
+        folded_tensor(step, targets[step.weight].tensor)
     with torch.no_grad():
         for step in plan.steps:
-            tensor = places[step.weight].tensor
-            tensor.copy_(result_of(step, tensor))
+            tensor = targets[step.weight].tensor
+            tensor.copy_(folded_tensor(step, tensor))
 
 
-def result_of(step: Step, base: Tensor) -> Tensor:
-    """What a step makes of the base's tensor, in its dtype. Raises InputRefused unless all is finite."""
+def folded_tensor(step: Step, base: Tensor) -> Tensor:
+    """The result of a step on the base's tensor, in its dtype. Raises InputRefused unless all values are finite."""
     if step.is_whole:
-        return whole_of(step, base)
+        return replacement_tensor(step, base)
     start = base.detach() if step.replace is None else as_tensor(np.asarray(step.replace)).to(base.device)
     change = _change(step, wide_dtype(base.dtype)).to(base.device)
     total = oriented(start, step.spec.layout).to(change.dtype) + change
     if step.magnitude is not None:
-        length = total.double().flatten(1).norm(dim=1)
-        if not length.all():
+        norm = total.double().flatten(1).norm(dim=1)
+        if not norm.all():
             raise InputRefused(
-                f"{step.weight}: W + sBA is zero in {int((length == 0).sum())} of its outputs, to which DoRA cannot "
+                f"{step.weight}: W + sBA is zero in {int((norm == 0).sum())} of its outputs, to which DoRA cannot "
                 "give a length. Nothing was changed."
             )
-        total = total * spread((as_tensor(step.magnitude).to(length) / length).to(total.dtype), total.ndim)
+        total = total * per_output((as_tensor(step.magnitude).to(norm) / norm).to(total.dtype), total.ndim)
     return _finite(step, start, oriented(total, step.spec.layout), base.dtype)
 
 
-def whole_of(step: Step, base: Tensor) -> Tensor:
-    """The tensor that takes the base's place, in its dtype. Raises InputRefused unless all is finite."""
-    whole = base.detach().clone() if step.replace is None else as_tensor(step.replace).to(base.device)
+def replacement_tensor(step: Step, base: Tensor) -> Tensor:
+    """The tensor that replaces the base's, in its dtype. Raises InputRefused unless all values are finite."""
+    replacement = base.detach().clone() if step.replace is None else as_tensor(step.replace).to(base.device)
     if step.rows is not None:
-        places = torch.from_numpy(step.rows.indices).to(base.device)
-        whole[places] = as_tensor(step.rows.values).to(whole)
-    return _finite(step, whole, whole, base.dtype)
+        indices = torch.from_numpy(step.rows.indices).to(base.device)
+        replacement[indices] = as_tensor(step.rows.values).to(replacement)
+    return _finite(step, replacement, replacement, base.dtype)
 
 
 def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """`wide` rounded to `dtype`. Raises InputRefused, with the cause, unless all values are finite."""
     result = wide.to(dtype)
     if result.is_floating_point() and not result.isfinite().all():
         bad = result.numel() - int(result.isfinite().sum())
@@ -69,49 +71,12 @@ def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _change(step: Step, wide: torch.dtype) -> Tensor:
-    """ΔW in the (out, in, ...) view before DoRA rescales the sum, or a bias's shift."""
+    """The shift of a bias, or ΔW as (out, in, ...), before DoRA rescales the sum."""
     if step.shift is not None or wide is torch.float32:
         return as_tensor(step.delta()).to(wide)
     deltas = []
     for term in step.terms:
-        a, b = (as_tensor(side).to(wide) for side in (term.pair.a, term.pair.b))
+        a, b = (as_tensor(factor).to(wide) for factor in (term.pair.a, term.pair.b))
         product = (b.flatten(1) @ a.flatten(1)) * (term.strength * term.pair.scale)
         deltas.append(product.reshape(term.pair.shape))
     return torch.stack(deltas).sum(0)
-
-
-# --- What neither folding nor attaching can do ---
-
-
-def places_of(module: nn.Module, plan: Plan) -> dict[str, Place]:
-    """Where each step lands. Raises InputRefused for what neither `attach` nor `fold` can do."""
-    attachments = [attachment_of(owner) for owner in module.modules() if STATE in owner.__dict__]
-    names = {branch.adapter for there in attachments for branch in there.branches}
-    names |= {whole.adapter or "rows of tokens" for there in attachments for whole in there.wholes}
-    if attachments:
-        raise InputRefused(
-            f"adapters are attached already ({', '.join(sorted(names))}): detach first, or make one plan of all of them"
-        )
-    added = [step.weight for step in plan.steps if step.added]
-    if added:
-        raise InputRefused(f"the module has no {', '.join(added)}: load it with the head that the adapter was made for")
-    refuse_tied(module, plan)
-    return {place.name: place for place in places_in(module)}
-
-
-def refuse_tied(module: nn.Module, plan: Plan) -> None:
-    """Raises InputRefused where a step lands on a tensor that the module has under several names."""
-    names: dict[int, list[str]] = {}
-    for place in places_in(module):
-        tensor = place.tensor
-        # The address also finds two parameters that share their memory; meta tensors have none.
-        names.setdefault(tensor.data_ptr() or id(tensor), []).append(place.name)
-    steps = {step.weight for step in plan.steps if not step.brings_rows}  # PEFT trains rows for all names at once
-    tied = [group for group in names.values() if len(group) > 1 and any(name in steps for name in group)]
-    if tied:
-        groups = "; ".join(" and ".join(group) for group in tied)
-        raise InputRefused(
-            f"one tensor under several names: {groups}. Changing it under one name would change the others without a "
-            "word. Untie them explicitly (a copy for each; tie_word_embeddings: false in a Hugging Face config), or "
-            "leave the layer out of the adapter. Nothing was changed."
-        )

@@ -1,4 +1,4 @@
-"""What an nn.Module holds: each tensor's names, who owns it, and how it lies."""
+"""The tensors that an nn.Module holds: their names, their owners and their layouts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class Place(NamedTuple):
-    """One name of a tensor: a tied tensor has several."""
+class ModuleTensor(NamedTuple):
+    """A tensor under one of its names. A tied tensor has several names."""
 
     name: str
     owner: nn.Module
@@ -28,20 +28,28 @@ class Place(NamedTuple):
     tensor: Tensor
 
 
-def places_in(module: nn.Module) -> Iterator[Place]:
+def named_tensors(module: nn.Module) -> Iterator[ModuleTensor]:
     """Every parameter and persistent buffer, in the order of the state_dict."""
     for path, owner in module.named_modules(remove_duplicate=False):
         for attribute, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and attribute not in owner._non_persistent_buffers_set:
-                yield Place(f"{path}.{attribute}" if path else attribute, owner, attribute, tensor)
+                yield ModuleTensor(tensor_name(path, attribute), owner, attribute, tensor)
+
+
+def tensor_name(path: str, attribute: str) -> str:
+    """The state_dict's name of an attribute of the module at `path`. The root module has an empty path."""
+    return f"{path}.{attribute}" if path else attribute
 
 
 def specs(module: nn.Module) -> list[TensorSpec]:
-    """Name, shape, dtype and layout of every tensor in the module's state_dict; both names of a tied one."""
+    """Name, shape, dtype and layout of every tensor in the module's state_dict. A tied tensor has one spec per name.
+
+    Raises InputRefused for a lazy module that has not been run: its tensors have no shapes.
+    """
     found = []
-    for name, owner, attribute, tensor in places_in(module):
+    for name, owner, attribute, tensor in named_tensors(module):
         if nn.parameter.is_lazy(tensor):
-            raise InputRefused(f"{name} has no shape yet: run the lazy module on an example first")
+            raise InputRefused(f"{name} has no shape yet: run the lazy module on example inputs first")
         found.append(
             TensorSpec(
                 name=name,
@@ -55,6 +63,7 @@ def specs(module: nn.Module) -> list[TensorSpec]:
 
 
 def layout_of(owner: nn.Module, attribute: str) -> Layout:
+    """The layout of one tensor, from the type of the module that holds it."""
     if isinstance(owner, (nn.Linear, *CONVOLUTIONS)) and attribute == "weight":
         return Layout.OUT_IN
     if isinstance(owner, nn.Embedding) and attribute == "weight":
@@ -63,27 +72,29 @@ def layout_of(owner: nn.Module, attribute: str) -> Layout:
         return Layout.OUT_IN
     if isinstance(owner, conv1d()) and attribute == "weight":
         return Layout.IN_OUT
-    if attribute == "weight" and isinstance(told := getattr(owner, "lora_layout", None), Layout):
-        return told  # a program's matrix, of whose layer nothing but its name is left
+    if attribute == "weight" and isinstance(declared := getattr(owner, "lora_layout", None), Layout):
+        return declared  # the weight of a .pt2 program, whose layer is known by its name alone
     return Layout.OTHER
 
 
 def conv1d() -> tuple[type[nn.Module], ...]:
-    """transformers' Conv1D where transformers is loaded: no module can hold one otherwise."""
+    """The Conv1D class of transformers, or nothing while transformers is not loaded: no module can hold one then."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return (loaded.Conv1D,) if loaded else ()
 
 
-def slots_of(owner: nn.Module, attribute: str) -> dict[str, Any]:
+def tensor_registry(owner: nn.Module, attribute: str) -> dict[str, Any]:
+    """The dictionary of `owner` that holds this tensor: its parameters or its buffers."""
     return owner._parameters if attribute in owner._parameters else owner._buffers
 
 
 def oriented(weight: Tensor, layout: Layout) -> Tensor:
-    """Between a weight as it is stored and its (out, in, ...) view, either way."""
+    """Convert a weight from its stored layout to (out, in, ...), or back: the two conversions are the same."""
     return weight.T if layout.is_turned else weight
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which changes to a weight are computed: fp64 for fp64 weights, otherwise fp32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -91,12 +102,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
+    """A tensor with the values of an array. Always a copy."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.tensor(array.view(np.uint16)).view(torch.bfloat16)
     return torch.tensor(array)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
+    """An array with the values of a tensor. Always a copy."""
     own = tensor.detach().cpu().clone()
     if own.dtype is torch.bfloat16:
         bits: NDArray[Any] = own.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

@@ -206,7 +206,7 @@ def prove(
         attached = Fp64Runner(copied(module, double), stayed)
         reference = Fp64Runner(settled(attached.module, rounded, chosen), stayed) if rounded else attached
         everybody = candidate, reference, attached, deployed
-        suspect = Suspect(*everybody, judged.module, changes, inputs[case.name], case, keep_whole=has_pairs)
+        suspect = Suspect(*everybody, judged.module, changes, inputs[case.name], case, keep_replaced=has_pairs)
         diagnosis, note = _diagnosed(suspect, every=trace)
         verdict = replace(verdict, notes=(*verdict.notes, *note))
     proof = Proof(verdict, placement, about, inputs, tuple(cases), diagnosis=diagnosis)

@@ -23,8 +23,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from lora_export.models.export import to_onnx
-from lora_export.graph import files
-from lora_export.models.load import load
+from lora_export.graph import onnx_file
+from lora_export.models.load import load_model
 place = Path(sys.argv[1])
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -33,14 +33,14 @@ config = LlamaConfig(
 )
 model = LlamaForCausalLM(config).eval()
 model.save_pretrained(place / "model")
-base = load(str(place / "model"))
+base = load_model(str(place / "model"))
 graph = to_onnx(base.module, base.examples(), axes=base.axes)
-files.INLINE = 0
+onnx_file.INLINE = 0
 (place / "beside").mkdir()
-files.save(graph.clone(), place / "beside", "model.onnx")
-files.INLINE = 1 << 30
+onnx_file.save(graph.clone(), place / "beside", "model.onnx")
+onnx_file.INLINE = 1 << 30
 (place / "inside").mkdir()
-files.save(graph, place / "inside", "model.onnx")
+onnx_file.save(graph, place / "inside", "model.onnx")
 adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 for name, parameter in adapted.named_parameters():
     if "lora_B" in name:

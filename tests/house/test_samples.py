@@ -104,7 +104,7 @@ def test_exercise_1_would_notice_an_adapter_that_is_not_the_identity() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
     x = torch.randn(2, 3, 8)
-    fresh = le.fresh_adapter(layer, targets="all-linear", rank=2, alpha=2, seed=0)
+    fresh = le.create_adapter(layer, targets="all-linear", rank=2, alpha=2, seed=0)
     for name in fresh.pairs:
         adapted = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
         adapted.load_state_dict(layer.state_dict())
@@ -177,7 +177,7 @@ def test_the_memory_of_exercise_3_is_what_training_takes() -> None:
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     taken = sum(tensor.nbytes for tensor in (*parameters, *(parameter.grad for parameter in parameters), *moments))
-    run = rank_4_or_64.Run(4, le.trainable(module).trained, seconds=1, training=[], held_out=[])
+    run = rank_4_or_64.Run(4, le.count_parameters(module).trained, seconds=1, training=[], held_out=[])
     assert run.megabytes == taken / 1e6
 
 

@@ -228,7 +228,7 @@ def test_a_bias_is_shifted() -> None:
     layers.attach(model, plan_for(model, shifted, strengths=[2.0]))
     assert equal(model(X), torch.tensor([[10.0 - 4 + 20, 20.0 - 8 + 40]]))
     assert equal(model[0].bias, torch.tensor([21.0, 39.0]))
-    with layers.strength(model, 0.5):
+    with layers.scale_adapters(model, 0.5):
         assert equal(model(X), torch.tensor([[10.0 - 2 + 10, 20.0 - 4 + 20]]))
 
 
@@ -443,7 +443,7 @@ def test_a_weight_in_low_precision_is_read_summed_in_fp32_and_rounded_once() -> 
 def test_trainable_parameters_are_counted_in_one_call() -> None:
     model = a_model()
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR})), trainable=True)
-    count = layers.trainable(model)
+    count = layers.count_parameters(model)
     assert (count.trained, count.total) == (5, 13)
     assert str(count) == "trainable parameters: 5 of 13 (38.5 %)"
     assert str(layers.ParameterCount(12_288, 22_713_216)) == "trainable parameters: 12,288 of 22,713,216 (0.0541 %)"
@@ -552,7 +552,7 @@ def test_at_strength_zero_everything_is_the_base_bit_for_bit(monkeypatch: pytest
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             before = module(x)
-            with layers.strength(module, 0.0):
+            with layers.scale_adapters(module, 0.0):
                 assert equal(module(x), base(x))
                 assert equal(module[1].weight, base[1].weight)
             assert equal(module(x), before)
@@ -570,7 +570,7 @@ def test_a_strength_multiplies_every_branch(grad: bool) -> None:
     x = torch.randn(2, 4, 8, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
         usual = module(x)
-        with layers.strength(module, 1.1):
+        with layers.scale_adapters(module, 1.1):
             torch.testing.assert_close(module(x), scaled(x), rtol=1e-12, atol=1e-12)
         assert (usual - scaled(x)).abs().max() > 1e-3
 
@@ -578,10 +578,10 @@ def test_a_strength_multiplies_every_branch(grad: bool) -> None:
 def test_strengths_nest_and_end_with_an_exception() -> None:
     model = a_model()
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, replaced={"0.bias": np.zeros(2, np.float32)})))
-    with pytest.raises(KeyError), layers.strength(model, 2.0):
-        with layers.strength(model, 3.0):
+    with pytest.raises(KeyError), layers.scale_adapters(model, 2.0):
+        with layers.scale_adapters(model, 3.0):
             assert equal(model(X), torch.tensor([[9.0 - 12, 21.0 - 24]]))
-        with layers.strength(model, 0.0), layers.strength(model, 0.0):
+        with layers.scale_adapters(model, 0.0), layers.scale_adapters(model, 0.0):
             assert equal(model(X), torch.tensor([[10.0, 20.0]]))
         assert equal(model(X), torch.tensor([[9.0 - 4, 21.0 - 8]]))
         raise KeyError
@@ -591,7 +591,7 @@ def test_strengths_nest_and_end_with_an_exception() -> None:
 def test_whole_tensors_can_stay_while_the_pairs_are_off() -> None:
     model = a_model()
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, replaced={"0.bias": np.zeros(2, np.float32)})))
-    with layers.strength(model, 0.0, keep_whole=True):
+    with layers.scale_adapters(model, 0.0, keep_replaced=True):
         assert equal(model(X), torch.tensor([[9.0, 21.0]]))
 
 
@@ -599,11 +599,11 @@ def test_whole_tensors_at_strength_zero_follow_the_modules_dtype() -> None:
     model = a_model()
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, replaced={"0.bias": np.zeros(2, np.float32)})))
     model.double()
-    with layers.strength(model, 0.0):
+    with layers.scale_adapters(model, 0.0):
         assert equal(model(X.double()), torch.tensor([[10.0, 20.0]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("turn", [lambda module: layers.strength(module, 0.0).__enter__(), layers.detach])
+@pytest.mark.parametrize("turn", [lambda module: layers.scale_adapters(module, 0.0).__enter__(), layers.detach])
 def test_without_adapters_there_is_nothing_to_turn(turn: Callable[[nn.Module], None]) -> None:
     with pytest.raises(InputRefused, match="no adapter is attached"):
         turn(a_model())
@@ -771,7 +771,9 @@ def test_a_whole_tensor_that_the_dtype_cannot_hold_is_refused(put: Callable[[nn.
 def test_a_layer_with_lora_of_its_own_is_refused() -> None:
     model = a_model()
     model[0].lora_A = nn.Parameter(torch.zeros(1, 3))  # as loralib's layers have it
-    with pytest.raises(InputRefused, match=r"0\.weight stands in a Linear that has its own lora_A"):
+    with pytest.raises(
+        InputRefused, match=r"0\.weight: its Linear already has lora_A; give the model without its LoRA layers"
+    ):
         layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
 
 
@@ -798,8 +800,8 @@ def test_a_fresh_adapter_is_the_identity_and_trains_two_layers_and_the_head() ->
     model = a_classifier()
     tokens = torch.tensor([[1, 2, 3]])
     before = model(tokens).logits
-    adapter = layers.fresh_adapter(
-        model, targets=["query", "value"], rank=2, alpha=4, seed=0, whole=["classifier"], name="fresh"
+    adapter = layers.create_adapter(
+        model, targets=["query", "value"], rank=2, alpha=4, seed=0, modules_to_save=["classifier"], name="fresh"
     )
     attention = [f"bert.encoder.layer.{number}.attention.self" for number in range(2)]
     assert list(adapter.pairs) == [f"{there}.{name}" for there in attention for name in ("query", "value")]
@@ -809,12 +811,12 @@ def test_a_fresh_adapter_is_the_identity_and_trains_two_layers_and_the_head() ->
     assert adapter.metadata == {"r": 2, "lora_alpha": 4, "use_rslora": False}
     layers.attach(model, plan_for(model, adapter, identity_ok=True), trainable=True)
     assert equal(model(tokens).logits, before)
-    assert layers.trainable(model).trained == 4 * (2 * 8 + 8 * 2) + 3 * 8 + 3
+    assert layers.count_parameters(model).trained == 4 * (2 * 8 + 8 * 2) + 3 * 8 + 3
 
 
 def test_a_is_kaiming_uniform_and_b_is_zero() -> None:
     model = nn.Sequential(nn.Linear(100, 50))
-    pair = layers.fresh_adapter(model, targets=["0"], rank=16, alpha=8, seed=0, rslora=True).pairs["0"]
+    pair = layers.create_adapter(model, targets=["0"], rank=16, alpha=8, seed=0, rslora=True).pairs["0"]
     assert (pair.a.shape, pair.b.shape, pair.scale) == ((16, 100), (50, 16), 2.0)
     assert 0.099 < np.abs(pair.a).max() <= 0.1
     assert pair.a.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.05)
@@ -823,7 +825,7 @@ def test_a_is_kaiming_uniform_and_b_is_zero() -> None:
 
 def test_a_seed_repeats_and_another_does_not() -> None:
     def first(seed: int) -> NDArray[np.float32]:
-        return layers.fresh_adapter(a_model(), targets="all-linear", rank=1, alpha=1, seed=seed).pairs["0"].a
+        return layers.create_adapter(a_model(), targets="all-linear", rank=1, alpha=1, seed=seed).pairs["0"].a
 
     assert (first(1) == first(1)).all()
     assert (first(1) != first(2)).any()
@@ -832,20 +834,20 @@ def test_a_seed_repeats_and_another_does_not() -> None:
 def test_all_linear_takes_packed_attention_and_every_linear_layer() -> None:
     model = nn.ModuleDict({"encoder": nn.TransformerEncoder(an_encoder_layer(), 1), "head": nn.Linear(8, 3)})
     inner = [f"encoder.layers.0.{key}" for key in TARGETS]
-    adapter = layers.fresh_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0)
+    adapter = layers.create_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0)
     assert list(adapter.pairs) == [*inner, "head"]
     assert {key: pair.shape for key, pair in adapter.pairs.items()} == {
         **{f"encoder.layers.0.{key}": shape for key, shape in TARGETS.items()},
         "head": (3, 8),
     }
-    without = layers.fresh_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0, exclude=["head", "linear1"])
+    without = layers.create_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0, exclude=["head", "linear1"])
     assert list(without.pairs) == [key for key in inner if not key.endswith("linear1")]
     layers.attach(model, plan_for(model, without, identity_ok=True))
 
 
 def test_all_linear_leaves_the_output_embeddings_alone() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
-    adapter = layers.fresh_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0)
+    adapter = layers.create_adapter(model, targets="all-linear", rank=2, alpha=2, seed=0)
     assert list(adapter.pairs) == [
         f"transformer.h.0.{key}" for key in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
@@ -859,16 +861,16 @@ def test_all_linear_leaves_the_output_embeddings_alone() -> None:
 
 def test_a_target_in_the_whole_head_is_left_to_the_head() -> None:
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
-    adapter = layers.fresh_adapter(model, targets="all-linear", rank=1, alpha=1, seed=0, whole=["head"])
+    adapter = layers.create_adapter(model, targets="all-linear", rank=1, alpha=1, seed=0, modules_to_save=["head"])
     assert list(adapter.pairs) == ["body"]
     assert list(adapter.replaced) == ["head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"]
 
 
 def test_a_single_layer_is_a_model_too() -> None:
     model = a_linear()
-    adapter = layers.fresh_adapter(model, targets="all-linear", rank=1, alpha=1, seed=0)
+    adapter = layers.create_adapter(model, targets="all-linear", rank=1, alpha=1, seed=0)
     layers.attach(model, plan_for(model, adapter, identity_ok=True), trainable=True)
-    assert layers.trainable(model).trained == 5
+    assert layers.count_parameters(model).trained == 5
 
 
 @pytest.mark.parametrize(
@@ -876,17 +878,20 @@ def test_a_single_layer_is_a_model_too() -> None:
     [
         ({"targets": ["qurey"]}, r"`qurey` matches no linear layer; the nearest: query"),
         ({"targets": ["embeddings"]}, r"`embeddings` is no linear layer; the nearest: "),
-        ({"targets": ["query"], "whole": ["classifer"]}, r"`classifer` matches no module; the nearest: classifier"),
+        (
+            {"targets": ["query"], "modules_to_save": ["classifer"]},
+            r"`classifer` matches no module; the nearest: classifier",
+        ),
         ({"targets": "all-linear", "exclude": ["dense2"]}, r"`dense2` matches no module; the nearest: dense"),
         ({"targets": ["a", "b"]}, r"`a` matches no linear layer.*; `b` matches no linear layer"),
-        ({"targets": ["classifier"], "whole": ["classifier"]}, "no linear layer is left to adapt"),
+        ({"targets": ["classifier"], "modules_to_save": ["classifier"]}, "no linear layer is left to adapt"),
         ({"targets": ["query"], "rank": 0}, "rank 0 and alpha 1: both must be positive"),
         ({"targets": ["query"], "alpha": float("nan")}, "rank 1 and alpha nan: both must be positive"),
     ],
 )
 def test_a_wish_that_fits_nothing_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputRefused, match=message):
-        layers.fresh_adapter(a_classifier(), **{"rank": 1, "alpha": 1, "seed": 0, **options})
+        layers.create_adapter(a_classifier(), **{"rank": 1, "alpha": 1, "seed": 0, **options})
 
 
 # --- read_back ---
@@ -898,7 +903,9 @@ def _as_array(tensor: Tensor) -> NDArray[Any]:
 
 def test_what_was_trained_is_read_back() -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 2).to(torch.bfloat16)})
-    adapter = layers.fresh_adapter(model, targets=["attn", "out_proj"], rank=1, alpha=2, seed=0, whole=["head"])
+    adapter = layers.create_adapter(
+        model, targets=["attn", "out_proj"], rank=1, alpha=2, seed=0, modules_to_save=["head"]
+    )
     other = an_adapter({"attn.out_proj": a_pair(4, 4)}, name="other")
     layers.attach(model, plan_for(model, adapter, other, identity_ok=True, strengths=[3.0, 1.0]), trainable=True)
     with torch.no_grad():
@@ -950,7 +957,7 @@ def test_settling_rounds_each_sum_once_and_leaves_plain_layers() -> None:
     holder = nn.Sequential(module)
     adapter = Adapter(name="a", format="test", pairs={"0": pair})
     layers.attach(holder, plan.make([adapter], layers.specs(holder)))
-    layers.settle(holder, {"0.weight": "bfloat16"}, chosen={})
+    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={})
     assert type(holder[0]) is nn.Linear
     # bf16 has steps of 1/128 at 1.625, which it holds, and of 2 at 256.625, which it rounds to 256.
     assert holder[0].weight.tolist() == [[1.625, 256.0]]
@@ -967,5 +974,5 @@ def test_settling_takes_the_chosen_neighbour_only_where_fp32_could_not_tell() ->
     for chosen in (256.0, 258.0):
         there = copy.deepcopy(holder)
         layers.attach(there, plan.make([adapter], layers.specs(there)))
-        layers.settle(there, {"0.weight": "bfloat16"}, chosen={"0.weight": torch.full((1, 3), chosen)})
+        layers.materialise(there, {"0.weight": "bfloat16"}, preferred={"0.weight": torch.full((1, 3), chosen)})
         assert there[0].weight.tolist() == [[chosen, chosen, 258.0]]

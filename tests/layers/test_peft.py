@@ -109,10 +109,10 @@ def test_attached_adapters_compute_what_peft_computes_at_any_strength(tmp_path, 
     ours, theirs = attached(IDS), model(IDS)
     torch.testing.assert_close(ours, theirs, **tolerance)
     assert (ours - base(IDS)).abs().max() > 0.1
-    with layers.strength(attached, 1.1):
+    with layers.scale_adapters(attached, 1.1):
         torch.testing.assert_close(attached(IDS), scaled(model, 1.1)(IDS), **tolerance)
         assert (attached(IDS) - ours).abs().max() > 1e-3
-    with layers.strength(attached, 0):
+    with layers.scale_adapters(attached, 0):
         assert torch.equal(attached(IDS), base(IDS))
     assert torch.equal(attached(IDS), ours)
 
@@ -173,7 +173,7 @@ def test_a_reference_in_fp64_settles_on_the_rescaled_weight(tmp_path):
     settled, folded = copy.deepcopy(base), copy.deepcopy(base).double()
     layers.attach(settled, the_plan)
     settled.double()
-    layers.settle(settled, dict.fromkeys(base.state_dict(), "bfloat16"), chosen={})
+    layers.materialise(settled, dict.fromkeys(base.state_dict(), "bfloat16"), preferred={})
     layers.fold(folded, the_plan)
     for name, tensor in settled.state_dict().items():
         assert torch.equal(tensor, folded.state_dict()[name].bfloat16().double()), name
@@ -190,14 +190,14 @@ def test_an_embedding_that_comes_whole_with_its_pair_is_both(tmp_path):
     layers.fold(folded, the_plan)
     expected = 3 * torch.tensor(brought + 0.5)[IDS]
     assert torch.equal(attached(IDS), expected) and torch.equal(folded(IDS), expected)
-    with layers.strength(attached, 2, keep_whole=True):
+    with layers.scale_adapters(attached, 2, keep_replaced=True):
         assert torch.equal(attached(IDS), expected + 1.5)
-    with layers.strength(attached, 0, keep_whole=True):
+    with layers.scale_adapters(attached, 0, keep_replaced=True):
         assert torch.equal(attached(IDS), expected - 1.5)
-    with layers.strength(attached, 0):
+    with layers.scale_adapters(attached, 0):
         assert torch.equal(attached(IDS), base(IDS))
     settled = copy.deepcopy(attached)
-    layers.settle(settled, {}, chosen={})
+    layers.materialise(settled, {}, preferred={})
     assert torch.equal(settled(IDS), expected)
     layers.detach(attached)
     assert torch.equal(attached(IDS), base(IDS))
@@ -217,14 +217,14 @@ def test_rows_of_tokens_are_pefts_in_a_tied_model_too(tmp_path, is_tied):
     theirs = model(IDS).logits
     torch.testing.assert_close(attached(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(folded(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
-    with layers.strength(attached, 0, keep_whole=True):
+    with layers.scale_adapters(attached, 0, keep_replaced=True):
         kept = attached(IDS).logits
-    with layers.strength(attached, 0):
+    with layers.scale_adapters(attached, 0):
         assert torch.equal(attached(IDS).logits, base(IDS).logits)
     assert (kept - base(IDS).logits).abs().max() > 0.1
     assert attached.lm_head.weight is attached.model.embed_tokens.weight or not is_tied
     settled = copy.deepcopy(attached)
-    layers.settle(settled, {}, chosen={})
+    layers.materialise(settled, {}, preferred={})
     torch.testing.assert_close(settled(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
     layers.detach(attached)
     assert torch.equal(attached(IDS).logits, base(IDS).logits)
@@ -339,8 +339,8 @@ def test_an_output_without_a_direction_is_refused(put):
 
 def test_convolutions_and_embeddings_are_no_linear_layers_to_a_fresh_adapter():
     base = base_of(Everything)
-    fresh = layers.fresh_adapter(base, targets="all-linear", rank=1, alpha=1, seed=0)
+    fresh = layers.create_adapter(base, targets="all-linear", rank=1, alpha=1, seed=0)
     assert fresh.pairs.keys() == {"fc", "fan"}
     for target in ("words", "one"):
         with pytest.raises(InputRefused, match=f"`{target}` is no linear layer"):
-            layers.fresh_adapter(base, targets=[target], rank=1, alpha=1, seed=0)
+            layers.create_adapter(base, targets=[target], rank=1, alpha=1, seed=0)

@@ -123,7 +123,7 @@ def some_data(count: int = 64) -> loop.ArrayData:
 def adapted(seed: int = 0) -> nn.Module:
     torch.manual_seed(0)
     module = Net()
-    adapter = layers.fresh_adapter(module, targets=["0", "4"], rank=4, alpha=8, seed=seed, whole=["head"])
+    adapter = layers.create_adapter(module, targets=["0", "4"], rank=4, alpha=8, seed=seed, modules_to_save=["head"])
     layers.attach(module, plan.make([adapter], layers.specs(module), identity_ok=True), trainable=True)
     return module
 

@@ -336,6 +336,6 @@ class Reader(nn.Module):
 def test_attention_to_something_else_takes_no_adapter_on_its_packed_weight() -> None:
     examples = {"signal": torch.randn(2, 7, 16), "memory": torch.randn(2, 5, 16)}
     graph = export.to_onnx(Reader().eval(), examples, axes={"signal": {0: "batch"}, "memory": {0: "batch"}})
-    adapter = layers.fresh_adapter(Reader(), targets=["attn"], rank=2, alpha=2, seed=0, name="a")
+    adapter = layers.create_adapter(Reader(), targets=["attn"], rank=2, alpha=2, seed=0, name="a")
     with pytest.raises(MatchError, match=r"attn\.in_proj_weight \(48, 16\) is not the weight of a linear layer"):
         plan.make([adapter], sites.find(graph).specs, identity_ok=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.graph.insert.inserter import module_of
-from lora_export.layers import Plain
+from lora_export.layers import MatrixWeight
 from lora_export.plan import Layout
 from lora_export.runtime.kv_cache import IDS, CacheRunner
 from lora_export.verification import parity
@@ -354,13 +354,13 @@ def _observed(
     )
 
 
-def _bias(place: Plain) -> NDArray[np.float64] | None:
+def _bias(place: MatrixWeight) -> NDArray[np.float64] | None:
     """(out,), with what is attached to it."""
     bias = place.bias
     return None if bias is None else bias.detach().double().cpu().numpy()
 
 
-def _rows(values: Values, place: Plain) -> tuple[Array, Array] | None:
+def _rows(values: Values, place: MatrixWeight) -> tuple[Array, Array] | None:
     """x (n, in), or ids (n,), and y (n, out)."""
     x, y = values
     if x is None:

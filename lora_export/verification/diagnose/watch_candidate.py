@@ -17,7 +17,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph import onnx_file as graph_files
 from lora_export.graph import sites as graph_sites
-from lora_export.layers import Plain
+from lora_export.layers import MatrixWeight
 from lora_export.plan import Layout, Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -57,18 +57,18 @@ class Suspect:
     plan: Plan | None
     inputs: Arrays
     case: parity.Case
-    keep_whole: bool = False  # without its adapters the base keeps the tensors that they bring whole
+    keep_replaced: bool = False  # without its adapters the base keeps the tensors that they bring whole
 
     @cached_property
-    def places(self) -> dict[str, Plain]:
+    def places(self) -> dict[str, MatrixWeight]:
         return places_in(self.base)
 
     @cached_property
-    def attached_places(self) -> dict[str, Plain]:
+    def attached_places(self) -> dict[str, MatrixWeight]:
         return places_in(self.attached.module)
 
     @cached_property
-    def settled_places(self) -> dict[str, Plain]:
+    def settled_places(self) -> dict[str, MatrixWeight]:
         """Of the reference, where it is another than that to which the adapters are attached."""
         return {} if self.reference is self.attached else places_in(self.reference.module)
 
@@ -82,7 +82,7 @@ class Suspect:
     def base_values(self, keys: Collection[Key]) -> dict[Key, Values]:
         if self.plan is None:
             return {}
-        with layers.strength(self.attached.module, 0.0, keep_whole=self.keep_whole):
+        with layers.scale_adapters(self.attached.module, 0.0, keep_replaced=self.keep_replaced):
             return recorded(self.attached.module, lambda: self.attached.run(self.inputs), keys)
 
 
@@ -123,7 +123,11 @@ class _FollowedGraph:
     """
 
     def __init__(
-        self, runner: OnnxRunner, places: Mapping[str, Plain], inputs: Sequence[str], cache: CacheRunner | None = None
+        self,
+        runner: OnnxRunner,
+        places: Mapping[str, MatrixWeight],
+        inputs: Sequence[str],
+        cache: CacheRunner | None = None,
     ):
         self.cache = cache
         model = graph_files.load(runner.path)
@@ -187,7 +191,7 @@ class _FollowedGraph:
         return self.watched[key].has_bias
 
 
-def _spelled(names: Mapping[str, object], places: Mapping[str, Plain]) -> dict[str, str]:
+def _spelled(names: Mapping[str, object], places: Mapping[str, MatrixWeight]) -> dict[str, str]:
     """What the model calls each weight of a graph, a prefix of either aside."""
     spelled = {name: name for name in names if name in places}
     for name in names.keys() - spelled.keys():
@@ -223,7 +227,7 @@ class _FollowedModule:
         return True
 
 
-def matrix_of(place: Plain) -> NDArray[np.float64]:
+def matrix_of(place: MatrixWeight) -> NDArray[np.float64]:
     """The weight (out, in) in fp64, without what is attached to it, a convolution's kernel flattened."""
     weight = place.tensor.detach().double().cpu().numpy()
     weight = weight.T if place.layout.is_turned else weight

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_export import layers
 from lora_export.graph.insert.inserter import module_of
-from lora_export.layers import Plain
+from lora_export.layers import MatrixWeight
 
 Array = NDArray[Any]
 
@@ -40,8 +40,8 @@ class Values(NamedTuple):
 Seen = Callable[[Key, Tensor | None, Tensor], None]
 
 
-def places_in(module: nn.Module) -> dict[str, Plain]:
-    return {place.name: place for place in layers.plain(module)}
+def places_in(module: nn.Module) -> dict[str, MatrixWeight]:
+    return {place.name: place for place in layers.find_matrix_weights(module)}
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def watching(module: nn.Module, wanted: Collection[str], seen: Seen) -> Iterator
 
     attention = _Attention(told)
     handles = []
-    for place in layers.plain(module):
+    for place in layers.find_matrix_weights(module):
         if place.name not in wanted:
             continue
         if place.attention is None:
@@ -87,7 +87,7 @@ class _Attention(TorchFunctionMode):
         super().__init__()
         self.told = told
         self.inside: list[nn.Module] = []
-        self.wanted: dict[nn.Module, dict[str, Plain]] = {}
+        self.wanted: dict[nn.Module, dict[str, MatrixWeight]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,7 +98,7 @@ class _Attention(TorchFunctionMode):
                 self._tell(weight, place, given, result[0])
         return result
 
-    def _tell(self, weight: str, place: Plain, given: dict[str, Any], y: Tensor) -> None:
+    def _tell(self, weight: str, place: MatrixWeight, given: dict[str, Any], y: Tensor) -> None:
         query = given["query"]
         if place.attribute == "in_proj_weight":
             if given["key"] is query and given["value"] is query:

@@ -142,7 +142,7 @@ def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset
 
 def rounded_weights(
     candidate: Runner, module: nn.Module, held: Mapping[str, quantised_weights.StandIn]
-) -> tuple[dict[str, layers.Stored], Mapping[str, torch.Tensor]]:
+) -> tuple[dict[str, layers.Rounding], Mapping[str, torch.Tensor]]:
     """Which of the module's tensors the candidate stores in less than fp32, how, and what it made of them."""
     if not isinstance(candidate, ModuleRunner):
         sums = {name: there for name, there in held.items() if there.merged is not None}
@@ -152,7 +152,7 @@ def rounded_weights(
     stored = candidate.stored
     low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
     # A checkpoint may lack the model's prefix, or have one that the module lacks.
-    rounded: dict[str, layers.Stored] = {
+    rounded: dict[str, layers.Rounding] = {
         spec.name: dtype
         for spec in layers.specs(module)
         for name, dtype in low.items()
@@ -171,7 +171,7 @@ class Sides:
     def __init__(
         self,
         module: nn.Module,
-        rounded: Mapping[str, layers.Stored],
+        rounded: Mapping[str, layers.Rounding],
         chosen: Mapping[str, torch.Tensor],
         stack: contextlib.ExitStack,
         stayed: set[str],
@@ -204,14 +204,14 @@ class Sides:
         """With the weights as they should be stored, in fp64."""
         if factor is None:
             return settled(self.wide, self.rounded, self.chosen)
-        return settled(self.wide, self.rounded, {}, factor=factor, turn_whole=not self.has_pairs)
+        return settled(self.wide, self.rounded, {}, factor=factor, scale_replaced=not self.has_pairs)
 
 
 def settled(
-    module: nn.Module, rounded: Mapping[str, layers.Stored], chosen: Mapping[str, torch.Tensor], **how: Any
+    module: nn.Module, rounded: Mapping[str, layers.Rounding], chosen: Mapping[str, torch.Tensor], **how: Any
 ) -> nn.Module:
     made = shared(module)
-    layers.settle(made, rounded, chosen, **how)
+    layers.materialise(made, rounded, chosen, **how)
     return made
 
 
@@ -233,7 +233,7 @@ def as_deployed(sides: Sides, held: Mapping[str, quantised_weights.StandIn], dev
 def merged(module: nn.Module, changes: Plan) -> nn.Module:
     """PyTorch with the adapters merged: W + s·BA in fp64, rounded to fp32 once. No merge of ours has a part in it."""
     wide = copied(module, double)
-    layers.settle(wide, {step.weight: "float32" for step in changes.steps if step.terms}, {})
+    layers.materialise(wide, {step.weight: "float32" for step in changes.steps if step.terms}, {})
     return copied(wide, _single)
 
 
@@ -284,5 +284,5 @@ def narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
 
 def _with_strength(reference: Fp64Runner, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
     # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-    with layers.strength(reference.module, factor, keep_whole=has_pairs, turn_whole=not has_pairs):
+    with layers.scale_adapters(reference.module, factor, keep_replaced=has_pairs, scale_replaced=not has_pairs):
         return reference.run(arrays)

@@ -579,7 +579,7 @@ def test_an_adapter_for_another_model_lists_its_misfits(
 def test_packed_attention_takes_its_adapter(tmp_path: Path) -> None:
     torch.manual_seed(0)
     eager = Spotter().eval()
-    fresh = layers.fresh_adapter(eager, targets="all-linear", rank=2, alpha=4, seed=0)
+    fresh = layers.create_adapter(eager, targets="all-linear", rank=2, alpha=4, seed=0)
     assert "encoder.layers.0.self_attn" in fresh.pairs
     rng = np.random.default_rng(0)
     pairs = {

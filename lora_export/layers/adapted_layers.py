@@ -1,12 +1,12 @@
-"""Layers with branches: what stands in a module's `forward` and behind its `.weight` while adapters are attached.
+"""The forward pass, `.weight` and `.bias` of layers that have adapters attached.
 
-The `forward` of a linear layer, a convolution or an embedding computes `W x + strength * scale * B (A x)`, and
-whoever reads `.weight` or `.in_proj_weight` directly, as nn.TransformerEncoderLayer's fast path and
-nn.MultiheadAttention do, finds W + ΔW there. With DoRA both are multiplied by m / ‖W + strength * scale * B A‖,
-which does not touch the bias; the norm takes no part in gradients (Liu et al. 2024, section 4.3).
+The `forward` of a linear layer, a convolution or an embedding computes `W x + factor * scale * B (A x)`. Code that
+reads `.weight` or `.in_proj_weight` directly gets W + ΔW. The fast path of nn.TransformerEncoderLayer and
+nn.MultiheadAttention do so. DoRA multiplies both by m / ‖W + factor * scale * B A‖. The bias is not multiplied, and
+no gradient flows through the norm (Liu et al. 2024, section 4.3).
 
-A and B are kept in fp32 (fp64 beside fp64 weights) and a branch is computed in their dtype, as PEFT
-does it; the result is rounded once to the layer's own.
+A and B are stored in fp32 (fp64 for fp64 weights). As in PEFT, a branch is computed in their dtype, and the result
+is rounded once to the dtype of the layer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lora_export.errors import InputRefused
 from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, oriented
 from lora_export.plan import Layout
 
-STATE = "_lora_export"  # where an Attachment stands in the __dict__ of the module it belongs to
-PARTS = ("lora_A", "lora_B", "lora_magnitude")  # what an owner's branches are made of
+ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
+BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
@@ -33,79 +33,87 @@ class Branch:
     """One pair beside one weight."""
 
     adapter: str
-    module: str  # the adapter's own name for the place
-    weight: str  # the owner's attribute
-    name: str  # of A in the owner's `lora_A`, of B in its `lora_B`, of DoRA's lengths in its `lora_magnitude`
+    module: str  # the adapter's own name for the layer
+    weight: str  # the attribute of the layer
+    parameter: str  # the key of A in the layer's `lora_A`, of B in `lora_B`, of DoRA's magnitude in `lora_magnitude`
     scale: float  # the pair's scale times the adapter's strength
     layout: Layout
     dora: bool
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A whole tensor that stands in the base's place. Without names: the base's own, but for some rows."""
+class ReplacedTensor:
+    """A tensor that replaces one of the base. Without names, it is the base's own with some rows changed."""
 
     adapter: str
-    tensor: str  # the adapter's own name for it
-    attribute: str  # of the owner
-    base: Tensor  # what stood there before
+    name: str  # the adapter's own name for it
+    attribute: str  # of the layer
+    base: Tensor  # the tensor that it replaces
 
 
 @dataclass
 class Attachment:
-    """All that `attach` did to one module, for `detach` to undo."""
+    """All that `attach` changed in one module, for `detach` to undo."""
 
     original: type[nn.Module]
     branches: tuple[Branch, ...] = ()
-    wholes: tuple[Whole, ...] = ()
-    factor: float = 1.0  # `strength` turns it
+    replaced: tuple[ReplacedTensor, ...] = ()
+    factor: float = 1.0  # `scale_adapters` changes it
 
 
-# The functions below look in the owner's dictionaries: an AttributeError inside a property would make
-# nn.Module.__getattr__ answer with the base's tensor, and the adapter would be gone without a word.
+# The functions below read the owner's dictionaries. An AttributeError inside a property would make
+# nn.Module.__getattr__ return the base's tensor, and the adapter would silently be missing.
+
+
+def is_attached(owner: nn.Module) -> bool:
+    """Whether `attach` has changed this one module."""
+    return ATTACHMENT in owner.__dict__
 
 
 def attachment_of(owner: nn.Module) -> Attachment:
-    found: Attachment = owner.__dict__[STATE]
+    """The attachment of a module. Raises KeyError unless `is_attached`."""
+    found: Attachment = owner.__dict__[ATTACHMENT]
     return found
 
 
-def attached_in(module: nn.Module) -> list[nn.Module]:
-    owners = [owner for owner in module.modules() if STATE in owner.__dict__]
+def attached_modules(module: nn.Module) -> list[nn.Module]:
+    """Every module below (and with) this one that has an attachment. Raises InputRefused where none has."""
+    owners = [owner for owner in module.modules() if is_attached(owner)]
     if not owners:
         raise InputRefused("no adapter is attached to this module")
     return owners
 
 
-def part_of(owner: nn.Module, part: str, branch: Branch) -> Tensor:
-    found: Tensor = cast(nn.ParameterDict, owner._modules[part])[branch.name]
+def branch_parameter(owner: nn.Module, part: str, branch: Branch) -> Tensor:
+    """The A, B or magnitude of a branch, by the `part` (see BRANCH_PARTS)."""
+    found: Tensor = cast(nn.ParameterDict, owner._modules[part])[branch.parameter]
     return found
 
 
-def factors_of(owner: nn.Module, branch: Branch) -> tuple[Tensor, Tensor]:
+def low_rank_factors(owner: nn.Module, branch: Branch) -> tuple[Tensor, Tensor]:
     """A (rank, in, ...) and B (out, rank, 1...)."""
-    return part_of(owner, "lora_A", branch), part_of(owner, "lora_B", branch)
+    return branch_parameter(owner, "lora_A", branch), branch_parameter(owner, "lora_B", branch)
 
 
 def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
-    """W + ΔW, rescaled where DoRA asks for it, in A's dtype; rounded once to W's."""
+    """W + ΔW in the layout and dtype of W. Computed in the dtype of A, rescaled for DoRA, rounded once."""
     weight = owner._parameters[attribute]
     attachment = attachment_of(owner)
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
-    total = _total(owner, weight, branches)  # (out, in, ...)
+    total = _weight_sum(owner, weight, branches)  # (out, in, ...)
     for branch in branches:
         if branch.dora:
-            total = total * spread(_length_factor(owner, branch, total), total.ndim)
+            total = total * per_output(_dora_factor(owner, branch, total), total.ndim)
     return oriented(total, branches[0].layout).to(weight.dtype)
 
 
-def _total(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """W + ΔW in the (out, in, ...) view, in A's dtype."""
+def _weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """W + ΔW as (out, in, ...), in the dtype of A, before DoRA rescales it."""
     changes = []
     for branch in branches:
-        a, b = factors_of(owner, branch)
+        a, b = low_rank_factors(owner, branch)
         product = b.flatten(1) @ a.flatten(1)
         changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (attachment_of(owner).factor * branch.scale))
     change = sum(changes[1:], start=changes[0])
@@ -113,18 +121,19 @@ def _total(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tens
     return total
 
 
-def _length_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:
-    """What DoRA multiplies each output by (out,): m / ‖W + ΔW‖, the norm a constant for gradients."""
+def _dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:
+    """DoRA's factor for each output (out,): m / ‖W + ΔW‖. No gradient flows through the norm."""
     norm: Tensor = torch.linalg.vector_norm(total.detach().flatten(1), dim=1)
-    return part_of(owner, "lora_magnitude", branch) / norm
+    return branch_parameter(owner, "lora_magnitude", branch) / norm
 
 
-def spread(outputs: Tensor, dimensions: int) -> Tensor:
-    """A number for each output, so that it multiplies what has its outputs first of so many dimensions."""
-    return outputs.reshape(-1, *[1] * (dimensions - 1))
+def per_output(values: Tensor, dimensions: int) -> Tensor:
+    """Reshape one value per output (out,) to (out, 1, ...) with so many dimensions."""
+    return values.reshape(-1, *[1] * (dimensions - 1))
 
 
 def adapted_bias(owner: nn.Module) -> Tensor | None:
+    """The bias plus the adapters' shift, rounded once to the dtype of the bias."""
     bias, shift = owner._parameters["bias"], owner._buffers.get("lora_shift")
     factor = attachment_of(owner).factor
     if bias is None or shift is None or not factor:
@@ -132,18 +141,19 @@ def adapted_bias(owner: nn.Module) -> Tensor | None:
     return (bias.to(shift.dtype) + factor * shift).to(bias.dtype)
 
 
-def _with_branches(
+def _forward_with_branches(
     owner: nn.Module,
     x: Tensor,
     layer: Callable[[Tensor | None], Tensor],
     pair: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     bias: Tensor | None = None,
-    outputs: int = 1,
+    output_axis: int = 1,
 ) -> Tensor:
-    """`layer(bias) + Σ strength * scale * pair(x, A, B)`, in A's dtype; in the end the dtype of the layer again.
+    """`layer(bias) + Σ factor * scale * pair(x, A, B)`, computed in the dtype of A and returned in that of the layer.
 
-    With DoRA both are rescaled before the bias is added. `outputs` says at which dimension, from the last, they lie.
+    DoRA rescales both before the bias is added. `output_axis` is the axis of the outputs, counted from the last: 1
+    is the last.
     """
     attachment = attachment_of(owner)
     if not attachment.factor or not attachment.branches:
@@ -152,14 +162,14 @@ def _with_branches(
     y = layer(None if dora else bias)
     total = y
     for branch in attachment.branches:
-        a, b = factors_of(owner, branch)
+        a, b = low_rank_factors(owner, branch)
         total = total + pair(x.to(a.dtype) if x.is_floating_point() else x, a, b) * (attachment.factor * branch.scale)
     if dora:
-        (branch,) = attachment.branches  # a plan lets no other stand beside it
+        (branch,) = attachment.branches  # a plan allows no other branch beside DoRA's
         weight = cast(Tensor, owner._parameters[branch.weight])
-        factor = _length_factor(owner, branch, _total(owner, weight, [branch]))
-        total = total * spread(factor, outputs)
-        total = total if bias is None else total + spread(bias, outputs)
+        factor = _dora_factor(owner, branch, _weight_sum(owner, weight, [branch]))
+        total = total * per_output(factor, output_axis)
+        total = total if bias is None else total + per_output(bias, output_axis)
     return total.to(y.dtype)
 
 
@@ -176,7 +186,7 @@ class _LinearBranches(_AdaptedLayer):
     # W is never touched: the reference that judges a merge must not share the merge's arithmetic.
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
-        return _with_branches(
+        return _forward_with_branches(
             self,
             input,
             lambda bias: F.linear(input, weight, bias),
@@ -193,37 +203,36 @@ class _Conv1DBranches(_AdaptedLayer):
 
         def layer(bias: Tensor | None) -> Tensor:
             rows = x.view(-1, x.size(-1))
-            y = (
-                torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-            )  # as Conv1D, to the last bit
+            # As in Conv1D, to the last bit.
+            y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
             return y.view(*x.shape[:-1], weight.shape[1])
 
-        return _with_branches(self, x, layer, lambda x, a, b: F.linear(F.linear(x, a), b), bias=self.bias)
+        return _forward_with_branches(self, x, layer, lambda x, a, b: F.linear(F.linear(x, a), b), bias=self.bias)
 
 
 class _ConvolutionBranches(_AdaptedLayer):
-    """For the `forward` of nn.Conv1d, nn.Conv2d and nn.Conv3d: A is convolved as W is, B takes each place by itself."""
+    """For the `forward` of nn.Conv1d, nn.Conv2d and nn.Conv3d. A is convolved as W is; B has a kernel of size 1."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
         convolve = cast(Callable[[Tensor, Tensor, Tensor | None], Tensor], self._conv_forward)
-        return _with_branches(
+        return _forward_with_branches(
             self,
             input,
             lambda bias: convolve(input, weight, bias),
             lambda x, a, b: CONVOLVE[b.ndim](convolve(x, a, None), b),
             bias=self.bias,
-            outputs=weight.ndim - 1,
+            output_axis=weight.ndim - 1,
         )
 
 
 class _EmbeddingBranches(nn.Embedding):
-    """For `nn.Embedding.forward`, which subclasses such as Gemma's call and scale: it stands between them and it."""
+    """For `nn.Embedding.forward`. Subclasses such as Gemma's, which scale its result, call this in its place."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self._parameters["weight"])
         pad = self.padding_idx  # whose row gets no gradient
-        return _with_branches(
+        return _forward_with_branches(
             self,
             input,
             lambda _: F.embedding(input, weight, pad),
@@ -232,7 +241,7 @@ class _EmbeddingBranches(nn.Embedding):
 
 
 class _AdaptedAttention(nn.Module):
-    """For nn.MultiheadAttention, which hands its weights to functions and has no layer to branch from."""
+    """For nn.MultiheadAttention. It passes its weights to functions, so that no layer's `forward` can add a branch."""
 
     in_proj_weight = property(lambda self: adapted_weight(self, "in_proj_weight"))
     q_proj_weight = property(lambda self: adapted_weight(self, "q_proj_weight"))
@@ -251,11 +260,11 @@ def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
             bases = (_EmbeddingBranches,) if original is nn.Embedding else (original, _EmbeddingBranches)
             _CLASSES[original] = type(name, bases, {"weight": _AdaptedLayer.weight})
         else:
-            _CLASSES[original] = type(name, (_behaviour(original), original), {})
+            _CLASSES[original] = type(name, (_adapted_base(original), original), {})
     return _CLASSES[original]
 
 
-def _behaviour(original: type[nn.Module]) -> type[nn.Module]:
+def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:
     if issubclass(original, nn.MultiheadAttention):
         return _AdaptedAttention
     if original.forward is nn.Linear.forward:
@@ -264,4 +273,4 @@ def _behaviour(original: type[nn.Module]) -> type[nn.Module]:
         return _Conv1DBranches
     if any(original.forward is known.forward for known in CONVOLUTIONS):
         return _ConvolutionBranches
-    return _AdaptedLayer  # somebody's own forward: what it makes of its weight is its own affair
+    return _AdaptedLayer  # the layer has a `forward` of its own, which reads the adapted weight

@@ -1,4 +1,4 @@
-"""The weights of a module whose product with an input can be looked at by itself."""
+"""The weights of a module that are only multiplied by an input, so that each product can be observed by itself."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
-from lora_export.layers.branched import STATE, attachment_of
-from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, layout_of
+from lora_export.layers.adapted_layers import attachment_of, is_attached
+from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, layout_of, tensor_name
 from lora_export.plan import Layout
 
 
-class Plain(NamedTuple):
-    """A weight whose module makes x Wᵀ of one input, adds a bias at most, and hands that out."""
+class MatrixWeight(NamedTuple):
+    """The weight W of a layer that returns x Wᵀ of one input, with a bias at most."""
 
     name: str
-    owner: nn.Module  # that holds the tensor
+    owner: nn.Module  # the module that holds the tensor
     attribute: str
     layout: Layout
-    attention: nn.MultiheadAttention | None = None  # that computes with it, where its owner is never called
+    attention: nn.MultiheadAttention | None = None  # the module that computes with W, if its owner is never called
 
     @property
     def tensor(self) -> Tensor:
-        """What is stored, without what is attached."""
+        """The stored tensor, without adapters."""
         return cast(Tensor, self.owner._parameters[self.attribute])
 
     @property
@@ -38,7 +38,7 @@ class Plain(NamedTuple):
 
     @property
     def bias(self) -> Tensor | None:
-        """(out,), with what an adapter adds to it."""
+        """(out,), with the shift of the adapters."""
         return cast(Tensor, getattr(self.owner, self._bias)) if self.has_bias else None
 
     @property
@@ -46,21 +46,21 @@ class Plain(NamedTuple):
         return "in_proj_bias" if self.attribute == "in_proj_weight" else "bias"
 
 
-def plain(module: nn.Module) -> list[Plain]:
-    """The weights of linear layers, convolutions and embeddings that compute nothing else, attached or not.
+def find_matrix_weights(module: nn.Module) -> list[MatrixWeight]:
+    """The weights of linear layers, convolutions, embeddings and attention projections, attached or not.
 
-    Each tensor's first name; a subclass with a `forward` of its own is left out.
+    A tied tensor is listed once, under its first name. A subclass with a `forward` of its own is left out.
     """
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *conv1d())
     known = {kind.forward for kind in kinds}
     parents = {child: parent for parent in module.modules() for child in parent.children()}
     found = []
     for path, owner in module.named_modules():
-        original = attachment_of(owner).original if STATE in owner.__dict__ else type(owner)
+        original = attachment_of(owner).original if is_attached(owner) else type(owner)
         attention = owner if isinstance(owner, nn.MultiheadAttention) else parents.get(owner)
         attention = attention if isinstance(attention, nn.MultiheadAttention) else None
         attribute = "in_proj_weight" if attention is owner else "weight"
         if (attention is owner or original.forward in known) and owner._parameters.get(attribute) is not None:
-            name = f"{path}.{attribute}" if path else attribute
-            found.append(Plain(name, owner, attribute, layout_of(owner, attribute), attention))
+            layout = layout_of(owner, attribute)
+            found.append(MatrixWeight(tensor_name(path, attribute), owner, attribute, layout, attention))
     return found

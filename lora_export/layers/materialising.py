@@ -1,0 +1,105 @@
+"""Turn attached adapters into plain weights W + ΔW, rounded as a file stores them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_export.layers.adapted_layers import (
+    ATTACHMENT,
+    adapted_bias,
+    adapted_weight,
+    attached_modules,
+    attachment_of,
+)
+from lora_export.layers.attaching import detach, scaled_replacement
+from lora_export.layers.module_tensors import named_tensors, tensor_name, tensor_registry
+
+# How a tensor is rounded: to a dtype, or by a function, as to the nearest value that a quantised weight can hold.
+Rounding = str | Callable[[NDArray[np.float64]], NDArray[np.float64]]
+FP32_SUM_ERROR = 2.0**-18  # of W + ΔW in fp32, relative to the size of its terms: 64 products, half an eps each
+
+
+def materialise(
+    module: nn.Module,
+    rounding: Mapping[str, Rounding],
+    preferred: Mapping[str, Tensor],
+    *,
+    factor: float = 1.0,
+    scale_replaced: bool = False,
+) -> None:
+    """Turn every branch into a weight, in place: W + ΔW in the module's own precision, rounded once. Then detach.
+
+    `rounding` maps names of tensors to NumPy dtypes or rounding functions. It may name tensors that no adapter
+    changes; a tensor that it lacks is not rounded. In a module in fp64, the result is what a merged file should hold,
+    computed without the arithmetic of a merge. A sum may be so near to the middle of two representable values that
+    fp32 could round it to either; then the value of `preferred` is taken, where that is one of the two.
+    `factor` and `scale_replaced` are those of `scale_adapters`. Replaced tensors stay in the module.
+    Raises InputRefused where nothing is attached.
+    """
+    paths = {owner: path for path, owner in module.named_modules()}
+    for owner in attached_modules(module):
+        attachment = attachment_of(owner)
+        attachment.factor *= factor
+        merged = _merged_tensors(owner, factor if scale_replaced else None)
+        owner.__dict__[ATTACHMENT] = dataclasses.replace(attachment, replaced=())  # `detach` would remove them
+        for attribute, value in merged.items():
+            name, registry = tensor_name(paths[owner], attribute), tensor_registry(owner, attribute)
+            stored = value.detach()
+            if name in rounding:
+                stored = _rounded_sum(stored, registry[attribute], rounding[name], preferred.get(name))
+            registry[attribute] = nn.Parameter(stored.detach(), requires_grad=False)
+    detach(module)
+    _round_tensors(module, rounding)
+
+
+def _merged_tensors(owner: nn.Module, replacement_factor: float | None) -> dict[str, Tensor]:
+    """The tensors of a module that adapters change, by attribute, with their changes. None: no scaled replacements."""
+    attachment = attachment_of(owner)
+    merged: dict[str, Tensor | None] = {}
+    for replaced in attachment.replaced:
+        current = tensor_registry(owner, replaced.attribute)[replaced.attribute]
+        if replacement_factor is not None:
+            current = scaled_replacement(replaced, current, replacement_factor)
+        merged[replaced.attribute] = current
+    merged |= {branch.weight: adapted_weight(owner, branch.weight) for branch in attachment.branches}
+    if "lora_shift" in owner._buffers:
+        merged["bias"] = adapted_bias(owner)
+    return {attribute: value for attribute, value in merged.items() if value is not None}
+
+
+def _rounded_sum(value: Tensor, base: Tensor, rounding: Rounding, preferred: Tensor | None) -> Tensor:
+    """W + ΔW rounded, or the `preferred` values where fp32 could have computed them from W (`base`) and ΔW."""
+    rounded = _rounded(value, rounding)
+    if preferred is None:
+        return rounded
+    other = preferred.to(value.dtype)
+    size = value.abs() + base.abs()
+    size = size if isinstance(rounding, str) else size.max()  # a quantised value is an offset from a zero point
+    as_near = (other - value).abs() <= (rounded - value).abs() + FP32_SUM_ERROR * size
+    return torch.where(as_near, other, rounded)
+
+
+def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:
+    """Round the tensors that `rounding` names. A tied tensor stays one tensor."""
+    rounded: dict[int, Tensor] = {}  # by the id of the tensor that it replaces
+    for entry in named_tensors(module):
+        if entry.name in rounding:
+            value = _rounded(entry.tensor.detach(), rounding[entry.name])
+            if not torch.equal(value, entry.tensor):  # a sum that is rounded already stays as it is
+                is_parameter = isinstance(entry.tensor, nn.Parameter)
+                rounded[id(entry.tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+    for entry in list(named_tensors(module)):
+        if id(entry.tensor) in rounded:
+            tensor_registry(entry.owner, entry.attribute)[entry.attribute] = rounded[id(entry.tensor)]
+
+
+def _rounded(value: Tensor, rounding: Rounding) -> Tensor:
+    if isinstance(rounding, str):
+        return value.to(getattr(torch, rounding)).to(value.dtype)
+    return torch.from_numpy(rounding(value.double().numpy())).to(value.dtype)

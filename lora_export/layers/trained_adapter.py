@@ -1,0 +1,68 @@
+"""The parameters of a module that training changes: how many there are, and the adapter that they make."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_export.errors import InputRefused
+from lora_export.layers.adapted_layers import (
+    Branch,
+    attached_modules,
+    attachment_of,
+    branch_parameter,
+    low_rank_factors,
+)
+from lora_export.layers.module_tensors import as_array, tensor_registry
+from lora_export.lora import Adapter, LoraPair
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many of a module's parameters an optimiser would train."""
+
+    trained: int
+    total: int
+
+    def __str__(self) -> str:
+        percent = 100 * self.trained / self.total if self.total else 0.0
+        return f"trainable parameters: {self.trained:,} of {self.total:,} ({percent:.3g} %)"
+
+
+def count_parameters(module: nn.Module) -> ParameterCount:
+    """Count the parameters that require gradients, and all of them. A tied tensor counts once."""
+    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
+    return ParameterCount(sum(size for trained, size in sizes if trained), sum(size for _, size in sizes))
+
+
+def read_back(module: nn.Module, like: Adapter) -> Adapter:
+    """The adapter `like` with the A, B, magnitudes and replaced tensors that the module now holds, as after training.
+
+    The arrays are copies. Raises InputRefused where that adapter is not attached, or a value is not finite.
+    """
+    pairs, replaced = dict(like.pairs), dict(like.replaced)
+    found = False
+    for owner in attached_modules(module):
+        attachment = attachment_of(owner)
+        for branch in attachment.branches:
+            if branch.adapter == like.name:
+                pairs[branch.module] = _read_pair(owner, branch, like.pairs[branch.module])
+                found = True
+        for tensor in attachment.replaced:
+            if tensor.name and tensor.adapter == like.name:
+                replaced[tensor.name] = as_array(tensor_registry(owner, tensor.attribute)[tensor.attribute])
+                found = True
+    if not found:
+        raise InputRefused(f"the adapter {like.name} is not attached to this module")
+    return dataclasses.replace(like, pairs=pairs, replaced=replaced, sha256="")
+
+
+def _read_pair(owner: nn.Module, branch: Branch, like: LoraPair) -> LoraPair:
+    a, b = map(as_array, low_rank_factors(owner, branch))
+    magnitude = as_array(branch_parameter(owner, "lora_magnitude", branch)) if branch.dora else None
+    try:
+        return dataclasses.replace(like, a=a, b=b, magnitude=magnitude)
+    except InputRefused as error:
+        raise InputRefused(f"{branch.module}: {error}") from error
