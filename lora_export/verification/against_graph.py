@@ -75,7 +75,7 @@ class GraphJudge:
     seed: int = 0
     notes: list[str] = field(default_factory=list)
     _inputs: dict[str, Arrays] = field(default_factory=dict)
-    _feeds: graph_inputs.Feeds | None = None
+    _feeds: graph_inputs.InputGenerator | None = None
     _last: graph_inputs.Sizes = graph_inputs.CASES[-1]
     _base_answers: dict[str, Arrays] = field(default_factory=dict)  # in fp64
     _stayed: set[str] = field(default_factory=set)  # operators without fp64
@@ -180,7 +180,7 @@ class GraphJudge:
         given = None if self.user_inputs is None else graph_inputs.read(self.user_inputs, self.base)
         runner = self._runner(self.base, "the base graph")
         try:
-            self._feeds = graph_inputs.Feeds(self.base, str(self.source))
+            self._feeds = graph_inputs.InputGenerator(self.base, str(self.source))
             yield from self._made_inputs(self._feeds, runner)
         except InputRefused as refusal:
             if given is None:
@@ -190,11 +190,11 @@ class GraphJudge:
         if self.user_inputs is not None and given is not None:
             yield self.user_inputs.name, given
 
-    def _made_inputs(self, maker: graph_inputs.Feeds, runner: OnnxRunner) -> Iterator[tuple[str, Arrays]]:
+    def _made_inputs(self, maker: graph_inputs.InputGenerator, runner: OnnxRunner) -> Iterator[tuple[str, Arrays]]:
         """Three cases that the base graph takes."""
         for number, wanted in enumerate(graph_inputs.CASES):
             refusal = None
-            for sizes in maker.choices(wanted):
+            for sizes in maker.alternatives(wanted):
                 arrays = maker.make(sizes, seed=self.seed + number + 1)
                 try:
                     runner.run(arrays)
@@ -216,7 +216,7 @@ class GraphJudge:
             return
         before = self.inputs()[self._feeds.label(self._last)]
         expected, answered = peer.run(before), candidate.run(before)
-        for name, fresh in self._feeds.draws(self._last, before, seed=self.seed + 1000).items():
+        for name, fresh in self._feeds.redraw(self._last, before, seed=self.seed + 1000).items():
             perturbed = {**before, name: fresh}
             if not _takes(peer, perturbed):
                 continue

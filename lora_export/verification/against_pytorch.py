@@ -42,8 +42,8 @@ from lora_export.verification.derived_proofs import prove_by_origin, prove_mixed
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.diagnose.root_cause import Diagnosis
 from lora_export.verification.diagnose.watch_candidate import Suspect
-from lora_export.verification.inputs.model_inputs import case_inputs, told_of_sizes
-from lora_export.verification.inputs.row_coverage import RowsLookedUp
+from lora_export.verification.inputs.model_inputs import case_inputs, notes_on_sizes
+from lora_export.verification.inputs.row_coverage import RowCoverage
 from lora_export.verification.proof import Proof
 from lora_export.verification.references import cached_outputs, quantised_weights
 from lora_export.verification.references.pytorch import (
@@ -105,7 +105,7 @@ def prove(
     changes = plan.make(adapters, layers.specs(model.module), strengths=strengths) if adapters else None
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
     held = held_by(candidate, model, changes, origin, inputs)
-    judged = quantised_weights.standing_in(model, held)
+    judged = quantised_weights.with_dequantised_weights(model, held)
     module = with_adapters(shared(judged.module), adapters, strengths)
     rounded, chosen = rounded_weights(candidate, module, held) if adapters else ({}, {})
     has_pairs, dtype = any(adapter.pairs for adapter in adapters), precision(candidate, model.module)
@@ -119,21 +119,21 @@ def prove(
         sides = Sides(module, rounded, chosen, stack, stayed, has_pairs=has_pairs)
         deployed = ModuleRunner(narrowed(as_deployed(sides, held, device), candidate, model), device)
         step("PyTorch")
-        looked_up = RowsLookedUp(deployed.module, model, adapters)
+        looked_up = RowCoverage(deployed.module, model, adapters)
         own = {name: deployed.run(arrays) for name, arrays in inputs.items()}
         doubts, notes = looked_up.doubts, looked_up.notes  # before other inputs are tried
         sensitivity = list(sensitivity_of(asked, deployed))
         dtypes = {name: kind for name, kind in rounded.items() if isinstance(kind, str)}
-        question = None
+        key = None
         if cache is not None and len(dtypes) == len(rounded):
-            question = cached_outputs.question(judged, adapters, strengths, inputs, dtypes, deployed.module)
-        answers = cached_outputs.Answers(cache, question, stayed, say)
+            key = cached_outputs.cache_key(judged, adapters, strengths, inputs, dtypes, deployed.module)
+        cached = cached_outputs.CachedOutputs(cache, key, stayed, say)
         said: dict[str, dict[str, Arrays]] = {}
         for role in sides.roles if adapters else ("reference",):
             step(f"the {role}")
             side = sides.of(role)
-            said[role] = {name: answers.of(name, role, side, arrays) for name, arrays in inputs.items()}
-        answers.keep()
+            said[role] = {name: cached.get(name, role, side, arrays) for name, arrays in inputs.items()}
+        cached.save()
     cases = []
     for name, arrays in inputs.items():
         answer, truth = asked.answers.get(name, {}), said["reference"][name]
@@ -161,18 +161,18 @@ def prove(
                 *asked.refusals,
                 *_about_reference(stayed),
                 *model.notes,
-                *told_of_sizes(candidate, model),
+                *notes_on_sizes(candidate, model),
                 *_about_cache(candidate),
                 *never_varied(model, sensitivity, asked.refusals),
                 *(f"asked again, the candidate gives other bits: {case.name}" for case in again),
                 *notes,
                 *([HALF] if dtype is torch.float32 and any(map(_is_half, cases)) else []),
                 *(["what stands before a row's first token was not judged: it attends to nothing"] if padded else []),
-                *quantised_weights.told(held),
+                *quantised_weights.notes_on(held),
                 *more,
             ],
             doubts=doubts,
-            faults=quantised_weights.faults(held),
+            faults=quantised_weights.merge_faults(held),
         )
 
     verdict = judge(cases)

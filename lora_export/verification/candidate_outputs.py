@@ -14,10 +14,10 @@ from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import bits, differ, distances, from_first_token
+from lora_export.verification.inputs import REDRAWS
 from lora_export.verification.inputs.model_inputs import draw
 
 Note = Callable[[str], None]
-PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def _varied(model: Model, candidate: Runner, inputs: Mapping[str, Arrays], seed:
     """For each input: does another draw of it, the others held, change the candidate's answer?"""
     before = list(inputs.values())[min(2, len(inputs) - 1)]
     sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
-    draws = [draw(model, candidate, sizes, seed + 1000 + number) for number in range(PERTURBATIONS)]
+    draws = [draw(model, candidate, sizes, seed + 1000 + number) for number in range(REDRAWS)]
     answered = candidate.run(before)
     for name in model.input_names:
         fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)

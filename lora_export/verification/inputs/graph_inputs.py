@@ -1,7 +1,7 @@
-"""Inputs for a graph of which nothing else is known: made from what its own inputs say and from what reads them.
+"""Inputs for a graph without a model: made from the graph's declared inputs and from the nodes that read them.
 
-Seeded, of differing sizes; equal symbols have equal sizes. Token ids stay below the rows of the table that they
-index, masks are padded, positions count, a cache is short or empty. NumPy only.
+The inputs are seeded and of several sizes; equal symbols have equal sizes. Token ids are smaller than the number of
+rows of the table that they index. Masks hide padding, positions count up, and a cache is short or empty. NumPy only.
 """
 
 from __future__ import annotations
@@ -19,56 +19,59 @@ from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import IDS
 from lora_export.graph.ort_operators import head_size
 from lora_export.storage.npz import read_arrays
+from lora_export.verification.inputs import REDRAWS
 
 Arrays = dict[str, NDArray[Any]]
 
 
 class Sizes(NamedTuple):
-    """How large what comes is, and how much of it a cache holds already."""
+    """The sizes of one set of inputs."""
 
     batch: int
     length: int
-    past: int
+    past: int  # the length of the cache
 
 
-# None of the lengths is another's; one batch has a single row. A cache is empty, and once it is not.
+# All lengths differ, and one batch has a single row. The cache is empty in two cases, and filled in one.
 CASES = (Sizes(1, 7, 0), Sizes(3, 16, 5), Sizes(5, 29, 0))
-PERTURBATIONS = 5  # draws before an input counts as one that cannot be varied
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK = re.compile(r"mask", re.IGNORECASE)
 POSITION = re.compile(r"position", re.IGNORECASE)
-TABLES = frozenset({"Gather", "GatherBlockQuantized"})  # read rows of input 0 by the ids at input 1
-PASSED = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose"})
+LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})  # read rows of input 0 by the ids at input 1
+VALUE_PRESERVING = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose"})
 
 
-class Feeds:
-    """Makes inputs for a graph. Raises InputRefused, naming the input, where it cannot tell what one should hold."""
+class InputGenerator:
+    """Makes inputs for a graph.
 
-    def __init__(self, model: ir.Model, what: str):
-        given = set(model.graph.initializers.values())
-        self.inputs = [value for value in model.graph.inputs if value not in given and value.name != IDS]
-        self.caches = [value for value in self.inputs if CACHE.search(value.name or "") and self._is_float(value)]
-        strange = [problem for value in self.inputs if (problem := self._problem(value))]
-        if strange:
+    `graph_name` is what an error calls the graph. Raises InputRefused, with the inputs' names, where the graph does
+    not determine which values an input takes.
+    """
+
+    def __init__(self, model: ir.Model, graph_name: str):
+        self.inputs = _required_inputs(model)
+        self.caches = [value for value in self.inputs if CACHE.search(value.name or "") and _is_float(value)]
+        problems = [problem for value in self.inputs if (problem := _problem(value))]
+        if problems:
             raise InputRefused(
-                f"I cannot make inputs for {what}: {'; '.join(strange)}. Give some: --inputs FILE.npz, with an array "
-                f"for each of {', '.join(str(value.name) for value in self.inputs)}"
+                f"inputs for {graph_name} cannot be made: {'; '.join(problems)}. Give them: --inputs FILE.npz, with an "
+                f"array for each of {', '.join(str(value.name) for value in self.inputs)}"
             )
 
-    def choices(self, sizes: Sizes) -> list[Sizes]:
-        """These sizes, and what a graph with a cache may take instead: a single step after it, or nothing before."""
+    def alternatives(self, sizes: Sizes) -> list[Sizes]:
+        """These sizes; for a graph with a cache also one step after the cache, and an empty cache."""
         if not self.caches or not sizes.past:
             return [sizes]
         return [sizes, sizes._replace(length=1), sizes._replace(past=0)]
 
     def label(self, sizes: Sizes) -> str:
-        """What a case of these sizes is called."""
+        """The name of a case of these sizes."""
         return f"batch {sizes.batch} x length {sizes.length}" + (f" after {sizes.past}" if self.caches else "")
 
-    def draws(self, sizes: Sizes, before: Arrays, *, seed: int) -> Arrays:
-        """For each input another array of these sizes that it may hold; none for one that cannot be varied."""
+    def redraw(self, sizes: Sizes, before: Arrays, *, seed: int) -> Arrays:
+        """Each input with other values than in `before`; an input that cannot be varied is left out."""
         varied: Arrays = {}
-        for number in range(PERTURBATIONS):
+        for number in range(REDRAWS):
             for name, array in self.make(sizes, seed=seed + number).items():
                 if not np.array_equal(array, before[name]):
                     varied.setdefault(name, array)
@@ -78,31 +81,31 @@ class Feeds:
         """One set of inputs, of these sizes where the graph leaves them open."""
         rng = np.random.default_rng(seed)
         batch, length, past = wanted if self.caches else wanted._replace(past=0)
-        sizes = self._sizes(batch, length, past)
+        size_of = self._sizes(batch, length, past)
         valid = rng.integers(max(1, length // 2), length + 1, size=batch)
         valid[1::2] = np.minimum(valid[1::2], max(1, length - 2))  # a mask of ones alone would not be put to the test
         return {
-            value.name or "": self._array(value, [sizes(value, axis) for axis in range(_rank(value))], past, valid, rng)
+            value.name or "": _array(value, [size_of(value, axis) for axis in range(_rank(value))], past, valid, rng)
             for value in self.inputs
         }
 
     # --- sizes ---
 
     def _sizes(self, batch: int, length: int, past: int) -> Callable[[ir.Value, int], int]:
-        told: dict[str, int] = {}
-        # A cache's lengths first, then those of a mask over the cache and what comes now; the rest is what comes now.
+        by_symbol: dict[str, int] = {}
+        # A cache's lengths come first, then those of a mask over the cache and the new tokens, then the new tokens'.
         for value in sorted(self.inputs, key=self._rank_of_kind):
             for axis, symbol in _symbols(value):
                 over_all = value not in self.caches and self.caches and symbol not in self._lengths
                 later = past if value in self.caches else past + length if over_all else length
                 inner = head_size(value) if value in self.caches and axis == _rank(value) - 1 else 0
-                told.setdefault(symbol, inner or (later if axis else batch))
+                by_symbol.setdefault(symbol, inner or (later if axis else batch))
 
-        def size(value: ir.Value, axis: int) -> int:
-            there = value.shape[axis] if value.shape is not None else None
-            return there if isinstance(there, int) else told[_symbol(value, axis)]
+        def size_of(value: ir.Value, axis: int) -> int:
+            declared = value.shape[axis] if value.shape is not None else None
+            return declared if isinstance(declared, int) else by_symbol[_symbol(value, axis)]
 
-        return size
+        return size_of
 
     def _rank_of_kind(self, value: ir.Value) -> int:
         return 0 if value in self.caches else 2 if MASK.search(value.name or "") else 1
@@ -113,44 +116,54 @@ class Feeds:
         own = [value for value in self.inputs if self._rank_of_kind(value) == 1]
         return {symbol for value in own for axis, symbol in _symbols(value) if axis}
 
-    # --- what they hold ---
 
-    def _is_float(self, value: ir.Value) -> bool:
-        return value.dtype is not None and value.dtype.is_floating_point()
+# --- values -------------------------------------------------------------------------------------
 
-    def _problem(self, value: ir.Value) -> str:
-        """Why nobody can tell what an input should hold; empty where one can."""
-        name, dtype = value.name or "", value.dtype
-        if dtype is None or value.shape is None:
-            return f"nothing tells the type and shape of {name}"
-        if self._is_float(value) or MASK.search(name) or POSITION.search(name):
-            return ""
-        if dtype is ir.DataType.BOOL and CACHE.search(name):
-            return ""
-        if dtype in (ir.DataType.INT64, ir.DataType.INT32) and _rows_indexed(value):
-            return ""
-        return f"nothing tells what {name} ({dtype.name.lower()} {value.shape}) should hold"
 
-    def _array(
-        self, value: ir.Value, shape: Sequence[int], past: int, valid: NDArray[np.int64], rng: np.random.Generator
-    ) -> NDArray[Any]:
-        name, dtype = value.name or "", value.dtype
-        assert dtype is not None
-        kind = dtype.numpy()
-        if MASK.search(name):
-            return _mask(shape, past, valid).astype(kind)
-        if POSITION.search(name) and not self._is_float(value):
-            length = shape[-1] if shape else 1
-            return np.broadcast_to(np.arange(past, past + length), shape).astype(kind)
-        if self._is_float(value):
-            return rng.standard_normal(shape).astype(kind)
-        if dtype is ir.DataType.BOOL:
-            return np.full(shape, past > 0)
-        return rng.integers(0, _rows_indexed(value), size=shape).astype(kind)
+def _required_inputs(model: ir.Model) -> list[ir.Value]:
+    """The inputs without a default value. Adapter ids are not among them: the runner provides those."""
+    optional = set(model.graph.initializers.values())
+    return [value for value in model.graph.inputs if value not in optional and value.name != IDS]
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _problem(value: ir.Value) -> str:
+    """Why the graph does not determine which values an input takes; empty where it does."""
+    name, dtype = value.name or "", value.dtype
+    if dtype is None or value.shape is None:
+        return f"the type and shape of {name} are unknown"
+    if _is_float(value) or MASK.search(name) or POSITION.search(name):
+        return ""
+    if dtype is ir.DataType.BOOL and CACHE.search(name):
+        return ""
+    if dtype in (ir.DataType.INT64, ir.DataType.INT32) and _rows_indexed(value):
+        return ""
+    return f"the valid values of {name} ({dtype.name.lower()} {value.shape}) are unknown"
+
+
+def _array(
+    value: ir.Value, shape: Sequence[int], past: int, valid: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[Any]:
+    name, dtype = value.name or "", value.dtype
+    assert dtype is not None
+    numpy_dtype = dtype.numpy()
+    if MASK.search(name):
+        return _mask(shape, past, valid).astype(numpy_dtype)
+    if POSITION.search(name) and not _is_float(value):
+        length = shape[-1] if shape else 1
+        return np.broadcast_to(np.arange(past, past + length), shape).astype(numpy_dtype)
+    if _is_float(value):
+        return rng.standard_normal(shape).astype(numpy_dtype)
+    if dtype is ir.DataType.BOOL:
+        return np.full(shape, past > 0)
+    return rng.integers(0, _rows_indexed(value), size=shape).astype(numpy_dtype)
 
 
 def _mask(shape: Sequence[int], past: int, valid: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """True for what is to be seen: all that came before, and each row's own length of what comes now."""
+    """True for the whole cache, and for each row's own number of new tokens."""
     if len(shape) < 2:
         return np.ones(shape, bool)
     seen = np.arange(shape[-1]) < np.resize(valid, shape[0])[:, None] + past  # (batch, length)
@@ -158,16 +171,15 @@ def _mask(shape: Sequence[int], past: int, valid: NDArray[np.int64]) -> NDArray[
 
 
 def _rows_indexed(value: ir.Value) -> int:
-    """How many rows the smallest table has that these ids index; 0 where none is found."""
+    """The number of rows of the smallest table that these ids index; 0 where there is none."""
     rows: list[int] = []
     waiting, known = [value], {value}
     while waiting:
-        at = waiting.pop()
-        for node, index in at.uses():
-            table = node.inputs[0] if node.op_type in TABLES and index == 1 else None
+        for node, index in waiting.pop().uses():
+            table = node.inputs[0] if node.op_type in LOOKUPS and index == 1 else None
             if table is not None and table.shape is not None and isinstance(table.shape[0], int):
                 rows.append(table.shape[0])
-            elif node.op_type in PASSED and index == 0 and node.outputs[0] not in known:
+            elif node.op_type in VALUE_PRESERVING and index == 0 and node.outputs[0] not in known:
                 known.add(node.outputs[0])
                 waiting.append(node.outputs[0])
     return min(rows, default=0)
@@ -185,17 +197,16 @@ def _symbols(value: ir.Value) -> Iterator[tuple[int, str]]:
 
 
 def _symbol(value: ir.Value, axis: int) -> str:
-    """What a size is called; sizes without a name are one by their place."""
+    """The name of a size. Unnamed sizes of the same axis share one name."""
     size = value.shape[axis] if value.shape is not None else None
     named = isinstance(size, ir.SymbolicDim) and size.value
     return str(size) if named else f"axis {axis}"
 
 
 def read(path: Path, model: ir.Model) -> Arrays:
-    """The user's own inputs, all that the graph takes and no others. Raises InputRefused."""
+    """The user's own inputs, in the graph's order. Raises InputRefused unless they are exactly the graph's inputs."""
     arrays = read_arrays(path)
-    given = set(model.graph.initializers)
-    wanted = [str(value.name) for value in model.graph.inputs if value.name not in given and value.name != IDS]
-    if set(arrays) != set(wanted):
-        raise InputRefused(f"{path} holds {', '.join(arrays) or 'nothing'}; the graph takes {', '.join(wanted)}")
-    return {name: arrays[name] for name in wanted}
+    names = [str(value.name) for value in _required_inputs(model)]
+    if set(arrays) != set(names):
+        raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the graph takes {', '.join(names)}")
+    return {name: arrays[name] for name in names}

@@ -1,4 +1,4 @@
-"""What everybody is asked: inputs of several shapes, by what the candidate can take."""
+"""The inputs of a proof against a PyTorch model: several shapes, within what the candidate takes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def case_inputs(
     user_inputs: Path | None = None,
     adapters: Sequence[Adapter] = (),
 ) -> dict[str, Arrays]:
-    """What a proof gives to everybody, by case: three sets of seeded inputs, and the user's own.
+    """The inputs of every run of a proof, by case: three seeded sets, and the user's own.
 
-    Tokens whose rows the adapters bring stand among a Hugging Face model's seeded ones.
+    The seeded token ids of a Hugging Face model include those whose rows the adapters bring. Raises InputRefused
+    where the arrays of `user_inputs` are not the model's inputs.
     """
     rows = [index for adapter in adapters for rows in adapter.rows.values() for index in rows.indices.tolist()]
     tokens = np.array(sorted(set(rows)) if model.is_huggingface else [], np.int64)
@@ -47,7 +48,7 @@ def _inputs(
 
 
 def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
-    """Seeded inputs as the model takes them, and the candidate can."""
+    """Seeded inputs of the model; without padding for a candidate that takes none."""
     arrays = {name: value.numpy() for name, value in model.inputs(sizes, seed=seed).items()}
     if isinstance(candidate, CacheRunner) and not candidate.takes_padding:
         return candidate.without_padding(arrays)
@@ -55,25 +56,28 @@ def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
 
 
 def _with_tokens(arrays: Arrays, tokens: NDArray[np.int64]) -> Arrays:
-    """These tokens, from the last on, at every second place: a random one of 50,000 would never be among 200."""
-    made = {}
+    """The arrays with these tokens, the last one first, at every second position of `input_ids`.
+
+    At random, one token of 50,000 would never be among 200.
+    """
+    changed = {}
     for name, array in arrays.items():
-        made[name] = array.copy()
+        changed[name] = array.copy()
         if name.endswith("input_ids"):
-            places = made[name].reshape(-1)[::2]
-            places[:] = np.resize(np.roll(tokens, len(places)), len(places))
-    return made
+            every_second = changed[name].reshape(-1)[::2]
+            every_second[:] = np.resize(np.roll(tokens, len(every_second)), len(every_second))
+    return changed
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
     arrays = read_arrays(path)
     if set(arrays) != set(model.input_names):
         raise InputRefused(
-            f"{path} holds {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
+            f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
         )
-    like = {name: value.numpy().dtype for name, value in model.examples().items()}
-    halves = {name for name, dtype in like.items() if dtype == np.float16 and arrays[name].dtype.kind == "f"}
-    return {name: arrays[name].astype(like[name]) if name in halves else arrays[name] for name in model.input_names}
+    dtypes = {name: value.numpy().dtype for name, value in model.examples().items()}
+    halves = {name for name, dtype in dtypes.items() if dtype == np.float16 and arrays[name].dtype.kind == "f"}
+    return {name: arrays[name].astype(dtypes[name]) if name in halves else arrays[name] for name in model.input_names}
 
 
 def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
@@ -89,17 +93,18 @@ def _fixed_sizes(candidate: Runner, model: Model) -> Sizes:
 
 
 def _limits(candidate: Runner, model: Model) -> Limits:
-    """Between which sizes a candidate says that it can be run, where it says so. The batch is never excused."""
+    """The smallest and largest sizes that the candidate declares. The batch is never excused."""
     limits: Limits = {}
-    told = candidate.limits if isinstance(candidate, ModuleRunner) else {}
+    declared = candidate.limits if isinstance(candidate, ModuleRunner) else {}
     for name, axes in model.axes.items():
         for axis, symbol in axes.items():
-            if symbol != "batch" and axis < len(told.get(name, ())):
-                limits[symbol] = told[name][axis]
+            if symbol != "batch" and axis < len(declared.get(name, ())):
+                limits[symbol] = declared[name][axis]
     return limits
 
 
-def told_of_sizes(candidate: Runner, model: Model) -> list[str]:
+def notes_on_sizes(candidate: Runner, model: Model) -> list[str]:
+    """What a verdict notes about sizes that the candidate does not take."""
     fixed = _fixed_sizes(candidate, model)
     notes = [
         f"the candidate was made for one size of {symbol}, {size}: no other was tried" for symbol, size in fixed.items()
@@ -107,5 +112,5 @@ def told_of_sizes(candidate: Runner, model: Model) -> list[str]:
     for symbol, (low, high) in _limits(candidate, model).items():
         if symbol not in fixed and (low or high is not None):
             bounds = f"{low} and more" if high is None else f"{low} to {high}" if low else f"up to {high}"
-            notes.append(f"the candidate takes a {symbol} of {bounds}: what lies beyond was not tried")
+            notes.append(f"the candidate takes a {symbol} of {bounds}: no size outside was tried")
     return notes

@@ -1,4 +1,4 @@
-"""Whether the rows that adapters bring to tables of embeddings were put to the test."""
+"""Whether the inputs reached the rows that adapters bring to embedding tables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from lora_export.lora import Adapter
 from lora_export.models.model import Model
 
 
-class RowsLookedUp:
-    """Which of the rows that adapters bring to tables of embeddings were looked up while PyTorch ran."""
+class RowCoverage:
+    """Which of the adapters' rows of embedding tables PyTorch looks up, from now on.
+
+    Puts hooks on the tables of `module`, which stay there.
+    """
 
     def __init__(self, module: nn.Module, model: Model, adapters: Sequence[Adapter]):
         self.wanted: dict[str, set[int]] = {}
@@ -26,23 +29,24 @@ class RowsLookedUp:
             if step.rows is not None and isinstance(owner, nn.Embedding):
                 self.wanted[step.weight] = set(step.rows.indices.tolist())
                 self.seen[step.weight] = set()
-                owner.register_forward_pre_hook(functools.partial(self._note, step.weight))
+                owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
 
-    def _note(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _record(self, table: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.seen[table] |= set(inputs[0].flatten().tolist())
 
     @property
     def doubts(self) -> list[str]:
-        """Tables of whose rows none was looked up: they may hold anything."""
+        """One message for each table of whose rows none was looked up: a fault in them could not show."""
         return [
-            f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs in which they "
-            "are (--inputs)"
+            f"{table}: none of the {len(rows)} rows that the adapter brings was looked up. Give inputs that contain "
+            "them (--inputs)"
             for table, rows in self.wanted.items()
             if not rows & self.seen[table]
         ]
 
     @property
     def notes(self) -> list[str]:
+        """One message for each table of whose rows some were looked up, but not all."""
         return [
             f"{table}: {len(rows & self.seen[table])} of the {len(rows)} rows that the adapter brings were looked up"
             for table, rows in self.wanted.items()

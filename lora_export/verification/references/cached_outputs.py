@@ -1,9 +1,9 @@
-"""What the reference said, kept in a folder for the next candidate of the same model.
+"""Outputs of the reference, cached in a folder for the next candidate of the same model.
 
-The reference is the dear part of a proof: fp64, three times for each case. It does not know the candidate, so that
-what it says of a model, its adapters and the inputs is said once. An entry is found by the hashes of these, and
-believed only where the code that made it is the same and its own hash is right. A folder that others can write to
-is no place for it: who writes there decides what is true.
+The fp64 reference is the most expensive step of a proof: it runs three times for each case. It does not depend on the
+candidate, so its outputs for a model, its adapters and the inputs are computed once. An entry is found by the hashes
+of these. It is used only where the code that made it is the same and its own hash is right. Do not use a folder that
+others can write to: whoever writes there decides the verdict.
 """
 
 from __future__ import annotations
@@ -30,142 +30,142 @@ from lora_export.models.model import Model
 from lora_export.storage import atomic_output, files, safetensors_file
 
 Arrays = dict[str, NDArray[Any]]
-Say = Callable[[str], None]
+Warn = Callable[[str], None]
 
 METADATA = "lora_export"
-KNOWN_BY_VERSION = ("torch", "transformers", "builtins")  # packages whose code their version tells
+KNOWN_BY_VERSION = ("torch", "transformers", "builtins")  # packages whose version identifies their code
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the reference is asked. `key` is of the model, adapters and inputs, `made_with` of the code that answers."""
+class CacheKey:
+    """What the reference's outputs depend on: `digest` of model, adapters and inputs, `made_with` of the code."""
 
-    key: str
+    digest: str
     made_with: dict[str, str]
 
 
-class Answers:
-    """What the reference said and says. Whatever is wrong with the folder is said to `say` and never ends a proof.
+class CachedOutputs:
+    """Outputs of the reference: those of the folder's entry, and those computed since.
 
-    Without a question there is nothing to look up or to keep. `stayed` are the operators that the reference could not
-    lift to fp64: they are kept with what it said.
+    Any problem with the folder goes to `warn` and never ends a proof. Without a key nothing is read or saved.
+    `stayed` are the operators that the reference could not lift to fp64; they are stored with its outputs.
     """
 
-    def __init__(self, folder: Path | None, question: Question | None, stayed: set[str], say: Say):
-        self.folder, self.question, self.stayed, self.say = folder, question, stayed, say
-        self.said: dict[tuple[str, str], Arrays] = {}  # (case, role) -> output -> values
-        self.is_kept = False
+    def __init__(self, folder: Path | None, key: CacheKey | None, stayed: set[str], warn: Warn):
+        self.folder, self.key, self.stayed, self.warn = folder, key, stayed, warn
+        self.outputs: dict[tuple[str, str], Arrays] = {}  # (case, role) -> output -> values
+        self.is_saved = False
         if folder is None:
             return
-        if question is None:
-            say("cache: not used: an adapter came from no file, or was merged into quantised weights")
+        if key is None:
+            warn("cache: not used: an adapter came from no file, or was merged into quantised weights")
         else:
-            self._look_up(question)
+            self._read(key)
 
-    def of(self, case: str, role: str, ask: Callable[..., Arrays], *arguments: Any) -> Arrays:
-        """What was said of a case in a role (reference, base, scaled), or what `ask` answers now."""
-        if (case, role) not in self.said:
-            self.said[case, role] = ask(*arguments)
-        return self.said[case, role]
+    def get(self, case: str, role: str, run: Callable[..., Arrays], *arguments: Any) -> Arrays:
+        """The outputs for a case in a role (reference, base, scaled): cached, or computed now by `run(*arguments)`."""
+        if (case, role) not in self.outputs:
+            self.outputs[case, role] = run(*arguments)
+        return self.outputs[case, role]
 
-    def keep(self) -> None:
-        """Write down what was said, whole or not at all, unless it stands there already."""
-        if self.folder is None or self.question is None or self.is_kept:
+    def save(self) -> None:
+        """Write the entry, whole or not at all, unless the folder has it already."""
+        if self.folder is None or self.key is None or self.is_saved:
             return
-        flat = [((*key, output), values) for key, arrays in self.said.items() for output, values in arrays.items()]
-        told = {"made_with": self.question.made_with, "stayed": sorted(self.stayed), "digest": _digest(flat)}
-        path = self._path(self.question)
+        flat = [((*role, output), values) for role, arrays in self.outputs.items() for output, values in arrays.items()]
+        record = {"made_with": self.key.made_with, "stayed": sorted(self.stayed), "digest": _digest(flat)}
+        path = self._path(self.key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
                 named = {json.dumps(name): values for name, values in flat}
-                safetensors_file.write(stage / path.name, named, {METADATA: json.dumps(told)})
+                safetensors_file.write(stage / path.name, named, {METADATA: json.dumps(record)})
         except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have
-            self.say(f"cache: nothing was kept: {error}")
+            self.warn(f"cache: nothing was saved: {error}")
 
-    def _look_up(self, question: Question) -> None:
-        path = self._path(question)
+    def _read(self, key: CacheKey) -> None:
+        path = self._path(key)
         if not path.exists():
             return
         try:
-            there = safetensors_file.open_file(path)
-            told = files.parse_json(there.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
-            flat = [(tuple(json.loads(name)), there.read(name)) for name in there.entries]
-            if told.get("digest") != _digest(flat):
+            file = safetensors_file.open_file(path)
+            record = files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
+            flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
+            if record.get("digest") != _digest(flat):
                 raise InputRefused("its values are not those that were written")
-            if told["made_with"] != question.made_with:
-                changes = _changes(told["made_with"], question.made_with)
-                self.say(f"cache: {path.name} is stale ({changes}): the reference is asked again")
+            if record["made_with"] != key.made_with:
+                changes = _changes(record["made_with"], key.made_with)
+                self.warn(f"cache: {path.name} is stale ({changes}): the reference runs again")
                 return
             for (case, role, output), values in flat:
-                self.said.setdefault((case, role), {})[output] = values
-            self.stayed.update(told["stayed"])
+                self.outputs.setdefault((case, role), {})[output] = values
+            self.stayed.update(record["stayed"])
         except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
-            self.said.clear()
-            self.say(f"cache: {path.name} is damaged ({error}): the reference is asked again")
+            self.outputs.clear()
+            self.warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
         else:
-            self.is_kept = True
+            self.is_saved = True
 
-    def _path(self, question: Question) -> Path:
+    def _path(self, key: CacheKey) -> Path:
         assert self.folder is not None
-        return self.folder / f"reference-{question.key[:32]}.safetensors"
+        return self.folder / f"reference-{key.digest[:32]}.safetensors"
 
 
-def question(
+def cache_key(
     model: Model,
     adapters: Sequence[Adapter],
     strengths: Sequence[float] | None,
     inputs: Mapping[str, Arrays],
     rounded: Mapping[str, str],
-    settled: nn.Module,
-) -> Question | None:
-    """The hashes of everything that the reference's answer depends on; None for an adapter that came from no file.
+    rounded_module: nn.Module,
+) -> CacheKey | None:
+    """The hashes of everything that the reference's outputs depend on; None for an adapter that came from no file.
 
-    Of weights that the reference rounds, to the dtypes `rounded`, the candidate may have chosen some, where two are as
-    near: what they have become stands in `settled`.
+    `rounded` are the weights that the reference rounds, each with its dtype. Where two values are equally near, the
+    reference takes the candidate's choice, so the rounded weights of `rounded_module` are hashed too.
     """
     if not all(adapter.sha256 for adapter in adapters):
         return None
     digest = hashlib.sha256()
     digest.update(model.fingerprint().encode())
     for name, buffer in sorted(model.module.named_buffers()):  # those that no state_dict holds, too
-        _feed(digest, name, buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _update(digest, name, buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     chosen = [
         [adapter.sha256, float(w)] for adapter, w in zip(adapters, strengths or [1.0] * len(adapters), strict=True)
     ]
     digest.update(json.dumps(chosen).encode())
     for name in sorted(rounded):
-        weight = settled.state_dict()[name].detach().cpu().contiguous().reshape(-1)
-        _feed(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
+        weight = rounded_module.state_dict()[name].detach().cpu().contiguous().reshape(-1)
+        _update(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
     for case, arrays in inputs.items():
         for name, array in arrays.items():
-            _feed(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)
-    return Question(digest.hexdigest(), _made_with(model.module))
+            _update(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)
+    return CacheKey(digest.hexdigest(), _made_with(model.module))
 
 
-def _feed(digest: Any, name: str, array: NDArray[Any]) -> None:
+def _update(digest: Any, name: str, array: NDArray[Any]) -> None:
     digest.update(f"\0{name}\0{array.nbytes}\0".encode(errors="surrogatepass"))
     digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def _made_with(module: nn.Module) -> dict[str, str]:
-    """The versions and the model's own code: of the same weights, another forward makes another answer."""
-    told = {"lora_export": __version__, "torch": torch.__version__}
+    """The versions and hashes of the code that computes the outputs, the model's own included."""
+    code = {"lora_export": __version__, "torch": torch.__version__}
     if transformers := sys.modules.get("transformers"):
-        told["transformers"] = str(transformers.__version__)
+        code["transformers"] = str(transformers.__version__)
     structure = hashlib.sha256(repr(module).encode())
     structure.update(str(getattr(module, "config", "")).encode())
-    told["structure"] = structure.hexdigest()
+    code["structure"] = structure.hexdigest()
     for path in sorted({path for part in module.modules() for path in _sources(type(part))}):
-        told[f"code of {path.name}"] = files.sha256(path)
-    return told
+        code[f"code of {path.name}"] = files.sha256(path)
+    return code
 
 
-def _sources(kind: type) -> list[Path]:
-    """The files in which a layer's class, and those that it comes of, are written."""
-    written = [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in KNOWN_BY_VERSION]
+def _sources(layer: type) -> list[Path]:
+    """The files that define a layer's class and its base classes."""
+    defined_elsewhere = [each for each in layer.__mro__ if each.__module__.partition(".")[0] not in KNOWN_BY_VERSION]
     paths = []
-    for each in written:
+    for each in defined_elsewhere:
         try:
             paths.append(Path(inspect.getfile(each)))
         except (TypeError, OSError):  # typed at a prompt, or compiled
@@ -173,10 +173,10 @@ def _sources(kind: type) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _digest(said: Sequence[tuple[Sequence[str], NDArray[Any]]]) -> str:
+def _digest(flat: Sequence[tuple[Sequence[str], NDArray[Any]]]) -> str:
     digest = xxhash.xxh3_128()
-    for name, array in sorted(said, key=lambda there: list(there[0])):
-        _feed(digest, json.dumps([*name, str(array.dtype), list(array.shape)]), array)
+    for name, array in sorted(flat, key=lambda item: list(item[0])):
+        _update(digest, json.dumps([*name, str(array.dtype), list(array.shape)]), array)
     return digest.hexdigest()
 
 

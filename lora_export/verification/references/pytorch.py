@@ -117,13 +117,13 @@ class _LazyReference(Fp64Runner):
 
 def held_by(
     candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
-) -> dict[str, quantised_weights.StandIn]:
+) -> dict[str, quantised_weights.DequantisedWeight]:
     """The quantised weights of an ONNX candidate."""
     runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
     held = {}
     if isinstance(runner, OnnxRunner):
         executed = functools.partial(_executed, candidate, runner, next(iter(inputs.values())))
-        held = quantised_weights.stand_ins(runner.path, model, changes, origin, executed)
+        held = quantised_weights.find(runner.path, model, changes, origin, executed)
     if origin is not None and not held:
         raise InputRefused(
             f"{origin} is given as what the candidate was made of, and the candidate has no quantised weights"
@@ -141,13 +141,13 @@ def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset
 
 
 def rounded_weights(
-    candidate: Runner, module: nn.Module, held: Mapping[str, quantised_weights.StandIn]
+    candidate: Runner, module: nn.Module, held: Mapping[str, quantised_weights.DequantisedWeight]
 ) -> tuple[dict[str, layers.Rounding], Mapping[str, torch.Tensor]]:
     """Which of the module's tensors the candidate stores in less than fp32, how, and what it made of them."""
     if not isinstance(candidate, ModuleRunner):
-        sums = {name: there for name, there in held.items() if there.merged is not None}
-        return {name: there.nearest for name, there in sums.items()}, {
-            name: torch.from_numpy(there.weight) for name, there in sums.items()
+        merged = {name: weight for name, weight in held.items() if weight.merge is not None}
+        return {name: weight.nearest for name, weight in merged.items()}, {
+            name: torch.from_numpy(weight.values) for name, weight in merged.items()
         }
     stored = candidate.stored
     low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
@@ -215,7 +215,7 @@ def settled(
     return made
 
 
-def as_deployed(sides: Sides, held: Mapping[str, quantised_weights.StandIn], device: str) -> nn.Module:
+def as_deployed(sides: Sides, held: Mapping[str, quantised_weights.DequantisedWeight], device: str) -> nn.Module:
     """PyTorch as it would be deployed: where weights are rounded, of those that the reference rounded itself.
 
     The loss that a merge into a low precision means is so told apart from faults of the merge.

@@ -1,13 +1,13 @@
-"""What a quantised graph holds in place of its model's weights: everybody else computes with it too.
+"""The weights that a quantised graph computes with, given to every run that it is compared with.
 
-A graph of few bits lies as far from its model as its rounding, which is no fault of an adapter beside it. So that the
-two are told apart, the reference, the model as deployed and the controls are all given the very weights that
-the graph holds, read from the file by our own reading of its format: the gates stay as narrow as for floats, and
-how far the weights lie from the model's is said beside the verdict. What is no rounding of the model's is `different`.
+A graph of few bits is as far from its model as its rounding, and an adapter beside it is not to blame for that.
+To tell the two apart, the reference, PyTorch as deployed and the controls all compute with the graph's own weights,
+dequantised. This module has its own reader of the format. The gates stay as tight as for floats. The verdict's
+notes give the distance of the weights from the model's. A weight that is no rounding of the model's is `different`.
 
-Where adapters were merged into the quantised weights, the reference does it too, in fp64: W + s·BA, each entry at the
-nearest number that the graph's own scales allow. W is what the graph held before (`origin`), or the model's, where
-the sum was quantised once. What that second rounding costs of the adapter is the verdict's merge loss.
+Where adapters were merged into the quantised weights, the reference merges them too, in fp64: W + s·BA, each entry
+at the nearest number that the graph's own scales allow. W is the graph's weight before the merge (`origin`), or the
+model's weight where the sum was quantised once. The verdict's merge loss is what that second rounding costs.
 """
 
 from __future__ import annotations
@@ -27,126 +27,151 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.errors import Different, InputRefused, Undecided
+from lora_export.graph import sites as graph_sites
 from lora_export.graph.match_by_content import NEAR
 from lora_export.graph.onnx_file import open_graph
 from lora_export.graph.quantised.layouts import NBITS
-from lora_export.graph.sites import Site, find, place
+from lora_export.graph.sites import Site, place
 from lora_export.models.model import Model
-from lora_export.plan import Layout, Plan
+from lora_export.plan import Layout, Plan, Step
 from lora_export.verification.parity import DECIDES
 from lora_export.weights.checkpoint import open_checkpoint
 
 Wide = NDArray[np.float64]
 
-HOLDERS = frozenset({NBITS, "DequantizeLinear"})
-ROUNDS_ACTIVATIONS = 4  # MatMulNBits' accuracy_level from which it multiplies in int8; docs/ContribOperators.md
-OWN_BLOCK = 32  # onnxruntime's session.qdq_matmulnbits_block_size
-HALF = 0.5  # of an adapter's change that a weight holds which was merged before it was quantised
-SURE = 5.0  # standard deviations from which a smaller share of it is no chance
-FEW = 0.05  # share of the entries that a fault may have changed in what is one sum, quantised once
-NEAR_TIE = 2.0**-16  # of the largest entry: what a sum in fp32 may cost beside the middle of two integers
+QUANTISED_OPERATORS = frozenset({NBITS, "DequantizeLinear"})
+INT8_ACCURACY_LEVEL = 4  # MatMulNBits' accuracy_level from which it multiplies in int8; docs/ContribOperators.md
+FUSED_BLOCK_SIZE = 32  # onnxruntime's session.qdq_matmulnbits_block_size
+MERGED_FRACTION = 0.5  # a weight that contains more of an adapter's change was merged before it was quantised
+MERGED_DEVIATIONS = 5.0  # so was one whose fraction is this many standard errors above zero
+MISROUNDED_FRACTION = 0.05  # of the entries: more of them, and the weight is not one sum that was quantised once
+TIE_TOLERANCE = 2.0**-16  # of the largest entry: a sum in fp32 is that inexact about the middle of two integers
 
 
 @dataclass(frozen=True, eq=False)
-class StandIn:
+class DequantisedWeight:
     """One weight as a graph computes with it."""
 
     kind: str  # such as `4 bits in blocks of 32`
-    weight: NDArray[np.float32]  # as the model's parameter lies
-    distance: float  # ‖weight − W‖ / ‖W‖; W + ΔW of what it was, where adapters were merged into it
-    block: int  # of the layer's input that is rounded to int8 with one scale; 0: it is not
-    nearest: Callable[[Wide], Wide] = field(repr=False)  # of what its scales allow, to a weight as it lies here
-    merged: Merged | None = None  # where adapters were merged into it and the sum was quantised
+    values: NDArray[np.float32]  # in the layout of the model's parameter
+    distance: float  # ‖values − W‖ / ‖W‖; relative to W + ΔW where adapters were merged into the weight
+    activation_block: int  # inputs that are rounded to int8 with one scale; 0 where they are not rounded
+    nearest: Callable[[Wide], Wide] = field(repr=False)  # a weight in this layout -> the nearest that the scales allow
+    merge: QuantisedMerge | None = None  # where adapters were merged into the weight and the sum was quantised
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
-    """Of what a quantised weight is the sum, and how much of the adapters' change is found in it."""
+class QuantisedMerge:
+    """The sum that a quantised weight should be, and how much of the adapters' change the weight contains."""
 
-    before: NDArray[np.float32]  # the weight without adapters, as the model's parameter lies
-    found: float  # <weight − before, ΔW> / ‖ΔW‖²
-    doubt: float  # of `found`: one standard deviation, by what rounding left beside it
-    distance: float  # ‖weight − V‖ / ‖V‖, V = before + ΔW
-    strange: int  # entries that are not the nearest which the scales allow to before + ΔW
+    base: NDArray[np.float32]  # the weight without adapters, in the layout of the model's parameter
+    fraction: float  # <values − base, ΔW> / ‖ΔW‖²
+    standard_error: float  # of `fraction`, from what rounding left beside the change
+    distance: float  # ‖values − V‖ / ‖V‖, V = base + ΔW
+    misrounded: int  # entries that are not the nearest to V that the scales allow
+
+    @property
+    def is_likely(self) -> bool:
+        """Whether the weight contains too much of the adapters' change for chance."""
+        return self.fraction > MERGED_FRACTION or self.fraction > MERGED_DEVIATIONS * self.standard_error
+
+    @property
+    def is_one_sum(self) -> bool:
+        """Whether the weight is `base` + ΔW, quantised once, but for a few entries."""
+        return self.misrounded <= MISROUNDED_FRACTION * self.base.size
 
 
-def stand_ins(
+# --- read from the graph ------------------------------------------------------------------------
+
+
+def find(
     path: Path,
     model: Model,
     changes: Plan | None = None,
     origin: Path | None = None,
     executed: Callable[[], Collection[tuple[str, str]]] = frozenset,
-) -> dict[str, StandIn]:
-    """The quantised weights of a graph by the model's names; none where it is a graph of floats.
+) -> dict[str, DequantisedWeight]:
+    """The quantised weights of a graph by the model's names; an empty dict for a graph of floats.
 
-    `changes` are what adapters do to the model, `origin` is the quantised graph that they were merged into;
-    `executed` tells what onnxruntime makes of the graph, (node, operator), and is asked where that matters.
-    Reads those weights, and what names them. Raises Different where one of them is no rounding of the model's weight,
-    and Undecided where it seems to hold an adapter already and nobody knows of what it is the sum.
+    `changes` are what adapters do to the model. `origin` is the quantised graph that they were merged into.
+    `executed` returns the (node, operator) pairs that onnxruntime runs; it is called only where they matter.
+    Reads the quantised weights, and what identifies them. Raises Different where a weight is no rounding of the
+    model's. Raises Undecided where a weight seems to contain an adapter already and its base is unknown. Raises
+    InputRefused where `origin` has no quantised weights of the model.
     """
-    before: dict[str, StandIn] = {}
-    named: dict[str, Site] = {}
+    before: dict[str, DequantisedWeight] = {}
+    origin_sites: dict[str, Site] = {}
     if origin is not None:
-        named = _quantised_sites(open_graph(origin).model, model)
-        before = _weights_at(named, model, ())
-        _refuse_strangers(before, str(origin))
+        origin_sites = _quantised_sites(open_graph(origin).model, model)
+        before = _dequantised(origin_sites, model, ())
+        _refuse_unrelated(before, str(origin))
         if not before:
-            raise InputRefused(f"{origin} has no quantised weights of the model: it is not what {path} was made of")
+            raise InputRefused(
+                f"{origin} has no quantised weights of the model, so {path} was not made from it. Give the quantised "
+                "graph that the adapters were merged into"
+            )
     graph = open_graph(path).model
-    has_pairs = any(node.op_type in HOLDERS - {NBITS} for node in ir.traversal.RecursiveGraphIterator(graph.graph))
-    found = _weights_at(_quantised_sites(graph, model, named), model, executed() if has_pairs else ())
-    found = _with_sums(found, before, model, changes, origin)
-    _refuse_strangers(found, "the graph")
-    return found
+    may_fuse = any(
+        node.op_type in QUANTISED_OPERATORS - {NBITS} for node in ir.traversal.RecursiveGraphIterator(graph.graph)
+    )
+    weights = _dequantised(_quantised_sites(graph, model, origin_sites), model, executed() if may_fuse else ())
+    weights = _with_merges(weights, before, model, changes, origin)
+    _refuse_unrelated(weights, "the graph")
+    return weights
 
 
-def _quantised_sites(graph: ir.Model, model: Model, named: Mapping[str, Site] | None = None) -> dict[str, Site]:
-    """Where the graph holds the model's weights in few bits, by the model's names.
+def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, Site] | None = None) -> dict[str, Site]:
+    """The sites of the graph's quantised weights, by the model's names.
 
-    `named` are those of the graph that this one was made of, which has the same initializers: what was merged into
-    has the content no more by which it could be known. Raises Undecided where nobody knows a quantised weight's name.
+    `origin_sites` are those of the graph that this one was made from. Both have the same initializers. A merged
+    weight has lost the content by which it could be matched. Raises Undecided where a quantised weight's name is
+    unknown.
     """
-    if not any(node.op_type in HOLDERS for node in ir.traversal.RecursiveGraphIterator(graph.graph)):
+    if not any(node.op_type in QUANTISED_OPERATORS for node in ir.traversal.RecursiveGraphIterator(graph.graph)):
         return {}
-    base = open_checkpoint(Path(model.source)) if model.is_huggingface and not named else None
+    base = open_checkpoint(Path(model.source)) if model.is_huggingface and not origin_sites else None
     try:
-        sites = find(graph, base)
+        sites = graph_sites.find(graph, base)
     except InputRefused:  # content contradicts a name: the adapters may be in it
-        sites = find(graph)
-    found = {name: site for name, there in sites.by_name.items() for site in there if site.quantised is not None}
-    if named:
-        alike = {site.value.name: site for site in (*found.values(), *sites.unnamed) if site.quantised is not None}
+        sites = graph_sites.find(graph)
+    found = {name: site for name, readers in sites.by_name.items() for site in readers if site.quantised is not None}
+    if origin_sites:
+        by_initializer = {
+            site.value.name: site for site in (*found.values(), *sites.unnamed) if site.quantised is not None
+        }
         found = {
-            name: replace(alike[site.value.name], name=name, block=site.block)
-            for name, site in named.items()
-            if site.value.name in alike
+            name: replace(by_initializer[site.value.name], name=name, block=site.block)
+            for name, site in origin_sites.items()
+            if site.value.name in by_initializer
         }
     known = {site.value for site in found.values()}
-    lost = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
-    if lost:
+    unnamed = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
+    if unnamed:
         raise Undecided(
-            f"nobody knows what {len(lost)} quantised weights are called ({', '.join(map(place, lost[:5]))}). "
-            f"{DECIDES}: the graph that adapters were merged into (--base BASE.onnx beside --model), whose weights the "
-            "model's own tell by their content"
+            f"the names of {len(unnamed)} quantised weights are unknown ({', '.join(map(place, unnamed[:5]))}). "
+            f"{DECIDES}: the graph that adapters were merged into (--base BASE.onnx beside --model), whose weights are "
+            "matched with the model's by their content"
         )
     return found
 
 
-def _weights_at(sites: Mapping[str, Site], model: Model, runs: Collection[tuple[str, str]]) -> dict[str, StandIn]:
+def _dequantised(
+    sites: Mapping[str, Site], model: Model, executed: Collection[tuple[str, str]]
+) -> dict[str, DequantisedWeight]:
     parameters = {spec.name: spec for spec in layers.specs(model.module)}
     tensors = model.module.state_dict()
     found = {}
     for name, site in sites.items():
         if name not in parameters:
             continue
-        own = tensors[name].detach().float().numpy()
+        original = tensors[name].detach().float().numpy()
         is_turned = parameters[name].layout is Layout.IN_OUT
-        held = site.matrix.T if is_turned else site.matrix
-        found[name] = StandIn(
+        values = site.matrix.T if is_turned else site.matrix
+        found[name] = DequantisedWeight(
             _kind(site),
-            np.ascontiguousarray(held, np.float32),
-            _norm(held - own) / (_norm(own) or 1.0),
-            _block(site, runs),
+            np.ascontiguousarray(values, np.float32),
+            _norm(values - original) / (_norm(original) or 1.0),
+            _activation_block(site, executed),
             functools.partial(_nearest, site, is_turned),
         )
     return found
@@ -157,177 +182,191 @@ def _nearest(site: Site, is_turned: bool, values: Wide) -> Wide:
     return np.ascontiguousarray(found.T if is_turned else found)
 
 
-def standing_in(model: Model, held: Mapping[str, StandIn]) -> Model:
-    """The model with these weights in place of its own; with what they were where adapters were merged into them."""
-    if not held:
-        return model
-    module = copy.deepcopy(model.module)
-    tensors = module.state_dict()  # shares the module's memory
-    with torch.no_grad():
-        for name, there in held.items():
-            tensors[name].copy_(torch.from_numpy(there.weight if there.merged is None else there.merged.before))
-    return replace(model, module=module)
-
-
-def round_activations(module: nn.Module, held: Mapping[str, StandIn]) -> None:
-    """Make the module's layers err as those do that multiply these weights by their input rounded to int8.
-
-    Symmetric, one scale for each block of the input: what onnxruntime does for `accuracy_level` 4. What stands
-    beside a weight, an adapter, is given the input as it is. Raises Undecided for a weight of nn.MultiheadAttention,
-    whose products nobody sees.
-    """
-    specs = {spec.name: spec for spec in layers.specs(module)}
-    for name, there in held.items():
-        if there.block:
-            weight = torch.from_numpy(there.weight.T if specs[name].layout is Layout.IN_OUT else there.weight)
-            path = name.rpartition(".")[0]
-            owners = [module.get_submodule(at) for at in (path, path.rpartition(".")[0])]
-            if any(isinstance(owner, nn.MultiheadAttention) for owner in owners):  # it reads its output's weight, too
-                raise Undecided(
-                    f"{name} is multiplied in int8, and what nn.MultiheadAttention multiplies is not to be seen: how "
-                    f"far that may lie from fp64 is unknown. {DECIDES}: the same graph of an accuracy_level below 4"
-                )
-            owners[0].register_forward_hook(functools.partial(_with_rounding_error, weight, there.block))
-
-
-def _with_rounding_error(weight: torch.Tensor, size: int, _: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
-    (values,) = inputs
-    error = _rounded(values, size) - values
-    return output + nn.functional.linear(error, weight.to(error))
-
-
-def told(held: Mapping[str, StandIn]) -> list[str]:
-    """What a verdict says of it."""
-    if not held:
-        return []
-    kinds = sorted({there.kind for there in held.values()})
-    name, worst = max(held.items(), key=lambda item: item[1].distance)
-    lines = [
-        f"{len(held)} weights are quantised ({', '.join(kinds)}): everybody computed with what the graph holds, which "
-        f"lies up to {worst.distance:.1%} from the model's weights{' and adapters' if worst.merged else ''} ({name})"
-    ]
-    if any(there.block for there in held.values()):
-        lines.append("onnxruntime multiplies in int8 there (accuracy_level 4): PyTorch's own error is that of int8 too")
-    sums = {name: there.merged for name, there in held.items() if there.merged is not None}
-    if sums:
-        name, least = min(sums.items(), key=lambda item: item[1].found)
-        mean = sum(there.found for there in sums.values()) / len(sums)
-        lines.append(
-            f"adapters were merged into {len(sums)} quantised weights: each should be the nearest to W + s·BA that its "
-            f"scales allow. Of the change {mean:.0%} is in them in the mean, least in {name} ({least.found:.2f} ± "
-            f"{least.doubt:.2g})"
-        )
-    return lines
-
-
-def faults(held: Mapping[str, StandIn]) -> list[str]:
-    """What is wrong with weights of which it is known what they should be: a rounded input may hide it."""
-    return [
-        f"{name}: {there.merged.strange:,} of {there.weight.size:,} integers are not the nearest to W + s·BA that "
-        f"their scales allow ({there.merged.found:.3f} ± {there.merged.doubt:.2g} of the change is in it)"
-        for name, there in held.items()
-        if there.merged is not None and there.merged.strange
-    ]
-
-
 def _kind(site: Site) -> str:
     assert site.quantised is not None
     return site.quantised.kind
 
 
-def _block(site: Site, runs: Collection[tuple[str, str]]) -> int:
-    """How much of a layer's input is rounded to int8 at once; 0: it is not."""
+def _activation_block(site: Site, executed: Collection[tuple[str, str]]) -> int:
+    """How many inputs of the layer are rounded to int8 with one scale; 0 where they are not rounded."""
     assert site.quantised is not None
     node = site.quantised.node
     if node.op_type == NBITS:
-        rounds = node.attributes.get_int("accuracy_level", 0) >= ROUNDS_ACTIVATIONS
+        rounds = node.attributes.get_int("accuracy_level", 0) >= INT8_ACCURACY_LEVEL
         return node.attributes.get_int("block_size", 0) if rounds else 0
     # onnxruntime fuses much of what is dequantised with its product, at this level unless a session says another, and
-    # in blocks of its own where the scales have none. The node that does both has the product's name.
-    is_fused = (site.node.name, NBITS) in runs
-    return (node.attributes.get_int("block_size", 0) or OWN_BLOCK) if is_fused else 0
+    # in blocks of its own where the scales have none. The fused node has the product's name.
+    is_fused = (site.node.name, NBITS) in executed
+    return (node.attributes.get_int("block_size", 0) or FUSED_BLOCK_SIZE) if is_fused else 0
 
 
 def _norm(array: NDArray[Any]) -> float:
     return float(np.linalg.norm(array.astype(np.float64)))
 
 
-def _rounded(values: torch.Tensor, size: int) -> torch.Tensor:
+def _refuse_unrelated(weights: Mapping[str, DequantisedWeight], owner: str) -> None:
+    unrelated = [f"{name} ({weight.distance:.0%} away)" for name, weight in weights.items() if weight.distance > NEAR]
+    if unrelated:
+        raise Different(f"quantised weights of {owner} are no rounding of the model's: {', '.join(unrelated[:10])}")
+
+
+# --- given to the model -------------------------------------------------------------------------
+
+
+def with_dequantised_weights(model: Model, weights: Mapping[str, DequantisedWeight]) -> Model:
+    """A copy of the model that has these weights; without their adapters where adapters were merged into them."""
+    if not weights:
+        return model
+    module = copy.deepcopy(model.module)
+    tensors = module.state_dict()  # shares the module's memory
+    with torch.no_grad():
+        for name, weight in weights.items():
+            tensors[name].copy_(torch.from_numpy(weight.values if weight.merge is None else weight.merge.base))
+    return replace(model, module=module)
+
+
+def round_activations(module: nn.Module, weights: Mapping[str, DequantisedWeight]) -> None:
+    """Give layers of the module the error of a product whose input is rounded to int8.
+
+    The rounding is symmetric, with one scale for each block of the input, as onnxruntime does for `accuracy_level` 4.
+    An adapter beside a weight takes the input unrounded. The hooks stay on the module. Raises Undecided for a weight
+    of nn.MultiheadAttention, whose products no hook sees.
+    """
+    specs = {spec.name: spec for spec in layers.specs(module)}
+    for name, weight in weights.items():
+        if weight.activation_block:
+            is_turned = specs[name].layout is Layout.IN_OUT
+            matrix = torch.from_numpy(weight.values.T if is_turned else weight.values)  # (out, in)
+            path = name.rpartition(".")[0]
+            owners = [module.get_submodule(at) for at in (path, path.rpartition(".")[0])]
+            if any(isinstance(owner, nn.MultiheadAttention) for owner in owners):  # it reads its output's weight, too
+                raise Undecided(
+                    f"{name} is multiplied in int8, and no hook sees the products of nn.MultiheadAttention: how far "
+                    f"int8 is from fp64 there is unknown. {DECIDES}: the same graph of an accuracy_level below 4"
+                )
+            owners[0].register_forward_hook(functools.partial(_add_int8_error, matrix, weight.activation_block))
+
+
+def _add_int8_error(weight: torch.Tensor, block_size: int, _: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
+    (values,) = inputs
+    error = _rounded_to_int8(values, block_size) - values
+    return output + nn.functional.linear(error, weight.to(error))
+
+
+def _rounded_to_int8(values: torch.Tensor, block_size: int) -> torch.Tensor:
     features = values.shape[-1]
-    blocks = nn.functional.pad(values, (0, -features % size)).unflatten(-1, (-1, size))
+    blocks = nn.functional.pad(values, (0, -features % block_size)).unflatten(-1, (-1, block_size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     levels = torch.where(scale > 0, blocks / scale, blocks).round()
     rounded: torch.Tensor = (levels * scale).flatten(-2)[..., :features]
     return rounded
 
 
-def _refuse_strangers(held: Mapping[str, StandIn], who: str) -> None:
-    strange = [f"{name} ({there.distance:.0%} away)" for name, there in held.items() if there.distance > NEAR]
-    if strange:
-        raise Different(f"quantised weights of {who} are no rounding of the model's: {', '.join(strange[:10])}")
+# --- reported -----------------------------------------------------------------------------------
 
 
-def _with_sums(
-    held: Mapping[str, StandIn],
-    before: Mapping[str, StandIn],
+def notes_on(weights: Mapping[str, DequantisedWeight]) -> list[str]:
+    """What a verdict notes about the quantised weights."""
+    if not weights:
+        return []
+    kinds = sorted({weight.kind for weight in weights.values()})
+    name, farthest = max(weights.items(), key=lambda item: item[1].distance)
+    notes = [
+        f"{len(weights)} weights are quantised ({', '.join(kinds)}): every reference computed with the graph's own "
+        f"weights. They are up to {farthest.distance:.1%} from the model's weights"
+        f"{' and adapters' if farthest.merge else ''} ({name})"
+    ]
+    if any(weight.activation_block for weight in weights.values()):
+        notes.append("onnxruntime multiplies these in int8 (accuracy_level 4): PyTorch's own error includes int8's")
+    merges = {name: weight.merge for name, weight in weights.items() if weight.merge is not None}
+    if merges:
+        name, least = min(merges.items(), key=lambda item: item[1].fraction)
+        mean = sum(merge.fraction for merge in merges.values()) / len(merges)
+        notes.append(
+            f"adapters were merged into {len(merges)} quantised weights: each should be the nearest to W + s·BA that "
+            f"its scales allow. They contain {mean:.0%} of the change on average, the least in {name} "
+            f"({least.fraction:.2f} ± {least.standard_error:.2g})"
+        )
+    return notes
+
+
+def merge_faults(weights: Mapping[str, DequantisedWeight]) -> list[str]:
+    """What is wrong with weights whose correct values are known. Outputs may hide it: their inputs are rounded."""
+    return [
+        f"{name}: {weight.merge.misrounded:,} of {weight.values.size:,} integers are not the nearest to W + s·BA that "
+        f"their scales allow ({weight.merge.fraction:.3f} ± {weight.merge.standard_error:.2g} of the change is in it)"
+        for name, weight in weights.items()
+        if weight.merge is not None and weight.merge.misrounded
+    ]
+
+
+# --- merged into --------------------------------------------------------------------------------
+
+
+def _with_merges(
+    weights: Mapping[str, DequantisedWeight],
+    before: Mapping[str, DequantisedWeight],
     model: Model,
     changes: Plan | None,
     origin: Path | None,
-) -> dict[str, StandIn]:
-    """The weights, and of what those are the sum that hold the adapters already."""
-    touched = {step.weight for step in changes.steps} if changes else set()
-    shared = sorted((held.keys() & before.keys()) - touched)
-    strange = [name for name in shared if not np.array_equal(held[name].weight, before[name].weight)]
-    if strange:
+) -> dict[str, DequantisedWeight]:
+    """The weights; those that contain the adapters already have their `merge`."""
+    changed = {step.weight for step in changes.steps} if changes else set()
+    unchanged = sorted((weights.keys() & before.keys()) - changed)
+    differing = [name for name in unchanged if not np.array_equal(weights[name].values, before[name].values)]
+    if differing:
         raise Different(
-            f"quantised weights that no adapter changes are not those of {origin}: {', '.join(strange[:10])}"
+            f"quantised weights that no adapter changes are not those of {origin}: {', '.join(differing[:10])}"
         )
-    if not held or changes is None:
-        return dict(held)
-    sums = dict(_sums(held, before, model, changes))
+    if not weights or changes is None:
+        return dict(weights)
+    merges = dict(_merges(weights, before, model, changes))
     if origin is None:
-        sums = {name: there for name, there in sums.items() if there.found > HALF or there.found > SURE * there.doubt}
-        _refuse_unknown_sums(sums)
-    elif all(np.array_equal(there.weight, before[name].weight) for name, there in held.items() if name in before):
-        sums = {}  # the adapters are beside the very weights of the origin
-    merged = {name: replace(held[name], merged=there, distance=there.distance) for name, there in sums.items()}
-    return {**held, **merged}
+        merges = {name: merge for name, merge in merges.items() if merge.is_likely}
+        _refuse_unknown_bases(merges)
+    elif all(np.array_equal(weight.values, before[name].values) for name, weight in weights.items() if name in before):
+        merges = {}  # the adapters are beside the very weights of the origin
+    merged = {name: replace(weights[name], merge=merge, distance=merge.distance) for name, merge in merges.items()}
+    return {**weights, **merged}
 
 
-def _sums(
-    held: Mapping[str, StandIn], before: Mapping[str, StandIn], model: Model, changes: Plan
-) -> Iterator[tuple[str, Merged]]:
-    """What each quantised weight would be as a sum, and how far that is true."""
+def _merges(
+    weights: Mapping[str, DequantisedWeight], before: Mapping[str, DequantisedWeight], model: Model, changes: Plan
+) -> Iterator[tuple[str, QuantisedMerge]]:
+    """The sum that each quantised weight would be, and how near the weight is to it."""
     tensors = model.module.state_dict()
     for step in changes.low_rank:
-        if step.weight not in held:
-            continue
-        there = held[step.weight]
-        own = before[step.weight].weight if step.weight in before else tensors[step.weight].detach().float().numpy()
-        turn = np.transpose if step.spec.layout.is_turned else np.asarray
-        total, change = (turn(part).astype(np.float64) for part in step.carried_out(turn(own)))
-        kept = there.weight.astype(np.float64) - own
-        energy = float((change**2).sum()) or 1.0
-        found = float((kept * change).sum()) / energy
-        doubt = float(np.sqrt(np.mean((kept - found * change) ** 2) / energy))
-        tie = NEAR_TIE * float(np.abs(total).max(initial=0.0))
-        strange = np.abs(there.weight - total) > np.abs(there.nearest(total) - total) + tie
-        distance = _norm(there.weight - total) / (_norm(total) or 1.0)
-        yield step.weight, Merged(own, found, doubt, distance, int(strange.sum()))
+        if step.weight in weights:
+            known = before.get(step.weight)
+            base = tensors[step.weight].detach().float().numpy() if known is None else known.values
+            yield step.weight, _merge(weights[step.weight], base, step)
 
 
-def _refuse_unknown_sums(sums: Mapping[str, Merged]) -> None:
-    strange = {name: there for name, there in sums.items() if there.strange > FEW * there.before.size}
-    if strange:
-        told = [
-            f"{name}: {there.found:.2f} ± {there.doubt:.2g} of the adapter's change is in it, and "
-            f"{there.strange / there.before.size:.0%} of its integers are not the nearest to W + s·BA"
-            for name, there in list(strange.items())[:3]
+def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> QuantisedMerge:
+    turn = np.transpose if step.spec.layout.is_turned else np.asarray
+    total, change = (turn(part).astype(np.float64) for part in step.carried_out(turn(base)))
+    moved = weight.values.astype(np.float64) - base
+    energy = float((change**2).sum()) or 1.0
+    fraction = float((moved * change).sum()) / energy
+    standard_error = float(np.sqrt(np.mean((moved - fraction * change) ** 2) / energy))
+    tie = TIE_TOLERANCE * float(np.abs(total).max(initial=0.0))
+    misrounded = np.abs(weight.values - total) > np.abs(weight.nearest(total) - total) + tie
+    distance = _norm(weight.values - total) / (_norm(total) or 1.0)
+    return QuantisedMerge(base, fraction, standard_error, distance, int(misrounded.sum()))
+
+
+def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:
+    unknown = {name: merge for name, merge in merges.items() if not merge.is_one_sum}
+    if unknown:
+        found = [
+            f"{name}: {merge.fraction:.2f} ± {merge.standard_error:.2g} of the adapter's change is in it, and "
+            f"{merge.misrounded / merge.base.size:.0%} of its integers are not the nearest to W + s·BA"
+            for name, merge in list(unknown.items())[:3]
         ]
         raise Undecided(
-            f"{len(strange)} quantised weights hold the adapter already, and the model's own weights do not say of "
-            f"what they are the sum ({'; '.join(told)}). {DECIDES}: the quantised graph that the adapter was merged "
-            "into (--base BASE.onnx beside --model), where `merge --requantize` made this one. Weights that a search "
-            "quantised after the merge (GPTQ, AWQ) cannot be decided here: judge the merge before it, or keep the "
-            "adapter beside the quantised weights (onnx --lora nodes)"
+            f"{len(unknown)} quantised weights already contain an adapter, and the weights before it are unknown: "
+            f"they are not the model's ({'; '.join(found)}). {DECIDES}: the quantised graph that the adapter was "
+            "merged into (--base BASE.onnx beside --model), where `merge --requantize` made this one. Weights that a "
+            "search quantised after the merge (GPTQ, AWQ) cannot be decided here: verify the merge before it, or keep "
+            "the adapter beside the quantised weights (onnx --lora nodes)"
         )

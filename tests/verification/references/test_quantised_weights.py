@@ -1,4 +1,4 @@
-"""Quantised candidates: judged by what their weights are, told how far those lie from the model's."""
+"""Quantised candidates are compared with references that have their weights; notes give the distance to the model."""
 
 from __future__ import annotations
 
@@ -78,48 +78,49 @@ def exact(graph: ir.Model, level: int) -> ir.Model:
 
 
 @pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
-def test_an_adapter_beside_few_bits_is_the_same_and_the_distance_is_told(
+def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
     as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     path = beside(exact(quantised(graph.clone(), as_pairs=as_pairs), 0), an_adapter(4.0), tmp_path)
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)]).verdict
     assert verdict.same, str(verdict)
     (note,) = [note for note in verdict.notes if "quantised" in note]
-    held = quantised_weights.stand_ins(path, wide)
-    assert set(held) == {"up.weight", "down.weight"}
-    for name, there in held.items():
-        own = wide.module.state_dict()[name].double().numpy()
-        assert there.distance == pytest.approx(np.linalg.norm(there.weight - own) / np.linalg.norm(own))
-        assert 0.04 < there.distance < 0.2
-    assert f"{max(there.distance for there in held.values()):.1%} from the model's weights" in note
+    weights = quantised_weights.find(path, wide)
+    assert set(weights) == {"up.weight", "down.weight"}
+    for name, weight in weights.items():
+        original = wide.module.state_dict()[name].double().numpy()
+        assert weight.distance == pytest.approx(np.linalg.norm(weight.values - original) / np.linalg.norm(original))
+        assert 0.04 < weight.distance < 0.2
+    assert f"{max(weight.distance for weight in weights.values()):.1%} from the model's weights" in note
 
 
-def test_the_adapter_is_judged_as_sharply_as_beside_floats(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_gates_stay_tight_beside_quantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone()), 0)
     path = beside(few, an_adapter(1.01), tmp_path)  # far less than the weights' rounding
     assert against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
 
 
-def test_few_bits_without_the_adapter_are_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_quantised_graph_without_the_adapter_is_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = saved(exact(quantised(graph.clone()), 0), tmp_path)
     assert against_pytorch.prove(OnnxRunner(path), wide, []).verdict.same
     assert against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
 
 
-def test_a_graph_of_floats_has_no_stand_ins(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
-    assert quantised_weights.stand_ins(saved(graph.clone(), tmp_path), wide) == {}
-    assert quantised_weights.standing_in(wide, {}) is wide
+def test_float_graph_has_no_dequantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+    assert quantised_weights.find(saved(graph.clone(), tmp_path), wide) == {}
+    assert quantised_weights.with_dequantised_weights(wide, {}) is wide
 
 
-def test_the_model_keeps_its_own_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_original_model_is_not_changed(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     before = copy.deepcopy(wide.module.state_dict())
-    held = quantised_weights.stand_ins(saved(quantised(graph.clone()), tmp_path), wide)
-    other = quantised_weights.standing_in(wide, held)
+    weights = quantised_weights.find(saved(quantised(graph.clone()), tmp_path), wide)
+    other = quantised_weights.with_dequantised_weights(wide, weights)
     assert all(torch.equal(before[name], value) for name, value in wide.module.state_dict().items())
-    assert all(np.array_equal(other.module.state_dict()[name].numpy(), there.weight) for name, there in held.items())
+    tensors = other.module.state_dict()
+    assert all(np.array_equal(tensors[name].numpy(), weight.values) for name, weight in weights.items())
 
 
-def test_another_models_weights_are_no_rounding_of_this_ones(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     strange = graph.clone()
     value = next(value for value in strange.graph.initializers.values() if "down.weight" in (value.name or ""))
     assert value.const_value is not None
@@ -146,8 +147,8 @@ def with_other(path: Path, change: Callable[[str, NDArray[Any]], NDArray[Any]], 
     model = onnx_file.load(path)
     for name, value in model.graph.initializers.items():
         assert value.const_value is not None
-        held = value.const_value.numpy()
-        value.const_value = ir.Tensor(change(name, held.copy()).astype(held.dtype), name=name)
+        array = value.const_value.numpy()
+        value.const_value = ir.Tensor(change(name, array.copy()).astype(array.dtype), name=name)
     folder.mkdir()
     return saved(model, folder)
 
@@ -160,22 +161,22 @@ SCHEMES = pytest.mark.parametrize(
 
 
 @SCHEMES
-def test_a_requantised_merge_is_the_nearest_that_its_scales_allow(
+def test_correct_requantised_merge_is_same(
     scheme: dict[str, Any], wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
     assert verdict.same, str(verdict)
-    costs = [there.figures.merge_loss for there in verdict.comparisons if there.figures]
+    costs = [each.figures.merge_loss for each in verdict.comparisons if each.figures]
     assert all(cost is not None and 0.001 < cost < 0.3 for cost in costs)
     (note,) = [note for note in verdict.notes if "merged into 2 quantised weights" in note]
-    assert "Of the change 100% is in them in the mean" in note
+    assert "They contain 100% of the change on average" in note
 
 
 @SCHEMES
 @pytest.mark.parametrize("fault", ["scale x 1.1", "missing in one", "one row of B lost", "an integer off by one"])
-def test_a_wrong_requantised_merge_is_different(
+def test_wrong_requantised_merge_is_different(
     fault: str, scheme: dict[str, Any], wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
@@ -189,29 +190,27 @@ def test_a_wrong_requantised_merge_is_different(
     path = requantised(base, wrong, tmp_path / "merged")
     if fault == "an integer off by one":
 
-        def off(name: str, held: NDArray[Any]) -> NDArray[Any]:
-            if held.dtype.itemsize == 1 and "up.weight" in name and "scale" not in name and "zero" not in name:
-                held.view(np.uint8).reshape(-1)[5] ^= 1
-            return held
+        def off(name: str, array: NDArray[Any]) -> NDArray[Any]:
+            if array.dtype.itemsize == 1 and "up.weight" in name and "scale" not in name and "zero" not in name:
+                array.view(np.uint8).reshape(-1)[5] ^= 1
+            return array
 
         path = with_other(path, off, tmp_path / "off")
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [right], origin=base).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
 
 
-def test_where_the_graph_multiplies_in_int8_a_requantised_merge_is_judged_too(
-    wide: Model, graph: ir.Model, tmp_path: Path
-) -> None:
+def test_requantised_merge_multiplied_in_int8_is_decided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 4), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
     assert verdict.same, str(verdict)
     wrong = requantised(base, an_adapter(1.5), tmp_path / "wrong")
-    told = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()], origin=base).verdict
-    assert told.outcome is parity.Outcome.DIFFERENT
+    verdict = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()], origin=base).verdict
+    assert verdict.outcome is parity.Outcome.DIFFERENT
 
 
-def test_a_change_below_the_second_rounding_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, an_adapter(0.05), tmp_path / "merged")
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(0.05)], origin=base).verdict
@@ -220,11 +219,11 @@ def test_a_change_below_the_second_rounding_is_undecided(wide: Model, graph: ir.
     assert reason.gate == "loss" and "a graph of more bits" in reason.remedy
 
 
-def test_of_what_a_requantised_merge_is_the_sum_must_be_known(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_requantised_merge_without_its_origin_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
-    told = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE.onnx"
-    with pytest.raises(Undecided, match=told):
+    message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE"
+    with pytest.raises(Undecided, match=rf"{message}\.onnx"):
         against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()])
 
 
@@ -234,43 +233,40 @@ def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
     return exact(quantised(to_onnx(module, wide.examples(), axes=wide.axes)), 0)
 
 
-def test_what_was_merged_and_then_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
+def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
     path = saved(merged_before(wide, an_adapter()), tmp_path)
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict
     assert verdict.same, str(verdict)
-    held = quantised_weights.stand_ins(path, wide, plan.make([an_adapter()], layers.specs(wide.module)))
-    for name, there in held.items():
-        assert there.merged is not None and there.merged.found == pytest.approx(1, abs=0.02)
-        assert np.array_equal(there.merged.before, wide.module.state_dict()[name].numpy())
-        assert (
-            there.distance
-            < 0.2
-            < quantised_weights._norm(there.weight - there.merged.before) / quantised_weights._norm(there.weight)
-        )
+    weights = quantised_weights.find(path, wide, plan.make([an_adapter()], layers.specs(wide.module)))
+    for name, weight in weights.items():
+        assert weight.merge is not None and weight.merge.fraction == pytest.approx(1, abs=0.02)
+        assert np.array_equal(weight.merge.base, wide.module.state_dict()[name].numpy())
+        moved = np.linalg.norm(weight.values - weight.merge.base) / np.linalg.norm(weight.values)
+        assert weight.distance < 0.2 < moved
 
 
-def test_an_adapters_weight_counts(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_strength_of_a_merged_adapter_is_applied(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, an_adapter(0.5), tmp_path / "merged")
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], strengths=[0.5], origin=base).verdict
     assert verdict.same, str(verdict)
-    assert any(re.search(r"Of the change (99|100)%", note) for note in verdict.notes)
+    assert any(re.search(r"They contain (99|100)% of the change", note) for note in verdict.notes)
 
 
-def test_one_entry_of_what_was_quantised_once_is_not_overlooked(wide: Model, tmp_path: Path) -> None:
+def test_one_wrong_integer_of_a_merge_quantised_once_is_different(wide: Model, tmp_path: Path) -> None:
     path = saved(merged_before(wide, an_adapter()), tmp_path)
 
-    def off(name: str, held: NDArray[Any]) -> NDArray[Any]:
-        if held.dtype == np.uint8 and "down.weight" in name:
-            held.reshape(-1)[5] ^= 1
-        return held
+    def off(name: str, array: NDArray[Any]) -> NDArray[Any]:
+        if array.dtype == np.uint8 and "down.weight" in name:
+            array.reshape(-1)[5] ^= 1
+        return array
 
     wrong = with_other(path, off, tmp_path / "off")
     verdict = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()]).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT
 
 
-def test_what_no_adapter_changes_is_held_against_the_origin(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_weights_without_an_adapter_must_equal_the_origins(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     alone = replace(an_adapter(), pairs={"up": an_adapter().pairs["up"]})
     assert against_pytorch.prove(
@@ -281,7 +277,7 @@ def test_what_no_adapter_changes_is_held_against_the_origin(wide: Model, graph: 
         against_pytorch.prove(OnnxRunner(both), wide, [alone], origin=base)
 
 
-def test_an_adapter_beside_the_origins_very_weights_is_no_merge(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_adapter_beside_the_origins_weights_is_no_merge(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone()), 0)
     (tmp_path / "base").mkdir()
     base = saved(few.clone(), tmp_path / "base")
@@ -290,7 +286,7 @@ def test_an_adapter_beside_the_origins_very_weights_is_no_merge(wide: Model, gra
     assert verdict.same and not any("merged into" in note for note in verdict.notes)
 
 
-def test_an_origin_must_be_quantised_as_the_candidate_is(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_origin_and_candidate_must_both_be_quantised(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
     (tmp_path / "floats").mkdir()
@@ -302,7 +298,7 @@ def test_an_origin_must_be_quantised_as_the_candidate_is(wide: Model, graph: ir.
 
 
 class Turned(nn.Module):
-    """GPT-2 keeps its weights (in, out)."""
+    """A layer whose weight is (in, out), as in GPT-2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +310,7 @@ class Turned(nn.Module):
 
 
 def dequantised(weight: NDArray[np.float32], *, axis: int) -> ir.Model:
-    """y = x W, W (in, out) in int8 with a scale for each place on an axis."""
+    """y = x W, W (in, out) in int8 with a scale for each index of an axis."""
     scales = np.abs(weight).max(1 - axis) / 127
     levels = np.rint(weight / (scales if axis else scales[:, None])).astype(np.int8)
     inner, out = weight.shape
@@ -332,22 +328,20 @@ def dequantised(weight: NDArray[np.float32], *, axis: int) -> ir.Model:
 
 
 @pytest.mark.parametrize(("axis", "block"), [(0, 0), (1, 32)])
-def test_onnxruntime_says_whether_it_fuses_what_is_dequantised(axis: int, block: int, tmp_path: Path) -> None:
-    """With a scale for each output it does, and multiplies in int8 then; with one for each input it does not."""
+def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_path: Path) -> None:
+    """It fuses a scale for each output, and then multiplies in int8. It does not fuse a scale for each input."""
     torch.manual_seed(0)
     turned = factory.of_module(Turned(), {"x": torch.randn(3, 7, 40)})
     path = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=axis), tmp_path)  # type: ignore[union-attr]
     runner = OnnxRunner(path)
     x = np.ones((2, 5, 40), np.float32)
-    held = quantised_weights.stand_ins(
-        path, turned, executed=lambda: runner.executed(lambda other: other.run({"x": x}))
-    )
-    assert held["fc.weight"].block == block
+    weights = quantised_weights.find(path, turned, executed=lambda: runner.executed(lambda other: other.run({"x": x})))
+    assert weights["fc.weight"].activation_block == block
     verdict = against_pytorch.prove(runner, turned, []).verdict
     assert verdict.same, str(verdict)
 
 
-def test_a_parameter_may_lie_the_other_way_round(tmp_path: Path) -> None:
+def test_transposed_parameter_is_merged_and_verified(tmp_path: Path) -> None:
     torch.manual_seed(0)
     turned = factory.of_module(Turned(), {"x": torch.randn(3, 7, 40)})
     base = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=1), tmp_path)  # type: ignore[union-attr]
@@ -366,7 +360,7 @@ def test_a_parameter_may_lie_the_other_way_round(tmp_path: Path) -> None:
 
 
 def stripped(graph: ir.Model) -> ir.Model:
-    """Without the names that told whose weights they are."""
+    """The graph without names that identify its weights."""
     for number, value in enumerate(list(graph.graph.initializers.values())):
         value.name = f"w{number}"
     for number, node in enumerate(graph.graph):
@@ -375,11 +369,11 @@ def stripped(graph: ir.Model) -> ir.Model:
     return graph
 
 
-@pytest.mark.parametrize("names", ["kept", "lost"])
-def test_a_hugging_face_models_merge_is_known_by_the_graph_that_it_was_made_of(names: str, tmp_path: Path) -> None:
-    """Its names are held against the checkpoint's content, which what was merged into has no more."""
+@pytest.mark.parametrize("names", ["with names", "without names"])
+def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: Path) -> None:
+    """Names are matched by the checkpoint's content, which a merged weight no longer has."""
     llama, few = subjects.loaded("llama"), exact(quantised(subjects._exported("llama").clone(), block=16), 0)
-    base = saved(few if names == "kept" else stripped(few), tmp_path)
+    base = saved(few if names == "with names" else stripped(few), tmp_path)
     adapter = subjects.adapter("llama", "linear")
     graph = onnx_file.open_graph(base)
     found = sites.find(graph.model, open_checkpoint(Path(llama.source)))
@@ -392,7 +386,10 @@ def test_a_hugging_face_models_merge_is_known_by_the_graph_that_it_was_made_of(n
     assert verdict.same, str(verdict)
     assert any("merged into 12 quantised weights" in note for note in verdict.notes)
     with pytest.raises(
-        Undecided, match="of the adapter's change is in it" if names == "kept" else r"nobody knows what \d+ quantised"
+        Undecided,
+        match="of the adapter's change is in it"
+        if names == "with names"
+        else r"the names of \d+ quantised weights are unknown",
     ):
         against_pytorch.prove(OnnxRunner(path), llama, [adapter])
     name = "model.layers.1.self_attn.q_proj"
@@ -402,7 +399,7 @@ def test_a_hugging_face_models_merge_is_known_by_the_graph_that_it_was_made_of(n
     assert [reason.text.partition(":")[0] for reason in wrong.reasons if reason.gate == "weights"] == [f"{name}.weight"]
 
 
-# --- the nearest that scales allow, by hand ------------------------------------------------------
+# --- the nearest value that scales allow, by hand ------------------------------------------------------
 
 
 def only_site(text: str, name: str = "fc.weight") -> sites.Site:
@@ -417,7 +414,7 @@ def only_site(text: str, name: str = "fc.weight") -> sites.Site:
         (", uint8[2,1] z = {3, 10}", [[-1.5, 0.5, 6], [20, 2, -10]]),
     ],
 )
-def test_the_nearest_of_four_bits(zeros: str, expected: list[list[float]]) -> None:
+def test_nearest_value_of_four_bits(zeros: str, expected: list[list[float]]) -> None:
     site = only_site(f"""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
         g (float[N,3] x) => (float[N,2] y) <uint8[2,1,8] "fc.weight_Q4" = {{{", ".join(["0"] * 16)}}},
@@ -427,7 +424,7 @@ def test_the_nearest_of_four_bits(zeros: str, expected: list[list[float]]) -> No
     assert site.nearest(np.array([[-100, 0.6, 100], [100, 2.9, -100]])).tolist() == expected
 
 
-def test_the_nearest_behind_a_dequantisation_of_packed_weights() -> None:
+def test_nearest_value_of_a_block_in_packed_weights() -> None:
     """q and v side by side in one (in, out) matrix; each column has a scale and a zero point."""
     graph = ir.from_onnx_text("""
         <ir_version: 10, opset_import: ["" : 21]>
@@ -443,17 +440,17 @@ def test_the_nearest_behind_a_dequantisation_of_packed_weights() -> None:
     assert site.nearest(np.zeros((4, 3))).tolist() == np.zeros((4, 3)).tolist()
 
 
-# --- followed --------------------------------------------------------------------------------------
+# --- diagnosed --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
-def test_a_quantised_graph_is_followed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_quantised_graph_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone(), as_pairs=as_pairs), 4)
     path = beside(few.clone(), an_adapter(4.0), tmp_path)
     right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)], trace=True).diagnosis
     assert right is not None and right.first is None
-    assert [there.name for there in right.layers] == ["up", "down"]
-    assert all(0 < there.error < 1.2 * there.deployed_error for there in right.layers)
+    assert [layer.name for layer in right.layers] == ["up", "down"]
+    assert all(0 < layer.error < 1.2 * layer.deployed_error for layer in right.layers)
     lost = replace(an_adapter(4.0), pairs={"up": an_adapter(4.0).pairs["up"]})
     (tmp_path / "lost").mkdir()
     wrong = against_pytorch.prove(OnnxRunner(beside(few, lost, tmp_path / "lost")), wide, [an_adapter(4.0)]).diagnosis
@@ -461,7 +458,7 @@ def test_a_quantised_graph_is_followed(as_pairs: bool, wide: Model, graph: ir.Mo
 
 
 @pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
-def test_a_requantised_merge_is_followed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
+def test_requantised_merge_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone(), as_pairs=as_pairs), 4), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
     right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base, trace=True).diagnosis
@@ -472,7 +469,7 @@ def test_a_requantised_merge_is_followed(as_pairs: bool, wide: Model, graph: ir.
     assert re.search(r"arrives 1\.(4[6-9]|5\d*) times .* is no more than rounding costs", wrong.why), wrong.why
 
 
-def test_the_command_judges_what_merge_requantize_made(
+def test_verify_command_takes_the_origin_of_a_requantised_merge(
     wide: Model, graph: ir.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
@@ -482,8 +479,8 @@ def test_the_command_judges_what_merge_requantize_made(
     verify = ["verify", str(merged), "--model", f"{FACTORIES}:wide", "-a", str(adapter)]
     capsys.readouterr()
     assert cli.run([*verify, "--base", str(base), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["outcome"] == "same" and list(told["about"]["base"]["sha256"]) == ["m.onnx"]
+    document = json.loads(capsys.readouterr().out)
+    assert document["outcome"] == "same" and list(document["about"]["base"]["sha256"]) == ["m.onnx"]
     assert cli.run(verify) == 5
     assert "--base BASE.onnx" in capsys.readouterr().err
     assert cli.run([*verify, "--base", str(tmp_path / "none.onnx")]) == 3
@@ -493,24 +490,27 @@ def test_the_command_judges_what_merge_requantize_made(
 # --- in int8 -------------------------------------------------------------------------------------
 
 
-def test_where_the_graph_multiplies_in_int8_pytorch_errs_as_it_does(
-    wide: Model, graph: ir.Model, tmp_path: Path
-) -> None:
+def test_pytorchs_error_includes_int8_rounding(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = beside(exact(quantised(graph.clone()), 4), an_adapter(4.0), tmp_path)
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)]).verdict
     assert verdict.same, str(verdict)
     assert any("in int8" in note for note in verdict.notes)
-    ratios = [there.figures.ratio for there in verdict.comparisons if there.figures and there.figures.ratio]
+    ratios = [each.figures.ratio for each in verdict.comparisons if each.figures and each.figures.ratio]
     assert ratios == pytest.approx([1.0] * 3, rel=0.1)
 
 
-def test_eight_bits_hold_127_of_a_blocks_largest() -> None:
+def test_activations_round_to_127_levels_of_each_block() -> None:
     module = nn.Module()
     module.layer = nn.Linear(4, 4, bias=False)
     nn.init.eye_(module.layer.weight)
     weight = np.eye(4, dtype=np.float32)
     quantised_weights.round_activations(
-        module, {"layer.weight": quantised_weights.StandIn("4 bits", weight, 0.0, block=2, nearest=np.rint)}
+        module,
+        {
+            "layer.weight": quantised_weights.DequantisedWeight(
+                "4 bits", weight, 0.0, activation_block=2, nearest=np.rint
+            )
+        },
     )
     answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
     expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
@@ -518,11 +518,11 @@ def test_eight_bits_hold_127_of_a_blocks_largest() -> None:
 
 
 @pytest.mark.parametrize("name", ["attn.in_proj_weight", "attn.out_proj.weight"])
-def test_what_attention_multiplies_in_int8_nobody_can_tell(name: str) -> None:
+def test_multihead_attention_in_int8_is_undecided(name: str) -> None:
     module = nn.Module()
     module.attn = nn.MultiheadAttention(4, 2)
     weight = module.get_parameter(name).detach().numpy()
-    held = {name: quantised_weights.StandIn("4 bits", weight, 0.0, block=2, nearest=np.rint)}
+    weights = {name: quantised_weights.DequantisedWeight("4 bits", weight, 0.0, activation_block=2, nearest=np.rint)}
     with pytest.raises(Undecided, match=rf"{name} is multiplied in int8, .*an accuracy_level below 4"):
-        quantised_weights.round_activations(module, held)
-    quantised_weights.round_activations(module, {name: dataclasses.replace(held[name], block=0)})
+        quantised_weights.round_activations(module, weights)
+    quantised_weights.round_activations(module, {name: dataclasses.replace(weights[name], activation_block=0)})
