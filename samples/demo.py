@@ -93,7 +93,7 @@ def main(folder: Path) -> int:
         if path != adapter:
             proof, _, code = lora_export("verify", path, "--model", base, *with_adapter)
             verdict = proof["outcome"]
-            share = f"{max(there['figures']['share'] for there in proof['comparisons']):.2e}"
+            share = f"{max(there['figures']['relative_to_effect'] for there in proof['comparisons']):.2e}"
             worst = max(worst, code)
         table.add_row(f"{name} ({path.name})", f"{size(path) / 1e6:.1f} MB", f"{seconds:.1f}", verdict, share)
     console.print()

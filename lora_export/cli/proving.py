@@ -44,12 +44,13 @@ def summary(proof: Proof | None) -> dict[str, Any]:
     """The verdict as it is kept in the file itself."""
     if proof is None:
         return {"outcome": "not verified", "why": "--no-verify"}
-    shares = [there.figures.share for there in proof.verdict.comparisons if there.figures and there.figures.share]
+    measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]
+    shares = [figures.relative_to_effect for figures in measured if figures.relative_to_effect]
     against = {"against": proof.about["against"]} if "against" in proof.about else {}
     return {
         "outcome": str(proof.verdict.outcome),
         **against,
-        "provider": proof.placement.asked if proof.placement else "PyTorch",
+        "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
         "error_as_share_of_effect": max(shares, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
         "variables": {name: proof.about[name] for name in environment.SETTINGS if name in proof.about},
@@ -91,7 +92,7 @@ def without_figures(error: LoraExportError, placement: Placement | None = None) 
 
     outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
     gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
-    verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), perturbed=(), dtype="float32")
+    verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), sensitivity=(), dtype="float32")
     return Proof(verdict, placement, environment(), ended_with=error.exit_code)
 
 

@@ -1,6 +1,6 @@
 """JSON: every noun as a document with a schema.
 
-A verdict's is written down in `verdict-1.schema.json` beside this file, field by field. A new field does not
+A verdict's is written down in `verdict-2.schema.json` beside this file, field by field. A new field does not
 change the number: whoever reads a document passes over what they do not know.
 """
 
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Verdict
 
-VERSION = 1  # of the JSON documents; grows when a field changes its meaning or goes
+VERSIONS = {"verdict": 2}  # of a document's schema, 1 where none is given; grows when a field is removed or redefined
 
 
 class Placement(Protocol):
     """What ran where, as a runtime tells it."""
 
     @property
-    def asked(self) -> str: ...
+    def requested_provider(self) -> str: ...
     @property
     def by_provider(self) -> Mapping[str, Sequence[tuple[str, str]]]: ...  # provider -> (node, operator) ...
     @property
@@ -69,7 +69,7 @@ def document(
     }
     if placement is not None:
         result["placement"] = {
-            "asked": placement.asked,
+            "requested_provider": placement.requested_provider,
             "compute_nodes": placement.compute,
             "off_provider": _plain(placement.off_provider),
             "nodes": {provider: len(nodes) for provider, nodes in placement.by_provider.items()},
@@ -81,7 +81,7 @@ def document(
 
 def _schema(noun: Any) -> str:
     name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(noun).__name__).lower()
-    return f"lora-export/{name}/{VERSION}"
+    return f"lora-export/{name}/{VERSIONS.get(name, 1)}"
 
 
 def _members(noun: Any) -> dict[str, Any]:

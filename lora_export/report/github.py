@@ -24,7 +24,7 @@ def workflow_commands(verdict: Verdict, title: str) -> Iterator[str]:
     if verdict.same:
         yield _command("notice", title, str(verdict).splitlines()[0])
         return
-    told = verdict.foremost[:SHOWN]
+    told = verdict.distinct_reasons[:SHOWN]
     for reason in told:
         remedy = f"\n{DECIDES}: {reason.remedy}" if reason.remedy else ""
         yield _command("error", f"{title}: {reason.outcome}", f"{reason}{remedy}")
@@ -52,7 +52,7 @@ def summary(
 ) -> str:
     """The verdict as GitHub's Markdown: why, the most strained case of each output, and what ran where."""
     lines = [f"### {ICONS[verdict.outcome]} {_safe(title)}: {verdict.outcome}", ""]
-    told = verdict.foremost[:SHOWN]
+    told = verdict.distinct_reasons[:SHOWN]
     for reason in told:
         lines.append(f"- {_safe(str(reason))}")
         lines += [f"  **{DECIDES}:** {_safe(reason.remedy)}"] if reason.remedy else []
@@ -75,7 +75,7 @@ def summary(
 def _row(there: Comparison) -> str:
     f = there.figures
     assert f is not None  # `nearest_to_failing` holds what was measured
-    share = "–" if f.share is None else f"{100 * f.share:.2g} %"
+    share = "–" if f.relative_to_effect is None else f"{100 * f.relative_to_effect:.2g} %"
     cells = [there.output, there.case, f"{f.error:.3g}", f"{f.deployed_error:.3g}", f"{f.max_error:.3g}", share]
     return f"| {' | '.join(map(_safe, cells))} |"
 

@@ -25,7 +25,7 @@ GATES = {
     "tail": "worst element",
     "bulk": "most elements",
     "loss": "cost of rounding",
-    "signal": "beside the effect",
+    "effect": "beside the effect",
     "exact": "values that differ",
     "tolerance": "tolerance",
 }
@@ -162,7 +162,7 @@ def _controls_of_weights(changed: Sequence[Document]) -> list[dict[str, Any]]:
     return [
         {
             "what": what,
-            "told": sum(told for _, told in weights),
+            "detected": sum(told for _, told in weights),
             "put": len(weights),
             "fits": missed(weights, is_that_sum=True),
             "powerless": missed(weights, is_that_sum=False),
@@ -247,7 +247,7 @@ def _tiles(told: Document) -> list[tuple[str, str]]:
     outputs = {there["output"] for there in told["comparisons"]}
     cases = {there["case"] for there in told["comparisons"]}
     tiles = [(f"{len(outputs)} × {len(cases)}", "outputs × cases compared")]
-    if shares := [f["share"] for f in measured if f["share"] is not None]:
+    if shares := [f["relative_to_effect"] for f in measured if f["relative_to_effect"] is not None]:
         tiles.append((_percent(max(shares)), "of what the adapter does is error, at most"))
     if ratios := [f["ratio"] for f in measured if f["ratio"] is not None]:
         tiles.append((_times(max(ratios)), "PyTorch's own error, at most"))
@@ -255,7 +255,7 @@ def _tiles(told: Document) -> list[tuple[str, str]]:
         tiles.append((_percent(min(agreements)), "top-1 agreement, at least"))
     if placement := told["placement"]:
         on = placement["compute_nodes"] - len(placement["off_provider"])
-        tiles.append((f"{on} of {placement['compute_nodes']}", f"compute nodes on {placement['asked']}"))
+        tiles.append((f"{on} of {placement['compute_nodes']}", f"compute nodes on {placement['requested_provider']}"))
     return tiles
 
 
@@ -307,9 +307,9 @@ def _controls(told: Document) -> list[dict[str, Any]]:
         {
             "name": name,
             "what": CONTROLS.get(name, name),
-            "told": sum(control["told"] for control in controls),
+            "detected": sum(control["detected"] for control in controls),
             "put": len(controls),
-            "powerless": [control for control in controls if control["required"] and not control["told"]],
+            "powerless": [control for control in controls if control["required"] and not control["detected"]],
         }
         for name, controls in put.items()
     ]

@@ -49,11 +49,11 @@ def junit(
     for name in dict.fromkeys(control.name for there in verdict.comparisons for control in _controls(there)):
         reasons = [reason for reason in verdict.reasons if _of_control(reason) and reason.gate == name]
         _test(suite, "controls", f"{name}: {CONTROLS[name]}", reasons, told=_told(verdict, name))
-    for sensitivity in verdict.perturbed:
+    for sensitivity in verdict.sensitivity:
         _input_test(suite, sensitivity, verdict.peer)
     if placement is not None:
         strays = [Reason(Outcome.DIFFERENT, "placement", placed(placement))] if placement.off_provider else []
-        _test(suite, "placement", placement.asked, strays, told=placed(placement))
+        _test(suite, "placement", placement.requested_provider, strays, told=placed(placement))
     _test(suite, "verdict", "same", verdict.reasons, told=str(verdict))
     return _finished(suite, seconds)
 
@@ -115,9 +115,9 @@ def _controls(there: Comparison) -> Sequence[Control]:
 
 def _told(verdict: Verdict, name: str) -> str:
     put = [(there, control) for there in verdict.comparisons for control in _controls(there) if control.name == name]
-    lines = [f"told from the candidate in {sum(control.told for _, control in put)} of {len(put)} outputs"]
+    lines = [f"told from the candidate in {sum(control.detected for _, control in put)} of {len(put)} outputs"]
     for there, control in put:
-        told = "told" if control.told else "NOT told" if control.required else "not told, and not asked for"
+        told = "told" if control.detected else "NOT told" if control.required else "not told, and not asked for"
         lines.append(f"{there.output} in case {there.case}: {told}, off by {control.error:.3g}")
     return "\n".join(lines)
 
@@ -140,12 +140,12 @@ def _test(
 
 
 def _input_test(suite: ElementTree.Element, there: Sensitivity, peer: str) -> None:
-    folded = there.reference_changed and not there.candidate_changed
+    folded = there.peer_changed and not there.candidate_changed
     text = f"perturbing {there.input} changes {peer} and not the candidate: it was folded away"
     reasons = [Reason(Outcome.DIFFERENT, "inputs", text)] if folded else []
-    changed = f"{peer} changed: {there.reference_changed}; the candidate changed: {there.candidate_changed}"
+    changed = f"{peer} changed: {there.peer_changed}; the candidate changed: {there.candidate_changed}"
     test = _test(suite, "inputs", there.input, reasons, told=changed)
-    if not there.reference_changed:
+    if not there.peer_changed:
         test.insert(0, ElementTree.Element("skipped", message=f"{peer} does not heed it either"))
 
 

@@ -182,7 +182,7 @@ class OnnxRunner:
 
         The placement is told before onnxruntime's last fusions, this is after them. Loads the graph once more.
         """
-        ort, (asked, options) = onnxruntime(), (self.placement.asked, self.placement.options)
+        ort, (asked, options) = onnxruntime(), (self.placement.requested_provider, self.placement.options)
         with tempfile.TemporaryDirectory() as folder:
             runner = copy.copy(self)
             runner.session = _session(ort, self.source, (asked, options), profile=Path(folder, "profile"))

@@ -49,7 +49,7 @@ class Runner(Protocol):
 class Placement:
     """Which provider ran which node, as onnxruntime's own assignment tells it."""
 
-    asked: str  # the provider's full name
+    requested_provider: str  # the provider's full name
     by_provider: Mapping[str, tuple[tuple[str, str], ...]]  # provider -> (node, operator) ...
     options: Mapping[str, str]
     version: str
@@ -71,7 +71,7 @@ class Placement:
             (provider, node, operator)
             for provider, nodes in self.by_provider.items()
             for node, operator in nodes
-            if provider != self.asked and operator in COMPUTE
+            if provider != self.requested_provider and operator in COMPUTE
         )
 
     def insist(self) -> None:
@@ -79,8 +79,10 @@ class Placement:
         if self.off_provider:
             some = ", ".join(f"{node} ({operator}) on {where}" for where, node, operator in self.off_provider[:5])
             raise EnvironmentLacking(
-                f"{self.asked} was asked for, but {len(self.off_provider)} of {self.compute} compute nodes ran "
-                f"elsewhere: {some}"
+                f"{self.requested_provider} was asked for, but {len(self.off_provider)} of {self.compute} compute "
+                f"nodes ran elsewhere: {some}"
             )
-        if self.asked != PROVIDERS["cpu"] and not self.by_provider.get(self.asked):
-            raise EnvironmentLacking(f"{self.asked} was asked for, and onnxruntime tells of no node that ran on it")
+        if self.requested_provider != PROVIDERS["cpu"] and not self.by_provider.get(self.requested_provider):
+            raise EnvironmentLacking(
+                f"{self.requested_provider} was asked for, and onnxruntime tells of no node that ran on it"
+            )

@@ -31,7 +31,7 @@ from lora_export.lora import LoraPair
 from lora_export.plan import FLOATS, Plan, Step
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.verification.parity import Outcome, Place
+from lora_export.verification.parity import Outcome, WorstElement
 from lora_export.weights.checkpoint import Checkpoint
 
 PIECE = 1 << 22  # bytes of a tensor that are looked at at once
@@ -68,7 +68,7 @@ class Weight:
     relative_change: float | None = None
     retention: float | None = None
     noise: float | None = None
-    worst: Place | None = None  # where M lies farthest from V, as a share of what is allowed there
+    worst: WorstElement | None = None  # where M lies farthest from V, as a share of what is allowed there
 
     def __str__(self) -> str:
         return one_line(f"{self.name}: {self.outcome}{f', {self.why}' if self.why else ''}")
@@ -354,7 +354,7 @@ def _changed(name: str, step: Step, before: Stored, found: Stored) -> Weight:
         if shares.max(initial=-1.0) > error:
             error, index = float(shares.max()), np.unravel_index(int(shares.argmax()), shares.shape)
             place = (rows.start + int(index[0]), *map(int, index[1:]))
-            worst = Place(place, float(held[index]), float(value[index]))
+            worst = WorstElement(place, float(held[index]), float(value[index]))
         change = value - base
         with np.errstate(over="ignore", invalid="ignore"):  # what is off may be anything
             sums += [np.vdot(x, y) for x, y in ((base, base), (change, change), (held - base, change))] + [
@@ -380,7 +380,13 @@ def _changed(name: str, step: Step, before: Stored, found: Stored) -> Weight:
 
 
 def _figures(
-    name: str, sums: Wide, error: float, worst: Place | None, elements: int, off: int, controls: Mapping[str, bool]
+    name: str,
+    sums: Wide,
+    error: float,
+    worst: WorstElement | None,
+    elements: int,
+    off: int,
+    controls: Mapping[str, bool],
 ) -> Weight:
     """A changed weight with what was measured of it, as if it were the same."""
     before, change, kept, noise = map(float, sums)

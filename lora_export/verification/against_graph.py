@@ -148,7 +148,7 @@ class GraphJudge:
         }
 
         def judge(cases: Sequence[parity.Case], *more: str) -> parity.Verdict:
-            return parity.judge(cases, dtype=self.dtype, perturbed=sensitivity, notes=[*notes, *more])
+            return parity.judge(cases, dtype=self.dtype, sensitivity=sensitivity, notes=[*notes, *more])
 
         verdict = judge(cases)
         if ways.has_merged_peer and differs_in_precision_alone(verdict):

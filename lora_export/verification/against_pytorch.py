@@ -154,7 +154,7 @@ def prove(
         return parity.judge(
             [*cases, *again],
             dtype=name_of(dtype),
-            perturbed=sensitivity,
+            sensitivity=sensitivity,
             atol=atol,
             rtol=rtol,
             notes=[
@@ -261,7 +261,7 @@ def prove_rows(
     step("mixed batches")
     mixed = prove_mixed(with_cache(candidate.with_rows(ids)), alone, ids)
     verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
-    verdict = parity.together(verdicts | {MIXED: mixed.verdict})
+    verdict = parity.combine(verdicts | {MIXED: mixed.verdict})
     about = {**alone[-1].about, "adapters": [told for proof in alone for told in proof.about["adapters"]]}
     diagnosis = next((proof.diagnosis for proof in alone if proof.diagnosis), None)
     return Proof(verdict, alone[0].placement, about, alone[0].inputs, alone[0].cases, diagnosis=diagnosis)

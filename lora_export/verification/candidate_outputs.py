@@ -112,7 +112,7 @@ def as_shipped(
     if placement is None or not placement.options:
         return []
     settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
-    told = f"not judged: with {placement.asked}'s own settings, in place of {settings}, "
+    told = f"not judged: with {placement.requested_provider}'s own settings, in place of {settings}, "
     try:
         shipped: Runner = candidate.as_shipped()  # type: ignore[attr-defined]
         answers = [aligned(shipped.run(inputs[case.name]), dict(case.reference), shipped, deployed) for case in cases]

@@ -60,7 +60,7 @@ def prove_by_origin(
         own, was = (named_as(case.reference, there[case.name]) for there in (answers, before))
         cases.append(replace(case, candidate=own, reference=was, deployed=was, peer=AGAINST))
     notes = [told, NOT_BY_FP64, *proof.verdict.notes]
-    verdict = parity.judge(cases, dtype=proof.verdict.dtype, perturbed=proof.verdict.perturbed, notes=notes)
+    verdict = parity.judge(cases, dtype=proof.verdict.dtype, sensitivity=proof.verdict.sensitivity, notes=notes)
     return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=tuple(cases))
 
 

@@ -28,7 +28,7 @@ def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -
         result = against_pytorch.prove(runner, column.base, [adapter], seed=seed)
     except EnvironmentLacking as refusal:
         others: Any = runner
-        others.placement = dataclasses.replace(others.placement, asked="CPUExecutionProvider")
+        others.placement = dataclasses.replace(others.placement, requested_provider="CPUExecutionProvider")
         return Judged(f"refused {refusal.exit_code}", judged(others, column, adapter).passed_by)
     except LoraExportError as refusal:
         return Judged(f"refused {refusal.exit_code}")
@@ -55,7 +55,7 @@ def _passed_by(result: proof.Proof) -> frozenset[str]:
 
 def strain(result: proof.Proof) -> float:
     """How near to failing the verdict came."""
-    return max((there.figures.strain for there in result.verdict.comparisons if there.figures), default=0.0)
+    return max((there.figures.limit_used for there in result.verdict.comparisons if there.figures), default=0.0)
 
 
 SAME = str(parity.Outcome.SAME)

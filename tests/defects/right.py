@@ -73,7 +73,7 @@ def measured(right: Right, seed: int) -> Iterator[Measured]:
     there = right.judged(seed)
     assert there.proof, there.verdict
     for figures in (found.figures for found in there.proof.verdict.comparisons if found.figures):
-        gates = {gate.name: figures.k * gate.value / gate.allowed for gate in figures.gates if gate.allowed}
+        gates = {gate.name: figures.ratio_limit * gate.value / gate.allowed for gate in figures.gates if gate.allowed}
         elements = int(np.prod(figures.shape))
         yield Measured(right.column.storage, elements, gates.get("error", 0.0), gates.get("tail", 0.0))
 

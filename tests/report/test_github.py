@@ -90,13 +90,13 @@ def test_verify_tells_github_on_stderr_and_writes_the_runs_page(
 def test_a_provider_that_did_not_do_the_work_is_reported_too(
     candidate: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_export import proof
     from lora_export.errors import EnvironmentLacking
+    from lora_export.verification import against_pytorch
 
     def strayed(*_: object, **__: object) -> None:
         raise EnvironmentLacking("1 of 1 compute nodes ran elsewhere")
 
-    monkeypatch.setattr(proof, "prove", strayed)
+    monkeypatch.setattr(against_pytorch, "prove", strayed)
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     capsys.readouterr()
     files = [tmp_path / f"report.{suffix}" for suffix in ("json", "xml", "html")]

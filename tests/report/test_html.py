@@ -117,7 +117,7 @@ SHOWN = "<script>alert(1)</script>\"' onload=x {{ 7*7 }} \\x1b[2J\\ud800"
 
 
 def test_a_hostile_name_is_text_wherever_it_stands(tmp_path: Path) -> None:
-    verdict = judge([case(1.0, name=HOSTILE, output=HOSTILE)], perturbed=[parity.Sensitivity(HOSTILE, True, False)])
+    verdict = judge([case(1.0, name=HOSTILE, output=HOSTILE)], sensitivity=[parity.Sensitivity(HOSTILE, True, False)])
     about = {
         **ABOUT,
         "candidate": {"path": HOSTILE, "sha256": {HOSTILE: "0" * 64}},
@@ -140,7 +140,7 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path: Path) -> None:
 SUM = against_checkpoint.Weight(
     "layers.0.weight", against_checkpoint.Fate.CHANGED, parity.Outcome.SAME, elements=1200, error=0.25,
     controls={"english left out": True, "english x 1.1": False}, relative_change=0.125, retention=0.998, noise=0.0625,
-    worst=parity.Place((3, 14), 0.5, 0.4375),
+    worst=parity.WorstElement((3, 14), 0.5, 0.4375),
 )  # fmt: skip
 WRONG = dataclasses.replace(
     SUM, name="layers.1.weight", outcome=parity.Outcome.DIFFERENT, why="it is the sum with english x 1.1", off=7,

@@ -197,7 +197,7 @@ def test_a_verdict_comes_back_from_its_json(tmp_path: Path) -> None:
     path = tmp_path / "verdict.json"
     report.write(path, DIFFERENT, placement=STRAYED, about={"candidate": "model.onnx", "seed": 7})
     back = json.loads(path.read_text())
-    assert back["schema"] == "lora-export/verdict/1"
+    assert back["schema"] == "lora-export/verdict/2"
     assert (back["outcome"], back["exit_code"], back["dtype"]) == ("different", 4, "float32")
     assert back["about"] == {"candidate": "model.onnx", "seed": 7}
     bad = back["comparisons"][1]
@@ -207,9 +207,9 @@ def test_a_verdict_comes_back_from_its_json(tmp_path: Path) -> None:
     assert bad["figures"]["worst"] == {"index": [0, 0], "candidate": -1.0, "reference": 0.0}
     assert bad["figures"]["gates"][0] == {"name": "error", "value": 1.0, "allowed": 0.25, "passed": False}
     assert back["reasons"][0]["outcome"] == "different"
-    assert back["perturbed"][1] == {"input": "mask", "reference_changed": True, "candidate_changed": False}
+    assert back["sensitivity"][1] == {"input": "mask", "peer_changed": True, "candidate_changed": False}
     assert back["placement"] == {
-        "asked": "CUDAExecutionProvider",
+        "requested_provider": "CUDAExecutionProvider",
         "compute_nodes": 142,
         "off_provider": [["CPUExecutionProvider", "/layer.3/MatMul", "MatMul"]],
         "nodes": {"CPUExecutionProvider": 2},
@@ -290,8 +290,8 @@ def test_junit_has_a_test_for_everything_that_was_asked() -> None:
         ("cases", "1 x 600"): "passed",
         ("outputs.2 x 300", "logits"): "passed",
         ("outputs.1 x 600", "logits"): "passed",
-        ("controls", "off: the model without its adapters"): "passed",
-        ("controls", "scaled: the model with every scale x 1.1"): "passed",
+        ("controls", "adapter_off: the model without its adapters"): "passed",
+        ("controls", "scale_1.1: the model with every scale x 1.1"): "passed",
         ("inputs", "ids"): "passed",
         ("placement", "CPUExecutionProvider"): "passed",
         ("verdict", "same"): "passed",
@@ -318,8 +318,8 @@ def test_what_is_different_is_a_failure() -> None:
         ("cases", "bad"): "passed",
         ("outputs.2 x 300", "logits"): "passed",
         ("outputs.bad", "logits"): "failure",
-        ("controls", "off: the model without its adapters"): "passed",
-        ("controls", "scaled: the model with every scale x 1.1"): "passed",
+        ("controls", "adapter_off: the model without its adapters"): "passed",
+        ("controls", "scale_1.1: the model with every scale x 1.1"): "passed",
         ("inputs", "ids"): "passed",
         ("inputs", "mask"): "failure",
         ("placement", "CUDAExecutionProvider"): "failure",
@@ -347,7 +347,7 @@ def test_a_difference_outweighs_a_doubt_in_the_xml_too() -> None:
 
 
 def test_an_input_that_nobody_heeds_is_a_skipped_test() -> None:
-    verdict = judge([case()], perturbed=[*TRIED, Sensitivity("mask", False, False)])
+    verdict = judge([case()], sensitivity=[*TRIED, Sensitivity("mask", False, False)])
     root = parsed(verdict)
     assert outcomes(root)["inputs", "mask"] == "skipped"
     assert root[0].attrib["skipped"] == "1"

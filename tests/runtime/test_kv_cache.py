@@ -66,7 +66,7 @@ def test_a_right_graph_is_the_same_and_the_verdict_says_how_it_ran(sums: model.M
     verdict = judged(a_graph(tmp_path / "m.onnx", sums, adapter=an_adapter()), sums).verdict
     assert verdict.same, str(verdict)
     assert f"run with its cache: a prompt, then {STEPS} tokens one by one" in verdict.notes
-    assert {there.input for there in verdict.perturbed} == {"input_ids", "attention_mask"}
+    assert {there.input for there in verdict.sensitivity} == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize(

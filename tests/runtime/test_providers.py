@@ -44,7 +44,7 @@ def proves(told: dict[str, Any], provider: str) -> bool:
     there = told["placement"]
     return bool(
         told["outcome"] == "same"
-        and there["asked"] == PROVIDERS[provider]
+        and there["requested_provider"] == PROVIDERS[provider]
         and not there["off_provider"]
         and any(note.startswith(ITS_OWN) for note in told["notes"]) is (provider == "cuda")
     )

@@ -136,7 +136,7 @@ def test_onnxruntime_runs_a_graph_and_proves_where(a_graph: Path) -> None:
 
 def test_a_compute_node_elsewhere_is_named_and_ends_the_proof() -> None:
     placement = runner.Placement(
-        asked="CUDAExecutionProvider",
+        requested_provider="CUDAExecutionProvider",
         by_provider={
             "CUDAExecutionProvider": (("/q/MatMul", "MatMul"),),
             "CPUExecutionProvider": (("/shape", "Shape"), ("/k/MatMul", "MatMul")),

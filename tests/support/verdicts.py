@@ -15,7 +15,7 @@ from lora_export.verification.parity import Case, Sensitivity, judge
 class Placed:
     """As `runtime.Placement`, without onnxruntime."""
 
-    asked: str = "CPUExecutionProvider"
+    requested_provider: str = "CPUExecutionProvider"
     by_provider: Mapping[str, tuple[tuple[str, str], ...]] = field(
         default_factory=lambda: {"CPUExecutionProvider": (("/a", "MatMul"), ("/b", "Shape"))}
     )
@@ -47,9 +47,9 @@ def case(error: Any = 0.25, *, name: str = "2 x 300", output: str = "logits") ->
 
 TRIED = (Sensitivity("ids", True, True),)
 
-SAME = judge([case(), case(name="1 x 600")], perturbed=TRIED)
+SAME = judge([case(), case(name="1 x 600")], sensitivity=TRIED)
 
-DIFFERENT = judge([case(), case(1.0, name="bad")], perturbed=[*TRIED, Sensitivity("mask", True, False)])
+DIFFERENT = judge([case(), case(1.0, name="bad")], sensitivity=[*TRIED, Sensitivity("mask", True, False)])
 
 UNDECIDED = judge([case()], atol=65.0)
 

@@ -41,7 +41,7 @@ def test_a_merged_module_is_the_same_on_shapes_that_were_never_traced(scaled: mo
     shapes = [shape["rows"] for shape in result.about["inputs"].values()]
     assert len(shapes) == 3
     assert (2, 5, 8) not in shapes
-    assert {there.input for there in result.verdict.perturbed} == {"rows", "weights"}
+    assert {there.input for there in result.verdict.sensitivity} == {"rows", "weights"}
 
 
 def test_the_base_without_its_adapter_is_different(scaled: model.Model) -> None:
@@ -115,7 +115,7 @@ class Deaf(torch_runners.ModuleRunner):
 def test_an_input_that_was_folded_away_is_different(scaled: model.Model) -> None:
     result = against_pytorch.prove(Deaf(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
-    assert any(there.input == "weights" and not there.candidate_changed for there in result.verdict.perturbed)
+    assert any(there.input == "weights" and not there.candidate_changed for there in result.verdict.sensitivity)
 
 
 class FixedBatch(torch_runners.ModuleRunner):
@@ -270,7 +270,7 @@ def test_an_adapter_that_bf16_swallows_is_not_called_the_same(scaled: model.Mode
     faint = an_adapter(2e-5)
     result = against_pytorch.prove(bf16_merge(scaled, faint), scaled, [faint])
     assert result.verdict.outcome is parity.Outcome.UNDECIDED, str(result.verdict)
-    assert {reason.gate for reason in result.verdict.reasons} <= {"loss", "signal", "off", "scaled"}
+    assert {reason.gate for reason in result.verdict.reasons} <= {"loss", "effect", "adapter_off", "scale_1.1"}
     unrounded = against_pytorch.prove(folded(scaled, faint), scaled, [faint])
     assert unrounded.verdict.same, str(unrounded.verdict)
 
@@ -422,7 +422,9 @@ def test_an_adapter_of_whole_tensors_alone_has_controls_too(scaled: model.Model)
     result = against_pytorch.prove(folded(scaled, adapter), scaled, [adapter])
     assert result.verdict.same, str(result.verdict)
     controls = [c for there in result.verdict.comparisons for c in there.figures.controls]
-    assert {control.name for control in controls} == {"off", "scaled"} and all(control.told for control in controls)
+    assert {control.name for control in controls} == {"adapter_off", "scale_1.1"} and all(
+        control.detected for control in controls
+    )
     tenth = dataclasses.replace(adapter, replaced={"dense.weight": weight + np.float32(0.02)})
     assert against_pytorch.prove(folded(scaled, tenth), scaled, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
 

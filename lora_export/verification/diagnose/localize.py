@@ -453,7 +453,7 @@ def _behind_all(suspect: Suspect, followed: Followed, keys: Sequence[Key]) -> st
             "looked into, it agrees: with its inner values handed out, onnxruntime fuses and orders less, so that the "
             "difference lies in how it optimises the graph"
         )
-    strains = [there.figures.strain for there in told.comparisons if there.figures]
+    strains = [there.figures.limit_used for there in told.comparisons if there.figures]
     if told.outcome is parity.Outcome.DIFFERENT and max(strains, default=math.inf) <= STANDS_OUT:
         return "it is small, and no module stands out: it may grow from one to the next"
     if told.outcome is parity.Outcome.DIFFERENT:

@@ -22,12 +22,12 @@ from lora_export.verification.parity.verdict import (
     Gate,
     Histogram,
     Outcome,
-    Place,
     Reason,
     Sensitivity,
     Verdict,
+    WorstElement,
+    combine,
     percent,
-    together,
 )
 
 __all__ = [
@@ -49,13 +49,14 @@ __all__ = [
     "Gate",
     "Histogram",
     "Outcome",
-    "Place",
     "Reason",
     "Sensitivity",
     "Tolerance",
     "Verdict",
     "Wide",
+    "WorstElement",
     "allow",
+    "combine",
     "error_gate",
     "histogram",
     "judge",
@@ -63,5 +64,4 @@ __all__ = [
     "rms",
     "slack",
     "tail_gate",
-    "together",
 ]

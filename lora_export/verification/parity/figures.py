@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.verification.parity.verdict import Histogram, Place
+from lora_export.verification.parity.verdict import Histogram, WorstElement
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]  # output -> its values
@@ -63,10 +63,10 @@ def effect_of(reference: Array, base: Array) -> float:
     return effect if effect > noise else 0.0
 
 
-def worst_place(candidate: Array, reference: Array) -> Place:
+def worst_element(candidate: Array, reference: Array) -> WorstElement:
     wrong = np.abs(wide(candidate) - wide(reference))
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
-    return Place(index, float(candidate[index]), float(reference[index]))
+    return WorstElement(index, float(candidate[index]), float(reference[index]))
 
 
 def max_relative(candidate: Wide, reference: Wide) -> float | None:

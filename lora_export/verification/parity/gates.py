@@ -16,7 +16,7 @@ FEW_ELEMENTS = 10
 LARGEST_SHARE = 0.1  # of the adapter's effect that the error may be
 LARGEST_LOSS = 1.0  # of the adapter's effect that rounding the weights may cost
 SPIKED = 10  # times its median that the rmse of PyTorch's error is where a few elements hold most of it
-NUDGE = 1.01
+CONTROL_VALUE_FACTOR = 1.01
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def gates_of(
     if allowed.median is not None:
         yield bulk_gate(o, r, allowed)
     if effect:
-        yield signal_gate(o, r, effect)
+        yield effect_gate(o, r, effect)
     if loss is not None:
         yield gate_of("loss", loss, LARGEST_LOSS * (effect or 0.0))
     if tolerance:
@@ -109,9 +109,9 @@ def bulk_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
     return gate_of("bulk", float(np.median(np.abs(wide(candidate) - wide(truth)))), allowed.median or 0.0)
 
 
-def signal_gate(candidate: Array, reference: Array, effect: float) -> Gate:
+def effect_gate(candidate: Array, reference: Array, effect: float) -> Gate:
     """Is the error small beside what the adapter does?"""
-    return gate_of("signal", rms(wide(candidate) - wide(reference)), LARGEST_SHARE * effect)
+    return gate_of("effect", rms(wide(candidate) - wide(reference)), LARGEST_SHARE * effect)
 
 
 def exact_gate(candidate: Array, reference: Array, deployed: Array) -> Gate:
@@ -137,12 +137,12 @@ def gate_of(name: str, value: float, allowed: float) -> Gate:
 # The controls. Each puts error, tail and bulk again, with the same allowance, to a wrong reference.
 
 CONTROLS = {
-    "off": "the model without its adapters",
-    "scaled": "the model with every scale x 1.1",
-    "nudged": "the model with every value x 1.01",
+    "adapter_off": "the model without its adapters",
+    "scale_1.1": "the model with every scale x 1.1",
+    "values_1.01": "the model with every value x 1.01",
     "tolerance": "the model without its adapters",
 }
-WRONG_BY = {"off": 1.0, "scaled": 0.1}  # how far such a reference lies from the right one, in effects
+WRONG_BY = {"adapter_off": 1.0, "scale_1.1": 0.1}  # how far such a reference lies from the right one, in effects
 
 
 def controls_of(
@@ -161,20 +161,20 @@ def controls_of(
     asked whether it could tell.
     """
     if base is None or scaled is None:
-        wrong = {"nudged": wide(r) * NUDGE if is_float(r) else np.zeros_like(r)}
+        wrong = {"values_1.01": wide(r) * CONTROL_VALUE_FACTOR if is_float(r) else np.zeros_like(r)}
         required = is_float(o) and bool(np.any(r))
     else:
-        wrong = {"off": base, "scaled": scaled}
+        wrong = {"adapter_off": base, "scale_1.1": scaled}
         required = is_float(o) and bool(effect)
     for name, truth in wrong.items():
         yield Control(name, rms(wide(o) - wide(truth)), not _passes(o, truth, allowed), required)
     if base is not None and is_float(o) and not effect and np.any(r):
         # No adapter reaches it: that its gates are not too wide is shown as it is without any adapter.
-        truth = wide(r) * NUDGE
-        yield Control("nudged", rms(wide(o) - truth), not _passes(o, truth, allowed), required=True)
-    if tolerance and required and "off" in wrong:
-        told = not tolerance_gate(o, wrong["off"], tolerance).passed
-        yield Control("tolerance", rms(wide(o) - wide(wrong["off"])), told, required)
+        truth = wide(r) * CONTROL_VALUE_FACTOR
+        yield Control("values_1.01", rms(wide(o) - truth), not _passes(o, truth, allowed), required=True)
+    if tolerance and required and "adapter_off" in wrong:
+        told = not tolerance_gate(o, wrong["adapter_off"], tolerance).passed
+        yield Control("tolerance", rms(wide(o) - wide(wrong["adapter_off"])), told, required)
 
 
 def _passes(candidate: Array, truth: Array, allowed: Allowance | None) -> bool:

@@ -50,7 +50,7 @@ from lora_export.verification.parity.figures import (
     rms,
     top1,
     wide,
-    worst_place,
+    worst_element,
 )
 from lora_export.verification.parity.gates import (
     CONTROLS,
@@ -72,7 +72,7 @@ from lora_export.verification.parity.verdict import (
     Sensitivity,
     Verdict,
     count,
-    weightiest,
+    outcome_of,
 )
 
 DEPLOYED = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
@@ -105,7 +105,7 @@ def judge(
     cases: Sequence[Case],
     *,
     dtype: str = "float32",
-    perturbed: Sequence[Sensitivity] = (),
+    sensitivity: Sequence[Sensitivity] = (),
     atol: float | None = None,
     rtol: float | None = None,
     notes: Sequence[str] = (),
@@ -136,17 +136,17 @@ def judge(
         *(reason for there in comparisons for reason in there.reasons),
         *_small_features(cases, comparisons, dtype),
         *_could_it_tell(cases, comparisons, adapted=adapted),
-        *_folded_inputs(perturbed, peer),
+        *_folded_inputs(sensitivity, peer),
         *(Reason(Outcome.UNDECIDED, "inputs", doubt) for doubt in doubts),
         *(Reason(Outcome.DIFFERENT, "weights", fault) for fault in faults),
     )
     return Verdict(
-        outcome=weightiest(reasons),
+        outcome=outcome_of(reasons),
         reasons=reasons,
         comparisons=comparisons,
-        perturbed=tuple(perturbed),
+        sensitivity=tuple(sensitivity),
         dtype=dtype,
-        notes=(*notes, *_not_judged(comparisons, perturbed, peer, adapted=adapted)),
+        notes=(*notes, *_not_judged(comparisons, sensitivity, peer, adapted=adapted)),
         peer=peer,
     )
 
@@ -257,16 +257,16 @@ def _measure(case: Case, output: str, own: Wide, *, dtype: str, tolerance: Toler
     return Figures(
         dtype=o.dtype.name,
         shape=o.shape,
-        k=allowed.k if allowed else 0.0,
+        ratio_limit=allowed.k if allowed else 0.0,
         error=error,
         deployed_error=deployed_error,
         ratio=ratio(error, deployed_error),
         max_error=peak(wide(o) - wide(r)),
         deployed_max_error=peak(wide(p) - wide(r)),
         max_relative_error=max_relative(wide(o), wide(r)),
-        worst=worst_place(o, r),
+        worst=worst_element(o, r),
         effect=effect,
-        share=ratio(error, effect),
+        relative_to_effect=ratio(error, effect),
         cosine=cosine(wide(o), wide(r)),
         top1=top1(o, r) if is_logits(output, o) else None,
         kl=kl(o, r) if is_logits(output, o) else None,
@@ -352,7 +352,7 @@ def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, 
     measured = [there.figures for there in comparisons if there.figures]
     if measured and adapted and not any(f.effect for f in measured):
         yield complain(
-            "signal",
+            "effect",
             "the adapter changes no output in any case: the reference says the same without it",
             remedy="an adapter whose B and scale are not zero (`lora-export inspect` shows them), or inputs that reach "
             "the layers that it changes (--inputs)",
@@ -360,7 +360,7 @@ def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, 
         return
     controls = [control for f in measured for control in f.controls]
     for name in dict.fromkeys(control.name for control in controls):
-        if not any(control.told or control.required for control in controls if control.name == name):
+        if not any(control.detected or control.required for control in controls if control.name == name):
             yield complain(
                 name,
                 f"control `{name}`: {CONTROLS[name]} gives the same outputs, in every case",
@@ -369,12 +369,12 @@ def _could_it_tell(cases: Sequence[Case], comparisons: Sequence[Comparison], *, 
             )
 
 
-def _folded_inputs(perturbed: Sequence[Sensitivity], peer: str) -> Iterator[Reason]:
-    for there in perturbed:
-        if there.reference_changed and not there.candidate_changed:
+def _folded_inputs(sensitivity: Sequence[Sensitivity], peer: str) -> Iterator[Reason]:
+    for there in sensitivity:
+        if there.peer_changed and not there.candidate_changed:
             text = f"perturbing the input {there.input} changes {peer} and not the candidate: it was folded away"
             yield Reason(Outcome.DIFFERENT, "inputs", text)
-    if perturbed and not any(there.reference_changed for there in perturbed):
+    if sensitivity and not any(there.peer_changed for there in sensitivity):
         yield Reason(
             Outcome.UNDECIDED,
             "inputs",
@@ -383,7 +383,7 @@ def _folded_inputs(perturbed: Sequence[Sensitivity], peer: str) -> Iterator[Reas
 
 
 def _not_judged(
-    comparisons: Sequence[Comparison], perturbed: Sequence[Sensitivity], peer: str, *, adapted: bool
+    comparisons: Sequence[Comparison], sensitivity: Sequence[Sensitivity], peer: str, *, adapted: bool
 ) -> Iterator[str]:
     measured = [(there.output, there.figures) for there in comparisons if there.figures]
     reached = {output for output, f in measured if f.effect}
@@ -392,8 +392,8 @@ def _not_judged(
         yield "there is no adapter: no signal to gate; the control was every value x 1.01"
     elif unreached:
         yield f"the adapter does not reach {', '.join(unreached)}: there is no signal in them to gate"
-    if not perturbed:
+    if not sensitivity:
         yield "whether each input matters was not tried"
-    for there in perturbed:
-        if not there.reference_changed:
+    for there in sensitivity:
+        if not there.peer_changed:
             yield f"perturbing the input {there.input} does not change {peer} either, so nothing is known of it"

@@ -21,7 +21,7 @@ def complaints(case: str, output: str, f: Figures) -> list[Reason]:
 
 def _differences(f: Figures) -> dict[str, str]:
     failed = {gate.name: gate for gate in f.gates if not gate.passed}
-    fits = [CONTROLS[control.name] for control in f.controls if not control.told and control.required]
+    fits = [CONTROLS[control.name] for control in f.controls if not control.detected and control.required]
     suspicion = f". It fits {fits[0]}" if fits else ""
     texts = {}
     if gate := failed.get("error"):
@@ -49,10 +49,10 @@ def _differences(f: Figures) -> dict[str, str]:
 
 def _doubts(f: Figures) -> dict[str, str]:
     texts = {}
-    if f.share is not None and any(gate.name == "signal" and not gate.passed for gate in f.gates):
-        texts["signal"] = (
-            f"the error {f.error:.3g} is {percent(f.share)} of what the adapter does ({f.effect:.3g}); over "
-            f"{percent(LARGEST_SHARE)} a merged model cannot be told from an unmerged one"
+    if f.relative_to_effect is not None and any(gate.name == "effect" and not gate.passed for gate in f.gates):
+        texts["effect"] = (
+            f"the error {f.error:.3g} is {percent(f.relative_to_effect)} of what the adapter does ({f.effect:.3g}); "
+            f"over {percent(LARGEST_SHARE)} a merged model cannot be told from an unmerged one"
         )
     if any(gate.name == "loss" and not gate.passed for gate in f.gates):
         cost = "all" if f.merge_loss is None else percent(f.merge_loss)
@@ -61,7 +61,7 @@ def _doubts(f: Figures) -> dict[str, str]:
             "be, and whether the adapter is still in it cannot be told"
         )
     for control in f.controls:
-        if control.told or not control.required:
+        if control.detected or not control.required:
             continue
         gates = "the gates: they are too wide to judge this output, or the adapter does too little to it"
         if control.name == "tolerance":
@@ -83,14 +83,14 @@ def _remedies(f: Figures) -> dict[str, str]:
         "loss": "weights that are stored finer (a merge with --dtype float32, a graph of more bits), or the adapter "
         "beside them (onnx --lora nodes)"
     }
-    times = [f.share / LARGEST_SHARE] if f.share else []
+    times = [f.relative_to_effect / LARGEST_SHARE] if f.relative_to_effect else []
     for control in f.controls:
         if control.name == "tolerance":
             # The worst element lies at least as far off as all do in the mean.
             remedies[control.name] = f"an --atol below {control.error:.2g} with --rtol 0, or the gates alone"
-        elif control.name == "nudged":
+        elif control.name == "values_1.01":
             remedies[control.name] = f"inputs on which {f.peer}'s own error is smaller beside the values (--inputs)"
-        elif f.effect and control.required and not control.told:
+        elif f.effect and control.required and not control.detected:
             # O's own error and the wrong reference's distance add up as squares do.
             distance = math.sqrt(max(0.0, allowed**2 - f.error**2))
             times.append(distance / (f.effect * WRONG_BY.get(control.name, 1.0)))
@@ -98,7 +98,7 @@ def _remedies(f: Figures) -> dict[str, str]:
         enough = 1.05 * max(1.0, *times, 0.0)
         told = f"{enough:.2g}" if enough < 10 else f"{enough:,.0f}"
         more = f"an adapter that does {told} times as much to this output, or inputs on which this one does (--inputs)"
-        remedies |= dict.fromkeys(("signal", *WRONG_BY), more)
+        remedies |= dict.fromkeys(("effect", *WRONG_BY), more)
     return remedies
 
 

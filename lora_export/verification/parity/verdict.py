@@ -32,7 +32,7 @@ class Sensitivity:
     """Whether perturbing one graph input alone changed any output."""
 
     input: str
-    reference_changed: bool
+    peer_changed: bool
     candidate_changed: bool
 
 
@@ -52,12 +52,12 @@ class Control:
 
     name: str
     error: float  # rmse of O against the wrong reference
-    told: bool
+    detected: bool
     required: bool  # where nothing can be told by nature (an output that no adapter reaches), nothing is asked
 
 
 @dataclass(frozen=True)
-class Place:
+class WorstElement:
     """Where O lies farthest from R."""
 
     index: tuple[int, ...]
@@ -80,16 +80,16 @@ class Figures:
 
     dtype: str
     shape: tuple[int, ...]
-    k: float  # how many times PyTorch's own error is allowed; 0 for integers and booleans
+    ratio_limit: float  # how many times PyTorch's own error is allowed; 0 for integers and booleans
     error: float  # rmse(O,R)
     deployed_error: float  # rmse(P,R)
     ratio: float | None  # error / deployed_error; None where PyTorch is exact
     max_error: float  # max|O-R|
     deployed_max_error: float  # max|P-R|
     max_relative_error: float | None  # max|O-R|/|R| where R is not 0
-    worst: Place
+    worst: WorstElement
     effect: float | None  # rmse(R,B), what the adapter does; None without one
-    share: float | None  # error / effect; None where there is no effect
+    relative_to_effect: float | None  # error / effect; None where there is no effect
     cosine: float | None  # of O and R; None where one of them is all zero
     top1: float | None  # share of equal argmax; logits only
     kl: float | None  # mean KL(R||O) in nats; logits only
@@ -102,7 +102,7 @@ class Figures:
     peer: str = field(default=PYTORCH, repr=False)  # whose own error is the measure
 
     @property
-    def strain(self) -> float:
+    def limit_used(self) -> float:
         """How much of what is allowed was used, at the tightest gate: over 1 is a failure."""
         return max(
             gate.value / gate.allowed if gate.allowed else (0.0 if gate.passed else math.inf) for gate in self.gates
@@ -151,8 +151,8 @@ class Comparison:
             f"{f.peer} by {f.deployed_max_error:.3g} at most",
             f"    it is {f.worst.candidate:.9g}, the reference has {f.worst.reference:.9g}",
         ]
-        if f.share is not None:
-            lines.append(f"  the error is {percent(f.share)} of what the adapter does ({f.effect:.3g})")
+        if f.relative_to_effect is not None:
+            lines.append(f"  the error is {percent(f.relative_to_effect)} of what the adapter does ({f.effect:.3g})")
         elif f.effect is not None:
             lines.append("  the adapter does not reach this output")
         if f.top1 is not None and f.kl is not None:
@@ -169,7 +169,7 @@ class Verdict:
     outcome: Outcome
     reasons: tuple[Reason, ...]  # empty exactly where the outcome is `same`
     comparisons: tuple[Comparison, ...]
-    perturbed: tuple[Sensitivity, ...]
+    sensitivity: tuple[Sensitivity, ...]
     dtype: str  # in which the candidate is deployed
     notes: tuple[str, ...] = ()  # what was not judged, and how the reference was made
     peer: str = PYTORCH  # whose own error was the measure
@@ -183,7 +183,7 @@ class Verdict:
         return self.outcome.exit_code
 
     @property
-    def foremost(self) -> tuple[Reason, ...]:
+    def distinct_reasons(self) -> tuple[Reason, ...]:
         """Of each gate's complaints about each output the first: the other cases say it again."""
         by_gate: dict[tuple[str, ...], Reason] = {}
         for there in self.reasons:
@@ -194,7 +194,7 @@ class Verdict:
     def nearest_to_failing(self) -> tuple[Comparison, ...]:
         """For each output the case that strained its gates most, the most strained output first."""
         measured = [there for there in self.comparisons if there.figures is not None]
-        measured.sort(key=lambda there: there.figures.strain if there.figures else 0.0, reverse=True)
+        measured.sort(key=lambda there: there.figures.limit_used if there.figures else 0.0, reverse=True)
         by_output: dict[str, Comparison] = {}
         for there in measured:
             by_output.setdefault(there.output, there)
@@ -207,7 +207,7 @@ class Verdict:
         outputs = {there.output for there in self.comparisons}
         cases = {there.case for there in self.comparisons}
         lines = [f"{self.outcome}: {count(len(outputs), 'output')} in {count(len(cases), 'case')}, {self.dtype}"]
-        told = self.foremost[:SHOWN]
+        told = self.distinct_reasons[:SHOWN]
         for reason, after in itertools.zip_longest(told, told[1:]):
             lines.append(f"  - {reason}")
             if reason.remedy and (after is None or after.remedy != reason.remedy):  # one for a whole run of them
@@ -222,7 +222,7 @@ class Verdict:
         return "\n".join(lines)
 
 
-def together(verdicts: Mapping[str, Verdict]) -> Verdict:
+def combine(verdicts: Mapping[str, Verdict]) -> Verdict:
     """Verdicts on one candidate in several roles as one, which is `same` where all of them are.
 
     Cases are called after their role, too, and notes that are not of all.
@@ -234,7 +234,7 @@ def together(verdicts: Mapping[str, Verdict]) -> Verdict:
             said.setdefault(note, []).append(role)
     reasons = tuple(_in_role(role, reason) for role, there in verdicts.items() for reason in there.reasons)
     return Verdict(
-        outcome=weightiest(reasons),
+        outcome=outcome_of(reasons),
         reasons=reasons,
         comparisons=tuple(
             replace(
@@ -245,7 +245,7 @@ def together(verdicts: Mapping[str, Verdict]) -> Verdict:
             for role, there in verdicts.items()
             for comparison in there.comparisons
         ),
-        perturbed=tuple(dict.fromkeys(tried for there in verdicts.values() for tried in there.perturbed)),
+        sensitivity=tuple(dict.fromkeys(tried for there in verdicts.values() for tried in there.sensitivity)),
         dtype=last.dtype,
         notes=tuple(
             note if len(roles) == len(verdicts) else f"{', '.join(roles)}: {note}" for note, roles in said.items()
@@ -260,7 +260,7 @@ def _in_role(role: str, reason: Reason) -> Reason:
     return replace(reason, text=f"{role}: {reason.text}")
 
 
-def weightiest(reasons: Sequence[Reason]) -> Outcome:
+def outcome_of(reasons: Sequence[Reason]) -> Outcome:
     outcomes = {reason.outcome for reason in reasons}
     return next((o for o in (Outcome.DIFFERENT, Outcome.UNDECIDED) if o in outcomes), Outcome.SAME)
 

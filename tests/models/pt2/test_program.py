@@ -357,7 +357,7 @@ def test_an_input_that_was_baked_in_is_different(
     deaf = subject.export(Deaf(subject.merged(), torch.ones(2, 5).long()), tmp_path / "deaf.pt2")
     result = verdict(deaf, load_model(str(made("words", "base"))), [adapter("words")])
     assert result.verdict.outcome is Outcome.DIFFERENT
-    unheard = {there.input for there in result.verdict.perturbed if there.reference_changed - there.candidate_changed}
+    unheard = {there.input for there in result.verdict.sensitivity if there.peer_changed - there.candidate_changed}
     assert unheard == {"mask"}
 
 

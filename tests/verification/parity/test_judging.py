@@ -30,7 +30,7 @@ from lora_export.verification.parity import (
 COUNT = np.arange(1024)
 # ±1 in three patterns: each has rms 1 and peak 1, and the product of any two has mean 0.
 EFFECT, OWN, ERROR = ((-1.0) ** (COUNT // width) for width in (1, 2, 4))
-TRIED = (Sensitivity("x", reference_changed=True, candidate_changed=True),)
+TRIED = (Sensitivity("x", peer_changed=True, candidate_changed=True),)
 
 
 def make(
@@ -63,7 +63,7 @@ def with_output(case: Case, side: str, **outputs: np.ndarray | None) -> Case:
 
 
 def gates_complaining(*cases: Case, **options: Any) -> list[str]:
-    return [reason.gate for reason in judge(cases, perturbed=TRIED, **options).reasons]
+    return [reason.gate for reason in judge(cases, sensitivity=TRIED, **options).reasons]
 
 
 def opened(name: str) -> Callable[..., Gate]:
@@ -74,7 +74,7 @@ def opened(name: str) -> Callable[..., Gate]:
 
 
 def test_a_candidate_as_close_as_pytorch_is_the_same() -> None:
-    verdict = judge([make()], perturbed=TRIED)
+    verdict = judge([make()], sensitivity=TRIED)
     assert verdict.outcome is Outcome.SAME
     assert verdict.same and verdict and verdict.exit_code == 0
     assert verdict.reasons == () and verdict.notes == ()
@@ -88,7 +88,7 @@ def test_the_figures_are_those_of_the_definitions() -> None:
     assert figures is not None
     assert (figures.error, figures.deployed_error, figures.ratio) == (0.25, 0.125, 2.0)
     assert (figures.max_error, figures.deployed_max_error, figures.max_relative_error) == (0.25, 0.125, 0.25)
-    assert (figures.effect, figures.share, figures.merge_loss) == (4.0, 0.0625, 0.5)
+    assert (figures.effect, figures.relative_to_effect, figures.merge_loss) == (4.0, 0.0625, 0.5)
     assert (figures.worst.index, figures.worst.candidate, figures.worst.reference) == ((0,), 1.25, 1.0)
     # mean(O R) / (rms(O) rms(R)), where O is 1.25 and 0.75 in turn
     assert figures.cosine == pytest.approx(1 / math.sqrt((1.25**2 + 0.75**2) / 2))
@@ -96,10 +96,13 @@ def test_the_figures_are_those_of_the_definitions() -> None:
     assert figures.gates == (
         Gate("error", 0.25, 0.25, passed=True),
         Gate("tail", 0.25, 0.25 + few_eps, passed=True),
-        Gate("signal", 0.25, 0.4, passed=True),
+        Gate("effect", 0.25, 0.4, passed=True),
         Gate("loss", 2.0, 4.0, passed=True),
     )
-    assert [(control.name, control.told) for control in figures.controls] == [("off", True), ("scaled", True)]
+    assert [(control.name, control.detected) for control in figures.controls] == [
+        ("adapter_off", True),
+        ("scale_1.1", True),
+    ]
 
 
 def test_the_root_mean_square_survives_values_whose_square_does_not() -> None:
@@ -154,7 +157,7 @@ def test_small_outputs_and_half_precision_get_more_slack(elements: int, dtype: s
     pattern = np.where(np.arange(elements) % 2, 1.0, -1.0)
     case = make(own=pattern / 16, error=-pattern * k / 16, effect=64 * pattern, dtype=dtype)
     figures = judge([case], dtype=dtype).comparisons[0].figures
-    assert figures is not None and figures.k == k
+    assert figures is not None and figures.ratio_limit == k
     assert judge([case], dtype=dtype).same
     wider = make(own=pattern / 16, error=-pattern * (k + 0.5) / 16, effect=64 * pattern, dtype=dtype)
     assert judge([wider], dtype=dtype).outcome is Outcome.DIFFERENT
@@ -215,7 +218,7 @@ def test_only_the_tail_gate_sees_one_bad_element_in_a_million(monkeypatch: pytes
     own, error = rng.normal(scale=1e-6, size=(2, size))
     error[123_456] = 1e-4
     case = make(own=own, error=error, effect=rng.normal(size=size))
-    verdict = judge([case], perturbed=TRIED)
+    verdict = judge([case], sensitivity=TRIED)
     assert verdict.outcome is Outcome.DIFFERENT
     assert [reason.gate for reason in verdict.reasons] == ["tail"]
     assert "at [123456] it is 1.00010002, the reference has 1: off by 0.0001" in str(verdict)
@@ -229,30 +232,30 @@ def test_the_worst_place_of_a_matrix_has_two_numbers() -> None:
     error[3, 17] = 0.5
     case = make(own=0, error=error, effect=np.ones((32, 32)), truth=truth)
     figures = judge([case]).comparisons[0].figures
-    assert figures is not None and figures.worst == parity.Place((3, 17), 0.5, 0.0)
+    assert figures is not None and figures.worst == parity.WorstElement((3, 17), 0.5, 0.0)
     assert figures.max_relative_error is None and figures.cosine is None, "both need a reference that is not zero"
 
 
 # The signal gate
 
 
-def test_only_the_signal_gate_sees_an_error_that_is_large_beside_a_weak_adapter(
+def test_only_the_effect_gate_sees_an_error_that_is_large_beside_a_weak_adapter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Error 20 % of the effect, within 2 x 10.5 %; the controls lie at 100 % (base) and at 22.4 % (scale × 1.1).
     case = make(own=0.105 * OWN, error=0.2 * ERROR, effect=EFFECT)
-    verdict = judge([case], perturbed=TRIED)
+    verdict = judge([case], sensitivity=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED and verdict.exit_code == 5 and not verdict
-    assert [reason.gate for reason in verdict.reasons] == ["signal"]
+    assert [reason.gate for reason in verdict.reasons] == ["effect"]
     assert "the error 0.2 is 20 % of what the adapter does (1)" in str(verdict)
-    monkeypatch.setattr(gates, "signal_gate", opened("signal"))
+    monkeypatch.setattr(gates, "effect_gate", opened("effect"))
     assert judge([case]).same
 
 
 def test_an_adapter_that_changes_nothing_is_undecided() -> None:
-    verdict = judge([make(effect=0 * EFFECT)], perturbed=TRIED)
+    verdict = judge([make(effect=0 * EFFECT)], sensitivity=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
-    assert [reason.gate for reason in verdict.reasons] == ["signal"]
+    assert [reason.gate for reason in verdict.reasons] == ["effect"]
     assert "the adapter changes no output in any case" in str(verdict)
 
 
@@ -265,7 +268,7 @@ def test_zero_against_zero_is_undecided() -> None:
     zero = np.zeros(1024)
     assert judge([make(own=0, error=0, effect=zero, truth=zero)]).outcome is Outcome.UNDECIDED
     unadapted = replace(make(own=0, error=0, effect=zero, truth=zero), base=None, scaled=None)
-    assert gates_complaining(unadapted) == ["nudged"]
+    assert gates_complaining(unadapted) == ["values_1.01"]
 
 
 def everywhere(case: Case, **outputs: np.ndarray) -> Case:
@@ -281,7 +284,7 @@ def test_an_output_that_the_adapter_does_not_reach_is_named_and_spoils_nothing()
         case = with_output(case, side, hidden=hidden)
     for side in ("deployed", "candidate"):
         case = with_output(case, side, hidden=hidden.astype(np.float32))
-    verdict = judge([case], perturbed=TRIED)
+    verdict = judge([case], sensitivity=TRIED)
     assert verdict.same
     assert verdict.notes == ("the adapter does not reach mask, hidden: there is no signal in them to gate",)
     broken = with_output(case, "candidate", hidden=(hidden + 1e-3).astype(np.float32))
@@ -294,7 +297,7 @@ def test_one_output_that_cannot_be_told_makes_the_whole_undecided() -> None:
     for side in ("reference", "deployed", "candidate", "base", "scaled"):
         case = with_output(case, side, weak=getattr(weak, side)["y"])
     verdict = judge([case])
-    assert [(reason.output, reason.gate) for reason in verdict.reasons] == [("weak", "signal")]
+    assert [(reason.output, reason.gate) for reason in verdict.reasons] == [("weak", "effect")]
 
 
 # The controls
@@ -303,9 +306,9 @@ def test_one_output_that_cannot_be_told_makes_the_whole_undecided() -> None:
 def test_only_the_control_sees_gates_so_wide_that_scaled_adapters_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     # The candidate is perfect; PyTorch is so far off (8 % of the effect) that twice that hides 10 %.
     case = make(own=0.08 * OWN, error=0, effect=EFFECT)
-    verdict = judge([case], perturbed=TRIED)
+    verdict = judge([case], sensitivity=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
-    assert [reason.gate for reason in verdict.reasons] == ["scaled"]
+    assert [reason.gate for reason in verdict.reasons] == ["scale_1.1"]
     assert "the model with every scale x 1.1 (off by 0.1; PyTorch's own error is 0.08) passes the gates" in str(verdict)
     monkeypatch.setattr(gates, "_passes", lambda *_: False)
     assert judge([case]).same
@@ -313,7 +316,7 @@ def test_only_the_control_sees_gates_so_wide_that_scaled_adapters_pass(monkeypat
 
 def test_only_the_control_sees_gates_so_wide_that_the_base_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(own=0.6 * OWN, error=0, effect=EFFECT, scaled=np.ones(1024) + 5 * EFFECT)
-    assert gates_complaining(case) == ["off"]
+    assert gates_complaining(case) == ["adapter_off"]
     monkeypatch.setattr(gates, "_passes", lambda *_: False)
     assert judge([case]).same
 
@@ -340,14 +343,16 @@ def test_a_scale_off_by_a_tenth_is_different_and_recognised() -> None:
 
 def test_without_an_adapter_the_gates_are_shown_to_see_one_percent() -> None:
     case = replace(make(), base=None, scaled=None)
-    verdict = judge([case], perturbed=TRIED)
+    verdict = judge([case], sensitivity=TRIED)
     assert verdict.same
     figures = verdict.comparisons[0].figures
     assert figures is not None
-    assert (figures.effect, figures.share) == (None, None)
-    assert [(control.name, control.told, control.required) for control in figures.controls] == [("nudged", True, True)]
+    assert (figures.effect, figures.relative_to_effect) == (None, None)
+    assert [(control.name, control.detected, control.required) for control in figures.controls] == [
+        ("values_1.01", True, True)
+    ]
     assert "there is no adapter" in verdict.notes[0]
-    assert gates_complaining(replace(make(own=0.006 * OWN, error=0), base=None, scaled=None)) == ["nudged"]
+    assert gates_complaining(replace(make(own=0.006 * OWN, error=0), base=None, scaled=None)) == ["values_1.01"]
     assert gates_complaining(replace(make(error=0.01 * ERROR), base=None, scaled=None)) == ["error", "tail"]
 
 
@@ -516,7 +521,7 @@ def test_booleans_are_equal_or_different() -> None:
 
 def test_integers_alone_carry_a_verdict_only_where_each_control_changes_some() -> None:
     case = exact([1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 9, 9])
-    assert gates_complaining(replace(case, scaled=case.reference)) == ["scaled"]
+    assert gates_complaining(replace(case, scaled=case.reference)) == ["scale_1.1"]
     assert judge([replace(case, scaled=case.reference), replace(case, name="second")]).same
     assert gates_complaining(replace(case, base=None, scaled=None)) == []
 
@@ -526,16 +531,16 @@ def test_integers_alone_carry_a_verdict_only_where_each_control_changes_some() -
 
 @pytest.mark.fault(45)
 def test_an_input_that_was_folded_away_is_different() -> None:
-    verdict = judge([make()], perturbed=[*TRIED, Sensitivity("mask", True, False)])
+    verdict = judge([make()], sensitivity=[*TRIED, Sensitivity("mask", True, False)])
     assert verdict.outcome is Outcome.DIFFERENT
     assert "perturbing the input mask changes PyTorch and not the candidate" in str(verdict)
 
 
 def test_an_input_that_nobody_heeds_proves_nothing() -> None:
     ignored = Sensitivity("mask", False, False)
-    verdict = judge([make()], perturbed=[*TRIED, ignored])
+    verdict = judge([make()], sensitivity=[*TRIED, ignored])
     assert verdict.same and "mask does not change PyTorch either" in verdict.notes[0]
-    assert judge([make()], perturbed=[ignored]).outcome is Outcome.UNDECIDED, "a constant"
+    assert judge([make()], sensitivity=[ignored]).outcome is Outcome.UNDECIDED, "a constant"
 
 
 def test_inputs_that_were_not_tried_are_noted() -> None:
@@ -547,11 +552,11 @@ def test_inputs_that_were_not_tried_are_noted() -> None:
 
 def test_a_tolerance_is_a_further_demand() -> None:
     case = make(own=0.125 * OWN, error=0.25 * ERROR, effect=64 * EFFECT)
-    assert judge([case], perturbed=TRIED, atol=0.25).same
-    assert judge([case], perturbed=TRIED, rtol=0.25).same
+    assert judge([case], sensitivity=TRIED, atol=0.25).same
+    assert judge([case], sensitivity=TRIED, rtol=0.25).same
     assert gates_complaining(case, atol=0.2) == ["tolerance"]
     assert gates_complaining(case, atol=0.1, rtol=0.125) == ["tolerance"]
-    assert judge([case], perturbed=TRIED, atol=0.125, rtol=0.125).same
+    assert judge([case], sensitivity=TRIED, atol=0.125, rtol=0.125).same
     assert judge([case], atol=0.2).outcome is Outcome.DIFFERENT
 
 
@@ -560,7 +565,7 @@ def test_a_tolerance_never_excuses_what_a_gate_refuses() -> None:
 
 
 def test_a_tolerance_wider_than_the_adapters_effect_is_undecided() -> None:
-    verdict = judge([make()], perturbed=TRIED, atol=1.001)
+    verdict = judge([make()], sensitivity=TRIED, atol=1.001)
     assert verdict.outcome is Outcome.UNDECIDED
     assert [reason.gate for reason in verdict.reasons] == ["tolerance"]
     assert "wider than the adapter's effect (1)" in str(verdict)
@@ -634,13 +639,13 @@ def test_only_the_bulk_gate_sees_errors_everywhere_beside_pytorchs_own_in_one_pl
     # PyTorch is lost in one place of 1024: its rmse, 1/32, allows 1/16 everywhere, where elsewhere it is off by 1e-6.
     case = make(own=spiked(1.0, 1e-6 * OWN), error=0.05 * ERROR, effect=64 * EFFECT)
     assert gates_complaining(case) == ["bulk"]
-    assert "half of it is off by 0.05 and more, allowed is 2" in str(judge([case], perturbed=TRIED))
+    assert "half of it is off by 0.05 and more, allowed is 2" in str(judge([case], sensitivity=TRIED))
     monkeypatch.setattr(gates, "bulk_gate", opened("bulk"))
-    assert judge([case], perturbed=TRIED).same
+    assert judge([case], sensitivity=TRIED).same
 
 
 def test_a_candidate_that_is_lost_where_pytorch_is_has_its_bulk_too() -> None:
-    assert judge([make(own=spiked(1.0, 1e-6 * OWN), error=spiked(1.5, 1e-6 * ERROR))], perturbed=TRIED).same
+    assert judge([make(own=spiked(1.0, 1e-6 * OWN), error=spiked(1.5, 1e-6 * ERROR))], sensitivity=TRIED).same
 
 
 def uneven(error: float, *, rows: int = 8, scale: float = 1e-4, name: str = "first", own: float = 1e-6) -> Case:
@@ -657,25 +662,25 @@ def uneven(error: float, *, rows: int = 8, scale: float = 1e-4, name: str = "fir
 def test_only_the_features_gate_sees_an_adapter_missing_in_a_small_column(monkeypatch: pytest.MonkeyPatch) -> None:
     # A percent of a column that is itself a ten-thousandth of the others: no more than PyTorch's own error in those.
     cases = [uneven(0.01), uneven(0.01, rows=5, name="second")]
-    verdict = judge(cases, perturbed=TRIED)
+    verdict = judge(cases, sensitivity=TRIED)
     assert verdict.outcome is Outcome.DIFFERENT
     assert [reason.gate for reason in verdict.reasons] == ["features"]
     assert "y: 2 features of 128 along axis 1, small beside the others" in str(verdict)
     monkeypatch.setattr(judging, "_small_features", lambda *_: ())
-    assert judge(cases, perturbed=TRIED).same
+    assert judge(cases, sensitivity=TRIED).same
 
 
 def test_small_features_as_right_as_pytorchs_are_the_same() -> None:
-    assert judge([uneven(2e-6), uneven(2e-6, rows=5, name="second")], perturbed=TRIED).same
+    assert judge([uneven(2e-6), uneven(2e-6, rows=5, name="second")], sensitivity=TRIED).same
 
 
 def test_what_is_left_where_large_numbers_cancel_is_no_feature() -> None:
     cases = [uneven(1e3, scale=1e-12), uneven(1e3, rows=5, scale=1e-12, name="second")]
-    assert judge(cases, perturbed=TRIED).same
+    assert judge(cases, sensitivity=TRIED).same
 
 
 def test_a_feature_of_a_few_values_is_not_judged_by_chance() -> None:
-    assert judge([uneven(0.01, rows=4)], perturbed=TRIED).same
+    assert judge([uneven(0.01, rows=4)], sensitivity=TRIED).same
 
 
 def test_axes_that_vary_hold_no_features() -> None:
@@ -688,8 +693,8 @@ def test_axes_that_vary_hold_no_features() -> None:
         )
         for case in rows
     ]
-    assert "along axis 0" in str(judge(turned, perturbed=TRIED))
-    assert "along axis 1" not in str(judge(turned, perturbed=TRIED))
+    assert "along axis 0" in str(judge(turned, sensitivity=TRIED))
+    assert "along axis 1" not in str(judge(turned, sensitivity=TRIED))
 
 
 # Rounded weights, unreached outputs, doubts
@@ -697,8 +702,8 @@ def test_axes_that_vary_hold_no_features() -> None:
 
 def test_rounding_that_outweighs_the_adapter_is_undecided() -> None:
     case = make(effect=1e-3 * EFFECT)
-    assert judge([replace(case, attached={"y": case.reference["y"] + 0.9e-3})], perturbed=TRIED).same
-    verdict = judge([replace(case, attached={"y": case.reference["y"] + 1.1e-3})], perturbed=TRIED)
+    assert judge([replace(case, attached={"y": case.reference["y"] + 0.9e-3})], sensitivity=TRIED).same
+    verdict = judge([replace(case, attached={"y": case.reference["y"] + 1.1e-3})], sensitivity=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
     assert [reason.gate for reason in verdict.reasons] == ["loss"]
     assert "rounding the merged weights costs 110 % of what the adapter does" in str(verdict)
@@ -711,13 +716,13 @@ def test_an_output_that_no_adapter_reaches_is_judged_by_gates_that_can_fail() ->
     apart = {"reference": truth, "base": truth, "scaled": truth, "deployed": np.float32(truth + 1.0 * OWN)}
     for side, value in {**apart, "candidate": np.float32(truth + 0.9 * ERROR)}.items():
         case = with_output(case, side, mask=value)
-    verdict = judge([case], perturbed=TRIED)
+    verdict = judge([case], sensitivity=TRIED)
     assert verdict.outcome is Outcome.UNDECIDED
-    assert [(reason.gate, reason.output) for reason in verdict.reasons] == [("nudged", "mask")]
+    assert [(reason.gate, reason.output) for reason in verdict.reasons] == [("values_1.01", "mask")]
 
 
 def test_what_the_inputs_did_not_put_to_the_test_is_a_doubt() -> None:
-    verdict = judge([make()], perturbed=TRIED, doubts=["no row was looked up"])
+    verdict = judge([make()], sensitivity=TRIED, doubts=["no row was looked up"])
     assert verdict.outcome is Outcome.UNDECIDED and "no row was looked up" in str(verdict)
 
 

@@ -215,7 +215,7 @@ def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.M
     path = requantised(base, an_adapter(0.05), tmp_path / "merged")
     verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(0.05)], origin=base).verdict
     assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
-    (reason,) = verdict.foremost
+    (reason,) = verdict.distinct_reasons
     assert reason.gate == "loss" and "a graph of more bits" in reason.remedy
 
 
