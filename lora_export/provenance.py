@@ -10,7 +10,7 @@ from lora_export import __version__
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
-from lora_export.storage import files
+from lora_export.storage import json_files
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 
@@ -65,7 +65,8 @@ def refuse_second_merge(plan: Plan, base: Path, history: History) -> None:
 def read_history(text: str, source: Path) -> History:
     """The adapters in a record that a file carries along. Raises InputRefused where it is damaged."""
     return history(
-        files.parse_json(text.encode(errors="surrogatepass"), f"the record of an earlier merge in {source}"), source
+        json_files.parse_json(text.encode(errors="surrogatepass"), f"the record of an earlier merge in {source}"),
+        source,
     )
 
 

@@ -146,10 +146,11 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _stopped(*, terminated: bool) -> int:
-    from lora_export.storage import atomic_output, files
+    from lora_export.errors import one_line
+    from lora_export.storage import atomic_output
 
     left = (
-        f"{files.shown(atomic_output.finished[-1])} had been written"
+        f"{one_line(str(atomic_output.finished[-1]))} had been written"
         if atomic_output.finished
         else "nothing was left behind"
     )

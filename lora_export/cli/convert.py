@@ -41,11 +41,11 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
     be as it was when it was made, before anything is written. Needs no PyTorch.
     """
     from lora_export import plan
-    from lora_export.errors import InputRefused, MatchError
+    from lora_export.errors import InputRefused, MatchError, one_line
     from lora_export.formats import onnx_adapter
     from lora_export.graph.insert.inputs import contract_of, factors_of
     from lora_export.graph.onnx_file import load
-    from lora_export.storage import atomic_output, files
+    from lora_export.storage import atomic_output
 
     (loaded,) = load_adapters([adapter])
     onnx_adapter.refuse_what_no_input_carries([loaded])
@@ -72,5 +72,5 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
         click.echo(json.dumps(told))
     else:
         click.echo(
-            f"wrote {files.shown(output)} ({output.stat().st_size:,} bytes): {told['places']} of {told['of']} places"
+            f"wrote {one_line(str(output))} ({output.stat().st_size:,} bytes): {told['places']} of {told['of']} places"
         )

@@ -22,7 +22,8 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.storage import files
+from lora_export.storage import input_files
+from lora_export.storage.hashes import file_hash
 from lora_export.verification.against_graph import GraphJudge
 from lora_export.verification.proof import Proof
 from lora_export.weights.checkpoint import open_checkpoint
@@ -35,7 +36,7 @@ class FromGraph:
     """An `.onnx` as the source of a graph. See `weaving.Source`."""
 
     def __init__(self, path: Path, order: Order, base: Path | None):
-        files.must_exist(path, "model")
+        input_files.must_exist(path, "model")
         self.order, self.graph = order, open_graph(path)
         self.checkpoint = None if base is None else open_checkpoint(base)
         self._hashes: dict[str, dict[str, str]] = {}  # of its files, where they were read from end to end
@@ -103,8 +104,7 @@ class FromGraph:
     def record(self) -> dict[str, Any]:
         """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
         base = {
-            path.name: self._hashes.get(path.name) or {HASHING: files.hash_of(path, HASHING)}
-            for path in self.graph.sources
+            path.name: self._hashes.get(path.name) or {HASHING: file_hash(path, HASHING)} for path in self.graph.sources
         }
         for path in self.graph.changed():
             raise InputRefused(f"{path} changed while it was being read. Nothing was written.")

@@ -213,12 +213,12 @@ def _over_graph(base: Path, dtype: str | None, origin: Path | None, *, requantiz
     from lora_export.graph.onnx_file import open_graph
     from lora_export.graph.quantised.requantise import notes_on
     from lora_export.graph.sites import find
-    from lora_export.storage import atomic_output, files
+    from lora_export.storage import atomic_output, input_files
     from lora_export.weights.checkpoint import open_checkpoint
 
     if dtype:
         raise click.UsageError("--dtype is for checkpoints: a graph's weights keep the types that its nodes expect")
-    files.must_exist(base, "base model")
+    input_files.must_exist(base, "base model")
     graph = open_graph(base)
     sites = find(graph.model, None if origin is None else open_checkpoint(origin))
     return _Work(

@@ -101,8 +101,9 @@ def command(
     from lora_export import provenance
     from lora_export.cli import proving, weaving
     from lora_export.cli.progress import stages
+    from lora_export.errors import one_line
     from lora_export.graph.onnx_file import append_metadata
-    from lora_export.storage import atomic_output, files
+    from lora_export.storage import atomic_output
 
     refuse_exported(model)
     is_graph = model.endswith(".onnx")
@@ -143,7 +144,7 @@ def command(
         return
     weaving.show(proofs)
     for path in written:
-        click.echo(f"wrote {files.shown(path)} ({path.stat().st_size:,} bytes)")
+        click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes)")
 
 
 def _check_usage(

@@ -42,10 +42,11 @@ def command(
     from lora_export import layers, plan
     from lora_export.cli import proving
     from lora_export.cli.progress import stages
+    from lora_export.errors import one_line
     from lora_export.models.export import save_torchscript, to_torchscript
     from lora_export.models.load import load_model
     from lora_export.runtime.torch_runners import ScriptRunner
-    from lora_export.storage import atomic_output, files
+    from lora_export.storage import atomic_output
     from lora_export.verification.against_pytorch import prove
 
     refuse_exported(model)
@@ -82,4 +83,4 @@ def command(
         click.echo(json.dumps({"output": str(output), "proof": proving.document(result)}))
     else:
         proving.show(result)
-        click.echo(f"wrote {files.shown(output)} ({output.stat().st_size:,} bytes)")
+        click.echo(f"wrote {one_line(str(output))} ({output.stat().st_size:,} bytes)")

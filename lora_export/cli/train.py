@@ -94,9 +94,10 @@ def command(
 
     from lora_export import formats, layers, plan
     from lora_export.cli.progress import step_progress
+    from lora_export.errors import one_line
     from lora_export.formats import peft
     from lora_export.models.load import load_model
-    from lora_export.storage import atomic_output, files
+    from lora_export.storage import atomic_output
     from lora_export.storage.manifest import write_manifest
     from lora_export.training import loop
     from lora_export.training.data import read_examples
@@ -159,7 +160,7 @@ def command(
         return
     for name, score in scores.items():
         click.echo(f"{_TOLD[name]}: {score}")
-    click.echo(f"wrote {files.shown(output)} ({saved.parameters:,} numbers)")
+    click.echo(f"wrote {one_line(str(output))} ({saved.parameters:,} numbers)")
 
 
 _TOLD = {

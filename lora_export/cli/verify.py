@@ -130,7 +130,7 @@ def command(
     from lora_export.formats.onnx_adapter import IDS
     from lora_export.runtime import open_artifact as candidates
     from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.storage import files
+    from lora_export.storage import input_files
     from lora_export.verification import against_pytorch, proof
 
     begun = time.perf_counter()
@@ -139,7 +139,7 @@ def command(
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
     if origin is not None:
-        files.must_exist(origin, "base graph")
+        input_files.must_exist(origin, "base graph")
     if provider != "cpu" and candidate.suffix != ".onnx":
         raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
     if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id, dtype) != (None, None, "float32"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.storage import files
+from lora_export.storage import input_files
 
 FORMATS = {
     "peft": "lora_export.formats.peft",
@@ -29,7 +29,7 @@ def load(path: str | Path, *, name: str | None = None, format: str | None = None
     Raises InputRefused for what is missing, damaged, unknown or not supported.
     """
     path = Path(path)
-    files.must_exist(path, "adapter")
+    input_files.must_exist(path, "adapter")
     if format is not None and format not in FORMATS:
         raise InputRefused(f"unknown adapter format {format!r}; known: {', '.join(FORMATS)}")
     candidates = [format] if format else list(FORMATS)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, one_line
 from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, TensorSpec
-from lora_export.storage import files
+from lora_export.storage import input_files, json_files
 
 KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROWS = "lora_export.rows"  # of the adapters' names, in a graph's metadata where each row of a batch chooses its own
@@ -125,7 +125,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
             f"{source} does not say where it takes adapters: it was not made by `lora-export onnx --lora inputs`, or "
             f"has lost its metadata ({KEY})"
         )
-    record = files.parse_json(metadata[KEY].encode(), f"{source}, {KEY}")
+    record = json_files.parse_json(metadata[KEY].encode(), f"{source}, {KEY}")
     try:
         places = tuple(_place(entry) for entry in record["places"])
         contract = Contract(str(record["base"]), str(record["names"]), places)
@@ -267,7 +267,7 @@ def write(path: Path, given: Arrays, contract: Contract, *, sha256: str) -> None
 
 def read(path: Path) -> OnnxAdapter:
     """Read an adapter file whole. Raises InputRefused for anything else."""
-    files.must_be_regular(path)
+    input_files.must_be_regular(path)
     try:
         file = onnxruntime().AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()

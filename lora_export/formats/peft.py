@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.patterns import Patterns
 from lora_export.lora import Adapter, LoraPair, Rows
-from lora_export.storage import files, safetensors_file
+from lora_export.storage import json_files, safetensors_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -94,7 +94,7 @@ OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn
 def recognises(path: Path) -> bool:
     """A folder with PEFT's config: MLX's file of the same name has no `peft_type`."""
     try:
-        return "peft_type" in files.read_json(path / CONFIG)
+        return "peft_type" in json_files.read_json(path / CONFIG)
     except InputRefused:
         return (path / CONFIG).exists()  # damaged, but this format's to complain about
 
@@ -181,7 +181,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
 
 def _config(path: Path) -> dict[str, Any]:
     """The config, once everything in it is understood; the tables of patterns have become `Patterns`."""
-    config = files.read_json(path)
+    config = json_files.read_json(path)
     if config.get("peft_type") != "LORA":
         raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
     refused = [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
@@ -460,7 +460,7 @@ def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
     model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
     if model_config.is_file():
-        model = files.read_model_config(model_config)
+        model = json_files.read_model_config(model_config)
         kept["model_config"] = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
     return kept
 

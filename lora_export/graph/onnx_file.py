@@ -26,7 +26,7 @@ from lora_export.graph import ort_operators, protobuf_wire
 from lora_export.graph.sites import FOLDED_FROM, KIND, NAME_SCOPES
 from lora_export.provenance import History
 from lora_export.storage.atomic_output import data_name
-from lora_export.storage.files import sha256
+from lora_export.storage.hashes import file_sha256
 
 LIMIT = 1 << 31  # bytes; what is longer, protobuf neither writes nor reads
 INLINE = 1 << 30  # bytes of weights up to which a graph is one file
@@ -210,7 +210,7 @@ def _save_apart(model: ir.Model, path: Path) -> Path:
     data = path.with_name("weights.data")
     try:
         ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=EXTERNAL_FROM)
-        data = data.replace(path.with_name(data_name(path.name, sha256(data))))
+        data = data.replace(path.with_name(data_name(path.name, file_sha256(data))))
         for value, tensor in zip(values, before, strict=True):
             if isinstance(value.const_value, ir.ExternalTensor) and value.const_value is not tensor:
                 value.const_value = _moved(value.const_value, data)

@@ -17,7 +17,7 @@ from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.model import TRACED, Axes, Inputs, Make, Model, Sizes
 from lora_export.models.pt2.example_inputs import padding_mask
-from lora_export.storage import files
+from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, code_of_its_own, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads
 
@@ -38,7 +38,7 @@ def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]
     open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built from it
     if not (folder / CONFIG).is_file():
         raise InputRefused(f"{folder} has no {CONFIG}: it holds weights, but does not say of which model")
-    raw = config_with_heads(files.read_json(folder / CONFIG), adapters)
+    raw = config_with_heads(json_files.read_json(folder / CONFIG), adapters)
     if labels:
         if not raw.get("architectures"):
             raise InputRefused(f"{folder / CONFIG} names no architecture, so that I cannot tell its classifier")

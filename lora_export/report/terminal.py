@@ -17,7 +17,6 @@ from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
 from lora_export.report.documents import Placement
-from lora_export.storage import files
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.root_cause import Diagnosis
 from lora_export.verification.parity import DECIDES, Outcome, Verdict
@@ -140,7 +139,7 @@ def print_plan(to: Console, plan: Plan) -> None:
 def print_merge_report(to: Console, ledger: Ledger, output: Path | None = None) -> None:
     """What a merge did, in a line, and the weights that lost most of their change to rounding."""
     speed = f" ({decimal(int(ledger.bytes / ledger.seconds))}/s)" if ledger.seconds > 0 else ""
-    where = f" to {files.shown(output)}" if output else ""
+    where = f" to {one_line(str(output))}" if output else ""
     _say(
         to,
         f"{len(ledger.results)} weight{_s(len(ledger.results))} merged; {decimal(ledger.bytes)} written{where} in "

@@ -26,7 +26,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import onnxruntime
 from lora_export.runtime.environment import PROVIDERS
 from lora_export.runtime.runner import Arrays, Placement
-from lora_export.storage.files import parse_json
+from lora_export.storage.json_files import parse_json
 
 # The deciding run on CUDA computes fp32 as fp32: onnxruntime's own default is TF32.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "0"}

@@ -14,7 +14,8 @@ from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
-from lora_export.storage import files
+from lora_export.storage import input_files
+from lora_export.storage.hashes import file_sha256
 from lora_export.weights.checkpoint import open_checkpoint
 
 LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as protobuf writes it
@@ -29,7 +30,7 @@ def open_candidate(
     Raises InputRefused for another kind, and EnvironmentLacking where the provider does not load.
     """
     if not path.is_dir():
-        files.must_be_regular(path)
+        input_files.must_be_regular(path)
     if path.suffix == ".onnx":
         runner = OnnxRunner(path, provider)
         runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
@@ -51,8 +52,8 @@ def open_candidate(
 def hashes(path: Path) -> dict[str, str]:
     """File -> SHA-256 of all that a candidate consists of: a folder's files, a graph and its external data."""
     if path.is_dir():
-        return {there.relative_to(path).as_posix(): files.sha256(there) for there in files.regular_files(path)}
-    return {there.name: files.sha256(there) for there in (path, *_external_data(path))}
+        return {there.relative_to(path).as_posix(): file_sha256(there) for there in input_files.regular_files(path)}
+    return {there.name: file_sha256(there) for there in (path, *_external_data(path))}
 
 
 def _external_data(path: Path) -> list[Path]:

@@ -22,8 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lora_export.errors import OutputFailed
-from lora_export.storage.files import shown
+from lora_export.errors import OutputFailed, one_line
 from lora_export.storage.manifest import MANIFEST, read_manifest
 
 LONGEST_NAME = 255  # bytes, on every file system that matters here
@@ -90,7 +89,7 @@ def stage_file(
         _flush_folder(target.parent)
         for path in sorted(ours - {target.parent / name for name in companions}):
             path.unlink()
-            say(f"removed {shown(path.name)}: weights that {shown(target.name)} does not use")
+            say(f"removed {one_line(path.name)}: weights that {one_line(target.name)} does not use")
 
     with (
         _translated(target),
@@ -301,17 +300,19 @@ def _remove_orphans(target: Path, say: Say) -> None:
         stage = aside.with_suffix(".partial")
         if not target.exists():
             aside.rename(target)
-            say(f"put {shown(target.name)} back, which a run that was killed had set aside")
+            say(f"put {one_line(target.name)} back, which a run that was killed had set aside")
         elif stage not in stages:  # it has become the target, so this one has been replaced
             aside.rename(stage)
             stages.add(stage)
         else:  # what is the target now is none of that run's
-            former = shown(target.name)
-            say(f"{shown(aside)} is a former {former}, set aside by a run that was killed: keep it or delete it")
+            former = one_line(target.name)
+            say(
+                f"{one_line(str(aside))} is a former {former}, set aside by a run that was killed: keep it or delete it"
+            )
             stages.remove(stage)
     for stage in sorted(stages):
         shutil.rmtree(stage)
-        say(f"removed {shown(stage.name)}, which a run that was killed had left behind")
+        say(f"removed {one_line(stage.name)}, which a run that was killed had left behind")
 
 
 def _flush(folder: Path) -> None:

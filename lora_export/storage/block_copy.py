@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage.files import HASHES, Hash
+from lora_export.storage.hashes import ALGORITHMS, Hash
 
 BLOCK = 2 << 20  # bytes
 AHEAD = 2  # blocks that may wait for their turn to be hashed while every thread works on another
@@ -72,8 +72,8 @@ class Hashes:
     target: Hash = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", HASHES[self.name]())
-        object.__setattr__(self, "target", HASHES[self.name]())
+        object.__setattr__(self, "source", ALGORITHMS[self.name]())
+        object.__setattr__(self, "target", ALGORITHMS[self.name]())
 
     def for_next_source(self) -> Hashes:
         """The same target's, which goes on, and another source's."""

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.storage.files import HASHES, hash_of, read_json, sha256
+from lora_export.storage.hashes import ALGORITHMS, file_hash, file_sha256
+from lora_export.storage.json_files import read_json
 
 MANIFEST = "lora_export.json"
 
@@ -25,7 +26,7 @@ def write_manifest(
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = path.relative_to(folder).as_posix()
-            contents[name] = {"bytes": path.stat().st_size, **(hashes.get(name) or {"sha256": sha256(path)})}
+            contents[name] = {"bytes": path.stat().st_size, **(hashes.get(name) or {"sha256": file_sha256(path)})}
     text = json.dumps({**facts, "files": contents}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -51,7 +52,7 @@ def damage(folder: Path) -> list[str]:
         raise InputRefused(f"{folder} has no {MANIFEST} to compare it with")
     found = []
     for name, facts in recorded.items():
-        known = [key for key in HASHES if isinstance(facts, dict) and key in facts]
+        known = [key for key in ALGORITHMS if isinstance(facts, dict) and key in facts]
         if not known:
             raise InputRefused(f"{folder / MANIFEST} records no hash of {name} that this version knows")
         path = folder / name
@@ -59,6 +60,6 @@ def damage(folder: Path) -> list[str]:
             found.append(f"{name} is not there")
         elif path.stat().st_size != facts.get("bytes"):
             found.append(f"{name} has {path.stat().st_size} bytes, {facts.get('bytes')} were written")
-        elif any(hash_of(path, key) != facts[key] for key in known):
+        elif any(file_hash(path, key) != facts[key] for key in known):
             found.append(f"{name} holds other bytes than were written")
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage import files
+from lora_export.storage import input_files
 
 # An .npz that grows larger than this, and by more than this factor, is a bomb: masks and padding among other arrays
 # shrink by less.
@@ -24,7 +24,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     Raises InputRefused for what is no .npz file of plain arrays, and for one that inflates beyond measure.
     """
     try:
-        with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        with input_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             total, packed = sum(member.file_size for member in members), path.stat().st_size
             if total > INFLATED and total > RATIO * packed:

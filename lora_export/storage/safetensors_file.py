@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.storage import files
+from lora_export.storage import input_files, json_files
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MOST_DIMENSIONS = 64  # of a NumPy array
@@ -110,10 +110,10 @@ def open_file(path: Path) -> TensorFile:
 
     Raises InputRefused for anything that is not a regular, whole and consistent safetensors file.
     """
-    with files.open_regular(path) as file:
+    with input_files.open_regular(path) as file:
         status = os.fstat(file.fileno())
         header_size = _header_size(path, file.read(8), status.st_size)
-        header = files.parse_json(file.read(header_size), f"the header of {path}")
+        header = json_files.parse_json(file.read(header_size), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputRefused(f"{path}: the header's __metadata__ must map names to strings")

@@ -30,7 +30,7 @@ from lora_export.provenance import described
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.onnx_runner import Held, OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.storage import files
+from lora_export.storage.hashes import file_sha256
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import (
     bits_that_differ,
@@ -166,7 +166,7 @@ class GraphJudge:
     @cached_property
     def _sha256(self) -> str:
         """Of the graph's file; weights beside it are not of it."""
-        return files.sha256(self.source)
+        return file_sha256(self.source)
 
     @property
     def dtype(self) -> str:

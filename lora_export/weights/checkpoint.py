@@ -11,7 +11,7 @@ from lora_export import provenance
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.plan import Layout, TensorSpec
 from lora_export.provenance import History
-from lora_export.storage import files, safetensors_file
+from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import TensorFile
 
@@ -75,7 +75,7 @@ class Checkpoint:
             return
         home = self.path.resolve()
         ours = {*self.shards, self.index, MANIFEST}
-        for path in files.regular_files(self.path):
+        for path in input_files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)
             if hidden or relative.as_posix() in ours or self._is_weights(path):
@@ -89,7 +89,7 @@ class Checkpoint:
         """Weights in other formats in the same folder, which a merge does not carry along."""
         if not self.is_folder:
             return []
-        found = (path.relative_to(self.path) for path in files.regular_files(self.path))
+        found = (path.relative_to(self.path) for path in input_files.regular_files(self.path))
         return [path.as_posix() for path in found if path.as_posix() not in self.shards and self._is_weights(path)]
 
     @staticmethod
@@ -104,7 +104,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     disagrees with them, two sets of weights, quantised or pickled weights.
     """
     path = Path(path)
-    files.must_exist(path, "base model")
+    input_files.must_exist(path, "base model")
     if path.is_dir():
         return _open_folder(path)
     if path.suffix != ".safetensors":
@@ -127,7 +127,7 @@ def code_of_its_own(config: Mapping[str, Any]) -> str:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = json_files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
     quantization = next(filter(None, _values(config, "quantization_config")), None)
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -162,7 +162,7 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
                 "Load it where you trust it and save it again as safetensors"
             )
         raise InputRefused(f"{folder} has no safetensors weights")
-    table = files.read_json(folder / indices[0]).get("weight_map")
+    table = json_files.read_json(folder / indices[0]).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise InputRefused(f"{folder / indices[0]} has no weight_map")
     strange = [
@@ -186,7 +186,7 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
 
 
 def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:
-    table: dict[str, str] = files.read_json(index)["weight_map"]
+    table: dict[str, str] = json_files.read_json(index)["weight_map"]
     problems = [
         f"{name}: not in {file}, where the index has it"
         for name, file in table.items()

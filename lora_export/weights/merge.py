@@ -52,7 +52,7 @@ def merge_checkpoint(
 
     A folder becomes a folder with the same shards, config and tokenizer and a manifest; a bare
     file becomes one file called `file_name`, its provenance in the header. `dtype` converts every
-    float tensor. `hashing` is the hash by which base and output are recorded (see `files.HASHES`).
+    float tensor. `hashing` is the hash by which base and output are recorded (see `hashes.ALGORITHMS`).
     `backend` is who changes the weights, NumPy unless told (see `device`).
     Peak memory is a few blocks, whatever the model's size.
 

@@ -26,7 +26,7 @@ from lora_export.models import export
 from lora_export.models.load import load_model
 from lora_export.plan import Plan
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.storage import files as hashing
+from lora_export.storage.hashes import file_hash
 from lora_export.verification.derived_proofs import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from support import FACTORIES
 from support.cli import answer, call
@@ -86,7 +86,7 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def hash_of(path: Path) -> str:
-    return hashing.hash_of(path, "xxh3_128")
+    return file_hash(path, "xxh3_128")
 
 
 def feeds(batch: int = 3, length: int = 9) -> dict[str, Any]:

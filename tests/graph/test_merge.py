@@ -25,7 +25,8 @@ from lora_export.graph.fold import fold
 from lora_export.graph.merge import merge_graph
 from lora_export.graph.sites import find
 from lora_export.lora import Adapter
-from lora_export.storage import atomic_output, block_copy, files
+from lora_export.storage import atomic_output, block_copy
+from lora_export.storage.hashes import file_hash, file_sha256
 from lora_export.weights import apply_step
 from lora_export.weights.merge_report import MergeReport
 from support.everything import everything
@@ -95,7 +96,7 @@ def test_what_was_inside_stays_inside_and_what_was_beside_is_named_by_its_conten
     if not data:
         assert [file.name for file in written] == ["m.onnx"]
         return
-    digest = files.hash_of(written[1], "xxh3_128")
+    digest = file_hash(written[1], "xxh3_128")
     assert [file.name for file in written] == ["m.onnx", atomic_output.data_name("m.onnx", digest)]
     assert written[1].stat().st_size < sum(weight.nbytes for weight in WEIGHTS.values()) + 3 * 4096
 
@@ -148,7 +149,7 @@ def test_the_record_holds_hashes_of_every_file_and_the_adapters(tmp_path: Path, 
     properties = graphs.load(tmp_path / "out/m.onnx").metadata_props
     record = json.loads(properties.pop("lora_export"))
     assert properties == {"author": "somebody"}
-    there = {file.name: {"sha256": files.sha256(file)} for file in tmp_path.iterdir() if file.is_file()}
+    there = {file.name: {"sha256": file_sha256(file)} for file in tmp_path.iterdir() if file.is_file()}
     assert record["base"] == there
     assert [entry["sha256"] for entry in record["adapters"]] == [adapter.sha256]
     assert record["settings"]["lora"] == "merged"
@@ -191,7 +192,7 @@ def test_a_tensor_that_two_layers_share_is_given_to_each(tmp_path: Path) -> None
         assert np.array_equal(stored(after, "z.fc.weight"), square + 1)
         assert np.array_equal(stored(after, "b.fc.weight"), square + (pair[1] @ A).T)
         record = json.loads(after.metadata_props["lora_export"])
-        assert record["base"]["m.onnx"]["xxh3_128"] == files.hash_of(tmp_path / folder / "m.onnx", "xxh3_128")
+        assert record["base"]["m.onnx"]["xxh3_128"] == file_hash(tmp_path / folder / "m.onnx", "xxh3_128")
 
 
 def test_weights_whose_order_in_the_file_is_another_are_found(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_weights_whose_order_in_the_file_is_another_are_found(tmp_path: Path) ->
     assert np.array_equal(stored(after, "kept.weight"), WEIGHTS["kept.weight"])
     assert np.array_equal(stored(after, "down.weight"), WEIGHTS["down.weight"])
     record = json.loads(after.metadata_props["lora_export"])
-    assert record["base"]["m.onnx"]["xxh3_128"] == files.hash_of(path, "xxh3_128")
+    assert record["base"]["m.onnx"]["xxh3_128"] == file_hash(path, "xxh3_128")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

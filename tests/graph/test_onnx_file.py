@@ -15,7 +15,7 @@ import pytest
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.graph import onnx_file, sites
-from lora_export.storage.files import sha256
+from lora_export.storage.hashes import file_sha256
 from support.graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
 from support.small_graphs import LINEAR
 
@@ -375,7 +375,7 @@ def cached(hub: Path) -> Path:
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for path in made.iterdir():
-        blob = sha256(path)
+        blob = file_sha256(path)
         path.rename(blobs / blob)
         (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
     return snapshot / "model.onnx"

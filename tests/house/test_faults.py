@@ -30,7 +30,8 @@ from lora_export import cli
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.formats import peft as reader
 from lora_export.plan import TensorSpec
-from lora_export.storage import files, safetensors_file
+from lora_export.storage import safetensors_file
+from lora_export.storage.hashes import file_hash
 from lora_export.storage.manifest import read_manifest
 from lora_export.weights import checkpoint
 from lora_export.weights.checkpoint import Checkpoint
@@ -402,7 +403,7 @@ def test_an_adapter_that_names_another_base_is_doubted(place):
         doubt = f"note: adapter was made for {told}, the base is org/small: shapes that agree prove nothing\n"
         assert err == (doubt if doubted else "")
     manifest = read_manifest(place.folder / "new")
-    digest = files.hash_of(place.base / "model.safetensors", "xxh3_128")
+    digest = file_hash(place.base / "model.safetensors", "xxh3_128")
     assert manifest["base"] == {"model.safetensors": {"xxh3_128": digest}}
 
 

@@ -25,7 +25,8 @@ import pytest
 
 from lora_export import cli
 from lora_export.graph import onnx_file as graphs
-from lora_export.storage import atomic_output, files, safetensors_file
+from lora_export.storage import atomic_output, safetensors_file
+from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest
 from lora_export.weights import merge
 from support import ROOT, saboteur
@@ -840,7 +841,7 @@ def in_a_cache(folder: Path, cache: Path) -> Path:
     (cache / "models--a--b/blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for path in folder.iterdir():
-        blob = files.sha256(path)
+        blob = file_sha256(path)
         shutil.copyfile(path, cache / "models--a--b/blobs" / blob)
         (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
     return snapshot

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.storage import block_copy, files
+from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Hashes
+from lora_export.storage.hashes import ALGORITHMS
 
 DATA = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8).tobytes()
 
@@ -57,8 +58,8 @@ def test_blocks_arrive_whole_and_are_hashed_in_order(source, threads, name):
     hashes.target.update(b"abc")
     arrived, found = carry(source, pieces(64), hashes=hashes, threads=threads, room=64)
     assert arrived[3:] == DATA and found == [None] * 16
-    assert hashes.source.hexdigest() == files.HASHES[name](DATA).hexdigest()
-    assert hashes.target.hexdigest() == files.HASHES[name](b"abc" + DATA).hexdigest()
+    assert hashes.source.hexdigest() == ALGORITHMS[name](DATA).hexdigest()
+    assert hashes.target.hexdigest() == ALGORITHMS[name](b"abc" + DATA).hexdigest()
 
 
 def test_work_makes_the_targets_bytes_and_its_finds_come_in_order(source):

@@ -35,7 +35,8 @@ from transformers import (
 from lora_export import formats, plan
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair, add_into
-from lora_export.storage import block_copy, files, safetensors_file
+from lora_export.storage import block_copy, safetensors_file
+from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.weights import apply_step, merge
 from lora_export.weights.checkpoint import open_checkpoint
@@ -495,7 +496,7 @@ def test_each_files_own_metadata_is_kept(tmp_path, sharded, adapter):
 def test_the_manifest_tells_where_everything_came_from(tmp_path, sharded, adapter, hashing):
     def facts(path: Path) -> dict[str, str]:
         weights = path.suffix == ".safetensors"
-        return {hashing: files.HASHES[hashing](path.read_bytes()).hexdigest()} if weights else sha256(path)
+        return {hashing: ALGORITHMS[hashing](path.read_bytes()).hexdigest()} if weights else sha256(path)
 
     def sha256(path: Path) -> dict[str, str]:
         return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -578,7 +579,7 @@ def test_a_bare_file_becomes_a_file_of_the_given_name_with_its_record_inside(tmp
     with safe_open(tmp_path / "out/mine.safetensors", framework="numpy") as file:
         assert file.metadata()["format"] == "pt"
         record = json.loads(file.metadata()["lora_export"])
-    digest = files.HASHES["xxh3_128"]((tmp_path / "base.safetensors").read_bytes()).hexdigest()
+    digest = ALGORITHMS["xxh3_128"]((tmp_path / "base.safetensors").read_bytes()).hexdigest()
     assert record["base"] == {"base.safetensors": {"xxh3_128": digest}}
     assert [merged["name"] for merged in record["adapters"]] == ["adapter"]
 

@@ -19,7 +19,7 @@ from lora_export.graph.insert.inserter import Factor, Inserter, module_of
 from lora_export.graph.readers import common_dtype, readers
 from lora_export.graph.sites import Site, Sites, find
 from lora_export.plan import Layout, Plan
-from lora_export.storage.files import HASHES
+from lora_export.storage.hashes import ALGORITHMS
 
 SHOWN = 20  # problems that an error lists
 LOWEST_IR = 4  # before it, whatever has a value had to be an input, and none was optional
@@ -172,7 +172,7 @@ def _digest(site: Site, packed: dict[ir.Node, str]) -> str:
 
 
 def _hashed(arrays: Iterable[NDArray[Any]]) -> str:
-    value = HASHES["xxh3_128"]()
+    value = ALGORITHMS["xxh3_128"]()
     for array in arrays:
         value.update(f"{array.dtype} {array.shape}".encode())
         value.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -181,7 +181,7 @@ def _hashed(arrays: Iterable[NDArray[Any]]) -> str:
 
 def _hash(parts: Iterable[object]) -> str:
     """One hash of all these, in whatever order they come."""
-    value = HASHES["xxh3_128"]()
+    value = ALGORITHMS["xxh3_128"]()
     for part in sorted(map(repr, parts)):
         value.update(part.encode())
     return value.hexdigest()

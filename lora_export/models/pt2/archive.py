@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_export.errors import InputRefused, refuse_unprintable
-from lora_export.storage import files
+from lora_export.storage import input_files
 
 AT_ONCE = 1 << 26  # bytes that are read in one piece: a zip's directory may not ask for more
 
@@ -34,7 +34,7 @@ class opened:  # noqa: N801 - used as a function is
         self.path = path
 
     def __enter__(self) -> zipfile.ZipFile:
-        self.file = files.open_regular(self.path)
+        self.file = input_files.open_regular(self.path)
         try:
             return zipfile.ZipFile(_Bounded(self.file))
         except Exception as error:  # zipfile has a dozen kinds for this

@@ -39,7 +39,7 @@ from lora_export.models.pt2.program_types import (
     Value,
     Word,
 )
-from lora_export.storage import files
+from lora_export.storage import json_files
 
 SCHEMA = 8  # the major version of torch's schema that this reader knows: torch 2.5 and later
 MOST_OBJECTS = 1_000_000  # of a graph's JSON: 120 layers of a decoder have 320,000
@@ -72,7 +72,7 @@ def read(path: Path) -> Exported:
                 "one, as torch.export.save writes it"
             )
         (model,) = models
-        graph = archive.content(file, members[f"models/{model}.json"], path, most=files.MAX_JSON)
+        graph = archive.content(file, members[f"models/{model}.json"], path, most=json_files.MAX_JSON)
         weights = _payloads(file, members, path, "weights", model)
         constants = _payloads(file, members, path, "constants", model)
     return _Reader(path, members, {**constants, **weights}).program(graph)
@@ -88,8 +88,10 @@ def _payloads(
             f"{path} has no {name}: an older torch pickled the {folder}, and no pickle is opened here. Export it again "
             "with torch 2.10 or later"
         )
-    content = bytes(archive.content(file, members[name], path, most=files.MAX_JSON))
-    told = table(files.parse_json(content, f"{name} in {path}", most=MOST_OBJECTS).get("config"), f"{name} in {path}")
+    content = bytes(archive.content(file, members[name], path, most=json_files.MAX_JSON))
+    told = table(
+        json_files.parse_json(content, f"{name} in {path}", most=MOST_OBJECTS).get("config"), f"{name} in {path}"
+    )
     refuse_unprintable(told, str(path))
     return {
         tensor: _payload(table(entry, tensor), members, f"data/{folder}/", f"{path}: {tensor}")
@@ -132,7 +134,7 @@ class _Reader:
 
     def program(self, content: bytearray) -> Exported:
         place = f"{self.path}: its graph"
-        told = files.parse_json(bytes(content), place, most=MOST_OBJECTS)
+        told = json_files.parse_json(bytes(content), place, most=MOST_OBJECTS)
         version = table(told.get("schema_version"), place)
         if version.get("major") != SCHEMA:
             raise InputRefused(
@@ -373,7 +375,7 @@ class _Reader:
     def _structure(self, told: Any, place: str, places: Iterator[int], fields: Mapping[str, Any]) -> Any:
         """A structure with the number of each leaf in its place. No type in it is looked up."""
         wrapped = '{"structure": ' + text(told, place) + "}"
-        parsed = files.parse_json(wrapped.encode(errors="surrogatepass"), place)
+        parsed = json_files.parse_json(wrapped.encode(errors="surrogatepass"), place)
         spec = items(parsed.get("structure"), place)
         if len(parsed) != 1 or len(spec) != 2 or spec[0] != 1:
             raise InputRefused(f"{place}: a structure is told in version 1, and not so")
@@ -390,7 +392,7 @@ class _Reader:
         keys: Any = None
         if name in MAPPINGS or name.startswith(OF_TRANSFORMERS):
             told = '{"keys": ' + text(spec.get("context"), place) + "}"
-            keys = files.parse_json(told.encode(errors="surrogatepass"), place).get("keys")
+            keys = json_files.parse_json(told.encode(errors="surrogatepass"), place).get("keys")
         elif name == "collections.namedtuple" or name in fields:
             return tuple(made)
         if not isinstance(keys, list) or len(keys) != len(made) or not all(isinstance(key, str) for key in keys):

@@ -27,7 +27,8 @@ from lora_export import __version__
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
-from lora_export.storage import atomic_output, files, safetensors_file
+from lora_export.storage import atomic_output, json_files, safetensors_file
+from lora_export.storage.hashes import file_sha256
 
 Arrays = dict[str, NDArray[Any]]
 Warn = Callable[[str], None]
@@ -89,7 +90,7 @@ class CachedOutputs:
             return
         try:
             file = safetensors_file.open_file(path)
-            record = files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
+            record = json_files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
             flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
             if record.get("digest") != _digest(flat):
                 raise InputRefused("its values are not those that were written")
@@ -157,7 +158,7 @@ def _made_with(module: nn.Module) -> dict[str, str]:
     structure.update(str(getattr(module, "config", "")).encode())
     code["structure"] = structure.hexdigest()
     for path in sorted({path for part in module.modules() for path in _sources(type(part))}):
-        code[f"code of {path.name}"] = files.sha256(path)
+        code[f"code of {path.name}"] = file_sha256(path)
     return code
 
 

@@ -1,53 +1,20 @@
-"""What files hold: hashes, manifests and JSON, read within bounds; and which of them are files at all."""
+"""JSON files that were written by others, read within bounds."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
-import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
-from xxhash import xxh3_128
+from lora_export.errors import InputRefused
+from lora_export.storage.input_files import open_regular
 
-from lora_export.errors import InputRefused, one_line
-
-# XXH3 (https://xxhash.com) sees every accident, at the speed of memory. SHA-256 is what sha256sum and model hubs
-# show, and what a signature should stand on; on a large model it costs more than the merge.
-HASHES: dict[str, Callable[[], Hash]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
 MAX_JSON = 100_000_000  # bytes; the index of the largest models has a tenth
 MAX_OBJECTS = 250_000  # in one file; a header has one for each tensor, and each takes a hundred times its bytes here
-MAX_DEPTH = 100  # of objects and lists in each other; what walks through them later may recurse
-
-
-class Hash(Protocol):
-    """What hashlib and xxhash have in common."""
-
-    def update(self, data: Any, /) -> None: ...
-    def hexdigest(self) -> str: ...
-
-
-def shown(name: str | Path) -> str:
-    """A name within a line of text."""
-    return one_line(str(name))
-
-
-def hash_of(path: Path, name: str) -> str:
-    """The hash of a file's bytes, by one of HASHES, as hex."""
-    value = HASHES[name]()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            value.update(part)
-    return value.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hex."""
-    return hash_of(path, "sha256")
+MAX_DEPTH = 100  # of nested objects and lists; later functions recurse through them
 
 
 def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> dict[str, Any]:
@@ -120,36 +87,3 @@ def read_model_config(path: Path) -> dict[str, Any]:
         if config.get(field) is not None and not fits(config[field]):
             raise InputRefused(f"{path}: {field} is {config[field]!r}; it must be {what}")
     return config
-
-
-def must_exist(path: Path, what: str) -> None:
-    """Raises InputRefused where there is nothing at an input's path, or it cannot be looked at."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        raise InputRefused(f"there is no {what} at {path}") from None
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}") from error
-
-
-def must_be_regular(path: Path) -> None:
-    """Raises InputRefused as `open_regular` does: for a file that a library is going to open by its name."""
-    open_regular(path).close()
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open an input for reading. Raises InputRefused for one that cannot be opened, or is no regular file."""
-    try:
-        # Non-blocking, so that a FIFO is refused at once instead of waiting for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputRefused(f"{path} is not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
-def regular_files(folder: Path) -> list[Path]:
-    """Every file below a folder, links to files (as in a Hugging Face cache) included, FIFOs and devices not."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())

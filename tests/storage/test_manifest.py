@@ -1,19 +1,14 @@
-"""What files hold is read within bounds, and compared with what was written."""
+"""A manifest records every file, and detects every later change."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.storage import files
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest, write_manifest
-
-# --- The manifest and JSON ---
 
 
 def test_the_manifest_records_every_file_with_its_size_and_hash(tmp_path):
@@ -33,63 +28,6 @@ def test_no_manifest_is_an_empty_one_and_a_strange_one_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_text('{"files": []}')
     with pytest.raises(InputRefused, match=r"lora_export\.json is not a manifest"):
         read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"", "X is not JSON"),
-        (b'{"a": 1,}', "X is not JSON"),
-        (b"\xff", "X is not JSON"),
-        (b'{"a":' * 100_000, "X is not JSON"),
-        (b"3", "X is not a JSON object"),
-        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "X names c more than once"),
-    ],
-)
-def test_json_that_cannot_be_trusted_is_refused(text, message):
-    with pytest.raises(InputRefused, match=message):
-        files.parse_json(text, "X")
-
-
-@pytest.mark.fault(41)
-def test_json_is_read_from_regular_files_only(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"a": [1]}))
-    assert files.read_json(tmp_path / "a.json") == {"a": [1]}
-    os.mkfifo(tmp_path / "fifo")
-    refusals: dict[Path, str] = {
-        tmp_path / "fifo": "fifo is not a regular file",
-        tmp_path: "is not a regular file",
-        tmp_path / "none": "none: No such file or directory",
-    }
-    for path, message in refusals.items():
-        with pytest.raises(InputRefused, match=message):
-            files.read_json(path)
-
-
-def test_an_input_must_exist(tmp_path):
-    files.must_exist(tmp_path, "adapter")
-    refusals: dict[Path, str] = {
-        tmp_path / "none": "there is no adapter at .*/none",
-        tmp_path / ("n" * 300): "File name too long",
-    }
-    for path, message in refusals.items():
-        with pytest.raises(InputRefused, match=message):
-            files.must_exist(path, "adapter")
-
-
-@pytest.mark.fault(41)
-def test_regular_files_are_found_through_links_and_nothing_else_is(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b", "sub/a"):
-        (tmp_path / name).touch()
-    (tmp_path / "link").symlink_to("b")
-    (tmp_path / "dangling").symlink_to("nowhere")
-    (tmp_path / "loop").symlink_to("loop")
-    os.mkfifo(tmp_path / "fifo")
-    assert files.regular_files(tmp_path) == [tmp_path / "b", tmp_path / "link", tmp_path / "sub/a"]
-
-
-# --- Whether a folder is as it was written ---
 
 
 def noted(tmp_path: Path, hashes: dict[str, dict[str, str]] | None = None) -> Path:

@@ -1,0 +1,48 @@
+"""Checks that an input is a regular file, before anything reads it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from lora_export.errors import InputRefused
+
+
+def must_exist(path: Path, what: str) -> None:
+    """Raise InputRefused where an input's path does not exist, or cannot be looked up. `what` names the input."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise InputRefused(f"there is no {what} at {path}") from None
+    except OSError as error:
+        raise InputRefused(f"{path}: {error.strerror}") from error
+
+
+def must_be_regular(path: Path) -> None:
+    """Check a file that a library will open by its name. Raises InputRefused as `open_regular` does."""
+    open_regular(path).close()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open an input for reading. Raises InputRefused where it cannot be opened, or is not a regular file."""
+    # O_NONBLOCK: a FIFO is refused at once instead of waiting for a writer. Windows has no O_NONBLOCK, cannot open
+    # folders, and reads text unless O_BINARY is set. So the type is checked before the file is opened, and again
+    # after, because another process may have replaced the file in between.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputRefused(f"{path} is not a regular file")
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise InputRefused(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputRefused(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def regular_files(folder: Path) -> list[Path]:
+    """List every regular file below a folder, and every link to one, as in a Hugging Face cache; sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
