@@ -24,7 +24,7 @@ from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import prove
 from lora_export.verification.inputs.model_inputs import case_inputs
 from lora_export.verification.proof import Proof
-from lora_export.weights.merge_report import MIN_RETENTION, refuse_faint
+from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 
 class FromModel:
@@ -71,7 +71,7 @@ class FromModel:
 
         Raises InputRefused where rounding leaves a weight less than half of its change.
         """
-        refuse_faint(fold(program, sites, steps), MIN_RETENTION)
+        refuse_below_rounding(fold(program, sites, steps), MIN_RETENTION)
         *beside, _ = save(program, folder, file_name)
         return [path.name for path in beside]
 

@@ -144,10 +144,10 @@ def command(
         )
         if not ledger.replaced and not any(result.changed for result in ledger.results):
             raise InputRefused("the merge would change no entry of any weight: rounding takes all of it")
-    if ledger.faint:
-        worst = min(ledger.faint, key=lambda result: result.retention)
+    if ledger.below_rounding:
+        worst = min(ledger.below_rounding, key=lambda result: result.retention)
         say(
-            f"warning: rounding took more than a tenth of their change from {len(ledger.faint)} of "
+            f"warning: rounding took more than a tenth of their change from {len(ledger.below_rounding)} of "
             f"{len(ledger.results)} weights, most from {worst.weight} ({worst.retention:.0%} kept); {work.way_out}"
         )
     if as_json:

@@ -51,7 +51,7 @@ class Order:
 
     def planned(self, specs: Iterable[plan.TensorSpec]) -> Plan:
         """Where its adapters land; those that are swapped are never there at once."""
-        return plan.make(self.adapters, specs, strengths=self.weights, apart=self.mode in SWAPPED)
+        return plan.make(self.adapters, specs, strengths=self.weights, one_at_a_time=self.mode in SWAPPED)
 
 
 class Source(Protocol):

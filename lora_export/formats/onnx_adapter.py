@@ -161,7 +161,7 @@ def refuse_what_no_input_carries(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         bad = [f"{name}: a whole tensor" for name in adapter.replaced]
         bad += [f"{name}: a change of a bias" for name in adapter.biases]
-        bad += [f"{name}: rows of tokens" for name in adapter.rows]
+        bad += [f"{name}: rows of tokens" for name in adapter.token_rows]
         told += [one_line(f"  {adapter.name}, {line}") for line in bad]
     if told:
         more = [f"  and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
@@ -202,7 +202,7 @@ def parameters(contract: Contract, plan: Plan, adapter: str, factors: Arrays = N
     by_weight = {place.weight: place for place in contract.places}
     given: dict[str, NDArray[Any]] = {}
     for step in plan.low_rank:
-        own = step.of(adapter)
+        own = step.for_adapter(adapter)
         if own is None:
             continue
         place = by_weight[step.weight]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.storage import json_files, safetensors_file
 
 CONFIG = "adapter_config.json"
@@ -123,7 +123,7 @@ def read(path: Path, name: str) -> Adapter:
         pairs=pairs,
         replaced=replaced,
         biases=biases,
-        rows=rows,
+        token_rows=rows,
         targets=_targets(config),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
@@ -149,7 +149,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     dora = {pair.magnitude is not None for pair in adapter.pairs.values()}
     if (
         adapter.biases
-        or adapter.rows
+        or adapter.token_rows
         or len(dora) > 1
         or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values())
     ):
@@ -308,7 +308,7 @@ def _read_pairs(
 
 def _read_rows(
     file: safetensors_file.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]
-) -> dict[str, Rows]:
+) -> dict[str, TokenRows]:
     """The rows of tokens, by tensor. Which rows they are stands in the config alone.
 
     Raises InputRefused with everything that is wrong with them.
@@ -338,7 +338,7 @@ def _read_rows(
             problems.append(f"{tensor}: its trainable_token_indices are no list of whole numbers")
         else:
             try:
-                found[tensor] = Rows(np.array(indices, np.int64), file.read(key))
+                found[tensor] = TokenRows(np.array(indices, np.int64), file.read(key))
             except InputRefused as error:
                 problems.append(f"{tensor}: {error}")
     if problems:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.readers import Site, readers, tensor_of
 from lora_export.graph.sites import FOLDED_FROM, Sites, unused, value_names
@@ -51,7 +52,7 @@ def refuse_what_a_graph_cannot_take(plan: Plan) -> None:
     added = [step.weight for step in plan.steps if step.added]
     if added:
         raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
-    rows = [step.weight for step in plan.steps if step.rows is not None]
+    rows = [step.weight for step in plan.steps if step.token_rows is not None]
     if rows:
         raise InputRefused(
             f"{', '.join(rows)}: rows of tokens cannot be put into a graph, where input and output may share them. "
@@ -88,7 +89,7 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
     statistics = Statistics(step.weight)
     for landing in land(model, sites, step):
         statistics.merge(change_in_memory(landing))
-    return None if step.is_whole else statistics.result()
+    return None if step.is_replacement else statistics.result()
 
 
 def change_in_memory(landing: Landing) -> Statistics:
@@ -96,14 +97,14 @@ def change_in_memory(landing: Landing) -> Statistics:
     tensor, step = landing.value.const_value, landing.step
     assert tensor is not None
     before, statistics = tensor.numpy()[landing.where], Statistics(step.weight)
-    turned = step.spec.layout.is_turned
+    turned = step.spec.layout.is_transposed
     start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-        if step.is_whole:
+        if step.is_replacement:
             after = start.astype(before.dtype)
         else:
             view = start.T if turned else start  # (out, in, ...)
-            total, change = step.carried_out(view)
+            total, change = sums.summed(step, view)
             after = total.astype(before.dtype)
             statistics.count(view, change, after)
             after = after.T if turned else after
@@ -136,7 +137,7 @@ def _as_stored(step: Step, site: Site) -> Step:
     """A step as it is to be done to an initializer that lies as this reader says."""
     spec = step.spec
     lies = spec.layout if site.layout is Layout.OTHER else site.layout
-    turned = lies.is_turned != spec.layout.is_turned
+    turned = lies.is_transposed != spec.layout.is_transposed
     dtype = site.dtype if site.quantised is not None else str(site.tensor.dtype.numpy())
     stored = replace(spec, shape=site.shape, dtype=dtype, layout=lies)
     whole = step.replace.T if step.replace is not None and turned else step.replace

@@ -42,7 +42,14 @@ from lora_export.storage.block_copy import Block, Bytes, Hashes
 from lora_export.storage.safetensors_file import PAGE, Entry
 from lora_export.weights import apply_step
 from lora_export.weights.apply_step import Backend, Move, Patch
-from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, Statistics, StepResult, refuse_faint
+from lora_export.weights.merge_report import (
+    MIN_RETENTION,
+    MergeReport,
+    Progress,
+    Statistics,
+    StepResult,
+    refuse_below_rounding,
+)
 
 WAYS_OUT = (
     "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
@@ -126,7 +133,7 @@ def merge_graph(
         results=written.results,
         copied=written.copied,
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
-        replaced=sum(step.is_whole for step in plan.steps),
+        replaced=sum(step.is_replacement for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
 
@@ -170,7 +177,7 @@ def write_merged(
         with (stage / file_name).open("xb") as target:
             ledger.sources[own] = _carry(own, target, parts, Hashes(hashing), ledger)
     results = [statistics.result() for statistics in ledger.tallies.values()]
-    refuse_faint(results, min_retention, WAYS_OUT)
+    refuse_below_rounding(results, min_retention, WAYS_OUT)
     return Written(
         tuple(results),
         sum(weight.old.nbytes for weight in weights if weight.is_copy),
@@ -226,7 +233,7 @@ def _land(plan: Plan, model: ir.Model, sites: Sites, ledger: _Ledger) -> _Landed
                 landed.landings.setdefault(landing.value, []).append(landing)  # `rewrite` will do it
             else:
                 statistics = change_in_memory(landing)
-                if not step.is_whole:
+                if not step.is_replacement:
                     ledger.statistics(step.weight).merge(statistics)
     for value, there in quantised.items():
         weight, places = take_over(model, value, there)

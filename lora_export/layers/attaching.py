@@ -58,7 +58,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
     replacements = {
         step.weight: replacement_tensor(step, targets[step.weight].tensor)
         for step in plan.steps
-        if step.replace is not None or step.rows is not None
+        if step.replace is not None or step.token_rows is not None
     }
     if trainable:
         module.requires_grad_(False)
@@ -66,7 +66,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
     for step in plan.steps:
         target = targets[step.weight]
         _begin_attachment(target.owner)
-        if step.brings_rows:
+        if step.replaces_only_rows:
             _replace_rows(module, target, replacements[step.weight])
         elif step.weight in replacements:
             _replace(target, plan, step, replacements[step.weight], trainable=trainable and not step.terms)
@@ -90,7 +90,7 @@ def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     if step.terms and isinstance(owner, nn.Embedding) and owner.max_norm is not None:
         raise InputRefused(f"{step.weight}: an embedding with max_norm changes its rows whenever it is used")
     clashes = [name for name in (*BRANCH_PARTS, "lora_shift") if hasattr(owner, name)]
-    if not step.is_whole and clashes:
+    if not step.is_replacement and clashes:
         raise InputRefused(
             f"{target.name}: its {type(owner).__name__} already has {', '.join(clashes)}; "
             "give the model without its LoRA layers"
@@ -125,7 +125,7 @@ def _add_branches(target: ModuleTensor, step: Step, names: Mapping[str, str], *,
                 owner.register_module(part, nn.ParameterDict())
             parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable)
             cast(nn.ParameterDict, owner._modules[part])[name] = parameter
-        scale, dora = term.strength * term.pair.scale, term.pair.magnitude is not None
+        scale, dora = term.scale, term.pair.magnitude is not None
         branch = Branch(term.adapter, term.module, target.attribute, name, scale, step.spec.layout, dora)
         attachment_of(owner).branches += (branch,)
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import per_output
 from lora_export.layers.module_tensors import as_tensor, oriented, wide_dtype
@@ -31,7 +32,7 @@ def fold(module: nn.Module, plan: Plan) -> None:
 
 def folded_tensor(step: Step, base: Tensor) -> Tensor:
     """The result of a step on the base's tensor, in its dtype. Raises InputRefused unless all values are finite."""
-    if step.is_whole:
+    if step.is_replacement:
         return replacement_tensor(step, base)
     start = base.detach() if step.replace is None else as_tensor(np.asarray(step.replace)).to(base.device)
     change = _change(step, wide_dtype(base.dtype)).to(base.device)
@@ -50,9 +51,9 @@ def folded_tensor(step: Step, base: Tensor) -> Tensor:
 def replacement_tensor(step: Step, base: Tensor) -> Tensor:
     """The tensor that replaces the base's, in its dtype. Raises InputRefused unless all values are finite."""
     replacement = base.detach().clone() if step.replace is None else as_tensor(step.replace).to(base.device)
-    if step.rows is not None:
-        indices = torch.from_numpy(step.rows.indices).to(base.device)
-        replacement[indices] = as_tensor(step.rows.values).to(replacement)
+    if step.token_rows is not None:
+        indices = torch.from_numpy(step.token_rows.indices).to(base.device)
+        replacement[indices] = as_tensor(step.token_rows.values).to(replacement)
     return _finite(step, replacement, replacement, base.dtype)
 
 
@@ -73,10 +74,10 @@ def _finite(step: Step, before: Tensor, wide: Tensor, dtype: torch.dtype) -> Ten
 def _change(step: Step, wide: torch.dtype) -> Tensor:
     """The shift of a bias, or ΔW as (out, in, ...), before DoRA rescales the sum."""
     if step.shift is not None or wide is torch.float32:
-        return as_tensor(step.delta()).to(wide)
+        return as_tensor(sums.delta(step)).to(wide)
     deltas = []
     for term in step.terms:
         a, b = (as_tensor(factor).to(wide) for factor in (term.pair.a, term.pair.b))
-        product = (b.flatten(1) @ a.flatten(1)) * (term.strength * term.pair.scale)
+        product = (b.flatten(1) @ a.flatten(1)) * term.scale
         deltas.append(product.reshape(term.pair.shape))
     return torch.stack(deltas).sum(0)

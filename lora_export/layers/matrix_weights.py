@@ -30,7 +30,7 @@ class MatrixWeight(NamedTuple):
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in), a convolution's kernel flattened."""
         first, *others = self.tensor.shape
-        return (math.prod(others), first) if self.layout.is_turned else (first, math.prod(others))
+        return (math.prod(others), first) if self.layout.is_transposed else (first, math.prod(others))
 
     @property
     def has_bias(self) -> bool:

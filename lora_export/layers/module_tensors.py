@@ -90,7 +90,7 @@ def tensor_registry(owner: nn.Module, attribute: str) -> dict[str, Any]:
 
 def oriented(weight: Tensor, layout: Layout) -> Tensor:
     """Convert a weight from its stored layout to (out, in, ...), or back: the two conversions are the same."""
-    return weight.T if layout.is_turned else weight
+    return weight.T if layout.is_transposed else weight
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

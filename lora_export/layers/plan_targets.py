@@ -42,7 +42,9 @@ def refuse_tied(module: nn.Module, plan: Plan) -> None:
         tensor = target.tensor
         # The address also finds two parameters that share their memory; meta tensors have none.
         names.setdefault(tensor.data_ptr() or id(tensor), []).append(target.name)
-    steps = {step.weight for step in plan.steps if not step.brings_rows}  # PEFT trains rows for all names at once
+    steps = {
+        step.weight for step in plan.steps if not step.replaces_only_rows
+    }  # PEFT trains rows for all names at once
     tied = [group for group in names.values() if len(group) > 1 and any(name in steps for name in group)]
     if tied:
         groups = "; ".join(" and ".join(group) for group in tied)

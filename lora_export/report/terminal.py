@@ -98,7 +98,7 @@ def placed(placement: Placement) -> str:
 def print_adapter(to: Console, adapter: Adapter) -> None:
     """What an adapter file holds, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at strength 1."""
     counts = {"low-rank pair": len(adapter.pairs), "whole tensor": len(adapter.replaced), "bias": len(adapter.biases)}
-    counts["row"] = sum(rows.indices.size for rows in adapter.rows.values())
+    counts["row"] = sum(rows.indices.size for rows in adapter.token_rows.values())
     held = ", ".join(f"{count} {what}{_s(count)}" for what, count in counts.items() if count)
     _say(to, f"{adapter.name}: {adapter.format}, {held or 'empty'}, {adapter.parameters:,} parameters", style="bold")
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
@@ -109,7 +109,7 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
         _say(to, "DoRA rescales W + ΔW: how much changes in all, only the base's weights would tell")
     for name, tensor in adapter.replaced.items():
         _say(to, f"replaced as a whole: {name}  {_shape(tensor.shape)} {tensor.dtype}")
-    for name, own in adapter.rows.items():
+    for name, own in adapter.token_rows.items():
         _say(to, f"rows replaced: {name}  {_shape(own.values.shape)} {own.values.dtype}")
     for name, change in adapter.biases.items():
         _say(to, f"added to a bias: {name}  {_shape(change.shape)}")

@@ -177,7 +177,7 @@ class Stored:
 
 
 def _fate(step: Step | None) -> Fate:
-    return Fate.KEPT if step is None else Fate.REPLACED if step.is_whole else Fate.CHANGED
+    return Fate.KEPT if step is None else Fate.REPLACED if step.is_replacement else Fate.CHANGED
 
 
 def _common(after: Mapping[str, Stored]) -> np.dtype[Any] | None:
@@ -235,8 +235,8 @@ def _brought(step: Step, rows: slice, old: NDArray[Any] | None, dtype: np.dtype[
     whole = old if step.replace is None else np.atleast_1d(step.replace)[rows]
     assert whole is not None
     table = whole.astype(dtype)
-    if step.rows is not None:
-        for place, values in zip(step.rows.indices.tolist(), step.rows.values, strict=True):
+    if step.token_rows is not None:
+        for place, values in zip(step.token_rows.indices.tolist(), step.token_rows.values, strict=True):
             if rows.start <= place < rows.stop:
                 table[place - rows.start] = values.astype(dtype)
     return table
@@ -267,12 +267,14 @@ class _Sum:
         doubt = np.zeros_like(weight)
         for number, (term, share) in enumerate(zip(step.terms, self.shares, strict=step.shift is None)):
             if share:
-                scale = term.strength * term.pair.scale * share
-                total += scale * _product(term.pair, rows, turned=step.spec.layout.is_turned != (number == self.turned))
+                scale = term.scale * share
+                total += scale * _product(
+                    term.pair, rows, turned=step.spec.layout.is_transposed != (number == self.turned)
+                )
                 doubt += (
                     (term.pair.rank + 4 + len(step.terms))
                     * abs(scale)
-                    * _norms(term.pair, rows, turned=step.spec.layout.is_turned)
+                    * _norms(term.pair, rows, turned=step.spec.layout.is_transposed)
                 )
         if step.shift is not None:
             shift = self.shares[0] * step.shift[rows].astype(np.float64)
@@ -282,9 +284,9 @@ class _Sum:
         if step.magnitude is None or not self.magnitude:
             return total, doubt
         lengths, slack = self.lengths or tuple(np.linalg.norm(x.reshape(len(x), -1), axis=1) for x in (total, doubt))
-        outputs = step.magnitude if step.spec.layout.is_turned else step.magnitude[rows]
+        outputs = step.magnitude if step.spec.layout.is_transposed else step.magnitude[rows]
         factor, slack = outputs.astype(np.float64) / lengths, slack / lengths
-        if not step.spec.layout.is_turned:
+        if not step.spec.layout.is_transposed:
             factor, slack = (each.reshape(-1, *[1] * (total.ndim - 1)) for each in (factor, slack))
         total *= factor
         return total, np.abs(factor) * doubt + np.abs(total) * (slack + 4 * UNIT)
@@ -329,7 +331,7 @@ def _changed(name: str, step: Step, before: Stored, found: Stored) -> Weight:
 
     def measured(one: _Sum) -> _Sum:
         """With the lengths of DoRA's outputs, where a pass over all the rows must tell them."""
-        if step.magnitude is None or not one.magnitude or not step.spec.layout.is_turned:
+        if step.magnitude is None or not one.magnitude or not step.spec.layout.is_transposed:
             return one
         plain = _Sum(step, one.shares, one.turned, magnitude=False)
         squares = np.zeros((2, len(step.magnitude)))

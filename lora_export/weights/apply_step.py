@@ -19,8 +19,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export import sums
 from lora_export.errors import InputRefused
-from lora_export.lora import EVERY_ROW, add_into, energies, sums_in
+from lora_export.lora import EVERY_ROW
 from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes, Hashes, Memory
@@ -101,16 +102,16 @@ def _energies_along(
 ) -> NDArray[np.float64] | None:
     """‖·‖² of the outputs of W + ΔW, where each of them runs through every stored row; None where nobody asks."""
     step = patch.step
-    if step.magnitude is None or not step.spec.layout.is_turned:
+    if step.magnitude is None or not step.spec.layout.is_transposed:
         return None
 
     def of(part: slice) -> NDArray[np.float64]:
         stored = np.empty((part.stop - part.start) * move.old.row_bytes, np.uint8)
         block_copy.read(source, read_fd, stored, move.old.start + part.start * move.old.row_bytes)
-        weight = start(step, part, _part(stored.view(move.old.dtype).reshape(_shape(move, part)), patch))
-        total = weight.astype(sums_in(weight.dtype))
-        total += step.stored_delta(part)
-        return energies(total.T)
+        weight = sums.starting_rows(step, part, _part(stored.view(move.old.dtype).reshape(_shape(move, part)), patch))
+        total = np.empty(weight.shape, sums.sum_dtype(weight.dtype))
+        sums.add_into(total, weight, sums.stored_delta(step, part))
+        return sums.squared_norms(total.T)
 
     # In the blocks' order, so that the sum does not depend on the number of threads. Not hashed: `transfer` will.
     with np.errstate(over="ignore", invalid="ignore"), ThreadPoolExecutor(block_copy.default_threads()) as pool:
@@ -137,7 +138,7 @@ def measured_blocks(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
     if step is None or stride < 2 or step.magnitude is not None:
         return everything
     sample = [number % stride == 0 for number in range(len(rows))]
-    energies = step.row_energies()
+    energies = sums.squared_row_norms(step)
     in_sample = [part for part, taken in zip(rows, sample, strict=True) if taken]
     share = sum(part.stop - part.start for part in in_sample) / len(energies)
     heard = sum(energies[part].sum() for part in in_sample)
@@ -187,20 +188,17 @@ def carry_out(
     measured: bool,
 ) -> list[Statistics]:
     """What a step does to some rows, by NumPy: `stored` in, `merged` out. See `CarryOut`."""
-    weight = start(step, rows, stored)
-    if step.is_whole:
+    weight = sums.starting_rows(step, rows, stored)
+    if step.is_replacement:
         np.copyto(merged, weight, casting="unsafe")
-        if step.rows is not None:
-            step.rows.put_into(merged, rows.start)
+        if step.token_rows is not None:
+            step.token_rows.write_into(merged, rows.start)
         refuse_overflow(place, weight, merged)
         return []
-    change, room = _two(spare, merged.shape, sums_in(weight.dtype))
+    change, room = _two(spare, merged.shape, sums.sum_dtype(weight.dtype))
     total = merged if merged.dtype == room.dtype else room  # no pass over what need not be rounded
-    change = step.stored_delta(rows, out=change)
-    if step.magnitude is None:
-        add_into(merged, weight, change, total)
-    else:
-        _rescale_into(merged, weight, change, total, step, rows, along)
+    change = sums.sum_rows(step, rows, weight, total, column_norms=along, change=change)
+    sums.round_into(merged, total)
     flat = total.reshape(-1)
     if not flat @ flat < np.float64(ml_dtypes.finfo(place.dtype).max) ** 2:  # or it is finite, each entry of it
         refuse_overflow(place, weight, merged)
@@ -254,13 +252,6 @@ class Backend:
         )
 
 
-def start(step: Step, rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
-    """What the step begins with: the base's rows, or those of the tensor that takes their place."""
-    if step.replace is None:
-        return stored
-    return step.replace[rows] if step.replace.shape else step.replace
-
-
 def _part(stored: NDArray[Any], patch: Patch) -> NDArray[Any]:
     """What of some rows is the patch's."""
     return stored if patch.columns == EVERY_ROW else stored[:, patch.columns]
@@ -268,27 +259,6 @@ def _part(stored: NDArray[Any], patch: Patch) -> NDArray[Any]:
 
 def _shape(move: Move, rows: slice) -> tuple[int, ...]:
     return (rows.stop - rows.start, *move.old.shape[1:]) if move.old.shape else ()
-
-
-def _rescale_into(
-    out: NDArray[Any],
-    weight: NDArray[Any],
-    change: NDArray[np.float32],
-    total: NDArray[Any],
-    step: Step,
-    rows: slice,
-    along: NDArray[np.float64] | None,
-) -> None:
-    """As `add_into`, for a weight that DoRA rescales; `change` becomes the difference that this makes."""
-    np.copyto(total, weight)
-    total += change
-    if along is not None:
-        step.rescale(total.T, along)
-    else:
-        step.rescale(total, energies(total), rows)
-    np.subtract(total, weight, out=change, casting="unsafe")
-    if out is not total:
-        np.copyto(out, total, casting="unsafe")
 
 
 def _two(spare: Bytes, shape: tuple[int, ...], wide: np.dtype[Any]) -> tuple[NDArray[np.float32], NDArray[Any]]:

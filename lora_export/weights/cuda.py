@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_export import sums
 from lora_export.errors import EnvironmentLacking
 from lora_export.plan import Step
 from lora_export.storage import block_copy
@@ -193,7 +194,7 @@ class Arithmetic:
         made = []
         for term in step.stored_terms:
             b, a = (np.array(side, np.float32).reshape(len(side), -1) for side in (term.pair.b, term.pair.a))
-            scale = float(np.float32(term.strength * term.pair.scale))
+            scale = float(np.float32(term.scale))
             made.append((torch.from_numpy(b).to(self.device), torch.from_numpy(a).to(self.device), scale))
         return made
 
@@ -201,18 +202,18 @@ class Arithmetic:
         """What DoRA multiplies each output of W + ΔW by, as a tensor that is as wide as these rows."""
         if along is not None:  # an output is a column
             factor = np.ones((len(along), 1), np.float32)
-            step.rescale(factor, along)
+            sums.rescale_outputs(step, factor, along)
             return self._up(factor).T
         squares = total.double().square().reshape(len(total), -1).sum(1).cpu().numpy()
         factor = np.ones((len(squares), *[1] * (total.ndim - 1)), np.float32)
-        step.rescale(factor, squares, rows)
+        sums.rescale_outputs(step, factor, squares, rows)
         return self._up(factor)
 
 
 def _change(
     factors: list[tuple[torch.Tensor, torch.Tensor, float]], rows: slice, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """ΔW of some rows as they are stored: what `Step.stored_delta` computes."""
+    """ΔW of some rows as they are stored: what `sums.stored_delta` computes."""
     first, *others = [torch.mm(b[rows], a).mul_(scale) for b, a, scale in factors]
     for other in others:
         first += other

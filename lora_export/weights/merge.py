@@ -30,7 +30,14 @@ from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import apply_step
 from lora_export.weights.apply_step import Backend, Move
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
-from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, Statistics, StepResult, refuse_faint
+from lora_export.weights.merge_report import (
+    MIN_RETENTION,
+    MergeReport,
+    Progress,
+    Statistics,
+    StepResult,
+    refuse_below_rounding,
+)
 from lora_export.weights.task_head import config_with_heads
 
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")  # classes that predict words
@@ -81,7 +88,7 @@ def merge_checkpoint(
             own = functools.partial(metadata, name)
             written[name] = _write_shard(path, source, moves[name], own, progress, backend, hashing=hashing)
     results = [result for shard in written.values() for result in shard.results]
-    refuse_faint(results, min_retention)
+    refuse_below_rounding(results, min_retention)
     for source in base.shards.values():
         if not source.unchanged():
             raise InputRefused(f"{source.path} changed while it was being merged. Nothing was written.")
@@ -93,7 +100,7 @@ def merge_checkpoint(
         results=tuple(results),
         copied=sum(move.nbytes for name in moves for move in moves[name] if move.is_copy),
         bytes=sum(shard.file.size for shard in written.values()),
-        replaced=sum(step.is_whole for step in plan.steps),
+        replaced=sum(step.is_replacement for step in plan.steps),
         seconds=time.perf_counter() - begun,
     )
 
@@ -106,10 +113,10 @@ def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
 def refuse_before_the_work(plan: Plan, base: Checkpoint) -> None:
     """Raise InputRefused for what can be told of a merge without reading a weight."""
     provenance.refuse_second_merge(plan, base.path, base.history)
-    refuse_torn_tie(plan, base)
+    refuse_broken_tie(plan, base)
 
 
-def refuse_torn_tie(plan: Plan, base: Checkpoint) -> None:
+def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     """Raise InputRefused where the input embeddings change, and the output embeddings are the same stored tensor.
 
     Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen. Rows
@@ -120,7 +127,7 @@ def refuse_torn_tie(plan: Plan, base: Checkpoint) -> None:
     if len(tables) != 1 or not base.config.get("tie_word_embeddings", True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
-    if step is not None and not step.brings_rows:
+    if step is not None and not step.replaces_only_rows:
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter was trained without. "
             "Untie the base first (save it with tie_word_embeddings false), or train with ensure_weight_tying"
@@ -218,7 +225,7 @@ def _blocks(
 
 
 def _equal(one: Step, other: Step) -> bool:
-    if one.terms or other.terms or one.rows or other.rows or one.replace is None or other.replace is None:
+    if one.terms or other.terms or one.token_rows or other.token_rows or one.replace is None or other.replace is None:
         return False
     return np.array_equal(one.replace, other.replace)
 

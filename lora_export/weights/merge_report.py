@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.lora import sums_in
+from lora_export.sums import sum_dtype
 
 LOW_RETENTION = 0.9  # below this a result is worth a warning
 MIN_RETENTION = 0.5  # below this it is refused unless the user says otherwise
@@ -46,7 +46,7 @@ class MergeReport:
     seconds: float
 
     @property
-    def faint(self) -> tuple[StepResult, ...]:
+    def below_rounding(self) -> tuple[StepResult, ...]:
         """The weights in which much of the change was lost to rounding."""
         return tuple(result for result in self.results if result.retention < LOW_RETENTION)
 
@@ -54,7 +54,7 @@ class MergeReport:
 WAYS_OUT = "Store the result with --dtype float32, or keep the adapter beside the weights (onnx --lora nodes)"
 
 
-def refuse_faint(results: Sequence[StepResult], min_retention: float, ways_out: str = WAYS_OUT) -> None:
+def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, ways_out: str = WAYS_OUT) -> None:
     """Raise InputRefused where rounding took too much of a change."""
     lost = [result for result in results if result.retention < min_retention]
     if lost:
@@ -87,7 +87,7 @@ class Statistics:
         is fetched anew for each block costs several times what is done in it.
         """
         if room is None:
-            room = np.empty(weight.shape, sums_in(weight.dtype))
+            room = np.empty(weight.shape, sum_dtype(weight.dtype))
         sums = _sums(weight, change, merged, room)
         if not np.all((sums[:2] > SMALLEST) & (sums[:2] < 1 / SMALLEST)):
             sums = _sums(weight, change, merged, np.empty(weight.shape))

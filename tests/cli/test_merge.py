@@ -88,7 +88,7 @@ def test_what_was_decided_and_what_was_left_out_is_told(place, capsys):
     peft_adapter(place / "adapter", {"model.fc": (A, B)}, {"score.weight": np.ones((2, 3), np.float32)})
     assert run(place, "base", "adapter", "-o", "out") == 0
     assert capsys.readouterr().err.splitlines() == [
-        "note: adapter: the adapter's names carry the prefix `model.` that the base's lack; resolved.",
+        "note: adapter: the adapter's names have the prefix `model.`, which the base's names lack; resolved.",
         "note: the base has no score.weight: it is added.",
         "note: the base's tensors gain the prefix `model.`, so that the added head finds its model.",
         "note: pytorch_model.bin holds weights too, unmerged ones; it is left out",
@@ -135,7 +135,7 @@ def test_a_dry_run_tells_each_note_once(place, capsys):
     peft_adapter(place / "adapter", {"model.fc": (A, B)})
     assert run(place, "base", "adapter", "--dry-run", "-o", "out") == 0
     told = capsys.readouterr()
-    assert (told.out + told.err).count("carry the prefix `model.`") == 1
+    assert (told.out + told.err).count("have the prefix `model.`") == 1
 
 
 def test_a_change_that_rounding_thins_out_is_warned_of(place, capsys):
@@ -188,7 +188,7 @@ def test_misfits_are_listed_at_once_and_nothing_is_written(place, capsys):
     assert refused(place, capsys, "base", "adapter") == (
         "Error: 3 of 3 targets do not fit the base. Nothing was written.\n"
         "  in adapter:\n"
-        "    base_model.model.fc.lora_A.weight: fc.weight is (2, 3) (out, in), the adapter wants (2, 2)\n"
+        "    base_model.model.fc.lora_A.weight: fc.weight is (2, 3) (out, in), the adapter was trained on (2, 2)\n"
         "    base_model.model.gate.lora_A.weight: the base has no weight for gate\n"
         "    base_model.model.norm.lora_A.weight: norm.weight (2,) is not the weight of a linear layer, a convolution "
         "or an embedding\n"

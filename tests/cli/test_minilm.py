@@ -102,7 +102,7 @@ def test_inspect_and_a_dry_run_tell_of_dora_and_embeddings(place, capsys):
     assert (pair["embedding"], pair["magnitude"]) == (True, {"shape": [384], "dtype": "float32"})
     assert call("merge", FOLDER, place / "adapter", "-o", place / "none", "--dry-run") == 0
     assert (
-        "  embeddings.word_embeddings.weight  [30522 x 384 float32]  2 * B A (rank 8, adapter), an embedding's, each "
-        "output to DoRA's length"
+        "  embeddings.word_embeddings.weight  [30522 x 384 float32]  2 * B A (rank 8, adapter), on an embedding, each "
+        "output rescaled to DoRA's magnitude"
     ) in capsys.readouterr().out.splitlines()
     assert not (place / "none").exists()

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats import peft as reader
-from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.handmade import peft_adapter
 
 # --- Real adapters ---
@@ -384,9 +384,9 @@ def a_llama(**config: Any) -> LlamaForCausalLM:
 def test_rows_of_tokens_are_read_with_their_places(tmp_path, indices, tensors):
     model = trained(a_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
     adapter = read_back(model, tmp_path)
-    assert sorted(adapter.rows) == tensors and not adapter.is_identity
+    assert sorted(adapter.token_rows) == tensors and not adapter.is_identity
     merged = model.merge_and_unload().state_dict()
-    for name, rows in adapter.rows.items():
+    for name, rows in adapter.token_rows.items():
         said = indices if isinstance(indices, list) else indices[name.split(".")[-2]]
         assert rows.indices.tolist() == said
         assert rows.values.tolist() == merged[name][said].tolist()
@@ -657,9 +657,9 @@ ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
             [1],
             "  trainable_token_indices is a list, and there are rows for emb.weight, head.weight",
         ),
-        ({ROWS: [[1, 2]]}, [1, 2], "  emb.weight: 2 rows are named, the values are (1, 2)"),
-        ({ROWS: [[1, 2], [3, 4]]}, [1, 1], "  emb.weight: rows must be different and not negative: [1, 1]"),
-        ({ROWS: [[1, 2]]}, [-1], "  emb.weight: rows must be different and not negative: [-1]"),
+        ({ROWS: [[1, 2]]}, [1, 2], "  emb.weight: there are 2 row indices, and the values are (1, 2)"),
+        ({ROWS: [[1, 2], [3, 4]]}, [1, 1], "  emb.weight: row indices must be different and not negative: [1, 1]"),
+        ({ROWS: [[1, 2]]}, [-1], "  emb.weight: row indices must be different and not negative: [-1]"),
         ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
         ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
         ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are no list of whole numbers"),
@@ -674,7 +674,7 @@ def test_rows_whose_places_are_not_clear_are_refused(tmp_path, tensors, indices,
 
 def test_rows_are_not_written(tmp_path):
     adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
-    there = dataclasses.replace(adapter, rows={"emb.weight": Rows(np.array([1]), np.ones((1, 2)))})
+    there = dataclasses.replace(adapter, token_rows={"emb.weight": TokenRows(np.array([1]), np.ones((1, 2)))})
     with pytest.raises(ValueError, match="do not say all"):
         reader.write(there, tmp_path, rank=1, alpha=2, targets=["fc"])
 

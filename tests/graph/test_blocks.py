@@ -69,7 +69,7 @@ def a_pair(name: str, *, rank: int = 2, dora: bool = False) -> LoraPair:
 def answers(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]) -> tuple[NDArray[Any], NDArray[Any]]:
     """What a graph computes without the adapter, and with it."""
     off, fed = run(model, x=X)["y"], dict[str, Any]()
-    steps = plan.make([an_adapter(pairs)], found.specs, apart=mode != "nodes")
+    steps = plan.make([an_adapter(pairs)], found.specs, one_at_a_time=mode != "nodes")
     if mode == "nodes":
         nodes.branch(model, found, steps)
     elif mode == "rows":
@@ -150,7 +150,7 @@ def test_rows_of_one_batch_have_adapters_of_different_weights() -> None:
     one, two = {"q": a_pair("q")}, {name: a_pair(name, rank=3, dora=name == "v") for name in "kv"}
     off = run(model, x=X)["y"]
     adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
-    choose_by_row(model, found, plan.make(adapters, found.specs, apart=True), batch="N")
+    choose_by_row(model, found, plan.make(adapters, found.specs, one_at_a_time=True), batch="N")
     fed: Arrays = {"adapter_ids": np.array([2, 0, 1])}
     answer = run(model, x=X, **fed)["y"]
     expected = np.stack([meant(off, found, two)[0], off[1], meant(off, found, one)[2]])

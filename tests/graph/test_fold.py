@@ -15,7 +15,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.graph import fold, sites
 from lora_export.graph.insert import nodes
-from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.graphs import (
     EVERY_MODEL,
     LLAMA,
@@ -275,10 +275,10 @@ def test_an_embedding_is_folded_row_by_row_and_a_convolution_by_its_kernels(magn
 
 
 def test_rows_of_tokens_are_refused_by_name() -> None:
-    there = {"m.weight": Rows(np.array([1]), np.ones((1, 3), np.float32))}
+    there = {"m.weight": TokenRows(np.array([1]), np.ones((1, 3), np.float32))}
     for execute in (fold.fold, nodes.branch):
         model = a_graph(GEMM)
-        found, made = planned(model, an_adapter({}, rows=there))
+        found, made = planned(model, an_adapter({}, token_rows=there))
         with pytest.raises(InputRefused, match=r"m\.weight: rows of tokens cannot be put into a graph, .* checkpoint"):
             execute(model, found, made)
 

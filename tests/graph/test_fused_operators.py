@@ -107,7 +107,7 @@ def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(p
 def test_rows_cannot_have_weights_of_their_own_and_are_told_what_can_be_done(packed: Any) -> None:
     model, checkpoint, _ = packed
     found = sites.find(model, checkpoint)
-    steps = plan.make([an_adapter(PAIRS)], found.specs, apart=True)
+    steps = plan.make([an_adapter(PAIRS)], found.specs, one_at_a_time=True)
     with pytest.raises(InputRefused, match=r"read by Attention, .*Merge the adapter.*before its nodes were fused"):
         rows.choose_by_row(model, found, steps, batch="B")
 

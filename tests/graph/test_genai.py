@@ -235,7 +235,7 @@ def test_rows_of_the_builders_graph_decode_with_their_own_adapters(
     module, adapter = adapted
     model, found = opened(speaker(*precision), base)
     module = with_weights(module, {site.name: site.matrix for site in found.linear})
-    rows.choose_by_row(model, found, plan.make([formats.load(adapter)], found.specs, apart=True))
+    rows.choose_by_row(model, found, plan.make([formats.load(adapter)], found.specs, one_at_a_time=True))
     head = module.config.hidden_size // module.config.num_attention_heads
     for value in (*model.graph.inputs, *model.graph.outputs):
         if "key_values" in (value.name or "") or "present" in (value.name or ""):

@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from lora_export import cli, formats, plan
+from lora_export import cli, formats, plan, sums
 from lora_export.errors import InputRefused
 from lora_export.graph import onnx_file as graphs
 from lora_export.graph.fold import fold
@@ -27,7 +27,6 @@ from lora_export.graph.sites import find
 from lora_export.lora import Adapter
 from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.hashes import file_hash, file_sha256
-from lora_export.weights import apply_step
 from lora_export.weights.merge_report import MergeReport
 from support.everything import everything
 from support.graphs import a_graph, contents, eager, exported, inputs, quantised, run, stored, with_changes
@@ -390,13 +389,13 @@ def test_a_file_that_changes_meanwhile_is_refused(
 ) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data=data)
     touched = path if not data else tmp_path / (data if isinstance(data, str) else data["kept.weight"])
-    add = apply_step.add_into
+    add = sums.add_into
 
     def meanwhile(*arrays: Any) -> None:
         touched.touch()
         add(*arrays)
 
-    monkeypatch.setattr(apply_step, "add_into", meanwhile)
+    monkeypatch.setattr(sums, "add_into", meanwhile)
     with pytest.raises(InputRefused, match=f"{touched.name} changed while it was being merged"):
         merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
 

@@ -42,7 +42,7 @@ class Woven:
 
     def __init__(self, mode: str, model: ir.Model, found: Sites, *adapters: Adapter, batch: str = "N"):
         self.mode, self.adapters, self.batch = mode, adapters, batch
-        steps = plan.make(adapters, found.specs, apart=True)
+        steps = plan.make(adapters, found.specs, one_at_a_time=True)
         self.base, self.graphs = model, {0: model}
         before = contents(model)
         if mode == "nodes":

@@ -389,7 +389,7 @@ def test_an_adapter_for_other_shapes(place):
     peft_adapter(place.adapter, {"dense": (np.eye(2, 5), B)})
     place.both_refuse(
         "1 of 1 targets do not fit the base. Nothing was written.",
-        f"{WRAPPER}dense.lora_A.weight: dense.weight is (8, 8) (out, in), the adapter wants (8, 5)",
+        f"{WRAPPER}dense.lora_A.weight: dense.weight is (8, 8) (out, in), the adapter was trained on (8, 5)",
     )
 
 
@@ -456,7 +456,7 @@ def test_tensors_that_fit_nothing(place, right, count):
         f"{count} targets do not fit the base. Nothing was written.",
         f"{WRAPPER}deep.ense.lora_A.weight: the base has no weight for deep.ense",
         *(
-            [f"{WRAPPER}danse.lora_A.weight: the base has no weight for danse; the nearest is dense.weight"]
+            [f"{WRAPPER}danse.lora_A.weight: the base has no weight for danse; the nearest name is dense.weight"]
             * (right != "dense")
         ),
     )
@@ -537,7 +537,7 @@ def test_a_dimension_of_zero(place):
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_an_adapter_of_zeros(place, side):
     place.set_tensors({f"dense.lora_{side}.weight": np.zeros((2, 8) if side == "A" else (8, 2))})
-    place.both_refuse("the adapter adapter has no effect: every B (or A, or scale) is zero, as in a fresh adapter")
+    place.both_refuse("the adapter adapter has no effect: every B (or A, or scale) is zero, as before training")
 
 
 @pytest.mark.fault(11)

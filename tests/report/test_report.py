@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lora_export import plan, report
 from lora_export.errors import InputRefused, OutputFailed
-from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.verification.parity import Case, Outcome, Sensitivity, Verdict, judge
 from support import junit_schema
 from support.verdicts import DIFFERENT, NOTHING, SAME, STRAYED, TRIED, UNDECIDED, Placed, case
@@ -129,8 +129,8 @@ def test_embeddings_and_convolutions_are_called_so() -> None:
 
 
 def test_rows_are_told_with_their_number_and_width() -> None:
-    there = {"e.weight": Rows(np.array([1, 7]), np.ones((2, 3), np.float32))}
-    lines = printed(Adapter("tokens", "peft", {}, rows=there), with_=report.print_adapter).splitlines()
+    there = {"e.weight": TokenRows(np.array([1, 7]), np.ones((2, 3), np.float32))}
+    lines = printed(Adapter("tokens", "peft", {}, token_rows=there), with_=report.print_adapter).splitlines()
     assert lines == ["tokens: peft, 2 rows, 6 parameters", "rows replaced: e.weight  2 x 3 float32"]
 
 

@@ -10,8 +10,20 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
+
+from lora_export import sums
+
+
+def rounded_sum(weight: NDArray[Any], change: NDArray[np.float32], dtype: Any = None) -> NDArray[Any]:
+    """What a merge stores for a weight and its change; `dtype` is the weight's own unless given."""
+    total = np.empty(weight.shape, sums.sum_dtype(weight.dtype))
+    sums.add_into(total, weight, change)
+    rounded = np.empty(weight.shape, weight.dtype if dtype is None else dtype)
+    sums.round_into(rounded, total)
+    return rounded
 
 
 class Payload:

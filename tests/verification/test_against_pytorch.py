@@ -15,7 +15,7 @@ from torch import nn
 
 from defects import subjects
 from lora_export.errors import EnvironmentLacking, InputRefused, MatchError, RuntimeRefused
-from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.models import model
 from lora_export.models.load import load_model
 from lora_export.runtime import runner, torch_runners
@@ -331,9 +331,9 @@ def llama() -> model.Model:
 def with_rows(base: model.Model, *tokens: int, pairs: bool = True) -> Adapter:
     """An adapter that also brings some tokens' embeddings."""
     table = base.module.model.embed_tokens.weight.detach().numpy()
-    rows = Rows(np.array(tokens), table[list(tokens)] + 0.5)
+    rows = TokenRows(np.array(tokens), table[list(tokens)] + 0.5)
     some = subjects.adapter("llama", "linear").pairs if pairs else {}
-    return Adapter(name="rows", format="test", pairs=some, rows={"model.embed_tokens.weight": rows}, sha256="00")
+    return Adapter(name="rows", format="test", pairs=some, token_rows={"model.embed_tokens.weight": rows}, sha256="00")
 
 
 @pytest.mark.parametrize("pairs", [True, False])
@@ -346,7 +346,7 @@ def test_rows_of_tokens_that_chance_would_not_draw_are_tried_all_the_same(llama:
         plain = list(model_inputs.case_inputs(llama, folded(llama, adapter)).values())[number]
         assert {3, 57} <= set(arrays["input_ids"].flatten())
         assert (arrays["input_ids"] == plain["input_ids"]).sum() >= arrays["input_ids"].size // 2
-    lost = dataclasses.replace(adapter, rows={})
+    lost = dataclasses.replace(adapter, token_rows={})
     candidate = folded(llama, lost) if pairs else torch_runners.ModuleRunner(llama.module)
     assert against_pytorch.prove(candidate, llama, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
 
@@ -355,9 +355,9 @@ def test_rows_that_no_input_looks_up_leave_it_undecided() -> None:
     """A module of the user's own: its example says which tokens there are."""
     base = load_model(f"{FACTORIES}:worded")
     pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=0.5)
-    rows = {"words.weight": Rows(np.array([8, 9]), np.ones((2, 4), np.float32))}
-    adapter = Adapter(name="a", format="test", pairs={"dense": pair}, rows=rows, sha256="0a")
-    result = against_pytorch.prove(folded(base, dataclasses.replace(adapter, rows={})), base, [adapter])
+    rows = {"words.weight": TokenRows(np.array([8, 9]), np.ones((2, 4), np.float32))}
+    adapter = Adapter(name="a", format="test", pairs={"dense": pair}, token_rows=rows, sha256="0a")
+    result = against_pytorch.prove(folded(base, dataclasses.replace(adapter, token_rows={})), base, [adapter])
     assert result.verdict.outcome is parity.Outcome.UNDECIDED
     assert any("words.weight: none of the 2 rows" in reason.text for reason in result.verdict.reasons)
 

@@ -78,7 +78,7 @@ def alone(module: nn.Module, adapter: Adapter | None) -> NDArray[Any]:
 
 def test_every_step_of_a_row_has_the_rows_adapter(tmp_path: Path, base: model.Model) -> None:
     graph, found = sums(tmp_path, base)
-    choose_by_row(graph, found, plan.make(TWO, found.specs, apart=True))
+    choose_by_row(graph, found, plan.make(TWO, found.specs, one_at_a_time=True))
     onnx_file.save(graph, tmp_path, "rows.onnx")
     which = [2, 0, 1, 1]
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows(which))
@@ -95,7 +95,7 @@ def test_every_step_of_a_row_has_the_rows_adapter(tmp_path: Path, base: model.Mo
 
 def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Model) -> None:
     graph, found = sums(tmp_path, base)
-    steps = plan.make(TWO, found.specs, apart=True)
+    steps = plan.make(TWO, found.specs, one_at_a_time=True)
     weights = [step.weight for step in steps.steps]
     contract = open_inputs(graph, found, weights, dora=weights)
     onnx_file.save(graph, tmp_path, "inputs.onnx")
@@ -185,7 +185,7 @@ def test_an_exported_decoder_mixes_adapters_row_by_row_through_its_steps(tmp_pat
     bases = [graph.clone() for graph in decoder.graphs]
     two = everywhere(decoder.found[0], "one", rank=2), everywhere(decoder.found[0], "two", rank=3)
     for graph, found in zip(decoder.graphs, decoder.found, strict=True):
-        choose_by_row(graph, found, plan.make(two, found.specs, apart=True))
+        choose_by_row(graph, found, plan.make(two, found.specs, one_at_a_time=True))
     ids, which = np.random.default_rng(1).integers(0, 50, (5, 9)), np.array([1, 0, 2, 2, 1])
     answer = decoded(*decoder.graphs, ids, start=5, adapter_ids=which)
     feeds, module = {"input_ids": torch.from_numpy(ids)}, decoder.module
@@ -205,7 +205,7 @@ def test_an_exported_decoder_takes_one_adapter_after_the_other(tmp_path: Path, f
     two = everywhere(decoder.found[0], "one", rank=2), everywhere(decoder.found[0], "two", rank=3)
     given: list[dict[str, Arrays]] = []  # of each graph, by adapter
     for graph, found in zip(decoder.graphs, decoder.found, strict=True):
-        steps = plan.make(two, found.specs, apart=True)
+        steps = plan.make(two, found.specs, one_at_a_time=True)
         weights = [step.weight for step in steps.steps]
         contract = open_inputs(graph, found, weights, dora=weights)
         names = [adapter.name for adapter in two]

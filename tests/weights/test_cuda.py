@@ -26,7 +26,7 @@ from safetensors.torch import save_file as save_tensors
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_export import cli, formats
+from lora_export import cli, formats, sums
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.plan import Step
 from lora_export.storage import block_copy
@@ -437,7 +437,7 @@ def test_a_block_of_a_packed_matrix_is_changed_on_the_device(tmp_path, capsys, m
     lines: list[list[str]] = []
     run = cli.run
     monkeypatch.setattr(cli, "run", lambda line: (lines.append(line), run([*line, "--device", "cuda"]))[1])
-    monkeypatch.setattr(apply_step, "add_into", lambda *_: pytest.fail("NumPy changed a weight"))
+    monkeypatch.setattr(sums, "add_into", lambda *_: pytest.fail("NumPy changed a weight"))
     monkeypatch.setattr(block_copy, "BLOCK", 1000)
     by_numpy(tmp_path, "all.data", use_dora, capsys)
     assert len(lines) == 1

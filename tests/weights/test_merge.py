@@ -32,12 +32,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lora_export import formats, plan
+from lora_export import formats, plan, sums
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, LoraPair, add_into
+from lora_export.lora import Adapter, LoraPair
 from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.sums import add_into
 from lora_export.weights import apply_step, merge
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
@@ -635,7 +636,7 @@ def test_what_rounding_takes_from_dora_is_measured_on_the_rescaled_weight(tmp_pa
 
 def test_dora_is_refused_where_an_output_has_no_direction(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[-2, -4, 0], [0, 0, 5]]})
-    with pytest.raises(InputRefused, match=r"^fc\.weight: W \+ sBA is zero in 1 of its outputs"):
+    with pytest.raises(InputRefused, match=r"^fc\.weight: 1 outputs of W \+ s·BA are zero"):
         merged(tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a"), tmp_path / "out")
 
 
@@ -702,7 +703,7 @@ def test_no_more_than_a_block_is_worked_on_at_a_time(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((20, 20))}, BF16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((1, 20)), np.ones((20, 1)))})
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(apply_step, "add_into", lambda *arrays: (shapes.append(arrays[1].shape), add_into(*arrays)))
+    monkeypatch.setattr(sums, "add_into", lambda *arrays: (shapes.append(arrays[1].shape), add_into(*arrays)))
     monkeypatch.setattr(block_copy, "BLOCK", 256)  # three rows of 20 in fp32
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
     assert sorted(shapes) == [(2, 20), *[(3, 20)] * 6]
@@ -723,7 +724,7 @@ def test_blas_computes_in_the_thread_that_asks(tmp_path, monkeypatch, sharded, a
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     inside: list[set[int]] = []
-    monkeypatch.setattr(apply_step, "add_into", lambda *arrays: (inside.append(threads()), add_into(*arrays)))
+    monkeypatch.setattr(sums, "add_into", lambda *arrays: (inside.append(threads()), add_into(*arrays)))
     with threadpool_limits(2, user_api="blas"):
         merged(sharded, adapter, tmp_path / "out")
         assert inside == [{1}] and threads() == {2}
@@ -834,9 +835,9 @@ def test_a_change_that_rounding_would_lose_is_refused_with_the_ways_out(tmp_path
 def test_the_ways_out_are_ways_out(tmp_path):
     base, adapter = faint(tmp_path, 1 / 1024)
     report = merged(base, adapter, tmp_path / "knowingly", min_retention=0)
-    assert [result.weight for result in report.faint] == ["fc.weight"]
+    assert [result.weight for result in report.below_rounding] == ["fc.weight"]
     report = merged(base, adapter, tmp_path / "wide", dtype="float32")
-    assert not report.faint
+    assert not report.below_rounding
     assert load_file(tmp_path / "wide/model.safetensors")["fc.weight"].tolist() == [[1 + 1 / 1024] * 2]
 
 

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.lora import add
 from lora_export.weights.merge_report import Statistics, StepResult
+from support.handmade import rounded_sum
 
 BF16 = ml_dtypes.bfloat16
 
@@ -17,7 +17,7 @@ BF16 = ml_dtypes.bfloat16
 def tallied(weight: np.ndarray, change: list[float], merged: np.ndarray | None = None) -> StepResult:
     wanted = np.array(change, np.float32)
     statistics = Statistics("w")
-    statistics.count(weight, wanted, add(weight, wanted) if merged is None else merged)
+    statistics.count(weight, wanted, rounded_sum(weight, wanted) if merged is None else merged)
     return statistics.result()
 
 
@@ -52,9 +52,9 @@ def test_blocks_add_up_to_the_figures_of_the_whole():
     weight = rng.standard_normal((8, 5)).astype(BF16)
     change = 0.01 * rng.standard_normal((8, 5)).astype(np.float32)
     whole, blocks = Statistics("w"), Statistics("w")
-    whole.count(weight, change, add(weight, change))
+    whole.count(weight, change, rounded_sum(weight, change))
     for rows in (slice(0, 3), slice(3, 8)):
-        blocks.count(weight[rows], change[rows], add(weight[rows], change[rows]))
+        blocks.count(weight[rows], change[rows], rounded_sum(weight[rows], change[rows]))
     one, other = whole.result(), blocks.result()
     assert (one.changed, one.elements) == (other.changed, other.elements)
     assert (one.retention, one.noise, one.relative_change) == pytest.approx(

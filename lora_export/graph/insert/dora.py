@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.readers import Site
-from lora_export.lora import energies
 from lora_export.plan import Layout, Step
 
 OUTPUTS = 512  # of a weight, whose lengths are computed in fp64 at a time
@@ -24,12 +24,10 @@ def length_factor(step: Step, site: Site) -> NDArray[np.float64]:
     matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
     weight = matrix.reshape(term.pair.shape[0], -1)
     a = term.pair.a.reshape(term.pair.rank, -1).astype(np.float64)
-    b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * (term.strength * term.pair.scale)
+    b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * term.scale
     parts = [slice(begin, begin + OUTPUTS) for begin in range(0, len(weight), OUTPUTS)]
-    squares = np.concatenate([energies(weight[part].astype(np.float64) + b[part] @ a) for part in parts])
-    factor = np.ones((len(squares), 1))
-    step.rescale(factor, squares)
-    return factor.reshape(-1, *[1] * (term.pair.a.ndim - 2))
+    squares = np.concatenate([sums.squared_norms(weight[part].astype(np.float64) + b[part] @ a) for part in parts])
+    return sums.dora_factors(step, squares).reshape(-1, *[1] * (term.pair.a.ndim - 2))
 
 
 def length_factors(
@@ -42,7 +40,7 @@ def length_factors(
     """
     found = {}
     for step in steps:
-        own = step.of(adapter)
+        own = step.for_adapter(adapter)
         if own is not None and own.magnitude is not None:
             found[step.weight] = _shared(own, site_of(step.weight))
     return found

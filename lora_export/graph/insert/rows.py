@@ -124,9 +124,9 @@ class _Stacks:
 
     def __init__(self, inserter: Inserter, step: Step, adapters: Sequence[str], dtype: str):
         self.inserter, self.step, self.dtype = inserter, step, dtype
-        own = (step.of(name) for name in adapters)
+        own = [step.for_adapter(name) for name in adapters]
         self.sides = [[] if there is None else [term.factors for term in there.terms] for there in own]
-        self.ranks = [sum(term.pair.rank for term in there.terms) if there else 0 for there in map(step.of, adapters)]
+        self.ranks = [sum(term.pair.rank for term in there.terms) if there else 0 for there in own]
 
     @property
     def pairs(self) -> tuple[Factor, Factor]:

@@ -26,13 +26,14 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.graph.fold import Landing, alone, refuse_overflow
 from lora_export.graph.quantised import layouts
 from lora_export.graph.quantised.layouts import Dequantised, NBits, Quantised
 from lora_export.graph.quantised.schemes import Groups, Numbers, Points, Reach, Rule, Scheme
 from lora_export.graph.sites import Sites
-from lora_export.lora import EVERY_ROW, energies
+from lora_export.lora import EVERY_ROW
 from lora_export.plan import Plan
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
@@ -280,7 +281,7 @@ class Requantised:
     def _energies_along(self, patch: Patch) -> NDArray[np.float64] | None:
         """‖·‖² of the outputs of W + ΔW, where each of them runs through every stored row; None where nobody asks."""
         step = patch.step
-        if step.magnitude is None or not step.spec.layout.is_turned:
+        if step.magnitude is None or not step.spec.layout.is_transposed:
             return None
         count = max(1, block_copy.BLOCK // self._row_bytes)
         cuts = [*range(patch.rows.start, patch.rows.stop, count), patch.rows.stop]
@@ -288,7 +289,8 @@ class Requantised:
         def of(ends: tuple[int, int]) -> NDArray[np.float64]:
             rows, own = slice(*ends), slice(ends[0] - patch.rows.start, ends[1] - patch.rows.start)
             weight = self._weight(rows)[:, patch.columns]
-            return energies((apply_step.start(step, own, weight) + step.stored_delta(own)).T)
+            start = sums.starting_rows(step, own, weight)
+            return sums.squared_norms((start + sums.stored_delta(step, own)).T)
 
         with ThreadPoolExecutor(block_copy.default_threads()) as pool:
             squares: NDArray[np.float64] = sum(
@@ -307,18 +309,11 @@ def _sum_into(
 ) -> _Piece:
     """Carry out a step on its own part of some rows."""
     step = patch.step
-    start = apply_step.start(step, rows, weight)
-    if step.is_whole:
+    start = sums.starting_rows(step, rows, weight)
+    if step.is_replacement:
         np.copyto(total, start, casting="unsafe")
         return _Piece(step.weight, where, weight, total - weight)
-    change = step.stored_delta(rows)
-    np.add(start, change, out=total, casting="unsafe")
-    if step.magnitude is not None:
-        if lengths is not None:
-            step.rescale(total.T, lengths)
-        else:
-            step.rescale(total, energies(total), rows)
-        change = total - start.astype(np.float32)
+    change = sums.sum_rows(step, rows, start, total, column_norms=lengths)
     return _Piece(step.weight, where, start, change)
 
 

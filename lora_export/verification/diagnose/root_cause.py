@@ -95,7 +95,7 @@ class Observed:
 
     def change(self, term: Term) -> Wide:
         a, b = _matrices(term.pair)
-        return self.low_rank(a, b) * (term.strength * term.pair.scale)
+        return self.low_rank(a, b) * term.scale
 
     def low_rank(self, a: Wide, b: Wide) -> Wide:
         return times(times(self.x, a), b)
@@ -122,7 +122,7 @@ class Observed:
         total = self.weight.copy()
         for term in self.terms:
             a, b = _matrices(term.pair)
-            total += (factor * term.strength * term.pair.scale) * (b @ a)
+            total += (factor * term.scale) * (b @ a)
         return total
 
     def rescaled(self, magnitude: Array, weight: Wide, of: Wide | None = None) -> Wide:
@@ -343,7 +343,7 @@ def _of_order(there: Observed) -> Iterator[Explanation]:
             total = there.base.copy()
             for term in there.terms:
                 a, b = _matrices(term.pair)
-                scale = term.strength * term.pair.scale
+                scale = term.scale
                 if wrong == "BA":
                     total += there.product(turn(b @ a)) * scale
                 else:
@@ -376,7 +376,7 @@ def _of_neighbours(there: Observed, neighbours: Neighbours) -> Iterator[Explanat
         a_sum = np.zeros_like(there.y)
         for term in there.terms:
             a, b = _matrices(term.pair)
-            a_sum += times(times(x, a), b) * (term.strength * term.pair.scale)
+            a_sum += times(times(x, a), b) * term.scale
         yield Explanation("another's input", f"its adapter reads what enters {name}", there.base + a_sum)
 
 
@@ -441,7 +441,7 @@ def _of_rounding(there: Observed) -> Iterator[Explanation]:
                 both = there.product(parts) + there.constant
                 for term in there.terms:
                     a, b = _matrices(term.pair)
-                    b = b * (term.strength * term.pair.scale)
+                    b = b * term.scale
                     both += there.low_rank(*(side.astype(dtype).astype(np.float64) for side in (a, b)))
                 kept = there.product(parts - there.weight) + there.expected
                 yield Explanation(f"rounded {name}", f"its weights, A and B are rounded to {name}", both)

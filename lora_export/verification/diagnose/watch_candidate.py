@@ -230,7 +230,7 @@ class _FollowedModule:
 def matrix_of(place: MatrixWeight) -> NDArray[np.float64]:
     """The weight (out, in) in fp64, without what is attached to it, a convolution's kernel flattened."""
     weight = place.tensor.detach().double().cpu().numpy()
-    weight = weight.T if place.layout.is_turned else weight
+    weight = weight.T if place.layout.is_transposed else weight
     return weight.reshape(len(weight), -1)
 
 

@@ -31,7 +31,7 @@ def case_inputs(
     The seeded token ids of a Hugging Face model include those whose rows the adapters bring. Raises InputRefused
     where the arrays of `user_inputs` are not the model's inputs.
     """
-    rows = [index for adapter in adapters for rows in adapter.rows.values() for index in rows.indices.tolist()]
+    rows = [index for adapter in adapters for rows in adapter.token_rows.values() for index in rows.indices.tolist()]
     tokens = np.array(sorted(set(rows)) if model.is_huggingface else [], np.int64)
     return dict(_inputs(model, candidate, seed, user_inputs, tokens))
 

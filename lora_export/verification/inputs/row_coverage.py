@@ -22,12 +22,12 @@ class RowCoverage:
     def __init__(self, module: nn.Module, model: Model, adapters: Sequence[Adapter]):
         self.wanted: dict[str, set[int]] = {}
         self.seen: dict[str, set[int]] = {}
-        if not any(adapter.rows for adapter in adapters):
+        if not any(adapter.token_rows for adapter in adapters):
             return
         for step in plan.make(adapters, layers.specs(model.module)).steps:
             owner = module.get_submodule(step.weight.rpartition(".")[0])
-            if step.rows is not None and isinstance(owner, nn.Embedding):
-                self.wanted[step.weight] = set(step.rows.indices.tolist())
+            if step.token_rows is not None and isinstance(owner, nn.Embedding):
+                self.wanted[step.weight] = set(step.token_rows.indices.tolist())
                 self.seen[step.weight] = set()
                 owner.register_forward_pre_hook(functools.partial(self._record, step.weight))
 

@@ -133,7 +133,7 @@ def _entering(site: Site) -> ir.Value:
 
 def _factors(step: Step) -> tuple[Wide, Wide]:
     """All of a step's pairs as one, exactly: B (out, ranks) times the scales, and A (ranks, in * kernel)."""
-    scaled = [(term.pair, np.float64(term.strength * term.pair.scale)) for term in step.terms]
+    scaled = [(term.pair, np.float64(term.scale)) for term in step.terms]
     b = [pair.b.reshape(-1, pair.rank).astype(np.float64) * scale for pair, scale in scaled]
     a = [pair.a.reshape(pair.rank, -1).astype(np.float64) for pair, _ in scaled]
     return np.concatenate(b, axis=1), np.concatenate(a)
@@ -174,7 +174,7 @@ class _Reader:
 
     @property
     def turned(self) -> bool:
-        return self.layout.is_turned
+        return self.layout.is_transposed
 
     def change(self) -> None:
         """Put the nodes in."""
@@ -199,7 +199,7 @@ class _Reader:
     def _whole(self) -> ir.Value:
         """The tensor that takes the weight's place, as the reader wants it."""
         assert self.step.replace is not None
-        turned = self.step.replace.ndim == 2 and self.step.spec.layout.is_turned != self.turned
+        turned = self.step.replace.ndim == 2 and self.step.spec.layout.is_transposed != self.turned
         array = self.step.replace.T if turned else self.step.replace
         return self._given("whole", array.astype(self.site.dtype))
 

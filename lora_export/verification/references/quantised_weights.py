@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lora_export import layers
+from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph import sites as graph_sites
 from lora_export.graph.match_by_content import NEAR
@@ -165,21 +165,21 @@ def _dequantised(
         if name not in parameters:
             continue
         original = tensors[name].detach().float().numpy()
-        is_turned = parameters[name].layout is Layout.IN_OUT
-        values = site.matrix.T if is_turned else site.matrix
+        is_transposed = parameters[name].layout is Layout.IN_OUT
+        values = site.matrix.T if is_transposed else site.matrix
         found[name] = DequantisedWeight(
             _kind(site),
             np.ascontiguousarray(values, np.float32),
             _norm(values - original) / (_norm(original) or 1.0),
             _activation_block(site, executed),
-            functools.partial(_nearest, site, is_turned),
+            functools.partial(_nearest, site, is_transposed),
         )
     return found
 
 
-def _nearest(site: Site, is_turned: bool, values: Wide) -> Wide:
-    found = site.nearest(values.T if is_turned else values)
-    return np.ascontiguousarray(found.T if is_turned else found)
+def _nearest(site: Site, is_transposed: bool, values: Wide) -> Wide:
+    found = site.nearest(values.T if is_transposed else values)
+    return np.ascontiguousarray(found.T if is_transposed else found)
 
 
 def _kind(site: Site) -> str:
@@ -235,8 +235,8 @@ def round_activations(module: nn.Module, weights: Mapping[str, DequantisedWeight
     specs = {spec.name: spec for spec in layers.specs(module)}
     for name, weight in weights.items():
         if weight.activation_block:
-            is_turned = specs[name].layout is Layout.IN_OUT
-            matrix = torch.from_numpy(weight.values.T if is_turned else weight.values)  # (out, in)
+            is_transposed = specs[name].layout is Layout.IN_OUT
+            matrix = torch.from_numpy(weight.values.T if is_transposed else weight.values)  # (out, in)
             path = name.rpartition(".")[0]
             owners = [module.get_submodule(at) for at in (path, path.rpartition(".")[0])]
             if any(isinstance(owner, nn.MultiheadAttention) for owner in owners):  # it reads its output's weight, too
@@ -343,8 +343,8 @@ def _merges(
 
 
 def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> QuantisedMerge:
-    turn = np.transpose if step.spec.layout.is_turned else np.asarray
-    total, change = (turn(part).astype(np.float64) for part in step.carried_out(turn(base)))
+    turn = np.transpose if step.spec.layout.is_transposed else np.asarray
+    total, change = (turn(part).astype(np.float64) for part in sums.summed(step, turn(base)))
     moved = weight.values.astype(np.float64) - base
     energy = float((change**2).sum()) or 1.0
     fraction = float((moved * change).sum()) / energy

@@ -27,7 +27,7 @@ from lora_export.graph.insert.inputs import contract_of, factors_of, open_inputs
 from lora_export.graph.insert.rows import choose_by_row
 from lora_export.graph.readers import readers
 from lora_export.graph.sites import Sites
-from lora_export.lora import Adapter, LoraPair, Rows
+from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import (
     EVERY_MODEL,
@@ -190,7 +190,10 @@ def test_a_graph_of_an_old_ir_version_is_refused() -> None:
 @pytest.mark.parametrize(
     ("adapter", "told"),
     [
-        (an_adapter({"m": PAIR}, rows={"e.weight": Rows(np.arange(2), X)}), "default, e.weight: rows of tokens"),
+        (
+            an_adapter({"m": PAIR}, token_rows={"e.weight": TokenRows(np.arange(2), X)}),
+            "default, e.weight: rows of tokens",
+        ),
         (an_adapter({"m": PAIR}, replaced={"head.weight": X}), "default, head.weight: a whole tensor"),
         (an_adapter({"m": PAIR}, biases={"m": np.ones(2, np.float32)}), "default, m: a change of a bias"),
     ],

@@ -331,7 +331,7 @@ def test_doras_length_has_the_weights_dtype() -> None:
     [
         (
             LoraPair(a=[[1, 2, 3]], b=[[-1], [0]], scale=1.0, magnitude=[1, 1]),
-            r"m\.weight: W \+ sBA is zero in 1 of its",
+            r"m\.weight: 1 outputs of W \+ s·BA are zero",
         ),
         (LoraPair(a=[[1, 2, 3 - 1e-6]], b=[[-1], [0]], scale=1.0, magnitude=[3e38, 1]), "vector.weight: 1 values"),
     ],

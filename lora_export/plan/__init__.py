@@ -1,0 +1,16 @@
+"""Which pair of an adapter changes which weight of a base.
+
+A plan is a value. It is made from adapters and from the names and shapes of a base, and does not know what holds the
+weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry out the plan (see `lora_export.sums`).
+
+    types.py        Layout, TensorSpec, Term, Step, Plan
+    build.py        make: adapters and specs in, a Plan out, or one error with every misfit
+    match_names.py  the names of an adapter and of a base: prefixes, nearest names, layers without tensors
+    fit.py          shapes and dtypes: why a tensor of an adapter does not fit its base tensor
+    conflicts.py    why two tensors of adapters cannot change the same base tensor
+"""
+
+from lora_export.plan.build import make
+from lora_export.plan.types import FLOATS, Layout, Plan, Step, TensorSpec, Term
+
+__all__ = ["FLOATS", "Layout", "Plan", "Step", "TensorSpec", "Term", "make"]

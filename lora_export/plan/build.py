@@ -1,0 +1,181 @@
+"""Adapters and the names and shapes of a base in, a plan out; or one error that lists every misfit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.lora import Adapter, TokenRows
+from lora_export.plan.conflicts import conflicts
+from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets
+from lora_export.plan.match_tensors import Match, match_adapter, resolved
+from lora_export.plan.types import Plan, Step, TensorSpec
+
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+
+
+def make(
+    adapters: Sequence[Adapter],
+    specs: Iterable[TensorSpec],
+    *,
+    strengths: Sequence[float] | None = None,
+    may_add: bool = False,
+    identity_ok: bool = False,
+    one_at_a_time: bool = False,
+) -> Plan:
+    """Match adapters with the names and shapes of a base.
+
+    `strengths` multiply the scales of each adapter, in the order of the adapters (default 1.0). With `may_add`, a
+    whole tensor that the base lacks (a new head) is added; a module or graph cannot take one. With `one_at_a_time`,
+    the adapters never run together, so that they cannot conflict: see `Step.for_adapter`.
+
+    Every adapter tensor is used exactly once, or MatchError lists all misfits. Raises InputRefused for an adapter that
+    would change nothing, unless `identity_ok` (training starts from one), and for the same adapter given twice.
+    """
+    strengths = _check_adapters(adapters, strengths, identity_ok=identity_ok)
+    base = BaseTensors(specs)
+    prefixes = [find_prefix(adapter, base) for adapter in adapters]
+    by_weight = _match_all(adapters, strengths, prefixes, base, may_add=may_add, one_at_a_time=one_at_a_time)
+    name_prefix = _name_prefix(by_weight.values(), base)
+    steps = [_step(matches, base) for matches in by_weight.values()]
+    order = {name: position for position, name in enumerate(base)}
+    steps.sort(key=lambda step: order.get(step.weight, len(order)))
+    return Plan(
+        adapters=tuple(adapters),
+        strengths=strengths,
+        steps=tuple(steps),
+        kept=tuple(name for name in base if name not in by_weight),
+        notes=tuple(_notes(adapters, prefixes, steps, name_prefix)),
+        name_prefix=name_prefix,
+    )
+
+
+def _notes(
+    adapters: Sequence[Adapter], prefixes: Sequence[Prefix], steps: Sequence[Step], name_prefix: str
+) -> Iterator[str]:
+    for adapter, prefix in zip(adapters, prefixes, strict=True):
+        if prefix:
+            yield f"{adapter.name}: {prefix}; resolved."
+    for step in steps:
+        if step.added:
+            yield f"the base has no {step.weight}: it is added."
+    if name_prefix:
+        yield f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model."
+
+
+# --- Before anything is matched ---
+
+
+def _check_adapters(
+    adapters: Sequence[Adapter], strengths: Sequence[float] | None, *, identity_ok: bool
+) -> tuple[float, ...]:
+    """One strength per adapter. Raises InputRefused for adapters and strengths that no base could use."""
+    if not adapters:
+        raise InputRefused("there is no adapter to apply")
+    strengths = tuple(strengths) if strengths else (1.0,) * len(adapters)
+    if len(strengths) != len(adapters):
+        raise InputRefused(f"{len(adapters)} adapters but {len(strengths)} weights; give one --weight per adapter")
+    _refuse_duplicates(adapters)
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        if not math.isfinite(strength):
+            raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number")
+        if not identity_ok and (why := _why_no_effect(adapter, strength)):
+            raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
+    return strengths
+
+
+def _why_no_effect(adapter: Adapter, strength: float) -> str:
+    """Why an adapter changes nothing at this strength; empty where it changes something."""
+    if strength == 0:
+        return "its weight is 0"
+    if adapter.is_identity:
+        return "every B (or A, or scale) is zero, as before training"
+    scales = [abs(strength * pair.scale) for pair in adapter.pairs.values()]
+    if not adapter.replaced and not adapter.token_rows and max(scales, default=0) < SMALLEST:
+        return f"its weight {strength:g} makes every scale zero in float32"
+    return ""
+
+
+def _refuse_duplicates(adapters: Sequence[Adapter]) -> None:
+    seen: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.sha256 and seen.setdefault(adapter.sha256, adapter.name) != adapter.name:
+            raise InputRefused(
+                f"{adapter.name} is the same adapter as {seen[adapter.sha256]} (sha256 {adapter.sha256[:12]}). "
+                "Give each adapter once"
+            )
+    names = Counter(adapter.name for adapter in adapters)
+    for name, count in names.items():
+        if count > 1:
+            raise InputRefused(f"{count} adapters are called {name}; give them different names")
+
+
+# --- Matching ---
+
+
+def _match_all(
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    prefixes: Sequence[Prefix],
+    base: BaseTensors,
+    *,
+    may_add: bool,
+    one_at_a_time: bool,
+) -> dict[str, list[Match]]:
+    """The matches of all adapters by the base tensor that they change. Raises MatchError."""
+    by_weight: dict[str, list[Match]] = {}
+    misfits: list[Misfit] = []
+    count = 0
+    for adapter, strength, prefix in zip(adapters, strengths, prefixes, strict=True):
+        matches, without_match = match_adapter(adapter, strength, prefix, base, may_add=may_add)
+        misfits += [*without_match, *missing_targets(adapter, prefix, base)]
+        count += len(matches)
+        for match in matches:
+            by_weight.setdefault(match.weight, []).append(match)
+    targets = count + len(misfits)
+    for matches in by_weight.values():
+        for together in _by_adapter(matches) if one_at_a_time else [matches]:
+            misfits += conflicts(together)
+    if misfits:
+        raise MatchError(misfits, targets=targets)
+    return by_weight
+
+
+def _by_adapter(matches: Sequence[Match]) -> Iterator[list[Match]]:
+    for adapter in dict.fromkeys(match.adapter for match in matches):
+        yield [match for match in matches if match.adapter == adapter]
+
+
+def _step(matches: Sequence[Match], base: Mapping[str, TensorSpec]) -> Step:
+    """All matches of one base tensor, as one step."""
+    weight = matches[0].weight
+    whole = next((match.whole for match in matches if match.whole is not None), None)
+    terms = tuple(match.term for match in matches if match.term is not None)
+    if terms:
+        return Step(resolved(base[weight], terms[0].pair), terms, replace=whole)
+    rows = [match.rows for match in matches if match.rows is not None]
+    if rows:
+        indices, values = [one.indices for one in rows], [one.values for one in rows]
+        return Step(base[weight], replace=whole, token_rows=TokenRows(np.concatenate(indices), np.concatenate(values)))
+    if whole is not None:
+        spec = base.get(weight) or TensorSpec(weight, whole.shape, str(whole.dtype), nbytes=whole.nbytes)
+        return Step(spec, replace=whole, added=weight not in base)
+    shifts = [match.shift for match in matches if match.shift is not None]
+    return Step(base[weight], shift=np.sum(shifts, axis=0, dtype=np.float32))
+
+
+def _name_prefix(by_weight: Iterable[Sequence[Match]], base: Mapping[str, TensorSpec]) -> str:
+    """The prefix that the names of the base need for the tensors that are added."""
+    added = [match for matches in by_weight for match in matches if match.weight not in base]
+    prefixes = {match.prefix.adapter: match.adapter for match in added}
+    if len(prefixes) > 1:
+        raise InputRefused(
+            "the adapters add tensors to the base, and each expects another prefix before the base's names: "
+            + ", ".join(f"`{prefix}` ({adapter})" for prefix, adapter in sorted(prefixes.items()))
+            + ". Merge only one of these adapters"
+        )
+    return next(iter(prefixes), "")

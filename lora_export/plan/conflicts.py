@@ -1,0 +1,71 @@
+"""Why tensors of adapters cannot change the same base tensor together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lora_export.errors import Misfit
+from lora_export.plan.match_tensors import Match
+
+
+def conflicts(matches: Sequence[Match]) -> list[Misfit]:
+    """The conflicts among matches of one base tensor.
+
+    Whole tensors conflict where they differ or others add to them, rows where two adapters replace the same one, pairs
+    where one rescales the sum or they were trained on different kinds of layers.
+    """
+    return [*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches)]
+
+
+def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
+    owner, whole = next(((match, match.whole) for match in matches if match.whole is not None), (None, None))
+    if owner is None or whole is None:
+        return
+    name, first = owner.weight, owner.adapter
+    for other in matches:
+        if other.whole is not None:
+            if not np.array_equal(other.whole, whole):
+                why = f"{first} also replaces {name}, with other values. Merge only one of these adapters"
+                yield Misfit(other.adapter, name, why)
+        elif other.adapter != first or other.shift is not None:
+            # A pair of the same adapter is no conflict: PEFT saves a table of embeddings with the pair that changes it.
+            why = f"{first} replaces the whole {name}, and {other.adapter} adds to it. Merge only one of these adapters"
+            yield Misfit(first, name, why)
+
+
+def _of_rows(matches: Sequence[Match]) -> Iterator[Misfit]:
+    with_rows = [(match, match.rows) for match in matches if match.rows is not None]
+    owners: dict[int, str] = {}
+    for match, rows in with_rows:
+        shared = sorted(set(rows.indices.tolist()) & owners.keys())
+        if shared:
+            why = f"{owners[shared[0]]} also replaces rows of {match.weight}, for example row {shared[0]}"
+            yield Misfit(match.adapter, match.weight, f"{why}. Merge only one of these adapters")
+        owners |= dict.fromkeys(rows.indices.tolist(), match.adapter)
+    if with_rows:
+        owner = with_rows[0][0]
+        for other in matches:
+            if other.term is not None:
+                why = f"{owner.adapter} replaces rows of {owner.weight}, and {other.adapter} adds to it"
+                yield Misfit(owner.adapter, owner.weight, f"{why}. Merge only one of these adapters")
+
+
+def _of_pairs(matches: Sequence[Match]) -> Iterator[Misfit]:
+    terms = [match.term for match in matches if match.term is not None]
+    for term in terms[1:]:
+        name, first = matches[0].weight, terms[0]
+        if first.pair.embedding is not term.pair.embedding:
+            kinds = {True: "an embedding", False: "a linear layer"}
+            why = (
+                f"{term.adapter} was trained with {name} as {kinds[term.pair.embedding]}, "
+                f"{first.adapter} as {kinds[first.pair.embedding]}"
+            )
+            yield Misfit(term.adapter, name, why)
+        elif any(one.pair.magnitude is not None for one in (first, term)):
+            why = (
+                f"{first.adapter} and {term.adapter} both change {name}, and DoRA rescales the whole sum, so the "
+                "result depends on their order. To choose an order, merge one adapter, then the other into the result"
+            )
+            yield Misfit(term.adapter, name, why)

@@ -1,0 +1,161 @@
+"""The names of an adapter and of a base: model prefixes, nearest names, layers that the adapter has no tensors for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from lora_export.errors import InputRefused, Misfit
+from lora_export.lora import Adapter
+from lora_export.plan.types import Layout, TensorSpec
+
+NUMBER = re.compile(r"\d+")
+DOT = re.compile(r"\.")
+MOST_PREFIXES = 100  # prefixes tried for the sake of a better message
+LONGEST_COMPARED = 120  # characters of a name for which a nearest one is looked for
+MOST_COMPARISONS = 5_000  # of names, in search of the nearest ones: some seconds
+
+
+class BaseTensors(dict[str, TensorSpec]):
+    """The specs of a base by name, and the base's name nearest to a misspelled one."""
+
+    def __init__(self, specs: Iterable[TensorSpec]):
+        super().__init__((spec.name, spec) for spec in specs)
+        self._comparisons = 0
+        self._nearest: dict[str, str | None] = {}  # a name without its numbers -> the nearest of the base's
+
+    @functools.cached_property
+    def _by_pattern(self) -> dict[str, dict[tuple[str, ...], str]]:
+        """Names without their numbers -> the numbers -> the name. Apart from layers and experts, a base has few."""
+        by_pattern: dict[str, dict[tuple[str, ...], str]] = {}
+        for name in self:
+            same_pattern = by_pattern.setdefault(_without_numbers(name.removesuffix(".weight")), {})
+            same_pattern.setdefault(tuple(NUMBER.findall(name)), name)
+        return by_pattern
+
+    def nearest(self, name: str) -> str:
+        """`; the nearest name is ...`, or an empty string."""
+        pattern = _without_numbers(name.removesuffix(".weight"))
+        if pattern not in self._nearest:
+            self._nearest[pattern] = self._nearest_pattern(pattern)
+        nearest = self._nearest[pattern]
+        if nearest is None:
+            return ""
+        names = self._by_pattern[nearest]
+        return f"; the nearest name is {names.get(tuple(NUMBER.findall(name)), next(iter(names.values())))}"
+
+    def _nearest_pattern(self, pattern: str) -> str | None:
+        # Each comparison is slow, and an adapter with only unknown names would need thousands of them.
+        self._comparisons += len(self._by_pattern)
+        if len(pattern) > LONGEST_COMPARED or self._comparisons > MOST_COMPARISONS:
+            return None
+        return next(iter(difflib.get_close_matches(pattern, self._by_pattern, n=1, cutoff=0.5)), None)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The model prefix that the names of the adapter have and those of the base lack, or the other way round."""
+
+    adapter: str = ""
+    base: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.adapter or self.base)
+
+    def to_base(self, name: str) -> str | None:
+        """The name of the base for a name of the adapter; None where that lacks the prefix."""
+        return self.base + name.removeprefix(self.adapter) if name.startswith(self.adapter) else None
+
+    def __str__(self) -> str:
+        if self.adapter:
+            return f"the adapter's names have the prefix `{self.adapter}`, which the base's names lack"
+        return f"the base's names have the prefix `{self.base}`, which the adapter's names lack"
+
+
+def weight_of(module: str | None, base: Mapping[str, TensorSpec]) -> str | None:
+    """The base's name for the weight of a module: its `.weight`, packed attention's projection, or itself."""
+    if module is None:
+        return None
+    return next((name for name in (f"{module}.weight", f"{module}.in_proj_weight", module) if name in base), None)
+
+
+def find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
+    """How the names of the adapter differ from those of the base: not at all, or by one leading model prefix.
+
+    A prefix counts only where *every* pair then has its weight. Where none does, the prefix is one with which most
+    pairs have, so that fewer misfits are listed. Raises InputRefused where two prefixes fit.
+    """
+    modules = list(adapter.pairs) or [name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)]
+    if not modules:
+        return Prefix()
+
+    def count_matched(prefix: Prefix) -> int:
+        return sum(weight_of(prefix.to_base(module), base) is not None for module in modules)
+
+    if count_matched(Prefix()) == len(modules):
+        return Prefix()
+    candidates = list(_possible_prefixes(modules[0], base))
+    fitting = [
+        candidate
+        for candidate in dict.fromkeys(candidates)
+        if all(weight_of(candidate.to_base(module), base) is not None for module in modules)  # most fail at once
+    ]
+    if len(fitting) > 1:
+        raise InputRefused(
+            f"the names of adapter {adapter.name} fit the base with {len(fitting)} different prefixes: "
+            + ", ".join(f"`{fit.adapter or fit.base}`" for fit in fitting)
+            + ". Rename its modules so that only one fits"
+        )
+    if fitting:
+        return fitting[0]
+    best = max(candidates[:MOST_PREFIXES], key=count_matched, default=Prefix())
+    return best if count_matched(best) > count_matched(Prefix()) else Prefix()
+
+
+def _possible_prefixes(module: str, base: Mapping[str, TensorSpec]) -> Iterator[Prefix]:
+    parts = module.split(".")
+    for count in range(1, len(parts)):
+        yield Prefix(adapter=".".join(parts[:count]) + ".")
+    for suffix in (f".{module}.weight", f".{module}.in_proj_weight"):
+        for name in base:
+            if name.endswith(suffix):
+                yield Prefix(base=name.removesuffix(suffix) + ".")
+
+
+def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorSpec]) -> list[Misfit]:
+    """Layers of the base that the adapter's config targets, and for which its file has no tensors.
+
+    Where the adapter has pairs for other layers with the same ending, a layer counts only if its name differs from
+    one of them in numbers alone: the `q_proj` of a vision tower is not missing from an adapter of the decoder, the
+    decoder's next layer is.
+    """
+    adapted = {prefix.to_base(module) or module for module in adapter.pairs}
+    replaced = {prefix.to_base(tensor) or tensor for tensor in adapter.replaced}
+    patterns = {_without_numbers(module) for module in adapted}
+    adapted_endings = {ending for module in adapted for ending in _endings(module)}
+    targets = set(adapter.targets)
+    missing = []
+    for spec in base.values():
+        module = spec.name.removesuffix(".weight")
+        target = next((ending for ending in _endings(module) if ending in targets), None)
+        if target is None or module in adapted or spec.name in replaced or spec.layout is Layout.OTHER:
+            continue
+        if _without_numbers(module) in patterns or target not in adapted_endings:
+            missing.append(
+                Misfit(adapter.name, module, "targeted by the adapter's config, but its file has no tensors for it")
+            )
+    return missing
+
+
+def _endings(module: str) -> Iterator[str]:
+    """The whole name, and the part after each of its dots."""
+    yield module
+    for dot in DOT.finditer(module):
+        yield module[dot.end() :]
+
+
+def _without_numbers(name: str) -> str:
+    return NUMBER.sub("#", name)

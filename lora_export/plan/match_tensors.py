@@ -1,0 +1,118 @@
+"""The tensors of an adapter, each with the base tensor that it changes, or with the reason why it fits none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import Misfit
+from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
+from lora_export.plan.types import Layout, TensorSpec, Term
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One pair, bias, whole tensor or set of rows of an adapter, and the base tensor that it changes."""
+
+    weight: str
+    adapter: str
+    prefix: Prefix
+    term: Term | None = None
+    shift: NDArray[np.float32] | None = None
+    whole: NDArray[Any] | None = None
+    rows: TokenRows | None = None
+
+
+def match_adapter(
+    adapter: Adapter, strength: float, prefix: Prefix, base: BaseTensors, *, may_add: bool
+) -> tuple[list[Match], list[Misfit]]:
+    """Every tensor of an adapter, as one that fits the base or one that does not."""
+    matches: list[Match] = []
+    misfits: list[Misfit] = []
+
+    def sort(name: str, weight: str | None, problem: str, **change: Any) -> None:
+        if weight is None or problem:
+            misfits.append(Misfit(adapter.name, adapter.spelled(name), problem))
+        else:
+            matches.append(Match(weight, adapter.name, prefix, **change))
+
+    for module, pair in adapter.pairs.items():
+        weight = weight_of(prefix.to_base(module), base)
+        problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
+        sort(module, weight, problem, term=Term(adapter.name, module, pair, strength))
+    for module, change in adapter.biases.items():
+        bias = f"{prefix.to_base(module) or module}.bias"
+        sort(f"{module}.bias", bias, _bias_problem(bias, change, base), shift=np.float32(strength) * change)
+    for tensor, value in adapter.replaced.items():
+        name = prefix.to_base(tensor) or tensor
+        target = name if name in base else tensor
+        sort(tensor, target, _replacement_problem(target, value, base, may_add=may_add), whole=value)
+    for tensor, rows in adapter.token_rows.items():
+        name = prefix.to_base(tensor) or tensor
+        sort(tensor, name, _rows_problem(name, rows, base), rows=rows)
+    return matches, misfits
+
+
+def resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:
+    """The spec with its layout, where only the pair tells an embedding from a linear layer."""
+    if spec.layout is not Layout.MATRIX:
+        return spec
+    return replace(spec, layout=Layout.EMBEDDING if pair.embedding else Layout.OUT_IN)
+
+
+# --- Why a tensor does not fit; an empty string where it does ---
+
+
+def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTensors) -> str:
+    if weight is None:
+        return f"the base has no weight for {module}{base.nearest(module)}"
+    spec = base[weight]
+    if not spec.is_float:
+        return (
+            f"{weight} is {spec.dtype}: a quantised weight is never merged silently. Use the original float base, "
+            "or dequantise this one first"
+        )
+    if spec.layout is Layout.OTHER:
+        return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
+    if spec.layout is Layout.UNKNOWN:
+        return f"{weight} may be stored (out, in) or (in, out). Give the model's folder: its config.json decides"
+    spec = resolved(spec, pair)
+    if pair.embedding is not (spec.layout is Layout.EMBEDDING):
+        kinds = ("a linear layer", "an embedding") if pair.embedding else ("an embedding", "a linear layer")
+        return f"{weight} is the weight of {kinds[0]}, the adapter was trained on {kinds[1]}"
+    if spec.matrix != pair.shape:
+        view = "(width, rows)" if pair.embedding else "(out, in)"
+        return f"{weight} is {spec.matrix} {view}, the adapter was trained on {pair.shape}"
+    return ""
+
+
+def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, TensorSpec]) -> str:
+    if bias not in base:
+        return f"the base has no {bias}, which the adapter changes"
+    if base[bias].shape != change.shape:
+        return f"the base's {bias} has shape {base[bias].shape}, the adapter adds {change.shape}"
+    return ""
+
+
+def _rows_problem(name: str, rows: TokenRows, base: BaseTensors) -> str:
+    if name not in base:
+        return f"the base has no {name}, of which the adapter replaces rows{base.nearest(name)}"
+    shape = base[name].shape
+    if not base[name].is_float or len(shape) != 2 or shape[1:] != rows.values.shape[1:]:
+        return f"{name} is {shape} {base[name].dtype}, the adapter replaces rows of {rows.values.shape[1]} floats"
+    if rows.indices.max() >= shape[0]:
+        return f"{name} has {shape[0]} rows, the adapter replaces row {rows.indices.max()}"
+    return ""
+
+
+def _replacement_problem(name: str, value: NDArray[Any], base: BaseTensors, *, may_add: bool) -> str:
+    if name not in base:
+        return "" if may_add else f"the base has no {name}, which the adapter replaces{base.nearest(name)}"
+    if base[name].shape != value.shape:
+        return f"{name} is {base[name].shape}, the adapter replaces it with {value.shape}"
+    return ""

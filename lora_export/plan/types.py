@@ -1,0 +1,207 @@
+"""The types of a plan: the tensors of a base, and what happens to each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import one_line
+from lora_export.lora import Adapter, LoraPair, TokenRows
+
+FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+class Layout(StrEnum):
+    """How a weight is stored. The holder of the weights states it; a shape alone cannot tell."""
+
+    OUT_IN = "out_in"  # nn.Linear, and a convolution's (out, in, kernel)
+    IN_OUT = "in_out"  # transformers' Conv1D, and a MatMul's second operand in a graph
+    EMBEDDING = "embedding"  # nn.Embedding: one row per word; as a linear layer of one-hot inputs this is (in, out)
+    MATRIX = "matrix"  # OUT_IN or EMBEDDING: only the adapter that was trained on it tells which
+    UNKNOWN = "unknown"  # OUT_IN or IN_OUT: only the class of the model tells which
+    OTHER = "other"  # biases, norms, buffers: no pair fits them
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as the transpose of its (out, in) view."""
+        return self in (Layout.IN_OUT, Layout.EMBEDDING)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a base, from headers alone."""
+
+    name: str
+    shape: tuple[int, ...]  # as stored
+    dtype: str  # NumPy's name, "bfloat16" included
+    layout: Layout = Layout.OTHER
+    file: str = ""  # within the checkpoint; empty where there are no files
+    nbytes: int = 0
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape in the (out, in, ...) view that pairs use."""
+        return self.shape[::-1] if self.layout.is_transposed else self.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One pair on one weight, at the strength that the user gave its adapter."""
+
+    adapter: str
+    module: str  # as the adapter spells it
+    pair: LoraPair
+    strength: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A: the strength times the scale of the pair."""
+        return self.strength * self.pair.scale
+
+    @property
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """A (in, rank) and scale * B (rank, out) in fp32, as operands of matrix products.
+
+        Those of a convolution are (rank, in, kernel) and (out, rank, 1...). Overflow gives infinities without a
+        warning; the caller checks for them.
+        """
+        a, ones = self.pair.a, [1] * (self.pair.a.ndim - 2)
+        with np.errstate(over="ignore"):
+            b = self.pair.b.reshape(*self.pair.b.shape[:2], *ones) * np.float32(self.scale)
+        return (a, b) if ones else (a.T, b.T)
+
+    def __str__(self) -> str:
+        text = f"{self.scale:g} * B A (rank {self.pair.rank}, {self.adapter})"
+        text += ", on an embedding" if self.pair.embedding else ""
+        return text if self.pair.magnitude is None else f"{text}, each output rescaled to DoRA's magnitude"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Everything that happens to one weight. `lora_export.sums` computes it.
+
+    `replace` takes the place of the whole tensor, `token_rows` that of some of its rows. `terms` or `shift` are added.
+    A term with a DoRA magnitude rescales the sum, so it is the only term on its weight; in a plan of adapters that run
+    one at a time, it is the only term of its adapter.
+    """
+
+    spec: TensorSpec
+    terms: tuple[Term, ...] = ()
+    shift: NDArray[np.float32] | None = None  # what is added to a bias
+    replace: NDArray[Any] | None = None
+    token_rows: TokenRows | None = None  # never with terms
+    added: bool = False  # the base has no such tensor; `spec` describes the new one
+
+    @property
+    def weight(self) -> str:
+        """The name of the tensor in the base."""
+        return self.spec.name
+
+    @property
+    def magnitude(self) -> NDArray[np.float32] | None:
+        """The length that DoRA gives each output of W + ΔW, (out,); None without DoRA."""
+        return self.terms[0].pair.magnitude if self.terms else None
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether one of the adapters rescales the sum."""
+        return any(term.pair.magnitude is not None for term in self.terms)
+
+    @property
+    def is_replacement(self) -> bool:
+        """Whether other values take the place of the stored ones, and nothing is added."""
+        return not self.terms and (self.replace is not None or self.token_rows is not None)
+
+    @property
+    def replaces_only_rows(self) -> bool:
+        """Whether the base keeps its other rows."""
+        return self.token_rows is not None and self.replace is None
+
+    @property
+    def stored_terms(self) -> tuple[Term, ...]:
+        """The terms, with pairs of the weight as it is stored."""
+        if not self.spec.layout.is_transposed:
+            return self.terms
+        return tuple(replace(term, pair=term.pair.transposed) for term in self.terms)
+
+    def for_adapter(self, adapter: str) -> Step | None:
+        """The step with the terms of one adapter alone; None where it has none."""
+        terms = tuple(term for term in self.terms if term.adapter == adapter)
+        return replace(self, terms=terms) if terms else None
+
+    def __str__(self) -> str:
+        """What is done to the weight, in words."""
+        if self.terms:
+            terms = " + ".join(map(str, self.terms))
+            return terms if self.replace is None else f"{terms}, added to the whole tensor from the adapter"
+        if self.shift is not None:
+            return "bias shifted"
+        parts = [] if self.replaces_only_rows else ["added" if self.added else "replaced"]
+        if self.token_rows is not None:
+            parts.append(f"{self.token_rows.indices.size} rows replaced")
+        return ", then ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will be done to a base: pure, complete, and printable (`--dry-run`)."""
+
+    adapters: tuple[Adapter, ...]
+    strengths: tuple[float, ...]
+    steps: tuple[Step, ...]
+    kept: tuple[str, ...]  # names of the tensors that no step changes
+    notes: tuple[str, ...] = ()  # decisions that the user should know
+    name_prefix: str = ""  # added to the name of every base tensor in the output, so that a new head finds its model
+    by_weight: Mapping[str, Step] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_weight", {step.weight: step for step in self.steps})
+
+    @property
+    def low_rank(self) -> tuple[Step, ...]:
+        """The steps that add a low-rank change."""
+        return tuple(step for step in self.steps if step.terms)
+
+    def output_name(self, step_or_name: Step | str) -> str:
+        """The name that a tensor has in the merged checkpoint."""
+        if isinstance(step_or_name, Step):
+            return step_or_name.weight if step_or_name.added else self.name_prefix + step_or_name.weight
+        return self.name_prefix + step_or_name
+
+    def __str__(self) -> str:
+        lines = [self._counts(), *(f"note: {note}" for note in self.notes)]
+        for step in self.steps:
+            shape = " x ".join(map(str, step.spec.shape))
+            lines.append(f"  {self.output_name(step)}  [{shape} {step.spec.dtype}]  {step}")
+        return "\n".join(map(one_line, lines))
+
+    def _counts(self) -> str:
+        kinds = Counter(map(_kind, self.steps))
+        counts = [(kinds[kind], kind) for kind in KINDS] + [(len(self.kept), "kept as they are")]
+        return ", ".join(f"{count} {what}" for count, what in counts if count)
+
+
+KINDS = (
+    *("weights changed", "biases changed", "tensors replaced"),
+    *("tables with some rows replaced", "tensors added"),
+)
+
+
+def _kind(step: Step) -> str:
+    if step.terms:
+        return "weights changed"
+    if step.shift is not None:
+        return "biases changed"
+    if step.added:
+        return "tensors added"
+    return "tables with some rows replaced" if step.replaces_only_rows else "tensors replaced"
