@@ -622,7 +622,7 @@ LENGTHS = "base_model.model.fc.lora_magnitude_vector"
             {},
             "neither a linear layer, a conv",
         ),
-        ({A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 3))}, {}, "B is (3, 1, 3); every dimension after (out, rank) must"),
+        ({A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 3))}, {}, "B is (3, 1, 3); every dimension after"),
         (
             {A_KEY: None, "base_model.model.fc.lora_embedding_A": [[1, 2]]},
             {},
