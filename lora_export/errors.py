@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -35,19 +36,33 @@ class LoraExportError(Exception):
     exit_code = 1
 
 
+class WrongUsage(LoraExportError):
+    """Arguments that do not go together. Messages name them as the command line spells them."""
+
+    exit_code = 2
+
+
 class InputRefused(LoraExportError):
     """An input is damaged, unknown, does not fit, or would lose too much."""
 
     exit_code = 3
 
 
-class Different(LoraExportError):
+class NotTheSame(LoraExportError):
+    """Parity is not proven. `proof` has every figure, where there are any."""
+
+    def __init__(self, message: str, proof: Any = None):
+        super().__init__(message)
+        self.proof = proof
+
+
+class Different(NotTheSame):
     """Parity: the candidate does not compute what the PyTorch model computes."""
 
     exit_code = 4
 
 
-class Undecided(LoraExportError):
+class Undecided(NotTheSame):
     """Parity: this check could not have told a right candidate from a wrong one."""
 
     exit_code = 5

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from lora_export.errors import InputRefused, one_line
-
-if TYPE_CHECKING:
-    from lora_export.lora import Adapter
-    from lora_export.models.model import Model
+from lora_export.errors import WrongUsage, one_line
 
 adapter_weights = click.option(
     "--weight",
@@ -58,11 +54,22 @@ inputs_option = click.option(
 )
 
 
-class TakesAdapters(click.Command):
-    """A command whose adapters are an option's; `merge` has them as an argument, so that this one is told of -a."""
+class Command(click.Command):
+    """A command whose Python function may refuse its arguments: that is shown as click shows its own usage errors."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does."""
+        try:
+            return super().invoke(ctx)
+        except WrongUsage as error:
+            raise click.UsageError(str(error), ctx) from error
+
+
+class TakesAdapters(Command):
+    """A command that takes adapters by -a. `merge` takes them as arguments, so that users try that here too."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does, but for what it says of one argument too many."""
+        """As click does, with a message of its own for one argument too many."""
         ctx.allow_extra_args = True
         surplus = super().parse_args(ctx, args)
         if surplus and not ctx.resilient_parsing:
@@ -95,48 +102,20 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
     return decorate
 
 
-def refuse_exported(model: str) -> None:
-    """Raises InputRefused where a .pt2 is to be exported again, or trained: it is a graph, and no module's code."""
-    if model.endswith(".pt2"):
-        raise InputRefused(
-            f"{model} is a program that was exported already. `lora-export verify` takes it, as --model and as "
-            "CANDIDATE; to make another file, give the model that it was exported from"
-        )
-
-
 def answer(document: Any) -> None:
     """The one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
     click.echo(json.dumps(document, allow_nan=False).replace("##[", "##\\u005b"))
+
+
+def wrote(path: Path, more: str = "") -> None:
+    """Print that a file was written, with its size."""
+    click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes){more}")
 
 
 def say(line: str) -> None:
     """A line of the story, on stderr: one line, whatever the names in it hold; unheard, the work goes on."""
     with contextlib.suppress(OSError):
         click.echo(one_line(line), err=True)
-
-
-def split_name(argument: str) -> tuple[str | None, Path]:
-    """`NAME=PATH` or `PATH`. A path that exists as it stands is taken as a path."""
-    name, separator, path = argument.partition("=")
-    if not separator or Path(argument).exists() or "/" in name:
-        return None, Path(argument)
-    return name, Path(path)
-
-
-def loaded_model(source: str, adapters: Sequence[Adapter], dtype: str) -> Model:
-    """MODEL in the precision of --dtype."""
-    import torch
-
-    from lora_export.models.load import load_model
-
-    return load_model(source, adapters, dtype=getattr(torch, dtype))
-
-
-def load_adapters(arguments: Sequence[str]) -> list[Adapter]:
-    """The adapters of `-a [NAME=]ADAPTER`, in order."""
-    from lora_export import formats
-
-    return [formats.load(path, name=name) for name, path in map(split_name, arguments)]
 
 
 def command_line() -> list[str]:

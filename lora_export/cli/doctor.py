@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import json_option
+from lora_export.cli.arguments import Command, json_option
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.environment import SETTINGS, Facts, Problem, examine, listed, problems
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),

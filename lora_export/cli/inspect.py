@@ -2,94 +2,83 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.cli.arguments import json_option
-from lora_export.errors import InputRefused, one_line, printable
+from lora_export.cli.arguments import Command, answer, json_option
+from lora_export.errors import one_line, printable
 
 if TYPE_CHECKING:
+    from lora_export.formats.onnx_adapter import OnnxAdapter
     from lora_export.graph.sites import Site, Sites
+    from lora_export.weights.checkpoint import Checkpoint
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--base",
+    "checkpoint",
     type=click.Path(path_type=Path),
     help="The checkpoint that an .onnx was made of: names its weights by their content, and checks other names.",
 )
 @click.option("--check", is_flag=True, help="Read every file of a merged folder and compare it with its manifest.")
 @json_option
-def command(path: Path, base: Path | None, check: bool, as_json: bool) -> None:
+def command(path: Path, checkpoint: Path | None, check: bool, as_json: bool) -> None:
     """Show what PATH holds: an adapter, a checkpoint (a folder or .safetensors), an .onnx graph or an .onnx_adapter.
 
     Reads headers, and an adapter's tensors; with --base, the weights of both. Runs nothing.
     """
-    from lora_export import formats, report
-    from lora_export.storage.manifest import damage
-    from lora_export.weights.checkpoint import open_checkpoint
+    from lora_export import report
+    from lora_export.api.inspect import inspect
 
-    if not path.exists():
-        raise InputRefused(f"there is nothing at {path}")
-    if base is not None and path.suffix != ".onnx":
-        raise click.UsageError("--base names the weights of an .onnx file")
-    if check:
-        damaged = damage(path)
-        if damaged:
-            raise InputRefused(f"{path} is not what was written:\n" + "\n".join(f"  {line}" for line in damaged))
-    if formats.recognised(path):
-        adapter = formats.load(path)
+    found = inspect(path, checkpoint=checkpoint, check=check)
+    if found.adapter is not None:
         if as_json:
-            click.echo(json.dumps(report.as_dict(adapter)))
+            answer(report.as_dict(found.adapter))
         else:
-            report.print_adapter(report.console(), adapter)
-        return
-    if path.suffix == ".onnx_adapter":
-        _show_onnx_adapter(path, as_json=as_json)
-        return
-    if path.suffix == ".onnx":
-        from lora_export.graph import onnx_file as graph_files
-        from lora_export.graph import sites
+            report.print_adapter(report.console(), found.adapter)
+    elif found.onnx_adapter is not None:
+        _show_onnx_adapter(found.onnx_adapter, as_json=as_json)
+    elif found.graph is not None:
+        if as_json:
+            answer(_graph_as_document(found.graph))
+        else:
+            click.echo("\n".join(map(one_line, _lines_of_graph(found.graph))))
+    elif found.checkpoint is not None:
+        _show_checkpoint(found.checkpoint, as_json=as_json)
 
-        found = sites.find(graph_files.load(path), open_checkpoint(base) if base is not None else None)
-        if as_json:
-            click.echo(json.dumps(_as_document(found)))
-        else:
-            click.echo("\n".join(map(one_line, _as_lines(found))))
-        return
-    checkpoint = open_checkpoint(path)
+
+def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
+    from lora_export import report
+
     if as_json:
-        click.echo(json.dumps({"tensors": [report.as_dict(spec) for spec in checkpoint.specs]}))
+        answer({"tensors": [report.as_dict(spec) for spec in checkpoint.specs]})
         return
     click.echo(printable(f"{len(checkpoint.specs)} tensors, {checkpoint.nbytes:,} bytes"))
     for spec in checkpoint.specs:
         click.echo(one_line(f"  {spec.name}  {' x '.join(map(str, spec.shape))} {spec.dtype}"))
 
 
-def _show_onnx_adapter(path: Path, *, as_json: bool) -> None:
-    from lora_export.formats import onnx_adapter
-
-    held = onnx_adapter.read(path)
+def _show_onnx_adapter(adapter: OnnxAdapter, *, as_json: bool) -> None:
     parameters = {
-        name: {"shape": value.shape(), "type": value.data_type()} for name, value in sorted(held.values.items())
+        name: {"shape": value.shape(), "type": value.data_type()} for name, value in sorted(adapter.values.items())
     }
+    versions = {"model_version": adapter.model_version, "adapter_version": adapter.adapter_version}
     if as_json:
-        versions = {"model_version": held.model_version, "adapter_version": held.adapter_version}
-        click.echo(json.dumps({"format": "onnx_adapter", **versions, "parameters": parameters}))
+        answer({"format": "onnx_adapter", **versions, "parameters": parameters})
         return
     click.echo(
-        f"{len(parameters)} parameters for the base {held.model_version}, from the adapter {held.adapter_version}"
+        f"{len(parameters)} parameters for the base {adapter.model_version}, from the adapter {adapter.adapter_version}"
     )
-    for name, there in parameters.items():
-        click.echo(one_line(f"  {name}  {' x '.join(map(str, there['shape']))} {there['type']}"))
+    for name, parameter in parameters.items():
+        click.echo(one_line(f"  {name}  {' x '.join(map(str, parameter['shape']))} {parameter['type']}"))
 
 
-def _as_lines(found: Sites) -> Iterator[str]:
+def _lines_of_graph(found: Sites) -> Iterator[str]:
     """A graph's weights: what could not be named, and each place where a parameter is read."""
     from lora_export.graph.sites import place
 
@@ -104,7 +93,7 @@ def _as_lines(found: Sites) -> Iterator[str]:
             yield f"    {', '.join(filter(None, facts))}"
 
 
-def _as_document(found: Sites) -> dict[str, Any]:
+def _graph_as_document(found: Sites) -> dict[str, Any]:
     from lora_export import report
     from lora_export.graph.sites import tried
 

@@ -13,12 +13,10 @@ import click
 from lora_export.cli.arguments import (
     TakesAdapters,
     dtype_option,
-    load_adapters,
-    loaded_model,
     provider_option,
     publishing_options,
-    refuse_exported,
     say,
+    wrote,
 )
 
 if TYPE_CHECKING:
@@ -99,13 +97,14 @@ def command(
     they were given.
     """
     from lora_export import provenance
+    from lora_export.api.callbacks import in_stages
+    from lora_export.api.load import load_adapters, refuse_pt2
     from lora_export.cli import proving, weaving
-    from lora_export.cli.progress import stages
-    from lora_export.errors import one_line
+    from lora_export.cli.progress import shown
     from lora_export.graph.onnx_file import append_metadata
     from lora_export.storage import atomic_output
 
-    refuse_exported(model)
+    refuse_pt2(model)
     is_graph = model.endswith(".onnx")
     if mode != "inputs" and dora:
         raise click.UsageError("--dora is for --lora inputs; other graphs hold the adapters that they are given")
@@ -119,8 +118,9 @@ def command(
         atomic_output.stage_file(
             output, inputs=proving.inputs_of(model, adapters), overwrite=overwrite, say=say
         ) as folder,
-        stages() as stage,
+        shown() as on_progress,
     ):
+        stage = in_stages(on_progress)
         stage("reading the graph" if is_graph else "loading the model")
         source = make_source()
         weaving.check(order)
@@ -144,7 +144,7 @@ def command(
         return
     weaving.show(proofs)
     for path in written:
-        click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes)")
+        wrote(path)
 
 
 def _check_usage(
@@ -186,7 +186,9 @@ def _maker(
         from lora_export.cli.given import FromGraph
 
         return lambda: FromGraph(Path(model), order, checkpoint)
-    return lambda: FromModel(loaded_model(model, order.adapters, dtype), order, opset)
+    from lora_export.api.load import load_model
+
+    return lambda: FromModel(load_model(model, order.adapters, dtype=dtype), order, opset)
 
 
 def _judge(
@@ -203,4 +205,6 @@ def _judge(
         return exporting.ModelJudge(source.base, inputs_file, provider, stage)
     assert reference is not None
     stage("loading the model")
-    return exporting.ModelJudge(loaded_model(reference, order.adapters, dtype), inputs_file, provider, stage)
+    from lora_export.api.load import load_model
+
+    return exporting.ModelJudge(load_model(reference, order.adapters, dtype=dtype), inputs_file, provider, stage)

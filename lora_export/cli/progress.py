@@ -1,57 +1,56 @@
-"""Progress bars: on stderr, and on a terminal only; a merge, which is short, imports them there only."""
+"""How far a command is: shown on stderr, and on a terminal only."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lora_export.api.callbacks import OnProgress, Progress, ignore
 
-def _terminal() -> Console:
-    # The stream itself and not whatever `sys.stderr` is later: while exporters are kept quiet, that is a sink.
-    return Console(file=sys.stderr)
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 
 @contextlib.contextmanager
-def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that hears how many more bytes are done."""
-    console = _terminal()
-    if not console.is_terminal:  # a disabled bar still keeps its books, at every block of a merge
-        yield lambda _: None
+def shown() -> Iterator[OnProgress]:
+    """Yield a callback that shows the stage, the work done and the time. Without a terminal it does nothing."""
+    # The stream itself, not what `sys.stderr` is later: exporters are silenced by replacing it.
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:  # a disabled bar would still count every block of a merge
+        yield ignore
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress as bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), _amount(), bars.TimeElapsedColumn())
+    with bars.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None, unit="")
+        stage = ""
 
+        def show(event: Progress) -> None:
+            nonlocal task, stage
+            if event.stage != stage:  # each stage has a clock of its own
+                bar.remove_task(task)
+                stage, task = event.stage, bar.add_task(event.stage, total=None, unit="")
+            text = f"{event.stage}, {event.detail}" if event.detail else event.stage
+            bar.update(task, description=text, completed=event.done, total=event.total or None, unit=event.unit)
 
-@contextlib.contextmanager
-def step_progress(what: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Yield a function that hears (steps done, steps in all, loss)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = _terminal()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what)
-
-        def on_step(done: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=done, total=steps, description=f"{what}, loss {loss:.3f}")
-
-        yield on_step
+        yield show
 
 
-@contextlib.contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
-    """Yield a function that hears what is being done now; on a terminal it is shown with the time it takes."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def _amount() -> ProgressColumn:
+    """The column of the work done: bytes, steps, or nothing where it is not counted."""
+    from rich import progress as bars
+    from rich.text import Text
 
-    console = _terminal()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what: bar.update(task, description=what)
+    of_bytes, of_steps = bars.DownloadColumn(), bars.MofNCompleteColumn()
+
+    class Amount(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> Text:
+            unit = task.fields["unit"]
+            return of_bytes.render(task) if unit == "bytes" else of_steps.render(task) if unit == "steps" else Text()
+
+    return Amount()

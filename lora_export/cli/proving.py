@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export import report
-from lora_export.cli.arguments import say, split_name
+from lora_export.api.load import split_name
+from lora_export.cli.arguments import say
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.lora import Adapter
 from lora_export.provenance import record_of
@@ -51,7 +52,7 @@ def summary(proof: Proof | None) -> dict[str, Any]:
         "outcome": str(proof.verdict.outcome),
         **against,
         "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
-        "error_as_share_of_effect": max(shares, default=None),
+        "error_relative_to_effect": max(shares, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
         "variables": {name: proof.about[name] for name in environment.SETTINGS if name in proof.about},
     }

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,12 +15,10 @@ from lora_export.cli.arguments import (
     dtype_option,
     inputs_option,
     json_option,
-    load_adapters,
-    loaded_model,
     provider_option,
     say,
 )
-from lora_export.errors import Different, EnvironmentLacking, InputRefused, Undecided
+from lora_export.cli.progress import shown
 
 
 @click.command(cls=TakesAdapters)
@@ -33,7 +26,6 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
 @click.option("--model", metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
 @click.option(
     "--base",
-    "origin",
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
     help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters. Beside "
@@ -83,7 +75,7 @@ from lora_export.errors import Different, EnvironmentLacking, InputRefused, Unde
 def command(
     candidate: Path,
     model: str | None,
-    origin: Path | None,
+    base: Path | None,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     onnx_adapter: Path | None,
@@ -112,103 +104,36 @@ def command(
     With --base in place of --model nothing is run: every tensor of a merged folder or file is held
     against W + s·BA in fp64, and what no adapter touches against the base's bytes. Needs no PyTorch.
     """
-    if model is None and origin is None:
-        raise click.UsageError("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
-    if origin is not None and model is not None and {candidate.suffix, origin.suffix} != {".onnx"}:
-        raise click.UsageError("--base beside --model is the quantised .onnx that an .onnx was made of")
-    if model is None:
-        assert origin is not None
-        how = provider, dtype, trace
-        if {onnx_adapter, adapter_id, inputs_file, atol, rtol, cache} != {None} or how != ("cpu", "float32", False):
-            raise click.UsageError("with --base nothing is run: options on how to run CANDIDATE belong to --model")
-        from lora_export.cli import auditing
+    from lora_export.api.verify import verify
+    from lora_export.cli.verdicts import annotate_github, show_verification
 
-        return auditing.judge(candidate, origin, adapters, weights, reports, as_json=as_json)
-    from lora_export import report
-    from lora_export.cli import proving
-    from lora_export.cli.progress import stages
-    from lora_export.formats.onnx_adapter import IDS
-    from lora_export.runtime import open_artifact as candidates
-    from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.storage import input_files
-    from lora_export.verification import against_pytorch, proof
-
-    begun = time.perf_counter()
-    for path in reports:
-        report.check_path(path)
-    if not candidate.exists():
-        raise InputRefused(f"there is no candidate at {candidate}")
-    if origin is not None:
-        input_files.must_exist(origin, "base graph")
-    if provider != "cpu" and candidate.suffix != ".onnx":
-        raise click.UsageError(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
-    if candidate.suffix != ".onnx" and (onnx_adapter, adapter_id, dtype) != (None, None, "float32"):
-        raise click.UsageError("--onnx-adapter, --adapter-id and --dtype are for .onnx files")
-    runner, refusal = None, None
-    given: dict[str, Any] = {}
-    try:
-        proving.require(provider)
-        loaded = load_adapters(adapters)
-        for note in (note for adapter in loaded for note in adapter.notes):
-            say(f"note: {note}")
-        with stages() as stage:
-            stage("loading the model")
-            base = loaded_model(model, loaded, dtype)
-            stage("loading the candidate")
-            runner = candidates.open_candidate(
-                candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
-            )
-            by_row = isinstance(runner, OnnxRunner) and IDS in runner.axes
-            prove: Callable[..., proof.Proof] = against_pytorch.prove_rows if by_row else against_pytorch.prove
-            result = prove(
-                runner,
-                base,
-                loaded,
-                strengths=weights,
-                seed=seed,
-                user_inputs=inputs_file,
-                device=provider,
-                atol=atol,
-                rtol=rtol,
-                cache=cache,
-                trace=trace,
-                origin=origin,
-                step=lambda what: stage(f"verifying, {what}"),
-                say=say,
-            )
-            stage("hashing the candidate")
-            digests = candidates.hashes(candidate)
-            if origin is not None:
-                given["base"] = {"path": str(origin), "sha256": candidates.hashes(origin)}
-    except (Different, Undecided, EnvironmentLacking) as error:
-        # No figures, but an answer all the same: it is reported as every other, and told on stderr.
-        refusal, digests = error, {}
-        result = proving.without_figures(error, getattr(runner, "placement", None))
-    seconds = time.perf_counter() - begun
-    about = {
-        "candidate": {"path": str(candidate), "sha256": digests},
-        **given,
-        **result.about,
-        "seconds": round(seconds, 1),
-        "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": command_line(),
-    }
-    result = replace(result, about=about)
-    for path in reports:
-        report.write(
-            path,
-            result.verdict,
-            placement=result.placement,
-            about=about,
-            diagnosis=result.diagnosis,
-            exit_code=result.exit_code,
-            seconds=seconds,
+    with shown() as on_progress:
+        result = verify(
+            candidate,
+            model,
+            adapters=adapters,
+            weights=weights,
+            base=base,
+            onnx_adapter=onnx_adapter,
+            adapter_id=adapter_id,
+            provider=provider,
+            dtype=dtype,
+            inputs=inputs_file,
+            atol=atol,
+            rtol=rtol,
+            seed=seed,
+            cache=cache,
+            trace=trace,
+            reports=reports,
+            about={"command": command_line()},
+            on_message=say,
+            on_progress=on_progress,
         )
     if as_json:
-        answer(proving.document(result))
-    elif refusal is None:
-        proving.show(result)
-    proving.tell_github(result, f"verify {candidate.name}")
-    if refusal is not None:
-        raise refusal
+        answer(result.as_document())
+    elif result.error is None:
+        show_verification(result)
+    annotate_github(result, f"verify {candidate.name}")
+    if result.error is not None:
+        raise result.error
     return result.exit_code

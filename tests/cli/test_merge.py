@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 from lora_export import cli
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import read_manifest
-from lora_export.weights import merge
 from support.handmade import base_file, peft_adapter
 
 W = np.arange(6).reshape(2, 3)
@@ -91,7 +90,7 @@ def test_what_was_decided_and_what_was_left_out_is_told(place, capsys):
         "note: adapter: the adapter's names have the prefix `model.`, which the base's names lack; resolved.",
         "note: the base has no score.weight: it is added.",
         "note: the base's tensors gain the prefix `model.`, so that the added head finds its model.",
-        "note: pytorch_model.bin holds weights too, unmerged ones; it is left out",
+        "note: pytorch_model.bin contains weights too, unmerged ones; it is left out",
     ]
     assert not (place / "out/pytorch_model.bin").exists()
 
@@ -146,7 +145,7 @@ def test_a_change_that_rounding_thins_out_is_warned_of(place, capsys):
     peft_adapter(place / "adapter", {"fc": ([[1, 2]], [[1]]), "fine": ([[1, 1]], [[1]])})
     assert run(place, "base", "adapter", "-o", "out") == 0
     assert capsys.readouterr().err == (
-        "warning: rounding took more than a tenth of their change from 1 of 2 weights, most from fc.weight (80% kept); "
+        "warning: rounding took more than a tenth of the change of 1 of 2 weights, most of fc.weight (80% is left); "
         "--dtype float32 keeps it\n"
     )
 
@@ -298,7 +297,7 @@ def test_signals_that_ask_leave_nothing_behind(place, capsys, monkeypatch, sent,
         assert any(path.name.endswith(".partial") for path in place.iterdir())
         os.kill(os.getpid(), sent)
 
-    monkeypatch.setattr(merge, "merge_checkpoint", interrupted)
+    monkeypatch.setattr("lora_export.api.merge.merge_checkpoint", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["merge", str(place / "base"), str(place / "adapter"), "-o", str(place / "out")])
     assert ended.value.code == code

@@ -755,8 +755,8 @@ def test_pickles_beside_the_weights_are_neither_opened_nor_copied(place, payload
     code, _, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "new")
     assert code == 0
     assert told.splitlines() == [
-        "note: pytorch_model.bin holds weights too, unmerged ones; it is left out",
-        "note: training_args.bin holds weights too, unmerged ones; it is left out",
+        "note: pytorch_model.bin contains weights too, unmerged ones; it is left out",
+        "note: training_args.bin contains weights too, unmerged ones; it is left out",
     ]
     assert not list((place.folder / "new").glob("*.bin")) and not payload.exists()
 
@@ -878,7 +878,7 @@ def test_names_in_messages_and_notes_reach_the_terminal_escaped(place):
     place.set_config(r=2)
     (place.base / f"{STEERING}.bin").touch()
     code, out, told = place.run("merge", place.base, f"{place.adapter}", "-o", place.folder / "new")
-    assert (code, told) == (0, f"note: {ESCAPED}.bin holds weights too, unmerged ones; it is left out\n")
+    assert (code, told) == (0, f"note: {ESCAPED}.bin contains weights too, unmerged ones; it is left out\n")
     assert "\x1b" not in out
 
 

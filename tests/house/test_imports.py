@@ -22,7 +22,7 @@ PACKAGE = Path(lora_export.__file__).parent
 ORDER = (
     *("errors", "lora", "plan", "sums", "storage", "provenance", "formats"),
     *("weights", "layers", "graph", "models", "training", "runtime"),
-    *("verification", "report", "testing", "cli"),
+    *("verification", "report", "api", "testing", "cli"),
 )
 # What does the work: none of these needs another.
 DOERS = (

@@ -749,7 +749,7 @@ def test_a_link_that_takes_the_outputs_place_during_the_run_is_not_followed(plac
         (place / "out").symlink_to(place / goal)
         return working(*arguments, **options)
 
-    monkeypatch.setattr(merge, "merge_checkpoint", slow)
+    monkeypatch.setattr("lora_export.api.merge.merge_checkpoint", slow)
     assert cli.run(merge_line(place, base, "out", 0)) == 7
     assert f"{place}/out is a symbolic link; name the place itself" in capsys.readouterr().err
     assert (place / "out").is_symlink() and not any((place / "elsewhere").iterdir())

@@ -1,0 +1,68 @@
+"""`lora_export.convert`: an adapter into another format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export import plan
+from lora_export.api.callbacks import OnMessage, ignore
+from lora_export.api.load import AdapterSource, adapter_paths, load_adapters
+from lora_export.errors import InputRefused, MatchError
+from lora_export.formats import onnx_adapter
+from lora_export.graph.insert.inputs import contract_of, factors_of
+from lora_export.graph.onnx_file import load
+from lora_export.storage import atomic_output
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written."""
+
+    output: Path
+    weights: int  # weights of the graph that this adapter changes
+    of: int  # weights of the graph that take an adapter
+    base: str  # the fingerprint of the graph's base weights, which the file carries
+    notes: tuple[str, ...]
+
+
+def convert(
+    adapter: AdapterSource,
+    output: str | Path,
+    *,
+    graph: str | Path,
+    weight: float = 1.0,
+    overwrite: bool = False,
+    on_message: OnMessage = ignore,
+) -> ConvertResult:
+    """Convert an adapter for an existing graph: next week's adapter, without another export.
+
+    `graph` is an .onnx that was made with `--lora inputs`; `output` is an .onnx_adapter, onnxruntime's own format.
+    `weight` multiplies the adapter's scale. Needs no PyTorch.
+
+    Raises InputRefused where a tensor of the adapter has no input of its shape and type in the graph, or where the
+    graph has changed since it was made; OutputFailed where the file cannot be written. Nothing is left behind then.
+    """
+    output, graph = Path(output), Path(graph)
+    (loaded,) = load_adapters(adapter)
+    onnx_adapter.refuse_what_no_input_carries([loaded])
+    model = load(graph)
+    contract = contract_of(model, graph)
+    try:
+        steps = plan.make([loaded], [place.spec for place in contract.places], strengths=[weight])
+    except MatchError as error:
+        raise InputRefused(
+            f"{error}\n{graph} takes adapters at {len(contract.places)} layers. `lora-export onnx --lora inputs "
+            "--target NAMES` makes a graph that takes them at others"
+        ) from error
+    notes = (*loaded.notes, *steps.notes)
+    for note in notes:
+        on_message(f"note: {note}")
+    onnx_adapter.refuse_dora_without_a_place(contract, steps)
+    factors = factors_of(model, contract, steps, loaded.name)
+    parameters = onnx_adapter.parameters(contract, steps, loaded.name, factors)
+    inputs = [graph, *adapter_paths(adapter)]
+    with atomic_output.stage_file(output, inputs=inputs, overwrite=overwrite, say=on_message) as folder:
+        onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
+    changed = {contract.inputs[name].weight for name in parameters}
+    return ConvertResult(output, len(changed), len(contract.places), contract.base, notes)

@@ -1,0 +1,85 @@
+"""Arguments that several functions share: adapters and models, as a path, a name or an object in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lora_export import formats
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_export.models.model import Model
+
+AdapterSource = str | Path | Adapter  # a path, `NAME=PATH`, or an adapter that is loaded already
+AdapterSources = AdapterSource | Sequence[AdapterSource]
+ModelSource: TypeAlias = "str | Path | Model | tuple[nn.Module, Any]"  # the last: a module and its example inputs
+
+
+def split_name(argument: str) -> tuple[str | None, Path]:
+    """Split `NAME=PATH` or `PATH`. An argument that exists as a path is taken as a path."""
+    name, separator, path = argument.partition("=")
+    if not separator or Path(argument).exists() or "/" in name:
+        return None, Path(argument)
+    return name, Path(path)
+
+
+def load_adapters(sources: AdapterSources) -> list[Adapter]:
+    """Return the adapters in the order of their sources. Raises InputRefused where one cannot be read."""
+    return [source if isinstance(source, Adapter) else _load_adapter(source) for source in _as_list(sources)]
+
+
+def _load_adapter(source: str | Path) -> Adapter:
+    name, path = split_name(source) if isinstance(source, str) else (None, source)
+    return formats.load(path, name=name)
+
+
+def adapter_paths(sources: AdapterSources) -> list[Path]:
+    """The paths from which adapters are read; an output must not be inside one of them."""
+    paths = [source for source in _as_list(sources) if not isinstance(source, Adapter)]
+    return [split_name(path)[1] if isinstance(path, str) else path for path in paths]
+
+
+def _as_list(sources: AdapterSources) -> Sequence[AdapterSource]:
+    return [sources] if isinstance(sources, str | Path | Adapter) else sources
+
+
+def load_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: str = "float32") -> Model:
+    """Return the PyTorch model, with fresh heads where the adapters bring a task head.
+
+    Raises InputRefused where it cannot be loaded, and for a `dtype` that a model in memory does not have.
+    """
+    import torch
+
+    from lora_export.models.factory import of_module
+    from lora_export.models.load import load_model as load
+    from lora_export.models.model import Model
+
+    if isinstance(source, str | Path):
+        return load(str(source), adapters, dtype=getattr(torch, dtype))
+    if dtype != "float32":
+        raise InputRefused(f"a model in memory is used in its own precision: {dtype} cannot be asked for")
+    return source if isinstance(source, Model) else of_module(*source)
+
+
+def model_paths(source: ModelSource) -> list[Path]:
+    """The paths from which a model is read; an output must not be inside one of them."""
+    if not isinstance(source, str | Path):
+        return []
+    paths = [Path(source)] if Path(source).exists() else []
+    if ".py:" in str(source):
+        paths.append(Path(str(source).rpartition(":")[0]))
+    return paths
+
+
+def refuse_pt2(model: ModelSource) -> None:
+    """Raise InputRefused for a .pt2 that is to be exported again or trained: it holds a graph, not module code."""
+    if isinstance(model, str | Path) and str(model).endswith(".pt2"):
+        raise InputRefused(
+            f"{model} is an exported program already. `lora-export verify` accepts it as --model and as CANDIDATE. "
+            "To make another file, give the model that it was exported from"
+        )

@@ -1,0 +1,248 @@
+"""`lora_export.merge`: adapters into the weights of a checkpoint or a graph."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from lora_export import plan
+from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
+from lora_export.api.load import AdapterSources, adapter_paths, load_adapters
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import Adapter
+from lora_export.plan import Plan
+from lora_export.storage import atomic_output, input_files
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.checkpoint import Checkpoint, code_of_its_own, open_checkpoint
+from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_the_work
+from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/model
+CACHED = "models--"  # a model's folder in the hub's cache: models--owner--model
+FLOAT32 = "--dtype float32 keeps it"
+NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did. `str()` of `plan` is the list of weights with the pairs that are added to each."""
+
+    output: Path
+    plan: Plan
+    report: MergeReport | None  # None after a dry run: nothing was written
+    notes: tuple[str, ...]  # what the caller should know: on the adapters, the plan and the base
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `merge` that are the same for a checkpoint and a graph."""
+
+    base: Path
+    adapters: Sequence[Adapter]
+    sources: Sequence[Path]  # the paths of the adapters
+    output: Path
+    weights: Sequence[float]
+    min_retention: float
+    hashing: str
+    device: str
+    dry_run: bool
+    overwrite: bool
+    on_message: OnMessage = field(repr=False)
+    on_progress: OnProgress = field(repr=False)
+
+
+def merge(
+    base: str | Path,
+    adapters: AdapterSources,
+    output: str | Path,
+    *,
+    weights: Sequence[float] = (),
+    dtype: str = "keep",
+    min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
+    checkpoint: str | Path | None = None,
+    requantize: bool = False,
+    device: str = "cpu",
+    dry_run: bool = False,
+    overwrite: bool = False,
+    on_message: OnMessage = ignore,
+    on_progress: OnProgress = ignore,
+) -> MergeResult:
+    """Merge adapters into the weights of a base: W' = W + Σ weight·scale·B·A, summed in fp32 and rounded once.
+
+    `base` is a Hugging Face folder, a .safetensors file or an .onnx file; `output` becomes the same kind, with the same
+    layout. `adapters` are paths, `NAME=PATH` or loaded adapters; `weights` has one factor for each (default 1.0).
+    `dtype` is the type in which floats of a checkpoint are stored: "keep", "float32", "bfloat16" or "float16".
+    `min_retention` (0 to 1) is the least part of a weight's change that has to survive rounding.
+    `hashing` is "xxh3_128" or "sha256". For an .onnx base, `checkpoint` is what it was exported from: it names weights
+    whose names were lost; `requantize` merges into quantised weights too. `device` is "cpu" or "cuda".
+    With `dry_run` the plan is made and nothing is written.
+
+    Needs no PyTorch unless `device` is "cuda". Peak memory is a few blocks, whatever the size of the model.
+
+    Raises InputRefused (MatchError with every misfit) for what is damaged, does not fit or would lose too much;
+    OutputFailed where the output cannot be written; EnvironmentLacking where CUDA is missing; WrongUsage for options
+    that do not go together. After an error an existing output is unchanged, and nothing new is left behind.
+    """
+    base = Path(base)
+    if device == "cuda":
+        from lora_export.weights import cuda
+
+        cuda.require_cuda()
+    loaded, paths = load_adapters(adapters), adapter_paths(adapters)
+    stored = None if dtype == "keep" else dtype
+    options = _Options(
+        base, loaded, paths, Path(output), weights, min_retention, hashing, device, dry_run, overwrite,
+        on_message, on_progress,
+    )  # fmt: skip
+    if base.suffix == ".onnx":
+        if stored:
+            raise WrongUsage("--dtype is for checkpoints: the weights of a graph keep the types that its nodes expect")
+        return _into_graph(options, None if checkpoint is None else Path(checkpoint), requantize=requantize)
+    if checkpoint is not None:
+        raise WrongUsage("--base is for an .onnx BASE: the weights of a checkpoint have their names")
+    if requantize:
+        raise WrongUsage("--requantize is for an .onnx BASE: merging into a quantised checkpoint is not supported")
+    return _into_checkpoint(options, stored)
+
+
+def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
+    checkpoint = open_checkpoint(options.base)
+    list(checkpoint.companions())  # raises for links that lead out of the folder: before the work, not after it
+    steps = plan.make(options.adapters, checkpoint.specs, strengths=options.weights, may_add=True)
+    refuse_before_the_work(steps, checkpoint)
+    notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))
+    if options.dry_run:
+        return MergeResult(options.output, steps, None, notes)
+    stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
+    size = output_size(steps, checkpoint, dtype)
+    with _backend(options.device) as backend, _staged(options, stage, size) as folder:
+        report = merge_checkpoint(
+            steps,
+            checkpoint,
+            folder,
+            file_name=options.output.name,
+            dtype=dtype,
+            min_retention=options.min_retention,
+            hashing=options.hashing,
+            progress=in_bytes(options.on_progress, "merging", size),
+            backend=backend,
+        )
+        _refuse_no_change(report)
+    _warn_of_rounding(report, FLOAT32, options.on_message)
+    return MergeResult(options.output, steps, report, notes)
+
+
+def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> MergeResult:
+    # A merge into a checkpoint does not wait for onnx to be imported.
+    from lora_export.graph.merge import merge_graph
+    from lora_export.graph.merge import refuse_before_the_work as refuse_before_the_work_in_graph
+    from lora_export.graph.onnx_file import open_graph
+    from lora_export.graph.quantised.requantise import notes_on
+    from lora_export.graph.sites import find
+
+    input_files.must_exist(options.base, "base model")
+    graph = open_graph(options.base)
+    sites = find(graph.model, None if origin is None else open_checkpoint(origin))
+    steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
+    refuse_before_the_work_in_graph(steps, graph, sites, requantise=requantize)
+    quantised = notes_on(steps, graph.model, sites) if requantize else ()
+    notes = _report_notes(options, steps, [*sites.notes, *quantised])
+    if options.dry_run:
+        return MergeResult(options.output, steps, None, notes)
+    with (
+        _backend(options.device) as backend,
+        _staged(options, atomic_output.stage_file, graph.nbytes) as folder,
+    ):
+        report = merge_graph(
+            steps,
+            graph,
+            sites,
+            folder,
+            file_name=options.output.name,
+            min_retention=options.min_retention,
+            hashing=options.hashing,
+            progress=in_bytes(options.on_progress, "merging", graph.nbytes),
+            requantise=requantize,
+            backend=backend,
+        )
+        _refuse_no_change(report)
+    _warn_of_rounding(report, NODES, options.on_message)
+    return MergeResult(options.output, steps, report, notes)
+
+
+def _backend(device: str) -> AbstractContextManager[Backend | None]:
+    if device == "cpu":
+        return contextlib.nullcontext()
+    from lora_export.weights import cuda
+
+    return cuda.cuda()
+
+
+def _staged(options: _Options, stage: Any, size: int) -> AbstractContextManager[Path]:
+    staged: AbstractContextManager[Path] = stage(
+        options.output,
+        inputs=[options.base, *options.sources],
+        overwrite=options.overwrite,
+        needs=size,
+        say=options.on_message,
+    )
+    return staged
+
+
+def _report_notes(options: _Options, steps: Plan, more: Sequence[str]) -> tuple[str, ...]:
+    in_plan = () if options.dry_run else steps.notes  # a printed plan contains its notes
+    notes = (*(note for adapter in options.adapters for note in adapter.notes), *in_plan, *more)
+    for note in notes:
+        options.on_message(f"note: {note}")
+    return notes
+
+
+def _refuse_no_change(report: MergeReport) -> None:
+    if not report.replaced and not any(result.changed for result in report.results):
+        raise InputRefused("the merge would change no entry of any weight: the whole change is lost to rounding")
+
+
+def _warn_of_rounding(report: MergeReport, remedy: str, on_message: OnMessage) -> None:
+    if report.faint:
+        worst = min(report.faint, key=lambda result: result.retention)
+        on_message(
+            f"warning: rounding took more than a tenth of the change of {len(report.faint)} of "
+            f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy}"
+        )
+
+
+def _notes_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
+    notes = list(_other_bases(adapters, checkpoint))
+    if code := code_of_its_own(checkpoint.config):
+        notes.append(f"the base's config names code of its own ({code}): it is copied, and was not run")
+    return notes + [f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.left_out()]
+
+
+def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:
+    """Adapters that name another model of the Hub than this base. A note only: a name does not identify weights.
+
+    A local path in an adapter's config says nothing about this machine.
+    """
+    folders = base.path.absolute().parts
+    cached = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))
+    own = [name for name in (*cached, base.config.get("_name_or_path")) if _is_hub_name(name)]
+    known = {_without_owner(name) for name in (*own, *folders)}
+    for adapter in adapters:
+        named = adapter.metadata.get("base_model_name_or_path")
+        if own and _is_hub_name(named) and _without_owner(named) not in known:
+            yield f"{adapter.name} was made for {named}, the base is {own[0]}: shapes that agree prove nothing"
+
+
+def _is_hub_name(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _without_owner(name: str) -> str:
+    """The model's name alone: mirrors store the same weights under another owner."""
+    return name.rpartition("/")[2].casefold()

@@ -1,0 +1,84 @@
+"""What the functions that publish a proven file have in common: its record, its verdict, and a verdict's meaning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
+from lora_export.lora import Adapter
+from lora_export.provenance import record_of
+from lora_export.runtime import environment
+from lora_export.runtime.runner import Placement
+from lora_export.verification.parity import Outcome, Reason, Verdict
+from lora_export.verification.proof import Proof
+
+if TYPE_CHECKING:
+    from lora_export.models.model import Model
+
+
+def record_of_model(
+    base: Model, adapters: Sequence[Adapter], strengths: Sequence[float], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Where a file that was exported from a PyTorch model comes from, by hashes."""
+    fingerprint = {"sha256": base.fingerprint()}
+    return record_of(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
+
+
+def summary(proof: Proof | None) -> dict[str, Any]:
+    """The verdict as it is stored in the file itself. None: the user asked for no proof."""
+    if proof is None:
+        return {"outcome": "not verified", "why": "--no-verify"}
+    measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]
+    relative = [figures.relative_to_effect for figures in measured if figures.relative_to_effect]
+    against = {"against": proof.about["against"]} if "against" in proof.about else {}
+    return {
+        "outcome": str(proof.verdict.outcome),
+        **against,
+        "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
+        "error_relative_to_effect": max(relative, default=None),
+        "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
+        "variables": {name: proof.about[name] for name in environment.SETTINGS if name in proof.about},
+    }
+
+
+def require_provider(provider: str) -> None:
+    """Raise EnvironmentLacking where the provider cannot run as a proof needs it. Called before any other work."""
+    if provider == "cpu":
+        return
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise EnvironmentLacking(
+            "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, and a proof in float32 needs float32. "
+            "Unset the variable"
+        )
+    if fault := environment.try_provider(environment.CUDA).fault:
+        raise EnvironmentLacking(
+            f"{environment.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` shows how to get it"
+        )
+
+
+def stage_of_proof(stage: Callable[[str], None], what: str = "") -> Callable[[str], None]:
+    """Return a function that reports the steps of a proof: of the whole file, or of the part `what`."""
+    return lambda step: stage(f"verifying {what}, {step}" if what else f"verifying, {step}")
+
+
+def require_same(proof: Proof, what: str = "") -> Proof:
+    """Return the proof if its verdict is `same`. Raises Different or Undecided, with the proof, if not."""
+    if proof.verdict.same:
+        return proof
+    kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
+    message = f"{what}: {proof.verdict}" if what else str(proof.verdict)
+    if proof.diagnosis:
+        message += f"\n{proof.diagnosis}"
+    raise kind(f"{message}\nNothing was written. --no-verify would publish the file without a proof.", proof)
+
+
+def proof_without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
+    """Return a proof that reports the error which ended it before anything was measured."""
+    from lora_export.runtime.torch_runners import environment as versions
+
+    outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
+    gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
+    verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), sensitivity=(), dtype="float32")
+    return Proof(verdict, placement, versions(), ended_with=error.exit_code)

@@ -1,0 +1,91 @@
+"""`lora_export.export_torchscript`: a model with its adapters into one TorchScript file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export import layers, plan
+from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_stages
+from lora_export.api.load import (
+    AdapterSources,
+    ModelSource,
+    adapter_paths,
+    load_adapters,
+    load_model,
+    model_paths,
+    refuse_pt2,
+)
+from lora_export.api.publish import record_of_model, require_same, stage_of_proof, summary
+from lora_export.models.export import save_torchscript, to_torchscript
+from lora_export.runtime.torch_runners import ScriptRunner
+from lora_export.storage import atomic_output
+from lora_export.verification.against_pytorch import prove
+from lora_export.verification.proof import Proof
+
+
+@dataclass(frozen=True, eq=False)
+class TorchScriptResult:
+    """What was published, and its proof."""
+
+    output: Path
+    proof: Proof | None  # None: `verify=False`
+    notes: tuple[str, ...]
+
+
+def export_torchscript(
+    model: ModelSource,
+    output: str | Path,
+    *,
+    adapters: AdapterSources = (),
+    weights: Sequence[float] = (),
+    lora: str = "merged",
+    inputs: str | Path | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    on_message: OnMessage = ignore,
+    on_progress: OnProgress = ignore,
+) -> TorchScriptResult:
+    """Trace a model with its adapters to TorchScript, prove the file against PyTorch, and only then publish it.
+
+    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`.
+    `lora` is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each
+    adapter. `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of where the file
+    comes from are stored in its extra file `lora_export.json`.
+
+    Raises InputRefused for what does not fit; Different or Undecided, with `.proof`, where the proof fails;
+    RuntimeRefused where the model cannot be traced; OutputFailed where the file cannot be written. Nothing is published
+    then, and an existing output is unchanged.
+    """
+    refuse_pt2(model)
+    output, stage = Path(output), in_stages(on_progress)
+    loaded = load_adapters(adapters)
+    sources = [*model_paths(model), *adapter_paths(adapters)]
+    with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, say=on_message) as folder:
+        stage("loading the model")
+        base = load_model(model, loaded)
+        module, notes = copy.deepcopy(base.module), []
+        if loaded:
+            steps = plan.make(loaded, layers.specs(module), strengths=weights)
+            notes = [*(note for adapter in loaded for note in adapter.notes), *steps.notes]
+            for note in notes:
+                on_message(f"note: {note}")
+            (layers.fold if lora == "merged" else layers.attach)(module, steps)
+        stage("tracing")
+        script = to_torchscript(module, base.examples())
+        record = record_of_model(base, loaded, weights, {"lora": lora})
+        record["inputs"] = list(base.input_names)
+        stage("writing")
+        save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
+        proof = None
+        if verify:
+            candidate = ScriptRunner(folder / output.name, base.input_names)
+            further = None if inputs is None else Path(inputs)
+            step = stage_of_proof(stage)
+            proof = require_same(prove(candidate, base, loaded, strengths=weights, user_inputs=further, step=step))
+        record["verdict"] = summary(proof)
+        save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
+    return TorchScriptResult(output, proof, tuple(notes))

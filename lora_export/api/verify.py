@@ -1,0 +1,284 @@
+"""`lora_export.verify`: does a file compute what the PyTorch model computes, or contain what a merge should?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export import __version__, plan, report
+from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes, in_stages
+from lora_export.api.load import AdapterSources, ModelSource, load_adapters, load_model
+from lora_export.errors import (
+    Different,
+    EnvironmentLacking,
+    InputRefused,
+    LoraExportError,
+    Undecided,
+    WrongUsage,
+)
+from lora_export.provenance import described
+from lora_export.storage import input_files
+from lora_export.verification import against_checkpoint
+from lora_export.verification.against_checkpoint import Audit
+from lora_export.weights.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    from lora_export.verification.proof import Proof
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """A verdict, and the facts that it takes to trust and to repeat it. True only where the verdict is `same`."""
+
+    proof: Proof | Audit  # what a model computes; or, against a base checkpoint, what the weights are
+    about: Mapping[str, Any]  # versions, hashes, seed, inputs
+    seconds: float
+    error: LoraExportError | None = field(default=None, repr=False)  # what ended the proof before anything was measured
+
+    @property
+    def verdict(self) -> Any:
+        """The verdict: `same`, `different` or `undecided` is its `outcome`."""
+        return self.proof if isinstance(self.proof, Audit) else self.proof.verdict
+
+    @property
+    def exit_code(self) -> int:
+        return self.proof.exit_code
+
+    def __bool__(self) -> bool:
+        return bool(self.verdict)
+
+    def __str__(self) -> str:
+        if isinstance(self.proof, Audit):
+            return str(self.proof)
+        return report.screen(self.proof.verdict, self.proof.placement, self.proof.diagnosis)
+
+    def as_document(self) -> dict[str, Any]:
+        """Every figure, as the JSON document that `lora-export verify --json` prints."""
+        if isinstance(self.proof, Audit):
+            return report.document(self.proof, about=self.about)
+        return report.document(
+            self.proof.verdict,
+            self.proof.placement,
+            self.about,
+            diagnosis=self.proof.diagnosis,
+            exit_code=self.proof.exit_code,
+        )
+
+    def write_report(self, path: str | Path) -> None:
+        """Write a report: .json (every figure), .xml (JUnit) or .html (to read). An existing file is replaced."""
+        if isinstance(self.proof, Audit):
+            report.write(Path(path), self.proof, about=self.about, seconds=self.seconds)
+            return
+        report.write(
+            Path(path),
+            self.proof.verdict,
+            placement=self.proof.placement,
+            about=self.about,
+            diagnosis=self.proof.diagnosis,
+            exit_code=self.proof.exit_code,
+            seconds=self.seconds,
+        )
+
+
+def verify(
+    candidate: str | Path,
+    model: ModelSource | None = None,
+    *,
+    adapters: AdapterSources = (),
+    weights: Sequence[float] = (),
+    base: str | Path | None = None,
+    onnx_adapter: str | Path | None = None,
+    adapter_id: int | None = None,
+    provider: str = "cpu",
+    dtype: str = "float32",
+    inputs: str | Path | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    trace: bool = False,
+    reports: Sequence[str | Path] = (),
+    about: Mapping[str, Any] | None = None,
+    on_message: OnMessage = ignore,
+    on_progress: OnProgress = ignore,
+) -> Verification:
+    """Prove that a file computes what a PyTorch model with its adapters attached computes.
+
+    `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file.
+    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
+    Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
+    with W + s·BA in fp64; PyTorch is not needed. Beside a model, `base` is the quantised .onnx that an .onnx candidate
+    was made from.
+
+    `weights` has one factor for each adapter. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
+    with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None proves the base,
+    every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
+    "float16". `inputs` is an .npz of further inputs. `atol` and `rtol` require |candidate - reference| <= atol +
+    rtol·|reference| besides the gates. `cache` is a folder for the outputs of the fp64 reference. `trace` compares
+    every module, whatever the verdict. Each path in `reports` gets a report (.json, .xml or .html); `about` adds facts.
+
+    Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
+    that do not go together.
+    """
+    begun = time.perf_counter()
+    candidate, origin = Path(candidate), None if base is None else Path(base)
+    how_to_run = (onnx_adapter, adapter_id, inputs, atol, rtol, cache)
+    if model is None and (any(option is not None for option in how_to_run) or trace or seed):
+        raise WrongUsage(NOTHING_IS_RUN)
+    _check_usage(candidate, model, origin, provider, dtype, onnx_adapter, adapter_id)
+    for path in reports:
+        report.check_path(Path(path))
+    proof: Proof | Audit
+    error = None
+    if model is None:
+        assert origin is not None
+        proof, facts = _compare_weights(candidate, origin, adapters, weights, on_message, on_progress)
+    else:
+        proof, facts, error = _compare_outputs(
+            candidate,
+            model,
+            adapters,
+            weights,
+            origin,
+            provider=provider,
+            dtype=dtype,
+            onnx_adapter=None if onnx_adapter is None else Path(onnx_adapter),
+            adapter_id=adapter_id,
+            user_inputs=None if inputs is None else Path(inputs),
+            atol=atol,
+            rtol=rtol,
+            seed=seed,
+            cache=None if cache is None else Path(cache),
+            trace=trace,
+            on_message=on_message,
+            on_progress=on_progress,
+        )
+    seconds = time.perf_counter() - begun
+    when = {"seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+    result = Verification(proof, {**facts, **when, **(about or {})}, seconds, error)
+    for path in reports:
+        result.write_report(path)
+    return result
+
+
+NOTHING_IS_RUN = "with --base nothing is run: options on how to run CANDIDATE belong to --model"
+
+
+def _check_usage(
+    candidate: Path,
+    model: ModelSource | None,
+    origin: Path | None,
+    provider: str,
+    dtype: str,
+    onnx_adapter: str | Path | None,
+    adapter_id: int | None,
+) -> None:
+    """Raise WrongUsage for options that do not go together."""
+    is_graph = candidate.suffix == ".onnx"
+    if model is None and origin is None:
+        raise WrongUsage("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
+    if model is None and (provider, dtype) != ("cpu", "float32"):
+        raise WrongUsage(NOTHING_IS_RUN)
+    if model is None and is_graph:
+        raise WrongUsage("--base alone judges checkpoints; what an .onnx computes is judged with --model")
+    if model is not None and origin is not None and {candidate.suffix, origin.suffix} != {".onnx"}:
+        raise WrongUsage("--base beside --model is the quantised .onnx that an .onnx was made from")
+    if provider != "cpu" and not is_graph:
+        raise WrongUsage(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
+    if not is_graph and (onnx_adapter, adapter_id, dtype) != (None, None, "float32"):
+        raise WrongUsage("--onnx-adapter, --adapter-id and --dtype are for .onnx files")
+
+
+def _compare_outputs(
+    candidate: Path,
+    model: ModelSource,
+    adapters: AdapterSources,
+    weights: Sequence[float],
+    origin: Path | None,
+    *,
+    provider: str,
+    dtype: str,
+    onnx_adapter: Path | None,
+    adapter_id: int | None,
+    on_message: OnMessage,
+    on_progress: OnProgress,
+    **how: Any,
+) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
+    """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
+    from lora_export.api.publish import proof_without_figures, require_provider
+    from lora_export.formats.onnx_adapter import IDS
+    from lora_export.runtime import open_artifact
+    from lora_export.runtime.onnx_runner import OnnxRunner
+    from lora_export.verification.against_pytorch import prove, prove_rows
+
+    if not candidate.exists():
+        raise InputRefused(f"there is no candidate at {candidate}")
+    if origin is not None:
+        input_files.must_exist(origin, "base graph")
+    stage = in_stages(on_progress)
+    runner, error, facts = None, None, {"candidate": {"path": str(candidate), "sha256": {}}}
+    try:
+        require_provider(provider)
+        loaded = load_adapters(adapters)
+        for note in (note for adapter in loaded for note in adapter.notes):
+            on_message(f"note: {note}")
+        stage("loading the model")
+        base = load_model(model, loaded, dtype=dtype)
+        stage("loading the candidate")
+        runner = open_artifact.open_candidate(
+            candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
+        )
+        by_row = isinstance(runner, OnnxRunner) and IDS in runner.axes
+        proof = (prove_rows if by_row else prove)(
+            runner,  # type: ignore[arg-type]
+            base,
+            loaded,
+            strengths=weights,
+            device=provider,
+            origin=origin,
+            step=lambda what: stage(f"verifying, {what}"),
+            say=on_message,
+            **how,
+        )
+        stage("hashing the candidate")
+        facts["candidate"]["sha256"] = open_artifact.hashes(candidate)
+        if origin is not None:
+            facts["base"] = {"path": str(origin), "sha256": open_artifact.hashes(origin)}
+    except (Different, Undecided, EnvironmentLacking) as ended:
+        error = ended
+        proof = proof_without_figures(ended, getattr(runner, "placement", None))
+    return proof, {**facts, **proof.about}, error
+
+
+def _compare_weights(
+    candidate: Path,
+    base: Path,
+    adapters: AdapterSources,
+    weights: Sequence[float],
+    on_message: OnMessage,
+    on_progress: OnProgress,
+) -> tuple[Audit, dict[str, Any]]:
+    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
+    loaded = load_adapters(adapters)
+    if not loaded:
+        raise WrongUsage("--base needs the adapters that were merged (-a)")
+    origin, merged = open_checkpoint(base), open_checkpoint(candidate)
+    if origin.path.resolve() == merged.path.resolve():
+        raise InputRefused(f"{candidate} is the base itself")
+    steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True)
+    for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+        on_message(f"note: {note}")
+    audit = against_checkpoint.audit(steps, origin, merged, progress=in_bytes(on_progress, "judging", merged.nbytes))
+    return audit, {
+        "candidate": str(candidate),
+        "base": str(base),
+        "adapters": described(loaded, weights or (1.0,) * len(loaded)),
+        "lora_export": __version__,
+        "numpy": np.__version__,
+    }

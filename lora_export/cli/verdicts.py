@@ -1,0 +1,58 @@
+"""Verdicts as the command line shows them: on a screen, as JSON, and as annotations of a GitHub job."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_export import report
+from lora_export.cli.arguments import say
+from lora_export.report import github
+from lora_export.verification.against_checkpoint import Audit
+
+if TYPE_CHECKING:
+    from lora_export.api.verify import Verification
+    from lora_export.verification.proof import Proof
+
+
+def proof_document(proof: Proof | None) -> dict[str, Any] | None:
+    """The proof as JSON; None where the user asked for no proof."""
+    if proof is None:
+        return None
+    return report.document(
+        proof.verdict, proof.placement, proof.about, diagnosis=proof.diagnosis, exit_code=proof.exit_code
+    )
+
+
+def show_proof(proof: Proof | None) -> None:
+    """Print the verdict on stdout, on one screen."""
+    if proof is None:
+        click.echo("not verified (--no-verify)")
+    else:
+        report.print_verdict(report.console(), proof.verdict, proof.placement, proof.diagnosis)
+
+
+def show_verification(result: Verification) -> None:
+    """Print a verdict of `verify` on stdout, on one screen."""
+    if isinstance(result.proof, Audit):
+        report.print_verdict(report.console(), result.proof)
+    else:
+        show_proof(result.proof)
+
+
+def annotate_github(result: Verification, title: str) -> None:
+    """In a GitHub workflow, print annotations on stderr and add a summary to the page of the run."""
+    if "GITHUB_ACTIONS" not in os.environ or isinstance(result.proof, Audit):
+        return
+    proof = result.proof
+    for line in github.workflow_commands(proof.verdict, title):
+        click.echo(line, err=True)
+    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(github.summary(proof.verdict, proof.placement, result.about, title=title))
+        except OSError as error:
+            say(f"the summary of the run was not written: {error}")
