@@ -108,7 +108,13 @@ def train(
         if compare_frozen:
             scores["frozen"] = _head_alone(loaded, heads, data_in, held_out, settings, on_message, on_progress)
         new = layers.create_adapter(
-            loaded.module, targets=_targets(target), rank=rank, alpha=alpha, rslora=rslora, seed=seed, modules_to_save=heads
+            loaded.module,
+            targets=_targets(target),
+            rank=rank,
+            alpha=alpha,
+            rslora=rslora,
+            seed=seed,
+            modules_to_save=heads,
         )
         layers.attach(loaded.module, plan.make([new], layers.specs(loaded.module), identity_ok=True), trainable=True)
         on_message(str(layers.count_parameters(loaded.module)))
