@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora_export.api.convert import convert
+    from lora_export.api.inspect import inspect
+    from lora_export.api.merge import merge
+    from lora_export.api.torchscript import export_torchscript
+    from lora_export.api.train import train
+    from lora_export.api.verify import verify
     from lora_export.formats import load as load_adapter
     from lora_export.layers import attach, count_parameters, create_adapter, detach
     from lora_export.layers import fold as fold_module
@@ -38,19 +44,25 @@ _HOMES = {
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
+    "convert": "api.convert:convert",
     "count_parameters": "layers:count_parameters",
     "create_adapter": "layers:create_adapter",
     "detach": "layers:detach",
+    "export_torchscript": "api.torchscript:export_torchscript",
     "fold_module": "layers:fold",
+    "inspect": "api.inspect:inspect",
     "load_adapter": "formats:load",
     "load_model": "models.load:load_model",
     "make_plan": "plan:make",
+    "merge": "api.merge:merge",
     "merge_checkpoint": "weights.merge:merge_checkpoint",
     "module_specs": "layers:specs",
     "open_checkpoint": "weights.checkpoint:open_checkpoint",
     "prove": "verification.against_pytorch:prove",
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
+    "train": "api.train:train",
+    "verify": "api.verify:verify",
 }
 
 __all__ = [
@@ -63,19 +75,25 @@ __all__ = [
     "Session",
     "TensorSpec",
     "attach",
+    "convert",
     "count_parameters",
     "create_adapter",
     "detach",
+    "export_torchscript",
     "fold_module",
+    "inspect",
     "load_adapter",
     "load_model",
     "make_plan",
+    "merge",
     "merge_checkpoint",
     "module_specs",
     "open_checkpoint",
     "prove",
     "stage_file",
     "stage_folder",
+    "train",
+    "verify",
 ]
 
 

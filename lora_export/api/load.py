@@ -70,10 +70,8 @@ def model_paths(source: ModelSource) -> list[Path]:
     """The paths from which a model is read; an output must not be inside one of them."""
     if not isinstance(source, str | Path):
         return []
-    paths = [Path(source)] if Path(source).exists() else []
-    if ".py:" in str(source):
-        paths.append(Path(str(source).rpartition(":")[0]))
-    return paths
+    paths = [Path(source), Path(str(source).rpartition(":")[0])]  # a folder or file, or the file of a factory
+    return [path for path in paths if path.exists() and path != Path()]
 
 
 def refuse_pt2(model: ModelSource) -> None:

@@ -15,17 +15,10 @@ import atheris
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # What is imported later, as commands import what they need, would not be seen.
 READERS = (
-    *(
-        "cli.merge",
-        "cli.inspect",
-        "cli.convert",
-        "cli.progress",
-        "formats.peft",
-        "formats.onnx_adapter",
-        "head",
-        "merge",
-    ),
-    *("report", "tensorfile", "session", "graph.merge", "graph.inputs", "exported.program", "exported.specimens"),
+    *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.inspect", "cli.convert", "cli.progress"),
+    *("formats.peft", "formats.onnx_adapter", "storage.safetensors_file", "weights.task_head", "weights.merge"),
+    *("report", "runtime.session", "graph.merge", "graph.insert.inputs"),
+    *("models.pt2.program", "models.pt2.example_inputs"),
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):
     for reader in READERS:

@@ -29,7 +29,7 @@ from lora_export.storage import atomic_output, safetensors_file
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest
 from lora_export.weights import merge
-from support import ROOT, saboteur
+from support import FACTORIES, ROOT, saboteur
 from support.handmade import base_file, graph_file, peft_adapter
 from support.saboteur import Ended
 
@@ -300,7 +300,7 @@ def test_exports_that_are_killed_at_random_leave_the_old_graph_or_the_new_one(tm
         peft_adapter(tmp_path / name, {"dense": (np.ones((1, 8)), np.ones((8, 1)))}, lora_alpha=alpha)
 
     def start(version: int) -> subprocess.Popen[str]:
-        model, adapter = f"{ROOT / 'tests/factories.py'}:scaled", str(tmp_path / ("first", "second")[version])
+        model, adapter = f"{FACTORIES}:scaled", str(tmp_path / ("first", "second")[version])
         line = [sys.executable, "-m", "lora_export", "onnx", model, "-a", adapter, "-o", str(target), "--overwrite"]
         return subprocess.Popen(
             [*line, "--no-verify"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path
@@ -560,7 +560,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
 @pytest.mark.parametrize("command", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
 def test_a_disk_that_is_full_when_a_model_is_exported_ends_with_7(tmp_path, command):
     (tmp_path / "out").write_text("old")
-    line = [*PROGRAM, command, f"{ROOT / 'tests/factories.py'}:scaled", "-o", "out", "--overwrite", "--no-verify"]
+    line = [*PROGRAM, command, f"{FACTORIES}:scaled", "-o", "out", "--overwrite", "--no-verify"]
     done = subprocess.run(
         line,
         cwd=tmp_path,
@@ -614,7 +614,12 @@ def calls(place: Path, *line: str) -> list[tuple[str, list[str]]]:
     return [(match[1], re.findall(r'(?:"|\d<)(/[^">]*)', match[2])) for match in found if match]
 
 
-GRAPH = "import sys; sys.path.append(sys.argv[2]); import saboteur; saboteur.publish_graph(sys.argv[1], 1.0)"
+GRAPH = (
+    "import sys; sys.path.append(sys.argv[2]); "
+    "from support import saboteur; saboteur.publish_graph(sys.argv[1], 1.0)"
+)
+    "import sys; sys.path.append(sys.argv[2]); from support import saboteur; saboteur.publish_graph(sys.argv[1], 1.0)"
+)
 
 
 @pytest.mark.fault(29)
