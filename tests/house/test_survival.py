@@ -615,9 +615,6 @@ def calls(place: Path, *line: str) -> list[tuple[str, list[str]]]:
 
 
 GRAPH = (
-    "import sys; sys.path.append(sys.argv[2]); "
-    "from support import saboteur; saboteur.publish_graph(sys.argv[1], 1.0)"
-)
     "import sys; sys.path.append(sys.argv[2]); from support import saboteur; saboteur.publish_graph(sys.argv[1], 1.0)"
 )
 
