@@ -209,10 +209,10 @@ def _refuse_no_change(report: MergeReport) -> None:
 
 
 def _warn_of_rounding(report: MergeReport, remedy: str, on_message: OnMessage) -> None:
-    if report.faint:
-        worst = min(report.faint, key=lambda result: result.retention)
+    if report.below_rounding:
+        worst = min(report.below_rounding, key=lambda result: result.retention)
         on_message(
-            f"warning: rounding took more than a tenth of the change of {len(report.faint)} of "
+            f"warning: rounding took more than a tenth of the change of {len(report.below_rounding)} of "
             f"{len(report.results)} weights, most of {worst.weight} ({worst.retention:.0%} is left); {remedy}"
         )
 
