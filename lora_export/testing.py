@@ -11,7 +11,7 @@ from torch import nn
 from lora_export import formats, report
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.models.factory import of_module
+from lora_export.models.factory import from_module
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.runtime.open_artifact import open_candidate
@@ -80,7 +80,7 @@ def _model(model: File | Model | tuple[nn.Module, Any], adapters: Sequence[Adapt
     if isinstance(model, Model):
         return model
     if isinstance(model, tuple):
-        return of_module(*model)
+        return from_module(*model)
     return load_model(str(model), adapters)
 
 

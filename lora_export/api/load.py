@@ -55,7 +55,7 @@ def load_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: 
     """
     import torch
 
-    from lora_export.models.factory import of_module
+    from lora_export.models.factory import from_module
     from lora_export.models.load import load_model as load
     from lora_export.models.model import Model
 
@@ -63,7 +63,7 @@ def load_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: 
         return load(str(source), adapters, dtype=getattr(torch, dtype))
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision: {dtype} cannot be asked for")
-    return source if isinstance(source, Model) else of_module(*source)
+    return source if isinstance(source, Model) else from_module(*source)
 
 
 def model_paths(source: ModelSource) -> list[Path]:

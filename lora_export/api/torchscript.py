@@ -75,7 +75,7 @@ def export_torchscript(
                 on_message(f"note: {note}")
             (layers.fold if lora == "merged" else layers.attach)(module, steps)
         stage("tracing")
-        script = to_torchscript(module, base.examples())
+        script = to_torchscript(module, base.example_inputs())
         record = record_of_model(base, loaded, weights, {"lora": lora})
         record["inputs"] = list(base.input_names)
         stage("writing")

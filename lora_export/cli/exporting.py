@@ -55,7 +55,7 @@ class FromModel:
     def program(self, stage: Say) -> ir.Model:
         """The base, exported."""
         stage("exporting the base")
-        return export.to_onnx(self.base.module, self.base.examples(), axes=self.base.axes, opset=self.opset)
+        return export.to_onnx(self.base.module, self.base.example_inputs(), axes=self.base.axes, opset=self.opset)
 
     def targets(self, sites: Sites) -> list[str]:
         """The weights beside which adapters to come may stand."""

@@ -1,8 +1,8 @@
-"""A module into a program: an ONNX graph in memory, or a TorchScript file. Knows nothing of LoRA.
+"""Export a module to an ONNX graph in memory, or to a TorchScript file. Knows nothing of LoRA.
 
-The exporters are PyTorch's and, for Hugging Face models, transformers' own. What is added here: every
-parameter arrives in the graph under its own name and with its own values, dynamic axes carry the
-names the user gave them, nothing is printed, and a refusal says what was refused.
+The exporters are PyTorch's and, for Hugging Face models, transformers' own. This file adds four guarantees: every
+parameter is in the graph under its own name and with its own values, dynamic axes have the names that the user gave
+them, nothing is printed, and an error names what the exporter refused.
 """
 
 from __future__ import annotations
@@ -29,71 +29,35 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
+from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
 
-Axes = Mapping[str, Mapping[int, str]]  # input -> {axis: symbol}; equal symbols are equal sizes
+# --- ONNX ---
 
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes, opset: int | None = None) -> ir.Model:
     """Export a module, in eval mode, as called with `inputs` by keyword. Writes no file.
 
-    Only the listed axes vary. The weights share memory with the module until the graph is saved. A
-    linear layer's weight that a MatMul reads is stored transposed, under the parameter's name. Outputs
-    are called by the keys of what the module returns, or `output_0`, `output_1`, ... Nodes keep the
-    exporter's metadata, which hold module names and this machine's paths: `graph.files.save` strips them.
+    Only the listed axes vary; axes with equal symbols have equal sizes. The weights share memory with the module until
+    the graph is saved. A linear layer's weight that a MatMul reads is stored transposed, under the parameter's name.
+    Outputs have the keys of what the module returns as names, or `output_0`, `output_1`, ... Nodes keep the exporter's
+    metadata, which contain module names and this machine's paths: `graph.onnx_file.save` strips them.
 
     Raises RuntimeRefused when the exporter refuses the module, fixes an axis that should vary, or
-    loses an input.
+    drops an input.
     """
     _check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     with _tracing(module):
         names = _output_names(module, inputs)
         with _refusals(module):
-            model = _exported(module, inputs, dynamic, names, opset)
+            model = _run_exporter(module, inputs, dynamic, names, opset)
             _simplify(model)
     if opset is not None and model.opset_imports[""] != opset:
-        raise RuntimeRefused(f"the exporter made opset {model.opset_imports['']} where {opset} was asked for")
+        raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
     _check_inputs(model, inputs)
     _name_axes(model, axes)
     return model
-
-
-def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.jit.ScriptModule:
-    """Trace a copy of a module, in eval mode and without gradients, as called with `inputs` by keyword.
-
-    The result takes the same keywords, or positions in the order of the module's signature, and
-    returns what the module returns: a tensor, a tuple, or, for a Hugging Face model, a dict.
-
-    Raises RuntimeRefused when the module cannot be traced.
-    """
-    with _refusals(module):
-        traced = copy.deepcopy(module).requires_grad_(False)
-    if is_hugging_face(traced):
-        config: Any = traced.config
-        config.use_cache = False  # a cache is no tensor
-    with _tracing(traced), _refusals(module):
-        # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
-        script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
-    assert isinstance(script, torch.jit.ScriptModule)
-    return script
-
-
-def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mapping[str, str]) -> None:
-    """Write a traced module; `extra` can be read again with `torch.jit.load(..., _extra_files=...)`.
-
-    PyTorch's debugging records are left out: they hold the paths and source lines of this machine.
-    """
-    with _silence():
-        # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
-        whole = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
-    _copy_without_debug_records(whole, path)
-
-
-def is_hugging_face(module: nn.Module) -> bool:
-    """Whether transformers knows how to export the module. Does not import transformers."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
 def _check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
@@ -104,11 +68,11 @@ def _check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
         shape = tuple(inputs[name].shape)
         for axis, symbol in symbols.items():
             if not 0 <= axis < len(shape):
-                raise RuntimeRefused(f"{name} has the shape {shape}; there is no axis {axis} to vary as `{symbol}`")
+                raise RuntimeRefused(f"{name} has the shape {shape}; it has no axis {axis} to vary as `{symbol}`")
             if shape[axis] < 2:
                 raise RuntimeRefused(
                     f"axis {axis} of the example input {name} is to vary as `{symbol}` but has size {shape[axis]}: "
-                    "sizes 0 and 1 are traced as constants. Give an example with at least 2 there"
+                    "sizes 0 and 1 are traced as constants. Give an example input with a size of at least 2"
                 )
             if sizes.setdefault(symbol, shape[axis]) != shape[axis]:
                 raise RuntimeRefused(
@@ -117,79 +81,24 @@ def _check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _tracing(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no fused attention kernels, which a trace would capture as opaque calls. Silent."""
-    training = [part for part in module.modules() if part.training]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), _silence():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for part in training:
-            part.training = True
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporters talk on every channel there is; what matters is in the exception that they end with."""
-    disabled, unheard = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            contextlib.redirect_stdout(unheard),
-            contextlib.redirect_stderr(unheard),
-        ):
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def _refusals(module: nn.Module) -> Iterator[None]:
-    """Whatever an exporter fails with, told in one sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeRefused(
-            f"the exporter refused {type(module).__name__}: {_essence(error)}\n"
-            "Change that place in the model's code (a graph cannot hold Python that depends on values), or export "
-            "the part of the model that it can hold."
-        ) from error
-
-
-def _essence(error: BaseException) -> str:
-    """The innermost cause's first paragraph, and the line of the model that it complains about."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    message = str(error).strip()
-    first = " ".join(message.partition("\n\n")[0].split())
-    culprit = re.search(r"The following call raised this error:\s+File \"[^\"]*?([^\"/\\]+)\", (.+)\n\s*(.+)", message)
-    where = f" ({culprit[1]}, {culprit[2].strip()}: `{culprit[3].strip()}`)" if culprit else ""
-    return f"{first or type(error).__name__}{where}"
-
-
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
     try:
         return list(named_outputs(module(**inputs)))
     except Exception as error:
+        cause = _innermost_cause(error)
         raise RuntimeRefused(
-            f"{type(module).__name__} itself fails on the example inputs ({', '.join(inputs)}): {_essence(error)}"
+            f"{type(module).__name__} itself fails on the example inputs ({', '.join(inputs)}): {cause}"
         ) from error
 
 
-def _exported(
+def _run_exporter(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
     dynamic: dict[str, dict[int, Any]],
     outputs: list[str],
     opset: int | None,
 ) -> ir.Model:
-    # Not optimised: see _simplify.
+    # Not optimised here: see _simplify.
     if is_hugging_face(module):
         transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
         config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dynamic, opset_version=opset)
@@ -211,11 +120,11 @@ def _exported(
 
 
 def _simplify(model: ir.Model) -> None:
-    """Optimise the graph while its weights are unknown to the optimiser.
+    """Optimise the graph, with its weights hidden from the optimiser.
 
-    It would fold batch norms into the weights before them, drop zero biases and merge equal tensors
-    of different layers; an initializer's name would then no longer stand for the parameter. As graph
-    inputs the weights are out of its reach, and everything else is simplified as usual.
+    The optimiser would fold batch norms into the weights before them, drop zero biases and merge equal tensors of
+    different layers. An initializer would then no longer be the parameter of its name. As graph inputs, the weights
+    stay as they are, and everything else is simplified as usual.
     """
     graph = model.graph
     weights = [(name, value, value.const_value) for name, value in graph.initializers.items()]
@@ -234,17 +143,17 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _store_transposed(weight: ir.Value) -> None:
-    """Where a matrix is only ever read through a Transpose, store it as it is read, with the mark of a folded value."""
+    """Store a matrix transposed, and marked as folded, if all that reads it is one Transpose."""
     uses = list(weight.uses())
     if len(uses) != 1 or uses[0].node.op_type != "Transpose" or weight.shape is None or len(weight.shape) != 2:
         return
     transpose = uses[0].node
-    (turned,) = transpose.outputs
-    if turned.is_graph_output() or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
+    (transposed,) = transpose.outputs
+    if transposed.is_graph_output() or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
         return
     tensor = weight.const_value
     assert tensor is not None and weight.name is not None and transpose.graph is not None
-    ir.convenience.replace_all_uses_with(turned, weight)
+    ir.convenience.replace_all_uses_with(transposed, weight)
     transpose.graph.remove(transpose, safe=True)
     weight.const_value = ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, name=weight.name)  # a view: nothing is copied
     weight.shape = ir.Shape(weight.const_value.shape)
@@ -253,16 +162,16 @@ def _store_transposed(weight: ir.Value) -> None:
 
 def _check_inputs(model: ir.Model, inputs: Mapping[str, torch.Tensor]) -> None:
     used = {value.name for value in model.graph.inputs if value.uses()}
-    lost = [name for name in inputs if name not in used]
-    if lost:
+    unused = [name for name in inputs if name not in used]
+    if unused:
         raise RuntimeRefused(
-            f"the exported graph does not use the input {', '.join(lost)}: either the model ignores it (then leave it "
-            "out of the example inputs), or the exporter froze its example value"
+            f"the exported graph does not use the input {', '.join(unused)}: either the model ignores it (then leave "
+            "it out of the example inputs), or the exporter replaced it by its example value"
         )
 
 
 def _name_axes(model: ir.Model, axes: Axes) -> None:
-    """Give the exporter's symbols (`s77`) the user's names, wherever they stand."""
+    """Rename the exporter's symbols (`s77`) to the user's, in the shapes of all values."""
     symbols: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, symbol in axes.get(value.name or "", {}).items():
@@ -271,7 +180,7 @@ def _name_axes(model: ir.Model, axes: Axes) -> None:
             other = symbols.setdefault(str(size.value), symbol)
             if other != symbol:
                 raise RuntimeRefused(
-                    f"the model ties `{symbol}` to `{other}`: they always have one size. Name them alike"
+                    f"the model ties `{symbol}` to `{other}`: both always have the same size. Give both axes one name"
                 )
     values = list(model.graph.inputs)
     values += [output for node in ir.traversal.RecursiveGraphIterator(model.graph) for output in node.outputs]
@@ -286,9 +195,111 @@ def _renamed(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | ir
     return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), size.value))
 
 
+# --- TorchScript ---
+
+
+def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.jit.ScriptModule:
+    """Trace a copy of a module, in eval mode and without gradients, as called with `inputs` by keyword.
+
+    The traced module takes the same keywords, or positional arguments in the order of the module's signature. It
+    returns what the module returns: a tensor, a tuple, or, for a Hugging Face model, a dict.
+
+    Raises RuntimeRefused when the module cannot be traced.
+    """
+    with _refusals(module):
+        traced = copy.deepcopy(module).requires_grad_(False)
+    if is_hugging_face(traced):
+        config: Any = traced.config
+        config.use_cache = False  # a trace returns tensors alone, and a cache is none
+    with _tracing(traced), _refusals(module):
+        # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
+        script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
+    assert isinstance(script, torch.jit.ScriptModule)
+    return script
+
+
+def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mapping[str, str]) -> None:
+    """Write a traced module. `torch.jit.load(..., _extra_files=...)` reads the texts of `extra` again.
+
+    PyTorch's debugging records are left out: they contain paths and source lines of this machine.
+    """
+    with _silence():
+        # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
+        content = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
+    _copy_without_debug_records(content, path)
+
+
 def _copy_without_debug_records(source: BinaryIO, target: Path) -> None:
-    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as kept:
-        for record in whole.infolist():
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
+        for record in old.infolist():
             if not record.filename.endswith(".debug_pkl"):
-                with whole.open(record) as read, kept.open(record.filename, "w", force_zip64=True) as write:
+                with old.open(record) as read, new.open(record.filename, "w", force_zip64=True) as write:
                     shutil.copyfileobj(read, write)
+
+
+# --- What both need ---
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether transformers knows how to export the module. Does not import transformers."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+@contextlib.contextmanager
+def _tracing(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
+
+    The module's own modes are restored afterwards.
+    """
+    training = [part for part in module.modules() if part.training]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _silence():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for part in training:
+            part.training = True
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Discard what the exporters print, warn and log. The exception that they raise has all that matters."""
+    disabled, discarded = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(discarded),
+            contextlib.redirect_stderr(discarded),
+        ):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _refusals(module: nn.Module) -> Iterator[None]:
+    """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeRefused(
+            f"the exporter refused {type(module).__name__}: {_innermost_cause(error)}\n"
+            "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
+            "export only the part of the model that a graph can contain."
+        ) from error
+
+
+def _innermost_cause(error: BaseException) -> str:
+    """The first paragraph of the innermost cause's message, and the line of the model that it names."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = str(error).strip()
+    first = " ".join(message.partition("\n\n")[0].split())
+    line = re.search(r"The following call raised this error:\s+File \"[^\"]*?([^\"/\\]+)\", (.+)\n\s*(.+)", message)
+    where = f" ({line[1]}, {line[2].strip()}: `{line[3].strip()}`)" if line else ""
+    return f"{first or type(error).__name__}{where}"

@@ -20,132 +20,161 @@ from torch import nn
 from lora_export.errors import InputRefused
 from lora_export.models.model import Axes, Inputs, Model, Sizes
 
-
-def of_module(module: nn.Module, examples: Any) -> Model:
-    """A module in hand with its example inputs, as a factory would return them; the module itself stays as it is."""
-    return from_factory(type(module).__name__, lambda: (copy.deepcopy(module), examples))
+# --- Find and call the factory ---
 
 
-def find_factory(place: str, name: str) -> Callable[[], Any]:
-    module: Any
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise InputRefused(f"there is no file {path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)  # so that what it defines can be pickled and deep-copied
-        with _their_failures(place):
-            spec.loader.exec_module(module)
-    else:
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))  # a package in the current folder; last, so that it shadows nothing
-        with _their_failures(place):
-            try:
-                module = importlib.import_module(place)
-            except ModuleNotFoundError as error:
-                raise InputRefused(f"cannot import {place}: {error}") from error
+def from_module(module: nn.Module, example_inputs: Any) -> Model:
+    """A model of a copy of `module`, as if a factory had returned (module, example_inputs)."""
+    return from_factory(type(module).__name__, lambda: (copy.deepcopy(module), example_inputs))
+
+
+def find_factory(location: str, name: str) -> Callable[[], Any]:
+    """The function `name` of a Python file, or of a module that is imported by its dotted name.
+
+    Runs the file or module. Raises InputRefused where it is missing or fails, or has no such function.
+    """
+    module = _run_file(Path(location)) if location.endswith(".py") else _import(location)
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputRefused(f"{place} has no function {name}; it has {', '.join(known) or 'none'}")
+        raise InputRefused(f"{location} has no function {name}; it has {', '.join(known) or 'none'}")
     return factory  # type: ignore[no-any-return]
 
 
+def _run_file(path: Path) -> Any:
+    if not path.is_file():
+        raise InputRefused(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # so that the classes it defines can be pickled and deep-copied
+    with _failures_of_user_code(str(path)):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str) -> Any:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a package in the current folder; last, so that it shadows nothing
+    with _failures_of_user_code(name):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise InputRefused(f"cannot import {name}: {error}") from error
+
+
 @contextlib.contextmanager
-def _their_failures(source: str) -> Iterator[None]:
-    """What goes wrong in the user's own code, told with its place."""
+def _failures_of_user_code(source: str) -> Iterator[None]:
+    """Turn any exception into InputRefused, with the file and line that raised it."""
     try:
         yield
     except InputRefused:
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputRefused(
-            f"{source} failed at {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+            f"{source} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
         ) from error
 
 
 def from_factory(source: str, factory: Callable[[], Any]) -> Model:
-    with _their_failures(source):
-        made = factory()
-    module, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    """Call a factory that returns (module, example_inputs). The module is put in eval mode and converted to fp32.
+
+    Raises InputRefused where the factory fails, where it returns something else, where the example inputs do not fit
+    the module, and where the model fails at another batch size.
+    """
+    with _failures_of_user_code(source):
+        result = factory()
+    module, example_inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(module, nn.Module):
         raise InputRefused(
             f"{source} returned {type(module).__name__}; a factory returns a module, or (module, example_inputs)"
         )
-    if examples is None:
+    if example_inputs is None:
         raise InputRefused(f"{source} returned a module without example inputs; return (module, example_inputs)")
     module.eval().to(torch.float32)
-    named = _named(source, module, examples)
+    named = _named(source, module, example_inputs)
     axes, sizes = _varying_axes(source, module, named)
     return Model(source, module, axes, lambda wanted, generator: _resampled(named, axes, wanted, generator), sizes)
 
 
-def _named(source: str, module: nn.Module, examples: Any) -> Inputs:
-    """Example inputs under the names of forward's parameters."""
+# --- Example inputs ---
+
+
+def _named(source: str, module: nn.Module, example_inputs: Any) -> Inputs:
+    """The example inputs by the names of forward's parameters."""
     parameters = list(inspect.signature(module.forward).parameters)
-    if isinstance(examples, torch.Tensor):
-        examples = (examples,)
-    named = dict(examples) if isinstance(examples, Mapping) else dict(zip(parameters, examples, strict=False))
-    strange = [name for name in named if name not in parameters]
-    if strange or (not isinstance(examples, Mapping) and len(examples) > len(parameters)):
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    by_name = isinstance(example_inputs, Mapping)
+    named = dict(example_inputs) if by_name else dict(zip(parameters, example_inputs, strict=False))
+    unknown = [name for name in named if name not in parameters]
+    if unknown or (not by_name and len(example_inputs) > len(parameters)):
         raise InputRefused(f"{source}: the example inputs do not fit forward({', '.join(parameters)})")
     if not named or not all(isinstance(value, torch.Tensor) for value in named.values()):
         raise InputRefused(f"{source}: example inputs are tensors, as one tensor, a tuple, or a dict by name")
     return {name: named[name].detach() for name in parameters if name in named}
 
 
-def _varying_axes(source: str, module: nn.Module, examples: Inputs) -> tuple[Axes, Sizes]:
-    """Which axes may vary: found by trying. Axes of one size are taken to vary together.
+def _varying_axes(source: str, module: nn.Module, example_inputs: Inputs) -> tuple[Axes, Sizes]:
+    """The axes that may vary, found by running the module at other sizes, and the sizes of the example inputs.
 
-    The first axis is the batch; another is called after the first input that has its size.
+    Axes of equal size are taken to vary together.
     """
-    batches = {value.shape[0] for value in examples.values() if value.ndim}
-    if len(batches) != 1 or batches == {1}:
-        raise InputRefused(
-            f"{source}: the example inputs' first axis is the batch, the same in all of them and at least 2 "
-            f"(a single row is taken for a constant when a model is traced); here it is {sorted(batches)}"
-        )
-    symbols: dict[tuple[str, int], str] = {}
-    by_size: dict[int, str] = {}
-    for name, value in examples.items():
-        for axis, size in enumerate(value.shape):
-            symbols[name, axis] = by_size.setdefault(size, f"{name}_axis{axis}") if axis else "batch"
-    sizes = {symbol: examples[name].shape[axis] for (name, axis), symbol in symbols.items()}
+    every = _named_axes(source, example_inputs)
+    sizes = {symbol: example_inputs[name].shape[axis] for name, axes in every.items() for axis, symbol in axes.items()}
     generator = torch.Generator().manual_seed(0)
-    every: Axes = {name: {axis: symbols[name, axis] for axis in range(value.ndim)} for name, value in examples.items()}
     varying = set()
     for symbol, size in sizes.items():
-        trial = _resampled(examples, every, {**sizes, symbol: size + 1}, generator)
+        trial = _resampled(example_inputs, every, {**sizes, symbol: size + 1}, generator)
         try:
             with torch.no_grad():
                 module(**trial)
-        except Exception as error:  # whatever the user's model raises means: not at this size
+        except Exception as error:  # any exception of the user's model means that this size is fixed
             if symbol == "batch":
                 raise InputRefused(f"{source}: the model fails at another batch size, {size + 1}: {error}") from error
         else:
             varying.add(symbol)
     axes = {
-        name: {axis: symbol for axis, symbol in there.items() if symbol in varying} for name, there in every.items()
+        name: {axis: symbol for axis, symbol in symbols.items() if symbol in varying} for name, symbols in every.items()
     }
     return axes, {symbol: sizes[symbol] for symbol in varying}
 
 
-def _resampled(examples: Inputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> Inputs:
-    """New inputs that look like the examples: floats with their mean and spread, whole numbers out of their rows."""
-    made = {}
-    for name, example in examples.items():
+def _named_axes(source: str, example_inputs: Inputs) -> Axes:
+    """A symbol for each axis of each input. The first axis is `batch`; others are named after the first of their size.
+
+    Raises InputRefused unless all inputs have one batch size of at least 2.
+    """
+    batches = {value.shape[0] for value in example_inputs.values() if value.ndim}
+    if len(batches) != 1 or batches == {1}:
+        raise InputRefused(
+            f"{source}: the example inputs' first axis is the batch, the same in all of them and at least 2 "
+            f"(a single row is taken for a constant when a model is traced); here it is {sorted(batches)}"
+        )
+    by_size: dict[int, str] = {}
+    return {
+        name: {
+            axis: by_size.setdefault(size, f"{name}_axis{axis}") if axis else "batch"
+            for axis, size in enumerate(value.shape)
+        }
+        for name, value in example_inputs.items()
+    }
+
+
+def _resampled(example_inputs: Inputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    """New inputs like the example ones: floats of the same mean and deviation, integers from the example's rows."""
+    resampled = {}
+    for name, example in example_inputs.items():
         shape = [sizes.get(axes[name].get(axis, ""), size) for axis, size in enumerate(example.shape)]
         if example.is_floating_point():
-            spread = float(example.std()) if example.numel() > 1 else 0.0
+            deviation = float(example.std()) if example.numel() > 1 else 0.0
             noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-            made[name] = (float(example.mean()) + (spread or 1.0) * noise).to(example.dtype)
+            resampled[name] = (float(example.mean()) + (deviation or 1.0) * noise).to(example.dtype)
         else:
             # Rows of the example, cut or repeated: ids stay in range and no mask hides a whole row.
             rows = example[torch.randint(0, example.shape[0], (shape[0],), generator=generator)]
             for axis, size in itertools.islice(enumerate(shape), 1, None):
                 rows = rows.index_select(axis, torch.arange(size) % example.shape[axis])
-            made[name] = rows
-    return made
+            resampled[name] = rows
+    return resampled

@@ -1,7 +1,7 @@
-"""The module and example inputs that the user named.
+"""Load the PyTorch model that the user named, with example inputs.
 
-MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory` or a program of torch.export's (.pt2). A
-factory is the user's own code and the only code that is run; nothing is downloaded.
+MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory` or a program of torch.export (.pt2). A
+factory is the user's own code and the only code that is run. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from lora_export.lora import Adapter
 from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Inputs, Model, Sizes
-from lora_export.models.pt2 import program
-from lora_export.models.pt2.example_inputs import Signature
+from lora_export.models.pt2.program_model import from_program
 from lora_export.storage import safetensors_file
 
 
@@ -32,24 +31,25 @@ def load_model(
     labels: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Load the model; where the adapters bring a task head, with that head (its weights still fresh).
+    """Load a model. Where the adapters bring a task head, the model gets that head, with new weights.
 
-    With `labels`, a Hugging Face model gets a fresh head that sorts texts into them. In another `dtype` it is what
-    transformers loads in that, or what a factory returns turned to it; its float inputs are in it too.
+    With `labels`, a Hugging Face model gets a new head that classifies texts into them. In another `dtype`,
+    transformers loads the model in it, or a factory's module is converted to it; so are the float inputs.
 
-    Raises InputRefused for what cannot be found or understood, and EnvironmentLacking where
+    Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    made = _load(source, adapters, labels, dtype)
-    if dtype is torch.float32:
-        return made
+    loaded = _load(source, adapters, labels, dtype)
+    return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
-    def make(sizes: Sizes, generator: torch.Generator) -> Inputs:
-        inputs = made.make(sizes, generator)
+
+def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
+    def make_inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
+        inputs = model.make_inputs(sizes, generator)
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
-    note = f"the model is taken in {str(dtype).removeprefix('torch.')}: its weights are rounded to it (--dtype)"
-    return replace(made, make=make, notes=(*made.notes, note))
+    note = f"the model runs in {str(dtype).removeprefix('torch.')}, and its weights are rounded to it (--dtype)"
+    return replace(model, make_inputs=make_inputs, notes=(*model.notes, note))
 
 
 def _load(source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype) -> Model:
@@ -57,59 +57,27 @@ def _load(source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype
         return from_folder(Path(source), adapters, labels, dtype)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
-            raise InputRefused(f"{source} is a program of one precision, which its graph names: it takes no --dtype")
-        return _exported(Path(source))
-    place, separator, name = source.rpartition(":")
-    if not separator or not place or not name:
+            raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")
+        return from_program(Path(source))
+    location, separator, name = source.rpartition(":")
+    if not separator or not location or not name:
         raise InputRefused(
             f"{source!r} is no model: give a Hugging Face folder that exists, `package.module:factory`, "
             "`file.py:factory` or a .pt2 file"
         )
-    made = from_factory(source, find_factory(place, name))
-    return replace(made, module=made.module.to(dtype))
+    loaded = from_factory(source, find_factory(location, name))
+    return replace(loaded, module=loaded.module.to(dtype))
 
 
-def with_weights(model: Model, path: Path) -> nn.Module:
-    """A copy of the model's module with the weights of a .safetensors file, all of them and no others."""
-    safetensors_file.open_file(path)
+def module_with_weights(model: Model, path: Path) -> nn.Module:
+    """A copy of the model's module with the weights of a .safetensors file.
+
+    Raises InputRefused unless the file has all of the module's weights and no others.
+    """
+    safetensors_file.open_file(path)  # refuses a damaged file
     module = copy.deepcopy(model.module)
     try:
         module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
         raise InputRefused(f"{path} does not fit {model.source}: {error}") from error
     return module
-
-
-# --- Hugging Face -------------------------------------------------------------------------------
-
-
-# --- a program of torch.export's ----------------------------------------------------------------
-
-
-def _exported(path: Path) -> Model:
-    """A .pt2 with its weights in fp32; where it was exported in another precision, its graph computes in fp32 too."""
-    module = program.load(path)
-    signature = Signature(module.source)
-    notes = []
-    if module.file_dtype not in (None, torch.float32):
-        notes.append(f"the model's .pt2 keeps its weights in {str(module.file_dtype)[6:]}")
-    fixed = [
-        f"axis {axis} of {name} is {size}"
-        for name, tensor in module.source.inputs.items()
-        for axis, size in enumerate(tensor.sizes)
-        if isinstance(size, int) and axis < 2
-    ]
-    if fixed and not any(signature.axes.values()):
-        notes.append(f"the model was exported for one size of every axis ({', '.join(fixed)}): no other was tried")
-    return Model(
-        source=str(path),
-        module=module.to(torch.float32),
-        axes=signature.axes,
-        make=signature.make,
-        sizes=signature.traced,
-        limits=signature.limits,
-        notes=tuple(notes),
-    )
-
-
-# --- the user's own code ------------------------------------------------------------------------

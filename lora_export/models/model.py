@@ -1,4 +1,4 @@
-"""A PyTorch model with what its inputs look like: shapes, axes that vary, and seeded examples."""
+"""A PyTorch model with a description of its inputs: shapes, axes that vary, and how to generate them from a seed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lora_export.models.pt2.example_inputs import Limits
-
 Inputs = dict[str, torch.Tensor]
 
 Axes = dict[str, dict[int, str]]  # input -> axis -> the size's symbol
 
 Sizes = dict[str, int]  # symbol -> size
 
-Make = Callable[[Sizes, torch.Generator], Inputs]
+Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size
 
-# Sizes to trace with: two rows and more, since a size of one is taken for a constant.
-TRACED = {"batch": 2, "sequence": 11, "target": 7}
+MakeInputs = Callable[[Sizes, torch.Generator], Inputs]
 
-# Sizes to check at: none of them is the traced one, and one batch has a single row.
-CHECKED = (
+# Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
+TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7}
+
+# Sizes to verify at: none of them is the traced one, and one batch has a single row.
+CHECKED_SIZES = (
     {"batch": 1, "sequence": 7, "target": 5},
     {"batch": 3, "sequence": 16, "target": 9},
     {"batch": 5, "sequence": 29, "target": 13},
@@ -32,28 +32,31 @@ CHECKED = (
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A PyTorch model as the user named it, adapters not applied, in eval mode, and in fp32 unless told otherwise."""
+    """The PyTorch model that MODEL names: no adapters attached, in eval mode, in fp32 unless another dtype was chosen.
 
-    source: str
+    `axes` lists its inputs in the order of forward's parameters.
+    """
+
+    source: str  # MODEL
     module: nn.Module
-    axes: Axes  # the axes whose sizes may vary, by input, in the order of forward's parameters
-    make: Make
-    sizes: Sizes  # what the example inputs are made with
+    axes: Axes  # the axes whose sizes may vary, by input
+    make_inputs: MakeInputs
+    traced_sizes: Sizes  # the sizes of the example inputs
     is_huggingface: bool = False
-    limits: Limits = field(default_factory=dict)  # sizes that a symbol may have, where not any
-    notes: tuple[str, ...] = ()  # what a verdict on it has to say
+    limits: Limits = field(default_factory=dict)  # the sizes that a symbol may have, if not all
+    notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
 
     @property
     def input_names(self) -> tuple[str, ...]:
         return tuple(self.axes)
 
-    def examples(self) -> Inputs:
+    def example_inputs(self) -> Inputs:
         """The inputs to trace with. The same on every call."""
-        return self.inputs(self.sizes, seed=0)
+        return self.inputs(self.traced_sizes, seed=0)
 
     def inputs(self, sizes: Mapping[str, int], *, seed: int) -> Inputs:
-        """Seeded inputs of these sizes; symbols that `sizes` lacks keep their traced size."""
-        return self.make({**self.sizes, **sizes}, torch.Generator().manual_seed(seed))
+        """Generate inputs of these sizes from a seed. Symbols that `sizes` lacks keep their traced size."""
+        return self.make_inputs({**self.traced_sizes, **sizes}, torch.Generator().manual_seed(seed))
 
     def fingerprint(self) -> str:
         """The SHA-256 of all weights with their names."""
@@ -64,16 +67,16 @@ class Model:
         return digest.hexdigest()
 
     def checked_sizes(self, fixed: Mapping[str, int], limits: Limits | None = None) -> list[Sizes]:
-        """Three sets of sizes that differ from the traced ones in every dynamic axis, but for the `fixed` ones.
+        """Three sets of sizes to verify at, which differ from the traced ones in every varying axis.
 
-        They stay within the model's `limits`, and within those that are given.
+        The sizes in `fixed` are taken as they are. The others stay within the model's own `limits` and those passed.
         """
         symbols = sorted({symbol for axes in self.axes.values() for symbol in axes.values()})
         sets = []
-        for number, chosen in enumerate(CHECKED):
-            sizes = {symbol: chosen.get(symbol, self.sizes[symbol] + 1 + 2 * number) for symbol in symbols}
-            for low_high in (self.limits, limits or {}):
-                for symbol, (low, high) in low_high.items():
+        for number, chosen in enumerate(CHECKED_SIZES):
+            sizes = {symbol: chosen.get(symbol, self.traced_sizes[symbol] + 1 + 2 * number) for symbol in symbols}
+            for ranges in (self.limits, limits or {}):
+                for symbol, (low, high) in ranges.items():
                     if symbol in sizes:
                         least = max(sizes[symbol], low)
                         sizes[symbol] = least if high is None else min(least, high)

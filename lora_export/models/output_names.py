@@ -11,18 +11,19 @@ from lora_export.errors import RuntimeRefused
 
 
 def named_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """A mapping's own keys, or `output_0`, `output_1` … in order; parts of parts come after a dot.
+    """The tensors in a module's outputs, by a mapping's own keys, or as `output_0`, `output_1` … in order.
 
-    What is no tensor is left out. Raises RuntimeRefused where nothing is left.
+    The names of nested tensors are joined with a dot. Values that are no tensors are left out. Raises
+    RuntimeRefused where no tensor is found.
     """
     named = dict(_named(outputs))
     if not named:
-        raise RuntimeRefused(f"the model returned {type(outputs).__name__}, in which I find no tensors")
+        raise RuntimeRefused(f"the model returned {type(outputs).__name__}, which contains no tensors")
     return named
 
 
 def have_names(outputs: Mapping[str, Any]) -> bool:
-    """False where the names are `named_outputs`' own, and only the order means something."""
+    """Whether a model named its outputs. False where `named_outputs` did, so that only their order has a meaning."""
     return not all(name.startswith("output_") for name in outputs)
 
 

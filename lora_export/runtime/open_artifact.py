@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import IDS
-from lora_export.models.load import load_model, with_weights
+from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
 from lora_export.runtime.kv_cache import with_cache
@@ -40,7 +40,7 @@ def open_candidate(
     if path.is_dir():
         return ModuleRunner(load_model(str(path)).module, stored=_stored(path))
     if path.suffix == ".safetensors":
-        return ModuleRunner(with_weights(base, path), stored=_stored(path))
+        return ModuleRunner(module_with_weights(base, path), stored=_stored(path))
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names)
     if path.suffix == ".pt2":

@@ -282,7 +282,7 @@ def _most_telling(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs:
 def _diagnosed(suspect: Suspect, *, every: bool) -> tuple[Diagnosis | None, list[str]]:
     """What was found, and what a reader must know of it. A verdict stands, whatever becomes of this."""
     watched = [suspect.base, *([suspect.candidate.module] if isinstance(suspect.candidate, ModuleRunner) else [])]
-    unseen = [name for module in watched if isinstance(module, Program) for name in module.unseen]
+    unseen = [name for module in watched if isinstance(module, Program) for name in module.unobserved_weights]
     if unseen:
         return None, [
             f"where it differs was not looked for: {unseen[0]} and {len(unseen) - 1} more weights of a .pt2 are "

@@ -34,7 +34,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 model.save_pretrained(place / "model")
 base = load_model(str(place / "model"))
-graph = to_onnx(base.module, base.examples(), axes=base.axes)
+graph = to_onnx(base.module, base.example_inputs(), axes=base.axes)
 onnx_file.INLINE = 0
 (place / "beside").mkdir()
 onnx_file.save(graph.clone(), place / "beside", "model.onnx")

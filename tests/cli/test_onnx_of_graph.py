@@ -206,7 +206,7 @@ def spotter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The user's own model as a graph, an adapter, and one that is another's."""
     folder = tmp_path_factory.mktemp("spotter")
     base = load_model(SPOTTER)
-    onnx_file.save(export.to_onnx(base.module, base.examples(), axes=base.axes), folder, "base.onnx")
+    onnx_file.save(export.to_onnx(base.module, base.example_inputs(), axes=base.axes), folder, "base.onnx")
     rng = np.random.default_rng(0)
     out = "encoder.layers.0.self_attn.out_proj"
     pairs = {out: (0.3 * rng.standard_normal((3, 16)), 0.3 * rng.standard_normal((16, 3)))}
@@ -256,7 +256,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A graph that multiplies in int8, and two adapters; and the module that it was made from."""
     folder, factory = tmp_path_factory.mktemp(request.param), f"{SPOTTER.rpartition(':')[0]}:{request.param}"
     base = load_model(factory)
-    graph = export.to_onnx(base.module, base.examples(), axes=base.axes)
+    graph = export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
     onnx_file.save(in_int8(quantised(graph, block=16)), folder, "base.onnx")
     for seed, name in enumerate(("fr", "de")):
         rng = np.random.default_rng(seed)
@@ -354,7 +354,7 @@ def test_what_a_fusion_makes_of_a_base_in_int8_has_to_lie_near_the_origins(
 def test_half_precision_and_int8_in_one_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factory, rng = f"{SPOTTER.rpartition(':')[0]}:stacked", np.random.default_rng(0)
     base = load_model(factory, dtype=torch.float16)
-    graph = export.to_onnx(base.module, base.examples(), axes=base.axes)
+    graph = export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
     onnx_file.save(in_int8(quantised(graph, block=16)), tmp_path, "base.onnx")
     peft_adapter(tmp_path / "fr", {"up": (rng.standard_normal((3, 32)), 0.3 * rng.standard_normal((64, 3)))})
     words = ("-a", tmp_path / "fr", "--lora", "inputs", "--model", factory, "--dtype", "float16")

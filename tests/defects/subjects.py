@@ -187,7 +187,7 @@ def loaded(name: str) -> Model:
 @functools.cache
 def _exported(name: str) -> ir.Model:
     base = loaded(name)
-    return export.to_onnx(base.module, base.examples(), axes=base.axes)
+    return export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ class Column:
         module(merged)
         if self.mode == "checkpoint":
             return ModuleRunner(merged, stored=self._rounded(merged))
-        script = export.to_torchscript(merged, self.base.examples())
+        script = export.to_torchscript(merged, self.base.example_inputs())
         path = new_folder() / "model.pt"
         export.save_torchscript(script, path, extra={})
         return ScriptRunner(path, self.base.input_names)

@@ -41,7 +41,7 @@ from lora_export.graph import onnx_file as graphs
 from lora_export.graph.insert import inputs
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.pt2 import program, reader
-from lora_export.models.pt2.example_inputs import Signature
+from lora_export.models.pt2.example_inputs import ProgramInputs
 from lora_export.runtime.session import Session
 from lora_export.storage.npz import read_arrays
 from lora_export.training.data import read_examples
@@ -636,9 +636,9 @@ def exported_archive(data: bytes) -> bool:
 
 def run_program(path: Path) -> None:
     module = program.load(path)
-    signature = Signature(reader.read(path))
+    inputs = ProgramInputs(reader.read(path))
     with torch.no_grad():
-        module(**signature.make(dict.fromkeys(signature.traced, 2), torch.Generator().manual_seed(0)))
+        module(**inputs.make(dict.fromkeys(inputs.traced_sizes, 2), torch.Generator().manual_seed(0)))
 
 
 TARGETS: dict[str, Target] = {

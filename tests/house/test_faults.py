@@ -791,7 +791,7 @@ CODE = [
 def test_a_model_that_names_code_is_not_built(place, evil, payload, fields):
     (place.base / "config.json").write_text(json.dumps(TINY | fields))
     place.onnx_refuses(
-        f"{place.base / 'config.json'} names code of its own (", "which is never run from here", model=str(place.base)
+        f"{place.base / 'config.json'} names code of its own (", "which lora-export never runs", model=str(place.base)
     )
     assert evil not in sys.modules and not payload.exists()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export
+from lora_export.models.model import Axes
 from support.graphs import EVERY_MODEL, MAKERS, Encoder, Mlp, eager, exported, inputs, run
 
 OTHER_SHAPES = [(1, 5), (3, 12), (5, 2)]
@@ -36,7 +37,7 @@ class Linear(nn.Module):
         return self.linear(x)
 
 
-def axes_of(*names: str) -> export.Axes:
+def axes_of(*names: str) -> Axes:
     return {name: {0: "batch"} for name in names}
 
 
@@ -227,7 +228,7 @@ def test_axes_that_the_model_ties_are_refused_under_two_names() -> None:
         ({"x": {0: "batch"}, "z": {0: "batch"}}, r"`batch` is 3 .* and 2 on axis 0 of z"),
     ],
 )
-def test_axes_that_do_not_fit_the_examples_are_refused(axes: export.Axes, message: str) -> None:
+def test_axes_that_do_not_fit_the_examples_are_refused(axes: Axes, message: str) -> None:
     with pytest.raises(RuntimeRefused, match=message):
         export.to_onnx(Linear(), {"x": torch.ones(3, 1), "z": torch.ones(2, 2)}, axes=axes)
 

@@ -81,7 +81,7 @@ def test_checked_sizes_differ_from_the_traced_ones_and_hold_a_single_row() -> No
     sets = loaded.checked_sizes({})
     assert len(sets) == 3
     assert 1 in {sizes["batch"] for sizes in sets}
-    for symbol, traced in loaded.sizes.items():
+    for symbol, traced in loaded.traced_sizes.items():
         assert traced not in {sizes[symbol] for sizes in sets}
 
 
@@ -192,12 +192,12 @@ def test_weights_of_a_file_replace_the_modules_own_all_of_them_or_none(tmp_path:
     loaded = load_model(f"{FACTORIES}:scaled")
     weights = {name: tensor + 1 for name, tensor in loaded.module.state_dict().items()}
     save_file(weights, tmp_path / "whole.safetensors")
-    changed = load.with_weights(loaded, tmp_path / "whole.safetensors")
+    changed = load.module_with_weights(loaded, tmp_path / "whole.safetensors")
     assert torch.equal(changed.dense.weight, loaded.module.dense.weight + 1)
     del weights["dense.bias"]
     save_file(weights, tmp_path / "part.safetensors")
     with pytest.raises(InputRefused, match=r"dense\.bias"):
-        load.with_weights(loaded, tmp_path / "part.safetensors")
+        load.module_with_weights(loaded, tmp_path / "part.safetensors")
 
 
 def test_the_fingerprint_changes_with_a_single_weight() -> None:

@@ -23,6 +23,7 @@ from lora_export.graph import sites
 from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
+from lora_export.models.model import Axes
 from lora_export.plan import Plan, TensorSpec
 
 Arrays = dict[str, NDArray[Any]]
@@ -143,7 +144,7 @@ def a_llama() -> nn.Module:
 
 
 TEXT = {0: "batch", 1: "sequence"}
-AXES: dict[str, export.Axes] = {
+AXES: dict[str, Axes] = {
     "mlp": {"x": {0: "batch"}},
     "encoder": {"x": {0: "batch", 2: "sequence"}},
     "bert": {"input_ids": TEXT, "attention_mask": TEXT, "token_type_ids": TEXT},
@@ -160,7 +161,7 @@ class Exported:
 
     module: nn.Module
     graph: ir.Model
-    axes: export.Axes
+    axes: Axes
 
 
 def inputs(name: str, batch: int = 2, length: int = 7, *, seed: int = 0) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ MODEL = f"{FACTORIES}:spotter"
 def _exported_once() -> Iterator[None]:
     """Every command here exports the same module: what comes before and after that is what is tested."""
     base = load_model(MODEL)
-    program = export.to_onnx(base.module, base.examples(), axes=base.axes)
+    program = export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "to_onnx", lambda *_, **__: program.clone())
         yield

@@ -140,7 +140,7 @@ def _base(source: str | Callable[[], nn.Module], dtype: torch.dtype) -> Model:
 @functools.cache
 def _graph(source: str | Callable[[], nn.Module], dtype: torch.dtype) -> ir.Model:
     base = _base(source, dtype)
-    return export.to_onnx(base.module, base.examples(), axes=base.axes)
+    return export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
 
 
 # --- adapters ---
@@ -305,7 +305,7 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
 def test_what_the_proofs_call_right_is_what_peft_computes(name: str, variant: str) -> None:
     base = SUBJECTS[name].base
     adapter, theirs = trained(name, variant)
-    feeds = base.examples()
+    feeds = base.example_inputs()
     ours, expected, without = (eager(one, feeds) for one in (adapted(base, [adapter]), theirs, base.module))
     for key, value in expected.items():
         np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4 * np.abs(value).max())

@@ -1,12 +1,12 @@
-"""Programs that `torch.export.save` wrote (.pt2), read and run so that nothing in their files can run by itself.
+"""Programs that `torch.export.save` wrote (.pt2), read and run without executing anything that their files contain.
 
-`torch.export.load` unpickles the sample inputs, sympifies sizes, imports what a structure's type names, looks any
-`torch.` name up and compiles guards: it trusts its file. Here a file is a zip of stored members (`archive`), in which
-the graph and what is said of the tensors are JSON (`fields`, `nouns`, `description`: none of these knows PyTorch), and
-the weights are their bytes. No pickle is opened, no text is evaluated, and no name in a file is looked up anywhere but
-in the file and in lists of ours (`operators`). What was read is run node by node, as a module with layers again
-(`layering`, `program`), on inputs made for it (`specimens`).
+`torch.export.load` trusts its file: it unpickles the sample inputs, sympifies sizes, imports the types that a structure
+names, looks up any `torch.` name and compiles guards. Here a file is a zip of uncompressed members (`archive`). The
+graph and the descriptions of the tensors in it are JSON (`json_fields`, `program_types`, `reader`: none of these
+imports PyTorch), and the weights are raw bytes. No pickle is opened and no text is evaluated. A name in a file is
+looked up only in that file and in fixed lists (`allowed_operators`). The program is run node by node, as a module with
+layers again (`recover_layers`, `program`), on inputs made for it (`example_inputs`, `program_model`).
 
-Of the guards, those are kept that the sizes of the inputs tell: an axis of one size, axes of the same size, and their
-ranges. What else they may say (a size that must be even) is not read.
+The only guards that are checked are those on the sizes of the inputs: an axis of one size, axes of the same size, and
+ranges. Other guards, such as a size that must be even, are not read.
 """

@@ -1,9 +1,9 @@
-"""Which operators of an exported program are run, and by what: a closed list, since its file is nobody's promise.
+"""The operators of an exported program that are run: a closed list, since the file is not trusted.
 
-PyTorch's operators are looked up by these names alone. What is not among them is refused by name: operators that
-open files (`aten::from_file`), that put a tensor on another's memory (`set_`, `resize_`), draw random numbers, or
-trust the sizes that they are told; every other namespace; everything of Python's. Some that exported programs have
-are run by the public function that checks what they do not.
+PyTorch's operators are looked up by these names alone. All others are refused by name: operators that open files
+(`aten::from_file`), that place a tensor on another's memory (`set_`, `resize_`), that draw random numbers, or that do
+not check the sizes they are given; every other namespace; all functions of Python. Some operators that exported
+programs contain do not check their arguments. In their place, the public function that does is run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lora_export.errors import InputRefused
 
 Function = Callable[..., Any]
 
-LARGEST = 1 << 62  # a number that sizes are made of; beyond it, Python would compute on where torch cannot
-NAME = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+LARGEST_SIZE = 1 << 62  # beyond this, Python would compute on with integers that torch cannot hold
+ATEN_NAME = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
 HIGHER_ORDER = "torch.ops.higher_order."
 
 ARITHMETIC = """
@@ -62,19 +62,18 @@ SHAPES = """
     sym_storage_offset sym_stride t take take_along_dim tensor_split tile to transpose tril tril_indices triu
     triu_indices type_as unbind unflatten unfold unsqueeze view view_as vstack where zero zeros zeros_like
 """
-CHECKS = ("_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
-# Reads a tensor's bytes as another type: not what it says of a tensor that was widened.
+# Reads a tensor's bytes as another type, which has another meaning once the tensor is in fp64.
 REFUSED = {"view.dtype"}
 
 
 def _assert(self: Any, assert_msg: str = "") -> None:
     if not bool(self):
-        raise RuntimeError(assert_msg or "an assertion of the program's own fails")
+        raise RuntimeError(assert_msg or "an assertion of the program fails")
 
 
 def _checked_range(size: Any, min: Any = None, max: Any = None) -> None:
     if (min is not None and size < min) or (max is not None and size > max):
-        raise RuntimeError(f"a size is {size}, and has to lie between {min} and {max}")
+        raise RuntimeError(f"a size is {size}; it must be between {min} and {max}")
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> tuple[Tensor, None]:
@@ -110,13 +109,13 @@ def _new_zeros(self: Tensor, size: Any, dtype: Any = None, **_: Any) -> Tensor:
     return self.new_zeros(size, dtype=dtype)
 
 
-# In the place of operators that trust what they are told, or hand out memory as they find it. What is None in their
-# answer is a by-product for gradients; a program that reads it fails.
-INSTEAD: dict[str, Function] = {
+# Functions that replace operators which do not check their arguments, or which return uninitialised memory. A None in
+# their results is a by-product for gradients; a program that reads it fails.
+REPLACEMENTS: dict[str, Function] = {
     "_assert_scalar.default": _assert,
     "_assert_async.default": _assert,
     "_assert_async.msg": _assert,
-    "_assert_tensor_metadata.default": lambda **_: None,  # of types that a reference widens
+    "_assert_tensor_metadata.default": lambda **_: None,  # asserts dtypes, which differ in a reference in fp64
     "sym_constrain_range.default": _checked_range,
     "sym_constrain_range_for_size.default": _checked_range,
     "_scaled_dot_product_flash_attention_for_cpu.default": _attention,
@@ -131,11 +130,11 @@ INSTEAD: dict[str, Function] = {
 OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
 
 
-def _within(function: Function) -> Function:
+def _bounded(function: Function) -> Function:
     def computed(*numbers: Any) -> Any:
         result = function(*numbers)
-        if not -LARGEST <= result <= LARGEST:
-            raise ValueError(f"a size of {numbers} would be beyond number")
+        if not -LARGEST_SIZE <= result <= LARGEST_SIZE:
+            raise ValueError(f"a size computed from {numbers} is too large")
         return result
 
     return computed
@@ -143,59 +142,59 @@ def _within(function: Function) -> Function:
 
 def _power(base: Any, exponent: Any) -> Any:
     if not -64 <= exponent <= 64:
-        raise ValueError(f"a size to the power of {exponent} is beyond number")
+        raise ValueError(f"a size to the power of {exponent} is too large")
     return base**exponent
 
 
-# What sizes are computed with; torch has the names of Python's own functions for it.
-NUMBERS: dict[str, Function] = {
+# The functions that compute sizes; a program names Python's own.
+SIZE_FUNCTIONS: dict[str, Function] = {
     **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     **{
-        f"_operator.{name}": _within(getattr(operator, name))
+        f"_operator.{name}": _bounded(getattr(operator, name))
         for name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pos")
     },
     "_operator.and_": operator.and_,
     "_operator.or_": operator.or_,
-    "_operator.pow": _within(_power),
+    "_operator.pow": _bounded(_power),
     "math.trunc": math.trunc,
     "torch.sym_not": operator.not_,
     "torch.sym_int": int,
     "torch.sym_float": float,
     "torch.sym_max": max,
     "torch.sym_min": min,
-    "torch.sym_sum": _within(sum),
+    "torch.sym_sum": _bounded(sum),
     "torch.sym_ite": lambda condition, yes, no: yes if condition else no,
     "torch.sym_sqrt": math.sqrt,
 }
-NUMBERS["torch._sym_sqrt"] = math.sqrt
+SIZE_FUNCTIONS["torch._sym_sqrt"] = math.sqrt
 
 
 class Operator(NamedTuple):
-    """What a node runs. `names` are those of its arguments, None where they are told by their order alone."""
+    """A function that a node runs."""
 
     run: Function
-    names: Collection[str] | None
+    names: Collection[str] | None  # of its arguments; None where they are positional
     writes: bool  # into one of its arguments
 
 
-def resolve(target: str, place: str) -> Operator:
-    """The operator of this name. Raises InputRefused for all but those of the lists."""
-    if target in NUMBERS:
-        return Operator(NUMBERS[target], None, writes=False)
-    match = NAME.fullmatch(target)
+def resolve(target: str, where: str) -> Operator:
+    """The operator of this name. Raises InputRefused, with the location `where`, for all but those of the lists."""
+    if target in SIZE_FUNCTIONS:
+        return Operator(SIZE_FUNCTIONS[target], None, writes=False)
+    match = ATEN_NAME.fullmatch(target)
     name, overload = match.groups() if match else ("", "")
     spelled = f"{name}.{overload}"
     known = name in OPERATORS or (name.endswith("_") and not name.endswith("__") and name[:-1] in OPERATORS)
-    if not match or spelled in REFUSED or not (known or spelled in INSTEAD):
-        raise InputRefused(f"{place}: {target[:80]!r} is not among the operators that are run from a file")
+    if not match or spelled in REFUSED or not (known or spelled in REPLACEMENTS):
+        raise InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or overload not in packet.overloads():
-        raise InputRefused(f"{place}: this PyTorch ({torch.__version__}) has no operator {target[:80]!r}")
+        raise InputRefused(f"{where}: this PyTorch ({torch.__version__}) has no operator {target[:80]!r}")
     found = getattr(packet, overload)
     arguments = found._schema.arguments
-    # Those of TorchScript's texts and lists have the same names, and can make a list of any length.
-    on_tensors = any("Tensor" in str(there.type) for there in (*arguments, *found._schema.returns))
-    if any(argument.is_out for argument in arguments) or not (on_tensors or spelled in INSTEAD):
-        raise InputRefused(f"{place}: {target[:80]!r} is not among the operators that are run from a file")
+    # TorchScript's operators on strings and lists have the same names, and can make a list of any length.
+    on_tensors = any("Tensor" in str(value.type) for value in (*arguments, *found._schema.returns))
+    if any(argument.is_out for argument in arguments) or not (on_tensors or spelled in REPLACEMENTS):
+        raise InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
     writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
-    return Operator(INSTEAD.get(spelled, found), [argument.name for argument in arguments], writes)
+    return Operator(REPLACEMENTS.get(spelled, found), [argument.name for argument in arguments], writes)

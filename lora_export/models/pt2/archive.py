@@ -1,4 +1,4 @@
-"""The zip that a .pt2 is: members as they are, in one folder, and nothing that torch would not write."""
+"""The zip archive of a .pt2 file: uncompressed members in one folder. What torch would not write is refused."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import BinaryIO
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.storage import input_files
 
-AT_ONCE = 1 << 26  # bytes that are read in one piece: a zip's directory may not ask for more
+MAX_READ = 1 << 26  # bytes that are read at once: a zip's directory may not ask for more
 
 
-class _Bounded:
-    """A file of which nothing reads more than a little in one piece: a directory that claims gigabytes is refused."""
+class _BoundedReads:
+    """A file that refuses to read more than MAX_READ bytes at once: a zip's directory may claim gigabytes."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
         self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
 
     def read(self, size: int = -1) -> bytes:
-        content = self.file.read(min(size, AT_ONCE + 1) if size >= 0 else AT_ONCE + 1)
-        if len(content) > AT_ONCE:
+        content = self.file.read(min(size, MAX_READ + 1) if size >= 0 else MAX_READ + 1)
+        if len(content) > MAX_READ:
             raise zipfile.BadZipFile("its directory claims more bytes than such a file needs")
         return content
 
 
 class opened:  # noqa: N801 - used as a function is
-    """The zip file at a path, while active. Raises InputRefused for whatever zipfile raises."""
+    """The zip file at a path, while the context is active. Raises InputRefused for whatever zipfile raises."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -36,7 +36,7 @@ class opened:  # noqa: N801 - used as a function is
     def __enter__(self) -> zipfile.ZipFile:
         self.file = input_files.open_regular(self.path)
         try:
-            return zipfile.ZipFile(_Bounded(self.file))
+            return zipfile.ZipFile(_BoundedReads(self.file))
         except Exception as error:  # zipfile has a dozen kinds for this
             self.file.close()
             raise InputRefused(f"{self.path} is no .pt2 file: {error}") from error
@@ -46,7 +46,11 @@ class opened:  # noqa: N801 - used as a function is
 
 
 def members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """What lies in the archive's one folder, by names below it. Raises InputRefused for what torch would not write."""
+    """The members of the archive's one folder, by their names in it.
+
+    Raises InputRefused for what torch would not write: several folders, names that lead out of the folder, links,
+    duplicates, compressed members, and members larger than the file.
+    """
     found: dict[str, zipfile.ZipInfo] = {}
     roots = set()
     refuse_unprintable((info.filename for info in archive.infolist()), str(path))
@@ -58,9 +62,9 @@ def members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
         if stat.S_ISLNK(info.external_attr >> 16):
             raise InputRefused(f"{path}: its member {name} is a link")
         if name in found:
-            raise InputRefused(f"{path} holds {name} more than once")
+            raise InputRefused(f"{path} contains {name} more than once")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise InputRefused(f"{path}: its member {name} is packed; torch.export.save stores members as they are")
+            raise InputRefused(f"{path}: its member {name} is compressed; torch.export.save compresses none")
         found[name] = info
     if len(roots) > 1:
         raise InputRefused(f"{path} has {len(roots)} folders at its top, where torch.export.save writes one")
@@ -71,12 +75,13 @@ def members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, *, most: int | None = None) -> bytearray:
+    """The bytes of a member, its checksum verified. Raises InputRefused if it is damaged, or above `most` bytes."""
     if most is not None and info.file_size > most:
         raise InputRefused(f"{path}: {info.filename} has more than {most:,} bytes, which no such file needs")
     content = bytearray()
     try:
         with archive.open(info) as member:
-            while piece := member.read(AT_ONCE):
+            while piece := member.read(MAX_READ):
                 content += piece
     except Exception as error:  # zipfile has a dozen kinds for this
         raise InputRefused(f"{path} is damaged: {error}") from error

@@ -1,206 +1,165 @@
-"""An exported program as a module: its graph is run node by node, its weights are those of layers again.
+"""An exported program as a module: its graph is run node by node, and its weights are in layers again.
 
-A program has no layers, only parameters with their names, and operators that read them. Where every operator that
-reads `X.weight` is a linear layer's, a convolution's or an embedding's, X is made that layer (`nn.Linear` and so on)
-and called in the operator's place: what attaches adapters to a module, watches its layers or looks rows up does so
-here too, and a reference with adapters computes `W x + s·B (A x)`, which no merge does. Where a weight is read in
-another way (transposed and multiplied, as a program has it after its decomposition), whoever reads it is given
-`W + s·BA` of the reference's own making, in fp64 for the reference: not the sum that a merge wrote, and the only
-meaning that an adapter has where its layer cannot be told.
+A program has no layers, only named parameters and operators that read them. Where all operators that read `X.weight`
+are those of a linear layer, a convolution or an embedding, X becomes that layer (`nn.Linear` and so on) and is called
+in place of the operator. Adapters can then be attached, layers observed and table rows looked up as in any module,
+and a reference with adapters computes `W x + s·B (A x)`, which no merge does.
 
-The floats are those of the file. Where the module is cast (`.double()`, `.to()`), the dtype in which the file keeps
-its weights stands for the dtype that they have now, wherever the graph names it.
+Where a weight is read in another way (transposed and multiplied, as in a decomposed program), the operator reads
+`W + s·BA`, which the reference computes itself, in fp64. That is not the sum that a merge wrote, and an adapter has no
+other meaning where its layer cannot be recovered.
+
+The graph names dtypes. Where the module is cast (`.double()`, `.to()`), the dtype in which the file stores its weights
+is replaced, wherever the graph names it, by the dtype that they have now.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
-from lora_export.models.pt2 import allowed_operators, reader
-from lora_export.models.pt2.program_types import Exported, Graph, Node, Symbol, Value, Word
-from lora_export.models.pt2.recover_layers import (
-    argument_of,
-    build,
-    is_matrix,
-    operator_of,
-    readers_of,
-    shown,
-    split_name,
-    values_in,
-)
+from lora_export.errors import LoraExportError, RuntimeRefused
+from lora_export.models.pt2 import reader
+from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
+from lora_export.models.pt2.recover_layers import has_matrix, recover_layers, shown, split_name, uses_of
+from lora_export.models.pt2.steps import Step, Steps, TensorLocation, all_steps, prepare
+from lora_export.models.pt2.structures import fill
 
-ALIKE = 5  # faults of one kind that are told
-ENTERS = {"embedding.default": "indices", "mm.default": "self", "addmm.default": "mat1"}  # others: "input"
-# Blocks that a module runs under a switch. Switched off, they are their graph; on, gradients alone differ.
-INLINE = {
-    "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,  # how many arguments come before the graph
-    "torch.ops.higher_order.wrap_with_autocast": 4,
-}
-
-
-class Place(NamedTuple):
-    """Where a value of the graph lies in the module."""
-
-    owner: str
-    attribute: str
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One node, ready to run."""
-
-    node: Node
-    run: allowed_operators.Operator | None  # None: the node's graph, in the place of the node
-    arguments: tuple[tuple[str, Any], ...]
-    layer: str  # the module that is called in the operator's place; empty where there is none
-    input: Any  # of that module
-    inner: _Steps | None
-    ends: tuple[str, ...]  # values that nobody reads any more
-
-
-@dataclass(frozen=True, eq=False)
-class _Steps:
-    graph: Graph
-    steps: tuple[_Step, ...]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Steps:
-        return self  # it never changes, and a module is copied often
+MAX_PROBLEMS = 5  # problems of one kind that a message lists
 
 
 class Program(nn.Module):
     """A program's graph. Raises InputRefused for operators and structures that are not run from a file."""
 
-    def __init__(self, source: Exported):
+    def __init__(self, description: ProgramDescription):
         super().__init__()
-        # All that a program has of its own is there before its modules are: none may be called like it.
-        self.unseen: tuple[str, ...] = ()  # weights that no layer multiplies by: who watches layers sees no use of them
-        self.file_dtype = _dtype_of(source)  # of the file's weights: that of the first one of floats
-        self._described = _Described(source)
-        self._places = {there.value: Place(*split_name(there.name)) for there in source.stored}
-        self._steps, self._writes = _Steps(source.graph, ()), False
-        called = build(self, source, readers_of(source.graph))
-        layers = {layer for layer in called.values() if layer is not None}
-        self.unseen = tuple(
-            f"{owner}.weight" for owner, module in self.named_modules() if is_matrix(module) and owner not in layers
+        # All attributes are set before the modules are: none of these may have the name of one.
+        self.unobserved_weights: tuple[str, ...] = ()  # weights that no layer multiplies by: no hook sees their use
+        self.file_dtype = _float_dtype(description)  # of the file's weights: that of the first float tensor
+        self._shared = _SharedDescription(description)
+        self._locations = {tensor.value: TensorLocation(*split_name(tensor.name)) for tensor in description.tensors}
+        self._steps, self._writes = Steps(description.graph, ()), False
+        layers = recover_layers(self, description, uses_of(description.graph))
+        called = {layer for layer in layers.values() if layer is not None}
+        self.unobserved_weights = tuple(
+            f"{owner}.weight" for owner, module in self.named_modules() if has_matrix(module) and owner not in called
         )
-        self._steps = _prepared(source.graph, self._places, set(source.input_values.values()), called, source.path)
-        self._writes = any(step.run is not None and step.run.writes for step in _every(self._steps))
+        inputs = set(description.input_values.values())
+        self._steps = prepare(description.graph, self._locations, inputs, layers, description.path)
+        self._writes = any(step.operator is not None and step.operator.writes for step in all_steps(self._steps))
         self.eval()
 
     @property
-    def source(self) -> Exported:
-        """What the file says of itself."""
-        return self._described.source
+    def description(self) -> ProgramDescription:
+        """The program as its file describes it."""
+        return self._shared.description
 
     @property
     def stored_dtypes(self) -> dict[str, str]:
-        """In which dtype the file keeps each tensor, by the module's names."""
-        return {there.name: there.payload.dtype for there in self.source.stored}
+        """The dtype in which the file stores each tensor, by the module's names."""
+        return {tensor.name: tensor.data.dtype for tensor in self.description.tensors}
 
     @property
     def axes(self) -> dict[str, tuple[int | None, ...]]:
-        """Input -> sizes, None where they vary."""
+        """Input -> the size of each axis, None where it varies."""
         return {
             name: tuple(size if isinstance(size, int) else None for size in tensor.sizes)
-            for name, tensor in self.source.inputs.items()
+            for name, tensor in self.description.inputs.items()
         }
 
     @property
     def limits(self) -> dict[str, tuple[tuple[int, int | None], ...]]:
-        """Input -> the least and the greatest size of each axis; None where any will do."""
-        ranges = self.source.ranges
+        """Input -> the least and the greatest size of each axis; None where there is no greatest."""
+        ranges = self.description.ranges
         return {
             name: tuple(
                 (size, size) if isinstance(size, int) else ranges.get(size.name, (0, None)) for size in tensor.sizes
             )
-            for name, tensor in self.source.inputs.items()
+            for name, tensor in self.description.inputs.items()
         }
 
     def extra_repr(self) -> str:
-        return f"graph {self.source.digest}"
+        return f"graph {self.description.graph_sha256}"
 
     def forward(self, **inputs: Tensor) -> Any:
-        """The outputs, in the structure in which the module that was exported returned them.
+        """The outputs, in the structure that the exported module returned them in.
 
-        Raises RuntimeRefused for inputs that the program was not made for, and for what an operator refuses.
+        Raises RuntimeRefused for inputs that the program was not exported for, and when an operator fails.
         """
         self._check(inputs)
-        now = self._dtype_now()
+        dtype = self._current_dtype()
         values: dict[str, Any] = {}
-        for name, value in self.source.input_values.items():
-            given = self._in_its_dtype(inputs[name], self.source.inputs[name].dtype, now)
-            values[value] = given.clone() if self._writes else given
+        for name, value in self.description.input_values.items():
+            tensor = self._converted(inputs[name], self.description.inputs[name].dtype, dtype)
+            values[value] = tensor.clone() if self._writes else tensor
         versions = self._versions() if self._writes else []
-        results = self._run(self._steps, values, now)
+        results = self._run(self._steps, values, dtype)
         if versions != (self._versions() if self._writes else []):
-            raise RuntimeRefused(f"{self.source.path.name} changes its own weights when it is run")
-        return _filled(self.source.outputs, results)
+            raise RuntimeRefused(f"{self.description.path.name} changes its own weights when it is run")
+        return fill(self.description.outputs, results)
 
     # --- running ---
 
-    def _run(self, steps: _Steps, values: dict[str, Any], now: torch.dtype | None) -> list[Any]:
+    def _run(self, steps: Steps, values: dict[str, Any], dtype: torch.dtype | None) -> list[Any]:
         device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
-        read = functools.partial(self._read, values, now, device)
+        read = functools.partial(self._read, values, dtype, device)
         for step in steps.steps:
             try:
-                result = self._result(step, read, now)
+                result = self._result(step, read, dtype)
             except LoraExportError:
                 raise
-            except Exception as error:  # operators raise whatever they like
-                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeRefused(f"node {step.node.name} ({shown(step.node.target)}): {told}") from error
-            _bind(step.node, result, values)
-            for name in step.ends:
+            except Exception as error:  # operators raise exceptions of any type
+                cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise RuntimeRefused(f"node {step.node.name} ({shown(step.node.target)}): {cause}") from error
+            _store(step.node, result, values)
+            for name in step.last_reads:
                 values.pop(name, None)
         return [read(output) for output in steps.graph.outputs]
 
-    def _result(self, step: _Step, read: Callable[[Any], Any], now: torch.dtype | None) -> Any:
+    def _result(self, step: Step, read: Callable[[Any], Any], dtype: torch.dtype | None) -> Any:
         if step.layer:
-            return self.get_submodule(step.layer)(read(step.input))
-        if step.run is None:
+            return self.get_submodule(step.layer)(read(step.layer_input))
+        if step.operator is None:
             assert step.inner is not None
-            given = [read(value) for _, value in step.arguments]
-            inputs = dict(zip(step.inner.graph.inputs, given, strict=True))
-            made = self._run(step.inner, {name: value for name, value in inputs.items() if name is not None}, now)
-            return made[0] if step.inner.graph.is_single else made
-        if step.run.names is None:
-            return step.run.run(*(read(value) for _, value in step.arguments))
-        return step.run.run(**{name: read(value) for name, value in step.arguments})
+            arguments = [read(value) for _, value in step.arguments]
+            inputs = dict(zip(step.inner.graph.inputs, arguments, strict=True))
+            results = self._run(step.inner, {name: value for name, value in inputs.items() if name is not None}, dtype)
+            return results[0] if step.inner.graph.is_single else results
+        if step.operator.names is None:
+            return step.operator.run(*(read(value) for _, value in step.arguments))
+        return step.operator.run(**{name: read(value) for name, value in step.arguments})
 
-    def _read(self, values: Mapping[str, Any], now: torch.dtype | None, device: torch.device, argument: Any) -> Any:
+    def _read(self, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device, argument: Any) -> Any:
         if isinstance(argument, Value):
             if argument.name in values:
                 return values[argument.name]
-            place = self._places[argument.name]
-            return getattr(self.get_submodule(place.owner), place.attribute)  # with what is attached to it
-        if isinstance(argument, Word):
-            return self._word(argument, now, device)
+            location = self._locations[argument.name]
+            return getattr(self.get_submodule(location.owner), location.attribute)  # with its attached adapters
+        if isinstance(argument, TorchName):
+            return self._constant(argument, dtype, device)
         if isinstance(argument, list):
-            return [self._read(values, now, device, each) for each in argument]
+            return [self._read(values, dtype, device, each) for each in argument]
         return argument
 
-    def _word(self, word: Word, now: torch.dtype | None, device: torch.device) -> Any:
-        if word.kind == "device":
-            return device  # where the module is, wherever it was exported
-        found: Any = getattr(torch, word.name)
-        return now if word.kind == "dtype" and found is self.file_dtype else found
+    def _constant(self, constant: TorchName, dtype: torch.dtype | None, device: torch.device) -> Any:
+        if constant.kind == "device":
+            return device  # the module's own, wherever it was exported
+        found: Any = getattr(torch, constant.name)
+        return dtype if constant.kind == "dtype" and found is self.file_dtype else found
 
-    def _dtype_now(self) -> torch.dtype | None:
-        """What the file's own dtype has become: that of the first tensor which the file keeps in it."""
-        for there in self.source.stored:
-            if getattr(torch, there.payload.dtype) is self.file_dtype:
-                owner, attribute = self._places[there.value]
+    def _current_dtype(self) -> torch.dtype | None:
+        """The present dtype of the first tensor that the file stores in `file_dtype`."""
+        for tensor in self.description.tensors:
+            if getattr(torch, tensor.data.dtype) is self.file_dtype:
+                owner, attribute = self._locations[tensor.value]
                 module = self.get_submodule(owner)
-                tensor = {**module._parameters, **module._buffers}[attribute]
-                return None if tensor is None else tensor.dtype
+                current = {**module._parameters, **module._buffers}[attribute]
+                return None if current is None else current.dtype
         return self.file_dtype
 
     def _versions(self) -> list[int]:
@@ -209,27 +168,26 @@ class Program(nn.Module):
     # --- inputs ---
 
     def _check(self, inputs: Mapping[str, Tensor]) -> None:
-        told = [f"the program has no input {name}" for name in inputs if name not in self.source.inputs]
-        told += [
-            f"the program wants {name}, which it was not given" for name in self.source.inputs if name not in inputs
-        ]
-        if told:
-            raise RuntimeRefused("; ".join(told))
+        expected = self.description.inputs
+        problems = [f"the program has no input {name}" for name in inputs if name not in expected]
+        problems += [f"the program's input {name} is missing" for name in expected if name not in inputs]
+        if problems:
+            raise RuntimeRefused("; ".join(problems))
         sizes: dict[str, int] = {}
-        for name, tensor in self.source.inputs.items():
-            given = inputs[name]
+        for name, tensor in expected.items():
+            value = inputs[name]
             declared: torch.dtype = getattr(torch, tensor.dtype)
-            if given.is_floating_point() != declared.is_floating_point or (
-                not declared.is_floating_point and given.dtype is not declared
+            if value.is_floating_point() != declared.is_floating_point or (
+                not declared.is_floating_point and value.dtype is not declared
             ):
-                told.append(f"{name} is {str(given.dtype)[6:]}, and the program takes {tensor.dtype}")
-            if given.ndim != len(tensor.sizes):
-                told.append(f"{name} has {given.ndim} axes, and the program takes {len(tensor.sizes)}")
+                problems.append(f"{name} is {str(value.dtype)[6:]}, and the program takes {tensor.dtype}")
+            if value.ndim != len(tensor.sizes):
+                problems.append(f"{name} has {value.ndim} axes, and the program takes {len(tensor.sizes)}")
                 continue
-            for axis, (size, wanted) in enumerate(zip(given.shape, tensor.sizes, strict=True)):
-                told += self._size_problem(f"axis {axis} of {name}", size, wanted, sizes)
-        if told:
-            raise RuntimeRefused("; ".join(told[:ALIKE]))
+            for axis, (size, wanted) in enumerate(zip(value.shape, tensor.sizes, strict=True)):
+                problems += self._size_problem(f"axis {axis} of {name}", size, wanted, sizes)
+        if problems:
+            raise RuntimeRefused("; ".join(problems[:MAX_PROBLEMS]))
 
     def _size_problem(self, what: str, size: int, wanted: int | Symbol, sizes: dict[str, int]) -> Iterator[str]:
         if isinstance(wanted, int):
@@ -239,34 +197,26 @@ class Program(nn.Module):
         if not wanted.name:
             return  # an expression of others, which the program computes itself
         if sizes.setdefault(wanted.name, size) != size:
-            yield f"{what} is {size}, where another axis that has to be as long is {sizes[wanted.name]}"
-        low, high = self.source.ranges.get(wanted.name, (0, None))
+            yield f"{what} is {size}; another axis that must have the same size is {sizes[wanted.name]}"
+        low, high = self.description.ranges.get(wanted.name, (0, None))
         if size < low or (high is not None and size > high):
             yield f"{what} is {size}, and the program takes {low} to {'any' if high is None else high}"
 
-    def _in_its_dtype(self, given: Tensor, declared: str, now: torch.dtype | None) -> Tensor:
+    def _converted(self, value: Tensor, declared: str, dtype: torch.dtype | None) -> Tensor:
+        """An input in the dtype that the program takes, or in `dtype` where that replaces the file's."""
         wanted: torch.dtype = getattr(torch, declared)
-        if not wanted.is_floating_point or (given.dtype is torch.float64 and now is torch.float64):
-            return given  # a reference's numbers are not narrowed
-        return given.to(now if wanted is self.file_dtype and now is not None else wanted)
+        if not wanted.is_floating_point or (value.dtype is torch.float64 and dtype is torch.float64):
+            return value  # the inputs of a reference in fp64 are not narrowed
+        return value.to(dtype if wanted is self.file_dtype and dtype is not None else wanted)
 
 
-def _dtype_of(source: Exported) -> torch.dtype | None:
-    for kind in ("parameter", "buffer", "constant"):
-        for there in source.stored:
-            dtype: torch.dtype = getattr(torch, there.payload.dtype)
-            if there.kind == kind and dtype.is_floating_point:
-                return dtype
-    return None
+class _SharedDescription:
+    """Holds the description of a program. All copies of the module share it."""
 
+    def __init__(self, description: ProgramDescription):
+        self.description = description
 
-class _Described:
-    """Holds what the file says, out of reach of a module's copies."""
-
-    def __init__(self, source: Exported):
-        self.source = source
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Described:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedDescription:
         return self
 
 
@@ -275,102 +225,17 @@ def load(path: Path) -> Program:
     return Program(reader.read(path))
 
 
-# --- steps --------------------------------------------------------------------------------------
+def _float_dtype(description: ProgramDescription) -> torch.dtype | None:
+    for kind in ("parameter", "buffer", "constant"):
+        for tensor in description.tensors:
+            dtype: torch.dtype = getattr(torch, tensor.data.dtype)
+            if tensor.kind == kind and dtype.is_floating_point:
+                return dtype
+    return None
 
 
-def _prepared(
-    graph: Graph, places: Mapping[str, Place], given: set[str], called: Mapping[int, str | None], path: Path
-) -> _Steps:
-    """The graph's nodes with their operators looked up. Raises InputRefused with all that are not run."""
-    last = _last_reads(graph)
-    steps, problems = [], []
-    for number, node in enumerate(graph.nodes):
-        if called.get(node.number, "") is None:
-            continue
-        try:
-            steps.append(_step(node, places, given, called, path, tuple(last.get(number, ()))))
-        except InputRefused as error:
-            problems.append(str(error))
-    if problems:
-        more = f" (and {len(problems) - 1} more nodes like it)" if len(problems) > 1 else ""
-        raise InputRefused(f"{problems[0]}{more}")
-    return _Steps(graph, tuple(steps))
-
-
-def _last_reads(graph: Graph) -> dict[int, list[str]]:
-    """Node -> the values that nobody reads after it. Those that nobody reads at all stay until the end."""
-    reads: dict[str, int] = {}
-    for number, node in enumerate(graph.nodes):
-        for _, given in node.inputs:
-            for value in values_in(given):
-                reads[value] = number
-    for value in values_in(list(graph.outputs)):
-        reads.pop(value, None)
-    ends: dict[int, list[str]] = {}
-    for value, number in reads.items():
-        ends.setdefault(number, []).append(value)
-    return ends
-
-
-def _step(
-    node: Node,
-    places: Mapping[str, Place],
-    given: set[str],
-    called: Mapping[int, str | None],
-    path: Path,
-    ends: tuple[str, ...],
-) -> _Step:
-    where = f"{path}: node {node.name}"
-    if node.target in INLINE:
-        return _inlined(node, path, ends)
-    if node.target.startswith(allowed_operators.HIGHER_ORDER):
-        raise InputRefused(f"{where}: {shown(node.target)} runs graphs in a way that is not supported")
-    operator = allowed_operators.resolve(node.target, where)
-    if any(isinstance(argument, Graph) for _, argument in node.inputs):
-        raise InputRefused(f"{where}: {shown(node.target)} is given a graph")
-    if operator.names is not None:
-        strange = [name for name, _ in node.inputs if name not in operator.names]
-        if strange:
-            raise InputRefused(f"{where}: {shown(node.target)} has no argument {', '.join(strange)[:80]}")
-    if operator.writes and (target := next(iter(node.inputs), None)) is not None:
-        written = set(values_in(target[1]))
-        if written & (places.keys() | given):
-            raise InputRefused(
-                f"{where}: {shown(node.target)} changes {', '.join(sorted(written))}, which is no value of its own: "
-                "a program that keeps something from run to run is not supported"
-            )
-    layer = called.get(node.number) or ""
-    first = argument_of(node, ENTERS.get(operator_of(node), "input"), None) if layer else None
-    # Pinning is for copies to a GPU.
-    arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
-    return _Step(node, operator, arguments, layer, first, None, ends)
-
-
-def _inlined(node: Node, path: Path, ends: tuple[str, ...]) -> _Step:
-    before = INLINE[node.target]
-    values = [value for _, value in node.inputs]
-    where = f"{path}: node {node.name} ({shown(node.target)})"
-    if len(values) <= before or not isinstance(values[before], Graph):
-        raise InputRefused(f"{where} has no graph where it should")
-    enabled = values[2] if node.target.endswith("autocast") else False
-    if enabled is not False:
-        raise InputRefused(f"{where}: a block under autocast is not supported")
-    graph: Graph = values[before]
-    arguments = tuple(("", value) for value in values[before + 1 :])
-    if len(arguments) != len(graph.inputs):
-        raise InputRefused(f"{where} gives {len(arguments)} values to a graph that takes {len(graph.inputs)}")
-    names = {name for name in graph.inputs if name is not None}
-    return _Step(node, None, arguments, "", None, _prepared(graph, {}, names, {}, path), ends)
-
-
-def _every(steps: _Steps) -> Iterator[_Step]:
-    for step in steps.steps:
-        yield step
-        if step.inner is not None:
-            yield from _every(step.inner)
-
-
-def _bind(node: Node, result: Any, values: dict[str, Any]) -> None:
+def _store(node: Node, result: Any, values: dict[str, Any]) -> None:
+    """Store a node's results under the names of its outputs."""
     outputs = node.outputs
     if not outputs:
         return
@@ -386,11 +251,3 @@ def _bind(node: Node, result: Any, values: dict[str, Any]) -> None:
             values.update(zip(output, part, strict=True))
         elif output is not None:
             values[output] = part
-
-
-def _filled(structure: Any, results: Sequence[Any]) -> Any:
-    if isinstance(structure, dict):
-        return {key: _filled(part, results) for key, part in structure.items()}
-    if isinstance(structure, tuple | list):
-        return type(structure)(_filled(part, results) for part in structure)
-    return results[structure]

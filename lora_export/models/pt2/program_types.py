@@ -1,4 +1,4 @@
-"""What a program of torch.export consists of, as it is read from its file."""
+"""What a program of torch.export consists of, as its file describes it. Nothing here imports PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_export.models.pt2 import archive
 
-# torch's own numbers for them (torch/_export/serde/schema.py); NumPy's and ml_dtypes' names.
+# torch's own numbers for dtypes (torch/_export/serde/schema.py), and the names in NumPy and ml_dtypes.
 DTYPES = {
     1: "uint8",
     2: "int8",
@@ -33,94 +33,94 @@ ITEM_BYTES = {name: 1 if name == "bool" else int(re.sub(r"\D", "", name)) // 8 f
 class Symbol(NamedTuple):
     """A size that may vary."""
 
-    name: str  # the same for sizes that are the same; empty where it is an expression of others
-    hint: int | None  # what it was when the program was exported
+    name: str  # equal for equal sizes; empty where the size is an expression of others
+    hint: int | None  # the size when the program was exported
 
 
 class Value(NamedTuple):
-    """What an input or an earlier node is called."""
+    """A reference to an input of the graph or to an output of an earlier node."""
 
     name: str
 
 
-class Word(NamedTuple):
-    """What torch has a name for: a `dtype`, a `memory_format`, a `layout` or a `device`."""
+class TorchName(NamedTuple):
+    """A constant of torch: a `dtype`, a `memory_format`, a `layout` or a `device`."""
 
     kind: str
     name: str
 
 
-class Named(NamedTuple):
-    """One argument of a node, under the operator's own name for it; a higher-order one has no names."""
+class Argument(NamedTuple):
+    """One argument of a node, by the operator's name for it. Higher-order operators have no names."""
 
     name: str
-    value: Any  # Value, Word, Graph, a number, a string, None, or a list of these
+    value: Any  # Value, TorchName, Graph, a number, a string, None, or a list of these
 
 
 @dataclass(frozen=True)
 class Node:
-    target: str  # as the file spells it
-    number: int  # in its graph
-    name: str  # for messages: nothing says that it is the only one's
-    inputs: tuple[Named, ...]
-    outputs: tuple[Any, ...]  # a name, a list of names, or None for what is not named, of each result
+    target: str  # the operator, as the file spells it
+    number: int  # position in the graph
+    name: str  # for messages: two nodes may have the same
+    inputs: tuple[Argument, ...]
+    outputs: tuple[Any, ...]  # for each result a name, a list of names, or None where it has no name
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in the order in which they run; each reads only what is there before it."""
+    """Nodes in the order in which they run. Each reads only graph inputs and outputs of nodes before it."""
 
     inputs: tuple[str | None, ...]  # None for a constant that no node reads
     nodes: tuple[Node, ...]
-    outputs: tuple[Any, ...]  # as arguments are
-    is_single: bool  # one tensor is handed out as itself
+    outputs: tuple[Any, ...]  # like the values of arguments
+    is_single: bool  # its one tensor is returned by itself, not in a list
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """What is said of a tensor."""
+class TensorType:
+    """The dtype and sizes of a tensor."""
 
     dtype: str
     sizes: tuple[int | Symbol, ...]
 
 
-class Payload(NamedTuple):
-    """A tensor that is stored: a view of a member's bytes."""
+class StoredArray(NamedTuple):
+    """The data of a tensor: a view of a member's bytes."""
 
     member: str
     dtype: str
     sizes: tuple[int, ...]
-    strides: tuple[int, ...]  # in numbers, not bytes
-    offset: int
+    strides: tuple[int, ...]  # in elements, not bytes
+    offset: int  # in elements
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of the program's own."""
+class ProgramTensor:
+    """A parameter, buffer or constant of the program."""
 
-    value: str  # what the graph calls it
-    name: str  # what the module calls it
+    value: str  # its name in the graph
+    name: str  # its name in the module
     kind: str  # `parameter`, `buffer` or `constant`
-    payload: Payload
+    data: StoredArray
     persistent: bool = True
 
 
 @dataclass(frozen=True, eq=False)
-class Exported:
+class ProgramDescription:
     """A program as its file describes it, checked."""
 
     path: Path
     graph: Graph
-    inputs: Mapping[str, Tensor]  # by the names of forward's parameters, in their order
-    input_values: Mapping[str, str]  # what the graph calls them
-    stored: tuple[Stored, ...]
-    outputs: Any  # the structure that is handed out: a tuple, list or dict of places in graph.outputs, or one
+    inputs: Mapping[str, TensorType]  # by the names of forward's parameters, in their order
+    input_values: Mapping[str, str]  # the graph's names of the inputs
+    tensors: tuple[ProgramTensor, ...]
+    outputs: Any  # the returned structure: a tuple, list or dict of positions in graph.outputs, or one position
     ranges: Mapping[str, tuple[int, int | None]]  # symbol -> least and greatest size
-    digest: str  # of the graph's JSON
+    graph_sha256: str  # of the graph's JSON
     members: Mapping[str, zipfile.ZipInfo] = field(repr=False)
 
-    def contents(self) -> dict[str, bytearray]:
-        """The bytes of each member in which a tensor lies, their checksums compared."""
-        names = dict.fromkeys(there.payload.member for there in self.stored)
+    def read_members(self) -> dict[str, bytearray]:
+        """The bytes of each member that holds a tensor, their checksums verified."""
+        names = dict.fromkeys(tensor.data.member for tensor in self.tensors)
         with archive.opened(self.path) as file:
             return {name: archive.content(file, self.members[name], self.path) for name in names}

@@ -1,4 +1,4 @@
-"""The layers that a program's weights were of, told from the operators that read them."""
+"""The layers that a program's weights belonged to, recovered from the operators that read them."""
 
 from __future__ import annotations
 
@@ -10,50 +10,61 @@ import torch
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.models.pt2.program_types import Exported, Graph, Node, Payload, Stored, Value
+from lora_export.models.pt2.program_types import Graph, Node, ProgramDescription, ProgramTensor, StoredArray, Value
 from lora_export.plan import Layout
 
 ATEN = "torch.ops.aten."
-DEEPEST = 100  # modules in each other; PyTorch walks through them by recursion
+MAX_DEPTH = 100  # of nested modules; PyTorch walks through them by recursion
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
 CONVOLVE = ("convolution.default", *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")))
 CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
-TURNS = ("t.default", "numpy_T.default", "permute.default", "transpose.int", "swapaxes.default", "swapdims.default")
-# The argument of a product by its right side, which is multiplied as it lies: (in, out).
-RIGHT = {
+TRANSPOSES = (
+    "t.default",
+    "numpy_T.default",
+    "permute.default",
+    "transpose.int",
+    "swapaxes.default",
+    "swapdims.default",
+)
+# The right factor of a matrix product, which is multiplied as it is stored: (in, out).
+RIGHT_FACTOR = {
     "mm.default": "mat2",
     "addmm.default": "mat2",
     "matmul.default": "other",
 }
 
 
-class Turned(nn.Module):
-    """The owner of a weight that lies (in, out), as transformers' Conv1D has it."""
+class InOutWeight(nn.Module):
+    """The owner of a weight that is stored as (in, out), as in transformers' Conv1D."""
 
     lora_layout = Layout.IN_OUT
 
 
 class Use(NamedTuple):
+    """A node that reads a value, and the argument that it reads it as."""
+
     node: Node
     argument: str
 
 
 def split_name(name: str) -> tuple[str, str]:
+    """The module and the attribute of a tensor's name."""
     owner, _, attribute = name.rpartition(".")
     return owner, attribute
 
 
 def shown(target: str) -> str:
+    """An operator's name, for messages."""
     return target.removeprefix("torch.ops.")[:80]
 
 
 def operator_of(node: Node) -> str:
-    """`linear.default` for torch.ops.aten.linear.default; nothing for what is no such operator."""
+    """`linear.default` for torch.ops.aten.linear.default; empty for an operator of another namespace."""
     return node.target.removeprefix(ATEN) if node.target.startswith(ATEN) else ""
 
 
-def readers_of(graph: Graph) -> dict[str, list[Use]]:
-    """Who reads a value, and as which argument."""
+def uses_of(graph: Graph) -> dict[str, list[Use]]:
+    """All uses of each value. The graph's outputs are read by a node named `output`."""
     found: dict[str, list[Use]] = {}
     for node in graph.nodes:
         for name, argument in node.inputs:
@@ -65,6 +76,7 @@ def readers_of(graph: Graph) -> dict[str, list[Use]]:
 
 
 def values_in(argument: Any) -> Iterator[str]:
+    """The names of the values in an argument, lists included."""
     if isinstance(argument, Value):
         yield argument.name
     elif isinstance(argument, list):
@@ -72,92 +84,99 @@ def values_in(argument: Any) -> Iterator[str]:
             yield from values_in(each)
 
 
-def is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding, Turned, *CONVOLUTIONS.values()))
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a recovered layer multiplies by its weight."""
+    return isinstance(module, (nn.Linear, nn.Embedding, InOutWeight, *CONVOLUTIONS.values()))
 
 
-def build(program: nn.Module, source: Exported, uses: Mapping[str, Sequence[Use]]) -> dict[int, str | None]:
-    """Give the program its modules and tensors; returns node's number -> the layer that is called in its place.
+def recover_layers(
+    program: nn.Module, source: ProgramDescription, uses: Mapping[str, Sequence[Use]]
+) -> dict[int, str | None]:
+    """Give the program its modules and tensors. Returns node's number -> the layer that is called in its place.
 
-    None stands for a node that nobody needs any more.
+    None marks a node whose result no remaining node reads.
     """
-    by_owner: dict[str, dict[str, Stored]] = {}
-    for there in source.stored:
-        owner, attribute = split_name(there.name)
-        by_owner.setdefault(owner, {})[attribute] = there
+    by_owner: dict[str, dict[str, ProgramTensor]] = {}
+    for tensor in source.tensors:
+        owner, attribute = split_name(tensor.name)
+        by_owner.setdefault(owner, {})[attribute] = tensor
     called: dict[int, str | None] = {}
-    made: dict[str, nn.Module] = {"": program}
+    modules: dict[str, nn.Module] = {}
     for owner, tensors in by_owner.items():
-        layer = _layer(tensors, uses)
         if owner:
-            made[owner] = layer.module
+            layer = _layer(tensors, uses)
+            modules[owner] = layer.module
             called |= {node.number: owner for node in layer.nodes}
-            called |= dict.fromkeys((node.number for node in layer.spared), None)
-    for owner in sorted(made, key=lambda path: path.count(".")):
-        if owner:
-            _put(program, owner, made[owner], source.path)
-    contents = source.contents()
-    made_of: dict[tuple[bool, Payload], Tensor] = {}  # tied ones are one
-    for there in source.stored:
-        key = there.kind == "parameter", there.payload
-        if key not in made_of:
-            made_of[key] = _tensor(there, contents[there.payload.member], source.path)
-        owner, attribute = split_name(there.name)
-        _put_tensor(program.get_submodule(owner), attribute, there, made_of[key], source.path)
+            called |= dict.fromkeys((node.number for node in layer.unused), None)
+    for owner in sorted(modules, key=lambda path: path.count(".")):
+        _register_module(program, owner, modules[owner], source.path)
+    _register_tensors(program, source)
     return called
 
 
-def _put(program: nn.Module, path: str, module: nn.Module, file: Path) -> None:
-    above: nn.Module = program
+def _register_tensors(program: nn.Module, source: ProgramDescription) -> None:
+    """Read the tensors from the file into the program's modules. Tied tensors become one."""
+    contents = source.read_members()
+    loaded: dict[tuple[bool, StoredArray], Tensor] = {}
+    for tensor in source.tensors:
+        key = tensor.kind == "parameter", tensor.data
+        if key not in loaded:
+            loaded[key] = _loaded(tensor, contents[tensor.data.member], source.path)
+        owner, attribute = split_name(tensor.name)
+        _register_tensor(program.get_submodule(owner), attribute, tensor, loaded[key], source.path)
+
+
+def _register_module(program: nn.Module, path: str, module: nn.Module, file: Path) -> None:
+    parent: nn.Module = program
     *parents, last = path.split(".")
-    if len(parents) > DEEPEST:
-        raise InputRefused(f"{file}: {path[:80]!r}... can be no module's name: it is {len(parents)} modules deep")
+    if len(parents) > MAX_DEPTH:
+        raise InputRefused(f"{file}: {path[:80]!r}... cannot be a module's name: it is {len(parents)} modules deep")
     for part in parents:
-        if part not in above._modules:
-            _add(above, part, nn.Module(), path, file)
-        above = above._modules[part]  # type: ignore[assignment]
-    _add(above, last, module, path, file)
+        if part not in parent._modules:
+            _add_module(parent, part, nn.Module(), path, file)
+        parent = parent._modules[part]  # type: ignore[assignment]
+    _add_module(parent, last, module, path, file)
 
 
-def _add(above: nn.Module, name: str, module: nn.Module, path: str, file: Path) -> None:
+def _add_module(parent: nn.Module, name: str, module: nn.Module, path: str, file: Path) -> None:
     try:
-        above.add_module(name, module)
+        parent.add_module(name, module)
     except (KeyError, TypeError) as error:  # empty, or an attribute that every module has
-        raise InputRefused(f"{file}: {path!r} can be no module's name") from error
+        raise InputRefused(f"{file}: {path!r} cannot be a module's name") from error
 
 
-def _tensor(there: Stored, content: bytearray, file: Path) -> Tensor:
-    payload = there.payload
-    dtype: torch.dtype = getattr(torch, payload.dtype)
+def _loaded(tensor: ProgramTensor, content: bytearray, file: Path) -> Tensor:
+    data = tensor.data
+    dtype: torch.dtype = getattr(torch, data.dtype)
     try:
         flat = torch.frombuffer(content, dtype=dtype) if content else torch.zeros(0, dtype=dtype)
-        tensor = flat.as_strided(payload.sizes, payload.strides, payload.offset)
+        value = flat.as_strided(data.sizes, data.strides, data.offset)
     except RuntimeError as error:  # sizes whose product PyTorch cannot count
-        raise InputRefused(f"{file}: {there.name} can be no tensor: {str(error).splitlines()[0]}") from error
-    is_parameter = there.kind == "parameter" and dtype.is_floating_point
-    return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        raise InputRefused(f"{file}: {tensor.name} cannot be a tensor: {str(error).splitlines()[0]}") from error
+    is_parameter = tensor.kind == "parameter" and dtype.is_floating_point
+    return nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
-def _put_tensor(owner: nn.Module, attribute: str, there: Stored, value: Tensor, file: Path) -> None:
+def _register_tensor(owner: nn.Module, attribute: str, tensor: ProgramTensor, value: Tensor, file: Path) -> None:
     owner._parameters.pop(attribute, None)
     try:
         if isinstance(value, nn.Parameter):
             owner.register_parameter(attribute, value)
         else:
-            owner.register_buffer(attribute, value, persistent=there.persistent and there.kind != "constant")
+            owner.register_buffer(attribute, value, persistent=tensor.persistent and tensor.kind != "constant")
     except (KeyError, TypeError) as error:
-        raise InputRefused(f"{file}: {there.name!r} can be no tensor's name") from error
+        raise InputRefused(f"{file}: {tensor.name!r} cannot be a tensor's name") from error
 
 
 class _Layer(NamedTuple):
-    """A module that is to hold some tensors."""
+    """A module for some tensors."""
 
     module: nn.Module
-    nodes: Sequence[Node] = ()  # in whose place it is called; without any its weight is read
-    spared: Sequence[Node] = ()  # that nobody reads then
+    nodes: Sequence[Node] = ()  # the nodes in whose place it is called; if none, its weight is read
+    unused: Sequence[Node] = ()  # the nodes whose results are not read then
 
 
-def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[Use]]) -> _Layer:
+def _layer(tensors: Mapping[str, ProgramTensor], uses: Mapping[str, Sequence[Use]]) -> _Layer:
     """The module that should hold these tensors, without them."""
     packed = _packed_attention(tensors)
     if packed is not None:
@@ -165,7 +184,7 @@ def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[Use]]) -> 
     weight = tensors.get("weight")
     if weight is None or weight.kind != "parameter":
         return _Layer(nn.Module())
-    readers, sizes, bias = uses.get(weight.value, []), weight.payload.sizes, tensors.get("bias")
+    readers, sizes, bias = uses.get(weight.value, []), weight.data.sizes, tensors.get("bias")
     kinds = {(operator_of(use.node), use.argument) for use in readers}
     nodes = [use.node for use in readers]
     with torch.device("meta"):
@@ -176,18 +195,18 @@ def _layer(tensors: Mapping[str, Stored], uses: Mapping[str, Sequence[Use]]) -> 
             return _embedding(tensors, nodes, sizes)
         if kinds and kinds <= {(name, "weight") for name in CONVOLVE}:
             return _convolution(nodes, sizes, bias)
-        if kinds and len(sizes) == 2 and all(_turns(use) for use in readers):
+        if kinds and len(sizes) == 2 and all(_transposes(use) for use in readers):
             layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
-            products = [use for node in nodes for name in _names(node) for use in uses.get(name, [])]
+            products = [use for node in nodes for name in _results(node) for use in uses.get(name, [])]
             if products and all(_is_linear(use, bias) for use in products):
-                return _Layer(layer, [use.node for use in products], spared=nodes)
+                return _Layer(layer, [use.node for use in products], unused=nodes)
             return _Layer(layer)
-    if kinds and len(sizes) == 2 and all(RIGHT.get(kind) == argument for kind, argument in kinds):
-        return _Layer(Turned())
+    if kinds and len(sizes) == 2 and all(RIGHT_FACTOR.get(kind) == argument for kind, argument in kinds):
+        return _Layer(InOutWeight())
     return _Layer(nn.Module())
 
 
-def _embedding(tensors: Mapping[str, Stored], nodes: Sequence[Node], sizes: Sequence[int]) -> _Layer:
+def _embedding(tensors: Mapping[str, ProgramTensor], nodes: Sequence[Node], sizes: Sequence[int]) -> _Layer:
     paddings = {argument_of(node, "padding_idx", -1) for node in nodes}
     padding = next(iter(paddings)) if len(paddings) == 1 else None
     known = isinstance(padding, int) and -1 <= padding < sizes[0] and set(tensors) == {"weight"}
@@ -195,35 +214,35 @@ def _embedding(tensors: Mapping[str, Stored], nodes: Sequence[Node], sizes: Sequ
     return _Layer(table, nodes if known else [])
 
 
-def _names(node: Node) -> list[str]:
+def _results(node: Node) -> list[str]:
     return [name for name in node.outputs if isinstance(name, str)]
 
 
-def _is_linear(use: Use, bias: Stored | None) -> bool:
+def _is_linear(use: Use, bias: ProgramTensor | None) -> bool:
     """Whether a product by a transposed weight is what a linear layer with this bias computes of a matrix."""
-    operator, given = operator_of(use.node), dict(use.node.inputs)
+    operator, arguments = operator_of(use.node), dict(use.node.inputs)
     if operator == "mm.default":
         return use.argument == "mat2" and bias is None
     if operator != "addmm.default" or use.argument != "mat2" or bias is None:
         return False
-    return given.get("self") == Value(bias.value) and not {"alpha", "beta"} & given.keys()
+    return arguments.get("self") == Value(bias.value) and not {"alpha", "beta"} & arguments.keys()
 
 
-def _packed_attention(tensors: Mapping[str, Stored]) -> nn.Module | None:
-    """An nn.MultiheadAttention's owner, whose weights are read and multiplied by function."""
+def _packed_attention(tensors: Mapping[str, ProgramTensor]) -> nn.Module | None:
+    """An nn.MultiheadAttention for a packed projection. It is never called: nodes multiply by its weights."""
     packed = tensors.get("in_proj_weight")
-    if packed is None or packed.kind != "parameter" or len(packed.payload.sizes) != 2:
+    if packed is None or packed.kind != "parameter" or len(packed.data.sizes) != 2:
         return None
-    width = packed.payload.sizes[1]
-    if packed.payload.sizes[0] != 3 * width or not width:
+    width = packed.data.sizes[1]
+    if packed.data.sizes[0] != 3 * width or not width:
         return None
     with torch.device("meta"):
         attention = nn.MultiheadAttention(width, 1, bias="in_proj_bias" in tensors)
-    attention._modules.clear()  # `out_proj` has tensors of its own in the file
+    attention._modules.clear()  # the file has the tensors of `out_proj` under names of their own
     return attention
 
 
-def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | None) -> _Layer:
+def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: ProgramTensor | None) -> _Layer:
     settings = {
         tuple(_setting(argument_of(node, name, default)) for name, default in CONVOLUTION_DEFAULTS) for node in nodes
     }
@@ -249,27 +268,28 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: Stored | Non
 
 
 def _setting(value: Any) -> Any:
-    """A convolution's setting, one number for all its dimensions or one each."""
+    """A convolution's setting: one number for all dimensions, or one for each."""
     if isinstance(value, list):
         return value[0] if len(value) == 1 else tuple(value)
     return value
 
 
 def argument_of(node: Node, name: str, default: Any) -> Any:
+    """The value of a node's argument, or the default where it has none of this name."""
     return next((value for spelled, value in node.inputs if spelled == name), default)
 
 
-def _has_bias(node: Node, bias: Stored | None) -> bool:
+def _has_bias(node: Node, bias: ProgramTensor | None) -> bool:
     """Whether a node adds the bias of the layer whose weight it reads, or none where there is none."""
     return bool(argument_of(node, "bias", None) == (None if bias is None else Value(bias.value)))
 
 
-def _turns(use: Use) -> bool:
-    """Whether a matrix is transposed: one that is multiplied as x Wᵀ lies (out, in)."""
-    operator, given = operator_of(use.node), dict(use.node.inputs)
-    if use.argument != "self" or operator not in TURNS:
+def _transposes(use: Use) -> bool:
+    """Whether a node transposes a matrix, which is then stored as (out, in)."""
+    operator, arguments = operator_of(use.node), dict(use.node.inputs)
+    if use.argument != "self" or operator not in TRANSPOSES:
         return False
     if operator == "permute.default":
-        return given.get("dims") in ([1, 0], [-1, -2])
-    axes = {given[name] for name in ("dim0", "dim1", "axis0", "axis1") if isinstance(given.get(name), int)}
+        return arguments.get("dims") in ([1, 0], [-1, -2])
+    axes = {arguments[name] for name in ("dim0", "dim1", "axis0", "axis1") if isinstance(arguments.get(name), int)}
     return axes in (set(), {0, 1}, {-2, -1})

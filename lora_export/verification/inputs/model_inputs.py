@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.models.model import Model, Sizes
-from lora_export.models.pt2.example_inputs import Limits
+from lora_export.models.model import Limits, Model, Sizes
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -75,7 +74,7 @@ def _read_inputs(path: Path, model: Model) -> Arrays:
         raise InputRefused(
             f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"
         )
-    dtypes = {name: value.numpy().dtype for name, value in model.examples().items()}
+    dtypes = {name: value.numpy().dtype for name, value in model.example_inputs().items()}
     halves = {name for name, dtype in dtypes.items() if dtype == np.float16 and arrays[name].dtype.kind == "f"}
     return {name: arrays[name].astype(dtypes[name]) if name in halves else arrays[name] for name in model.input_names}
 

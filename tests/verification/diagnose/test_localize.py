@@ -27,7 +27,7 @@ from lora_export.graph.insert.inputs import open_inputs
 from lora_export.graph.insert.nodes import branch
 from lora_export.graph.insert.rows import choose_by_row
 from lora_export.lora import Adapter, LoraPair
-from lora_export.models import export, load, model
+from lora_export.models import export, model
 from lora_export.models.model import Model, Sizes
 from lora_export.runtime import torch_runners
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -49,7 +49,7 @@ RANK, SCALE = 5, 3.0
 @pytest.fixture(autouse=True)
 def _one_case_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is looked for is in every case, and the modules are tiny."""
-    monkeypatch.setattr(load, "CHECKED", model.CHECKED[1:2])
+    monkeypatch.setattr(model, "CHECKED_SIZES", model.CHECKED_SIZES[1:2])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +71,7 @@ def bert() -> Model:
 
 @functools.cache
 def base_graph() -> ir.Model:
-    return export.to_onnx(bert().module, bert().examples(), axes=AXES["bert"])
+    return export.to_onnx(bert().module, bert().example_inputs(), axes=AXES["bert"])
 
 
 @functools.cache
@@ -581,7 +581,7 @@ def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
 
 
 def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
-    export.save_torchscript(export.to_torchscript(module, bert().examples()), folder / "script.pt", extra={})
+    export.save_torchscript(export.to_torchscript(module, bert().example_inputs()), folder / "script.pt", extra={})
     return ScriptRunner(folder / "script.pt", bert().input_names)
 
 

@@ -56,7 +56,7 @@ def wide() -> Model:
 
 @pytest.fixture(scope="module")
 def graph(wide: Model) -> ir.Model:
-    return to_onnx(wide.module, wide.examples(), axes=wide.axes)
+    return to_onnx(wide.module, wide.example_inputs(), axes=wide.axes)
 
 
 def beside(graph: ir.Model, adapter: Adapter, folder: Path) -> Path:
@@ -230,7 +230,7 @@ def test_requantised_merge_without_its_origin_is_undecided(wide: Model, graph: i
 def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
     module = copy.deepcopy(wide.module)
     layers.fold(module, plan.make([adapter], layers.specs(module)))
-    return exact(quantised(to_onnx(module, wide.examples(), axes=wide.axes)), 0)
+    return exact(quantised(to_onnx(module, wide.example_inputs(), axes=wide.axes)), 0)
 
 
 def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def dequantised(weight: NDArray[np.float32], *, axis: int) -> ir.Model:
 def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_path: Path) -> None:
     """It fuses a scale for each output, and then multiplies in int8. It does not fuse a scale for each input."""
     torch.manual_seed(0)
-    turned = factory.of_module(Turned(), {"x": torch.randn(3, 7, 40)})
+    turned = factory.from_module(Turned(), {"x": torch.randn(3, 7, 40)})
     path = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=axis), tmp_path)  # type: ignore[union-attr]
     runner = OnnxRunner(path)
     x = np.ones((2, 5, 40), np.float32)
@@ -343,7 +343,7 @@ def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_pa
 
 def test_transposed_parameter_is_merged_and_verified(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    turned = factory.of_module(Turned(), {"x": torch.randn(3, 7, 40)})
+    turned = factory.from_module(Turned(), {"x": torch.randn(3, 7, 40)})
     base = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=1), tmp_path)  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
 

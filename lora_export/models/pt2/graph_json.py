@@ -1,0 +1,149 @@
+"""A program's graph from its JSON: nodes and their arguments, each value made before it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import InputRefused
+from lora_export.models.pt2.json_fields import (
+    STRIDED,
+    boolean,
+    dtype_of,
+    integer,
+    json_list,
+    json_object,
+    real,
+    single_field,
+    string,
+)
+from lora_export.models.pt2.program_types import Argument, Graph, Node, TorchName, Value
+
+MEMORY_FORMATS = {1: "contiguous_format", 2: "channels_last", 3: "channels_last_3d", 4: "preserve_format"}
+# The kinds of arguments that also come as lists, under the same name with an s.
+LISTED = (
+    *("as_tensor", "as_int", "as_float", "as_bool", "as_string"),
+    *("as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"),
+)
+
+
+def read_graph(raw: dict[str, Any], path: Path) -> Graph:
+    """The graph of the program in the file `path`. Raises InputRefused for what is not supported."""
+    return _GraphReader(path).graph(raw, f"{path}: its graph")
+
+
+class _GraphReader:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def graph(self, raw: dict[str, Any], where: str) -> Graph:
+        """A graph. A graph inside another one reads only its own inputs, not the values around it."""
+        known: set[str] = set()
+        inputs = tuple(self._graph_input(each, where) for each in json_list(raw.get("inputs"), where))
+        for name in inputs:
+            self._define(name, known, where)
+        nodes = []
+        for number, each in enumerate(json_list(raw.get("nodes"), where)):
+            node = self._node(json_object(each, where), number, known)
+            for name in _output_names(node.outputs):
+                self._define(name, known, f"{self.path}: node {node.name}")
+            nodes.append(node)
+        outputs = tuple(self._argument(each, known, where) for each in json_list(raw.get("outputs"), where))
+        return Graph(inputs, tuple(nodes), outputs, raw.get("is_single_tensor_return") is True)
+
+    def _define(self, name: str | None, known: set[str], where: str) -> None:
+        if name in known:
+            raise InputRefused(f"{where}: {name} is made more than once")
+        if name is not None:
+            known.add(name)
+
+    def _graph_input(self, union: Any, where: str) -> str | None:
+        kind, value = single_field(union, where)
+        if kind == "as_tensor":
+            return string(json_object(value, where).get("name"), where)
+        if kind == "as_sym_int":
+            return string(json_object(value, where).get("as_name"), where)
+        if kind in ("as_none", "as_int", "as_float", "as_bool", "as_string"):
+            return None
+        raise InputRefused(f"{where} takes an input of the kind {kind!r}, which is not supported")
+
+    def _node(self, raw: dict[str, Any], number: int, known: set[str]) -> Node:
+        target = string(raw.get("target"), f"{self.path}: node {number}")
+        name = raw.get("name")
+        name = name if isinstance(name, str) and name.isidentifier() and len(name) < 200 else str(number)
+        where = f"{self.path}: node {name} ({target[:80]})"
+        inputs = []
+        for each in json_list(raw.get("inputs"), where):
+            fields = json_object(each, where)
+            value = self._argument(fields.get("arg"), known, where)
+            inputs.append(Argument(string(fields.get("name"), where), value))
+        named = [each.name for each in inputs if each.name]
+        if len(set(named)) != len(named):
+            raise InputRefused(f"{where} has an argument more than once")
+        outputs = tuple(self._result(output, where) for output in json_list(raw.get("outputs"), where))
+        return Node(target, number, name, tuple(inputs), outputs)
+
+    def _result(self, union: Any, where: str) -> Any:
+        kind, value = single_field(union, where)
+        if kind == "as_tensor":
+            return string(json_object(value, where).get("name"), where)
+        if kind == "as_tensors":
+            return [string(json_object(each, where).get("name"), where) for each in json_list(value, where)]
+        if kind in ("as_sym_int", "as_sym_bool", "as_sym_float"):
+            return string(json_object(value, where).get("as_name"), where)
+        if kind == "as_none":
+            return None
+        raise InputRefused(f"{where} makes a result of the kind {kind!r}, which is not supported")
+
+    def _argument(self, union: Any, known: set[str], where: str) -> Any:
+        kind, value = single_field(union, where)
+        readers: dict[str, Callable[[Any], Any]] = {
+            "as_none": lambda _: None,
+            "as_tensor": lambda each: self._value(json_object(each, where).get("name"), known, where),
+            "as_int": lambda each: integer(each, where),
+            "as_float": lambda each: real(each, where),
+            "as_bool": lambda each: boolean(each, where),
+            "as_string": lambda each: string(each, where),
+            "as_sym_int": lambda each: self._symbolic(each, known, where, integer),
+            "as_sym_float": lambda each: self._symbolic(each, known, where, real),
+            "as_sym_bool": lambda each: self._symbolic(each, known, where, boolean),
+            "as_optional_tensor": lambda each: self._argument(each, known, where),
+            "as_scalar_type": lambda each: TorchName("dtype", dtype_of(each, where)),
+            "as_memory_format": lambda each: TorchName("memory_format", self._memory_format(each, where)),
+            "as_layout": lambda each: TorchName("layout", self._layout(each, where)),
+            "as_device": lambda each: TorchName("device", string(json_object(each, where).get("type"), where)),
+            "as_graph": lambda each: self.graph(json_object(json_object(each, where).get("graph"), where), where),
+        }
+        if kind.endswith("s") and kind.removesuffix("s") in LISTED:
+            return [readers[kind.removesuffix("s")](each) for each in json_list(value, where)]
+        if kind not in readers:
+            raise InputRefused(f"{where} has an argument of the kind {kind!r}, which is not supported")
+        return readers[kind](value)
+
+    def _value(self, name: Any, known: set[str], where: str) -> Value:
+        if string(name, where) not in known:
+            raise InputRefused(f"{where} reads {name!r}, which nothing before it makes")
+        return Value(name)
+
+    def _symbolic(self, union: Any, known: set[str], where: str, number: Callable[[Any, str], Any]) -> Any:
+        kind, value = single_field(union, where)
+        return self._value(value, known, where) if kind == "as_name" else number(value, where)
+
+    def _memory_format(self, number: Any, where: str) -> str:
+        if integer(number, where) not in MEMORY_FORMATS:
+            raise InputRefused(f"{where}: {number} is no memory format of torch")
+        return MEMORY_FORMATS[number]
+
+    def _layout(self, number: Any, where: str) -> str:
+        if number != STRIDED:
+            raise InputRefused(f"{where}: only dense tensors are supported")
+        return "strided"
+
+
+def _output_names(outputs: Sequence[Any]) -> Iterator[str]:
+    for output in outputs:
+        if isinstance(output, str):
+            yield output
+        elif output is not None:
+            yield from output
