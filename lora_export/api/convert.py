@@ -45,24 +45,24 @@ def convert(
     """
     output, graph = Path(output), Path(graph)
     (loaded,) = load_adapters(adapter)
-    onnx_adapter.refuse_what_no_input_carries([loaded])
+    onnx_adapter.refuse_beyond_low_rank([loaded])
     model = load(graph)
     contract = contract_of(model, graph)
     try:
-        steps = plan.make([loaded], [place.spec for place in contract.places], strengths=[weight])
+        steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[weight])
     except MatchError as error:
         raise InputRefused(
-            f"{error}\n{graph} takes adapters at {len(contract.places)} layers. `lora-export onnx --lora inputs "
+            f"{error}\n{graph} takes adapters at {len(contract.slots)} layers. `lora-export onnx --lora inputs "
             "--target NAMES` makes a graph that takes them at others"
         ) from error
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
         on_message(f"note: {note}")
-    onnx_adapter.refuse_dora_without_a_place(contract, steps)
+    onnx_adapter.refuse_dora_without_factor(contract, steps)
     factors = factors_of(model, contract, steps, loaded.name)
-    parameters = onnx_adapter.parameters(contract, steps, loaded.name, factors)
+    parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
     inputs = [graph, *adapter_paths(adapter)]
     with atomic_output.stage_file(output, inputs=inputs, overwrite=overwrite, say=on_message) as folder:
         onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in parameters}
-    return ConvertResult(output, len(changed), len(contract.places), contract.base, notes)
+    return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)

@@ -212,7 +212,7 @@ def _compare_outputs(
 ) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
     """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
     from lora_export.api.publish import proof_without_figures, require_provider
-    from lora_export.formats.onnx_adapter import IDS
+    from lora_export.formats.onnx_adapter import ADAPTER_IDS
     from lora_export.runtime import open_artifact
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.verification.against_pytorch import prove, prove_rows
@@ -234,7 +234,7 @@ def _compare_outputs(
         runner = open_artifact.open_candidate(
             candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
         )
-        by_row = isinstance(runner, OnnxRunner) and IDS in runner.axes
+        by_row = isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes
         proof = (prove_rows if by_row else prove)(
             runner,  # type: ignore[arg-type]
             base,

@@ -81,7 +81,7 @@ class Judge(Protocol):
 def check(order: Order) -> None:
     """Raise InputRefused for adapters that no graph of this kind holds."""
     if order.mode in SWAPPED:
-        onnx_adapter.refuse_what_no_input_carries(order.adapters)
+        onnx_adapter.refuse_beyond_low_rank(order.adapters)
     if order.mode == "inputs":
         for adapter in order.adapters:
             adapter_file(adapter)
@@ -116,7 +116,7 @@ def write(program: ir.Model, order: Order, source: Source, folder: Path, file_na
     for adapter in order.adapters:
         assert steps is not None
         factors = factors_of(program, contract, steps, adapter.name)
-        given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
+        given = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / adapter_file(adapter), given, contract, sha256=adapter.sha256)
     return [*(adapter_file(adapter) for adapter in order.adapters), *_saved(program, folder, file_name, stage)]
 

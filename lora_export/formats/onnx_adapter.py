@@ -1,10 +1,11 @@
-"""onnxruntime's own adapter files, and the contract between such a file and a graph that takes it.
+"""onnxruntime's adapter files (`.onnx_adapter`), and the record of a graph's adapter inputs.
 
-A graph made for adapters has, at every place where one may stand, A (in, rank) and B (rank, out) as
-optional inputs, and where it was made for DoRA, the factor of each output. An `.onnx_adapter` is a
-FlatBuffer of tensors under those inputs' names (onnxruntime/lora/adapter_format/adapter_schema.fbs) and
-two whole numbers that onnxruntime never looks at. They are used here: `model_version` is the base's
-fingerprint, `adapter_version` the adapter's.
+A graph made with `--lora inputs` takes A (in, rank) and B (rank, out) of each layer as optional inputs. A graph made
+for DoRA also takes a factor for each output. An `.onnx_adapter` is a FlatBuffer of tensors under the names of those
+inputs (onnxruntime/lora/adapter_format/adapter_schema.fbs). It also holds two integers that onnxruntime does not
+read: here, `model_version` is the base's fingerprint, and `adapter_version` the adapter's.
+
+This is an output format: it is written for one graph, so it is not in the table of formats that can be loaded.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, TensorSpec
 from lora_export.storage import input_files, json_files
 
-KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
-ROWS = "lora_export.rows"  # of the adapters' names, in a graph's metadata where each row of a batch chooses its own
-IDS = "adapter_ids"  # such a graph's input
+CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
+ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `--lora rows`
+ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
 SUFFIX = ".onnx_adapter"
 LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and padding included
-SHOWN = 20  # misfits that an error lists
+MOST_LISTED = 20  # problems that one message lists
 # ONNX's numbers of the types that a weight may have
 ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
 
@@ -43,24 +44,24 @@ NO_ARRAYS: Arrays = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place in a graph where an adapter may stand.
+class AdapterSlot:
+    """The optional inputs of a graph that take an adapter for one weight.
 
-    A linear layer takes A (in, rank) and B (rank, out), an embedding the same, `in` being its number of rows,
-    and a convolution A (rank, in, kernel) and B (out, rank, 1...). The scale lies in B.
+    A linear layer takes A (in, rank) and B (rank, out). An embedding takes the same; `in` is its number of rows.
+    A convolution takes A (rank, in, kernel) and B (out, rank, 1...). B contains the scale.
     """
 
-    weight: str  # the base's name for the weight beside which it stands
-    a: str  # the graph's input
-    b: str
+    weight: str  # the base's name of the weight
+    a: str  # name of the graph's input for A
+    b: str  # name of the graph's input for B
     shape: tuple[int, ...]  # (out, in, kernel) of the weight
     dtype: str
     digest: str  # of the weight's contents
-    factor: str = ""  # the graph's input (out, 1...) for DoRA's m / ‖W + sBA‖; empty where it has none
+    factor: str = ""  # name of the graph's input (out, 1...) for DoRA's m / ‖W + sBA‖; empty without such an input
     embedding: bool = False
     value: str = ""  # the graph's initializer that holds the weight
-    block: tuple[int, int] | None = None  # which of its output features, where others lie beside them
-    quantised: str = ""  # how it is, in words; empty where it is not
+    block: tuple[int, int] | None = None  # the weight's output features, where the initializer holds others too
+    quantised: str = ""  # how the weight is quantised, in words; empty where it is not
 
     @property
     def spec(self) -> TensorSpec:
@@ -68,8 +69,8 @@ class Place:
         return TensorSpec(self.weight, shape, self.dtype, Layout.EMBEDDING if self.embedding else Layout.OUT_IN)
 
     @property
-    def takes(self) -> dict[str, tuple[int | None, ...]]:
-        """What shape each of its inputs has; the rank's size is None."""
+    def input_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """The shape of each input, by its name. The size of the rank is None."""
         out, inner, *kernel = self.shape
         ones = (1,) * len(kernel)
         shapes: dict[str, tuple[int | None, ...]]
@@ -78,64 +79,64 @@ class Place:
             shapes = {self.a: (inner, None), self.b: (None, out)}
         return shapes | ({self.factor: (out, *ones)} if self.factor else {})
 
-    def bare(self) -> dict[str, NDArray[Any]]:
-        """What each of its inputs holds where there is no adapter: A and B of rank zero, and a factor of ones.
+    def without_adapter(self) -> dict[str, NDArray[Any]]:
+        """Return each input's value when there is no adapter: A and B of rank zero, and a factor of ones.
 
-        A convolution's have one rank of zeros: over no channels at all, onnxruntime's leaves what it returns unset.
+        A convolution's A and B have one rank of zeros: onnxruntime's convolution over no channels does not set its
+        output.
         """
         rank = 1 if len(self.shape) > 2 else 0
-        sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.takes.items()}
+        sizes = {name: [rank if size is None else size for size in shape] for name, shape in self.input_shapes.items()}
         return {name: (np.ones if name == self.factor else np.zeros)(size, self.dtype) for name, size in sizes.items()}
 
-    def ranks_of(self, name: str) -> int:
+    def rank_axis(self, name: str) -> int:
         """The axis of an input that is the rank."""
-        return self.takes[name].index(None)
+        return self.input_shapes[name].index(None)
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Where a graph takes adapters, and which base it holds."""
+    """The adapter inputs of a graph, and the base that the graph holds."""
 
     base: str  # fingerprint of all the base's weights, as hex
     names: str  # a hash of their names alone
-    places: tuple[Place, ...]
+    slots: tuple[AdapterSlot, ...]
 
     @property
     def version(self) -> int:
-        """31 bits of the fingerprint, which is what an adapter's file has room for."""
+        """The first 31 bits of the fingerprint: an adapter's file holds no more."""
         return _31_bits(self.base)
 
     @property
-    def inputs(self) -> dict[str, Place]:
-        return {name: place for place in self.places for name in place.takes}
+    def inputs(self) -> dict[str, AdapterSlot]:
+        """The slot of each input, by the input's name."""
+        return {name: slot for slot in self.slots for name in slot.input_shapes}
 
     def __str__(self) -> str:
-        """As it stands in a graph's metadata."""
-        defaults = {one.name: one.default for one in fields(Place)}
-        places = [
-            {key: value for key, value in asdict(place).items() if value != defaults[key]} for place in self.places
-        ]
-        return json.dumps({"base": self.base, "names": self.names, "places": places})
+        """The JSON that a graph's metadata holds."""
+        defaults = {one.name: one.default for one in fields(AdapterSlot)}
+        records = [{key: value for key, value in asdict(slot).items() if value != defaults[key]} for slot in self.slots]
+        return json.dumps({"base": self.base, "names": self.names, "places": records})
 
 
 def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
-    """The contract in a graph's metadata. Raises InputRefused where there is none, or it is damaged."""
-    if KEY not in metadata:
+    """Read the contract in a graph's metadata. Raises InputRefused where there is none, or where it is damaged."""
+    if CONTRACT_KEY not in metadata:
         raise InputRefused(
-            f"{source} does not say where it takes adapters: it was not made by `lora-export onnx --lora inputs`, or "
-            f"has lost its metadata ({KEY})"
+            f"{source} does not record where it takes adapters: it was not made by `lora-export onnx --lora inputs`, "
+            f"or it has lost its metadata ({CONTRACT_KEY})"
         )
-    record = json_files.parse_json(metadata[KEY].encode(), f"{source}, {KEY}")
+    record = json_files.parse_json(metadata[CONTRACT_KEY].encode(), f"{source}, {CONTRACT_KEY}")
     try:
-        places = tuple(_place(entry) for entry in record["places"])
-        contract = Contract(str(record["base"]), str(record["names"]), places)
+        slots = tuple(_slot(entry) for entry in record["places"])
+        contract = Contract(str(record["base"]), str(record["names"]), slots)
         _31_bits(contract.base)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputRefused(f"{source}: its record of the places for adapters ({KEY}) is damaged: {error!r}") from error
+        raise InputRefused(f"{source}: its record of adapter inputs ({CONTRACT_KEY}) is damaged: {error!r}") from error
     return contract
 
 
-def _place(entry: Mapping[str, Any]) -> Place:
+def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
     shape = tuple(map(operator.index, entry["shape"]))
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"a weight of shape {shape}")
@@ -145,88 +146,89 @@ def _place(entry: Mapping[str, Any]) -> Place:
     if "block" in entry:
         start, stop = map(operator.index, entry["block"])
         block = start, stop
-    return Place(shape=shape, embedding=bool(entry.get("embedding")), block=block, **texts)
+    return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, **texts)
 
 
 def _31_bits(fingerprint: str) -> int:
     return int(fingerprint[:8], 16) & 0x7FFFFFFF
 
 
-# --- an adapter as such a file holds it ---------------------------------------------------------
+def _listed(problems: Sequence[str]) -> str:
+    """The first problems, one a line, and the number of the others."""
+    more = [f"  and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
+    return "\n".join([*(one_line(f"  {problem}") for problem in problems[:MOST_LISTED]), *more])
 
 
-def refuse_what_no_input_carries(adapters: Sequence[Adapter]) -> None:
-    """Raise InputRefused for adapters that hold more than low-rank pairs, naming what."""
-    told = []
+# --- the values of a graph's adapter inputs -----------------------------------------------------
+
+
+def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
+    """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold."""
+    problems = []
     for adapter in adapters:
-        bad = [f"{name}: a whole tensor" for name in adapter.replaced]
-        bad += [f"{name}: a change of a bias" for name in adapter.biases]
-        bad += [f"{name}: rows of tokens" for name in adapter.token_rows]
-        told += [one_line(f"  {adapter.name}, {line}") for line in bad]
-    if told:
-        more = [f"  and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
+        found = [f"{name}: a whole tensor" for name in adapter.replaced]
+        found += [f"{name}: a change of a bias" for name in adapter.biases]
+        found += [f"{name}: rows of tokens" for name in adapter.token_rows]
+        problems += [f"{adapter.name}, {line}" for line in found]
+    if problems:
         raise InputRefused(
-            "low-rank pairs can be swapped while a graph runs; these cannot:\n"
-            + "\n".join([*told[:SHOWN], *more])
-            + "\nMerge such an adapter into a graph of its own (--lora merged). Nothing was written."
+            f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{_listed(problems)}\n"
+            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written."
         )
 
 
-def refuse_dora_without_a_place(contract: Contract, plan: Plan) -> None:
-    """Raise InputRefused, with every such weight, where an adapter has DoRA and the graph no input for its factor."""
-    with_factor = {place.weight for place in contract.places if place.factor}
+def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
+    """Raise InputRefused where an adapter has DoRA and the graph has no input for its factor. Lists every weight."""
+    with_factor = {slot.weight for slot in contract.slots if slot.factor}
     lacking = [
-        one_line(f"  {term.adapter}, {step.weight}")
+        f"{term.adapter}, {step.weight}"
         for step in plan.low_rank
         for term in step.terms
         if term.pair.magnitude is not None and step.weight not in with_factor
     ]
     if lacking:
-        more = [f"  and {len(lacking) - SHOWN} more"] if len(lacking) > SHOWN else []
         raise InputRefused(
-            "the graph has no input for DoRA's factor at these weights:\n"
-            + "\n".join([*lacking[:SHOWN], *more])
-            + "\nA graph has one where an adapter with DoRA was given when it was made, or `onnx --lora inputs --dora` "
-            "was said. Nothing was written."
+            f"the graph has no input for DoRA's factor at these weights:\n{_listed(lacking)}\n"
+            "Make the graph with an adapter that has DoRA, or with `onnx --lora inputs --dora`. Nothing was written."
         )
 
 
-def parameters(contract: Contract, plan: Plan, adapter: str, factors: Arrays = NO_ARRAYS) -> dict[str, NDArray[Any]]:
-    """What one adapter of a plan gives to the graph's inputs: A, and B times its scale, and DoRA's factors.
+def input_values(contract: Contract, plan: Plan, adapter: str, factors: Arrays = NO_ARRAYS) -> dict[str, NDArray[Any]]:
+    """Return the values of the graph's inputs for one adapter of a plan: A, B times its scale, and DoRA's factors.
 
-    Two pairs of one adapter that land on one weight stand side by side in the rank. `factors` are, by weight,
-    what `graph.dora` made of the adapter's magnitudes; where an adapter has none, it gives ones. Raises
+    Two pairs of one adapter that change one weight are concatenated along the rank. `factors` holds, by weight,
+    what `graph.insert.dora` computed from the adapter's magnitudes; a pair without a magnitude gets ones. Raises
     InputRefused where the graph's dtype cannot hold a value, and for DoRA where the graph does not take it.
     """
-    refuse_dora_without_a_place(contract, plan)
-    by_weight = {place.weight: place for place in contract.places}
-    given: dict[str, NDArray[Any]] = {}
+    refuse_dora_without_factor(contract, plan)
+    slots = {slot.weight: slot for slot in contract.slots}
+    values: dict[str, NDArray[Any]] = {}
     for step in plan.low_rank:
         own = step.for_adapter(adapter)
         if own is None:
             continue
-        place = by_weight[step.weight]
-        sides: dict[str, NDArray[Any]] = {
-            name: np.concatenate(arrays, axis=place.ranks_of(name))
-            for name, *arrays in zip((place.a, place.b), *(term.factors for term in own.terms), strict=True)
+        slot = slots[step.weight]
+        arrays: dict[str, NDArray[Any]] = {
+            name: np.concatenate(parts, axis=slot.rank_axis(name))
+            for name, *parts in zip((slot.a, slot.b), *(term.factors for term in own.terms), strict=True)
         }
-        if place.factor:
-            sides[place.factor] = place.bare()[place.factor] if own.magnitude is None else factors[step.weight]
-        for name, array in sides.items():
-            given[name] = stored(f"{adapter}, {step.weight}", name, array, place.dtype)
-    return given
+        if slot.factor:
+            arrays[slot.factor] = slot.without_adapter()[slot.factor] if own.magnitude is None else factors[step.weight]
+        for name, array in arrays.items():
+            values[name] = cast_factor(f"{adapter}, {step.weight}", name, array, slot.dtype)
+    return values
 
 
-def stored(what: str, name: str, array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """A factor in the graph's dtype. Raises InputRefused where that cannot hold a value."""
-    kind = np.dtype(dtype)
-    with np.errstate(over="ignore"):  # looked for below
-        cast = np.ascontiguousarray(array.astype(kind))
+def cast_factor(what: str, name: str, array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Cast a factor to the graph's dtype. Raises InputRefused where the dtype cannot hold a value."""
+    target = np.dtype(dtype)
+    with np.errstate(over="ignore"):  # infinities are counted below
+        cast = np.ascontiguousarray(array.astype(target))
     bad = cast.size - np.count_nonzero(np.isfinite(cast))
     if bad:
         raise InputRefused(
             f"{what}: {bad} values of {name} would not be finite: the largest {dtype} is "
-            f"{float(ml_dtypes.finfo(kind).max):g}. Look at the adapter's scale"
+            f"{float(ml_dtypes.finfo(target).max):g}. Check the adapter's scale"
         )
     return cast
 
@@ -238,27 +240,27 @@ def stored(what: str, name: str, array: NDArray[Any], dtype: str) -> NDArray[Any
 class OnnxAdapter:
     """An adapter file in memory."""
 
-    values: Mapping[str, Any]  # input -> OrtValue; its memory is the file's
+    values: Mapping[str, Any]  # OrtValue by input; its memory is the file's
     model_version: int
     adapter_version: int
     file: Any = field(repr=False)  # onnxruntime's AdapterFormat, which owns that memory
 
 
-def write(path: Path, given: Arrays, contract: Contract, *, sha256: str) -> None:
-    """Write one adapter into a folder that is the caller's to publish.
+def write(path: Path, values: Arrays, contract: Contract, *, sha256: str) -> None:
+    """Write one adapter's file into a folder that the caller publishes.
 
-    `given` is what `parameters` made; `sha256` is the adapter's own. Raises OutputFailed where the file
-    cannot be written, InputRefused for 2 GiB and more.
+    `values` is what `input_values` returned; `sha256` is the adapter's. Raises OutputFailed where the file cannot be
+    written, and InputRefused for 2 GiB and more.
     """
-    size = sum(array.nbytes for array in given.values())
+    size = sum(array.nbytes for array in values.values())
     if size > LIMIT:
         raise InputRefused(f"the adapter has {size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")
-    ort = onnxruntime()
-    values = {name: _ort_value(ort, array) for name, array in given.items()}
+    ort = import_onnxruntime()
     file = ort.AdapterFormat()
+    ort_values = {name: _ort_value(ort, array) for name, array in values.items()}
     file.set_adapter_version(_31_bits(sha256 or "0"))
     file.set_model_version(contract.version)
-    file.set_parameters(values)
+    file.set_parameters(ort_values)
     try:
         file.export_adapter(str(path))
     except (RuntimeError, UnicodeError) as error:
@@ -266,26 +268,24 @@ def write(path: Path, given: Arrays, contract: Contract, *, sha256: str) -> None
 
 
 def read(path: Path) -> OnnxAdapter:
-    """Read an adapter file whole. Raises InputRefused for anything else."""
+    """Read a whole adapter file. Raises InputRefused for a file that is not one, or is damaged."""
     input_files.must_be_regular(path)
     try:
-        file = onnxruntime().AdapterFormat.read_adapter(str(path))
+        file = import_onnxruntime().AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
         versions = file.get_model_version(), file.get_adapter_version()
     except (RuntimeError, UnicodeError) as error:
-        raise InputRefused(f"{path} is no adapter in onnxruntime's format, or a damaged one") from error
+        raise InputRefused(f"{path} is not an adapter in onnxruntime's format, or it is damaged") from error
     return OnnxAdapter(values, *versions, file=file)
 
 
 def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | str, graph: Path | str) -> None:
-    """Raise InputRefused, with every misfit, where an adapter's file is not one for this graph."""
+    """Raise InputRefused where an adapter's file does not fit this graph. The message lists every misfit."""
     misfits = list(_misfits(adapter, contract))
     if misfits:
-        more = [f"  and {len(misfits) - SHOWN} more"] if len(misfits) > SHOWN else []
-        lines = [one_line(f"  {misfit}") for misfit in misfits[:SHOWN]]
         raise InputRefused(
-            f"{source} is no adapter for {graph}:\n" + "\n".join([*lines, *more]) + "\n`lora-export convert --for "
-            "MODEL.onnx` makes one out of the adapter that was trained"
+            f"{source} does not fit {graph}:\n{_listed(misfits)}\n"
+            "Make one that does from the trained adapter: `lora-export convert --for MODEL.onnx`"
         )
 
 
@@ -297,32 +297,32 @@ def _misfits(adapter: OnnxAdapter, contract: Contract) -> Iterator[str]:
     for name in adapter.values:
         if name not in contract.inputs:
             yield f"{name}: the graph has no such input for an adapter"
-    for place in contract.places:
-        there = {name: adapter.values[name] for name in place.takes if name in adapter.values}
-        for name in place.takes:
-            if there and name not in there:
-                yield f"{name}: missing, though {next(iter(there))} is there"
-        for name, value in there.items():
-            if value.element_type() != ONNX_TYPES[place.dtype]:
-                yield f"{name}: {value.data_type()}, the graph takes {place.dtype}"
-        if len(there) == len(place.takes):
-            yield from _shape_misfits(place, {name: list(value.shape()) for name, value in there.items()})
+    for slot in contract.slots:
+        values = {name: adapter.values[name] for name in slot.input_shapes if name in adapter.values}
+        for name in slot.input_shapes:
+            if values and name not in values:
+                yield f"{name}: missing, though {next(iter(values))} is present"
+        for name, value in values.items():
+            if value.element_type() != ONNX_TYPES[slot.dtype]:
+                yield f"{name}: {value.data_type()}, the graph takes {slot.dtype}"
+        if len(values) == len(slot.input_shapes):
+            yield from _shape_misfits(slot, {name: list(value.shape()) for name, value in values.items()})
 
 
-def _shape_misfits(place: Place, shapes: Mapping[str, list[int]]) -> Iterator[str]:
+def _shape_misfits(slot: AdapterSlot, shapes: Mapping[str, list[int]]) -> Iterator[str]:
     for name, shape in shapes.items():
-        wanted = place.takes[name]
+        wanted = slot.input_shapes[name]
         if len(shape) != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, shape, strict=True)):
             sizes = ["rank" if size is None else str(size) for size in wanted]
             yield f"{name}: {shape}, the graph takes [{', '.join(sizes)}]"
             return
-    a, b = (shapes[name][place.ranks_of(name)] for name in (place.a, place.b))
+    a, b = (shapes[name][slot.rank_axis(name)] for name in (slot.a, slot.b))
     if a != b:
-        yield f"{place.a} {shapes[place.a]} and {place.b} {shapes[place.b]}: the ranks disagree"
+        yield f"{slot.a} {shapes[slot.a]} and {slot.b} {shapes[slot.b]}: the ranks disagree"
 
 
 def as_array(value: Any) -> NDArray[Any]:
-    """The contents of an OrtValue on the CPU; bfloat16 too, which onnxruntime does not turn into an array."""
+    """Return the contents of an OrtValue on the CPU, bfloat16 included, which onnxruntime's `numpy()` refuses."""
     if value.element_type() != ONNX_TYPES["bfloat16"]:
         array: NDArray[Any] = value.numpy()
         return array
@@ -340,8 +340,8 @@ def _ort_value(ort: Any, array: NDArray[Any]) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def onnxruntime() -> Any:
-    """The package, when it is needed. Raises EnvironmentLacking where it cannot be imported."""
+def import_onnxruntime() -> Any:
+    """Import onnxruntime when it is first needed. Raises EnvironmentLacking where it cannot be imported."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

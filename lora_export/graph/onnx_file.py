@@ -57,7 +57,7 @@ class GraphFile:
     @property
     def takes_adapters(self) -> bool:
         """Whether adapters are its inputs, or are chosen by them."""
-        return not {onnx_adapter.KEY, onnx_adapter.ROWS}.isdisjoint(self.model.metadata_props)
+        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self.model.metadata_props)
 
     def changed(self) -> list[Path]:
         """The files that are not what they were when they were opened."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lora_export import __version__
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import onnxruntime
+from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.runtime.environment import PROVIDERS
 from lora_export.runtime.runner import Arrays, Placement
 from lora_export.storage.json_files import parse_json
@@ -64,7 +64,7 @@ class OnnxRunner:
         folder: Path = Path(),
         as_shipped: bool = False,
     ):
-        ort = onnxruntime()
+        ort = import_onnxruntime()
         asked = PROVIDERS[provider]
         if provider == "cuda" and hasattr(ort, "preload_dlls"):
             with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find, and stdout is for answers
@@ -130,7 +130,7 @@ class OnnxRunner:
     @property
     def adapters_by_row(self) -> list[str] | None:
         """The names of the adapters that rows may choose from, from id 1 on; None where the graph does not say."""
-        told = self.session.get_modelmeta().custom_metadata_map.get(onnx_adapter.ROWS)
+        told = self.session.get_modelmeta().custom_metadata_map.get(onnx_adapter.ROW_ADAPTERS_KEY)
         names = None if told is None else parse_json(told.encode(), str(self.path)).get("adapters", [])
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
@@ -138,7 +138,7 @@ class OnnxRunner:
     def takes_adapters(self) -> bool:
         """Whether the graph says that it was made to: as inputs, or row by row."""
         metadata = self.session.get_modelmeta().custom_metadata_map
-        return not {onnx_adapter.KEY, onnx_adapter.ROWS}.isdisjoint(metadata)
+        return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(metadata)
 
     @property
     def has_adapter(self) -> bool:
@@ -150,10 +150,10 @@ class OnnxRunner:
         Raises InputRefused where the file is none, or does not fit what the graph says it takes.
         """
         metadata = self.session.get_modelmeta().custom_metadata_map
-        if onnx_adapter.KEY in metadata:
+        if onnx_adapter.CONTRACT_KEY in metadata:
             contract = onnx_adapter.read_contract(metadata, self.path)
             onnx_adapter.refuse_misfits(onnx_adapter.read(path), contract, source=path, graph=self.path)
-        ort = onnxruntime()
+        ort = import_onnxruntime()
         adapter, options = ort.LoraAdapter(), ort.RunOptions()
         try:
             adapter.Load(str(path))
@@ -170,11 +170,11 @@ class OnnxRunner:
 
         The batch is the first dimension of the first input. Raises InputRefused for another kind of graph.
         """
-        if onnx_adapter.IDS not in self.axes and self._ids is None:
-            raise InputRefused(f"{self.path} has no input {onnx_adapter.IDS}: it was not made with --lora rows")
+        if onnx_adapter.ADAPTER_IDS not in self.axes and self._ids is None:
+            raise InputRefused(f"{self.path} has no input {onnx_adapter.ADAPTER_IDS}: it was not made with --lora rows")
         runner = copy.copy(self)
         runner._ids = np.array(ids, np.int64)
-        runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.IDS}
+        runner.axes = {name: sizes for name, sizes in self.axes.items() if name != onnx_adapter.ADAPTER_IDS}
         return runner
 
     def executed(self, run: Callable[[OnnxRunner], object]) -> frozenset[tuple[str, str]]:
@@ -182,7 +182,7 @@ class OnnxRunner:
 
         The placement is told before onnxruntime's last fusions, this is after them. Loads the graph once more.
         """
-        ort, (asked, options) = onnxruntime(), (self.placement.requested_provider, self.placement.options)
+        ort, (asked, options) = import_onnxruntime(), (self.placement.requested_provider, self.placement.options)
         with tempfile.TemporaryDirectory() as folder:
             runner = copy.copy(self)
             runner.session = _session(ort, self.source, (asked, options), profile=Path(folder, "profile"))
@@ -204,7 +204,7 @@ class OnnxRunner:
             raise RuntimeRefused("; ".join(told))
         names = [value.name for value in self.session.get_outputs()] if names is None else list(names)
         if self._ids is not None:
-            inputs = {**inputs, onnx_adapter.IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
+            inputs = {**inputs, onnx_adapter.ADAPTER_IDS: np.resize(self._ids, len(next(iter(inputs.values()))))}
         try:
             return dict(zip(names, self.session.run(names, inputs, self._active[1]), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
@@ -248,7 +248,7 @@ def environment() -> dict[str, Any]:
         "lora_export": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "onnxruntime": onnxruntime().__version__,
+        "onnxruntime": import_onnxruntime().__version__,
         "numpy": np.__version__,
         "tf32": False,  # CUDA_OPTIONS, and PyTorch's runner, see to that
     }

@@ -6,7 +6,7 @@ import mmap
 from pathlib import Path
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import IDS
+from lora_export.formats.onnx_adapter import ADAPTER_IDS
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
@@ -34,7 +34,7 @@ def open_candidate(
     if path.suffix == ".onnx":
         runner = OnnxRunner(path, provider)
         runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
-        if adapter_id is None and IDS in runner.axes:
+        if adapter_id is None and ADAPTER_IDS in runner.axes:
             return runner  # for whoever says which rows have which
         return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
     if path.is_dir():

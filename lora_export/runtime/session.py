@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import ONNX_TYPES, Contract, Place, as_array, onnxruntime
+from lora_export.formats.onnx_adapter import ONNX_TYPES, AdapterSlot, Contract, as_array, import_onnxruntime
 from lora_export.runtime.environment import PROVIDERS
 
 TENSOR_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"} | {
@@ -61,7 +61,9 @@ class Session:
         self.session = _session(self.model, provider, options)
         contract = onnx_adapter.read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
         self.contract = _as_it_is(contract, self.session, self.model)
-        self._bare = {name: _owned(array) for place in self.contract.places for name, array in place.bare().items()}
+        self._bare = {
+            name: _owned(array) for place in self.contract.slots for name, array in place.without_adapter().items()
+        }
         self._loaded: dict[str, Values] = {}
         for name, path in adapters.items():
             self.load(name, path)
@@ -92,24 +94,24 @@ class Session:
         if not parts or not all(np.isfinite(strength) for _, strength in parts):
             raise InputRefused(f"a mix needs adapters and finite strengths, not {dict(strengths)}")
         mixed: dict[str, Any] = {}
-        for place in self.contract.places:
+        for place in self.contract.slots:
             there = [(values, strength) for values, strength in parts if place.a in values]
             if there:
                 self._refuse_dora(name, place, there)
                 mixed |= {key: self._placed(array) for key, array in self._side_by_side(name, place, there).items()}
         self._loaded[name] = mixed
 
-    def _side_by_side(self, name: str, place: Place, there: Sequence[tuple[Values, np.float32]]) -> Arrays:
+    def _side_by_side(self, name: str, place: AdapterSlot, there: Sequence[tuple[Values, np.float32]]) -> Arrays:
         """What a mix gives to one place's inputs."""
-        a = np.concatenate([as_array(values[place.a]) for values, _ in there], axis=place.ranks_of(place.a))
+        a = np.concatenate([as_array(values[place.a]) for values, _ in there], axis=place.rank_axis(place.a))
         b = np.concatenate(
             [as_array(values[place.b]).astype(np.float32) * strength for values, strength in there],
-            axis=place.ranks_of(place.b),
+            axis=place.rank_axis(place.b),
         )
-        given = {place.a: a, place.b: onnx_adapter.stored(f"{name}, {place.weight}", place.b, b, place.dtype)}
-        return given | {key: as_array(there[0][0][key]) for key in place.takes if key == place.factor}
+        given = {place.a: a, place.b: onnx_adapter.cast_factor(f"{name}, {place.weight}", place.b, b, place.dtype)}
+        return given | {key: as_array(there[0][0][key]) for key in place.input_shapes if key == place.factor}
 
-    def _refuse_dora(self, name: str, place: Place, there: Sequence[tuple[Values, np.float32]]) -> None:
+    def _refuse_dora(self, name: str, place: AdapterSlot, there: Sequence[tuple[Values, np.float32]]) -> None:
         """DoRA's factor holds for one W + sBA: for no other strength, and for no sum."""
         as_it_is = len(there) == 1 and there[0][1] == 1
         if place.factor and not as_it_is and any((as_array(values[place.factor]) != 1).any() for values, _ in there):
@@ -143,7 +145,7 @@ class Session:
         missing = [needed.name for needed in self.session.get_inputs() if needed.name not in {*feeds, *self._bare}]
         if missing:
             raise InputRefused(f"{self.model} needs {', '.join(missing)} too")
-        ort = onnxruntime()
+        ort = import_onnxruntime()
         values = {
             name: value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(value))
             for name, value in feeds.items()
@@ -189,13 +191,13 @@ class Session:
     def _placed(self, array: NDArray[Any]) -> Any:
         """The array where this session runs."""
         if self.provider == "cuda" and ONNX_TYPES[str(array.dtype)] != ONNX_TYPES["bfloat16"]:
-            return onnxruntime().OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+            return import_onnxruntime().OrtValue.ortvalue_from_numpy(array, "cuda", 0)
         return _owned(array)
 
 
 def _owned(array: NDArray[Any]) -> Any:
     """A copy in memory that is the OrtValue's own: a binding keeps the value, but would not keep an array."""
-    value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(array.shape, ONNX_TYPES[str(array.dtype)], "cpu")
+    value = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(array.shape, ONNX_TYPES[str(array.dtype)], "cpu")
     if array.size:
         array = np.ascontiguousarray(array)
         ctypes.memmove(value.data_ptr(), array.ctypes.data, array.nbytes)
@@ -203,7 +205,7 @@ def _owned(array: NDArray[Any]) -> Any:
 
 
 def _session(model: Path, provider: str, options: Any) -> Any:
-    ort = onnxruntime()
+    ort = import_onnxruntime()
     if provider not in PROVIDERS:
         raise InputRefused(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
     asked = PROVIDERS[provider]
@@ -235,14 +237,14 @@ def _as_it_is(contract: Contract, session: Any, model: Path) -> Contract:
     if gone:
         raise InputRefused(f"{model} has lost {len(gone)} of its inputs for adapters, the first of them {gone[0]}")
     shapes = {value.name: value.shape for value in session.get_overridable_initializers()}
-    for place in contract.places:
-        for name, sizes in place.takes.items():
+    for place in contract.slots:
+        for name, sizes in place.input_shapes.items():
             if len(shapes[name]) != len(sizes) or any(
                 size not in (None, there) for size, there in zip(sizes, shapes[name], strict=True)
             ):
                 raise InputRefused(f"{model}: its record says {list(place.shape)} of {place.weight}, {name} is another")
-    places: Iterator[Place] = (replace(place, dtype=TENSOR_TYPES[optional[place.a]]) for place in contract.places)
-    return replace(contract, places=tuple(places))
+    places: Iterator[AdapterSlot] = (replace(place, dtype=TENSOR_TYPES[optional[place.a]]) for place in contract.slots)
+    return replace(contract, slots=tuple(places))
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / way).mkdir()
         if way == "inputs":
             contract = open_inputs(model, sites, [step.weight for step in steps.steps])
-            given = onnx_adapter.parameters(contract, steps, adapter.name)
+            given = onnx_adapter.input_values(contract, steps, adapter.name)
             for each in named:
                 onnx_adapter.write(folder / way / f"{each.name}.onnx_adapter", given, contract, sha256=each.sha256)
         else:
@@ -203,7 +203,7 @@ def built(place: Path) -> Path:
         steps = plan.make([adapter], sites.specs)
         if way == "inputs":
             contract = open_inputs(model, sites, [step.weight for step in steps.steps], names="genai")
-            given = onnx_adapter.parameters(contract, steps, adapter.name)
+            given = onnx_adapter.input_values(contract, steps, adapter.name)
             onnx_adapter.write(folder / way / "a.onnx_adapter", given, contract, sha256=adapter.sha256)
         else:
             {"merged": fold, "nodes": branch}[way](model, sites, steps)

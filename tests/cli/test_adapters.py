@@ -80,7 +80,7 @@ def test_every_target_of_every_adapter_and_of_target_has_its_place(place: Path) 
     contract = onnx_adapter.read_contract(
         OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, ""
     )
-    assert [re.sub(r"(\.in_proj_|\.)weight$", "", there.weight) for there in contract.places] == [
+    assert [re.sub(r"(\.in_proj_|\.)weight$", "", there.weight) for there in contract.slots] == [
         *(PACKED, OUT, "encoder.layers.0.linear1"),
         *("encoder.layers.1.linear1", "encoder.layers.1.linear2", "head"),
     ]
@@ -118,7 +118,7 @@ def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
     assert (code, told["proof"]["outcome"], told["bits_of_base"], told["adapters"]) == (0, "same", True, {})
     assert [path.name for path in tmp_path.iterdir()] == ["empty.onnx"]
     contract = onnx_adapter.read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
-    assert len(contract.places) == 9 and contract.places[0].a == f"base_model.model.{PACKED}.lora_A.weight"
+    assert len(contract.slots) == 9 and contract.slots[0].a == f"base_model.model.{PACKED}.lora_A.weight"
     # The base is the same one, whatever the places and names.
     other = onnx_adapter.read_contract(OnnxRunner(place / "graph.onnx").session.get_modelmeta().custom_metadata_map, "")
     assert contract.base == other.base
@@ -127,12 +127,12 @@ def test_no_adapter_but_targets_make_a_graph_for_adapters_to_come(
 def test_an_adapter_that_was_written_wrongly_is_never_published(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = onnx_adapter.parameters
+    right = onnx_adapter.input_values
 
     def scaled(*arguments: Any) -> dict[str, Any]:
         return {name: array * 1.05 if "lora_B" in name else array for name, array in right(*arguments).items()}
 
-    monkeypatch.setattr(onnx_adapter, "parameters", scaled)
+    monkeypatch.setattr(onnx_adapter, "input_values", scaled)
     assert call("onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs") == 4
     told = capsys.readouterr().err
     assert told.splitlines()[0].startswith("Error: fr: different")
@@ -279,7 +279,7 @@ def test_a_graph_that_is_not_made_for_it_is_refused(
 ) -> None:
     words = ("convert", place / "fr", "--to", "onnx_adapter", "-o", tmp_path / "x", "--for")
     assert call(*words, place / "base.onnx") == 3
-    assert "does not say where it takes adapters" in capsys.readouterr().err
+    assert "does not record where it takes adapters" in capsys.readouterr().err
     assert call(*words, place / "missing.onnx") == 3
     graph = onnx.load(place / "graph.onnx")
     weight = next(value for value in graph.graph.initializer if value.name == "conv.bias")

@@ -145,7 +145,7 @@ def test_adapters_as_inputs_of_a_graph_are_what_pytorch_computes(
     for name in ("fr", "de"):
         assert_is_pytorchs(runner.with_adapter(tmp_path / f"{name}.onnx_adapter"), place / name)
     contract = onnx_adapter.read_contract(runner.session.get_modelmeta().custom_metadata_map, "")
-    assert {place.weight.removesuffix(".weight") for place in contract.places} == {*TARGETS, f"{LAYER}.output.dense"}
+    assert {place.weight.removesuffix(".weight") for place in contract.slots} == {*TARGETS, f"{LAYER}.output.dense"}
     # Next week's adapter, and a graph that has places for adapters already.
     later = an_adapter_in(tmp_path / "it", seed=7)
     assert call("convert", later, "--to", "onnx_adapter", "--for", out, "-o", tmp_path / "it.onnx_adapter") == 0
@@ -500,12 +500,12 @@ def test_a_wrong_weave_is_different_and_never_published(
 def test_a_wrong_adapter_file_is_different_and_never_published(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = onnx_adapter.parameters
+    right = onnx_adapter.input_values
 
     def scaled(*arguments: Any) -> dict[str, Any]:
         return {name: array * 1.05 if "lora_B" in name else array for name, array in right(*arguments).items()}
 
-    monkeypatch.setattr(onnx_adapter, "parameters", scaled)
+    monkeypatch.setattr(onnx_adapter, "input_values", scaled)
     words = ("onnx", place / "base.onnx", "-a", place / "fr", "--lora", "inputs", "-o", tmp_path / "out.onnx")
     assert call(*words) == 4
     assert capsys.readouterr().err.splitlines()[0].startswith("Error: fr: different")
@@ -537,8 +537,8 @@ def test_all_linear_is_every_linear_layer_but_the_head(
     assert (code, told["proof"]["outcome"], told["adapters"]) == (0, "same", {})
     contract = onnx_adapter.read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
     linear = {site.name for site in sites.find(onnx_file.load(place / "base.onnx")).linear}
-    assert linear - {place.weight for place in contract.places} == {"classifier.weight"}
-    assert len(contract.places) == 7
+    assert linear - {place.weight for place in contract.slots} == {"classifier.weight"}
+    assert len(contract.slots) == 7
 
 
 # --- names ---

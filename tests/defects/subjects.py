@@ -348,7 +348,7 @@ class Column:
         if self.mode == "inputs" and made_of.pairs:
             contract = onnx_adapter.read_contract(program.metadata_props, "")
             steps = plan.make([made_of], sites.find(_exported(self.subject)).specs)
-            given = onnx_adapter.parameters(contract, steps, made_of.name)
+            given = onnx_adapter.input_values(contract, steps, made_of.name)
             onnx_adapter.write(place / "it.onnx_adapter", given, contract, sha256=made_of.sha256)
             return runner.with_adapter(place / "it.onnx_adapter")
         return runner

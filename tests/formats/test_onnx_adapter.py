@@ -1,4 +1,4 @@
-"""onnxruntime's adapter files: what is in them, and what is refused before anything runs."""
+"""onnxruntime's adapter files: their contents, and what is refused before anything runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import pytest
 
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract, Place
+from lora_export.formats.onnx_adapter import AdapterSlot, Contract
 from support.onnx_adapters import shortened
 
 A, B = np.float32([[1, 2], [0, 1], [5, 0]]), np.float32([[1, 2, 3, 4], [0, 0, 1, 0]])
-PLACES = Place("m.weight", "a", "b", (4, 3), "float32", ""), Place("n.weight", "c", "d", (4, 3), "float32", "")
-CONTRACT = Contract("ffffffff00", "00", PLACES)
+SLOTS = tuple(
+    AdapterSlot(weight, a, b, (4, 3), "float32", "")
+    for weight, a, b in [("m.weight", "a", "b"), ("n.weight", "c", "d")]
+)
+CONTRACT = Contract("ffffffff00", "00", SLOTS)
 
 
 def a_file(path: Path, values: dict[str, Any], *, base: str = CONTRACT.base) -> Path:
@@ -26,7 +29,7 @@ def a_file(path: Path, values: dict[str, Any], *, base: str = CONTRACT.base) -> 
     return path
 
 
-def test_what_is_written_is_onnxruntimes_own_and_carries_both_fingerprints(tmp_path: Path) -> None:
+def test_onnxruntime_reads_the_written_file_with_both_fingerprints(tmp_path: Path) -> None:
     file = onnxruntime.AdapterFormat.read_adapter(str(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})))
     values = file.get_parameters()
     assert {name: value.numpy().tolist() for name, value in values.items()} == {"a": A.tolist(), "b": B.tolist()}
@@ -39,26 +42,26 @@ def test_what_is_written_is_onnxruntimes_own_and_carries_both_fingerprints(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_dtype_comes_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
+def test_every_dtype_reads_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
     array = np.random.default_rng(0).standard_normal((3, 2)).astype(dtype)
-    there = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": array, "empty": array[:, :0]}))
-    values = {name: onnx_adapter.as_array(value) for name, value in there.values.items()}
+    adapter = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": array, "empty": array[:, :0]}))
+    values = {name: onnx_adapter.as_array(value) for name, value in adapter.values.items()}
     assert values["a"].dtype == array.dtype and values["a"].tobytes() == array.tobytes()
     assert values["empty"].shape == (3, 0)
 
 
-def test_an_adapter_that_fits_is_taken_even_where_it_stands_at_one_place_only(tmp_path: Path) -> None:
-    there = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B}))
-    assert set(there.values) == {"a", "b"} and len(CONTRACT.places) > 1
-    onnx_adapter.refuse_misfits(there, CONTRACT, source="x", graph="g")  # raises for any misfit
+def test_an_adapter_for_some_of_the_slots_is_accepted(tmp_path: Path) -> None:
+    adapter = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B}))
+    assert set(adapter.values) == {"a", "b"} and len(CONTRACT.slots) > 1
+    onnx_adapter.refuse_misfits(adapter, CONTRACT, source="x", graph="g")  # raises for any misfit
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "misfit"),
     [
         ({"a": A, "b": B, "e": A}, "e: the graph has no such input for an adapter"),
-        ({"a": A}, "b: missing, though a is there"),
-        ({"b": B, "c": A, "d": B}, "a: missing, though b is there"),
+        ({"a": A}, "b: missing, though a is present"),
+        ({"b": B, "c": A, "d": B}, "a: missing, though b is present"),
         ({"a": A, "b": B.astype(np.float16)}, "b: tensor(float16), the graph takes float32"),
         ({"a": A.astype(ml_dtypes.bfloat16), "b": B}, "a: tensor(bfloat16), the graph takes float32"),
         ({"a": A, "b": B[:1]}, "a [3, 2] and b [1, 4]: the ranks disagree"),
@@ -68,43 +71,45 @@ def test_an_adapter_that_fits_is_taken_even_where_it_stands_at_one_place_only(tm
         ({}, "it is empty"),
     ],
 )
-def test_a_partial_or_foreign_adapter_is_refused(tmp_path: Path, values: dict[str, Any], told: str) -> None:
-    there = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", values))
+def test_a_partial_or_foreign_adapter_is_refused(tmp_path: Path, values: dict[str, Any], misfit: str) -> None:
+    adapter = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", values))
     with pytest.raises(InputRefused) as refusal:
-        onnx_adapter.refuse_misfits(there, CONTRACT, source="x.onnx_adapter", graph="g.onnx")
-    assert f"\n  {told}\n" in str(refusal.value)
-    assert str(refusal.value).startswith("x.onnx_adapter is no adapter for g.onnx:\n")
+        onnx_adapter.refuse_misfits(adapter, CONTRACT, source="x.onnx_adapter", graph="g.onnx")
+    assert f"\n  {misfit}\n" in str(refusal.value)
+    assert str(refusal.value).startswith("x.onnx_adapter does not fit g.onnx:\n")
 
 
-def test_all_misfits_are_told_at_once_the_base_first(tmp_path: Path) -> None:
-    there = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": A, "z": A}, base="0000000100"))
+def test_all_misfits_are_listed_at_once_the_base_first(tmp_path: Path) -> None:
+    adapter = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": A, "z": A}, base="0000000100"))
     with pytest.raises(InputRefused) as refusal:
-        onnx_adapter.refuse_misfits(there, CONTRACT, source="x", graph="g")
+        onnx_adapter.refuse_misfits(adapter, CONTRACT, source="x", graph="g")
     assert str(refusal.value).splitlines()[1:-1] == [
         "  it was made for another base (fingerprint 1, the graph has 2147483647)",
         "  z: the graph has no such input for an adapter",
-        "  b: missing, though a is there",
+        "  b: missing, though a is present",
     ]
 
 
-def lying(data: bytes) -> bytes:
-    """Claims 3000 rows where there are 3."""
+def with_false_sizes(data: bytes) -> bytes:
+    """Claim 3000 rows for a tensor of 3."""
     dims = np.int64([3, 2]).tobytes()
     assert data.count(dims) == 1
     return data.replace(dims, np.int64([3000, 2]).tobytes())
 
 
-@pytest.mark.parametrize("harm", [shortened, lying, lambda data: b"", lambda data: b"TORT" * 9, lambda data: data[8:]])
-def test_a_damaged_file_is_refused(tmp_path: Path, harm: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    "damage", [shortened, with_false_sizes, lambda data: b"", lambda data: b"TORT" * 9, lambda data: data[8:]]
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})
-    path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(InputRefused, match=r"x.onnx_adapter is no adapter in onnxruntime's format"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputRefused, match=r"x.onnx_adapter is not an adapter in onnxruntime's format, or it is dam"):
         onnx_adapter.read(path)
     with pytest.raises(InputRefused, match="missing"):
         onnx_adapter.read(tmp_path / "missing")
 
 
-def test_a_disk_that_did_not_take_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputFailed, match="could not be written"):
         a_file(tmp_path / "no" / "folder", {"a": A})
     with pytest.raises(OutputFailed, match="could not be written"):

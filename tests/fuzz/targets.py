@@ -456,7 +456,7 @@ g (float[N, 3] x, float[3, r] "fc.lora_A.weight", float[r, 2] "fc.lora_B.weight"
 
 def open_graph_of(contract: bytes) -> bytes:
     model = onnx.parser.parse_model(OPEN)
-    model.metadata_props.add(key=onnx_adapter.KEY, value=contract.decode("utf-8", "replace"))
+    model.metadata_props.add(key=onnx_adapter.CONTRACT_KEY, value=contract.decode("utf-8", "replace"))
     return model.SerializeToString()
 
 
@@ -520,7 +520,7 @@ def the_session() -> Session:
 def good_onnx_adapter() -> bytes:
     with a_place() as place:
         path = place / "a.onnx_adapter"
-        known = onnx_adapter.read_contract({onnx_adapter.KEY: good_contract().decode()}, "a graph")
+        known = onnx_adapter.read_contract({onnx_adapter.CONTRACT_KEY: good_contract().decode()}, "a graph")
         given = {PLACE["a"]: np.ascontiguousarray(A.T), PLACE["b"]: np.ascontiguousarray(B.T)}
         onnx_adapter.write(path, given, known, sha256="7" * 64)  # type: ignore[arg-type]
         return path.read_bytes()

@@ -80,7 +80,7 @@ def answers(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]
         weights = [step.weight for step in steps.steps]
         contract = open_inputs(model, found, weights, dora=[step.weight for step in steps.steps if step.has_dora])
         assert run(model, x=X)["y"].tobytes() == off.tobytes()
-        fed = onnx_adapter.parameters(contract, steps, "default", factors_of(model, contract, steps, "default"))
+        fed = onnx_adapter.input_values(contract, steps, "default", factors_of(model, contract, steps, "default"))
     return off, run(model, x=X, **fed)["y"]
 
 

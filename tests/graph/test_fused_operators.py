@@ -93,11 +93,13 @@ def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(p
     assert OnnxRunner(path).run({"x": TOKENS})["y"].tobytes() == base.tobytes()
     for pairs in (PAIRS, OTHERS):
         adapter = an_adapter(pairs, sha256="1")
-        steps = plan.make([adapter], [place.spec for place in contract.places])
-        given = onnx_adapter.parameters(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+        steps = plan.make([adapter], [place.spec for place in contract.slots])
+        given = onnx_adapter.input_values(
+            contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name)
+        )
         onnx_adapter.write(tmp_path / "a.onnx_adapter", given, contract, sha256="1")
         assert_is(OnnxRunner(path).with_adapter(tmp_path / "a.onnx_adapter").run({"x": TOKENS}), weights, pairs)
-    assert contract_of(onnx_file.load(path), path).places == contract.places
+    assert contract_of(onnx_file.load(path), path).slots == contract.slots
     other = onnx_file.load(path)
     other.graph.initializers["w"].const_value = ir.Tensor(stored(other, "w") + np.float32(1), name="w")
     with pytest.raises(InputRefused, match=r"q.weight: holds other numbers"):
@@ -168,5 +170,5 @@ def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
 
 
 def parameters(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
-    steps = plan.make([adapter], [place.spec for place in contract.places])
-    return onnx_adapter.parameters(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+    steps = plan.make([adapter], [place.spec for place in contract.slots])
+    return onnx_adapter.input_values(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))

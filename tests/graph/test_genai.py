@@ -204,7 +204,7 @@ def swapped(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Pa
     steps = plan.make([adapter], found.specs)
     contract = inputs.open_inputs(model, found, [step.weight for step in steps.steps], names="genai")
     path = folder / "pirate.onnx_adapter"
-    onnx_adapter.write(path, onnx_adapter.parameters(contract, steps, adapter.name), contract, sha256=adapter.sha256)
+    onnx_adapter.write(path, onnx_adapter.input_values(contract, steps, adapter.name), contract, sha256=adapter.sha256)
     return path
 
 

@@ -60,7 +60,7 @@ class Woven:
                 contract = onnx_adapter.read_contract(graph.metadata_props, "")
                 names = [adapter.name for adapter in adapters]
                 self.given = [
-                    onnx_adapter.parameters(contract, steps, name, factors_of(graph, contract, steps, name))
+                    onnx_adapter.input_values(contract, steps, name, factors_of(graph, contract, steps, name))
                     for name in names
                 ]
         for graph in self.graphs.values():

@@ -86,7 +86,7 @@ def put_into(model: ir.Model, mode: str) -> Arrays:
     found, steps = planned(model, adapter)
     if mode == "inputs":
         contract = inputs.open_inputs(model, found, ["m.weight"])
-        return onnx_adapter.parameters(contract, steps, adapter.name)
+        return onnx_adapter.input_values(contract, steps, adapter.name)
     if mode == "rows":
         rows.choose_by_row(model, found, steps, batch="N")
         return {"adapter_ids": np.ones(len(X), np.int64)}

@@ -168,7 +168,7 @@ def test_a_partial_adapter_is_refused_and_what_was_loaded_stays(session: Session
     # A alone, on a graph with a fixed rank, would be the base without an error.
     only_a = {"m.lora_A.weight": ONE["m.lora_A.weight"]}
     onnx_adapter.write(tmp_path / "half", only_a, session.contract, sha256="1")
-    with pytest.raises(InputRefused, match=r"m.lora_B.weight: missing, though m.lora_A.weight is there"):
+    with pytest.raises(InputRefused, match=r"m.lora_B.weight: missing, though m.lora_A.weight is present"):
         session.load("one", tmp_path / "half")
     assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
 
@@ -224,7 +224,7 @@ def test_bfloat16_is_written_and_read_and_where_onnxruntime_has_no_kernel_it_say
 
 def test_a_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
     onnx_file.save(a_graph(BODY.format(dtype="float")), tmp_path, "plain.onnx")
-    with pytest.raises(InputRefused, match="does not say where it takes adapters"):
+    with pytest.raises(InputRefused, match="does not record where it takes adapters"):
         Session(tmp_path / "plain.onnx")
     (tmp_path / "noise.onnx").write_bytes(b"noise")
     with pytest.raises(RuntimeRefused, match="onnxruntime refused"):
@@ -245,9 +245,9 @@ def test_a_record_of_other_sizes_than_the_graphs_is_refused_before_anything_so_l
 ) -> None:
     path = files_of(tmp_path)
     graph = onnx_file.load(path)
-    record = graph.metadata_props[onnx_adapter.KEY]
+    record = graph.metadata_props[onnx_adapter.CONTRACT_KEY]
     assert '"shape": [2, 3]' in record
-    graph.metadata_props[onnx_adapter.KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
+    graph.metadata_props[onnx_adapter.CONTRACT_KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
     onnx_file.save(graph, tmp_path, "lying.onnx")
     with pytest.raises(InputRefused, match=rf"lying.onnx: its record says \[{size}, 3\] of m.weight"):
         Session(tmp_path / "lying.onnx")
@@ -359,7 +359,7 @@ def files_of(folder: Path, **adapters: Mapping[str, LoraPair]) -> Path:
     for adapter in given:
         steps = plan.make([adapter], found.specs)
         factors = factors_of(graph, contract, steps, adapter.name)
-        arrays = onnx_adapter.parameters(contract, steps, adapter.name, factors)
+        arrays = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / f"{adapter.name}.onnx_adapter", arrays, contract, sha256="1")
     onnx_file.save(graph, folder, "model.onnx")
     return folder / "model.onnx"
@@ -412,7 +412,7 @@ def test_an_adapter_without_one_of_its_factors_is_partial(tmp_path: Path) -> Non
     onnx_adapter.write(tmp_path / "x", given, session.contract, sha256="1")
     with pytest.raises(InputRefused) as refusal:
         session.load("x", tmp_path / "x")
-    assert "m.lora_magnitude_vector.weight: missing, though m.lora_A.weight is there" in str(refusal.value)
+    assert "m.lora_magnitude_vector.weight: missing, though m.lora_A.weight is present" in str(refusal.value)
     assert "c.lora_magnitude_vector.weight: [3], the graph takes [3, 1]" in str(refusal.value)
     assert session.adapters == ("every",)
 
@@ -452,7 +452,7 @@ def test_an_adapter_for_one_of_two_blocks_and_for_four_bits(tmp_path: Path) -> N
     found = sites.find(graph, open_checkpoint(checkpoint))
     k = an_adapter({"k": LoraPair(a=rng.normal(size=(2, 32)), b=rng.normal(size=(4, 2)), scale=1.0)})
     contract, steps = open_inputs(graph, found, list(found.by_name)), plan.make([k], found.specs)
-    onnx_adapter.write(tmp_path / "k", onnx_adapter.parameters(contract, steps, k.name), contract, sha256="1")
+    onnx_adapter.write(tmp_path / "k", onnx_adapter.input_values(contract, steps, k.name), contract, sha256="1")
     onnx_file.save(graph, tmp_path, "model.onnx")
     session, x = Session(tmp_path / "model.onnx", {"k": tmp_path / "k"}), rng.normal(size=(5, 32)).astype(np.float32)
     off, on = session.run({"x": x})["y"], session.run({"x": x}, adapter="k")["y"]

@@ -102,7 +102,7 @@ def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Mo
     runner = OnnxRunner(tmp_path / "inputs.onnx")
     for adapter in TWO:
         factors = factors_of(graph, contract, steps, adapter.name)
-        given = onnx_adapter.parameters(contract, steps, adapter.name, factors)
+        given = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(tmp_path / adapter.name, given, contract, sha256="1")
         with_it = with_cache(runner.with_adapter(tmp_path / adapter.name))
         answer = with_it.run(FEEDS)["logits"]
@@ -210,7 +210,7 @@ def test_an_exported_decoder_takes_one_adapter_after_the_other(tmp_path: Path, f
         contract = open_inputs(graph, found, weights, dora=weights)
         names = [adapter.name for adapter in two]
         factors = {name: factors_of(graph, contract, steps, name) for name in names}
-        given.append({name: onnx_adapter.parameters(contract, steps, name, factors[name]) for name in names})
+        given.append({name: onnx_adapter.input_values(contract, steps, name, factors[name]) for name in names})
     ids = np.random.default_rng(1).integers(0, 50, (3, 9))
     for adapter in two:
         # One adapter's file serves both graphs.

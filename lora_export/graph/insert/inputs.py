@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, one_line
-from lora_export.formats.onnx_adapter import KEY, Contract, Place, read_contract
+from lora_export.formats.onnx_adapter import CONTRACT_KEY, AdapterSlot, Contract, read_contract
 from lora_export.graph.insert.dora import length_factors
 from lora_export.graph.insert.inserter import Factor, Inserter, module_of
 from lora_export.graph.readers import common_dtype, readers
@@ -59,7 +59,7 @@ NAMES: Mapping[str, Callable[[str, str, bool], str]] = {
 def open_inputs(
     model: ir.Model, sites: Sites, weights: Iterable[str], *, names: str = "olive", dora: Iterable[str] = ()
 ) -> Contract:
-    """Give these weights' layers A and B as optional inputs, in memory; see `Place` for their shapes.
+    """Give these weights' layers A and B as optional inputs, in memory; see `AdapterSlot` for their shapes.
 
     Each is an input and an initializer of one name. The initializer's rank is 0 (a convolution's is one
     of zeros), so that without an adapter the layer gains zeros and the graph computes what it did; each
@@ -74,7 +74,7 @@ def open_inputs(
     """
     if model.ir_version < LOWEST_IR:
         raise InputRefused(f"the graph is in IR version {model.ir_version}, which knows no optional inputs: convert it")
-    if KEY in model.metadata_props:
+    if CONTRACT_KEY in model.metadata_props:
         raise InputRefused("the graph takes adapters already: start from the graph that does not")
     digests, with_factor = _digests(sites), set(dora)
     inserter, places = Inserter(model), []
@@ -88,7 +88,7 @@ def open_inputs(
         places.append(place)
     inserter.finish()
     contract = Contract(_hash(digests.items()), _hash(_spoken(sites)), tuple(places))
-    model.metadata_props[KEY] = str(contract)
+    model.metadata_props[CONTRACT_KEY] = str(contract)
     return contract
 
 
@@ -100,9 +100,9 @@ def _place(
     *,
     embedding: bool,
     dora: bool,
-) -> Place:
+) -> AdapterSlot:
     site, module = there[0], module_of(weight)
-    return Place(
+    return AdapterSlot(
         weight,
         a=name(module, "lora_A", embedding),
         b=name(module, "lora_B", embedding),
@@ -117,15 +117,15 @@ def _place(
     )
 
 
-def _opened(inserter: Inserter, place: Place) -> list[Factor]:
+def _opened(inserter: Inserter, place: AdapterSlot) -> list[Factor]:
     """A place's inputs: A, B, and the factor where it takes one."""
     module = module_of(place.weight)
     # Its own symbol: onnxruntime lets tensors of equal symbols share memory.
     rank = _dotted(module, "lora_r")
     opened = []
-    for part, (name, array) in zip(("lora_A", "lora_B", FACTOR), place.bare().items(), strict=False):
+    for part, (name, array) in zip(("lora_A", "lora_B", FACTOR), place.without_adapter().items(), strict=False):
         factor = inserter.factor(module, part, array, name=name)
-        factor.value.shape = ir.Shape([rank if size is None else size for size in place.takes[name]])
+        factor.value.shape = ir.Shape([rank if size is None else size for size in place.input_shapes[name]])
         inserter.model.graph.inputs.append(factor.value)
         opened.append(factor)
     return opened
@@ -204,18 +204,18 @@ def contract_of(model: ir.Model, source: Path) -> Contract:
     sites = _base(model, contract)
     digests, kinds = _digests(sites), {name: _kind(_main(there)) for name, there in sites.by_name.items()}
     problems: list[str] = []
-    places: list[Place] = []
-    for place in contract.places:
-        values = {name: inputs[name] for name in place.takes if name in inputs}
-        problems += [f"{name}: no optional input of that name" for name in place.takes if name not in inputs]
-        problems += _changed(place, values) if len(values) == len(place.takes) else []
+    places: list[AdapterSlot] = []
+    for place in contract.slots:
+        values = {name: inputs[name] for name in place.input_shapes if name in inputs}
+        problems += [f"{name}: no optional input of that name" for name in place.input_shapes if name not in inputs]
+        problems += _changed(place, values) if len(values) == len(place.input_shapes) else []
         dtype = values[place.a].dtype if place.a in values else None
         now = place if dtype is None else replace(place, dtype=str(dtype.numpy()))
         places.append(now)
         alike = now.dtype == place.dtype and kinds.get(place.weight, place.quantised) == place.quantised
         if alike and digests.get(place.weight, place.digest) != place.digest:
             problems.append(f"{place.weight}: holds other numbers than when the graph was given its inputs")
-    same_dtype = all(now.dtype == place.dtype for now, place in zip(places, contract.places, strict=True))
+    same_dtype = all(now.dtype == place.dtype for now, place in zip(places, contract.slots, strict=True))
     same_names = _hash(_spoken(sites)) == contract.names
     if not problems and same_dtype and same_names and _hash(digests.items()) != contract.base:
         problems.append("weights beside which no adapter stands hold other numbers than when it was given its inputs")
@@ -225,7 +225,7 @@ def contract_of(model: ir.Model, source: Path) -> Contract:
             f"{source} is not the graph any more that it says it is:\n"
             + "\n".join([*(one_line(f"  {problem}") for problem in problems[:SHOWN]), *more])
         )
-    return replace(contract, places=tuple(places))
+    return replace(contract, slots=tuple(places))
 
 
 def _base(model: ir.Model, contract: Contract) -> Sites:
@@ -234,7 +234,7 @@ def _base(model: ir.Model, contract: Contract) -> Sites:
     by_name = {name: there for name, there in found.by_name.items() if name not in contract.inputs}
     values = {value.name: value for graph in model.graphs() for value in graph.initializers.values()}
     values |= {output.name: output for node in model.graph for output in node.outputs if node.op_type == "Constant"}
-    for place in contract.places:
+    for place in contract.slots:
         if place.weight not in by_name and place.value in values:
             block = None if place.block is None else range(*place.block)
             there = readers(values[place.value], model.functions)
@@ -243,7 +243,7 @@ def _base(model: ir.Model, contract: Contract) -> Sites:
     return replace(found, by_name=by_name)
 
 
-def _is_there(site: Site, place: Place, block: range | None) -> bool:
+def _is_there(site: Site, place: AdapterSlot, block: range | None) -> bool:
     if place.embedding or len(place.shape) > 2 or not site.is_linear:
         return site.layout is place.spec.layout and site.whole == place.spec.shape
     shape = site.whole[::-1] if site.layout is Layout.IN_OUT else site.whole
@@ -251,12 +251,12 @@ def _is_there(site: Site, place: Place, block: range | None) -> bool:
     return (out, *shape[1:]) == place.shape
 
 
-def _changed(place: Place, values: Mapping[str, ir.Value]) -> list[str]:
+def _changed(place: AdapterSlot, values: Mapping[str, ir.Value]) -> list[str]:
     weight, first = " x ".join(map(str, place.shape)), values[place.a]
     problems = []
     for name, value in values.items():
         sizes = list(value.shape or ())
-        wanted = place.takes[name]
+        wanted = place.input_shapes[name]
         pairs = list(zip(wanted, sizes, strict=False))
         if len(sizes) != len(wanted) or any(size is not None and size != there for size, there in pairs):
             problems.append(f"{name}: has the shape {value.shape}, its weight is {weight}")

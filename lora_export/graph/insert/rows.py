@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.errors import InputRefused, one_line
-from lora_export.formats.onnx_adapter import IDS, ROWS, refuse_what_no_input_carries, stored
+from lora_export.formats.onnx_adapter import ADAPTER_IDS, ROW_ADAPTERS_KEY, cast_factor, refuse_beyond_low_rank
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.insert.dora import length_factors
 from lora_export.graph.insert.inserter import NONE, Attributes, Branch, Factor, Inserter, Rescaling, module_of
@@ -63,10 +63,12 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
     """
     if model.opset_imports.get("", 0) < LOWEST_OPSET:
         raise InputRefused(f"the graph is of opset {model.opset_imports.get('', 0)}; rows need {LOWEST_OPSET}")
-    refuse_what_no_input_carries(plan.adapters)
+    refuse_beyond_low_rank(plan.adapters)
     inserter = Inserter(model)
-    if IDS in inserter.values:
-        raise InputRefused(f"the graph has an input or value {IDS} already: start from the graph without adapters")
+    if ADAPTER_IDS in inserter.values:
+        raise InputRefused(
+            f"the graph has an input or value {ADAPTER_IDS} already: start from the graph without adapters"
+        )
     there = {
         step.weight: inserter.places(step.weight, sites, embedding=step.terms[0].pair.embedding)
         for step in plan.low_rank
@@ -93,7 +95,7 @@ def choose_by_row(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "ba
                 way = partial(chooser.branch, site, layout, a, b)
             inserter.put_beside(site, way, rescaling)
     inserter.finish()
-    model.metadata_props[ROWS] = json.dumps({"adapters": names})
+    model.metadata_props[ROW_ADAPTERS_KEY] = json.dumps({"adapters": names})
 
 
 def _leader(model: ir.Model, batch: str, layers: Sequence[Site]) -> tuple[ir.Value, str]:
@@ -170,7 +172,7 @@ class _Stacks:
 
     def _factor(self, side: str, array: NDArray[Any]) -> Factor:
         return self.inserter.factor(
-            module_of(self.step.weight), side, stored(self.step.weight, side, array, self.dtype)
+            module_of(self.step.weight), side, cast_factor(self.step.weight, side, array, self.dtype)
         )
 
 
@@ -308,9 +310,9 @@ class _Chooser:
         self.masks: dict[int, ir.Value] = {}
         self.dense: dict[ir.Value, ir.Value] = {}
         graph = inserter.model.graph
-        ids = ir.Value(name=IDS, shape=ir.Shape([self.batch]), type=ir.TensorType(ir.DataType.INT64))
+        ids = ir.Value(name=ADAPTER_IDS, shape=ir.Shape([self.batch]), type=ir.TensorType(ir.DataType.INT64))
         graph.inputs.append(ids)
-        nodes = _Nodes(inserter, f"/{IDS}")
+        nodes = _Nodes(inserter, f"/{ADAPTER_IDS}")
         self.count = nodes.add("Shape", [leader], [1], ir.DataType.INT64, start=0, end=1)
         # Gather counts negative ids from the end; one that is too large it refuses.
         negative = nodes.add("Less", [ids, self._constant(0)], [self.batch], ir.DataType.BOOL)
@@ -451,7 +453,7 @@ class _Chooser:
         """Whether all adapters' products are cheaper for this x: once for all layers that read it."""
         if x in self.dense:
             return self.dense[x]
-        made, features, reader = _Nodes(self.inserter, f"/{IDS}"), _features(x), x.producer()
+        made, features, reader = _Nodes(self.inserter, f"/{ADAPTER_IDS}"), _features(x), x.producer()
         rows = made.add("Mul", [self.count, self._constant(COPIED * features)], [1])
         most = made.add("Sub", [rows, self._constant(READ * self.adapters * features)], [1])
         size = made.add("Size", [x], [], ir.DataType.INT64)
@@ -494,8 +496,8 @@ class _Chooser:
         if rank not in self.masks:
             slots = self.adapters + 1
             owners = np.repeat(np.eye(slots, dtype=bool), rank, axis=1)
-            nodes = _Nodes(self.inserter, f"/{IDS}")
-            table = self.inserter.constant(f"/{IDS}", f"owners.{rank}", owners)
+            nodes = _Nodes(self.inserter, f"/{ADAPTER_IDS}")
+            table = self.inserter.constant(f"/{ADAPTER_IDS}", f"owners.{rank}", owners)
             own = nodes.add("Gather", [table, self.ids], [self.batch, slots * rank], axis=0)
             self.masks[rank] = nodes.add("Unsqueeze", [own, self._constant(1)], [self.batch, 1, slots * rank])
             producer = self.ids.producer()
@@ -505,7 +507,7 @@ class _Chooser:
 
     def _constant(self, *numbers: int) -> ir.Value:
         if numbers not in self.constants:
-            name = unused(f"{IDS}.{'_'.join(map(str, numbers))}", self.inserter.values)
+            name = unused(f"{ADAPTER_IDS}.{'_'.join(map(str, numbers))}", self.inserter.values)
             self.constants[numbers] = new_initializer(self.inserter.model, name, ir.Tensor(np.array(numbers, np.int64)))
         return self.constants[numbers]
 

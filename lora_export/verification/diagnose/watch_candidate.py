@@ -174,7 +174,8 @@ class _FollowedGraph:
     def lacks_adapter(self) -> bool:
         """Whether the graph takes an adapter's file, and was given none."""
         return (
-            onnx_adapter.KEY in self.runner.session.get_modelmeta().custom_metadata_map and not self.runner.has_adapter
+            onnx_adapter.CONTRACT_KEY in self.runner.session.get_modelmeta().custom_metadata_map
+            and not self.runner.has_adapter
         )
 
     def outputs(self, inputs: Arrays) -> Arrays:

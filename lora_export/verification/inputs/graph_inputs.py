@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import IDS
+from lora_export.formats.onnx_adapter import ADAPTER_IDS
 from lora_export.graph.ort_operators import head_size
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.inputs import REDRAWS
@@ -123,7 +123,7 @@ class InputGenerator:
 def _required_inputs(model: ir.Model) -> list[ir.Value]:
     """The inputs without a default value. Adapter ids are not among them: the runner provides those."""
     optional = set(model.graph.initializers.values())
-    return [value for value in model.graph.inputs if value not in optional and value.name != IDS]
+    return [value for value in model.graph.inputs if value not in optional and value.name != ADAPTER_IDS]
 
 
 def _is_float(value: ir.Value) -> bool:

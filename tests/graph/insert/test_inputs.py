@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract, Place
+from lora_export.formats.onnx_adapter import AdapterSlot, Contract
 from lora_export.graph import onnx_file, sites
 from lora_export.graph.fold import new_initializer
 from lora_export.graph.insert import nodes
@@ -55,8 +55,8 @@ def opened(model: ir.Model, *weights: str, **options: Any) -> Contract:
 
 
 def given(contract: Contract, adapter: Adapter, strength: float = 1.0) -> dict[str, NDArray[Any]]:
-    steps = plan.make([adapter], [place.spec for place in contract.places], strengths=[strength])
-    return onnx_adapter.parameters(contract, steps, adapter.name)
+    steps = plan.make([adapter], [place.spec for place in contract.slots], strengths=[strength])
+    return onnx_adapter.input_values(contract, steps, adapter.name)
 
 
 # --- one layer, by hand ---
@@ -74,7 +74,7 @@ def test_a_and_b_are_optional_inputs_whose_default_has_rank_zero() -> None:
         model.graph.initializers[name].const_value.shape.numpy() for name in ("m.lora_A.weight", "m.lora_B.weight")
     ]
     assert defaults == [(3, 0), (0, 2)]
-    assert [(place.weight, place.a, place.b, place.shape) for place in contract.places] == [
+    assert [(place.weight, place.a, place.b, place.shape) for place in contract.slots] == [
         ("m.weight", "m.lora_A.weight", "m.lora_B.weight", (2, 3))
     ]
 
@@ -147,7 +147,7 @@ def test_inputs_and_what_is_given_to_them_have_the_weights_dtype(dtype: str) -> 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 7e4), ("bfloat16", 3.4e38), ("float32", 3.4e38)])
 def test_a_factor_that_overflows_the_weights_dtype_is_refused(dtype: str, largest: float) -> None:
-    place = Place("m.weight", "a", "b", (2, 3), dtype, "")
+    place = AdapterSlot("m.weight", "a", "b", (2, 3), dtype, "")
     pair = LoraPair(a=PAIR.a, b=[[1], [largest]], scale=1.0 if dtype == "float16" else 2.0)
     with pytest.raises(InputRefused, match=rf"default, m.weight: 1 values of b .* largest {dtype} is"):
         given(Contract("0", "0", (place,)), an_adapter({"m": pair}))
@@ -161,7 +161,7 @@ def test_a_second_opening_and_a_name_that_is_taken_are_refused() -> None:
     opened(model, "m.weight")
     with pytest.raises(InputRefused, match="takes adapters already"):
         opened(model, "m.weight")
-    del model.metadata_props[onnx_adapter.KEY]
+    del model.metadata_props[onnx_adapter.CONTRACT_KEY]
     with pytest.raises(InputRefused, match=r"the graph holds m.lora_A.weight already"):
         opened(model, "m.weight")
 
@@ -200,8 +200,8 @@ def test_a_graph_of_an_old_ir_version_is_refused() -> None:
 )
 def test_what_no_input_carries_is_refused_by_name(adapter: Adapter, told: str) -> None:
     with pytest.raises(InputRefused, match=re.escape(told)):
-        onnx_adapter.refuse_what_no_input_carries([an_adapter({"m": PAIR}, name="good"), adapter])
-    onnx_adapter.refuse_what_no_input_carries([an_adapter({"m": PAIR}, name="good")])
+        onnx_adapter.refuse_beyond_low_rank([an_adapter({"m": PAIR}, name="good"), adapter])
+    onnx_adapter.refuse_beyond_low_rank([an_adapter({"m": PAIR}, name="good")])
 
 
 # --- the contract ---
@@ -269,8 +269,8 @@ def test_a_graph_whose_inputs_were_changed_is_refused_with_all_of_it(saved: Path
 
 def test_a_graph_without_a_contract_and_a_damaged_one_are_refused(saved: Path) -> None:
     model = onnx_file.load(saved)
-    good = model.metadata_props.pop(onnx_adapter.KEY)
-    with pytest.raises(InputRefused, match="does not say where it takes adapters"):
+    good = model.metadata_props.pop(onnx_adapter.CONTRACT_KEY)
+    with pytest.raises(InputRefused, match="does not record where it takes adapters"):
         contract_of(model, saved)
     for bad in (
         "",
@@ -282,7 +282,7 @@ def test_a_graph_without_a_contract_and_a_damaged_one_are_refused(saved: Path) -
         good.replace('"a"', '"c"'),
         good.replace('"base": "', '"base": "z'),
     ):
-        model.metadata_props[onnx_adapter.KEY] = bad
+        model.metadata_props[onnx_adapter.CONTRACT_KEY] = bad
         with pytest.raises(InputRefused):
             contract_of(model, saved)
 
@@ -302,7 +302,7 @@ def everywhere(contract: Contract, *, seed: int = 1) -> tuple[Adapter, dict[str,
     """A pair of its own rank at each place, and the change of each weight in the model's own layout."""
     rng = np.random.default_rng(seed)
     pairs, changes = {}, {}
-    for number, place in enumerate(contract.places):
+    for number, place in enumerate(contract.slots):
         rank, (out, into) = [1, 4, 2, 7, 3][number % 5], place.shape
         pair = LoraPair(a=rng.standard_normal((rank, into)), b=rng.standard_normal((out, rank)), scale=0.3)
         pairs[re.sub(r"\.(in_proj_)?weight$", "", place.weight)] = pair
@@ -379,11 +379,11 @@ def test_a_block_whose_name_only_the_checkpoint_knew_is_still_known(tmp_path: Pa
     assert not {"k.weight", "o.weight"} & set(sites.find(model).by_name)
     contract = contract_of(model, tmp_path / "packed.onnx")
     assert contract == opened
-    assert [(place.weight, place.block) for place in contract.places] == [("k.weight", (8, 12)), ("o.weight", None)]
+    assert [(place.weight, place.block) for place in contract.slots] == [("k.weight", (8, 12)), ("o.weight", None)]
     pair = LoraPair(a=NUMBERS.normal(size=(2, 32)), b=NUMBERS.normal(size=(4, 2)), scale=1.0, magnitude=[1, 2, 3, -4])
     adapter = an_adapter({"k": pair})
-    steps = plan.make([adapter], [place.spec for place in contract.places])
-    fed = onnx_adapter.parameters(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+    steps = plan.make([adapter], [place.spec for place in contract.slots])
+    fed = onnx_adapter.input_values(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
     x = NUMBERS.normal(size=(5, 32)).astype(np.float32)
     off, on = run(model, x=x), run(model, x=x, **fed)
     stored = next(site for site in found.by_name["k.weight"]).matrix.astype(np.float64)
@@ -411,7 +411,7 @@ def test_a_graph_that_was_quantised_after_it_got_its_inputs_is_believed() -> Non
         { [m] y = MatMul(x, m.weight) }""")
     )
     contract = contract_of(model, Path("x.onnx"))
-    assert [place.quantised for place in contract.places] == [""]
+    assert [place.quantised for place in contract.slots] == [""]
     assert [site.quantised is not None for site in sites.find(model).by_name["m.weight"]] == [True]
 
 
@@ -452,8 +452,8 @@ def test_a_convolutions_default_has_one_rank_of_zeros() -> None:
     model = a_graph("""
         g (float[N,2,L] x) => (float[N,3,M] y) <float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}>
         { [n] y = Conv(x, c.weight) }""")
-    (place,) = opened(model, "c.weight", dora=["c.weight"]).places
-    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in place.takes}
+    (place,) = opened(model, "c.weight", dora=["c.weight"]).slots
+    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in place.input_shapes}
     assert {name: array.shape for name, array in defaults.items()} == {
         "c.lora_A.weight": (1, 2, 2), "c.lora_B.weight": (3, 1, 1), "c.lora_magnitude_vector.weight": (3, 1),
     }  # fmt: skip
@@ -509,7 +509,7 @@ def test_readers_that_compute_in_two_dtypes_have_each_their_own(mode: str) -> No
         fed = {"adapter_ids": np.array([1, 1])}
     else:
         contract = open_inputs(model, found, ["m.weight"], dora=["m.weight"])
-        fed = onnx_adapter.parameters(contract, steps, "default", factors_of(model, contract, steps, "default"))
+        fed = onnx_adapter.input_values(contract, steps, "default", factors_of(model, contract, steps, "default"))
         assert {array.dtype for array in fed.values()} == {np.dtype(np.float32)}
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     total = np.float64([[1, 2, 3], [4, 5, 6]]) + pair.delta()
@@ -544,7 +544,7 @@ def test_a_block_in_bfloat16_is_filled_up_in_a_dtype_that_can_be(mode: str) -> N
         choose_by_row(model, found, steps, batch="N")
         fed = {"adapter_ids": np.array([1, 1])}
     else:
-        fed = onnx_adapter.parameters(open_inputs(model, found, ["k.weight"]), steps, "default")
+        fed = onnx_adapter.input_values(open_inputs(model, found, ["k.weight"]), steps, "default")
     assert {node.op_type: str(node.inputs[0].dtype) for node in model.graph}["Pad"] == "FLOAT"
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     (answer,) = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(

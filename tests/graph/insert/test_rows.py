@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ROWS
+from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.graph.insert.rows import choose_by_row
 from lora_export.lora import Adapter, LoraPair
 from support.graphs import (
@@ -73,7 +73,7 @@ def test_ranks_are_filled_with_zeros_and_the_names_stand_in_the_metadata() -> No
     ]
     assert stored(model, "m.lora_B.weight").tolist() == [[[0, 0], [0, 0]], [[2, 4], [0, 0]], [[3, 0], [0, 3]]]
     assert before.items() < contents(model).items()
-    assert json.loads(model.metadata_props[ROWS]) == {"adapters": ["one", "two"]}
+    assert json.loads(model.metadata_props[ROW_ADAPTERS_KEY]) == {"adapters": ["one", "two"]}
     assert [(value.name, str(value.shape)) for value in model.graph.inputs] == [("x", "[N,3]"), ("adapter_ids", "[N]")]
 
 

@@ -134,7 +134,7 @@ def make(mode: str, folder: Path, *adapters: Adapter) -> Made:
         made.runner = lambda runner: runner.with_rows([1])
     else:
         contract = open_inputs(graph, found, [step.weight for step in steps.low_rank])
-        given = onnx_adapter.parameters(contract, steps, adapters[0].name)
+        given = onnx_adapter.input_values(contract, steps, adapters[0].name)
         made.given, made.contract = given, contract  # type: ignore[attr-defined]
     return made
 
