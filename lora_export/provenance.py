@@ -1,4 +1,4 @@
-"""Where an output comes from, by hashes; and what that forbids: the same adapter twice."""
+"""Where an output comes from, as hashes; and a second merge of the same adapter is refused."""
 
 from __future__ import annotations
 
@@ -14,37 +14,27 @@ from lora_export.storage import json_files
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 
-History = Sequence[Mapping[str, Any]]  # the adapters that earlier merges put in
+History = Sequence[Mapping[str, Any]]  # the adapters of earlier merges, as `adapter_records` describes them
 
 
 def record(
-    plan: Plan,
-    base: Mapping[str, Mapping[str, str]],
-    history: History,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Where an output comes from: the hashes of the base's files, the adapters, an earlier merge's among them."""
-    return record_of(plan.adapters, plan.strengths, base, history, settings)
-
-
-def record_of(
     adapters: Sequence[Adapter],
     strengths: Sequence[float],
     base: Mapping[str, Any],
     history: History,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """As `record`, where there need not be a plan."""
+    """Where an output comes from: the hashes of the base's files, and all adapters, those of earlier merges first."""
     return {
         "made_by": f"lora-export {__version__}",
         "base": dict(base),
-        "adapters": [*history, *described(adapters, strengths)],
+        "adapters": [*history, *adapter_records(adapters, strengths)],
         "settings": dict(settings),
     }
 
 
-def described(adapters: Sequence[Adapter], strengths: Sequence[float]) -> list[dict[str, Any]]:
-    """Adapters as a record names them: what `refuse_second_merge` knows them by."""
+def adapter_records(adapters: Sequence[Adapter], strengths: Sequence[float]) -> list[dict[str, Any]]:
+    """Adapters as a record contains them. `refuse_second_merge` compares their hashes."""
     return [
         {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": strength}
         for adapter, strength in zip(adapters, strengths, strict=True)
@@ -52,22 +42,20 @@ def described(adapters: Sequence[Adapter], strengths: Sequence[float]) -> list[d
 
 
 def refuse_second_merge(plan: Plan, base: Path, history: History) -> None:
-    """Raise InputRefused where one of the plan's adapters is in the base already."""
+    """Raise InputRefused where an adapter of the plan is already merged in the base."""
     merged = {adapter.get("sha256"): adapter.get("name") for adapter in history}
     for adapter in plan.adapters:
         if adapter.sha256 and adapter.sha256 in merged:
             raise InputRefused(
-                f"{base} already holds the adapter {adapter.name} (merged as {merged[adapter.sha256]}, sha256 "
-                f"{adapter.sha256[:12]}). Merge into the original base, or nothing twice"
+                f"{base} already contains the adapter {adapter.name} (merged as {merged[adapter.sha256]}, sha256 "
+                f"{adapter.sha256[:12]}). Merge into the original base instead"
             )
 
 
 def read_history(text: str, source: Path) -> History:
-    """The adapters in a record that a file carries along. Raises InputRefused where it is damaged."""
-    return history(
-        json_files.parse_json(text.encode(errors="surrogatepass"), f"the record of an earlier merge in {source}"),
-        source,
-    )
+    """The adapters in the JSON text of a record. Raises InputRefused where it is damaged."""
+    what = f"the record of an earlier merge in {source}"
+    return history(json_files.parse_json(text.encode(errors="surrogatepass"), what), source)
 
 
 def history(record: Mapping[str, Any], source: Path) -> History:

@@ -19,7 +19,7 @@ from lora_export.plan import Plan
 from lora_export.storage import atomic_output, input_files
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, code_of_its_own, open_checkpoint
-from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_the_work
+from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/model
@@ -115,7 +115,7 @@ def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
     checkpoint = open_checkpoint(options.base)
     list(checkpoint.companions())  # raises for links that lead out of the folder: before the work, not after it
     steps = plan.make(options.adapters, checkpoint.specs, strengths=options.weights, may_add=True)
-    refuse_before_the_work(steps, checkpoint)
+    refuse_before_merge(steps, checkpoint)
     notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))
     if options.dry_run:
         return MergeResult(options.output, steps, None, notes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.lora import Adapter
-from lora_export.provenance import record_of
+from lora_export.provenance import record
 from lora_export.runtime import environment
 from lora_export.runtime.runner import Placement
 from lora_export.verification.parity import Outcome, Reason, Verdict
@@ -23,7 +23,7 @@ def record_of_model(
 ) -> dict[str, Any]:
     """Where a file that was exported from a PyTorch model comes from, by hashes."""
     fingerprint = {"sha256": base.fingerprint()}
-    return record_of(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
+    return record(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
 
 
 def summary(proof: Proof | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lora_export.errors import (
     Undecided,
     WrongUsage,
 )
-from lora_export.provenance import described
+from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
@@ -278,7 +278,7 @@ def _compare_weights(
     return audit, {
         "candidate": str(candidate),
         "base": str(base),
-        "adapters": described(loaded, weights or (1.0,) * len(loaded)),
+        "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
         "lora_export": __version__,
         "numpy": np.__version__,
     }

@@ -109,7 +109,7 @@ class FromGraph:
         for path in self.graph.changed():
             raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
         order = self.order
-        return provenance.record_of(order.adapters, order.strengths, base, self.graph.history, {"lora": order.mode})
+        return provenance.record(order.adapters, order.strengths, base, self.graph.history, {"lora": order.mode})
 
 
 def _matches(weight: str, name: str) -> bool:

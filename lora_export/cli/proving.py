@@ -14,7 +14,7 @@ from lora_export.api.load import split_name
 from lora_export.cli.arguments import say
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.lora import Adapter
-from lora_export.provenance import record_of
+from lora_export.provenance import record
 from lora_export.report import github
 from lora_export.runtime import environment
 from lora_export.runtime.runner import Placement
@@ -38,7 +38,7 @@ def provenance(
 ) -> dict[str, Any]:
     """Where an exported file comes from, by hashes."""
     fingerprint = {"sha256": base.fingerprint()}
-    return record_of(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
+    return record(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
 
 
 def summary(proof: Proof | None) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def change_in_memory(landing: Landing) -> Statistics:
             view = start.T if turned else start  # (out, in, ...)
             total, change = sums.summed(step, view)
             after = total.astype(before.dtype)
-            statistics.count(view, change, after)
+            statistics.add_block(view, change, after)
             after = after.T if turned else after
     refuse_overflow(step.weight, after, before=before)
     if landing.is_block:  # its neighbours keep their bytes

@@ -40,8 +40,8 @@ from lora_export.storage import block_copy
 from lora_export.storage.atomic_output import data_name
 from lora_export.storage.block_copy import Block, Bytes, Hashes
 from lora_export.storage.safetensors_file import PAGE, Entry
-from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Backend, Move, Patch
+from lora_export.weights import tensor_blocks
+from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
@@ -50,6 +50,7 @@ from lora_export.weights.merge_report import (
     StepResult,
     refuse_below_rounding,
 )
+from lora_export.weights.tensor_blocks import OutputTensor, Patch
 
 WAYS_OUT = (
     "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
@@ -63,12 +64,12 @@ class _Weight:
 
     value: ir.Value
     source: Path
-    move: Move
+    move: OutputTensor
     part: tuple[Requantised, Part] | None = None  # what is made in place of a copy
 
     @property
     def old(self) -> Entry:
-        return self.move.old
+        return self.move.source
 
     @property
     def is_copy(self) -> bool:
@@ -125,7 +126,7 @@ def merge_graph(
     )
     settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
     settings |= backend.settings
-    record = provenance.record(plan, written.sources, graph.history, settings)
+    record = provenance.record(plan.adapters, plan.strengths, written.sources, graph.history, settings)
     append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
@@ -255,16 +256,16 @@ def _weights(model: ir.Model, landed: _Landed) -> Iterator[_Weight]:
             yield _Weight(value, source, _move(tensor, landed.landings.get(value, [])), landed.parts.get(value))
 
 
-def _move(tensor: ir.ExternalTensor, landings: Sequence[Landing]) -> Move:
+def _move(tensor: ir.ExternalTensor, landings: Sequence[Landing]) -> OutputTensor:
     start, name = tensor.offset or 0, landings[0].step.weight if landings else tensor.name or ""
     if not landings:  # bytes, whatever they mean: four bits may be an element
         whole = Entry(name, np.dtype(np.uint8), (tensor.nbytes,), start, start + tensor.nbytes)
-        return Move(whole, None, name, whole.dtype)
+        return OutputTensor(whole, None, name, whole.dtype)
     shape = tuple(int(size) for size in tensor.shape.numpy())
     entry = Entry(name, tensor.dtype.numpy(), shape, start, start + tensor.nbytes)
     if not landings[0].is_block:
-        return Move(entry, landings[0].step, name, entry.dtype)
-    return Move(entry, None, name, entry.dtype, tuple(_patch(landing, entry) for landing in landings))
+        return OutputTensor(entry, landings[0].step, name, entry.dtype)
+    return OutputTensor(entry, None, name, entry.dtype, tuple(_patch(landing, entry) for landing in landings))
 
 
 def _patch(landing: Landing, entry: Entry) -> Patch:
@@ -343,7 +344,7 @@ def _carry(source: Path, target: BinaryIO, parts: Sequence[_Part], hashes: Hashe
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, ledger.backend)
         weights = [part.weight for part in parts if part.weight is not None]
-        room = max(apply_step.room(weight.move for weight in weights), *(_room(weight) for weight in weights), 0)
+        room = max(tensor_blocks.block_size(weight.move for weight in weights), *map(_room, weights), 0)
         for block, found in ledger.backend.transfer(source, target.fileno(), blocks, hashes, room=room):
             for statistics in found or ():
                 ledger.statistics(statistics.weight).merge(statistics)
@@ -365,13 +366,13 @@ def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[_Part], b
             continue
         start, stop = first.weight.old.start, first.weight.old.start + place - first.place
         if first.weight.is_copy:
-            blocks = apply_step.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
+            blocks = tensor_blocks.copied_blocks(read_fd, write_fd, start, first.place, place - first.place)
         elif first.weight.part is not None:
             requantised, part = first.weight.part
             blocks = requantised.blocks(part, start, first.place)
         else:
             there = replace(first.weight.old, start=first.place, stop=place)
-            blocks = apply_step.changed_blocks(source, read_fd, first.weight.move, there, backend)
+            blocks = tensor_blocks.changed_blocks(source, read_fd, first.weight.move, there, backend)
         if start < cursor:  # it was read before: for another reader of the same bytes, say
             blocks = map(functools.partial(_aside, source, read_fd, cursor), blocks)
         else:

@@ -26,7 +26,7 @@ from lora_export.graph.onnx_file import in_memory
 from lora_export.graph.sites import Sites, find
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
-from lora_export.provenance import described
+from lora_export.provenance import adapter_records
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.onnx_runner import Held, OnnxRunner
 from lora_export.runtime.runner import Arrays
@@ -141,7 +141,7 @@ class GraphJudge:
             **onnx_runner.environment(),
             "model": {"source": str(self.source), "sha256": self._sha256},
             "against": AGAINST,
-            "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
+            "adapters": adapter_records(adapters, strengths or (1.0,) * len(adapters)),
             "seed": self.seed,
             "tolerance": None,
             "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},

@@ -17,7 +17,7 @@ from lora_export.errors import InputRefused, LoraExportError, RuntimeRefused
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
-from lora_export.provenance import described
+from lora_export.provenance import adapter_records
 from lora_export.runtime import torch_runners
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -193,7 +193,7 @@ def prove(
     about = {
         **torch_runners.environment(),
         "model": {"source": model.source, "sha256": model.fingerprint()},
-        "adapters": described(adapters, strengths or (1.0,) * len(adapters)),
+        "adapters": adapter_records(adapters, strengths or (1.0,) * len(adapters)),
         "seed": seed,
         "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
         "inputs": {name: {key: value.shape for key, value in arrays.items()} for name, arrays in inputs.items()},

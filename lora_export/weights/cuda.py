@@ -1,20 +1,20 @@
-"""The same arithmetic on a GPU: what `rewrite` does to a block with NumPy, by PyTorch. Never chosen by itself.
+"""A merge's arithmetic on a GPU: what `apply_step.apply_by_numpy` does to some rows, by PyTorch. Only on request.
 
 A block is read into pinned memory, copied to the GPU as it is stored, summed, rounded and measured there, and copied
-back; reading, writing and hashing stay `transfer`'s. Each thread has a stream of its own, so that one's copies pass
-while another's block is computed. A and B of a step are brought over once.
+back. `block_copy.transfer` reads, writes and hashes. Each thread has a stream of its own, so that the copies of one
+overlap with the computation of another. A and B of a step are copied to the GPU once.
 
-What is promised: an entry is W + ΔW, ΔW and the sum in fp32 (never TF32), rounded once to nearest even. ΔW is added up
-in another order than on the processor. So an entry is the processor's, or differs by what that order may cost, at most
-2·(r + 1)·2⁻²⁴·(|W| + Σ s·|B||A|), r being all ranks together, and then by one rounding: one step of the stored type,
-where W and ΔW do not cancel. DoRA's factor multiplies both.
+Accuracy: an entry is W + ΔW, ΔW and the sum in fp32 (never TF32), rounded once to nearest even. ΔW is summed in another
+order than on the processor. So an entry is the processor's, or differs by what that order may cost, at most
+2·(r + 1)·2⁻²⁴·(|W| + Σ s·|B||A|), where r is the sum of all ranks, and then by one rounding: one step of the stored
+dtype, where W and ΔW do not cancel. DoRA's factor multiplies both.
 
-On the processor stay: fp64 weights, biases, tensors and rows that take another's place (with a pair on top of them or
-not), what is only converted, and the lengths of DoRA where they run along the stored rows.
+NumPy still computes fp64 weights, biases, tensors and rows that replace others (with a pair on top of them or not),
+conversions, and the norms of DoRA's outputs where these are columns of the stored weight.
 
-Not measured: no GPU was at hand. By reckoning it is not faster for a base of some gigabytes: PyTorch takes over a
-second to import and CUDA as long to begin, and then the one thread that writes and hashes sets the pace, as it does
-without.
+Speed is not measured: no GPU was available. By estimate it is not faster for a base of some gigabytes: PyTorch takes
+over a second to import and CUDA as long to start, and then the one thread that writes and hashes is the slowest part,
+as it is without a GPU.
 """
 
 from __future__ import annotations
@@ -36,59 +36,57 @@ from lora_export.errors import EnvironmentLacking
 from lora_export.plan import Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
-from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Backend
+from lora_export.weights.apply_step import Backend, StepRows
 from lora_export.weights.merge_report import Statistics
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SLEEPING = 2  # threads beyond the cores: so many wait for the GPU while the others read. Not measured
-STEPS_AT_ONCE = 16  # whose A and B stay on the GPU: small weights share the blocks that are under way
-DOCTOR = "`lora-export doctor --provider cuda` says what is missing"
+WAITING = 2  # threads beyond the cores: so many wait for the GPU while the others read. Not measured
+CACHED_STEPS = 16  # steps whose A and B stay on the GPU: blocks of several small weights are computed at once
+DOCTOR = "`lora-export doctor --provider cuda` reports what is missing"
 
 
 class Stream(Protocol):
-    """A queue of work on the device, as `torch.cuda.Stream` is one."""
+    """A queue of work on the device, such as `torch.cuda.Stream`."""
 
     def synchronize(self) -> None: ...
 
 
-class OneQueue:
-    """The stream of a device that has none, such as the processor: all is done when the call returns."""
+class NoStream:
+    """The stream of a device that has none, such as the processor: a call returns when its work is done."""
 
     def synchronize(self) -> None:
         pass
 
 
 def require_cuda() -> None:
-    """Raise EnvironmentLacking where PyTorch cannot compute fp32 on a GPU, with what is missing."""
+    """Raise EnvironmentLacking where PyTorch cannot compute fp32 on a GPU. The message names what is missing."""
     if torch.version.cuda is None:
         raise EnvironmentLacking(
-            f"this PyTorch ({torch.__version__}) is built without CUDA: https://pytorch.org/get-started/locally names "
-            f"the command that installs one with it. {DOCTOR}"
+            f"this PyTorch ({torch.__version__}) is built without CUDA. Install one with CUDA: "
+            f"https://pytorch.org/get-started/locally shows the command. {DOCTOR}"
         )
     if not torch.cuda.is_available():
         raise EnvironmentLacking(f"PyTorch (for CUDA {torch.version.cuda}) finds no GPU. {DOCTOR}")
     if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
         raise EnvironmentLacking(
-            "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, whatever is asked for, and a merge sums in "
-            "float32; unset it"
+            "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, and a merge must sum in float32. Unset it"
         )
 
 
 @contextlib.contextmanager
 def cuda() -> Iterator[Backend]:
-    """The GPU that PyTorch takes for the current one, with TF32 off meanwhile. Raises as `require_cuda` does."""
+    """The current GPU of PyTorch as a backend, with TF32 off meanwhile. Raises as `require_cuda` does."""
     require_cuda()
-    place = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield backend(
-            place,
-            name=f"cuda ({torch.cuda.get_device_name(place)})",
+            device,
+            name=f"cuda ({torch.cuda.get_device_name(device)})",
             memory=pinned,
-            streams=lambda: torch.cuda.Stream(place),
+            streams=lambda: torch.cuda.Stream(device),
             inside=torch.cuda.stream,
         )
     finally:
@@ -100,30 +98,30 @@ def backend(
     *,
     name: str,
     memory: block_copy.Memory = block_copy.memory,
-    streams: Callable[[], Any] = OneQueue,
+    streams: Callable[[], Any] = NoStream,
     inside: Callable[[Any], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Backend:
-    """Whoever computes on this device. `streams` makes a thread's Stream, `inside` a context that computes on it."""
+    """A backend on this device. `streams` makes the Stream of a thread, `inside` a context that uses it."""
     arithmetic = Arithmetic(device, streams, inside)
-    return Backend(arithmetic.carry_out, block_copy.default_threads() + SLEEPING, memory, name)
+    return Backend(arithmetic.apply, block_copy.default_threads() + WAITING, memory, name)
 
 
 def pinned(count: int) -> Bytes:
-    """Bytes in memory that the kernel leaves where it is: a GPU copies from there and to there by itself."""
-    with told("memory for the copies to the GPU"):
+    """Bytes in pinned memory, which a GPU reads and writes by itself."""
+    with cuda_errors("memory for the copies to the GPU"):
         memory: Bytes = torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
     return memory
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """What CUDA raises, as EnvironmentLacking; too little memory stays what it is."""
+def cuda_errors(where: str) -> Iterator[None]:
+    """Turn an error of CUDA into EnvironmentLacking; an error of too little memory stays as it is."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA" not in str(error):
             raise
-        raise EnvironmentLacking(f"{what}: {str(error).splitlines()[0]}. {DOCTOR}") from error
+        raise EnvironmentLacking(f"{where}: {str(error).splitlines()[0]}. {DOCTOR}") from error
 
 
 class Arithmetic:
@@ -132,88 +130,75 @@ class Arithmetic:
     def __init__(
         self,
         device: torch.device,
-        streams: Callable[[], Any] = OneQueue,
+        streams: Callable[[], Any] = NoStream,
         inside: Callable[[Any], AbstractContextManager[Any]] = contextlib.nullcontext,
     ):
         self.device, self.streams, self.inside = device, streams, inside
-        self.own = threading.local()
-        self.factors = functools.lru_cache(STEPS_AT_ONCE)(self._factors)
+        self._of_thread = threading.local()
+        self.factors = functools.lru_cache(CACHED_STEPS)(self._factors)
 
     @property
     def stream(self) -> Stream:
-        """This thread's."""
-        if not hasattr(self.own, "stream"):
-            self.own.stream = self.streams()
-        stream: Stream = self.own.stream
+        """The stream of the current thread."""
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = self.streams()
+        stream: Stream = self._of_thread.stream
         return stream
 
-    def carry_out(
-        self,
-        step: Step,
-        place: Entry,
-        rows: slice,
-        stored: NDArray[Any],
-        merged: NDArray[Any],
-        along: NDArray[np.float64] | None,
-        spare: Bytes,
-        *,
-        measured: bool,
-    ) -> list[Statistics]:
-        """See `rewrite.CarryOut`. What is not for a device is done by NumPy."""
+    def apply(self, part: StepRows) -> Statistics | None:
+        """As `apply_step.apply_by_numpy`, which does what this device does not."""
+        step, stored, output = part.step, part.stored, part.output
         if not step.terms or step.replace is not None or str(stored.dtype) not in TYPES:
-            return apply_step.carry_out(step, place, rows, stored, merged, along, spare, measured=measured)
-        with told(place.name), self.inside(self.stream):
-            weight = self._up(stored)
-            factors = self.factors(step)  # held until the stream is done: only then may another have their memory
-            change = _change(factors, rows, merged.shape)
-            total = change + weight  # in fp32, whatever the weight is stored in
+            return apply_step.apply_by_numpy(part)
+        with cuda_errors(part.name), self.inside(self.stream):
+            weight = self._to_device(stored)
+            factors = self.factors(step)  # held until the stream is done: only then may another use their memory
+            change = _change(factors, part.rows, output.shape)
+            total = change + weight  # in fp32, whatever dtype is stored
             if step.magnitude is not None:
-                total *= self._lengths(step, total, rows, along)
+                total *= self._dora_factors(part, total)
                 change = total - weight
-            rounded = total.to(TYPES[str(merged.dtype)])
-            figures = [torch.isfinite(rounded).all(), *(_sums(weight, change, rounded) if measured else ())]
+            rounded = total.to(TYPES[str(output.dtype)])
+            figures = [torch.isfinite(rounded).all(), *(_sums(weight, change, rounded) if part.measured else ())]
             found = torch.stack([figure.double() for figure in figures])
-            _as_integers(merged).copy_(_bits(rounded), non_blocking=merged.flags.c_contiguous)
+            _as_integers(output).copy_(_bits(rounded), non_blocking=output.flags.c_contiguous)
             self.stream.synchronize()
-            is_finite, *sums = found.tolist()
+            is_finite, *block_sums = found.tolist()
         if not is_finite:
-            apply_step.refuse_overflow(place, stored, merged)
-        statistics = Statistics(place.name)
-        if measured:
-            statistics.sums += sums
-            statistics.elements += merged.size
-        return [statistics]
+            apply_step.refuse_overflow(part.name, stored, output)
+        statistics = Statistics(part.name)
+        if part.measured:
+            statistics.sums += block_sums
+            statistics.elements += output.size
+        return statistics
 
-    def _up(self, array: NDArray[Any]) -> torch.Tensor:
-        """The array on the device, its bytes as they are: NumPy and PyTorch do not share bf16."""
-        there = _as_integers(array).to(self.device, non_blocking=array.flags.c_contiguous)
-        return there.view(TYPES[str(array.dtype)])
+    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
+        """The array on the device. Its bytes are copied as integers: NumPy and PyTorch do not share bf16."""
+        integers = _as_integers(array).to(self.device, non_blocking=array.flags.c_contiguous)
+        return integers.view(TYPES[str(array.dtype)])
 
     def _factors(self, step: Step) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """B (rows, rank), A (rank, columns) and their scale, of each term; there before anybody's stream needs them."""
-        made = []
+        """B (rows, rank), A (rank, columns) and the scale of each term, copied before a stream needs them."""
+        factors = []
         for term in step.stored_terms:
-            b, a = (np.array(side, np.float32).reshape(len(side), -1) for side in (term.pair.b, term.pair.a))
+            b, a = (np.array(factor, np.float32).reshape(len(factor), -1) for factor in (term.pair.b, term.pair.a))
             scale = float(np.float32(term.scale))
-            made.append((torch.from_numpy(b).to(self.device), torch.from_numpy(a).to(self.device), scale))
-        return made
+            factors.append((torch.from_numpy(b).to(self.device), torch.from_numpy(a).to(self.device), scale))
+        return factors
 
-    def _lengths(self, step: Step, total: torch.Tensor, rows: slice, along: NDArray[np.float64] | None) -> torch.Tensor:
-        """What DoRA multiplies each output of W + ΔW by, as a tensor that is as wide as these rows."""
-        if along is not None:  # an output is a column
-            factor = np.ones((len(along), 1), np.float32)
-            sums.rescale_outputs(step, factor, along)
-            return self._up(factor).T
-        squares = total.double().square().reshape(len(total), -1).sum(1).cpu().numpy()
-        factor = np.ones((len(squares), *[1] * (total.ndim - 1)), np.float32)
-        sums.rescale_outputs(step, factor, squares, rows)
-        return self._up(factor)
+    def _dora_factors(self, part: StepRows, total: torch.Tensor) -> torch.Tensor:
+        """DoRA's factor of each output of W + ΔW, as a tensor that broadcasts with these rows."""
+        if part.column_norms is not None:
+            return self._to_device(sums.dora_factors(part.step, part.column_norms).astype(np.float32))
+        norms = total.double().square().reshape(len(total), -1).sum(1).cpu().numpy()
+        factors = sums.dora_factors(part.step, norms, part.rows).astype(np.float32)
+        return self._to_device(factors.reshape(-1, *[1] * (total.ndim - 1)))
 
 
 def _change(
     factors: list[tuple[torch.Tensor, torch.Tensor, float]], rows: slice, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """ΔW of some rows as they are stored: what `sums.stored_delta` computes."""
+    """ΔW of some stored rows, as `sums.stored_delta`."""
     first, *others = [torch.mm(b[rows], a).mul_(scale) for b, a, scale in factors]
     for other in others:
         first += other
@@ -221,15 +206,15 @@ def _change(
 
 
 def _sums(weight: torch.Tensor, change: torch.Tensor, merged: torch.Tensor) -> list[torch.Tensor]:
-    """What `Statistics.sums` adds up, in fp64."""
-    before, wanted = weight.double().flatten(), change.double().flatten()
+    """The sums of `Statistics` over a block, in fp64."""
+    before, expected = weight.double().flatten(), change.double().flatten()
     kept = merged.double().flatten() - before
-    lost = kept - wanted
-    return [before @ before, wanted @ wanted, kept @ wanted, lost @ lost, torch.count_nonzero(kept)]
+    noise = kept - expected
+    return [before @ before, expected @ expected, kept @ expected, noise @ noise, torch.count_nonzero(kept)]
 
 
 def _as_integers(array: NDArray[Any]) -> torch.Tensor:
-    """The array's memory, seen by PyTorch as integers of the same size."""
+    """The memory of the array as a tensor of integers of the same size."""
     return torch.from_numpy(array.view(f"i{array.itemsize}"))
 
 

@@ -1,7 +1,7 @@
-"""Executor 1: a plan over a checkpoint. Little more than a file copy.
+"""Executor 1: a plan over a checkpoint. It costs little more than a file copy.
 
-Every file of the base is carried over in blocks (see `transfer`), those of a weight that changes in whole
-rows, so that memory does not grow with the model.
+Every file of the base is carried over in blocks (see `block_copy.transfer`), those of a weight that changes in whole
+rows, so that memory does not grow with the model. `apply_step` sums and rounds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.block_copy import Block
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Backend, Move
+from lora_export.weights import tensor_blocks
+from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import CONFIG, Checkpoint
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
@@ -39,8 +39,10 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.task_head import config_with_heads
+from lora_export.weights.tensor_blocks import OutputTensor
 
-WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")  # classes that predict words
+# Classes of transformers whose output embeddings predict words
+WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
 
 
 def merge_checkpoint(
@@ -55,50 +57,47 @@ def merge_checkpoint(
     progress: Progress = lambda _: None,
     backend: Backend | None = None,
 ) -> MergeReport:
-    """Carry out a plan over a checkpoint, into the folder `stage` (see `staging`).
+    """Carry out a plan over a checkpoint, into the folder `stage` (see `atomic_output`).
 
-    A folder becomes a folder with the same shards, config and tokenizer and a manifest; a bare
-    file becomes one file called `file_name`, its provenance in the header. `dtype` converts every
-    float tensor. `hashing` is the hash by which base and output are recorded (see `hashes.ALGORITHMS`).
-    `backend` is who changes the weights, NumPy unless told (see `device`).
-    Peak memory is a few blocks, whatever the model's size.
+    A folder becomes a folder with the same shards, config and tokenizer, and a manifest. A bare file becomes one file
+    called `file_name`, with its provenance in the header. `dtype` converts every float tensor. `hashing` names the
+    hash that records base and output (see `hashes.ALGORITHMS`). `backend` computes the changes, by default NumPy. Peak
+    memory is a few blocks, whatever the size of the model.
 
-    Raises InputRefused when an adapter is in the base already, tied embeddings would be torn, a value
-    is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change.
+    Raises InputRefused when an adapter is already merged in the base, the merge would break tied embeddings, a value
+    is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change. Files that
+    are already in `stage` then stay there: the caller discards them.
     """
     begun = time.perf_counter()
-    refuse_before_the_work(plan, base)
+    refuse_before_merge(plan, base)
     backend = backend or Backend()
     settings = {"dtype": dtype or "keep", "min_retention": min_retention} | backend.settings
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
-        return provenance.record(
-            plan, {name: {hashing: value} for name, value in hashes.items()}, base.history, settings
-        )
+        by_file = {name: {hashing: value} for name, value in hashes.items()}
+        return provenance.record(plan.adapters, plan.strengths, by_file, base.history, settings)
 
     def metadata(name: str, source_hash: str) -> Mapping[str, str]:
         own = {} if base.is_folder else {provenance.KEY: json.dumps(record({name: source_hash}))}
         return {"format": "pt", **base.shards[name].metadata, **own}
 
-    moves = _moves(plan, base, dtype)
+    tensors = _output_tensors(plan, base, dtype)
     written = {}
-    with threadpool_limits(1, user_api="blas"):  # the transfer's threads are as many as there are cores
+    with threadpool_limits(1, user_api="blas"):  # the transfer already has a thread for each core
         for name, source in base.shards.items():
             path = stage / (name if base.is_folder else file_name)
             own = functools.partial(metadata, name)
-            written[name] = _write_shard(path, source, moves[name], own, progress, backend, hashing=hashing)
-    results = [result for shard in written.values() for result in shard.results]
+            written[name] = _write_shard(path, source, tensors[name], own, progress, backend, hashing=hashing)
+    results = tuple(result for shard in written.values() for result in shard.results)
     refuse_below_rounding(results, min_retention)
-    for source in base.shards.values():
-        if not source.unchanged():
-            raise InputRefused(f"{source.path} changed while it was being merged. Nothing was written.")
+    _refuse_changed_files(base)
     if base.is_folder:
-        _write_companions(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
+        _write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
         origin = record({name: shard.source_hash for name, shard in written.items()})
         write_manifest(stage, origin, {name: {hashing: shard.target_hash} for name, shard in written.items()})
     return MergeReport(
-        results=tuple(results),
-        copied=sum(move.nbytes for name in moves for move in moves[name] if move.is_copy),
+        results=results,
+        copied=sum(tensor.nbytes for name in tensors for tensor in tensors[name] if tensor.is_copy),
         bytes=sum(shard.file.size for shard in written.values()),
         replaced=sum(step.is_replacement for step in plan.steps),
         seconds=time.perf_counter() - begun,
@@ -107,11 +106,14 @@ def merge_checkpoint(
 
 def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
     """How many bytes of tensors a merge writes."""
-    return sum(move.nbytes for moves in _moves(plan, base, dtype).values() for move in moves)
+    return sum(tensor.nbytes for tensors in _output_tensors(plan, base, dtype).values() for tensor in tensors)
 
 
-def refuse_before_the_work(plan: Plan, base: Checkpoint) -> None:
-    """Raise InputRefused for what can be told of a merge without reading a weight."""
+# --- What is refused ---
+
+
+def refuse_before_merge(plan: Plan, base: Checkpoint) -> None:
+    """Raise InputRefused for a merge that is refused whatever the weights are. Reads no weights."""
     provenance.refuse_second_merge(plan, base.path, base.history)
     refuse_broken_tie(plan, base)
 
@@ -119,8 +121,9 @@ def refuse_before_the_work(plan: Plan, base: Checkpoint) -> None:
 def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     """Raise InputRefused where the input embeddings change, and the output embeddings are the same stored tensor.
 
-    Trained apart they are two tensors. A file of a tied model has one, and the other would follow it unseen. Rows
-    of tokens are another matter: where a model is tied, PEFT trains them for both.
+    If they were trained apart, they would be two tensors. A file of a tied model has one, and the output embeddings
+    would change with the input embeddings. Rows of tokens are allowed: where a model is tied, PEFT trains them for
+    both.
     """
     architecture = str((base.config.get("architectures") or [""])[0])
     tables = _word_tables(plan, base)
@@ -129,13 +132,13 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     ((name, step),) = tables.items()
     if step is not None and not step.replaces_only_rows:
         raise InputRefused(
-            f"{name} is the output embeddings too (tie_word_embeddings), which the adapter was trained without. "
-            "Untie the base first (save it with tie_word_embeddings false), or train with ensure_weight_tying"
+            f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. Untie the "
+            "base first (save it with tie_word_embeddings false), or train the adapter with ensure_weight_tying"
         )
 
 
 def _word_tables(plan: Plan, base: Checkpoint) -> dict[str, Step | None]:
-    """The output's tensors of one row a word, input and output embeddings, with what the plan does to them."""
+    """The output's tensors with one row per word (input and output embeddings), and the step on each of them."""
     parts = [base.config, base.config.get("text_config")]
     words = next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
     specs = {spec.name: spec for spec in (*base.specs, *(step.spec for step in plan.steps))}
@@ -143,28 +146,38 @@ def _word_tables(plan: Plan, base: Checkpoint) -> dict[str, Step | None]:
     return {name: plan.by_weight.get(name) for name in names}
 
 
-def _moves(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, list[Move]]:
-    """Every tensor of the output, by its file, in the order of the base's bytes; the added ones last."""
+def _refuse_changed_files(base: Checkpoint) -> None:
+    for source in base.shards.values():
+        if not source.unchanged():
+            raise InputRefused(f"{source.path} changed while it was being merged. Nothing was written.")
 
-    def stored(own: np.dtype[Any]) -> np.dtype[Any]:
+
+# --- Writing ---
+
+
+def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, list[OutputTensor]]:
+    """Every tensor of the output, by file, in the order of the base's bytes; added tensors are the last."""
+
+    def output_dtype(own: np.dtype[Any]) -> np.dtype[Any]:
         return np.dtype(dtype) if dtype and str(own) in FLOATS else own
 
-    moves = {
+    tensors = {
         name: [
-            Move(entry, plan.by_weight.get(entry.name), plan.output_name(entry.name), stored(entry.dtype))
+            OutputTensor(entry, plan.by_weight.get(entry.name), plan.output_name(entry.name), output_dtype(entry.dtype))
             for entry in source.entries.values()
         ]
         for name, source in base.shards.items()
     }
     for step in plan.steps:
         if step.added and step.replace is not None:
-            nowhere = Entry(step.weight, step.replace.dtype, step.spec.shape, 0, 0)
-            moves[list(moves)[-1]].append(Move(nowhere, step, plan.output_name(step), stored(nowhere.dtype)))
-    return moves
+            no_bytes = Entry(step.weight, step.replace.dtype, step.spec.shape, 0, 0)
+            added = OutputTensor(no_bytes, step, plan.output_name(step), output_dtype(no_bytes.dtype))
+            tensors[list(tensors)[-1]].append(added)
+    return tensors
 
 
 @dataclass(frozen=True)
-class _Written:
+class _WrittenFile:
     """One file of the output."""
 
     file: TensorFile
@@ -176,73 +189,67 @@ class _Written:
 def _write_shard(
     path: Path,
     source: TensorFile,
-    moves: Sequence[Move],
+    tensors: Sequence[OutputTensor],
     metadata: Callable[[str], Mapping[str, str]],
     progress: Progress,
     backend: Backend,
     *,
     hashing: str,
-) -> _Written:
-    """Write one file of the output. `metadata` makes the header's part of it from the source's hash."""
+) -> _WrittenFile:
+    """Write one file of the output. `metadata` makes its part of the header from the hash of the source."""
     hashes = block_copy.Hashes(hashing)
 
     def layout() -> tuple[bytes, list[Entry]]:
-        tensors = [(move.name, move.dtype, move.old.shape) for move in moves]
-        return safetensors_file.layout(tensors, metadata(hashes.source.hexdigest()), beside=source.data_start)
+        described = [(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors]
+        return safetensors_file.layout(described, metadata(hashes.source.hexdigest()), beside=source.data_start)
 
-    header, places = layout()
+    header, entries = layout()
     hashes.target.update(header)
     with source.path.open("rb") as reader, path.open("xb") as writer:
         hashes.source.update(reader.read(source.data_start))
-        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), moves, places, backend)
-        tallies: dict[str, Statistics] = {}
-        passed = backend.transfer(source.path, writer.fileno(), blocks, hashes, room=apply_step.room(moves))
-        for block, found in passed:
+        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), tensors, entries, backend)
+        by_weight: dict[str, Statistics] = {}
+        size = tensor_blocks.block_size(tensors)
+        for block, found in backend.transfer(source.path, writer.fileno(), blocks, hashes, room=size):
             for statistics in found or ():
-                tallies.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
+                by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
             progress(block.end - block.place)
-        final, _ = layout()  # a hash is as long as any other
+        final, _ = layout()  # as long as the first one: all hashes have one length
         block_copy.write(writer.fileno(), memoryview(final), 0)
     progress(len(final))
-    results = tuple(statistics.result() for statistics in tallies.values())
-    return _Written(safetensors_file.open_file(path), results, hashes.source.hexdigest(), hashes.target.hexdigest())
+    results = tuple(statistics.result() for statistics in by_weight.values())
+    return _WrittenFile(safetensors_file.open_file(path), results, hashes.source.hexdigest(), hashes.target.hexdigest())
 
 
 def _blocks(
-    source: Path, read_fd: int, write_fd: int, moves: Sequence[Move], places: Sequence[Entry], backend: Backend
+    source: Path,
+    read_fd: int,
+    write_fd: int,
+    tensors: Sequence[OutputTensor],
+    entries: Sequence[Entry],
+    backend: Backend,
 ) -> Iterator[Block]:
-    """The whole of the source's data, in its order, and after it what is added."""
-    for is_copy, group in itertools.groupby(zip(moves, places, strict=True), key=lambda pair: pair[0].is_copy):
+    """All data of the source, in its order, then the added tensors."""
+    for is_copy, group in itertools.groupby(zip(tensors, entries, strict=True), key=lambda pair: pair[0].is_copy):
         run = list(group)
         if is_copy:  # neighbours in both files: one range
-            (first, place), (_, last) = run[0], run[-1]
-            yield from apply_step.copied_blocks(
-                read_fd, write_fd, first.old.start, place.start, last.stop - place.start
+            (first, entry), (_, last) = run[0], run[-1]
+            yield from tensor_blocks.copied_blocks(
+                read_fd, write_fd, first.source.start, entry.start, last.stop - entry.start
             )
         else:
-            for move, place in run:
-                yield from apply_step.changed_blocks(source, read_fd, move, place, backend)
+            for tensor, entry in run:
+                yield from tensor_blocks.changed_blocks(source, read_fd, tensor, entry, backend)
 
 
-def _equal(one: Step, other: Step) -> bool:
-    if one.terms or other.terms or one.token_rows or other.token_rows or one.replace is None or other.replace is None:
-        return False
-    return np.array_equal(one.replace, other.replace)
-
-
-def _write_companions(
+def _write_other_files(
     plan: Plan, base: Checkpoint, stage: Path, written: Mapping[str, TensorFile], dtype: str | None
 ) -> None:
+    """Copy the files that are not weights; write the config and the index of the output."""
     for relative in base.companions():
         (stage / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / relative, stage / relative)
-    config = config_with_heads(base.config, plan.adapters)
-    wholes = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
-    if any(step.added for step in wholes) and not (len(wholes) == 2 and _equal(*wholes)):
-        config["tie_word_embeddings"] = False  # or a loader would drop the one that was added
-    if dtype and config:
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
+    config = _output_config(plan, base, dtype)
     if config != base.config:
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base.index:
@@ -250,3 +257,21 @@ def _write_companions(
         size = sum(entry.nbytes for file in written.values() for entry in file.entries.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (stage / base.index).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, Any]:
+    config = config_with_heads(base.config, plan.adapters)
+    replaced = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
+    if any(step.added for step in replaced) and not (len(replaced) == 2 and _are_equal(*replaced)):
+        config["tie_word_embeddings"] = False  # otherwise a loader would drop the added table
+    if dtype and config:
+        config["dtype"] = dtype
+        config.pop("torch_dtype", None)
+    return config
+
+
+def _are_equal(one: Step, other: Step) -> bool:
+    """Whether two steps replace their tensors by the same values."""
+    if one.terms or other.terms or one.token_rows or other.token_rows or one.replace is None or other.replace is None:
+        return False
+    return np.array_equal(one.replace, other.replace)

@@ -1,4 +1,4 @@
-"""The ledger: what became of each weight, in numbers, measured on what was stored."""
+"""The merge report: what became of each weight, in numbers, measured on what was stored."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from lora_export.errors import InputRefused
 from lora_export.sums import sum_dtype
 
 LOW_RETENTION = 0.9  # below this a result is worth a warning
-MIN_RETENTION = 0.5  # below this it is refused unless the user says otherwise
+MIN_RETENTION = 0.5  # below this a merge is refused, unless the user chooses another limit
 
-Progress = Callable[[int], None]  # hears how many bytes of output have been written since the last call
+Progress = Callable[[int], None]  # receives how many bytes of output have been written since the last call
 
-# A sum of squares below this, or above its inverse, may have under- or overflown in fp32; it is made in fp64 then.
+# A sum of squares below this, or above its inverse, may have under- or overflown in fp32. It is computed again in fp64.
 SMALLEST = 1e-25
-PIECE = 1 << 16  # entries that are looked at at once: comparing them is several times as fast as counting numbers
+COMPARED_AT_ONCE = 1 << 16  # entries; a comparison of so many stays in a core's cache
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one weight, measured on what was written (numerics: what rounding does to a merge)."""
+    """What became of one weight, measured on what was written: how much of the change survived rounding."""
 
     weight: str
     relative_change: float  # ‖ΔW‖ / ‖W‖
     retention: float  # <W'-W, ΔW> / ‖ΔW‖²: how much of the change arrived
     noise: float  # ‖(W'-W) - ΔW‖ / ‖ΔW‖
-    changed: int  # entries whose stored value is another one now
-    elements: int
+    changed: int  # entries whose stored value changed
+    elements: int  # entries that were measured
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The ledger: what was done, in numbers."""
+    """What a merge did, in numbers."""
 
     results: tuple[StepResult, ...]
-    copied: int  # bytes that went through unchanged
+    copied: int  # bytes that were copied unchanged
     bytes: int  # bytes of weights written in all
-    replaced: int  # tensors that the adapters brought whole
+    replaced: int  # tensors that adapters replaced, whole or in some rows
     seconds: float
 
     @property
     def below_rounding(self) -> tuple[StepResult, ...]:
-        """The weights in which much of the change was lost to rounding."""
+        """The weights whose change is so small that rounding took more than a tenth of it."""
         return tuple(result for result in self.results if result.retention < LOW_RETENTION)
 
 
@@ -74,35 +74,35 @@ class Statistics:
         self.sums = np.zeros(5)  # ‖W‖², ‖ΔW‖², <W'-W, ΔW>, ‖(W'-W) - ΔW‖², entries changed
         self.elements = 0
 
-    def count(
+    def add_block(
         self,
         weight: NDArray[Any],
         change: NDArray[np.float32],
         merged: NDArray[Any],
-        room: NDArray[Any] | None = None,
+        scratch: NDArray[Any] | None = None,
     ) -> None:
-        """Add a block: what the weight was, what was to be added to it, and what was stored.
+        """Add a block: the weight before, the change that should be added to it, and what was stored.
 
-        `room`, of the weight's shape and fp32 (fp64 for an fp64 weight), is used up where it is given: memory that
-        is fetched anew for each block costs several times what is done in it.
+        `scratch`, of the weight's shape and `sum_dtype`, is overwritten. Give it where many blocks are added: new
+        memory for each block costs several times what is computed in it.
         """
-        if room is None:
-            room = np.empty(weight.shape, sum_dtype(weight.dtype))
-        sums = _sums(weight, change, merged, room)
+        if scratch is None:
+            scratch = np.empty(weight.shape, sum_dtype(weight.dtype))
+        sums = _sums(weight, change, merged, scratch)
         if not np.all((sums[:2] > SMALLEST) & (sums[:2] < 1 / SMALLEST)):
             sums = _sums(weight, change, merged, np.empty(weight.shape))
         self.sums += sums
         self.elements += weight.size
 
     def merge(self, other: Statistics) -> None:
-        """Add what another one counted of the same weight."""
+        """Add the sums of another object over other blocks of the same weight."""
         self.sums += other.sums
         self.elements += other.elements
 
     def result(self) -> StepResult:
         """The figures of the whole weight."""
         weight_sq, change_sq, kept_by_change, noise_sq, changed = map(float, self.sums)
-        if not change_sq:  # nothing was to be changed, and nothing was lost
+        if not change_sq:  # nothing should have changed, so nothing was lost
             return StepResult(self.weight, 0.0, 1.0, 0.0, int(changed), self.elements)
         return StepResult(
             weight=self.weight,
@@ -115,15 +115,17 @@ class Statistics:
 
 
 def _sums(
-    weight: NDArray[Any], change: NDArray[np.float32], merged: NDArray[Any], room: NDArray[Any]
+    weight: NDArray[Any], change: NDArray[np.float32], merged: NDArray[Any], scratch: NDArray[Any]
 ) -> NDArray[np.float64]:
-    flat, wanted = room.reshape(-1), change.astype(room.dtype, copy=False).reshape(-1)
-    with np.errstate(over="ignore"):  # `count` looks for it
-        np.copyto(room, weight)
-        before_sq = flat @ flat
-        np.copyto(room, merged)
-        room -= weight  # W' - W
-        kept_by_change = flat @ wanted
-        changed = sum(map(np.count_nonzero, (flat[at : at + PIECE] != 0 for at in range(0, flat.size, PIECE))))
-        flat -= wanted
-        return np.array([before_sq, wanted @ wanted, kept_by_change, flat @ flat, changed], np.float64)
+    flat, expected = scratch.reshape(-1), change.astype(scratch.dtype, copy=False).reshape(-1)
+    with np.errstate(over="ignore"):  # `add_block` checks for it
+        np.copyto(scratch, weight)
+        weight_sq = flat @ flat
+        np.copyto(scratch, merged)
+        scratch -= weight  # W' - W
+        kept_by_change = flat @ expected
+        starts = range(0, flat.size, COMPARED_AT_ONCE)
+        # Comparing with 0 and counting booleans is several times as fast as counting numbers that are not 0.
+        changed = sum(np.count_nonzero(flat[start : start + COMPARED_AT_ONCE] != 0) for start in starts)
+        flat -= expected
+        return np.array([weight_sq, expected @ expected, kept_by_change, flat @ flat, changed], np.float64)

@@ -222,7 +222,7 @@ def test_a_loss_beyond_what_is_allowed_is_refused_after_the_work_and_leaves_noth
 def test_a_second_merge_of_the_same_adapter_is_refused(place, capsys, more):
     assert run(place, "base", "adapter", "-o", place / "once") == 0
     capsys.readouterr()
-    assert "already holds the adapter adapter (merged as adapter" in refused(
+    assert "already contains the adapter adapter (merged as adapter" in refused(
         place, capsys, place / "once", "adapter", *more
     )
 

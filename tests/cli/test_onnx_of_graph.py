@@ -636,7 +636,7 @@ def test_the_same_adapter_is_not_put_in_twice_and_another_is_recorded_beside_it(
     assert call("onnx", place / "base.onnx", "-a", place / "fr", "-o", first) == 0
     for mode in ("merged", "nodes", "rows"):
         assert call("onnx", first, "-a", f"x={place / 'fr'}", "-o", tmp_path / "out.onnx", "--lora", mode) == 3
-        assert "already holds the adapter x (merged as fr" in capsys.readouterr().err
+        assert "already contains the adapter x (merged as fr" in capsys.readouterr().err
     assert call("onnx", first, "-a", place / "de", "-o", tmp_path / "second.onnx", "--lora", "nodes") == 0
     assert [adapter["name"] for adapter in record(tmp_path / "second.onnx")["adapters"]] == ["fr", "de"]
     assert call("onnx", tmp_path / "second.onnx", "-a", f"x={an_adapter_in(tmp_path / 'it', seed=3)}", "-o",

@@ -160,7 +160,7 @@ def test_the_next_merge_remembers_the_first_and_refuses_it(tmp_path: Path) -> No
     merged(path, tmp_path / "one", first)
     merged(tmp_path / "one/m.onnx", tmp_path / "two", second)
     for adapter in (first, second):
-        with pytest.raises(InputRefused, match=f"already holds the adapter {adapter.name}"):
+        with pytest.raises(InputRefused, match=f"already contains the adapter {adapter.name}"):
             merged(tmp_path / "two/m.onnx", tmp_path / f"three {adapter.name}", adapter)
 
 
@@ -364,7 +364,7 @@ def too_large(weights: dict[str, NDArray[Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "problem"),
-    [(a_nan, r"up.weight: the base holds 1 values that are not finite"), (too_large, r"up.weight: .* beyond 65504")],
+    [(a_nan, r"up.weight: the base holds 1 values that are not finite"), (too_large, r"up.weight: .* exceed 65504")],
 )
 def test_values_that_would_not_be_finite_are_refused(
     tmp_path: Path, spoil: Callable[[dict[str, NDArray[Any]]], None], problem: str

@@ -341,7 +341,7 @@ def a_factory(tmp_path_factory: pytest.TempPathFactory, change: str) -> str:
 def test_a_sum_beyond_the_stored_type(place):
     base_file(place.base / "model.safetensors", {"dense.weight": WEIGHT}, np.float16)
     place.set_config(lora_alpha=1e6)
-    place.merge_refuses("dense.weight: ", " values would lie beyond 65504, the largest float16", "use --dtype float32")
+    place.merge_refuses("dense.weight: ", " values would exceed 65504, the largest float16", "use --dtype float32")
 
 
 @pytest.mark.fault(14)
@@ -485,7 +485,7 @@ def test_one_adapter_given_twice(place):
 def test_an_adapter_that_is_in_the_base_already(place):
     shutil.copytree(place.folder / "old", place.folder / "once")
     place.merge_refuses(
-        "already holds the adapter adapter (merged as adapter",
+        "already contains the adapter adapter (merged as adapter",
         "Merge into the original base",
         base=place.folder / "once",
     )

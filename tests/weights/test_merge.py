@@ -1,4 +1,4 @@
-"""A plan over a checkpoint: against PEFT bit for bit, by hand on integers, and what must never be written."""
+"""Merging into a checkpoint: against PEFT bit for bit, by hand on integers, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.sums import add_into
-from lora_export.weights import apply_step, merge
+from lora_export.weights import merge, tensor_blocks
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.merge import merge_checkpoint
 from support.handmade import base_file, peft_adapter
@@ -63,7 +63,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
         {"r": 4, "lora_alpha": 4, "target_modules": ["square"], "bias": "lora_only", "modules_to_save": ["down"]},
     ],
 )
-def test_the_merge_is_pefts_bit_for_bit(tmp_path, dtype, config):
+def test_merged_weights_equal_pefts_bit_for_bit(tmp_path, dtype, config):
     torch.manual_seed(0)
     net = Net().to(dtype)
     save_tensors(net.state_dict(), tmp_path / "base.safetensors")
@@ -78,7 +78,7 @@ def test_the_merge_is_pefts_bit_for_bit(tmp_path, dtype, config):
     }
 
 
-def test_arbitrary_values_are_pefts_to_the_last_bit(tmp_path):
+def test_arbitrary_values_equal_pefts_within_one_rounding(tmp_path):
     # The last bit of BA depends on the order in which a BLAS adds up; a CPU may show none, or a few per thousand.
     torch.manual_seed(0)
     net = Net()
@@ -95,7 +95,7 @@ def test_arbitrary_values_are_pefts_to_the_last_bit(tmp_path):
         assert (one == other).mean() > 0.9
 
 
-def test_gpt2s_matrices_that_are_stored_in_out_are_merged_as_peft_does(tmp_path):
+def test_in_out_matrices_of_gpt2_equal_pefts(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     base = GPT2LMHeadModel(config)
@@ -111,7 +111,7 @@ def test_gpt2s_matrices_that_are_stored_in_out_are_merged_as_peft_does(tmp_path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_dora_on_linear_layers_is_pefts(tmp_path, dtype, weight):
+def test_dora_on_linear_layers_equals_pefts(tmp_path, dtype, weight):
     torch.manual_seed(0)
     net = Net().to(dtype)
     save_tensors(net.state_dict(), tmp_path / "base.safetensors")
@@ -120,14 +120,14 @@ def test_dora_on_linear_layers_is_pefts(tmp_path, dtype, weight):
     report = merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", strengths=(weight,))
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.scale_layer(weight)  # PEFT's meaning of a weight: of the scale, wherever it stands
+            module.scale_layer(weight)  # in PEFT a weight multiplies the scale, with DoRA too
     theirs = model.merge_and_unload().state_dict()
     ours = load_tensors(tmp_path / "out/model.safetensors")
     assert nearly_the_same_bits(ours, theirs, net.state_dict()) == {"up.weight", "down.weight"}
     assert all(result.retention == pytest.approx(1, abs=2e-3) and result.noise < 0.02 for result in report.results)
 
 
-def test_dora_on_gpt2s_matrices_and_embeddings_is_pefts(tmp_path):
+def test_dora_on_in_out_matrices_and_embeddings_equals_pefts(tmp_path):
     # Both are stored (in, out): a length runs through all rows.
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
@@ -143,7 +143,7 @@ def test_dora_on_gpt2s_matrices_and_embeddings_is_pefts(tmp_path):
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True, "rank_pattern": {"wpe": 2}}])
-def test_lora_on_embeddings_is_pefts_bit_for_bit(tmp_path, config):
+def test_lora_on_embeddings_equals_pefts_bit_for_bit(tmp_path, config):
     torch.manual_seed(0)
     base = bert()
     base.save_pretrained(tmp_path / "base")
@@ -159,7 +159,7 @@ def test_lora_on_embeddings_is_pefts_bit_for_bit(tmp_path, config):
 
 
 @pytest.mark.parametrize("config", [{}, {"lora_bias": True, "target_modules": ["one", "two", "three"]}])
-def test_lora_on_convolutions_is_pefts_bit_for_bit(tmp_path, config):
+def test_lora_on_convolutions_equals_pefts_bit_for_bit(tmp_path, config):
     torch.manual_seed(0)
     net = Convolutions()
     save_tensors(net.state_dict(), tmp_path / "base.safetensors")
@@ -173,7 +173,7 @@ def test_lora_on_convolutions_is_pefts_bit_for_bit(tmp_path, config):
     assert all(result.changed > 0.9 * result.elements for result in report.results)
 
 
-def test_dora_on_convolutions_is_pefts(tmp_path):
+def test_dora_on_convolutions_equals_pefts(tmp_path):
     torch.manual_seed(0)
     net = Convolutions()
     save_tensors(net.state_dict(), tmp_path / "base.safetensors")
@@ -185,7 +185,7 @@ def test_dora_on_convolutions_is_pefts(tmp_path):
     assert changed == {f"{name}.weight" for name in ("one", "two", "three", "point")}
 
 
-def test_packed_attention_and_its_output_are_pefts_but_for_the_output_that_it_counts_twice(tmp_path):
+def test_packed_attention_equals_pefts_except_its_doubled_output(tmp_path):
     torch.manual_seed(0)
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 12)})
     save_tensors(net.state_dict(), tmp_path / "base.safetensors")
@@ -201,7 +201,7 @@ def test_packed_attention_and_its_output_are_pefts_but_for_the_output_that_it_co
     assert changed == {"attn.in_proj_weight", out, "attn.out_proj.bias", "qkv.weight", "qkv.bias"}
 
 
-def test_a_bare_file_with_gpt2s_names_is_refused_for_want_of_a_config(tmp_path):
+def test_a_bare_file_with_gpt2_names_needs_a_config(tmp_path):
     base_file(tmp_path / "base.safetensors", {"h.0.c_proj.weight": np.eye(2)})
     adapter = peft_adapter(tmp_path / "adapter", {"h.0.c_proj": ([[1, 2]], [[1], [1]])})
     with pytest.raises(InputRefused, match=r"h\.0\.c_proj\.weight may be stored \(out, in\) or \(in, out\)"):
@@ -216,7 +216,7 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
-def test_a_headless_base_and_an_adapter_with_a_head_become_a_model_that_loads_as_it_is(tmp_path):
+def test_a_headless_base_and_a_head_become_a_loadable_classifier(tmp_path):
     # The adapter's names carry `bert.`, the base's file does not, and has no head at all.
     full = bert()
     full.bert.save_pretrained(tmp_path / "base")
@@ -236,7 +236,7 @@ def test_a_headless_base_and_an_adapter_with_a_head_become_a_model_that_loads_as
     assert (tmp_path / "out/vocab.txt").read_text() == "[PAD]\n"
 
 
-def test_a_base_that_has_the_prefix_and_the_head_keeps_its_names(tmp_path):
+def test_a_base_with_the_prefix_and_the_head_keeps_its_names(tmp_path):
     full = bert()
     full.save_pretrained(tmp_path / "base")
     model = trained(full, sixty_fourths, r=4, target_modules=["query"], task_type="SEQ_CLS")
@@ -262,9 +262,7 @@ def tied() -> LlamaForCausalLM:
         ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
     ],
 )
-def test_embeddings_that_were_trained_apart_are_untied_and_those_trained_as_one_are_not(
-    tmp_path, tied, config, still_tied
-):
+def test_embeddings_are_untied_where_they_were_trained_apart(tmp_path, tied, config, still_tied):
     tied.save_pretrained(tmp_path / "base")
     model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], **config)
     model.save_pretrained(tmp_path / "adapter")
@@ -274,7 +272,7 @@ def test_embeddings_that_were_trained_apart_are_untied_and_those_trained_as_one_
     assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
 
 
-def test_embeddings_that_the_base_stores_once_and_the_adapter_changed_on_one_side_are_refused(tmp_path, tied):
+def test_a_change_of_tied_input_embeddings_alone_is_refused(tmp_path, tied):
     tied.save_pretrained(tmp_path / "base")
     model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     model.save_pretrained(tmp_path / "adapter")
@@ -292,7 +290,7 @@ def test_embeddings_that_the_base_stores_once_and_the_adapter_changed_on_one_sid
         {"architectures": ["LlamaForCausalLM"], "vocab_size": 3},
     ],
 )
-def test_embeddings_that_are_not_tied_may_be_replaced(tmp_path, config):
+def test_untied_embeddings_may_be_replaced(tmp_path, config):
     (tmp_path / "base").mkdir()
     base_file(tmp_path / "base/model.safetensors", {"embed.weight": [[1, 2], [3, 4]]})
     (tmp_path / "base/config.json").write_text(json.dumps(config))
@@ -302,7 +300,7 @@ def test_embeddings_that_are_not_tied_may_be_replaced(tmp_path, config):
     assert json.loads((tmp_path / "out/config.json").read_text()) == config
 
 
-def test_a_pair_on_tied_embeddings_is_refused_where_the_base_stores_them_once(tmp_path, tied):
+def test_a_pair_on_tied_embeddings_is_refused(tmp_path, tied):
     tied.save_pretrained(tmp_path / "base")
     model = trained(tied, sixty_fourths, r=2, target_modules=["embed_tokens"])
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -312,7 +310,7 @@ def test_a_pair_on_tied_embeddings_is_refused_where_the_base_stores_them_once(tm
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}])
-def test_an_embedding_that_was_saved_with_its_pair_is_changed_as_it_was_saved(tmp_path, tied, config):
+def test_a_pair_is_added_to_the_embedding_saved_with_it(tmp_path, tied, config):
     base = copy.deepcopy(tied)
     base.config.tie_word_embeddings = False
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
@@ -343,9 +341,7 @@ def test_a_base_in_fp64_is_summed_in_fp64(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_rows_of_tokens_are_pefts_and_those_of_a_tied_model_are_both_inputs_and_outputs(
-    tmp_path, monkeypatch, tied, is_tied, dtype
-):
+def test_rows_of_tokens_equal_pefts(tmp_path, monkeypatch, tied, is_tied, dtype):
     base = copy.deepcopy(tied).to(dtype)
     if not is_tied:
         base.config.tie_word_embeddings = False
@@ -368,13 +364,13 @@ def test_rows_of_tokens_are_pefts_and_those_of_a_tied_model_are_both_inputs_and_
     assert report.replaced == (1 if is_tied else 2)
 
 
-def test_rows_that_the_bases_type_cannot_hold_are_refused(tmp_path):
+def test_rows_beyond_the_dtype_of_the_base_are_refused(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[1]], "emb.weight": [[1], [2]]}, np.float16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[1]], [[1]])}, trainable_token_indices=[1])
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.emb.token_adapter.trainable_tokens_delta"] = np.array([[1e5]], np.float32)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputRefused, match=r"^emb\.weight: 1 values would lie beyond 65504"):
+    with pytest.raises(InputRefused, match=r"^emb\.weight: 1 values would exceed 65504"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
 
 
@@ -397,7 +393,7 @@ def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_pair_on_a_tensor_that_comes_in_fp64_is_summed_there(tmp_path, monkeypatch):
+def test_a_pair_on_an_fp64_replacement_is_summed_in_fp64(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((30, 20))})
     brought = 1 + np.arange(600).reshape(30, 20) * 2.0**-40
     pairs = {"fc": (np.full((1, 20), 2.0**-20), np.ones((30, 1)))}
@@ -425,7 +421,7 @@ BA = np.array([[1, 2, 3], [0, 1, 0], [1, 3, 3], [2, 4, 6]])
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A folder of two shards, with what else lies in such folders. `fc` changes, the rest stays."""
+    """A folder of two shards, with other files as in such folders. `fc` changes, the rest stays."""
     folder = tmp_path / "base"
     folder.mkdir()
     tensors = [
@@ -433,8 +429,8 @@ def sharded(tmp_path: Path) -> Path:
         {"last.weight": np.array([[np.nan, 1]], np.float32), "mask": np.array([True])},
     ]
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    for name, there in zip(names, tensors, strict=True):
-        save_file(there, folder / name, metadata={"format": "pt", "made by": name})
+    for name, shard in zip(names, tensors, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt", "made by": name})
     index = {"metadata": {"total_size": 97}, "weight_map": {key: names[n] for n in (0, 1) for key in tensors[n]}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text('{"model_type": "llama",  "torch_dtype": "float32"}')
@@ -458,7 +454,7 @@ def stored_bytes(folder: Path, name: str) -> bytes:
     return shard.read(name).tobytes()
 
 
-def test_shards_stay_shards_and_what_is_kept_is_kept_byte_for_byte(tmp_path, sharded, adapter):
+def test_unchanged_tensors_keep_their_bytes_and_shards(tmp_path, sharded, adapter):
     report = merged(sharded, adapter, tmp_path / "out")
     after = tensors_of(tmp_path / "out")
     assert after["fc.weight"].tolist() == (W + BA).tolist()
@@ -479,14 +475,14 @@ def test_shards_stay_shards_and_what_is_kept_is_kept_byte_for_byte(tmp_path, sha
     assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
 
 
-def test_the_outputs_index_is_that_of_its_shards(tmp_path, sharded, adapter):
+def test_the_index_of_the_output_describes_its_shards(tmp_path, sharded, adapter):
     merged(sharded, adapter, tmp_path / "out")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"] == json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     assert index["metadata"]["total_size"] == 3 * 8 + 12 * 4 + 3 * 2 + 2 * 4 + 1
 
 
-def test_each_files_own_metadata_is_kept(tmp_path, sharded, adapter):
+def test_each_shard_keeps_its_metadata(tmp_path, sharded, adapter):
     merged(sharded, adapter, tmp_path / "out")
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
@@ -494,7 +490,7 @@ def test_each_files_own_metadata_is_kept(tmp_path, sharded, adapter):
 
 
 @pytest.mark.parametrize("hashing", ["xxh3_128", "sha256"])
-def test_the_manifest_tells_where_everything_came_from(tmp_path, sharded, adapter, hashing):
+def test_the_manifest_records_base_adapters_settings_and_files(tmp_path, sharded, adapter, hashing):
     def facts(path: Path) -> dict[str, str]:
         weights = path.suffix == ".safetensors"
         return {hashing: ALGORITHMS[hashing](path.read_bytes()).hexdigest()} if weights else sha256(path)
@@ -515,7 +511,7 @@ def test_the_manifest_tells_where_everything_came_from(tmp_path, sharded, adapte
     assert "config.json" in manifest["files"] and len(manifest["files"]) == 5
 
 
-def test_an_added_head_goes_into_the_last_shard_in_its_own_type(tmp_path, sharded):
+def test_an_added_head_is_stored_in_the_last_shard_in_its_dtype(tmp_path, sharded):
     head = peft_adapter(tmp_path / "head", {"model.fc": (A, B)}, {"score.weight": np.ones((2, 3), np.float16)})
     report = merged(sharded, head, tmp_path / "out")
     assert report.replaced == 1
@@ -527,7 +523,7 @@ def test_an_added_head_goes_into_the_last_shard_in_its_own_type(tmp_path, sharde
     assert index["weight_map"]["model.fc.weight"] == "model-00001-of-00002.safetensors"
 
 
-def test_a_whole_tensor_takes_the_bases_place_in_the_bases_type(tmp_path):
+def test_a_replacement_is_stored_in_the_dtype_of_the_base(tmp_path):
     base_file(tmp_path / "base.safetensors", {"head.weight": [[1, 2]], "fc.weight": W}, BF16)
     whole = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([[3, 257]], np.float32)})
     merged(tmp_path / "base.safetensors", whole, tmp_path / "out")
@@ -536,7 +532,7 @@ def test_a_whole_tensor_takes_the_bases_place_in_the_bases_type(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_conversion_converts_every_float_tensor_and_nothing_else(tmp_path, sharded, adapter, dtype):
+def test_a_conversion_converts_float_tensors_only(tmp_path, sharded, adapter, dtype):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     rest = {"last.weight": np.array([[257, 1]], np.float32), "mask": np.array([True]), "wide": np.array([1.5])}
     save_file(
@@ -559,21 +555,21 @@ def test_a_conversion_converts_every_float_tensor_and_nothing_else(tmp_path, sha
     assert report.copied == 3 * 8 + 1 + {"float32": 2 * 4 + 4, "float16": 3 * 2}.get(dtype, 0)
 
 
-def test_the_size_is_known_beforehand(tmp_path, sharded, adapter):
+def test_output_size_is_known_before_the_merge(tmp_path, sharded, adapter):
     checkpoint = open_checkpoint(sharded)
     laid = plan.make([formats.load(adapter)], checkpoint.specs)
     assert merge.output_size(laid, checkpoint) == 3 * 8 + 12 * 4 + 3 * 2 + 2 * 4 + 1
     assert merge.output_size(laid, checkpoint, "bfloat16") == 3 * 8 + 12 * 2 + 3 * 2 + 2 * 2 + 1
 
 
-def test_progress_hears_of_every_byte(tmp_path, sharded, adapter):
-    heard: list[int] = []
-    report = merged(sharded, adapter, tmp_path / "out", progress=heard.append)
-    assert sum(heard) == report.bytes
+def test_progress_counts_every_byte(tmp_path, sharded, adapter):
+    written: list[int] = []
+    report = merged(sharded, adapter, tmp_path / "out", progress=written.append)
+    assert sum(written) == report.bytes
     assert 0 < report.seconds < 60
 
 
-def test_a_bare_file_becomes_a_file_of_the_given_name_with_its_record_inside(tmp_path, adapter):
+def test_a_bare_file_contains_its_record(tmp_path, adapter):
     base_file(tmp_path / "base.safetensors", {"fc.weight": W})
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", file_name="mine.safetensors")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.safetensors"]
@@ -585,7 +581,7 @@ def test_a_bare_file_becomes_a_file_of_the_given_name_with_its_record_inside(tmp
     assert [merged["name"] for merged in record["adapters"]] == ["adapter"]
 
 
-def test_a_cache_of_symbolic_links_becomes_a_folder_of_files(tmp_path, sharded, adapter):
+def test_symbolic_links_of_a_cache_become_files(tmp_path, sharded, adapter):
     blobs = tmp_path / "blobs"
     sharded.rename(blobs)
     for path in blobs.iterdir():
@@ -616,12 +612,12 @@ def test_dora_by_hand(tmp_path, dtype):
     (result,) = merged(tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a"), tmp_path / "out").results
     stored = load_file(tmp_path / "out/model.safetensors")["fc.weight"]
     assert (stored.tolist(), stored.dtype) == ([[6, 8, 0], [0, 0, 20]], dtype)
-    # Measured against what was to become of W, not against sBA: [[5, 8, 0], [0, 0, 15]].
+    # Measured against the change of W with its rescaling, not against sBA: [[5, 8, 0], [0, 0, 15]].
     assert (result.retention, result.noise, result.changed, result.elements) == (1, 0, 3, 6)
     assert result.relative_change == pytest.approx(math.sqrt((25 + 64 + 225) / 26))
 
 
-def test_what_rounding_takes_from_dora_is_measured_on_the_rescaled_weight(tmp_path):
+def test_retention_of_dora_is_measured_on_the_rescaled_weight(tmp_path):
     # In bf16 255 has its neighbours 1 away and 256 the next one 2: 255.5 and 257.5 become 256 and 258.
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[255, 0], [0, 256]]}, BF16)
     lengths = {"base_model.model.fc.lora_magnitude_vector": np.array([255.5, 257.5], np.float32)}
@@ -634,7 +630,7 @@ def test_what_rounding_takes_from_dora_is_measured_on_the_rescaled_weight(tmp_pa
     assert result.noise == pytest.approx(math.sqrt((0.25 + 0.25) / (0.25 + 2.25)))
 
 
-def test_dora_is_refused_where_an_output_has_no_direction(tmp_path):
+def test_dora_is_refused_where_an_output_is_zero(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[-2, -4, 0], [0, 0, 5]]})
     with pytest.raises(InputRefused, match=r"^fc\.weight: 1 outputs of W \+ s·BA are zero"):
         merged(tmp_path / "base.safetensors", dora_by_hand(tmp_path / "a"), tmp_path / "out")
@@ -645,9 +641,7 @@ def test_dora_is_refused_where_an_output_has_no_direction(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("embedding", [False, True])
-def test_dora_in_blocks_of_rows_gives_the_bits_of_the_whole_and_reads_it_at_most_twice(
-    tmp_path, monkeypatch, embedding, threads
-):
+def test_dora_in_blocks_equals_the_whole_and_reads_at_most_twice(tmp_path, monkeypatch, embedding, threads):
     rng = np.random.default_rng(0)
     base = base_file(tmp_path / "base.safetensors", {"kept": np.ones(3), "fc.weight": rng.standard_normal((20, 12))})
     exact = rng.integers(-63, 64, (2, 4, 20)) / 64
@@ -670,8 +664,8 @@ def test_dora_in_blocks_of_rows_gives_the_bits_of_the_whole_and_reads_it_at_most
     assert shards[0].read_bytes() == shards[1].read_bytes()
     assert whole.results[0].changed == parts.results[0].changed == 240
     entry = safetensors_file.open_file(base).entries["fc.weight"]
-    there = sorted(size for start, size in reads if entry.start <= start < entry.stop)
-    assert sum(there) == (2 if embedding else 1) * entry.nbytes and max(there) <= 150
+    sizes = sorted(size for start, size in reads if entry.start <= start < entry.stop)
+    assert sum(sizes) == (2 if embedding else 1) * entry.nbytes and max(sizes) <= 150
     pair, weight = formats.load(adapter).pairs["fc"], load_file(base)["fc.weight"].astype(np.float64)
     total = weight.T + pair.scale * (b @ a) if embedding else weight + pair.scale * (b @ a)
     expected = total * (pair.magnitude / np.linalg.norm(total, axis=1))[:, None]
@@ -681,7 +675,7 @@ def test_dora_in_blocks_of_rows_gives_the_bits_of_the_whole_and_reads_it_at_most
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("block", [1, 100, 256])
-def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, model_type, block):
+def test_blocks_of_rows_give_the_same_bits_as_the_whole(tmp_path, monkeypatch, model_type, block):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text(json.dumps({"model_type": model_type}))
     rng = np.random.default_rng(0)
@@ -699,7 +693,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, model_
     assert one.retention == pytest.approx(other.retention, rel=1e-6)
 
 
-def test_no_more_than_a_block_is_worked_on_at_a_time(tmp_path, monkeypatch):
+def test_one_block_of_rows_is_summed_at_a_time(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((20, 20))}, BF16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((1, 20)), np.ones((20, 1)))})
     shapes: list[tuple[int, ...]] = []
@@ -710,7 +704,7 @@ def test_no_more_than_a_block_is_worked_on_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(tmp_path, monkeypatch, sharded, adapter, threads):
+def test_the_number_of_threads_does_not_change_the_output(tmp_path, monkeypatch, sharded, adapter, threads):
     merged(sharded, adapter, tmp_path / "out")
     monkeypatch.setattr(block_copy, "default_threads", lambda: threads)
     monkeypatch.setattr(block_copy, "BLOCK", 16)
@@ -718,7 +712,7 @@ def test_threads_change_nothing(tmp_path, monkeypatch, sharded, adapter, threads
     assert read_manifest(tmp_path / "out") == read_manifest(tmp_path / "other")
 
 
-def test_blas_computes_in_the_thread_that_asks(tmp_path, monkeypatch, sharded, adapter):
+def test_blas_computes_in_the_calling_thread(tmp_path, monkeypatch, sharded, adapter):
     # Each of the transfer's threads has a core already; pools of its own would only get in each other's way.
     def threads() -> set[int]:
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
@@ -731,30 +725,30 @@ def test_blas_computes_in_the_thread_that_asks(tmp_path, monkeypatch, sharded, a
 
 
 @pytest.mark.parametrize("strange", [{}, {"odd": "x" * 1000}])
-def test_what_stays_lies_in_the_pages_as_it_did_so_that_they_can_be_shared(tmp_path, adapter, strange):
+def test_unchanged_tensors_keep_their_offset_within_a_page(tmp_path, adapter, strange):
     kept = np.arange(5000, dtype=np.float32)
     base_file(tmp_path / "base.safetensors", {"fc.weight": W, "kept": kept}, np.float32, strange)
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
-    there = [
+    both = [
         safetensors_file.open_file(path) for path in (tmp_path / "base.safetensors", tmp_path / "out/model.safetensors")
     ]
-    starts = [file.entries["kept"].start for file in there]
+    starts = [file.entries["kept"].start for file in both]
     assert starts[0] != starts[1] and starts[0] % 4096 == starts[1] % 4096
-    assert there[1].read("kept").tolist() == kept.tolist()
+    assert both[1].read("kept").tolist() == kept.tolist()
 
 
-def test_a_write_that_takes_only_a_part_is_continued(tmp_path, monkeypatch, sharded, adapter):
+def test_a_partial_write_is_continued(tmp_path, monkeypatch, sharded, adapter):
     merged(sharded, adapter, tmp_path / "whole")
     pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, place: pwrite(fd, data[:7], place))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, position: pwrite(fd, data[:7], position))
     merged(sharded, adapter, tmp_path / "parts")
     assert read_manifest(tmp_path / "parts") == read_manifest(tmp_path / "whole")
 
 
-# --- The ledger ---
+# --- The report ---
 
 
-def test_the_ledger_is_what_numpy_finds_in_the_files(tmp_path):
+def test_results_equal_what_numpy_finds_in_the_files(tmp_path):
     rng = np.random.default_rng(0)
     weight = (0.02 * rng.standard_normal((64, 48))).astype(BF16)
     a, b = 0.02 * rng.standard_normal((4, 48)), 0.0005 * rng.standard_normal((64, 4))
@@ -789,12 +783,10 @@ def uneven(tmp_path: Path, rows: slice) -> tuple[Path, Path]:
         (slice(3, 20), 40 * 50),  # too little of it
     ],
 )
-def test_a_large_weight_is_measured_by_a_sample_that_holds_its_share_of_the_change(
-    tmp_path, monkeypatch, rows, measured
-):
+def test_a_large_weight_is_measured_by_a_representative_sample(tmp_path, monkeypatch, rows, measured):
     base, adapter = uneven(tmp_path, rows)
     (whole,) = merged(base, adapter, tmp_path / "whole", min_retention=0).results
-    monkeypatch.setattr(apply_step, "MEASURED", 500)
+    monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 500)
     monkeypatch.setattr(block_copy, "BLOCK", 5 * 50 * 4)
     (result,) = merged(base, adapter, tmp_path / "out", min_retention=0).results
     assert 0.1 < whole.retention < 0.9 and whole.noise > 0.1
@@ -803,25 +795,25 @@ def test_a_large_weight_is_measured_by_a_sample_that_holds_its_share_of_the_chan
     assert result.noise == pytest.approx(whole.noise, rel=0.2 if measured < 2000 else 1e-6)
 
 
-def test_doras_change_is_measured_in_every_row(tmp_path, monkeypatch):
+def test_a_change_by_dora_is_measured_in_every_row(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.eye(40, 50)})
     lengths = {"base_model.model.fc.lora_magnitude_vector": np.linspace(1, 2, 40, dtype=np.float32)}
     adapter = dora_by_hand(tmp_path / "adapter", {"fc": (np.zeros((1, 50)), np.ones((40, 1)))}, lengths)
-    monkeypatch.setattr(apply_step, "MEASURED", 500)
+    monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 500)
     monkeypatch.setattr(block_copy, "BLOCK", 5 * 50 * 4)
     (result,) = merged(tmp_path / "base.safetensors", adapter, tmp_path / "out").results
     assert (result.elements, result.changed, result.retention) == (2000, 39, 1)
 
 
-def faint(tmp_path: Path, size: float) -> tuple[Path, Path]:
-    """A bf16 base and an adapter whose change lies below half a step of it for size 1/512 and less."""
+def below_rounding(tmp_path: Path, size: float) -> tuple[Path, Path]:
+    """A bf16 base and an adapter whose change is less than half a step of bf16 for size 1/512 and less."""
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[1, 1]], "ok.weight": [[1, 1]]}, BF16)
     pairs = {"fc": ([[size, size]], [[1]]), "ok": ([[1, 1]], [[1]])}
     return tmp_path / "base.safetensors", peft_adapter(tmp_path / "adapter", pairs)
 
 
-def test_a_change_that_rounding_would_lose_is_refused_with_the_ways_out(tmp_path):
-    base, adapter = faint(tmp_path, 1 / 1024)
+def test_a_change_below_rounding_is_refused(tmp_path):
+    base, adapter = below_rounding(tmp_path, 1 / 1024)
     with pytest.raises(InputRefused) as refused:
         merged(base, adapter, tmp_path / "out")
     assert str(refused.value).splitlines() == [
@@ -832,8 +824,8 @@ def test_a_change_that_rounding_would_lose_is_refused_with_the_ways_out(tmp_path
     ]
 
 
-def test_the_ways_out_are_ways_out(tmp_path):
-    base, adapter = faint(tmp_path, 1 / 1024)
+def test_the_remedies_for_a_change_below_rounding_work(tmp_path):
+    base, adapter = below_rounding(tmp_path, 1 / 1024)
     report = merged(base, adapter, tmp_path / "knowingly", min_retention=0)
     assert [result.weight for result in report.below_rounding] == ["fc.weight"]
     report = merged(base, adapter, tmp_path / "wide", dtype="float32")
@@ -844,25 +836,25 @@ def test_the_ways_out_are_ways_out(tmp_path):
 # --- What is refused ---
 
 
-def test_a_sum_that_the_type_cannot_hold_is_refused(tmp_path):
+def test_a_sum_beyond_the_dtype_is_refused(tmp_path):
     base_file(tmp_path / "base.safetensors", {"fc.weight": [[60000, 1]]}, np.float16)
     adapter = peft_adapter(tmp_path / "adapter", {"fc": ([[10000, 1]], [[1]])})
-    with pytest.raises(InputRefused, match=r"fc\.weight: 1 values would lie beyond 65504, the largest float16\. Look"):
+    with pytest.raises(InputRefused, match=r"fc\.weight: 1 values would exceed 65504, the largest float16\. Check"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "wide", dtype="float32")
     assert load_file(tmp_path / "wide/model.safetensors")["fc.weight"].tolist() == [[70000, 2]]
 
 
 @pytest.mark.parametrize(("kept", "brought", "culprit"), [(70000, 1, "other"), (1, 1e5, r"head\.weight")])
-def test_a_conversion_that_overflows_is_refused_wherever_it_does(tmp_path, kept, brought, culprit):
+def test_a_conversion_that_overflows_is_refused(tmp_path, kept, brought, culprit):
     base_file(tmp_path / "base.safetensors", {"fc.weight": W, "other": [kept]})
     adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([brought], np.float32)})
-    with pytest.raises(InputRefused, match=rf"{culprit}: 1 values would lie beyond 65504"):
+    with pytest.raises(InputRefused, match=rf"{culprit}: 1 values would exceed 65504"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", dtype="float16")
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_base_that_is_not_finite_where_it_changes_is_refused(tmp_path, adapter, poison):
+def test_a_changed_weight_that_is_not_finite_is_refused(tmp_path, adapter, poison):
     weight = W.astype(float)
     weight[1, 1] = weight[2, 2] = poison
     base_file(tmp_path / "base.safetensors", {"fc.weight": weight})
@@ -871,7 +863,7 @@ def test_a_base_that_is_not_finite_where_it_changes_is_refused(tmp_path, adapter
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_warning_of_numpys_gets_out(tmp_path, adapter):
+def test_numpy_warnings_are_suppressed(tmp_path, adapter):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.full((4, 3), 3e38)})
     for dtype in ("float16", "bfloat16", "keep"):
         with pytest.raises(InputRefused):
@@ -884,7 +876,7 @@ def test_no_warning_of_numpys_gets_out(tmp_path, adapter):
 
 
 @pytest.mark.parametrize("bare", [True, False])
-def test_the_same_adapter_is_not_merged_twice_but_another_one_is(tmp_path, adapter, bare):
+def test_a_second_merge_of_the_same_adapter_is_refused(tmp_path, adapter, bare):
     (tmp_path / "base").mkdir()
     base_file(tmp_path / "base/model.safetensors", {"fc.weight": W})
     once = tmp_path / "once/model.safetensors" if bare else tmp_path / "once"
@@ -892,8 +884,8 @@ def test_the_same_adapter_is_not_merged_twice_but_another_one_is(tmp_path, adapt
     with pytest.raises(InputRefused) as refused:
         merged(once, adapter.rename(tmp_path / "renamed"), tmp_path / "twice")
     assert re.fullmatch(
-        rf"{once} already holds the adapter renamed \(merged as adapter, sha256 [0-9a-f]{{12}}\)\. "
-        "Merge into the original base, or nothing twice",
+        rf"{once} already contains the adapter renamed \(merged as adapter, sha256 [0-9a-f]{{12}}\)\. "
+        "Merge into the original base instead",
         str(refused.value),
     )
     other = peft_adapter(tmp_path / "other", {"fc": (A, B)}, lora_alpha=4)
@@ -901,11 +893,11 @@ def test_the_same_adapter_is_not_merged_twice_but_another_one_is(tmp_path, adapt
     both = tmp_path / "both/model.safetensors" if bare else tmp_path / "both"
     assert [entry["name"] for entry in open_checkpoint(both).history] == ["adapter", "other"]
     assert tensors_of(tmp_path / "both")["fc.weight"].tolist() == (W + 3 * BA).tolist()
-    with pytest.raises(InputRefused, match="already holds the adapter renamed"):
+    with pytest.raises(InputRefused, match="already contains the adapter renamed"):
         merged(both, tmp_path / "renamed", tmp_path / "thrice")
 
 
-def test_adapters_without_a_hash_are_not_taken_for_one_another(tmp_path):
+def test_adapters_without_a_hash_are_not_confused(tmp_path):
     base_file(tmp_path / "model.safetensors", {"fc.weight": W})
     base = tmp_path / "model.safetensors"
     for name in ("one", "two"):  # made in a program, not read from a file
@@ -917,14 +909,14 @@ def test_adapters_without_a_hash_are_not_taken_for_one_another(tmp_path):
     assert load_file(base)["fc.weight"].tolist() == (W + 2 * BA).tolist()
 
 
-def test_a_base_that_is_touched_meanwhile_is_refused(tmp_path, sharded, adapter):
+def test_a_base_touched_during_the_merge_is_refused(tmp_path, sharded, adapter):
     shard = sharded / "model-00001-of-00002.safetensors"
     with pytest.raises(InputRefused, match=f"{shard} changed while it was being merged"):
         merged(sharded, adapter, tmp_path / "out", progress=lambda _: os.utime(shard))
 
 
 @pytest.mark.parametrize("left", [0.1, 0.9])
-def test_a_base_that_is_cut_meanwhile_is_refused(tmp_path, sharded, adapter, left):
+def test_a_base_truncated_during_the_merge_is_refused(tmp_path, sharded, adapter, left):
     shard = sharded / "model-00001-of-00002.safetensors"
     size = shard.stat().st_size
     with pytest.raises(InputRefused, match=f"{shard} (changed while|became shorter while)"):

@@ -1,4 +1,4 @@
-"""What a merge takes of a machine's memory: the same for a base of any size."""
+"""Peak memory of a merge does not grow with the base."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ WIDTH = 4096
 LIMIT = 160  # MiB
 
 
-def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A safetensors file of bf16 zeros that takes no room on the disk."""
+def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of bf16 zeros that uses no disk blocks."""
     header, offset = {}, 0
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
@@ -33,12 +33,12 @@ def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 
 @pytest.mark.slow
-def test_a_base_ten_times_as_large_takes_no_more_memory(tmp_path):
+def test_a_base_ten_times_as_large_needs_no_more_memory(tmp_path):
     peaks, sizes = [], []
-    # The adapter stands in memory: the ranks are such that both have as many numbers.
+    # The adapter is loaded: the ranks are chosen so that both adapters are of one size.
     for name, rows, rank, kept in (("small", 14_000, 127, 2_800), ("large", 140_000, 16, 28_000)):
         shapes = {"head.weight": (rows, WIDTH), **{f"kept.{number}": (kept, WIDTH) for number in range(32)}}
-        base = hollow(tmp_path / f"{name}.safetensors", shapes)
+        base = sparse_file(tmp_path / f"{name}.safetensors", shapes)
         rng = np.random.default_rng(0)
         pair = rng.standard_normal((rank, WIDTH)), rng.standard_normal((rows, rank))
         adapter, out = peft_adapter(tmp_path / name, {"head": pair}), tmp_path / "out.safetensors"

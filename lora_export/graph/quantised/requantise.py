@@ -37,9 +37,9 @@ from lora_export.lora import EVERY_ROW
 from lora_export.plan import Plan
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
-from lora_export.weights import apply_step
-from lora_export.weights.apply_step import Patch
+from lora_export.weights.apply_step import squared_column_norms
 from lora_export.weights.merge_report import Statistics
+from lora_export.weights.tensor_blocks import Patch, blocks_to_measure
 
 INTEGERS = frozenset({"INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16"})
 MIRRORED_WITHOUT_LOWEST = 8  # bits from which a symmetric scheme of signed integers leaves out the lowest one
@@ -65,7 +65,7 @@ class _Piece(NamedTuple):
         """What became of it; nothing is counted where nothing was measured."""
         statistics = Statistics(self.weight)
         if merged is not None:
-            statistics.count(self.before, self.change, merged[self.where])
+            statistics.add_block(self.before, self.change, merged[self.where])
         return statistics
 
 
@@ -99,7 +99,7 @@ class Requantised:
         return Tallies."""
         numbers, cuts = self.numbers(part), list(self._cuts(part))
         step = self.patches[0].step if len(self.patches) == 1 else None
-        for rows, measured in zip(cuts, apply_step.measured_blocks(step, cuts), strict=True):
+        for rows, measured in zip(cuts, blocks_to_measure(step, cuts), strict=True):
             points = self._of_long_bands(rows) if self._is_long else None
             first, last = numbers.extent(rows if part is Part.LEVELS else self.groups.bands(rows))
             work = functools.partial(self._make, part, rows, points, measured)
@@ -278,25 +278,15 @@ class Requantised:
         reach = Reach(low, high)
         return self._renewed(self._points(every), reach, every)
 
-    def _energies_along(self, patch: Patch) -> NDArray[np.float64] | None:
-        """‖·‖² of the outputs of W + ΔW, where each of them runs through every stored row; None where nobody asks."""
-        step = patch.step
-        if step.magnitude is None or not step.spec.layout.is_transposed:
-            return None
-        count = max(1, block_copy.BLOCK // self._row_bytes)
-        cuts = [*range(patch.rows.start, patch.rows.stop, count), patch.rows.stop]
+    def _column_norms(self, patch: Patch) -> NDArray[np.float64] | None:
+        """See `apply_step.squared_column_norms`."""
+        first, count = patch.rows.start, max(1, block_copy.BLOCK // self._row_bytes)
+        ends = [*range(0, patch.rows.stop - first, count), patch.rows.stop - first]
 
-        def of(ends: tuple[int, int]) -> NDArray[np.float64]:
-            rows, own = slice(*ends), slice(ends[0] - patch.rows.start, ends[1] - patch.rows.start)
-            weight = self._weight(rows)[:, patch.columns]
-            start = sums.starting_rows(step, own, weight)
-            return sums.squared_norms((start + sums.stored_delta(step, own)).T)
+        def read(own: slice) -> NDArray[np.float32]:
+            return self._weight(slice(own.start + first, own.stop + first))[:, patch.columns]
 
-        with ThreadPoolExecutor(block_copy.default_threads()) as pool:
-            squares: NDArray[np.float64] = sum(
-                pool.map(of, itertools.pairwise(cuts)), start=np.zeros(len(step.magnitude))
-            )
-        return squares
+        return squared_column_norms(patch.step, [slice(*pair) for pair in itertools.pairwise(ends)], read)
 
 
 def _sum_into(
@@ -391,7 +381,7 @@ def requantised(held: Quantised, patches: Sequence[Patch], name: str) -> Requant
                     f"{patch.step.weight} shares a scale with its neighbours in {name}: it cannot be quantised alone"
                 )
     made = replace(made, patches=tuple(patches))
-    made.lengths.extend(made._energies_along(patch) for patch in patches)
+    made.lengths.extend(made._column_norms(patch) for patch in patches)
     return made
 
 

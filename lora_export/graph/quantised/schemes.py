@@ -21,7 +21,7 @@ from lora_export.graph.quantised import layouts
 from lora_export.lora import EVERY_ROW
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.apply_step import Patch
+from lora_export.weights.tensor_blocks import Patch
 
 
 class Rule(StrEnum):

@@ -1,0 +1,190 @@
+"""Tensors on their way from one file into another, as the blocks that `block_copy.transfer` carries over.
+
+Whatever holds weights in files (a safetensors file, a graph) describes each tensor of its output as an `OutputTensor`:
+a copy, rounded to another dtype, replaced, or changed by a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export import sums
+from lora_export.lora import EVERY_ROW
+from lora_export.plan import Step
+from lora_export.storage import block_copy
+from lora_export.storage.block_copy import Block, Bytes
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.apply_step import ApplyStep, Backend, StepRows, refuse_overflow, squared_column_norms
+from lora_export.weights.merge_report import Statistics
+
+LEAST_MEASURED = 1 << 20  # entries of a weight that its statistics count, at least
+
+
+class Patch(NamedTuple):
+    """A step on one block of a stored matrix that several weights share side by side."""
+
+    step: Step  # its shape and layout are those of the block
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True, eq=False)
+class OutputTensor:
+    """One tensor of the output: where in the base it comes from, and what happens to it on the way."""
+
+    source: Entry  # of an added tensor: no bytes
+    step: Step | None  # None: it is only copied, or rounded to another dtype
+    name: str
+    dtype: np.dtype[Any]
+    patches: tuple[Patch, ...] = ()  # instead of a step; entries outside of them stay as they are
+
+    @property
+    def is_copy(self) -> bool:
+        return self.step is None and not self.patches and self.source.dtype == self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.source.shape) * self.dtype.itemsize
+
+    @property
+    def largest_row_bytes(self) -> int:
+        """The bytes of a row in the largest form that it takes on the way: stored, summed, or in the output."""
+        replacement = self.step.replace if self.step is not None else None
+        sizes = [self.source.dtype.itemsize, self.dtype.itemsize, np.dtype(np.float32).itemsize]
+        sizes += [] if replacement is None else [replacement.itemsize]
+        return math.prod(self.source.shape[1:]) * max(sizes)
+
+    @property
+    def all_patches(self) -> tuple[Patch, ...]:
+        """The patches; a step on the whole tensor is one patch."""
+        if self.step is None:
+            return self.patches
+        return (Patch(self.step, slice(0, self.source.rows), EVERY_ROW),)
+
+    def shape_of(self, rows: slice) -> tuple[int, ...]:
+        return (rows.stop - rows.start, *self.source.shape[1:]) if self.source.shape else ()
+
+
+def block_size(tensors: Iterable[OutputTensor]) -> int:
+    """The bytes of the largest block that these tensors need."""
+    return max((block_copy.BLOCK, *(tensor.largest_row_bytes for tensor in tensors if not tensor.is_copy)))
+
+
+def copied_blocks(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> Iterator[Block]:
+    """Blocks that copy a range of the source; the target shares its disk blocks where the file system can."""
+    shared = block_copy.share(read_fd, write_fd, start, target_start, count)
+    offset = target_start - start
+    ends = sorted({start, start + count, *((shared.start, shared.stop) if shared else ())})
+    for one, other in itertools.pairwise(ends):
+        for first in range(one, other, block_copy.BLOCK):
+            last = min(first + block_copy.BLOCK, other)
+            yield Block(first, last, first + offset, last + offset, shared=first in shared)
+
+
+def changed_blocks(
+    source: Path, read_fd: int, tensor: OutputTensor, target: Entry, backend: Backend
+) -> Iterator[Block]:
+    """Blocks of whole rows that change a tensor. The work of a block returns a list of Statistics.
+
+    Where DoRA's outputs are columns, the tensor is read once more, before its first block.
+    """
+    old, count = tensor.source, max(1, block_copy.BLOCK // max(1, tensor.largest_row_bytes))
+    cuts = [*range(0, target.rows, count), target.rows]
+    pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]
+    norms = [_column_norms(source, read_fd, tensor, patch, pieces) for patch in tensor.all_patches]
+    change = _RowChange(tensor, target, backend.apply, norms)
+    for rows, measured in zip(pieces, blocks_to_measure(tensor.step, pieces), strict=True):
+        yield Block(
+            old.start + rows.start * old.row_bytes,
+            old.start + rows.stop * old.row_bytes,
+            target.start + rows.start * target.row_bytes,
+            target.start + rows.stop * target.row_bytes,
+            work=functools.partial(change.make, rows, measured),
+        )
+
+
+def _column_norms(
+    source: Path, read_fd: int, tensor: OutputTensor, patch: Patch, pieces: Sequence[slice]
+) -> NDArray[np.float64] | None:
+    """See `apply_step.squared_column_norms`. What is read here is not hashed: `transfer` reads and hashes it later."""
+    old, offset = tensor.source, patch.rows.start
+
+    def read(own: slice) -> NDArray[Any]:
+        rows = slice(own.start + offset, own.stop + offset)
+        stored = np.empty((rows.stop - rows.start) * old.row_bytes, np.uint8)
+        block_copy.read(source, read_fd, stored, old.start + rows.start * old.row_bytes)
+        return _columns(stored.view(old.dtype).reshape(tensor.shape_of(rows)), patch)
+
+    return squared_column_norms(patch.step, [own for rows in pieces if (own := _within(patch, rows)) is not None], read)
+
+
+def _within(patch: Patch, rows: slice) -> slice | None:
+    """The rows of the patch that are among these rows of the tensor, counted from its first; None where none are."""
+    first, last = max(rows.start, patch.rows.start), min(rows.stop, patch.rows.stop)
+    return slice(first - patch.rows.start, last - patch.rows.start) if first < last else None
+
+
+def _columns(stored: NDArray[Any], patch: Patch) -> NDArray[Any]:
+    """The columns of some rows that are in the patch."""
+    return stored if patch.columns == EVERY_ROW else stored[:, patch.columns]
+
+
+@dataclass(frozen=True, eq=False)
+class _RowChange:
+    """How rows of a tensor are changed between two files."""
+
+    tensor: OutputTensor
+    target: Entry
+    apply: ApplyStep
+    column_norms: Sequence[NDArray[np.float64] | None]  # of each patch
+
+    def make(self, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
+        """Fill `target`, some rows of the output, from `source`. Returns the statistics of each change."""
+        shape, old = self.tensor.shape_of(rows), self.tensor.source
+        output = target.view(self.target.dtype).reshape(shape)
+        stored = source.view(old.dtype).reshape(shape) if old.nbytes else output  # an added tensor has no stored rows
+        statistics = []
+        with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
+            if self.tensor.step is None:
+                np.copyto(output, stored, casting="unsafe")
+                refuse_overflow(self.target.name, stored, output)
+            for patch, norms in zip(self.tensor.all_patches, self.column_norms, strict=True):
+                own = _within(patch, rows)
+                if own is None:
+                    continue
+                here: Any = ...  # a scalar has no rows
+                if old.shape:
+                    here = slice(own.start + patch.rows.start - rows.start, own.stop + patch.rows.start - rows.start)
+                before, after = _columns(stored[here], patch), _columns(output[here], patch)
+                name = patch.step.weight if self.tensor.patches else self.target.name
+                found = self.apply(StepRows(patch.step, name, own, before, after, scratch, norms, measured))
+                statistics += [] if found is None else [found]
+        return statistics
+
+
+def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:
+    """Which blocks of a weight the statistics count: all, or of a large weight a sample.
+
+    Measuring a block costs as much as changing it, and a million entries determine a retention to a thousandth. The
+    sample is spread evenly over the rows. All blocks are measured where the sample would miss half or more of its part
+    of the change, and with DoRA, whose change is unknown before it is computed.
+    """
+    everything = [True] * len(rows)
+    stride = math.prod(step.spec.shape) // LEAST_MEASURED if step is not None and step.terms else 0
+    if step is None or stride < 2 or step.magnitude is not None:
+        return everything
+    sample = [number % stride == 0 for number in range(len(rows))]
+    energies = sums.squared_row_norms(step)
+    sampled = [part for part, is_sampled in zip(rows, sample, strict=True) if is_sampled]
+    fraction = sum(part.stop - part.start for part in sampled) / len(energies)
+    sampled_energy = sum(energies[part].sum() for part in sampled)
+    return sample if sampled_energy >= fraction / 2 * energies.sum() else everything
