@@ -20,7 +20,8 @@ from rich.table import Table
 
 import lora_export as le
 import small_task
-from lora_export.training import loop
+from lora_export.training.evaluation import evaluate
+from lora_export.training.loop import fit
 
 LINES = {4: ("blue, solid", "-o", "#0072b2"), 64: ("orange, dashed", "--s", "#d55e00")}
 IN_TRAINING = 4 * 4  # bytes a parameter: itself, its gradient and Adam's two moments, in fp32
@@ -44,14 +45,14 @@ class Run:
 def run(rank: int) -> Run:
     base, kept, held = small_task.load()
     module, _ = small_task.adapted(base, rank)
-    held_out = [loop.evaluate(module, held).loss]
+    held_out = [evaluate(module, held).loss]
     epochs = small_task.SETTINGS["epochs"]
 
     def on_step(step: int, steps: int, _loss: float) -> None:
         if step % (steps // epochs) == 0:
-            held_out.append(loop.evaluate(module, held).loss)
+            held_out.append(evaluate(module, held).loss)
 
-    history = loop.fit(module, kept, on_step=on_step, **small_task.SETTINGS)
+    history = fit(module, kept, on_step=on_step, **small_task.SETTINGS)
     steps = len(history.losses) // epochs
     training = [statistics.fmean(history.losses[epoch * steps :][:steps]) for epoch in range(epochs)]
     return Run(rank, le.count_parameters(module).trained, statistics.median(history.seconds), training, held_out)

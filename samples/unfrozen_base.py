@@ -24,7 +24,8 @@ import small_task
 from lora_export import layers
 from lora_export.formats import peft
 from lora_export.lora import Adapter
-from lora_export.training import loop
+from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.loop import fit
 
 RANK = 8
 
@@ -33,8 +34,8 @@ RANK = 8
 class Outcome:
     """What came of one training, and of its adapter on the original base."""
 
-    trained: loop.Score
-    deployed: loop.Score
+    trained: Score
+    deployed: Score
     difference: float  # the largest, of any score of a held-out example
     drift: float  # ‖W' - W‖ / ‖W‖, over all of the base
     file: int  # bytes, as saved
@@ -46,12 +47,12 @@ def run(*, frozen: bool) -> Outcome:
     module, fresh = small_task.adapted(base, RANK)
     if not frozen:
         module.requires_grad_(True)  # the mistake, in one line
-    loop.fit(module, kept, **small_task.SETTINGS)
+    fit(module, kept, **small_task.SETTINGS)
 
     adapter, size = saved_and_loaded(layers.read_back(module, fresh))
     deployed = copy.deepcopy(base)
     le.attach(deployed, le.make_plan([adapter], le.module_specs(deployed)))
-    scores = loop.evaluate(module, held), loop.evaluate(deployed, held)
+    scores = evaluate(module, held), evaluate(deployed, held)
     with torch.no_grad():
         difference = float((module(**held.inputs) - deployed(**held.inputs)).abs().max())
 

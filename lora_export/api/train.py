@@ -22,9 +22,10 @@ from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest
-from lora_export.training import loop
+from lora_export.training.batches import Data, array_data, token_data
 from lora_export.training.data import Examples, read_examples, split
-from lora_export.training.loop import Data, History, Score
+from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.loop import History, fit
 
 HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # names of task heads in transformers
 
@@ -55,7 +56,7 @@ class _Settings:
         return {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "seed")}
 
     def fit(self, module: nn.Module, data: Data, on_step: Callable[[int, int, float], None]) -> History:
-        return loop.fit(module, data, device=self.device, on_step=on_step, **self.recorded)
+        return fit(module, data, device=self.device, on_step=on_step, **self.recorded)
 
 
 def train(
@@ -151,10 +152,10 @@ def _prepared(
     """The examples to train on and those held out, as the model takes them."""
     trained_on, held_out = split(examples, holdout, seed=seed) if holdout else (examples, None)
     if not examples.texts:
-        return loop.arrays(trained_on), None if held_out is None else loop.arrays(held_out)
+        return array_data(trained_on), None if held_out is None else array_data(held_out)
     tokenizer = load_tokenizer(loaded)
-    tokens = loop.tokenised(trained_on, tokenizer, max_length=max_length)
-    return tokens, None if held_out is None else loop.tokenised(held_out, tokenizer, max_length=max_length)
+    tokens = token_data(trained_on, tokenizer, max_length=max_length)
+    return tokens, None if held_out is None else token_data(held_out, tokenizer, max_length=max_length)
 
 
 def _heads_of(loaded: Model) -> tuple[str, ...]:
@@ -181,14 +182,14 @@ def _head_alone(
     for head in heads:
         module.get_submodule(head).requires_grad_(True)
     on_message(str(settings.fit(module, data, _on_step("training the head alone", on_progress))))
-    return loop.evaluate(module, held_out, device=settings.device)
+    return evaluate(module, held_out, device=settings.device)
 
 
 def _with_and_without(module: nn.Module, held_out: Data, device: str) -> dict[str, Score]:
     """The scores with the adapter, and with the same head and the adapter disabled."""
-    adapter = loop.evaluate(module, held_out, device=device)
+    adapter = evaluate(module, held_out, device=device)
     with layers.scale_adapters(module, 0, keep_replaced=True):
-        return {"adapter": adapter, "adapter_off": loop.evaluate(module, held_out, device=device)}
+        return {"adapter": adapter, "adapter_off": evaluate(module, held_out, device=device)}
 
 
 def _config(loaded: Model, *, rslora: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Labelled examples from a file: texts, or arrays as a module takes them. NumPy only."""
+"""Read labelled examples from a file: texts, or arrays by the names of forward's parameters. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.npz import read_arrays
 
-IGNORED = -100  # the label that cross-entropy passes over
-SHOWN = 5  # bad lines that an error lists
-KINDS = ".jsonl and .csv (with `text` and `label`) and .npz (with the model's inputs and `labels`)"
+IGNORED = -100  # the label that cross-entropy ignores
+MAX_PROBLEMS = 5  # bad lines that an error lists
+FORMATS = ".jsonl and .csv (with `text` and `label`) and .npz (with the model's inputs and `labels`)"
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Labelled examples: texts, or one row an example in each of the model's inputs."""
+    """Labelled examples: texts, or arrays with one row per example for each of the model's inputs."""
 
-    labels: NDArray[Any]  # (n, ...): int64 places in `classes`, or float32 values to predict
+    labels: NDArray[Any]  # (n, ...): int64 indices into `classes`, or float32 values to predict
     classes: tuple[str, ...] = ()  # empty where values are predicted
     texts: tuple[str, ...] = ()
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # parameter of forward -> (n, ...)
@@ -50,24 +50,22 @@ class Examples:
 def read_examples(path: Path) -> Examples:
     """Read .jsonl or .csv (`text`, `label`) or .npz (arrays named like forward's parameters, and `labels`).
 
-    Labels that are strings or whole numbers are classes, sorted; an .npz with float labels holds values
-    to predict. Raises InputRefused with the places that are wrong.
+    Labels that are strings or integers are classes, sorted; float labels in an .npz are values to predict.
+    Raises InputRefused with the lines or arrays that are wrong.
     """
     readers: dict[str, Callable[[Path], Examples]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".npz": _read_npz}
     if path.suffix.lower() not in readers:
-        raise InputRefused(f"{path}: examples are read from {KINDS}")
+        raise InputRefused(f"{path}: examples are read from {FORMATS}")
     if path.exists() and not path.is_file():  # a FIFO would wait for a writer, a device may never end
         raise InputRefused(f"{path} is not a regular file")
     try:
-        if not path.is_file() and path.exists():
-            raise InputRefused(f"{path} is not a regular file")  # a FIFO would wait for a writer
         examples = readers[path.suffix.lower()](path)
     except OSError as error:
         raise InputRefused(f"{path} cannot be read: {error.strerror or error}") from error
     if not len(examples):
-        raise InputRefused(f"{path} holds no examples")
+        raise InputRefused(f"{path} contains no examples")
     if examples.classes and len(np.unique(examples.labels[examples.labels != IGNORED])) < 2:
-        raise InputRefused(f"{path}: all {len(examples)} examples have one label; there is nothing to tell apart")
+        raise InputRefused(f"{path}: all {len(examples)} examples have the same label; there is nothing to learn")
     return examples
 
 
@@ -102,9 +100,9 @@ def _record_problem(record: Any) -> str:
     if not isinstance(record["text"], str) or not record["text"].strip():
         return f"`text` is {record['text']!r}"
     if any("\ud800" <= character <= "\udfff" for character in record["text"]):
-        return "`text` holds half a surrogate pair, which is no character"
+        return "`text` contains half a surrogate pair, which is no character"
     if isinstance(record["label"], bool) or not isinstance(record["label"], str | int) or record["label"] == "":
-        return f"`label` is {record['label']!r}; it must be a string or a whole number"
+        return f"`label` is {record['label']!r}; it must be a string or an integer"
     return ""
 
 
@@ -135,16 +133,16 @@ def _read_csv(path: Path) -> Examples:
     except csv.Error as error:
         problems.append(f"line {reader.line_num}: {error}")
     _refuse(path, problems)
-    whole_numbers = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) for label in labels)  # 007 is a name
-    return _text_examples(path, texts, [int(label) for label in labels] if whole_numbers else labels)
+    integers = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) for label in labels)  # 007 is a name
+    return _text_examples(path, texts, [int(label) for label in labels] if integers else labels)
 
 
 def _text_examples(path: Path, texts: Sequence[str], labels: Sequence[str | int]) -> Examples:
     if len({type(label) for label in labels}) > 1:
         raise InputRefused(f"{path}: some labels are strings and some are numbers; make them all the same")
     classes = sorted(set(labels))
-    places = {label: place for place, label in enumerate(classes)}
-    indices = np.array([places[label] for label in labels], np.int64)
+    index_of = {label: index for index, label in enumerate(classes)}
+    indices = np.array([index_of[label] for label in labels], np.int64)
     return Examples(indices, classes=tuple(map(str, classes)), texts=tuple(texts))
 
 
@@ -153,53 +151,58 @@ def _read_npz(path: Path) -> Examples:
     if "labels" not in arrays:
         raise InputRefused(f"{path} has no `labels` beside {', '.join(arrays) or 'nothing'}")
     labels = arrays.pop("labels")
-    count = len(labels) if labels.ndim else 0
-    problems = [] if arrays else ["it holds nothing but labels"]
-    for name, values in {**arrays, "labels": labels}.items():
-        if values.shape[:1] != (count,):
-            problems.append(f"`{name}` is {values.shape}, there are {count} labels")
-        elif values.dtype.kind == "f" and not np.isfinite(values).all():
-            bad = np.argwhere(~np.isfinite(values))
-            problems.append(f"`{name}` holds {len(bad)} values that are not finite, the first in row {bad[0][0]}")
-        elif values.dtype.kind not in "fiub":
-            problems.append(f"`{name}` holds {values.dtype}, not numbers")
-    negative = labels[(labels < 0) & (labels != IGNORED)] if labels.dtype.kind == "i" else labels[:0]
-    if negative.size:
-        problems.append(f"`labels` hold {negative[0]}; classes are counted from 0 ({IGNORED} is passed over)")
-    _refuse(path, problems)
-    # NumPy makes fp64 of what nobody thought about; a module's weights are fp32 here.
-    arrays = {
+    _refuse(path, _array_problems(arrays, labels))
+    # NumPy's default is fp64, but a module is trained in fp32.
+    inputs = {
         name: values.astype(np.float32) if values.dtype.kind == "f" else values for name, values in arrays.items()
     }
     if labels.dtype.kind == "f":
-        return Examples(labels.astype(np.float32), inputs=arrays)
+        return Examples(labels.astype(np.float32), inputs=inputs)
     labels = labels.astype(np.int64)
-    return Examples(labels, classes=tuple(map(str, range(int(labels.max(initial=-1)) + 1))), inputs=arrays)
+    return Examples(labels, classes=tuple(map(str, range(int(labels.max(initial=-1)) + 1))), inputs=inputs)
+
+
+def _array_problems(arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any]) -> list[str]:
+    count = len(labels) if labels.ndim else 0
+    problems = [] if arrays else ["it contains labels alone"]
+    for name, values in {**arrays, "labels": labels}.items():
+        if values.shape[:1] != (count,):
+            problems.append(f"`{name}` has the shape {values.shape}, and there are {count} labels")
+        elif values.dtype.kind == "f" and not np.isfinite(values).all():
+            bad = np.argwhere(~np.isfinite(values))
+            problems.append(f"`{name}` contains {len(bad)} values that are not finite, the first in row {bad[0][0]}")
+        elif values.dtype.kind not in "fiub":
+            problems.append(f"`{name}` contains {values.dtype}, not numbers")
+    negative = labels[(labels < 0) & (labels != IGNORED)] if labels.dtype.kind == "i" else labels[:0]
+    if negative.size:
+        problems.append(f"`labels` contain {negative[0]}; classes are counted from 0 ({IGNORED} is ignored)")
+    return problems
 
 
 def _refuse(path: Path, problems: Sequence[str]) -> None:
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise InputRefused(f"{path}:\n  " + "\n  ".join(problems[:SHOWN]) + more)
+        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise InputRefused(f"{path}:\n  " + "\n  ".join(problems[:MAX_PROBLEMS]) + more)
 
 
 def split(examples: Examples, holdout: float, *, seed: int) -> tuple[Examples, Examples]:
-    """To train on, and to hold out: a seeded draw of this share, of each class alike.
+    """The examples to train on and those held out: of each class the same part, drawn by the seed.
 
-    Raises InputRefused where the share leaves one of the two empty, or a class with nothing to train on.
+    `holdout` is the part to hold out, between 0 and 1. A class always has an example to train on. Raises InputRefused
+    for another `holdout`, and where nothing would be held out.
     """
     if not 0 < holdout < 1:
-        raise InputRefused(f"the share to hold out is {holdout}; it must lie between 0 and 1")
+        raise InputRefused(f"the part to hold out is {holdout}; it must be between 0 and 1")
     rng = np.random.default_rng(seed)
     one_label_each = bool(examples.classes) and examples.labels.ndim == 1
     groups = examples.labels if one_label_each else np.zeros(len(examples), np.int64)
-    kept: list[NDArray[np.int64]] = []
-    held: list[NDArray[np.int64]] = []
+    trained_on: list[NDArray[np.int64]] = []
+    held_out: list[NDArray[np.int64]] = []
     for group in np.unique(groups):
         rows = rng.permutation(np.flatnonzero(groups == group))
         count = min(round(len(rows) * holdout), len(rows) - 1)
-        held.append(rows[:count])
-        kept.append(rows[count:])
-    if not sum(map(len, held)):
-        raise InputRefused(f"{len(examples)} examples are too few to hold out a share of {holdout}")
-    return examples[np.sort(np.concatenate(kept))], examples[np.sort(np.concatenate(held))]
+        held_out.append(rows[:count])
+        trained_on.append(rows[count:])
+    if not sum(map(len, held_out)):
+        raise InputRefused(f"{len(examples)} examples are too few to hold out {holdout:g} of them")
+    return examples[np.sort(np.concatenate(trained_on))], examples[np.sort(np.concatenate(held_out))]

@@ -1,4 +1,4 @@
-"""Reading labelled examples and holding some of them out."""
+"""Read labelled examples, and hold some of them out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def saved(path: Path, **arrays: Any) -> Path:
     return path
 
 
-def test_jsonl_with_names_as_labels(tmp_path: Path) -> None:
+def test_jsonl_labels_may_be_strings(tmp_path: Path) -> None:
     lines = [{"text": "b", "label": "pear", "more": 1}, {"text": "a", "label": "apple"}, {"text": "c", "label": "pear"}]
     content = "\ufeff" + "\n\n".join(json.dumps(line) for line in lines) + "\n"
     examples = read_examples(written(tmp_path / "examples.jsonl", content))
@@ -33,25 +33,25 @@ def test_jsonl_with_names_as_labels(tmp_path: Path) -> None:
     assert str(examples) == "3 examples of 2 classes"
 
 
-def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path) -> None:
+def test_integer_labels_are_sorted_as_numbers(tmp_path: Path) -> None:
     content = "\n".join(json.dumps({"text": "a", "label": label}) for label in (10, 9, -1, 10))
     examples = read_examples(written(tmp_path / "examples.jsonl", content))
     assert (examples.classes, examples.labels.tolist()) == (("-1", "9", "10"), [2, 1, 0, 2])
 
 
-def test_csv_with_quotes_line_breaks_and_other_columns(tmp_path: Path) -> None:
+def test_csv_may_have_quotes_line_breaks_and_other_columns(tmp_path: Path) -> None:
     content = 'id,label,text\r\n1,10,"one, and\ntwo"\r\n\r\n2,9,three\r\n'
     examples = read_examples(written(tmp_path / "examples.CSV", content))
     assert examples.texts == ("one, and\ntwo", "three")
     assert (examples.classes, examples.labels.tolist()) == (("9", "10"), [1, 0])
 
 
-def test_csv_labels_that_only_look_like_numbers_stay_apart(tmp_path: Path) -> None:
+def test_csv_labels_with_leading_zeros_are_strings(tmp_path: Path) -> None:
     examples = read_examples(written(tmp_path / "examples.csv", "text,label\na,1\nb,01\n"))
     assert examples.classes == ("01", "1")
 
 
-def test_npz_classes_and_values(tmp_path: Path) -> None:
+def test_npz_labels_are_classes_or_values(tmp_path: Path) -> None:
     classes = read_examples(saved(tmp_path / "a.npz", x=np.ones((2, 3)), labels=np.array([2, 0], np.int32)))
     assert (classes.classes, classes.labels.tolist(), classes.labels.dtype) == (("0", "1", "2"), [2, 0], np.int64)
     assert classes.inputs["x"].dtype == np.float32
@@ -64,7 +64,7 @@ def test_npz_classes_and_values(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", "", r"a\.txt: examples are read from \.jsonl and \.csv"),
-        ("a.jsonl", "", "holds no examples"),
+        ("a.jsonl", "", "contains no examples"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', "line 2: no `label`"),
         ("a.jsonl", "\n{}", "line 2: no `text`, no `label`"),
         ("a.jsonl", "{", r"line 1: not JSON \(Expecting"),
@@ -73,12 +73,12 @@ def test_npz_classes_and_values(tmp_path: Path) -> None:
         ("a.jsonl", "[1]", "line 1: not an object"),
         ("a.jsonl", '{"text": " ", "label": 1}', "line 1: `text` is ' '"),
         ("a.jsonl", '{"text": 3, "label": 1}', "line 1: `text` is 3"),
-        ("a.jsonl", r'{"text": "\ud800", "label": 1}', "line 1: `text` holds half a surrogate pair"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}', r"line 1: `label` is 0\.5; it must be a string or a whole number"),
+        ("a.jsonl", r'{"text": "\ud800", "label": 1}', "line 1: `text` contains half a surrogate pair"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}', r"line 1: `label` is 0\.5; it must be a string or an integer"),
         ("a.jsonl", '{"text": "a", "label": true}', "line 1: `label` is True"),
         ("a.jsonl", '{"text": "a", "label": ""}', "line 1: `label` is ''"),
         ("a.jsonl", '{"text": "a", "label": "1"}\n{"text": "a", "label": 1}', "some labels are strings and some"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1}', "all 2 examples have one label"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1}', "all 2 examples have the same label"),
         ("a.jsonl", "{}\n" * 7, r"line 5: .*\n  and 2 more"),
         ("a.csv", "", "the first line must name `text` and `label` once each"),
         ("a.csv", "text,label,text\n", "once each, not text, label, text"),
@@ -89,7 +89,7 @@ def test_npz_classes_and_values(tmp_path: Path) -> None:
         ("a.npz", "text", "is no .npz file of plain arrays"),
     ],
 )
-def test_bad_examples_are_refused_with_their_place(
+def test_bad_examples_are_refused_with_their_line(
     tmp_path: Path, name: str, content: str | bytes, message: str
 ) -> None:
     with pytest.raises(InputRefused, match=message):
@@ -100,14 +100,17 @@ def test_bad_examples_are_refused_with_their_place(
     ("arrays", "message"),
     [
         ({"x": np.ones(2)}, "has no `labels` beside x"),
-        ({"labels": np.arange(2)}, "holds nothing but labels"),
-        ({"x": np.ones(3), "labels": np.arange(2)}, r"`x` is \(3,\), there are 2 labels"),
-        ({"x": np.ones(0), "labels": np.arange(0)}, "holds no examples"),
-        ({"x": np.ones(2), "labels": np.array(1)}, r"`labels` is \(\), there are 0 labels"),
-        ({"x": np.array([0, np.inf]), "labels": np.arange(2)}, "`x` holds 1 values that are not finite, .* in row 1"),
-        ({"x": np.ones(2), "labels": np.array([np.nan, 1])}, "`labels` holds 1 values that are not finite"),
-        ({"x": np.ones(2), "labels": np.array(["a", "b"])}, "`labels` holds <U1, not numbers"),
-        ({"x": np.ones(3), "labels": np.array([-100, -3, 1])}, "`labels` hold -3; classes are counted from 0"),
+        ({"labels": np.arange(2)}, "contains labels alone"),
+        ({"x": np.ones(3), "labels": np.arange(2)}, r"`x` has the shape \(3,\), and there are 2 labels"),
+        ({"x": np.ones(0), "labels": np.arange(0)}, "contains no examples"),
+        ({"x": np.ones(2), "labels": np.array(1)}, r"`labels` has the shape \(\), and there are 0 labels"),
+        (
+            {"x": np.array([0, np.inf]), "labels": np.arange(2)},
+            "`x` contains 1 values that are not finite, .* in row 1",
+        ),
+        ({"x": np.ones(2), "labels": np.array([np.nan, 1])}, "`labels` contains 1 values that are not finite"),
+        ({"x": np.ones(2), "labels": np.array(["a", "b"])}, "`labels` contains <U1, not numbers"),
+        ({"x": np.ones(3), "labels": np.array([-100, -3, 1])}, "`labels` contain -3; classes are counted from 0"),
         (
             {"x": np.ones(2), "labels": np.array([{}, {}])},
             "Object arrays cannot be loaded|no .npz file of plain arrays",
@@ -119,7 +122,7 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, Any], 
         read_examples(saved(tmp_path / "a.npz", **arrays))
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.csv", "a.npz"):
         with pytest.raises(InputRefused, match=rf"{name}.*: No such file"):
             read_examples(tmp_path / name)
@@ -134,22 +137,22 @@ def some_examples(counts: dict[int, int]) -> Examples:
     return Examples(labels, classes=("a", "b", "c"), texts=texts)
 
 
-def test_a_split_takes_the_same_share_of_each_class_and_loses_nothing() -> None:
+def test_a_split_holds_out_the_same_part_of_each_class() -> None:
     examples = some_examples({0: 10, 1: 20, 2: 1})
     for seed in range(5):
-        kept, held = split(examples, 0.2, seed=seed)
-        assert np.bincount(held.labels, minlength=3).tolist() == [2, 4, 0]
-        assert np.bincount(kept.labels, minlength=3).tolist() == [8, 16, 1]
-    assert sorted(kept.texts + held.texts) == sorted(examples.texts)
+        trained_on, held_out = split(examples, 0.2, seed=seed)
+        assert np.bincount(held_out.labels, minlength=3).tolist() == [2, 4, 0]
+        assert np.bincount(trained_on.labels, minlength=3).tolist() == [8, 16, 1]
+    assert sorted(trained_on.texts + held_out.texts) == sorted(examples.texts)
     label_of = dict(zip(examples.texts, examples.labels, strict=True))
-    assert [label_of[text] for text in held.texts] == held.labels.tolist()
-    assert held.classes == ("a", "b", "c")
+    assert [label_of[text] for text in held_out.texts] == held_out.labels.tolist()
+    assert held_out.classes == ("a", "b", "c")
 
 
-def test_a_split_leaves_every_class_something_to_train_on() -> None:
-    kept, held = split(some_examples({0: 10, 1: 2, 2: 1}), 0.9, seed=0)
-    assert np.bincount(kept.labels).tolist() == [1, 1, 1]
-    assert np.bincount(held.labels, minlength=3).tolist() == [9, 1, 0]
+def test_a_split_leaves_an_example_of_every_class_to_train_on() -> None:
+    trained_on, held_out = split(some_examples({0: 10, 1: 2, 2: 1}), 0.9, seed=0)
+    assert np.bincount(trained_on.labels).tolist() == [1, 1, 1]
+    assert np.bincount(held_out.labels, minlength=3).tolist() == [9, 1, 0]
 
 
 def test_a_split_repeats_by_seed() -> None:
@@ -160,14 +163,14 @@ def test_a_split_repeats_by_seed() -> None:
 
 def test_values_to_predict_are_split_too() -> None:
     examples = Examples(np.arange(10, dtype=np.float32), inputs={"x": np.arange(10)})
-    kept, held = split(examples, 0.3, seed=0)
-    assert (len(kept), len(held)) == (7, 3)
-    assert held.inputs["x"].tolist() == held.labels.tolist()
+    trained_on, held_out = split(examples, 0.3, seed=0)
+    assert (len(trained_on), len(held_out)) == (7, 3)
+    assert held_out.inputs["x"].tolist() == held_out.labels.tolist()
 
 
 @pytest.mark.parametrize(
     ("holdout", "message"), [(0.0, "between 0 and 1"), (1.0, "between 0 and 1"), (0.01, "too few")]
 )
-def test_a_share_that_leaves_nothing_is_refused(holdout: float, message: str) -> None:
+def test_a_holdout_that_leaves_nothing_is_refused(holdout: float, message: str) -> None:
     with pytest.raises(InputRefused, match=message):
         split(some_examples({0: 5, 1: 5}), holdout, seed=0)

@@ -1,4 +1,4 @@
-"""Training on tiny modules: what moves, what stays, what repeats, and what is refused."""
+"""Training on tiny modules: which parameters change, what a seed repeats, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,89 +16,11 @@ from torch import Tensor, nn
 from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.training import loop
+from lora_export.training.batches import ArrayData, Data, array_data, token_data
 from lora_export.training.data import Examples
-
-# --- Batches ---
-
-
-class LettersTokenizer:
-    """As transformers' tokenizers behave: one token a letter, 0 for padding."""
-
-    pad_token: str | None = "-"
-    model_max_length = 4
-
-    def __call__(self, texts: list[str], *, truncation: bool, max_length: int) -> dict[str, list[list[int]]]:
-        assert truncation
-        ids = [[ord(letter) - 96 for letter in text][:max_length] for text in texts]
-        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-
-    def pad(self, features: list[dict[str, list[int]]], *, return_tensors: str) -> dict[str, Tensor]:
-        assert return_tensors == "pt"
-        longest = max(len(feature["input_ids"]) for feature in features)
-        return {
-            name: torch.tensor([feature[name] + [0] * (longest - len(feature[name])) for feature in features])
-            for name in features[0]
-        }
-
-
-def test_texts_are_padded_to_the_longest_of_their_batch() -> None:
-    examples = Examples(np.array([0, 1, 2]), texts=("a", "abc", "abcdefgh"))
-    data = loop.tokenised(examples, LettersTokenizer(), max_length=7)
-    inputs, labels = data.batch([0, 1])
-    assert inputs["input_ids"].tolist() == [[1, 0, 0], [1, 2, 3]]
-    assert inputs["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
-    assert labels.tolist() == [0, 1]
-    assert data.batch([2])[0]["input_ids"].tolist() == [[1, 2, 3, 4]]  # the model ends before max_length
-    shorter = loop.tokenised(examples, LettersTokenizer(), max_length=2)
-    assert shorter.batch([2])[0]["input_ids"].tolist() == [[1, 2]]
-
-
-def test_what_cannot_become_a_batch_is_refused() -> None:
-    texts = Examples(np.array([0]), texts=("a",))
-    with pytest.raises(InputRefused, match="the model has no tokenizer"):
-        loop.arrays(texts)
-    with pytest.raises(InputRefused, match="nothing to tokenise"):
-        loop.tokenised(Examples(np.array([0]), inputs={"x": np.ones(1)}), LettersTokenizer())
-    unpadded = LettersTokenizer()
-    unpadded.pad_token = None
-    with pytest.raises(InputRefused, match="no padding token"):
-        loop.tokenised(texts, unpadded)
-
-
-# --- Losses ---
-
-
-def test_squared_error_never_broadcasts() -> None:
-    labels = torch.tensor([1.0, 2, 3])
-    assert loop.squared_error(torch.tensor([[1.0], [2], [4]]), labels).item() == pytest.approx(1 / 3)
-    with pytest.raises(InputRefused, match=r"outputs are \(3, 3\), the labels \(3,\)"):
-        loop.squared_error(torch.ones(3, 3), labels)
-    with pytest.raises(InputRefused, match=r"outputs are \(1,\), the labels \(3,\)"):
-        loop.squared_error(torch.ones(1), labels)
-
-
-def test_cross_entropy_takes_one_label_a_row_or_a_token() -> None:
-    even = torch.zeros(2, 3, 4)
-    assert loop.cross_entropy(even[:, 0], torch.tensor([0, 3])).item() == pytest.approx(np.log(4))
-    one_wrong = even.clone()
-    one_wrong[0, 0, 0] = 100
-    assert loop.cross_entropy(one_wrong, torch.tensor([[-100, 1, 2], [3, 0, 1]])).item() == pytest.approx(np.log(4))
-    with pytest.raises(InputRefused, match="there is a label 4, but the model scores 4 classes"):
-        loop.cross_entropy(even[:, 0], torch.tensor([0, 4]))
-    with pytest.raises(InputRefused, match=r"scores are \(2, 3, 4\), the labels \(2,\)"):
-        loop.cross_entropy(even, torch.tensor([0, 1]))
-
-
-def test_scores_are_found_in_what_models_return() -> None:
-    scores = torch.ones(2)
-    for outputs in (scores, (scores, None), {"hidden": None, "logits": scores}, {"first": scores, "second": None}):
-        assert loop.scores_of(outputs) is scores
-    for nothing in (None, {}, [], ("text",)):
-        with pytest.raises(InputRefused, match="where a tensor of scores is needed"):
-            loop.scores_of(nothing)
-
-
-# --- Training ---
+from lora_export.training.evaluation import evaluate
+from lora_export.training.losses import cross_entropy
+from support.letters import LettersTokenizer
 
 
 class Net(nn.Module):
@@ -114,10 +36,10 @@ class Net(nn.Module):
         return scores
 
 
-def some_data(count: int = 64) -> loop.ArrayData:
-    """Is the first number the larger one of two?"""
+def some_data(count: int = 64) -> ArrayData:
+    """Rows of four numbers, labelled by whether the first exceeds the second."""
     x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    return loop.arrays(Examples((x[:, 0] > x[:, 1]).astype(np.int64), classes=("no", "yes"), inputs={"x": x}))
+    return array_data(Examples((x[:, 0] > x[:, 1]).astype(np.int64), classes=("no", "yes"), inputs={"x": x}))
 
 
 def adapted(seed: int = 0) -> nn.Module:
@@ -128,16 +50,16 @@ def adapted(seed: int = 0) -> nn.Module:
     return module
 
 
-def fitted(module: nn.Module, data: loop.Data | None = None, **options: Any) -> loop.History:
+def fitted(module: nn.Module, data: Data | None = None, **options: Any) -> loop.History:
     settings = {"epochs": 20, "learning_rate": 0.05, "batch_size": 16, "seed": 0, **options}
     return loop.fit(module, data or some_data(), **settings)
 
 
 def test_the_loss_falls_and_the_module_learns() -> None:
     module, data = adapted(), some_data()
-    before = loop.evaluate(module, data)
+    before = evaluate(module, data)
     history = fitted(module, data)
-    after = loop.evaluate(module, data)
+    after = evaluate(module, data)
     assert len(history.losses) == len(history.seconds) == 20 * 4
     assert np.mean(history.losses[-8:]) < 0.5 * np.mean(history.losses[:8])
     assert after.accuracy is not None and before.accuracy is not None
@@ -148,7 +70,7 @@ def test_the_loss_falls_and_the_module_learns() -> None:
     assert str(history).startswith("80 steps on cpu in ")
 
 
-def test_only_a_b_and_the_head_change_and_the_base_is_the_same_bits() -> None:
+def test_only_a_b_and_the_head_change() -> None:
     module = adapted()
     before = copy.deepcopy(module.state_dict())
     fitted(module, epochs=2)
@@ -160,7 +82,7 @@ def test_only_a_b_and_the_head_change_and_the_base_is_the_same_bits() -> None:
     }
 
 
-def test_a_batch_norm_that_is_trained_keeps_its_statistics_up() -> None:
+def test_a_trainable_batch_norm_updates_its_statistics() -> None:
     module = Net().requires_grad_(False)
     module.body[1].requires_grad_(True)
     before = module.body[1].running_mean.clone()
@@ -168,7 +90,7 @@ def test_a_batch_norm_that_is_trained_keeps_its_statistics_up() -> None:
     assert not torch.equal(module.body[1].running_mean, before)
 
 
-def test_a_seed_repeats_to_the_last_bit_whatever_ran_before() -> None:
+def test_equal_seeds_give_equal_bits() -> None:
     first, second, other = adapted(), adapted(), adapted()
     history = fitted(first, epochs=3)
     torch.rand(5)
@@ -195,20 +117,20 @@ def test_dropout_is_active_while_training_and_off_afterwards() -> None:
     assert modes == [True] * 4
     assert not any(part.training for part in module.modules())
     module.train()
-    loop.evaluate(module, some_data())
+    evaluate(module, some_data())
     assert modes[4:] == [False]
     assert module.training
 
 
-def test_accelerate_leaves_no_mark_on_the_module() -> None:
+def test_accelerate_leaves_no_attribute_on_the_module() -> None:
     module = adapted()
     before = set(vars(module))
     fitted(module, epochs=1, precision="no")
     assert set(vars(module)) == before
 
 
-class Watched(nn.Module):
-    """Notes the numbers that pass through it."""
+class Recorder(nn.Module):
+    """Records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,11 +143,11 @@ class Watched(nn.Module):
         return scores
 
 
-def test_every_example_is_seen_once_an_epoch_in_an_order_by_the_seed() -> None:
-    data = loop.ArrayData({"x": torch.arange(10.0)[:, None]}, torch.arange(10) % 2)
+def test_every_example_is_seen_once_an_epoch_in_seeded_order() -> None:
+    data = ArrayData({"x": torch.arange(10.0)[:, None]}, torch.arange(10) % 2)
     orders = []
     for seed in (0, 1):
-        module = Watched()
+        module = Recorder()
         loop.fit(module, data, epochs=2, learning_rate=0.01, batch_size=4, seed=seed)
         assert [len(batch) for batch in module.seen] == [4, 4, 2, 4, 4, 2]
         orders += [tuple(number for batch in half for number in batch) for half in (module.seen[:3], module.seen[3:])]
@@ -238,19 +160,19 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
     assert [loop._warm_up_and_decay(1, 0.9)(step) for step in range(2)] == [1.0, 0.0]
     module = nn.Linear(1, 1, bias=False)
-    places = [module.weight.item()]
+    weights = [module.weight.item()]
     fitted(
         module,
-        loop.ArrayData({"input": torch.ones(1, 1)}, torch.ones(1)),
+        ArrayData({"input": torch.ones(1, 1)}, torch.ones(1)),
         epochs=4,
         warmup=0.25,
         weight_decay=0.0,
         learning_rate=0.5,
         loss=lambda scores, _: -scores.sum(),
-        on_step=lambda *_: places.append(module.weight.item()),
+        on_step=lambda *_: weights.append(module.weight.item()),
     )
     # While the gradient is the same, a step of AdamW moves a number by the learning rate.
-    assert np.diff(places) == pytest.approx([0.25, 0.5, 2 / 3 * 0.5, 1 / 3 * 0.5], rel=1e-4)
+    assert np.diff(weights) == pytest.approx([0.25, 0.5, 2 / 3 * 0.5, 1 / 3 * 0.5], rel=1e-4)
 
 
 def test_gradients_are_clipped() -> None:
@@ -260,33 +182,33 @@ def test_gradients_are_clipped() -> None:
     def huge(scores: Tensor, labels: Tensor) -> Tensor:
         return 1e6 * (scores.flatten() - labels).square().mean()
 
-    data = loop.ArrayData({"input": torch.ones(1, 1)}, torch.zeros(1))
+    data = ArrayData({"input": torch.ones(1, 1)}, torch.zeros(1))
     real = torch.optim.AdamW.step
 
-    def watched(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+    def recorded(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
         grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
         norms.append(float(torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in grads]))))
         return real(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", watched)
+        patch.setattr(torch.optim.AdamW, "step", recorded)
         loop.fit(module, data, epochs=2, learning_rate=0.1, batch_size=1, seed=0, loss=huge)
     assert norms == pytest.approx([1.0, 1.0], rel=1e-3)
 
 
-def test_progress_is_told_step_by_step() -> None:
-    told: list[tuple[int, int, float]] = []
-    history = fitted(adapted(), epochs=2, on_step=lambda *step: told.append(step))
-    assert [(step, steps) for step, steps, _ in told] == [(number, 8) for number in range(1, 9)]
-    assert tuple(loss for _, _, loss in told) == history.losses
+def test_progress_is_reported_at_every_step() -> None:
+    reported: list[tuple[int, int, float]] = []
+    history = fitted(adapted(), epochs=2, on_step=lambda *step: reported.append(step))
+    assert [(step, steps) for step, steps, _ in reported] == [(number, 8) for number in range(1, 9)]
+    assert tuple(loss for _, _, loss in reported) == history.losses
 
 
 def test_values_are_predicted_with_squared_error() -> None:
     module = nn.Linear(2, 1)
     x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
-    data = loop.arrays(Examples(x @ np.array([2, -1], np.float32), inputs={"input": x}))
+    data = array_data(Examples(x @ np.array([2, -1], np.float32), inputs={"input": x}))
     fitted(module, data, learning_rate=0.2, weight_decay=0.0)
-    score = loop.evaluate(module, data)
+    score = evaluate(module, data)
     assert (score.accuracy, score.count) == (None, 64)
     assert score.loss < 1e-3
     torch.testing.assert_close(module.weight.detach(), torch.tensor([[2.0, -1]]), atol=0.03, rtol=0)
@@ -306,23 +228,10 @@ def test_texts_train_a_model_through_its_tokenizer() -> None:
     torch.manual_seed(0)
     texts = ("aa", "ab", "a", "b", "bbb", "bb") * 4
     examples = Examples(np.array([0, 0, 0, 1, 1, 1] * 4), classes=("0", "1"), texts=texts)
-    data = loop.tokenised(examples, LettersTokenizer())
+    data = token_data(examples, LettersTokenizer())
     module = Bag()
     loop.fit(module, data, epochs=20, learning_rate=0.1, batch_size=5, seed=0)
-    assert loop.evaluate(module, data).accuracy == 1.0
-
-
-def test_a_score_counts_what_was_judged() -> None:
-    module = nn.Identity()
-    scores = torch.eye(3)[[0, 1, 2, 0]]
-    data = loop.ArrayData({"input": scores}, torch.tensor([0, 1, 0, -100]))
-    score = loop.evaluate(module, data, batch_size=3)
-    assert (score.accuracy, score.count) == (pytest.approx(2 / 3), 3)
-    right, wrong = np.log(2 + np.e) - 1, np.log(2 + np.e)
-    assert score.loss == pytest.approx((2 * right + wrong) / 3)
-    assert str(score).startswith("accuracy 66.7 %, loss 0.8")
-    with pytest.raises(InputRefused, match="no example to judge by"):
-        loop.evaluate(module, loop.ArrayData({"input": scores}, torch.full((4,), -100)))
+    assert evaluate(module, data).accuracy == 1.0
 
 
 # --- What training refuses ---
@@ -334,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
 
     def diverging(scores: Tensor, labels: Tensor) -> Tensor:
         calls.append(1)
-        return loop.cross_entropy(scores, labels) * (float("inf") if len(calls) == 3 else 1)
+        return cross_entropy(scores, labels) * (float("inf") if len(calls) == 3 else 1)
 
     with pytest.raises(InputRefused, match="the loss is inf at step 3 of 4: training has diverged"):
         fitted(module, epochs=1, loss=diverging)
@@ -350,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
         (lambda options: options.update(warmup=1.0), r"warm-up 1\.0"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_impossible_settings_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
     options: dict[str, Any] = {}
     change(options)
     with pytest.raises(InputRefused, match=message):
@@ -364,12 +273,12 @@ def test_a_frozen_model_is_refused() -> None:
 
 @pytest.mark.parametrize("names", [["y"], ["x", "y"], []])
 def test_inputs_that_forward_does_not_take_are_refused(names: list[str]) -> None:
-    data = loop.ArrayData({name: torch.ones(4, 4) for name in names}, torch.tensor([0, 1, 0, 1]))
-    message = rf"the examples hold {', '.join(names)}; the model's forward takes scale, x"
+    data = ArrayData({name: torch.ones(4, 4) for name in names}, torch.tensor([0, 1, 0, 1]))
+    message = rf"the examples contain {', '.join(names)}; the model's forward takes scale, x"
     with pytest.raises(InputRefused, match=message):
         fitted(adapted(), data)
     with pytest.raises(InputRefused, match=message):
-        loop.evaluate(adapted(), data)
+        evaluate(adapted(), data)
 
 
 def test_without_accelerate_the_environment_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
