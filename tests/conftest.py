@@ -6,12 +6,12 @@ import functools
 
 import pytest
 
-from lora_export.runtime import environment
+from lora_export.runtime import environment, providers
 
 
 @functools.cache
 def why_no_cuda() -> str:
-    return environment.try_provider(environment.CUDA).fault
+    return environment.try_provider(providers.CUDA).fault
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
 from lora_export.lora import Adapter
 from lora_export.provenance import record
-from lora_export.runtime import environment
+from lora_export.runtime import environment, providers
 from lora_export.runtime.runner import Placement
 from lora_export.verification.parity import Outcome, Reason, Verdict
 from lora_export.verification.proof import Proof
@@ -39,7 +39,7 @@ def summary(proof: Proof | None) -> dict[str, Any]:
         "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
         "error_relative_to_effect": max(relative, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
-        "variables": {name: proof.about[name] for name in environment.SETTINGS if name in proof.about},
+        "variables": {name: proof.about[name] for name in providers.VARIABLES if name in proof.about},
     }
 
 
@@ -52,9 +52,9 @@ def require_provider(provider: str) -> None:
             "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, and a proof in float32 needs float32. "
             "Unset the variable"
         )
-    if fault := environment.try_provider(environment.CUDA).fault:
+    if fault := environment.try_provider(providers.CUDA).fault:
         raise EnvironmentLacking(
-            f"{environment.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` shows how to get it"
+            f"{providers.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` shows how to get it"
         )
 
 
@@ -76,9 +76,9 @@ def require_same(proof: Proof, what: str = "") -> Proof:
 
 def proof_without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
     """Return a proof that reports the error which ended it before anything was measured."""
-    from lora_export.runtime.torch_runners import environment as versions
+    from lora_export.runtime.torch_runners import describe_environment
 
     outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
     gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
     verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), sensitivity=(), dtype="float32")
-    return Proof(verdict, placement, versions(), ended_with=error.exit_code)
+    return Proof(verdict, placement, describe_environment(), ended_with=error.exit_code)

@@ -247,9 +247,9 @@ def _compare_outputs(
             **how,
         )
         stage("hashing the candidate")
-        facts["candidate"]["sha256"] = open_artifact.hashes(candidate)
+        facts["candidate"]["sha256"] = open_artifact.file_hashes(candidate)
         if origin is not None:
-            facts["base"] = {"path": str(origin), "sha256": open_artifact.hashes(origin)}
+            facts["base"] = {"path": str(origin), "sha256": open_artifact.file_hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as ended:
         error = ended
         proof = proof_without_figures(ended, getattr(runner, "placement", None))

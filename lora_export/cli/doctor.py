@@ -11,7 +11,9 @@ import click
 
 from lora_export.cli.arguments import Command, json_option
 from lora_export.errors import EnvironmentLacking
-from lora_export.runtime.environment import SETTINGS, Facts, Problem, examine, listed, problems
+from lora_export.runtime.environment import Facts, examine
+from lora_export.runtime.environment_problems import Problem, find_problems, list_versions
+from lora_export.runtime.providers import VARIABLES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +37,7 @@ def command(provider: str | None, as_json: bool) -> None:
 
     with Console(stderr=True).status("Trying the packages and providers"):
         facts = examine()
-    found = problems(facts, provider)
+    found = find_problems(facts, provider)
     if as_json:
         document = asdict(facts) | {"problems": [asdict(problem) for problem in found], "ok": not found}
         click.echo(json.dumps(document, indent=2))
@@ -53,7 +55,7 @@ def show(facts: Facts, found: Iterable[Problem], console: Console) -> None:
     for package in facts.packages:
         state = package.fault or ("ok" if package.installed else f"not installed; optional, extra `{package.extra}`")
         packages.add_row(package.name, package.installed or "-", package.wanted, state)
-    providers = Table("provider", "runs a model", title=listed(facts.onnxruntimes) or "onnxruntime")
+    providers = Table("provider", "runs a model", title=list_versions(facts.onnxruntimes) or "onnxruntime")
     for provider in facts.providers:
         providers.add_row(provider.name, f"no ({provider.fault})" if provider.fault else "yes")
     console.print(packages, providers, sep="\n")
@@ -74,4 +76,4 @@ def _story(facts: Facts) -> list[str]:
         lines.append(f"GPUs that the driver sees: none ({facts.driver.fault})")
     else:
         lines.append(f"GPUs that the driver sees: {facts.driver.gpus}; it runs CUDA up to {facts.driver.cuda}")
-    return lines + [f"{name}={value}: {SETTINGS[name]}" for name, value in facts.settings.items()]
+    return lines + [f"{name}={value}: {VARIABLES[name]}" for name, value in facts.settings.items()]

@@ -16,7 +16,7 @@ from lora_export.errors import Different, EnvironmentLacking, LoraExportError, U
 from lora_export.lora import Adapter
 from lora_export.provenance import record
 from lora_export.report import github
-from lora_export.runtime import environment
+from lora_export.runtime import environment, providers
 from lora_export.runtime.runner import Placement
 from lora_export.verification.parity import Outcome, Reason, Verdict
 from lora_export.verification.proof import Proof
@@ -54,7 +54,7 @@ def summary(proof: Proof | None) -> dict[str, Any]:
         "provider": proof.placement.requested_provider if proof.placement else "PyTorch",
         "error_relative_to_effect": max(shares, default=None),
         "versions": {name: proof.about[name] for name in ("torch", "onnxruntime") if name in proof.about},
-        "variables": {name: proof.about[name] for name in environment.SETTINGS if name in proof.about},
+        "variables": {name: proof.about[name] for name in providers.VARIABLES if name in proof.about},
     }
 
 
@@ -65,9 +65,9 @@ def require(provider: str) -> None:
             "NVIDIA_TF32_OVERRIDE=1 turns TF32 on in every CUDA library, whatever is asked for, and a proof in float32 "
             "asks for float32; unset it"
         )
-    if provider == "cuda" and (fault := environment.try_provider(environment.CUDA).fault):
+    if provider == "cuda" and (fault := environment.try_provider(providers.CUDA).fault):
         raise EnvironmentLacking(
-            f"{environment.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` says how to get it"
+            f"{providers.CUDA} does not run here: {fault}. `lora-export doctor --provider cuda` says how to get it"
         )
 
 
@@ -89,12 +89,12 @@ def demanded(proof: Proof, what: str = "") -> Proof:
 
 def without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:
     """What ended a proof before anything was measured, as a proof that says so."""
-    from lora_export.runtime.torch_runners import environment
+    from lora_export.runtime.torch_runners import describe_environment
 
     outcome = Outcome.DIFFERENT if isinstance(error, Different) else Outcome.UNDECIDED
     gate = "placement" if isinstance(error, EnvironmentLacking) else "structure"
     verdict = Verdict(outcome, (Reason(outcome, gate, str(error)),), comparisons=(), sensitivity=(), dtype="float32")
-    return Proof(verdict, placement, environment(), ended_with=error.exit_code)
+    return Proof(verdict, placement, describe_environment(), ended_with=error.exit_code)
 
 
 def document(proof: Proof | None) -> dict[str, Any] | None:

@@ -22,7 +22,8 @@ from lora_export.graph.onnx_file import in_memory, save
 from lora_export.graph.sites import Sites, find
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
-from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.derived_proofs import prove_by_origin, prove_mixed
@@ -164,7 +165,7 @@ class Prover:
         self.judge.prepare()
         if self.order.mode in SWAPPED:
             self.stage("running the base")
-            self.base_answers = self._answers(OnnxRunner(Held("the base", *in_memory(program)), self.provider))
+            self.base_answers = self._answers(OnnxRunner(InMemoryGraph("the base", *in_memory(program)), self.provider))
 
     def prove(self, path: Path) -> Proofs:
         """Raises what the verdict means unless it is `same`, for one and all."""

@@ -31,7 +31,7 @@ class Placement(Protocol):
     @property
     def by_provider(self) -> Mapping[str, Sequence[tuple[str, str]]]: ...  # provider -> (node, operator) ...
     @property
-    def compute(self) -> int: ...
+    def compute_nodes(self) -> int: ...
     @property
     def off_provider(self) -> Sequence[tuple[str, str, str]]: ...  # (provider, node, operator)
     @property
@@ -70,7 +70,7 @@ def document(
     if placement is not None:
         result["placement"] = {
             "requested_provider": placement.requested_provider,
-            "compute_nodes": placement.compute,
+            "compute_nodes": placement.compute_nodes,
             "off_provider": _plain(placement.off_provider),
             "nodes": {provider: len(nodes) for provider, nodes in placement.by_provider.items()},
             "options": _plain(placement.options),

@@ -89,7 +89,8 @@ def screen(verdict: Verdict, placement: Placement | None = None, diagnosis: Diag
 def placed(placement: Placement) -> str:
     """`142 of 142 compute nodes on CPUExecutionProvider`, and those that were not."""
     off = placement.off_provider
-    line = f"{placement.compute - len(off)} of {placement.compute} compute nodes on {placement.requested_provider}"
+    count = placement.compute_nodes
+    line = f"{count - len(off)} of {count} compute nodes on {placement.requested_provider}"
     strays = [f"  - {node} ({operator}) on {provider}" for provider, node, operator in off[:SHOWN]]
     strays += [f"  - and {len(off) - SHOWN} more"] if len(off) > SHOWN else []
     return "\n".join([line, *strays])

@@ -1,4 +1,4 @@
-"""The file that is to be proven: what runs it, and by which hashes it can be known again."""
+"""Open the file that is to be verified, and hash it."""
 
 from __future__ import annotations
 
@@ -24,36 +24,41 @@ LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as proto
 def open_candidate(
     path: Path, base: Model, *, provider: str = "cpu", onnx_adapter: Path | None = None, adapter_id: int | None = None
 ) -> Runner:
-    """Whatever runs a file of this kind: an .onnx, a .pt or .pt2, a Hugging Face folder, or weights of `base`.
+    """A runner of a candidate: an .onnx, a .pt or .pt2, a Hugging Face folder, or weights (.safetensors) of `base`.
 
-    `onnx_adapter` is run with an .onnx that takes it, `adapter_id` stands for all rows of one that has rows.
-    Raises InputRefused for another kind, and EnvironmentLacking where the provider does not load.
+    `onnx_adapter` is run with an .onnx that takes it. `adapter_id` is the id of every row of a graph with adapters by
+    row; without it, the caller sets the ids. Raises InputRefused for another kind of file, and EnvironmentLacking
+    where the provider does not load.
     """
     if not path.is_dir():
         input_files.must_be_regular(path)
     if path.suffix == ".onnx":
-        runner = OnnxRunner(path, provider)
-        runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
-        if adapter_id is None and ADAPTER_IDS in runner.axes:
-            return runner  # for whoever says which rows have which
-        return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
+        return _open_graph(path, provider, onnx_adapter, adapter_id)
     if path.is_dir():
-        return ModuleRunner(load_model(str(path)).module, stored=_stored(path))
+        return ModuleRunner(load_model(str(path)).module, stored_dtypes=_stored_dtypes(path))
     if path.suffix == ".safetensors":
-        return ModuleRunner(module_with_weights(base, path), stored=_stored(path))
+        return ModuleRunner(module_with_weights(base, path), stored_dtypes=_stored_dtypes(path))
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names)
     if path.suffix == ".pt2":
         module = program.load(path)
-        return ModuleRunner(module, axes=module.axes, stored=module.stored_dtypes, limits=module.limits)
+        return ModuleRunner(module, axes=module.axes, stored_dtypes=module.stored_dtypes, limits=module.limits)
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 
 
-def hashes(path: Path) -> dict[str, str]:
-    """File -> SHA-256 of all that a candidate consists of: a folder's files, a graph and its external data."""
+def _open_graph(path: Path, provider: str, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
+    runner = OnnxRunner(path, provider)
+    runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
+    if adapter_id is None and ADAPTER_IDS in runner.axes:
+        return runner
+    return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """File name -> SHA-256 of every file of a candidate: a folder's files, or a graph and its external data."""
     if path.is_dir():
-        return {there.relative_to(path).as_posix(): file_sha256(there) for there in input_files.regular_files(path)}
-    return {there.name: file_sha256(there) for there in (path, *_external_data(path))}
+        return {file.relative_to(path).as_posix(): file_sha256(file) for file in input_files.regular_files(path)}
+    return {file.name: file_sha256(file) for file in (path, *_external_data(path))}
 
 
 def _external_data(path: Path) -> list[Path]:
@@ -65,9 +70,8 @@ def _external_data(path: Path) -> list[Path]:
     from lora_export.graph.onnx_file import open_graph
 
     graph = open_graph(path)
-    return [place for place in graph.sources if not place.samefile(path)]
+    return [source for source in graph.sources if not source.samefile(path)]
 
 
-def _stored(path: Path) -> dict[str, str]:
-    """The dtypes in which a checkpoint keeps its tensors."""
+def _stored_dtypes(path: Path) -> dict[str, str]:
     return {spec.name: spec.dtype for spec in open_checkpoint(path).specs}

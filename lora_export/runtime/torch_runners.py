@@ -1,4 +1,4 @@
-"""Run a module, in the dtype in which it is deployed or in fp64; and what `onnx_runner` runs."""
+"""Run a PyTorch module, as deployed or in fp64, or a TorchScript file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models.output_names import have_names, named_outputs
 from lora_export.runtime import onnx_runner
-from lora_export.runtime.onnx_runner import OnnxRunner as OnnxRunner
 from lora_export.runtime.runner import Arrays
 
-NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
-NARROWING = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
+NARROW_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+NARROWING_METHODS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
 GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
 
 
@@ -34,66 +33,65 @@ GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.gro
 
 @dataclass
 class ModuleRunner:
-    """A module as it would be deployed: its own dtype, eval mode, no gradients, TF32 off."""
+    """A module as deployed: in its own dtype, without gradients and TF32."""
 
     module: nn.Module
     device: str = "cpu"
     axes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     names_known: bool = True
-    stored: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype of the file it came from, where known
-    limits: Mapping[str, tuple[tuple[int, int | None], ...]] = field(default_factory=dict)  # of its axes' sizes
+    stored_dtypes: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype in its file, where known
+    limits: Mapping[str, tuple[tuple[int, int | None], ...]] = field(default_factory=dict)  # least and greatest sizes
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the module's weights: its first floats."""
+        """The dtype of the module's first float parameter."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """One forward pass. Floats go in and come out in the module's own dtype."""
+        """One forward pass, with floats in the module's own dtype."""
         dtype = self.dtype
-        made = {name: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for name, value in inputs.items()}
-        made = {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
+        tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
+        tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         with torch.no_grad(), _tf32_off():
-            outputs = named_outputs(self.module(**made))
+            outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
 @dataclass
 class Fp64Runner:
-    """A module in fp64, really: what it computes in fp32 or a half inside is lifted to fp64 too.
+    """A module in fp64; its own casts to fp32 or a half are replaced by casts to fp64.
 
-    `stayed` collects the operators that produced less than fp64 all the same, for the report.
+    `narrow_operators` collects the operators that produced less than fp64 all the same, for the report.
     """
 
     module: nn.Module  # in fp64 already
-    stayed: set[str] = field(default_factory=set)
+    narrow_operators: set[str] = field(default_factory=set)
 
     def run(self, inputs: Arrays) -> Arrays:
         """One forward pass with every float in fp64."""
-        wide = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        wide = {name: _tensor(value) for name, value in inputs.items()}
         wide = {name: value.double() if value.is_floating_point() else value for name, value in wide.items()}
-        module = self.module  # before anybody watches: it may be made now, of one in fp32
-        witness = _Witness(self.stayed)
+        module = self.module  # before the modes are active: a lazy reference makes it now, from one in fp32
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with torch.no_grad(), witness, _Lifted():
+            with torch.no_grad(), _NarrowOperators(self.narrow_operators), _CastsToFp64():
                 outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)
         return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
-class _Lifted(TorchFunctionMode):
-    """Casts to a narrower float that a model makes inside (norms, rotary tables, softmax) become casts to fp64.
+class _CastsToFp64(TorchFunctionMode):
+    """Replaces a model's own casts to a narrower float (norms, rotary tables, softmax) by casts to fp64.
 
-    Products of experts, for which PyTorch has no fp64 kernel, are computed one expert after the other.
+    PyTorch has no fp64 kernel for products of experts, so these are computed one expert after the other.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in NARROWING:
+        if func in NARROWING_METHODS:
             return args[0].double()
         if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
             return _grouped_products(*args, **kwargs)
@@ -103,11 +101,11 @@ class _Lifted(TorchFunctionMode):
 
 
 def _is_narrow(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value in NARROW
+    return isinstance(value, torch.dtype) and value in NARROW_DTYPES
 
 
 def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
-    """Rows (rows, in) by the weights (experts, in, out) of their experts; those of expert i end before `offs[i]`."""
+    """Products of rows (rows, in) with the weights (experts, in, out); the rows of expert i end before `offs[i]`."""
     products, begin = rows.new_zeros(len(rows), weights.shape[-1]), 0
     for weight, end in zip(weights, offs.tolist(), strict=True):
         products[begin:end] = rows[begin:end] @ weight
@@ -115,8 +113,8 @@ def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Ten
     return products
 
 
-class _Witness(TorchDispatchMode):
-    """Notes which operators produced a narrower float while everything should be fp64."""
+class _NarrowOperators(TorchDispatchMode):
+    """Records which operators produce a narrower float although everything should be fp64."""
 
     def __init__(self, seen: set[str]):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -125,7 +123,7 @@ class _Witness(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor) and value.dtype in NARROW:
+            if isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES:
                 self.seen.add(str(func))
         return result
 
@@ -140,6 +138,10 @@ def _tf32_off() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
 def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -151,7 +153,11 @@ def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 class ScriptRunner:
-    """A TorchScript file."""
+    """A TorchScript file.
+
+    `input_names` are the names of its inputs in order, where the file has no record of them. Raises InputRefused
+    where the file is no TorchScript.
+    """
 
     def __init__(self, path: Path, input_names: Sequence[str]):
         extra = {"lora_export.json": ""}
@@ -165,30 +171,30 @@ class ScriptRunner:
         self.names_known = False
 
     def run(self, inputs: Arrays) -> Arrays:
-        """One forward pass, inputs in the order in which the file was traced."""
+        """One forward pass, with the inputs in the order in which the file was traced."""
         missing = [name for name in self.input_names if name not in inputs]
         if missing:
             raise RuntimeRefused(
-                f"the TorchScript file wants inputs that the model does not have: {', '.join(missing)}"
+                f"the TorchScript file needs inputs that the model does not have: {', '.join(missing)}"
             )
-        made = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names]
+        tensors = [_tensor(inputs[name]) for name in self.input_names]
         with torch.no_grad():
             try:
-                outputs = named_outputs(self.script(*made))
+                outputs = named_outputs(self.script(*tensors))
             except RuntimeError as error:
                 raise RuntimeRefused(f"TorchScript: {str(error).strip().splitlines()[-1]}") from error
         self.names_known = have_names(outputs)
         return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **onnx_runner.environment(),
+        **onnx_runner.describe_environment(),
     }
     if transformers := sys.modules.get("transformers"):
         facts["transformers"] = transformers.__version__

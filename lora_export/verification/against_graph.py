@@ -28,7 +28,8 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.provenance import adapter_records
 from lora_export.runtime import onnx_runner
-from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.hashes import file_sha256
 from lora_export.verification import parity
@@ -104,7 +105,7 @@ class GraphJudge:
         Raises EnvironmentLacking where the asked provider did not do the work, RuntimeRefused where the candidate
         runs on nothing, and MatchError where the adapters do not fit.
         """
-        candidate.placement.insist()
+        candidate.placement.require_provider()
         inputs = self.inputs()
         step("the other way")
         ways = _Ways(self, adapters, strengths)
@@ -138,7 +139,7 @@ class GraphJudge:
         about_fp64 = [self._about_reference()] if self._base_answers else []
         notes = [*ways.told, *about_fp64, *refusals, *self.notes]
         about = {
-            **onnx_runner.environment(),
+            **onnx_runner.describe_environment(),
             "model": {"source": str(self.source), "sha256": self._sha256},
             "against": AGAINST,
             "adapters": adapter_records(adapters, strengths or (1.0,) * len(adapters)),
@@ -228,14 +229,14 @@ class GraphJudge:
 
     def _runner(self, model: ir.Model, what: str) -> OnnxRunner:
         late_weights(model)
-        return OnnxRunner(Held(what, *in_memory(model)), self.provider, frugal=True)
+        return OnnxRunner(InMemoryGraph(what, *in_memory(model)), self.provider, low_memory=True)
 
     def _in_fp64(self, model: ir.Model, inputs: Mapping[str, Arrays]) -> dict[str, Arrays]:
         """What a graph, used up, answers in fp64."""
         gc.collect()  # a graph is a ring: the one before it, with weights made for it, would stay
         self._stayed |= set(widen(model, _types))
         late_weights(model)
-        runner = OnnxRunner(Held("the graph in fp64", *in_memory(model)), plain=True, frugal=True)
+        runner = OnnxRunner(InMemoryGraph("the graph in fp64", *in_memory(model)), optimise=False, low_memory=True)
         return {name: runner.run(arrays) for name, arrays in inputs.items()}
 
     def _about_reference(self) -> str:
@@ -336,5 +337,5 @@ def _types(model: ir.Model) -> dict[str, ir.DataType]:
         output for node in asked.graph for output in node.outputs if output.name and output.dtype in (None, UNDEFINED)
     ]
     asked.graph.outputs.extend(value for value in unknown if not value.is_graph_output())
-    session = OnnxRunner(Held("the graph", *in_memory(asked)), plain=True).session
+    session = OnnxRunner(InMemoryGraph("the graph", *in_memory(asked)), optimise=False).session
     return {value.name: TYPES[value.type] for value in session.get_outputs() if value.type in TYPES}

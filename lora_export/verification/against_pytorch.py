@@ -101,7 +101,7 @@ def prove(
     """
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is not None:
-        placement.insist()
+        placement.require_provider()
     changes = plan.make(adapters, layers.specs(model.module), strengths=strengths) if adapters else None
     inputs = case_inputs(model, candidate, seed=seed, user_inputs=user_inputs, adapters=adapters)
     held = held_by(candidate, model, changes, origin, inputs)
@@ -191,7 +191,7 @@ def prove(
         step("as shipped")
         verdict = replace(verdict, notes=(*verdict.notes, *as_shipped(candidate, deployed, cases, inputs)))
     about = {
-        **torch_runners.environment(),
+        **torch_runners.describe_environment(),
         "model": {"source": model.source, "sha256": model.fingerprint()},
         "adapters": adapter_records(adapters, strengths or (1.0,) * len(adapters)),
         "seed": seed,

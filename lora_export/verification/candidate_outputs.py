@@ -114,7 +114,7 @@ def as_shipped(
     settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
     told = f"not judged: with {placement.requested_provider}'s own settings, in place of {settings}, "
     try:
-        shipped: Runner = candidate.as_shipped()  # type: ignore[attr-defined]
+        shipped: Runner = candidate.with_provider_defaults()  # type: ignore[attr-defined]
         answers = [aligned(shipped.run(inputs[case.name]), dict(case.reference), shipped, deployed) for case in cases]
     except LoraExportError as error:
         return [f"{told}it did not run: {str(error).splitlines()[0]}"]

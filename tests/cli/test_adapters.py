@@ -387,8 +387,8 @@ def test_rows_that_mix_up_adapters_are_never_published(
 ) -> None:
     class Confused(OnnxRunner):
         def run(self, inputs: Arrays) -> Arrays:
-            if self._ids is not None and len(set(self._ids)) > 1:
-                self._ids = np.roll(self._ids, 1)
+            if self._adapter_ids is not None and len(set(self._adapter_ids)) > 1:
+                self._adapter_ids = np.roll(self._adapter_ids, 1)
             return super().run(inputs)
 
     monkeypatch.setattr(weaving, "OnnxRunner", Confused)

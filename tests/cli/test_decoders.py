@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_export import formats
 from lora_export.graph import onnx_file
 from lora_export.models.load import load_model
-from lora_export.runtime.kv_cache import STEPS, with_cache
+from lora_export.runtime.kv_cache import DECODE_STEPS, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support import FACTORIES
 from support.cli import answer, call
@@ -27,7 +27,7 @@ from support.handmade import base_file, peft_adapter
 SUMS = f"{FACTORIES}:sums"
 IDS = np.random.default_rng(3).integers(0, WORDS, (3, 8))
 MODES = ("merged", "nodes", "inputs", "rows")
-BY_STEPS = f"run with its cache: a prompt, then {STEPS} tokens one by one"
+BY_STEPS = f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one"
 slow = pytest.mark.slow
 
 

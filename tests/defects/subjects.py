@@ -325,7 +325,7 @@ class Column:
         merged = self.module(made_of)
         module(merged)
         if self.mode == "checkpoint":
-            return ModuleRunner(merged, stored=self._rounded(merged))
+            return ModuleRunner(merged, stored_dtypes=self._rounded(merged))
         script = export.to_torchscript(merged, self.base.example_inputs())
         path = new_folder() / "model.pt"
         export.save_torchscript(script, path, extra={})

@@ -762,7 +762,7 @@ def _(column: Column) -> Runner | None:
     if column.mode != "inputs":
         return None
     runner: Any = column.candidate(subjects.adapter(column.subject, column.kind))
-    runner._active = (None, onnxruntime.RunOptions())
+    runner._adapter, runner._run_options = None, onnxruntime.RunOptions()
     return runner  # type: ignore[no-any-return]
 
 

@@ -31,14 +31,15 @@ DOERS = (
 )
 NUMPY_CORE = (
     *("errors", "lora", "plan", "sums", "storage", "provenance", "formats", "weights", "graph", "report"),
-    *("training.data", "runtime.environment", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
+    *("training.data", "runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
+    *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
     *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.derived_proofs"),
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
     *("verification.references.graph", "verification.references.graph_fp64", "verification.diagnose.root_cause"),
 )
 TORCH_BY_REQUEST = {
     "lora_export.weights.cuda",  # a merge's arithmetic on a GPU, where that was asked for
-    "lora_export.runtime.environment",  # imports every package to see whether it works, each in its own process
+    "lora_export.runtime.environment_probes",  # imports every package to see whether it works, each in its own process
 }
 BASE_OF_THE_PACKAGE = ""  # lora_export/__init__.py: the version, and names that are loaded when asked for
 
@@ -46,7 +47,7 @@ HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers"
 NOT_IN_THE_CORE = {"torch", "transformers", "accelerate", "onnxruntime"}
 # `session` runs where nothing else of ours does; only onnxruntime writes its adapters' format, when it is asked to.
 MAY_IMPORT_ONNXRUNTIME = {
-    *("lora_export.runtime.onnx_runner", "lora_export.runtime.session", "lora_export.runtime.environment"),
+    *("lora_export.runtime.onnx_runner", "lora_export.runtime.session", "lora_export.runtime.environment_probes"),
     "lora_export.formats.onnx_adapter",
 }
 

@@ -46,7 +46,7 @@ def test_the_schema_is_one_and_explains_every_field() -> None:
 @pytest.mark.parametrize("placement", [None, Placed(), STRAYED])
 def test_a_document_is_what_the_schema_says(verdict: Verdict, placement: Any) -> None:
     validate(json.loads(json.dumps(report.document(verdict, placement, ABOUT, DIAGNOSIS), allow_nan=False)))
-    validate(report.document(verdict, placement, torch_runners.environment()))
+    validate(report.document(verdict, placement, torch_runners.describe_environment()))
 
 
 def test_what_is_not_finite_fits_the_schema_too() -> None:

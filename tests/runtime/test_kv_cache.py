@@ -1,4 +1,4 @@
-"""Graphs with a key/value cache: run as a model without one, and judged step by step."""
+"""Graphs with a key/value cache: run as a model without one, and compared step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.models.load import load_model
-from lora_export.runtime.kv_cache import STEPS, CacheRunner, with_cache
+from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import against_pytorch, parity, proof
 from support import FACTORIES
@@ -40,7 +40,7 @@ def judged(path: Path, base: model.Model) -> proof.Proof:
     return against_pytorch.prove(with_cache(OnnxRunner(path)), base, [an_adapter()])
 
 
-def test_each_run_gets_the_cache_of_the_run_before(sums: model.Model, tmp_path: Path) -> None:
+def test_each_run_gets_the_cache_of_the_previous_run(sums: model.Model, tmp_path: Path) -> None:
     runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums)))
     assert isinstance(runner, CacheRunner)
     ids = np.arange(14).reshape(2, 7) % WORDS
@@ -52,58 +52,56 @@ def test_each_run_gets_the_cache_of_the_run_before(sums: model.Model, tmp_path: 
     np.testing.assert_allclose(answer["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_prompt_is_one_run_and_every_later_token_another(sums: model.Model, tmp_path: Path) -> None:
+def test_prompt_is_one_run_and_each_later_token_another(sums: model.Model, tmp_path: Path) -> None:
     inner = OnnxRunner(a_graph(tmp_path / "m.onnx", sums))
-    runner, given, run = with_cache(inner), [], inner.run
-    inner.run = lambda inputs: (given.append({name: value.shape for name, value in inputs.items()}), run(inputs))[1]
+    runner, recorded, run = with_cache(inner), [], inner.run
+    inner.run = lambda inputs: (recorded.append({name: value.shape for name, value in inputs.items()}), run(inputs))[1]
     runner.run({"input_ids": np.ones((2, 7), np.int64), "attention_mask": np.ones((2, 7), np.int64)})
-    assert [shapes["input_ids"] for shapes in given] == [(2, 3), *[(2, 1)] * STEPS]
-    assert [shapes["attention_mask"] for shapes in given] == [(2, length) for length in range(3, 8)]
-    assert [shapes["past_key_values.0.key"] for shapes in given] == [(2, 1, n, FEATURES) for n in (0, 3, 4, 5, 6)]
+    assert [shapes["input_ids"] for shapes in recorded] == [(2, 3), *[(2, 1)] * DECODE_STEPS]
+    assert [shapes["attention_mask"] for shapes in recorded] == [(2, length) for length in range(3, 8)]
+    assert [shapes["past_key_values.0.key"] for shapes in recorded] == [(2, 1, n, FEATURES) for n in (0, 3, 4, 5, 6)]
 
 
-def test_a_right_graph_is_the_same_and_the_verdict_says_how_it_ran(sums: model.Model, tmp_path: Path) -> None:
+def test_correct_graph_is_same_and_notes_how_it_ran(sums: model.Model, tmp_path: Path) -> None:
     verdict = judged(a_graph(tmp_path / "m.onnx", sums, adapter=an_adapter()), sums).verdict
     assert verdict.same, str(verdict)
-    assert f"run with its cache: a prompt, then {STEPS} tokens one by one" in verdict.notes
-    assert {there.input for there in verdict.sensitivity} == {"input_ids", "attention_mask"}
+    assert f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one" in verdict.notes
+    assert {each.input for each in verdict.sensitivity} == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize(
     "change",
     [
         ("kept = Mul (present_key, mask)", "kept = Identity (present_key)"),  # the mask is ignored
-        ("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)"),  # kept in the wrong order
-        ("Slice (sums, before, end, two)", "Slice (sums, zero, many, two)"),  # the answers of other places
+        ("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)"),  # stored in the wrong order
+        ("Slice (sums, before, end, two)", "Slice (sums, zero, many, two)"),  # the outputs of other positions
     ],
-    ids=["mask", "order", "places"],
+    ids=["mask", "order", "positions"],
 )
-def test_a_graph_that_handles_its_cache_wrongly_is_different(
-    change: tuple[str, str], sums: model.Model, tmp_path: Path
-) -> None:
+def test_graph_with_a_broken_cache_is_different(change: tuple[str, str], sums: model.Model, tmp_path: Path) -> None:
     path = a_graph(tmp_path / "m.onnx", sums, change, adapter=an_adapter())
     verdict = judged(path, sums).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
 
 
-def test_the_base_is_not_the_adapter(sums: model.Model, tmp_path: Path) -> None:
+def test_graph_without_the_adapter_is_different(sums: model.Model, tmp_path: Path) -> None:
     assert judged(a_graph(tmp_path / "m.onnx", sums), sums).verdict.outcome is parity.Outcome.DIFFERENT
 
 
-def test_an_answer_for_the_last_token_alone_is_refused(sums: model.Model, tmp_path: Path) -> None:
+def test_output_for_the_last_token_alone_is_refused(sums: model.Model, tmp_path: Path) -> None:
     last = ("Slice (sums, before, end, two)", "Slice (sums, last, end, two)")
     runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums, last)))
-    with pytest.raises(RuntimeRefused, match=r"answers logits \[1, 1, 3\] to 3 tokens"):
+    with pytest.raises(RuntimeRefused, match=r"returns logits \[1, 1, 3\] for 3 tokens"):
         runner.run({"input_ids": np.ones((1, 7), np.int64), "attention_mask": np.ones((1, 7), np.int64)})
 
 
-def test_a_model_without_tokens_is_refused(sums: model.Model, tmp_path: Path) -> None:
+def test_model_without_token_ids_is_refused(sums: model.Model, tmp_path: Path) -> None:
     runner = with_cache(OnnxRunner(a_graph(tmp_path / "m.onnx", sums)))
-    with pytest.raises(RuntimeRefused, match="decodes input_ids; the model takes pixels"):
+    with pytest.raises(RuntimeRefused, match="the graph takes input_ids; the model takes pixels"):
         runner.run({"pixels": np.ones((1, 7), np.float32)})
 
 
-def test_a_graph_without_a_cache_stays_as_it_is(tmp_path: Path) -> None:
+def test_graph_without_a_cache_is_returned_unchanged(tmp_path: Path) -> None:
     text = '<ir_version: 8, opset_import: ["" : 17]> g (float[b, 2, 2] x) => (float[b, 2, 2] y) { y = Relu (x) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
     runner = OnnxRunner(tmp_path / "m.onnx")
@@ -113,7 +111,7 @@ def test_a_graph_without_a_cache_stays_as_it_is(tmp_path: Path) -> None:
 # --- a graph that an exporter made ---------------------------------------------------------------
 
 
-def test_an_exported_llama_with_its_cache_is_the_llama(tmp_path: Path) -> None:
+def test_exported_llama_with_cache_is_same_and_diagnosed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -146,15 +144,15 @@ def test_an_exported_llama_with_its_cache_is_the_llama(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [
         (("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)"), "where the cache is written"),
         (("CumSum (kept, axis)", "Identity (kept)"), "what enters it differs already"),
     ],
     ids=["in the cache", "at the prompt"],
 )
-def test_what_goes_wrong_in_the_cache_is_told_from_what_does_before(
-    change: tuple[str, str], told: str, sums: model.Model, tmp_path: Path
+def test_diagnosis_separates_cache_faults_from_prompt_faults(
+    change: tuple[str, str], reason: str, sums: model.Model, tmp_path: Path
 ) -> None:
     graph = onnx.load(a_graph(tmp_path / "m.onnx", sums, change, adapter=an_adapter()))
     names = {"table": "table.weight", "turned": "dense.weight"}
@@ -165,6 +163,6 @@ def test_what_goes_wrong_in_the_cache_is_told_from_what_does_before(
     onnx.save(graph, tmp_path / "named.onnx")
     found = judged(tmp_path / "named.onnx", sums)
     assert found.verdict.outcome is parity.Outcome.DIFFERENT and found.diagnosis is not None
-    assert told in str(found.diagnosis), str(found.diagnosis)
-    if "cache" in told:
+    assert reason in str(found.diagnosis), str(found.diagnosis)
+    if "cache" in reason:
         assert found.diagnosis.first is None

@@ -1,6 +1,6 @@
-"""The commands on each provider: what is proven on the CPU here is what is proven on a GPU where there is one.
+"""The commands on each provider: the same proofs on the CPU, and on a GPU where there is one.
 
-`pytest -m cuda` runs the half of every pair that needs a GPU, `make test-slow` the other one, which shows that it can.
+`pytest -m cuda` runs the tests that need a GPU, `make test-slow` their pairs on the CPU.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from lora_export import Session
-from lora_export.runtime.runner import PROVIDERS
+from lora_export.runtime.providers import PROVIDERS
 from support import FACTORIES
 from support.cli import answer, call
 from support.handmade import peft_adapter
 
 MODEL = f"{FACTORIES}:spotter"
 LAYER = "encoder.layers.1"
-EACH = pytest.mark.parametrize(
+EACH_PROVIDER = pytest.mark.parametrize(
     "provider", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.cuda)]
 )
-ITS_OWN = "not judged: with CUDAExecutionProvider's own settings"  # a second run, as onnxruntime ships it
+DEFAULTS_NOTE = "not judged: with CUDAExecutionProvider's own settings"  # of a second run, in TF32
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +39,35 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def proves(told: dict[str, Any], provider: str) -> bool:
-    """Whether a verdict says `same`, that this provider did the work, and what TF32 would have done to it."""
-    there = told["placement"]
+def proves(result: dict[str, Any], provider: str) -> bool:
+    """Whether a verdict is `same`, this provider did the work, and TF32's effect is noted on CUDA."""
+    placement = result["placement"]
     return bool(
-        told["outcome"] == "same"
-        and there["requested_provider"] == PROVIDERS[provider]
-        and not there["off_provider"]
-        and any(note.startswith(ITS_OWN) for note in told["notes"]) is (provider == "cuda")
+        result["outcome"] == "same"
+        and placement["requested_provider"] == PROVIDERS[provider]
+        and not placement["off_provider"]
+        and any(note.startswith(DEFAULTS_NOTE) for note in result["notes"]) is (provider == "cuda")
     )
 
 
-@EACH
+@EACH_PROVIDER
 @pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows"])
-def test_each_way_to_keep_an_adapter_is_proven_and_a_wrong_scale_is_not(
+def test_each_mode_is_same_and_a_wrong_scale_different(
     place: Path, tmp_path: Path, mode: str, provider: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.onnx"
     words = ("onnx", MODEL, "-a", place / "right", "--lora", mode, "-o", out, "--provider", provider)
-    code, told = answer(capsys, *words)
-    assert code == 0 and out.exists(), told
+    code, result = answer(capsys, *words)
+    assert code == 0 and out.exists(), result
     given = ("--onnx-adapter", tmp_path / "right.onnx_adapter") if mode == "inputs" else ()
     judged = ("verify", out, "--model", MODEL, *given, "--provider", provider)
-    code, told = answer(capsys, *judged, "-a", place / "right")
-    assert code == 0 and proves(told, provider), told
+    code, result = answer(capsys, *judged, "-a", place / "right")
+    assert code == 0 and proves(result, provider), result
     assert answer(capsys, *judged, "-a", place / "wrong")[0] == 4
 
 
-@EACH
-def test_a_session_switches_adapters(place: Path, tmp_path: Path, provider: str) -> None:
+@EACH_PROVIDER
+def test_session_switches_adapters(place: Path, tmp_path: Path, provider: str) -> None:
     out = tmp_path / "graph.onnx"
     words = ("-a", place / "right", "-a", place / "wrong", "--lora", "inputs", "-o", out, "--provider", provider)
     assert call("onnx", MODEL, *words) == 0
@@ -80,8 +80,8 @@ def test_a_session_switches_adapters(place: Path, tmp_path: Path, provider: str)
     assert session.run(fed)["output_0"].tobytes() == base.tobytes()
 
 
-@EACH
-def test_what_is_trained_there_is_merged_and_proven(
+@EACH_PROVIDER
+def test_adapter_trained_on_the_provider_is_merged_and_proven(
     tmp_path: Path, provider: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A session with adapters by name: what each call computes, and what onnxruntime would let pass without a word."""
+"""A session with adapters by name: what each call computes, and where onnxruntime alone would fail silently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ g ({dtype}[N,3] x) => ({dtype}[N,2] y)
    [n] y = MatMul(h, n.weight) }}"""
 M, N = np.float32([[1, 4], [2, 5], [3, 6]]), np.float32([[1, 0], [2, 1]])  # (in, out)
 X = np.float32([[1, 1, 2], [0, 3, 1]])
-# A (in, rank) and B (rank, out) of each adapter: `one` at the first place, `two` at both with other ranks
+# A (in, rank) and B (rank, out): adapter `one` is at the first weight, `two` at both, with other ranks
 ONE = {"m.lora_A.weight": np.float32([[1], [0], [-1]]), "m.lora_B.weight": np.float32([[2, 4]])}
 TWO = {
     "m.lora_A.weight": np.float32([[1, 0], [0, 1], [1, 1]]),
@@ -48,10 +48,10 @@ TWO = {
 }
 
 
-def expected(given: dict[str, NDArray[Any]], factor: float = 1.0) -> NDArray[np.float32]:
+def expected(adapter: dict[str, NDArray[Any]], factor: float = 1.0) -> NDArray[np.float32]:
     change = {
-        name: factor * given[f"{name}.lora_A.weight"] @ given[f"{name}.lora_B.weight"]
-        if f"{name}.lora_A.weight" in given
+        name: factor * adapter[f"{name}.lora_A.weight"] @ adapter[f"{name}.lora_B.weight"]
+        if f"{name}.lora_A.weight" in adapter
         else 0
         for name in "mn"
     }
@@ -85,12 +85,12 @@ def session(model: Path) -> Session:
     return Session(model, {name: model.parent / f"{name}.onnx_adapter" for name in ("one", "two")})
 
 
-def test_an_input_that_is_missing_is_named_alone(model: Path) -> None:
-    with pytest.raises(InputRefused, match=r"model.onnx needs x too$"):
+def test_missing_input_is_named(model: Path) -> None:
+    with pytest.raises(InputRefused, match=r"model.onnx also needs x$"):
         Session(model).run({})
 
 
-def test_each_call_has_its_own_adapter_and_none_is_the_base(session: Session) -> None:
+def test_each_run_uses_its_own_adapter_or_the_base(session: Session) -> None:
     for _ in range(2):
         assert np.array_equal(session.run({"x": X})["y"], X @ M @ N)
         assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
@@ -99,7 +99,7 @@ def test_each_call_has_its_own_adapter_and_none_is_the_base(session: Session) ->
     assert not np.array_equal(expected(ONE), expected(TWO))
 
 
-def test_an_adapter_lives_while_it_is_loaded_whatever_becomes_of_its_file(model: Path) -> None:
+def test_loaded_adapter_outlives_its_file(model: Path) -> None:
     # onnxruntime's own LoraAdapter, once its object is gone, makes run() answer with the base.
     session = Session(model)
     session.load("one", model.parent / "one.onnx_adapter")
@@ -109,7 +109,7 @@ def test_an_adapter_lives_while_it_is_loaded_whatever_becomes_of_its_file(model:
         assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
 
 
-def test_a_binding_has_the_adapter_that_was_bound_last(session: Session) -> None:
+def test_binding_uses_the_adapter_bound_last(session: Session) -> None:
     # onnxruntime's run_with_iobinding ignores active adapters.
     binding = session.io_binding(adapter="one")
     binding.bind_cpu_input("x", X)
@@ -120,20 +120,20 @@ def test_a_binding_has_the_adapter_that_was_bound_last(session: Session) -> None
         assert np.array_equal(binding.copy_outputs_to_cpu()[0], answer), adapter
 
 
-def test_a_binding_keeps_its_adapter_when_that_is_unloaded(session: Session) -> None:
+def test_binding_holds_an_unloaded_adapter(session: Session) -> None:
     binding = session.io_binding(adapter="two")
     binding.bind_cpu_input("x", X)
     binding.bind_output("y", "cpu")
     session.unload("two")
     gc.collect()
-    _ = [np.full((64, 64), 7, np.float32) for _ in range(50)]  # whoever took the memory would have written into it
+    _ = [np.full((64, 64), 7, np.float32) for _ in range(50)]  # overwrites the memory if it was freed
     session.run_with_iobinding(binding)
     assert np.array_equal(binding.copy_outputs_to_cpu()[0], expected(TWO))
-    with pytest.raises(InputRefused, match="no adapter 'two'; loaded: one"):
+    with pytest.raises(InputRefused, match="no adapter 'two' is loaded; loaded: one"):
         session.run({"x": X}, adapter="two")
 
 
-def test_a_mix_is_the_weighted_sum(session: Session) -> None:
+def test_mix_is_the_weighted_sum(session: Session) -> None:
     session.mix("both", {"one": 2.0, "two": -0.5})
     both = {
         "m.lora_A.weight": np.concatenate([ONE["m.lora_A.weight"], TWO["m.lora_A.weight"]], axis=1),
@@ -146,26 +146,26 @@ def test_a_mix_is_the_weighted_sum(session: Session) -> None:
 
 
 @pytest.mark.parametrize("several", [["one", "two"], {"one": 1.0}, ("one",)])
-def test_several_adapters_in_one_call_are_refused_with_the_way_out(session: Session, several: Any) -> None:
+def test_several_adapters_in_one_run_are_refused_with_a_remedy(session: Session, several: Any) -> None:
     # Of two active adapters with the same names onnxruntime takes one.
-    with pytest.raises(InputRefused, match=r"one adapter a run, by its name, .*`mix` makes one of several"):
+    with pytest.raises(InputRefused, match=r"a run takes the name of one adapter, .*`mix` combines several"):
         session.run({"x": X}, adapter=several)
 
 
 @pytest.mark.parametrize("strengths", [{}, {"one": float("nan")}, {"one": 1.0, "three": 1.0}])
-def test_a_mix_of_nothing_or_of_what_is_not_there_is_refused(session: Session, strengths: dict[str, float]) -> None:
-    with pytest.raises(InputRefused, match=r"a mix needs adapters and finite strengths|there is no adapter 'three'"):
+def test_mix_of_nothing_or_of_unknown_adapters_is_refused(session: Session, strengths: dict[str, float]) -> None:
+    with pytest.raises(InputRefused, match=r"a mix needs adapters and finite strengths|no adapter 'three' is loaded"):
         session.mix("both", strengths)
     assert session.adapters == ("one", "two")
 
 
-def test_the_nearest_name_is_told(session: Session) -> None:
-    with pytest.raises(InputRefused, match="there is no adapter 'ome'; the nearest is 'one'"):
+def test_nearest_adapter_name_is_suggested(session: Session) -> None:
+    with pytest.raises(InputRefused, match="no adapter 'ome' is loaded; the nearest name is 'one'"):
         session.run({"x": X}, adapter="ome")
 
 
-def test_a_partial_adapter_is_refused_and_what_was_loaded_stays(session: Session, tmp_path: Path) -> None:
-    # A alone, on a graph with a fixed rank, would be the base without an error.
+def test_partial_adapter_is_refused_and_the_loaded_one_remains(session: Session, tmp_path: Path) -> None:
+    # A alone would compute the base without an error.
     only_a = {"m.lora_A.weight": ONE["m.lora_A.weight"]}
     onnx_adapter.write(tmp_path / "half", only_a, session.contract, sha256="1")
     with pytest.raises(InputRefused, match=r"m.lora_B.weight: missing, though m.lora_A.weight is present"):
@@ -173,7 +173,7 @@ def test_a_partial_adapter_is_refused_and_what_was_loaded_stays(session: Session
     assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
 
 
-def test_an_adapter_for_another_base_is_refused(session: Session, tmp_path: Path) -> None:
+def test_adapter_of_another_base_is_refused(session: Session, tmp_path: Path) -> None:
     # Names, shapes and types are the same; onnxruntime itself never looks at the version.
     other = tmp_path / "other"
     other.mkdir()
@@ -183,24 +183,24 @@ def test_an_adapter_for_another_base_is_refused(session: Session, tmp_path: Path
         session.load("x", other / "x")
 
 
-def test_a_wrong_dtype_is_refused_when_loaded(session: Session, tmp_path: Path) -> None:
+def test_wrong_dtype_is_refused_when_loaded(session: Session, tmp_path: Path) -> None:
     halves = {name: array.astype(np.float16) for name, array in ONE.items()}
     onnx_adapter.write(tmp_path / "x", halves, session.contract, sha256="1")
     with pytest.raises(InputRefused, match=r"m.lora_A.weight: tensor\(float16\), the graph takes float32"):
         Session(session.model, {"x": tmp_path / "x"})
 
 
-def test_a_damaged_file_is_refused(session: Session, tmp_path: Path) -> None:
+def test_damaged_file_is_refused(session: Session, tmp_path: Path) -> None:
     path = tmp_path / "one.onnx_adapter"
     path.write_bytes(shortened(path.read_bytes()))
     with pytest.raises(InputRefused, match="damaged"):
         session.load("x", path)
 
 
-def test_half_precision_is_swapped_and_mixed_in_half_precision(tmp_path: Path) -> None:
+def test_float16_adapters_are_switched_and_mixed(tmp_path: Path) -> None:
     path, contract = a_model(tmp_path, dtype="float16")
-    given = {name: array.astype(np.float16) for name, array in TWO.items()}
-    onnx_adapter.write(tmp_path / "x", given, contract, sha256="1")
+    arrays = {name: array.astype(np.float16) for name, array in TWO.items()}
+    onnx_adapter.write(tmp_path / "x", arrays, contract, sha256="1")
     session = Session(path, {"x": tmp_path / "x"})
     assert np.array_equal(session.run({"x": X.astype(np.float16)}, adapter="x")["y"], expected(TWO))
     session.mix("twice", {"x": 2.0})
@@ -209,20 +209,20 @@ def test_half_precision_is_swapped_and_mixed_in_half_precision(tmp_path: Path) -
         session.mix("loud", {"x": 7e4})
 
 
-def test_bfloat16_is_written_and_read_and_where_onnxruntime_has_no_kernel_it_says_so(tmp_path: Path) -> None:
+def test_bfloat16_without_a_kernel_is_refused_with_the_reason(tmp_path: Path) -> None:
     path, contract = a_model(tmp_path, dtype="bfloat16")
-    given = {name: array.astype(ml_dtypes.bfloat16) for name, array in TWO.items()}
-    onnx_adapter.write(tmp_path / "x", given, contract, sha256="1")
-    there = onnx_adapter.read(tmp_path / "x")
-    onnx_adapter.refuse_misfits(there, contract, source="x", graph=path)  # raises for any misfit
-    assert {name: as_array(value).tobytes() for name, value in there.values.items()} == {
-        name: array.tobytes() for name, array in given.items()
+    arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in TWO.items()}
+    onnx_adapter.write(tmp_path / "x", arrays, contract, sha256="1")
+    file = onnx_adapter.read(tmp_path / "x")
+    onnx_adapter.refuse_misfits(file, contract, source="x", graph=path)  # raises for any misfit
+    assert {name: as_array(value).tobytes() for name, value in file.values.items()} == {
+        name: array.tobytes() for name, array in arrays.items()
     }
     with pytest.raises(RuntimeRefused, match="NOT_IMPLEMENTED"):  # as of 1.31 the CPU multiplies nothing in it
         Session(path, {"x": tmp_path / "x"})
 
 
-def test_a_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
+def test_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
     onnx_file.save(a_graph(BODY.format(dtype="float")), tmp_path, "plain.onnx")
     with pytest.raises(InputRefused, match="does not record where it takes adapters"):
         Session(tmp_path / "plain.onnx")
@@ -231,43 +231,42 @@ def test_a_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
         Session(tmp_path / "noise.onnx")
 
 
-def test_a_graph_whose_inputs_were_folded_away_is_refused(model: Path) -> None:
+def test_graph_without_its_adapter_inputs_is_refused(model: Path) -> None:
     graph = onnx_file.load(model)
     del graph.graph.inputs[1:]
     onnx_file.save(graph, model.parent, "folded.onnx")
-    with pytest.raises(InputRefused, match=r"has lost 4 of its inputs for adapters, the first of them m.lora_A.weight"):
+    with pytest.raises(InputRefused, match=r"has lost 4 of its adapter inputs, the first of them m.lora_A.weight"):
         Session(model.parent / "folded.onnx")
 
 
 @pytest.mark.parametrize("size", [4, 10**13])
-def test_a_record_of_other_sizes_than_the_graphs_is_refused_before_anything_so_large_is_made(
-    tmp_path: Path, size: int
-) -> None:
+def test_metadata_with_other_sizes_is_refused_before_allocation(tmp_path: Path, size: int) -> None:
     path = files_of(tmp_path)
     graph = onnx_file.load(path)
     record = graph.metadata_props[onnx_adapter.CONTRACT_KEY]
     assert '"shape": [2, 3]' in record
     graph.metadata_props[onnx_adapter.CONTRACT_KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
-    onnx_file.save(graph, tmp_path, "lying.onnx")
-    with pytest.raises(InputRefused, match=rf"lying.onnx: its record says \[{size}, 3\] of m.weight"):
-        Session(tmp_path / "lying.onnx")
+    onnx_file.save(graph, tmp_path, "other.onnx")
+    message = rf"other.onnx: its metadata gives m.weight the shape \[{size}, 3\], which does not fit the input m.lora_"
+    with pytest.raises(InputRefused, match=message):
+        Session(tmp_path / "other.onnx")
 
 
-def test_an_adapters_own_inputs_are_no_feeds(session: Session) -> None:
-    with pytest.raises(InputRefused, match=r"m.lora_A.weight are an adapter's inputs"):
+def test_adapter_inputs_and_unknown_inputs_are_refused_as_feeds(session: Session) -> None:
+    with pytest.raises(InputRefused, match=r"m.lora_A.weight are inputs of an adapter"):
         session.run({"x": X, "m.lora_A.weight": ONE["m.lora_A.weight"]})
     with pytest.raises(RuntimeRefused, match="onnxruntime refused"):
         session.run({"x": X, "z": X})
 
 
-def test_feeds_may_be_ort_values_and_outputs_may_be_chosen(session: Session) -> None:
+def test_feeds_may_be_ort_values_and_outputs_chosen(session: Session) -> None:
     value = onnxruntime.OrtValue.ortvalue_from_numpy(X)
     assert list(session.run({"x": value}, adapter="one", outputs=["y"])) == ["y"]
     strided = np.repeat(X, 2, axis=1)[:, ::2]
     assert np.array_equal(session.run({"x": strided}, adapter="one")["y"], expected(ONE))
 
 
-def test_threads_do_not_get_each_others_adapters(session: Session) -> None:
+def test_threads_do_not_share_adapters(session: Session) -> None:
     wrong: list[str] = []
 
     def work(adapter: str | None, answer: NDArray[np.float32]) -> None:
@@ -284,7 +283,7 @@ def test_threads_do_not_get_each_others_adapters(session: Session) -> None:
     assert wrong == []
 
 
-def test_a_provider_that_is_not_there_is_told(model: Path) -> None:
+def test_missing_or_unknown_provider_is_reported(model: Path) -> None:
     if not why_no_cuda():
         pytest.skip("this machine has a GPU: the refusal cannot be seen here")
     with pytest.raises(EnvironmentLacking, match="CUDAExecutionProvider") as refusal:
@@ -295,7 +294,7 @@ def test_a_provider_that_is_not_there_is_told(model: Path) -> None:
 
 
 @pytest.mark.cuda
-def test_adapters_live_on_the_gpu(model: Path) -> None:
+def test_adapters_are_stored_on_the_gpu(model: Path) -> None:
     session = Session(model, {"two": model.parent / "two.onnx_adapter"}, provider="cuda")
     assert {value.device_name() for value in session._loaded["two"].values()} == {"cuda"}
     np.testing.assert_allclose(session.run({"x": X}, adapter="two")["y"], expected(TWO), rtol=1e-2)
@@ -303,7 +302,7 @@ def test_adapters_live_on_the_gpu(model: Path) -> None:
     np.testing.assert_allclose(session.run({"x": X}, adapter="half")["y"], expected(TWO, 0.5), rtol=1e-2)
 
 
-def test_serving_loads_neither_torch_nor_onnx(session: Session, tmp_path: Path) -> None:
+def test_session_imports_neither_torch_nor_onnx(session: Session, tmp_path: Path) -> None:
     code = (
         "import sys, numpy, lora_export\n"
         "s = lora_export.Session(sys.argv[1], {'one': sys.argv[2]})\n"
@@ -315,7 +314,7 @@ def test_serving_loads_neither_torch_nor_onnx(session: Session, tmp_path: Path) 
     assert (done.returncode, done.stdout) == (0, "(1, 2)\n"), done.stderr
 
 
-# --- what else can stand beside a weight ---
+# --- DoRA, embeddings, convolutions, packed and quantised weights ---
 
 EVERYTHING = """
 g (int64[N] words, float[N,2,L] x) => (float[N,2] y, float[N,3,M] z)
@@ -351,12 +350,12 @@ def computed(pairs: Mapping[str, LoraPair]) -> dict[str, NDArray[np.float64]]:
 
 
 def files_of(folder: Path, **adapters: Mapping[str, LoraPair]) -> Path:
-    """A graph that takes DoRA at every place, and adapters for it."""
+    """A graph that takes DoRA at every weight, and adapters for it."""
     graph = a_graph(EVERYTHING)
-    given = [an_adapter(pairs, name=name) for name, pairs in adapters.items()]
+    arrays = [an_adapter(pairs, name=name) for name, pairs in adapters.items()]
     found = sites.find(graph)
     contract = open_inputs(graph, found, list(found.by_name), dora=found.by_name)
-    for adapter in given:
+    for adapter in arrays:
         steps = plan.make([adapter], found.specs)
         factors = factors_of(graph, contract, steps, adapter.name)
         arrays = onnx_adapter.input_values(contract, steps, adapter.name, factors)
@@ -379,17 +378,17 @@ def agree(answer: Mapping[str, NDArray[Any]], pairs: Mapping[str, LoraPair]) -> 
         np.testing.assert_allclose(answer[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_dora_embeddings_and_convolutions_are_swapped_like_others(tmp_path: Path) -> None:
+def test_dora_embeddings_and_convolutions_are_switched(tmp_path: Path) -> None:
     every, some = PAIRS, {**without_dora("e"), "c": PAIRS["c"]}
     session = loaded(tmp_path, every=every, some=some)
     for _ in range(2):
         agree(session.run(FED, adapter="every"), every)
         agree(session.run(FED, adapter="some"), some)
         agree(session.run(FED), {})
-    assert np.abs(computed(every)["y"] - computed(without_dora("e", "m"))["y"]).max() > 1  # the factors are seen
+    assert np.abs(computed(every)["y"] - computed(without_dora("e", "m"))["y"]).max() > 1  # the factors matter
 
 
-def test_a_binding_has_doras_factors_and_loses_them_with_the_adapter(tmp_path: Path) -> None:
+def test_binding_switches_doras_factors_with_the_adapter(tmp_path: Path) -> None:
     session = loaded(tmp_path, every=PAIRS)
     binding = session.io_binding(adapter="every")
     for name, value in FED.items():
@@ -402,14 +401,14 @@ def test_a_binding_has_doras_factors_and_loses_them_with_the_adapter(tmp_path: P
         agree(dict(zip(("y", "z"), binding.copy_outputs_to_cpu(), strict=True)), pairs)
 
 
-def test_an_adapter_without_one_of_its_factors_is_partial(tmp_path: Path) -> None:
-    # It would be the same adapter without DoRA, and no error.
+def test_adapter_without_a_dora_factor_is_refused(tmp_path: Path) -> None:
+    # onnxruntime would compute the adapter without DoRA, without an error.
     session = loaded(tmp_path, every=PAIRS)
-    held = onnx_adapter.read(tmp_path / "every.onnx_adapter")
-    given = {name: onnx_adapter.as_array(value) for name, value in held.values.items()}
-    del given["m.lora_magnitude_vector.weight"]
-    given["c.lora_magnitude_vector.weight"] = given["c.lora_magnitude_vector.weight"].reshape(-1)
-    onnx_adapter.write(tmp_path / "x", given, session.contract, sha256="1")
+    file = onnx_adapter.read(tmp_path / "every.onnx_adapter")
+    arrays = {name: onnx_adapter.as_array(value) for name, value in file.values.items()}
+    del arrays["m.lora_magnitude_vector.weight"]
+    arrays["c.lora_magnitude_vector.weight"] = arrays["c.lora_magnitude_vector.weight"].reshape(-1)
+    onnx_adapter.write(tmp_path / "x", arrays, session.contract, sha256="1")
     with pytest.raises(InputRefused) as refusal:
         session.load("x", tmp_path / "x")
     assert "m.lora_magnitude_vector.weight: missing, though m.lora_A.weight is present" in str(refusal.value)
@@ -417,30 +416,30 @@ def test_an_adapter_without_one_of_its_factors_is_partial(tmp_path: Path) -> Non
     assert session.adapters == ("every",)
 
 
-def test_a_mix_puts_the_ranks_of_every_kind_side_by_side(tmp_path: Path) -> None:
+def test_mix_concatenates_the_ranks_of_every_kind_of_layer(tmp_path: Path) -> None:
     session = loaded(tmp_path, one=without_dora("e", "c"), two=without_dora("m", "c"))
     session.mix("both", {"one": 2.0, "two": -1.0})
     scaled = {module: dataclasses.replace(pair, scale=2 * pair.scale) for module, pair in without_dora("e").items()}
     scaled |= {module: dataclasses.replace(pair, scale=-pair.scale) for module, pair in without_dora("m").items()}
-    agree(session.run(FED, adapter="both"), scaled | without_dora("c"))  # 2 - 1 of it
+    agree(session.run(FED, adapter="both"), scaled | without_dora("c"))  # 2 - 1 times
 
 
 @pytest.mark.parametrize("strengths", [{"dora": 1.0, "plain": 1.0}, {"dora": 0.5}])
-def test_dora_is_mixed_with_nothing_and_has_no_other_strength(tmp_path: Path, strengths: dict[str, float]) -> None:
+def test_dora_is_not_mixed_and_not_scaled(tmp_path: Path, strengths: dict[str, float]) -> None:
     session = loaded(tmp_path, dora={"m": PAIRS["m"]}, plain=without_dora("e", "m"))
-    with pytest.raises(InputRefused, match=r"both: an adapter with DoRA stands at m.weight, where it can be"):
+    with pytest.raises(InputRefused, match=r"both: an adapter uses DoRA at m.weight. It cannot be mixed"):
         session.mix("both", strengths)
     assert session.adapters == ("dora", "plain")
 
 
-def test_dora_is_mixed_with_what_stands_elsewhere(tmp_path: Path) -> None:
+def test_dora_is_mixed_with_adapters_of_other_weights(tmp_path: Path) -> None:
     session = loaded(tmp_path, dora={"m": PAIRS["m"]}, plain=without_dora("e"))
     session.mix("both", {"dora": 1.0, "plain": -3.0})
     elsewhere = {"e": dataclasses.replace(PAIRS["e"], magnitude=None, scale=-3.0)}
     agree(session.run(FED, adapter="both"), {"m": PAIRS["m"], **elsewhere})
 
 
-def test_an_adapter_for_one_of_two_blocks_and_for_four_bits(tmp_path: Path) -> None:
+def test_adapter_of_one_block_in_packed_four_bit_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=(4, 32)).astype(np.float32) for name in ("q", "k")}
     packed = np.concatenate([*weights.values()])

@@ -30,4 +30,4 @@ def bf16_merge(base: model.Model, adapter: Adapter, *, strength: float = 1.0) ->
     module = folded(base, adapter, strength).module
     with torch.no_grad():
         module.dense.weight.copy_(module.dense.weight.bfloat16())
-    return torch_runners.ModuleRunner(module, stored={"dense.weight": "bfloat16", "dense.bias": "float32"})
+    return torch_runners.ModuleRunner(module, stored_dtypes={"dense.weight": "bfloat16", "dense.bias": "float32"})

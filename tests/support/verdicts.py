@@ -19,7 +19,7 @@ class Placed:
     by_provider: Mapping[str, tuple[tuple[str, str], ...]] = field(
         default_factory=lambda: {"CPUExecutionProvider": (("/a", "MatMul"), ("/b", "Shape"))}
     )
-    compute: int = 142
+    compute_nodes: int = 142
     off_provider: tuple[tuple[str, str, str], ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     version: str = "1.31.1"

@@ -233,7 +233,7 @@ def test_a_merge_stored_in_bf16_of_a_model_in_half_precision_is_judged_by_what_i
 ) -> None:
     scaled.module.bfloat16()
     stored = {"dense.weight": "bfloat16", "dense.bias": "bfloat16"}
-    merged = torch_runners.ModuleRunner(folded(scaled, an_adapter()).module, stored=stored)
+    merged = torch_runners.ModuleRunner(folded(scaled, an_adapter()).module, stored_dtypes=stored)
     result = against_pytorch.prove(merged, scaled, [an_adapter()])
     assert result.verdict.same, str(result.verdict)
     assert all(there.figures.merge_loss > 1e-4 for there in result.verdict.comparisons)
@@ -260,7 +260,7 @@ def test_a_whole_model_converted_to_bf16_is_judged_by_what_bf16_should_hold(scal
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(parameter.bfloat16())  # the bias too, which no adapter changes
-    candidate = torch_runners.ModuleRunner(module, stored={"dense.weight": "bfloat16", "dense.bias": "bfloat16"})
+    candidate = torch_runners.ModuleRunner(module, stored_dtypes={"dense.weight": "bfloat16", "dense.bias": "bfloat16"})
     assert not torch.equal(module.dense.bias, scaled.module.dense.bias)
     assert against_pytorch.prove(candidate, scaled, [an_adapter()]).verdict.same
 
@@ -447,7 +447,7 @@ class OnCuda(torch_runners.ModuleRunner):
         "CUDAExecutionProvider", {"CUDAExecutionProvider": (("m", "MatMul"),)}, {"use_tf32": "0"}, "1"
     )
 
-    def as_shipped(self) -> torch_runners.ModuleRunner:
+    def with_provider_defaults(self) -> torch_runners.ModuleRunner:
         return Coarse(self.module)
 
 

@@ -83,7 +83,8 @@ def test_every_step_of_a_row_has_the_rows_adapter(tmp_path: Path, base: model.Mo
     which = [2, 0, 1, 1]
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows(which))
     answer = runner.run(FEEDS)["logits"]
-    assert runner.as_shipped().run(FEEDS)["logits"].tobytes() == answer.tobytes()  # a CPU has no settings of its own
+    # The CPU provider has no settings of its own.
+    assert runner.with_provider_defaults().run(FEEDS)["logits"].tobytes() == answer.tobytes()
     expected = [alone(base.module, adapter) for adapter in (None, *TWO)]
     for row, number in enumerate(which):
         np.testing.assert_allclose(answer[row], expected[number][row], rtol=1e-4, atol=1e-5)
@@ -106,7 +107,7 @@ def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Mo
         onnx_adapter.write(tmp_path / adapter.name, given, contract, sha256="1")
         with_it = with_cache(runner.with_adapter(tmp_path / adapter.name))
         answer = with_it.run(FEEDS)["logits"]
-        assert with_it.as_shipped().run(FEEDS)["logits"].tobytes() == answer.tobytes()
+        assert with_it.with_provider_defaults().run(FEEDS)["logits"].tobytes() == answer.tobytes()
         np.testing.assert_allclose(answer, alone(base.module, adapter), rtol=1e-4, atol=1e-5)
     without = with_cache(OnnxRunner(tmp_path / "base.onnx")).run(FEEDS)["logits"]
     assert with_cache(runner).run(FEEDS)["logits"].tobytes() == without.tobytes()

@@ -233,7 +233,7 @@ def saved(graph: ir.Model, folder: Path) -> OnnxRunner:
 def base_answers(source: str | Callable[[], nn.Module], dtype: torch.dtype, *, plain: bool) -> dict[str, Arrays]:
     """What the base's graph answers; `plain`: where onnxruntime runs it node by node."""
     runner = saved(_graph(source, dtype).clone(), Path(tempfile.mkdtemp()))
-    return answers(_base(source, dtype), OnnxRunner(runner.path, plain=True) if plain else runner)
+    return answers(_base(source, dtype), OnnxRunner(runner.path, optimise=False) if plain else runner)
 
 
 def answers(base: Model, runner: OnnxRunner) -> dict[str, Arrays]:
@@ -286,8 +286,8 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
         if variant != "dora" or not adds_a_bias_itself(name, variant):
             off = kept.off
             if is_folded_by_the_runtime(name, variant):
-                off = OnnxRunner(off.path, plain=True)
-                off = off if kept.off.ids is None else off.with_rows(kept.off.ids)
+                off = OnnxRunner(off.path, optimise=False)
+                off = off if kept.off.adapter_ids is None else off.with_rows(kept.off.adapter_ids)
             expected = base_answers(subject.source, subject.dtype, plain=off is not kept.off)
             assert not bits_that_differ(expected, answers(base, off))
         told = prove(kept.off, base, []).verdict

@@ -107,7 +107,7 @@ def _at_prompt(suspect: Suspect, candidate: CacheRunner) -> Suspect:
         suspect.case,
         reference=reference,
         deployed=suspect.deployed.run(inputs),
-        candidate=renamed(candidate.answers(inputs), reference),
+        candidate=renamed(candidate.run_prompt(inputs), reference),
         base=None,
         scaled=None,
         attached=None,

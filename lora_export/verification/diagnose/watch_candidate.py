@@ -14,7 +14,6 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.errors import InputRefused
-from lora_export.formats import onnx_adapter
 from lora_export.graph import onnx_file as graph_files
 from lora_export.graph import sites as graph_sites
 from lora_export.layers import MatrixWeight
@@ -143,7 +142,7 @@ class _FollowedGraph:
             raise InputRefused("the graph names no weight that the model has")
         exposed = expose(model, list(self.watched.values()))
         self.added = set(exposed.outputs)
-        self.runner = runner.of(exposed.message, exposed.folder)
+        self.runner = runner.with_graph(exposed.message, exposed.folder)
 
     @property
     def keys(self) -> Sequence[Key]:
@@ -151,7 +150,7 @@ class _FollowedGraph:
 
     def run(self, inputs: Arrays, keys: Sequence[Key]) -> dict[Key, Values]:
         names = {name for key in keys for name in (self.watched[key].x, self.watched[key].y) if name}
-        given = inputs if self.cache is None else self.cache.first_turn(inputs)
+        given = inputs if self.cache is None else self.cache.prompt_feeds(inputs)
         values = {**given, **self.runner.run(given, sorted(names - given.keys()))}
         found = {}
         for key in keys:
@@ -162,10 +161,10 @@ class _FollowedGraph:
     def others(self) -> Iterator[tuple[str, _FollowedGraph]]:
         """The same with each other adapter that the graph holds, where all rows have one of them."""
         names = self.runner.adapters_by_row
-        if self.runner.ids is None or len(self.runner.ids) != 1 or names is None:
+        if self.runner.adapter_ids is None or len(self.runner.adapter_ids) != 1 or names is None:
             return
         for number, name in enumerate(["the base", *names]):
-            if number != self.runner.ids[0]:
+            if number != self.runner.adapter_ids[0]:
                 other = copy.copy(self)
                 other.runner = self.runner.with_rows([number])
                 yield f"adapter id {number} ({name})", other
@@ -173,15 +172,12 @@ class _FollowedGraph:
     @property
     def lacks_adapter(self) -> bool:
         """Whether the graph takes an adapter's file, and was given none."""
-        return (
-            onnx_adapter.CONTRACT_KEY in self.runner.session.get_modelmeta().custom_metadata_map
-            and not self.runner.has_adapter
-        )
+        return self.runner.lacks_adapter
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        kept = {slot.present for slot in self.cache.slots} if self.cache else set()
+        kept = {tensor.present for tensor in self.cache.cache} if self.cache else set()
         names = [value.name for value in self.runner.session.get_outputs() if value.name not in self.added | kept]
-        return self.runner.run(inputs if self.cache is None else self.cache.first_turn(inputs), names)
+        return self.runner.run(inputs if self.cache is None else self.cache.prompt_feeds(inputs), names)
 
     def stored(self, key: Key) -> Array | None:
         site = self.watched[key].site

@@ -27,7 +27,7 @@ from lora_export.plan import Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
-from lora_export.runtime.torch_runners import NARROW, Fp64Runner, ModuleRunner
+from lora_export.runtime.torch_runners import NARROW_DTYPES, Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.references import quantised_weights
 
@@ -87,7 +87,7 @@ def widened(module: nn.Module) -> Iterator[None]:
     All who share them see it. Each number of a narrower float is one of fp64 too, so that nothing is lost on the
     way back.
     """
-    narrow = [(tensor, tensor.dtype) for tensor in _tensors(module) if tensor.dtype in NARROW]
+    narrow = [(tensor, tensor.dtype) for tensor in _tensors(module) if tensor.dtype in NARROW_DTYPES]
 
     def turn(wanted: Mapping[torch.dtype, torch.dtype]) -> None:
         made: dict[Any, torch.Tensor] = {}  # one that has several names keeps them
@@ -98,17 +98,17 @@ def widened(module: nn.Module) -> Iterator[None]:
             tensor.data = made[place]
 
     try:
-        turn(dict.fromkeys(NARROW, torch.float64))
+        turn(dict.fromkeys(NARROW_DTYPES, torch.float64))
         yield
     finally:
-        turn({dtype: dtype for dtype in NARROW})
+        turn({dtype: dtype for dtype in NARROW_DTYPES})
 
 
 class _LazyReference(Fp64Runner):
     """A reference whose module is made when it is first asked: what it said may have been kept."""
 
     def __init__(self, make: Callable[[], nn.Module], stayed: set[str]):
-        self.make, self.stayed = make, stayed
+        self.make, self.narrow_operators = make, stayed
 
     @functools.cached_property
     def module(self) -> nn.Module:  # type: ignore[override]
@@ -137,7 +137,7 @@ def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset
     def run(other: OnnxRunner) -> None:
         (replace(candidate, inner=other) if isinstance(candidate, CacheRunner) else other).run(arrays)
 
-    return graph.executed(run)
+    return graph.executed_nodes(run)
 
 
 def rounded_weights(
@@ -149,7 +149,7 @@ def rounded_weights(
         return {name: weight.nearest for name, weight in merged.items()}, {
             name: torch.from_numpy(weight.values) for name, weight in merged.items()
         }
-    stored = candidate.stored
+    stored = candidate.stored_dtypes
     low = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
     # A checkpoint may lack the model's prefix, or have one that the module lacks.
     rounded: dict[str, layers.Rounding] = {
@@ -272,7 +272,7 @@ def narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
             f"factory, or a .pt2 that was exported in {name_of(dtype)}"
         )
     made = copied(module, torch.clone)
-    told = candidate.stored if isinstance(candidate, ModuleRunner) else {}
+    told = candidate.stored_dtypes if isinstance(candidate, ModuleRunner) else {}
     stored = {name: kind for name, kind in told.items() if kind in parity.DEPLOYED}
     parameters = dict(made.named_parameters(remove_duplicate=False))
     for name, tensor in _by_name(made):

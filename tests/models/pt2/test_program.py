@@ -175,7 +175,7 @@ def test_the_reference_is_the_eager_model_in_fp64_with_its_adapter_attached(
     for key, value in theirs.items():
         assert np.abs(value - plain[key]).max() > 1e-3
         np.testing.assert_allclose(own[key], value, rtol=1e-10, atol=1e-10)
-    assert reference.stayed == set()
+    assert reference.narrow_operators == set()
 
 
 def test_a_reference_multiplies_by_the_factors_and_never_by_their_sum(
@@ -511,7 +511,7 @@ def test_casts_in_the_graph_follow_the_weights(tmp_path: Path) -> None:
     reference, theirs = Fp64Runner(copy.deepcopy(module).double()), Fp64Runner(copy.deepcopy(eager).double())
     own, wanted = (each.run({"rows": rows.numpy()})["output_0"] for each in (reference, theirs))
     np.testing.assert_allclose(own, wanted, rtol=1e-12)
-    assert own.dtype == np.float64 and reference.stayed == set()
+    assert own.dtype == np.float64 and reference.narrow_operators == set()
 
 
 # --- models ----------------------------------------------------------------------------------------

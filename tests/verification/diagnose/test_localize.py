@@ -575,7 +575,7 @@ def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
             weight = module.get_submodule(name).weight
             weight.copy_(weight.bfloat16())  # type: ignore[union-attr, operator]
     stored = {f"{name}.weight": "bfloat16" for name in SHAPES}
-    result = against_pytorch.prove(ModuleRunner(module, stored=stored), bert(), [the_adapter()])
+    result = against_pytorch.prove(ModuleRunner(module, stored_dtypes=stored), bert(), [the_adapter()])
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
     assert "arrives 0.5 times" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
 

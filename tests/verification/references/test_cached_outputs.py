@@ -149,7 +149,7 @@ def test_rounding_of_a_merge_is_part_of_the_key(scaled, tmp_path):
     """The dtype is hashed, and the choice between two equally near values."""
     proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter()))
     other = bf16_merge(scaled, an_adapter())
-    other.stored = dict.fromkeys(other.stored, "float16")
+    other.stored_dtypes = dict.fromkeys(other.stored_dtypes, "float16")
     proven(scaled, tmp_path, candidate=other)
     assert len(list(tmp_path.iterdir())) == 2
     digests = []

@@ -14,7 +14,8 @@ from lora_export import plan
 from lora_export.graph import sites
 from lora_export.graph.onnx_file import in_memory
 from lora_export.lora import LoraPair
-from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.against_graph import _types
 from lora_export.verification.references import graph as reference
 from lora_export.verification.references import graph_fp64
@@ -27,7 +28,7 @@ EXACT = 1e-14
 
 def in_fp64(model: ir.Model, **feeds: Any) -> Wide:
     graph_fp64.widen(model, _types)
-    (answer, *_) = OnnxRunner(Held("wide", *in_memory(model)), plain=True).run(feeds).values()
+    (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
     return answer
 
 
@@ -95,7 +96,7 @@ def test_an_embedding_and_a_convolution_read_what_numpy_computes() -> None:
     found, steps = planned(model, adapter)
     reference.at_the_weights(model, found, steps)
     graph_fp64.widen(model, _types)
-    answers = OnnxRunner(Held("wide", *in_memory(model)), plain=True).run(feeds)
+    answers = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds)
     rows = changed(table.T, looked_up).T[feeds["ids"]]
     assert np.abs(answers["y"] - rows).max() < EXACT
     padded = np.pad(feeds["x"][0].astype(np.float64), ((0, 0), (1, 1)))
@@ -167,7 +168,9 @@ def test_beside_a_quantised_weight_stands_one_matrix(as_pairs: bool, dora: bool)
     expected = x.astype(np.float64) @ changed(held, adapter.pairs["up"]).T + 1
     kinds = {node.op_type for node in model.graph}
     assert kinds & {"MatMulNBits", "DequantizeLinear"}  # it is still quantised
-    runner = OnnxRunner(Held("quantised", *in_memory(model)), plain=True)  # else x may be rounded to 8 bits
+    runner = OnnxRunner(
+        InMemoryGraph("quantised", *in_memory(model)), optimise=False
+    )  # else x may be rounded to 8 bits
     assert np.abs(runner.run({"x": x})["y"] - expected).max() < 1e-4
     assert np.abs(expected - 1 - x @ held.T).max() > 1
     again = quantised(layer(**weights), as_pairs=as_pairs)

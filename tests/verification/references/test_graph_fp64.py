@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 from lora_export.graph import sites
 from lora_export.graph.onnx_file import in_memory
 from lora_export.graph.readers import MICROSOFT
-from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.against_graph import _types
 from lora_export.verification.references import graph_fp64
 from support.graphs import a_graph, quantised, run
@@ -55,7 +56,7 @@ def test_onnxruntime_has_a_kernel_in_fp64_for_every_operator_that_is_said_to_hav
 def in_fp64(model: ir.Model, **feeds: Any) -> tuple[NDArray[Any], tuple[str, ...]]:
     """The first output of the graph made wide, and what stayed narrow."""
     stayed = graph_fp64.widen(model, _types)
-    (answer, *_) = OnnxRunner(Held("wide", *in_memory(model)), plain=True).run(feeds).values()
+    (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
     return answer, stayed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -335,7 +336,8 @@ def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_pa
     path = saved(dequantised(turned.module.fc.weight.detach().numpy(), axis=axis), tmp_path)  # type: ignore[union-attr]
     runner = OnnxRunner(path)
     x = np.ones((2, 5, 40), np.float32)
-    weights = quantised_weights.find(path, turned, executed=lambda: runner.executed(lambda other: other.run({"x": x})))
+    executed = functools.partial(runner.executed_nodes, lambda other: other.run({"x": x}))
+    weights = quantised_weights.find(path, turned, executed=executed)
     assert weights["fc.weight"].activation_block == block
     verdict = against_pytorch.prove(runner, turned, []).verdict
     assert verdict.same, str(verdict)

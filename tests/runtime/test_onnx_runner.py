@@ -1,0 +1,106 @@
+"""Graphs under onnxruntime: what they compute, where it ran, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
+
+A_MATMUL = """
+<ir_version: 8, opset_import: ["" : 17]>
+twice (float[batch, 2] x) => (float[batch, 2] y) <float[2, 2] w = {2.0, 0.0, 0.0, 2.0}> { [product] y = MatMul (x, w) }
+"""
+
+
+@pytest.fixture
+def a_graph(tmp_path: Path) -> Path:
+    path = tmp_path / "twice.onnx"
+    onnx.save(onnx.parser.parse_model(A_MATMUL), path)
+    return path
+
+
+def test_graph_runs_and_its_placement_is_recorded(a_graph: Path) -> None:
+    runner = OnnxRunner(a_graph, "cpu")
+    assert runner.run({"x": np.array([[1, 2]], np.float32)})["y"].tolist() == [[2, 4]]
+    assert runner.axes == {"x": (None, 2)}
+    assert runner.placement.by_provider == {"CPUExecutionProvider": (("product", "MatMul"),)}
+    assert runner.placement.compute_nodes == 1
+    runner.placement.require_provider()
+
+
+def test_missing_cuda_never_falls_back_to_the_cpu(a_graph: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the refusal cannot be seen here")
+    with pytest.raises(EnvironmentLacking, match="CUDAExecutionProvider"):
+        OnnxRunner(a_graph, "cuda")
+
+
+def test_inputs_that_the_graph_lacks_are_named(a_graph: Path) -> None:
+    runner = OnnxRunner(a_graph)
+    with pytest.raises(RuntimeRefused, match="the graph has no input mask"):
+        runner.run({"x": np.zeros((1, 2), np.float32), "mask": np.zeros(1)})
+    with pytest.raises(RuntimeRefused, match="the graph needs x"):
+        runner.run({})
+
+
+def test_file_without_a_graph_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "noise.onnx"
+    path.write_bytes(b"this is no graph")
+    with pytest.raises(RuntimeRefused, match="onnxruntime refused"):
+        OnnxRunner(path)
+
+
+def test_wrong_input_shape_is_refused(a_graph: Path) -> None:
+    with pytest.raises(RuntimeRefused, match="onnxruntime"):
+        OnnxRunner(a_graph).run({"x": np.zeros((1, 3), np.float32)})
+
+
+def test_unknown_provider_is_refused(a_graph: Path) -> None:
+    with pytest.raises(InputRefused, match="unknown provider 'tpu'; known: cpu, cuda"):
+        OnnxRunner(a_graph, "tpu")
+
+
+def test_tensors_beside_an_in_memory_graph_are_used() -> None:
+    model = onnx.parser.parse_model(A_MATMUL)
+    (weight,) = model.graph.initializer
+    weight.ClearField("float_data")
+    weight.raw_data = b""
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="nowhere")
+    tripled = np.array([[3, 0], [0, 3]], np.float32)
+    runner = OnnxRunner(InMemoryGraph("tripled", model.SerializeToString(), {"w": tripled}))
+    assert runner.run({"x": np.array([[1, 2]], np.float32)})["y"].tolist() == [[3, 6]]
+
+
+def test_external_data_of_another_graph_is_read_from_its_folder(a_graph: Path, tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(A_MATMUL)
+    (weight,) = model.graph.initializer
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.array([[5, 0], [0, 5]], np.float32), "w"))
+    (tmp_path / "weights").mkdir()
+    onnx.save(model, tmp_path / "weights" / "five.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    message = onnx.load(tmp_path / "weights" / "five.onnx", load_external_data=False).SerializeToString()
+    runner = OnnxRunner(a_graph).with_graph(message, tmp_path / "weights")
+    assert runner.run({"x": np.array([[1, 2]], np.float32)})["y"].tolist() == [[5, 10]]
+    assert runner.path == a_graph
+
+
+def test_executed_nodes_are_those_after_fusion(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}, float[2] b = {5.0, 6.0}>
+    { [product] h = MatMul (x, w) [sum] y = Add (h, b) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    runner, x = OnnxRunner(tmp_path / "g.onnx"), np.eye(2, dtype=np.float32)
+    fused = runner.executed_nodes(lambda other: other.run({"x": x}))
+    assert [operator for _, operator in fused] == ["Gemm"]
+    plain = runner.unoptimised()
+    assert plain.placement.by_provider["CPUExecutionProvider"] == (("product", "MatMul"), ("sum", "Add"))
+    assert plain.run({"x": x})["y"].tolist() == runner.run({"x": x})["y"].tolist()

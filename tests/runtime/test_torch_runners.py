@@ -1,0 +1,132 @@
+"""Modules as deployed and in fp64, and TorchScript files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.runtime import torch_runners
+
+
+class Casting(nn.Module):
+    """Casts to narrower floats inside, as Llama's norms do, in several ways."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = x.to(torch.float32) / 3
+        b = x.float() / 7
+        c = torch.softmax(x, dim=-1, dtype=torch.float32)
+        return a + b + c + x.half() / 5 + x.bfloat16().to(torch.float16) / 9
+
+
+class Parts(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        return {"last": x, "layers": (x + 1, x + 2), "nothing": None}
+
+
+def test_fp64_runner_replaces_casts_to_narrower_floats() -> None:
+    x = np.array([[0.1, 0.2, 0.7]])
+    reference = torch_runners.Fp64Runner(Casting().double())
+    result = reference.run({"x": x})["output_0"]
+    softmax = np.exp(x) / np.exp(x).sum()
+    np.testing.assert_allclose(result, x / 3 + x / 7 + x / 5 + x / 9 + softmax, rtol=1e-15)  # fp32: off by 1e-8
+    assert reference.narrow_operators == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp64_runner_records_operators_below_fp64(dtype: torch.dtype) -> None:
+    class AlwaysNarrow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + ones.exp()
+
+    ones = torch.ones(3, dtype=dtype)
+    reference = torch_runners.Fp64Runner(AlwaysNarrow().double())
+    reference.run({"x": np.zeros((1, 3))})
+    assert any("exp" in operator for operator in reference.narrow_operators)
+
+
+def test_fp64_runner_computes_products_of_experts() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return nn.functional.grouped_mm(x, self.weights, offs=ends)
+
+    rows, ends = np.random.default_rng(0).normal(size=(5, 16)), np.array([2, 2, 5, 5], np.int32)  # two have no rows
+    experts = Experts()
+    with pytest.raises(RuntimeError, match="got Double"):
+        experts.double()(torch.from_numpy(rows), torch.from_numpy(ends))
+    reference = torch_runners.Fp64Runner(experts)
+    answer = reference.run({"x": rows, "ends": ends})["output_0"]
+    weights = experts.weights.detach().numpy()
+    np.testing.assert_allclose(
+        answer, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
+    )
+    assert reference.narrow_operators == set()
+
+
+def test_fp64_runner_restores_the_default_dtype() -> None:
+    torch_runners.Fp64Runner(nn.Identity().double()).run({"input": np.zeros((1, 3))})
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_outputs_have_the_mappings_names_and_numbered_parts() -> None:
+    runner = torch_runners.ModuleRunner(Parts())
+    result = runner.run({"x": np.array([5.0], np.float32)})
+    assert {name: value.tolist() for name, value in result.items()} == {
+        "last": [5.0],
+        "layers.0": [6.0],
+        "layers.1": [7.0],
+    }
+    assert runner.names_known
+
+
+def test_unnamed_outputs_are_numbered() -> None:
+    runner = torch_runners.ModuleRunner(nn.Identity())
+    assert list(runner.run({"input": np.zeros((1, 2), np.float32)})) == ["output_0"]
+    assert not runner.names_known
+
+
+def test_bf16_module_returns_bf16() -> None:
+    module = nn.Linear(2, 1, bias=False).bfloat16()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    answer = torch_runners.ModuleRunner(module).run({"input": np.array([[3.0, 4.0]], np.float32)})
+    assert answer["output_0"].dtype == ml_dtypes.bfloat16
+    assert answer["output_0"].astype(np.float32).tolist() == [[11.0]]
+
+
+def test_module_that_returns_no_tensor_is_refused() -> None:
+    class NoTensors(nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "nothing"
+
+    with pytest.raises(RuntimeRefused, match="returned str"):
+        torch_runners.ModuleRunner(NoTensors()).run({"x": np.zeros(1, np.float32)})
+
+
+def test_torchscript_takes_inputs_in_traced_order(tmp_path: Path) -> None:
+    class Difference(nn.Module):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return left - right
+
+    script = torch.jit.trace(Difference(), (torch.ones(2), torch.ones(2)))
+    torch.jit.save(script, tmp_path / "d.pt", _extra_files={"lora_export.json": '{"inputs": ["left", "right"]}'})
+    runner = torch_runners.ScriptRunner(tmp_path / "d.pt", ["right", "left"])
+    inputs = {"right": np.array([1, 1], np.float32), "left": np.array([5, 7], np.float32)}
+    assert runner.run(inputs)["output_0"].tolist() == [4, 6]
+    with pytest.raises(RuntimeRefused, match="right"):
+        runner.run({"left": inputs["left"]})
+
+
+def test_file_without_torchscript_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    with pytest.raises(InputRefused, match="no TorchScript"):
+        torch_runners.ScriptRunner(tmp_path / "noise.pt", [])
