@@ -1,9 +1,8 @@
-"""Every kind of layer that PEFT adapts, attached and folded: PEFT wrote the adapters and says what they compute."""
+"""Every kind of layer that PEFT adapts, attached and folded. PEFT writes the adapters and computes what is expected."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats, layers, plan
-from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
+from support.small_layers import Everything, base_of
 
 TARGETS = ["words", "fc", "fan", "one", "two", "three"]
 IDS = torch.tensor([[1, 5, 0, 3, 3, 10, 2], [0, 0, 7, 8, 9, 1, 4]])
-
-
-class Everything(nn.Module):
-    """A layer of each kind, and strides, paddings and dilations of all sorts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.fc, self.fan = nn.Embedding(11, 6, padding_idx=0), nn.Linear(6, 8), Conv1D(8, 8)
-        self.one = nn.Conv1d(8, 6, 3, padding="same")
-        self.two = nn.Conv2d(1, 4, (2, 3), stride=(2, 1), padding=(1, 0), bias=False)
-        self.three = nn.Conv3d(1, 3, 2, padding=1)
-        nn.init.normal_(self.fan.bias)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.fan(torch.tanh(self.fc(self.words(ids))))
-        y = torch.tanh(self.one(x.transpose(1, 2)))
-        return self.three(torch.tanh(self.two(y.unsqueeze(1))).unsqueeze(1))
 
 
 class Gemmas(nn.Module):
@@ -79,11 +60,6 @@ def plan_of(model: peft.PeftModel, base: nn.Module, folder: Path, **options: Any
     return plan.make([formats.load(folder)], layers.specs(base), **options)
 
 
-def base_of(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make().eval()
-
-
 CASES = pytest.mark.parametrize(
     ("make", "config"),
     [
@@ -99,7 +75,7 @@ CASES = pytest.mark.parametrize(
 
 @CASES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attached_adapters_compute_what_peft_computes_at_any_strength(tmp_path, make, config, dtype):
+def test_attached_adapters_compute_what_peft_computes(tmp_path, make, config, dtype):
     base = base_of(make)
     model = trained(base, **config)
     attached = copy.deepcopy(base)
@@ -119,7 +95,7 @@ def test_attached_adapters_compute_what_peft_computes_at_any_strength(tmp_path, 
 
 @CASES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_folded_adapters_are_pefts_merge(tmp_path, make, config, dtype):
+def test_folded_weights_are_those_of_pefts_merge(tmp_path, make, config, dtype):
     base = base_of(make)
     model = trained(base, **config)
     model.save_pretrained(tmp_path)
@@ -135,7 +111,7 @@ def test_folded_adapters_are_pefts_merge(tmp_path, make, config, dtype):
 
 
 @CASES
-def test_whoever_reads_the_weight_finds_what_a_fold_stores(tmp_path, make, config):
+def test_an_attached_weight_reads_as_the_folded_one(tmp_path, make, config):
     base = base_of(make).double()
     the_plan = plan_of(trained(base, **config), base, tmp_path)
     attached, folded = copy.deepcopy(base), copy.deepcopy(base)
@@ -152,7 +128,7 @@ def test_whoever_reads_the_weight_finds_what_a_fold_stores(tmp_path, make, confi
     assert torch.equal(attached(IDS), base(IDS))
 
 
-def test_bf16_layers_are_rescaled_in_fp32_and_rounded_once(tmp_path):
+def test_dora_in_bf16_is_rounded_once(tmp_path):
     base = base_of(Everything).bfloat16()
     model = trained(base, target_modules=TARGETS, use_dora=True)
     attached = copy.deepcopy(base)
@@ -167,7 +143,7 @@ def test_bf16_layers_are_rescaled_in_fp32_and_rounded_once(tmp_path):
     assert 0 < worst <= 2.0**-8 * 1.001
 
 
-def test_a_reference_in_fp64_settles_on_the_rescaled_weight(tmp_path):
+def test_dora_is_materialised_as_folded_in_fp64(tmp_path):
     base = base_of(Everything)
     the_plan = plan_of(trained(base, target_modules=TARGETS, use_dora=True), base, tmp_path)
     settled, folded = copy.deepcopy(base), copy.deepcopy(base).double()
@@ -179,16 +155,16 @@ def test_a_reference_in_fp64_settles_on_the_rescaled_weight(tmp_path):
         assert torch.equal(tensor, folded.state_dict()[name].bfloat16().double()), name
 
 
-def test_an_embedding_that_comes_whole_with_its_pair_is_both(tmp_path):
+def test_an_embedding_may_be_replaced_and_have_a_pair(tmp_path):
     base = base_of(Gemmas)
     pair = LoraPair(a=np.ones((1, 11)), b=np.full((6, 1), 0.5), scale=1.0, embedding=True)
-    brought = np.arange(66, dtype=np.float32).reshape(11, 6)
-    adapter = Adapter("both", "test", {"words": pair}, replaced={"words.weight": brought})
+    table = np.arange(66, dtype=np.float32).reshape(11, 6)
+    adapter = Adapter("both", "test", {"words": pair}, replaced={"words.weight": table})
     the_plan = plan.make([adapter], layers.specs(base))
     attached, folded = copy.deepcopy(base), copy.deepcopy(base)
     layers.attach(attached, the_plan)
     layers.fold(folded, the_plan)
-    expected = 3 * torch.tensor(brought + 0.5)[IDS]
+    expected = 3 * torch.tensor(table + 0.5)[IDS]
     assert torch.equal(attached(IDS), expected) and torch.equal(folded(IDS), expected)
     with layers.scale_adapters(attached, 2, keep_replaced=True):
         assert torch.equal(attached(IDS), expected + 1.5)
@@ -204,7 +180,7 @@ def test_an_embedding_that_comes_whole_with_its_pair_is_both(tmp_path):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_rows_of_tokens_are_pefts_in_a_tied_model_too(tmp_path, is_tied):
+def test_token_rows_are_those_of_peft(tmp_path, is_tied):
     torch.manual_seed(0)
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=is_tied, **sizes)
@@ -218,10 +194,10 @@ def test_rows_of_tokens_are_pefts_in_a_tied_model_too(tmp_path, is_tied):
     torch.testing.assert_close(attached(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(folded(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
     with layers.scale_adapters(attached, 0, keep_replaced=True):
-        kept = attached(IDS).logits
+        rows_alone = attached(IDS).logits
     with layers.scale_adapters(attached, 0):
         assert torch.equal(attached(IDS).logits, base(IDS).logits)
-    assert (kept - base(IDS).logits).abs().max() > 0.1
+    assert (rows_alone - base(IDS).logits).abs().max() > 0.1
     assert attached.lm_head.weight is attached.model.embed_tokens.weight or not is_tied
     settled = copy.deepcopy(attached)
     layers.materialise(settled, {}, preferred={})
@@ -231,7 +207,7 @@ def test_rows_of_tokens_are_pefts_in_a_tied_model_too(tmp_path, is_tied):
     assert (attached.lm_head.weight is attached.model.embed_tokens.weight) is is_tied
 
 
-def test_training_moves_lengths_too_and_the_norm_takes_no_part_in_gradients(tmp_path):
+def test_gradients_of_dora_are_those_of_peft(tmp_path):
     base = base_of(Everything)
     model = trained(base, target_modules=TARGETS, use_dora=True)
     attached = copy.deepcopy(base)
@@ -258,89 +234,3 @@ def test_training_moves_lengths_too_and_the_norm_takes_no_part_in_gradients(tmp_
         attached.get_submodule("fc").lora_magnitude[adapter.name].fill_(7)
     assert layers.read_back(attached, adapter).pairs["fc"].magnitude.tolist() == [7.0] * 8
     assert layers.read_back(attached, adapter).pairs["words"].embedding
-
-
-def test_a_dilated_convolution_is_what_its_merge_computes():
-    # PEFT gives its A no dilation: it merges such a convolution, but cannot run it.
-    base = nn.ModuleDict({"conv": nn.Conv2d(2, 3, 3, dilation=2, stride=2, padding=1, padding_mode="reflect")}).double()
-    rng = np.random.default_rng(0)
-    pair = LoraPair(a=rng.normal(size=(2, 2, 3, 3)), b=rng.normal(size=(3, 2, 1, 1)), scale=0.5)
-    the_plan = plan.make([Adapter("a", "test", {"conv": pair})], layers.specs(base))
-    attached, folded = copy.deepcopy(base), copy.deepcopy(base)
-    layers.attach(attached, the_plan)
-    layers.fold(folded, the_plan)
-    x = torch.randn(2, 2, 9, 8, dtype=torch.float64)
-    torch.testing.assert_close(attached["conv"](x), folded["conv"](x), rtol=1e-12, atol=1e-12)
-    assert (attached["conv"](x) - base["conv"](x)).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_forward_of_a_convolution_and_of_an_embedding_does_not_merge(dora):
-    # 1e8 + 1 is 1e8 in fp32: a merge loses the adapter, and a branch does not.
-    conv, words = nn.Conv1d(2, 1, 1, bias=False), nn.Embedding(2, 1)
-    with torch.no_grad():
-        conv.weight.copy_(torch.tensor([[[1e8], [-1e8]]]))
-        words.weight.copy_(torch.tensor([[1e8], [0]]))
-    base = nn.ModuleDict({"conv": conv, "words": words})
-    lengths = {"magnitude": [2e8]} if dora else {}
-    kernel = LoraPair(a=np.ones((1, 2, 1)), b=np.ones((1, 1, 1)), scale=1.0, **lengths)
-    pairs = {"conv": kernel, "words": LoraPair(a=[[1, 1]], b=[[1]], scale=1.0, embedding=True, **lengths)}
-    layers.attach(base, plan.make([Adapter("a", "test", pairs)], layers.specs(base)))
-    factor = 2e8 / 1e8 if dora else 1
-    assert base["conv"](torch.ones(1, 2, 1)).item() == pytest.approx(2 * (factor / 2**0.5 if dora else 1))
-    assert base["words"](torch.tensor([1])).item() == pytest.approx(factor)
-    assert base["conv"].weight[0, 0, 0].item() == pytest.approx(1e8 * (factor / 2**0.5 if dora else 1))
-
-
-# --- What is refused ---
-
-
-def refusal(base: nn.Module, pairs: dict[str, LoraPair]) -> str:
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    the_plan = plan.make([Adapter("a", "test", pairs)], layers.specs(base))
-    with pytest.raises(InputRefused) as refused:
-        layers.attach(base, the_plan)
-    assert base.state_dict().keys() == before.keys()
-    return str(refused.value)
-
-
-def ones(out: int, into: int, *kernel: int, **fields: Any) -> LoraPair:
-    return LoraPair(a=np.ones((1, into, *kernel)), b=np.ones((out, 1, *[1] * len(kernel))), scale=1.0, **fields)
-
-
-def test_a_grouped_convolution_and_an_embedding_that_changes_itself_are_refused():
-    grouped = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3, groups=2)})
-    assert refusal(grouped, {"conv": ones(4, 2, 3)}) == (
-        "conv.weight: a pair has no meaning beside a convolution of 2 groups"
-    )
-    restless = nn.ModuleDict({"words": nn.Embedding(5, 3, max_norm=1.0)})
-    assert "words.weight: an embedding with max_norm changes its rows" in refusal(
-        restless, {"words": ones(3, 5, embedding=True)}
-    )
-
-
-def test_an_embedding_that_is_the_head_too_is_refused_under_both_names():
-    tied = nn.ModuleDict({"words": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
-    tied["head"].weight = tied["words"].weight
-    for pairs in ({"words": ones(3, 5, embedding=True)}, {"head": ones(5, 3)}):
-        assert "one tensor under several names: words.weight and head.weight" in refusal(tied, pairs)
-
-
-@pytest.mark.parametrize("put", [layers.attach, layers.fold])
-def test_an_output_without_a_direction_is_refused(put):
-    base = nn.Sequential(nn.Linear(2, 3))
-    with torch.no_grad():
-        base[0].weight.copy_(torch.tensor([[-1.0, -1], [0, 0], [-1, -1]]))
-    the_plan = plan.make([Adapter("a", "test", {"0": ones(3, 2, magnitude=np.ones(3))})], layers.specs(base))
-    with pytest.raises(InputRefused, match=r"0\.weight: W \+ sBA is zero in 2 of its outputs, to which DoRA cannot"):
-        put(base, the_plan)
-    assert type(base[0]) is nn.Linear and base[0].weight[0].tolist() == [-1, -1]
-
-
-def test_convolutions_and_embeddings_are_no_linear_layers_to_a_fresh_adapter():
-    base = base_of(Everything)
-    fresh = layers.create_adapter(base, targets="all-linear", rank=1, alpha=1, seed=0)
-    assert fresh.pairs.keys() == {"fc", "fan"}
-    for target in ("words", "one"):
-        with pytest.raises(InputRefused, match=f"`{target}` is no linear layer"):
-            layers.create_adapter(base, targets=[target], rank=1, alpha=1, seed=0)

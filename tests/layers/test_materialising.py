@@ -1,0 +1,81 @@
+"""Turn attached adapters into plain, rounded weights."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_export import layers
+from lora_export.lora import LoraPair
+from support.small_layers import PAIR, a_linear, a_model, an_adapter, equal, plan_for
+
+
+def test_sums_are_rounded_once_and_layers_are_plain() -> None:
+    module = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 256.0]]))
+    pair = LoraPair(a=np.array([[1, 1]]), b=np.array([[0.625]]), scale=1.0)
+    holder = nn.Sequential(module)
+    adapter = an_adapter({"0": pair})
+    layers.attach(holder, plan_for(holder, adapter))
+    layers.materialise(holder, {"0.weight": "bfloat16"}, preferred={})
+    assert type(holder[0]) is nn.Linear
+    # bf16 has steps of 1/128 at 1.625, which it holds, and of 2 at 256.625, which it rounds to 256.
+    assert holder[0].weight.tolist() == [[1.625, 256.0]]
+    assert holder[0].weight.dtype == torch.float64
+
+
+def test_a_preferred_value_is_taken_only_within_fp32_error() -> None:
+    holder = nn.Sequential(nn.Linear(3, 1, bias=False)).double()
+    with torch.no_grad():
+        holder[0].weight.copy_(torch.tensor([[256.0, 256.0, 256.0]]))
+    # The middle of bf16's 256 and 258 is 257: one sum is equal to it, one a little and one well above.
+    pair = LoraPair(a=np.array([[1.0, 1.0005, 1.25]]), b=np.array([[1.0]]), scale=1.0)
+    adapter = an_adapter({"0": pair})
+    for preferred in (256.0, 258.0):
+        model = copy.deepcopy(holder)
+        layers.attach(model, plan_for(model, adapter))
+        layers.materialise(model, {"0.weight": "bfloat16"}, preferred={"0.weight": torch.full((1, 3), preferred)})
+        assert model[0].weight.tolist() == [[preferred, preferred, 258.0]]
+
+
+def test_a_bare_layer_takes_preferred_values_too() -> None:
+    layer = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(layer.weight, 256)
+    pair = LoraPair(a=np.array([[1.0]]), b=np.array([[1.0]]), scale=1.0)  # the sum, 257, is in the middle
+    for preferred in (256.0, 258.0):
+        model = copy.deepcopy(layer)
+        layers.attach(model, plan_for(model, an_adapter({"weight": pair})))
+        layers.materialise(model, {"weight": "bfloat16"}, preferred={"weight": torch.full((1, 1), preferred)})
+        assert model.weight.item() == preferred
+
+
+def test_a_rounding_function_replaces_the_dtype() -> None:
+    model = a_model()
+    layers.attach(model, plan_for(model, an_adapter({"0": PAIR})))
+    layers.materialise(model, {"0.weight": lambda sums: 4 * np.round(sums / 4)}, preferred={})
+    assert equal(model[0].weight.detach(), torch.tensor([[4.0, 0, 0], [8, 4, 0]]))  # of [[3, 2, 1], [8, 5, 2]]
+
+
+def test_tensors_that_no_adapter_changes_are_rounded_too_and_stay_tied() -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(1, 1), "head": nn.Linear(1, 1, bias=False), "linear": a_linear()})
+    nn.init.constant_(model["words"].weight, 257.5)
+    model["head"].weight = model["words"].weight
+    layers.attach(model, plan_for(model, an_adapter({"linear": PAIR})))
+    layers.materialise(model, dict.fromkeys(("words.weight", "head.weight"), "bfloat16"), preferred={})
+    assert model["words"].weight.item() == 258
+    assert model["head"].weight is model["words"].weight
+
+
+@pytest.mark.parametrize(("scale_replaced", "bias"), [(False, [0.0, 0.0]), (True, [0.5, -0.5])])
+def test_factor_scales_pairs_and_replaced_tensors_where_asked(scale_replaced: bool, bias: list[float]) -> None:
+    model = a_model()
+    layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, replaced={"0.bias": np.zeros(2, np.float32)})))
+    layers.materialise(model, {}, preferred={}, factor=0.5, scale_replaced=scale_replaced)
+    assert equal(model[0].weight.detach(), torch.tensor([[2.0, 2, 2], [6, 5, 4]]))
+    assert model[0].bias.tolist() == bias
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]

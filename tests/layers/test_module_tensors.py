@@ -1,0 +1,59 @@
+"""The tensors that a module holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_export import layers
+from lora_export.errors import InputRefused
+from lora_export.plan import Layout
+
+
+def test_specs_follow_the_state_dict() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Conv1d(2, 2, 1), nn.Embedding(4, 2))
+    module.register_buffer("persistent", torch.zeros(1, dtype=torch.bfloat16))
+    module.register_buffer("other", torch.zeros(1), persistent=False)
+    specs = layers.specs(module)
+    state = module.state_dict()
+    assert [spec.name for spec in specs] == list(state)
+    assert [spec.shape for spec in specs] == [tuple(tensor.shape) for tensor in state.values()]
+    assert [spec.nbytes for spec in specs] == [tensor.nbytes for tensor in state.values()]
+    by_name = {spec.name: spec for spec in specs}
+    assert by_name["0.weight"].layout is Layout.OUT_IN
+    assert (by_name["2.weight"].layout, by_name["2.weight"].matrix) == (Layout.OUT_IN, (2, 2, 1))
+    assert (by_name["3.weight"].layout, by_name["3.weight"].matrix) == (Layout.EMBEDDING, (2, 4))
+    others = {spec.layout for spec in specs if spec.name not in ("0.weight", "2.weight", "3.weight")}
+    assert others == {Layout.OTHER}
+    assert (by_name["persistent"].dtype, by_name["1.num_batches_tracked"].dtype) == ("bfloat16", "int64")
+
+
+def test_attention_weights_are_out_in() -> None:
+    module = nn.ModuleDict({"packed": nn.MultiheadAttention(4, 2), "apart": nn.MultiheadAttention(4, 2, kdim=3)})
+    linear = {spec.name: spec.matrix for spec in layers.specs(module) if spec.layout is Layout.OUT_IN}
+    assert linear == {
+        "packed.in_proj_weight": (12, 4),
+        "packed.out_proj.weight": (4, 4),
+        "apart.q_proj_weight": (4, 4),
+        "apart.k_proj_weight": (4, 3),
+        "apart.v_proj_weight": (4, 4),
+        "apart.out_proj.weight": (4, 4),
+    }
+
+
+def test_transformers_conv1d_is_in_out() -> None:
+    spec = layers.specs(nn.Sequential(Conv1D(5, 3)))[0]
+    assert (spec.name, spec.shape, spec.layout, spec.matrix) == ("0.weight", (3, 5), Layout.IN_OUT, (5, 3))
+
+
+def test_tied_tensors_are_listed_under_both_names() -> None:
+    module = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    module["head"].weight = module["embed"].weight
+    assert [spec.name for spec in layers.specs(module)] == ["embed.weight", "head.weight"]
+
+
+def test_a_lazy_module_is_refused() -> None:
+    with pytest.raises(InputRefused, match=r"0\.weight has no shape yet"):
+        layers.specs(nn.Sequential(nn.LazyLinear(3)))
