@@ -137,7 +137,7 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path: Path) -> None:
     assert "49" not in there.text.split("Error per layer")[1].split("Could this")[0]
 
 
-SUM = against_checkpoint.Weight(
+SUM = against_checkpoint.AuditedWeight(
     "layers.0.weight", against_checkpoint.Fate.CHANGED, parity.Outcome.SAME, elements=1200, error=0.25,
     controls={"english left out": True, "english x 1.1": False}, relative_change=0.125, retention=0.998, noise=0.0625,
     worst=parity.WorstElement((3, 14), 0.5, 0.4375),
@@ -146,13 +146,13 @@ WRONG = dataclasses.replace(
     SUM, name="layers.1.weight", outcome=parity.Outcome.DIFFERENT, why="it is the sum with english x 1.1", off=7,
     error=math.inf, retention=math.nan,
 )  # fmt: skip
-KEPT = against_checkpoint.Weight("norm.weight", against_checkpoint.Fate.KEPT, parity.Outcome.SAME, elements=40)
+KEPT = against_checkpoint.AuditedWeight("norm.weight", against_checkpoint.Fate.KEPT, parity.Outcome.SAME, elements=40)
 
 
 AUDITED = {**ABOUT, "candidate": "merged", "base": "base", "command": ["lora-export", "verify", "merged"]}
 
 
-def weighed(*weights: against_checkpoint.Weight, about: Any = AUDITED) -> Read:
+def weighed(*weights: against_checkpoint.AuditedWeight, about: Any = AUDITED) -> Read:
     wrong = any(there.outcome is parity.Outcome.DIFFERENT for there in weights)
     found = against_checkpoint.Audit(parity.Outcome.DIFFERENT if wrong else parity.Outcome.SAME, weights)
     return Read(report.page(report.document(found, about=about)))

@@ -1,4 +1,4 @@
-"""Merged checkpoints judged weight by weight: right ones are the same, each defect is told."""
+"""Merged checkpoints judged weight by weight: right ones are the same, each defect is detected and named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from lora_export import cli
-from lora_export.verification import against_checkpoint
+from lora_export.verification.against_checkpoint import stored_tensor
 from support import junit_schema, peak
 from support.handmade import base_file, peft_adapter
 
@@ -54,12 +54,12 @@ def run(*arguments: object) -> int:
     return cli.run([str(argument) for argument in arguments])
 
 
-def judged(
+def verified(
     capsys: pytest.CaptureFixture[str], merged: Path, base: Path, *adapters: Path, more: tuple[object, ...] = ()
 ) -> tuple[int, dict[str, Any]]:
     capsys.readouterr()
-    given = [part for adapter in adapters for part in ("-a", adapter)]
-    code = run("verify", merged, "--base", base, *given, "--json", *more)
+    options = [part for adapter in adapters for part in ("-a", adapter)]
+    code = run("verify", merged, "--base", base, *options, "--json", *more)
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -139,27 +139,27 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 @pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", ADAPTERS)
-def test_what_merge_makes_is_the_same(
+def test_a_merge_is_the_same(
     make: Callable[[Path], Path], dtype: str, piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(against_checkpoint, "PIECE", piece)
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", piece)
     base, adapter, out = (
         the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
         make(tmp_path / "ad"),
         tmp_path / "m.safetensors",
     )
     assert run("merge", base, adapter, "-o", out) == 0, capsys.readouterr()
-    code, told = judged(capsys, out, base, adapter)
-    assert (code, told["outcome"]) == (0, "same"), told
-    changed = [there for there in told["weights"] if there["fate"] != "kept"]
-    assert changed and all(all(there["controls"].values()) for there in changed)
-    assert len(told["weights"]) == len(load_file(out))
-    assert max(there["error"] for there in changed) <= 1
+    code, document = verified(capsys, out, base, adapter)
+    assert (code, document["outcome"]) == (0, "same"), document
+    changed = [weight for weight in document["weights"] if weight["fate"] != "kept"]
+    assert changed and all(all(weight["controls"].values()) for weight in changed)
+    assert len(document["weights"]) == len(load_file(out))
+    assert max(weight["error"] for weight in changed) <= 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_another_dtype_two_adapters_and_a_folder_are_the_same(
+def test_a_converted_merge_of_two_adapters_is_the_same(
     dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, first, second = tmp_path / "base", plain(tmp_path / "one"), rank_stabilised(tmp_path / "two")
@@ -169,12 +169,12 @@ def test_another_dtype_two_adapters_and_a_folder_are_the_same(
     out = tmp_path / "out"
     weights = ("--weight", 0.5, "--weight", -2)
     assert run("merge", base, first, second, "-o", out, "--dtype", dtype, *weights) == 0, capsys.readouterr()
-    code, told = judged(capsys, out, base, first, second, more=weights)
-    assert (code, told["outcome"]) == (0, "same"), told
-    (controls,) = (there["controls"] for there in told["weights"] if there["name"] == "a.weight")
+    code, document = verified(capsys, out, base, first, second, more=weights)
+    assert (code, document["outcome"]) == (0, "same"), document
+    (controls,) = (weight["controls"] for weight in document["weights"] if weight["name"] == "a.weight")
     assert list(controls) == [f"{who} {what}" for who in ("one", "two") for what in ("left out", "x 1.1", "transposed")]
-    code, told = judged(capsys, out, base, first, second)  # without the weights it is something else
-    assert (code, told["outcome"]) == (4, "different")
+    code, document = verified(capsys, out, base, first, second)  # without the weights it is something else
+    assert (code, document["outcome"]) == (4, "different")
 
 
 # --- defects ---
@@ -278,7 +278,9 @@ DEFECTS: dict[str, tuple[Callable[[Any], Callable[[Tensors], None]], str]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_defect_is_told_and_named(name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_defect_is_detected_and_named(
+    name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, reason = DEFECTS[name]
     base, adapter, out = (
         the_base(tmp_path / "base.safetensors", DTYPES[dtype]),
@@ -291,11 +293,11 @@ def test_a_defect_is_told_and_named(name: str, dtype: str, tmp_path: Path, capsy
     save_file(tensors, out)
     capsys.readouterr()
     assert run("verify", out, "--base", base, "-a", adapter) == 4
-    told = capsys.readouterr().out
-    assert told.startswith("different: ") and re.search(reason, told), told
+    printed = capsys.readouterr().out
+    assert printed.startswith("different: ") and re.search(reason, printed), printed
 
 
-def test_a_sum_that_was_rounded_twice_is_told_in_a_low_precision(
+def test_a_change_rounded_before_the_sum_is_detected_in_bf16(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter, out = (
@@ -309,10 +311,11 @@ def test_a_sum_that_was_rounded_twice_is_told_in_a_low_precision(
     save_file(tensors, out)
     capsys.readouterr()
     assert run("verify", out, "--base", base, "-a", adapter) == 4
-    assert "a.weight: different" in (told := capsys.readouterr().out) and "rounded before it was added" in told
+    printed = capsys.readouterr().out
+    assert "a.weight: different" in printed and "rounded before it was added" in printed
 
 
-def test_a_head_and_rows_that_are_not_the_adapters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_heads_rows_and_biases_are_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = the_base(tmp_path / "base.safetensors")
     for make, name in (
         (with_a_head, "new_head.weight"),
@@ -333,39 +336,42 @@ def test_a_head_and_rows_that_are_not_the_adapters_are_told(tmp_path: Path, caps
         assert f"{name}: different" in capsys.readouterr().out
 
 
-def test_what_rounding_hides_is_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_change_hidden_by_rounding_is_undecided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {"a.weight": np.full((4, 4), 1000, np.float16)}
     base = base_file(tmp_path / "base.safetensors", weights, np.float16)
     adapter = peft_adapter(tmp_path / "ad", {"a": (np.ones((1, 4)), [[1e-3]] * 4)})
-    code, told = judged(capsys, base_file(tmp_path / "m.safetensors", weights, np.float16), base, adapter)
-    assert (code, told["outcome"], told["exit_code"]) == (5, "undecided", 5)
-    assert "cannot be told from the sum with ad left out and ad x 1.1" in told["weights"][0]["why"]
+    code, document = verified(capsys, base_file(tmp_path / "m.safetensors", weights, np.float16), base, adapter)
+    assert (code, document["outcome"], document["exit_code"]) == (5, "undecided", 5)
+    assert (
+        "it also fits the sum with ad left out and ad x 1.1: rounding to float16 hides" in document["weights"][0]["why"]
+    )
 
 
-def test_a_change_that_is_its_own_transpose_or_nothing_asks_for_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_controls_without_effect_are_not_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {"a.weight": normal(4, 4), "b.weight": normal(4, 4)}
     base, out = base_file(tmp_path / "base.safetensors", weights), tmp_path / "m.safetensors"
     ones = np.ones((1, 4), np.float32)
     adapter = peft_adapter(tmp_path / "ad", {"a": (ones, ones.T), "b": (ones, 0 * ones.T)})
     assert run("merge", base, adapter, "-o", out) == 0
-    code, told = judged(capsys, out, base, adapter)
-    assert (code, [list(there["controls"]) for there in told["weights"]]) == (0, [["ad left out", "ad x 1.1"], []])
+    code, document = verified(capsys, out, base, adapter)
+    assert (code, [list(weight["controls"]) for weight in document["weights"]]) == (
+        0,
+        [["ad left out", "ad x 1.1"], []],
+    )
 
 
 # --- the command ---
 
 
-def test_reports_hold_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_contain_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
     assert run("merge", base, adapter, "-o", out) == 0
     tensors = load_file(out) | {"kept.bias": np.ones(16, np.float32)}
     save_file(tensors, out)
     files = tmp_path / "r.json", tmp_path / "r.xml", tmp_path / "r.html"
     options = [part for file in files for part in ("--report", file)]
-    code, told = judged(capsys, out, base, adapter, more=tuple(options))
-    assert code == 4 and json.loads(files[0].read_text()) == told
+    code, document = verified(capsys, out, base, adapter, more=tuple(options))
+    assert code == 4 and json.loads(files[0].read_text()) == document
     junit = ElementTree.fromstring(files[1].read_text())
     assert junit_schema.faults(junit) == []
     suite = junit.find("testsuite")
@@ -377,28 +383,28 @@ def test_reports_hold_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
-def test_a_changed_weight_has_the_ledgers_figures(
+def test_a_changed_weight_has_the_figures_of_the_merge_report(
     piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(against_checkpoint, "PIECE", piece)
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", piece)
     base, adapter = the_base(tmp_path / "base.safetensors", ml_dtypes.bfloat16), plain(tmp_path / "ad")
     out = tmp_path / "m.safetensors"
     assert run("merge", base, adapter, "-o", out, "--json") == 0
-    ledger = json.loads(capsys.readouterr().out)["results"]
-    _, told = judged(capsys, out, base, adapter)
-    found = {there["name"]: there for there in told["weights"]}
-    assert len(ledger) == len(PAIRS)
+    results = json.loads(capsys.readouterr().out)["results"]
+    _, document = verified(capsys, out, base, adapter)
+    found = {weight["name"]: weight for weight in document["weights"]}
+    assert len(results) == len(PAIRS)
     before, after = load_file(base), load_file(out)
-    for step in ledger:
-        there = found[step["weight"]]
+    for step in results:
+        weight = found[step["weight"]]
         for figure in ("relative_change", "retention", "noise"):
-            assert there[figure] == pytest.approx(step[figure], rel=1e-3) and there[figure] > 0
-        worst = there["worst"]
+            assert weight[figure] == pytest.approx(step[figure], rel=1e-3) and weight[figure] > 0
+        worst = weight["worst"]
         index = tuple(worst["index"])
         held, start = after[step["weight"]].astype(np.float64), before[step["weight"]].astype(np.float64)
         assert worst["candidate"] == held[index] != start[index]
-        assert abs(worst["candidate"] - worst["reference"]) <= there["error"] * 2**-8 * abs(held[index])
-    assert told["about"]["adapters"][0]["sha256"] and told["about"]["command"][:2] == ["lora-export", "verify"]
+        assert abs(worst["candidate"] - worst["reference"]) <= weight["error"] * 2**-8 * abs(held[index])
+    assert document["about"]["adapters"][0]["sha256"] and document["about"]["command"][:2] == ["lora-export", "verify"]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +413,7 @@ def test_a_changed_weight_has_the_ledgers_figures(
      ["--base", "base.safetensors", "-a", "ad", "--atol", "1"],
      ["--base", "base.safetensors", "-a", "ad", "--adapter-id", "0"]],
 )  # fmt: skip
-def test_options_that_mean_nothing_here_are_usage_errors(
+def test_options_without_meaning_here_are_usage_errors(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -417,7 +423,7 @@ def test_options_that_mean_nothing_here_are_usage_errors(
     assert run("verify", "m.safetensors", *options) == 2
 
 
-def test_neither_pytorch_nor_onnx_is_needed(tmp_path: Path) -> None:
+def test_neither_pytorch_nor_onnx_is_imported(tmp_path: Path) -> None:
     base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
     assert run("merge", base, adapter, "-o", out) == 0
     program = (

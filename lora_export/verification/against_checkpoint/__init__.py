@@ -1,0 +1,29 @@
+"""A merged checkpoint, judged weight by weight against W + s·BA in fp64. Needs neither a model nor PyTorch.
+
+Every tensor of base, adapters and candidate is accounted for:
+
+    kept      A tensor that no adapter changes has the bytes of the base. In a candidate of another dtype it has the
+              numbers of the base, rounded once.
+    replaced  A tensor that an adapter replaces, whole or in rows, has the values of the adapter, rounded once.
+    changed   |M - V| <= half a step of the stored dtype + the error bound of a sum in fp32, for every entry of
+              V = W + Σ s·BA (with DoRA: m/‖V‖·V). V is computed here, in fp64, with no code of the merge.
+    controls  V without one adapter, with its scale x 1.1, and with its BA transposed must fail the same check.
+              Otherwise the weight is undecided: the check could not detect such an error.
+
+The error bound of a sum in fp32 is the usual one, about (rank + 4) · 2⁻²⁴ · |s| ‖b‖ ‖a‖ + 2⁻²² · |V| for an entry made
+of the row b of B and the column a of A. The plan (which pair changes which weight) is made as for a merge.
+
+    result.py              Audit, AuditedWeight, Fate
+    audit_checkpoint.py    audit: every tensor, one result
+    judge_changed.py       weights to which something is added
+    judge_rounded.py       tensors that are only copied, rounded or replaced
+    fp64_sums.py           W + s·BA in fp64, with the error bound of fp32; deliberately wrong sums
+    explain_difference.py  what may have happened to a weight that is different
+    stored_tensor.py       a tensor in its file, read in pieces
+    changed_weight.py      a weight of the base and of the candidate, and the step between them
+"""
+
+from lora_export.verification.against_checkpoint.audit_checkpoint import audit
+from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
+
+__all__ = ["Audit", "AuditedWeight", "Fate", "audit"]

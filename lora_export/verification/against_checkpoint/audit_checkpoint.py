@@ -1,0 +1,93 @@
+"""Every tensor of a merged checkpoint, judged; and those that are missing or foreign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from lora_export.plan import FLOATS, Plan, Step
+from lora_export.storage import block_copy
+from lora_export.verification.against_checkpoint.judge_changed import judge_changed
+from lora_export.verification.against_checkpoint.judge_rounded import judge_rounded
+from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
+from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.parity import Outcome
+from lora_export.weights.checkpoint import Checkpoint
+
+
+def audit(
+    plan: Plan, base: Checkpoint, merged: Checkpoint, *, progress: Callable[[int], None] = lambda _: None
+) -> Audit:
+    """Judge every tensor of `merged`, which should be what a merge makes of `base` by this plan.
+
+    Reads both checkpoints in pieces, in several threads. `progress` receives the bytes judged since the last call.
+    Raises InputRefused where a file becomes shorter meanwhile.
+    """
+    before, after = _tensors(base), _tensors(merged)
+    expected: dict[str, tuple[str, Step | None]] = {plan.output_name(name): (name, None) for name in before}
+    expected |= {plan.output_name(step): (step.weight, step) for step in plan.steps}
+    dtype = _common_dtype(after)
+
+    def judge(name: str) -> AuditedWeight:
+        base_name, step = expected[name]
+        candidate = after.get(name)
+        if candidate is None:
+            return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")
+        weight = _judge(name, step, before.get(base_name), candidate, dtype)
+        progress(candidate.entry.nbytes)
+        return weight
+
+    with ThreadPoolExecutor(block_copy.default_threads()) as pool:
+        weights = list(pool.map(judge, expected))
+    weights += [
+        AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, "is in neither the base nor the adapters")
+        for name in after
+        if name not in expected
+    ]
+    outcomes = {weight.outcome for weight in weights}
+    outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
+    return Audit(outcome, tuple(weights))
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    shards = checkpoint.shards.values()
+    return {entry.name: StoredTensor(shard, entry) for shard in shards for entry in shard.entries.values()}
+
+
+def _common_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype[Any] | None:
+    """The dtype of every float tensor; None where they have several."""
+    dtypes = {tensor.dtype for tensor in tensors.values() if str(tensor.dtype) in FLOATS}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _judge(
+    name: str,
+    step: Step | None,
+    base: StoredTensor | None,
+    candidate: StoredTensor,
+    common_dtype: np.dtype[Any] | None,
+) -> AuditedWeight:
+    problem = _wrong_shape(step, base, candidate) or _wrong_dtype(base, candidate, common_dtype)
+    if problem:
+        return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, problem)
+    if step is not None and not step.is_replacement:
+        assert base is not None
+        return judge_changed(name, step, base, candidate)
+    return judge_rounded(name, step, base, candidate)
+
+
+def _wrong_shape(step: Step | None, base: StoredTensor | None, candidate: StoredTensor) -> str:
+    shape = base.shape if base is not None else step.spec.shape if step is not None else ()
+    return "" if candidate.shape == shape else f"is {list(candidate.shape)}, and should be {list(shape)}"
+
+
+def _wrong_dtype(base: StoredTensor | None, candidate: StoredTensor, common_dtype: np.dtype[Any] | None) -> str:
+    """A tensor has the dtype of the base, or the one dtype to which all floats of the candidate were converted."""
+    if base is None or candidate.dtype == base.dtype:
+        return ""
+    if str(base.dtype) in FLOATS and common_dtype is not None and candidate.dtype == common_dtype:
+        return ""
+    return f"is {candidate.dtype}, the base's is {base.dtype}"

@@ -1,0 +1,51 @@
+"""Tensors to which nothing is added: those of the base, and those that an adapter replaces, each rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.plan import Step
+from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
+from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.parity import Outcome
+
+
+def judge_rounded(name: str, step: Step | None, base: StoredTensor | None, candidate: StoredTensor) -> AuditedWeight:
+    """Compare a tensor bit by bit with that of the base, or with that of the adapter."""
+    off = elements = 0
+    differs = step is None  # whether the tensor of the adapter differs from that of the base
+    for rows in candidate.pieces():
+        with np.errstate(over="ignore"):
+            old = base.rows(rows).astype(candidate.dtype, copy=False) if base is not None else None
+            expected = old if step is None else _replacement(step, rows, old, candidate.dtype)
+        assert expected is not None
+        differs = differs or old is None or not _equal_bits(old, expected).all()
+        same = _equal_bits(candidate.rows(rows), expected)
+        off += same.size - int(np.count_nonzero(same))
+        elements += same.size
+    if not off:
+        controls = {} if step is None else {"base": differs}
+        return AuditedWeight(name, Fate.of(step), Outcome.SAME, elements=elements, controls=controls)
+    why = f"{off:,} of {elements:,} entries are not the {'base' if step is None else 'adapter'}'s"
+    return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, why, elements, off)
+
+
+def _replacement(step: Step, rows: slice, old: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """These rows of the tensor with the values of the adapter."""
+    whole = old if step.replace is None else np.atleast_1d(step.replace)[rows]
+    assert whole is not None
+    table = whole.astype(dtype)
+    if step.token_rows is not None:
+        for index, values in zip(step.token_rows.indices.tolist(), step.token_rows.values, strict=True):
+            if rows.start <= index < rows.stop:
+                table[index - rows.start] = values.astype(dtype)
+    return table
+
+
+def _equal_bits(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    """Entry by entry, to the last bit; a NaN equals one of the same bits."""
+    kind = f"u{one.dtype.itemsize}" if one.dtype.itemsize in (1, 2, 4, 8) else one.dtype
+    return np.asarray(np.ascontiguousarray(one).view(kind) == np.ascontiguousarray(other).view(kind))

@@ -1,0 +1,93 @@
+"""The result of an audit: what was found of each tensor, and of the whole checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lora_export.errors import one_line
+from lora_export.plan import Step
+from lora_export.verification.parity import Outcome, WorstElement
+
+SHOWN = 8  # weights that are printed; the object holds all of them
+
+
+class Fate(StrEnum):
+    """What should have become of a tensor."""
+
+    KEPT = "kept"
+    CHANGED = "changed"
+    REPLACED = "replaced"
+    NONE = "none"  # neither the base nor an adapter has it
+
+    @classmethod
+    def of(cls, step: Step | None) -> Fate:
+        if step is None:
+            return cls.KEPT
+        return cls.REPLACED if step.is_replacement else cls.CHANGED
+
+
+@dataclass(frozen=True)
+class AuditedWeight:
+    """What was found of one tensor."""
+
+    name: str
+    fate: Fate
+    outcome: Outcome
+    why: str = ""  # empty where it is the same
+    elements: int = 0
+    off: int = 0  # entries that differ by more than what is allowed
+    error: float = 0.0  # the largest |M - V|, relative to what is allowed for that entry
+    controls: Mapping[str, bool] = field(default_factory=dict)  # a deliberate error -> whether it was detected
+    # Of a changed weight, as a merge report has them (see StepResult), but with sums in fp64:
+    relative_change: float | None = None
+    retention: float | None = None
+    noise: float | None = None
+    worst: WorstElement | None = None  # the entry with the largest error relative to what is allowed
+
+    def __str__(self) -> str:
+        return one_line(f"{self.name}: {self.outcome}{f', {self.why}' if self.why else ''}")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All tensors: different where one is different, else undecided where one is undecided. True only where same."""
+
+    outcome: Outcome
+    weights: tuple[AuditedWeight, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return self.outcome.exit_code
+
+    def __bool__(self) -> bool:
+        return self.outcome is Outcome.SAME
+
+    @property
+    def worst(self) -> tuple[AuditedWeight, ...]:
+        """The weights that are not the same: different ones first, then by the number of entries that are off."""
+        wrong = [weight for weight in self.weights if weight.outcome is not Outcome.SAME]
+        return tuple(
+            sorted(wrong, key=lambda weight: (weight.outcome is Outcome.UNDECIDED, -weight.off, -weight.error))
+        )
+
+    def __str__(self) -> str:
+        fates = [weight.fate for weight in self.weights if weight.outcome is Outcome.SAME]
+        counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
+        lines = [f"{self.outcome}: {len(self.weights)} tensors, of which {counts or 'none'} as they should be"]
+        lines += [f"  {weight}" for weight in self.worst[:SHOWN]]
+        lines += [f"  and {len(self.worst) - SHOWN} more"] if len(self.worst) > SHOWN else []
+        return "\n".join([*lines, *(self._margins() if self else ())])
+
+    def _margins(self) -> list[str]:
+        """How close the changed weights of a right checkpoint are to their bounds, and how many controls failed."""
+        changed = [weight for weight in self.weights if weight.fate is Fate.CHANGED]
+        if not changed:
+            return []
+        worst = max(changed, key=lambda weight: weight.error)
+        controls = [detected for weight in changed for detected in weight.controls.values()]
+        return [
+            one_line(f"largest error against W + s·BA in fp64: {worst.error:.2f} of what is allowed, in {worst.name}"),
+            f"{len(controls)} controls (an adapter left out, scaled or transposed) were detected as wrong",
+        ]
