@@ -29,17 +29,21 @@ if TYPE_CHECKING:
     from lora_export.runtime.session import Session
     from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
     from lora_export.storage.atomic_output import stage_file, stage_folder
-    from lora_export.verification.against_pytorch import prove
+    from lora_export.verification.against_graph import GraphReferences
+    from lora_export.verification.against_pytorch import PyTorchReferences
+    from lora_export.verification.proof import prove
     from lora_export.weights.checkpoint import open_checkpoint
     from lora_export.weights.merge import merge_checkpoint
 
 # public name -> where it lives
 _HOMES = {
     "Adapter": "lora:Adapter",
+    "GraphReferences": "verification.against_graph:GraphReferences",
     "LoraPair": "lora:LoraPair",
     "ModuleRunner": "runtime.torch_runners:ModuleRunner",
     "OnnxRunner": "runtime.onnx_runner:OnnxRunner",
     "Plan": "plan:Plan",
+    "PyTorchReferences": "verification.against_pytorch:PyTorchReferences",
     "ScriptRunner": "runtime.torch_runners:ScriptRunner",
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
@@ -58,7 +62,7 @@ _HOMES = {
     "merge_checkpoint": "weights.merge:merge_checkpoint",
     "module_specs": "layers:specs",
     "open_checkpoint": "weights.checkpoint:open_checkpoint",
-    "prove": "verification.against_pytorch:prove",
+    "prove": "verification.proof:prove",
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
     "train": "api.train:train",
@@ -67,10 +71,12 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "GraphReferences",
     "LoraPair",
     "ModuleRunner",
     "OnnxRunner",
     "Plan",
+    "PyTorchReferences",
     "ScriptRunner",
     "Session",
     "TensorSpec",

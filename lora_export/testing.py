@@ -17,8 +17,8 @@ from lora_export.models.model import Model
 from lora_export.runtime.open_artifact import open_candidate
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification.against_pytorch import prove
-from lora_export.verification.proof import Proof
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import Proof, prove
 
 File = str | Path
 
@@ -59,18 +59,17 @@ def assert_parity(
     given = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
     loaded = [each if isinstance(each, Adapter) else formats.load(Path(each)) for each in given]
     base = _model(model, loaded)
-    proof = prove(
-        _runner(candidate, base, provider, onnx_adapter, adapter_id),
+    references = PyTorchReferences(
         base,
         loaded,
-        strengths=strengths,
+        strengths,
         seed=seed,
         user_inputs=None if inputs is None else Path(inputs),
         device=provider,
-        atol=atol,
-        rtol=rtol,
         cache=None if cache is None else Path(cache),
     )
+    runner = _runner(candidate, base, provider, onnx_adapter, adapter_id)
+    proof = prove(runner, references, atol=atol, rtol=rtol)
     if not proof.verdict:
         raise ParityFailed(proof)
     return proof

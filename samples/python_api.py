@@ -22,7 +22,7 @@ def main(base: Path, adapter: Path, out: Path) -> None:
     with le.stage_folder(out, inputs=[base, adapter]) as stage:
         le.merge_checkpoint(plan, checkpoint, stage)
         merged = le.ModuleRunner(le.load_model(str(stage)).module)
-        proof = le.prove(merged, le.load_model(str(base), adapters), adapters)
+        proof = le.prove(merged, le.PyTorchReferences(le.load_model(str(base), adapters), adapters))
         print(proof.verdict)
         if not proof.verdict:
             sys.exit(proof.exit_code)  # and the stage vanishes

@@ -23,8 +23,8 @@ from lora_export.api.publish import record_of_model, require_same, stage_of_proo
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.runtime.torch_runners import ScriptRunner
 from lora_export.storage import atomic_output
-from lora_export.verification.against_pytorch import prove
-from lora_export.verification.proof import Proof
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import Proof, prove
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ def export_torchscript(
         if verify:
             candidate = ScriptRunner(folder / output.name, base.input_names)
             further = None if inputs is None else Path(inputs)
-            step = stage_of_proof(stage)
-            proof = require_same(prove(candidate, base, loaded, strengths=weights, user_inputs=further, step=step))
+            references = PyTorchReferences(base, loaded, weights, user_inputs=further)
+            proof = require_same(prove(candidate, references, step=stage_of_proof(stage)))
         record["verdict"] = summary(proof)
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))

@@ -206,16 +206,22 @@ def _compare_outputs(
     dtype: str,
     onnx_adapter: Path | None,
     adapter_id: int | None,
+    user_inputs: Path | None,
+    atol: float | None,
+    rtol: float | None,
+    seed: int,
+    cache: Path | None,
+    trace: bool,
     on_message: OnMessage,
     on_progress: OnProgress,
-    **how: Any,
 ) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
     """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
-    from lora_export.api.publish import proof_without_figures, require_provider
+    from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
     from lora_export.formats.onnx_adapter import ADAPTER_IDS
     from lora_export.runtime import open_artifact
     from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.verification.against_pytorch import prove, prove_rows
+    from lora_export.verification.against_pytorch import PyTorchReferences
+    from lora_export.verification.proof import prove, prove_rows
 
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
@@ -234,18 +240,22 @@ def _compare_outputs(
         runner = open_artifact.open_candidate(
             candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
         )
-        by_row = isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes
-        proof = (prove_rows if by_row else prove)(
-            runner,  # type: ignore[arg-type]
+        references = PyTorchReferences(
             base,
             loaded,
-            strengths=weights,
+            weights,
+            seed=seed,
+            user_inputs=user_inputs,
             device=provider,
+            cache=cache,
             origin=origin,
-            step=lambda what: stage(f"verifying, {what}"),
             say=on_message,
-            **how,
         )
+        step = stage_of_proof(stage)
+        if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
+            proof = prove_rows(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
+        else:
+            proof = prove(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
         stage("hashing the candidate")
         facts["candidate"]["sha256"] = open_artifact.file_hashes(candidate)
         if origin is not None:

@@ -1,8 +1,7 @@
-"""A graph that is exported from a PyTorch model, and the proof against that model."""
+"""A graph that is exported from a PyTorch model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,7 @@ from lora_export.graph.sites import Sites
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.model import Model
-from lora_export.runtime.kv_cache import with_cache
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
-from lora_export.verification.against_pytorch import prove
-from lora_export.verification.inputs.model_inputs import case_inputs
-from lora_export.verification.proof import Proof
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
 
 
@@ -80,33 +73,3 @@ class FromModel:
         dtype = str(ModuleRunner(self.base.module).dtype).removeprefix("torch.")
         settings = {"lora": self.order.mode, "opset": self.opset, "dtype": dtype}
         return proving.provenance(self.base, self.order.adapters, self.order.weights, settings)
-
-
-class ModelJudge:
-    """Proves candidates against a PyTorch model with its adapters attached. See `weaving.Judge`."""
-
-    def __init__(self, base: Model, inputs_file: Path | None, provider: str, stage: Say):
-        self.base, self.inputs_file, self.provider, self.stage = base, inputs_file, provider, stage
-
-    def prepare(self) -> None:
-        """Whatever the model takes can be made."""
-
-    def asked(self, runner: OnnxRunner) -> Runner:
-        """A decoder with its cache kept for it: the model, which is given whole sequences, knows of none."""
-        return with_cache(runner)
-
-    def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:
-        """What a graph is given, by case."""
-        return case_inputs(self.base, self.asked(runner), user_inputs=self.inputs_file)
-
-    def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
-        """The proof, whatever its verdict."""
-        return prove(
-            self.asked(runner),
-            self.base,
-            adapters,
-            strengths=weights,
-            user_inputs=self.inputs_file,
-            device=self.provider,
-            step=proving.telling(self.stage, what),
-        )

@@ -1,9 +1,8 @@
-"""A graph that was made elsewhere, and the proof against that graph. Needs no PyTorch."""
+"""A graph that was made elsewhere. Needs no PyTorch."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,15 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import provenance
-from lora_export.cli import proving
 from lora_export.cli.weaving import Order, Say
 from lora_export.errors import InputRefused
 from lora_export.graph.insert.inserter import module_of
 from lora_export.graph.merge import write_merged
 from lora_export.graph.onnx_file import EXTERNAL_FROM, initializers, open_graph
 from lora_export.graph.sites import Sites, is_output_head, place
-from lora_export.lora import Adapter
 from lora_export.plan import Plan
-from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_hash
-from lora_export.verification.against_graph import GraphJudge
-from lora_export.verification.proof import Proof
 from lora_export.weights.checkpoint import open_checkpoint
 
 HASHING = "xxh3_128"
@@ -114,35 +107,3 @@ class FromGraph:
 
 def _matches(weight: str, name: str) -> bool:
     return f".{module_of(weight)}".endswith(f".{name}")
-
-
-class OwnJudge:
-    """Proves candidates against the graph that they were made from. See `weaving.Judge`."""
-
-    def __init__(self, source: FromGraph, inputs_file: Path | None, provider: str, stage: Say):
-        self.stage = stage
-        self.judge = GraphJudge(
-            source.graph.path,
-            source.graph.model,
-            source.order.mode,
-            source.checkpoint,
-            provider=provider,
-            user_inputs=inputs_file,
-        )
-
-    def prepare(self) -> None:
-        """Make the inputs. Raises InputRefused where that cannot be, RuntimeRefused where the base does not run."""
-        self.stage("running the base")
-        self.judge.inputs()
-
-    def asked(self, runner: OnnxRunner) -> OnnxRunner:
-        """As it is: the inputs are all that the graph takes, a cache too."""
-        return runner
-
-    def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]:  # noqa: ARG002 - they come from the graph itself
-        """What a graph is given, by case."""
-        return self.judge.inputs()
-
-    def prove(self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = "") -> Proof:
-        """The proof, whatever its verdict."""
-        return self.judge.prove(runner, adapters, weights, step=proving.telling(self.stage, what))

@@ -20,7 +20,8 @@ from lora_export.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from lora_export.cli.weaving import Judge, Order, Say, Source
+    from lora_export.cli.weaving import Order, Say, Source
+    from lora_export.verification.references import References
 
 
 @click.command(cls=TakesAdapters)
@@ -128,8 +129,8 @@ def command(
         program = source.program(stage)
         prover = None
         if not no_verify:
-            judge = _judge(source, order, reference, inputs_file, provider, dtype, stage)
-            prover = weaving.Prover(order, judge, provider, stage, Path(model) if is_graph else None)
+            references = _references(source, order, reference, inputs_file, provider, dtype, stage)
+            prover = weaving.Prover(order, references, provider, stage, Path(model) if is_graph else None)
             prover.look_at_base(program)
         companions = weaving.write(program, order, source, folder, output.name, stage)
         del program
@@ -191,20 +192,25 @@ def _maker(
     return lambda: FromModel(load_model(model, order.adapters, dtype=dtype), order, opset)
 
 
-def _judge(
+def _references(
     source: Source, order: Order, reference: str | None, inputs_file: Path | None, provider: str, dtype: str, stage: Say
-) -> Judge:
+) -> References:
     """What the graph is proven against: the PyTorch model, or where there is none, the graph that it was made from."""
     from lora_export.cli import given
 
     if isinstance(source, given.FromGraph) and reference is None:
-        return given.OwnJudge(source, inputs_file, provider, stage)
+        from lora_export.verification.against_graph import BaseGraph, GraphReferences
+
+        graph = source.graph
+        return GraphReferences(BaseGraph(graph.path, graph.model, source.checkpoint, provider, inputs_file), order.mode)
     from lora_export.cli import exporting
+    from lora_export.verification.against_pytorch import PyTorchReferences
 
     if isinstance(source, exporting.FromModel):
-        return exporting.ModelJudge(source.base, inputs_file, provider, stage)
+        return PyTorchReferences(source.base, user_inputs=inputs_file, device=provider)
     assert reference is not None
     stage("loading the model")
     from lora_export.api.load import load_model
 
-    return exporting.ModelJudge(load_model(reference, order.adapters, dtype=dtype), inputs_file, provider, stage)
+    model = load_model(reference, order.adapters, dtype=dtype)
+    return PyTorchReferences(model, user_inputs=inputs_file, device=provider)

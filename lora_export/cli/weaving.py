@@ -24,11 +24,11 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.runner import Arrays
 from lora_export.verification.compare_outputs import bits_that_differ
-from lora_export.verification.derived_proofs import prove_by_origin, prove_mixed
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import Proof
+from lora_export.verification.proof import BASE, MIXED, Proof, prove, prove_by_origin, prove_mixed
+from lora_export.verification.references import References
 from lora_export.weights.checkpoint import Checkpoint
 
 Say = Callable[[str], None]
@@ -66,17 +66,6 @@ class Source(Protocol):
     def check_plan(self, steps: Plan) -> None: ...  # raises what only the plan tells
     def merge(self, program: ir.Model, sites: Sites, steps: Plan, folder: Path, file_name: str) -> list[str]: ...
     def record(self) -> dict[str, Any]: ...  # where the graph comes from, by hashes
-
-
-class Judge(Protocol):
-    """What a graph is proven against."""
-
-    def prepare(self) -> None: ...  # raises what makes a proof impossible, before any work
-    def asked(self, runner: OnnxRunner) -> Runner: ...  # the graph as it answers `inputs`
-    def inputs(self, runner: OnnxRunner) -> dict[str, Arrays]: ...
-    def prove(
-        self, runner: OnnxRunner, adapters: Sequence[Adapter], weights: Sequence[float], what: str = ""
-    ) -> Proof: ...
 
 
 def check(order: Order) -> None:
@@ -154,7 +143,7 @@ class Prover:
     """Proves a graph before it is published; where its adapters are swapped, each of them and the base."""
 
     order: Order
-    judge: Judge
+    references: References  # without adapters
     provider: str
     stage: Say
     given: Path | None = None  # the base's graph, where that was made elsewhere
@@ -162,7 +151,8 @@ class Prover:
 
     def look_at_base(self, program: ir.Model) -> None:
         """Remember what the graph answers before anything is put into it, where that is asked for later."""
-        self.judge.prepare()
+        self.stage("making the inputs")
+        self.references.check()
         if self.order.mode in SWAPPED:
             self.stage("running the base")
             self.base_answers = self._answers(OnnxRunner(InMemoryGraph("the base", *in_memory(program)), self.provider))
@@ -171,7 +161,7 @@ class Prover:
         """Raises what the verdict means unless it is `same`, for one and all."""
         runner = OnnxRunner(path, self.provider)
         if self.order.mode not in SWAPPED:
-            return Proofs(proving.demanded(self.judge.prove(runner, self.order.adapters, self.order.weights)))
+            return Proofs(proving.demanded(self._proof(runner, self.order.adapters, self.order.weights)))
         runners = self._by_adapter(runner)
         whole = self._prove_base(runners[0])
         unlike = bits_that_differ(self.base_answers, self._answers(runners[0]))
@@ -181,7 +171,7 @@ class Prover:
                 f"another order ({unlike[0]})"
             )
         adapters = {
-            adapter.name: proving.demanded(self.judge.prove(own, [adapter], [strength], adapter.name), adapter.name)
+            adapter.name: proving.demanded(self._proof(own, [adapter], [strength], adapter.name), adapter.name)
             for own, adapter, strength in zip(runners[1:], self.order.adapters, self.order.strengths, strict=True)
         }
         mixed = self._mixed(runner, [whole, *adapters.values()]) if self.order.mode == "rows" else None
@@ -189,11 +179,18 @@ class Prover:
 
     def _prove_base(self, runner: OnnxRunner) -> Proof:
         """The graph without an adapter; where fp64 cannot decide it, by the graph that it was made from."""
-        proof = self.judge.prove(runner, [], [], "the base")
+        proof = self._proof(runner, (), None, BASE)
         if proof.verdict.outcome is Outcome.UNDECIDED and self.given is not None:
             self.stage("verifying the base, the graph that it was made from")
-            proof = prove_by_origin(proof, runner, self.given, self._answers)
-        return proving.demanded(proof, "the base")
+            proof = prove_by_origin(proof, runner, self.given, self.references.as_run)
+        return proving.demanded(proof, BASE)
+
+    def _proof(
+        self, runner: OnnxRunner, adapters: Sequence[Adapter], strengths: Sequence[float] | None, what: str = ""
+    ) -> Proof:
+        """The proof, whatever its verdict."""
+        references = self.references.with_adapters(adapters, strengths)
+        return prove(references.as_run(runner), references, step=proving.telling(self.stage, what))
 
     def _by_adapter(self, runner: OnnxRunner) -> list[OnnxRunner]:
         """The graph as the base, and with each adapter."""
@@ -206,11 +203,12 @@ class Prover:
         """All adapters and the base in one batch."""
         self.stage("verifying mixed batches")
         ids = [*range(1, len(proofs)), 0]
-        return proving.demanded(prove_mixed(self.judge.asked(runner.with_rows(ids)), proofs, ids), "mixed batches")
+        mixed = prove_mixed(self.references.as_run(runner.with_rows(ids)), proofs, ids)
+        return proving.demanded(mixed, MIXED)
 
     def _answers(self, runner: OnnxRunner) -> dict[str, Arrays]:
-        asked = self.judge.asked(runner)
-        return {case: asked.run(arrays) for case, arrays in self.judge.inputs(runner).items()}
+        as_run = self.references.as_run(runner)
+        return {case: as_run.run(arrays) for case, arrays in self.references.inputs(as_run).cases.items()}
 
 
 def summary(proofs: Proofs | None) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def show(proofs: Proofs | None) -> None:
     if proofs is None or proofs.unlike_base is None:
         proving.show(proofs.whole if proofs else None)
         return
-    named = [("the base", proofs.whole), *proofs.adapters.items()]
-    for name, proof in [*named, *([("mixed batches", proofs.mixed)] if proofs.mixed else [])]:
+    named = [(BASE, proofs.whole), *proofs.adapters.items()]
+    for name, proof in [*named, *([(MIXED, proofs.mixed)] if proofs.mixed else [])]:
         click.echo(f"{name}:")
         proving.show(proof)

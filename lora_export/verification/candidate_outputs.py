@@ -1,129 +1,100 @@
-"""What the candidate answers, and answers again: to the cases, to inputs drawn anew, and as its provider ships."""
+"""Run a candidate on the inputs of a proof: on each case, with each input drawn again, and once more at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from lora_export.errors import LoraExportError, RuntimeRefused
-from lora_export.models.model import Model
 from lora_export.runtime.runner import Arrays, Placement, Runner
-from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.compare_outputs import bits, differ, distances, from_first_token
-from lora_export.verification.inputs import REDRAWS
-from lora_export.verification.inputs.model_inputs import draw
+from lora_export.verification.compare_outputs import aligned, bits, differ, distances, from_first_token
+from lora_export.verification.inputs import Inputs
 
-Note = Callable[[str], None]
+Step = Callable[[str], None]  # is called with the name of each step of a proof
+
+
+def no_step(_: str) -> None:
+    """Ignore the name of a step."""
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What the candidate answered, before anybody else is asked."""
+class CandidateOutputs:
+    """The outputs of a candidate, before any reference runs."""
 
-    answers: Mapping[str, Arrays]  # by case
-    refusals: Sequence[str]
-    varied: Sequence[_Varied] = ()  # nothing of these where a case was refused
-    again: Arrays | None = None  # the first case once more, after all others
-
-
-class _Varied(NamedTuple):
-    """One input drawn anew, the others held."""
-
-    input: str
-    before: Arrays
-    after: Arrays
-    changed: bool  # the candidate's answer
+    by_case: Mapping[str, Arrays]  # without the refused cases
+    refusals: tuple[str, ...] = ()
+    # The rest is empty where a case was refused.
+    changed: Mapping[str, bool] = field(default_factory=dict)  # input -> whether another draw of it changes an output
+    repeated: Arrays | None = None  # of the first case, run again after all others; None where every bit is the same
+    notes: tuple[str, ...] = ()
 
 
-def ask(candidate: Runner, model: Model, inputs: Mapping[str, Arrays], seed: int, step: Note) -> Asked:
-    answers, refusals = {}, []
-    for name, arrays in inputs.items():
+def run_candidate(candidate: Runner, inputs: Inputs, step: Step) -> CandidateOutputs:
+    """Run every case, then each input drawn again, then the first case once more.
+
+    The last run reveals dropout, a lost adapter, and a cache that outlives a call.
+    """
+    by_case: dict[str, Arrays] = {}
+    refusals = []
+    for name, arrays in inputs.cases.items():
         step(f"case {name}")
         try:
-            answers[name] = candidate.run(arrays)
+            by_case[name] = candidate.run(arrays)
         except RuntimeRefused as refusal:
             refusals.append(f"the candidate refused case {name}: {refusal}")
     if refusals:
-        return Asked(answers, refusals)
+        return CandidateOutputs(by_case, tuple(refusals))
     step("inputs, one by one")
-    varied = list(_varied(model, candidate, inputs, seed))
-    return Asked(answers, (), varied, candidate.run(next(iter(inputs.values()))))
+    changed = changed_outputs(candidate, inputs)
+    first, arrays = next(iter(inputs.cases.items()))
+    repeated = candidate.run(arrays)
+    if _same_bits(by_case[first], repeated):
+        return CandidateOutputs(by_case, changed=changed)
+    note = f"run again, the candidate returns other bits: {first}"
+    return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
 
 
-def _varied(model: Model, candidate: Runner, inputs: Mapping[str, Arrays], seed: int) -> Iterator[_Varied]:
-    """For each input: does another draw of it, the others held, change the candidate's answer?"""
-    before = list(inputs.values())[min(2, len(inputs) - 1)]
-    sizes = {symbol: before[name].shape[axis] for name, axes in model.axes.items() for axis, symbol in axes.items()}
-    draws = [draw(model, candidate, sizes, seed + 1000 + number) for number in range(REDRAWS)]
-    answered = candidate.run(before)
-    for name in model.input_names:
-        fresh = next((draw[name] for draw in draws if not np.array_equal(draw[name], before[name])), None)
-        if fresh is None:
-            continue  # `never_varied` tells of it
-        after = {**before, name: fresh}
-        yield _Varied(name, before, after, differ(answered, candidate.run(after)))
+def changed_outputs(runner: Runner, inputs: Inputs) -> dict[str, bool]:
+    """Input -> whether another draw of it, with the other inputs held, changes an output."""
+    if not inputs.perturbed:
+        return {}
+    before = runner.run(inputs.varied)
+    return {name: differ(before, runner.run(arrays)) for name, arrays in inputs.perturbed.items()}
 
 
-def sensitivity_of(asked: Asked, deployed: ModuleRunner) -> Iterator[parity.Sensitivity]:
-    """The same of PyTorch's answer."""
-    if not asked.varied:
-        return
-    expected = deployed.run(asked.varied[0].before)
-    for there in asked.varied:
-        yield parity.Sensitivity(there.input, differ(expected, deployed.run(there.after)), there.changed)
+def sensitivity_of(outputs: CandidateOutputs, peer: Runner, inputs: Inputs) -> tuple[parity.Sensitivity, ...]:
+    """Whether each input changes the outputs of the peer and of the candidate."""
+    if not outputs.changed:
+        return ()
+    expected = changed_outputs(peer, inputs)
+    return tuple(parity.Sensitivity(name, expected[name], changed) for name, changed in outputs.changed.items())
 
 
-def never_varied(model: Model, tried: Sequence[parity.Sensitivity], refusals: Sequence[str]) -> list[str]:
-    """Inputs that are the same in every draw, such as a mask of ones in a factory's example."""
-    constant = [] if refusals else [name for name in model.input_names if name not in {there.input for there in tried}]
-    return [
-        f"the input {name} is the same in every draw: whether it matters was not tried. --inputs can"
-        for name in constant
-    ]
+def _same_bits(one: Arrays, other: Arrays) -> bool:
+    return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
 
 
-def aligned(answer: Arrays, reference: Arrays, candidate: Runner, deployed: ModuleRunner) -> Arrays:
-    """The candidate's outputs under the reference's names: by order where either side's names mean nothing."""
-    if (candidate.names_known and deployed.names_known) or len(answer) != len(reference):
-        return answer
-    return dict(zip(reference, answer.values(), strict=True))
-
-
-def asked_again(answer: Arrays, case: parity.Case, arrays: Arrays) -> Iterator[parity.Case]:
-    """The first case once more, with what came after all others, where that is not the same bit for bit.
-
-    Dropout, an adapter that was let go, or a cache that outlives a call show themselves here.
-    """
-    if answer.keys() != case.candidate.keys() and len(answer) == len(case.candidate):
-        answer = dict(zip(case.candidate, answer.values(), strict=True))  # names that mean nothing
-    if answer.keys() != case.candidate.keys() or any(bits(case.candidate[key]) != bits(answer[key]) for key in answer):
-        yield from_first_token(replace(case, name=f"{case.name}, asked again", candidate=answer), arrays)
-
-
-def as_shipped(
-    candidate: Runner, deployed: ModuleRunner, cases: Sequence[parity.Case], inputs: Mapping[str, Arrays]
-) -> list[str]:
-    """How far off the candidate is where its provider has its own settings; nothing where a proof leaves it those."""
+def as_shipped(candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, names_known: bool) -> list[str]:
+    """A note on the candidate's error where its provider has its own settings; none where a proof leaves it those."""
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is None or not placement.options:
         return []
     settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
-    told = f"not judged: with {placement.requested_provider}'s own settings, in place of {settings}, "
+    begin = f"not judged: with {placement.requested_provider}'s own settings, in place of {settings}, "
     try:
         shipped: Runner = candidate.with_provider_defaults()  # type: ignore[attr-defined]
-        answers = [aligned(shipped.run(inputs[case.name]), dict(case.reference), shipped, deployed) for case in cases]
+        outputs = {case.name: shipped.run(inputs.cases[case.name]) for case in cases}
     except LoraExportError as error:
-        return [f"{told}it did not run: {str(error).splitlines()[0]}"]
-    itself = [
-        from_first_token(replace(case, candidate=answer), inputs[case.name])
-        for case, answer in zip(cases, answers, strict=True)
-    ]
+        return [f"{begin}it did not run: {str(error).splitlines()[0]}"]
+    own = [_with_outputs(case, outputs[case.name], inputs, names_known=names_known) for case in cases]
     judged, found = distances(cases), []
-    for output, (off, share) in distances(itself).items():
-        of_effect = "" if share is None else f", {parity.percent(share)} of what the adapter does"
-        found.append(f"{output} is off by {off:.3g} (as judged by {judged[output][0]:.3g}){of_effect}")
-    return [told + "; ".join(found)]
+    for output, (distance, relative) in distances(own).items():
+        of_effect = "" if relative is None else f", {parity.percent(relative)} of what the adapter does"
+        found.append(f"{output} is off by {distance:.3g} (as judged by {judged[output][0]:.3g}){of_effect}")
+    return [begin + "; ".join(found)]
+
+
+def _with_outputs(case: parity.Case, outputs: Arrays, inputs: Inputs, *, names_known: bool) -> parity.Case:
+    named = aligned(outputs, case.reference, names_known=names_known)
+    return from_first_token(replace(case, candidate=named), inputs.unjudged.get(case.name))

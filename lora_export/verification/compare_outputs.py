@@ -22,6 +22,13 @@ def named_as(reference: parity.Arrays, answer: Arrays) -> Arrays:
     return dict(zip(reference, answer.values(), strict=True))
 
 
+def aligned(outputs: Arrays, reference: parity.Arrays, *, names_known: bool) -> Arrays:
+    """A candidate's outputs by the reference's names: by order where the names of either mean nothing."""
+    if names_known or len(outputs) != len(reference):
+        return outputs
+    return dict(zip(reference, outputs.values(), strict=True))
+
+
 def differs_in_precision_alone(verdict: parity.Verdict) -> bool:
     """Whether all that is held against a candidate is to be farther from the reference than its peer is."""
     against = {reason.gate for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
@@ -73,28 +80,35 @@ def before_first_token(arrays: Arrays) -> NDArray[np.bool_]:
     return np.cumsum(mask, axis=1) == 0 if mask.ndim == 2 else np.zeros((0, 0), bool)
 
 
-def from_first_token(case: parity.Case, arrays: Arrays) -> parity.Case:
-    """The case with the reference's numbers on every side where a row's padding comes before its tokens.
+def from_first_token(case: parity.Case, unjudged: NDArray[np.bool_] | None) -> parity.Case:
+    """The case with the reference's numbers in all runs where a row's padding comes before its tokens.
 
-    There a decoder attends to nothing, and what comes of that nobody promises: with a cache it is something else
-    than without. What is not finite there stays.
+    `unjudged` is what `before_first_token` returns. At these positions a decoder attends to nothing. What it computes
+    of that is undefined: with a cache it is something else than without. What is not finite there stays.
     """
-    nothing = before_first_token(arrays)
+    if unjudged is None:
+        return case
+    runs = ("deployed", "candidate", "base", "scaled", "attached")
+    before: dict[str, Arrays | None] = {name: getattr(case, name) for name in runs}
+    after: dict[str, Any] = {
+        name: _with_reference(outputs, case.reference, unjudged)
+        for name, outputs in before.items()
+        if outputs is not None
+    }
+    return replace(case, **after)
 
-    def settled(answers: Arrays) -> Arrays:
-        made = dict(answers)
-        for name, truth in case.reference.items():
-            value = answers.get(name)
-            if value is not None and truth.ndim > 2 and value.shape == truth.shape and truth.shape[:2] == nothing.shape:
-                there = nothing & np.isfinite(value).reshape(*nothing.shape, -1).all(-1)
-                made[name] = value.copy()
-                made[name][there] = truth[there].astype(value.dtype)
-        return made
 
-    sides = ("deployed", "candidate", "base", "scaled", "attached")
-    given: dict[str, Arrays | None] = {side: getattr(case, side) for side in sides}
-    made: dict[str, Any] = {side: settled(value) for side, value in given.items() if value is not None}
-    return replace(case, **made)
+def _with_reference(outputs: Arrays, reference: parity.Arrays, unjudged: NDArray[np.bool_]) -> Arrays:
+    """The outputs with the reference's numbers at the positions that are not judged."""
+    made = dict(outputs)
+    for name, truth in reference.items():
+        value = outputs.get(name)
+        if value is None or truth.ndim <= 2 or value.shape != truth.shape or truth.shape[:2] != unjudged.shape:
+            continue
+        replaced = unjudged & np.isfinite(value).reshape(*unjudged.shape, -1).all(-1)
+        made[name] = value.copy()
+        made[name][replaced] = truth[replaced].astype(value.dtype)
+    return made
 
 
 def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:

@@ -1,14 +1,38 @@
-"""A verdict with what led to it, and what can be judged by proofs and graphs that were there before."""
+"""The flow of every proof: run candidate and references on the same inputs, judge, and find where they differ.
+
+What differs between PyTorch (`against_pytorch`) and a graph (`against_graph`) as references is in `References`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from lora_export.runtime.runner import Arrays, Placement
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.provenance import adapter_records
+from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
+from lora_export.verification.against_origin import AGAINST, judge_by_origin
+from lora_export.verification.candidate_outputs import CandidateOutputs, Step, as_shipped, no_step, run_candidate
+from lora_export.verification.compare_outputs import (
+    aligned,
+    by_the_farther,
+    differs_in_precision_alone,
+    from_first_token,
+)
 from lora_export.verification.diagnose.root_cause import Diagnosis
+from lora_export.verification.inputs import Inputs, summary
+from lora_export.verification.mixed_batches import mixed_cases
+from lora_export.verification.references import ReferenceOutputs, References
+
+BASE = "the base"
+MIXED = "mixed batches"
+ORIGIN = "the graph that it was made from would decide whether it is that still (--base BASE.onnx beside --model)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,11 +42,228 @@ class Proof:
     verdict: parity.Verdict
     placement: Placement | None  # None where PyTorch itself ran the candidate
     about: Mapping[str, Any]  # versions, seed, adapters, and the inputs' shapes
-    inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # case -> what everybody was given
-    cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # and what they made of it
-    ended_with: int | None = None  # the exit code of what ended it before anything was measured
+    inputs: Mapping[str, Arrays] = field(default_factory=dict, repr=False)  # by case, of all runs
+    cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # the outputs of all runs
+    ended_with: int | None = None  # the exit code of an error that ended the proof before anything was measured
     diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
 
     @property
     def exit_code(self) -> int:
         return self.verdict.exit_code if self.ended_with is None else self.ended_with
+
+
+def prove(
+    candidate: Runner,
+    references: References,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+    trace: bool = False,
+    step: Step = no_step,
+) -> Proof:
+    """Judge whether a candidate computes what its references compute.
+
+    Candidate and references run on several sets of seeded inputs of different shapes, and on the user's own. `atol`
+    and `rtol` are a further demand on the candidate. A candidate that is different is compared module by module,
+    where the references can do so; with `trace`, any is. `step` is called with the name of each step.
+    Raises EnvironmentLacking where the requested provider did not do the work, MatchError where the adapters do not
+    fit the model, InputRefused where no inputs can be made, and RuntimeRefused where the candidate runs on none.
+    """
+    placement: Placement | None = getattr(candidate, "placement", None)
+    if placement is not None:
+        placement.require_provider()
+    inputs = references.inputs(candidate)
+    prepared = references.prepare(candidate, inputs)
+    outputs = run_candidate(candidate, inputs, step)
+    if not outputs.by_case:
+        raise RuntimeRefused(references.explain(outputs.refusals[0]))
+    expected = prepared.run(outputs, step)
+    judge = functools.partial(_judge, inputs, outputs, expected, atol=atol, rtol=rtol)
+    cases = _cases(inputs, outputs, expected)
+    verdict = judge(cases)
+    if differs_in_precision_alone(verdict) and (merged := prepared.run_merged(step)):
+        others = _with_peer(cases, merged.outputs, inputs)
+        farther = by_the_farther(cases, others)
+        second = judge(farther, merged.note)
+        if second.outcome is not parity.Outcome.DIFFERENT:
+            verdict, cases = second, farther
+    if all(comparison.figures for comparison in verdict.comparisons):
+        step("as shipped")
+        verdict = _noted(verdict, as_shipped(candidate, cases, inputs, names_known=expected.names_known))
+    diagnosis = None
+    has_outputs = any(case.candidate for case in cases)
+    if has_outputs and (trace or verdict.outcome is parity.Outcome.DIFFERENT):
+        diagnosis, notes = prepared.diagnose(_to_diagnose(cases, verdict, inputs), every=trace, step=step)
+        verdict = _noted(verdict, notes)
+    about = _about(references, inputs, atol, rtol)
+    proof = Proof(verdict, placement, about, inputs.cases, tuple(cases), diagnosis=diagnosis)
+    if references.adapters or not expected.is_quantised or verdict.outcome is not parity.Outcome.UNDECIDED:
+        return proof
+    return _by_origin(proof, candidate, references, step)
+
+
+# --- steps of the flow -----------------------------------------------------------------------
+
+
+def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs) -> list[parity.Case]:
+    """The outputs of all runs, case by case; none of the candidate's where it refused the case."""
+    cases = []
+    for name, arrays in inputs.cases.items():
+        by_role = {role: by_case[name] for role, by_case in expected.by_role.items()}
+        own = aligned(outputs.by_case.get(name, {}), by_role["reference"], names_known=expected.names_known)
+        case = parity.Case(
+            name, summary(arrays), deployed=expected.deployed[name], candidate=own, peer=expected.peer, **by_role
+        )
+        cases.append(from_first_token(case, inputs.unjudged.get(name)))
+    return cases
+
+
+def _judge(
+    inputs: Inputs,
+    outputs: CandidateOutputs,
+    expected: ReferenceOutputs,
+    cases: Sequence[parity.Case],
+    *notes: str,
+    atol: float | None,
+    rtol: float | None,
+) -> parity.Verdict:
+    """The verdict on the cases, and on the first case run again where that returned other bits."""
+    judged = list(cases)
+    if outputs.repeated is not None:
+        first = cases[0]
+        own = aligned(outputs.repeated, first.reference, names_known=expected.names_known)
+        again = replace(first, name=f"{first.name}, run again", candidate=own)
+        judged.append(from_first_token(again, inputs.unjudged.get(first.name)))
+    return parity.judge(
+        judged,
+        dtype=expected.dtype,
+        sensitivity=expected.sensitivity,
+        atol=atol,
+        rtol=rtol,
+        notes=[*expected.notes, *notes],
+        doubts=expected.doubts,
+        faults=expected.faults,
+    )
+
+
+def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays], inputs: Inputs) -> list[parity.Case]:
+    """The cases with the outputs of another peer."""
+    others = [replace(case, deployed=peer[case.name]) for case in cases]
+    return [from_first_token(case, inputs.unjudged.get(case.name)) for case in others]
+
+
+def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:
+    return replace(verdict, notes=(*verdict.notes, *notes))
+
+
+def _to_diagnose(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Inputs) -> parity.Case:
+    """The smallest of the cases that are different; of all that have outputs, where none is."""
+    having = [case for case in cases if case.candidate]
+    wrong = {reason.case for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
+    different = [case for case in having if case.name in wrong]
+    return min(different or having, key=lambda case: sum(value.size for value in inputs.cases[case.name].values()))
+
+
+def _about(references: References, inputs: Inputs, atol: float | None, rtol: float | None) -> dict[str, Any]:
+    strengths = references.strengths or (1.0,) * len(references.adapters)
+    return {
+        **references.about(),
+        "adapters": adapter_records(references.adapters, strengths),
+        "seed": references.seed,
+        "tolerance": None if atol is None and rtol is None else {"atol": atol or 0.0, "rtol": rtol or 0.0},
+        "inputs": inputs.shapes,
+    }
+
+
+def _by_origin(proof: Proof, candidate: Runner, references: References, step: Step) -> Proof:
+    """The proof of a quantised graph without an adapter that fp64 could not decide."""
+    graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    if not isinstance(graph, OnnxRunner) or not graph.takes_adapters:
+        return proof
+    if references.origin is None:
+        return replace(proof, verdict=_noted(proof.verdict, [ORIGIN]))
+    step("the graph that it was made from")
+    return prove_by_origin(proof, graph, references.origin, references.as_run)
+
+
+# --- proofs that rest on others ----------------------------------------------------------------
+
+
+def prove_by_origin(proof: Proof, candidate: OnnxRunner, origin: Path, as_run: Callable[[OnnxRunner], Runner]) -> Proof:
+    """Decide an undecided proof of a graph without an adapter by the graph that it was made from.
+
+    Returns `proof` where the two graphs differ. `as_run` is that of the proof's references. Raises InputRefused for
+    an origin with other inputs or outputs.
+    """
+
+    def run(runner: OnnxRunner) -> dict[str, Arrays]:
+        return {name: as_run(runner).run(arrays) for name, arrays in proof.inputs.items()}
+
+    decided = judge_by_origin(proof.cases, proof.verdict, candidate, origin, run)
+    if decided is None:
+        return proof
+    verdict, cases = decided
+    return replace(proof, verdict=verdict, about={**proof.about, "against": AGAINST}, cases=cases)
+
+
+def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) -> Proof:
+    """Judge a candidate whose batches mix adapters, as `ids` over and over along the batch.
+
+    `proofs` are, by id, those of whole batches with one adapter, on the same inputs, the base's first. Each row
+    has to be what it is there. Raises Undecided where no output has a row for each row of the batch.
+    """
+    first, last = proofs[0], proofs[-1]
+    cases = mixed_cases(candidate, first.inputs, [proof.cases for proof in proofs], ids)
+    return Proof(parity.judge(cases, dtype=last.verdict.dtype), first.placement, last.about, first.inputs, cases)
+
+
+def prove_rows(
+    candidate: OnnxRunner,
+    references: References,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+    trace: bool = False,
+    step: Step = no_step,
+) -> Proof:
+    """Judge a graph whose rows choose their adapter: the base, each adapter alone, and all of them in one batch.
+
+    The adapters of `references` are those of the graph, in the order of their ids. Options and errors are those of
+    `prove`. Raises InputRefused, too, where the graph holds another number of adapters.
+    """
+    adapters, strengths = references.adapters, references.strengths
+    names = candidate.adapters_by_row
+    if names is not None and len(names) != len(adapters):
+        raise InputRefused(
+            f"{candidate.path} holds {len(names)} adapters ({', '.join(names)}) and {len(adapters)} were given: give "
+            "them in that order, or prove one by --adapter-id"
+        )
+    roles = [BASE, *(adapter.name for adapter in adapters)]
+    alone = []
+    for number, role in enumerate(roles):
+        own = slice(number - 1, number) if number else slice(0)
+        alone.append(
+            prove(
+                references.as_run(candidate.with_rows([number])),
+                references.with_adapters(adapters[own], strengths[own] if strengths else None),
+                atol=atol,
+                rtol=rtol,
+                trace=trace,
+                step=functools.partial(_step_of, role, step),
+            )
+        )
+    step(MIXED)
+    ids = [*range(1, len(roles)), 0]
+    mixed = prove_mixed(references.as_run(candidate.with_rows(ids)), alone, ids)
+    verdicts = dict(zip(roles, (proof.verdict for proof in alone), strict=True))
+    about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
+    return replace(
+        alone[0],
+        verdict=parity.combine(verdicts | {MIXED: mixed.verdict}),
+        about=about,
+        diagnosis=next((proof.diagnosis for proof in alone if proof.diagnosis), None),
+    )
+
+
+def _step_of(role: str, step: Step, name: str) -> None:
+    step(f"{role}, {name}")

@@ -27,7 +27,7 @@ from lora_export.models.load import load_model
 from lora_export.plan import Plan
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.storage.hashes import file_hash
-from lora_export.verification.derived_proofs import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
+from lora_export.verification.against_origin import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from support import FACTORIES
 from support.cli import answer, call
 from support.exporters import (

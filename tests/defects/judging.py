@@ -12,20 +12,22 @@ from defects.wrong import Defect
 from lora_export.errors import EnvironmentLacking, LoraExportError
 from lora_export.lora import Adapter
 from lora_export.runtime.runner import Runner
-from lora_export.verification import against_pytorch, parity, proof
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import Proof, prove
 
 
 @dataclass(frozen=True)
 class Judged:
     verdict: str  # same, different, undecided, or `refused` with the exit code that it ends with
     passed_by: frozenset[str] = frozenset()  # rivals
-    proof: proof.Proof | None = field(default=None, repr=False)
+    proof: Proof | None = field(default=None, repr=False)
 
 
 def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -> Judged:
     """Our verdict on a candidate, and the rivals' on the outputs of its first answers."""
     try:
-        result = against_pytorch.prove(runner, column.base, [adapter], seed=seed)
+        result = prove(runner, PyTorchReferences(column.base, [adapter], seed=seed))
     except EnvironmentLacking as refusal:
         others: Any = runner
         others.placement = dataclasses.replace(others.placement, requested_provider="CPUExecutionProvider")
@@ -44,8 +46,8 @@ def judged_defect(defect: Defect, column: Column) -> Judged | None:
     return None if runner is None else judged(runner, column, defect.adapter(column))
 
 
-def _passed_by(result: proof.Proof) -> frozenset[str]:
-    cases = [case for case in result.cases if not case.name.endswith("asked again")]
+def _passed_by(result: Proof) -> frozenset[str]:
+    cases = [case for case in result.cases if not case.name.endswith("run again")]
     return frozenset(
         name
         for name, rival in rivals.present()
@@ -53,7 +55,7 @@ def _passed_by(result: proof.Proof) -> frozenset[str]:
     )
 
 
-def strain(result: proof.Proof) -> float:
+def strain(result: Proof) -> float:
     """How near to failing the verdict came."""
     return max((there.figures.limit_used for there in result.verdict.comparisons if there.figures), default=0.0)
 

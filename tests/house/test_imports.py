@@ -33,7 +33,8 @@ NUMPY_CORE = (
     *("errors", "lora", "plan", "sums", "storage", "provenance", "formats", "weights", "graph", "report"),
     *("training.data", "runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
-    *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.derived_proofs"),
+    *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.against_origin"),
+    *("verification.candidate_outputs", "verification.mixed_batches"),
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
     *("verification.references.graph", "verification.references.graph_fp64", "verification.diagnose.root_cause"),
 )

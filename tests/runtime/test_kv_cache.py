@@ -20,7 +20,9 @@ from lora_export.models import model
 from lora_export.models.load import load_model
 from lora_export.runtime.kv_cache import DECODE_STEPS, CacheRunner, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.verification import against_pytorch, parity, proof
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import Proof, prove
 from support import FACTORIES
 from support.decoders import FEATURES, WORDS, a_graph, export_with_cache
 
@@ -36,8 +38,8 @@ def sums() -> model.Model:
     return load_model(f"{FACTORIES}:sums")
 
 
-def judged(path: Path, base: model.Model) -> proof.Proof:
-    return against_pytorch.prove(with_cache(OnnxRunner(path)), base, [an_adapter()])
+def judged(path: Path, base: model.Model) -> Proof:
+    return prove(with_cache(OnnxRunner(path)), PyTorchReferences(base, [an_adapter()]))
 
 
 def test_each_run_gets_the_cache_of_the_previous_run(sums: model.Model, tmp_path: Path) -> None:
@@ -131,14 +133,14 @@ def test_exported_llama_with_cache_is_same_and_diagnosed(tmp_path: Path) -> None
     layers.fold(module, plan.make([adapter], layers.specs(module)))
     export_with_cache(module, tmp_path / "cached.onnx")
     runner = with_cache(OnnxRunner(tmp_path / "cached.onnx"))
-    verdict = against_pytorch.prove(runner, base, [adapter]).verdict
+    verdict = prove(runner, PyTorchReferences(base, [adapter])).verdict
     assert verdict.same, str(verdict)
-    assert against_pytorch.prove(runner, base, []).verdict.outcome is parity.Outcome.DIFFERENT
-    right = against_pytorch.prove(runner, base, [adapter], trace=True).diagnosis
+    assert prove(runner, PyTorchReferences(base)).verdict.outcome is parity.Outcome.DIFFERENT
+    right = prove(runner, PyTorchReferences(base, [adapter]), trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 16
     assert "seen at the prompt, 3 tokens" in right.why and "goes wrong" not in right.why
     scaled = {name: replace(pair, scale=0.1 * (1 + ("1" in name))) for name, pair in pairs.items()}
-    wrong = against_pytorch.prove(runner, base, [replace(adapter, pairs=scaled)]).diagnosis
+    wrong = prove(runner, PyTorchReferences(base, [replace(adapter, pairs=scaled)])).diagnosis
     assert wrong is not None and wrong.first == "model.layers.1.self_attn.q_proj"
     assert "arrives 0.5 times as strong" in wrong.why and "seen at the prompt" in wrong.why
 

@@ -14,9 +14,10 @@ from lora_export.graph import onnx_file, sites
 from lora_export.graph.fold import fold
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.verification import against_graph
+from lora_export.verification import against_graph, proof
+from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.parity import Outcome
-from lora_export.verification.proof import Proof
+from lora_export.verification.proof import Proof, prove
 
 WIDTH, LAYERS, RANK = 256, 2, 2
 
@@ -55,8 +56,7 @@ def judged(folder: Path, std: float, strength: float = 1.0) -> Proof:
     found = sites.find(model)
     fold(model, found, plan.make([an_adapter(std)], found.specs, strengths=[strength]))
     onnx_file.save(model, folder, "merged.onnx")
-    judge = against_graph.GraphJudge(base, ir.load(base), "merged")
-    return judge.prove(OnnxRunner(folder / "merged.onnx"), [an_adapter(std)])
+    return prove(OnnxRunner(folder / "merged.onnx"), GraphReferences.open(base, "merged", [an_adapter(std)]))
 
 
 def test_a_right_merge_of_an_adapter_that_outweighs_the_weights_is_not_blamed_for_the_digits_that_any_merge_costs(
@@ -67,5 +67,5 @@ def test_a_right_merge_of_an_adapter_that_outweighs_the_weights_is_not_blamed_fo
     assert verdict.same and against_graph.MERGED in verdict.notes, str(verdict)
     assert judged(tmp_path, heavy, 1.0001).verdict.outcome is Outcome.DIFFERENT
     assert against_graph.MERGED not in judged(tmp_path, 0.02).verdict.notes
-    monkeypatch.setattr(against_graph, "differs_in_precision_alone", lambda _: False)
+    monkeypatch.setattr(proof, "differs_in_precision_alone", lambda _: False)
     assert judged(tmp_path, heavy).verdict.outcome is Outcome.DIFFERENT

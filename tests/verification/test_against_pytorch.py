@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import re
@@ -20,9 +19,11 @@ from lora_export.models import model
 from lora_export.models.load import load_model
 from lora_export.runtime import runner, torch_runners
 from lora_export.runtime.runner import Arrays
-from lora_export.verification import against_pytorch, derived_proofs, parity, proof
+from lora_export.verification import against_pytorch, parity, proof
+from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.inputs import model_inputs
 from lora_export.verification.parity import judging
+from lora_export.verification.proof import Proof, prove, prove_mixed
 from lora_export.verification.references import pytorch
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
@@ -34,7 +35,7 @@ def scaled() -> model.Model:
 
 
 def test_a_merged_module_is_the_same_on_shapes_that_were_never_traced(scaled: model.Model) -> None:
-    result = against_pytorch.prove(folded(scaled, an_adapter()), scaled, [an_adapter()])
+    result = prove(folded(scaled, an_adapter()), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.SAME
     assert "the reference ran in fp64 throughout" in result.verdict.notes
     assert result.exit_code == 0
@@ -45,38 +46,38 @@ def test_a_merged_module_is_the_same_on_shapes_that_were_never_traced(scaled: mo
 
 
 def test_the_base_without_its_adapter_is_different(scaled: model.Model) -> None:
-    result = against_pytorch.prove(torch_runners.ModuleRunner(scaled.module), scaled, [an_adapter()])
+    result = prove(torch_runners.ModuleRunner(scaled.module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
     assert result.exit_code == 4
     assert "without its adapters" in str(result.verdict)
 
 
 def test_a_scale_off_by_a_tenth_is_different(scaled: model.Model) -> None:
-    result = against_pytorch.prove(folded(scaled, an_adapter(), strength=1.1), scaled, [an_adapter()])
+    result = prove(folded(scaled, an_adapter(), strength=1.1), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_an_adapter_too_weak_to_see_is_undecided(scaled: model.Model) -> None:
-    result = against_pytorch.prove(folded(scaled, an_adapter(1e-8)), scaled, [an_adapter(1e-8)])
+    result = prove(folded(scaled, an_adapter(1e-8)), PyTorchReferences(scaled, [an_adapter(1e-8)]))
     assert result.verdict.outcome is parity.Outcome.UNDECIDED
     assert result.exit_code == 5
 
 
 def test_strengths_reach_the_reference(scaled: model.Model) -> None:
     half = folded(scaled, an_adapter(), strength=0.5)
-    assert against_pytorch.prove(half, scaled, [an_adapter()], strengths=[0.5]).verdict.same
-    assert not against_pytorch.prove(half, scaled, [an_adapter()]).verdict.same
+    assert prove(half, PyTorchReferences(scaled, [an_adapter()], strengths=[0.5])).verdict.same
+    assert not prove(half, PyTorchReferences(scaled, [an_adapter()])).verdict.same
 
 
 def test_without_adapters_the_model_itself_is_the_same(scaled: model.Model) -> None:
-    assert against_pytorch.prove(torch_runners.ModuleRunner(scaled.module), scaled, []).verdict.same
+    assert prove(torch_runners.ModuleRunner(scaled.module), PyTorchReferences(scaled)).verdict.same
 
 
 def test_the_model_is_as_it_was_after_a_proof(scaled: model.Model) -> None:
     """It is in fp64 meanwhile, also where the candidate runs that very module, and however the proof ends."""
     before = {name: value.clone() for name, value in scaled.module.state_dict().items()}
     places = list(scaled.module.parameters())
-    assert against_pytorch.prove(torch_runners.ModuleRunner(scaled.module), scaled, []).verdict.same
+    assert prove(torch_runners.ModuleRunner(scaled.module), PyTorchReferences(scaled)).verdict.same
     after = scaled.module.state_dict()
     assert all(torch.equal(before[name], after[name]) and after[name].dtype is torch.float32 for name in before)
     assert all(one is other for one, other in zip(places, scaled.module.parameters(), strict=True))
@@ -113,7 +114,7 @@ class Deaf(torch_runners.ModuleRunner):
 
 @pytest.mark.fault(45)
 def test_an_input_that_was_folded_away_is_different(scaled: model.Model) -> None:
-    result = against_pytorch.prove(Deaf(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    result = prove(Deaf(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
     assert any(there.input == "weights" and not there.candidate_changed for there in result.verdict.sensitivity)
 
@@ -129,7 +130,7 @@ class FixedBatch(torch_runners.ModuleRunner):
 
 @pytest.mark.fault(46)
 def test_a_candidate_that_refuses_another_batch_is_different_and_says_so(scaled: model.Model) -> None:
-    result = against_pytorch.prove(FixedBatch(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    result = prove(FixedBatch(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
     assert any("batch 3 is all I know" in note for note in result.verdict.notes)
 
@@ -141,7 +142,7 @@ class Refusing(torch_runners.ModuleRunner):
 
 def test_a_candidate_that_runs_on_nothing_has_no_verdict(scaled: model.Model) -> None:
     with pytest.raises(RuntimeRefused, match="I never run"):
-        against_pytorch.prove(Refusing(scaled.module), scaled, [an_adapter()])
+        prove(Refusing(scaled.module), PyTorchReferences(scaled, [an_adapter()]))
 
 
 class Misplaced(torch_runners.ModuleRunner):
@@ -150,13 +151,13 @@ class Misplaced(torch_runners.ModuleRunner):
 
 def test_work_done_elsewhere_ends_the_proof_before_any_verdict(scaled: model.Model) -> None:
     with pytest.raises(EnvironmentLacking, match="1 of 1 compute nodes ran elsewhere"):
-        against_pytorch.prove(Misplaced(scaled.module), scaled, [an_adapter()])
+        prove(Misplaced(scaled.module), PyTorchReferences(scaled, [an_adapter()]))
 
 
 def test_a_size_that_the_candidate_declares_constant_is_kept_and_told(scaled: model.Model) -> None:
     made_for_one_length = folded(scaled, an_adapter())
     made_for_one_length.axes = {"rows": (None, 5, 8), "weights": (None, 5)}
-    result = against_pytorch.prove(made_for_one_length, scaled, [an_adapter()])
+    result = prove(made_for_one_length, PyTorchReferences(scaled, [an_adapter()]))
     assert {shape["rows"][1] for shape in result.about["inputs"].values()} == {5}
     assert any("no other was tried" in note for note in result.verdict.notes)
 
@@ -164,18 +165,21 @@ def test_a_size_that_the_candidate_declares_constant_is_kept_and_told(scaled: mo
 def test_the_users_own_inputs_are_one_more_case(scaled: model.Model, tmp_path: Path) -> None:
     rows, weights = torch.randn(2, 5, 8).numpy(), torch.rand(2, 5).numpy()
     np.savez(tmp_path / "mine.npz", rows=rows, weights=weights)
-    result = against_pytorch.prove(
-        folded(scaled, an_adapter()), scaled, [an_adapter()], user_inputs=tmp_path / "mine.npz"
-    )
+    references = PyTorchReferences(scaled, [an_adapter()], user_inputs=tmp_path / "mine.npz")
+    result = prove(folded(scaled, an_adapter()), references)
     assert "mine.npz" in {there.case for there in result.verdict.comparisons}
     np.savez(tmp_path / "half.npz", rows=rows)
     with pytest.raises(InputRefused, match="the model takes rows, weights"):
-        against_pytorch.prove(folded(scaled, an_adapter()), scaled, [an_adapter()], user_inputs=tmp_path / "half.npz")
+        prove(
+            folded(scaled, an_adapter()), PyTorchReferences(scaled, [an_adapter()], user_inputs=tmp_path / "half.npz")
+        )
 
 
 def test_an_adapter_for_another_model_is_a_misfit(scaled: model.Model) -> None:
     with pytest.raises(MatchError, match="no_such_layer"):
-        against_pytorch.prove(torch_runners.ModuleRunner(scaled.module), scaled, [an_adapter(module="no_such_layer")])
+        prove(
+            torch_runners.ModuleRunner(scaled.module), PyTorchReferences(scaled, [an_adapter(module="no_such_layer")])
+        )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_a_model_in_half_precision_is_refereed_in_fp64_and_deployed_as_it_is(
 ) -> None:
     scaled.module.to(dtype)
     adapter = an_adapter()
-    result = against_pytorch.prove(folded(scaled, adapter), scaled, [adapter])
+    result = prove(folded(scaled, adapter), PyTorchReferences(scaled, [adapter]))
     assert result.verdict.outcome is outcome, str(result.verdict)
     assert "the reference ran in fp64 throughout" in result.verdict.notes
     weight, bias = (value.detach().double().numpy() for value in scaled.module.dense.parameters())
@@ -200,7 +204,7 @@ def test_a_model_in_half_precision_is_refereed_in_fp64_and_deployed_as_it_is(
         own = case.deployed["output_0"]
         assert str(own.dtype) == pytorch.name_of(dtype)
         assert 1e-4 < np.abs(own.astype(np.float64) - expected).max() < 0.2  # coarse, as it is deployed
-    assert not against_pytorch.prove(folded(scaled, adapter, strength=1.1), scaled, [adapter]).verdict.same
+    assert not prove(folded(scaled, adapter, strength=1.1), PyTorchReferences(scaled, [adapter])).verdict.same
     assert all(value.dtype is dtype for value in scaled.module.parameters())
 
 
@@ -220,9 +224,7 @@ def test_the_gates_are_those_of_the_coarser_of_candidate_and_model(scaled: model
 def test_what_is_rounded_to_a_scheme_is_deployed_in_the_models_own_precision(scaled: model.Model) -> None:
     module = pytorch.with_adapters(scaled.module.half(), [an_adapter()], None)
     thirds = {"dense.weight": lambda array: np.round(array * 3) / 3}
-    with contextlib.ExitStack() as stack:
-        there = pytorch.Sides(module, thirds, {}, stack, set(), has_pairs=True)
-        deployed = pytorch.as_deployed(there, {}, "cpu")
+    deployed = pytorch.as_deployed(pytorch.AttachedModule(module, thirds), {}, "cpu")
     assert {value.dtype for value in deployed.parameters()} == {torch.float16}
     steps = deployed.dense.weight.detach().double() * 3
     assert (steps - steps.round()).abs().max() < 1e-2
@@ -234,7 +236,7 @@ def test_a_merge_stored_in_bf16_of_a_model_in_half_precision_is_judged_by_what_i
     scaled.module.bfloat16()
     stored = {"dense.weight": "bfloat16", "dense.bias": "bfloat16"}
     merged = torch_runners.ModuleRunner(folded(scaled, an_adapter()).module, stored_dtypes=stored)
-    result = against_pytorch.prove(merged, scaled, [an_adapter()])
+    result = prove(merged, PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.same, str(result.verdict)
     assert all(there.figures.merge_loss > 1e-4 for there in result.verdict.comparisons)
     for case in result.cases:
@@ -244,7 +246,7 @@ def test_a_merge_stored_in_bf16_of_a_model_in_half_precision_is_judged_by_what_i
 def test_a_merge_stored_in_bf16_is_judged_by_what_bf16_should_hold(scaled: model.Model) -> None:
     with torch.no_grad():
         scaled.module.dense.weight.copy_(scaled.module.dense.weight.bfloat16())
-    result = against_pytorch.prove(bf16_merge(scaled, an_adapter()), scaled, [an_adapter()])
+    result = prove(bf16_merge(scaled, an_adapter()), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.same, str(result.verdict)
     losses = [there.figures.merge_loss for there in result.verdict.comparisons]
     assert all(1e-4 < loss < 1e-2 for loss in losses)  # told, though not judged
@@ -252,7 +254,7 @@ def test_a_merge_stored_in_bf16_is_judged_by_what_bf16_should_hold(scaled: model
 
 def test_rounding_is_no_excuse_for_a_wrong_scale(scaled: model.Model) -> None:
     wrong = bf16_merge(scaled, an_adapter(), strength=1.1)
-    assert against_pytorch.prove(wrong, scaled, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert prove(wrong, PyTorchReferences(scaled, [an_adapter()])).verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_a_whole_model_converted_to_bf16_is_judged_by_what_bf16_should_hold(scaled: model.Model) -> None:
@@ -262,23 +264,23 @@ def test_a_whole_model_converted_to_bf16_is_judged_by_what_bf16_should_hold(scal
             parameter.copy_(parameter.bfloat16())  # the bias too, which no adapter changes
     candidate = torch_runners.ModuleRunner(module, stored_dtypes={"dense.weight": "bfloat16", "dense.bias": "bfloat16"})
     assert not torch.equal(module.dense.bias, scaled.module.dense.bias)
-    assert against_pytorch.prove(candidate, scaled, [an_adapter()]).verdict.same
+    assert prove(candidate, PyTorchReferences(scaled, [an_adapter()])).verdict.same
 
 
 def test_an_adapter_that_bf16_swallows_is_not_called_the_same(scaled: model.Model) -> None:
     """The file is exactly what such a merge should be; of the adapter there is next to nothing left in it."""
     faint = an_adapter(2e-5)
-    result = against_pytorch.prove(bf16_merge(scaled, faint), scaled, [faint])
+    result = prove(bf16_merge(scaled, faint), PyTorchReferences(scaled, [faint]))
     assert result.verdict.outcome is parity.Outcome.UNDECIDED, str(result.verdict)
     assert {reason.gate for reason in result.verdict.reasons} <= {"loss", "effect", "adapter_off", "scale_1.1"}
-    unrounded = against_pytorch.prove(folded(scaled, faint), scaled, [faint])
+    unrounded = prove(folded(scaled, faint), PyTorchReferences(scaled, [faint]))
     assert unrounded.verdict.same, str(unrounded.verdict)
 
 
 def test_a_rounded_candidate_is_put_beside_a_base_that_is_rounded_too(scaled: model.Model) -> None:
     """Else what rounding does to the base would count as the adapter's effect."""
     adapter = an_adapter()
-    result = against_pytorch.prove(bf16_merge(scaled, adapter), scaled, [adapter])
+    result = prove(bf16_merge(scaled, adapter), PyTorchReferences(scaled, [adapter]))
     module = copy.deepcopy(scaled.module)
     with torch.no_grad():
         module.dense.weight.copy_(module.dense.weight.bfloat16())
@@ -301,9 +303,9 @@ class Forgetful(torch_runners.ModuleRunner):
 
 
 def test_a_candidate_that_changes_its_mind_is_different(scaled: model.Model) -> None:
-    result = against_pytorch.prove(Forgetful(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    result = prove(Forgetful(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
-    assert any("asked again" in reason.case for reason in result.verdict.reasons)
+    assert any("run again" in reason.case for reason in result.verdict.reasons)
 
 
 class Trembling(torch_runners.ModuleRunner):
@@ -318,9 +320,9 @@ class Trembling(torch_runners.ModuleRunner):
 
 
 def test_a_candidate_that_is_right_each_time_may_give_other_bits(scaled: model.Model) -> None:
-    result = against_pytorch.prove(Trembling(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    result = prove(Trembling(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.same
-    assert any("other bits" in note for note in result.verdict.notes)
+    assert any("returns other bits" in note for note in result.verdict.notes)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +341,7 @@ def with_rows(base: model.Model, *tokens: int, pairs: bool = True) -> Adapter:
 @pytest.mark.parametrize("pairs", [True, False])
 def test_rows_of_tokens_that_chance_would_not_draw_are_tried_all_the_same(llama: model.Model, pairs: bool) -> None:
     adapter = with_rows(llama, 3, 57, pairs=pairs)
-    assert against_pytorch.prove(folded(llama, adapter), llama, [adapter]).verdict.same
+    assert prove(folded(llama, adapter), PyTorchReferences(llama, [adapter])).verdict.same
     for number, arrays in enumerate(
         model_inputs.case_inputs(llama, folded(llama, adapter), adapters=[adapter]).values()
     ):
@@ -348,7 +350,7 @@ def test_rows_of_tokens_that_chance_would_not_draw_are_tried_all_the_same(llama:
         assert (arrays["input_ids"] == plain["input_ids"]).sum() >= arrays["input_ids"].size // 2
     lost = dataclasses.replace(adapter, token_rows={})
     candidate = folded(llama, lost) if pairs else torch_runners.ModuleRunner(llama.module)
-    assert against_pytorch.prove(candidate, llama, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert prove(candidate, PyTorchReferences(llama, [adapter])).verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_rows_that_no_input_looks_up_leave_it_undecided() -> None:
@@ -357,7 +359,7 @@ def test_rows_that_no_input_looks_up_leave_it_undecided() -> None:
     pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=0.5)
     rows = {"words.weight": TokenRows(np.array([8, 9]), np.ones((2, 4), np.float32))}
     adapter = Adapter(name="a", format="test", pairs={"dense": pair}, token_rows=rows, sha256="0a")
-    result = against_pytorch.prove(folded(base, dataclasses.replace(adapter, token_rows={})), base, [adapter])
+    result = prove(folded(base, dataclasses.replace(adapter, token_rows={})), PyTorchReferences(base, [adapter]))
     assert result.verdict.outcome is parity.Outcome.UNDECIDED
     assert any("words.weight: none of the 2 rows" in reason.text for reason in result.verdict.reasons)
 
@@ -366,7 +368,7 @@ def test_an_input_that_never_varies_is_told(scaled: model.Model) -> None:
     base = load_model(f"{FACTORIES}:worded")
     pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=0.5)
     adapter = Adapter(name="a", format="test", pairs={"dense": pair}, sha256="0a")
-    result = against_pytorch.prove(folded(base, adapter), base, [adapter])
+    result = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
     assert result.verdict.same
     assert any("the input mask is the same in every draw" in note for note in result.verdict.notes)
 
@@ -385,11 +387,11 @@ def test_what_a_decoder_says_before_a_rows_first_token_is_not_judged(llama: mode
             logits[self.where(inputs["attention_mask"])] += 1.0
             return {"logits": logits}
 
-    result = against_pytorch.prove(Odd(right.module), llama, [adapter])
+    result = prove(Odd(right.module), PyTorchReferences(llama, [adapter]))
     assert result.verdict.same
     assert any("before a row's first token" in note for note in result.verdict.notes)
     Odd.where = staticmethod(lambda mask: np.cumsum(mask, 1) == 1)  # the first token itself
-    assert against_pytorch.prove(Odd(right.module), llama, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert prove(Odd(right.module), PyTorchReferences(llama, [adapter])).verdict.outcome is parity.Outcome.DIFFERENT
 
 
 @pytest.mark.parametrize(("places", "outcome"), [(0, parity.Outcome.SAME), (1, parity.Outcome.DIFFERENT)])
@@ -403,7 +405,7 @@ def test_a_mixed_batch_is_judged_from_each_rows_first_token_on(places: int, outc
         scaled = {"logits": truths[0] + 1.1 * (truth - truths[0])}
         sides = {"reference": {"logits": truth}, "deployed": deployed, "candidate": deployed, "scaled": scaled}
         case = parity.Case("padded", "", base={"logits": truths[0]}, **sides)
-        alone.append(proof.Proof(parity.judge([case]), None, {}, {"padded": arrays}, (case,)))
+        alone.append(Proof(parity.judge([case]), None, {}, {"padded": arrays}, (case,)))
     rows = np.resize([1, 2, 0], 200)
 
     class Mixing(torch_runners.ModuleRunner):
@@ -412,21 +414,23 @@ def test_a_mixed_batch_is_judged_from_each_rows_first_token_on(places: int, outc
             answer[np.cumsum(inputs["attention_mask"], 1) == places] += 1.0
             return {"logits": answer}
 
-    verdict = derived_proofs.prove_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
+    verdict = prove_mixed(Mixing(nn.Identity()), alone, [1, 2, 0]).verdict
     assert verdict.outcome is outcome, str(verdict)
 
 
 def test_an_adapter_of_whole_tensors_alone_has_controls_too(scaled: model.Model) -> None:
     weight = scaled.module.dense.weight.detach().numpy() + np.float32(0.2)
     adapter = Adapter(name="a", format="test", pairs={}, replaced={"dense.weight": weight}, sha256="0a")
-    result = against_pytorch.prove(folded(scaled, adapter), scaled, [adapter])
+    result = prove(folded(scaled, adapter), PyTorchReferences(scaled, [adapter]))
     assert result.verdict.same, str(result.verdict)
     controls = [c for there in result.verdict.comparisons for c in there.figures.controls]
     assert {control.name for control in controls} == {"adapter_off", "scale_1.1"} and all(
         control.detected for control in controls
     )
     tenth = dataclasses.replace(adapter, replaced={"dense.weight": weight + np.float32(0.02)})
-    assert against_pytorch.prove(folded(scaled, tenth), scaled, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert (
+        prove(folded(scaled, tenth), PyTorchReferences(scaled, [adapter])).verdict.outcome is parity.Outcome.DIFFERENT
+    )
 
 
 class Silent(torch_runners.ModuleRunner):
@@ -435,7 +439,7 @@ class Silent(torch_runners.ModuleRunner):
 
 
 def test_a_candidate_without_any_output_is_different_and_nothing_is_looked_for_in_it(scaled: model.Model) -> None:
-    result = against_pytorch.prove(Silent(scaled.module), scaled, [an_adapter()])
+    result = prove(Silent(scaled.module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT and result.diagnosis is None
     assert "the candidate lacks this output" in str(result.verdict)
 
@@ -464,7 +468,7 @@ class Lost(torch_runners.ModuleRunner):
 def test_what_a_provider_would_do_with_its_own_settings_is_told_and_not_judged(
     scaled: model.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = against_pytorch.prove(OnCuda(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    told = prove(OnCuda(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert told.verdict.same, str(told.verdict)
     (note,) = [note for note in told.verdict.notes if note.startswith("not judged: with CUDAExecutionProvider's own")]
     off = r"output_1 is off by (\S+) \(as judged by (\S+)\), (\S+) % of what the adapter does"
@@ -476,8 +480,8 @@ def test_what_a_provider_would_do_with_its_own_settings_is_told_and_not_judged(
     assert error == pytest.approx(1e-3 * parity.rms(reference), rel=1e-2) and judged < 1e-2 * error
     assert share == pytest.approx(100 * error / parity.rms(reference - base), rel=6e-2)
 
-    monkeypatch.setattr(OnCuda, "as_shipped", lambda self: Lost(self.module))
-    told = against_pytorch.prove(OnCuda(folded(scaled, an_adapter()).module), scaled, [an_adapter()])
+    monkeypatch.setattr(OnCuda, "with_provider_defaults", lambda self: Lost(self.module))
+    told = prove(OnCuda(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert told.verdict.same and any(note.endswith("it did not run: out of memory") for note in told.verdict.notes)
 
 
@@ -512,12 +516,14 @@ def test_a_right_merge_of_an_adapter_that_outweighs_the_weights_is_not_blamed_fo
 ) -> None:
     monkeypatch.setattr(judging, "slack", lambda *_: 1.6)  # 2.2 is needed here, 1 once PyTorch has merged it too
     base, adapter = outweighed(1.0)
-    result = against_pytorch.prove(folded(base, adapter), base, [adapter])
+    result = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
     assert result.verdict.same and against_pytorch.MERGED in result.verdict.notes, str(result.verdict)
     assert result.diagnosis is None
-    wrong = against_pytorch.prove(folded(base, adapter, strength=1.00001), base, [adapter])
+    wrong = prove(folded(base, adapter, strength=1.00001), PyTorchReferences(base, [adapter]))
     assert wrong.verdict.outcome is parity.Outcome.DIFFERENT and against_pytorch.MERGED not in wrong.verdict.notes
     ordinary, usual = outweighed(0.05)
-    assert against_pytorch.MERGED not in against_pytorch.prove(folded(ordinary, usual), ordinary, [usual]).verdict.notes
-    monkeypatch.setattr(against_pytorch, "differs_in_precision_alone", lambda _: False)
-    assert against_pytorch.prove(folded(base, adapter), base, [adapter]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert (
+        against_pytorch.MERGED not in prove(folded(ordinary, usual), PyTorchReferences(ordinary, [usual])).verdict.notes
+    )
+    monkeypatch.setattr(proof, "differs_in_precision_alone", lambda _: False)
+    assert prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.outcome is parity.Outcome.DIFFERENT

@@ -39,11 +39,11 @@ from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.against_pytorch import prove
+from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.compare_outputs import bits_that_differ
-from lora_export.verification.derived_proofs import prove_mixed
 from lora_export.verification.inputs.model_inputs import case_inputs
 from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import prove, prove_mixed
 from lora_export.verification.references.pytorch import adapted
 from support import FACTORIES
 from support.exporters import WORDS, a_bert, a_gpt2, a_llama
@@ -277,9 +277,9 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
             keep(mode, name, variant, tmp_path)
         return
     kept = keep(mode, name, variant, tmp_path)
-    proof = prove(kept.on, base, [adapter])
+    proof = prove(kept.on, PyTorchReferences(base, [adapter]))
     assert proof.verdict.same, str(proof.verdict)
-    assert not prove(kept.on, base, [wrong_in_one_layer(name, variant)]).verdict.same
+    assert not prove(kept.on, PyTorchReferences(base, [wrong_in_one_layer(name, variant)])).verdict.same
     assert kept.unchanged == (mode != "merged" and not subject.whole)
     if kept.off is not None:
         # DoRA's factor comes before the bias, which the node then cannot add any more: not always the same last bit.
@@ -290,12 +290,12 @@ def test_a_cell_is_proven_or_refused_by_name(name: str, mode: str, variant: str,
                 off = off if kept.off.adapter_ids is None else off.with_rows(kept.off.adapter_ids)
             expected = base_answers(subject.source, subject.dtype, plain=off is not kept.off)
             assert not bits_that_differ(expected, answers(base, off))
-        told = prove(kept.off, base, []).verdict
+        told = prove(kept.off, PyTorchReferences(base)).verdict
         # Half precision is too coarse to tell so small a model from itself x 1.01, which is all there is to tell.
         assert told.same or (subject.dtype is torch.float16 and told.outcome is Outcome.UNDECIDED), str(told)
     if kept.mixed is not None:
         assert kept.off is not None
-        alone = prove(kept.off, base, [])
+        alone = prove(kept.off, PyTorchReferences(base))
         mixed = prove_mixed(kept.mixed, [alone, proof], [1, 0])
         assert mixed.verdict.same, str(mixed.verdict)
         assert not prove_mixed(kept.mixed, [proof, alone], [1, 0]).verdict.same

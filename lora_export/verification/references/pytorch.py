@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import NARROW_DTYPES, Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.references import quantised_weights
+from lora_export.verification.references.quantised_weights import DequantisedWeight
 
 CONTROL_SCALE = 1.1  # the control's factor on every scale
+FACTORS = {"base": 0.0, "scaled": CONTROL_SCALE}  # on every scale, of roles other than the reference
 HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
@@ -104,31 +106,20 @@ def widened(module: nn.Module) -> Iterator[None]:
         turn({dtype: dtype for dtype in NARROW_DTYPES})
 
 
-class _LazyReference(Fp64Runner):
-    """A reference whose module is made when it is first asked: what it said may have been kept."""
-
-    def __init__(self, make: Callable[[], nn.Module], stayed: set[str]):
-        self.make, self.narrow_operators = make, stayed
-
-    @functools.cached_property
-    def module(self) -> nn.Module:  # type: ignore[override]
-        return self.make()
-
-
-def held_by(
+def quantised_weights_of(
     candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
-) -> dict[str, quantised_weights.DequantisedWeight]:
+) -> dict[str, DequantisedWeight]:
     """The quantised weights of an ONNX candidate."""
     runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
-    held = {}
+    quantised = {}
     if isinstance(runner, OnnxRunner):
         executed = functools.partial(_executed, candidate, runner, next(iter(inputs.values())))
-        held = quantised_weights.find(runner.path, model, changes, origin, executed)
-    if origin is not None and not held:
+        quantised = quantised_weights.find(runner.path, model, changes, origin, executed)
+    if origin is not None and not quantised:
         raise InputRefused(
             f"{origin} is given as what the candidate was made of, and the candidate has no quantised weights"
         )
-    return held
+    return quantised
 
 
 def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset[tuple[str, str]]:
@@ -141,11 +132,11 @@ def _executed(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset
 
 
 def rounded_weights(
-    candidate: Runner, module: nn.Module, held: Mapping[str, quantised_weights.DequantisedWeight]
+    candidate: Runner, module: nn.Module, quantised: Mapping[str, DequantisedWeight]
 ) -> tuple[dict[str, layers.Rounding], Mapping[str, torch.Tensor]]:
     """Which of the module's tensors the candidate stores in less than fp32, how, and what it made of them."""
     if not isinstance(candidate, ModuleRunner):
-        merged = {name: weight for name, weight in held.items() if weight.merge is not None}
+        merged = {name: weight for name, weight in quantised.items() if weight.merge is not None}
         return {name: weight.nearest for name, weight in merged.items()}, {
             name: torch.from_numpy(weight.values) for name, weight in merged.items()
         }
@@ -161,72 +152,68 @@ def rounded_weights(
     return rounded, candidate.module.state_dict()
 
 
-class Sides:
-    """The reference and those that are wrong on purpose, one after the other: none is made before it is asked.
+@dataclass(frozen=True, eq=False)
+class AttachedModule:
+    """A module with adapters attached, run as the reference and as the controls.
 
-    Where weights are rounded, each has a copy of those that are: beside a base in full precision, rounding alone
-    would look like an adapter.
+    `rounded` are the weights that the candidate stores in less than fp32, and how; `preferred` its own values of them,
+    which decide where two are as near. Each role has rounded weights of its own, the base too: beside a base in full
+    precision, rounding alone would look like an adapter.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        rounded: Mapping[str, layers.Rounding],
-        chosen: Mapping[str, torch.Tensor],
-        stack: contextlib.ExitStack,
-        stayed: set[str],
-        *,
-        has_pairs: bool,
-    ):
-        self.source, self.rounded, self.chosen = module, rounded, chosen
-        self.stack, self.stayed, self.has_pairs = stack, stayed, has_pairs
-        # PyTorch as deployed keeps what the model keeps in a half.
-        self.halves = {name: tensor.dtype for name, tensor in _by_name(module) if tensor.dtype in HALVES}
-        self.roles = ("reference", "base", "scaled", *(["attached"] if rounded else []))
+    module: nn.Module
+    rounded: Mapping[str, layers.Rounding] = field(default_factory=dict)
+    preferred: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    has_pairs: bool = True  # else the adapters bring whole tensors alone
 
-    @functools.cached_property
-    def wide(self) -> nn.Module:
-        """The adapters attached, in fp64."""
-        self.stack.enter_context(widened(self.source))
-        return self.source
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What `run` takes; `attached` has the adapters as they are, where the reference's weights are rounded."""
+        return ("reference", "base", "scaled", *(["attached"] if self.rounded else []))
 
-    def of(self, role: str) -> Callable[[Arrays], Arrays]:
-        """Who answers in a role."""
-        factor = {"base": 0.0, "scaled": CONTROL_SCALE}.get(role)
+    def run(self, role: str, cases: Mapping[str, Arrays], narrow: set[str]) -> dict[str, Arrays]:
+        """Case -> outputs in fp64, of a module that is `widened`; `narrow` collects the operators without fp64.
+
+        Holds the rounded weights of one role at a time.
+        """
+        factor = FACTORS.get(role, 1.0)
         if self.rounded and role != "attached":
-            return _LazyReference(functools.partial(self.settled, factor), self.stayed).run
-        attached = _LazyReference(lambda: self.wide, self.stayed)
-        if factor is None:
-            return attached.run
-        return functools.partial(_with_strength, attached, factor, self.has_pairs)
+            runner = Fp64Runner(self.rounded_module(factor), narrow)
+            return {name: runner.run(arrays) for name, arrays in cases.items()}
+        runner = Fp64Runner(self.module, narrow)
+        if factor == 1.0:
+            return {name: runner.run(arrays) for name, arrays in cases.items()}
+        # A head that an adapter brings whole stays where pairs can be disabled: the effect to be seen is theirs.
+        with layers.scale_adapters(
+            self.module, factor, keep_replaced=self.has_pairs, scale_replaced=not self.has_pairs
+        ):
+            return {name: runner.run(arrays) for name, arrays in cases.items()}
 
-    def settled(self, factor: float | None = None) -> nn.Module:
-        """With the weights as they should be stored, in fp64."""
-        if factor is None:
-            return settled(self.wide, self.rounded, self.chosen)
-        return settled(self.wide, self.rounded, {}, factor=factor, scale_replaced=not self.has_pairs)
+    def rounded_module(self, factor: float = 1.0) -> nn.Module:
+        """The module, in fp64, with the weights as they should be stored; it shares all others."""
+        made = shared(self.module)
+        if factor == 1.0:
+            layers.materialise(made, self.rounded, self.preferred)
+        else:
+            layers.materialise(made, self.rounded, {}, factor=factor, scale_replaced=not self.has_pairs)
+        return made
 
 
-def settled(
-    module: nn.Module, rounded: Mapping[str, layers.Rounding], chosen: Mapping[str, torch.Tensor], **how: Any
-) -> nn.Module:
-    made = shared(module)
-    layers.materialise(made, rounded, chosen, **how)
-    return made
+def as_deployed(attached: AttachedModule, quantised: Mapping[str, DequantisedWeight], device: str) -> nn.Module:
+    """PyTorch as it would be deployed: where weights are rounded, with those that the reference rounded itself.
 
-
-def as_deployed(sides: Sides, held: Mapping[str, quantised_weights.DequantisedWeight], device: str) -> nn.Module:
-    """PyTorch as it would be deployed: where weights are rounded, of those that the reference rounded itself.
-
-    The loss that a merge into a low precision means is so told apart from faults of the merge.
+    The loss that a merge into a low precision means is so separated from faults of the merge.
     """
-    if sides.rounded:
-        module = copied(sides.settled(), _single).to(device)
+    if attached.rounded:
+        halves = {name: tensor.dtype for name, tensor in _by_name(attached.module) if tensor.dtype in HALVES}
+        with widened(attached.module):
+            module = copied(attached.rounded_module(), _single)
+        module.to(device)
         for name, tensor in _by_name(module):
-            tensor.data = tensor.data.to(sides.halves.get(name, tensor.dtype))
+            tensor.data = tensor.data.to(halves.get(name, tensor.dtype))  # what the model has in a half stays so
     else:
-        module = shared(sides.source) if device == "cpu" else copy.deepcopy(sides.source).to(device)
-    quantised_weights.round_activations(module, held)
+        module = shared(attached.module) if device == "cpu" else copy.deepcopy(attached.module).to(device)
+    quantised_weights.round_activations(module, quantised)
     return module
 
 
@@ -280,9 +267,3 @@ def narrowed(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
             usual = dtype if name in parameters else torch.float32  # a buffer that no file keeps stays as it is
             tensor.data = tensor.data.to(getattr(torch, stored.get(name, name_of(usual))))
     return made
-
-
-def _with_strength(reference: Fp64Runner, factor: float, has_pairs: bool, arrays: Arrays) -> Arrays:
-    # A head that came whole stays where pairs can be switched off: the effect to be seen is theirs.
-    with layers.scale_adapters(reference.module, factor, keep_replaced=has_pairs, scale_replaced=not has_pairs):
-        return reference.run(arrays)

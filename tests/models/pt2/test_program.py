@@ -29,8 +29,9 @@ from lora_export.models.output_names import named_outputs
 from lora_export.models.pt2 import program, reader
 from lora_export.runtime import open_artifact
 from lora_export.runtime.torch_runners import Fp64Runner
-from lora_export.verification import against_pytorch, proof
+from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import pytorch
 from support import FACTORIES
 from support.factories import Pictures, Spotter, Wide
@@ -65,8 +66,8 @@ def adapter(place: Path) -> Callable[[str], Adapter]:
     return lambda name: SUBJECTS[name].adapter(place / f"{name}-adapter")
 
 
-def verdict(path: Path, base: model.Model, adapters: list[Adapter], **how: Any) -> proof.Proof:
-    return against_pytorch.prove(open_artifact.open_candidate(path, base), base, adapters, **how)
+def verdict(path: Path, base: model.Model, adapters: list[Adapter], **how: Any) -> Proof:
+    return prove(open_artifact.open_candidate(path, base), PyTorchReferences(base, adapters, **how))
 
 
 def drawn(path: Path, **sizes: int) -> dict[str, Tensor]:

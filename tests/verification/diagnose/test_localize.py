@@ -32,9 +32,11 @@ from lora_export.models.model import Model, Sizes
 from lora_export.runtime import torch_runners
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
-from lora_export.verification import against_pytorch, proof
+from lora_export.verification import against_pytorch
+from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.diagnose import localize, root_cause, watch_candidate
 from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import pytorch
 from support.graphs import AXES, an_adapter, exported, inputs, stored
 
@@ -139,13 +141,13 @@ def make(mode: str, folder: Path, *adapters: Adapter) -> Made:
     return made
 
 
-def proven(made: Made, *adapters: Adapter, **options: Any) -> proof.Proof:
+def proven(made: Made, *adapters: Adapter, **options: Any) -> Proof:
     graph_files.save(made.graph, made.folder, "graph.onnx")
     if hasattr(made, "given"):
         path = made.folder / "a.onnx_adapter"
         onnx_adapter.write(path, made.given, made.contract, sha256="00")
         made.runner = lambda runner: runner.with_adapter(path)
-    return against_pytorch.prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), bert(), adapters, **options)
+    return prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), PyTorchReferences(bert(), adapters), **options)
 
 
 def delta(module: str, adapter: Adapter | None = None) -> NDArray[np.float64]:
@@ -344,7 +346,7 @@ def test_a_file_with_another_adapters_factors_at_one_place(tmp_path: Path) -> No
 def test_a_graph_with_inputs_that_nobody_filled(tmp_path: Path) -> None:
     made = make("inputs", tmp_path, the_adapter())
     graph_files.save(made.graph, tmp_path, "graph.onnx")
-    result = against_pytorch.prove(OnnxRunner(tmp_path / "graph.onnx"), bert(), [the_adapter()])
+    result = prove(OnnxRunner(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == QUERY
     assert "its adapter is missing" in result.diagnosis.why and "--onnx-adapter" in result.diagnosis.why
 
@@ -470,7 +472,7 @@ def test_a_difference_that_goes_when_it_is_looked_into_lies_in_the_runtime(
 
     monkeypatch.setattr(torch_runners, "OnnxRunner", Fusing)
     graph_files.save(make("merged", tmp_path, the_adapter()).graph, tmp_path, "graph.onnx")
-    result = against_pytorch.prove(Fusing(tmp_path / "graph.onnx"), bert(), [the_adapter()])
+    result = prove(Fusing(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
     assert result.diagnosis.first is None and "in how it optimises the graph" in result.diagnosis.why
 
@@ -536,7 +538,7 @@ def test_a_graph_that_onnxruntime_has_fused_is_compared_where_it_can_be(defect: 
     onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
     operators = {node.op_type for node in graph_files.load(tmp_path / "fused.onnx").graph}
     assert {"BiasGelu", "FusedGemm", "SkipLayerNormalization"} <= operators
-    result = against_pytorch.prove(OnnxRunner(tmp_path / "fused.onnx"), bert(), [the_adapter()], trace=True)
+    result = prove(OnnxRunner(tmp_path / "fused.onnx"), PyTorchReferences(bert(), [the_adapter()]), trace=True)
     assert result.diagnosis is not None and result.diagnosis.first == (VALUE if defect else None)
     assert "10 of 11 modules were compared" in result.diagnosis.why  # the pooler's is fused with its tanh
     assert not defect or "none goes wrong" in result.diagnosis.why
@@ -561,7 +563,7 @@ def test_a_merged_module_is_followed_by_hooks() -> None:
     layers.fold(module, steps)
     with torch.no_grad():
         module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
-    result = against_pytorch.prove(ModuleRunner(module), bert(), [the_adapter()])
+    result = prove(ModuleRunner(module), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
     assert "arrives 0.5 times" in result.diagnosis.why
 
@@ -575,7 +577,7 @@ def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
             weight = module.get_submodule(name).weight
             weight.copy_(weight.bfloat16())  # type: ignore[union-attr, operator]
     stored = {f"{name}.weight": "bfloat16" for name in SHAPES}
-    result = against_pytorch.prove(ModuleRunner(module, stored_dtypes=stored), bert(), [the_adapter()])
+    result = prove(ModuleRunner(module, stored_dtypes=stored), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
     assert "arrives 0.5 times" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
 
@@ -590,7 +592,7 @@ def test_a_torchscript_file_is_judged_by_its_weights(tmp_path: Path) -> None:
     layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
     with torch.no_grad():
         module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
-    result = against_pytorch.prove(scripted(module, tmp_path), bert(), [the_adapter()])
+    result = prove(scripted(module, tmp_path), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
     assert "arrives 0.5 times" in result.diagnosis.why
 
@@ -601,14 +603,14 @@ def test_a_torchscript_file_with_branches_is_judged_by_its_a_and_b(tmp_path: Pat
     halved = dataclasses.replace(
         wrong, pairs={**wrong.pairs, DOWN.removesuffix(".weight"): dataclasses.replace(pair, b=pair.b / 2)}
     )
-    result = against_pytorch.prove(scripted(pytorch.adapted(bert(), [halved]), tmp_path), bert(), [wrong])
+    result = prove(scripted(pytorch.adapted(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
     assert "arrives 0.5 times" in result.diagnosis.why
 
 
 def test_a_torchscript_file_with_other_tensors_is_not_seen_into_and_that_is_said(tmp_path: Path) -> None:
     candidate = scripted(pytorch.adapted(bert(), [the_adapter("de", 1)]), tmp_path)
-    result = against_pytorch.prove(candidate, bert(), [the_adapter()])
+    result = prove(candidate, PyTorchReferences(bert(), [the_adapter()]))
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
     assert any("cannot be seen into" in note for note in result.verdict.notes)
 

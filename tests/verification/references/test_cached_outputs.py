@@ -16,7 +16,9 @@ from lora_export.models.load import load_model
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.storage import safetensors_file
-from lora_export.verification import against_pytorch, parity, proof
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import cached_outputs
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
@@ -43,12 +45,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Arrays]:
 
 def proven(
     base: model.Model, folder: Path, adapter: Adapter | None = None, candidate: Any = None, **more: Any
-) -> tuple[proof.Proof, list[str]]:
+) -> tuple[Proof, list[str]]:
     warnings: list[str] = []
     candidate = candidate or folded(base, an_adapter())
-    return against_pytorch.prove(
-        candidate, base, [adapter or an_adapter()], cache=folder, say=warnings.append, **more
-    ), warnings
+    adapters = [adapter or an_adapter()]
+    references = PyTorchReferences(base, adapters, cache=folder, say=warnings.append, **more)
+    return prove(candidate, references), warnings
 
 
 def entry(folder: Path) -> Path:

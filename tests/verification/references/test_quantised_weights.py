@@ -32,7 +32,9 @@ from lora_export.models.export import to_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.verification import against_pytorch, parity
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.proof import prove
 from lora_export.verification.references import quantised_weights
 from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES
@@ -83,7 +85,7 @@ def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
     as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     path = beside(exact(quantised(graph.clone(), as_pairs=as_pairs), 0), an_adapter(4.0), tmp_path)
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)]).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(4.0)])).verdict
     assert verdict.same, str(verdict)
     (note,) = [note for note in verdict.notes if "quantised" in note]
     weights = quantised_weights.find(path, wide)
@@ -98,13 +100,13 @@ def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
 def test_gates_stay_tight_beside_quantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone()), 0)
     path = beside(few, an_adapter(1.01), tmp_path)  # far less than the weights' rounding
-    assert against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()])).verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_quantised_graph_without_the_adapter_is_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    assert against_pytorch.prove(OnnxRunner(path), wide, []).verdict.same
-    assert against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict.outcome is parity.Outcome.DIFFERENT
+    assert prove(OnnxRunner(path), PyTorchReferences(wide)).verdict.same
+    assert prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()])).verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_float_graph_has_no_dequantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_weights_of_another_model_are_different(wide: Model, graph: ir.Model, tm
     assert value.const_value is not None
     value.const_value = ir.Tensor(np.random.default_rng(1).permuted(value.const_value.numpy()), name=value.name)
     with pytest.raises(Different, match=r"no rounding of the model's: down.weight \(1\d\d% away\)"):
-        against_pytorch.prove(OnnxRunner(saved(quantised(strange), tmp_path)), wide, [])
+        prove(OnnxRunner(saved(quantised(strange), tmp_path)), PyTorchReferences(wide))
 
 
 # --- merged into the quantised weights -----------------------------------------------------------
@@ -167,7 +169,7 @@ def test_correct_requantised_merge_is_same(
 ) -> None:
     base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
     assert verdict.same, str(verdict)
     costs = [each.figures.merge_loss for each in verdict.comparisons if each.figures]
     assert all(cost is not None and 0.001 < cost < 0.3 for cost in costs)
@@ -197,24 +199,24 @@ def test_wrong_requantised_merge_is_different(
             return array
 
         path = with_other(path, off, tmp_path / "off")
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [right], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [right], origin=base)).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
 
 
 def test_requantised_merge_multiplied_in_int8_is_decided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 4), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
     assert verdict.same, str(verdict)
     wrong = requantised(base, an_adapter(1.5), tmp_path / "wrong")
-    verdict = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()], origin=base).verdict
+    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, an_adapter(0.05), tmp_path / "merged")
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(0.05)], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(0.05)], origin=base)).verdict
     assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
     (reason,) = verdict.distinct_reasons
     assert reason.gate == "loss" and "a graph of more bits" in reason.remedy
@@ -225,7 +227,7 @@ def test_requantised_merge_without_its_origin_is_undecided(wide: Model, graph: i
     path = requantised(base, an_adapter(), tmp_path / "merged")
     message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE"
     with pytest.raises(Undecided, match=rf"{message}\.onnx"):
-        against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()])
+        prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()]))
 
 
 def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
@@ -236,7 +238,7 @@ def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
 
 def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
     path = saved(merged_before(wide, an_adapter()), tmp_path)
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()]).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()])).verdict
     assert verdict.same, str(verdict)
     weights = quantised_weights.find(path, wide, plan.make([an_adapter()], layers.specs(wide.module)))
     for name, weight in weights.items():
@@ -249,7 +251,7 @@ def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> No
 def test_strength_of_a_merged_adapter_is_applied(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     path = requantised(base, an_adapter(0.5), tmp_path / "merged")
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], strengths=[0.5], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], strengths=[0.5], origin=base)).verdict
     assert verdict.same, str(verdict)
     assert any(re.search(r"They contain (99|100)% of the change", note) for note in verdict.notes)
 
@@ -263,19 +265,18 @@ def test_one_wrong_integer_of_a_merge_quantised_once_is_different(wide: Model, t
         return array
 
     wrong = with_other(path, off, tmp_path / "off")
-    verdict = against_pytorch.prove(OnnxRunner(wrong), wide, [an_adapter()]).verdict
+    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [an_adapter()])).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_weights_without_an_adapter_must_equal_the_origins(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
     alone = replace(an_adapter(), pairs={"up": an_adapter().pairs["up"]})
-    assert against_pytorch.prove(
-        OnnxRunner(requantised(base, alone, tmp_path / "one")), wide, [alone], origin=base
-    ).verdict.same
+    one = requantised(base, alone, tmp_path / "one")
+    assert prove(OnnxRunner(one), PyTorchReferences(wide, [alone], origin=base)).verdict.same
     both = requantised(base, an_adapter(), tmp_path / "both")
     with pytest.raises(Different, match=r"no adapter changes are not those of .*m.onnx: down.weight"):
-        against_pytorch.prove(OnnxRunner(both), wide, [alone], origin=base)
+        prove(OnnxRunner(both), PyTorchReferences(wide, [alone], origin=base))
 
 
 def test_adapter_beside_the_origins_weights_is_no_merge(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_adapter_beside_the_origins_weights_is_no_merge(wide: Model, graph: ir.M
     (tmp_path / "base").mkdir()
     base = saved(few.clone(), tmp_path / "base")
     path = beside(few, an_adapter(), tmp_path)
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
     assert verdict.same and not any("merged into" in note for note in verdict.notes)
 
 
@@ -293,9 +294,9 @@ def test_origin_and_candidate_must_both_be_quantised(wide: Model, graph: ir.Mode
     (tmp_path / "floats").mkdir()
     floats = saved(graph.clone(), tmp_path / "floats")
     with pytest.raises(InputRefused, match=r"floats/m.onnx has no quantised weights of the model"):
-        against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=floats)
+        prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=floats))
     with pytest.raises(InputRefused, match="the candidate has no quantised weights"):
-        against_pytorch.prove(OnnxRunner(floats), wide, [an_adapter()], origin=base)
+        prove(OnnxRunner(floats), PyTorchReferences(wide, [an_adapter()], origin=base))
 
 
 class Turned(nn.Module):
@@ -339,7 +340,7 @@ def test_int8_rounding_follows_onnxruntimes_fusion(axis: int, block: int, tmp_pa
     executed = functools.partial(runner.executed_nodes, lambda other: other.run({"x": x}))
     weights = quantised_weights.find(path, turned, executed=executed)
     assert weights["fc.weight"].activation_block == block
-    verdict = against_pytorch.prove(runner, turned, []).verdict
+    verdict = prove(runner, PyTorchReferences(turned)).verdict
     assert verdict.same, str(verdict)
 
 
@@ -354,10 +355,10 @@ def test_transposed_parameter_is_merged_and_verified(tmp_path: Path) -> None:
 
     a, b = rng.normal(size=(2, 40)) / 8, rng.normal(size=(120, 2)) / 8
     path = requantised(base, adapter(0.2), tmp_path / "merged")
-    verdict = against_pytorch.prove(OnnxRunner(path), turned, [adapter(0.2)], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(turned, [adapter(0.2)], origin=base)).verdict
     assert verdict.same, str(verdict)
     assert any("merged into 1 quantised weights" in note for note in verdict.notes)
-    wrong = against_pytorch.prove(OnnxRunner(path), turned, [adapter(0.22)], origin=base).verdict
+    wrong = prove(OnnxRunner(path), PyTorchReferences(turned, [adapter(0.22)], origin=base)).verdict
     assert "weights" in {reason.gate for reason in wrong.reasons}
 
 
@@ -384,7 +385,7 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
         plan.make([adapter], found.specs), graph, found, tmp_path / "merged", file_name="m.onnx", requantise=True
     )
     path = tmp_path / "merged" / "m.onnx"
-    verdict = against_pytorch.prove(OnnxRunner(path), llama, [adapter], origin=base).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(llama, [adapter], origin=base)).verdict
     assert verdict.same, str(verdict)
     assert any("merged into 12 quantised weights" in note for note in verdict.notes)
     with pytest.raises(
@@ -393,10 +394,10 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
         if names == "with names"
         else r"the names of \d+ quantised weights are unknown",
     ):
-        against_pytorch.prove(OnnxRunner(path), llama, [adapter])
+        prove(OnnxRunner(path), PyTorchReferences(llama, [adapter]))
     name = "model.layers.1.self_attn.q_proj"
     scaled = replace(adapter, pairs={**adapter.pairs, name: replace(adapter.pairs[name], scale=2.2)})
-    wrong = against_pytorch.prove(OnnxRunner(path), llama, [scaled], origin=base).verdict
+    wrong = prove(OnnxRunner(path), PyTorchReferences(llama, [scaled], origin=base)).verdict
     assert wrong.outcome is parity.Outcome.DIFFERENT
     assert [reason.text.partition(":")[0] for reason in wrong.reasons if reason.gate == "weights"] == [f"{name}.weight"]
 
@@ -449,13 +450,14 @@ def test_nearest_value_of_a_block_in_packed_weights() -> None:
 def test_quantised_graph_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone(), as_pairs=as_pairs), 4)
     path = beside(few.clone(), an_adapter(4.0), tmp_path)
-    right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)], trace=True).diagnosis
+    right = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(4.0)]), trace=True).diagnosis
     assert right is not None and right.first is None
     assert [layer.name for layer in right.layers] == ["up", "down"]
     assert all(0 < layer.error < 1.2 * layer.deployed_error for layer in right.layers)
     lost = replace(an_adapter(4.0), pairs={"up": an_adapter(4.0).pairs["up"]})
     (tmp_path / "lost").mkdir()
-    wrong = against_pytorch.prove(OnnxRunner(beside(few, lost, tmp_path / "lost")), wide, [an_adapter(4.0)]).diagnosis
+    candidate = OnnxRunner(beside(few, lost, tmp_path / "lost"))
+    wrong = prove(candidate, PyTorchReferences(wide, [an_adapter(4.0)])).diagnosis
     assert wrong is not None and wrong.first == "down" and "its adapter is missing" in wrong.why
 
 
@@ -463,10 +465,10 @@ def test_quantised_graph_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Mod
 def test_requantised_merge_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone(), as_pairs=as_pairs), 4), tmp_path)
     path = requantised(base, an_adapter(), tmp_path / "merged")
-    right = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter()], origin=base, trace=True).diagnosis
+    right = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base), trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 2
     scaled = requantised(base, an_adapter(1.5), tmp_path / "scaled")
-    wrong = against_pytorch.prove(OnnxRunner(scaled), wide, [an_adapter()], origin=base).diagnosis
+    wrong = prove(OnnxRunner(scaled), PyTorchReferences(wide, [an_adapter()], origin=base)).diagnosis
     assert wrong is not None and wrong.first == "up"
     assert re.search(r"arrives 1\.(4[6-9]|5\d*) times .* is no more than rounding costs", wrong.why), wrong.why
 
@@ -494,7 +496,7 @@ def test_verify_command_takes_the_origin_of_a_requantised_merge(
 
 def test_pytorchs_error_includes_int8_rounding(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = beside(exact(quantised(graph.clone()), 4), an_adapter(4.0), tmp_path)
-    verdict = against_pytorch.prove(OnnxRunner(path), wide, [an_adapter(4.0)]).verdict
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(4.0)])).verdict
     assert verdict.same, str(verdict)
     assert any("in int8" in note for note in verdict.notes)
     ratios = [each.figures.ratio for each in verdict.comparisons if each.figures and each.figures.ratio]

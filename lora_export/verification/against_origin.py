@@ -1,0 +1,89 @@
+"""A graph that takes adapters, without one, judged by the bits of the graph that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays
+from lora_export.verification import parity
+from lora_export.verification.compare_outputs import bits_that_differ, error_of, named_as
+
+AGAINST = "the base graph"  # what a record says of a verdict without a PyTorch model
+
+UNCHANGED = "its answers are those of the graph that it was made from, to the last bit"
+
+NODE_BY_NODE = (
+    "its answers are those of the graph that it was made from, to the last bit, where onnxruntime runs both node by "
+    "node; optimised, it fuses other nodes of them"
+)
+
+NOT_BY_FP64 = "whether that graph is the model's was not decided: its answers are too coarse for a verdict in fp64"
+
+NEAR = 0.1  # largest distance of two graphs that differ only in what onnxruntime fuses, relative to PyTorch's error
+
+Outputs = Mapping[str, Arrays]  # by case
+
+
+def judge_by_origin(
+    cases: Sequence[parity.Case],
+    undecided: parity.Verdict,
+    candidate: OnnxRunner,
+    origin: Path,
+    run: Callable[[OnnxRunner], Outputs],
+) -> tuple[parity.Verdict, tuple[parity.Case, ...]] | None:
+    """Judge a graph without an adapter by the graph that it was made from; None where the two differ.
+
+    `undecided` is the verdict of `cases` in fp64. A base that rounds what it multiplies, to int8 or to half
+    precision, can be too far from its model in fp64. Then only its own outputs can decide: the candidate must have
+    their bits. Where onnxruntime fuses other nodes of the two, the bits of both node by node must be the same, and as
+    they run they may differ by a tenth of PyTorch's error in fp64. `run` runs a graph on the inputs of the proof.
+    Raises InputRefused for an origin with other inputs or outputs.
+    """
+    own = run(candidate)
+    if not candidate.takes_adapters or bits_that_differ(own, run(candidate)):
+        return None
+    before = _run_origin(OnnxRunner(origin, candidate.provider), run, own)
+    note = UNCHANGED
+    if difference := bits_that_differ(own, before):
+        if not all(_is_near(case, own, before) for case in cases):
+            return None
+        note = f"{NODE_BY_NODE} ({difference[0]})"
+        own = run(candidate.unoptimised())
+        before = _run_origin(OnnxRunner(origin, candidate.provider, optimise=False), run, own)
+        if bits_that_differ(own, before):
+            return None
+    judged = tuple(_beside_origin(case, own, before) for case in cases)
+    notes = [note, NOT_BY_FP64, *undecided.notes]
+    return parity.judge(judged, dtype=undecided.dtype, sensitivity=undecided.sensitivity, notes=notes), judged
+
+
+def _run_origin(origin: OnnxRunner, run: Callable[[OnnxRunner], Outputs], like: Outputs) -> Outputs:
+    refused = f"{origin.path} is not what the candidate was made from:"
+    try:
+        outputs = run(origin)
+    except RuntimeRefused as error:
+        raise InputRefused(f"{refused} {error}") from error
+    if any(outputs[case].keys() != own.keys() for case, own in like.items()):
+        raise InputRefused(f"{refused} it has other outputs")
+    return outputs
+
+
+def _beside_origin(case: parity.Case, own: Outputs, before: Outputs) -> parity.Case:
+    candidate, origin = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
+    return replace(case, candidate=candidate, reference=origin, deployed=origin, peer=AGAINST)
+
+
+def _is_near(case: parity.Case, own: Outputs, before: Outputs) -> bool:
+    """Whether the outputs of two graphs are near each other, beside what rounding costs PyTorch there."""
+    one, other = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
+    return all(
+        parity.rms(one[name].astype(np.float64) - other[name]) <= NEAR * error_of(truth, case.deployed[name])
+        for name, truth in case.reference.items()
+        if one[name].dtype.kind == "f"
+    )
