@@ -1,8 +1,7 @@
-"""What can go wrong, and the exit code each failure ends with.
+"""The expected failures, each with the exit code of the command line.
 
-Raise these anywhere; one place in `lora_export.cli` turns them into a line on stderr and a number.
-A message says what is wrong, where, and what to do next. Every other exception is a bug of ours
-and ends as a traceback with code 1, never as a verdict.
+Raise these anywhere. `lora_export.cli` turns them into a line on stderr and an exit code. A message describes what is
+wrong, where, and what to do. Every other exception is a bug: it ends as a traceback with code 1, never as a verdict.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Control characters as escapes, line breaks aside: a name in an untrusted file may not steer the terminal."""
+    """Escape control characters other than line breaks, so that untrusted names cannot control the terminal."""
     return "\n".join(map(one_line, text.split("\n")))
 
 
 def one_line(text: str) -> str:
-    """Control characters as escapes, line breaks too: a name may not pass for a line of ours either."""
+    """Escape control characters and line breaks, so that untrusted names cannot look like a line of this program."""
     text = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
 
 
 def _no_command(line: str) -> str:
-    """GitHub's runner obeys lines that begin with `::`, and `##[` anywhere in one, on stdout and on stderr alike."""
+    """Escape commands of GitHub's runner: it executes `::` at the start of a line and `##[` anywhere in one."""
     line = line.replace("##[", "##\\x5b")
     return line.replace("::", "\\x3a:", 1) if line.lstrip().startswith("::") else line
 
 
 class LoraExportError(Exception):
-    """A failure that we foresaw. `exit_code` is what the command line ends with."""
+    """An expected failure. `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -63,7 +62,7 @@ class Different(NotTheSame):
 
 
 class Undecided(NotTheSame):
-    """Parity: this check could not have told a right candidate from a wrong one."""
+    """Parity: this check cannot distinguish a right candidate from a wrong one."""
 
     exit_code = 5
 
@@ -87,7 +86,7 @@ class RuntimeRefused(LoraExportError):
 
 
 def refuse_unprintable(names: Iterable[str], source: str) -> None:
-    """Raises InputRefused for tensors' names that hold control characters: no model has such, only an attack."""
+    """Raise InputRefused for tensor names with control characters: only an attack has such names."""
     strange = [repr(name) for name in names if not name.isprintable()]
     if strange:
         raise InputRefused(f"{source} has names with control characters: {', '.join(strange)}")
@@ -106,9 +105,9 @@ class Misfit:
 
 
 class MatchError(InputRefused):
-    """Every misfit between adapters and base, listed at once. Nothing has been written.
+    """Every misfit between adapters and base, in one error. Nothing has been written.
 
-    `targets` counts what should have landed: the adapters' tensors, and layers that they forgot.
+    `targets` counts what should have matched: the tensors of the adapters, and targeted layers without tensors.
     """
 
     def __init__(self, misfits: Iterable[Misfit], *, targets: int):
@@ -117,7 +116,7 @@ class MatchError(InputRefused):
         for misfit in self.misfits:
             by_adapter.setdefault(misfit.adapter, []).append(misfit)
         lines = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
-        for adapter, misfits_there in by_adapter.items():
+        for adapter, own_misfits in by_adapter.items():
             lines.append(f"  in {one_line(adapter)}:")
-            lines += [f"    {misfit}" for misfit in misfits_there]
+            lines += [f"    {misfit}" for misfit in own_misfits]
         super().__init__("\n".join(lines))

@@ -24,7 +24,7 @@ def pair(a: Any = A, b: Any = B, scale: float = 1.0) -> LoraPair:
 
 
 def adapter(name: str = "mine", **pairs: LoraPair) -> Adapter:
-    """An adapter of these modules; a double underscore stands for a dot."""
+    """An adapter of these modules; a double underscore means a dot."""
     return Adapter(name, "peft", {module.replace("__", "."): pair for module, pair in pairs.items()})
 
 

@@ -18,7 +18,7 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output, input_files
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.checkpoint import Checkpoint, code_of_its_own, open_checkpoint
+from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
 
@@ -113,7 +113,7 @@ def merge(
 
 def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
     checkpoint = open_checkpoint(options.base)
-    list(checkpoint.companions())  # raises for links that lead out of the folder: before the work, not after it
+    list(checkpoint.other_files())  # raises for links that lead out of the folder: before the work, not after it
     steps = plan.make(options.adapters, checkpoint.specs, strengths=options.weights, may_add=True)
     refuse_before_merge(steps, checkpoint)
     notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))
@@ -219,9 +219,11 @@ def _warn_of_rounding(report: MergeReport, remedy: str, on_message: OnMessage) -
 
 def _notes_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
     notes = list(_other_bases(adapters, checkpoint))
-    if code := code_of_its_own(checkpoint.config):
+    if code := custom_code(checkpoint.config):
         notes.append(f"the base's config names code of its own ({code}): it is copied, and was not run")
-    return notes + [f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.left_out()]
+    return notes + [
+        f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.unmerged_weights()
+    ]
 
 
 def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:

@@ -18,7 +18,7 @@ from lora_export.lora import Adapter
 from lora_export.models.model import TRACED_SIZES, Axes, Inputs, MakeInputs, Model, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
-from lora_export.weights.checkpoint import CONFIG, code_of_its_own, open_checkpoint
+from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads
 
 
@@ -65,7 +65,7 @@ def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[s
         if not fields.get("architectures"):
             raise InputRefused(f"{path} names no architecture, so that its classifier is unknown")
         fields = config_for_labels(fields, labels)
-    if code := code_of_its_own(fields):
+    if code := custom_code(fields):
         raise InputRefused(
             f"{path} names code of its own ({code}), which lora-export never runs. Build the model in a "
             "factory, `file.py:factory`, where you trust it"

@@ -78,7 +78,8 @@ def _scratch_arrays(
 def _is_below_largest(total: NDArray[Any], dtype: np.dtype[Any]) -> bool:
     """Whether the norm of a sum shows that each of its entries is finite in a dtype. Faster than a look at each."""
     flat = total.reshape(-1)
-    return bool(flat @ flat < np.float64(ml_dtypes.finfo(dtype).max) ** 2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(flat @ flat < np.float64(ml_dtypes.finfo(dtype).max) ** 2)
 
 
 def refuse_overflow(name: str, before: NDArray[Any], after: NDArray[Any]) -> None:

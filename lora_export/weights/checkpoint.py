@@ -1,8 +1,8 @@
-"""Base weights on disk: headers first, tensors in slices, nothing loaded whole."""
+"""A checkpoint on disk: its headers, config and index. No weights are read here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from lora_export.storage.safetensors_file import TensorFile
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-BLOBS = "blobs"  # the folder of a Hugging Face cache that its snapshots link into
-# Other weights that may lie in a model's folder: copied along, they would contradict the merged ones.
+BLOBS = "blobs"  # the folder of a Hugging Face cache to which its snapshots link
+# Weights in other formats in the folder of a model. They are not copied: they would contradict the merged weights.
 OTHER_WEIGHTS = (
     ".bin",
     ".pt",
@@ -35,28 +35,28 @@ OTHER_WEIGHTS = (
 )
 
 AUTO_MAP = "auto_map"
-LABELS = ("id2label", "label2id")  # tables of a config whose keys are the user's own words
+LABELS = ("id2label", "label2id")  # tables of a config with arbitrary keys
 CODE = (
     AUTO_MAP,
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 
-# transformers' Conv1D stores (in, out). Only the model's class tells, so these are the classes that use it.
+# transformers' Conv1D stores (in, out). Only the class of a model determines whether it uses Conv1D.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A Hugging Face folder or one safetensors file, by its headers."""
+    """The headers of a Hugging Face folder or of one safetensors file."""
 
     path: Path
     shards: Mapping[str, TensorFile]  # file name -> header
     specs: tuple[TensorSpec, ...]
     config: Mapping[str, Any] = field(default_factory=dict)  # empty for a bare file
     index: str = ""  # the index's file name, where the weights are in several files
-    history: History = ()  # the adapters that an earlier merge put in
+    history: History = ()  # the adapters of earlier merges
 
     @property
     def is_folder(self) -> bool:
@@ -64,12 +64,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """The size of all weight files."""
         return sum(shard.size for shard in self.shards.values())
 
-    def companions(self) -> Iterator[Path]:
-        """The folder's other files (configuration, tokenizer, licence), weights in other formats left out.
+    def other_files(self) -> Iterator[Path]:
+        """The other files of the folder (config, tokenizer, licence), without weights in other formats.
 
-        Raises InputRefused for a link that leads elsewhere: what it points at would be published with the model.
+        Raises InputRefused for a link out of the folder: its target would be published with the model.
         """
         if not self.is_folder:
             return
@@ -80,13 +81,15 @@ class Checkpoint:
             hidden = any(part.startswith(".") for part in relative.parts)
             if hidden or relative.as_posix() in ours or self._is_weights(path):
                 continue
-            place = path.resolve()
-            if not place.is_relative_to(home) and place.parent.name != BLOBS:
-                raise InputRefused(f"{path} is a link to {place}, outside the model; put a copy of the file there")
+            target = path.resolve()
+            if not target.is_relative_to(home) and target.parent.name != BLOBS:
+                raise InputRefused(
+                    f"{path} is a link to {target}, outside the model. Replace the link with a copy of the file"
+                )
             yield relative
 
-    def left_out(self) -> list[str]:
-        """Weights in other formats in the same folder, which a merge does not carry along."""
+    def unmerged_weights(self) -> list[str]:
+        """Weights in other formats in the same folder, which a merge does not copy."""
         if not self.is_folder:
             return []
         found = (path.relative_to(self.path) for path in input_files.regular_files(self.path))
@@ -98,29 +101,29 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a base's headers, config and index. Reads no weights.
+    """Read the headers, config and index of a base. Reads no weights.
 
-    Raises InputRefused, with everything that is wrong: missing or damaged shards, an index that
-    disagrees with them, two sets of weights, quantised or pickled weights.
+    Raises InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, and
+    quantised or pickled weights.
     """
     path = Path(path)
     input_files.must_exist(path, "base model")
     if path.is_dir():
         return _open_folder(path)
     if path.suffix != ".safetensors":
-        raise InputRefused(f"{path}: a base is a Hugging Face folder or a .safetensors file")
+        raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)
     return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], None)), history=_history(path, {}, shard))
 
 
-def code_of_its_own(config: Mapping[str, Any]) -> str:
-    """What in a model's config names code to be loaded with it, as `key: value`; empty where there is none.
+def custom_code(config: Mapping[str, Any]) -> str:
+    """The entry of a model's config that names code to load, as `key: value`; empty where there is none.
 
-    Merging copies such a config and runs nothing of it; whoever builds the model must refuse it.
+    A merge copies such a config and runs no code. A function that builds the model must refuse it.
     """
     for key in CODE:
         for value in _values(config, key):
-            # An attention of transformers' own has a plain name; one from the hub has its owner's before a slash.
+            # An attention of transformers has a plain name; one from the Hub has an owner before a slash.
             if key == AUTO_MAP or "/" in str(value):
                 return f"{key}: {value!r}"
     return ""
@@ -145,32 +148,40 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _weight_files(folder: Path) -> tuple[str, list[str]]:
-    """The index (or nothing) and the files that hold the weights."""
+    """The name of the index, or an empty string, and the names of the files that hold the weights."""
     indices = sorted(path.name for path in folder.glob(f"*{INDEX_SUFFIX}"))
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(indices) > 1:
-        raise InputRefused(f"{folder} has {len(indices)} indices: {', '.join(indices)}")
-    if not indices:
-        if len(present) == 1:
-            return "", present
-        if present:
-            raise InputRefused(f"{folder} has {len(present)} safetensors files and no index: {', '.join(present)}")
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        if pickles:
-            raise InputRefused(
-                f"{folder} has its weights in pickles ({', '.join(pickles)}), which can run code when they are opened. "
-                "Load it where you trust it and save it again as safetensors"
-            )
-        raise InputRefused(f"{folder} has no safetensors weights")
-    table = json_files.read_json(folder / indices[0]).get("weight_map")
+        raise InputRefused(f"{folder} has {len(indices)} index files: {', '.join(indices)}. Keep only one of them")
+    if indices:
+        return indices[0], _indexed_files(folder, indices[0], present)
+    if len(present) == 1:
+        return "", present
+    if present:
+        raise InputRefused(
+            f"{folder} has {len(present)} safetensors files and no index: {', '.join(present)}. Add the index, or name "
+            "the file that you mean"
+        )
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise InputRefused(
+            f"{folder} has its weights in pickle files ({', '.join(pickles)}), which can run code when they are "
+            "opened. Load the model where you trust it, and save it as safetensors"
+        )
+    raise InputRefused(f"{folder} has no safetensors weights")
+
+
+def _indexed_files(folder: Path, index: str, present: Sequence[str]) -> list[str]:
+    """The shards that an index names. Raises InputRefused where they are not exactly the files of the folder."""
+    table = json_files.read_json(folder / index).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise InputRefused(f"{folder / indices[0]} has no weight_map")
+        raise InputRefused(f"{folder / index} has no weight_map")
     strange = [
         name for name in table.values() if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
     ]
     if strange:
         raise InputRefused(
-            f"{folder / indices[0]} names what is no file in its folder: {', '.join(map(repr, strange))}"
+            f"{folder / index} may only name files of its own folder, and names {', '.join(map(repr, strange))}"
         )
     named = list(dict.fromkeys(table.values()))
     missing = [name for name in named if name not in present]
@@ -179,22 +190,22 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
     extra = [name for name in present if name not in named]
     if extra:
         raise InputRefused(
-            f"{folder} has an index and, besides its shards, {', '.join(extra)}: which is the model? "
-            "Take the others away, or name the file that you mean"
+            f"{folder} has an index and, besides its shards, {', '.join(extra)}. Remove what is not the model, or name "
+            "the file that you mean"
         )
-    return indices[0], named
+    return named
 
 
 def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:
     table: dict[str, str] = json_files.read_json(index)["weight_map"]
     problems = [
-        f"{name}: not in {file}, where the index has it"
+        f"{name}: not in {file}, where the index expects it"
         for name, file in table.items()
         if name not in shards[file].entries
     ]
     for file, shard in shards.items():
         problems += [
-            f"{name}: in {file}, the index says {table.get(name, 'nothing of it')}"
+            f"{name}: in {file}, the index {f'expects it in {table[name]}' if name in table else 'does not list it'}"
             for name in shard.entries
             if table.get(name) != file
         ]
@@ -225,12 +236,12 @@ def _layout(name: str, dimensions: int, config: Mapping[str, Any] | None) -> Lay
             return Layout.UNKNOWN
         if not CONV1D_MODELS.isdisjoint(map(str, _values(config, "model_type"))):
             return Layout.IN_OUT
-    return Layout.MATRIX if dimensions == 2 else Layout.OUT_IN  # a convolution's, or a bare parameter's
+    return Layout.MATRIX if dimensions == 2 else Layout.OUT_IN  # a convolution, or a bare parameter
 
 
 def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:
-    """What a config says under a key, in its nested parts too."""
-    parts = [config]  # no recursion: a hostile config may be nested deeper than Python's stack
+    """The values of a key in a config, in its nested parts too."""
+    parts = [config]  # not recursive: a hostile config may be nested deeper than Python's stack
     while parts:
         part = parts.pop()
         if key in part:

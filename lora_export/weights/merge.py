@@ -246,7 +246,7 @@ def _write_other_files(
     plan: Plan, base: Checkpoint, stage: Path, written: Mapping[str, TensorFile], dtype: str | None
 ) -> None:
     """Copy the files that are not weights; write the config and the index of the output."""
-    for relative in base.companions():
+    for relative in base.other_files():
         (stage / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.path / relative, stage / relative)
     config = _output_config(plan, base, dtype)

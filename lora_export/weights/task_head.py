@@ -1,6 +1,6 @@
-"""What a task head that came with an adapter means for the model's `config.json`.
+"""The `config.json` of a model whose adapter has a task head.
 
-A dictionary becomes a dictionary: neither transformers nor the weights are touched.
+Dictionaries in, dictionaries out: neither transformers nor weights are needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_export.lora import Adapter
 
-# PEFT's task types -> the ending of transformers' class
+# task type of PEFT -> ending of the class in transformers
 CLASS_ENDINGS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
@@ -19,12 +19,12 @@ CLASS_ENDINGS = {
 }
 # BertModel, BertForMaskedLM, BertLMHeadModel -> Bert
 CLASS_ENDING = re.compile(r"(((With)?LMHead|DoubleHeads|Encoder)?Model|For[A-Z]\w*)$")
-# Where transformers' classifiers keep the matrix that has one row a label
+# Names of the matrix with one row per label in classifiers of transformers
 LABEL_ROWS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
 
 def config_with_heads(config: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The base's config, changed to name the head class and labels that the adapters bring; else equal to it."""
+    """The config of the base with the head class and labels of the adapters; an equal copy where they have no head."""
     result = dict(config)
     for adapter in adapters:
         if adapter.replaced and config:
@@ -33,7 +33,7 @@ def config_with_heads(config: Mapping[str, Any], adapters: Sequence[Adapter]) ->
 
 
 def config_for_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """The base's config, changed to the class that sorts texts into these labels."""
+    """The config of the base with the class of a text classifier and these labels."""
     return {**config, **_class_ending_with(config, CLASS_ENDINGS["SEQ_CLS"]), **_label_fields(labels)}
 
 
@@ -62,9 +62,9 @@ def _labels(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     if rows is None or adapter.metadata.get("task_type") not in CLASS_ENDINGS:
         return {}
     named = config.get("id2label")
-    if isinstance(named, Mapping) and len(named) == rows:  # the base has this head already, and its labels have names
+    if isinstance(named, Mapping) and len(named) == rows:  # the base already has this head, with named labels
         return {}
-    return _label_fields([f"LABEL_{number}" for number in range(rows)])  # transformers' names where nobody gave any
+    return _label_fields([f"LABEL_{number}" for number in range(rows)])  # the names that transformers uses by default
 
 
 def _label_fields(labels: Sequence[str]) -> dict[str, Any]:

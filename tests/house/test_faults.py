@@ -270,8 +270,8 @@ def test_an_index_that_disagrees_with_its_shards(place):
     write_index(index, {"dense.weight": "one.safetensors", "dense.bias": "two.safetensors", "lost": "one.safetensors"})
     place.neither_takes_the_base(
         f"{index} disagrees with the shards:\n",
-        "  lost: not in one.safetensors, where the index has it\n",
-        "  dense.weight: in two.safetensors, the index says one.safetensors\n",
+        "  lost: not in one.safetensors, where the index expects it\n",
+        "  dense.weight: in two.safetensors, the index expects it in one.safetensors\n",
     )
 
 
@@ -282,14 +282,14 @@ def test_an_index_that_points_out_of_its_folder(place, place_of_shard):
     (place.base / "two.safetensors").rename(place.folder / "two.safetensors")
     pointing = place_of_shard.format(folder=place.folder)
     write_index(index, {"dense.weight": "one.safetensors", "dense.bias": pointing})
-    place.neither_takes_the_base(f"{index} names what is no file in its folder: {pointing!r}")
+    place.neither_takes_the_base(f"{index} may only name files of its own folder, and names {pointing!r}")
 
 
 @pytest.mark.fault(5)
 def test_two_sets_of_weights(place):
     make_sharded(place.base)
     base_file(place.base / "model.safetensors", {"dense.weight": -WEIGHT, "dense.bias": np.ones(8)})
-    place.neither_takes_the_base("model.safetensors: which is the model? Take the others away, or name the file")
+    place.neither_takes_the_base("model.safetensors. Remove what is not the model, or name the file")
 
 
 @pytest.mark.fault(20)
@@ -738,7 +738,7 @@ def test_pickles_are_refused_and_not_opened(place, payload):
     (place.base / "model.safetensors").unlink()
     (place.base / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(payload)))
     place.neither_takes_the_base(
-        f"{place.base} has its weights in pickles (pytorch_model.bin), which can run code",
+        f"{place.base} has its weights in pickle files (pytorch_model.bin), which can run code",
         "save it again as safetensors",
     )
     assert not payload.exists()

@@ -179,7 +179,7 @@ def test_a_converted_merge_of_two_adapters_is_the_same(
 
 # --- defects ---
 
-A, B = (np.float64(side) for side in PAIRS["a"])
+A, B = (np.float64(factor) for factor in PAIRS["a"])
 DELTA = B @ A
 
 
@@ -220,7 +220,7 @@ def renamed(tensors: Tensors) -> None:
     tensors["c.weight"] = tensors.pop("b.weight")
 
 
-def turned(tensors: Tensors) -> None:
+def transposed(tensors: Tensors) -> None:
     tensors["b.weight"] = np.ascontiguousarray(tensors["b.weight"].T)
 
 
@@ -267,7 +267,7 @@ DEFECTS: dict[str, tuple[Callable[[Any], Callable[[Tensors], None]], str]] = {
     "missing": (lambda _: missing, "kept.bias: different, is missing"),
     "extra": (lambda _: extra, "foreign: different, is in neither the base nor the adapters"),
     "renamed": (lambda _: renamed, "b.weight: different, is missing"),
-    "turned": (lambda _: turned, r"b.weight: different, is \[24, 64\], and should be \[64, 24\]"),
+    "stored transposed": (lambda _: transposed, r"b.weight: different, is \[24, 64\], and should be \[64, 24\]"),
     "nan": (lambda _: not_a_number, "a.weight: different, 1 of 1,600"),
     "infinity": (lambda _: infinite, "b.weight: different, 1 of 1,536"),
     "one dtype": (lambda _: another_dtype, "b.weight: different, is float64, the base's is"),

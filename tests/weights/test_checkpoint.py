@@ -1,4 +1,4 @@
-"""Base weights on disk: what is read from headers, and every way in which a base is refused before a merge."""
+"""Checkpoints on disk: what headers contain, and every reason for which a base is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.plan import Layout, TensorSpec
-from lora_export.weights.checkpoint import code_of_its_own, open_checkpoint
+from lora_export.weights.checkpoint import custom_code, open_checkpoint
 from support.handmade import base_file, raw_tensor_file
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -53,7 +53,7 @@ def refusal(path: Path) -> str:
 # --- What is read ---
 
 
-def test_shards_are_read_in_the_indexs_order_from_their_headers(sharded):
+def test_shards_have_the_order_of_the_index(sharded):
     base = open_checkpoint(sharded)
     assert (base.is_folder, base.index, list(base.shards)) == (True, INDEX, [FIRST, SECOND])
     assert set(base.specs) == {
@@ -64,11 +64,11 @@ def test_shards_are_read_in_the_indexs_order_from_their_headers(sharded):
     assert base.nbytes == sum((sharded / name).stat().st_size for name in (FIRST, SECOND))
 
 
-def test_a_single_file_in_a_folder_and_a_bare_file_are_bases(tmp_path):
+def test_a_folder_of_one_file_and_a_bare_file_are_bases(tmp_path):
     single(tmp_path, {"model_type": "bert"}, fc__weight=[[1]])
     folder, bare = open_checkpoint(tmp_path), open_checkpoint(tmp_path / "model.safetensors")
     assert (folder.index, folder.is_folder, folder.config) == ("", True, {"model_type": "bert"})
-    assert (bare.is_folder, bare.config, list(bare.companions()), bare.left_out()) == (False, {}, [], [])
+    assert (bare.is_folder, bare.config, list(bare.other_files()), bare.unmerged_weights()) == (False, {}, [], [])
     assert [spec.name for spec in folder.specs] == [spec.name for spec in bare.specs] == ["fc.weight"]
 
 
@@ -80,7 +80,7 @@ def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
     (snapshot / "tokenizer.json").symlink_to(sharded / "config.json")
     base = open_checkpoint(snapshot)
     assert base.specs == open_checkpoint(sharded).specs
-    assert [path.as_posix() for path in base.companions()] == ["config.json", "tokenizer.json"]
+    assert [path.as_posix() for path in base.other_files()] == ["config.json", "tokenizer.json"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
         (None, Layout.UNKNOWN),
     ],
 )
-def test_only_the_models_class_tells_how_gpt2s_matrices_lie(tmp_path, config, layout):
+def test_the_layout_of_gpt2_matrices_depends_on_the_model_type(tmp_path, config, layout):
     single(
         tmp_path,
         config,
@@ -110,7 +110,7 @@ def test_only_the_models_class_tells_how_gpt2s_matrices_lie(tmp_path, config, la
     }
 
 
-def test_companions_are_everything_but_weights_and_hidden_files(sharded):
+def test_other_files_exclude_weights_and_hidden_files(sharded):
     for name in ("tokenizer.json", "1_Pooling/config.json", "LICENSE", "lora_export.json", ".git/config", ".hidden"):
         (sharded / name).parent.mkdir(exist_ok=True)
         (sharded / name).write_text("{}")
@@ -119,13 +119,13 @@ def test_companions_are_everything_but_weights_and_hidden_files(sharded):
         (sharded / name).touch()
     (sharded / "dangling.json").symlink_to("nowhere")
     base = open_checkpoint(sharded)
-    assert [path.as_posix() for path in base.companions()] == [
+    assert [path.as_posix() for path in base.other_files()] == [
         "1_Pooling/config.json",
         "LICENSE",
         "config.json",
         "tokenizer.json",
     ]
-    assert sorted(base.left_out()) == [
+    assert sorted(base.unmerged_weights()) == [
         "onnx/model.onnx",
         "onnx/model.onnx_data",
         "pytorch_model.bin",
@@ -137,19 +137,19 @@ def test_companions_are_everything_but_weights_and_hidden_files(sharded):
 # --- The history of earlier merges ---
 
 
-def test_an_earlier_merge_is_known_from_the_folders_manifest(sharded):
+def test_the_history_is_read_from_the_manifest(sharded):
     write_json(sharded / "lora_export.json", {"adapters": [{"name": "a", "sha256": "12"}], "files": {}})
     assert open_checkpoint(sharded).history == ({"name": "a", "sha256": "12"},)
 
 
-def test_an_earlier_merge_is_known_from_a_files_header(tmp_path):
+def test_the_history_is_read_from_a_header(tmp_path):
     header = {"__metadata__": {"lora_export": '{"adapters": [{"name": "a"}]}'}}
     raw_tensor_file(tmp_path / "model.safetensors", header)
     assert open_checkpoint(tmp_path / "model.safetensors").history == ({"name": "a"},)
     assert open_checkpoint(tmp_path).history == ({"name": "a"},)
 
 
-def test_the_manifest_is_younger_than_a_files_header(tmp_path):
+def test_the_manifest_takes_precedence_over_a_header(tmp_path):
     header = {"__metadata__": {"lora_export": '{"adapters": [{"name": "old"}]}'}}
     raw_tensor_file(tmp_path / "model.safetensors", header)
     write_json(tmp_path / "lora_export.json", {"adapters": [{"name": "old"}, {"name": "new"}]})
@@ -171,7 +171,7 @@ def test_a_missing_base_is_refused(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.gguf").touch()
-    assert refusal(tmp_path / "model.gguf") == "BASE: a base is a Hugging Face folder or a .safetensors file"
+    assert refusal(tmp_path / "model.gguf") == "BASE is neither a Hugging Face folder nor a .safetensors file"
 
 
 @pytest.mark.fault(2)
@@ -196,25 +196,25 @@ def test_a_fifo_for_a_shard_is_refused(sharded):
 
 @pytest.mark.fault(3)
 def test_every_disagreement_of_index_and_shards_is_listed(sharded):
-    # `b.bias` is promised in the first shard, `gone` is nowhere, and the second holds `a.weight` once more.
-    base_file(sharded / SECOND, {"b.weight": [[5]], "b.bias": [8], "a.weight": [[1]], "unheard": [1]})
+    # The index expects `b.bias` in the first shard; `gone` is in none, and the second holds `a.weight` once more.
+    base_file(sharded / SECOND, {"b.weight": [[5]], "b.bias": [8], "a.weight": [[1]], "unlisted": [1]})
     write_json(sharded / INDEX, {"weight_map": {**MAP, "b.bias": FIRST, "gone": SECOND}})
     first, *lines = refusal(sharded).splitlines()
     assert first == f"BASE/{INDEX} disagrees with the shards:"
     assert sorted(lines) == [
-        f"  a.weight: in {SECOND}, the index says {FIRST}",
-        f"  b.bias: in {SECOND}, the index says {FIRST}",
-        f"  b.bias: not in {FIRST}, where the index has it",
-        f"  gone: not in {SECOND}, where the index has it",
-        f"  unheard: in {SECOND}, the index says nothing of it",
+        f"  a.weight: in {SECOND}, the index expects it in {FIRST}",
+        f"  b.bias: in {SECOND}, the index expects it in {FIRST}",
+        f"  b.bias: not in {FIRST}, where the index expects it",
+        f"  gone: not in {SECOND}, where the index expects it",
+        f"  unlisted: in {SECOND}, the index does not list it",
     ]
 
 
-@pytest.mark.parametrize("place", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", 3, ["x"]])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", 3, ["x"]])
 @pytest.mark.fault(4)
-def test_an_index_that_points_out_of_its_folder_is_refused(sharded, place):
-    write_json(sharded / INDEX, {"weight_map": {**MAP, "a.weight": place}})
-    assert refusal(sharded) == f"BASE/{INDEX} names what is no file in its folder: {place!r}"
+def test_an_index_that_names_files_elsewhere_is_refused(sharded, name):
+    write_json(sharded / INDEX, {"weight_map": {**MAP, "a.weight": name}})
+    assert refusal(sharded) == f"BASE/{INDEX} may only name files of its own folder, and names {name!r}"
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {}}, {"weight_map": None}])
@@ -224,32 +224,35 @@ def test_an_index_without_a_map_is_refused(sharded, content):
 
 
 @pytest.mark.fault(5)
-def test_an_index_and_a_single_file_beside_its_shards_are_refused(sharded):
+def test_a_file_beside_the_shards_of_an_index_is_refused(sharded):
     base_file(sharded / "model.safetensors", {"a.weight": [[9]]})
     assert refusal(sharded) == (
-        "BASE has an index and, besides its shards, model.safetensors: which is the model? "
-        "Take the others away, or name the file that you mean"
+        "BASE has an index and, besides its shards, model.safetensors. Remove what is not the model, or name the file "
+        "that you mean"
     )
 
 
 @pytest.mark.fault(5)
 def test_two_indices_are_refused(sharded):
     write_json(sharded / "model.fp16.safetensors.index.json", {"weight_map": MAP})
-    assert refusal(sharded) == f"BASE has 2 indices: model.fp16.safetensors.index.json, {INDEX}"
+    names = f"model.fp16.safetensors.index.json, {INDEX}"
+    assert refusal(sharded) == f"BASE has 2 index files: {names}. Keep only one of them"
 
 
 @pytest.mark.fault(5)
 def test_several_files_without_an_index_are_refused(sharded):
     (sharded / INDEX).unlink()
-    assert refusal(sharded) == f"BASE has 2 safetensors files and no index: {FIRST}, {SECOND}"
+    assert refusal(sharded) == (
+        f"BASE has 2 safetensors files and no index: {FIRST}, {SECOND}. Add the index, or name the file that you mean"
+    )
 
 
 @pytest.mark.fault(25)
-def test_pickles_alone_are_refused_with_the_way_out(tmp_path):
+def test_pickled_weights_are_refused_with_a_remedy(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     assert refusal(tmp_path) == (
-        "BASE has its weights in pickles (pytorch_model.bin), which can run code when they are opened. "
-        "Load it where you trust it and save it again as safetensors"
+        "BASE has its weights in pickle files (pytorch_model.bin), which can run code when they are opened. "
+        "Load the model where you trust it, and save it as safetensors"
     )
 
 
@@ -261,7 +264,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     ("quantization", "method"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unknown"), ("awq", "awq")]
 )
 @pytest.mark.fault(20)
-def test_a_quantised_base_is_refused_with_the_ways_out(tmp_path, quantization, method):
+def test_a_quantised_base_is_refused_with_remedies(tmp_path, quantization, method):
     single(tmp_path, {"quantization_config": quantization}, fc__weight=[[1]])
     assert refusal(tmp_path) == (
         f"BASE is quantised ({method}): its weights are never merged or quantised again silently. "
@@ -269,17 +272,17 @@ def test_a_quantised_base_is_refused_with_the_ways_out(tmp_path, quantization, m
     )
 
 
-def test_a_label_may_be_called_anything(tmp_path):
+def test_a_label_may_have_any_name(tmp_path):
     single(tmp_path, {"label2id": {"quantization_config": 1, "auto_map": 2}}, fc__weight=[[1]])
     checkpoint = open_checkpoint(tmp_path)
     assert len(checkpoint.specs) == 1
-    assert code_of_its_own(checkpoint.config) == ""
+    assert custom_code(checkpoint.config) == ""
 
 
 @pytest.mark.parametrize(
     ("table", "what"), [({"id2label": {"0": {"a": 1}}}, "names"), ({"label2id": {"a": [0]}}, "numbers")]
 )
-def test_a_table_of_labels_that_holds_more_is_refused(tmp_path, table, what):
+def test_a_label_table_of_other_types_is_refused(tmp_path, table, what):
     single(tmp_path, table, fc__weight=[[1]])
     assert re.fullmatch(rf"BASE/config.json: \w+ is .*; it must be a table of {what}", refusal(tmp_path))
 
@@ -291,12 +294,12 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("architectures", ["BertModel", {"a": 1}, [5], 5])
-def test_architectures_that_are_no_list_of_names_are_refused(tmp_path, architectures):
+def test_architectures_must_be_a_list_of_names(tmp_path, architectures):
     single(tmp_path, {"architectures": architectures}, fc__weight=[[1]])
     assert refusal(tmp_path) == f"BASE/config.json: architectures is {architectures!r}; it must be a list of names"
 
 
-def test_a_config_nested_deeper_than_pythons_stack_is_read_or_refused(tmp_path):
+def test_a_deeply_nested_config_is_read_or_refused(tmp_path):
     single(tmp_path, None, fc__weight=[[1]], c_proj__weight=[[1]])
     for depth in (400, 5000):
         (tmp_path / "config.json").write_text('{"a": ' * depth + '{"model_type": "gpt2"}' + "}" * depth)

@@ -207,8 +207,8 @@ def test_numpy_changes_what_the_device_does_not(tmp_path, monkeypatch):
     base = tmp_path / "base.safetensors"
     save_file({name: value.astype(np.float32) for name, value in tensors.items()} | wide, base)
     pairs = dict.fromkeys(("fc", "wide", "both"), (A, B))
-    brought = {"head.weight": np.full((4, 3), 2.0), "both.weight": np.full((2, 3), 5.0)}
-    report = merged(base, peft_adapter(tmp_path / "adapter", pairs, brought), tmp_path / "out", backend=by_torch())
+    replaced = {"head.weight": np.full((4, 3), 2.0), "both.weight": np.full((2, 3), 5.0)}
+    report = merged(base, peft_adapter(tmp_path / "adapter", pairs, replaced), tmp_path / "out", backend=by_torch())
     assert sorted(done) == ["both.weight", "head.weight", "wide.weight"]
     ours = load_file(tmp_path / "out/model.safetensors")
     assert {name: (value.tolist(), value.dtype) for name, value in ours.items()} == {
@@ -319,10 +319,10 @@ def test_each_thread_has_its_own_stream(tmp_path, monkeypatch):
 
 
 def test_factors_are_copied_once_and_only_the_latest_cached(tmp_path, monkeypatch):
-    brought: list[str] = []
+    copied: list[str] = []
     make = device.Arithmetic._factors
     monkeypatch.setattr(
-        device.Arithmetic, "_factors", lambda self, step: (brought.append(step.weight), make(self, step))[1]
+        device.Arithmetic, "_factors", lambda self, step: (copied.append(step.weight), make(self, step))[1]
     )
     monkeypatch.setattr(block_copy, "BLOCK", 400)
     names = [f"fc{number}" for number in range(3 * device.CACHED_STEPS)]
@@ -335,7 +335,7 @@ def test_factors_are_copied_once_and_only_the_latest_cached(tmp_path, monkeypatc
         tmp_path / "out",
         backend=Backend(arithmetic.apply, threads=1),
     )
-    assert sorted(brought) == sorted(f"{name}.weight" for name in names)
+    assert sorted(copied) == sorted(f"{name}.weight" for name in names)
     assert arithmetic.factors.cache_info().currsize == device.CACHED_STEPS
 
 
@@ -343,8 +343,8 @@ def test_cuda_uses_pinned_memory_and_streams_without_tf32(monkeypatch):
     wanted: dict[str, Any] = {}
     monkeypatch.setattr(device, "require_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"number {place.index}")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda place: wanted.setdefault("stream", place))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"number {gpu.index}")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda gpu: wanted.setdefault("stream", gpu))
     monkeypatch.setattr(torch, "empty", lambda count, **options: (wanted.update(options), torch.zeros(count))[1])
     torch.backends.cuda.matmul.allow_tf32 = True  # monkeypatch cannot take it back
     with device.cuda() as backend:
@@ -362,7 +362,7 @@ def test_cuda_uses_pinned_memory_and_streams_without_tf32(monkeypatch):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A folder with a base as a folder and as a graph, and an adapter."""
     (tmp_path / "base").mkdir()
     base_file(tmp_path / "base/model.safetensors", {"fc.weight": np.arange(6).reshape(2, 3), "norm.weight": [1, 1]})
@@ -372,8 +372,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def merge(place: Path, base: str, out: str, *options: str) -> int:
-    return cli.run(["merge", str(place / base), str(place / "adapter"), "-o", str(place / out), *options])
+def merge(folder: Path, base: str, out: str, *options: str) -> int:
+    return cli.run(["merge", str(folder / base), str(folder / "adapter"), "-o", str(folder / out), *options])
 
 
 @pytest.mark.fault(43)
@@ -387,17 +387,17 @@ def merge(place: Path, base: str, out: str, *options: str) -> int:
     ],
 )
 def test_a_missing_gpu_is_exit_6_before_reading(
-    place, capsys, monkeypatch, base, cuda, is_available, override, message
+    folder, capsys, monkeypatch, base, cuda, is_available, override, message
 ):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     monkeypatch.setattr(formats, "load", lambda *_, **__: pytest.fail("it read the adapter"))
     for options in ((), ("--dry-run",)):
-        assert merge(place, base, "out", "--device", "cuda", *options) == 6
+        assert merge(folder, base, "out", "--device", "cuda", *options) == 6
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.startswith(f"Error: {message}") and printed.err.count("\n") == 1
-    assert {path.name for path in place.iterdir()} == {"base", "base.onnx", "adapter"}
+    assert {path.name for path in folder.iterdir()} == {"base", "base.onnx", "adapter"}
 
 
 @pytest.fixture
@@ -408,21 +408,21 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_gpu", "numpy_fails")
-def test_a_folder_merged_on_the_device_records_it(place):
-    assert merge(place, "base", "out", "--device", "cuda") == 0
-    assert load_file(place / "out/model.safetensors")["fc.weight"].tolist() == [[1, 3, 5], [13, 24, 35]]
-    assert read_manifest(place / "out")["settings"]["device"] == "the processor, by PyTorch"
+def test_a_folder_merged_on_the_device_records_it(folder):
+    assert merge(folder, "base", "out", "--device", "cuda") == 0
+    assert load_file(folder / "out/model.safetensors")["fc.weight"].tolist() == [[1, 3, 5], [13, 24, 35]]
+    assert read_manifest(folder / "out")["settings"]["device"] == "the processor, by PyTorch"
 
 
-def test_the_processor_is_not_recorded(place):
-    assert merge(place, "base", "out", "--device", "cpu") == 0
-    assert "device" not in read_manifest(place / "out")["settings"]
+def test_the_processor_is_not_recorded(folder):
+    assert merge(folder, "base", "out", "--device", "cpu") == 0
+    assert "device" not in read_manifest(folder / "out")["settings"]
 
 
 @pytest.mark.usefixtures("a_gpu", "numpy_fails")
-def test_a_graph_merged_on_the_device_records_it(place):
-    assert merge(place, "base.onnx", "out.onnx", "--device", "cuda") == 0
-    after = graphs.load(place / "out.onnx")
+def test_a_graph_merged_on_the_device_records_it(folder):
+    assert merge(folder, "base.onnx", "out.onnx", "--device", "cuda") == 0
+    after = graphs.load(folder / "out.onnx")
     assert after.graph.initializers["fc.weight"].const_value.numpy().T.tolist() == [[1, 3, 5], [13, 24, 35]]
     assert json.loads(after.metadata_props["lora_export"])["settings"]["device"] == "the processor, by PyTorch"
 
@@ -460,8 +460,8 @@ def test_a_block_of_a_packed_matrix_is_changed_on_the_device(tmp_path, monkeypat
         assert np.array_equal(ours, by_numpy)
 
 
-def test_torch_is_not_loaded_without_a_device(place):
-    line = ["merge", str(place / "base"), str(place / "adapter"), "-o", str(place / "out")]
+def test_torch_is_not_loaded_without_a_device(folder):
+    line = ["merge", str(folder / "base"), str(folder / "adapter"), "-o", str(folder / "out")]
     code = f"import sys; from lora_export import cli; print(cli.run({line}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False"

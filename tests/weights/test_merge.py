@@ -316,7 +316,7 @@ def test_a_pair_is_added_to_the_embedding_saved_with_it(tmp_path, tied, config):
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())
     base.save_pretrained(tmp_path / "base")
     with torch.no_grad():
-        base.model.embed_tokens.weight *= 2  # somebody else's base: PEFT takes the rows that were saved
+        base.model.embed_tokens.weight *= 2  # another base: PEFT takes the rows that were saved
     model = trained(base, sixty_fourths, r=2, target_modules=["embed_tokens"], **config)
     model.save_pretrained(tmp_path / "adapter")
     assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(
@@ -375,7 +375,7 @@ def test_rows_beyond_the_dtype_of_the_base_are_refused(tmp_path):
 
 
 def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
-    # The adapter brings both, equal, and a pair for one: what comes out differs.
+    # The adapter replaces both tables by equal ones and has a pair for one: the results differ.
     (tmp_path / "base").mkdir()
     words = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
     base_file(tmp_path / "base/model.safetensors", {"embed.weight": words})
@@ -395,13 +395,13 @@ def test_a_pair_on_one_of_two_equal_tables_unties_them(tmp_path):
 
 def test_a_pair_on_an_fp64_replacement_is_summed_in_fp64(tmp_path, monkeypatch):
     base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((30, 20))})
-    brought = 1 + np.arange(600).reshape(30, 20) * 2.0**-40
+    replaced = 1 + np.arange(600).reshape(30, 20) * 2.0**-40
     pairs = {"fc": (np.full((1, 20), 2.0**-20), np.ones((30, 1)))}
-    adapter = peft_adapter(tmp_path / "adapter", pairs, {"fc.weight": brought})
+    adapter = peft_adapter(tmp_path / "adapter", pairs, {"fc.weight": replaced})
     monkeypatch.setattr(block_copy, "BLOCK", 256)
     merged(tmp_path / "base.safetensors", adapter, tmp_path / "out")
     ours = load_file(tmp_path / "out/model.safetensors")["fc.weight"]
-    assert ours.tolist() == (brought + 2.0**-20).astype(np.float32).tolist()
+    assert ours.tolist() == (replaced + 2.0**-20).astype(np.float32).tolist()
 
 
 def test_two_adapters_are_summed_before_the_one_rounding(tmp_path):
@@ -845,10 +845,10 @@ def test_a_sum_beyond_the_dtype_is_refused(tmp_path):
     assert load_file(tmp_path / "wide/model.safetensors")["fc.weight"].tolist() == [[70000, 2]]
 
 
-@pytest.mark.parametrize(("kept", "brought", "culprit"), [(70000, 1, "other"), (1, 1e5, r"head\.weight")])
-def test_a_conversion_that_overflows_is_refused(tmp_path, kept, brought, culprit):
+@pytest.mark.parametrize(("kept", "replaced", "culprit"), [(70000, 1, "other"), (1, 1e5, r"head\.weight")])
+def test_a_conversion_that_overflows_is_refused(tmp_path, kept, replaced, culprit):
     base_file(tmp_path / "base.safetensors", {"fc.weight": W, "other": [kept]})
-    adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([brought], np.float32)})
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (A, B)}, {"head.weight": np.array([replaced], np.float32)})
     with pytest.raises(InputRefused, match=rf"{culprit}: 1 values would exceed 65504"):
         merged(tmp_path / "base.safetensors", adapter, tmp_path / "out", dtype="float16")
 

@@ -1,4 +1,4 @@
-"""What a head that came with an adapter means for the config, on configs written out by hand."""
+"""The config of a model whose adapter has a head, on configs written by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def adapter(
     return Adapter("a", "peft", {}, replaced=replaced, metadata={"task_type": task, **metadata})
 
 
-def test_a_classifiers_class_and_labels_come_from_the_task_and_the_heads_rows():
+def test_class_and_labels_follow_the_task_and_the_rows():
     assert config_with_heads(BASE, [adapter()]) == {
         "architectures": ["BertForSequenceClassification"],
         "hidden_size": 4,
@@ -59,7 +59,7 @@ def test_each_task_has_its_class(task, name):
         ("DistilBertForSequenceClassification", "DistilBert"),
     ],
 )
-def test_the_classs_stem_is_found_in_whatever_head_the_base_had(name, stem):
+def test_the_head_in_the_class_of_the_base_is_replaced(name, stem):
     config = config_with_heads({"architectures": [name]}, [adapter()])
     assert config["architectures"] == [f"{stem}ForSequenceClassification"]
 
@@ -68,11 +68,11 @@ def test_the_classs_stem_is_found_in_whatever_head_the_base_had(name, stem):
     "whole",
     ["score.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight", "x.classifier.weight"],
 )
-def test_labels_are_counted_wherever_a_classifier_keeps_them(whole):
+def test_labels_are_counted_in_the_matrix_of_the_classifier(whole):
     assert config_with_heads(BASE, [adapter(whole=whole)])["id2label"] == LABELS_OF_3["id2label"]
 
 
-def test_what_was_recorded_with_the_adapter_is_believed():
+def test_a_recorded_class_and_labels_are_used():
     recorded = {
         "architectures": ["BertForSequenceClassification"],
         "id2label": {"0": "bad", "1": "good", "2": "ugly"},
@@ -82,19 +82,19 @@ def test_what_was_recorded_with_the_adapter_is_believed():
     assert config_with_heads(BASE, [adapter(None, model_config=recorded)]) == {"hidden_size": 4, **recorded}
 
 
-def test_of_what_was_recorded_only_what_there_is_is_taken():
+def test_recorded_fields_of_other_kinds_are_ignored():
     recorded = {"id2label": {"0": "a"}, "hidden_size": 9}
     assert config_with_heads(BASE, [adapter(None, model_config=recorded)]) == {**BASE, "id2label": {"0": "a"}}
 
 
-def test_labels_are_counted_in_the_last_layer_of_a_deeper_head():
+def test_labels_are_counted_in_the_last_layer_of_a_head():
     deeper = adapter(whole="classifier.out_proj.weight", rows=3)
     wholes = {"classifier.dense.weight": np.ones((8, 8), np.float32), **deeper.replaced}
     config = config_with_heads(BASE, [Adapter("a", "peft", {}, replaced=wholes, metadata=deeper.metadata)])
     assert config["id2label"] == LABELS_OF_3["id2label"]
 
 
-def test_a_base_that_has_the_head_already_keeps_its_labels_names():
+def test_a_base_with_the_same_head_keeps_its_labels():
     named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
     assert config_with_heads(named, [adapter(rows=3)]) == named
     assert config_with_heads(named, [adapter(rows=2)])["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
@@ -109,7 +109,7 @@ def test_a_base_that_has_the_head_already_keeps_its_labels_names():
         [adapter(None)],
     ],
 )
-def test_without_a_task_head_the_config_stays_as_it_is(adapters):
+def test_without_a_task_head_the_config_is_unchanged(adapters):
     config = config_with_heads(BASE, adapters)
     assert config == BASE and config is not BASE
 
@@ -124,7 +124,7 @@ def test_a_base_of_unknown_class_gets_the_labels_only(architectures):
     assert config_with_heads(config, [adapter()]) == config | LABELS_OF_3
 
 
-def test_a_fresh_classifier_has_the_labels_it_is_given():
+def test_config_for_labels_replaces_the_labels():
     assert config_for_labels({**BASE, "id2label": {"0": "old"}}, ["good", "bad"]) == {
         "architectures": ["BertForSequenceClassification"],
         "hidden_size": 4,
@@ -134,5 +134,5 @@ def test_a_fresh_classifier_has_the_labels_it_is_given():
 
 
 @pytest.mark.parametrize("named", [3, "abc", ["a", "b", "c"]])
-def test_labels_of_a_base_that_are_no_table_are_replaced(named):
+def test_labels_that_are_not_a_table_are_replaced(named):
     assert config_with_heads({**BASE, "id2label": named}, [adapter(rows=3)])["id2label"] == LABELS_OF_3["id2label"]

@@ -1,0 +1,51 @@
+"""Expected failures: exit codes, names from untrusted files, and the list of misfits."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_export import errors
+from lora_export.errors import InputRefused, MatchError, Misfit, one_line, printable, refuse_unprintable
+
+
+@pytest.fixture(autouse=True)
+def not_on_github(monkeypatch):
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        *(("InputRefused", 3), ("MatchError", 3), ("Different", 4), ("Undecided", 5)),
+        *(("EnvironmentLacking", 6), ("OutputFailed", 7), ("RuntimeRefused", 8)),
+    ],
+)
+def test_each_failure_has_its_exit_code(name, code):
+    failure = getattr(errors, name)
+    assert failure.exit_code == code and issubclass(failure, errors.LoraExportError)
+
+
+def test_one_line_escapes_line_breaks_and_printable_keeps_them():
+    assert one_line("a\nb\x1b[2J\u202ec") == r"a\nb\x1b[2J\u202ec"
+    assert printable("a\nb\x1b[2J") == "a\nb" + r"\x1b[2J"
+    assert one_line("größer α") == "größer α"
+
+
+def test_names_with_control_characters_are_refused_and_listed():
+    refuse_unprintable(["fc.weight", "größe"], "the file")
+    with pytest.raises(InputRefused, match=r"^the file has names with control characters: 'a\\nb', '\\x1b'$"):
+        refuse_unprintable(["fc.weight", "a\nb", "\x1b"], "the file")
+
+
+def test_misfits_are_listed_by_adapter():
+    misfits = [Misfit("one", "a", "no such weight"), Misfit("two", "b", "x\ny"), Misfit("one", "c", "too wide")]
+    error = MatchError(misfits, targets=5)
+    assert error.misfits == tuple(misfits)
+    assert str(error).splitlines() == [
+        "3 of 5 targets do not fit the base. Nothing was written.",
+        "  in one:",
+        "    a: no such weight",
+        "    c: too wide",
+        "  in two:",
+        r"    b: x\ny",
+    ]

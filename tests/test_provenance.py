@@ -1,0 +1,68 @@
+"""The record of where an output comes from, and the refusal of a second merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_export import __version__, plan, provenance
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout, Plan, TensorSpec
+
+BASE = Path("base.safetensors")
+
+
+def adapter(name: str, sha256: str) -> Adapter:
+    pair = LoraPair(a=np.array([[1, 2]]), b=np.array([[1], [3]]), scale=1.0)
+    return Adapter(name, "peft", {"fc": pair}, sha256=sha256)
+
+
+def made(*adapters: Adapter) -> Plan:
+    return plan.make(adapters, [TensorSpec("fc.weight", (2, 2), "float32", Layout.OUT_IN)])
+
+
+def test_a_record_contains_earlier_adapters_first():
+    earlier = ({"name": "old", "sha256": "00"},)
+    record = provenance.record([adapter("new", "11")], [0.5], {"m": {"sha256": "22"}}, earlier, {"dtype": "keep"})
+    assert record == {
+        "made_by": f"lora-export {__version__}",
+        "base": {"m": {"sha256": "22"}},
+        "adapters": [
+            {"name": "old", "sha256": "00"},
+            {"name": "new", "format": "peft", "sha256": "11", "weight": 0.5},
+        ],
+        "settings": {"dtype": "keep"},
+    }
+
+
+def test_a_recorded_adapter_is_refused_under_any_name():
+    history = provenance.adapter_records([adapter("old", "11" * 32)], [1.0])
+    with pytest.raises(InputRefused) as refused:
+        provenance.refuse_second_merge(made(adapter("new", "11" * 32)), BASE, history)
+    assert str(refused.value) == (
+        "base.safetensors already contains the adapter new (merged as old, sha256 111111111111). Merge into the "
+        "original base instead"
+    )
+    provenance.refuse_second_merge(made(adapter("old", "22" * 32)), BASE, history)
+
+
+def test_adapters_without_a_hash_are_not_recognised():
+    history = provenance.adapter_records([adapter("old", "")], [1.0])
+    provenance.refuse_second_merge(made(adapter("old", "")), BASE, history)
+
+
+def test_a_history_is_read_from_the_text_of_a_record():
+    history = provenance.adapter_records([adapter("old", "11")], [2.0])
+    record = provenance.record([], [], {}, history, {})
+    assert list(provenance.read_history(json.dumps(record), BASE)) == history
+    assert provenance.history({}, BASE) == ()
+
+
+@pytest.mark.parametrize("adapters", [{}, "a", ["a"], [{"sha256": 1}]])
+def test_a_damaged_record_is_refused(adapters):
+    with pytest.raises(InputRefused, match=r"^base\.safetensors: the record of an earlier merge is damaged"):
+        provenance.history({"adapters": adapters}, BASE)

@@ -1,0 +1,95 @@
+"""Blocks of tensors between two files: their ranges, their size, and which of them are measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_export.lora import LoraPair
+from lora_export.plan import Layout, Step, TensorSpec, Term
+from lora_export.storage import block_copy
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights import tensor_blocks
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.tensor_blocks import OutputTensor, Patch, block_size, blocks_to_measure, changed_blocks
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def step(rows: int, columns: int, b: np.ndarray | None = None) -> Step:
+    """Ones are added to every entry, or `b` (rows,) to each row."""
+    pair = LoraPair(a=np.ones((1, columns)), b=np.ones((rows, 1)) if b is None else b.reshape(-1, 1), scale=1.0)
+    spec = TensorSpec("fc.weight", (rows, columns), "float32", Layout.OUT_IN)
+    return Step(spec, (Term("mine", "fc", pair),))
+
+
+def changed(path: Path, tensor: OutputTensor, target: Entry) -> np.ndarray:
+    """The target's bytes after the work of every block, as fp32."""
+    after = np.zeros(target.stop, np.uint8)
+    with path.open("rb") as file:
+        for block in changed_blocks(path, file.fileno(), tensor, target, Backend()):
+            before = np.empty(block.stop - block.start, np.uint8)
+            block_copy.read(path, file.fileno(), before, block.start)
+            assert block.work is not None
+            block.work(before, after[block.place : block.end], np.empty(8 * before.size, np.uint8))
+    return after[target.start :].view(np.float32)
+
+
+@pytest.mark.parametrize("block", [1, 24, 1 << 20])
+def test_blocks_of_whole_rows_cover_a_changed_tensor(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(block_copy, "BLOCK", block)
+    weight = np.arange(15, dtype=np.float32).reshape(5, 3)
+    path = tmp_path / "weights"
+    path.write_bytes(b"header" + weight.tobytes())
+    tensor = OutputTensor(Entry("fc.weight", FLOAT32, (5, 3), 6, 66), step(5, 3), "fc.weight", FLOAT32)
+    after = changed(path, tensor, Entry("fc.weight", FLOAT32, (5, 3), 4, 64))
+    assert after.reshape(5, 3).tolist() == (weight + 1).tolist()
+
+
+def test_a_patch_changes_its_block_of_a_matrix_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_copy, "BLOCK", 40)
+    weight = np.zeros((6, 4), np.float32)
+    path = tmp_path / "weights"
+    path.write_bytes(weight.tobytes())
+    entry = Entry("packed", FLOAT32, (6, 4), 0, 96)
+    patch = Patch(step(3, 2, np.array([1, 2, 3])), slice(2, 5), slice(1, 3))
+    after = changed(path, OutputTensor(entry, None, "packed", FLOAT32, (patch,)), entry).reshape(6, 4)
+    assert after[2:5, 1:3].tolist() == [[1, 1], [2, 2], [3, 3]]
+    assert after.sum() == 12
+
+
+def test_a_copy_is_one_range_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_copy, "BLOCK", 10)
+    monkeypatch.setattr(block_copy, "share", lambda *_: range(0))
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(64))
+    descriptor = os.open(path, os.O_RDWR)
+    blocks = list(tensor_blocks.copied_blocks(descriptor, descriptor, 5, 30, 25))
+    os.close(descriptor)
+    assert [(block.start, block.stop, block.place, block.end) for block in blocks] == [
+        (5, 15, 30, 40),
+        (15, 25, 40, 50),
+        (25, 30, 50, 55),
+    ]
+    assert all(block.work is None and not block.shared for block in blocks)
+
+
+def test_block_size_is_that_of_the_widest_changed_row(monkeypatch):
+    monkeypatch.setattr(block_copy, "BLOCK", 10)
+    half = np.dtype(np.float16)
+    wide = Entry("fc.weight", half, (2, 8), 0, 32)
+    assert block_size([OutputTensor(wide, None, "fc.weight", half)]) == 10  # a copy has blocks of any size
+    assert block_size([OutputTensor(wide, step(2, 8), "fc.weight", half)]) == 8 * 4  # it is summed in fp32
+
+
+def test_a_large_weight_is_measured_by_a_sample(monkeypatch):
+    monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 20)
+    rows = [slice(first, first + 2) for first in range(0, 20, 2)]
+    assert blocks_to_measure(step(20, 2), rows) == [number % 2 == 0 for number in range(10)]
+    assert all(blocks_to_measure(None, rows))
+    only_unsampled = np.zeros(20)
+    only_unsampled[2:4] = 1
+    assert all(blocks_to_measure(step(20, 2, only_unsampled), rows))
