@@ -739,7 +739,7 @@ def test_pickles_are_refused_and_not_opened(place, payload):
     (place.base / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(payload)))
     place.neither_takes_the_base(
         f"{place.base} has its weights in pickle files (pytorch_model.bin), which can run code",
-        "save it again as safetensors",
+        "and save it as safetensors",
     )
     assert not payload.exists()
 
@@ -828,7 +828,7 @@ def test_a_base_that_changes_after_it_was_looked_at(place, monkeypatch, change):
         change(place.base / "model.safetensors")
         return base
 
-    monkeypatch.setattr(checkpoint, "open_checkpoint", then_changed)
+    monkeypatch.setattr("lora_export.api.merge.open_checkpoint", then_changed)
     before = place.state()
     code, out, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "old", "--overwrite")
     assert (code, out) == (3, "")
@@ -894,14 +894,14 @@ def test_an_error_keeps_its_own_lines_and_nothing_else_that_moves_the_cursor(pla
     def fail(_: object) -> None:
         raise InputRefused("first\n  second\x1b[A\x07\x9b\u202e")
 
-    monkeypatch.setattr(checkpoint, "open_checkpoint", fail)
+    monkeypatch.setattr("lora_export.api.merge.open_checkpoint", fail)
     code, _, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "new")
     assert (code, told) == (3, "Error: first\n  second\\x1b[A\\x07\\x9b\\u202e\n")
 
 
 def test_inspect_shows_names_escaped(place, monkeypatch):
     spec = TensorSpec(STEERING, (1,), "float32")
-    monkeypatch.setattr(checkpoint, "open_checkpoint", lambda path: Checkpoint(path, {}, (spec,)))
+    monkeypatch.setattr("lora_export.api.inspect.open_checkpoint", lambda path: Checkpoint(path, {}, (spec,)))
     code, out, _ = place.run("inspect", place.base)
     assert (code, out) == (0, f"1 tensors, 0 bytes\n  {ESCAPED}  1 float32\n")
 
