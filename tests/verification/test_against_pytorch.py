@@ -502,7 +502,7 @@ def outweighed(std: float) -> tuple[model.Model, Adapter]:
     def make(sizes: model.Sizes, generator: torch.Generator) -> model.Inputs:
         return {"x": torch.randn(sizes["batch"], 64, 256, generator=generator)}
 
-    base = model.Model("outweighed", Named(), axes={"x": {0: "batch"}}, make=make, sizes={"batch": 2})
+    base = model.Model("outweighed", Named(), axes={"x": {0: "batch"}}, make_inputs=make, traced_sizes={"batch": 2})
     rng = np.random.default_rng(0)
     pairs = {
         name: LoraPair(a=std * rng.standard_normal((2, 256)), b=std * rng.standard_normal((out, 2)), scale=2.0)
