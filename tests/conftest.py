@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lora_export.runtime import environment, providers
+
+if TYPE_CHECKING:
+    from support.programs import ProgramFiles
 
 
 @functools.cache
@@ -17,6 +21,14 @@ def why_no_cuda() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and why_no_cuda():
         pytest.skip(f"onnxruntime's CUDA provider does not run here: {why_no_cuda()}")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> ProgramFiles:
+    """Programs of torch.export, and the adapters of their models, as files."""
+    from support.programs import ProgramFiles
+
+    return ProgramFiles(tmp_path_factory.mktemp("programs"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

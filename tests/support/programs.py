@@ -1,4 +1,4 @@
-"""Modules with adapters of PEFT's, exported by torch.export: what `verify` is given as .pt2 files."""
+"""Modules with PEFT adapters, exported by torch.export to .pt2 files for `verify`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VARIES = Dim.DYNAMIC
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A module, what it is exported with, and where its adapter stands."""
+    """A module, the inputs it is exported with, and the layers that its adapter targets."""
 
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Tensor]
@@ -51,12 +51,12 @@ class Subject:
         return model
 
     def adapter(self, folder: Path) -> Adapter:
-        """The adapter as PEFT saves it, read again."""
+        """The adapter as PEFT saves it."""
         self.adapted.save_pretrained(str(folder))
         return formats.load(folder)
 
     def merged(self, change: Callable[[peft.PeftModel], object] = lambda _: None) -> nn.Module:
-        """PEFT's own merge, after a change."""
+        """The merge that PEFT makes, after a change."""
         model = copy.deepcopy(self.adapted)
         with torch.no_grad():
             change(model)
@@ -155,3 +155,27 @@ SUBJECTS = {
     "bert": Subject(bert, {**WORDS, "token_type_ids": ids(2, 11, seed=1) % 2}, 2, ("query", "value", "dense")),
     "gpt2": Subject(gpt2, WORDS, 2, ("c_attn", "c_fc")),
 }
+
+
+class ProgramFiles:
+    """The base, PEFT's merge and the adapter of each subject, as files that are written once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def base(self, name: str) -> Path:
+        path = self.folder / f"{name}-base.pt2"
+        return path if path.exists() else SUBJECTS[name].export(SUBJECTS[name].base, path)
+
+    def merged(self, name: str) -> Path:
+        path = self.folder / f"{name}-merged.pt2"
+        return path if path.exists() else SUBJECTS[name].export(SUBJECTS[name].merged(), path)
+
+    def adapter_folder(self, name: str) -> Path:
+        folder = self.folder / f"{name}-adapter"
+        if not folder.exists():
+            SUBJECTS[name].adapted.save_pretrained(str(folder))
+        return folder
+
+    def adapter(self, name: str) -> Adapter:
+        return formats.load(self.adapter_folder(name))

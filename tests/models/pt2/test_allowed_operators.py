@@ -1,0 +1,81 @@
+"""Only operators of a closed list are run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models.pt2 import allowed_operators
+from support.hostile_programs import changed, nodes, refused
+
+TARGETS = [
+    "os.system",
+    "builtins.eval",
+    "torch.hub.load",
+    "torch.load",
+    "torch.ops.load_library",
+    "torch.ops.aten",
+    "torch.ops.aten.linear",
+    "torch.ops.aten.linear.default.__class__",
+    "torch.ops.aten.__class__.default",
+    "torch.ops.aten.__getattr__.default",
+    "torch.ops.aten.from_file.default",
+    "torch.ops.aten.set_.source_Storage",
+    "torch.ops.aten.resize_.default",
+    "torch.ops.aten.save.default",
+    "torch.ops.aten.add.out",
+    "torch.ops.aten.add.str",
+    "torch.ops.aten.mul.left_t",
+    "torch.ops.aten.view.dtype",
+    "torch.ops.aten.LINEAR.default",
+    "torch.ops.aten.linear.default ",
+    "torch.ops.aten.lіnear.default",
+    "torch.ops.aten.linear.nonexistent",
+    "torch.ops.prim.rpc_async.default",
+    "torch.ops.inductor.resize_storage_bytes_.default",
+    "torch.ops.mylib.evil.default",
+    "torch.ops.higher_order.cond",
+    "torch.ops.higher_order.flat_apply",
+    "torch.ops.higher_order.wrap_with_autocast",
+    "_operator.call",
+    "_operator.methodcaller",
+    "_operator.lshift",
+    "math.factorial",
+    "#extension:evil",
+    "",
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_operator_outside_the_list_is_refused_by_name(good: Path, tmp_path: Path, target: str) -> None:
+    def change(graph: dict[str, Any]) -> None:
+        nodes(graph)[-1]["target"] = target
+
+    message = refused(changed(good, tmp_path, change))
+    assert "node" in message and (
+        "not among the operators" in message
+        or "supported" in message
+        or "no operator" in message
+        or "no graph where it should" in message
+    )
+
+
+def test_no_listed_operator_uses_files_or_raw_memory() -> None:
+    names = allowed_operators.OPERATORS | {name.partition(".")[0] for name in allowed_operators.REPLACEMENTS}
+    touching = ("file", "storage", "set_", "resize", "rand", "normal", "bernoulli", "load", "save", "pin_memory")
+    assert not [name for name in names if name != "sym_storage_offset" and any(word in name for word in touching)]
+    for name in names:
+        for overload in getattr(torch.ops.aten, name).overloads():
+            target = f"torch.ops.aten.{name}.{overload}"
+            try:
+                allowed_operators.resolve(target, "here")
+            except InputRefused:
+                continue
+            kinds = {
+                str(argument.type) for argument in getattr(getattr(torch.ops.aten, name), overload)._schema.arguments
+            }
+            assert not kinds & {"Storage", "Stream", "Any", "__torch__.torch.classes"}, target
