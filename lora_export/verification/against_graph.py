@@ -41,7 +41,6 @@ from lora_export.verification.references import Diagnosed, MergedPeer, Reference
 from lora_export.verification.references.graph_fp64 import late_weights, widen
 from lora_export.weights.checkpoint import Checkpoint
 
-CONTROL_SCALE = 1.1  # the control's factor on every scale
 PEER = "the other graph"
 MERGED = "its own error is that of W + ΔW at each weight, where that is the larger one: ΔW is large beside W"
 GRAPHS = "graph against graph, no PyTorch model was given (--model): the reference is the base graph"
@@ -305,7 +304,7 @@ class PreparedGraph:
         merged_in_floats = self.references.mode == "merged" and not rounds
         way = _beside if merged_in_floats else _rounded_at_the_weights if rounds else _at_the_weights
         yield "reference", way, 1.0
-        yield "scaled", way, CONTROL_SCALE
+        yield "scaled", way, parity.CONTROL_SCALE
         if rounds:
             yield "attached", _at_the_weights, 1.0
         if any(adapter.pairs for adapter in adapters) and any(adapter.replaced for adapter in adapters):

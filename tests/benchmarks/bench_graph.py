@@ -11,42 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from measure import Run, keep, machine, ratio, run, settle, side_by_side, table
+
+from benchmarks.llama_graph import MAKE
+from benchmarks.measure import Run, keep, machine, ratio, run, settle, side_by_side, table
 
 RUNS, RUNS_OF_PEERS = 5, 2
 COPY, OURS = "`cp -r` and `sync`", "lora-export merge"
 PEER = "PEFT merge_and_unload and transformers' OnnxExporter"
-MAKE = """
-import sys
-from pathlib import Path
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-from lora_export.models.export import to_onnx
-from lora_export.graph import onnx_file
-from lora_export.models.load import load_model
-place = Path(sys.argv[1])
-torch.manual_seed(0)
-config = LlamaConfig(
-    vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-    max_position_embeddings=512, tie_word_embeddings=True,
-)
-model = LlamaForCausalLM(config).eval()
-model.save_pretrained(place / "model")
-base = load_model(str(place / "model"))
-graph = to_onnx(base.module, base.example_inputs(), axes=base.axes)
-onnx_file.INLINE = 0
-(place / "beside").mkdir()
-onnx_file.save(graph.clone(), place / "beside", "model.onnx")
-onnx_file.INLINE = 1 << 30
-(place / "inside").mkdir()
-onnx_file.save(graph, place / "inside", "model.onnx")
-adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-for name, parameter in adapted.named_parameters():
-    if "lora_B" in name:
-        torch.nn.init.normal_(parameter, std=0.02)
-adapted.save_pretrained(place / "adapter")
-"""
 EXPORT = """
 import sys
 from pathlib import Path

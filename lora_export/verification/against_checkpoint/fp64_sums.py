@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Step
+from lora_export.verification.parity import CONTROL_SCALE
 
 FP32_ROUNDOFF = 2.0**-24
-CONTROL_SCALE = 1.1
 
 Wide = NDArray[np.float64]
 

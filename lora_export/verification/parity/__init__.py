@@ -2,6 +2,7 @@
 
 from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Arrays, Wide, histogram, rms
 from lora_export.verification.parity.gates import (
+    CONTROL_SCALE,
     CONTROLS,
     FEW_ELEMENTS,
     Allowance,
@@ -32,6 +33,7 @@ from lora_export.verification.parity.verdict import (
 
 __all__ = [
     "CONTROLS",
+    "CONTROL_SCALE",
     "DECIDES",
     "DEPLOYED",
     "EPS",

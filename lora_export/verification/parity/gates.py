@@ -136,6 +136,7 @@ def gate_of(name: str, value: float, allowed: float) -> Gate:
 
 # The controls. Each puts error, tail and bulk again, with the same allowance, to a wrong reference.
 
+CONTROL_SCALE = 1.1  # the factor on every scale in the control `scale_1.1`
 CONTROLS = {
     "adapter_off": "the model without its adapters",
     "scale_1.1": "the model with every scale x 1.1",

@@ -32,8 +32,7 @@ from lora_export.verification import parity
 from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
-CONTROL_SCALE = 1.1  # the control's factor on every scale
-FACTORS = {"base": 0.0, "scaled": CONTROL_SCALE}  # on every scale, of roles other than the reference
+FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of roles other than the reference
 HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
