@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_export.api.convert import convert
     from lora_export.api.inspect import inspect
     from lora_export.api.merge import merge
+    from lora_export.api.onnx import export_onnx
     from lora_export.api.torchscript import export_torchscript
     from lora_export.api.train import train
     from lora_export.api.verify import verify
@@ -52,6 +53,7 @@ _HOMES = {
     "count_parameters": "layers:count_parameters",
     "create_adapter": "layers:create_adapter",
     "detach": "layers:detach",
+    "export_onnx": "api.onnx:export_onnx",
     "export_torchscript": "api.torchscript:export_torchscript",
     "fold_module": "layers:fold",
     "inspect": "api.inspect:inspect",
@@ -85,6 +87,7 @@ __all__ = [
     "count_parameters",
     "create_adapter",
     "detach",
+    "export_onnx",
     "export_torchscript",
     "fold_module",
     "inspect",

@@ -14,6 +14,7 @@ from lora_export.report import github
 from lora_export.verification.against_checkpoint import Audit
 
 if TYPE_CHECKING:
+    from lora_export.api.onnx_options import OnnxProofs
     from lora_export.api.verify import Verification
     from lora_export.verification.proof import Proof
 
@@ -33,6 +34,28 @@ def show_proof(proof: Proof | None) -> None:
         click.echo("not verified (--no-verify)")
     else:
         report.print_verdict(report.console(), proof.verdict, proof.placement, proof.diagnosis)
+
+
+def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
+    """The proofs of an ONNX export as JSON."""
+    document: dict[str, Any] = {"proof": proof_document(proofs.whole if proofs else None)}
+    if proofs and proofs.unlike_base is not None:
+        document["bits_of_base"] = not proofs.unlike_base
+        document["adapters"] = {name: proof_document(proof) for name, proof in proofs.adapters.items()}
+    if proofs and proofs.mixed:
+        document["mixed"] = proof_document(proofs.mixed)
+    return document
+
+
+def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
+    """Print the verdicts of an ONNX export on stdout: one screen each."""
+    if proofs is None or proofs.unlike_base is None:
+        show_proof(proofs.whole if proofs else None)
+        return
+    named = [("the base", proofs.whole), *proofs.adapters.items()]
+    for name, proof in [*named, *([("mixed batches", proofs.mixed)] if proofs.mixed else [])]:
+        click.echo(f"{name}:")
+        show_proof(proof)
 
 
 def show_verification(result: Verification) -> None:

@@ -1,0 +1,118 @@
+"""`lora_export.export_onnx`: a model or an existing graph, with adapters, into one ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_export.api.callbacks import OnMessage, OnProgress, ignore
+from lora_export.api.load import AdapterSources, ModelSource, adapter_paths, load_adapters, refuse_pt2
+from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
+from lora_export.api.publish import require_provider
+from lora_export.errors import WrongUsage
+
+
+def export_onnx(
+    model: ModelSource,
+    output: str | Path,
+    *,
+    adapters: AdapterSources = (),
+    weights: Sequence[float] = (),
+    lora: str = "merged",
+    target: str | Sequence[str] | None = None,
+    dora: bool = False,
+    names: str = "olive",
+    opset: int | None = None,
+    dtype: str = "float32",
+    checkpoint: str | Path | None = None,
+    reference: ModelSource | None = None,
+    inputs: str | Path | None = None,
+    provider: str = "cpu",
+    verify: bool = True,
+    overwrite: bool = False,
+    on_message: OnMessage = ignore,
+    on_progress: OnProgress = ignore,
+) -> OnnxResult:
+    """Put adapters into an ONNX graph, prove the graph, and only then publish it.
+
+    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory` or `(module, example_inputs)`: it is
+    exported once, in `dtype` ("float32" or "float16"), with dynamic batch and sequence. Or it is an existing .onnx,
+    quantised ones included: then PyTorch is not needed, and the graph itself is the reference of the proof unless
+    `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights whose
+    names were lost. `opset` is the ONNX operator set (default: the exporter's).
+
+    `lora` is "merged" (folded into the weights), "nodes" (A and B as nodes beside the weights), "inputs" (A and B are
+    optional inputs, and each adapter becomes a file NAME.onnx_adapter beside the graph) or "rows" (the input
+    `adapter_ids`, int64 [batch], chooses the adapter of each row: 0 is the base, n the n-th adapter). `weights` has one
+    factor for each adapter. With "inputs", `target` adds inputs at further layers for future adapters ("all-linear" or
+    endings of layer names), `dora` lets these have DoRA, and `names` is the naming convention of the inputs: "olive",
+    "genai" or "peft".
+
+    `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
+
+    Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
+    where a proof fails; EnvironmentLacking where the provider does not run; RuntimeRefused where the exporter or
+    onnxruntime refuses the model; OutputFailed where a file cannot be written; WrongUsage for options that do not go
+    together. Nothing is published then, and an existing output is unchanged.
+    """
+    refuse_pt2(model)
+    options = OnnxOptions(
+        output=Path(output),
+        lora=lora,
+        adapters=load_adapters(adapters),
+        weights=tuple(weights),
+        sources=tuple(adapter_paths(adapters)),
+        target=target,
+        dora=dora,
+        names=names,
+        inputs=None if inputs is None else Path(inputs),
+        provider=provider,
+        verify=verify,
+        overwrite=overwrite,
+        on_message=on_message,
+        on_progress=on_progress,
+    )
+    is_graph = isinstance(model, str | Path) and str(model).endswith(".onnx")
+    _check_usage(options, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference, dtype=dtype)
+    require_provider(provider)
+    check_adapters(options)
+    # A graph needs no PyTorch: only what is used is imported, before there is an output to remove again.
+    if not is_graph:
+        from lora_export.api.onnx_from_model import export_from_model
+
+        return export_from_model(model, options, dtype=dtype, opset=opset)
+    from lora_export.api.onnx_from_graph import export_from_graph
+
+    names_from = None if checkpoint is None else Path(checkpoint)
+    return export_from_graph(Path(str(model)), options, checkpoint=names_from, reference=reference, dtype=dtype)
+
+
+def _check_usage(
+    options: OnnxOptions,
+    *,
+    is_graph: bool,
+    opset: int | None,
+    checkpoint: str | Path | None,
+    reference: ModelSource | None,
+    dtype: str,
+) -> None:
+    """Raise WrongUsage for options that do not go together."""
+    adapters, target, lora = options.adapters, options.target, options.lora
+    if lora != "inputs" and options.dora:
+        raise WrongUsage("--dora is for --lora inputs: other graphs contain the adapters of -a and no others")
+    if lora != "inputs" and target is not None:
+        raise WrongUsage("--target is for --lora inputs: other graphs contain the adapters of -a and no others")
+    if lora == "inputs" and not adapters and target is None:
+        raise WrongUsage("--lora inputs needs an adapter (-a), or --target for future ones")
+    if lora == "rows" and not adapters:
+        raise WrongUsage("--lora rows needs the adapters that rows may choose from (-a)")
+    if is_graph and not adapters and target is None:
+        raise WrongUsage("MODEL is a graph already: name the adapters to put into it (-a)")
+    if is_graph and opset is not None:
+        raise WrongUsage("--opset is for models that are exported; MODEL is a graph already")
+    if not is_graph and (checkpoint, reference) != (None, None):
+        raise WrongUsage("--base and --model are for an .onnx MODEL")
+    if is_graph and reference is None and dtype != "float32":
+        raise WrongUsage("--dtype is the precision of a PyTorch model: the one that is exported, or that of --model")
+    if isinstance(reference, str | Path) and str(reference).endswith(".onnx"):
+        raise WrongUsage("--model names a PyTorch model; without it the graph is compared with itself")

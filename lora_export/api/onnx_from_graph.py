@@ -1,0 +1,154 @@
+"""An ONNX file from an existing graph: put adapters into it, and prove it against the graph or a PyTorch model."""
+
+from __future__ import annotations
+
+import difflib
+import gc
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export import provenance
+from lora_export.api.load import ModelSource, load_model
+from lora_export.api.onnx_insert import insert_and_save, locate
+from lora_export.api.onnx_options import OnnxOptions, OnnxResult
+from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
+from lora_export.errors import InputRefused
+from lora_export.graph.insert.inserter import module_of
+from lora_export.graph.merge import write_merged
+from lora_export.graph.onnx_file import EXTERNAL_FROM, GraphFile, initializers, open_graph
+from lora_export.graph.sites import Sites, is_output_head, place
+from lora_export.plan import Plan
+from lora_export.storage import input_files
+from lora_export.storage.hashes import file_hash
+from lora_export.verification.against_graph import BaseGraph, GraphReferences
+from lora_export.verification.references import References
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+
+HASHING = "xxh3_128"
+SHOWN = 10  # layers that an error lists
+
+
+def export_from_graph(
+    path: Path, options: OnnxOptions, *, checkpoint: Path | None, reference: ModelSource | None, dtype: str
+) -> OnnxResult:
+    """See `export_onnx`."""
+    with options.staged([path] if path.exists() else []) as folder:
+        options.stage("reading the graph")
+        graph, names = _open(path, checkpoint)
+        program = _copy_of(graph)
+        references = _references(graph, names, options, reference, dtype) if options.verify else None
+        before = base_outputs(program, references, options) if references else {}
+        located = locate(program, options, names)
+        if located.plan:
+            provenance.refuse_second_merge(located.plan, graph.path, graph.history)
+        if options.lora == "merged":
+            assert located.plan is not None
+            options.stage("folding the adapters in")
+            hashes, companions = _merge(graph, program, located.sites, located.plan, folder, options.output.name)
+        else:
+            targets = _targets(located.sites, options)
+            hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
+        del program
+        gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
+        written = folder / options.output.name
+        proofs = prove_all(written, references, options, before, existing=path) if references else None
+        record_in(written, _record(graph, hashes, options), proofs)
+    files = (options.output, *(options.output.parent / name for name in companions))
+    return OnnxResult(options.output, files, located.plan, proofs)
+
+
+def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | None]:
+    """Open the graph, and the checkpoint that names its weights. Raises InputRefused for a graph with adapter inputs."""
+    input_files.must_exist(path, "model")
+    graph = open_graph(path)
+    if graph.takes_adapters:
+        raise InputRefused(f"{path} takes adapters as inputs already. Start from the graph that it was made from")
+    return graph, None if checkpoint is None else open_checkpoint(checkpoint)
+
+
+def _copy_of(graph: GraphFile) -> ir.Model:
+    """A copy that may be changed. Its large weights stay in their files."""
+    program = graph.model.clone()
+    program.metadata_props.pop(provenance.KEY, None)  # the new record contains its adapters
+    return program
+
+
+def _references(
+    graph: GraphFile, names: Checkpoint | None, options: OnnxOptions, reference: ModelSource | None, dtype: str
+) -> References:
+    """What the result is compared with: the PyTorch model, or where none was named, the graph itself."""
+    if reference is None:
+        options.stage("running the base")
+        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs)
+        references = GraphReferences(base, options.lora)
+        references.check()
+        return references
+    from lora_export.verification.against_pytorch import PyTorchReferences
+
+    options.stage("loading the model")
+    model = load_model(reference, options.adapters, dtype=dtype)
+    return PyTorchReferences(model, user_inputs=options.inputs, device=options.provider)
+
+
+def _targets(sites: Sites, options: OnnxOptions) -> list[str]:
+    """The weights beside which inputs for future adapters are added.
+
+    Raises InputRefused for a name that matches no linear layer, and for "all-linear" where layers have no name.
+    """
+    targets = options.targets
+    if targets is None:
+        return []
+    linear = {site.name: site for site in sites.linear if len(site.shape) == 2}
+    if isinstance(targets, str):
+        unknown = [place(site) for site in sites.unnamed if not site.equals and not is_output_head(site)]
+        if unknown:
+            more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+            raise InputRefused(
+                f"{len(unknown)} linear layers have no certain name ({', '.join(unknown[:SHOWN])}{more}). "
+                "--base CHECKPOINT, from which the graph was exported, names them by content"
+            )
+        return [name for name, site in linear.items() if not is_output_head(site)]
+    matched = {name: [weight for weight in linear if _matches(weight, name)] for name in targets}
+    if lost := [name for name, weights in matched.items() if not weights]:
+        endings = sorted({module_of(weight).rpartition(".")[2] for weight in linear})
+        near = [difflib.get_close_matches(name, endings, n=3, cutoff=0.5) or endings[:3] for name in lost]
+        raise InputRefused(
+            "; ".join(
+                f"`{name}` matches no linear layer; the nearest: {', '.join(found) or 'none'}"
+                for name, found in zip(lost, near, strict=True)
+            )
+        )
+    return [weight for weight in linear if any(weight in weights for weights in matched.values())]
+
+
+def _matches(weight: str, name: str) -> bool:
+    return f".{module_of(weight)}".endswith(f".{name}")
+
+
+def _merge(
+    graph: GraphFile, program: ir.Model, sites: Sites, steps: Plan, folder: Path, file_name: str
+) -> tuple[Mapping[str, dict[str, str]], list[str]]:
+    """Copy the graph's files in blocks, W + ΔW in place of W.
+
+    Returns the hashes of the files that were read, and the names of the files beside the graph. Raises as
+    `merge_graph` does.
+    """
+    for value in initializers(program):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < EXTERNAL_FROM:
+            # onnxruntime reads no other file while it infers shapes.
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+    written = write_merged(steps, replace(graph, model=program), sites, folder, file_name=file_name, hashing=HASHING)
+    return written.sources, [path.name for path in folder.iterdir() if path.name != file_name]
+
+
+def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: OnnxOptions) -> dict[str, Any]:
+    """Where the graph comes from: the hashes of its files. Raises InputRefused where one has changed meanwhile."""
+    base = {path.name: hashes.get(path.name) or {HASHING: file_hash(path, HASHING)} for path in graph.sources}
+    for path in graph.changed():
+        raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
+    return provenance.record_of(options.adapters, options.strengths, base, graph.history, {"lora": options.lora})

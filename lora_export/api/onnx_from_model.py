@@ -1,0 +1,82 @@
+"""An ONNX file from a PyTorch model: export the base once, put the adapters into the graph, prove it against PyTorch."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export import layers, plan
+from lora_export.api.load import ModelSource, load_model, model_paths
+from lora_export.api.onnx_insert import Located, insert_and_save, locate, save_graph
+from lora_export.api.onnx_options import OnnxOptions, OnnxResult
+from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
+from lora_export.api.publish import record_of_model
+from lora_export.graph.fold import fold
+from lora_export.lora import Adapter
+from lora_export.models import export
+from lora_export.models.model import Model
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
+
+
+def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, opset: int | None) -> OnnxResult:
+    """See `export_onnx`."""
+    with options.staged(model_paths(source)) as folder:
+        options.stage("loading the model")
+        base = load_model(source, options.adapters, dtype=dtype)
+        future = _future_adapters(base, options)
+        _check_fit(base, options, future)
+        options.stage("exporting the base")
+        program = export.to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
+        references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
+        before = base_outputs(program, references, options)
+        located, companions = _write(program, options, future, folder)
+        del program
+        gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
+        path = folder / options.output.name
+        proofs = prove_all(path, references, options, before) if options.verify else None
+        settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base)}
+        record_in(path, record_of_model(base, options.adapters, options.weights, settings), proofs)
+    files = (options.output, *(options.output.parent / name for name in companions))
+    return OnnxResult(options.output, files, located.plan if located else None, proofs)
+
+
+def _future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
+    """An adapter without effect at the layers of `target`; none where no layer was named."""
+    targets: Any = options.targets
+    if targets is None:
+        return []
+    return [layers.create_adapter(base.module, targets=targets, rank=1, alpha=1.0, seed=0, name="--target")]
+
+
+def _check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:
+    """Raise InputRefused for what cannot fit the graph because it does not fit the module."""
+    specs = layers.specs(base.module)
+    if options.adapters:
+        layers.refuse_tied(base.module, options.plan(specs))
+    if future:
+        layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
+
+
+def _write(
+    program: ir.Model, options: OnnxOptions, future: list[Adapter], folder: Path
+) -> tuple[Located | None, list[str]]:
+    """Write the graph with its adapters; return where they landed, and the names of the files beside it."""
+    if not options.adapters and not future:
+        return None, save_graph(program, options, folder)
+    located = locate(program, options, None)
+    if options.lora == "merged":
+        assert located.plan is not None
+        options.stage("folding the adapters in")
+        refuse_below_rounding(fold(program, located.sites, located.plan), MIN_RETENTION)
+        return located, save_graph(program, options, folder)
+    targets = [step.weight for step in plan.make(future, located.sites.specs, identity_ok=True).steps] if future else []
+    return located, insert_and_save(program, located, options, targets, folder)
+
+
+def _dtype_of(base: Model) -> str:
+    return str(ModuleRunner(base.module).dtype).removeprefix("torch.")

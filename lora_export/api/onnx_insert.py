@@ -1,0 +1,81 @@
+"""Adapters into a graph in memory, beside its weights, and the graph into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from lora_export.api.onnx_options import OnnxOptions, adapter_file
+from lora_export.formats import onnx_adapter
+from lora_export.graph.insert.inputs import factors_of, open_inputs
+from lora_export.graph.insert.nodes import branch
+from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.onnx_file import save
+from lora_export.graph.sites import Sites, find
+from lora_export.plan import Plan
+from lora_export.weights.checkpoint import Checkpoint
+
+
+class Located(NamedTuple):
+    """Where the weights of a graph are read, and which of them the adapters change; None without adapters."""
+
+    sites: Sites
+    plan: Plan | None
+
+
+def locate(program: ir.Model, options: OnnxOptions, checkpoint: Checkpoint | None) -> Located:
+    """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit."""
+    options.stage("finding its weights")
+    sites = find(program, checkpoint)
+    steps = options.plan(sites.specs) if options.adapters else None
+    notes = [note for adapter in options.adapters for note in adapter.notes]
+    for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
+        options.on_message(f"note: {note}")
+    return Located(sites, steps)
+
+
+def insert_and_save(
+    program: ir.Model, located: Located, options: OnnxOptions, targets: Sequence[str], folder: Path
+) -> list[str]:
+    """Insert the adapters as nodes, rows or inputs, and write the graph; return the names of the files beside it.
+
+    `targets` are weights beside which inputs for future adapters are added. The graph is changed.
+    """
+    if options.lora == "inputs":
+        return _with_inputs(program, located, options, targets, folder)
+    assert located.plan is not None
+    options.stage("inserting the adapters")
+    if options.lora == "rows":
+        choose_by_row(program, located.sites, located.plan)
+    else:
+        branch(program, located.sites, located.plan)
+    return save_graph(program, options, folder)
+
+
+def _with_inputs(
+    program: ir.Model, located: Located, options: OnnxOptions, targets: Sequence[str], folder: Path
+) -> list[str]:
+    options.stage("inserting inputs for adapters")
+    sites, steps = located
+    changed = {step.weight: step.has_dora for step in (steps.steps if steps else ())}
+    wanted = changed.keys() | set(targets)
+    dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
+    contract = open_inputs(
+        program, sites, [name for name in sites.by_name if name in wanted], names=options.names, dora=dora
+    )
+    for adapter in options.adapters:
+        assert steps is not None
+        factors = factors_of(program, contract, steps, adapter.name)
+        parameters = onnx_adapter.parameters(contract, steps, adapter.name, factors)
+        onnx_adapter.write(folder / adapter_file(adapter), parameters, contract, sha256=adapter.sha256)
+    return [*(adapter_file(adapter) for adapter in options.adapters), *save_graph(program, options, folder)]
+
+
+def save_graph(program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
+    """Write the graph; return the names of the files beside it."""
+    options.stage("writing")
+    *beside, _ = save(program, folder, options.output.name)
+    return [path.name for path in beside]

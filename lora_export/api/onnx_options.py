@@ -1,0 +1,113 @@
+"""What an ONNX export is asked to do, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export import plan
+from lora_export.api.callbacks import OnMessage, OnProgress, Progress
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.lora import Adapter
+from lora_export.plan import Plan
+from lora_export.storage import atomic_output
+from lora_export.verification.proof import Proof
+
+SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxOptions:
+    """The arguments of `export_onnx` that are the same for a model and an existing graph."""
+
+    output: Path
+    lora: str
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    sources: Sequence[Path]  # the paths of the adapters
+    target: str | Sequence[str] | None
+    dora: bool
+    names: str
+    inputs: Path | None
+    provider: str
+    verify: bool
+    overwrite: bool
+    on_message: OnMessage = field(repr=False)
+    on_progress: OnProgress = field(repr=False)
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        """One factor for each adapter."""
+        return self.weights or (1.0,) * len(self.adapters)
+
+    @property
+    def targets(self) -> str | list[str] | None:
+        """"all-linear", endings of layer names, or None where no layer was named."""
+        if self.target is None or self.target == "all-linear":
+            return self.target
+        return [name for name in (self.target.split(",") if isinstance(self.target, str) else self.target) if name]
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether a call of the graph chooses its adapter."""
+        return self.lora in SWAPPED
+
+    def plan(self, specs: Iterable[plan.TensorSpec]) -> Plan:
+        """The weights on which the adapters land. Adapters that are swapped are never active together."""
+        return plan.make(self.adapters, specs, strengths=self.weights, apart=self.is_swapped)
+
+    def stage(self, name: str) -> None:
+        """Report the start of a stage."""
+        self.on_progress(Progress(name))
+
+    def staged(self, inputs: Iterable[Path]) -> AbstractContextManager[Path]:
+        """A folder whose files are published together when the block succeeds."""
+        return atomic_output.stage_file(
+            self.output, inputs=[*inputs, *self.sources], overwrite=self.overwrite, say=self.on_message
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxProofs:
+    """Everything that was proven of one file."""
+
+    whole: Proof  # with the adapters that are in it; where they are swapped, without any
+    adapters: Mapping[str, Proof] = field(default_factory=dict)  # each by itself, where they are swapped
+    mixed: Proof | None = None  # batches in which each row has its own adapter
+    unlike_base: Sequence[str] | None = None  # outputs whose bits are not the base graph's; None: not compared
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxResult:
+    """What was published, and its proofs."""
+
+    output: Path
+    files: tuple[Path, ...]  # the graph first, then what is stored beside it: weights, adapters
+    plan: Plan | None  # None: no adapter
+    proofs: OnnxProofs | None  # None: `verify=False`
+
+    @property
+    def proof(self) -> Proof | None:
+        """The proof of the graph with the adapters that are in it; where they are swapped, without any."""
+        return self.proofs.whole if self.proofs else None
+
+
+def adapter_file(adapter: Adapter) -> str:
+    """The name of an adapter's file beside the graph. Raises InputRefused where it would be no file's name."""
+    if adapter.name.startswith(".") or "/" in adapter.name:
+        raise InputRefused(
+            f"the name {adapter.name!r} of an adapter cannot be the name of a file. Name the adapter: -a NAME=ADAPTER"
+        )
+    return adapter.name + onnx_adapter.SUFFIX
+
+
+def check_adapters(options: OnnxOptions) -> None:
+    """Raise InputRefused for adapters that a graph of this mode cannot take."""
+    if options.is_swapped:
+        onnx_adapter.refuse_what_no_input_carries(options.adapters)
+    if options.lora == "inputs":
+        for adapter in options.adapters:
+            adapter_file(adapter)

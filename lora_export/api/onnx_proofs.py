@@ -1,0 +1,108 @@
+"""Prove a graph before it is published; where its adapters are swapped, without any, with each, and mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export import provenance
+from lora_export.api.onnx_options import OnnxOptions, OnnxProofs, adapter_file
+from lora_export.api.publish import require_same, stage_of_proof, summary
+from lora_export.graph.onnx_file import append_metadata, in_memory
+from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.runner import Arrays
+from lora_export.verification.compare_outputs import bits_that_differ
+from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import BASE, MIXED, Proof, prove, prove_by_origin, prove_mixed
+from lora_export.verification.references import References
+
+Outputs = Mapping[str, Arrays]  # by case
+
+
+def base_outputs(program: ir.Model, references: References, options: OnnxOptions) -> Outputs:
+    """The outputs of the graph before anything is put into it; nothing where no proof compares them."""
+    if not options.verify or not options.is_swapped:
+        return {}
+    options.stage("running the base")
+    return _outputs(OnnxRunner(Held(BASE, *in_memory(program)), options.provider), references)
+
+
+def prove_all(
+    path: Path, references: References, options: OnnxOptions, before: Outputs, *, existing: Path | None = None
+) -> OnnxProofs:
+    """Prove the file. `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
+
+    Raises Different or Undecided unless every proof is `same`.
+    """
+    runner = OnnxRunner(path, options.provider)
+    if not options.is_swapped:
+        own = references.with_adapters(options.adapters, options.weights)
+        return OnnxProofs(require_same(_prove(runner, own, options, "")))
+    without, *runners = _by_adapter(runner, options)
+    whole = _prove_base(without, references.with_adapters(()), options, existing)
+    unlike = bits_that_differ(before, _outputs(without, references))
+    if unlike:
+        options.on_message(
+            "note: without an adapter the graph is the base, but not to the last bit: onnxruntime computes it in "
+            f"another order ({unlike[0]})"
+        )
+    adapters = {}
+    for own_runner, adapter, strength in zip(runners, options.adapters, options.strengths, strict=True):
+        own = references.with_adapters([adapter], [strength])
+        adapters[adapter.name] = require_same(_prove(own_runner, own, options, adapter.name), adapter.name)
+    mixed = _prove_mixed(runner, references, options, [whole, *adapters.values()]) if options.lora == "rows" else None
+    return OnnxProofs(whole, adapters, mixed, unlike)
+
+
+def _prove(runner: OnnxRunner, references: References, options: OnnxOptions, what: str) -> Proof:
+    return prove(references.as_run(runner), references, step=stage_of_proof(options.stage, what))
+
+
+def _prove_base(runner: OnnxRunner, references: References, options: OnnxOptions, existing: Path | None) -> Proof:
+    """Prove the graph without an adapter; where fp64 cannot decide it, against the graph that it was made from."""
+    proof = _prove(runner, references, options, BASE)
+    if proof.verdict.outcome is Outcome.UNDECIDED and existing is not None:
+        options.stage("verifying the base, the graph that it was made from")
+        proof = prove_by_origin(proof, runner, existing, references.as_run)
+    return require_same(proof, BASE)
+
+
+def _prove_mixed(
+    runner: OnnxRunner, references: References, options: OnnxOptions, proofs: Sequence[Proof]
+) -> Proof:
+    """Prove batches that contain every adapter and the base."""
+    options.stage(f"verifying {MIXED}")
+    ids = [*range(1, len(proofs)), 0]
+    return require_same(prove_mixed(references.as_run(runner.with_rows(ids)), proofs, ids), MIXED)
+
+
+def _by_adapter(runner: OnnxRunner, options: OnnxOptions) -> list[OnnxRunner]:
+    """The graph without an adapter, and with each."""
+    if options.lora == "rows":
+        return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]
+    files = [runner.path.with_name(adapter_file(adapter)) for adapter in options.adapters]
+    return [runner, *(runner.with_adapter(file) for file in files)]
+
+
+def _outputs(runner: OnnxRunner, references: References) -> dict[str, Arrays]:
+    graph = references.as_run(runner)
+    return {case: graph.run(arrays) for case, arrays in references.inputs(graph).cases.items()}
+
+
+def record_in(path: Path, record: dict[str, Any], proofs: OnnxProofs | None) -> None:
+    """Store in the file where it comes from and what was proven of it."""
+    append_metadata(path, {provenance.KEY: json.dumps(record | {"verdict": _summary(proofs)})})
+
+
+def _summary(proofs: OnnxProofs | None) -> dict[str, Any]:
+    verdict = summary(proofs.whole if proofs else None)
+    if proofs and proofs.unlike_base is not None:
+        verdict["bits_of_base"] = not proofs.unlike_base
+        verdict["adapters"] = {name: summary(proof) for name, proof in proofs.adapters.items()}
+    if proofs and proofs.mixed:
+        verdict["mixed"] = summary(proofs.mixed)
+    return verdict
