@@ -38,8 +38,8 @@ def export_onnx(
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory` or `(module, example_inputs)`: it is
     exported once, in `dtype` ("float32" or "float16"), with dynamic batch and sequence. Or it is an existing .onnx,
     quantised ones included: then PyTorch is not needed, and the graph itself is the reference of the proof unless
-    `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights whose
-    names were lost. `opset` is the ONNX operator set (default: the exporter's).
+    `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights
+    whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
 
     `lora` is "merged" (folded into the weights), "nodes" (A and B as nodes beside the weights), "inputs" (A and B are
     optional inputs, and each adapter becomes a file NAME.onnx_adapter beside the graph) or "rows" (the input

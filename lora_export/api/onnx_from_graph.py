@@ -62,7 +62,10 @@ def export_from_graph(
 
 
 def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | None]:
-    """Open the graph, and the checkpoint that names its weights. Raises InputRefused for a graph with adapter inputs."""
+    """Open the graph, and the checkpoint that names its weights.
+
+    Raises InputRefused for a graph that has inputs for adapters already.
+    """
     input_files.must_exist(path, "model")
     graph = open_graph(path)
     if graph.takes_adapters:

@@ -1,4 +1,4 @@
-"""An ONNX file from a PyTorch model: export the base once, put the adapters into the graph, prove it against PyTorch."""
+"""An ONNX file from a PyTorch model: export the base, put the adapters into the graph, prove it against PyTorch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         future = _future_adapters(base, options)
         _check_fit(base, options, future)
         options.stage("exporting the base")
-        program = export.to_onnx(base.module, base.examples(), axes=base.axes, opset=opset)
+        program = export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(program, references, options)
         located, companions = _write(program, options, future, folder)

@@ -57,7 +57,7 @@ class OnnxOptions:
 
     def plan(self, specs: Iterable[plan.TensorSpec]) -> Plan:
         """The weights on which the adapters land. Adapters that are swapped are never active together."""
-        return plan.make(self.adapters, specs, strengths=self.weights, apart=self.is_swapped)
+        return plan.make(self.adapters, specs, strengths=self.weights, one_at_a_time=self.is_swapped)
 
     def stage(self, name: str) -> None:
         """Report the start of a stage."""

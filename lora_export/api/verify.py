@@ -243,9 +243,8 @@ def _compare_outputs(
         references = PyTorchReferences(
             base, loaded, weights, seed, user_inputs, provider, cache, origin, say=on_message
         )
-        by_row = isinstance(runner, OnnxRunner) and IDS in runner.axes
         step = stage_of_proof(stage)
-        if by_row:
+        if isinstance(runner, OnnxRunner) and IDS in runner.axes:
             proof = prove_rows(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
         else:
             proof = prove(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
