@@ -28,13 +28,13 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
         base = load_model(source, options.adapters, dtype=dtype)
-        future = _future_adapters(base, options)
-        _check_fit(base, options, future)
+        future = future_adapters(base, options)
+        check_fit(base, options, future)
         options.stage("exporting the base")
         program = export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(program, references, options)
-        located, companions = _write(program, options, future, folder)
+        located, companions = write_with_adapters(program, options, future, folder)
         del program
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         path = folder / options.output.name
@@ -45,7 +45,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     return OnnxResult(options.output, files, located.plan if located else None, proofs)
 
 
-def _future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
+def future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
     """An adapter without effect at the layers of `target`; none where no layer was named."""
     targets: Any = options.targets
     if targets is None:
@@ -53,7 +53,7 @@ def _future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
     return [layers.create_adapter(base.module, targets=targets, rank=1, alpha=1.0, seed=0, name="--target")]
 
 
-def _check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:
+def check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:
     """Raise InputRefused for what cannot fit the graph because it does not fit the module."""
     specs = layers.specs(base.module)
     if options.adapters:
@@ -62,7 +62,7 @@ def _check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None
         layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
 
 
-def _write(
+def write_with_adapters(
     program: ir.Model, options: OnnxOptions, future: list[Adapter], folder: Path
 ) -> tuple[Located | None, list[str]]:
     """Write the graph with its adapters; return where they landed, and the names of the files beside it."""

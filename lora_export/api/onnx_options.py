@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export import plan
-from lora_export.api.callbacks import OnMessage, OnProgress, Progress
+from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.lora import Adapter
@@ -26,17 +26,17 @@ class OnnxOptions:
     output: Path
     lora: str
     adapters: Sequence[Adapter]
-    weights: Sequence[float]
-    sources: Sequence[Path]  # the paths of the adapters
-    target: str | Sequence[str] | None
-    dora: bool
-    names: str
-    inputs: Path | None
-    provider: str
-    verify: bool
-    overwrite: bool
-    on_message: OnMessage = field(repr=False)
-    on_progress: OnProgress = field(repr=False)
+    weights: Sequence[float] = ()
+    sources: Sequence[Path] = ()  # the paths of the adapters
+    target: str | Sequence[str] | None = None
+    dora: bool = False
+    names: str = "olive"
+    inputs: Path | None = None
+    provider: str = "cpu"
+    verify: bool = True
+    overwrite: bool = False
+    on_message: OnMessage = field(default=ignore, repr=False)
+    on_progress: OnProgress = field(default=ignore, repr=False)
 
     @property
     def strengths(self) -> Sequence[float]:

@@ -1,4 +1,4 @@
-"""The command line: reads arguments, strings the doers together, prints, exits.
+"""The command line: reads arguments, calls one function of `lora_export.api`, prints its result, exits.
 
 One file a command, loaded when it is called; heavy packages are imported inside the commands, so
 that `--help` is instant. stdout carries the answer, stderr the story. This is the one place where
@@ -25,19 +25,26 @@ from lora_export import __version__
 from lora_export.cli import startup
 from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed, one_line, printable
 
-# name -> its one-line help, so that `lora-export --help` loads no command
-COMMANDS = {
-    "inspect": "Show what an adapter, a checkpoint or a graph holds.",
-    "merge": "Merge adapters into the weights of a checkpoint or a graph.",
-    "onnx": "Make an .onnx of a model or a graph: adapters merged, as nodes, as inputs, or row by row.",
-    "torchscript": "Export to TorchScript, adapters merged or attached.",
-    "verify": "Prove that a file computes what the PyTorch model computes.",
-    "convert": "Convert an adapter for a graph that is deployed already.",
-    "train": "Train a LoRA adapter.",
-    "doctor": "Say what is installed and which providers really load.",
+# Job -> command -> its help in one line, so that `lora-export --help` imports no command.
+JOBS = {
+    "Adapters": {
+        "train": "Train a LoRA adapter and save it in PEFT's format.",
+        "inspect": "Show what an adapter, a checkpoint or a graph contains.",
+        "convert": "Convert an adapter for an existing ONNX graph.",
+    },
+    "Deployment": {
+        "merge": "Merge adapters into the weights of a checkpoint or a graph.",
+        "onnx": "Export to ONNX: adapters merged, as nodes, as inputs, or per row.",
+        "torchscript": "Export to TorchScript: adapters merged or as nodes.",
+    },
+    "Proof": {
+        "verify": "Prove that a file computes what the PyTorch model computes.",
+        "doctor": "Check the installed packages and the execution providers.",
+    },
 }
+COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
 
-# What commands import besides our own files; one that is missing is told, not traced.
+# Packages that commands import. A missing one ends with a message, not with a traceback.
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 
 
@@ -58,18 +65,20 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for job, commands in JOBS.items():
+            with formatter.section(job):
+                formatter.write_dl(list(commands.items()))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lora-export")
 def cli() -> None:
-    """Put LoRA adapters into production: merge, export, and prove that nothing was lost.
+    """Put LoRA adapters into production: merge them, export them, and prove that nothing was lost.
 
     \b
-    Exit codes: 0 done, 2 usage, 3 input refused, 4 different, 5 undecided,
-    6 environment, 7 output, 8 exporter or runtime refused the model.
+    Exit codes: 0 done, 2 wrong usage, 3 input refused, 4 verdict `different`,
+    5 verdict `undecided`, 6 environment, 7 output not written,
+    8 exporter or runtime refused the model, 130 Ctrl-C, 143 SIGTERM.
     """
 
 

@@ -19,38 +19,38 @@ adapter_weights = click.option(
     type=float,
     multiple=True,
     metavar="W",
-    help="Multiply an adapter's scale; once per adapter, in order (default 1.0).",
+    help="Factor on an adapter's scale. Once per adapter, in the same order (default: 1.0).",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output in one step.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one step.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 adapters_option = click.option(
     "-a",
     "--adapter",
     "adapters",
     multiple=True,
     metavar="[NAME=]ADAPTER",
-    help="An adapter to apply; may be repeated.",
+    help="Adapter to apply. May be repeated.",
 )
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where onnxruntime must run the candidate.",
+    help="Execution provider on which onnxruntime must run.",
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="The precision in which MODEL is deployed: its weights are rounded to it, and the gates are PyTorch's in it.",
+    help="Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
 )
 inputs_option = click.option(
     "--inputs",
     "inputs_file",
     type=click.Path(path_type=Path),
     metavar="FILE.npz",
-    help="Check on these inputs too (arrays named like the model's inputs).",
+    help="Further inputs for the proof: one array for each input of the model, by its name.",
 )
 
 
@@ -79,9 +79,9 @@ class TakesAdapters(Command):
 
 MODES = {
     "merged": "fold the adapters into the weights",
-    "nodes": "keep A and B beside them",
-    "inputs": "make A and B optional inputs, each adapter a file of its own",
-    "rows": "let each row of a batch choose its adapter",
+    "nodes": "keep A and B as nodes beside the weights",
+    "inputs": "make A and B optional inputs, with one file per adapter",
+    "rows": "choose the adapter of each batch row by an input",
 }
 
 
@@ -91,7 +91,7 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
     mode = click.option(
         "--lora", "mode", type=click.Choice(modes), default=modes[0], show_default=True, help=f"{told}."
     )
-    no_verify = click.option("--no-verify", is_flag=True, help="Publish without proof; the file records that.")
+    no_verify = click.option("--no-verify", is_flag=True, help="Publish without a proof. The file records that.")
     options = [adapters_option, adapter_weights, mode, inputs_option, no_verify, overwrite_option, json_option]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,8 +8,12 @@ import click
 
 from lora_export.cli.arguments import Command, answer, json_option, overwrite_option, say, wrote
 
+EXAMPLE = """\b
+Example:
+  lora-export convert ADAPTER -o next.onnx_adapter --for model.onnx"""
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("adapter", metavar="[NAME=]ADAPTER")
 @click.option(
     "-o",
@@ -17,10 +21,15 @@ from lora_export.cli.arguments import Command, answer, json_option, overwrite_op
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT.onnx_adapter",
-    help="The file to write.",
+    help="File to write.",
 )
 @click.option(
-    "--to", required=True, type=click.Choice(["onnx_adapter"]), expose_value=False, help="The format to write."
+    "--to",
+    default="onnx_adapter",
+    show_default=True,
+    type=click.Choice(["onnx_adapter"]),
+    expose_value=False,
+    help="Format to write.",
 )
 @click.option(
     "--for",
@@ -28,16 +37,16 @@ from lora_export.cli.arguments import Command, answer, json_option, overwrite_op
     required=True,
     type=click.Path(path_type=Path),
     metavar="MODEL.onnx",
-    help="The graph that will run it, made by `onnx --lora inputs`.",
+    help="Graph that will run the adapter, made by `onnx --lora inputs`.",
 )
-@click.option("--weight", type=float, default=1.0, show_default=True, help="Multiply the adapter's scale.")
+@click.option("--weight", type=float, default=1.0, show_default=True, help="Factor on the adapter's scale.")
 @overwrite_option
 @json_option
 def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: bool, as_json: bool) -> None:
-    """Convert ADAPTER for a graph that is there already: next week's adapter, without exporting again.
+    """Convert ADAPTER for an existing graph: next week's adapter, without another export.
 
-    Every tensor of the adapter must have its place in the graph, in shape and type, and the graph must
-    be as it was when it was made, before anything is written. Needs no PyTorch.
+    Every tensor of the adapter needs an input of its shape and type in the graph, and the graph has to be unchanged
+    since it was made. Both are checked before anything is written. PyTorch is not needed.
     """
     from lora_export.api.convert import convert
 

@@ -18,20 +18,24 @@ from lora_export.runtime.providers import VARIABLES
 if TYPE_CHECKING:
     from rich.console import Console
 
+EXAMPLE = """\b
+Example:
+  lora-export doctor --provider cuda"""
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, epilog=EXAMPLE)
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
-    help="The provider that must load.  [default: cuda where there is an NVIDIA GPU, else cpu]",
+    help="Provider that has to run.  [default: cuda where there is an NVIDIA GPU, else cpu]",
 )
 @json_option
 def command(provider: str | None, as_json: bool) -> None:
-    """Say what is installed and which providers really load.
+    """Check the installed packages and the execution providers.
 
-    Everything that lora-export needs is imported, and every execution provider runs a small
-    model, each in a process of its own. Ends with 6 where something is missing, below its floor or
-    broken, or where the provider does not really run the model.
+    Every package that lora-export needs is imported, and every execution provider runs a small model, each in a process
+    of its own. Ends with exit code 6 where a package is missing, too old or broken, or where the provider does not run
+    the model.
     """
     from rich.console import Console
 

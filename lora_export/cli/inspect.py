@@ -16,21 +16,25 @@ if TYPE_CHECKING:
     from lora_export.graph.sites import Site, Sites
     from lora_export.weights.checkpoint import Checkpoint
 
+EXAMPLE = """\b
+Example:
+  lora-export inspect ADAPTER"""
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--base",
     "checkpoint",
     type=click.Path(path_type=Path),
-    help="The checkpoint that an .onnx was made of: names its weights by their content, and checks other names.",
+    help="Checkpoint that an .onnx was exported from. Names its weights by content, and checks other names.",
 )
-@click.option("--check", is_flag=True, help="Read every file of a merged folder and compare it with its manifest.")
+@click.option("--check", is_flag=True, help="Read every file of a merged folder, and compare it with the manifest.")
 @json_option
 def command(path: Path, checkpoint: Path | None, check: bool, as_json: bool) -> None:
-    """Show what PATH holds: an adapter, a checkpoint (a folder or .safetensors), an .onnx graph or an .onnx_adapter.
+    """Show what PATH contains: an adapter, a checkpoint (folder or .safetensors), an .onnx or an .onnx_adapter.
 
-    Reads headers, and an adapter's tensors; with --base, the weights of both. Runs nothing.
+    Reads headers, and the tensors of an adapter. With --base, the weights of both are read. Runs nothing.
     """
     from lora_export import report
     from lora_export.api.inspect import inspect

@@ -11,25 +11,35 @@ from lora_export.cli import startup
 from lora_export.cli.arguments import Command, adapter_weights, answer, json_option, overwrite_option, say
 from lora_export.cli.progress import shown
 
+EXAMPLE = """\b
+Example:
+  lora-export merge BASE ADAPTER -o merged"""
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the merged weights go.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder or file for the merged weights: the same kind as BASE.",
+)
 @adapter_weights
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
     default="keep",
     show_default=True,
-    help="Store every float tensor as this type.",
+    help="Type in which every float tensor is stored.",
 )
 @click.option(
     "--min-retention",
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="Refuse when rounding leaves a weight less than this share of its change.",
+    help="Least part of a weight's change that has to survive rounding. Less is refused.",
 )
 @click.option(
     "--hash",
@@ -37,28 +47,28 @@ from lora_export.cli.progress import shown
     type=click.Choice(["xxh3_128", "sha256"]),
     default="xxh3_128",
     show_default=True,
-    help="Record base and output by this hash; sha256 takes longer than the merge.",
+    help="Hash that identifies base and output. sha256 takes longer than the merge.",
 )
 @click.option(
     "--base",
     "checkpoint",
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="What an .onnx BASE was made from: names its weights by content where their names are lost.",
+    help="Checkpoint that an .onnx BASE was exported from. Names the weights whose names were lost, by content.",
 )
 @click.option(
     "--requantize",
     is_flag=True,
-    help="Merge into quantised weights of an .onnx BASE too, and quantise the sum in the scheme that they have.",
+    help="Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where weights are changed; cuda needs PyTorch, and is not known to be faster.",
+    help="Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be done to which weight, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print which weights would change, and write nothing.")
 @overwrite_option
 @json_option
 def command(
@@ -76,10 +86,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Merge ADAPTERS into the weights of BASE: W' = W + Σ weight·scale·B·A, rounded once.
+    """Merge adapters into the weights of BASE: W' = W + Σ weight·scale·B·A, rounded once.
 
-    BASE is a Hugging Face folder, a .safetensors file or an .onnx graph; the output is of the same kind,
-    with the same layout. Needs no PyTorch, and memory does not grow with the model.
+    BASE is a Hugging Face folder, a .safetensors file or an .onnx file. The output is the same kind, with the same
+    layout. PyTorch is not needed, and memory does not grow with the size of the model.
     """
     # A process that imports torch is not made faster by what `brisk` does.
     with startup.brisk() if device == "cpu" else contextlib.nullcontext(), shown() as on_progress:

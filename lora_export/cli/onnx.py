@@ -17,8 +17,13 @@ from lora_export.cli.arguments import (
 )
 from lora_export.cli.progress import shown
 
+EXAMPLE = """\b
+Examples:
+  lora-export onnx BASE -a ADAPTER -o model.onnx
+  lora-export onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o model.onnx"""
 
-@click.command(cls=TakesAdapters)
+
+@click.command(cls=TakesAdapters, epilog=EXAMPLE)
 @click.argument("model")
 @click.option(
     "-o",
@@ -26,40 +31,40 @@ from lora_export.cli.progress import shown
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT.onnx",
-    help="The file to publish once it is proven.",
+    help="File to publish after its proof.",
 )
 @publishing_options("merged", "nodes", "inputs", "rows")
 @click.option(
     "--target",
     metavar="NAMES|all-linear",
-    help="With --lora inputs: where adapters to come may stand, beside those given: endings of module names, with "
-    "commas, or every linear layer but the output head.",
+    help="With --lora inputs: also add adapter inputs at these layers, for future adapters. Endings of layer names, "
+    "separated by commas, or all linear layers except the output head.",
 )
 @click.option(
     "--dora",
     is_flag=True,
-    help="With --lora inputs: adapters to come may have DoRA at all these places; each takes its factor too.",
+    help="With --lora inputs: let future adapters have DoRA at all these layers.",
 )
 @click.option(
     "--names",
     type=click.Choice(["olive", "genai", "peft"]),
     default="olive",
     show_default=True,
-    help="With --lora inputs: whose conventions the inputs' names follow.",
+    help="With --lora inputs: naming convention of the inputs.",
 )
-@click.option("--opset", type=click.IntRange(min=18), help="The ONNX operator set (default: the exporter's).")
+@click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set (default: the exporter's).")
 @click.option(
     "--base",
     "checkpoint",
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="What an .onnx MODEL was made from: names its weights by content where their names are lost.",
+    help="Checkpoint that an .onnx MODEL was exported from. Names the weights whose names were lost, by content.",
 )
 @click.option(
     "--model",
     "reference",
     metavar="MODEL",
-    help="The PyTorch model that an .onnx MODEL was made from: prove the result against it, not against the graph.",
+    help="PyTorch model that an .onnx MODEL was exported from: the proof compares with it, not with the graph.",
 )
 @dtype_option
 @provider_option
@@ -82,14 +87,14 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Put adapters into an ONNX graph of MODEL, prove it, and only then publish it.
+    """Put adapters into an ONNX graph of MODEL, prove the graph, and only then publish it.
 
-    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`, which is exported once, in
-    --dtype, with dynamic batch and sequence; or an .onnx file that was made elsewhere, quantised ones included,
-    which needs no PyTorch and is its own measure unless --model names another. With --lora inputs the adapters
-    stand beside the graph, each in its own NAME.onnx_adapter. With --lora rows the graph has the input
-    `adapter_ids`, which is for each row of the batch 0 (the base) or an adapter's number, in the order in which
-    they were given.
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. It is exported once, with dynamic
+    batch and sequence. MODEL may also be an existing .onnx, quantised or not. Then PyTorch is not needed, and the proof
+    compares with that graph unless --model names the PyTorch model.
+
+    With --lora inputs, each adapter becomes a file NAME.onnx_adapter beside the graph. With --lora rows, the graph has
+    the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter.
     """
     from lora_export.api.onnx import export_onnx
     from lora_export.cli.verdicts import onnx_proofs_document, show_onnx_proofs

@@ -9,8 +9,12 @@ import click
 from lora_export.cli.arguments import TakesAdapters, answer, publishing_options, say, wrote
 from lora_export.cli.progress import shown
 
+EXAMPLE = """\b
+Example:
+  lora-export torchscript BASE -a ADAPTER -o model.pt"""
 
-@click.command(cls=TakesAdapters)
+
+@click.command(cls=TakesAdapters, epilog=EXAMPLE)
 @click.argument("model")
 @click.option(
     "-o",
@@ -18,7 +22,7 @@ from lora_export.cli.progress import shown
     required=True,
     type=click.Path(path_type=Path),
     metavar="OUT.pt",
-    help="The file to publish once it is proven.",
+    help="File to publish after its proof.",
 )
 @publishing_options("merged", "nodes")
 def command(
@@ -32,10 +36,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Trace MODEL with its adapters to TorchScript, prove it, and only then publish it.
+    """Trace MODEL with its adapters to TorchScript, prove the file, and only then publish it.
 
-    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The file carries
-    the names of its inputs in the extra file `lora_export.json`.
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The extra file `lora_export.json` in
+    the output has the names of the inputs.
     """
     from lora_export.api.torchscript import export_torchscript
     from lora_export.cli.verdicts import proof_document, show_proof

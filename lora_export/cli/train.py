@@ -18,48 +18,78 @@ MEASURED = {
     "adapter_off": "held-out examples, same head, adapter disabled",
 }
 
+EXAMPLE = """\b
+Example:
+  lora-export train BASE --data texts.jsonl -o adapter --rank 8 --target query,value"""
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("model")
-@click.option("--data", "data_path", required=True, type=click.Path(path_type=Path), help=".jsonl, .csv or .npz.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The adapter's folder.")
-@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of A, columns of B.")
+@click.option(
+    "--data",
+    "data_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Training data: a .jsonl, .csv or .npz file.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rank: rows of A and columns of B."
+)
 @click.option(
     "--alpha",
     type=click.FloatRange(min=0, min_open=True),
     default=16.0,
     show_default=True,
-    help="B·A is scaled by alpha/rank.",
+    help="B·A is multiplied by alpha/rank.",
 )
-@click.option("--rslora", is_flag=True, help="Scale by alpha/√rank instead of alpha/rank.")
+@click.option("--rslora", is_flag=True, help="Multiply by alpha/√rank instead.")
 @click.option(
     "--target",
     default="all-linear",
     show_default=True,
     metavar="NAMES|all-linear",
-    help="The layers to adapt: endings of their names, separated by commas.",
+    help="Layers to adapt: endings of their names, separated by commas.",
 )
-@click.option("--head", "heads", multiple=True, metavar="NAME", help="A module to train whole and save whole.")
+@click.option(
+    "--head", "heads", multiple=True, metavar="NAME", help="Module to train and save as a whole. May be repeated."
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples a step.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
     default=1e-3,
     show_default=True,
-    help="AdamW's step size at its peak.",
+    help="Peak step size of AdamW.",
 )
-@click.option("--max-length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens a text.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Maximum number of tokens per text.",
+)
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.2,
     show_default=True,
-    help="The share of the data that is kept from training and measured on.",
+    help="Part of the data that is held out of training and measured on.",
 )
-@click.option("--compare-frozen", is_flag=True, help="Also train the head alone on the frozen base, and print both.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the split, the start and the order.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to train.")
+@click.option(
+    "--compare-frozen", is_flag=True, help="Also train the head alone on the frozen base, and print both scores."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Random seed for the split, the initial values and the order.",
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to train on."
+)
 @overwrite_option
 @json_option
 def command(
@@ -84,9 +114,9 @@ def command(
 ) -> None:
     """Train a LoRA adapter for MODEL and save it in PEFT's format.
 
-    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. DATA is .jsonl or
-    .csv with `text` and `label` (a classification head is added and trained with the adapter), or
-    .npz with the model's inputs and `labels` (whole numbers to classify, floats to predict).
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. A .jsonl or .csv file has the
+    columns `text` and `label`: a classification head is added, and trained with the adapter. An .npz has the model's
+    inputs and `labels` (integers for classes, floats for regression).
     """
     from lora_export.api.train import train
 

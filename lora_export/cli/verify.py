@@ -20,16 +20,21 @@ from lora_export.cli.arguments import (
 )
 from lora_export.cli.progress import shown
 
+EXAMPLE = """\b
+Examples:
+  lora-export verify model.onnx --model BASE -a ADAPTER --report verdict.xml
+  lora-export verify merged --base BASE -a ADAPTER"""
 
-@click.command(cls=TakesAdapters)
+
+@click.command(cls=TakesAdapters, epilog=EXAMPLE)
 @click.argument("candidate", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="The PyTorch model that CANDIDATE was made from.")
+@click.option("--model", metavar="MODEL", help="PyTorch model that CANDIDATE was made from.")
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
     metavar="CHECKPOINT",
-    help="In place of --model: judge a merged checkpoint weight by weight against this one and the adapters. Beside "
-    "--model: the quantised .onnx that CANDIDATE was made of, by `merge --requantize` or by `onnx --lora`.",
+    help="Without --model: compare a merged checkpoint with this base and the adapters, weight by weight. With "
+    "--model: the quantised .onnx that CANDIDATE was made from, by `merge --requantize` or `onnx --lora`.",
 )
 @adapters_option
 @adapter_weights
@@ -37,40 +42,38 @@ from lora_export.cli.progress import shown
     "--onnx-adapter",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Run CANDIDATE, a graph made by `onnx --lora inputs`, with this adapter file.",
+    help="Adapter file to run CANDIDATE with. For a graph made by `onnx --lora inputs`.",
 )
 @click.option(
     "--adapter-id",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Run CANDIDATE, a graph made by `onnx --lora rows`, with this adapter in all rows (0: the base) and no other; "
-    "without it the base, each adapter given by -a in the order of their ids, and batches that mix them are proven.",
+    help="Adapter of all rows (0: the base), for a graph made by `onnx --lora rows`. Without it, the base, every "
+    "adapter of -a (in the order of the ids) and mixed batches are proven.",
 )
 @provider_option
 @dtype_option
 @inputs_option
 @click.option(
-    "--atol", type=click.FloatRange(min=0), help="Require |candidate - reference| <= atol + rtol·|reference|."
+    "--atol", type=click.FloatRange(min=0), help="Also require |candidate - reference| <= atol + rtol·|reference|."
 )
 @click.option("--rtol", type=click.FloatRange(min=0), help="See --atol.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the generated inputs.")
 @click.option(
     "--report",
     "reports",
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE.json|.xml|.html",
-    help="Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read and show); may be repeated.",
+    help="Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="FOLDER",
-    help="Keep there what the fp64 reference says, and ask it only once for the same model, adapters and inputs.",
+    help="Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
 )
-@click.option(
-    "--trace", is_flag=True, help="Compare every module, whatever the verdict; `different` is followed without it too."
-)
+@click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
 @json_option
 def command(
     candidate: Path,
@@ -93,16 +96,16 @@ def command(
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
 
-    CANDIDATE is an .onnx file, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder,
-    or a merged .safetensors file of MODEL's weights. MODEL is a Hugging Face folder,
-    `package.module:factory`, `file.py:factory` or a .pt2. The verdict is `same` (exit 0), `different` (4)
-    or `undecided` (5); 6 means that the asked provider did not do the work.
+    CANDIDATE is an .onnx, a TorchScript .pt, a .pt2 of torch.export, a merged Hugging Face folder, or a merged
+    .safetensors file with MODEL's weights. MODEL is a Hugging Face folder, `package.module:factory`, `file.py:factory`
+    or a .pt2. The verdict is `same` (exit code 0), `different` (4) or `undecided` (5). Exit code 6 means that the
+    requested provider did not do the work.
 
-    A .pt2 is read without torch.export.load, which would run what stands in it: of its operators, those
-    of a closed list are run, and others are refused by name.
+    A .pt2 is read without torch.export.load, which could run code from the file. Operators outside a closed list are
+    refused by name.
 
-    With --base in place of --model nothing is run: every tensor of a merged folder or file is held
-    against W + s·BA in fp64, and what no adapter touches against the base's bytes. Needs no PyTorch.
+    With --base and without --model, nothing is run: each changed tensor of a merged folder or file is compared with
+    W + s·BA in fp64, and every other tensor with the bytes of the base. PyTorch is not needed.
     """
     from lora_export.api.verify import verify
     from lora_export.cli.verdicts import annotate_github, show_verification

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
-from lora_export.cli import weaving
+from lora_export.api import onnx_insert, onnx_proofs
 from lora_export.formats import onnx_adapter
 from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -143,7 +143,7 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = weaving.open_inputs
+    right = onnx_insert.open_inputs
 
     def in_another_order(program: ir.Model, *arguments: Any, **options: Any) -> onnx_adapter.Contract:
         """As a fusion might compute it: the last bit of a bias is another."""
@@ -152,7 +152,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
         bias.const_value = ir.Tensor(np.nextafter(bias.const_value.numpy(), np.float32(9)), name="head.bias")
         return right(program, *arguments, **options)
 
-    monkeypatch.setattr(weaving, "open_inputs", in_another_order)
+    monkeypatch.setattr(onnx_insert, "open_inputs", in_another_order)
     code, told = answer(capsys, "onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs")
     assert (code, told["bits_of_base"]) == (0, False)
     assert "not to the last bit" in capsys.readouterr().err
@@ -391,7 +391,7 @@ def test_rows_that_mix_up_adapters_are_never_published(
                 self._adapter_ids = np.roll(self._adapter_ids, 1)
             return super().run(inputs)
 
-    monkeypatch.setattr(weaving, "OnnxRunner", Confused)
+    monkeypatch.setattr(onnx_proofs, "OnnxRunner", Confused)
     words = ("-a", place / "fr", "-a", place / "legal", "--lora", "rows")
     assert call("onnx", MODEL, *words, "-o", tmp_path / "out.onnx") == 4
     assert capsys.readouterr().err.splitlines()[0].startswith("Error: mixed batches: different")

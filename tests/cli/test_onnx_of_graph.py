@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_export import formats, plan
-from lora_export.cli import given, weaving
+from lora_export.api import onnx_from_graph, onnx_insert
 from lora_export.formats import onnx_adapter
 from lora_export.graph import onnx_file, sites
 from lora_export.models import export
@@ -371,7 +371,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, factory = rounded
-    right = weaving.save
+    right = onnx_insert.save
 
     def nudged(program: ir.Model, *where: Any) -> Any:
         """One scale of one block is the next larger number."""
@@ -382,7 +382,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
         scales.const_value = ir.Tensor(array, name=scales.name)
         return right(program, *where)
 
-    monkeypatch.setattr(weaving, "save", nudged)
+    monkeypatch.setattr(onnx_insert, "save", nudged)
     words = ("-a", folder / "fr", "--lora", mode, "--model", factory, "-o", tmp_path / "out.onnx")
     assert call("onnx", folder / "base.onnx", *words) == 5
     assert "the base: undecided" in capsys.readouterr().err
@@ -470,8 +470,8 @@ def turned(steps: Plan) -> Plan:
 @pytest.mark.parametrize(
     ("graph", "mode", "place_of", "name"),
     [
-        ("base", "merged", given, "write_merged"), ("base", "nodes", weaving, "branch"),
-        ("base", "rows", weaving, "choose_by_row"), ("bits", "nodes", weaving, "branch"),
+        ("base", "merged", onnx_from_graph, "write_merged"), ("base", "nodes", onnx_insert, "branch"),
+        ("base", "rows", onnx_insert, "choose_by_row"), ("bits", "nodes", onnx_insert, "branch"),
     ],
 )  # fmt: skip
 def test_a_wrong_weave_is_different_and_never_published(

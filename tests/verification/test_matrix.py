@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from lora_export import formats, layers, plan
-from lora_export.cli import exporting, weaving
+from lora_export.api import onnx_from_model
+from lora_export.api.onnx_options import OnnxOptions, check_adapters
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph import onnx_file, sites
 from lora_export.lora import Adapter
@@ -204,11 +205,10 @@ def keep(mode: str, name: str, variant: str, folder: Path) -> Kept:
     """As `lora-export onnx --lora MODE` does it."""
     base, graph, adapter = SUBJECTS[name].base, SUBJECTS[name].graph, adapter_of(name, variant)
     before = weights_of(graph)
-    order = weaving.Order(mode, [adapter], (1.0,))
-    source = exporting.FromModel(base, order)
-    weaving.check(order)
-    source.check()
-    beside = weaving.write(graph, order, source, folder, "model.onnx", lambda _: None)
+    options = OnnxOptions(folder / "model.onnx", mode, [adapter])
+    check_adapters(options)
+    onnx_from_model.check_fit(base, options, [])
+    _, beside = onnx_from_model.write_with_adapters(graph, options, [], folder)
     after = weights_of(graph)
     runner = OnnxRunner(folder / "model.onnx", "cpu")
     unchanged = all(after[key] == value for key, value in before.items())
