@@ -69,7 +69,7 @@ def _with_inputs(
     for adapter in options.adapters:
         assert steps is not None
         factors = factors_of(program, contract, steps, adapter.name)
-        parameters = onnx_adapter.parameters(contract, steps, adapter.name, factors)
+        parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / adapter_file(adapter), parameters, contract, sha256=adapter.sha256)
     return [*(adapter_file(adapter) for adapter in options.adapters), *save_graph(program, options, folder)]
 

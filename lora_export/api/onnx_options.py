@@ -45,7 +45,7 @@ class OnnxOptions:
 
     @property
     def targets(self) -> str | list[str] | None:
-        """"all-linear", endings of layer names, or None where no layer was named."""
+        """ "all-linear", endings of layer names, or None where no layer was named."""
         if self.target is None or self.target == "all-linear":
             return self.target
         return [name for name in (self.target.split(",") if isinstance(self.target, str) else self.target) if name]
@@ -107,7 +107,7 @@ def adapter_file(adapter: Adapter) -> str:
 def check_adapters(options: OnnxOptions) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
     if options.is_swapped:
-        onnx_adapter.refuse_what_no_input_carries(options.adapters)
+        onnx_adapter.refuse_beyond_low_rank(options.adapters)
     if options.lora == "inputs":
         for adapter in options.adapters:
             adapter_file(adapter)

@@ -13,7 +13,8 @@ from lora_export import provenance
 from lora_export.api.onnx_options import OnnxOptions, OnnxProofs, adapter_file
 from lora_export.api.publish import require_same, stage_of_proof, summary
 from lora_export.graph.onnx_file import append_metadata, in_memory
-from lora_export.runtime.onnx_runner import Held, OnnxRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
@@ -28,7 +29,7 @@ def base_outputs(program: ir.Model, references: References, options: OnnxOptions
     if not options.verify or not options.is_swapped:
         return {}
     options.stage("running the base")
-    return _outputs(OnnxRunner(Held(BASE, *in_memory(program)), options.provider), references)
+    return _outputs(OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider), references)
 
 
 def prove_all(
@@ -71,9 +72,7 @@ def _prove_base(runner: OnnxRunner, references: References, options: OnnxOptions
     return require_same(proof, BASE)
 
 
-def _prove_mixed(
-    runner: OnnxRunner, references: References, options: OnnxOptions, proofs: Sequence[Proof]
-) -> Proof:
+def _prove_mixed(runner: OnnxRunner, references: References, options: OnnxOptions, proofs: Sequence[Proof]) -> Proof:
     """Prove batches that contain every adapter and the base."""
     options.stage(f"verifying {MIXED}")
     ids = [*range(1, len(proofs)), 0]

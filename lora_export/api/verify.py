@@ -22,7 +22,7 @@ from lora_export.errors import (
     Undecided,
     WrongUsage,
 )
-from lora_export.provenance import described
+from lora_export.provenance import adapter_records
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
@@ -206,18 +206,18 @@ def _compare_outputs(
     dtype: str,
     onnx_adapter: Path | None,
     adapter_id: int | None,
-    on_message: OnMessage,
-    on_progress: OnProgress,
     user_inputs: Path | None,
     atol: float | None,
     rtol: float | None,
     seed: int,
     cache: Path | None,
     trace: bool,
+    on_message: OnMessage,
+    on_progress: OnProgress,
 ) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
     """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
     from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
-    from lora_export.formats.onnx_adapter import IDS
+    from lora_export.formats.onnx_adapter import ADAPTER_IDS
     from lora_export.runtime import open_artifact
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.verification.against_pytorch import PyTorchReferences
@@ -241,17 +241,25 @@ def _compare_outputs(
             candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
         )
         references = PyTorchReferences(
-            base, loaded, weights, seed, user_inputs, provider, cache, origin, say=on_message
+            base,
+            loaded,
+            weights,
+            seed=seed,
+            user_inputs=user_inputs,
+            device=provider,
+            cache=cache,
+            origin=origin,
+            say=on_message,
         )
         step = stage_of_proof(stage)
-        if isinstance(runner, OnnxRunner) and IDS in runner.axes:
+        if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
             proof = prove_rows(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
         else:
             proof = prove(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
         stage("hashing the candidate")
-        facts["candidate"]["sha256"] = open_artifact.hashes(candidate)
+        facts["candidate"]["sha256"] = open_artifact.file_hashes(candidate)
         if origin is not None:
-            facts["base"] = {"path": str(origin), "sha256": open_artifact.hashes(origin)}
+            facts["base"] = {"path": str(origin), "sha256": open_artifact.file_hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as ended:
         error = ended
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
@@ -280,7 +288,7 @@ def _compare_weights(
     return audit, {
         "candidate": str(candidate),
         "base": str(base),
-        "adapters": described(loaded, weights or (1.0,) * len(loaded)),
+        "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
         "lora_export": __version__,
         "numpy": np.__version__,
     }
