@@ -179,7 +179,7 @@ def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
         (["--lora", "inputs", "--target", "query"], 3, "`query` matches no linear layer"),
         (["--lora", "inputs", "-a", "{place}/fr", "-a", "copy={place}/fr"], 3, "copy is the same adapter as fr"),
         (["--lora", "inputs", "-a", "x={place}/fr", "-a", "x={place}/legal"], 3, "2 adapters are called x"),
-        (["--lora", "inputs", "-a", ".x={place}/fr"], 3, "no file can be called after the adapter '.x'"),
+        (["--lora", "inputs", "-a", ".x={place}/fr"], 3, "the name '.x' of an adapter cannot be the name of a file"),
     ],
 )
 def test_what_inputs_cannot_be_made_of_is_told(
@@ -200,7 +200,7 @@ def test_next_weeks_adapter_is_converted_for_the_graph_and_is_what_pytorch_makes
     later, out = adapters(tmp_path, seed=7) / "fr", tmp_path / "next.onnx_adapter"
     words = ("convert", later, "--to", "onnx_adapter", "--for", place / "graph.onnx", "-o", out)
     code, told = answer(capsys, *words)
-    assert (code, told["places"], told["of"]) == (0, 3, 6)
+    assert (code, told["weights"], told["of"]) == (0, 3, 6)
     words = ("verify", place / "graph.onnx", "--model", MODEL, "-a")
     assert call(*words, later, "--onnx-adapter", out) == 0
     assert call(*words, place / "fr", "--onnx-adapter", out) == 4
@@ -476,7 +476,7 @@ def test_dora_of_next_week_is_converted_with_the_graphs_own_weights(
     later, out = dora_adapter(tmp_path / "later", seed=8), tmp_path / "later.onnx_adapter"
     words = ("convert", later, "--to", "onnx_adapter", "-o", out, "--weight", "0.5", "--for")
     code, told = answer(capsys, *words, with_dora)
-    assert (code, told["places"], told["of"]) == (0, 3, 4)
+    assert (code, told["weights"], told["of"]) == (0, 3, 4)
     words = ("verify", with_dora, "--model", MODEL, "--onnx-adapter", out, "-a", later, "--weight")
     assert call(*words, "0.5") == 0
     assert call(*words, "1") == 4

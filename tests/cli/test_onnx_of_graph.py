@@ -151,7 +151,7 @@ def test_adapters_as_inputs_of_a_graph_are_what_pytorch_computes(
     assert call("convert", later, "--to", "onnx_adapter", "--for", out, "-o", tmp_path / "it.onnx_adapter") == 0
     assert_is_pytorchs(runner.with_adapter(tmp_path / "it.onnx_adapter"), tmp_path / "it")
     assert call("onnx", out, "-a", place / "fr", "-o", tmp_path / "again.onnx") == 3
-    assert "takes adapters while it runs already" in capsys.readouterr().err
+    assert "takes adapters as inputs already" in capsys.readouterr().err
 
 
 def test_adapters_by_row_of_a_graph_are_what_pytorch_computes(
@@ -421,7 +421,7 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is of the PyTorch model that is exported"),
+        (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is the precision of a PyTorch model"),
         (("verify", "x.pt", "--model", SPOTTER), 2, "--dtype are for .onnx files"),
         (("verify", "base.onnx", "--base", "base.onnx"), 2, "with --base nothing is run"),
         (("verify", "base.onnx", "--model", "x.pt2"), 3, "a program of one precision, which its graph names"),

@@ -84,7 +84,7 @@ def test_verify_tells_github_on_stderr_and_writes_the_runs_page(
     assert (tmp_path / "summary.md").read_text(encoding="utf-8").startswith("before\n### ✅ verify")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
     assert cli.run(words) == 0
-    assert "the run's page was not written" in capsys.readouterr().err
+    assert "the summary of the run was not written" in capsys.readouterr().err
 
 
 def test_a_provider_that_did_not_do_the_work_is_reported_too(
