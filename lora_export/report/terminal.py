@@ -18,7 +18,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
 from lora_export.report.documents import Placement
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.diagnose.root_cause import Diagnosis
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import DECIDES, Outcome, Verdict
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}

@@ -30,8 +30,8 @@ from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, Step, sensitivity_of
 from lora_export.verification.compare_outputs import aligned, before_first_token
+from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
-from lora_export.verification.diagnose.watch_candidate import Suspect
 from lora_export.verification.inputs import REDRAWS, Inputs
 from lora_export.verification.inputs.model_inputs import case_inputs, draw, notes_on_sizes
 from lora_export.verification.inputs.row_coverage import RowCoverage
@@ -266,15 +266,15 @@ class PreparedPyTorch:
                 "multiplied by operators that are no layer's"
             ]
         try:
-            return diagnose(self._suspect(case), every=every), []
+            return diagnose(self._diagnosis_case(case), every=every), []
         except CANNOT_FOLLOW as error:
             return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
 
-    def _suspect(self, case: parity.Case) -> Suspect:
+    def _diagnosis_case(self, case: parity.Case) -> DiagnosisCase:
         wide = replace(self.attached, module=copied(self.attached.module, double))
         attached = Fp64Runner(wide.module)
         reference = Fp64Runner(wide.rounded_module()) if wide.rounded else attached
-        return Suspect(
+        return DiagnosisCase(
             self.candidate,
             reference,
             attached,

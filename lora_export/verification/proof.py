@@ -25,7 +25,7 @@ from lora_export.verification.compare_outputs import (
     differs_in_precision_alone,
     from_first_token,
 )
-from lora_export.verification.diagnose.root_cause import Diagnosis
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs, summary
 from lora_export.verification.mixed_batches import mixed_cases
 from lora_export.verification.references import ReferenceOutputs, References

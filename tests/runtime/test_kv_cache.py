@@ -138,18 +138,18 @@ def test_exported_llama_with_cache_is_same_and_diagnosed(tmp_path: Path) -> None
     assert prove(runner, PyTorchReferences(base)).verdict.outcome is parity.Outcome.DIFFERENT
     right = prove(runner, PyTorchReferences(base, [adapter]), trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 16
-    assert "seen at the prompt, 3 tokens" in right.why and "goes wrong" not in right.why
+    assert "compared at the prompt, 3 tokens" in right.why and "fault" not in right.why
     scaled = {name: replace(pair, scale=0.1 * (1 + ("1" in name))) for name, pair in pairs.items()}
     wrong = prove(runner, PyTorchReferences(base, [replace(adapter, pairs=scaled)])).diagnosis
     assert wrong is not None and wrong.first == "model.layers.1.self_attn.q_proj"
-    assert "arrives 0.5 times as strong" in wrong.why and "seen at the prompt" in wrong.why
+    assert "has 0.5 times the correct strength" in wrong.why and "compared at the prompt" in wrong.why
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)"), "where the cache is written"),
-        (("CumSum (kept, axis)", "Identity (kept)"), "what enters it differs already"),
+        (("CumSum (kept, axis)", "Identity (kept)"), "its input differs already"),
     ],
     ids=["in the cache", "at the prompt"],
 )

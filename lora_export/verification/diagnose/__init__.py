@@ -1,1 +1,1 @@
-"""Where a candidate that differs goes wrong, and why."""
+"""Where a candidate that differs from the reference goes wrong, and why."""

@@ -1,4 +1,4 @@
-"""What a graph computes module by module: where a module's input and output are to be had in it."""
+"""Which values of a graph are the input and output of a module, and how to make them outputs of the graph."""
 
 from __future__ import annotations
 
@@ -17,183 +17,199 @@ from lora_export.graph.readers import ATTENTIONS, CONVOLUTIONS, MICROSOFT, PRODU
 from lora_export.graph.sites import Sites
 from lora_export.plan import Layout
 
-MOST_NODES = 60  # of a branch, that are looked through
+MAX_BRANCH_NODES = 60  # a value that more nodes compute is not taken for an adapter's branch
 
 
 @dataclass(frozen=True, eq=False)
-class Watched:
-    """One place where a named weight is read, and the graph's values that enter and leave its module."""
+class Tap:
+    """One site of a named weight, and the graph's values that are the input and output of its module."""
 
     name: str  # of the weight
     site: Site
-    x: str | None  # None where what enters is not computed, or is several things
-    y: str | None  # None where a fused node holds more than the module
-    has_bias: bool  # whether the bias is added already where `y` is read
+    x: str | None  # None where the input is not computed, or is several values
+    y: str | None  # None where a fused node computes more than the module
+    has_bias: bool  # whether `y` contains the module's bias
 
 
-def watch(model: ir.Model, sites: Sites, inputs: Collection[str], biased: Mapping[str, bool]) -> list[Watched]:
-    """Find the values of these linear layers, convolutions and embeddings in the main graph, in its order.
+def find_taps(model: ir.Model, sites: Sites, inputs: Collection[str], biased: Mapping[str, bool]) -> list[Tap]:
+    """The taps of linear layers, convolutions and embeddings in the main graph, in its order.
 
-    `inputs` are those that the model has, as against those for adapters; `biased` says of each weight
-    that is looked for whether its module adds a bias. What an adapter's branch adds belongs to the
-    module; a sum with anything else does not. Reads no data.
+    `inputs` are the model's own, without those for adapters. `biased` maps each weight to whether its module adds a
+    bias. What an adapter's branch adds belongs to the module; any other sum does not. Reads no tensor data.
     """
-    order = {node: number for number, node in enumerate(model.graph)}
-    places = [
+    positions = {node: number for number, node in enumerate(model.graph)}
+    candidates = [
         (name, site)
         for name in biased
         for site in sites.by_name.get(name, ())
-        if site.layout is not Layout.OTHER and site.node in order and site.inner is None and site.block is None
+        if site.layout is not Layout.OTHER and site.node in positions and site.inner is None and site.block is None
     ]
-    follower = _Follower(set(inputs), {site.node for _, site in places})
-    places.sort(key=lambda place: order[place[1].node])
-    return [watched for name, site in places if (watched := follower.watch(name, site, has_bias=biased[name]))]
+    finder = _TapFinder(set(inputs), {site.node for _, site in candidates})
+    candidates.sort(key=lambda candidate: positions[candidate[1].node])
+    return [tap for name, site in candidates if (tap := finder.find(name, site, has_bias=biased[name]))]
 
 
-class _Follower:
-    """Goes from the node that reads a weight to where its module ends."""
+class _TapFinder:
+    """Follows the graph from the node that reads a weight to the output of its module.
 
-    def __init__(self, inputs: set[str], named: set[ir.Node]):
-        self.inputs, self.named = inputs, named
+    `readers` are the nodes that read a named weight.
+    """
 
-    def watch(self, name: str, site: Site, *, has_bias: bool) -> Watched | None:
+    def __init__(self, inputs: set[str], readers: set[ir.Node]):
+        self.inputs, self.readers = inputs, readers
+
+    def find(self, name: str, site: Site, *, has_bias: bool) -> Tap | None:
         node = site.node
         position = 1 if site.layout is Layout.EMBEDDING else 0
         if site.index == position or node.attributes.get_int("transA", 0) == 1:
             return None
         x = node.inputs[position]
-        entering = None if x is None or tensor_of(x) is not None else x.name
+        x_name = None if x is None or tensor_of(x) is not None else x.name
         operator = identity(node)
         if operator in ATTENTIONS or "activation" in node.attributes:  # FusedGemm's, FusedConv's
-            return Watched(name, site, entering, None, False)
+            return Tap(name, site, x_name, None, False)
         if operator not in PRODUCTS | CONVOLUTIONS and site.layout is not Layout.EMBEDDING and site.quantised is None:
             return None
-        y, added = node.outputs[0], self._adds_bias(node)
-        while (after := self._next(y, x, wants_bias=has_bias and not added)) is not None:
-            y, is_bias = after
-            added = added or is_bias
-        return Watched(name, site, entering, y.name, added or not self._is_fused(y))
+        y, is_added = node.outputs[0], _adds_bias(node)
+        while (following := self._next(y, x, needs_bias=has_bias and not is_added)) is not None:
+            y, is_bias = following
+            is_added = is_added or is_bias
+        return Tap(name, site, x_name, y.name, is_added or not _is_read_by_fused_node(y))
 
-    def _adds_bias(self, node: ir.Node) -> bool:
-        index = BIASES.get(node.op_type, len(node.inputs))
-        return index < len(node.inputs) and node.inputs[index] is not None
-
-    def _next(self, y: ir.Value, x: ir.Value | None, *, wants_bias: bool) -> tuple[ir.Value, bool] | None:
-        """What a module makes of its product next, and whether that adds its bias; None where it ends."""
+    def _next(self, y: ir.Value, x: ir.Value | None, *, needs_bias: bool) -> tuple[ir.Value, bool] | None:
+        """The next value of the module after `y`, and whether that adds the bias; None where the module ends."""
         for node, index in y.uses():
             if len(node.inputs) != 2 or not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
                 continue
             other = node.inputs[1 - index]
             if other is None or other is y:
                 continue
-            if node.op_type == "Add" and self._is_constant(other):
-                if wants_bias:
+            if node.op_type == "Add" and _is_constant(other):
+                if needs_bias:
                     return node.outputs[0], True
-            elif self._is_branch(other, x) if node.op_type == "Add" else _is_length(node, other):
+            elif self._is_branch(other, x) if node.op_type == "Add" else _is_dora_factor(node, other):
                 return node.outputs[0], False
         return None
 
-    def _is_fused(self, y: ir.Value) -> bool:
-        """Whether the one who reads a product adds the bias to it: onnxruntime's BiasGelu and the like."""
-        return any(identity(node)[0] == MICROSOFT for node, _ in y.uses())
-
-    def _is_constant(self, value: ir.Value) -> bool:
-        return all(tensor_of(root) is not None for root in _roots(value))
-
     def _is_branch(self, value: ir.Value, x: ir.Value | None) -> bool:
-        """Whether a value is low-rank: out of x alone, by factors that are nobody's weight; or an adapter's by name."""
-        products = False
+        """Whether an adapter's branch computes a value.
+
+        It does where it has an adapter's names, or is computed from `x` alone and reads no named weight.
+        """
+        has_product = has_adapter_name = has_other_source = False
         seen: set[ir.Node] = set()
         waiting = [value]
-        strange = names = False
         while waiting:
             at = waiting.pop()
-            names = names or "lora_" in (at.name or "")
+            has_adapter_name = has_adapter_name or "lora_" in (at.name or "")
             node = at.producer()
             if at is x or node is None:
-                strange = strange or (at is not x and at.name in self.inputs)
+                has_other_source = has_other_source or (at is not x and at.name in self.inputs)
                 continue
             if node in seen or node.op_type == "Shape":
                 continue
             seen.add(node)
-            if node in self.named:
-                strange = True
+            if node in self.readers:
+                has_other_source = True
                 continue
-            if len(seen) > MOST_NODES:
+            if len(seen) > MAX_BRANCH_NODES:
                 return False
-            products = products or identity(node) in PRODUCTS | CONVOLUTIONS
-            waiting += [entering for entering in node.inputs if entering is not None]
-            for attribute in node.attributes.values():  # an If's two ways
-                if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
-                    waiting += list(attribute.as_graph().outputs)
-        return products and (names or not strange)
+            has_product = has_product or identity(node) in PRODUCTS | CONVOLUTIONS
+            waiting += _sources(node)
+        return has_product and (has_adapter_name or not has_other_source)
 
 
-def _is_length(node: ir.Node, other: ir.Value) -> bool:
-    """Whether a node gives each output the length that DoRA wants."""
-    return node.op_type == "Mul" and any("lora_magnitude" in (value.name or "") for value in _behind(other))
+def _sources(node: ir.Node) -> list[ir.Value]:
+    """The values that a node's outputs are computed from, those of an If's branches included."""
+    sources = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
+            sources += list(attribute.as_graph().outputs)
+    return sources
 
 
-def _behind(value: ir.Value) -> Iterator[ir.Value]:
-    """A value, and what it is made of where that is a constant that was only reshaped."""
+def _adds_bias(node: ir.Node) -> bool:
+    index = BIASES.get(node.op_type, len(node.inputs))
+    return index < len(node.inputs) and node.inputs[index] is not None
+
+
+def _is_read_by_fused_node(y: ir.Value) -> bool:
+    """Whether the node that reads a product may add the bias to it: onnxruntime's BiasGelu and the like."""
+    return any(identity(node)[0] == MICROSOFT for node, _ in y.uses())
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return all(tensor_of(root) is not None for root in _roots(value))
+
+
+def _is_dora_factor(node: ir.Node, other: ir.Value) -> bool:
+    """Whether a node multiplies each output with DoRA's factor."""
+    return node.op_type == "Mul" and any("lora_magnitude" in (value.name or "") for value in _before_reshapes(other))
+
+
+def _before_reshapes(value: ir.Value) -> Iterator[ir.Value]:
+    """A value, and the values of which it is only a cast or another shape."""
     yield value
     node = value.producer()
     if node is not None and node.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze") and node.inputs[0] is not None:
-        yield from _behind(node.inputs[0])
+        yield from _before_reshapes(node.inputs[0])
 
 
 def _roots(value: ir.Value) -> Iterator[ir.Value]:
-    """Where a value comes from, followed through nodes that take one thing or two; itself where it is not that."""
+    """The values from which casts, reshapes and products compute a value; the value itself where there are none."""
     node = value.producer()
     if tensor_of(value) is None and node is not None and node.op_type in ("Reshape", "Cast", "Identity", "Mul"):
-        for entering in node.inputs:
-            if entering is not None:
-                yield from _roots(entering)
+        for source in node.inputs:
+            if source is not None:
+                yield from _roots(source)
     else:
         yield value
 
 
 @dataclass(frozen=True, eq=False)
-class Exposed:
-    """A graph that hands out values from its middle, as a message; its large weights stay where they are."""
+class ExposedGraph:
+    """A graph that returns inner values too, as a message; its large weights remain in their files."""
 
     message: bytes
-    folder: Path  # that the places of its weights are told from
-    outputs: tuple[str, ...]  # that were added
+    folder: Path  # to which the paths of its weights are relative
+    outputs: tuple[str, ...]  # those that were added
 
 
-def expose(model: ir.Model, watched: Collection[Watched]) -> Exposed:
-    """Make outputs of the values that are watched, in memory. The graph is another one then.
+def expose(model: ir.Model, taps: Collection[Tap]) -> ExposedGraph:
+    """Make the values of the taps outputs. Changes `model`.
 
-    Weights that lie in files stay there; where they lie in several folders, they are read. Raises
+    Weights in files remain there; where the files are in several folders, the weights are read into memory. Raises
     RuntimeRefused where ONNX cannot hold the graph.
     """
-    there = {output.name for output in (*model.graph.outputs, *model.graph.inputs)}
+    returned = {output.name for output in (*model.graph.outputs, *model.graph.inputs)}
     values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
     added = []
-    for place in watched:
-        for name in (place.x, place.y):
-            if name is None or name in there:
+    for tap in taps:
+        for name in (tap.x, tap.y):
+            if name is None or name in returned:
                 continue
             value = values[name]
-            if value.type is None and (name == place.y or place.site.layout is not Layout.EMBEDDING):
-                value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(place.site.dtype)))
+            if value.type is None and (name == tap.y or tap.site.layout is not Layout.EMBEDDING):
+                value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tap.site.dtype)))
             model.graph.outputs.append(value)
-            there.add(name)
+            returned.add(name)
             added.append(name)
-    folder = _only_folder(model)
-    return Exposed(message_of(model, check=False), folder, tuple(added))
+    folder = _with_one_folder(model)
+    return ExposedGraph(message_of(model, check=False), folder, tuple(added))
 
 
-def _only_folder(model: ir.Model) -> Path:
+def _with_one_folder(model: ir.Model) -> Path:
+    """The folder of the weights' files. Where there are several, the weights are read into the model."""
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
-    there = [(value, tensor) for value in values if isinstance(tensor := value.const_value, ir.ExternalTensor)]
-    folders = {Path(os.fspath(tensor.base_dir)) for _, tensor in there}
+    external = [(value, tensor) for value in values if isinstance(tensor := value.const_value, ir.ExternalTensor)]
+    folders = {Path(os.fspath(tensor.base_dir)) for _, tensor in external}
     if len(folders) < 2:
         return folders.pop() if folders else Path()
-    size = sum(tensor.nbytes for _, tensor in there)
+    size = sum(tensor.nbytes for _, tensor in external)
     if size >= LIMIT:
-        raise RuntimeRefused(f"its weights lie in {len(folders)} folders, and {size:,} bytes cannot be held as one")
-    for value, tensor in there:
+        raise RuntimeRefused(
+            f"the graph's weights are in {len(folders)} folders, and their {size:,} bytes do not fit into one message"
+        )
+    for value, tensor in external:
         value.const_value = ir.Tensor(tensor.numpy(), name=value.name)
     return Path()

@@ -1,180 +1,44 @@
-"""Where a candidate goes wrong, and why: what each module made of its input, against what it should have made.
+"""Why a layer's output is wrong: known mistakes predict its output, and the prediction that fits is the cause.
 
-A module's output is linear in its weight, so that every mistake with an adapter predicts its own output: the
-base's alone where the adapter is missing, f times the change where the scale is wrong, another module's change
-where pairs were swapped. The predictions are compared with what was observed, at the candidate's own input; one
-is believed only where it leaves next to nothing of the difference unexplained. Knows arrays alone.
+The output of a layer is linear in its weight, so every mistake with an adapter predicts an output: the base's alone
+where the adapter is missing, f times the adapter's effect where the scale is wrong, another module's effect where
+pairs were swapped. The predictions are computed from the candidate's own input. One is a cause only where it leaves
+next to nothing of the difference unexplained. Arrays only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
-from lora_export.verification.parity import EPS, Wide, rms
+from lora_export.verification.diagnose.layer_observation import (
+    Array,
+    LayerObservation,
+    dora_factors,
+    factors,
+    scale_of,
+    times,
+)
+from lora_export.verification.parity import Wide, rms
 
-UNEXPLAINED = 0.02  # share of the difference that an explanation may leave
-OWN_ERRORS = 8.0  # times its own error in fp32 that one module may be off by
-FEW_EPS = 4
+UNEXPLAINED = 0.02  # of the difference, that an explanation may leave
 SAME_FACTOR = 2e-3  # relative difference up to which a fitted factor is a known one
 ROUNDINGS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-MOST_RANGES = 3  # of outputs, that are told one by one
-NOT_EXPLAINED = "none of the tried explanations fits"
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """What was measured of one module's output in one case, in the output's own units."""
-
-    name: str
-    error: float  # rmse(O,R): infinite where O is not finite
-    deployed_error: float  # rmse(P,R)
-    effect: float | None  # rmse(R,B); None without an adapter
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """The first module whose output differs, and why. `layers` are in the order in which they run."""
-
-    first: str | None  # None where no module does
-    why: str
-    layers: tuple[LayerError, ...] = ()
-
-    def __str__(self) -> str:
-        title = "no module differs" if self.first is None else f"first module that differs: {self.first}"
-        return "\n".join([title, *(f"  {line}" for line in self.why.split("\n") if line)])
-
-
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """One module of the candidate: what entered it and what came out, and the weights that it should have.
-
-    All in fp64, a convolution's kernel flattened with its inputs; `x` are ids (n,) for an embedding.
-    """
-
-    name: str
-    x: Array  # (n, in)
-    y: Wide  # (n, out)
-    weight: Wide  # (out, in): the base's, or the tensor that an adapter brings whole
-    bias: Wide | None = None  # (out,), with what an adapter adds to it
-    step: Step | None = None  # what the adapters do to the weight
-    shift: Wide | None = None  # (out,): what of the bias is an adapter's
-    before: Wide | None = None  # (out, in): the base's, where the adapter brings `weight`
-    stored: Wide | None = None  # (out, in): what the candidate holds, where that can be read
-    settled: Wide | None = None  # (out, in): W + ΔW, where it should be rounded as it is
-    gate: float = 0.0  # what PyTorch's own error allows it, whatever fp32 costs: a layer may compute in int8
-
-    @property
-    def terms(self) -> Sequence[Term]:
-        return self.step.terms if self.step else ()
-
-    @cached_property
-    def base(self) -> Wide:
-        """(n, out): what comes out without the pairs."""
-        return self.product(self.weight) + self.constant
-
-    @property
-    def constant(self) -> Wide:
-        return np.zeros(len(self.weight)) if self.bias is None else self.bias
-
-    @cached_property
-    def changes(self) -> list[Wide]:
-        """(n, out) for each term: what its pair adds to the output."""
-        return [self.change(term) for term in self.terms]
-
-    def change(self, term: Term) -> Wide:
-        a, b = _matrices(term.pair)
-        return self.low_rank(a, b) * term.scale
-
-    def low_rank(self, a: Wide, b: Wide) -> Wide:
-        return times(times(self.x, a), b)
-
-    def product(self, weight: Wide) -> Wide:
-        """(n, out): x Wᵀ."""
-        return times(self.x, weight)
-
-    @cached_property
-    def expected(self) -> Wide:
-        """(n, out): what should have come out."""
-        return self.unrounded if self.settled is None else self.product(self.settled) + self.constant
-
-    @cached_property
-    def unrounded(self) -> Wide:
-        """(n, out): what W + ΔW makes of the input."""
-        magnitude = self.step.magnitude if self.step else None
-        if magnitude is not None:
-            return self.rescaled(magnitude, self.total()) + self.constant
-        return self.base + sum(self.changes, np.zeros_like(self.base))
-
-    def total(self, factor: float = 1.0) -> Wide:
-        """(out, in): W + factor · ΔW."""
-        total = self.weight.copy()
-        for term in self.terms:
-            a, b = _matrices(term.pair)
-            total += (factor * term.scale) * (b @ a)
-        return total
-
-    def rescaled(self, magnitude: Array, weight: Wide, of: Wide | None = None) -> Wide:
-        """(n, out): x Wᵀ, each output's weights at the length that DoRA gives them, as if `of` were as long as they."""
-        lengths = np.linalg.norm(weight if of is None else of, axis=1)
-        return self.product(weight) * (magnitude / np.where(lengths, lengths, 1.0))
-
-    @cached_property
-    def wrong(self) -> float:
-        """How far what came out is from what should have: rmse."""
-        return rms(self.y - self.expected) if np.isfinite(self.y).all() else math.inf
-
-    @cached_property
-    def allowed(self) -> float:
-        """How far it may be: some times what fp32 itself costs this module on this input."""
-        narrow = times(self.x.astype(np.float32) if self.x.dtype.kind == "f" else self.x, _narrow(self.total()))
-        own = rms(narrow.astype(np.float64) - self.product(self.total()))
-        return max(self.gate, OWN_ERRORS * own, FEW_EPS * EPS["float32"] * rms(self.expected))
-
-    @property
-    def grain(self) -> float:
-        """What a rounding that is meant costs the output: rmse. No explanation can be finer than twice that."""
-        return rms(self.expected - self.unrounded)
-
-    @property
-    def agrees(self) -> bool:
-        return self.wrong <= self.allowed
-
-
-def times(x: Array, matrix: Array) -> Array:
-    """x (n, in), or ids (n,) of its columns, by a matrix (out, in)."""
-    product: Array = x @ matrix.T if x.ndim == 2 else matrix[:, x].T
-    return product
-
-
-def _narrow(array: Wide) -> NDArray[np.float32]:
-    return array.astype(np.float32)
-
-
-def _matrices(pair: LoraPair) -> tuple[Wide, Wide]:
-    """A (rank, in) and B (out, rank), a convolution's kernel flattened."""
-    a, b = pair.a.astype(np.float64), pair.b.astype(np.float64)
-    return a.reshape(pair.rank, -1), b.reshape(-1, pair.rank)
-
-
-# --- explanations -------------------------------------------------------------------------------
+MAX_RANGES = 3  # of outputs, that are listed one by one
+NOT_EXPLAINED = "none of the known mistakes explains it"
 
 
 class Explanation(NamedTuple):
-    """What would make a module's output what it is."""
+    """A mistake, and the output that it predicts."""
 
-    kind: str  # the same for modules that have the same thing wrong
+    kind: str  # equal for modules with the same mistake
     text: str
     predicted: Wide  # (n, out)
 
@@ -185,84 +49,87 @@ class Cause:
 
     kind: str
     text: str
-    share: float  # of the difference, that it leaves
+    unexplained: float  # part of the difference, from 0 to 1
 
     def __str__(self) -> str:
-        if self.share > UNEXPLAINED:  # and yet it was believed
-            return f"{self.text} (what that does not explain is no more than rounding costs)"
-        return f"{self.text} (explains {_percent(1 - self.share)} of the difference)"
+        if self.unexplained > UNEXPLAINED:
+            return f"{self.text} (the rest of the difference is no more than rounding error)"
+        return f"{self.text} (explains {_percent(1 - self.unexplained)} of the difference)"
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbours:
-    """What else is in the model that may have got into a module."""
+class OtherModules:
+    """What else is in the model, and may be where a module's own weights should be."""
 
     steps: Mapping[str, Step] = field(default_factory=dict)  # module -> what adapters do to it
-    inputs: Mapping[str, Array] = field(default_factory=dict)  # module -> what entered it
+    inputs: Mapping[str, Array] = field(default_factory=dict)  # module -> its input
     # shape (out, in) -> each module of that shape, and the base's weight there
     weights: Callable[[tuple[int, ...]], Iterable[tuple[str, Wide]]] = field(default=lambda _: ())
 
 
-def explain(there: Observed, neighbours: Neighbours | None = None) -> Cause | None:
-    """The simplest explanation of a wrong output that fits it as well as any; None where none does.
+def explain(layer: LayerObservation, others: OtherModules | None = None) -> Cause | None:
+    """The simplest explanation of a wrong output that fits it as well as any; None where none fits.
 
-    What else is in the model is asked where the module's own weights do not explain it whole.
+    Other modules are considered only where the module's own weights do not explain the whole difference.
     """
-    if not np.isfinite(there.y).all():
-        bad = there.y.size - np.count_nonzero(np.isfinite(there.y))
-        return Cause("not finite", f"{bad} of its {there.y.size} values are not finite", 0.0)
-    enough = max(there.allowed, 2 * there.grain)
-    limit = max(enough, UNEXPLAINED * there.wrong)
+    if not np.isfinite(layer.y).all():
+        count = layer.y.size - np.count_nonzero(np.isfinite(layer.y))
+        return Cause("not finite", f"{count} of its {layer.y.size} values are not finite", 0.0)
+    enough = max(layer.allowed_error, 2 * layer.rounding_error)
+    limit = max(enough, UNEXPLAINED * layer.error)
     fitting: list[tuple[float, Cause]] = []
-    for explanations in (_own(there), _foreign(there, neighbours or Neighbours())):
-        for told in explanations:
-            left = rms(there.y - told.predicted)
+    for explanations in (_own_mistakes(layer), _mixed_up_modules(layer, others or OtherModules())):
+        for explanation in explanations:
+            left = rms(layer.y - explanation.predicted)
             if left <= limit:
-                fitting.append((left, Cause(told.kind, told.text, left / there.wrong)))
+                fitting.append((left, Cause(explanation.kind, explanation.text, left / layer.error)))
         best = min((left for left, _ in fitting), default=math.inf)
         if best <= enough:
             break
     return next((cause for left, cause in fitting if left <= max(enough, 2 * best)), None)
 
 
-def _own(there: Observed) -> Iterator[Explanation]:
-    """What may be wrong with the module's own weights, the simplest first."""
-    if there.step is not None and there.step.magnitude is not None:
-        yield from _of_dora(there, there.step.magnitude)
-    elif there.terms:
-        yield from _of_strength(there)
-        yield from _of_parts(there)
-        yield from _of_order(there)
-    yield from _of_bias(there)
-    yield from _of_whole(there)
-    yield from _of_rounding(there)
+def _own_mistakes(layer: LayerObservation) -> Iterator[Explanation]:
+    """Mistakes with the module's own weights, the simplest first."""
+    if layer.magnitude is not None:
+        yield from _wrong_dora(layer, layer.magnitude)
+    elif layer.terms:
+        yield from _wrong_strength(layer)
+        yield from _partly_missing(layer)
+        yield from _transposed_factors(layer)
+    yield from _wrong_bias(layer)
+    yield from _missing_tensor(layer)
+    yield from _rounded_weights(layer)
 
 
-def _foreign(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]:
-    if there.terms and there.step is not None and there.step.magnitude is None:
-        yield from _of_neighbours(there, neighbours)
-    yield from _of_weight(there, neighbours)
+def _mixed_up_modules(layer: LayerObservation, others: OtherModules) -> Iterator[Explanation]:
+    if layer.terms and layer.magnitude is None:
+        yield from _adapter_of_another(layer, others)
+    yield from _another_weight(layer, others)
 
 
-def _of_strength(there: Observed) -> Iterator[Explanation]:
-    """Each pair as strong as fits best."""
-    observed = (there.y - there.base).ravel()
-    changes = np.stack([change.ravel() for change in there.changes], axis=1)  # (n * out, terms)
-    several = len(there.terms) > 1
-    if not changes.any():
+# --- strength -----------------------------------------------------------------------------------
+
+
+def _wrong_strength(layer: LayerObservation) -> Iterator[Explanation]:
+    """Each pair with the strength that fits best."""
+    observed = (layer.y - layer.base_output).ravel()
+    effects = np.stack([output.ravel() for output in layer.pair_outputs], axis=1)  # (n * out, terms)
+    if not effects.any():
         return
-    yield Explanation("missing", "its adapter is missing", there.base)
-    factors = np.linalg.lstsq(changes, observed, rcond=None)[0]
-    rounded = [_nearest_known(f, term) for f, term in zip(factors, there.terms, strict=True)]
-    for chosen in (rounded, factors):
-        told = [
-            _strength(float(f), term, several=several)
-            for f, term in zip(chosen, there.terms, strict=True)
-            if abs(f - 1) > SAME_FACTOR
+    yield Explanation("missing", "its adapter is missing", layer.base_output)
+    fitted = np.linalg.lstsq(effects, observed, rcond=None)[0]
+    rounded = [_nearest_known(factor, term) for factor, term in zip(fitted, layer.terms, strict=True)]
+    for chosen in (rounded, fitted):
+        texts = [
+            _describe_strength(float(factor), term, several=len(layer.terms) > 1)
+            for factor, term in zip(chosen, layer.terms, strict=True)
+            if abs(factor - 1) > SAME_FACTOR
         ]
-        if told:
-            kind = " ".join(["scale", *(f"{f:.4g}" for f in chosen)])
-            yield Explanation(kind, "; ".join(told), there.base + (changes @ chosen).reshape(there.y.shape))
+        if texts:
+            kind = " ".join(["scale", *(f"{factor:.4g}" for factor in chosen)])
+            predicted = layer.base_output + (effects @ chosen).reshape(layer.y.shape)
+            yield Explanation(kind, "; ".join(texts), predicted)
 
 
 def _nearest_known(factor: float, term: Term) -> float:
@@ -271,34 +138,34 @@ def _nearest_known(factor: float, term: Term) -> float:
     return nearest if abs(nearest - factor) <= SAME_FACTOR * max(abs(nearest), 1.0) else factor
 
 
-def _strength(factor: float, term: Term, *, several: bool) -> str:
-    who = f"its adapter {term.adapter}" if several else "its adapter"
+def _describe_strength(factor: float, term: Term, *, several: bool) -> str:
+    adapter = f"its adapter {term.adapter}" if several else "its adapter"
     if factor == 0:
-        return f"{who} is missing"
+        return f"{adapter} is missing"
     if factor == -1:
-        return f"{who} has the wrong sign: it is taken away where it should be added"
+        return f"{adapter} has the wrong sign: it is subtracted where it should be added"
     close = [text for value, text in _known_factors(term) if abs(factor / value - 1) <= SAME_FACTOR]
-    as_if = f": as if {' or '.join(close)}" if close else ""
-    return f"{who} arrives {factor:.4g} times as strong as it should (scale {term.pair.scale:.4g}){as_if}"
+    as_if = f", as if {' or '.join(close)}" if close else ""
+    return f"{adapter} has {factor:.4g} times the correct strength (scale {term.pair.scale:.4g}){as_if}"
 
 
 def _known_factors(term: Term) -> list[tuple[float, str]]:
-    """Factors that known mistakes make of a scale, and what the mistake is."""
+    """The factors by which known mistakes change a scale, each with its description."""
     rank, scale, root = float(term.pair.rank), term.pair.scale, math.sqrt(term.pair.rank)
     known = [
         (2.0, "it were added twice"),
-        (-1.0, "it were taken away"),
+        (-1.0, "it were subtracted"),
         (1.1, "it were a tenth too strong"),
         (rank, f"alpha were not divided by the rank, {rank:g}"),
         (1 / rank, f"it were divided by the rank, {rank:g}, once more"),
-        (root, f"alpha were divided by the root of the rank, as rsLoRA does, and not by the rank, {rank:g}"),
-        (1 / root, f"alpha were divided by the rank, {rank:g}, and not by its root, as rsLoRA does"),
+        (root, f"alpha were divided by the root of the rank, as in rsLoRA, and not by the rank, {rank:g}"),
+        (1 / root, f"alpha were divided by the rank, {rank:g}, and not by its root, as in rsLoRA"),
     ]
     if scale:
         known += [
             (scale, f"the scale, {scale:g}, were applied twice"),
             (1 / scale, f"the scale, {scale:g}, were left out"),
-            (1 / scale**2, f"the scale were upside down, {1 / scale:g} for {scale:g}"),
+            (1 / scale**2, f"the scale were inverted, {1 / scale:g} for {scale:g}"),
         ]
     if term.strength:
         known += [
@@ -308,165 +175,178 @@ def _known_factors(term: Term) -> list[tuple[float, str]]:
     return [(value, text) for value, text in known if abs(value - 1) > SAME_FACTOR]
 
 
-def _of_parts(there: Observed) -> Iterator[Explanation]:
-    """The whole change in some outputs, or in some rows, and none in the others."""
-    observed, expected = there.y - there.base, sum(there.changes, np.zeros_like(there.y))
+# --- parts and layout ---------------------------------------------------------------------------
+
+
+def _partly_missing(layer: LayerObservation) -> Iterator[Explanation]:
+    """The whole effect in some outputs or some rows, and none in the others."""
+    observed, expected = layer.y - layer.base_output, sum(layer.pair_outputs, np.zeros_like(layer.y))
     for axis, what in ((0, "outputs"), (1, "rows of its input")):
         energy = np.square(expected).sum(axis)
-        reached = energy > 0
-        if not reached.any():
+        affected = energy > 0
+        if not affected.any():
             continue
-        share = (observed * expected).sum(axis)[reached] / energy[reached]
+        fraction = (observed * expected).sum(axis)[affected] / energy[affected]
         has = np.ones(len(energy), bool)
-        has[reached] = share > 0.5
-        if has.all() or not has[reached].any():
+        has[affected] = fraction > 0.5
+        if has.all() or not has[affected].any():
             continue
         mask = has if axis == 0 else has[:, None]
         text = f"its adapter is missing in {_ranges(~has, what)}"
-        yield Explanation(f"part of the {what}", text, there.base + expected * mask)
+        yield Explanation(f"part of the {what}", text, layer.base_output + expected * mask)
 
 
 def _ranges(chosen: NDArray[np.bool_], what: str) -> str:
-    """`outputs 16 to 31 of 64`."""
+    """Such as `outputs 16 to 31 of 64`."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
     runs = [(int(start), int(stop) - 1) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    if len(runs) > MOST_RANGES:
+    if len(runs) > MAX_RANGES:
         return f"{int(chosen.sum())} of {len(chosen)} {what}"
-    told = " and ".join(f"{first} to {last}" if first != last else f"{first}" for first, last in runs)
-    return f"{what} {told} of {len(chosen)}"
+    listed = " and ".join(f"{first} to {last}" if first != last else f"{first}" for first, last in runs)
+    return f"{what} {listed} of {len(chosen)}"
 
 
-def _of_order(there: Observed) -> Iterator[Explanation]:
-    """A's or B's numbers, or their product's, read as if they lay the other way round."""
+def _transposed_factors(layer: LayerObservation) -> Iterator[Explanation]:
+    """A, B, or their product in the wrong memory order."""
     for turn in (_read_as_transposed, _transposed_and_read):
         for wrong, text in (("B", "its B"), ("A", "its A"), ("BA", "its change, B A,")):
-            total = there.base.copy()
-            for term in there.terms:
-                a, b = _matrices(term.pair)
-                scale = term.scale
+            total = layer.base_output.copy()
+            for term in layer.terms:
+                a, b = factors(term.pair)
                 if wrong == "BA":
-                    total += there.product(turn(b @ a)) * scale
+                    total += layer.product(turn(b @ a)) * scale_of(term)
                 else:
-                    total += there.low_rank(turn(a) if wrong == "A" else a, turn(b) if wrong == "B" else b) * scale
+                    a, b = (turn(a), b) if wrong == "A" else (a, turn(b))
+                    total += times(times(layer.x, a), b) * scale_of(term)
             yield Explanation(f"transposed {wrong}", f"{text} is transposed", total)
 
 
 def _read_as_transposed(matrix: Wide) -> Wide:
-    """The matrix that comes of one that is taken to lie transposed already, and does not."""
+    """The result of reading a matrix as if it were stored transposed."""
     return matrix.reshape(matrix.shape[::-1]).T
 
 
 def _transposed_and_read(matrix: Wide) -> Wide:
-    """The matrix that comes of one that lies transposed, and is read as if it did not."""
+    """The result of reading a matrix that is stored transposed as if it were not."""
     return matrix.T.reshape(matrix.shape)
 
 
-def _of_neighbours(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]:
-    """Another module's pair, or another module's input."""
-    shapes = {term.pair.shape for term in there.terms}
-    for name, step in neighbours.steps.items():
-        if name == there.name or step.magnitude is not None or {term.pair.shape for term in step.terms} != shapes:
-            continue
-        other = sum((there.change(term) for term in step.terms), np.zeros_like(there.y))
-        yield Explanation("another's pair", f"it has the adapter of {name}", there.base + other)
-        yield Explanation("two pairs", f"it has the adapter of {name} beside its own", there.expected + other)
-    for name, x in neighbours.inputs.items():
-        if name == there.name or x.shape != there.x.shape or x.dtype != there.x.dtype or np.array_equal(x, there.x):
-            continue
-        a_sum = np.zeros_like(there.y)
-        for term in there.terms:
-            a, b = _matrices(term.pair)
-            a_sum += times(times(x, a), b) * term.scale
-        yield Explanation("another's input", f"its adapter reads what enters {name}", there.base + a_sum)
+# --- DoRA ---------------------------------------------------------------------------------------
 
 
-def _of_dora(there: Observed, magnitude: Array) -> Iterator[Explanation]:
-    constant, (term,) = there.constant, there.terms
+def _wrong_dora(layer: LayerObservation, magnitude: Array) -> Iterator[Explanation]:
+    constant, (term,) = layer.constant, layer.terms
     magnitude = magnitude.astype(np.float64)
-    total = there.total()
-    yield Explanation("missing", "its adapter is missing", there.base)
+    total = layer.merged_weight()
+    yield Explanation("missing", "its adapter is missing", layer.base_output)
     yield Explanation(
-        "no magnitude", "DoRA's magnitude is missing: it computes W + BA", there.product(total) + constant
+        "no magnitude", "DoRA's magnitude is missing: it computes W + BA", layer.product(total) + constant
     )
     yield Explanation(
-        "no pair", "DoRA's magnitude is there, A and B are not", there.rescaled(magnitude, there.weight) + constant
+        "no pair",
+        "DoRA's magnitude is applied, A and B are missing",
+        layer.dora_product(magnitude, layer.weight) + constant,
     )
     yield Explanation(
         "norm of the base",
-        "DoRA's magnitude is divided by the length of W, and not of W + BA",
-        there.rescaled(magnitude, total, of=there.weight) + constant,
+        "DoRA's magnitude is divided by the norm of W, and not of W + BA",
+        layer.dora_product(magnitude, total, norms_of=layer.weight) + constant,
     )
-    if there.bias is not None:
-        lengths = np.linalg.norm(total, axis=1)
-        told = there.expected - constant + constant * magnitude / np.where(lengths, lengths, 1.0)
-        yield Explanation("rescaled bias", "DoRA's magnitude rescales the bias too", told)
+    if layer.bias is not None:
+        predicted = layer.expected - constant + constant * dora_factors(magnitude, total)
+        yield Explanation("rescaled bias", "DoRA's magnitude rescales the bias too", predicted)
     for factor, _ in _known_factors(term):
-        text = _strength(factor, term, several=False)
-        yield Explanation(f"scale {factor:.4g}", text, there.rescaled(magnitude, there.total(factor)) + constant)
+        text = _describe_strength(factor, term, several=False)
+        predicted = layer.dora_product(magnitude, layer.merged_weight(factor)) + constant
+        yield Explanation(f"scale {factor:.4g}", text, predicted)
 
 
-def _of_bias(there: Observed) -> Iterator[Explanation]:
-    """A constant, whatever enters."""
-    if there.bias is not None and there.shift is not None:
-        text = "what the adapter adds to its bias is missing"
-        yield Explanation("no shift", text, there.expected - there.shift)
-    if there.bias is not None and there.bias.any():
-        yield Explanation("no bias", "its bias is missing", there.expected - there.bias)
-        yield Explanation("bias twice", "its bias is added twice", there.expected + there.bias)
-    if len(there.y) > 1:
-        text = "its bias is another" if there.bias is not None else "something constant is added to it"
-        yield Explanation("another bias", text, there.expected + (there.y - there.expected).mean(0))
+# --- bias, whole tensors, rounding --------------------------------------------------------------
 
 
-def _of_whole(there: Observed) -> Iterator[Explanation]:
-    if there.before is not None:
-        text = "the tensor that the adapter brings is missing: it has the base's"
-        yield Explanation("no whole tensor", text, there.expected + there.product(there.before - there.weight))
-    if there.terms:
-        text = "the base's own weight is missing: only its adapter is there"
-        yield Explanation("no base", text, there.expected - there.product(there.weight))
+def _wrong_bias(layer: LayerObservation) -> Iterator[Explanation]:
+    """A constant difference, independent of the input."""
+    if layer.bias is not None and layer.shift is not None:
+        yield Explanation("no shift", "the adapter's shift of its bias is missing", layer.expected - layer.shift)
+    if layer.bias is not None and layer.bias.any():
+        yield Explanation("no bias", "its bias is missing", layer.expected - layer.bias)
+        yield Explanation("bias twice", "its bias is added twice", layer.expected + layer.bias)
+    if len(layer.y) > 1:
+        text = "it has another bias" if layer.bias is not None else "a constant is added to its output"
+        yield Explanation("another bias", text, layer.expected + (layer.y - layer.expected).mean(0))
 
 
-def _of_rounding(there: Observed) -> Iterator[Explanation]:
-    if there.step is not None and there.step.magnitude is not None:
+def _missing_tensor(layer: LayerObservation) -> Iterator[Explanation]:
+    if layer.original_weight is not None:
+        text = "the adapter's whole tensor is missing: it has the base's weight"
+        predicted = layer.expected + layer.product(layer.original_weight - layer.weight)
+        yield Explanation("no whole tensor", text, predicted)
+    if layer.terms:
+        text = "the base's weight is missing: it has only its adapter"
+        yield Explanation("no base", text, layer.expected - layer.product(layer.weight))
+
+
+def _rounded_weights(layer: LayerObservation) -> Iterator[Explanation]:
+    if layer.magnitude is not None:
         return
     for name, dtype in ROUNDINGS.items():
+        kind = f"rounded {name}"
         with np.errstate(over="ignore"):
-            rounded = there.total().astype(dtype).astype(np.float64)
-            parts = there.weight.astype(dtype).astype(np.float64)
-            yield Explanation(
-                f"rounded {name}", f"its weights are rounded to {name}", there.product(rounded) + there.constant
-            )
-            if there.terms:
-                both = there.product(parts) + there.constant
-                for term in there.terms:
-                    a, b = _matrices(term.pair)
-                    b = b * term.scale
-                    both += there.low_rank(*(side.astype(dtype).astype(np.float64) for side in (a, b)))
-                kept = there.product(parts - there.weight) + there.expected
-                yield Explanation(f"rounded {name}", f"its weights, A and B are rounded to {name}", both)
-                yield Explanation(f"rounded {name}", f"the base's weights are rounded to {name}", kept)
+            merged = layer.product(_rounded(layer.merged_weight(), dtype)) + layer.constant
+            yield Explanation(kind, f"its weights are rounded to {name}", merged)
+            if layer.terms:
+                base = _rounded(layer.weight, dtype)
+                both = layer.product(base) + layer.constant
+                for term in layer.terms:
+                    a, b = factors(term.pair)
+                    both += times(times(layer.x, _rounded(a, dtype)), _rounded(b * scale_of(term), dtype))
+                base_alone = layer.product(base - layer.weight) + layer.expected
+                yield Explanation(kind, f"its weights, A and B are rounded to {name}", both)
+                yield Explanation(kind, f"the base's weights are rounded to {name}", base_alone)
 
 
-def _of_weight(there: Observed, neighbours: Neighbours) -> Iterator[Explanation]:
-    """Another weight altogether."""
-    out_features, in_features = there.weight.shape
-    own = there.product(there.weight)
+def _rounded(matrix: Wide, dtype: Any) -> Wide:
+    return matrix.astype(dtype).astype(np.float64)
+
+
+# --- other modules ------------------------------------------------------------------------------
+
+
+def _adapter_of_another(layer: LayerObservation, others: OtherModules) -> Iterator[Explanation]:
+    """Another module's pair, or another module's input."""
+    shapes = {term.pair.shape for term in layer.terms}
+    for name, step in others.steps.items():
+        if name == layer.name or step.magnitude is not None or {term.pair.shape for term in step.terms} != shapes:
+            continue
+        other = sum((layer.pair_output(term) for term in step.terms), np.zeros_like(layer.y))
+        yield Explanation("another's pair", f"it has the adapter of {name}", layer.base_output + other)
+        yield Explanation("two pairs", f"it has the adapter of {name} beside its own", layer.expected + other)
+    for name, x in others.inputs.items():
+        if name == layer.name or x.shape != layer.x.shape or x.dtype != layer.x.dtype or np.array_equal(x, layer.x):
+            continue
+        misread = sum((layer.pair_output(term, x) for term in layer.terms), np.zeros_like(layer.y))
+        yield Explanation("another's input", f"its adapter reads the input of {name}", layer.base_output + misread)
+
+
+def _another_weight(layer: LayerObservation, others: OtherModules) -> Iterator[Explanation]:
+    """The module's weight transposed, another module's, or the one that the candidate stores."""
+    out_features, in_features = layer.weight.shape
+    without_weight = layer.expected - layer.product(layer.weight)
     if out_features == in_features:
-        total = there.total() if there.step is None or there.step.magnitude is None else there.weight
-        turned = there.product(total.T) + there.constant
-        yield Explanation("transposed", "its weight is transposed", turned)
-    for name, weight in neighbours.weights(there.weight.shape):
-        if name != there.name and not np.array_equal(weight, there.weight):
-            text = f"its weight is that of {name}"
-            yield Explanation("another's weight", text, there.expected - own + there.product(weight))
-    if there.stored is not None:
-        apart = _distance(there.stored, there.weight)
-        text = f"the weight that it holds is not the base's: they are {_percent(apart)} apart"
-        yield Explanation("another base", text, there.expected - own + there.product(there.stored))
-        after = _distance(there.stored, there.total())
-        text = f"the weight that it holds is {_percent(after)} off what base and adapter make"
-        yield Explanation("another sum", text, there.product(there.stored) + there.constant)
+        total = layer.merged_weight() if layer.magnitude is None else layer.weight
+        yield Explanation("transposed", "its weight is transposed", layer.product(total.T) + layer.constant)
+    for name, weight in others.weights(layer.weight.shape):
+        if name != layer.name and not np.array_equal(weight, layer.weight):
+            predicted = without_weight + layer.product(weight)
+            yield Explanation("another's weight", f"its weight is that of {name}", predicted)
+    if layer.candidate_weight is not None:
+        product = layer.product(layer.candidate_weight)
+        distance = _percent(_distance(layer.candidate_weight, layer.weight))
+        text = f"its stored weight is not the base's: they are {distance} apart"
+        yield Explanation("another base", text, without_weight + product)
+        distance = _percent(_distance(layer.candidate_weight, layer.merged_weight()))
+        text = f"its stored weight is {distance} off the sum of base and adapter"
+        yield Explanation("another sum", text, product + layer.constant)
 
 
 def _distance(one: Wide, other: Wide) -> float:
@@ -474,5 +354,5 @@ def _distance(one: Wide, other: Wide) -> float:
     return float(np.linalg.norm(one - other) / (np.linalg.norm(other) or 1.0))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3g} %"

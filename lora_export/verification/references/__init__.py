@@ -15,7 +15,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, Step
-from lora_export.verification.diagnose.root_cause import Diagnosis
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs
 
 Diagnosed = tuple[Diagnosis | None, list[str]]  # and notes

@@ -1,4 +1,4 @@
-"""A wrong candidate is followed to the module where it goes wrong, and told why: each defect, seeded into a graph."""
+"""The first wrong module of a candidate is found and its fault explained: each defect is seeded into a graph."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ from lora_export.graph.insert.rows import choose_by_row
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export, model
 from lora_export.models.model import Model, Sizes
-from lora_export.runtime import torch_runners
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
 from lora_export.verification import against_pytorch
 from lora_export.verification.against_pytorch import PyTorchReferences
-from lora_export.verification.diagnose import localize, root_cause, watch_candidate
+from lora_export.verification.diagnose import localize, root_cause, traced_candidate
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references import pytorch
@@ -50,7 +49,7 @@ RANK, SCALE = 5, 3.0
 
 @pytest.fixture(autouse=True)
 def _one_case_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is looked for is in every case, and the modules are tiny."""
+    """Every case shows the fault, and the modules are tiny."""
     monkeypatch.setattr(model, "CHECKED_SIZES", model.CHECKED_SIZES[1:2])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +89,7 @@ def the_adapter(name: str = "fr", seed: int = 0, *, dora: bool = False) -> Adapt
 
 @dataclasses.dataclass
 class Made:
-    """A graph in one of the modes, to be harmed, and what runs it."""
+    """A graph in one of the modes, to be damaged, and what runs it."""
 
     graph: ir.Model
     folder: Path
@@ -107,7 +106,7 @@ class Made:
         value.const_value = ir.Tensor(np.ascontiguousarray(array, was.dtype).reshape(was.shape), name=value.name)
 
     def change(self, module: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-        """Change a weight as the module has it, (out, in)."""
+        """Change a module's weight, passed as (out, in)."""
         (site, *_) = sites.find(self.graph).by_name[f"{module}.weight"]
         matrix = change(site.matrix.astype(np.float64))
         self.put(site.value, matrix.T if site.layout is plan.Layout.IN_OUT else matrix)
@@ -136,16 +135,16 @@ def make(mode: str, folder: Path, *adapters: Adapter) -> Made:
         made.runner = lambda runner: runner.with_rows([1])
     else:
         contract = open_inputs(graph, found, [step.weight for step in steps.low_rank])
-        given = onnx_adapter.input_values(contract, steps, adapters[0].name)
-        made.given, made.contract = given, contract  # type: ignore[attr-defined]
+        values = onnx_adapter.input_values(contract, steps, adapters[0].name)
+        made.values, made.contract = values, contract  # type: ignore[attr-defined]
     return made
 
 
 def proven(made: Made, *adapters: Adapter, **options: Any) -> Proof:
     graph_files.save(made.graph, made.folder, "graph.onnx")
-    if hasattr(made, "given"):
+    if hasattr(made, "values"):
         path = made.folder / "a.onnx_adapter"
-        onnx_adapter.write(path, made.given, made.contract, sha256="00")
+        onnx_adapter.write(path, made.values, made.contract, sha256="00")
         made.runner = lambda runner: runner.with_adapter(path)
     return prove(made.runner(OnnxRunner(made.folder / "graph.onnx")), PyTorchReferences(bert(), adapters), **options)
 
@@ -175,10 +174,10 @@ def as_bf16(weight: NDArray[Any]) -> NDArray[Any]:
 
 MERGED: Mapping[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]], str]] = {
     "missing": (QUERY, lambda w: w - delta(QUERY), "its adapter is missing"),
-    "half": (VALUE, lambda w: w - delta(VALUE) / 2, "arrives 0.5 times as strong as it should (scale 3)"),
+    "half": (VALUE, lambda w: w - delta(VALUE) / 2, "has 0.5 times the correct strength (scale 3)"),
     "not divided": (KEY, lambda w: w + 4 * delta(KEY), "as if alpha were not divided by the rank, 5"),
     "left out": (DOWN, lambda w: w - delta(DOWN) * 2 / 3, "as if the scale, 3, were left out"),
-    "upside down": (UP, lambda w: w - delta(UP) * 8 / 9, "as if the scale were upside down, 0.333333 for 3"),
+    "upside down": (UP, lambda w: w - delta(UP) * 8 / 9, "as if the scale were inverted, 0.333333 for 3"),
     "twice": (OUT, lambda w: w + delta(OUT), "as if it were added twice"),
     "sign": (QUERY, lambda w: w - 2 * delta(QUERY), "has the wrong sign"),
     "neighbour's": (QUERY, lambda w: w - delta(QUERY) + delta(KEY), f"it has the adapter of {KEY}"),
@@ -186,24 +185,28 @@ MERGED: Mapping[str, tuple[str, Callable[[NDArray[Any]], NDArray[Any]], str]] = 
     "whole transposed": (VALUE, lambda w: w.T, "its weight is transposed"),
     "a head": (VALUE, lambda w: w - delta(VALUE) + in_head(delta(VALUE)), "missing in outputs 8 to 15 of 16"),
     "bf16": (UP, as_bf16, "its weights are rounded to bfloat16"),
-    "no base": (OUT, lambda w: delta(OUT), "the base's own weight is missing"),
+    "no base": (OUT, lambda w: delta(OUT), "the base's weight is missing"),
     "other's base": (VALUE, lambda w: base_weight(KEY) + delta(VALUE), f"its weight is that of {KEY}"),
-    "other base": (DOWN, lambda w: w + 0.01 * np.cos(np.arange(512)).reshape(16, 32), "off what base and adapter make"),
+    "other base": (
+        DOWN,
+        lambda w: w + 0.01 * np.cos(np.arange(512)).reshape(16, 32),
+        "off the sum of base and",
+    ),
 }
 
 
 @pytest.mark.parametrize("defect", MERGED)
-def test_a_weight_that_was_merged_wrongly_is_found_and_explained(defect: str, tmp_path: Path) -> None:
-    module, harm, told = MERGED[defect]
+def test_wrongly_merged_weight_is_found_and_explained(defect: str, tmp_path: Path) -> None:
+    module, damage, reason = MERGED[defect]
     made = make("merged", tmp_path, the_adapter())
-    made.change(module, harm)
+    made.change(module, damage)
     result = proven(made, the_adapter())
     assert result.verdict.outcome is Outcome.DIFFERENT
     assert result.diagnosis is not None and result.diagnosis.first == module
-    assert told in result.diagnosis.why
+    assert reason in result.diagnosis.why
 
 
-def test_what_nothing_explains_is_said_not_to_be_explained(tmp_path: Path) -> None:
+def test_unexplained_fault_is_reported_as_such(tmp_path: Path) -> None:
     made = make("nodes", tmp_path, the_adapter())
     rng = np.random.default_rng(5)
     made.put(made.factor(f"{OUT}.lora_B.weight"), rng.standard_normal((RANK, 16)))
@@ -212,7 +215,7 @@ def test_what_nothing_explains_is_said_not_to_be_explained(tmp_path: Path) -> No
     assert root_cause.NOT_EXPLAINED in result.diagnosis.why
 
 
-# --- beside the weights -------------------------------------------------------------------------
+# --- inserted branches -------------------------------------------------------------------------
 
 
 def b_transposed(made: Made) -> None:
@@ -221,11 +224,11 @@ def b_transposed(made: Made) -> None:
 
 
 def b_times(factor: float, module: str) -> Callable[[Made], None]:
-    def harm(made: Made) -> None:
+    def damage(made: Made) -> None:
         value = made.factor(f"{module}.lora_B.weight")
         made.put(value, stored(made.graph, value.name or "") * factor)
 
-    return harm
+    return damage
 
 
 def without_branch(made: Made) -> None:
@@ -235,14 +238,14 @@ def without_branch(made: Made) -> None:
 
 
 def reads_elsewhere(made: Made) -> None:
-    """The branch of the attention's output reads what entered the attention."""
+    """The branch of the attention's output reads the attention's input."""
     down = made.node(name=f"/{OUT}/lora_A/MatMul")
     (site,) = sites.find(made.graph).by_name[f"{QUERY}.weight"]
     down.replace_input_with(0, site.node.inputs[0])
 
 
 def on_the_wrong_layer(made: Made) -> None:
-    """Query's and key's branches, changed about."""
+    """The branches of query and key, swapped."""
     adds = [made.node(name=f"/{module}/lora_B/Add") for module in (QUERY, KEY)]
     products = [add.inputs[1] for add in adds]
     for add, product in zip(adds, reversed(products), strict=True):
@@ -262,24 +265,24 @@ NODES: Mapping[str, tuple[str, Callable[[Made], None], str]] = {
     "B transposed": (OUT, b_transposed, "its B is transposed"),
     "rsLoRA": (KEY, b_times(5**0.5, KEY), "as if alpha were divided by the root of the rank"),
     "no branch": (UP, without_branch, "its adapter is missing"),
-    "elsewhere": (OUT, reads_elsewhere, f"its adapter reads what enters {QUERY}"),
+    "elsewhere": (OUT, reads_elsewhere, f"its adapter reads the input of {QUERY}"),
     "wrong layer": (QUERY, on_the_wrong_layer, f"it has the adapter of {KEY}"),
-    "other base": (VALUE, other_base, "the weight that it holds is not the base's: they are"),
+    "other base": (VALUE, other_base, "its stored weight is not the base's: they are"),
     "no bias": (UP, without_bias, "its bias is missing"),
 }
 
 
 @pytest.mark.parametrize("defect", NODES)
-def test_a_branch_that_was_woven_wrongly_is_found_and_explained(defect: str, tmp_path: Path) -> None:
-    module, harm, told = NODES[defect]
+def test_wrongly_inserted_branch_is_found_and_explained(defect: str, tmp_path: Path) -> None:
+    module, damage, reason = NODES[defect]
     made = make("nodes", tmp_path, the_adapter())
-    harm(made)
+    damage(made)
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first == module
-    assert told in result.diagnosis.why
+    assert reason in result.diagnosis.why
 
 
-def test_one_adapter_of_two_is_missing(tmp_path: Path) -> None:
+def test_one_missing_adapter_of_two_is_named(tmp_path: Path) -> None:
     both = the_adapter(), the_adapter("de", 1)
     made = make("nodes", tmp_path, *both)
     made.put(made.factor(f"{VALUE}.lora_B.de.weight"), np.zeros((RANK, 16)))
@@ -307,43 +310,43 @@ def norm_of_the_base(made: Made) -> None:
 
 DORA: Mapping[str, tuple[Callable[[Made], None], str]] = {
     "no magnitude": (no_magnitude, "DoRA's magnitude is missing"),
-    "norm of W": (norm_of_the_base, "divided by the length of W, and not of W + BA"),
+    "norm of W": (norm_of_the_base, "divided by the norm of W, and not of W + BA"),
 }
 
 
 @pytest.mark.parametrize("defect", DORA)
-def test_dora_that_was_done_wrongly_is_explained(defect: str, tmp_path: Path) -> None:
-    harm, told = DORA[defect]
+def test_wrong_dora_is_explained(defect: str, tmp_path: Path) -> None:
+    damage, reason = DORA[defect]
     made = make("nodes", tmp_path, the_dora())
-    harm(made)
+    damage(made)
     result = proven(made, the_dora())
     assert result.diagnosis is not None and result.diagnosis.first == KEY
-    assert told in result.diagnosis.why
+    assert reason in result.diagnosis.why
 
 
-# --- swapped ------------------------------------------------------------------------------------
+# --- adapter files and ids ------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_scaled_than_its_adapter_is_so_everywhere(tmp_path: Path) -> None:
+def test_wrongly_scaled_adapter_file_is_wrong_in_every_module(tmp_path: Path) -> None:
     made = make("inputs", tmp_path, the_adapter())
-    made.given = {name: 1.1 * array if "lora_B" in name else array for name, array in made.given.items()}
+    made.values = {name: 1.1 * array if "lora_B" in name else array for name, array in made.values.items()}
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first == QUERY
     assert "as if it were a tenth too strong" in result.diagnosis.why
-    assert "5 go wrong, 5 in the same way" in result.diagnosis.why
+    assert "5 are wrong, 5 in the same way" in result.diagnosis.why
 
 
-def test_a_file_with_another_adapters_factors_at_one_place(tmp_path: Path) -> None:
+def test_adapter_file_with_another_modules_factors_is_explained(tmp_path: Path) -> None:
     made = make("inputs", tmp_path, the_adapter())
     other = the_adapter().pairs[VALUE]
-    made.given[f"{KEY}.lora_A.weight"] = other.a.T.copy()
-    made.given[f"{KEY}.lora_B.weight"] = other.b.T * np.float32(SCALE)
+    made.values[f"{KEY}.lora_A.weight"] = other.a.T.copy()
+    made.values[f"{KEY}.lora_B.weight"] = other.b.T * np.float32(SCALE)
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first == KEY
     assert f"it has the adapter of {VALUE}" in result.diagnosis.why
 
 
-def test_a_graph_with_inputs_that_nobody_filled(tmp_path: Path) -> None:
+def test_graph_without_its_adapter_file_is_explained(tmp_path: Path) -> None:
     made = make("inputs", tmp_path, the_adapter())
     graph_files.save(made.graph, tmp_path, "graph.onnx")
     result = prove(OnnxRunner(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
@@ -351,14 +354,14 @@ def test_a_graph_with_inputs_that_nobody_filled(tmp_path: Path) -> None:
     assert "its adapter is missing" in result.diagnosis.why and "--onnx-adapter" in result.diagnosis.why
 
 
-def test_a_wrong_id_is_told_by_the_right_one(tmp_path: Path) -> None:
+def test_wrong_adapter_id_names_the_correct_one(tmp_path: Path) -> None:
     made = make("rows", tmp_path, the_adapter(), the_adapter("de", 1))
     result = proven(made, the_adapter("de", 1))
     assert result.diagnosis is not None and result.diagnosis.first == QUERY
-    assert "with adapter id 2 (de) it would be what it should" in result.diagnosis.why
+    assert "with adapter id 2 (de) its output would be correct" in result.diagnosis.why
 
 
-def test_one_module_of_rows_has_its_scale_twice(tmp_path: Path) -> None:
+def test_wrong_scale_in_one_module_of_rows_is_explained(tmp_path: Path) -> None:
     made = make("rows", tmp_path, the_adapter())
     b_times(3, DOWN)(made)
     result = proven(made, the_adapter())
@@ -371,7 +374,7 @@ def test_one_module_of_rows_has_its_scale_twice(tmp_path: Path) -> None:
 
 
 def without_mask(made: Made) -> None:
-    """The attention's mask, as one that hides nothing."""
+    """The attention's mask, replaced by ones."""
     shape = ir.node("Shape", [made.graph.graph.inputs[1]])
     one = ir.Value(name="one", const_value=ir.Tensor(np.array([1], np.int64), name="one"))
     made.graph.graph.register_initializer(one)
@@ -398,24 +401,24 @@ def another_activation(made: Made) -> None:
 
 BETWEEN = {
     "mask": (without_mask, VALUE, OUT, "it is as if the input attention_mask were all ones"),
-    "norm": (another_norm, OUT, UP, "between the two, in what is no such layer"),
-    "activation": (another_activation, UP, DOWN, "between the two, in what is no such layer"),
+    "norm": (another_norm, OUT, UP, "between the two, in no such layer"),
+    "activation": (another_activation, UP, DOWN, "between the two, in no such layer"),
 }
 
 
 @pytest.mark.parametrize("mode", ["merged", "rows"])
 @pytest.mark.parametrize("defect", BETWEEN)
-def test_what_goes_wrong_between_modules_is_said_to_do_so(defect: str, mode: str, tmp_path: Path) -> None:
-    harm, before, after, told = BETWEEN[defect]
+def test_fault_between_modules_is_located(defect: str, mode: str, tmp_path: Path) -> None:
+    damage, before, after, reason = BETWEEN[defect]
     made = make(mode, tmp_path, the_adapter())
-    harm(made)
+    damage(made)
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first == after
-    assert f"while {before}, which runs before it, agrees" in result.diagnosis.why
-    assert told in result.diagnosis.why
+    assert f"; {before}, which runs before it, agrees" in result.diagnosis.why
+    assert reason in result.diagnosis.why
 
 
-def test_what_goes_wrong_after_the_last_module_is_said_to_do_so(tmp_path: Path) -> None:
+def test_fault_after_the_last_module_is_located(tmp_path: Path) -> None:
     made = make("merged", tmp_path, the_adapter())
     (output,) = made.graph.graph.outputs
     scaled = ir.node("Add", [output, output])
@@ -425,14 +428,14 @@ def test_what_goes_wrong_after_the_last_module_is_said_to_do_so(tmp_path: Path) 
     made.graph.graph.outputs[0] = scaled.outputs[0]
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first is None
-    assert "it happens after classifier, or beside them" in result.diagnosis.why
+    assert "the fault is after classifier, or outside these modules" in result.diagnosis.why
 
 
-# --- what is right ------------------------------------------------------------------------------
+# --- correct candidates ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows", "dora"])
-def test_a_right_graph_is_right_in_every_module(mode: str, tmp_path: Path) -> None:
+def test_correct_graph_agrees_in_every_module(mode: str, tmp_path: Path) -> None:
     adapter = the_dora() if mode == "dora" else the_adapter()
     made = make("nodes" if mode == "dora" else mode, tmp_path, adapter)
     result = proven(made, adapter, trace=True)
@@ -446,23 +449,23 @@ def test_a_right_graph_is_right_in_every_module(mode: str, tmp_path: Path) -> No
         assert layer.effect is not None and (layer.effect > 1e-5) == ("embeddings" not in layer.name)
 
 
-def test_nobody_looks_for_a_difference_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_now(*_: Any, **__: Any) -> None:
+def test_same_candidate_is_not_diagnosed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(against_pytorch, "diagnose", not_now)
+    monkeypatch.setattr(against_pytorch, "diagnose", unexpected)
     assert proven(make("merged", tmp_path, the_adapter()), the_adapter()).diagnosis is None
 
 
-def test_a_small_difference_is_not_laid_at_any_modules_door(tmp_path: Path) -> None:
+def test_small_difference_is_blamed_on_no_module(tmp_path: Path) -> None:
     made = make("merged", tmp_path, the_adapter())
     made.put(made.factor("classifier.weight"), stored(made.graph, "classifier.weight") * (1 + 2.0**-16))
     result = proven(made, the_adapter())
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
-    assert result.diagnosis.first is None and "it is small, and no module stands out" in result.diagnosis.why
+    assert result.diagnosis.first is None and "the difference is small and no module stands out" in result.diagnosis.why
 
 
-def test_a_difference_that_goes_when_it_is_looked_into_lies_in_the_runtime(
+def test_difference_that_vanishes_when_traced_is_the_optimisers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Fusing(OnnxRunner):
@@ -470,14 +473,13 @@ def test_a_difference_that_goes_when_it_is_looked_into_lies_in_the_runtime(
             answer = super().run(inputs, names)
             return answer if len(self.session.get_outputs()) > 1 else {key: 1.1 * v for key, v in answer.items()}
 
-    monkeypatch.setattr(torch_runners, "OnnxRunner", Fusing)
     graph_files.save(make("merged", tmp_path, the_adapter()).graph, tmp_path, "graph.onnx")
     result = prove(Fusing(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
-    assert result.diagnosis.first is None and "in how it optimises the graph" in result.diagnosis.why
+    assert result.diagnosis.first is None and "the difference comes from its optimisations" in result.diagnosis.why
 
 
-# --- how it is done -----------------------------------------------------------------------------
+# --- how a candidate is traced -----------------------------------------------------------------------------
 
 
 def half_value(made: Made) -> Made:
@@ -485,49 +487,49 @@ def half_value(made: Made) -> Made:
     return made
 
 
-def test_a_diagnosis_that_fails_leaves_the_verdict_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_vain(*_: Any, **__: Any) -> None:
+def test_failed_diagnosis_leaves_the_verdict_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
         raise RuntimeRefused("onnxruntime: no\nmore")
 
-    monkeypatch.setattr(localize, "expose", in_vain)
+    monkeypatch.setattr(traced_candidate, "expose", failing)
     result = proven(half_value(make("merged", tmp_path, the_adapter())), the_adapter())
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
     assert "where it differs was looked for in vain: onnxruntime: no" in result.verdict.notes
 
 
-def test_what_is_too_much_to_be_held_is_compared_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localize, "AT_ONCE", 3000)  # numbers: two or three modules
+def test_large_models_are_compared_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localize, "MAX_NUMBERS", 3000)  # numbers: two or three modules
     made = half_value(make("merged", tmp_path, the_adapter()))
     groups: list[int] = []
-    run = watch_candidate._FollowedGraph.run
+    run = traced_candidate.TracedGraph.run
 
-    def watched(self: Any, inputs: Any, keys: Any) -> Any:
-        groups.append(len(keys))
-        return run(self, inputs, keys)
+    def recording(self: Any, inputs: Any, calls: Any) -> Any:
+        groups.append(len(calls))
+        return run(self, inputs, calls)
 
-    monkeypatch.setattr(watch_candidate._FollowedGraph, "run", watched)
+    monkeypatch.setattr(traced_candidate.TracedGraph, "run", recording)
     result = proven(made, the_adapter())
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
-    assert "arrives 0.5 times" in result.diagnosis.why
-    assert len(groups) > 1 and sum(groups) < 11 and max(groups) <= 3  # it stops where it is found
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
+    assert len(groups) > 1 and sum(groups) < 11 and max(groups) <= 3  # it stops at the first difference
     groups.clear()
     result = proven(made, the_adapter(), trace=True)
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
     assert sum(groups) == len(result.diagnosis.layers) == 11
 
 
-def test_weights_beside_the_graph_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_weights_remain_in_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_files, "INLINE", 0)
     made = half_value(make("merged", tmp_path, the_adapter()))
     result = proven(made, the_adapter())
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data", ".onnx"]  # and nothing else
     assert max(path.stat().st_size for path in tmp_path.iterdir() if path.suffix == ".onnx") < 60_000
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
-    assert "arrives 0.5 times" in result.diagnosis.why
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
 @pytest.mark.parametrize("defect", [True, False])
-def test_a_graph_that_onnxruntime_has_fused_is_compared_where_it_can_be(defect: bool, tmp_path: Path) -> None:
+def test_graph_fused_by_onnxruntime_is_compared_where_possible(defect: bool, tmp_path: Path) -> None:
     made = make("nodes" if not defect else "merged", tmp_path, the_adapter())
     if defect:
         half_value(made)
@@ -541,10 +543,10 @@ def test_a_graph_that_onnxruntime_has_fused_is_compared_where_it_can_be(defect: 
     result = prove(OnnxRunner(tmp_path / "fused.onnx"), PyTorchReferences(bert(), [the_adapter()]), trace=True)
     assert result.diagnosis is not None and result.diagnosis.first == (VALUE if defect else None)
     assert "10 of 11 modules were compared" in result.diagnosis.why  # the pooler's is fused with its tanh
-    assert not defect or "none goes wrong" in result.diagnosis.why
+    assert not defect or "none is wrong" in result.diagnosis.why
 
 
-def test_a_graph_whose_names_have_lost_their_prefix_is_followed(tmp_path: Path) -> None:
+def test_graph_whose_names_lost_their_prefix_is_diagnosed(tmp_path: Path) -> None:
     made = half_value(make("merged", tmp_path, the_adapter()))
     for value in list(made.graph.graph.initializers.values()):
         origin = value.metadata_props.pop(sites.FOLDED_FROM, None)
@@ -557,7 +559,7 @@ def test_a_graph_whose_names_have_lost_their_prefix_is_followed(tmp_path: Path) 
     assert result.diagnosis is not None and result.diagnosis.first == VALUE
 
 
-def test_a_merged_module_is_followed_by_hooks() -> None:
+def test_merged_module_is_diagnosed_by_hooks() -> None:
     steps = plan.make([the_adapter()], layers.specs(bert().module))
     module = copy.deepcopy(bert().module)
     layers.fold(module, steps)
@@ -565,10 +567,10 @@ def test_a_merged_module_is_followed_by_hooks() -> None:
         module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
     result = prove(ModuleRunner(module), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "arrives 0.5 times" in result.diagnosis.why
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
-def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
+def test_bf16_merge_is_compared_with_bf16_weights() -> None:
     module = copy.deepcopy(bert().module)
     layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
     with torch.no_grad():
@@ -579,7 +581,7 @@ def test_a_merge_into_bf16_is_held_against_what_bf16_should_hold() -> None:
     stored = {f"{name}.weight": "bfloat16" for name in SHAPES}
     result = prove(ModuleRunner(module, stored_dtypes=stored), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "arrives 0.5 times" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
+    assert "has 0.5 times the correct strength" in result.diagnosis.why and "none is wrong" in result.diagnosis.why
 
 
 def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
@@ -587,17 +589,17 @@ def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
     return ScriptRunner(folder / "script.pt", bert().input_names)
 
 
-def test_a_torchscript_file_is_judged_by_its_weights(tmp_path: Path) -> None:
+def test_torchscript_is_diagnosed_by_its_weights(tmp_path: Path) -> None:
     module = copy.deepcopy(bert().module)
     layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
     with torch.no_grad():
         module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
     result = prove(scripted(module, tmp_path), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "arrives 0.5 times" in result.diagnosis.why
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
-def test_a_torchscript_file_with_branches_is_judged_by_its_a_and_b(tmp_path: Path) -> None:
+def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> None:
     wrong = the_adapter()
     pair = wrong.pairs[DOWN.removesuffix(".weight")]
     halved = dataclasses.replace(
@@ -605,38 +607,23 @@ def test_a_torchscript_file_with_branches_is_judged_by_its_a_and_b(tmp_path: Pat
     )
     result = prove(scripted(pytorch.adapted(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
-    assert "arrives 0.5 times" in result.diagnosis.why
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
-def test_a_torchscript_file_with_other_tensors_is_not_seen_into_and_that_is_said(tmp_path: Path) -> None:
+def test_torchscript_with_other_tensors_is_not_diagnosed(tmp_path: Path) -> None:
     candidate = scripted(pytorch.adapted(bert(), [the_adapter("de", 1)]), tmp_path)
     result = prove(candidate, PyTorchReferences(bert(), [the_adapter()]))
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
-    assert any("cannot be seen into" in note for note in result.verdict.notes)
+    assert any("its modules cannot be traced" in note for note in result.verdict.notes)
 
 
 # --- other kinds of layers ----------------------------------------------------------------------
 
 
-def test_an_embeddings_adapter_that_is_missing(tmp_path: Path) -> None:
+def test_missing_adapter_of_an_embedding_is_explained(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pair = LoraPair(0.3 * rng.standard_normal((2, 50)), 0.3 * rng.standard_normal((16, 2)), 1.0, embedding=True)
     adapter = an_adapter({WORDS: pair, **the_adapter().pairs}, sha256="ee")
     result = proven(make("nodes", tmp_path, the_adapter()), adapter)
     assert result.diagnosis is not None and result.diagnosis.first == WORDS
-    assert "its adapter is missing" in result.diagnosis.why and "none goes wrong" in result.diagnosis.why
-
-
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 2, "dilation": 2}, {"padding": (1, 0)}])
-@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv2d])
-def test_a_convolution_is_a_matrix_product_of_what_its_kernel_sees(kind: Any, options: dict[str, Any]) -> None:
-    if kind is torch.nn.Conv1d:
-        options = {name: value[0] if isinstance(value, tuple) else value for name, value in options.items()}
-    layer = kind(3, 4, 2 if kind is torch.nn.Conv1d else (2, 3), bias=False, **options).double()
-    x = torch.randn(2, 3, *([9] if kind is torch.nn.Conv1d else [9, 8]), dtype=torch.float64)
-    y = layer(x).detach().numpy()
-    laid_out = localize._patches(x.numpy(), y, layer)
-    assert laid_out is not None
-    rows, outputs = laid_out
-    expected = rows @ layer.weight.detach().numpy().reshape(4, -1).T
-    np.testing.assert_allclose(outputs, expected, rtol=1e-12)
+    assert "its adapter is missing" in result.diagnosis.why and "none is wrong" in result.diagnosis.why

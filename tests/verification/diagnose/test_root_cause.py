@@ -1,4 +1,4 @@
-"""What a wrong output says of its cause: outputs made wrong on purpose, in numbers that can be checked by hand."""
+"""Causes of wrong outputs: outputs with a known fault, in numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
-from lora_export.verification.diagnose.root_cause import Diagnosis, LayerError, Neighbours, Observed, explain
+from lora_export.verification.diagnose.layer_observation import LayerObservation
+from lora_export.verification.diagnose.root_cause import OtherModules, explain
 
-# W (2, 2), and B A = [[1, 2], [0, 0]], by x of three rows
+# W (2, 2), B A = [[1, 2], [0, 0]], and x of three rows
 W = np.array([[1.0, 0.0], [0.0, 1.0]])
 A, B = np.array([[1.0, 2.0]]), np.array([[1.0], [0.0]])
 X = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]])
@@ -24,39 +25,39 @@ def a_step(*pairs: LoraPair, strength: float = 1.0) -> Step:
     return Step(TensorSpec("m.weight", pairs[0].shape, "float32", Layout.OUT_IN), terms)
 
 
-def observed(y: Any, scale: float = 2.0, **fields: Any) -> Observed:
-    """x = X went in, y came out; W + scale · DELTA should have been there."""
+def observed(y: Any, scale: float = 2.0, **fields: Any) -> LayerObservation:
+    """A layer with input X and output y, whose correct weight is W + scale · DELTA."""
     step = fields.pop("step", None) or a_step(LoraPair(A, B, scale))
-    return Observed("m", X, np.asarray(y, np.float64), W, step=step, **fields)
+    return LayerObservation("m", X, np.asarray(y, np.float64), W, step=step, **fields)
 
 
-def test_what_should_come_out_is_the_sum_and_is_no_fault() -> None:
-    there = observed(X @ (W + 2 * DELTA).T)
-    np.testing.assert_array_equal(there.expected, [[3, 0], [4, 1], [-1, -1]])
-    assert there.agrees and there.wrong == 0
+def test_correct_output_agrees() -> None:
+    layer = observed(X @ (W + 2 * DELTA).T)
+    np.testing.assert_array_equal(layer.expected, [[3, 0], [4, 1], [-1, -1]])
+    assert layer.agrees and layer.error == 0
     assert not observed(X @ (W + 2.001 * DELTA).T).agrees
 
 
 @pytest.mark.parametrize(
-    ("factor", "told"),
+    ("factor", "text"),
     [
         (0, "its adapter is missing"),
         (-1, "has the wrong sign"),
-        (0.5, "arrives 0.5 times as strong as it should (scale 2): as if the scale, 2, were left out"),
-        (0.25, "as if the scale were upside down, 0.5 for 2"),
+        (0.5, "has 0.5 times the correct strength (scale 2), as if the scale, 2, were left out"),
+        (0.25, "as if the scale were inverted, 0.5 for 2"),
         (2, "as if it were added twice or the scale, 2, were applied twice"),
         (1.1, "as if it were a tenth too strong"),
-        (0.7317, "its adapter arrives 0.7317 times as strong as it should (scale 2)"),
+        (0.7317, "its adapter has 0.7317 times the correct strength (scale 2)"),
     ],
 )
-def test_a_strength_is_measured_and_named(factor: float, told: str) -> None:
+def test_wrong_strength_is_measured_and_named(factor: float, text: str) -> None:
     cause = explain(observed(X @ (W + factor * 2 * DELTA).T))
-    assert cause is not None and told in str(cause)
-    assert ("as if" in str(cause)) == ("as if" in told)
+    assert cause is not None and text in str(cause)
+    assert ("as if" in str(cause)) == ("as if" in text)
 
 
 @pytest.mark.parametrize(
-    ("factor", "told"),
+    ("factor", "text"),
     [
         (4, "alpha were not divided by the rank, 4"),
         (0.25, "it were divided by the rank, 4, once more"),
@@ -64,24 +65,24 @@ def test_a_strength_is_measured_and_named(factor: float, told: str) -> None:
         (3, "its weight, 3, were applied twice"),
     ],
 )
-def test_a_rank_and_a_weight_are_known_by_their_factors(factor: float, told: str) -> None:
+def test_rank_and_weight_are_recognised_by_their_factors(factor: float, text: str) -> None:
     pair = LoraPair(np.concatenate([A, A, A, A]), np.concatenate([B, B, B, B], axis=1), 1.0)  # B A = 4 DELTA
     cause = explain(observed(X @ (W + factor * 12 * DELTA).T, step=a_step(pair, strength=3.0)))
-    assert cause is not None and told in cause.text
+    assert cause is not None and text in cause.text
 
 
-def test_of_two_adapters_the_one_is_named_that_is_wrong() -> None:
+def test_wrong_one_of_two_adapters_is_named() -> None:
     other = LoraPair(A[:, ::-1], B[::-1], 1.0)  # [[0, 0], [2, 1]]
     step = a_step(LoraPair(A, B, 2.0), other)
     cause = explain(observed(X @ (W + 2 * DELTA + 3 * DELTA[::-1, ::-1]).T, step=step))
-    assert cause is not None and "its adapter a1 arrives 3 times" in cause.text and "a0" not in cause.text
+    assert cause is not None and "its adapter a1 has 3 times the correct" in cause.text and "a0" not in cause.text
 
 
-def test_outputs_and_rows_that_lack_the_adapter_are_named() -> None:
+def test_outputs_and_rows_without_the_adapter_are_named() -> None:
     wide = LoraPair(A, np.ones((6, 1)), 1.0)
     has = np.array([1, 1, 0, 0, 1, 0])
-    there = Observed("m", X, X @ np.outer(has, A[0]).T, np.zeros((6, 2)), step=a_step(wide))
-    cause = explain(there)
+    layer = LayerObservation("m", X, X @ np.outer(has, A[0]).T, np.zeros((6, 2)), step=a_step(wide))
+    cause = explain(layer)
     assert cause is not None and cause.text == "its adapter is missing in outputs 2 to 3 and 5 of 6"
     y = X @ W.T + np.array([[1], [0], [1]]) * (X @ (2 * DELTA).T)
     cause = explain(observed(y))
@@ -89,108 +90,102 @@ def test_outputs_and_rows_that_lack_the_adapter_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "text"),
     [
         (np.array([[1.0, 0.0], [2.0, 0.0]]), "its change, B A, is transposed"),
         (np.array([[1.0], [3.0]]) @ np.array([[0.0, 1.0]]), None),
     ],
 )
-def test_a_change_the_other_way_round_is_told_from_any_other(change: Any, told: str | None) -> None:
+def test_transposed_change_is_recognised_and_others_are_not(change: Any, text: str | None) -> None:
     cause = explain(observed(X @ (W + 2 * change).T))
-    assert (cause and cause.text) == told
+    assert (cause and cause.text) == text
 
 
-@pytest.mark.parametrize(("turn", "told"), [("B", "its B is transposed"), ("A", "its A is transposed")])
-def test_factors_that_are_read_as_if_they_lay_otherwise(turn: str, told: str) -> None:
+@pytest.mark.parametrize(("turn", "text"), [("B", "its B is transposed"), ("A", "its A is transposed")])
+def test_transposed_factors_are_recognised(turn: str, text: str) -> None:
     a, b = np.arange(1.0, 7).reshape(2, 3), np.array([[1.0, 2], [0, 1], [3, 5], [1, 4]])
     x = np.eye(3)
     wrong_b = b.reshape(2, 4).T if turn == "B" else b
     wrong_a = a.reshape(3, 2).T if turn == "A" else a
-    there = Observed("m", x, x @ (wrong_b @ wrong_a).T, np.zeros((4, 3)), step=a_step(LoraPair(a, b, 1.0)))
-    cause = explain(there)
-    assert cause is not None and cause.text == told
+    layer = LayerObservation("m", x, x @ (wrong_b @ wrong_a).T, np.zeros((4, 3)), step=a_step(LoraPair(a, b, 1.0)))
+    cause = explain(layer)
+    assert cause is not None and cause.text == text
 
 
-def test_a_bias_is_missing_there_twice_or_another() -> None:
+def test_missing_double_and_other_biases_are_recognised() -> None:
     bias = np.array([1.0, -2.0])
     right = X @ (W + 2 * DELTA).T
-    for y, told in (
+    for y, text in (
         (right, "its bias is missing"),
         (right + 2 * bias, "its bias is added twice"),
-        (right + np.array([5, 7]), "its bias is another"),
+        (right + np.array([5, 7]), "it has another bias"),
     ):
         cause = explain(observed(y, bias=bias))
-        assert cause is not None and cause.text == told
+        assert cause is not None and cause.text == text
     cause = explain(observed(right + bias - [0.5, 0], bias=bias, shift=np.array([0.5, 0.0])))
-    assert cause is not None and cause.text == "what the adapter adds to its bias is missing"
+    assert cause is not None and cause.text == "the adapter's shift of its bias is missing"
 
 
-def test_a_whole_tensor_that_was_not_put_there() -> None:
-    there = Observed("m", X, X @ DELTA.T, W, before=DELTA)
-    cause = explain(there)
-    assert cause is not None and "the tensor that the adapter brings is missing" in cause.text
+def test_missing_whole_tensor_is_recognised() -> None:
+    layer = LayerObservation("m", X, X @ DELTA.T, W, original_weight=DELTA)
+    cause = explain(layer)
+    assert cause is not None and "the adapter's whole tensor is missing" in cause.text
 
 
-def test_doras_mistakes_are_told_apart() -> None:
+def test_mistakes_with_dora_are_recognised() -> None:
     magnitude = np.array([2.0, 3.0])
     step, bias = a_step(LoraPair(A, B, 2.0, magnitude)), np.array([1.0, 1.0])
     total = W + 2 * DELTA  # lengths 5 and 1
     lengths = np.array([5.0, 1.0])
     right = X @ (total * (magnitude / lengths)[:, None]).T + bias
-    there = observed(right, step=step, bias=bias)
-    assert there.agrees
-    for y, told in (
+    layer = observed(right, step=step, bias=bias)
+    assert layer.agrees
+    for y, text in (
         (X @ W.T + bias, "its adapter is missing"),
         (X @ total.T + bias, "DoRA's magnitude is missing"),
-        (X @ (W * magnitude[:, None]).T + bias, "A and B are not"),
-        (X @ (total * magnitude[:, None]).T + bias, "divided by the length of W"),
+        (X @ (W * magnitude[:, None]).T + bias, "A and B are missing"),
+        (X @ (total * magnitude[:, None]).T + bias, "divided by the norm of W"),
         (right - bias + bias * magnitude / lengths, "rescales the bias too"),
     ):
-        cause = explain(dataclasses.replace(there, y=y))
-        assert cause is not None and told in cause.text
+        cause = explain(dataclasses.replace(layer, y=y))
+        assert cause is not None and text in cause.text
 
 
-def test_rounding_is_told_by_the_very_numbers_that_it_makes() -> None:
+def test_rounding_is_recognised_by_the_rounded_values() -> None:
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((8, 8)), rng.standard_normal((20, 8))
-    there = Observed("m", x, x @ w.astype(np.float16).astype(np.float64).T, w)
-    cause = explain(there)
+    layer = LayerObservation("m", x, x @ w.astype(np.float16).astype(np.float64).T, w)
+    cause = explain(layer)
     assert cause is not None and cause.text == "its weights are rounded to float16"
     noise = 2.0**-11 * np.abs(w) * rng.uniform(-1, 1, w.shape)
-    cause = explain(dataclasses.replace(there, y=x @ (w + noise).T))
-    assert cause is None  # as large as rounding, and not it
+    cause = explain(dataclasses.replace(layer, y=x @ (w + noise).T))
+    assert cause is None  # as large as rounding, but not rounding
 
 
-def test_what_belongs_to_a_neighbour_is_known_as_its_own() -> None:
+def test_pairs_inputs_and_weights_of_others_are_recognised() -> None:
     other = LoraPair(A[:, ::-1], B[::-1], 1.0)
-    neighbours = Neighbours(steps={"n": a_step(other)}, inputs={"n": X[::-1]}, weights=lambda _: [("n", 3 * W + 1)])
+    others = OtherModules(steps={"n": a_step(other)}, inputs={"n": X[::-1]}, weights=lambda _: [("n", 3 * W + 1)])
     own, theirs = 2 * DELTA, DELTA[::-1, ::-1]
-    for y, told in (
+    for y, text in (
         (X @ (W + theirs).T, "it has the adapter of n"),
         (X @ (W + own + theirs).T, "it has the adapter of n beside its own"),
-        (X @ W.T + X[::-1] @ own.T, "its adapter reads what enters n"),
+        (X @ W.T + X[::-1] @ own.T, "its adapter reads the input of n"),
         (X @ (3 * W + 1 + own).T, "its weight is that of n"),
     ):
-        cause = explain(observed(y), neighbours)
-        assert cause is not None and cause.text == told
+        cause = explain(observed(y), others)
+        assert cause is not None and cause.text == text
         assert explain(observed(y)) is None
 
 
-def test_ids_take_columns_of_an_embedding() -> None:
+def test_embedding_ids_select_columns() -> None:
     pair = LoraPair(np.array([[1.0, 0, 2]]), np.array([[1.0], [1.0]]), 1.0, embedding=True)
     w = np.array([[1.0, 2, 3], [4, 5, 6]])  # (width, words)
-    there = Observed("m", np.array([2, 0]), np.array([[5.0, 8], [2, 5]]), w, step=a_step(pair))
-    assert there.agrees
-    cause = explain(dataclasses.replace(there, y=np.array([[3.0, 6], [1, 4]])))
+    layer = LayerObservation("m", np.array([2, 0]), np.array([[5.0, 8], [2, 5]]), w, step=a_step(pair))
+    assert layer.agrees
+    cause = explain(dataclasses.replace(layer, y=np.array([[3.0, 6], [1, 4]])))
     assert cause is not None and cause.text == "its adapter is missing"
 
 
-def test_values_that_are_not_finite_need_no_other_reason() -> None:
+def test_values_that_are_not_finite_are_the_cause() -> None:
     cause = explain(observed([[np.nan, 0], [4, 1], [-1, np.inf]]))
     assert cause is not None and cause.text == "2 of its 6 values are not finite"
-
-
-def test_a_diagnosis_prints_itself() -> None:
-    told = Diagnosis("m", "a\nb", (LayerError("m", 1.0, 0.1, None),))
-    assert str(told) == "first module that differs: m\n  a\n  b"
-    assert str(Diagnosis(None, "c")) == "no module differs\n  c"

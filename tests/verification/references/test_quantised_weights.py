@@ -470,7 +470,7 @@ def test_requantised_merge_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.M
     scaled = requantised(base, an_adapter(1.5), tmp_path / "scaled")
     wrong = prove(OnnxRunner(scaled), PyTorchReferences(wide, [an_adapter()], origin=base)).diagnosis
     assert wrong is not None and wrong.first == "up"
-    assert re.search(r"arrives 1\.(4[6-9]|5\d*) times .* is no more than rounding costs", wrong.why), wrong.why
+    assert re.search(r"has 1\.(4[6-9]|5\d*) times the correct .* is no more than rounding error", wrong.why), wrong.why
 
 
 def test_verify_command_takes_the_origin_of_a_requantised_merge(

@@ -1,0 +1,206 @@
+"""The first call that differs from the reference, and why it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_export.graph.insert.inserter import module_of
+from lora_export.verification.diagnose.compare_calls import INTEGERS, ComparedCall, ErrorFigures, figures_of
+from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
+from lora_export.verification.diagnose.layer_observation import LayerObservation
+from lora_export.verification.diagnose.layer_products import bias_of, matrix_of, product_rows
+from lora_export.verification.diagnose.module_calls import Array, CallValues, ModuleCall
+from lora_export.verification.diagnose.root_cause import NOT_EXPLAINED, Cause, OtherModules, explain
+from lora_export.verification.diagnose.traced_candidate import TracedCandidate, TracedGraph
+from lora_export.verification.parity import Wide
+
+Values = Mapping[ModuleCall, CallValues]
+Compared = Mapping[ModuleCall, ComparedCall]
+
+
+class FirstDifference(NamedTuple):
+    """The first call that differs, and why."""
+
+    call: ModuleCall
+    why: str
+
+
+def find_first_difference(
+    case: DiagnosisCase, traced: TracedCandidate, compared: Compared, values: Values
+) -> FirstDifference | None:
+    """The first of the calls in `values` whose input or output differs; None where all agree."""
+    previous: ModuleCall | None = None
+    for call, figures in compared.items():
+        if call in values and not figures.input_agrees:
+            return FirstDifference(call, _why_input_differs(case, previous, call, figures, values[call]))
+        if call in values and not figures.output_agrees:
+            return FirstDifference(call, _why_output_differs(case, traced, call, compared, values))
+        previous = call
+    return None
+
+
+def _relative_error(error: float, deployed_error: float) -> str:
+    if not deployed_error or not math.isfinite(error):
+        return f"{error:.3g}, PyTorch's is {deployed_error:.3g}"
+    return f"{error / deployed_error:.3g} x PyTorch's own error"
+
+
+# --- the input differs --------------------------------------------------------------------------
+
+
+def _why_input_differs(
+    case: DiagnosisCase, previous: ModuleCall | None, call: ModuleCall, figures: ComparedCall, values: CallValues
+) -> str:
+    """Why the input of a call differs, where the output of the call before it agrees."""
+    assert figures.input is not None
+    before = f"{previous}, which runs before it, agrees" if previous else "it is the first module that was compared"
+    error = _relative_error(figures.input.error, figures.input.deployed_error)
+    if values.x is not None and values.x.dtype.kind in INTEGERS:
+        error = f"{figures.input.error:.0f} of {values.x.size} numbers"
+    lines = [f"its input differs already ({error}); {before}"]
+    reason = next(_ignored_inputs(case, call, values.x), "") if values.x is not None else ""
+    lines.append(reason or "the fault is between the two, in no such layer: attention, mask, norm or activation")
+    return "\n".join(lines)
+
+
+def _ignored_inputs(case: DiagnosisCase, call: ModuleCall, x: Array) -> Iterator[str]:
+    """The model's inputs that the candidate seems to replace by ones or zeros."""
+    for name, array in case.inputs.items():
+        if array.dtype.kind not in INTEGERS:
+            continue
+        for number, constant in ((1, "ones"), (0, "zeros")):
+            changed = {name: np.full_like(array, number)}
+            if np.array_equal(changed[name], array):
+                continue
+            reference = case.reference_values([call], **changed).get(call)
+            deployed = case.deployed_values([call], **changed).get(call)
+            if reference is None or reference.x is None or reference.x.size != x.size:
+                continue
+            if deployed is None or deployed.x is None:
+                continue
+            figures = figures_of(x, reference.x, deployed.x)
+            if figures.error <= figures.allowed:
+                yield f"it is as if the input {name} were all {constant}"
+
+
+# --- the output differs -------------------------------------------------------------------------
+
+
+def _why_output_differs(
+    case: DiagnosisCase, traced: TracedCandidate, call: ModuleCall, compared: Compared, values: Values
+) -> str:
+    """Why the output of a call differs, where its input agrees or could not be compared."""
+    layer = compared[call].layer
+    error = f"its output is off by {_relative_error(layer.error, layer.deployed_error)}"
+    lines = [f"{error}; {_about_input(compared[call].input, values[call].x)}"]
+    observed = observe_layer(case, traced, call, values[call], compared[call].allowed, with_stored_weight=True)
+    if observed is None:
+        return "\n".join([*lines, f"{NOT_EXPLAINED}: this kind of layer is not analysed"])
+    if observed.agrees:
+        return "\n".join([*lines, "its output is correct for its own input: the difference grew before it"])
+    cause = explain(observed, _other_modules(case, values, call, observed))
+    lines.append(str(cause) if cause else NOT_EXPLAINED)
+    if cause and cause.kind == "missing" and isinstance(traced, TracedGraph) and traced.lacks_adapter:
+        lines.append("the graph takes an adapter's file, and ran without one (--onnx-adapter)")
+    lines += _correct_with_other_adapters(case, traced, call)
+    lines.append(_about_other_calls(case, traced, call, cause, compared, values))
+    return "\n".join(lines)
+
+
+def _about_input(figures: ErrorFigures | None, x: Array | None) -> str:
+    if figures is None:
+        return "its input could not be compared"
+    if x is not None and x.dtype.kind in INTEGERS:
+        return "its input agrees"
+    return f"its input agrees ({_relative_error(figures.error, figures.deployed_error)})"
+
+
+def observe_layer(
+    case: DiagnosisCase,
+    traced: TracedCandidate,
+    call: ModuleCall,
+    values: CallValues,
+    tolerance: float,
+    *,
+    with_stored_weight: bool = False,
+) -> LayerObservation | None:
+    """The candidate's layer on its own input; None where the layer is not x Wᵀ."""
+    attached, base = case.attached_weights[call.weight], case.base_weights[call.weight]
+    rows = product_rows(values, base)
+    if rows is None:
+        return None
+    step = case.plan.by_weight.get(call.weight) if case.plan else None
+    bias, base_bias = bias_of(attached), bias_of(base)
+    shift = bias - base_bias if bias is not None and base_bias is not None else None
+    rounded = case.rounded_weights.get(call.weight)
+    return LayerObservation(
+        name=str(call),
+        x=rows[0],
+        y=rows[1],
+        weight=matrix_of(attached),
+        bias=bias if traced.has_bias(call) else None,
+        step=step if step and step.terms else None,
+        shift=shift if shift is not None and shift.any() else None,
+        original_weight=matrix_of(base) if step is not None and step.replace is not None else None,
+        candidate_weight=traced.stored_weight(call) if with_stored_weight else None,
+        tolerance=tolerance,
+        rounded_weight=None if rounded is None else matrix_of(rounded),
+    )
+
+
+def _other_modules(case: DiagnosisCase, values: Values, call: ModuleCall, observed: LayerObservation) -> OtherModules:
+    """What the candidate may have used in place of the module's own weights and input."""
+    base_weights = case.base_weights
+
+    def weights(shape: tuple[int, ...]) -> Iterator[tuple[str, Wide]]:
+        for name, weight in base_weights.items():
+            if name != call.weight and weight.matrix_shape == shape:
+                yield module_of(name), matrix_of(weight)
+
+    steps = {module_of(step.weight): step for step in case.plan.low_rank} if case.plan else {}
+    inputs = {}
+    for other, other_values in values.items():
+        rows = product_rows(other_values, base_weights[other.weight]) if other != call else None
+        if rows is not None and rows[0].shape == observed.x.shape:
+            inputs[str(other)] = rows[0]
+    return OtherModules(steps, inputs, weights)
+
+
+def _correct_with_other_adapters(case: DiagnosisCase, traced: TracedCandidate, call: ModuleCall) -> Iterator[str]:
+    """The graph's other adapters with which the output of a call is correct."""
+    others = dict(traced.with_other_adapters()) if isinstance(traced, TracedGraph) else {}
+    if not others:
+        return
+    expected, deployed = case.reference_values([call]), case.deployed_values([call])
+    for name, other in others.items():
+        figures = figures_of(other.run(case.inputs, [call])[call].y, expected[call].y, deployed[call].y)
+        if figures.error <= figures.allowed:
+            yield f"with {name} its output would be correct"
+
+
+def _about_other_calls(
+    case: DiagnosisCase,
+    traced: TracedCandidate,
+    first: ModuleCall,
+    cause: Cause | None,
+    compared: Compared,
+    values: Values,
+) -> str:
+    """How many other modules are wrong by themselves, and how many of them in the same way."""
+    others = [
+        observe_layer(case, traced, call, call_values, compared[call].allowed)
+        for call, call_values in values.items()
+        if call != first and call in compared
+    ]
+    observed = [layer for layer in others if layer is not None]
+    wrong = [layer for layer in observed if not layer.agrees]
+    checked = f"of {len(observed)} other modules, each checked on its own input,"
+    if not wrong:
+        return f"{checked} none is wrong"
+    causes = [explain(layer) for layer in wrong]
+    alike = sum(other is not None and cause is not None and other.kind == cause.kind for other in causes)
+    return f"{checked} {len(wrong)} are wrong, {alike} in the same way"

@@ -1,0 +1,191 @@
+"""The inner values of a candidate, module by module: outputs added to a graph, or hooks on a module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from lora_export.errors import InputRefused
+from lora_export.graph import onnx_file
+from lora_export.graph import sites as graph_sites
+from lora_export.layers import MatrixWeight
+from lora_export.plan import Layout
+from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays
+from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
+from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
+from lora_export.verification.diagnose.layer_products import matrix_of
+from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, matrix_weights, record_calls
+from lora_export.verification.parity import Wide
+
+SCRIPT_RTOL, SCRIPT_ATOL = 1e-4, 1e-5  # within which a script must compute what a module with its weights does
+
+
+class TracedCandidate(Protocol):
+    """A candidate whose inner values can be read."""
+
+    @property
+    def calls(self) -> Sequence[ModuleCall]: ...  # in the order in which they run; empty where any may be traced
+
+    def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]: ...
+
+    def outputs(self, inputs: Arrays) -> Arrays: ...
+
+    def stored_weight(self, call: ModuleCall) -> Wide | None: ...
+
+    def has_bias(self, call: ModuleCall, /) -> bool: ...  # whether the call's output contains the bias
+
+
+def trace(case: DiagnosisCase) -> TracedCandidate:
+    """The candidate of a case with readable inner values. Raises InputRefused where they cannot be read."""
+    candidate = case.candidate
+    if isinstance(candidate, OnnxRunner):
+        return TracedGraph(candidate, case.base_weights, tuple(case.inputs))
+    if isinstance(candidate, CacheRunner):
+        return TracedGraph(candidate.inner, case.base_weights, tuple(case.inputs), candidate)
+    if isinstance(candidate, ModuleRunner):
+        return TracedModule(candidate)
+    if isinstance(candidate, ScriptRunner):
+        return TracedModule(ModuleRunner(_module_with_weights_of(candidate, case)))
+    raise InputRefused(f"the modules of a {type(candidate).__name__} cannot be traced")
+
+
+class TracedGraph:
+    """A graph with inner values as further outputs, in memory; its weights are read from their files.
+
+    A graph with a `cache` takes a prompt, with an empty cache.
+    """
+
+    def __init__(
+        self,
+        runner: OnnxRunner,
+        weights: Mapping[str, MatrixWeight],
+        inputs: Sequence[str],
+        cache: CacheRunner | None = None,
+    ):
+        self.cache = cache
+        model = onnx_file.load(runner.path)
+        sites = graph_sites.find(model)
+        names = _model_names(sites.by_name, weights)
+        biased = {name: weights[model_name].has_bias for name, model_name in names.items()}
+        self.taps: dict[ModuleCall, Tap] = {}
+        for tap in find_taps(model, sites, inputs, biased):
+            name = names[tap.name]
+            number = sum(call.weight == name for call in self.taps)
+            self.taps[ModuleCall(name, number)] = tap
+        if not self.taps:
+            raise InputRefused("no weight of the graph has the name of a weight of the model")
+        exposed = expose(model, list(self.taps.values()))
+        self.added_outputs = set(exposed.outputs)
+        self.runner = runner.with_graph(exposed.message, exposed.folder)
+
+    @property
+    def calls(self) -> Sequence[ModuleCall]:
+        return [call for call, tap in self.taps.items() if tap.y is not None]
+
+    def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]:
+        """The values of calls in one run."""
+        names = {name for call in calls for name in (self.taps[call].x, self.taps[call].y) if name}
+        feeds = self._feeds(inputs)
+        values = {**feeds, **self.runner.run(feeds, sorted(names - feeds.keys()))}
+        found = {}
+        for call in calls:
+            tap = self.taps[call]
+            found[call] = CallValues(values[tap.x] if tap.x else None, values[tap.y or ""])
+        return found
+
+    def with_other_adapters(self) -> Iterator[tuple[str, TracedGraph]]:
+        """The same graph with each other adapter that it contains, where all rows have one adapter id."""
+        names, ids = self.runner.adapters_by_row, self.runner.adapter_ids
+        if ids is None or len(ids) != 1 or names is None:
+            return
+        for number, name in enumerate(["the base", *names]):
+            if number != ids[0]:
+                other = copy.copy(self)
+                other.runner = self.runner.with_rows([number])
+                yield f"adapter id {number} ({name})", other
+
+    @property
+    def lacks_adapter(self) -> bool:
+        """Whether the graph takes an adapter's file, and runs without one."""
+        return self.runner.lacks_adapter
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        """The graph's own outputs, without the cache."""
+        others = self.added_outputs | ({tensor.present for tensor in self.cache.cache} if self.cache else set())
+        names = [value.name for value in self.runner.session.get_outputs() if value.name not in others]
+        return self.runner.run(self._feeds(inputs), names)
+
+    def stored_weight(self, call: ModuleCall) -> Wide | None:
+        """The weight (out, in) in the graph."""
+        site = self.taps[call].site
+        matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
+        return matrix.reshape(len(matrix), -1).astype(np.float64)
+
+    def has_bias(self, call: ModuleCall) -> bool:
+        return self.taps[call].has_bias
+
+    def _feeds(self, inputs: Arrays) -> Arrays:
+        return inputs if self.cache is None else self.cache.prompt_feeds(inputs)
+
+
+class TracedModule:
+    """A module whose calls are recorded by hooks."""
+
+    def __init__(self, runner: ModuleRunner):
+        self.runner = runner
+        self.weights = matrix_weights(runner.module)
+        if not self.weights:
+            raise InputRefused("the module has no layer whose calls can be recorded")
+
+    @property
+    def calls(self) -> Sequence[ModuleCall]:
+        return []
+
+    def run(self, inputs: Arrays, calls: Sequence[ModuleCall]) -> dict[ModuleCall, CallValues]:
+        """The values of calls in one run."""
+        return record_calls(self.runner.module, lambda: self.runner.run(inputs), calls)
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        """The module's outputs."""
+        return self.runner.run(inputs)
+
+    def stored_weight(self, call: ModuleCall) -> Wide | None:
+        """The weight (out, in) of the module."""
+        return matrix_of(self.weights[call.weight])
+
+    def has_bias(self, _: ModuleCall) -> bool:
+        return True
+
+
+def _model_names(names: Mapping[str, object], weights: Mapping[str, MatrixWeight]) -> dict[str, str]:
+    """The model's name of each weight of a graph; either name may have a prefix that the other lacks."""
+    found = {name: name for name in names if name in weights}
+    for name in names.keys() - found.keys():
+        matches = [other for other in weights if other.endswith(f".{name}") or name.endswith(f".{other}")]
+        if len(matches) == 1 and matches[0] not in found.values():
+            found[name] = matches[0]
+    return found
+
+
+def _module_with_weights_of(candidate: ScriptRunner, case: DiagnosisCase) -> nn.Module:
+    """The model with a TorchScript file's weights, A and B included: hooks do not see the script's own modules."""
+    state = candidate.script.state_dict()
+    for module in (copy.deepcopy(case.base), copy.deepcopy(case.deployed.module)):
+        names = module.state_dict().keys()
+        if names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script stores every buffer
+            break
+    else:
+        raise InputRefused("the TorchScript file has other tensors than the model, so its modules cannot be traced")
+    module.load_state_dict({name: state[name] for name in names})
+    outputs = case.aligned(ModuleRunner(module).run(case.inputs))
+    for name, value in case.outputs.candidate.items():
+        if not np.allclose(outputs[name], value, rtol=SCRIPT_RTOL, atol=SCRIPT_ATOL):
+            raise InputRefused(f"the model with the TorchScript file's weights computes another {name} than the file")
+    return module

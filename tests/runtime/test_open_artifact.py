@@ -1,0 +1,46 @@
+"""Candidates by kind of file, and the hashes of their files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models import factory
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.open_artifact import file_hashes, open_candidate
+from lora_export.runtime.torch_runners import ScriptRunner
+
+TEXT = """
+<ir_version: 8, opset_import: ["" : 17]>
+g (float[n, 2] x) => (float[n, 2] y) <float[2, 2] w = {1.0, 2.0, 3.0, 4.0}> { y = MatMul (x, w) }
+"""
+MODEL = factory.from_module(torch.nn.Linear(2, 2), {"input": torch.ones(3, 2)})
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_kind_of_file_decides_the_runner(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(TEXT), tmp_path / "m.onnx")
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(3, 2)), tmp_path / "m.pt")
+    assert isinstance(open_candidate(tmp_path / "m.onnx", MODEL), OnnxRunner)
+    assert isinstance(open_candidate(tmp_path / "m.pt", MODEL), ScriptRunner)
+    (tmp_path / "m.txt").write_text("words")
+    with pytest.raises(InputRefused, match=r"a candidate is an \.onnx, \.pt, \.pt2 or \.safetensors file"):
+        open_candidate(tmp_path / "m.txt", MODEL)
+
+
+def test_hashes_include_external_data_and_all_files_of_a_folder(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(TEXT)
+    (weight,) = model.graph.initializer
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight), "w"))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    both = {name: sha256(tmp_path / name) for name in ("m.onnx", "m.data")}
+    assert file_hashes(tmp_path / "m.onnx") == both == file_hashes(tmp_path)
+    assert list(file_hashes(tmp_path / "m.data")) == ["m.data"]

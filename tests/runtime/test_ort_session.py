@@ -1,0 +1,58 @@
+"""Sessions of onnxruntime: the requested provider, or an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+
+from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
+from lora_export.runtime import ort_session
+from lora_export.runtime.ort_session import InMemoryGraph, open_session
+
+TEXT = '<ir_version: 8, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { y = Neg (x) }'
+
+
+def a_graph() -> InMemoryGraph:
+    return InMemoryGraph("a graph", onnx.parser.parse_model(TEXT).SerializeToString())
+
+
+def options() -> onnxruntime.SessionOptions:
+    made = onnxruntime.SessionOptions()
+    made.log_severity_level = ort_session.LOG_FATAL
+    return made
+
+
+def test_session_runs_on_the_requested_provider() -> None:
+    assert open_session(a_graph(), "cpu", options()).get_providers() == ["CPUExecutionProvider"]
+
+
+def test_unknown_provider_is_refused() -> None:
+    with pytest.raises(InputRefused, match="unknown provider 'tpu'; known: cpu, cuda"):
+        open_session(a_graph(), "tpu", options())
+
+
+def test_provider_that_was_not_compiled_in_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EnvironmentLacking, match="has no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        open_session(a_graph(), "cuda", options())
+
+
+def test_provider_that_falls_back_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *given, **_: session(*given, providers=["CPUExecutionProvider"])
+    )
+    with pytest.raises(EnvironmentLacking, match="could not be loaded; onnxruntime would have used CPUExecution"):
+        open_session(a_graph(), "cuda", options())
+
+
+def test_refused_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeRefused, match="onnxruntime refused a graph: "):
+        open_session(InMemoryGraph("a graph", b"noise"), "cpu", options())
+    with pytest.raises(RuntimeRefused, match=r"onnxruntime refused .*none\.onnx: "):
+        open_session(tmp_path / "none.onnx", "cpu", options())
