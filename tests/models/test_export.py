@@ -1,4 +1,4 @@
-"""Modules into programs: every program answers other shapes than the traced ones as the module does."""
+"""Exported modules compute what the module computes, at other shapes than the traced ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_SHAPES = [(1, 5), (3, 12), (5, 2)]
 
 
 class Linear(nn.Module):
-    """x W^T + b, W = [[1, 2], [3, 4]], b = [0, 0]; what the other modules here do wrong is added to it."""
+    """x W^T + b, W = [[1, 2], [3, 4]], b = [0, 0]; the other modules here add one fault each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,19 +49,19 @@ def ones(*shape: int) -> dict[str, Tensor]:
 
 
 @EVERY_MODEL
-def test_an_exported_graph_answers_other_shapes_as_the_module_does(name: str) -> None:
+def test_an_exported_graph_computes_other_shapes_as_the_module_does(name: str) -> None:
     made = exported(name)
     for batch, length in OTHER_SHAPES:
         feeds = inputs(name, batch, length, seed=1)
         expected = eager(made.module, feeds)
-        answer = run(made.graph, **{key: value.numpy() for key, value in feeds.items()})
-        assert list(answer) == list(expected)
+        outputs = run(made.graph, **{key: value.numpy() for key, value in feeds.items()})
+        assert list(outputs) == list(expected)
         for output, value in expected.items():
-            np.testing.assert_allclose(answer[output], value, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(outputs[output], value, rtol=1e-5, atol=1e-6)
 
 
 @EVERY_MODEL
-def test_dynamic_axes_carry_the_users_names_and_no_other_axis_varies(name: str) -> None:
+def test_only_the_listed_axes_vary_under_the_users_names(name: str) -> None:
     made = exported(name)
     for value in made.graph.graph.inputs:
         assert value.shape is not None
@@ -73,7 +73,7 @@ def test_dynamic_axes_carry_the_users_names_and_no_other_axis_varies(name: str) 
 
 
 @EVERY_MODEL
-def test_every_parameter_is_an_initializer_of_its_own_with_its_own_values(name: str) -> None:
+def test_every_parameter_is_an_initializer_with_its_values(name: str) -> None:
     made = exported(name)
     initializers = made.graph.graph.initializers
     for parameter, tensor in made.module.named_parameters():
@@ -83,13 +83,13 @@ def test_every_parameter_is_an_initializer_of_its_own_with_its_own_values(name: 
 
 
 @EVERY_MODEL
-def test_every_node_has_a_name_of_its_own(name: str) -> None:
+def test_every_node_has_its_own_name(name: str) -> None:
     names = [node.name for node in exported(name).graph.graph.all_nodes()]
     assert all(names)
     assert len(set(names)) == len(names)
 
 
-def test_weights_are_stored_as_their_matmul_reads_them() -> None:
+def test_weights_are_stored_as_a_matmul_reads_them() -> None:
     graph = exported("bert").graph.graph
     weights = {value for value in graph.initializers.values() if value.name.endswith("dense.weight")}
     assert weights
@@ -102,7 +102,7 @@ def test_zero_biases_and_batch_norms_are_not_folded_away() -> None:
     assert not graph.initializers["down.bias"].const_value.numpy().any()
 
 
-def test_the_module_keeps_its_mode_and_the_graph_has_no_dropout() -> None:
+def test_the_modules_mode_is_restored_and_dropout_is_not_exported() -> None:
     module = nn.Sequential(Linear(), nn.Dropout(), nn.Dropout()).train()
     module[2].eval()
     model = export.to_onnx(module, {"input": torch.ones(2, 2)}, axes=axes_of("input"))
@@ -111,18 +111,18 @@ def test_the_module_keeps_its_mode_and_the_graph_has_no_dropout() -> None:
     assert [node.op_type for node in model.graph] == ["Gemm"]
 
 
-def test_the_opset_is_the_one_that_was_asked_for() -> None:
+def test_the_opset_is_the_requested_one() -> None:
     model = export.to_onnx(Linear(), ones(2, 2), axes=axes_of("x"), opset=18)
     assert model.opset_imports[""] == 18
     assert np.array_equal(run(model, x=np.ones((3, 2), np.float32))["output_0"], [[3, 7]] * 3)
 
 
-def test_an_opset_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_opset_is_refused() -> None:
     with pytest.raises(RuntimeRefused, match=r"opset|version"):
         export.to_onnx(Linear(), ones(2, 2), axes=axes_of("x"), opset=99)
 
 
-def test_bfloat16_weights_arrive_as_bfloat16() -> None:
+def test_bfloat16_weights_stay_bfloat16() -> None:
     module = nn.Sequential(nn.Linear(2, 3)).to(torch.bfloat16)
     model = export.to_onnx(module, {"input": torch.ones(2, 4, 2, dtype=torch.bfloat16)}, axes=axes_of("input"))
     weight = model.graph.initializers["0.weight"]
@@ -130,15 +130,15 @@ def test_bfloat16_weights_arrive_as_bfloat16() -> None:
     assert np.array_equal(weight.const_value.numpy().T.astype(np.float32), module[0].weight.float().detach())
 
 
-def test_outputs_are_called_by_their_keys_and_their_order() -> None:
+def test_outputs_are_named_by_keys_and_positions() -> None:
     class Several(Linear):
         def forward(self, x: Tensor) -> Any:
             y = self.linear(x)
             return {"last": y, "layers": (y + 1, y + 2), "nothing": None}
 
     model = export.to_onnx(Several(), ones(2, 2), axes=axes_of("x"))
-    answer = run(model, x=np.ones((1, 2), np.float32))
-    assert {name: value.tolist() for name, value in answer.items()} == {
+    outputs = run(model, x=np.ones((1, 2), np.float32))
+    assert {name: value.tolist() for name, value in outputs.items()} == {
         "last": [[3, 7]], "layers.0": [[4, 8]], "layers.1": [[5, 9]],
     }  # fmt: skip
 
@@ -154,12 +154,12 @@ def test_nothing_is_printed_warned_or_logged(
             logging.getLogger("torch.onnx").error("an error")
             return self.linear(x)
 
-    with warnings.catch_warnings(record=True) as heard:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         export.to_onnx(Noisy(), ones(2, 2), axes=axes_of("x"))
         export.to_torchscript(Noisy(), ones(2, 2))
     assert capfd.readouterr() == ("", "")
-    assert not heard
+    assert not caught
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert logging.root.manager.disable == logging.NOTSET
 
@@ -167,7 +167,7 @@ def test_nothing_is_printed_warned_or_logged(
 # --- refusals ---
 
 
-def test_a_branch_on_values_is_refused_with_the_line_that_does_it() -> None:
+def test_a_branch_on_values_is_refused_with_its_line() -> None:
     class Branching(Linear):
         def forward(self, x: Tensor) -> Any:
             if x.sum() > 0:
@@ -178,7 +178,7 @@ def test_a_branch_on_values_is_refused_with_the_line_that_does_it() -> None:
         export.to_onnx(Branching(), ones(2, 2), axes=axes_of("x"))
 
 
-def test_an_operator_without_a_counterpart_is_refused_by_name() -> None:
+def test_an_operator_missing_in_onnx_is_refused_by_name() -> None:
     class Eigen(Linear):
         def forward(self, x: Tensor) -> Any:
             return torch.linalg.eigvals(self.linear(x)).abs()
@@ -187,12 +187,12 @@ def test_an_operator_without_a_counterpart_is_refused_by_name() -> None:
         export.to_onnx(Eigen(), ones(2, 2, 2), axes=axes_of("x"))
 
 
-def test_a_module_that_fails_by_itself_is_not_blamed_on_the_exporter() -> None:
+def test_a_failing_module_is_reported_as_such() -> None:
     with pytest.raises(RuntimeRefused, match=r"Linear itself fails on the example inputs \(x\): .*shapes"):
         export.to_onnx(Linear(), ones(2, 3), axes=axes_of("x"))
 
 
-def test_an_input_that_the_graph_does_not_use_is_refused_by_name() -> None:
+def test_an_unused_input_is_refused_by_name() -> None:
     class Ignoring(Linear):
         def forward(self, x: Tensor, mask: Tensor) -> Any:
             return self.linear(x)
@@ -201,7 +201,7 @@ def test_an_input_that_the_graph_does_not_use_is_refused_by_name() -> None:
         export.to_onnx(Ignoring(), ones(2, 2) | {"mask": torch.ones(2)}, axes=axes_of("x", "mask"))
 
 
-def test_an_axis_that_the_code_fixes_is_refused_by_name() -> None:
+def test_an_axis_fixed_by_the_code_is_refused() -> None:
     class Unrolled(Linear):
         def forward(self, x: Tensor) -> Any:
             return torch.stack([self.linear(row) for row in x])
@@ -210,7 +210,7 @@ def test_an_axis_that_the_code_fixes_is_refused_by_name() -> None:
         export.to_onnx(Unrolled(), ones(3, 2), axes=axes_of("x"))
 
 
-def test_axes_that_the_model_ties_are_refused_under_two_names() -> None:
+def test_tied_axes_under_two_names_are_refused() -> None:
     class Square(Linear):
         def forward(self, x: Tensor) -> Any:
             return self.linear(x + x.transpose(0, 1))
@@ -223,12 +223,12 @@ def test_axes_that_the_model_ties_are_refused_under_two_names() -> None:
     ("axes", "message"),
     [
         ({"x": {1: "width"}}, r"axis 1 .* input x .* has size 1"),
-        ({"x": {2: "depth"}}, r"x has the shape \(3, 1\); there is no axis 2"),
+        ({"x": {2: "depth"}}, r"x has the shape \(3, 1\); it has no axis 2"),
         ({"y": {0: "batch"}}, r"name an input y; the example inputs are x, z"),
         ({"x": {0: "batch"}, "z": {0: "batch"}}, r"`batch` is 3 .* and 2 on axis 0 of z"),
     ],
 )
-def test_axes_that_do_not_fit_the_examples_are_refused(axes: Axes, message: str) -> None:
+def test_axes_that_do_not_fit_the_example_inputs_are_refused(axes: Axes, message: str) -> None:
     with pytest.raises(RuntimeRefused, match=message):
         export.to_onnx(Linear(), {"x": torch.ones(3, 1), "z": torch.ones(2, 2)}, axes=axes)
 
@@ -237,7 +237,7 @@ def test_axes_that_do_not_fit_the_examples_are_refused(axes: Axes, message: str)
 
 
 @EVERY_MODEL
-def test_a_traced_module_answers_other_shapes_by_name_and_by_position(name: str, tmp_path: Path) -> None:
+def test_a_traced_module_takes_other_shapes_by_name_and_position(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = MAKERS[name]().eval()
     export.save_torchscript(export.to_torchscript(module, inputs(name)), tmp_path / "model.pt", extra={})
@@ -252,11 +252,11 @@ def test_a_traced_module_answers_other_shapes_by_name_and_by_position(name: str,
             by_position = script(*feeds.values())
         for key, value in expected.items():
             np.testing.assert_allclose(eager(script, feeds)[key], value, rtol=1e-5, atol=1e-6)
-            answer = by_position[key] if isinstance(by_position, dict) else by_position
-            np.testing.assert_allclose(answer, value, rtol=1e-5, atol=1e-6)
+            output = by_position[key] if isinstance(by_position, dict) else by_position
+            np.testing.assert_allclose(output, value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_trace_holds_no_fused_attention_and_no_gradients() -> None:
+def test_a_trace_has_no_fused_attention_and_no_gradients() -> None:
     module = Encoder().train()
     script = export.to_torchscript(module, inputs("encoder"))
     assert "_transformer_encoder_layer_fwd" not in str(script.inlined_graph)
@@ -267,16 +267,16 @@ def test_a_trace_holds_no_fused_attention_and_no_gradients() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_a_module_without_a_trace_is_refused() -> None:
+def test_a_module_that_cannot_be_traced_is_refused() -> None:
     class Wordy(Linear):
         def forward(self, x: Tensor) -> Any:
-            return {"answer": self.linear(x), "words": "none"}
+            return {"scores": self.linear(x), "words": "none"}
 
     with pytest.raises(RuntimeRefused, match="refused Wordy"):
         export.to_torchscript(Wordy(), ones(2, 2))
 
 
-def test_a_saved_trace_has_its_extra_files_and_nothing_of_this_machine(tmp_path: Path) -> None:
+def test_a_saved_trace_has_extra_files_and_no_paths(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     export.save_torchscript(export.to_torchscript(Mlp(), inputs("mlp")), path, extra={"lora_export.json": '{"a": 1}'})
     extra = {"lora_export.json": ""}

@@ -1,4 +1,4 @@
-"""A user's own model, as a factory file would hold it: a small CNN before a transformer encoder."""
+"""Small models with factories for them, as a file of the user would define them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Wide(nn.Module):
 
 
 class Sums(nn.Module):
-    """Answers each token of (batch, length) with (batch, length, 3) of the sum of all up to it that are not masked."""
+    """Scores (batch, length, 3) of the sum of all unmasked tokens up to each one of (batch, length)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Sums(nn.Module):
 
 
 class Worded(nn.Module):
-    """Words and a mask of them: (batch, length) -> (batch, 4)."""
+    """Token ids and their mask: (batch, length) -> (batch, 4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def sums() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 class Stacked(nn.Module):
-    """Two linear layers on (batch, length, 32), with an activation between that is no matrix's."""
+    """Two linear layers on (batch, length, 32), with an activation between them."""
 
     def __init__(self, *, bias: bool) -> None:
         super().__init__()

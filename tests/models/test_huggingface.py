@@ -1,0 +1,97 @@
+"""Models in Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models.load import load_model
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    folder = tmp_path_factory.mktemp("bert")
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_ids_are_in_range_and_masks_have_padding(tiny_bert: Path) -> None:
+    loaded = load_model(str(tiny_bert))
+    for seed in range(5):
+        made = loaded.inputs({"batch": 4, "sequence": 13}, seed=seed)
+        assert (made["attention_mask"].sum(1) >= 1).all()
+        assert (made["attention_mask"][1::2, -1] == 0).all()
+    assert list(made) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert all(value.shape == (4, 13) for value in made.values())
+    assert made["input_ids"].min() >= 0
+    assert made["input_ids"].max() < 50
+    with torch.no_grad():
+        assert loaded.module(**made).last_hidden_state.shape == (4, 13, 16)
+
+
+def test_labels_add_a_head_of_their_number(tiny_bert: Path) -> None:
+    loaded = load_model(str(tiny_bert), labels=["cat", "dog", "eel"])
+    assert type(loaded.module).__name__ == "BertForSequenceClassification"
+    assert loaded.module.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert loaded.module.classifier.out_features == 3
+
+
+@pytest.mark.fault(26)
+def test_code_in_a_models_folder_is_not_run(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for path in tiny_bert.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputRefused, match="auto_map"):
+        load_model(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.fault(25)
+def test_a_pickle_in_a_models_folder_is_not_opened(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    for name in ("pytorch_model.bin", "training_args.bin"):
+        (tmp_path / "bert" / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    one, other = load_model(str(tiny_bert)), load_model(str(tmp_path / "bert"))
+    assert one.fingerprint() == other.fingerprint()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"model_type": "no-such-model"}, "does not know"), ({"architectures": ["Nope"]}, "Nope")]
+)
+def test_an_unknown_architecture_is_refused_by_name(
+    tiny_bert: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    for path in tiny_bert.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputRefused, match=message):
+        load_model(str(tmp_path))
