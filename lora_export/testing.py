@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from lora_export import formats, report
+from lora_export import report
+from lora_export.api.load import AdapterSources, ModelSource, load_adapters, load_model
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter
-from lora_export.models.factory import from_module
-from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.runtime.open_artifact import open_candidate
 from lora_export.runtime.runner import Runner
@@ -24,7 +21,7 @@ File = str | Path
 
 
 class ParityFailed(AssertionError):
-    """`different`, or `undecided`: a test that could not have failed has not passed. `proof` holds every figure."""
+    """The verdict is `different`, or `undecided`: a test that could not fail did not pass. `proof` has every figure."""
 
     def __init__(self, proof: Proof):
         self.proof = proof
@@ -33,8 +30,8 @@ class ParityFailed(AssertionError):
 
 def assert_parity(
     candidate: File | nn.Module | Runner,
-    model: File | Model | tuple[nn.Module, Any],
-    adapters: File | Adapter | Sequence[File | Adapter] = (),
+    model: ModelSource,
+    adapters: AdapterSources = (),
     *,
     strengths: Sequence[float] | None = None,
     provider: str = "cpu",
@@ -48,17 +45,16 @@ def assert_parity(
 ) -> Proof:
     """Raise ParityFailed unless the candidate computes what the model computes with its adapters attached.
 
-    `candidate` is a file as `lora-export verify` takes it, or a module in memory; `model` a Hugging Face folder,
-    `file.py:factory`, a .pt2, or a module with its example inputs. `inputs` is an .npz to check on too; `cache` a
-    folder where the reference's answers are kept from run to run. Everything else is as in the command.
-    Returns the proof.
-    Raises what the command ends with for inputs that are refused (InputRefused) and for a provider that does not
-    do the work (EnvironmentLacking): neither says anything about the candidate.
+    `candidate` is a file as `lora-export verify` takes it, an nn.Module or a runner. `model` is a Hugging Face folder,
+    `file.py:factory`, a .pt2, or `(module, example_inputs)`. `inputs` is an .npz of further inputs. `cache` is a folder
+    for the outputs of the fp64 reference. The other arguments are those of `lora_export.verify`.
+
+    Returns the proof. Raises InputRefused for inputs that cannot be used, and EnvironmentLacking for a provider that
+    does not do the work: neither says anything about the candidate.
     """
     __tracebackhide__ = True
-    given = [adapters] if isinstance(adapters, str | Path | Adapter) else adapters
-    loaded = [each if isinstance(each, Adapter) else formats.load(Path(each)) for each in given]
-    base = _model(model, loaded)
+    loaded = load_adapters(adapters)
+    base = load_model(model, loaded)
     references = PyTorchReferences(
         base,
         loaded,
@@ -73,14 +69,6 @@ def assert_parity(
     if not proof.verdict:
         raise ParityFailed(proof)
     return proof
-
-
-def _model(model: File | Model | tuple[nn.Module, Any], adapters: Sequence[Adapter]) -> Model:
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, tuple):
-        return from_module(*model)
-    return load_model(str(model), adapters)
 
 
 def _runner(

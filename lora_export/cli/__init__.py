@@ -83,15 +83,15 @@ def cli() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: leave like Ctrl-C does, so that stages are removed on the way out."""
+    """SIGTERM ends a command as Ctrl-C does, so that unfinished outputs are removed."""
 
 
 @contextlib.contextmanager
 def _signals_unwind(*, for_good: bool) -> Iterator[None]:
-    """Ctrl-C and SIGTERM become exceptions, and no second one within PATIENCE disturbs the cleaning up after the first.
+    """Turn Ctrl-C and SIGTERM into exceptions. A second one within PATIENCE is ignored while the first cleans up.
 
-    After that one counts again: the first may have met a library that swallows everything. Where the process is ours
-    and ends behind this (`for_good`), they are not heard any more: Python would die of them with another code.
+    A later one counts again: a library may have swallowed the first. Where the process ends afterwards (`for_good`),
+    both signals are ignored from then on: Python would end with another exit code.
     """
     last = -math.inf
 
@@ -110,12 +110,12 @@ def _signals_unwind(*, for_good: bool) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with the code of what happened."""
-    # PyTorch's threads sleep while they wait, instead of spinning. Measured on 2 cores, training: 1.1 times the time
-    # where the machine is idle, a quarter of it where others compute too, as on a CI machine.
+    """Run the command line and exit with its exit code."""
+    # Waiting threads of PyTorch sleep instead of spinning. Training, measured on 2 cores: 1.1 times the time on an idle
+    # machine, and a quarter of the time on a busy one such as a CI machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path need not be text, and a terminal need not know every letter
+        if isinstance(stream, io.TextIOWrapper):  # a path may not be text, and a terminal may lack letters
             stream.reconfigure(errors="backslashreplace")
     if arguments is None:
         startup.take_process()
@@ -132,24 +132,24 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        # Ctrl-C and Terminated; click, where it sees them, makes Abort of both.
+        # Ctrl-C and Terminated. click turns both into Abort where it catches them.
         return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
-        _tell(usage.getvalue(), line)
+        _print_error(usage.getvalue(), line)
         return error.exit_code
     except SystemExit as end:
-        # What rich and click make of a broken pipe; click puts another stdout in the place of this one.
+        # rich and click raise SystemExit for a broken pipe; click also replaces stdout.
         if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):
             raise
-        return 128 + signal.SIGPIPE  # `| head` has read enough; what shells report of programs that know nothing of it
+        return 128 + signal.SIGPIPE  # `| head` has read enough: the code of a program that SIGPIPE ends
     except Exception as error:
-        told = _foreseen(error)
-        if told is None:
+        known = _known_failure(error)
+        if known is None:
             raise
-        message, code = told
-        _tell(f"Error: {message}", line)
+        message, code = known
+        _print_error(f"Error: {message}", line)
         return code
     return result if isinstance(result, int) else 0
 
@@ -167,9 +167,9 @@ def _stopped(*, terminated: bool) -> int:
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
-def _foreseen(error: Exception) -> tuple[str, int] | None:
-    """What to say of a failure and the code to end with; None for a bug of ours."""
-    doctor = "`lora-export doctor` says what is"
+def _known_failure(error: Exception) -> tuple[str, int] | None:
+    """The message and the exit code of a failure; None for a bug of ours."""
+    doctor = "`lora-export doctor` shows what is"
     if isinstance(error, LoraExportError):
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError) and _package(error) in PACKAGES:
@@ -182,7 +182,7 @@ def _foreseen(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
         return "there is not enough memory for one more thread", EnvironmentLacking.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'the answer could not be written'}: {error.strerror}", OutputFailed.exit_code
+        return f"{error.filename or 'the output could not be written'}: {error.strerror}", OutputFailed.exit_code
     if isinstance(error, OSError) and "shared object" in str(error):  # torch loads its libraries by itself
         return f"a library does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
     return None
@@ -192,12 +192,12 @@ def _package(error: ImportError) -> str:
     return (error.name or "").partition(".")[0]
 
 
-def _tell(message: str, arguments: Sequence[str]) -> None:
-    """An error on stderr. Our own messages have lines; a name of the user's that has some is shown in one."""
+def _print_error(message: str, arguments: Sequence[str]) -> None:
+    """Print an error on stderr. Messages may have several lines; a name of the user's is always shown in one."""
     words = list(arguments)
-    with contextlib.suppress(OSError):  # a folder that was removed under our feet
+    with contextlib.suppress(OSError):  # the current folder was removed meanwhile
         words.append(str(Path.cwd()))
     for part in {part for word in words for part in word.split("/") if "\n" in part}:
         message = message.replace(part, one_line(part))
-    with contextlib.suppress(OSError):  # stderr is full or closed: the exit code still tells
+    with contextlib.suppress(OSError):  # stderr is full or closed: the exit code remains
         click.echo(printable(message).rstrip("\n"), err=True)

@@ -87,9 +87,9 @@ MODES = {
 
 def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """What every command takes that proves a file before it publishes it; `modes` are what it can do with adapters."""
-    told = "; ".join(f"{mode}: {MODES[mode]}" for mode in modes)
+    explained = "; ".join(f"{mode}: {MODES[mode]}" for mode in modes)
     mode = click.option(
-        "--lora", "mode", type=click.Choice(modes), default=modes[0], show_default=True, help=f"{told}."
+        "--lora", "mode", type=click.Choice(modes), default=modes[0], show_default=True, help=f"{explained}."
     )
     no_verify = click.option("--no-verify", is_flag=True, help="Publish without a proof. The file records that.")
     options = [adapters_option, adapter_weights, mode, inputs_option, no_verify, overwrite_option, json_option]

@@ -1,9 +1,8 @@
-"""How a short command starts sooner, in a process that is its own and ends behind it.
+"""Faster start of a short command, in a process that the command owns.
 
-A merge of half a gigabyte takes less time than importing what it needs, if all of it were imported. Measured by the
-processor's time, on a quiet machine: sympy 200 ms, which onnx_ir imports for sums of symbolic dimensions, and no merge
-makes one; the garbage collector 60 ms, which looks again and again through what has come to stay; OpenBLAS's threads
-20 ms, which a merge does not use, as it has its own.
+Merging half a gigabyte takes less time than importing every package. Measured processor time on a quiet machine: 200 ms
+for sympy, which onnx_ir imports for symbolic dimensions that no merge has; 60 ms for the garbage collector, which scans
+objects that stay until the end; 20 ms for OpenBLAS's threads, which a merge does not use because it has its own.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# The second is onnx_ir's own user of the first. Whoever asks one of them for anything has it loaded at that moment.
+# onnx_ir._symbolic_shapes is what imports sympy. Either is loaded when an attribute of it is first used.
 DEFERRED = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
 
 _process_is_ours = False
 
 
 def take_process() -> None:
-    """Say that this process is the command line's alone. Without it, `brisk` changes nothing of the caller's."""
+    """Declare that the command line owns this process. Without it, `brisk` does nothing."""
     global _process_is_ours  # noqa: PLW0603 - a process is one
     _process_is_ours = True
 
@@ -34,7 +33,7 @@ def take_process() -> None:
 def brisk() -> Iterator[None]:
     """Import packages and read headers in less time.
 
-    What was made inside is never looked through for garbage, not at the process's end either: it is there to stay.
+    Objects made inside are never scanned for garbage: they are used until the process ends.
     """
     if not _process_is_ours:
         yield
@@ -52,7 +51,7 @@ def brisk() -> Iterator[None]:
 
 
 class _Deferring(MetaPathFinder):
-    """Finds the deferred modules as the standard library's LazyLoader has them: loaded when they are first used."""
+    """Finds the deferred modules with the standard library's LazyLoader: each is loaded when it is first used."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None

@@ -237,7 +237,7 @@ def test_a_torch_whose_libraries_do_not_fit_is_exit_6(tmp_path: Path, source: st
     line = [sys.executable, "-c", code, str(tmp_path), "onnx", "x:y", "-o", str(tmp_path / "out.onnx")]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 6 and done.stderr.startswith(f"Error: {told}"), done.stderr
-    assert "`lora-export doctor` says what is wrong" in done.stderr and done.stderr.count("\n") == 1
+    assert "`lora-export doctor` shows what is wrong" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.fault(43)
