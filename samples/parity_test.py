@@ -51,5 +51,5 @@ def test_what_we_ship_is_the_model_with_its_adapter(tmp_path: Path) -> None:
 
 
 def test_this_test_can_fail() -> None:
-    with pytest.raises(ParityFailed, match=r"every scale x 1\.1"):
+    with pytest.raises(ParityFailed, match=r"every adapter scale × 1\.1"):
         assert_parity(merged(1.1), a_model(), an_adapter(a_model()[0]))

@@ -71,11 +71,11 @@ def annotate_github(result: Verification, title: str) -> None:
     if "GITHUB_ACTIONS" not in os.environ or isinstance(result.proof, Audit):
         return
     proof = result.proof
-    for line in github.workflow_commands(proof.verdict, title):
+    for line in github.workflow_commands(proof.verdict, title, proof.diagnosis):
         click.echo(line, err=True)
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(github.summary(proof.verdict, proof.placement, result.about, title=title))
+                file.write(github.summary(proof.verdict, proof.placement, result.about, proof.diagnosis, title=title))
         except OSError as error:
             say(f"the summary of the run was not written: {error}")

@@ -130,11 +130,13 @@ def merge_graph(
     append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
         results=written.results,
         copied=written.copied,
         bytes=sum(path.stat().st_size for path in stage.iterdir()),
-        replaced=sum(step.is_replacement for step in plan.steps),
+        replaced=len(replaced),
+        replaced_weights=replaced,
         seconds=time.perf_counter() - begun,
     )
 

@@ -1,7 +1,7 @@
-"""Plan, ledger and verdict -> terminal, JSON, JUnit, HTML, and what GitHub shows of a run.
+"""Reports of a plan, a merge and a verdict: terminal, JSON, JUnit XML, HTML, and GitHub's annotations and summary.
 
-Nothing is decided here: what a verdict means stands in it. On a terminal a verdict is one screen;
-its files hold every figure.
+A report decides nothing: the verdict holds its own outcome. On a terminal, a verdict is one screen. Its files hold
+every figure.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.report import github
-from lora_export.report.documents import Placement, as_dict, document
 from lora_export.report.html import page, require_jinja2
+from lora_export.report.json_document import as_dict, document
 from lora_export.report.junit_xml import junit, junit_of_weights
+from lora_export.report.sentences import placement_lines
 from lora_export.report.terminal import (
     console,
-    placed,
     print_adapter,
     print_merge_report,
     print_plan,
     print_verdict,
     screen,
 )
+from lora_export.runtime.runner import Placement
 from lora_export.storage import atomic_output
 from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import Verdict
 
 __all__ = [
@@ -37,7 +39,7 @@ __all__ = [
     "github",
     "junit",
     "page",
-    "placed",
+    "placement_lines",
     "print_adapter",
     "print_merge_report",
     "print_plan",
@@ -48,13 +50,13 @@ __all__ = [
 
 
 def check_path(path: Path) -> None:
-    """To be asked before the work is done: raise InputRefused for a report that `write` could not write.
+    """Check a report's path before the work begins.
 
-    Raises EnvironmentLacking where it is HTML and jinja2 is missing.
+    Raises InputRefused where `write` could not write it, and EnvironmentLacking where it is HTML and jinja2 is missing.
     """
     if path.suffix not in (".json", ".xml", ".html"):
         raise InputRefused(
-            f"{path}: a report is .json (every figure), .xml (JUnit, for CI) or .html (to read and to show); name it so"
+            f"{path}: unknown report format. Name it .json (every figure), .xml (JUnit, for CI) or .html (to read)"
         )
     if path.suffix == ".html":
         require_jinja2()
@@ -66,23 +68,26 @@ def write(
     *,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
-    diagnosis: Any = None,
+    diagnosis: Diagnosis | None = None,
     exit_code: int | None = None,
     seconds: float = 0.0,
 ) -> None:
-    """Write a report, as JSON, JUnit XML or HTML by the path's suffix, whole or not at all; an older one is replaced.
+    """Write a report as JSON, JUnit XML or HTML, by the suffix of the path. An existing file is replaced.
 
-    Raises InputRefused for another suffix and OutputFailed where it cannot be written.
+    The file is either written completely, or unchanged. `exit_code` is the exit code of the command, where it is not
+    that of the verdict; `seconds` is the duration of the run.
+
+    Raises InputRefused for another suffix, and OutputFailed where the file cannot be written.
     """
     check_path(path)
     if path.suffix == ".xml":
         content = (
             junit_of_weights(verdict, about, seconds=seconds)
             if isinstance(verdict, Audit)
-            else junit(verdict, placement, about, seconds=seconds)
+            else junit(verdict, placement, about, diagnosis, seconds=seconds)
         )
     else:
-        told = document(verdict, placement, about, diagnosis, exit_code)
-        content = page(told) if path.suffix == ".html" else json.dumps(told, indent=2, allow_nan=False) + "\n"
+        evidence = document(verdict, placement, about, diagnosis, exit_code)
+        content = page(evidence) if path.suffix == ".html" else json.dumps(evidence, indent=2, allow_nan=False) + "\n"
     with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
         (stage / path.name).write_text(content, encoding="utf-8")

@@ -1,7 +1,7 @@
 """What GitHub shows of a run: annotations beside the job, and a summary on its page.
 
-Annotations are lines that the runner reads, on stderr as on stdout; they belong on stderr, where they are in
-nobody's way. Names come from files that nobody vouches for: they may be neither a command nor a link.
+Annotations are lines that the runner reads, on stderr as well as on stdout. They are written to stderr, which no
+program parses. Names come from files of unknown origin: they must become neither commands nor links.
 """
 
 from __future__ import annotations
@@ -11,34 +11,41 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.errors import one_line, printable
-from lora_export.report.documents import Placement
-from lora_export.report.terminal import placed
-from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict
+from lora_export.report.sentences import diagnosis_lines, headline, placement_lines
+from lora_export.runtime.runner import Placement
+from lora_export.verification.diagnose.diagnosis import Diagnosis
+from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict, count, percent
 
 ICONS = {Outcome.SAME: "✅", Outcome.DIFFERENT: "❌", Outcome.UNDECIDED: "❓"}
-ROWS = 20  # of the summary's table; GitHub takes a megabyte, a reader less
+ROWS = 20  # of the summary's table; GitHub accepts a megabyte
 
 
-def workflow_commands(verdict: Verdict, title: str) -> Iterator[str]:
-    """A workflow command for each reason (GitHub shows ten a step), or a notice that all is well."""
+# --- Annotations ---
+
+
+def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None = None) -> Iterator[str]:
+    """A workflow command for the diagnosis and for each reason (GitHub shows ten a step), or a notice of success."""
     if verdict.same:
-        yield _command("notice", title, str(verdict).splitlines()[0])
+        yield _command("notice", title, verdict.headline)
         return
-    told = verdict.distinct_reasons[:SHOWN]
-    for reason in told:
+    title_of_outcome = f"{title}: {verdict.outcome}"
+    if diagnosis:
+        yield _command("error", title_of_outcome, "\n".join(diagnosis_lines(diagnosis.first, diagnosis.why)))
+    shown = verdict.distinct_reasons[:SHOWN]
+    for reason in shown:
         remedy = f"\n{DECIDES}: {reason.remedy}" if reason.remedy else ""
         yield _command("error", f"{title}: {reason.outcome}", f"{reason}{remedy}")
-    if more := len(verdict.reasons) - len(told):
-        yield _command("error", f"{title}: {verdict.outcome}", f"and {more} reason{'s' if more > 1 else ''} more")
+    if more := len(verdict.reasons) - len(shown):
+        yield _command("error", title_of_outcome, f"and {count(more, 'reason')} more")
 
 
 def refusal(title: str, message: str) -> str:
-    """The annotation of a run that came to no verdict."""
+    """The annotation of a run that ended without a verdict."""
     return _command("error", title, message)
 
 
 def _command(name: str, title: str, message: str) -> str:
-    # The message last: `%` first, or it would escape the escapes. A property ends at `,` and `:`, too.
+    # In a property, `,` and `:` are escaped too, after `%` has been.
     data = _data(printable(message))
     return f"::{name} title={_data(one_line(title)).replace(':', '%3A').replace(',', '%2C')}::{data}"
 
@@ -47,40 +54,67 @@ def _data(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
+# --- The summary ---
+
+
 def summary(
-    verdict: Verdict, placement: Placement | None = None, about: Mapping[str, Any] | None = None, *, title: str
+    verdict: Verdict,
+    placement: Placement | None = None,
+    about: Mapping[str, Any] | None = None,
+    diagnosis: Diagnosis | None = None,
+    *,
+    title: str,
 ) -> str:
-    """The verdict as GitHub's Markdown: why, the most strained case of each output, and what ran where."""
-    lines = [f"### {ICONS[verdict.outcome]} {_safe(title)}: {verdict.outcome}", ""]
-    told = verdict.distinct_reasons[:SHOWN]
-    for reason in told:
-        lines.append(f"- {_safe(str(reason))}")
-        lines += [f"  **{DECIDES}:** {_safe(reason.remedy)}"] if reason.remedy else []
-    if more := len(verdict.reasons) - len(told):
-        lines.append(f"- and {more} more")
-    if shown := verdict.nearest_to_failing[:ROWS]:
-        lines += ["", "| output | worst case | error | PyTorch's own | worst element | of the adapter's effect |"]
-        lines += ["|---|---|--:|--:|--:|--:|", *map(_row, shown)]
-    lines += [""]
-    if placement is not None:
-        lines += [_safe(line) + "  " for line in placed(placement).splitlines()]
-    lines += [f"_{_safe(note)}_  " for note in verdict.notes]
-    if versions := [
-        f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if about and name in about
-    ]:
-        lines += ["", f"<sub>{_safe(', '.join(versions))}</sub>"]
-    return "\n".join(lines) + "\n\n"
+    """The verdict as GitHub's Markdown: the headline, why, the case of each output that is closest to its limits."""
+    blocks = [
+        [f"### {ICONS[verdict.outcome]} {_safe(title)}: {verdict.outcome}"],
+        [_safe(headline(verdict, placement))],
+        list(_reason_lines(verdict, diagnosis)),
+        list(_table(verdict)),
+        list(_remarks(verdict, placement)),
+    ]
+    if about:
+        versions = [f"{name} {about[name]}" for name in ("lora_export", "torch", "onnxruntime") if name in about]
+        blocks.append([f"<sub>{_safe(', '.join(versions))}</sub>"] if versions else [])
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n\n"
 
 
-def _row(there: Comparison) -> str:
-    f = there.figures
-    assert f is not None  # `nearest_to_failing` holds what was measured
-    share = "–" if f.relative_to_effect is None else f"{100 * f.relative_to_effect:.2g} %"
-    cells = [there.output, there.case, f"{f.error:.3g}", f"{f.deployed_error:.3g}", f"{f.max_error:.3g}", share]
-    return f"| {' | '.join(map(_safe, cells))} |"
+def _reason_lines(verdict: Verdict, diagnosis: Diagnosis | None) -> Iterator[str]:
+    if diagnosis:
+        where, *why = diagnosis_lines(diagnosis.first, diagnosis.why)
+        yield "- " + "  \n  ".join([f"**{_safe(where)}**", *map(_safe, why)])
+    shown = verdict.distinct_reasons[:SHOWN]
+    for reason in shown:
+        yield f"- {_safe(str(reason))}"
+        if reason.remedy:
+            yield f"  **{DECIDES}:** {_safe(reason.remedy)}"
+    if more := len(verdict.reasons) - len(shown):
+        yield f"- and {count(more, 'reason')} more"
+
+
+def _table(verdict: Verdict) -> Iterator[str]:
+    if closest := verdict.nearest_to_failing[:ROWS]:
+        yield f"| output | worst case | error | {verdict.peer}'s own error | worst element | of the adapter's effect |"
+        yield "|---|---|--:|--:|--:|--:|"
+        yield from map(_row, closest)
+
+
+def _row(comparison: Comparison) -> str:
+    f = comparison.figures
+    assert f is not None  # `nearest_to_failing` holds measured comparisons alone
+    relative = "–" if f.relative_to_effect is None else percent(f.relative_to_effect)
+    errors = [f"{error:.3g}" for error in (f.error, f.deployed_error, f.max_error)]
+    return f"| {' | '.join(map(_safe, [comparison.output, comparison.case, *errors, relative]))} |"
+
+
+def _remarks(verdict: Verdict, placement: Placement | None) -> Iterator[str]:
+    for line in placement_lines(placement) if placement else ():
+        yield _safe(line) + "  "
+    for note in verdict.notes:
+        yield f"_{_safe(note)}_  "
 
 
 def _safe(text: str) -> str:
-    """Text that is nothing but text: no HTML, link, mention, emphasis, table cell or line of its own."""
+    """Text that Markdown shows as it is: no HTML, link, mention, emphasis, table cell or line break."""
     escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", one_line(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u2060")

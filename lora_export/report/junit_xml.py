@@ -1,4 +1,4 @@
-"""JUnit XML, as GitHub's, GitLab's and Jenkins' test reports read it."""
+"""JUnit XML, as the test reports of GitHub, GitLab and Jenkins read it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from lora_export.report.documents import Placement
-from lora_export.report.terminal import placed
+from lora_export.report.sentences import diagnosis_lines, placement_lines
+from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import (
     CONTROLS,
     DECIDES,
@@ -20,9 +21,10 @@ from lora_export.verification.parity import (
     Reason,
     Sensitivity,
     Verdict,
+    frozen_input,
 )
 
-# XML 1.0 has no escape for these. Compiled where it is used: that takes as long as to import the rest of this file.
+# Characters that XML 1.0 cannot escape. Compiled where it is used: that takes as long as to import the rest.
 NOT_XML = r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
@@ -30,41 +32,47 @@ def junit(
     verdict: Verdict,
     placement: Placement | None = None,
     about: Mapping[str, Any] | None = None,
+    diagnosis: Diagnosis | None = None,
     *,
     seconds: float = 0.0,
 ) -> str:
-    """The verdict as JUnit XML, as GitHub's and GitLab's test reports read it.
+    """The verdict as JUnit XML.
 
-    A test for each case, each output in each case, each control, each input, the placement, and the verdict
-    as a whole. `different` is a failure; `undecided` is an error: the test could not be made.
+    It has a test for each case, each output in each case, each control, each input, the placement, and the verdict as
+    a whole. `different` is a failure. `undecided` is an error: the test could not be made. `seconds`, the duration of
+    the run, is the time of the suite and of the test of the verdict; the other tests are not timed.
     """
     suite = _suite(about, seconds)
-    named = [*(there.case for there in verdict.comparisons), *(reason.case for reason in verdict.reasons)]
-    for case in filter(None, dict.fromkeys(named)):
-        reasons = [reason for reason in verdict.reasons if reason.case == case and not reason.output]
-        _test(suite, "cases", case, reasons, told=_compared(verdict, case))
-    for there in verdict.comparisons:
-        reasons = [reason for reason in there.reasons if not _of_control(reason)]
-        _test(suite, f"outputs.{there.case}", there.output, reasons, told=str(there))
-    for name in dict.fromkeys(control.name for there in verdict.comparisons for control in _controls(there)):
-        reasons = [reason for reason in verdict.reasons if _of_control(reason) and reason.gate == name]
-        _test(suite, "controls", f"{name}: {CONTROLS[name]}", reasons, told=_told(verdict, name))
+    _case_tests(suite, verdict)
+    for comparison in verdict.comparisons:
+        reasons = [reason for reason in comparison.reasons if not _is_of_control(reason)]
+        _test(suite, f"outputs.{comparison.case}", comparison.output, reasons, output=str(comparison))
+    _control_tests(suite, verdict)
     for sensitivity in verdict.sensitivity:
         _input_test(suite, sensitivity, verdict.peer)
     if placement is not None:
-        strays = [Reason(Outcome.DIFFERENT, "placement", placed(placement))] if placement.off_provider else []
-        _test(suite, "placement", placement.requested_provider, strays, told=placed(placement))
-    _test(suite, "verdict", "same", verdict.reasons, told=str(verdict))
+        where = "\n".join(placement_lines(placement))
+        strays = [Reason(Outcome.DIFFERENT, "placement", where)] if placement.off_provider else []
+        _test(suite, "placement", placement.requested_provider, strays, output=where)
+    explanation = diagnosis_lines(diagnosis.first, diagnosis.why) if diagnosis else []
+    test = _test(suite, "verdict", "same", verdict.reasons, output=str(verdict), explanation=explanation)
+    test.set("time", f"{seconds:.3f}")
     return _finished(suite, seconds)
 
 
 def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, seconds: float = 0.0) -> str:
-    """A checkpoint's audit as JUnit XML: a test for each tensor."""
+    """The verdict on a checkpoint as JUnit XML: a test for each tensor, and one for the verdict as a whole."""
     suite = _suite(about, seconds)
+    wrong = []
     for weight in audit.weights:
         reasons = [] if weight.outcome is Outcome.SAME else [Reason(weight.outcome, weight.fate, str(weight))]
-        _test(suite, f"weights.{weight.fate}", weight.name, reasons, told=str(weight))
+        wrong += reasons
+        _test(suite, f"weights.{weight.fate}", weight.name, reasons, output=str(weight))
+    _test(suite, "verdict", "same", wrong, output=str(audit)).set("time", f"{seconds:.3f}")
     return _finished(suite, seconds)
+
+
+# --- The suite ---
 
 
 def _suite(about: Mapping[str, Any] | None, seconds: float) -> ElementTree.Element:
@@ -82,13 +90,13 @@ def _finished(suite: ElementTree.Element, seconds: float) -> str:
         element.set("tests", str(len(suite.findall("testcase"))))
         for what, tag in (("failures", "failure"), ("errors", "error")):
             element.set(what, str(len(suite.findall(f"testcase/{tag}"))))
-    suite.set("skipped", str(len(suite.findall("testcase/skipped"))))  # junit-10.xsd has no such thing for the whole
+    suite.set("skipped", str(len(suite.findall("testcase/skipped"))))  # junit-10.xsd has no such attribute of the whole
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Facts by dotted names, for a format that knows no others: (`inputs.batch 1.ids`, `[1, 7]`)."""
+    """Nested facts by dotted names: (`inputs.batch 1.ids`, `[1, 7]`)."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
@@ -99,54 +107,72 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, shlex.join(value) if name == "command" else str(value)
 
 
-def _compared(verdict: Verdict, case: str) -> str:
-    there = [comparison for comparison in verdict.comparisons if comparison.case == case]
-    compared = [f"{one.output} {list(one.figures.shape)}" for one in there if one.figures]
-    return f"compared: {', '.join(compared) or 'nothing'}"
-
-
-def _of_control(reason: Reason) -> bool:
-    return reason.outcome is Outcome.UNDECIDED and reason.gate in CONTROLS
-
-
-def _controls(there: Comparison) -> Sequence[Control]:
-    return there.figures.controls if there.figures else ()
-
-
-def _told(verdict: Verdict, name: str) -> str:
-    put = [(there, control) for there in verdict.comparisons for control in _controls(there) if control.name == name]
-    lines = [f"told from the candidate in {sum(control.detected for _, control in put)} of {len(put)} outputs"]
-    for there, control in put:
-        told = "told" if control.detected else "NOT told" if control.required else "not told, and not asked for"
-        lines.append(f"{there.output} in case {there.case}: {told}, off by {control.error:.3g}")
-    return "\n".join(lines)
+# --- The tests ---
 
 
 def _test(
-    suite: ElementTree.Element, group: str, name: str, reasons: Sequence[Reason], *, told: str
+    suite: ElementTree.Element,
+    group: str,
+    name: str,
+    reasons: Sequence[Reason],
+    *,
+    output: str,
+    explanation: Sequence[str] = (),
 ) -> ElementTree.Element:
-    test = ElementTree.SubElement(suite, "testcase", classname=_xml(f"lora-export.{group}"), name=_xml(name), time="0")
+    test = ElementTree.SubElement(suite, "testcase", classname=_xml(f"lora-export.{group}"), name=_xml(name))
     if reasons:
-        # A difference weighs more than a doubt, and a test has room for one of them.
+        # `different` outweighs `undecided`, and a test has one message.
         worst = next((reason for reason in reasons if reason.outcome is Outcome.DIFFERENT), reasons[0])
         tag = "failure" if worst.outcome is Outcome.DIFFERENT else "error"
         fault = ElementTree.SubElement(test, tag, message=_xml(str(worst)), type=worst.outcome)
         lines = [
             line for reason in reasons for line in (str(reason), reason.remedy and f"  {DECIDES}: {reason.remedy}")
         ]
-        fault.text = _xml("\n".join(filter(None, lines)))
-    ElementTree.SubElement(test, "system-out").text = _xml(told)
+        fault.text = _xml("\n".join([*explanation, *filter(None, lines)]))
+    ElementTree.SubElement(test, "system-out").text = _xml(output)
     return test
 
 
-def _input_test(suite: ElementTree.Element, there: Sensitivity, peer: str) -> None:
-    folded = there.peer_changed and not there.candidate_changed
-    text = f"perturbing {there.input} changes {peer} and not the candidate: it was folded away"
-    reasons = [Reason(Outcome.DIFFERENT, "inputs", text)] if folded else []
-    changed = f"{peer} changed: {there.peer_changed}; the candidate changed: {there.candidate_changed}"
-    test = _test(suite, "inputs", there.input, reasons, told=changed)
-    if not there.peer_changed:
-        test.insert(0, ElementTree.Element("skipped", message=f"{peer} does not heed it either"))
+def _case_tests(suite: ElementTree.Element, verdict: Verdict) -> None:
+    cases = [*(comparison.case for comparison in verdict.comparisons), *(reason.case for reason in verdict.reasons)]
+    for case in filter(None, dict.fromkeys(cases)):
+        reasons = [reason for reason in verdict.reasons if reason.case == case and not reason.output]
+        compared = [f"{one.output} {list(f.shape)}" for one, f in verdict.measured if one.case == case]
+        _test(suite, "cases", case, reasons, output=f"compared: {', '.join(compared) or 'nothing'}")
+
+
+def _control_tests(suite: ElementTree.Element, verdict: Verdict) -> None:
+    by_name: dict[str, list[tuple[Comparison, Control]]] = {}
+    for comparison, figures in verdict.measured:
+        for control in figures.controls:
+            by_name.setdefault(control.name, []).append((comparison, control))
+    for name, controls in by_name.items():
+        kind = CONTROLS[name]
+        reasons = [reason for reason in verdict.reasons if _is_of_control(reason) and reason.gate == name]
+        _test(suite, "controls", f"{kind.title}: {kind.model}", reasons, output="\n".join(_control_lines(controls)))
+
+
+def _control_lines(controls: Sequence[tuple[Comparison, Control]]) -> Iterator[str]:
+    yield f"detected in {sum(control.detected for _, control in controls)} of {len(controls)} comparisons"
+    for comparison, control in controls:
+        detected = (
+            "detected" if control.detected else "NOT detected" if control.required else "not detected, as allowed"
+        )
+        yield f"{comparison.output} in case {comparison.case}: {detected}, off by {control.error:.3g}"
+
+
+def _is_of_control(reason: Reason) -> bool:
+    return reason.outcome is Outcome.UNDECIDED and reason.gate in CONTROLS
+
+
+def _input_test(suite: ElementTree.Element, sensitivity: Sensitivity, peer: str) -> None:
+    reasons = []
+    if sensitivity.is_frozen:
+        reasons.append(Reason(Outcome.DIFFERENT, "inputs", frozen_input(sensitivity, peer)))
+    changed = f"{peer} changed: {sensitivity.peer_changed}; the candidate changed: {sensitivity.candidate_changed}"
+    test = _test(suite, "inputs", sensitivity.input, reasons, output=changed)
+    if not sensitivity.peer_changed:
+        test.insert(0, ElementTree.Element("skipped", message=f"the input does not change {peer}'s outputs either"))
 
 
 def _xml(text: str) -> str:

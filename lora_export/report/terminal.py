@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import numpy as np
 from rich.console import Console
@@ -16,108 +16,86 @@ from rich.text import Text
 from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
-from lora_export.report.documents import Placement
+from lora_export.report.sentences import headline, placement_lines
+from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.parity import DECIDES, Outcome, Verdict
+from lora_export.verification.parity import DECIDES, Outcome, Verdict, count
+from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, StepResult
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
-SHOWN = 5  # rows of a ledger
-LOW_RETENTION = 0.9  # below this a row is coloured
-
-
-class StepResult(Protocol):
-    """What became of one weight."""
-
-    @property
-    def weight(self) -> str: ...
-    @property
-    def relative_change(self) -> float: ...
-    @property
-    def retention(self) -> float: ...
-    @property
-    def noise(self) -> float: ...
-    @property
-    def changed(self) -> int: ...
-    @property
-    def elements(self) -> int: ...
-
-
-class Ledger(Protocol):
-    """What a merge did."""
-
-    @property
-    def results(self) -> Sequence[StepResult]: ...
-    @property
-    def copied(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
+SHOWN = 5  # weights of a merge report
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Where answers go: stdout, plain where it is no terminal. Names from files are never taken for markup."""
+    """A console on stdout, plain where that is no terminal. It never reads markup in names that come from files."""
     return Console(file=file, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+# --- A verdict ---
 
 
 def print_verdict(
     to: Console, verdict: Verdict | Audit, placement: Placement | None = None, diagnosis: Diagnosis | None = None
 ) -> None:
-    """One screen: the outcome, why, the most strained outputs with their figures, where it begins, what ran where."""
+    """Print one screen: headline, reasons, the outputs closest to their limits, diagnosis, placement."""
     colour = COLOURS[verdict.outcome]
-    title, *lines = str(verdict).splitlines()
-    rest = printable(title.removeprefix(verdict.outcome))
+    first, *lines = _verdict_lines(verdict, placement)
+    rest = printable(first.removeprefix(verdict.outcome))
     to.print(Text.assemble((verdict.outcome, f"bold {colour}"), rest), soft_wrap=True)
     for line in lines:
         style = colour if line.startswith("  - ") else "bold" if line.startswith(f"    {DECIDES}") else ""
-        for part in _broken(printable(line), to.width) if to.is_terminal else [line]:
-            _say(to, part, style=style)
+        _print_wrapped(to, line, style)
     for line in str(diagnosis).splitlines() if diagnosis else ():
-        for part in _broken(printable(line), to.width) if to.is_terminal else [line]:
-            _say(to, part, style=colour if diagnosis and diagnosis.first else "")
-    if placement is not None:
-        _say(to, placed(placement), style="red" if placement.off_provider else "")
+        _print_wrapped(to, line, colour if diagnosis and diagnosis.first else "")
+    for line in placement_lines(placement) if placement else ():
+        _print(to, line, style="red" if placement and placement.off_provider else "")
 
 
 def screen(verdict: Verdict, placement: Placement | None = None, diagnosis: Diagnosis | None = None) -> str:
-    """What `print_verdict` prints, as plain text."""
-    told = [str(verdict), str(diagnosis) if diagnosis else "", placed(placement) if placement else ""]
-    return "\n".join(part for part in told if part)
+    """The text that `print_verdict` prints, without colours."""
+    lines = [*_verdict_lines(verdict, placement), *(str(diagnosis).splitlines() if diagnosis else ())]
+    return "\n".join([*lines, *(placement_lines(placement) if placement else ())])
 
 
-def placed(placement: Placement) -> str:
-    """`142 of 142 compute nodes on CPUExecutionProvider`, and those that were not."""
-    off = placement.off_provider
-    count = placement.compute_nodes
-    line = f"{count - len(off)} of {count} compute nodes on {placement.requested_provider}"
-    strays = [f"  - {node} ({operator}) on {provider}" for provider, node, operator in off[:SHOWN]]
-    strays += [f"  - and {len(off) - SHOWN} more"] if len(off) > SHOWN else []
-    return "\n".join([line, *strays])
+def _verdict_lines(verdict: Verdict | Audit, placement: Placement | None) -> Iterator[str]:
+    yield headline(verdict, placement)
+    yield from str(verdict).splitlines()[1:]
+
+
+# --- An adapter ---
 
 
 def print_adapter(to: Console, adapter: Adapter) -> None:
-    """What an adapter file holds, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at strength 1."""
-    counts = {"low-rank pair": len(adapter.pairs), "whole tensor": len(adapter.replaced), "bias": len(adapter.biases)}
-    counts["row"] = sum(rows.indices.size for rows in adapter.token_rows.values())
-    held = ", ".join(f"{count} {what}{_s(count)}" for what, count in counts.items() if count)
-    _say(to, f"{adapter.name}: {adapter.format}, {held or 'empty'}, {adapter.parameters:,} parameters", style="bold")
+    """Print the contents of an adapter, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
+    contents = _contents(adapter)
+    _print(to, f"{adapter.name}: {adapter.format}, {contents}, {adapter.parameters:,} parameters", style="bold")
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
         rows.append([module, f"{pair.rank}", f"{pair.scale:g}", _shape(pair.shape), f"{_norm(pair):.4g}", _kind(pair)])
-    _table(to, rows)
+    _print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
-        _say(to, "DoRA rescales W + ΔW: how much changes in all, only the base's weights would tell")
+        _print(to, "DoRA rescales W + ΔW, so the whole change also depends on the base's weights")
     for name, tensor in adapter.replaced.items():
-        _say(to, f"replaced as a whole: {name}  {_shape(tensor.shape)} {tensor.dtype}")
-    for name, own in adapter.token_rows.items():
-        _say(to, f"rows replaced: {name}  {_shape(own.values.shape)} {own.values.dtype}")
+        _print(to, f"replaced as a whole: {name}  {_shape(tensor.shape)} {tensor.dtype}")
+    for name, rows_of_table in adapter.token_rows.items():
+        _print(to, f"rows replaced: {name}  {_shape(rows_of_table.values.shape)} {rows_of_table.values.dtype}")
     for name, change in adapter.biases.items():
-        _say(to, f"added to a bias: {name}  {_shape(change.shape)}")
+        _print(to, f"added to a bias: {name}  {_shape(change.shape)}")
     if adapter.is_identity:
-        _say(to, "it changes nothing: every B, A or scale is zero, as in a fresh adapter", style="yellow")
+        _print(to, "this adapter changes nothing: every B, A or scale is zero, as in a new adapter", style="yellow")
     for note in adapter.notes:
-        _say(to, f"note: {note}")
+        _print(to, f"note: {note}")
+
+
+def _contents(adapter: Adapter) -> str:
+    numbers = {
+        ("low-rank pair", "low-rank pairs"): len(adapter.pairs),
+        ("whole tensor", "whole tensors"): len(adapter.replaced),
+        ("bias", "biases"): len(adapter.biases),
+        ("row", "rows"): sum(rows.indices.size for rows in adapter.token_rows.values()),
+    }
+    return ", ".join(f"{n} {one if n == 1 else several}" for (one, several), n in numbers.items() if n) or "empty"
 
 
 def _kind(pair: LoraPair) -> str:
@@ -126,42 +104,57 @@ def _kind(pair: LoraPair) -> str:
 
 
 def _norm(pair: LoraPair) -> float:
-    """‖scale · B A‖ without making it: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
+    """‖scale · BA‖, without computing BA: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
     a = pair.a.astype(np.float64).reshape(pair.rank, -1)
     b = pair.b.astype(np.float64).reshape(-1, pair.rank)
     return abs(pair.scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
 
 
+# --- A plan and a merge ---
+
+
 def print_plan(to: Console, plan: Plan) -> None:
-    """What `--dry-run` shows."""
-    _say(to, str(plan))
+    """Print what `--dry-run` shows."""
+    _print(to, str(plan))
 
 
-def print_merge_report(to: Console, ledger: Ledger, output: Path | None = None) -> None:
-    """What a merge did, in a line, and the weights that lost most of their change to rounding."""
-    speed = f" ({decimal(int(ledger.bytes / ledger.seconds))}/s)" if ledger.seconds > 0 else ""
-    where = f" to {one_line(str(output))}" if output else ""
-    _say(
-        to,
-        f"{len(ledger.results)} weight{_s(len(ledger.results))} merged; {decimal(ledger.bytes)} written{where} in "
-        f"{ledger.seconds:.2f} s{speed}, {decimal(ledger.copied)} of them copied unchanged",
-        style="bold",
-    )
-    # One whose retention is no number comes first: it is the one to look at.
-    results = sorted(ledger.results, key=lambda result: -math.inf if math.isnan(result.retention) else result.retention)
-    rows = [["least kept of their change", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]]
-    for result in results[:SHOWN]:
-        share = result.changed / result.elements if result.elements else math.nan
-        figures = [f"{result.relative_change:.3g}", f"{result.retention:.4f}", f"{result.noise:.3g}", f"{share:.1%}"]
-        rows.append([result.weight, *figures])
-    marked = {number for number, there in enumerate(results[:SHOWN], 1) if not there.retention >= LOW_RETENTION}
-    _table(to, rows, marked)
+def print_merge_report(to: Console, report: MergeReport, output: Path | None = None) -> None:
+    """Print what a merge did, and the weights that lost most of their change to rounding."""
+    _print(to, _merge_summary(report, output), style="bold")
+    # NaN comes first: a weight whose retention is not known needs attention most.
+    results = sorted(report.results, key=lambda result: -math.inf if math.isnan(result.retention) else result.retention)
+    shown = results[:SHOWN]
+    header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
+    marked = {number for number, result in enumerate(shown, 1) if not result.retention >= LOW_RETENTION}
+    _print_table(to, [header, *map(_result_row, shown)], marked)
     if len(results) > SHOWN:
-        _say(to, f"{len(results) - SHOWN} more, each keeps at least as much")
+        _print(to, f"{count(len(results) - SHOWN, 'more weight')}, with the same retention or a higher one")
 
 
-def _table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:
-    # Not rich's Table: on a narrow terminal or in a pipe it cuts cells, and a cut number is a wrong number.
+def _merge_summary(report: MergeReport, output: Path | None) -> str:
+    merged = f"{count(len(report.results), 'weight')} merged"
+    if names := report.replaced_weights:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        merged += f", {count(len(names), 'tensor')} replaced ({', '.join(names[:SHOWN])}{more})"
+    speed = f" ({decimal(int(report.bytes / report.seconds))}/s)" if report.seconds > 0 else ""
+    where = f" to {one_line(str(output))}" if output else ""
+    return (
+        f"{merged}; {decimal(report.bytes)} written{where} in {report.seconds:.2f} s{speed}, "
+        f"{decimal(report.copied)} of them copied unchanged"
+    )
+
+
+def _result_row(result: StepResult) -> list[str]:
+    changed = result.changed / result.elements if result.elements else math.nan
+    figures = [f"{result.relative_change:.3g}", f"{result.retention:.4f}", f"{result.noise:.3g}", f"{changed:.1%}"]
+    return [result.weight, *figures]
+
+
+# --- Lines and tables ---
+
+
+def _print_table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:
+    # Not rich's Table: it cuts cells on a narrow terminal and in a pipe, and a cut number is a wrong number.
     if len(rows) < 2:
         return
     rows = [[one_line(cell) for cell in row] for row in rows]
@@ -169,17 +162,22 @@ def _table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = (
     for number, (first, *others) in enumerate(rows):
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         style = "dim" if number == 0 else "yellow" if number in marked else ""
-        _say(to, "  ".join(cells).rstrip(), style=style)
+        _print(to, "  ".join(cells).rstrip(), style=style)
 
 
-def _say(to: Console, line: str, *, style: str = "") -> None:
+def _print(to: Console, line: str, *, style: str = "") -> None:
     to.print(Text(printable(line), style=style), soft_wrap=True)
 
 
-def _broken(line: str, width: int) -> list[str]:
-    """A sentence that is too long for a terminal goes on in the next line, between words and further in.
+def _print_wrapped(to: Console, line: str, style: str) -> None:
+    for part in _wrapped(printable(line), to.width) if to.is_terminal else [line]:
+        _print(to, part, style=style)
 
-    The terminal itself would break it anywhere, in the middle of a number too.
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """The line broken between words, continued with a deeper indent.
+
+    The terminal itself would break it anywhere, also within a number.
     """
     indent = len(line) - len(line.lstrip(" -"))
     wrapped = textwrap.wrap(
@@ -190,7 +188,3 @@ def _broken(line: str, width: int) -> list[str]:
 
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"

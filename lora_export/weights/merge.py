@@ -95,11 +95,13 @@ def merge_checkpoint(
         _write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
         origin = record({name: shard.source_hash for name, shard in written.items()})
         write_manifest(stage, origin, {name: {hashing: shard.target_hash} for name, shard in written.items()})
+    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
         results=results,
         copied=sum(tensor.nbytes for name in tensors for tensor in tensors[name] if tensor.is_copy),
         bytes=sum(shard.file.size for shard in written.values()),
-        replaced=sum(step.is_replacement for step in plan.steps),
+        replaced=len(replaced),
+        replaced_weights=replaced,
         seconds=time.perf_counter() - begun,
     )
 

@@ -43,6 +43,7 @@ class MergeReport:
     copied: int  # bytes that were copied unchanged
     bytes: int  # bytes of weights written in all
     replaced: int  # tensors that adapters replaced, whole or in some rows
+    replaced_weights: tuple[str, ...]  # the names of these
     seconds: float
 
     @property

@@ -96,6 +96,6 @@ def table(found: Sequence[Measured]) -> str:
                 for of in ([there.error for there in mine], [there.tail for there in mine])
                 for number in (np.median(of), np.quantile(of, 0.99), max(of))
             ]
-            k = parity.slack(most, "float32")
+            k = parity.ratio_limit(most, "float32")
             lines.append(f"| {size} | {storage} | {len(mine)} | {' | '.join(cells)} | {k:g} |")
     return "\n".join(lines)

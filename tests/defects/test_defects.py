@@ -159,7 +159,7 @@ def test_k_allows_what_right_exports_need_and_not_much_more(request: pytest.Fixt
     if request.config.getoption("--keep"):
         tables.put(README, "calibration", table)
     for there in found:
-        k = parity.slack(there.elements, "float32")
+        k = parity.ratio_limit(there.elements, "float32")
         assert max(there.error, there.tail) <= k, there
 
 

@@ -68,7 +68,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_export").rglob("*.py")}
-    data = {"py.typed", "report/page.html.j2", "report/verdict-2.schema.json"}
+    data = {"py.typed", "report/templates/verdict.html.j2", "report/verdict-2.schema.json"}
     assert ours | {f"lora_export/{name}" for name in data} <= names
     assert {name.partition("/")[0] for name in names} == {"lora_export", f"lora_export-{__version__}.dist-info"}
 

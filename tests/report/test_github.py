@@ -1,4 +1,4 @@
-"""What GitHub is told: commands that say what they should and nothing that a name in a file would like."""
+"""GitHub's annotations and summary: they show the verdict, and a name in a file cannot become a command."""
 
 from __future__ import annotations
 
@@ -11,34 +11,54 @@ from lora_export import cli, errors
 from lora_export.report import github
 from lora_export.verification.parity import judge
 from support import FACTORIES
-from support.verdicts import DIFFERENT, SAME, STRAYED, UNDECIDED, case
+from support.verdicts import DIAGNOSIS, DIFFERENT, SAME, STRAYED, UNDECIDED, case
 
 HOSTILE = "a\n::add-mask::b ##[error]c | <b>@everyone</b> [x](y) 50%,:\r`"
 
 
-def test_a_reason_is_an_error_and_a_remedy_goes_with_it() -> None:
+def test_reason_is_an_error_with_its_remedy() -> None:
     (line,) = github.workflow_commands(UNDECIDED, "verify m.onnx")
-    assert line.startswith("::error title=verify m.onnx%3A undecided::logits in case 2 x 300: control `tolerance`")
+    assert line.startswith('::error title=verify m.onnx%3A undecided::logits in case 2 x 300: control "tolerance')
     assert "%0Awhat would decide it: an --atol below 64 with --rtol 0" in line
     assert [line.partition("::logits")[0] for line in github.workflow_commands(DIFFERENT, "v")][:2] == [
         "::error title=v%3A different",
         "::error title=v%3A different",
     ]
-    assert list(github.workflow_commands(SAME, "v")) == ["::notice title=v::same: 1 output in 2 cases, float32"]
 
 
-def test_no_name_ends_a_command_or_begins_one() -> None:
+def test_same_is_a_notice_with_the_headline() -> None:
+    headline = "same: error 0.39 %25 of the adapter's effect, 2 × PyTorch's own rounding (limit 2 ×), 2 cases"
+    assert list(github.workflow_commands(SAME, "v")) == [f"::notice title=v::{headline}"]
+
+
+def test_diagnosis_is_the_first_annotation() -> None:
+    first, second, *_ = github.workflow_commands(DIFFERENT, "v", DIAGNOSIS)
+    assert first.startswith("::error title=v%3A different::The first module that differs is encoder.1.%0A")
+    assert "%0Aits adapter's scale, 2, is applied twice" in first
+    assert "::logits in case bad: the error is 1" in second
+
+
+def test_diagnosis_comes_first_in_the_summary() -> None:
+    lines = github.summary(DIFFERENT, None, None, DIAGNOSIS, title="verify m.onnx").splitlines()
+    first = lines.index("- **The first module that differs is encoder.1.**  ")
+    assert lines[first + 1] == "  its adapter's scale, 2, is applied twice  "
+    assert lines[first + 3].startswith("- logits in case bad: the error is 1")
+    assert "applied twice" not in github.summary(DIFFERENT, title="verify m.onnx")
+
+
+def test_no_name_ends_or_begins_a_command() -> None:
     for line in github.workflow_commands(judge([case(1.0, name=HOSTILE, output=HOSTILE)]), HOSTILE):
         assert "\n" not in line and "\r" not in line
         assert line.startswith("::error title=a\\n%3A%3Aadd-mask%3A%3Ab ")
         assert "50%25" in line and "title=" in line.partition("%2C")[0]
 
 
-def test_the_summary_is_a_table_and_nothing_but_text() -> None:
-    told = github.summary(DIFFERENT, STRAYED, {"torch": "2.13.0", "seed": 1}, title="verify m.onnx")
-    assert told.startswith("### ❌ verify m.onnx: different\n")
-    assert "| logits | bad | 1 | 0.125 | 1 | 1.6 % |" in told
-    assert "/layer.3/MatMul" in told and "torch 2.13.0" in told
+def test_summary_has_headline_and_table_of_plain_text() -> None:
+    text = github.summary(DIFFERENT, STRAYED, {"torch": "2.13.0", "seed": 1}, title="verify m.onnx")
+    assert text.startswith("### ❌ verify m.onnx: different\n")
+    assert "different: error 1.6 % of the adapter's effect, 8 × PyTorch's own rounding" in text
+    assert "| logits | bad | 1 | 0.125 | 1 | 1.6 % |" in text
+    assert "/layer.141/MatMul" in text and "torch 2.13.0" in text
     lines = github.summary(judge([case(1.0, name=HOSTILE, output=HOSTILE)]), title=HOSTILE).splitlines()
     assert not [line for line in lines if line.startswith("::")]
     row = next(line for line in lines if line.startswith("| a"))
@@ -46,7 +66,7 @@ def test_the_summary_is_a_table_and_nothing_but_text() -> None:
     assert "<b>" not in row and "@everyone" not in row and "[x]" not in row.replace("\\[", "")
 
 
-def test_on_github_no_line_of_ours_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_lines_are_no_commands_on_github(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     assert errors.printable("::add-mask::x\n##[error]y") == "::add-mask::x\n##[error]y"
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
@@ -60,7 +80,7 @@ def candidate(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_verify_tells_github_on_stderr_and_writes_the_runs_page(
+def test_verify_annotates_on_stderr_and_writes_the_summary(
     candidate: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -77,7 +97,8 @@ def test_verify_tells_github_on_stderr_and_writes_the_runs_page(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     assert cli.run(words) == 0
     out, err = capsys.readouterr()
-    assert err.splitlines()[-1].startswith("::notice title=verify ##\\x5bx].pt::same: 1 output in 3 cases")
+    assert err.splitlines()[-1].startswith("::notice title=verify ##\\x5bx].pt::same: ")
+    assert ", 3 cases" in err.splitlines()[-1]
     assert "::notice" not in out and "##[" not in out
     if as_json:
         assert json.loads(out)["about"]["candidate"]["path"] == str(candidate)
@@ -87,7 +108,7 @@ def test_verify_tells_github_on_stderr_and_writes_the_runs_page(
     assert "the summary of the run was not written" in capsys.readouterr().err
 
 
-def test_a_provider_that_did_not_do_the_work_is_reported_too(
+def test_verdict_without_figures_is_reported_too(
     candidate: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_export.errors import EnvironmentLacking
@@ -103,8 +124,8 @@ def test_a_provider_that_did_not_do_the_work_is_reported_too(
     reports = [word for path in files for word in ("--report", str(path))]
     assert cli.run(["verify", str(candidate), "--model", f"{FACTORIES}:spotter", "--json", *reports]) == 6
     out, err = capsys.readouterr()
-    told = json.loads(out)
-    assert (told["outcome"], told["exit_code"], told["reasons"][0]["gate"]) == ("undecided", 6, "placement")
-    assert json.loads(files[0].read_text()) == told
+    document = json.loads(out)
+    assert (document["outcome"], document["exit_code"], document["reasons"][0]["gate"]) == ("undecided", 6, "placement")
+    assert json.loads(files[0].read_text()) == document
     assert 'errors="1"' in files[1].read_text() and "exit code 6" in files[2].read_text()
     assert "::error" in err and "Error: 1 of 1 compute nodes ran elsewhere" in err

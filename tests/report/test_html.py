@@ -1,4 +1,4 @@
-"""The page: it says what the document says, to a person; nothing in a name gets out of its place."""
+"""The HTML report: it shows what the document contains, and a name in it stays text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ import numpy as np
 import pytest
 
 from lora_export import report
-from lora_export.errors import EnvironmentLacking
-from lora_export.report import drawing, html
+from lora_export.report import plots
+from lora_export.report.html_facts import with_adapters
+from lora_export.runtime.runner import Placement
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge
-from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, LAYERS, NOTHING, SAME, STRAYED, UNDECIDED, Placed, case
+from support.verdicts import (
+    ABOUT,
+    AS_DOCUMENT,
+    DIFFERENT,
+    LAYERS,
+    NOTHING,
+    ON_CPU,
+    SAME,
+    STRAYED,
+    UNDECIDED,
+    case,
+)
 
 
 class Read(HTMLParser):
-    """A page's elements and what a reader sees. Raises for one that is not closed."""
+    """The elements of a page, and its visible text. Raises where an element is not closed."""
 
     VOID = frozenset({"meta", "br", "wbr"})
 
@@ -30,6 +42,8 @@ class Read(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.seen: list[str] = []
+        self.title = ""
+        self.style = ""
         self.feed(page)
         self.close()
         assert self.open == []
@@ -47,7 +61,11 @@ class Read(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "title"):
+        if self.open and self.open[-1] == "title":
+            self.title += data if "svg" not in self.open else ""
+        elif self.open and self.open[-1] == "style":
+            self.style += data
+        else:
             self.seen.append(data)
 
     def of(self, tag: str, css: str = "") -> list[dict[str, str | None]]:
@@ -60,54 +78,125 @@ def read(verdict: Verdict, placement: Any = None, about: Any = ABOUT, diagnosis:
     return Read(report.page(report.document(verdict, placement, about, diagnosis)))
 
 
-def test_the_page_tells_the_verdict_its_figures_and_how_to_run_it_again() -> None:
-    text = read(SAME, Placed()).text
-    assert "✓ same model.onnx computes what models/base computes with its adapter english attached." in text
-    assert "1 × 2 outputs × cases compared 0.39 % of what the adapter does is error, at most" in text
+# --- Verdicts ---
+
+
+def test_page_has_verdict_figures_and_how_to_repeat_it() -> None:
+    text = read(SAME, ON_CPU).text
+    lead = "✓ same out/model.onnx computes the same as models/base with its adapter “english” attached."
+    assert lead in text
+    assert "1 × 2 outputs × cases compared 0.39 % largest error, relative to the adapter's effect" in text
     assert "× 2 PyTorch's own error, at most" in text and "142 of 142 compute nodes on CPUExecutionProvider" in text
     assert "0.25 PyTorch 0.125" in text and "-0.25 , not 0" in text.replace("-0.25,", "-0.25 ,")
-    assert "told from the candidate in 2 of 2 comparisons" in text
+    assert "adapter off the model without its adapters detected in 2 of 2 comparisons detected" in text
+    assert "scale × 1.1 the model with every adapter scale × 1.1 detected in 2 of 2" in text
+    assert "input ids changing it changes the candidate's outputs, as it changes those of PyTorch used" in text
     assert "lora-export verify model.onnx --report 'a name.html'" in text
     for fact in ("model.onnx.data", "cd" * 32, "ef" * 32, "12" * 32, "adapter, × 0.5", "2.13.0", "ids 2 x 300"):
         assert fact in text, fact
-    assert "It was not traced from layer to layer in this run." in text
+    assert "The layers were not compared in this run." in text
     assert "Why" not in text
 
 
-def test_a_difference_is_told_once_for_all_cases_and_drawn_layer_by_layer() -> None:
-    there = read(judge([case(1.0, name="a"), case(1.0, name="b")]), diagnosis=DIAGNOSIS)
-    assert "model.onnx does not compute what models/base computes" in there.text
-    assert there.text.count("the error is 1, allowed is 0.25") == 1
-    assert "logits in case a , and as much in 1 more" in there.text.replace("a,", "a ,")
-    assert "The first module that differs is encoder.1" in there.text and "as a scale would" in there.text
-    assert len(there.of("circle", "error")) == 2 * len(drawing.WIDTHS), "null is no point"
-    assert len(there.of("circle", "effect")) == len(drawing.WIDTHS), "0 has no logarithm"
-    assert "first to differ" in there.text
+def test_title_has_outcome_and_file_name() -> None:
+    assert read(DIFFERENT).title == "different: model.onnx – lora-export verify"
+    assert read(SAME, about={}).title == "same – lora-export verify"
 
 
-def test_what_would_decide_it_is_told() -> None:
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], ""),
+        (["adapter"], "its adapter"),
+        (["english"], "its adapter “english”"),
+        (["en", "fr"], "its adapters “en” and “fr”"),
+        (["en", "fr", "de"], "its adapters “en”, “fr” and “de”"),
+        (["en", "adapter"], "its 2 adapters"),
+    ],
+)
+def test_adapters_are_named_where_the_name_is_one(names: list[str], text: str) -> None:
+    assert with_adapters([{"name": name} for name in names]) == text
+
+
+def test_reason_is_shown_once_for_all_cases() -> None:
+    page = read(judge([case(1.0, name="a"), case(1.0, name="b")]))
+    assert "out/model.onnx does not compute the same as models/base" in page.text
+    assert page.text.count("the error is 1, allowed is 0.25") == 1
+    assert "logits in case a , and in 1 more" in page.text.replace("a,", "a ,")
+
+
+def test_why_begins_with_the_diagnosis() -> None:
+    page = read(DIFFERENT, diagnosis=AS_DOCUMENT)
+    explanation = "The first module that differs is encoder.1. its adapter's scale, 2, is applied twice"
+    assert f"Why {explanation} 3 of 3 modules were compared" in page.text
+    assert page.text.index(explanation) < page.text.index("the error is 1, allowed is 0.25")
+    assert page.text.count("is applied twice") == 1
+    assert len(page.of("p", "first")) == 1
+
+
+def test_diagnosis_of_same_is_beside_the_layers() -> None:
+    text = read(SAME, diagnosis={"first": None, "why": "every module is within its limits", "layers": []}).text
+    assert "Error per layer No compared module differs. every module is within its limits" in text
+
+
+def test_layers_are_plotted_and_listed() -> None:
+    page = read(DIFFERENT, diagnosis=AS_DOCUMENT)
+    assert len(page.of("circle", "error")) == 2 * len(plots.WIDTHS), "null is no point"
+    assert len(page.of("circle", "effect")) == len(plots.WIDTHS), "0 has no logarithm"
+    assert "first to differ" in page.text and "3 layers in execution order" in page.text
+
+
+def test_undecided_shows_what_would_decide_it() -> None:
     text = read(UNDECIDED).text
-    assert "this check could not have told" in text
-    assert "What would decide it: an --atol below 64 with --rtol 0, or the gates alone" in text
-    assert "no power" in text and "not in logits, case 2 x 300" in text
+    assert "This check could not decide whether out/model.onnx computes the same as models/base" in text
+    assert "What would decide it: an --atol below 64 with --rtol 0, or no tolerance" in text
+    assert "not in logits, case 2 x 300: off by 63.8 not detected" in text
     assert "nothing was compared" in read(NOTHING).text
 
 
-def test_inputs_that_were_folded_away_and_nodes_that_strayed_are_named() -> None:
+def test_frozen_inputs_and_nodes_elsewhere_are_named() -> None:
     text = read(DIFFERENT, STRAYED).text
-    assert "input mask another draw of it changes PyTorch and not the candidate folded away" in text
-    assert "/layer.3/MatMul (MatMul) ran on CPUExecutionProvider" in text
+    assert (
+        "input mask changing it changes the outputs of PyTorch and not the candidate's replaced by a constant" in text
+    )
+    assert "/layer.141/MatMul (MatMul) ran on CPUExecutionProvider" in text
+
+
+def test_agreement_is_shown_for_class_scores_alone() -> None:
+    assert "top-1 agreement" not in read(SAME).text, "no class leads by more than PyTorch's error"
+    truth = np.eye(30)
+    logits = parity.Case(
+        "rows", "x [30]", *({"logits": x} for x in (truth, truth.astype(np.float32), truth.astype(np.float32))),
+        base={"logits": -truth}, scaled={"logits": 2 * truth},
+    )  # fmt: skip
+    assert "100 % top-1 agreement, at least" in read(judge([logits])).text
+    embeddings = dataclasses.replace(logits, **{run: {"embeds": getattr(logits, run)["logits"]} for run in RUNS})
+    assert "top-1" not in read(judge([embeddings])).text
+
+
+RUNS = ("reference", "deployed", "candidate", "base", "scaled")
+
+
+def test_long_case_names_are_wrapped_in_their_column() -> None:
+    """Case names of `--lora rows` are long: unbroken, they pushed the last column out of the page."""
+    name = "mixed batches, batch 3 x sequence 16, adapters 1, 2, 0"
+    page = read(judge([case(name=name)]))
+    assert name in page.text and len(page.of("table", "cases")) == 1
+    rules = dict(re.findall(r"\n\s*([^{}\n]*tbody th) \{ ([^}]*)\}", page.style.replace("; } ", "; }\n")))
+    assert "overflow-wrap: anywhere" in rules["tbody th"]
+    assert "max-width" in rules["table.cases tbody th"]
+    assert "nowrap" not in rules["tbody th"] + rules["table.cases tbody th"]
 
 
 @pytest.mark.parametrize("verdict", [SAME, DIFFERENT, UNDECIDED, NOTHING], ids=lambda verdict: str(verdict.outcome))
-def test_the_page_needs_nothing_and_runs_nothing(verdict: Verdict) -> None:
-    there = read(verdict, Placed(), diagnosis=DIAGNOSIS)
-    assert {"script", "link", "img", "iframe", "object", "a", "form"}.isdisjoint(tag for tag, _ in there.elements)
-    attributes = [(name, value or "") for _, attrs in there.elements for name, value in attrs.items()]
+def test_page_loads_nothing_and_runs_nothing(verdict: Verdict) -> None:
+    page = report.page(report.document(verdict, ON_CPU, ABOUT, AS_DOCUMENT))
+    found = Read(page)
+    assert {"script", "link", "img", "iframe", "object", "a", "form"}.isdisjoint(tag for tag, _ in found.elements)
+    attributes = [(name, value or "") for _, attrs in found.elements for name, value in attrs.items()]
     assert not [name for name, _ in attributes if name in ("src", "href", "xlink:href") or name.startswith("on")]
-    policy = next(meta for meta in there.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    policy = next(meta for meta in found.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    page = report.page(report.document(verdict, Placed(), ABOUT, DIAGNOSIS))
     assert "url(" not in page and "@import" not in page and "http://" not in page and "https://" not in page
     assert "prefers-color-scheme: dark" in page and "@media print" in page and "max-width: 640px" in page
 
@@ -116,7 +205,7 @@ HOSTILE = "<script>alert(1)</script>\"' onload=x {{ 7*7 }} \x1b[2J\ud800"
 SHOWN = "<script>alert(1)</script>\"' onload=x {{ 7*7 }} \\x1b[2J\\ud800"
 
 
-def test_a_hostile_name_is_text_wherever_it_stands(tmp_path: Path) -> None:
+def test_hostile_name_is_text_everywhere(tmp_path: Path) -> None:
     verdict = judge([case(1.0, name=HOSTILE, output=HOSTILE)], sensitivity=[parity.Sensitivity(HOSTILE, True, False)])
     about = {
         **ABOUT,
@@ -127,23 +216,26 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path: Path) -> None:
         "command": [HOSTILE],
         HOSTILE: HOSTILE,
     }
-    placement = Placed(HOSTILE, {HOSTILE: ((HOSTILE, "MatMul"),)}, 1, ((HOSTILE, HOSTILE, HOSTILE),), {"a": HOSTILE})
-    diagnosis = {"first": HOSTILE, "why": HOSTILE, "layers": [{**LAYERS[1], "name": HOSTILE}]}
+    placement = Placement("CPUExecutionProvider", {HOSTILE: ((HOSTILE, "MatMul"),)}, {"a": HOSTILE}, HOSTILE)
+    diagnosis: Any = {"first": HOSTILE, "why": HOSTILE, "layers": [{**LAYERS[1], "name": HOSTILE}]}
     report.write(tmp_path / "page.html", verdict, placement=placement, about=about, diagnosis=diagnosis)
-    there = Read((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert "script" not in {tag for tag, _ in there.elements}
-    assert not [name for _, attrs in there.elements for name in attrs if name.startswith("on")]
-    assert there.text.count(SHOWN) > 15
-    assert "49" not in there.text.split("Error per layer")[1].split("Could this")[0]
+    page = Read((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert page.text.count(SHOWN) > 15
+    assert "49" not in page.text.split("Error per layer")[1].split("Could this")[0]
+
+
+# --- Checkpoints ---
 
 
 SUM = against_checkpoint.AuditedWeight(
     "layers.0.weight", against_checkpoint.Fate.CHANGED, parity.Outcome.SAME, elements=1200, error=0.25,
-    controls={"english left out": True, "english x 1.1": False}, relative_change=0.125, retention=0.998, noise=0.0625,
+    controls={"english left out": True, "english × 1.1": False}, relative_change=0.125, retention=0.998, noise=0.0625,
     worst=parity.WorstElement((3, 14), 0.5, 0.4375),
 )  # fmt: skip
 WRONG = dataclasses.replace(
-    SUM, name="layers.1.weight", outcome=parity.Outcome.DIFFERENT, why="it is the sum with english x 1.1", off=7,
+    SUM, name="layers.1.weight", outcome=parity.Outcome.DIFFERENT, why="it is the sum with english × 1.1", off=7,
     error=math.inf, retention=math.nan,
 )  # fmt: skip
 KEPT = against_checkpoint.AuditedWeight("norm.weight", against_checkpoint.Fate.KEPT, parity.Outcome.SAME, elements=40)
@@ -152,37 +244,38 @@ KEPT = against_checkpoint.AuditedWeight("norm.weight", against_checkpoint.Fate.K
 AUDITED = {**ABOUT, "candidate": "merged", "base": "base", "command": ["lora-export", "verify", "merged"]}
 
 
-def weighed(*weights: against_checkpoint.AuditedWeight, about: Any = AUDITED) -> Read:
-    wrong = any(there.outcome is parity.Outcome.DIFFERENT for there in weights)
-    found = against_checkpoint.Audit(parity.Outcome.DIFFERENT if wrong else parity.Outcome.SAME, weights)
+def audited(*weights: against_checkpoint.AuditedWeight, about: Any = AUDITED) -> Read:
+    is_wrong = any(weight.outcome is parity.Outcome.DIFFERENT for weight in weights)
+    found = against_checkpoint.Audit(parity.Outcome.DIFFERENT if is_wrong else parity.Outcome.SAME, weights)
     return Read(report.page(report.document(found, about=about)))
 
 
-def test_the_page_of_an_audit_tells_every_weight_its_figures() -> None:
-    there = weighed(SUM, KEPT)
-    assert "Every weight of merged" in there.text and "base and its adapter english" in there.text
-    assert "2 of 2 tensors are what they should be" in there.text
-    for figure in ("12 %", "100 % of a change arrived", "noise 0.0625", "at [3, 14]", "0.5, not 0.4375", "25 %"):
-        assert figure in there.text, figure
-    assert "told from the candidate in 0 of 1 weights not in layers.0.weight no power" in there.text
-    assert "kept as the base has them 1 of 1" in there.text and "lora-export verify merged" in there.text
-    assert len(there.of("path", "effect")) == len(there.of("path", "error")) == 2  # at two widths
-    assert "first to differ" not in there.text
+def test_audit_has_the_figures_of_every_weight() -> None:
+    page = audited(SUM, KEPT)
+    assert "Every weight of merged is the sum of base and its adapter “english”, to the last rounding." in page.text
+    assert "2 of 2 tensors are as they should be" in page.text
+    for figure in ("12 %", "100 % of a change was retained", "noise 0.0625", "at [3, 14]", "0.5, not 0.4375", "25 %"):
+        assert figure in page.text, figure
+    assert "detected in 0 of 1 weights not in layers.0.weight not detected" in page.text
+    assert "as in the base 1 of 1" in page.text and "lora-export verify merged" in page.text
+    assert len(page.of("path", "effect")) == len(page.of("path", "error")) == 2  # at two widths
+    assert "first to differ" not in page.text
 
 
-def test_the_page_of_an_audit_begins_with_what_is_wrong() -> None:
-    there = weighed(KEPT, SUM, WRONG)
-    assert "Not every weight of merged" in there.text and "2 of 3 tensors" in there.text
-    table = there.text.split("worst element")[1]
+def test_audit_begins_with_what_is_wrong() -> None:
+    page = audited(KEPT, SUM, WRONG)
+    assert "Not every weight of merged" in page.text and "2 of 3 tensors" in page.text
+    table = page.text.split("worst element")[1]
     assert table.index("layers. 1. weight") < table.index("layers. 0. weight")
+    assert page.title == "different: merged – lora-export verify"
     assert "7 entries are off" in table and "× inf" in table
     assert (
-        "it is this sum in layers.1.weight not in layers.0.weight fits" in there.text
-        and there.text.count("first to differ") == 2
+        "layers.1.weight is this sum not in layers.0.weight matches" in page.text
+        and page.text.count("first to differ") == 2
     )
 
 
-def test_a_hostile_name_is_text_in_an_audit_too() -> None:
+def test_hostile_name_is_text_in_an_audit_too() -> None:
     hostile = dataclasses.replace(WRONG, name=HOSTILE, why=HOSTILE, controls={HOSTILE: False})
     about = {
         "candidate": HOSTILE,
@@ -190,84 +283,7 @@ def test_a_hostile_name_is_text_in_an_audit_too() -> None:
         "adapters": [{"name": HOSTILE, "sha256": HOSTILE}],
         HOSTILE: HOSTILE,
     }
-    there = weighed(hostile, about=about)
-    assert "script" not in {tag for tag, _ in there.elements}
-    assert not [name for _, attrs in there.elements for name in attrs if name.startswith("on")]
-    assert there.text.count(SHOWN) > 8
-
-
-def test_without_jinja2_html_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(html.importlib, "import_module", missing)
-    with pytest.raises(EnvironmentLacking, match=r"pip install 'lora-export\[report\]'"):
-        report.check_path(tmp_path / "page.html")
-    report.check_path(tmp_path / "page.json")
-
-
-# The drawings
-
-
-def counted(*numbers: float) -> dict[str, Any]:
-    return report.as_dict(parity.histogram(np.array(numbers)))
-
-
-def test_a_histogram_counts_by_powers_of_two() -> None:
-    there = parity.histogram(np.array([0.0, 1.0, 1.99, -2.0, 0.25, 0.0]))
-    assert (there.first, there.counts, there.zeros) == (-2, (1, 0, 2, 1), 2)
-    assert parity.histogram(np.zeros(3)) == parity.Histogram(0, (), 3)
-    assert parity.histogram(np.array([5e-324])).first == -1074
-
-
-def heights(path: str) -> list[float]:
-    """How far each step of an area stands over its bottom, from left to right."""
-    bottom = float(path.split(" ")[1].split("V")[0])
-    return [round(bottom - float(there), 1) for there in re.findall(r"V([\d.]+)H", path)]
-
-
-def test_areas_are_as_high_as_their_shares() -> None:
-    wide, _ = drawing.histogram(
-        [("effect", "e", [counted(1, 1, 1, 2)]), ("error", "o", [counted(0.25), counted(0.25, 0, 0)])], limit=0.5
-    )
-    effect, error = (heights(series.path) for series in wide.series)
-    tallest = 136.0
-    assert effect == [tallest, pytest.approx(tallest / 3, abs=0.1)]
-    assert error == [pytest.approx(tallest * (2 / 4) / (3 / 4), abs=0.1)], "half of its numbers; zeros count, too"
-    assert wide.mark is not None and wide.x_ticks and not wide.cut
-
-
-def test_numbers_next_to_nothing_do_not_squeeze_the_others() -> None:
-    series = ("error", "o", [counted(1e-300, *[1e-3] * 200, *[1e-2] * 200)])
-    wide, narrow = drawing.histogram([series], limit=None)
-    assert wide.cut and {tick.label for tick in wide.x_ticks} <= {"10⁻³", "10⁻²", "10⁻¹"}
-    for there in (wide, narrow):
-        places = [float(x) for x in re.findall(r"H([\d.]+)", there.series[0].path)]
-        assert min(places) > there.left and max(places) < there.width
-
-
-def test_there_is_no_drawing_of_nothing() -> None:
-    assert drawing.histogram([("error", "o", [counted(0, 0)])], limit=None) == []
-    assert drawing.layers([], None) == []
-    assert drawing.layers([{"name": "a", "error": 0.0, "deployed_error": None, "effect": None}], None) == []
-
-
-def test_layers_lie_on_a_logarithmic_axis() -> None:
-    wide = drawing.layers(LAYERS, "encoder.1")[0]
-    by_key = {series.key: series for series in wide.series}
-    (x0, low, first), (x1, high, _) = by_key["error"].points
-    decade = (wide.bottom - 18) / 6  # from 1e-7 to 0.1
-    assert low - high == pytest.approx(5 * decade, abs=0.2)
-    assert first == "encoder.0: 1e-07, the candidate's error"
-    assert wide.mark is not None and wide.mark.at == x1 > x0
-    assert [tick.label for tick in wide.x_ticks] == ["1", "2", "3"]
-    assert math.isclose(by_key["effect"].points[0][0], x1)
-
-
-def test_a_thousand_layers_have_few_labels() -> None:
-    many = [
-        {"name": str(n), "error": 1e-7 * 2.0 ** (n % 50), "deployed_error": 1e-7, "effect": 1.0} for n in range(1000)
-    ]
-    for there in drawing.layers(many, None):
-        assert len(there.x_ticks) <= drawing.TICKS[there.size] and len(there.y_ticks) <= 8
-        assert there.mark is None
+    page = audited(hostile, about=about)
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert page.text.count(SHOWN) > 8

@@ -93,10 +93,10 @@ def figures_of(candidate: Array, reference: Array, deployed: Array) -> ErrorFigu
         wrong = _in_shape_of(reference, candidate) != reference
         return ErrorFigures(float(np.count_nonzero(wrong)), 0.0, 0.0)
     deployed_errors = deployed.astype(np.float64) - reference
-    allowed = parity.allow(
+    allowed = parity.allowance(
         reference,
         deployed_errors,
-        k=MODULE_FACTOR * parity.slack(reference.size, "float32"),
+        ratio_limit=MODULE_FACTOR * parity.ratio_limit(reference.size, "float32"),
         eps=parity.FEW_EPS * parity.EPS["float32"],
     )
     difference = _in_shape_of(reference, candidate.astype(np.float64)) - reference

@@ -1,5 +1,6 @@
-"""Two sets of arrays: the same, different, or this check cannot tell. Knows neither torch nor onnxruntime."""
+"""The verdict on two sets of arrays: same, different or undecided. Knows neither torch nor onnxruntime."""
 
+from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Arrays, Wide, histogram, rms
 from lora_export.verification.parity.gates import (
     CONTROL_SCALE,
@@ -7,12 +8,12 @@ from lora_export.verification.parity.gates import (
     FEW_ELEMENTS,
     Allowance,
     Tolerance,
-    allow,
+    allowance,
     error_gate,
-    slack,
+    ratio_limit,
     tail_gate,
 )
-from lora_export.verification.parity.judging import DEPLOYED, Case, judge
+from lora_export.verification.parity.judging import DEPLOYED, judge
 from lora_export.verification.parity.verdict import (
     DECIDES,
     PYTORCH,
@@ -28,8 +29,11 @@ from lora_export.verification.parity.verdict import (
     Verdict,
     WorstElement,
     combine,
+    count,
+    multiple,
     percent,
 )
+from lora_export.verification.parity.whole_set import frozen_input
 
 __all__ = [
     "CONTROLS",
@@ -57,13 +61,16 @@ __all__ = [
     "Verdict",
     "Wide",
     "WorstElement",
-    "allow",
+    "allowance",
     "combine",
+    "count",
     "error_gate",
+    "frozen_input",
     "histogram",
     "judge",
+    "multiple",
     "percent",
+    "ratio_limit",
     "rms",
-    "slack",
     "tail_gate",
 ]

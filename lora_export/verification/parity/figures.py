@@ -1,4 +1,4 @@
-"""Figures of arrays: how far apart they lie, and how large they are."""
+"""Figures of arrays: errors, magnitudes, and agreement of class scores."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Arrays = Mapping[str, Array]  # output -> its values
 Wide = NDArray[np.float64]
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1 to the next number
-FEW_EPS = 4  # what a last rounding and a sum in another order may cost the worst element
+FEW_EPS = 4  # eps that a last rounding and another order of summation may cost the worst element
 
 
 def rms(x: Wide) -> float:
-    """The root mean square. Divided by the peak first: neither 1e200 nor 1e-200 survives being squared."""
+    """The root mean square. The values are divided by the peak first, because 1e200 and 1e-200 have no square."""
     largest = peak(x)
     return largest * float(np.sqrt(np.mean(np.square(x / largest)))) if 0 < largest < math.inf else largest
 
 
 def histogram(x: Wide) -> Histogram:
-    """How large the numbers are, by powers of two."""
+    """The magnitudes of the elements, counted by powers of two."""
     exponents = np.frexp(x[x != 0])[1] - 1  # 2^e <= |x| < 2^(e+1)
     if not exponents.size:
         return Histogram(0, (), x.size)
@@ -35,11 +35,18 @@ def histogram(x: Wide) -> Histogram:
 
 
 def peak(x: Wide) -> float:
+    """The largest magnitude; 0 for an empty array."""
     return float(np.max(np.abs(x), initial=0.0))
 
 
 def wide(x: Array) -> Wide:
+    """The array in fp64."""
     return x.astype(np.float64, copy=False)
+
+
+def difference(one: Array, other: Array) -> Wide:
+    """one - other, in fp64."""
+    return wide(one) - wide(other)
 
 
 def is_float(array: Array) -> bool:
@@ -47,29 +54,31 @@ def is_float(array: Array) -> bool:
 
 
 def coarser(output: Array, dtype: str) -> str:
-    """The dtype that limits an output: a bf16 model's logits are not finer for being handed out in fp32."""
+    """The coarser of the output's dtype and `dtype`: logits of a bf16 model are no more precise in fp32."""
     name = output.dtype.name
     return name if EPS.get(name, 0.0) > EPS[dtype] else dtype
 
 
 def ratio(value: float | None, unit: float | None) -> float | None:
+    """value / unit; None where either is None, or the unit is 0."""
     return value / unit if value is not None and unit else None
 
 
 def effect_of(reference: Array, base: Array) -> float:
-    """What the adapter does to an output; 0 where that is no more than the reference's own rounding."""
-    effect = rms(wide(reference) - wide(base))
+    """rmse(R, B), the adapter's effect on an output; 0 where it is no more than the reference's own rounding."""
+    effect = rms(difference(reference, base))
     noise = FEW_EPS * EPS[reference.dtype.name] * rms(wide(reference)) if is_float(reference) else 0.0
     return effect if effect > noise else 0.0
 
 
 def worst_element(candidate: Array, reference: Array) -> WorstElement:
-    wrong = np.abs(wide(candidate) - wide(reference))
+    wrong = np.abs(difference(candidate, reference))
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
     return WorstElement(index, float(candidate[index]), float(reference[index]))
 
 
 def max_relative(candidate: Wide, reference: Wide) -> float | None:
+    """max |O - R| / |R| over the elements where R is not 0; None where there is none."""
     where = reference != 0
     if not where.any():
         return None
@@ -77,24 +86,39 @@ def max_relative(candidate: Wide, reference: Wide) -> float | None:
 
 
 def cosine(candidate: Wide, reference: Wide) -> float | None:
+    """The cosine similarity; None where one of the arrays is all zero."""
     if not (candidate.any() and reference.any()):
         return None
     return float(np.mean((candidate / rms(candidate)) * (reference / rms(reference))))
 
 
-def is_logits(output: str, array: Array) -> bool:
-    return "logits" in output and is_float(array) and array.ndim > 0 and array.shape[-1] >= 2
+def is_class_scores(output: str, array: Array) -> bool:
+    """Whether the last axis holds the scores of classes.
+
+    A contrastive model's `logits_per_image` holds similarities to the other inputs of its batch, not classes.
+    """
+    named_so = "logits" in output and "logits_per_" not in output
+    return named_so and is_float(array) and array.ndim > 0 and array.shape[-1] >= 2
 
 
-def top1(candidate: Array, reference: Array) -> float:
-    return float(np.mean(wide(candidate).argmax(-1) == reference.argmax(-1)))
+def top1_agreement(candidate: Array, reference: Array, deployed: Array) -> float | None:
+    """The fraction of rows with the same largest class, among the rows where PyTorch's rounding cannot change it.
+
+    None where there is no such row: which of two equal classes comes first means nothing.
+    """
+    truth = wide(reference)
+    second, first = np.moveaxis(np.partition(truth, -2, axis=-1)[..., -2:], -1, 0)
+    decided = first - second > 2 * peak(wide(deployed) - truth)
+    if not decided.any():
+        return None
+    return float(np.mean((wide(candidate).argmax(-1) == truth.argmax(-1))[decided]))
 
 
-def kl(candidate: Array, reference: Array) -> float:
+def kl_divergence(candidate: Array, reference: Array) -> float:
     """The mean of KL(reference || candidate) over all rows, in nats."""
     of_reference, of_candidate = _log_softmax(wide(reference)), _log_softmax(wide(candidate))
     divergence = np.sum(np.exp(of_reference) * (of_reference - of_candidate), axis=-1)
-    return max(0.0, float(np.mean(divergence)))  # it is never negative but by rounding
+    return max(0.0, float(np.mean(divergence)))  # negative by rounding alone
 
 
 def _log_softmax(x: Wide) -> Wide:

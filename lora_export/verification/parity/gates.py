@@ -1,27 +1,40 @@
-"""The gates that an output has to pass, and the controls that must not."""
+"""The gates of a verdict: the checks that each output must pass, and the controls, which must fail them.
+
+    error      rmse(O, R) <= k · rmse(P, R)                      different
+    tail       max |O - R| <= k · max |P - R| + 4 eps max |R|    different
+    bulk       median |O - R| <= k · median |P - R|              different
+    exact      integers and booleans equal R's or P's            different
+    tolerance  |O - R| <= atol + rtol · |R|                      different
+    effect     rmse(O, R) <= 0.1 · rmse(R, B)                    undecided
+    loss       rmse(R, unrounded R) <= rmse(R, B)                undecided
+
+O is the candidate, R the reference, P the peer (PyTorch as deployed), B the reference without adapters, k the ratio
+limit. Other gates: `structure.py`, `small_features.py` (features), `whole_set.py` (inputs, nothing).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_export.errors import InputRefused
-from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Wide, is_float, peak, rms, wide
+from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Wide, difference, is_float, peak, rms, wide
 from lora_export.verification.parity.verdict import Control, Gate
 
 FEW_ELEMENTS = 10
-LARGEST_SHARE = 0.1  # of the adapter's effect that the error may be
-LARGEST_LOSS = 1.0  # of the adapter's effect that rounding the weights may cost
-SPIKED = 10  # times its median that the rmse of PyTorch's error is where a few elements hold most of it
+LARGEST_ERROR = 0.1  # relative to the adapter's effect
+LARGEST_LOSS = 1.0  # relative to the adapter's effect: what rounding the weights may cost
+SPIKED = 10  # rms / median of PyTorch's error above which a few elements hold most of it
 CONTROL_VALUE_FACTOR = 1.01
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The classical |O-R| <= atol + rtol * |R|, on top of the gates where the user asks for it."""
+    """The classical |O - R| <= atol + rtol · |R|. The user may require it in addition to the gates."""
 
     atol: float
     rtol: float
@@ -29,21 +42,24 @@ class Tolerance:
     def __post_init__(self) -> None:
         for name, value in (("atol", self.atol), ("rtol", self.rtol)):
             if not 0 <= value < math.inf:
-                raise InputRefused(f"{name} is {value}; a tolerance is a finite number and not negative")
+                raise InputRefused(f"{name} is {value}; a tolerance must be finite and not negative")
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """How far from the truth an output may lie: k times as far as PyTorch itself."""
+    """How far an output may be from the reference: `ratio_limit` times as far as PyTorch itself."""
 
-    k: float
+    ratio_limit: float
     rmse: float
     peak: float
-    median: float | None = None  # of |O - R|; None where PyTorch's rmse speaks for most of its elements
+    median: float | None = None  # of |O - R|; None where PyTorch's rmse describes most of its elements
 
 
-def slack(elements: int, dtype: str) -> float:
-    """k: two, or three in half precision; more for a few elements, whose rmse is itself a matter of chance."""
+def ratio_limit(elements: int, dtype: str) -> float:
+    """The allowed multiple of PyTorch's own error: 2, or 3 in half precision.
+
+    It is 8 or 10 for an output of few elements, whose rmse is itself a matter of chance.
+    """
     if elements <= FEW_ELEMENTS:
         return 10.0
     if elements <= 500:
@@ -51,21 +67,22 @@ def slack(elements: int, dtype: str) -> float:
     return 2.0 if EPS[dtype] <= EPS["float32"] else 3.0
 
 
-def allow(reference: Array, own: Wide, *, k: float, eps: float) -> Allowance:
-    """What R and PyTorch's `own` errors, P - R, alone determine.
+def allowance(reference: Array, peer_errors: Wide, *, ratio_limit: float, eps: float) -> Allowance:
+    """The limits of an output. They depend on R and PyTorch's errors P - R alone, not on the candidate.
 
-    With ten elements or less, `own` holds the same output's errors in all cases: from one element
-    alone, PyTorch would now and then be exact by luck (in 7 % of all right candidates, measured on
-    normal errors with k = 10), and the candidate be blamed for it.
+    With ten elements or fewer, `peer_errors` holds the errors of this output in all cases. From a single element
+    PyTorch would sometimes be exact by luck, and the candidate be blamed for it: in 7 % of all right candidates,
+    measured on normal errors with a limit of 10.
     """
     truth = wide(reference)
     floor = eps * rms(truth)  # for a P that happens to be exact
-    median = float(np.median(np.abs(own)))
+    median = float(np.median(np.abs(peer_errors)))
+    is_spiked = peer_errors.size > FEW_ELEMENTS and rms(peer_errors) > SPIKED * median
     return Allowance(
-        k,
-        rmse=max(k * rms(own), floor),
-        peak=k * peak(own) + FEW_EPS * eps * peak(truth),
-        median=max(k * median, floor) if own.size > FEW_ELEMENTS and rms(own) > SPIKED * median else None,
+        ratio_limit,
+        rmse=max(ratio_limit * rms(peer_errors), floor),
+        peak=ratio_limit * peak(peer_errors) + FEW_EPS * eps * peak(truth),
+        median=max(ratio_limit * median, floor) if is_spiked else None,
     )
 
 
@@ -79,6 +96,7 @@ def gates_of(
     loss: float | None,
     tolerance: Tolerance | None,
 ) -> Iterator[Gate]:
+    """Every gate that applies to an output. `allowed` is None for integers and booleans."""
     if allowed is None:
         yield exact_gate(o, r, p)
         return
@@ -95,55 +113,61 @@ def gates_of(
 
 
 def error_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
-    """Is it as close to the truth as PyTorch itself is?"""
-    return gate_of("error", rms(wide(candidate) - wide(truth)), allowed.rmse)
+    """Is the candidate as close to the reference as PyTorch is?"""
+    return gate_of("error", rms(difference(candidate, truth)), allowed.rmse)
 
 
 def tail_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
-    """Is every single element? One bad element in a million hides from an rmse."""
-    return gate_of("tail", peak(wide(candidate) - wide(truth)), allowed.peak)
+    """Is every single element? An rmse does not show one bad element in a million."""
+    return gate_of("tail", peak(difference(candidate, truth)), allowed.peak)
 
 
 def bulk_gate(candidate: Array, truth: Array, allowed: Allowance) -> Gate:
-    """Are most elements? Where PyTorch itself loses a few, its rmse and its worst say nothing of the others."""
-    return gate_of("bulk", float(np.median(np.abs(wide(candidate) - wide(truth)))), allowed.median or 0.0)
+    """Are most elements? Where PyTorch is far off in a few, its rmse and its maximum do not describe the others."""
+    return gate_of("bulk", float(np.median(np.abs(difference(candidate, truth)))), allowed.median or 0.0)
 
 
 def effect_gate(candidate: Array, reference: Array, effect: float) -> Gate:
-    """Is the error small beside what the adapter does?"""
-    return gate_of("effect", rms(wide(candidate) - wide(reference)), LARGEST_SHARE * effect)
+    """Is the error small relative to the adapter's effect?"""
+    return gate_of("effect", rms(difference(candidate, reference)), LARGEST_ERROR * effect)
 
 
 def exact_gate(candidate: Array, reference: Array, deployed: Array) -> Gate:
-    """Is every integer or boolean the reference's? Counts those that are not.
+    """Does every integer or boolean equal the reference's? The value is the number of those that do not.
 
-    The deployed model's own value will do: an argmax over a near tie may fall either way.
+    The deployed model's own value is accepted too: at a near tie, an argmax may be either of two.
     """
     wrong = (candidate != reference) & (candidate != deployed)
     return gate_of("exact", float(np.count_nonzero(wrong)), 0.0)
 
 
 def tolerance_gate(candidate: Array, reference: Array, tolerance: Tolerance) -> Gate:
-    """|O-R| <= atol + rtol * |R| for every element. The value is max(|O-R| - rtol * |R|), which atol allows."""
-    excess = np.abs(wide(candidate) - wide(reference)) - tolerance.rtol * np.abs(wide(reference))
+    """|O - R| <= atol + rtol · |R| for every element. The value is max(|O - R| - rtol · |R|), the limit is atol."""
+    excess = np.abs(difference(candidate, reference)) - tolerance.rtol * np.abs(wide(reference))
     return gate_of("tolerance", float(np.max(excess)), tolerance.atol)
 
 
 def gate_of(name: str, value: float, allowed: float) -> Gate:
-    # An allowance that is not finite would let everything pass.
+    """A gate and its result. It fails where the limit is not finite, because then everything would pass."""
     return Gate(name, value, allowed, passed=value <= allowed < math.inf)
 
 
-# The controls. Each puts error, tail and bulk again, with the same allowance, to a wrong reference.
+# --- Controls: error, tail and bulk again, with the same limits, against references that are wrong on purpose ---
+
+
+class ControlKind(NamedTuple):
+    title: str
+    model: str  # that the wrong reference is
+
 
 CONTROL_SCALE = 1.1  # the factor on every scale in the control `scale_1.1`
 CONTROLS = {
-    "adapter_off": "the model without its adapters",
-    "scale_1.1": "the model with every scale x 1.1",
-    "values_1.01": "the model with every value x 1.01",
-    "tolerance": "the model without its adapters",
+    "adapter_off": ControlKind("adapter off", "the model without its adapters"),
+    "scale_1.1": ControlKind("scale × 1.1", "the model with every adapter scale × 1.1"),
+    "values_1.01": ControlKind("values × 1.01", "the model with every value × 1.01"),
+    "tolerance": ControlKind("tolerance, adapter off", "the model without its adapters"),
 }
-WRONG_BY = {"adapter_off": 1.0, "scale_1.1": 0.1}  # how far such a reference lies from the right one, in effects
+DISTANCES = {"adapter_off": 1.0, "scale_1.1": 0.1}  # of the wrong reference from the right one, in effects
 
 
 def controls_of(
@@ -156,10 +180,10 @@ def controls_of(
     effect: float | None,
     tolerance: Tolerance | None,
 ) -> Iterator[Control]:
-    """Referees that are wrong on purpose. Each float that the adapter reaches is required to tell them apart.
+    """Compare the candidate with references that are wrong on purpose.
 
-    An integer's gate allows nothing, so it cannot be too wide: it counts only when the whole set is
-    asked whether it could tell.
+    Each must be detected in every float output that the adapter reaches. An integer output is not required: its
+    gate has no limit that could be too wide. It counts when the whole set is checked for power.
     """
     if base is None or scaled is None:
         wrong = {"values_1.01": wide(r) * CONTROL_VALUE_FACTOR if is_float(r) else np.zeros_like(r)}
@@ -168,14 +192,14 @@ def controls_of(
         wrong = {"adapter_off": base, "scale_1.1": scaled}
         required = is_float(o) and bool(effect)
     for name, truth in wrong.items():
-        yield Control(name, rms(wide(o) - wide(truth)), not _passes(o, truth, allowed), required)
+        yield Control(name, rms(difference(o, truth)), not _passes(o, truth, allowed), required)
     if base is not None and is_float(o) and not effect and np.any(r):
-        # No adapter reaches it: that its gates are not too wide is shown as it is without any adapter.
+        # No adapter reaches it. The control is then the one of a model without any adapter.
         truth = wide(r) * CONTROL_VALUE_FACTOR
-        yield Control("values_1.01", rms(wide(o) - truth), not _passes(o, truth, allowed), required=True)
+        yield Control("values_1.01", rms(difference(o, truth)), not _passes(o, truth, allowed), required=True)
     if tolerance and required and "adapter_off" in wrong:
-        told = not tolerance_gate(o, wrong["adapter_off"], tolerance).passed
-        yield Control("tolerance", rms(wide(o) - wide(wrong["adapter_off"])), told, required)
+        detected = not tolerance_gate(o, wrong["adapter_off"], tolerance).passed
+        yield Control("tolerance", rms(difference(o, wrong["adapter_off"])), detected, required)
 
 
 def _passes(candidate: Array, truth: Array, allowed: Allowance | None) -> bool:

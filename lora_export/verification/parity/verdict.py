@@ -1,17 +1,19 @@
-"""What a verdict is made of: the figures of every output in every case, and the reasons against it."""
+"""The verdict: the figures of every output in every case, and the reasons against `same`."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+
+import numpy as np
 
 from lora_export.errors import Different, Undecided
 
 PYTORCH = "PyTorch"
-DECIDES = "what would decide it"  # before a remedy
+DECIDES = "what would decide it"  # introduces a remedy
 SHOWN = 5  # outputs, and reasons, that a verdict prints; it holds all of them
 
 
@@ -22,43 +24,60 @@ class Outcome(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """What the command line ends with."""
+        """The exit code of a command that ends with this outcome."""
         codes = {Outcome.DIFFERENT: Different.exit_code, Outcome.UNDECIDED: Undecided.exit_code}
         return codes.get(self, 0)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Whether perturbing one graph input alone changed any output."""
+    """Whether a change of one graph input alone changed any output."""
 
     input: str
     peer_changed: bool
     candidate_changed: bool
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the export replaced the input by a constant."""
+        return self.peer_changed and not self.candidate_changed
+
 
 @dataclass(frozen=True)
 class Gate:
-    """One question put to an output: passed where `value` is at most `allowed`."""
+    """One check of one output. It passes where `value` is at most `allowed`."""
 
     name: str
     value: float
     allowed: float
     passed: bool
 
+    @property
+    def limit_used(self) -> float:
+        """value / allowed: over 1 is a failure."""
+        if self.allowed:
+            return self.value / self.allowed
+        return 0.0 if self.passed else math.inf
+
 
 @dataclass(frozen=True)
 class Control:
-    """The error and tail gates put to O against a reference that is wrong on purpose: they must tell the two apart."""
+    """The gates applied with a reference that is wrong on purpose. They must fail, or they could not have failed."""
 
     name: str
-    error: float  # rmse of O against the wrong reference
+    error: float  # rmse of the candidate against the wrong reference
     detected: bool
-    required: bool  # where nothing can be told by nature (an output that no adapter reaches), nothing is asked
+    required: bool  # False for an output that the mistake cannot change, as where no adapter reaches it
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the check failed to detect a mistake that it had to detect."""
+        return self.required and not self.detected
 
 
 @dataclass(frozen=True)
 class WorstElement:
-    """Where O lies farthest from R."""
+    """The element of the candidate that is farthest from the reference."""
 
     index: tuple[int, ...]
     candidate: float
@@ -67,7 +86,7 @@ class WorstElement:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How large numbers are, signs aside: counts[i] of them lie in [2^(first+i), 2^(first+i+1)), `zeros` are 0."""
+    """Magnitudes by powers of two: counts[i] elements are in [2^(first+i), 2^(first+i+1)), `zeros` elements are 0."""
 
     first: int
     counts: tuple[int, ...]
@@ -76,49 +95,54 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one output in one case, in the output's own units unless said otherwise."""
+    """The measurements of one output in one case, in the units of the output unless stated otherwise.
+
+    O is the candidate, R the reference, P the peer (PyTorch as deployed), B the reference without adapters.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    ratio_limit: float  # how many times PyTorch's own error is allowed; 0 for integers and booleans
-    error: float  # rmse(O,R)
-    deployed_error: float  # rmse(P,R)
-    ratio: float | None  # error / deployed_error; None where PyTorch is exact
-    max_error: float  # max|O-R|
-    deployed_max_error: float  # max|P-R|
-    max_relative_error: float | None  # max|O-R|/|R| where R is not 0
+    ratio_limit: float  # allowed multiple of the peer's own error; 0 for integers and booleans
+    error: float  # rmse(O, R)
+    deployed_error: float  # rmse(P, R)
+    ratio: float | None  # error / deployed_error; None where the peer is exact
+    max_error: float  # max |O - R|
+    deployed_max_error: float  # max |P - R|
+    max_relative_error: float | None  # max |O - R| / |R| where R is not 0
     worst: WorstElement
-    effect: float | None  # rmse(R,B), what the adapter does; None without one
+    effect: float | None  # rmse(R, B), the adapter's effect; None without an adapter
     relative_to_effect: float | None  # error / effect; None where there is no effect
     cosine: float | None  # of O and R; None where one of them is all zero
-    top1: float | None  # share of equal argmax; logits only
-    kl: float | None  # mean KL(R||O) in nats; logits only
-    merge_loss: float | None  # rmse(R, attached) / effect, where weights were rounded
-    errors: Histogram  # |O-R|, element by element
-    deployed_errors: Histogram  # |P-R|
-    effects: Histogram | None  # |R-B|; None without an adapter
+    top1: float | None  # fraction of rows with the same largest class; class scores only
+    kl: float | None  # mean KL(R || O) in nats; class scores only
+    merge_loss: float | None  # rmse(R with rounded weights, R) / effect, where weights were rounded
+    errors: Histogram  # |O - R|, element by element
+    deployed_errors: Histogram  # |P - R|
+    effects: Histogram | None  # |R - B|; None without an adapter
     gates: tuple[Gate, ...]
     controls: tuple[Control, ...]
-    peer: str = field(default=PYTORCH, repr=False)  # whose own error is the measure
+    peer: str = field(default=PYTORCH, repr=False)  # the implementation whose own error sets the limits
 
     @property
     def limit_used(self) -> float:
-        """How much of what is allowed was used, at the tightest gate: over 1 is a failure."""
-        return max(
-            gate.value / gate.allowed if gate.allowed else (0.0 if gate.passed else math.inf) for gate in self.gates
-        )
+        """value / allowed of the gate that is closest to its limit: over 1 is a failure."""
+        return max(gate.limit_used for gate in self.gates)
+
+    def gate(self, name: str) -> Gate | None:
+        """The gate of this name; None where it was not applied."""
+        return next((gate for gate in self.gates if gate.name == name), None)
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One complaint: why a verdict is not `same`. `case` or `output` is empty where all are meant."""
+    """One reason why a verdict is not `same`. `case` or `output` is empty where it concerns all of them."""
 
     outcome: Outcome
-    gate: str
+    gate: str  # or the name of a control
     text: str
     case: str = ""
     output: str = ""
-    remedy: str = ""  # of `undecided`: what would let this check decide, where that can be said
+    remedy: str = ""  # with `undecided`: the change to the run that would let it decide, where that is known
 
     def __str__(self) -> str:
         where = " in ".join(part for part in (self.output, self.case and f"case {self.case}") if part)
@@ -127,7 +151,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output in one case. `figures` is None where it could not be measured (a reason says why) or is empty."""
+    """One output in one case. `figures` is None where the output could not be measured, or is empty."""
 
     case: str
     output: str
@@ -140,39 +164,41 @@ class Comparison:
             return f"{title}: not measured"
         f = self.figures
         passed = "within" if all(gate.passed for gate in f.gates) else "NOT within"
-        lines = [f"{title}: {f.dtype} {list(f.shape)}, {passed} its gates"]
-        if error := next((gate for gate in f.gates if gate.name == "error"), None):
-            times = f"x {f.ratio:.3g}" if f.ratio is not None else "it is exact"
-            lines.append(
-                f"  error {f.error:.3g}, allowed {error.allowed:.3g}; {f.peer}'s own {f.deployed_error:.3g} ({times})"
-            )
-        lines += [
-            f"  worst place {list(f.worst.index)}: off by {f.max_error:.3g}, "
-            f"{f.peer} by {f.deployed_max_error:.3g} at most",
-            f"    it is {f.worst.candidate:.9g}, the reference has {f.worst.reference:.9g}",
-        ]
-        if f.relative_to_effect is not None:
-            lines.append(f"  the error is {percent(f.relative_to_effect)} of what the adapter does ({f.effect:.3g})")
-        elif f.effect is not None:
-            lines.append("  the adapter does not reach this output")
-        if f.top1 is not None and f.kl is not None:
-            lines.append(f"  top-1 agreement {percent(f.top1)}, mean KL {f.kl:.3g} nats")
-        if f.merge_loss is not None:
-            lines.append(f"  rounding the merged weights costs {percent(f.merge_loss)} of what the adapter does")
-        return "\n".join(lines)
+        return "\n".join([f"{title}: {f.dtype} {list(f.shape)}, {passed} its limits", *_figure_lines(f)])
+
+
+def _figure_lines(f: Figures) -> Iterator[str]:
+    if error := f.gate("error"):
+        ratio = f"× {f.ratio:.3g}" if f.ratio is not None else "it is exact"
+        own = f"{f.peer}'s own error {f.deployed_error:.3g} ({ratio})"
+        yield f"  error {f.error:.3g}, allowed {error.allowed:.3g}; {own}"
+    yield (
+        f"  worst element {list(f.worst.index)}: off by {f.max_error:.3g}; "
+        f"{f.peer} is off by at most {f.deployed_max_error:.3g}"
+    )
+    yield f"    the candidate has {f.worst.candidate:.9g}, the reference {f.worst.reference:.9g}"
+    if f.relative_to_effect is not None:
+        yield f"  the error is {percent(f.relative_to_effect)} of the adapter's effect ({f.effect:.3g})"
+    elif f.effect is not None:
+        yield "  the adapter does not reach this output"
+    if f.kl is not None:
+        agreement = "" if f.top1 is None else f"top-1 agreement {percent(f.top1)}, "
+        yield f"  {agreement}mean KL divergence {f.kl:.3g} nats"
+    if f.merge_loss is not None:
+        yield f"  rounding the merged weights costs {percent(f.merge_loss)} of the adapter's effect"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Same, different or undecided, and every figure that led to it. True only where it is `same`."""
+    """`same`, `different` or `undecided`, with every figure that led to it. True only where it is `same`."""
 
     outcome: Outcome
-    reasons: tuple[Reason, ...]  # empty exactly where the outcome is `same`
+    reasons: tuple[Reason, ...]  # empty if and only if the outcome is `same`
     comparisons: tuple[Comparison, ...]
     sensitivity: tuple[Sensitivity, ...]
-    dtype: str  # in which the candidate is deployed
-    notes: tuple[str, ...] = ()  # what was not judged, and how the reference was made
-    peer: str = PYTORCH  # whose own error was the measure
+    dtype: str  # the precision in which the candidate is deployed
+    notes: tuple[str, ...] = ()  # what was not judged, and how the reference was computed
+    peer: str = PYTORCH  # the implementation whose own error sets the limits
 
     @property
     def same(self) -> bool:
@@ -183,56 +209,91 @@ class Verdict:
         return self.outcome.exit_code
 
     @property
+    def measured(self) -> tuple[tuple[Comparison, Figures], ...]:
+        """The comparisons that have figures, with them."""
+        return tuple((comparison, comparison.figures) for comparison in self.comparisons if comparison.figures)
+
+    @property
     def distinct_reasons(self) -> tuple[Reason, ...]:
-        """Of each gate's complaints about each output the first: the other cases say it again."""
-        by_gate: dict[tuple[str, ...], Reason] = {}
-        for there in self.reasons:
-            by_gate.setdefault((there.outcome, there.gate, there.output, "" if there.output else there.text), there)
-        return tuple(by_gate.values())
+        """The first reason of each gate for each output. Other cases repeat it."""
+        first: dict[tuple[str, ...], Reason] = {}
+        for reason in self.reasons:
+            what = reason.output or reason.text
+            first.setdefault((reason.outcome, reason.gate, what), reason)
+        return tuple(first.values())
 
     @property
     def nearest_to_failing(self) -> tuple[Comparison, ...]:
-        """For each output the case that strained its gates most, the most strained output first."""
-        measured = [there for there in self.comparisons if there.figures is not None]
-        measured.sort(key=lambda there: there.figures.limit_used if there.figures else 0.0, reverse=True)
+        """For each output the case that is closest to its limits, the closest output first."""
+        closest_first = sorted(self.measured, key=lambda pair: pair[1].limit_used, reverse=True)
         by_output: dict[str, Comparison] = {}
-        for there in measured:
-            by_output.setdefault(there.output, there)
+        for comparison, _ in closest_first:
+            by_output.setdefault(comparison.output, comparison)
         return tuple(by_output.values())
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line: the outcome, the largest error, and how much was compared.
+
+        The error is left out where the candidate is different for another reason.
+        """
+        if not self.comparisons:
+            return f"{self.outcome}: nothing was compared"
+        parts: list[str] = []
+        if not any(reason.outcome is Outcome.DIFFERENT for reason in self.reasons) or self._has_large_error:
+            parts += self._largest_error()
+        outputs = len({comparison.output for comparison in self.comparisons})
+        cases = count(len({comparison.case for comparison in self.comparisons}), "case")
+        parts.append(cases if outputs == 1 else f"{outputs} outputs in {cases}")
+        parts += [self.dtype] if self.dtype != "float32" else []
+        return f"{self.outcome}: {', '.join(parts)}"
+
+    @property
+    def _has_large_error(self) -> bool:
+        return any(reason.gate == "error" for reason in self.reasons)
+
+    def _largest_error(self) -> Iterator[str]:
+        effects = [f.relative_to_effect for _, f in self.measured if f.relative_to_effect is not None]
+        if effects:
+            yield f"error {percent(max(effects))} of the adapter's effect"
+        gated = [(gate.limit_used, f) for _, f in self.measured if (gate := f.gate("error"))]
+        if not gated:
+            return
+        used, f = max(gated, key=lambda pair: pair[0])
+        if f.ratio is None or (used <= 1 and f.ratio > f.ratio_limit):  # one rounding step is allowed in any case
+            yield f"{percent(used)} of the allowed error" if used < 10 else f"{multiple(used)} × the allowed error"
+        else:
+            yield f"{multiple(f.ratio)} × {f.peer}'s own rounding (limit {f.ratio_limit:g} ×)"
 
     def __bool__(self) -> bool:
         return self.same
 
     def __str__(self) -> str:
-        outputs = {there.output for there in self.comparisons}
-        cases = {there.case for there in self.comparisons}
-        lines = [f"{self.outcome}: {count(len(outputs), 'output')} in {count(len(cases), 'case')}, {self.dtype}"]
-        told = self.distinct_reasons[:SHOWN]
-        for reason, after in itertools.zip_longest(told, told[1:]):
-            lines.append(f"  - {reason}")
-            if reason.remedy and (after is None or after.remedy != reason.remedy):  # one for a whole run of them
-                lines.append(f"    {DECIDES}: {reason.remedy}")
-        more = len(self.reasons) - len(told)
-        lines += [f"  - and {count(more, 'reason')} more"] if more else []
-        shown = self.nearest_to_failing
-        lines += [str(there) for there in shown[:SHOWN]]
-        if len(shown) > SHOWN:
-            lines.append(f"{count(len(shown) - SHOWN, 'output')} more, each farther from its limits than these")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        lines = [self.headline, *self._reason_lines()]
+        closest = self.nearest_to_failing
+        lines += map(str, closest[:SHOWN])
+        if len(closest) > SHOWN:
+            lines.append(f"{count(len(closest) - SHOWN, 'output')} more, each farther from its limits than these")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _reason_lines(self) -> Iterator[str]:
+        shown = self.distinct_reasons[:SHOWN]
+        for reason, following in itertools.zip_longest(shown, shown[1:]):
+            yield f"  - {reason}"
+            # A remedy that several reasons share is printed once, after the last of them.
+            if reason.remedy and (following is None or following.remedy != reason.remedy):
+                yield f"    {DECIDES}: {reason.remedy}"
+        if more := len(self.reasons) - len(shown):
+            yield f"  - and {count(more, 'reason')} more"
 
 
 def combine(verdicts: Mapping[str, Verdict]) -> Verdict:
-    """Verdicts on one candidate in several roles as one, which is `same` where all of them are.
+    """One verdict of several on the same candidate, by role. It is `same` if and only if all of them are.
 
-    Cases are called after their role, too, and notes that are not of all.
+    The name of a case begins with its role, and so does a note that does not concern all roles.
     """
     *_, last = verdicts.values()
-    said: dict[str, list[str]] = {}
-    for role, there in verdicts.items():
-        for note in dict.fromkeys(there.notes):
-            said.setdefault(note, []).append(role)
-    reasons = tuple(_in_role(role, reason) for role, there in verdicts.items() for reason in there.reasons)
+    reasons = tuple(_in_role(role, reason) for role, verdict in verdicts.items() for reason in verdict.reasons)
     return Verdict(
         outcome=outcome_of(reasons),
         reasons=reasons,
@@ -242,16 +303,23 @@ def combine(verdicts: Mapping[str, Verdict]) -> Verdict:
                 case=f"{role}, {comparison.case}",
                 reasons=tuple(_in_role(role, reason) for reason in comparison.reasons),
             )
-            for role, there in verdicts.items()
-            for comparison in there.comparisons
+            for role, verdict in verdicts.items()
+            for comparison in verdict.comparisons
         ),
-        sensitivity=tuple(dict.fromkeys(tried for there in verdicts.values() for tried in there.sensitivity)),
+        sensitivity=tuple(dict.fromkeys(each for verdict in verdicts.values() for each in verdict.sensitivity)),
         dtype=last.dtype,
-        notes=tuple(
-            note if len(roles) == len(verdicts) else f"{', '.join(roles)}: {note}" for note, roles in said.items()
-        ),
+        notes=tuple(_combined_notes(verdicts)),
         peer=last.peer,
     )
+
+
+def _combined_notes(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+    roles_of: dict[str, list[str]] = {}
+    for role, verdict in verdicts.items():
+        for note in dict.fromkeys(verdict.notes):
+            roles_of.setdefault(note, []).append(role)
+    for note, roles in roles_of.items():
+        yield note if len(roles) == len(verdicts) else f"{', '.join(roles)}: {note}"
 
 
 def _in_role(role: str, reason: Reason) -> Reason:
@@ -261,13 +329,24 @@ def _in_role(role: str, reason: Reason) -> Reason:
 
 
 def outcome_of(reasons: Sequence[Reason]) -> Outcome:
+    """`different` outweighs `undecided`; no reason at all is `same`."""
     outcomes = {reason.outcome for reason in reasons}
     return next((o for o in (Outcome.DIFFERENT, Outcome.UNDECIDED) if o in outcomes), Outcome.SAME)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.99 else f"{100 * share:.0f} %"
+def percent(fraction: float) -> str:
+    """Two significant digits, and whole numbers from 99 % on: `0.000042 %`, `1234 %`."""
+    if not 0 < fraction < 0.99:
+        return f"{100 * fraction:.0f} %"
+    rounded = float(f"{100 * fraction:.2g}")
+    return f"{np.format_float_positional(rounded, trim='-') if rounded >= 1e-6 else f'{rounded:.2g}'} %"
+
+
+def multiple(factor: float) -> str:
+    """Two significant digits, and whole numbers from 10 on: `1.3`, `840`."""
+    return f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}" if factor < 1e6 else f"{factor:.2g}"
 
 
 def count(number: int, what: str) -> str:
+    """`1 case`, `2 cases`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

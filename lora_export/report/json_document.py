@@ -1,7 +1,7 @@
-"""JSON: every noun as a document with a schema.
+"""JSON documents: every record of the package as a document that names its schema.
 
-A verdict's is written down in `verdict-2.schema.json` beside this file, field by field. A new field does not
-change the number: whoever reads a document passes over what they do not know.
+`verdict-2.schema.json`, beside this file, describes each field of a verdict. A new field does not change the
+number of the schema: readers ignore the fields that they do not know.
 """
 
 from __future__ import annotations
@@ -12,41 +12,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Verdict
 
-VERSIONS = {"verdict": 2}  # of a document's schema, 1 where none is given; grows when a field is removed or redefined
+VERSIONS = {"verdict": 2}  # of a schema, 1 where none is given; grows when a field is removed or redefined
 
 
-class Placement(Protocol):
-    """What ran where, as a runtime tells it."""
+def as_dict(record: Any) -> dict[str, Any]:
+    """A dataclass as a JSON document: its fields, and the name and version of its schema.
 
-    @property
-    def requested_provider(self) -> str: ...
-    @property
-    def by_provider(self) -> Mapping[str, Sequence[tuple[str, str]]]: ...  # provider -> (node, operator) ...
-    @property
-    def compute_nodes(self) -> int: ...
-    @property
-    def off_provider(self) -> Sequence[tuple[str, str, str]]: ...  # (provider, node, operator)
-    @property
-    def options(self) -> Mapping[str, str]: ...
-    @property
-    def version(self) -> str: ...
-
-
-def as_dict(noun: Any) -> dict[str, Any]:
-    """A dataclass as a JSON document: its fields, and the schema's name and version.
-
-    Arrays are told by shape and dtype. JSON has no NaN and no infinity: they become null, and
-    `<field>_text` says which.
+    Arrays become their shape and dtype. NaN and infinity, which JSON cannot represent, become null, and the field
+    `<name>_text` holds the value as text.
     """
-    return {"schema": _schema(noun), **_members(noun)}
+    return {"schema": _schema(record), **_members(record)}
 
 
 def document(
@@ -56,10 +39,10 @@ def document(
     diagnosis: Any = None,
     exit_code: int | None = None,
 ) -> dict[str, Any]:
-    """A verdict with what it takes to trust it: what ran where, and facts `about` the run (versions, files, seed).
+    """A verdict with its evidence: what ran where, and facts `about` the run (versions, files, seed).
 
-    `diagnosis` says where a difference begins, if somebody looked: a mapping or dataclass with `first`, `why`
-    and `layers`. `exit_code` is another than the verdict's own where the provider did not do the work.
+    `diagnosis` is a mapping or dataclass with `first`, `why` and `layers`. `exit_code` is the exit code of the
+    command, where it is not that of the verdict: the provider did not run all nodes.
     """
     result = as_dict(verdict) | {
         "exit_code": verdict.exit_code if exit_code is None else exit_code,
@@ -79,35 +62,35 @@ def document(
     return result
 
 
-def _schema(noun: Any) -> str:
-    name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(noun).__name__).lower()
+def _schema(record: Any) -> str:
+    name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(record).__name__).lower()
     return f"lora-export/{name}/{VERSIONS.get(name, 1)}"
 
 
-def _members(noun: Any) -> dict[str, Any]:
+def _members(record: Any) -> dict[str, Any]:
     # A field that is left out of the repr is an index over the others.
-    return _object({member.name: getattr(noun, member.name) for member in fields(noun) if member.repr})
+    return _object({member.name: getattr(record, member.name) for member in fields(record) if member.repr})
 
 
 def _object(members: Mapping[Any, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in members.items():
         result[str(name)] = _plain(value)
-        if _unspeakable(value):
+        if _has_no_json(value):
             result[f"{name}_text"] = str(value)
     return result
 
 
-def _unspeakable(value: Any) -> bool:
+def _has_no_json(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return any(_unspeakable(item) for item in value)
+        return any(_has_no_json(item) for item in value)
     return isinstance(value, float | np.floating) and not math.isfinite(value)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
-    if _unspeakable(value) and isinstance(value, float):
+    if isinstance(value, float) and _has_no_json(value):
         return None
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -116,7 +99,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | PurePath | np.dtype):
         return str(value)
     if isinstance(value, np.ndarray):
-        return _outline(value)
+        return {"shape": list(value.shape), "dtype": str(value.dtype)}
     if is_dataclass(value):
         return _members(value)
     if isinstance(value, Mapping):
@@ -126,7 +109,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     raise TypeError(f"a report cannot hold a {type(value).__name__}")
-
-
-def _outline(array: NDArray[Any]) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": str(array.dtype)}

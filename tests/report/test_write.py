@@ -1,0 +1,47 @@
+"""Writing a report: the suffix selects the format, and a path is checked before the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lora_export import report
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
+from lora_export.report import html
+from support.verdicts import DIFFERENT, ON_CPU, SAME
+
+
+def test_suffix_selects_the_format_and_existing_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    report.write(path, DIFFERENT)
+    report.write(path, SAME, placement=ON_CPU, seconds=2)
+    root = ElementTree.parse(path).getroot()
+    assert (root.attrib["tests"], root.attrib["failures"], root.attrib["time"]) == ("9", "0", "2.000")
+    assert [each.name for each in tmp_path.iterdir()] == ["junit.xml"]
+
+
+@pytest.mark.parametrize("name", ["report.txt", "report", "report.htm"])
+def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, name: str) -> None:
+    message = r"unknown report format. Name it \.json .*, \.xml .* or \.html"
+    with pytest.raises(InputRefused, match=message):
+        report.check_path(tmp_path / name)
+    with pytest.raises(InputRefused, match=message):
+        report.write(tmp_path / name, SAME)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_in_a_missing_folder_is_an_output_failure(tmp_path: Path) -> None:
+    with pytest.raises(OutputFailed, match="does not exist"):
+        report.write(tmp_path / "nowhere" / "report.json", SAME)
+
+
+def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(html.importlib, "import_module", missing)
+    with pytest.raises(EnvironmentLacking, match=r"pip install 'lora-export\[report\]'"):
+        report.check_path(tmp_path / "page.html")
+    report.check_path(tmp_path / "page.json")
