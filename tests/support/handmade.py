@@ -27,7 +27,7 @@ def rounded_sum(weight: NDArray[Any], change: NDArray[np.float32], dtype: Any = 
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, proof: Path):
         self.proof = proof
@@ -54,7 +54,7 @@ def base_file(
 def peft_adapter(
     folder: Path, pairs: Mapping[str, tuple[Any, Any]], whole: Mapping[str, Any] | None = None, **config: Any
 ) -> Path:
-    """A PEFT adapter of these (A, B) and whole tensors; its rank is the first A's, its scale 1 unless told."""
+    """A PEFT adapter of these (A, B) and whole tensors; its rank is that of the first A, its scale 1 by default."""
     tensors = {}
     for module, (a, b) in pairs.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
@@ -74,7 +74,7 @@ def peft_adapter(
 def graph_file(path: Path, weights: Mapping[str, Any], *, data: str | Mapping[str, str] = "", **metadata: str) -> Path:
     """A graph with a MatMul for each of these (in, out) matrices, by x, under the name of its module.
 
-    `data` is the file beside it that holds the matrices, one for all or one for each; without it they lie inside.
+    `data` is the file beside it that holds the matrices, one for all or one for each; by default they are inside.
     """
     values = {name: np.asarray(value) for name, value in weights.items()}
     nodes = [helper.make_node("MatMul", ["x", name], [f"y{n}"], name=f"node_{n}") for n, name in enumerate(values)]
