@@ -62,7 +62,7 @@ def convert(
     factors = factors_of(model, contract, steps, loaded.name)
     parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
     inputs = [graph, *adapter_paths(adapter)]
-    with atomic_output.stage_file(output, inputs=inputs, overwrite=overwrite, say=on_message) as folder:
+    with atomic_output.stage_file(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as folder:
         onnx_adapter.write(folder / output.name, parameters, contract, sha256=loaded.sha256)
     changed = {contract.inputs[name].weight for name in parameters}
     return ConvertResult(output, len(changed), len(contract.slots), contract.base, notes)

@@ -189,8 +189,8 @@ def _staged(options: _Options, stage: Any, size: int) -> AbstractContextManager[
         options.output,
         inputs=[options.base, *options.sources],
         overwrite=options.overwrite,
-        needs=size,
-        say=options.on_message,
+        required_bytes=size,
+        on_message=options.on_message,
     )
     return staged
 

@@ -64,7 +64,7 @@ def export_torchscript(
     output, stage = Path(output), in_stages(on_progress)
     loaded = load_adapters(adapters)
     sources = [*model_paths(model), *adapter_paths(adapters)]
-    with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, say=on_message) as folder:
+    with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")
         base = load_model(model, loaded)
         module, notes = copy.deepcopy(base.module), []

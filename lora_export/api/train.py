@@ -100,7 +100,7 @@ def train(
     examples = read_examples(data)
     on_message(f"{data}: {examples}")
     inputs = [data, *(path for path in model_paths(model) if path.is_dir())]
-    with atomic_output.stage_folder(output, inputs=inputs, overwrite=overwrite, say=on_message) as stage:
+    with atomic_output.stage_folder(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as stage:
         torch.manual_seed(seed)  # the first values of a new head depend on it
         loaded = load_model(str(model), labels=examples.classes if examples.texts else ())
         data_in, held_out = _prepared(loaded, examples, holdout=holdout, seed=seed, max_length=max_length)

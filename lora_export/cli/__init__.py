@@ -128,7 +128,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     line, stdout = sys.argv[1:] if arguments is None else arguments, sys.stdout
     if "lora_export.storage.atomic_output" in sys.modules:  # an earlier run in this process
-        sys.modules["lora_export.storage.atomic_output"].finished.clear()
+        sys.modules["lora_export.storage.atomic_output"].published.clear()
     try:
         result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
@@ -143,7 +143,8 @@ def run(arguments: list[str] | None = None) -> int:
         # rich and click raise SystemExit for a broken pipe; click also replaces stdout.
         if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):
             raise
-        return 128 + signal.SIGPIPE  # `| head` has read enough: the code of a program that SIGPIPE ends
+        # `| head` has read enough: the code that shells report of a program that SIGPIPE ended. Windows has no SIGPIPE.
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except Exception as error:
         known = _known_failure(error)
         if known is None:
@@ -159,8 +160,8 @@ def _stopped(*, terminated: bool) -> int:
     from lora_export.storage import atomic_output
 
     left = (
-        f"{one_line(str(atomic_output.finished[-1]))} had been written"
-        if atomic_output.finished
+        f"{one_line(str(atomic_output.published[-1]))} had been written"
+        if atomic_output.published
         else "nothing was left behind"
     )
     click.echo(f"{'Terminated' if terminated else 'Stopped'}; {left}.", err=True)

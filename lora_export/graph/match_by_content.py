@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
 from lora_export.graph.quantised.layouts import Quantised
 from lora_export.graph.readers import Site
 from lora_export.plan import FLOATS, Layout
+from lora_export.storage import block_copy
 from lora_export.weights.checkpoint import Checkpoint
 
 SAMPLE = 128  # entries of a tensor that are compared first
@@ -227,17 +226,8 @@ class OnDisk:
         data = np.empty((len(pieces), length * size), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             for row, first in zip(data, pieces, strict=True):
-                _fill(self.path, file.fileno(), row.data, self.start + first * size)
+                block_copy.read(self.path, file.fileno(), row, self.start + first * size)
         return data.view(self.dtype)
-
-
-def _fill(path: Path, file: int, room: memoryview, start: int) -> None:
-    done = os.preadv(file, [room], start)
-    while done < len(room):
-        read = os.preadv(file, [room[done:]], start + done)
-        if not read:
-            raise InputRefused(f"{path}: the file became shorter while it was read")
-        done += read
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,63 +1,69 @@
-"""Output that is either whole or absent.
+"""Outputs that are either whole or absent.
 
-Everything is written into a stage: a hidden folder beside the target, on the same file system. Only
-when the work has succeeded are its files flushed to the disk and renamed into place; on any way out
-before that, Ctrl-C and SIGTERM included, the stage is removed. What SIGKILL leaves behind is
-recognised by the next run on the same target, because only a live run holds the lock.
+Everything is written into a stage: a hidden folder beside the target, on the same file system. Only when the work has
+succeeded are the stage's files flushed to the disk and renamed into place. On any other way out, Ctrl-C and SIGTERM
+included, the stage is removed. The next run on the same target removes the stage of a run that was killed: a stage
+without a lock belongs to no live run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
+import errno
 import hashlib
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from lora_export.errors import OutputFailed, one_line
+from lora_export.storage.c_library import c_function
+from lora_export.storage.deferred_signals import deferred_signals
 from lora_export.storage.manifest import MANIFEST, read_manifest
+from lora_export.storage.output_lock import output_lock
 
 LONGEST_NAME = 255  # bytes, on every file system that matters here
-LONGEST_SUFFIX = 32  # bytes; what `_beside` and `data_name` add
+LONGEST_SUFFIX = 32  # bytes; what `_hidden_name` and `data_name` add
 DIGITS = 16  # of a content's hash, in the name of a data file
+MOST_LISTED = 10  # foreign files that a message names
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
-Say = Callable[[str], None]
+_CANNOT_FLUSH = {errno.EBADF, errno.EINVAL}  # systems that flush no folder, or nothing that was opened for reading
+OnMessage = Callable[[str], None]
 
 
-finished: list[Path] = []  # what this process has published, so that a Ctrl-C which comes after that is told rightly
+published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one
 
 
-def _silent(_: str) -> None:
-    """Nobody is listening."""
+def _ignore(_: str) -> None:
+    """Drop a message."""
 
 
 @contextlib.contextmanager
 def stage_folder(
-    target: Path, *, inputs: Iterable[Path], overwrite: bool = False, needs: int = 0, say: Say = _silent
+    target: Path,
+    *,
+    inputs: Iterable[Path],
+    overwrite: bool = False,
+    required_bytes: int = 0,
+    on_message: OnMessage = _ignore,
 ) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` when the block succeeds, and vanishes when it does not.
+    """Yield an empty folder that becomes `target` when the block succeeds, and is removed when it does not.
 
-    `needs` is how many bytes will be written; `say` hears of leftovers of runs that were killed.
-    An existing target is replaced in one step, and only with `overwrite`, if it is an output of this
+    `required_bytes` is how much the block will write. `on_message` receives a line for each leftover of a run that
+    was killed. An existing target is replaced in one step: only with `overwrite`, and only if it is an output of this
     program with nothing else in it. Raises OutputFailed before anything is written, or when writing fails.
     """
 
     def publish(stage: Path, target: Path) -> None:
-        _refuse_taken([target], overwrite=overwrite)  # again: somebody else may have been there meanwhile
+        _refuse_taken([target], overwrite=overwrite)  # again: another process may have created it meanwhile
         _refuse_foreign_files(target)
         _swap_in(stage, target)
 
     with (
-        _translated(target),
-        _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say, publish=publish) as stage,
+        _file_errors(target),
+        _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage,
     ):
         _refuse_foreign_files(_absolute(target))
         yield stage
@@ -65,20 +71,24 @@ def stage_folder(
 
 @contextlib.contextmanager
 def stage_file(
-    target: Path, *, inputs: Iterable[Path], overwrite: bool = False, needs: int = 0, say: Say = _silent
+    target: Path,
+    *,
+    inputs: Iterable[Path],
+    overwrite: bool = False,
+    required_bytes: int = 0,
+    on_message: OnMessage = _ignore,
 ) -> Iterator[Path]:
-    """Yield an empty folder; the files put into it land beside `target` when the block succeeds.
+    """Yield an empty folder; when the block succeeds, the files in it are moved beside `target`.
 
-    One of them must have the target's name: it is renamed last, so that whoever sees it finds its
-    companions too. No two files are renamed in one step, so a companion that the target cannot do without
-    needs a name that no other content has, `data_name`: killed between the renames, we leave the old
-    target with its old data. Data files of former contents go when the target has come. Otherwise as
-    `stage_folder`.
+    One of them must have the target's name. It is moved last, so that whoever sees it finds its companions too. No
+    two files are renamed in one step. So a companion that the target cannot do without needs a name that no other
+    content has: `data_name`. Killed between the renames, the run leaves the old target with its old data. Data files
+    of former contents are removed after the target is in place. Otherwise as `stage_folder`.
     """
 
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
-        ours = set(_data_files(target))  # of the same name, they are of the same content: nothing would be lost
+        ours = set(_data_files(target))  # one of the same name has the same content, and may be replaced
         foreign = [target.parent / name for name in companions if target.parent / name not in ours]
         _refuse_taken([*foreign, target], overwrite=overwrite)
         for name in companions:
@@ -89,11 +99,11 @@ def stage_file(
         _flush_folder(target.parent)
         for path in sorted(ours - {target.parent / name for name in companions}):
             path.unlink()
-            say(f"removed {one_line(path.name)}: weights that {one_line(target.name)} does not use")
+            on_message(f"removed {one_line(path.name)}: weights that {one_line(target.name)} does not use")
 
     with (
-        _translated(target),
-        _claimed(target, inputs, overwrite=overwrite, needs=needs, say=say, publish=publish) as stage,
+        _file_errors(target),
+        _staged(target, inputs, overwrite, required_bytes, on_message, publish) as stage,
     ):
         if _absolute(target).is_dir():
             raise OutputFailed(f"{target} is a folder; name a file")
@@ -103,8 +113,8 @@ def stage_file(
 def data_name(target: str, digest: str) -> str:
     """The name of a file of weights that belongs to `target` alone and has this hash: `<target>.<16 digits>.data`.
 
-    Killed at any moment, a run leaves a graph that knows its own weights only. Not the target's stem:
-    `model.onnx` and `model.ort` beside it would share, and remove, one file.
+    Killed at any moment, a run leaves a graph that refers to its own weights only. The name begins with the whole
+    target, not its stem: `model.onnx` and `model.ort` in one folder would share, and remove, one file.
     """
     return f"{_stem(target)}.{digest[:DIGITS]}.data"
 
@@ -115,47 +125,60 @@ def _data_files(target: Path) -> list[Path]:
 
 
 def _absolute(target: Path) -> Path:
-    """Absolute, with the parent resolved: the final component is never followed."""
+    """Absolute, with the parent resolved. The final component is never followed."""
     if target.name in ("", ".."):
         raise OutputFailed(f"{target} cannot be written to: name a file or folder in it")
     return _real(target.parent) / target.name
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError where links go round in a circle
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links that form a circle
 
 
 @contextlib.contextmanager
-def _claimed(
+def _staged(
     target: Path,
     inputs: Iterable[Path],
-    *,
     overwrite: bool,
-    needs: int,
-    say: Say,
+    required_bytes: int,
+    on_message: OnMessage,
     publish: Callable[[Path, Path], None],
 ) -> Iterator[Path]:
-    """Check the target, take its lock, clean up after dead runs, lend out an empty stage, and publish it."""
+    """Check the target, take its lock, remove what dead runs left, yield an empty stage, and publish it."""
     target = _absolute(target)
-    _check_place(target, inputs, needs)
+    _check_target(target, inputs, required_bytes)
     _refuse_taken([target], overwrite=overwrite)
-    with contextlib.ExitStack() as to_the_end, _locked(target):
-        _remove_orphans(target, say)
+    lock = target.parent / _hidden_name(target, "lock")
+    with contextlib.ExitStack() as to_the_end, output_lock(lock, target):
+        _remove_orphans(target, on_message)
         _refuse_taken([target], overwrite=overwrite)  # again: an output that was set aside may be back
-        stage = target.parent / _beside(target, f"{os.getpid()}.partial")
+        stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
         try:
             stage.mkdir()
             yield stage
             _flush(stage)
-            to_the_end.enter_context(_undisturbed())
+            to_the_end.enter_context(deferred_signals())
             publish(stage, target)
-            finished.append(target)
+            published.append(target)
         finally:
-            with _undisturbed():
+            with deferred_signals():
                 shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_place(target: Path, inputs: Iterable[Path], needs: int) -> None:
+@contextlib.contextmanager
+def _file_errors(target: Path) -> Iterator[None]:
+    """Turn a failure of the file system into OutputFailed, which names the output."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputFailed(f"{target} could not be written: {error.strerror or error}{where}") from error
+
+
+# --- targets that are refused -------------------------------------------------------------------
+
+
+def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> None:
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise OutputFailed(f"the output's name is longer than {LONGEST_NAME} bytes")
     if not target.parent.is_dir():
@@ -165,64 +188,34 @@ def _check_place(target: Path, inputs: Iterable[Path], needs: int) -> None:
     for path in inputs:
         _refuse_overlap(target, _real(path))
     free = shutil.disk_usage(target.parent).free
-    if needs > free:
-        raise OutputFailed(f"{target.parent} has {free / 1e9:.2f} GB free, the output needs {needs / 1e9:.2f} GB")
-
-
-@contextlib.contextmanager
-def _translated(target: Path) -> Iterator[None]:
-    """Failures of the file system, told as what they are for the user: this output could not be written."""
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise OutputFailed(f"{target} could not be written: {error.strerror or error}{where}") from error
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the block's end: it is short, and cut in two it would leave something behind."""
-    waiting: list[int] = []
-
-    def wait(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the handler's signature
-        waiting.append(number)
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # no other thread may, or is interrupted
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, wait)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for number in waiting[:1]:
-            signal.raise_signal(number)
+    if required_bytes > free:
+        raise OutputFailed(
+            f"{target.parent} has {free / 1e9:.2f} GB free, the output needs {required_bytes / 1e9:.2f} GB"
+        )
 
 
 def _refuse_overlap(target: Path, source: Path) -> None:
-    # By what files and folders are, not by their names alone: a file system may take BASE for base, or show base twice.
+    # Files and folders are compared, not their names: a file system may take BASE for base, or show base twice.
     if target.exists() and target.samefile(source):
         raise OutputFailed(f"the output {target} is the input {source}")
     if source.is_dir() and any(folder.samefile(source) for folder in target.parents):
-        raise OutputFailed(f"the output {target} lies inside the input {source}")
-    links = (_real(path) for path in source.rglob("*") if path.is_symlink())  # nothing, where it is a file
+        raise OutputFailed(f"the output {target} is inside the input {source}")
+    links = (_real(path) for path in source.rglob("*") if path.is_symlink())  # none, where the source is a file
     for path in (source, *links):
         if path.is_relative_to(target) or _is_within(path, target):
-            raise OutputFailed(f"the input {path} lies inside the output {target}, which would be replaced")
+            raise OutputFailed(f"the input {path} is inside the output {target}, which would be replaced")
 
 
 def _is_within(path: Path, folder: Path) -> bool:
     return folder.is_dir() and any(parent.exists() and parent.samefile(folder) for parent in path.parents)
 
 
-def _refuse_taken(places: Iterable[Path], *, overwrite: bool) -> None:
-    for place in places:
-        if place.is_symlink():
-            raise OutputFailed(f"{place} is a symbolic link; name the place itself")
-        if place.exists() and not overwrite:
-            raise OutputFailed(f"{place} exists already; say --overwrite to replace it")
+def _refuse_taken(paths: Iterable[Path], *, overwrite: bool) -> None:
+    for path in paths:
+        if path.is_symlink():
+            raise OutputFailed(f"{path} is a symbolic link; name the file or folder that it refers to")
+        if path.exists() and not overwrite:
+            raise OutputFailed(f"{path} exists already; add --overwrite to replace it")
 
 
 def _refuse_foreign_files(target: Path) -> None:
@@ -237,99 +230,87 @@ def _refuse_foreign_files(target: Path) -> None:
     foreign = sorted(present - known)
     if foreign:
         raise OutputFailed(
-            f"{target} holds files that lora-export did not write, and will not delete: {', '.join(foreign[:10])}"
+            f"{target} contains files that lora-export did not write and does not delete: "
+            f"{', '.join(foreign[:MOST_LISTED])}"
         )
 
 
-def _beside(target: Path, suffix: str) -> str:
+# --- names beside the target --------------------------------------------------------------------
+
+
+def _hidden_name(target: Path, suffix: str) -> str:
     """A hidden name for something that belongs to the target."""
     return f".{_stem(target.name)}.{suffix}"
 
 
 def _stem(name: str) -> str:
-    """A name to which a suffix can be added; long ones go by their hash."""
+    """A name to which a suffix can be added. A long name is replaced by its hash."""
     encoded = os.fsencode(name)
-    # The hash decides by the target alone, so that one run finds what another left.
+    # The hash depends on the target alone, so that one run finds what another left.
     return name if len(encoded) + LONGEST_SUFFIX <= LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the target's lock; a second run ends at once. The kernel frees the lock of a killed run."""
-    path = target.parent / _beside(target, "lock")
-    descriptor = None
-    try:
-        with _undisturbed():
-            descriptor = _take(path, target)
-        yield
-    finally:
-        if descriptor is not None:
-            with _undisturbed():
-                path.unlink(missing_ok=True)
-                os.close(descriptor)
-
-
-def _take(path: Path, target: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
-            raise OutputFailed(f"another run (process {owner}) is writing {target}") from None
-        except OSError:  # a file system without locks
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-            raise
-        if os.fstat(descriptor).st_nlink:
-            with contextlib.suppress(OSError):  # on a full disk; the lock holds without a signature
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            return descriptor
-        # Between our open and our lock its owner finished and removed it: what we hold has no name any more.
-        os.close(descriptor)
-
-
-def _remove_orphans(target: Path, say: Say) -> None:
-    # The whole name is compared: the target `out` must not meddle with a live run that writes `out.v2`.
-    ours = re.compile(re.escape(_beside(target, "")) + r"\d+\.(partial|old)")
+def _remove_orphans(target: Path, on_message: OnMessage) -> None:
+    """Remove what killed runs left beside the target, and put back an old output that has no successor."""
+    # The whole name is compared: the target `out` must not touch a live run that writes `out.v2`.
+    ours = re.compile(re.escape(_hidden_name(target, "")) + r"\d+\.(partial|old)")
     left = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
     stages = {path for path in left if path.suffix == ".partial"}
     for aside in sorted(set(left) - stages):
         stage = aside.with_suffix(".partial")
         if not target.exists():
             aside.rename(target)
-            say(f"put {one_line(target.name)} back, which a run that was killed had set aside")
-        elif stage not in stages:  # it has become the target, so this one has been replaced
+            on_message(f"put {one_line(target.name)} back, which a run that was killed had set aside")
+        elif stage not in stages:  # the stage has become the target, so this old output has been replaced
             aside.rename(stage)
             stages.add(stage)
-        else:  # what is the target now is none of that run's
+        else:  # neither is the target now
             former = one_line(target.name)
-            say(
+            on_message(
                 f"{one_line(str(aside))} is a former {former}, set aside by a run that was killed: keep it or delete it"
             )
             stages.remove(stage)
     for stage in sorted(stages):
         shutil.rmtree(stage)
-        say(f"removed {one_line(stage.name)}, which a run that was killed had left behind")
+        on_message(f"removed {one_line(stage.name)}, which a run that was killed had left behind")
+
+
+# --- flushing and renaming ----------------------------------------------------------------------
 
 
 def _flush(folder: Path) -> None:
+    """Write everything in a folder to the disk, so that no power cut leaves a name without its contents."""
     for path in folder.rglob("*"):
         if path.is_dir():
             _flush_folder(path)
         else:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _flush_file(path)
     _flush_folder(folder)
 
 
+def _flush_file(path: Path) -> None:
+    try:
+        _fsync(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+        _fsync(path, os.O_RDWR)  # Windows flushes only what was opened for writing
+
+
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Write a folder's names to the disk, where the system can. Windows cannot, and need not: NTFS has a journal."""
+    directory = getattr(os, "O_DIRECTORY", None)
+    if directory is None:
+        return
+    try:
+        _fsync(folder, os.O_RDONLY | directory)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -337,24 +318,24 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _swap_in(stage: Path, target: Path) -> None:
-    """Make the stage the target; what the target was before is in the stage's place afterwards, if anywhere."""
+    """Make the stage the target. The old target, if any, is at the stage's path afterwards."""
     if not target.exists():
         stage.rename(target)
     elif not _exchange(stage, target):
-        aside = stage.with_suffix(".old")  # not a stage: if we are killed here, it is the only whole output
+        aside = stage.with_suffix(".old")  # not `.partial`: if this run is killed here, it is the only whole output
         target.rename(aside)
         try:
             stage.rename(target)
         except OSError:
             aside.rename(target)
             raise
-        aside.rename(stage)  # from here on it may be removed, by us or by the next run
+        aside.rename(stage)  # from here on, this run or the next may remove it
     _flush_folder(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step. False where the system cannot (no Linux, or an old file system)."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    """Swap two names in one step. Returns False where the system or the file system cannot."""
+    renameat2 = c_function("renameat2")  # Linux
     if renameat2 is None:
         return False
     result: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))

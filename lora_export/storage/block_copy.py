@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import struct
 from collections import deque
@@ -36,7 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.storage.c_library import c_function
 from lora_export.storage.hashes import ALGORITHMS, Hash
+from lora_export.storage.positional_io import read_at, write_at
 
 BLOCK = 2 << 20  # bytes
 AHEAD = 2  # blocks that may wait for their turn to be hashed while every thread works on another
@@ -180,7 +181,7 @@ def read(source: Path, fd: int, into: Bytes, start: int) -> None:
     """Fill `into` from a position of the file. Raises InputRefused where the file ends before."""
     rest = into.data
     while rest:
-        done = os.preadv(fd, [rest], start)
+        done = read_at(fd, rest, start)
         if not done:
             raise InputRefused(f"{source} became shorter while it was being read")
         rest, start = rest[done:], start + done
@@ -190,7 +191,7 @@ def write(fd: int, data: memoryview, place: int) -> None:
     """Write all of `data` at a position of the file."""
     rest = data
     while rest:  # a disk that is nearly full takes a part, and complains about the rest
-        done = os.pwrite(fd, rest, place)
+        done = write_at(fd, rest, place)
         rest, place = rest[done:], place + done
 
 
@@ -200,7 +201,12 @@ def share(read_fd: int, write_fd: int, start: int, place: int, count: int) -> ra
     Returns the positions in the source that are shared, which begin and end with whole blocks of the file
     system; an empty range where none are.
     """
-    unit = os.fstatvfs(write_fd).f_bsize
+    try:
+        import fcntl
+
+        unit = os.fstatvfs(write_fd).f_bsize
+    except (ImportError, AttributeError):  # Windows
+        return range(0)
     first = start + -start % unit
     length = (start + count - first) // unit * unit
     if length <= 0 or (place - start) % unit:
@@ -217,6 +223,6 @@ def share(read_fd: int, write_fd: int, start: int, place: int, count: int) -> ra
 
 def _start_writing(fd: int, start: int, count: int) -> None:
     """Ask the kernel to begin writing a range to the disk (0: to the end). Only speed depends on it."""
-    sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    sync_file_range = c_function("sync_file_range")  # Linux
     if sync_file_range is not None:
         sync_file_range(fd, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

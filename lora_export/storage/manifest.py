@@ -28,7 +28,7 @@ def write_manifest(
             name = path.relative_to(folder).as_posix()
             contents[name] = {"bytes": path.stat().st_size, **(hashes.get(name) or {"sha256": file_sha256(path)})}
     text = json.dumps({**facts, "files": contents}, indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

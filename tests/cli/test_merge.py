@@ -235,7 +235,7 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsy
     assert run(place, "base", "adapter", "-o", "out") == 0
     old = everything(place / "out")
     assert run(place, "base", "adapter", "--weight", "2", "-o", "out") == 7
-    assert capsys.readouterr().err == f"Error: {place / 'out'} exists already; say --overwrite to replace it\n"
+    assert capsys.readouterr().err == f"Error: {place / 'out'} exists already; add --overwrite to replace it\n"
     assert everything(place / "out") == old
     assert run(place, "base", "adapter", "--weight", "2", "--overwrite", "-o", "out") == 0
     assert result(place / "out") == (W + 2 * BA).tolist()
@@ -246,8 +246,8 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsy
     ("output", "message"),
     [
         ("base", "the output {place}/base is the input {place}/base"),
-        ("base/merged", "the output {place}/base/merged lies inside the input {place}/base"),
-        ("adapter/merged", "the output {place}/adapter/merged lies inside the input {place}/adapter"),
+        ("base/merged", "the output {place}/base/merged is inside the input {place}/base"),
+        ("adapter/merged", "the output {place}/adapter/merged is inside the input {place}/adapter"),
         ("no/such", "the folder {place}/no does not exist; create it first"),
     ],
 )

@@ -698,7 +698,7 @@ def test_an_output_inside_an_input_is_known_by_what_it_is_whatever_it_is_called(
     (place / "BASE").mkdir()
     before = everything(place)
     for out, message in [
-        ("BASE/out", f"Error: the output {place}/BASE/out lies inside the input {place}/base\n"),
+        ("BASE/out", f"Error: the output {place}/BASE/out is inside the input {place}/base\n"),
         ("BASE", f"Error: the output {place}/BASE is the input {place}/base\n"),
     ]:
         line = ["merge", "base", "first", "-o", out, "--overwrite"]
@@ -724,7 +724,7 @@ def test_an_output_that_holds_what_an_input_links_to_is_not_replaced(place, caps
             shutil.copy(path, linked)
     before = everything(place)
     assert cli.run(["merge", str(linked), str(place / "second"), "-o", str(place / "out"), "--overwrite"]) == 7
-    assert re.search(r"the input .*/out/.* lies inside the output .*/out, which would be", capsys.readouterr().err)
+    assert re.search(r"the input .*/out/.* is inside the output .*/out, which would be", capsys.readouterr().err)
     assert everything(place) == before
 
 
@@ -736,7 +736,7 @@ def test_an_output_that_is_an_input_by_whatever_name_is_refused(place, capsys, o
     before = everything(place)
     line = ["merge", str(place / "bare.safetensors"), str(place / "first"), "-o", str(place / out), "--overwrite"]
     assert cli.run(line) == 7
-    assert re.search("is the input|lies inside the input", capsys.readouterr().err)
+    assert re.search("is the input|is inside the input", capsys.readouterr().err)
     assert everything(place) == before and (place / "link").is_symlink()
 
 
@@ -753,7 +753,7 @@ def test_a_link_that_takes_the_outputs_place_during_the_run_is_not_followed(plac
 
     monkeypatch.setattr("lora_export.api.merge.merge_checkpoint", slow)
     assert cli.run(merge_line(place, base, "out", 0)) == 7
-    assert f"{place}/out is a symbolic link; name the place itself" in capsys.readouterr().err
+    assert f"{place}/out is a symbolic link; name the file or folder that it refers to" in capsys.readouterr().err
     assert (place / "out").is_symlink() and not any((place / "elsewhere").iterdir())
     assert not (place / "nowhere").exists() and not outputs(place)["folder"].leftovers()
 
@@ -786,7 +786,7 @@ def test_shards_of_an_old_count_go_and_foreign_files_stay(place, capsys):
     (place / "single/model.safetensors").write_bytes((place / "bare.safetensors").read_bytes())
     (place / "out/link").symlink_to(place / "first")
     assert cli.run(merge_line(place, "single", "out", 1)) == 7
-    assert "holds files that lora-export did not write, and will not delete: link" in capsys.readouterr().err
+    assert "contains files that lora-export did not write and does not delete: link" in capsys.readouterr().err
     (place / "out/link").unlink()
     assert cli.run(merge_line(place, "single", "out", 1)) == 0
     assert set(everything(place / "out")) == {"model.safetensors", MANIFEST}

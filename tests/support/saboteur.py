@@ -156,7 +156,7 @@ def publish_graph(target: str, weight: float) -> None:
 
     @cli.cli.command("publish")
     def _() -> None:
-        with atomic_output.stage_file(Path(target), inputs=(), overwrite=True, say=say) as stage:
+        with atomic_output.stage_file(Path(target), inputs=(), overwrite=True, on_message=say) as stage:
             graphs.save(model, stage, Path(target).name)
             graphs.append_metadata(stage / Path(target).name, {"lora_export": f'{{"verdict": {weight}}}'})
 

@@ -1,0 +1,117 @@
+"""The lock of an output: one run writes it at a time, and a second run ends at once.
+
+The library filelock makes the system's call: `flock` on Linux and macOS, `LockFileEx` on Windows. The operating
+system frees the lock of a run that was killed. Opening, signing and removing the lock's file stay here, because
+filelock's own FileLock leaves the file on the disk, and does not record which process holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lora_export.errors import OutputFailed
+from lora_export.storage.deferred_signals import deferred_signals
+
+LONGEST_SIGNATURE = 32  # bytes
+# O_NOFOLLOW: a symbolic link that appears after the check is not followed. O_BINARY: Windows keeps every byte.
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+@contextlib.contextmanager
+def output_lock(path: Path, target: Path) -> Iterator[None]:
+    """Hold the lock at `path` while the block writes `target`. Raises OutputFailed where another run holds it.
+
+    Nothing is left behind, unless the process is killed. Then the file stays, and the next run takes it over.
+    """
+    release: Callable[[], None] | None = None
+    try:
+        with deferred_signals():
+            release = _take(path, target)
+        yield
+    finally:
+        if release is not None:
+            with deferred_signals():
+                release()
+
+
+def _take(path: Path, target: Path) -> Callable[[], None]:
+    """Take the lock and return the function that releases it."""
+    import filelock  # here: commands that write nothing start sooner without it
+
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if filelock.has_fcntl or sys.platform == "win32":
+        descriptor = _locked_file(path, target)
+        return lambda: _remove(path, descriptor)
+    return _marker_file(path, target)
+
+
+def _locked_file(path: Path, target: Path) -> int:
+    from filelock import lock_descriptor
+
+    while True:
+        descriptor = os.open(path, FLAGS, 0o666)
+        try:
+            locked = lock_descriptor(descriptor, blocking=False)
+        except OSError:  # a file system without locks
+            _remove(path, descriptor)
+            raise
+        if not locked:
+            owner = _signature(descriptor)
+            os.close(descriptor)
+            raise _taken(owner, target)
+        if os.fstat(descriptor).st_nlink:
+            _sign(descriptor)
+            return descriptor
+        # Between our open and our lock, the owner finished and removed the file: the one that we hold has no name.
+        os.close(descriptor)
+
+
+# Windows locks the file's first byte, and lets no other process read it. So the signature begins behind it.
+
+
+def _sign(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # on a full disk, the lock holds without a signature
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f" {os.getpid()}\n".encode())
+
+
+def _signature(descriptor: int) -> str:
+    os.lseek(descriptor, 1, os.SEEK_SET)
+    return os.read(descriptor, LONGEST_SIGNATURE).decode("ascii", "replace").strip()
+
+
+def _remove(path: Path, descriptor: int) -> None:
+    """Remove the lock's file while it is still locked: a file that is unlocked first may be another run's by then."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:  # Windows removes no file that is open
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # another run has opened it meanwhile, and will remove it
+            path.unlink(missing_ok=True)
+    else:
+        os.close(descriptor)
+
+
+def _marker_file(path: Path, target: Path) -> Callable[[], None]:
+    """Take the lock where the system has no file locks: the file's existence is the lock, and names its owner.
+
+    filelock recognises the file of a dead process, and replaces it.
+    """
+    from filelock import SoftFileLock, Timeout
+
+    marker = SoftFileLock(path)
+    for _ in range(2):  # the first attempt may do no more than remove the file of a dead process
+        with contextlib.suppress(Timeout):
+            marker.acquire(blocking=False)
+            return marker.release
+    raise _taken(str(marker.pid or ""), target)
+
+
+def _taken(owner: str, target: Path) -> OutputFailed:
+    return OutputFailed(f"another run (process {owner or 'unknown'}) is writing {target}")

@@ -1,0 +1,170 @@
+"""One run at a time writes an output; its lock leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import filelock
+import pytest
+
+from lora_export.errors import OutputFailed
+from lora_export.storage.output_lock import output_lock
+
+FILE_LOCKS = pytest.mark.skipif(not filelock.has_fcntl, reason="this system has no file locks")
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    return tmp_path / ".out.lock"
+
+
+def locked_by_another(path: Path) -> pytest.RaisesContext[OutputFailed]:
+    return pytest.raises(OutputFailed, match=rf"^another run \(process {os.getpid()}\) is writing {path.parent}/out$")
+
+
+@pytest.mark.fault(33)
+def test_a_lock_is_held_for_the_block_and_leaves_nothing(lock):
+    with output_lock(lock, lock.with_name("out")):
+        assert lock.exists()
+        with locked_by_another(lock), output_lock(lock, lock.with_name("out")):
+            pass
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_an_exception_releases_the_lock(lock):
+    with pytest.raises(ZeroDivisionError), output_lock(lock, Path("out")):
+        raise ZeroDivisionError
+    assert not lock.exists()
+
+
+@FILE_LOCKS
+@pytest.mark.fault(33)
+def test_a_lock_without_a_signature_is_still_held(lock):
+    with lock.open("w") as file:
+        filelock.lock_descriptor(file.fileno(), blocking=False)
+        with pytest.raises(OutputFailed, match=r"another run \(process unknown\) is writing"), output_lock(lock, lock):
+            pass
+
+
+@pytest.mark.fault(32)
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(lock):
+    theirs = lock.with_name("theirs")
+    theirs.write_text("theirs")
+    lock.symlink_to(theirs)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"), output_lock(lock, lock):
+        pass
+    assert theirs.read_text() == "theirs"
+
+
+@FILE_LOCKS
+@pytest.mark.fault(33)
+def test_a_lock_file_removed_by_its_owner_meanwhile_is_created_anew(lock, monkeypatch):
+    # The other run ends between our open and our lock: the file that we locked has no name any more.
+    calls = []
+    right = filelock.lock_descriptor
+
+    def late(descriptor: int, **options: bool) -> bool:
+        if not calls:
+            lock.unlink()
+        calls.append(descriptor)
+        return right(descriptor, **options)
+
+    monkeypatch.setattr(filelock, "lock_descriptor", late)
+    with output_lock(lock, lock.with_name("out")):
+        assert len(calls) == 2
+        with locked_by_another(lock), output_lock(lock, lock.with_name("out")):
+            pass
+    assert not lock.exists()
+
+
+@FILE_LOCKS
+def test_a_file_system_without_locks_is_an_error_and_leaves_nothing(lock, monkeypatch):
+    def unsupported(*_: object, **__: object) -> bool:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", unsupported)
+    with pytest.raises(OSError, match="not supported"), output_lock(lock, lock):
+        pass
+    assert not lock.exists()
+
+
+def test_the_lock_is_removed_where_no_open_file_can_be(lock, monkeypatch):
+    unlink = os.unlink
+
+    def refuse_open(path: Path, **options: object) -> None:
+        if any(open_file.resolve() == path for open_file in Path("/proc/self/fd").iterdir()):
+            raise PermissionError(13, "the file is open")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse_open)
+    with output_lock(lock, lock):
+        assert lock.exists()
+    assert not lock.exists()
+
+
+@FILE_LOCKS
+def test_the_first_byte_is_not_part_of_the_signature(lock):
+    # Windows lets no other process read it.
+    with output_lock(lock, lock):
+        assert int(lock.read_bytes()[1:]) == os.getpid()
+
+
+# --- systems without file locks ---
+
+
+def test_without_file_locks_the_existence_of_the_file_is_the_lock(lock, monkeypatch):
+    monkeypatch.setattr(filelock, "has_fcntl", False)
+    monkeypatch.setattr(filelock, "lock_descriptor", None)
+    with output_lock(lock, lock.with_name("out")):
+        with locked_by_another(lock), output_lock(lock, lock.with_name("out")):
+            pass
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_without_file_locks_the_file_of_a_dead_process_is_taken_over(lock, monkeypatch):
+    monkeypatch.setattr(filelock, "has_fcntl", False)
+    child = os.fork()
+    if not child:
+        with output_lock(lock, lock):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert lock.read_text().startswith(f"{child}\n")
+    with output_lock(lock, lock):
+        assert lock.read_text().startswith(f"{os.getpid()}\n")
+    assert not lock.exists()
+
+
+# --- signals ---
+
+
+@FILE_LOCKS
+@pytest.mark.fault(28)
+def test_ctrl_c_while_the_lock_is_taken_releases_it(lock, monkeypatch):
+    right = filelock.lock_descriptor
+
+    def interrupted(descriptor: int, **options: bool) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return right(descriptor, **options)
+
+    monkeypatch.setattr(filelock, "lock_descriptor", interrupted)
+    with pytest.raises(KeyboardInterrupt), output_lock(lock, lock):
+        pass
+    assert not lock.exists()
+
+
+def test_another_thread_may_take_a_lock(lock):
+    taken = []
+
+    def take() -> None:
+        with output_lock(lock, lock):
+            taken.append(lock.exists())
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    assert taken == [True] and not lock.exists()

@@ -1,0 +1,79 @@
+"""Everything imports, merges and publishes without the calls that only Linux has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_export import cli
+from support import ROOT
+from support.handmade import base_file, graph_file, peft_adapter
+from support.other_systems import python_without_linux
+
+IMPORT_ALL = """
+import importlib, os, pkgutil, sys
+import lora_export
+assert sys.modules["fcntl"] is None and not hasattr(os, "preadv") and not hasattr(os, "O_DIRECTORY")
+for module in pkgutil.walk_packages(lora_export.__path__, "lora_export."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+# These tests run a second time without Linux's calls, except those about such a call.
+STORAGE = (
+    *("test_atomic_output.py", "test_output_lock.py", "test_manifest.py", "test_deferred_signals.py"),
+    *("test_positional_io.py", "test_safetensors_file.py", "test_json_files.py", "test_input_files.py"),
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A base as a folder and as a graph, and an adapter for both."""
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.random((40, 30)), "kept": rng.random((3000, 1000))}
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", weights)
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    graph_file(tmp_path / "base.onnx", {"fc.weight": np.float32(weights["fc.weight"].T)}, data="base.data")
+    peft_adapter(tmp_path / "adapter", {"fc": (rng.random((4, 30)), rng.random((40, 4)))})
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_module_imports_without_linux():
+    child = python_without_linux("-c", IMPORT_ALL)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "output"),
+    [
+        (["merge", "base", "adapter"], "merged"),
+        (["merge", "base.onnx", "adapter"], "merged.onnx"),
+        (["onnx", "base.onnx", "-a", "adapter", "--lora", "nodes"], "exported.onnx"),
+    ],
+)
+def test_an_output_without_linux_has_the_same_bytes(place, monkeypatch, line, output):
+    monkeypatch.chdir(place)
+    folders = [place / "linux", place / "elsewhere"]
+    for folder in folders:
+        folder.mkdir()
+    assert cli.run([*line, "-o", str(folders[0] / output)]) == 0
+    for _ in range(2):  # a new output, and one that replaces it
+        child = python_without_linux("-m", "lora_export", *line, "-o", folders[1] / output, "--overwrite", folder=place)
+        assert child.returncode == 0, child.stderr
+    written, written_elsewhere = map(contents, folders)
+    assert written_elsewhere == written and output in {Path(name).parts[0] for name in written}
+
+
+def test_the_tests_of_storage_pass_without_linux():
+    tests = [ROOT / "tests/storage" / name for name in STORAGE]
+    child = python_without_linux("-m", "pytest", "-qs", "-p", "no:cacheprovider", "-k", "not torch", *tests)
+    assert child.returncode == 0, child.stdout
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed is not None and int(passed[1]) > 150, child.stdout
