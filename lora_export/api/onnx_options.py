@@ -66,7 +66,7 @@ class OnnxOptions:
     def staged(self, inputs: Iterable[Path]) -> AbstractContextManager[Path]:
         """A folder whose files are published together when the block succeeds."""
         return atomic_output.stage_file(
-            self.output, inputs=[*inputs, *self.sources], overwrite=self.overwrite, say=self.on_message
+            self.output, inputs=[*inputs, *self.sources], overwrite=self.overwrite, on_message=self.on_message
         )
 
 
