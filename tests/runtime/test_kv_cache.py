@@ -38,7 +38,7 @@ def sums() -> model.Model:
     return load_model(f"{FACTORIES}:sums")
 
 
-def judged(path: Path, base: model.Model) -> Proof:
+def proven(path: Path, base: model.Model) -> Proof:
     return prove(with_cache(OnnxRunner(path)), PyTorchReferences(base, [an_adapter()]))
 
 
@@ -49,9 +49,9 @@ def test_each_run_gets_the_cache_of_the_previous_run(sums: model.Model, tmp_path
     mask = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
     rows = sums.module.table.weight.detach().numpy()[ids] * mask[..., None]
     expected = rows.cumsum(1) @ sums.module.dense.weight.detach().numpy().T
-    answer = runner.run({"input_ids": ids, "attention_mask": mask})
-    assert list(answer) == ["logits"]
-    np.testing.assert_allclose(answer["logits"], expected, rtol=1e-5, atol=1e-6)
+    outputs = runner.run({"input_ids": ids, "attention_mask": mask})
+    assert list(outputs) == ["logits"]
+    np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_prompt_is_one_run_and_each_later_token_another(sums: model.Model, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_prompt_is_one_run_and_each_later_token_another(sums: model.Model, tmp_p
 
 
 def test_correct_graph_is_same_and_notes_how_it_ran(sums: model.Model, tmp_path: Path) -> None:
-    verdict = judged(a_graph(tmp_path / "m.onnx", sums, adapter=an_adapter()), sums).verdict
+    verdict = proven(a_graph(tmp_path / "m.onnx", sums, adapter=an_adapter()), sums).verdict
     assert verdict.same, str(verdict)
     assert f"run with its cache: a prompt, then {DECODE_STEPS} tokens one by one" in verdict.notes
     assert {each.input for each in verdict.sensitivity} == {"input_ids", "attention_mask"}
@@ -82,12 +82,12 @@ def test_correct_graph_is_same_and_notes_how_it_ran(sums: model.Model, tmp_path:
 )
 def test_graph_with_a_broken_cache_is_different(change: tuple[str, str], sums: model.Model, tmp_path: Path) -> None:
     path = a_graph(tmp_path / "m.onnx", sums, change, adapter=an_adapter())
-    verdict = judged(path, sums).verdict
+    verdict = proven(path, sums).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT, str(verdict)
 
 
 def test_graph_without_the_adapter_is_different(sums: model.Model, tmp_path: Path) -> None:
-    assert judged(a_graph(tmp_path / "m.onnx", sums), sums).verdict.outcome is parity.Outcome.DIFFERENT
+    assert proven(a_graph(tmp_path / "m.onnx", sums), sums).verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_output_for_the_last_token_alone_is_refused(sums: model.Model, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_diagnosis_separates_cache_faults_from_prompt_faults(
     for tensor in graph.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
     onnx.save(graph, tmp_path / "named.onnx")
-    found = judged(tmp_path / "named.onnx", sums)
+    found = proven(tmp_path / "named.onnx", sums)
     assert found.verdict.outcome is parity.Outcome.DIFFERENT and found.diagnosis is not None
     assert reason in str(found.diagnosis), str(found.diagnosis)
     if "cache" in reason:

@@ -100,7 +100,7 @@ def test_each_run_uses_its_own_adapter_or_the_base(session: Session) -> None:
 
 
 def test_loaded_adapter_outlives_its_file(model: Path) -> None:
-    # onnxruntime's own LoraAdapter, once its object is gone, makes run() answer with the base.
+    # onnxruntime's own LoraAdapter, once its object is gone, makes run() compute the base.
     session = Session(model)
     session.load("one", model.parent / "one.onnx_adapter")
     (model.parent / "one.onnx_adapter").write_bytes(b"")
@@ -114,10 +114,10 @@ def test_binding_uses_the_adapter_bound_last(session: Session) -> None:
     binding = session.io_binding(adapter="one")
     binding.bind_cpu_input("x", X)
     binding.bind_output("y", "cpu")
-    for adapter, answer in [("one", expected(ONE)), ("two", expected(TWO)), (None, X @ M @ N), ("one", expected(ONE))]:
+    for adapter, output in [("one", expected(ONE)), ("two", expected(TWO)), (None, X @ M @ N), ("one", expected(ONE))]:
         session.bind(binding, adapter=adapter)
         session.run_with_iobinding(binding)
-        assert np.array_equal(binding.copy_outputs_to_cpu()[0], answer), adapter
+        assert np.array_equal(binding.copy_outputs_to_cpu()[0], output), adapter
 
 
 def test_binding_holds_an_unloaded_adapter(session: Session) -> None:
@@ -269,9 +269,9 @@ def test_feeds_may_be_ort_values_and_outputs_chosen(session: Session) -> None:
 def test_threads_do_not_share_adapters(session: Session) -> None:
     wrong: list[str] = []
 
-    def work(adapter: str | None, answer: NDArray[np.float32]) -> None:
+    def work(adapter: str | None, output: NDArray[np.float32]) -> None:
         for _ in range(100):
-            if not np.array_equal(session.run({"x": X}, adapter=adapter)["y"], answer):
+            if not np.array_equal(session.run({"x": X}, adapter=adapter)["y"], output):
                 wrong.append(str(adapter))
 
     cases = [(None, X @ M @ N), ("one", expected(ONE)), ("two", expected(TWO))]
@@ -373,9 +373,9 @@ def without_dora(*modules: str) -> dict[str, LoraPair]:
     return {module: dataclasses.replace(PAIRS[module], magnitude=None) for module in modules}
 
 
-def agree(answer: Mapping[str, NDArray[Any]], pairs: Mapping[str, LoraPair]) -> None:
+def agree(output: Mapping[str, NDArray[Any]], pairs: Mapping[str, LoraPair]) -> None:
     for name, value in computed(pairs).items():
-        np.testing.assert_allclose(answer[name], value, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(output[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_dora_embeddings_and_convolutions_are_switched(tmp_path: Path) -> None:

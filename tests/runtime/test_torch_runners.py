@@ -64,10 +64,10 @@ def test_fp64_runner_computes_products_of_experts() -> None:
     with pytest.raises(RuntimeError, match="got Double"):
         experts.double()(torch.from_numpy(rows), torch.from_numpy(ends))
     reference = torch_runners.Fp64Runner(experts)
-    answer = reference.run({"x": rows, "ends": ends})["output_0"]
+    output = reference.run({"x": rows, "ends": ends})["output_0"]
     weights = experts.weights.detach().numpy()
     np.testing.assert_allclose(
-        answer, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
+        output, np.concatenate([rows[:2] @ weights[0], rows[2:] @ weights[2]]), rtol=1e-14, atol=1e-14
     )
     assert reference.narrow_operators == set()
 
@@ -98,9 +98,9 @@ def test_bf16_module_returns_bf16() -> None:
     module = nn.Linear(2, 1, bias=False).bfloat16()
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[1.0, 2.0]]))
-    answer = torch_runners.ModuleRunner(module).run({"input": np.array([[3.0, 4.0]], np.float32)})
-    assert answer["output_0"].dtype == ml_dtypes.bfloat16
-    assert answer["output_0"].astype(np.float32).tolist() == [[11.0]]
+    output = torch_runners.ModuleRunner(module).run({"input": np.array([[3.0, 4.0]], np.float32)})
+    assert output["output_0"].dtype == ml_dtypes.bfloat16
+    assert output["output_0"].astype(np.float32).tolist() == [[11.0]]
 
 
 def test_module_that_returns_no_tensor_is_refused() -> None:

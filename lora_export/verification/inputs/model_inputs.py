@@ -111,5 +111,5 @@ def notes_on_sizes(candidate: Runner, model: Model) -> list[str]:
     for symbol, (low, high) in _limits(candidate, model).items():
         if symbol not in fixed and (low or high is not None):
             bounds = f"{low} and more" if high is None else f"{low} to {high}" if low else f"up to {high}"
-            notes.append(f"the candidate takes a {symbol} of {bounds}: no size outside was tried")
+            notes.append(f"the candidate takes {symbol} sizes of {bounds}: no other was tried")
     return notes

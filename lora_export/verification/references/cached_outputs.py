@@ -46,14 +46,15 @@ class CacheKey:
 
 
 class CachedOutputs:
-    """Outputs of the reference: those of the folder's entry, and those computed since.
+    """Outputs of the reference by case and role: those of the folder's entry, and those that a caller adds.
 
-    Any problem with the folder goes to `warn` and never ends a proof. Without a key nothing is read or saved.
-    `stayed` are the operators that the reference could not lift to fp64; they are stored with its outputs.
+    The roles are those of a proof: reference, base, scaled, attached. Any problem with the folder goes to `warn` and
+    never ends a proof. Without a key nothing is read or saved. `narrow_operators` are those that the reference could
+    not lift to fp64; they are saved with its outputs, and a read entry adds its own.
     """
 
-    def __init__(self, folder: Path | None, key: CacheKey | None, stayed: set[str], warn: Warn):
-        self.folder, self.key, self.stayed, self.warn = folder, key, stayed, warn
+    def __init__(self, folder: Path | None, key: CacheKey | None, narrow_operators: set[str], warn: Warn):
+        self.folder, self.key, self.narrow_operators, self.warn = folder, key, narrow_operators, warn
         self.outputs: dict[tuple[str, str], Arrays] = {}  # (case, role) -> output -> values
         self.is_saved = False
         if folder is None:
@@ -63,18 +64,12 @@ class CachedOutputs:
         else:
             self._read(key)
 
-    def get(self, case: str, role: str, run: Callable[..., Arrays], *arguments: Any) -> Arrays:
-        """The outputs for a case in a role (reference, base, scaled): cached, or computed now by `run(*arguments)`."""
-        if (case, role) not in self.outputs:
-            self.outputs[case, role] = run(*arguments)
-        return self.outputs[case, role]
-
     def save(self) -> None:
         """Write the entry, whole or not at all, unless the folder has it already."""
         if self.folder is None or self.key is None or self.is_saved:
             return
         flat = [((*role, output), values) for role, arrays in self.outputs.items() for output, values in arrays.items()]
-        record = {"made_with": self.key.made_with, "stayed": sorted(self.stayed), "digest": _digest(flat)}
+        record = {"made_with": self.key.made_with, "stayed": sorted(self.narrow_operators), "digest": _digest(flat)}
         path = self._path(self.key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +95,7 @@ class CachedOutputs:
                 return
             for (case, role, output), values in flat:
                 self.outputs.setdefault((case, role), {})[output] = values
-            self.stayed.update(record["stayed"])
+            self.narrow_operators.update(record["stayed"])
         except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
             self.outputs.clear()
             self.warn(f"cache: {path.name} is damaged ({error}): the reference runs again")

@@ -1,0 +1,59 @@
+"""Environments of machines: this one, and invented ones."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from dataclasses import replace
+from importlib.metadata import Distribution
+from pathlib import Path
+
+from lora_export.runtime.environment import Driver, Facts, Package, Provider, examine
+from lora_export.runtime.providers import CPU, CUDA
+
+NO_DRIVER = Driver(fault="there is no NVIDIA driver (libcuda.so.1: cannot open shared object file)")
+ONE_GPU = Driver(cuda="13.0", gpus=1)
+HEALTHY = Facts(
+    python="3.11.7",
+    platform="Linux",
+    packages=(
+        Package("onnxruntime-gpu", ">=1.24", "", "1.31.1"),
+        Package("torch", ">=2.10", "", "2.13"),
+    ),
+    onnxruntimes={"onnxruntime-gpu": "1.31.1"},
+    onnxruntime_cuda="13.0",
+    providers=(Provider(CUDA), Provider(CPU)),
+    torch_cuda="13.0",
+    torch_devices=("NVIDIA H100",),
+    driver=ONE_GPU,
+    settings={},
+)
+LIBRARIES = ("libcublasLt.so.13", "libcurand.so.10")
+WITHOUT_CUDA = replace(
+    HEALTHY,
+    providers=(
+        Provider(CUDA, "missing: " + ", ".join(LIBRARIES), LIBRARIES),
+        Provider(CPU),
+    ),
+    torch_cuda="",
+    torch_devices=(),
+    driver=NO_DRIVER,
+)
+
+
+@functools.cache
+def this_machine() -> Facts:
+    """This machine, examined once."""
+    return examine()
+
+
+def install(site: Path, name: str, version: str, *files: str) -> None:
+    """A distribution as pip installs it: metadata and a list of its files."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+
+
+def installed(site: Path) -> list[Distribution]:
+    return list(importlib.metadata.distributions(path=[str(site)]))

@@ -1,0 +1,66 @@
+"""The cases of a proof against a PyTorch model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models import factory
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.inputs.model_inputs import case_inputs, notes_on_sizes
+
+LAYER = torch.nn.Linear(4, 2)
+MODEL = factory.from_module(LAYER, {"input": torch.ones(3, 7, 4)})
+ANY_SIZE = ModuleRunner(LAYER)
+
+
+@dataclass
+class OfOneLength:
+    """A candidate that declares the second axis constant."""
+
+    axes: dict[str, Any] = field(default_factory=lambda: {"input": (3, 7, 4)})
+    names_known: bool = True
+
+    def run(self, inputs: Any) -> Any:
+        raise AssertionError
+
+
+def test_three_seeded_cases_of_different_sizes() -> None:
+    cases = case_inputs(MODEL, ANY_SIZE)
+    shapes = [arrays["input"].shape for arrays in cases.values()]
+    assert len(set(shapes)) == 3 and {shape[2] for shape in shapes} == {4}
+    again, other = case_inputs(MODEL, ANY_SIZE), case_inputs(MODEL, ANY_SIZE, seed=7)
+    for name, arrays in cases.items():
+        assert np.array_equal(arrays["input"], again[name]["input"])
+        assert not np.array_equal(arrays["input"], other[name]["input"])
+
+
+def test_constant_sizes_are_used_and_noted_but_the_batch_varies() -> None:
+    shapes = [arrays["input"].shape for arrays in case_inputs(MODEL, OfOneLength()).values()]
+    assert {shape[1] for shape in shapes} == {7} and len({shape[0] for shape in shapes}) == 3
+    assert notes_on_sizes(OfOneLength(), MODEL) == [
+        "the candidate was made for one size of input_axis1, 7: no other was tried"
+    ]
+
+
+def test_declared_limits_are_kept_to_and_noted() -> None:
+    limited = ModuleRunner(LAYER, limits={"input": ((0, None), (2, 5), (0, None))})
+    shapes = [arrays["input"].shape for arrays in case_inputs(MODEL, limited).values()]
+    assert all(2 <= shape[1] <= 5 for shape in shapes)
+    assert notes_on_sizes(limited, MODEL) == ["the candidate takes input_axis1 sizes of 2 to 5: no other was tried"]
+
+
+def test_user_inputs_are_one_more_case(tmp_path: Path) -> None:
+    array = np.zeros((1, 2, 4), np.float32)
+    np.savez(tmp_path / "mine.npz", input=array)
+    cases = case_inputs(MODEL, ANY_SIZE, user_inputs=tmp_path / "mine.npz")
+    assert len(cases) == 4 and np.array_equal(cases["mine.npz"]["input"], array)
+    np.savez(tmp_path / "other.npz", x=array)
+    with pytest.raises(InputRefused, match=r"other.npz contains x; the model takes input"):
+        case_inputs(MODEL, ANY_SIZE, user_inputs=tmp_path / "other.npz")
