@@ -185,7 +185,7 @@ def _is_power_of_two(scale: np.float32) -> bool:
     return abs(math.frexp(scale)[0]) == 0.5
 
 
-def fresh_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.Generator) -> LoraPair:
+def new_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.Generator) -> LoraPair:
     """A new pair for a weight of this (out, in) shape: A Kaiming-uniform with a = √5, B zero.
 
     Kaiming-uniform with negative slope √5 is U(-1/√in, 1/√in) (He et al. 2015, eq. 10, and the

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export import lora
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter, LoraPair, TokenRows, fresh_pair
+from lora_export.lora import Adapter, LoraPair, TokenRows, new_pair
 
 A = np.array([[1, 2, 3], [0, 1, 0]])  # (rank 2, in 3)
 B = np.array([[1, 0], [2, 1]])  # (out 2, rank 2)
@@ -173,7 +173,7 @@ def test_an_embedding_pair_needs_matrices():
 
 
 def test_a_fresh_pair_has_uniform_a_and_zero_b():
-    fresh = fresh_pair((3, 400), rank=50, scale=2.0, rng=np.random.default_rng(0))
+    fresh = new_pair((3, 400), rank=50, scale=2.0, rng=np.random.default_rng(0))
     assert fresh.is_identity and not fresh.b.any()
     assert (fresh.a.shape, fresh.b.shape, fresh.scale) == ((50, 400), (3, 50), 2.0)
     assert np.abs(fresh.a).max() <= 1 / 20

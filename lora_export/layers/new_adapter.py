@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.module_tensors import as_array, named_tensors, specs
-from lora_export.lora import Adapter, LoraPair, fresh_pair
+from lora_export.lora import Adapter, LoraPair, new_pair
 from lora_export.plan import Layout, TensorSpec
 
 
@@ -70,7 +70,7 @@ def _new_pairs(linear: dict[str, TensorSpec], *, rank: int, scale: float, seed: 
     pairs: dict[str, LoraPair] = {}
     for path, spec in linear.items():
         out_features, in_features = spec.matrix
-        pairs[path] = fresh_pair((out_features, in_features), rank=rank, scale=scale, rng=rng)
+        pairs[path] = new_pair((out_features, in_features), rank=rank, scale=scale, rng=rng)
     return pairs
 
 

@@ -36,7 +36,7 @@ ARITHMETIC = """
     sub sum tan tanh topk true_divide trunc var var_mean xlogy all any kthvalue __and__ __or__ __xor__ linalg_norm
     linalg_vector_norm
 """
-PRODUCTS = """
+MATRIX_PRODUCTS = """
     addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution dot einsum embedding inner linear matmul mm mv outer scaled_dot_product_attention tensordot
     cosine_similarity cdist
@@ -127,7 +127,7 @@ REPLACEMENTS: dict[str, Function] = {
     "new_empty.default": _new_zeros,
     "empty_permuted.default": _zeros,
 }
-OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
+OPERATORS = frozenset(" ".join((ARITHMETIC, MATRIX_PRODUCTS, LAYERS, SHAPES)).split())
 
 
 def _bounded(function: Function) -> Function:

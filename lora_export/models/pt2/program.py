@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.models.pt2 import reader
+from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
 from lora_export.models.pt2.recover_layers import has_matrix, recover_layers, shown, split_name, uses_of
-from lora_export.models.pt2.steps import Step, Steps, TensorLocation, all_steps, prepare
 from lora_export.models.pt2.structures import fill
 
-MAX_PROBLEMS = 5  # problems of one kind that a message lists
+MAX_INPUT_PROBLEMS = 5  # that a message lists
 
 
 class Program(nn.Module):
@@ -43,15 +43,15 @@ class Program(nn.Module):
         self.file_dtype = _float_dtype(description)  # of the file's weights: that of the first float tensor
         self._shared = _SharedDescription(description)
         self._locations = {tensor.value: TensorLocation(*split_name(tensor.name)) for tensor in description.tensors}
-        self._steps, self._writes = Steps(description.graph, ()), False
+        self._graph, self._writes = PreparedGraph(description.graph, ()), False
         layers = recover_layers(self, description, uses_of(description.graph))
         called = {layer for layer in layers.values() if layer is not None}
         self.unobserved_weights = tuple(
             f"{owner}.weight" for owner, module in self.named_modules() if has_matrix(module) and owner not in called
         )
         inputs = set(description.input_values.values())
-        self._steps = prepare(description.graph, self._locations, inputs, layers, description.path)
-        self._writes = any(step.operator is not None and step.operator.writes for step in all_steps(self._steps))
+        self._graph = prepare(description.graph, self._locations, inputs, layers, description.path)
+        self._writes = any(node.operator is not None and node.operator.writes for node in all_nodes(self._graph))
         self.eval()
 
     @property
@@ -98,41 +98,43 @@ class Program(nn.Module):
             tensor = self._converted(inputs[name], self.description.inputs[name].dtype, dtype)
             values[value] = tensor.clone() if self._writes else tensor
         versions = self._versions() if self._writes else []
-        results = self._run(self._steps, values, dtype)
+        results = self._run(self._graph, values, dtype)
         if versions != (self._versions() if self._writes else []):
             raise RuntimeRefused(f"{self.description.path.name} changes its own weights when it is run")
         return fill(self.description.outputs, results)
 
     # --- running ---
 
-    def _run(self, steps: Steps, values: dict[str, Any], dtype: torch.dtype | None) -> list[Any]:
+    def _run(self, graph: PreparedGraph, values: dict[str, Any], dtype: torch.dtype | None) -> list[Any]:
         device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
         read = functools.partial(self._read, values, dtype, device)
-        for step in steps.steps:
+        for prepared in graph.nodes:
             try:
-                result = self._result(step, read, dtype)
+                result = self._result(prepared, read, dtype)
             except LoraExportError:
                 raise
             except Exception as error:  # operators raise exceptions of any type
                 cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeRefused(f"node {step.node.name} ({shown(step.node.target)}): {cause}") from error
-            _store(step.node, result, values)
-            for name in step.last_reads:
+                raise RuntimeRefused(f"node {prepared.node.name} ({shown(prepared.node.target)}): {cause}") from error
+            _store(prepared.node, result, values)
+            for name in prepared.last_reads:
                 values.pop(name, None)
-        return [read(output) for output in steps.graph.outputs]
+        return [read(output) for output in graph.graph.outputs]
 
-    def _result(self, step: Step, read: Callable[[Any], Any], dtype: torch.dtype | None) -> Any:
-        if step.layer:
-            return self.get_submodule(step.layer)(read(step.layer_input))
-        if step.operator is None:
-            assert step.inner is not None
-            arguments = [read(value) for _, value in step.arguments]
-            inputs = dict(zip(step.inner.graph.inputs, arguments, strict=True))
-            results = self._run(step.inner, {name: value for name, value in inputs.items() if name is not None}, dtype)
-            return results[0] if step.inner.graph.is_single else results
-        if step.operator.names is None:
-            return step.operator.run(*(read(value) for _, value in step.arguments))
-        return step.operator.run(**{name: read(value) for name, value in step.arguments})
+    def _result(self, prepared: PreparedNode, read: Callable[[Any], Any], dtype: torch.dtype | None) -> Any:
+        if prepared.layer:
+            return self.get_submodule(prepared.layer)(read(prepared.layer_input))
+        if prepared.operator is None:
+            assert prepared.inner is not None
+            arguments = [read(value) for _, value in prepared.arguments]
+            inputs = dict(zip(prepared.inner.graph.inputs, arguments, strict=True))
+            results = self._run(
+                prepared.inner, {name: value for name, value in inputs.items() if name is not None}, dtype
+            )
+            return results[0] if prepared.inner.graph.is_single else results
+        if prepared.operator.names is None:
+            return prepared.operator.run(*(read(value) for _, value in prepared.arguments))
+        return prepared.operator.run(**{name: read(value) for name, value in prepared.arguments})
 
     def _read(self, values: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device, argument: Any) -> Any:
         if isinstance(argument, Value):
@@ -187,7 +189,7 @@ class Program(nn.Module):
             for axis, (size, wanted) in enumerate(zip(value.shape, tensor.sizes, strict=True)):
                 problems += self._size_problem(f"axis {axis} of {name}", size, wanted, sizes)
         if problems:
-            raise RuntimeRefused("; ".join(problems[:MAX_PROBLEMS]))
+            raise RuntimeRefused("; ".join(problems[:MAX_INPUT_PROBLEMS]))
 
     def _size_problem(self, what: str, size: int, wanted: int | Symbol, sizes: dict[str, int]) -> Iterator[str]:
         if isinstance(wanted, int):

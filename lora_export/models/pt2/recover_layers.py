@@ -15,8 +15,11 @@ from lora_export.plan import Layout
 
 ATEN = "torch.ops.aten."
 MAX_DEPTH = 100  # of nested modules; PyTorch walks through them by recursion
-CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
-CONVOLVE = ("convolution.default", *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")))
+CONVOLUTION_CLASSES = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
+CONVOLUTION_OPERATORS = (
+    "convolution.default",
+    *(f"conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")),
+)
 CONVOLUTION_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("transposed", False))
 TRANSPOSES = (
     "t.default",
@@ -86,7 +89,7 @@ def values_in(argument: Any) -> Iterator[str]:
 
 def has_matrix(module: nn.Module) -> bool:
     """Whether a recovered layer multiplies by its weight."""
-    return isinstance(module, (nn.Linear, nn.Embedding, InOutWeight, *CONVOLUTIONS.values()))
+    return isinstance(module, (nn.Linear, nn.Embedding, InOutWeight, *CONVOLUTION_CLASSES.values()))
 
 
 def recover_layers(
@@ -193,7 +196,7 @@ def _layer(tensors: Mapping[str, ProgramTensor], uses: Mapping[str, Sequence[Use
             return _Layer(layer, nodes if all(_has_bias(node, bias) for node in nodes) else [])
         if kinds == {("embedding.default", "weight")} and len(sizes) == 2:
             return _embedding(tensors, nodes, sizes)
-        if kinds and kinds <= {(name, "weight") for name in CONVOLVE}:
+        if kinds and kinds <= {(name, "weight") for name in CONVOLUTION_OPERATORS}:
             return _convolution(nodes, sizes, bias)
         if kinds and len(sizes) == 2 and all(_transposes(use) for use in readers):
             layer = nn.Linear(sizes[1], sizes[0], bias=bias is not None)
@@ -246,13 +249,13 @@ def _convolution(nodes: Sequence[Node], sizes: Sequence[int], bias: ProgramTenso
     settings = {
         tuple(_setting(argument_of(node, name, default)) for name, default in CONVOLUTION_DEFAULTS) for node in nodes
     }
-    if len(settings) != 1 or len(sizes) not in CONVOLUTIONS:
+    if len(settings) != 1 or len(sizes) not in CONVOLUTION_CLASSES:
         return _Layer(nn.Module())
     stride, padding, dilation, groups, transposed = next(iter(settings))
     if transposed is not False or not isinstance(groups, int) or groups < 1 or sizes[0] % groups:
         return _Layer(nn.Module())
     try:
-        layer = CONVOLUTIONS[len(sizes)](
+        layer = CONVOLUTION_CLASSES[len(sizes)](
             sizes[1] * groups,
             sizes[0],
             tuple(sizes[2:]),  # type: ignore[arg-type]

@@ -29,26 +29,26 @@ class TensorLocation(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class PreparedNode:
     """One node, ready to run."""
 
     node: Node
-    operator: allowed_operators.Operator | None  # None: the inner steps run in its place
+    operator: allowed_operators.Operator | None  # None: the inner graph runs in its place
     arguments: tuple[tuple[str, Any], ...]
     layer: str  # the module that is called in the operator's place; empty where the operator runs
     layer_input: Any  # the argument that this module gets
-    inner: Steps | None
-    last_reads: tuple[str, ...]  # the values that no later step reads
+    inner: PreparedGraph | None
+    last_reads: tuple[str, ...]  # the values that no later node reads
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
+class PreparedGraph:
     """A graph, ready to run."""
 
     graph: Graph
-    steps: tuple[Step, ...]
+    nodes: tuple[PreparedNode, ...]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Steps:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedGraph:
         return self  # immutable, and a module is copied often
 
 
@@ -58,34 +58,34 @@ def prepare(
     inputs: set[str],
     layers: Mapping[int, str | None],
     path: Path,
-) -> Steps:
+) -> PreparedGraph:
     """Look up the operators of a graph's nodes.
 
     `locations` has the program's own tensors, `inputs` the values of its inputs, and `layers` the result of
     `recover_layers`. Raises InputRefused with the first node that is not supported, and how many others are not.
     """
     last = _last_reads(graph)
-    steps, problems = [], []
+    nodes, problems = [], []
     for number, node in enumerate(graph.nodes):
         layer = layers.get(node.number, "")
         if layer is None:
             continue
         try:
-            steps.append(_step(node, layer, locations.keys() | inputs, path, tuple(last.get(number, ()))))
+            nodes.append(_prepared(node, layer, locations.keys() | inputs, path, tuple(last.get(number, ()))))
         except InputRefused as error:
             problems.append(str(error))
     if problems:
         more = f" (and {len(problems) - 1} more nodes like it)" if len(problems) > 1 else ""
         raise InputRefused(f"{problems[0]}{more}")
-    return Steps(graph, tuple(steps))
+    return PreparedGraph(graph, tuple(nodes))
 
 
-def all_steps(steps: Steps) -> Iterator[Step]:
-    """Every step, those of inner graphs included."""
-    for step in steps.steps:
-        yield step
-        if step.inner is not None:
-            yield from all_steps(step.inner)
+def all_nodes(prepared: PreparedGraph) -> Iterator[PreparedNode]:
+    """Every node, those of inner graphs included."""
+    for node in prepared.nodes:
+        yield node
+        if node.inner is not None:
+            yield from all_nodes(node.inner)
 
 
 def _last_reads(graph: Graph) -> dict[int, list[str]]:
@@ -103,7 +103,7 @@ def _last_reads(graph: Graph) -> dict[int, list[str]]:
     return last
 
 
-def _step(node: Node, layer: str, fixed: set[str], path: Path, last_reads: tuple[str, ...]) -> Step:
+def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: tuple[str, ...]) -> PreparedNode:
     """Raises InputRefused for operators that are not run, and for those that write into a `fixed` value."""
     where = f"{path}: node {node.name}"
     if node.target in INLINED:
@@ -127,10 +127,10 @@ def _step(node: Node, layer: str, fixed: set[str], path: Path, last_reads: tuple
     layer_input = argument_of(node, LAYER_INPUTS.get(operator_of(node), "input"), None) if layer else None
     # Pinning is for copies to a GPU.
     arguments = tuple((name, value) for name, value in node.inputs if name != "pin_memory")
-    return Step(node, operator, arguments, layer, layer_input, None, last_reads)
+    return PreparedNode(node, operator, arguments, layer, layer_input, None, last_reads)
 
 
-def _inlined(node: Node, path: Path, last_reads: tuple[str, ...]) -> Step:
+def _inlined(node: Node, path: Path, last_reads: tuple[str, ...]) -> PreparedNode:
     before = INLINED[node.target]
     values = [value for _, value in node.inputs]
     where = f"{path}: node {node.name} ({shown(node.target)})"
@@ -144,4 +144,4 @@ def _inlined(node: Node, path: Path, last_reads: tuple[str, ...]) -> Step:
     if len(arguments) != len(graph.inputs):
         raise InputRefused(f"{where} passes {len(arguments)} values to a graph that takes {len(graph.inputs)}")
     names = {name for name in graph.inputs if name is not None}
-    return Step(node, None, arguments, "", None, prepare(graph, {}, names, {}, path), last_reads)
+    return PreparedNode(node, None, arguments, "", None, prepare(graph, {}, names, {}, path), last_reads)
