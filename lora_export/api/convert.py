@@ -10,8 +10,8 @@ from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSource, adapter_paths, load_adapters
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
-from lora_export.graph.insert.inputs import contract_of, factors_of
-from lora_export.graph.onnx_file import load
+from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.storage import atomic_output
 
 
@@ -46,8 +46,8 @@ def convert(
     output, graph = Path(output), Path(graph)
     (loaded,) = load_adapters(adapter)
     onnx_adapter.refuse_beyond_low_rank([loaded])
-    model = load(graph)
-    contract = contract_of(model, graph)
+    model = load_graph(graph)
+    contract = checked_contract(model, graph)
     try:
         steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[weight])
     except MatchError as error:
@@ -59,7 +59,7 @@ def convert(
     for note in notes:
         on_message(f"note: {note}")
     onnx_adapter.refuse_dora_without_factor(contract, steps)
-    factors = factors_of(model, contract, steps, loaded.name)
+    factors = contract_dora_factors(model, contract, steps, loaded.name)
     parameters = onnx_adapter.input_values(contract, steps, loaded.name, factors)
     inputs = [graph, *adapter_paths(adapter)]
     with atomic_output.stage_file(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as folder:

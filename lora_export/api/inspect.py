@@ -14,7 +14,7 @@ from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from lora_export.formats.onnx_adapter import OnnxAdapter
-    from lora_export.graph.sites import Sites
+    from lora_export.graph.find_sites import Sites
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
 
         return Inspection(path, onnx_adapter=onnx_adapter.read(path))
     if path.suffix == ".onnx":
-        from lora_export.graph.onnx_file import load
-        from lora_export.graph.sites import find
+        from lora_export.graph.find_sites import find_sites
+        from lora_export.graph.onnx_file.reading import load_graph
 
         names = None if checkpoint is None else open_checkpoint(Path(checkpoint))
-        return Inspection(path, graph=find(load(path), names))
+        return Inspection(path, graph=find_sites(load_graph(path), names))
     return Inspection(path, checkpoint=open_checkpoint(path))

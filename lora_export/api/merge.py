@@ -140,18 +140,18 @@ def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
 
 def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> MergeResult:
     # A merge into a checkpoint does not wait for onnx to be imported.
-    from lora_export.graph.merge import merge_graph
-    from lora_export.graph.merge import refuse_before_the_work as refuse_before_the_work_in_graph
-    from lora_export.graph.onnx_file import open_graph
-    from lora_export.graph.quantised.requantise import notes_on
-    from lora_export.graph.sites import find
+    from lora_export.graph.find_sites import find_sites
+    from lora_export.graph.merge.merge_graph import merge_graph
+    from lora_export.graph.merge.merge_graph import refuse_before_merge as refuse_before_the_work_in_graph
+    from lora_export.graph.onnx_file.reading import open_graph
+    from lora_export.graph.quantised.scheme_of_weight import requantise_notes
 
     input_files.must_exist(options.base, "base model")
     graph = open_graph(options.base)
-    sites = find(graph.model, None if origin is None else open_checkpoint(origin))
+    sites = find_sites(graph.model, None if origin is None else open_checkpoint(origin))
     steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
     refuse_before_the_work_in_graph(steps, graph, sites, requantise=requantize)
-    quantised = notes_on(steps, graph.model, sites) if requantize else ()
+    quantised = requantise_notes(steps, graph.model, sites) if requantize else ()
     notes = _report_notes(options, steps, [*sites.notes, *quantised])
     if options.dry_run:
         return MergeResult(options.output, steps, None, notes)

@@ -17,10 +17,12 @@ from lora_export.api.onnx_insert import insert_and_save, locate
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.errors import InputRefused
-from lora_export.graph.insert.inserter import module_of
-from lora_export.graph.merge import write_merged
-from lora_export.graph.onnx_file import EXTERNAL_FROM, GraphFile, initializers, open_graph
-from lora_export.graph.sites import Sites, is_output_head, place
+from lora_export.graph.find_sites import Sites, is_output_head
+from lora_export.graph.insert.adapter_names import module_of
+from lora_export.graph.merge.merge_graph import write_merged
+from lora_export.graph.onnx_file.reading import GraphFile, open_graph
+from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
+from lora_export.graph.values import initializers
 from lora_export.plan import Plan
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_hash
@@ -107,7 +109,7 @@ def _targets(sites: Sites, options: OnnxOptions) -> list[str]:
         return []
     linear = {site.name: site for site in sites.linear if len(site.shape) == 2}
     if isinstance(targets, str):
-        unknown = [place(site) for site in sites.unnamed if not site.equals and not is_output_head(site)]
+        unknown = [site.location for site in sites.unnamed if not site.equal_tensors and not is_output_head(site)]
         if unknown:
             more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
             raise InputRefused(
@@ -142,7 +144,7 @@ def _merge(
     """
     for value in initializers(program):
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < EXTERNAL_FROM:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < MIN_EXTERNAL_BYTES:
             # onnxruntime reads no other file while it infers shapes.
             value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
     written = write_merged(steps, replace(graph, model=program), sites, folder, file_name=file_name, hashing=HASHING)

@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from lora_export import layers, plan
 from lora_export.api.load import ModelSource, load_model, model_paths
-from lora_export.api.onnx_insert import Located, insert_and_save, locate, save_graph
+from lora_export.api.onnx_insert import Located, insert_and_save, locate, write_graph
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.publish import record_of_model
-from lora_export.graph.fold import fold
+from lora_export.graph.merge.fold import fold
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.model import Model
@@ -67,13 +67,13 @@ def write_with_adapters(
 ) -> tuple[Located | None, list[str]]:
     """Write the graph with its adapters; return where they landed, and the names of the files beside it."""
     if not options.adapters and not future:
-        return None, save_graph(program, options, folder)
+        return None, write_graph(program, options, folder)
     located = locate(program, options, None)
     if options.lora == "merged":
         assert located.plan is not None
         options.stage("folding the adapters in")
         refuse_below_rounding(fold(program, located.sites, located.plan), MIN_RETENTION)
-        return located, save_graph(program, options, folder)
+        return located, write_graph(program, options, folder)
     targets = [step.weight for step in plan.make(future, located.sites.specs, identity_ok=True).steps] if future else []
     return located, insert_and_save(program, located, options, targets, folder)
 

@@ -10,11 +10,12 @@ import onnx_ir as ir
 
 from lora_export.api.onnx_options import OnnxOptions, adapter_file
 from lora_export.formats import onnx_adapter
-from lora_export.graph.insert.inputs import factors_of, open_inputs
-from lora_export.graph.insert.nodes import branch
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.onnx_file import save
-from lora_export.graph.sites import Sites, find
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.plan import Plan
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -29,7 +30,7 @@ class Located(NamedTuple):
 def locate(program: ir.Model, options: OnnxOptions, checkpoint: Checkpoint | None) -> Located:
     """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit."""
     options.stage("finding its weights")
-    sites = find(program, checkpoint)
+    sites = find_sites(program, checkpoint)
     steps = options.plan(sites.specs) if options.adapters else None
     notes = [note for adapter in options.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
@@ -49,10 +50,10 @@ def insert_and_save(
     assert located.plan is not None
     options.stage("inserting the adapters")
     if options.lora == "rows":
-        choose_by_row(program, located.sites, located.plan)
+        insert_rows(program, located.sites, located.plan)
     else:
-        branch(program, located.sites, located.plan)
-    return save_graph(program, options, folder)
+        insert_nodes(program, located.sites, located.plan)
+    return write_graph(program, options, folder)
 
 
 def _with_inputs(
@@ -63,19 +64,19 @@ def _with_inputs(
     changed = {step.weight: step.has_dora for step in (steps.steps if steps else ())}
     wanted = changed.keys() | set(targets)
     dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
-    contract = open_inputs(
+    contract = insert_inputs(
         program, sites, [name for name in sites.by_name if name in wanted], names=options.names, dora=dora
     )
     for adapter in options.adapters:
         assert steps is not None
-        factors = factors_of(program, contract, steps, adapter.name)
+        factors = contract_dora_factors(program, contract, steps, adapter.name)
         parameters = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / adapter_file(adapter), parameters, contract, sha256=adapter.sha256)
-    return [*(adapter_file(adapter) for adapter in options.adapters), *save_graph(program, options, folder)]
+    return [*(adapter_file(adapter) for adapter in options.adapters), *write_graph(program, options, folder)]
 
 
-def save_graph(program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
+def write_graph(program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
     """Write the graph; return the names of the files beside it."""
     options.stage("writing")
-    *beside, _ = save(program, folder, options.output.name)
+    *beside, _ = save_graph(program, folder, options.output.name)
     return [path.name for path in beside]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.api.onnx_options import OnnxOptions, OnnxProofs, adapter_file
 from lora_export.api.publish import require_same, stage_of_proof, summary
-from lora_export.graph.onnx_file import append_metadata, in_memory
+from lora_export.graph.onnx_file.writing import append_metadata, in_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays

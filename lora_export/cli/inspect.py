@@ -13,7 +13,8 @@ from lora_export.errors import one_line, printable
 
 if TYPE_CHECKING:
     from lora_export.formats.onnx_adapter import OnnxAdapter
-    from lora_export.graph.sites import Site, Sites
+    from lora_export.graph.find_sites import Sites
+    from lora_export.graph.site import Site
     from lora_export.weights.checkpoint import Checkpoint
 
 EXAMPLE = """\b
@@ -84,14 +85,13 @@ def _show_onnx_adapter(adapter: OnnxAdapter, *, as_json: bool) -> None:
 
 def _lines_of_graph(found: Sites) -> Iterator[str]:
     """A graph's weights: what could not be named, and each place where a parameter is read."""
-    from lora_export.graph.sites import place
 
     yield from str(found).split("\n")
     specs = {spec.name: spec for spec in found.specs}
     for name, there in found.by_name.items():
         yield f"  {name}  {' x '.join(map(str, specs[name].shape))} {specs[name].dtype}"
         for site in there:
-            facts = [place(site), f"lies {site.layout}" if site.is_linear else "", f"named by {site.how}"]
+            facts = [site.location, f"lies {site.layout}" if site.is_linear else "", f"named by {site.named_by}"]
             facts += [f"{site.quantised.kind}, computes in {site.dtype}" if site.quantised is not None else ""]
             facts += [f"[{site.block.start}:{site.block.stop}] of {site.value.name}" if site.block is not None else ""]
             yield f"    {', '.join(filter(None, facts))}"
@@ -99,12 +99,15 @@ def _lines_of_graph(found: Sites) -> Iterator[str]:
 
 def _graph_as_document(found: Sites) -> dict[str, Any]:
     from lora_export import report
-    from lora_export.graph.sites import tried
+    from lora_export.graph.names.exporter_names import naming_attempts
 
     return {
         "tensors": [report.as_dict(spec) for spec in found.specs],
         "sites": [_site(site) for there in found.by_name.values() for site in there],
-        "unnamed": [_site(site) | {"tried": list(tried(site)), "equals": list(site.equals)} for site in found.unnamed],
+        "unnamed": [
+            _site(site) | {"tried": list(naming_attempts(site)), "equals": list(site.equal_tensors)}
+            for site in found.unnamed
+        ],
         "notes": list(found.notes),
     }
 
@@ -112,7 +115,7 @@ def _graph_as_document(found: Sites) -> dict[str, Any]:
 def _site(site: Site) -> dict[str, Any]:
     return {
         "name": site.name,
-        "how": site.how,
+        "how": site.named_by,
         "operator": site.node.op_type,
         "node": site.node.name,
         "input": site.index,

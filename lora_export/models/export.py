@@ -41,7 +41,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     Only the listed axes vary; axes with equal symbols have equal sizes. The weights share memory with the module until
     the graph is saved. A linear layer's weight that a MatMul reads is stored transposed, under the parameter's name.
     Outputs have the keys of what the module returns as names, or `output_0`, `output_1`, ... Nodes keep the exporter's
-    metadata, which contain module names and this machine's paths: `graph.onnx_file.save` strips them.
+    metadata, which contain module names and this machine's paths: `save_graph` removes them.
 
     Raises RuntimeRefused when the exporter refuses the module, fixes an axis that should vary, or
     drops an input.

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.onnx_file import load
-from lora_export.graph.ort_operators import head_size
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.operators import head_size
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays, Placement
@@ -177,7 +177,9 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
 
 def _with_features(cache: Sequence[CacheTensor], source: Path | InMemoryGraph) -> list[CacheTensor]:
     """The cache with the size of a head where the graph leaves it to the operator that reads the cache."""
-    model = load(source) if isinstance(source, Path) else ir.from_proto(onnx.ModelProto.FromString(source.message))
+    model = (
+        load_graph(source) if isinstance(source, Path) else ir.from_proto(onnx.ModelProto.FromString(source.message))
+    )
     features = {value.name: head_size(value) or None for value in model.graph.inputs}
     return [tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache]
 

@@ -67,7 +67,7 @@ def _external_data(path: Path) -> list[Path]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(LOCATION) < 0:  # and onnx need not be imported
             return []
-    from lora_export.graph.onnx_file import open_graph
+    from lora_export.graph.onnx_file.reading import open_graph
 
     graph = open_graph(path)
     return [source for source in graph.sources if not source.samefile(path)]

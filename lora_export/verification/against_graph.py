@@ -1,9 +1,10 @@
 """The graph that a candidate was made from as its measure: two ways of computing one thing.
 
 Without a PyTorch model there is no other truth than the base graph's own. The reference is that graph with the
-adapters in it by another way than the candidate's (`references.graph`), computed in fp64 (`references.graph_fp64`)
-with onnxruntime's optimisations off; the same graph as it is, in its own types and optimised, says how exactly
-float arithmetic can be here. What both ways share is where a weight lies in the graph, and what the adapter holds.
+adapters in it by another way than the candidate's (`references.graph_with_adapter`), computed in fp64
+(`references.graph_fp64`) with onnxruntime's optimisations off; the same graph as it is, in its own types and optimised,
+says how exactly float arithmetic can be here. What both ways share is where a weight lies in the graph, and what the
+adapter holds.
 
 A proof takes several times the weights' memory: the candidate's session, the other graph's, and one weight at a time
 in fp64. Measured of 12 fp32 layers of 64 MiB: 3.3 GiB merged, 4.0 GiB with nodes, 0.75 GiB of each the graph's own
@@ -23,8 +24,9 @@ import onnx_ir as ir
 
 from lora_export import plan
 from lora_export.errors import InputRefused, RuntimeRefused
-from lora_export.graph.onnx_file import in_memory, open_graph
-from lora_export.graph.sites import Sites, find
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.onnx_file.reading import open_graph
+from lora_export.graph.onnx_file.writing import in_memory
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
@@ -37,8 +39,14 @@ from lora_export.verification.against_origin import AGAINST, UNCHANGED
 from lora_export.verification.candidate_outputs import CandidateOutputs, Step, sensitivity_of
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs, graph_inputs
-from lora_export.verification.references import Diagnosed, MergedPeer, ReferenceOutputs, graph
-from lora_export.verification.references.graph_fp64 import late_weights, widen
+from lora_export.verification.references import Diagnosed, MergedPeer, ReferenceOutputs
+from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
+from lora_export.verification.references.graph_with_adapter import (
+    at_strength,
+    branches_at_quantised_weights,
+    branches_where_possible,
+    sum_at_weights,
+)
 from lora_export.weights.checkpoint import Checkpoint
 
 PEER = "the other graph"
@@ -313,9 +321,9 @@ class PreparedGraph:
     def _made(self, way: Way, factor: float = 1.0) -> tuple[ir.Model, list[str]]:
         """A copy of the base graph with adapters in it, and notes."""
         model = self.references.base.model.clone()
-        sites = find(model, self.references.base.checkpoint)
+        sites = find_sites(model, self.references.base.checkpoint)
         steps = plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
-        return model, way(model, sites, graph.at_strength(steps, factor))
+        return model, way(model, sites, at_strength(steps, factor))
 
 
 # --- ways to put adapters into a graph, with notes ------------------------------------------------
@@ -324,22 +332,22 @@ Way = Callable[[ir.Model, Sites, Plan], list[str]]
 
 
 def _at_the_weights(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    graph.at_the_weights(model, sites, steps)
+    sum_at_weights(model, sites, steps)
     return []
 
 
 def _rounded_at_the_weights(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    graph.at_the_weights(model, sites, steps, rounded=True)
+    sum_at_weights(model, sites, steps, rounded=True)
     return []
 
 
 def _beside_quantised(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    graph.beside_quantised(model, sites, steps)
+    branches_at_quantised_weights(model, sites, steps)
     return []
 
 
 def _beside(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
-    elsewhere = graph.beside_the_weights(model, sites, steps)
+    elsewhere = branches_where_possible(model, sites, steps)
     if not elsewhere:
         return []
     return [f"of {elsewhere} weights, beside which nothing can stand, W + ΔW is computed where they are read"]
@@ -350,7 +358,7 @@ def _beside(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
 
 def session_of(model: ir.Model, what: str, provider: str) -> OnnxRunner:
     """A session of a graph in memory, which gives memory back as soon as it is free."""
-    late_weights(model)
+    compute_weights_late(model)
     return OnnxRunner(InMemoryGraph(what, *in_memory(model)), provider, low_memory=True)
 
 
@@ -358,7 +366,7 @@ def in_fp64(model: ir.Model, cases: Mapping[str, Arrays]) -> Fp64Outputs:
     """Run a graph in fp64, without optimisations. The graph is changed and of no further use."""
     gc.collect()  # a graph is a ring: the one before it, with weights made for it, would stay
     narrow = frozenset(widen(model, _types))
-    late_weights(model)
+    compute_weights_late(model)
     runner = OnnxRunner(InMemoryGraph("the graph in fp64", *in_memory(model)), optimise=False, low_memory=True)
     return Fp64Outputs({name: runner.run(arrays) for name, arrays in cases.items()}, narrow)
 

@@ -26,12 +26,13 @@ from benchmarks.llama_graph import MAKE
 from benchmarks.measure import keep, machine, run
 from lora_export import formats, plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph.fold import fold
-from lora_export.graph.insert.inputs import open_inputs
-from lora_export.graph.insert.nodes import branch
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.onnx_file import load, save
-from lora_export.graph.sites import find
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.weights.checkpoint import open_checkpoint
 
 ROUNDS = 8
@@ -119,18 +120,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, adapter = folder / "inside" / FILE, formats.load(folder / "adapter")
     named = [replace(adapter, name=f"adapter-{number}", sha256=str(number)) for number in range(ADAPTERS)]
     for way in ("merged", "nodes", "inputs", "rows"):
-        model = load(base)
-        sites = find(model)
+        model = load_graph(base)
+        sites = find_sites(model)
         steps = plan.make(named if way == "rows" else [adapter], sites.specs)
         (folder / way).mkdir()
         if way == "inputs":
-            contract = open_inputs(model, sites, [step.weight for step in steps.steps])
+            contract = insert_inputs(model, sites, [step.weight for step in steps.steps])
             given = onnx_adapter.input_values(contract, steps, adapter.name)
             for each in named:
                 onnx_adapter.write(folder / way / f"{each.name}.onnx_adapter", given, contract, sha256=each.sha256)
         else:
-            {"merged": fold, "nodes": branch, "rows": choose_by_row}[way](model, sites, steps)
-        save(model, folder / way, FILE)
+            {"merged": fold, "nodes": insert_nodes, "rows": insert_rows}[way](model, sites, steps)
+        save_graph(model, folder / way, FILE)
     return folder
 
 
@@ -181,7 +182,7 @@ def test_a_run_beside_the_merged_graph(place: Path) -> None:
     }
     times = timed(rivals, ROUNDS)
     keep("latency", f"{table(times, 'merged')}\n\n{TOLD}. {machine()}")
-    # Wall time is not asserted; that a branch is no second model is.
+    # Wall time is not asserted; that a insert_nodes is no second model is.
     assert all(against(times, name, "merged", Shape(8, 64)) < 1.5 for name in rivals)
 
 
@@ -198,23 +199,23 @@ def built(place: Path) -> Path:
     for way in ("merged", "nodes", "inputs", "genai-inputs"):
         (folder / way).mkdir()
     for way in ("merged", "nodes", "inputs"):
-        model = load(folder / "base" / FILE)
-        sites = find(model, open_checkpoint(place / "model"))
+        model = load_graph(folder / "base" / FILE)
+        sites = find_sites(model, open_checkpoint(place / "model"))
         steps = plan.make([adapter], sites.specs)
         if way == "inputs":
-            contract = open_inputs(model, sites, [step.weight for step in steps.steps], names="genai")
+            contract = insert_inputs(model, sites, [step.weight for step in steps.steps], names="genai")
             given = onnx_adapter.input_values(contract, steps, adapter.name)
             onnx_adapter.write(folder / way / "a.onnx_adapter", given, contract, sha256=adapter.sha256)
         else:
-            {"merged": fold, "nodes": branch}[way](model, sites, steps)
-        save(model, folder / way, FILE)
+            {"merged": fold, "nodes": insert_nodes}[way](model, sites, steps)
+        save_graph(model, folder / way, FILE)
     extract(folder / "genai-nodes" / FILE, folder / "genai-inputs")
     return folder
 
 
 def extract(graph: Path, folder: Path) -> None:
     """The builder's adapter as inputs of its graph, as Olive's `extract-adapters` makes them of it."""
-    model = load(graph)
+    model = load_graph(graph)
     parameters = {}
     for name, value in model.graph.initializers.items():
         if ".lora_" in name:
@@ -229,7 +230,7 @@ def extract(graph: Path, folder: Path) -> None:
     form.set_model_version(1)
     form.set_parameters(parameters)
     form.export_adapter(str(folder / "a.onnx_adapter"))
-    save(model, folder, FILE)
+    save_graph(model, folder, FILE)
 
 
 def test_a_run_beside_genais_own_lora_graph(built: Path) -> None:
@@ -285,6 +286,6 @@ def test_a_base_and_many_adapters_beside_as_many_merged_models(place: Path) -> N
             found[name].append(loaded(*paths))
     cells = {name: tuple(map(median, zip(*runs, strict=True))) for name, runs in found.items()}
     rows = [f"| {name} | {seconds:.2f} s | {memory:.0f} MiB |" for name, (seconds, memory) in cells.items()]
-    keep("loading", "\n".join(["| | load | memory |", "|---|---|---|", *rows, "", f"3 rounds. {machine()}"]))
+    keep("loading", "\n".join(["| | load_graph | memory |", "|---|---|---|", *rows, "", f"3 rounds. {machine()}"]))
     assert cells["base and 8 .onnx_adapter"][1] < cells["8 merged"][1] / 3
     assert cells[f"rows, {ADAPTERS} adapters in it"][1] < cells["8 merged"][1] / 3

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from lora_export.models.export import to_onnx
-from lora_export.graph import onnx_file
+from lora_export.graph.onnx_file import writing
 from lora_export.models.load import load_model
 place = Path(sys.argv[1])
 torch.manual_seed(0)
@@ -19,12 +19,12 @@ model = LlamaForCausalLM(config).eval()
 model.save_pretrained(place / "model")
 base = load_model(str(place / "model"))
 graph = to_onnx(base.module, base.example_inputs(), axes=base.axes)
-onnx_file.INLINE = 0
+writing.MAX_INLINE_BYTES = 0
 (place / "beside").mkdir()
-onnx_file.save(graph.clone(), place / "beside", "model.onnx")
-onnx_file.INLINE = 1 << 30
+writing.save_graph(graph.clone(), place / "beside", "model.onnx")
+writing.MAX_INLINE_BYTES = 1 << 30
 (place / "inside").mkdir()
-onnx_file.save(graph, place / "inside", "model.onnx")
+writing.save_graph(graph, place / "inside", "model.onnx")
 adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 for name, parameter in adapted.named_parameters():
     if "lora_B" in name:

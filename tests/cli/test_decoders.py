@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from lora_export import formats
-from lora_export.graph import onnx_file
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.models.load import load_model
 from lora_export.runtime.kv_cache import DECODE_STEPS, with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -37,11 +38,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, base = tmp_path_factory.mktemp("decoders"), load_model(SUMS)
     swapped = ("Concat <axis = 2> (past_key, here)", "Concat <axis = 2> (here, past_key)")
     for name, change in {"right": ("", ""), "wrong": swapped}.items():
-        graph = onnx_file.load(a_decoder(folder / "plain.onnx", base, change))
+        graph = load_graph(a_decoder(folder / "plain.onnx", base, change))
         # As an exporter tells it; nobody can infer it behind a Slice.
         squeezed = next(node for node in graph.graph if node.op_type == "Squeeze").outputs[0]
         squeezed.shape, squeezed.type = ir.Shape(["batch", "tokens", FEATURES]), ir.TensorType(ir.DataType.FLOAT)
-        onnx_file.save(graph, folder, f"{name}.onnx")
+        save_graph(graph, folder, f"{name}.onnx")
     base_file(folder / "base.safetensors", {name: value.numpy() for name, value in base.module.state_dict().items()})
     rng = np.random.default_rng(0)
     peft_adapter(folder / "a", {"dense": (rng.standard_normal((2, FEATURES)), rng.standard_normal((3, 2)))})
@@ -154,7 +155,7 @@ def test_a_decoder_of_genais_builder_is_proven(
 def test_a_builders_graph_that_tells_no_size_of_a_head_decodes(tmp_path: Path) -> None:
     save_tokenizer(base_of("llama"))
     graph = build(base_of("llama"), tmp_path / "built", "fp32")
-    assert {value.shape[-1] for value in onnx_file.load(graph).graph.inputs[2:]} != {16}
+    assert {value.shape[-1] for value in load_graph(graph).graph.inputs[2:]} != {16}
     ids = torch.from_numpy(IDS)
     answered = with_cache(OnnxRunner(graph)).run({"input_ids": IDS, "attention_mask": np.ones_like(IDS)})
     with torch.no_grad():

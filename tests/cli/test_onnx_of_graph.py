@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from lora_export import formats, plan
 from lora_export.api import onnx_from_graph, onnx_insert
 from lora_export.formats import onnx_adapter
-from lora_export.graph import onnx_file, sites
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.onnx_file.reading import load_graph, open_graph
+from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES, in_memory, save_graph
 from lora_export.models import export
 from lora_export.models.load import load_model
 from lora_export.plan import Plan
@@ -71,8 +73,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph.metadata_props["maker"] = "somebody"
     next(iter(graph.graph)).metadata_props["pkg.torch.onnx.stack_trace"] = 'File "/home/somebody/model.py"'
     ir.save(graph, folder / "base.onnx")
-    onnx_file.save(quantised(exported("bert").graph, block=16), folder, "bits.onnx")
-    onnx_file.save(quantised(exported("bert").graph, block=16, as_pairs=True), folder, "pairs.onnx")
+    save_graph(quantised(exported("bert").graph, block=16), folder, "bits.onnx")
+    save_graph(quantised(exported("bert").graph, block=16, as_pairs=True), folder, "pairs.onnx")
     save_file(exported("bert").module.state_dict(), folder / "bert.safetensors")
     an_adapter_in(folder / "fr"), an_adapter_in(folder / "de", seed=1)
     return folder
@@ -180,7 +182,7 @@ def test_an_adapter_stands_beside_four_bits(
     assert call("onnx", place / f"{name}.onnx", "-a", place / "fr", "-o", tmp_path / "merged.onnx") == 3
     assert "is quantised" in capsys.readouterr().err
     # PyTorch with the weights that the bits stand for.
-    found = sites.find(onnx_file.load(place / f"{name}.onnx"))
+    found = find_sites(load_graph(place / f"{name}.onnx"))
     pairs = formats.load(place / "fr").pairs
     weights = dict(exported("bert").module.state_dict())
     changes = {
@@ -206,7 +208,7 @@ def spotter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The user's own model as a graph, an adapter, and one that is another's."""
     folder = tmp_path_factory.mktemp("spotter")
     base = load_model(SPOTTER)
-    onnx_file.save(export.to_onnx(base.module, base.example_inputs(), axes=base.axes), folder, "base.onnx")
+    save_graph(export.to_onnx(base.module, base.example_inputs(), axes=base.axes), folder, "base.onnx")
     rng = np.random.default_rng(0)
     out = "encoder.layers.0.self_attn.out_proj"
     pairs = {out: (0.3 * rng.standard_normal((3, 16)), 0.3 * rng.standard_normal((16, 3)))}
@@ -257,7 +259,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder, factory = tmp_path_factory.mktemp(request.param), f"{SPOTTER.rpartition(':')[0]}:{request.param}"
     base = load_model(factory)
     graph = export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
-    onnx_file.save(in_int8(quantised(graph, block=16)), folder, "base.onnx")
+    save_graph(in_int8(quantised(graph, block=16)), folder, "base.onnx")
     for seed, name in enumerate(("fr", "de")):
         rng = np.random.default_rng(seed)
         pairs = {
@@ -300,11 +302,11 @@ def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
     assert code == 5 and any("--base BASE.onnx" in note for note in told["notes"]), told["notes"]
     code, told = answer(capsys, *words, "--base", folder / "base.onnx")
     assert code == 0 and NOT_BY_FP64 in " ".join(told["notes"])
-    graph = onnx_file.load(folder / "base.onnx")
+    graph = load_graph(folder / "base.onnx")
     scales = next(value for name, value in graph.graph.initializers.items() if "scales" in name)
     assert scales.const_value is not None
     scales.const_value = ir.Tensor(scales.const_value.numpy() * np.float32(1.0001), name=scales.name)
-    onnx_file.save(graph, tmp_path, "other.onnx")
+    save_graph(graph, tmp_path, "other.onnx")
     assert call(*words, "--base", tmp_path / "other.onnx") in (4, 5)
 
 
@@ -319,9 +321,9 @@ def test_a_graph_is_not_decided_by_itself_nor_by_one_with_other_outputs(
     out = tmp_path / "out.onnx"
     assert call("onnx", folder / "base.onnx", "--target", "up", "--lora", "inputs", "-o", out) == 0
     for name in ("inputs", "outputs"):
-        graph = onnx_file.load(folder / "base.onnx")
+        graph = load_graph(folder / "base.onnx")
         getattr(graph.graph, name)[0].name = "another"
-        onnx_file.save(graph, tmp_path, f"{name}.onnx")
+        save_graph(graph, tmp_path, f"{name}.onnx")
         capsys.readouterr()
         assert call("verify", out, "--model", factory, "--base", tmp_path / f"{name}.onnx") == 3
         assert f"{name}.onnx is not what the candidate was made from" in capsys.readouterr().err
@@ -355,7 +357,7 @@ def test_half_precision_and_int8_in_one_graph(tmp_path: Path, capsys: pytest.Cap
     factory, rng = f"{SPOTTER.rpartition(':')[0]}:stacked", np.random.default_rng(0)
     base = load_model(factory, dtype=torch.float16)
     graph = export.to_onnx(base.module, base.example_inputs(), axes=base.axes)
-    onnx_file.save(in_int8(quantised(graph, block=16)), tmp_path, "base.onnx")
+    save_graph(in_int8(quantised(graph, block=16)), tmp_path, "base.onnx")
     peft_adapter(tmp_path / "fr", {"up": (rng.standard_normal((3, 32)), 0.3 * rng.standard_normal((64, 3)))})
     words = ("-a", tmp_path / "fr", "--lora", "inputs", "--model", factory, "--dtype", "float16")
     code, told = answer(capsys, "onnx", tmp_path / "base.onnx", *words, "-o", tmp_path / "out.onnx")
@@ -404,7 +406,7 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
     code, told = answer(capsys, "onnx", factory, *words, "-o", out)
     assert (code, told["proof"]["outcome"], told["proof"]["dtype"]) == (0, "same", "float16"), told
     assert "the reference ran in fp64 throughout" in told["proof"]["notes"]
-    assert {value.dtype for value in onnx_file.load(out).graph.initializers.values() if len(value.shape) == 2} == {
+    assert {value.dtype for value in load_graph(out).graph.initializers.values() if len(value.shape) == 2} == {
         ir.DataType.FLOAT16
     }
     assert record(out)["settings"]["dtype"] == "float16"
@@ -536,7 +538,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(
     code, told = answer(capsys, "onnx", place / "base.onnx", *words)
     assert (code, told["proof"]["outcome"], told["adapters"]) == (0, "same", {})
     contract = onnx_adapter.read_contract(OnnxRunner(out).session.get_modelmeta().custom_metadata_map, "")
-    linear = {site.name for site in sites.find(onnx_file.load(place / "base.onnx")).linear}
+    linear = {site.name for site in find_sites(load_graph(place / "base.onnx")).linear}
     assert linear - {place.weight for place in contract.slots} == {"classifier.weight"}
     assert len(contract.slots) == 7
 
@@ -671,8 +673,8 @@ def test_pytorch_is_not_needed(place: Path, tmp_path: Path, mode: str) -> None:
 
 def test_weights_beside_the_graph_are_read_where_they_are(place: Path, tmp_path: Path) -> None:
     ir.save(ir.load(place / "base.onnx"), tmp_path / "apart.onnx", external_data="apart.data", size_threshold_bytes=0)
-    opened = onnx_file.open_graph(tmp_path / "apart.onnx")
-    _, apart = onnx_file.in_memory(opened.model)
+    opened = open_graph(tmp_path / "apart.onnx")
+    _, apart = in_memory(opened.model)
     assert apart and not any(array.flags.owndata for array in apart.values())  # the file's own pages
     out = tmp_path / "out" / "out.onnx"
     out.parent.mkdir()
@@ -689,7 +691,7 @@ def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, 
     assert call("merge", tmp_path / "apart.onnx", place / "fr", "-o", merged / "out.onnx") == 0
     weights = [ir.load(folder / "out.onnx").graph.initializers for folder in (proven, merged)]
     assert {name: held(value) for name, value in weights[0].items()} == {n: held(v) for n, v in weights[1].items()}
-    large = [value.const_value for value in weights[0].values() if value.const_value.nbytes >= onnx_file.EXTERNAL_FROM]
+    large = [value.const_value for value in weights[0].values() if value.const_value.nbytes >= MIN_EXTERNAL_BYTES]
     assert large and all(isinstance(tensor, ir.ExternalTensor) for tensor in large)
     assert record(proven / "out.onnx")["base"] == record(merged / "out.onnx")["base"]
     assert record(proven / "out.onnx")["base"]["apart.data"] == {"xxh3_128": hash_of(tmp_path / "apart.data")}

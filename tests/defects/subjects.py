@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from lora_export import layers, plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph import sites
-from lora_export.graph.fold import fold
-from lora_export.graph.insert.inputs import open_inputs
-from lora_export.graph.insert.nodes import branch
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.onnx_file import save
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
 from lora_export.models.load import load_model
@@ -288,18 +288,18 @@ class Column:
     def graph(self, made_of: Adapter) -> ir.Model:
         """The base's graph with an adapter in it, or with room for adapters."""
         program = _exported(self.subject).clone()
-        found = sites.find(program)
+        found = find_sites(program)
         steps = plan.make([made_of], found.specs) if made_of.pairs or made_of.replaced else None
         if self.mode == "merged" and steps:
             fold(program, found, steps)
         elif self.mode == "nodes" and steps:
-            branch(program, found, steps)
+            insert_nodes(program, found, steps)
         elif self.mode == "rows" and steps:
             other = dataclasses.replace(adapter(self.subject, "linear", seed=9), name="other")
-            choose_by_row(program, found, plan.make([made_of, other], found.specs))
+            insert_rows(program, found, plan.make([made_of, other], found.specs))
         elif self.mode == "inputs":
             room = plan.make([adapter(self.subject, "linear")], found.specs)
-            open_inputs(program, found, [step.weight for step in room.steps])
+            insert_inputs(program, found, [step.weight for step in room.steps])
         return program
 
     def module(self, made_of: Adapter) -> nn.Module:
@@ -341,13 +341,13 @@ class Column:
 
     def runner(self, program: ir.Model, made_of: Adapter) -> OnnxRunner:
         place = new_folder()
-        save(program, place, "model.onnx")
+        save_graph(program, place, "model.onnx")
         runner = OnnxRunner(place / "model.onnx")
         if self.mode == "rows":
             return runner.with_rows([1])
         if self.mode == "inputs" and made_of.pairs:
             contract = onnx_adapter.read_contract(program.metadata_props, "")
-            steps = plan.make([made_of], sites.find(_exported(self.subject)).specs)
+            steps = plan.make([made_of], find_sites(_exported(self.subject)).specs)
             given = onnx_adapter.input_values(contract, steps, made_of.name)
             onnx_adapter.write(place / "it.onnx_adapter", given, contract, sha256=made_of.sha256)
             return runner.with_adapter(place / "it.onnx_adapter")

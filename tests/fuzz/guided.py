@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 READERS = (
     *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.inspect", "cli.convert", "cli.progress"),
     *("formats.peft", "formats.onnx_adapter", "storage.safetensors_file", "weights.task_head", "weights.merge"),
-    *("report", "runtime.session", "graph.merge", "graph.insert.inputs"),
+    *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.check_contract"),
     *("models.pt2.program", "models.pt2.example_inputs"),
 )
 with atheris.instrument_imports(include=["lora_export", "onnx_ir.serde", "onnx.external_data_helper"]):

@@ -36,9 +36,11 @@ from safetensors.numpy import save
 from lora_export import cli, plan
 from lora_export.errors import LoraExportError
 from lora_export.formats import onnx_adapter
-from lora_export.graph import fold, sites
-from lora_export.graph import onnx_file as graphs
-from lora_export.graph.insert import inputs
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert import base_fingerprint
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models.pt2 import program, reader
 from lora_export.models.pt2.example_inputs import ProgramInputs
@@ -351,12 +353,12 @@ def graph(data: bytes) -> bool:
 
 def fold_into(path: Path, out: Path) -> None:
     """What a command does that folds an adapter into a graph."""
-    model = graphs.load(path)
-    found = sites.find(model)
+    model = load_graph(path)
+    found = find_sites(model)
     adapter = Adapter(name="a", format="test", pairs={"fc": PAIR})
-    fold.fold(model, found, plan.make([adapter], found.specs))
+    fold(model, found, plan.make([adapter], found.specs))
     out.mkdir()
-    graphs.save(model, out, "out.onnx")
+    save_graph(model, out, "out.onnx")
 
 
 def good_graph() -> onnx.ModelProto:
@@ -409,7 +411,7 @@ def quantised_graph(data: bytes) -> bool:
         out = place / "out.onnx"
         code = command("merge", place / "model/base.onnx", place / "adapter", "-o", out, "--requantize")
         if code == 0:
-            assert sites.find(graphs.load(out)).by_name, "it said that it had succeeded"
+            assert find_sites(load_graph(out)).by_name, "it said that it had succeeded"
             for path in place.glob("out.onnx*"):
                 path.unlink()
         assert everything(place) == before
@@ -462,10 +464,12 @@ def open_graph_of(contract: bytes) -> bytes:
 
 @functools.cache
 def good_contract() -> bytes:
-    digests = inputs._digests(sites.find(ir.from_proto(onnx.parser.parse_model(OPEN))))
+    digests = base_fingerprint.weight_digests(find_sites(ir.from_proto(onnx.parser.parse_model(OPEN))))
     digests = {name: digest for name, digest in digests.items() if "lora" not in name}
     places = [{**PLACE, "digest": digests["fc.weight"]}]
-    return as_json({"base": inputs._hash(digests.items()), "names": inputs._hash(digests), "places": places})
+    return as_json(
+        {"base": base_fingerprint.fingerprint(digests), "names": base_fingerprint.hash_parts(digests), "places": places}
+    )
 
 
 def contract(data: bytes) -> bool:

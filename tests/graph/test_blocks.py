@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph.insert import nodes
-from lora_export.graph.insert.inputs import factors_of, open_inputs
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.readers import readers
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_readers import find_readers
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.lora import LoraPair
 from support.graphs import Arrays, a_graph, an_adapter, quantised, run
 
@@ -48,7 +49,7 @@ def packed(*, bits: int = 0, bias: bool = False) -> tuple[ir.Model, Sites]:
     for name, value in model.graph.initializers.items():
         value.const_value = ir.Tensor(arrays[name], name=name)
     model = quantised(model, bits=bits) if bits else model
-    (site,) = (site for value in model.graph.initializers.values() for site in readers(value) if site.is_linear)
+    (site,) = (site for value in model.graph.initializers.values() for site in find_readers(value) if site.is_linear)
     by_name = {
         f"{name}.weight": (dataclasses.replace(site, name=f"{name}.weight", block=block),)
         for name, block in reversed(BLOCKS.items())  # as they lie in the matrix they are laid, not as they are listed
@@ -71,16 +72,18 @@ def answers(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]
     off, fed = run(model, x=X)["y"], dict[str, Any]()
     steps = plan.make([an_adapter(pairs)], found.specs, one_at_a_time=mode != "nodes")
     if mode == "nodes":
-        nodes.branch(model, found, steps)
+        insert_nodes(model, found, steps)
     elif mode == "rows":
-        choose_by_row(model, found, steps, batch="N")
+        insert_rows(model, found, steps, batch="N")
         assert run(model, x=X, adapter_ids=np.zeros(3, np.int64))["y"].tobytes() == off.tobytes()
         fed = {"adapter_ids": np.ones(3, np.int64)}
     else:
         weights = [step.weight for step in steps.steps]
-        contract = open_inputs(model, found, weights, dora=[step.weight for step in steps.steps if step.has_dora])
+        contract = insert_inputs(model, found, weights, dora=[step.weight for step in steps.steps if step.has_dora])
         assert run(model, x=X)["y"].tobytes() == off.tobytes()
-        fed = onnx_adapter.input_values(contract, steps, "default", factors_of(model, contract, steps, "default"))
+        fed = onnx_adapter.input_values(
+            contract, steps, "default", contract_dora_factors(model, contract, steps, "default")
+        )
     return off, run(model, x=X, **fed)["y"]
 
 
@@ -137,7 +140,7 @@ def test_several_adapters_of_one_weight_are_one_product() -> None:
     one, two = {name: a_pair(name) for name in "qk"}, {name: a_pair(name, rank=3) for name in "kv"}
     adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
     off = run(model, x=X)["y"]
-    nodes.branch(model, found, plan.make(adapters, found.specs, strengths=[1.0, -2.0]))
+    insert_nodes(model, found, plan.make(adapters, found.specs, strengths=[1.0, -2.0]))
     twice = {name: dataclasses.replace(pair, scale=-2 * pair.scale) for name, pair in two.items()}
     expected = meant(meant(off, found, one), found, twice)
     close(run(model, x=X)["y"], expected, off, "qkv")
@@ -150,7 +153,7 @@ def test_rows_of_one_batch_have_adapters_of_different_weights() -> None:
     one, two = {"q": a_pair("q")}, {name: a_pair(name, rank=3, dora=name == "v") for name in "kv"}
     off = run(model, x=X)["y"]
     adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
-    choose_by_row(model, found, plan.make(adapters, found.specs, one_at_a_time=True), batch="N")
+    insert_rows(model, found, plan.make(adapters, found.specs, one_at_a_time=True), batch="N")
     fed: Arrays = {"adapter_ids": np.array([2, 0, 1])}
     answer = run(model, x=X, **fed)["y"]
     expected = np.stack([meant(off, found, two)[0], off[1], meant(off, found, one)[2]])

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.weights.checkpoint import open_checkpoint
 from support.exporters import (
     AFTERWARDS,
@@ -84,12 +84,12 @@ def test_every_layer_of_a_graph_made_elsewhere_is_found_and_can_be_folded_into(
         source, path = path, path.with_name(f"{after}.onnx")  # its weights may lie in a file beside it
         AFTERWARDS[after](source, path)
     weights = linear_weights(module_of(name))
-    assert_right(sites.find(onnx_file.load(path)), name, prefix="model." if exporter == "torchscript" else "")
-    found = sites.find(onnx_file.load(path), open_checkpoint(base_of(name)))
+    assert_right(find_sites(load_graph(path)), name, prefix="model." if exporter == "torchscript" else "")
+    found = find_sites(load_graph(path), open_checkpoint(base_of(name)))
     assert_right(found, name)
     named = {site.name for site in found.linear}
     assert named | LOST[name] == weights.keys() | LOST[name]
-    told = [site for site in found.unnamed if not site.equals]
+    told = [site for site in found.unnamed if not site.equal_tensors]
     assert not told, str(found)
     assert_folding_is_pytorchs(path, name, tmp_path / "folded")
 
@@ -100,7 +100,7 @@ def test_a_half_precision_graph_is_named_by_a_single_precision_base(name: str, a
     path = tmp_path / "model.onnx"
     torchscript(name, path, torch.float16)
     AFTERWARDS[after](path, tmp_path / "after.onnx")
-    found = sites.find(onnx_file.load(tmp_path / "after.onnx" if after else path), open_checkpoint(base_of(name)))
+    found = find_sites(load_graph(tmp_path / "after.onnx" if after else path), open_checkpoint(base_of(name)))
     assert_right(found, name, dtype=np.float16)
     assert {site.name for site in found.linear} == linear_weights(module_of(name)).keys()
     # The exporter stores some of what it folded as float32, rounded to half precision all the same.

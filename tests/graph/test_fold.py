@@ -13,8 +13,9 @@ import torch
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.graph import fold, sites
-from lora_export.graph.insert import nodes
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.graphs import (
     EVERY_MODEL,
@@ -143,7 +144,7 @@ def test_the_name_goes_with_the_weight_where_the_owner_changes() -> None:
     folded(model, by(a_fc=SQUARE))
     assert np.array_equal(stored(model, "a.fc.weight"), [[2, 4], [3, 4]])
     assert np.array_equal(stored(model, "b.fc.weight"), [[1, 2], [3, 4]])
-    again = sites.find(model)
+    again = find_sites(model)
     assert {name: [site.node.name for site in there] for name, there in again.by_name.items()} == {
         "a.fc.weight": ["first"], "b.fc.weight": ["second"],
     }  # fmt: skip
@@ -172,7 +173,7 @@ def test_a_tied_head_is_untied_and_the_embedding_stays() -> None:
     assert np.array_equal(stored(model, "head.weight"), [[1, 2], [3, 4], [5 + 1, 6]])
     assert [node.op_type for node in model.graph] == ["Gather", "Transpose", "MatMul"]
     assert np.array_equal(run(model, ids=np.array([0]))["y"], [[5, 11, 18]])
-    again = {spec.name: spec for spec in sites.find(model).specs}
+    again = {spec.name: spec for spec in find_sites(model).specs}
     assert again["head.weight"].shape == (3, 2)
 
 
@@ -263,9 +264,9 @@ def test_an_embedding_is_folded_row_by_row_and_a_convolution_by_its_kernels(magn
     kernel = LoraPair(a=rng.normal(size=(2, 3, 2)), b=rng.normal(size=(2, 2, 1)), scale=0.5, magnitude=magnitude)
     before = {name: stored(model, name).astype(np.float64) for name in ("words.weight", "c.weight")}
     layouts = {"words.weight": plan.Layout.EMBEDDING, "c.weight": plan.Layout.OUT_IN}
-    found = sites.find(model)
+    found = find_sites(model)
     specs = [dataclasses.replace(spec, layout=layouts[spec.name]) for spec in found.specs]
-    fold.fold(model, found, plan.make([an_adapter({"words": words, "c": kernel})], specs))
+    fold(model, found, plan.make([an_adapter({"words": words, "c": kernel})], specs))
     for name, pair in (("words.weight", words), ("c.weight", kernel)):
         total = (before[name].T if pair.embedding else before[name]) + pair.delta()
         if magnitude:
@@ -276,10 +277,10 @@ def test_an_embedding_is_folded_row_by_row_and_a_convolution_by_its_kernels(magn
 
 def test_rows_of_tokens_are_refused_by_name() -> None:
     there = {"m.weight": TokenRows(np.array([1]), np.ones((1, 3), np.float32))}
-    for execute in (fold.fold, nodes.branch):
+    for execute in (fold, insert_nodes):
         model = a_graph(GEMM)
         found, made = planned(model, an_adapter({}, token_rows=there))
-        with pytest.raises(InputRefused, match=r"m\.weight: rows of tokens cannot be put into a graph, .* checkpoint"):
+        with pytest.raises(InputRefused, match=r"m\.weight: the adapter changes rows of tokens, .* checkpoint"):
             execute(model, found, made)
 
 

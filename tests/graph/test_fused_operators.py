@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph import fold, onnx_file, sites
-from lora_export.graph.insert import nodes, rows
-from lora_export.graph.insert.inputs import contract_of, factors_of, open_inputs
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Layout
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -67,57 +71,57 @@ def assert_is(answer: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str,
 
 def test_attention_reads_its_weights_with_the_adapters_as_nodes(packed: Any) -> None:
     model, checkpoint, weights = packed
-    found = sites.find(model, checkpoint)
+    found = find_sites(model, checkpoint)
     before = stored(model, "w").tobytes()
-    nodes.branch(model, found, plan.make([an_adapter(PAIRS)], found.specs))
+    insert_nodes(model, found, plan.make([an_adapter(PAIRS)], found.specs))
     assert stored(model, "w").tobytes() == before
     assert {"q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector.weight"} <= set(model.graph.initializers)
     assert_is(run(model, x=TOKENS), weights, PAIRS)
     # Its weights are found behind what was added, and another adapter can be merged into them.
-    again = sites.find(model, checkpoint)
+    again = find_sites(model, checkpoint)
     assert {(site.name, site.block) for site in again.linear if site.block} == {
         (site.name, site.block) for site in found.linear
     }
-    fold.fold(model, again, plan.make([an_adapter({"k": OTHERS["k"]})], again.specs))
+    fold(model, again, plan.make([an_adapter({"k": OTHERS["k"]})], again.specs))
     assert_is(run(model, x=TOKENS), weights, {**PAIRS, "k": OTHERS["k"]})
 
 
 def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(packed: Any, tmp_path: Path) -> None:
     model, checkpoint, weights = packed
     base = run(model, x=TOKENS)["y"]
-    found = sites.find(model, checkpoint)
+    found = find_sites(model, checkpoint)
     names = [f"{name}.weight" for name in "qkv"]
-    contract = open_inputs(model, found, names, dora=["q.weight"])
+    contract = insert_inputs(model, found, names, dora=["q.weight"])
     path = tmp_path / "open.onnx"
-    onnx_file.save(model, tmp_path, path.name)
+    save_graph(model, tmp_path, path.name)
     assert OnnxRunner(path).run({"x": TOKENS})["y"].tobytes() == base.tobytes()
     for pairs in (PAIRS, OTHERS):
         adapter = an_adapter(pairs, sha256="1")
         steps = plan.make([adapter], [place.spec for place in contract.slots])
         given = onnx_adapter.input_values(
-            contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name)
+            contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
         )
         onnx_adapter.write(tmp_path / "a.onnx_adapter", given, contract, sha256="1")
         assert_is(OnnxRunner(path).with_adapter(tmp_path / "a.onnx_adapter").run({"x": TOKENS}), weights, pairs)
-    assert contract_of(onnx_file.load(path), path).slots == contract.slots
-    other = onnx_file.load(path)
+    assert checked_contract(load_graph(path), path).slots == contract.slots
+    other = load_graph(path)
     other.graph.initializers["w"].const_value = ir.Tensor(stored(other, "w") + np.float32(1), name="w")
-    with pytest.raises(InputRefused, match=r"q.weight: holds other numbers"):
-        contract_of(other, path)
+    with pytest.raises(InputRefused, match=r"q.weight: differs from the weight for which"):
+        checked_contract(other, path)
 
 
 def test_rows_cannot_have_weights_of_their_own_and_are_told_what_can_be_done(packed: Any) -> None:
     model, checkpoint, _ = packed
-    found = sites.find(model, checkpoint)
+    found = find_sites(model, checkpoint)
     steps = plan.make([an_adapter(PAIRS)], found.specs, one_at_a_time=True)
     with pytest.raises(InputRefused, match=r"read by Attention, .*Merge the adapter.*before its nodes were fused"):
-        rows.choose_by_row(model, found, steps, batch="B")
+        insert_rows(model, found, steps, batch="B")
 
 
 @pytest.mark.parametrize("mode", ["nodes", "inputs"])
 def test_the_command_proves_it(packed: Any, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, checkpoint, weights = packed
-    onnx_file.save(model, tmp_path, "base.onnx")
+    save_graph(model, tmp_path, "base.onnx")
     plain = {name: LoraPair(a=pair.a, b=pair.b, scale=1.0) for name, pair in PAIRS.items()}
     peft_adapter(
         tmp_path / "a", {name: (pair.a, pair.b) for name, pair in plain.items()},
@@ -155,10 +159,10 @@ def test_a_product_that_is_fused_with_more_reads_what_it_multiplies_by(
     if dora:
         changed = np.float32([[3], [5]]) * changed / np.linalg.norm(changed, axis=1, keepdims=True)
     model, found = planned_on(body, layout)
-    nodes.branch(model, found, plan.make([adapter], found.specs))
+    insert_nodes(model, found, plan.make([adapter], found.specs))
     np.testing.assert_allclose(run(model, x=X)["y"], factor * X @ changed.T, rtol=1e-5)
     model, found = planned_on(body, layout)
-    contract = open_inputs(model, found, ["m.weight"], dora=["m.weight"])
+    contract = insert_inputs(model, found, ["m.weight"], dora=["m.weight"])
     given = parameters(model, contract, adapter)
     np.testing.assert_allclose(run(model, x=X, **given)["y"], factor * X @ changed.T, rtol=1e-5)
     assert run(model, x=X)["y"].tobytes() == run(planned_on(body, layout)[0], x=X)["y"].tobytes()
@@ -166,9 +170,11 @@ def test_a_product_that_is_fused_with_more_reads_what_it_multiplies_by(
 
 def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
     model = a_graph(body, layout)
-    return model, sites.find(model)
+    return model, find_sites(model)
 
 
 def parameters(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
     steps = plan.make([adapter], [place.spec for place in contract.slots])
-    return onnx_adapter.input_values(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+    return onnx_adapter.input_values(
+        contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
+    )

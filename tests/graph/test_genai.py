@@ -22,9 +22,12 @@ from torch import nn
 from lora_export import formats, plan
 from lora_export.cli import run
 from lora_export.formats import onnx_adapter
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.insert import inputs, nodes, rows
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -61,9 +64,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @slow
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_graph_of_the_builder_is_named_by_content_alone(precision: str, built: Build) -> None:
-    model = onnx_file.load(built(precision))
-    assert not sites.find(model).linear
-    found = sites.find(model, open_checkpoint(base_of("llama")))
+    model = load_graph(built(precision))
+    assert not find_sites(model).linear
+    found = find_sites(model, open_checkpoint(base_of("llama")))
     weights = linear_weights(module_of("llama"))
     assert {site.name for site in found.linear} == weights.keys()
     assert sum(site.block is not None for site in found.linear) == 6
@@ -152,8 +155,8 @@ def beside(graph: Path, folder: Path) -> Path:
 
 
 def opened(graph: Path, base: Path) -> tuple[ir.Model, Sites]:
-    model = onnx_file.load(graph)
-    return model, sites.find(model, open_checkpoint(base))
+    model = load_graph(graph)
+    return model, find_sites(model, open_checkpoint(base))
 
 
 def assert_says(said: list[int], module: Any, other: Any) -> None:
@@ -181,8 +184,8 @@ def test_genai_generates_pytorchs_tokens_with_an_adapter_woven_in(
     graph, (module, adapter) = speaker("fp32"), adapted
     folder = beside(graph, tmp_path / "woven")
     model, found = opened(graph, base)
-    nodes.branch(model, found, plan.make([formats.load(adapter)], found.specs))
-    onnx_file.save(model, folder, "model.onnx")
+    insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
+    save_graph(model, folder, "model.onnx")
     assert_says(generated(folder), module, pytorch(base))
 
 
@@ -194,7 +197,7 @@ def test_genai_generates_pytorchs_tokens_with_an_adapter_that_it_loads_itself(
     folder = beside(graph, tmp_path / "swapped")
     model, found = opened(graph, base)
     file = swapped(model, found, formats.load(adapter), folder)
-    onnx_file.save(model, folder, "model.onnx")
+    save_graph(model, folder, "model.onnx")
     assert_says(generated(folder, file), module, pytorch(base))
     assert generated(folder) == spoken_by(pytorch(base))
 
@@ -202,7 +205,7 @@ def test_genai_generates_pytorchs_tokens_with_an_adapter_that_it_loads_itself(
 def swapped(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Path:
     """Opens the graph for adapters, and writes this one into the folder."""
     steps = plan.make([adapter], found.specs)
-    contract = inputs.open_inputs(model, found, [step.weight for step in steps.steps], names="genai")
+    contract = insert_inputs(model, found, [step.weight for step in steps.steps], names="genai")
     path = folder / "pirate.onnx_adapter"
     onnx_adapter.write(path, onnx_adapter.input_values(contract, steps, adapter.name), contract, sha256=adapter.sha256)
     return path
@@ -220,10 +223,10 @@ def test_genai_generates_with_an_adapter_beside_int4_what_pytorch_does_beside_th
     rounded = with_weights(module, {site.name: site.matrix for site in found.linear})
     file = None
     if way == "woven in":
-        nodes.branch(model, found, plan.make([formats.load(adapter)], found.specs))
+        insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
     else:
         file = swapped(model, found, formats.load(adapter), folder)
-    onnx_file.save(model, folder, "model.onnx")
+    save_graph(model, folder, "model.onnx")
     assert_says(generated(folder, file), rounded, module)
 
 
@@ -235,12 +238,12 @@ def test_rows_of_the_builders_graph_decode_with_their_own_adapters(
     module, adapter = adapted
     model, found = opened(speaker(*precision), base)
     module = with_weights(module, {site.name: site.matrix for site in found.linear})
-    rows.choose_by_row(model, found, plan.make([formats.load(adapter)], found.specs, one_at_a_time=True))
+    insert_rows(model, found, plan.make([formats.load(adapter)], found.specs, one_at_a_time=True))
     head = module.config.hidden_size // module.config.num_attention_heads
     for value in (*model.graph.inputs, *model.graph.outputs):
         if "key_values" in (value.name or "") or "present" in (value.name or ""):
             value.shape = ir.Shape([*value.shape[:3], head])  # which the builder does not tell
-    onnx_file.save(model, tmp_path, "rows.onnx")
+    save_graph(model, tmp_path, "rows.onnx")
     ids = np.random.default_rng(0).integers(0, WORDS, (4, 9))
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows([1, 0, 0, 1]))
     answer = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]

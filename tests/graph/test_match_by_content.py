@@ -15,8 +15,14 @@ from numpy.typing import NDArray
 
 from lora_export import cli, plan
 from lora_export.errors import InputRefused
-from lora_export.graph import fold, match_by_content, onnx_file, sites
-from lora_export.graph.sites import How, Sites
+from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.names import content_match
+from lora_export.graph.onnx_file import writing
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.site import NameSource, Site
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -48,7 +54,7 @@ def graph(weight: NDArray[Any], node: str = MATMUL, *, name: str = "W", module: 
     return model
 
 
-def only(found: Sites) -> sites.Site:
+def only(found: Sites) -> Site:
     (site,) = (*found.linear, *found.unnamed)
     return site
 
@@ -64,13 +70,13 @@ def only(found: Sites) -> sites.Site:
 def test_a_linear_layers_weight_is_found_with_the_parameters_shape(
     tmp_path: Path, stored_as: Any, node: str, shape: tuple[int, ...], layout: Layout
 ) -> None:
-    found = sites.find(graph(stored_as, node), base(tmp_path, {"a.weight": WEIGHT, "b.weight": OTHER}))
+    found = find_sites(graph(stored_as, node), base(tmp_path, {"a.weight": WEIGHT, "b.weight": OTHER}))
     assert [(spec.name, spec.shape, spec.layout) for spec in found.specs] == [("a.weight", shape, layout)]
-    assert only(found).how is How.CONTENT
+    assert only(found).named_by is NameSource.CONTENT
 
 
 def test_a_conv1ds_weight_lies_in_the_graph_as_in_the_base(tmp_path: Path) -> None:
-    found = sites.find(graph(WEIGHT), base(tmp_path, {"a.weight": WEIGHT}))
+    found = find_sites(graph(WEIGHT), base(tmp_path, {"a.weight": WEIGHT}))
     assert [(spec.shape, spec.layout, spec.matrix) for spec in found.specs] == [((2, 3), Layout.IN_OUT, (3, 2))]
 
 
@@ -78,37 +84,37 @@ def test_a_square_matrix_is_told_from_its_transpose(tmp_path: Path) -> None:
     square = np.float32([[1, 2], [3, 4]])
     checkpoint = base(tmp_path, {"a.weight": square})
     for stored_as, layout in [(square.T, Layout.OUT_IN), (square, Layout.IN_OUT)]:
-        assert [spec.layout for spec in sites.find(graph(stored_as), checkpoint).specs] == [layout]
+        assert [spec.layout for spec in find_sites(graph(stored_as), checkpoint).specs] == [layout]
 
 
 @pytest.mark.parametrize("there", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("here", [np.float16, ml_dtypes.bfloat16, np.float32])
 def test_a_weight_is_found_in_the_dtype_to_which_the_graph_rounded_it(tmp_path: Path, there: Any, here: Any) -> None:
     exact = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32).astype(there)
-    found = sites.find(graph(exact.astype(here).T), base(tmp_path, {"a.weight": exact}, there))
+    found = find_sites(graph(exact.astype(here).T), base(tmp_path, {"a.weight": exact}, there))
     assert list(found.by_name) == ["a.weight"]
 
 
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 def test_a_weight_is_found_that_was_rounded_to_half_precision_on_its_way(tmp_path: Path, half: Any) -> None:
     exact = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
-    found = sites.find(graph(exact.astype(half).astype(np.float32).T), base(tmp_path, {"a.weight": exact}))
+    found = find_sites(graph(exact.astype(half).astype(np.float32).T), base(tmp_path, {"a.weight": exact}))
     assert list(found.by_name) == ["a.weight"]
 
 
-@pytest.mark.parametrize("tile", [4096, match_by_content.TILE])
+@pytest.mark.parametrize("tile", [4096, content_match.TILE_BYTES])
 def test_one_entry_that_differs_makes_it_another_weight(
     tmp_path: Path, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outside the sample, too: what agrees there is compared whole."""
-    monkeypatch.setattr(match_by_content, "TILE", tile)
+    monkeypatch.setattr(content_match, "TILE_BYTES", tile)
     weight = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
     checkpoint = base(tmp_path, {"a.weight": weight})
-    assert list(sites.find(graph(weight.T), checkpoint).by_name) == ["a.weight"]
+    assert list(find_sites(graph(weight.T), checkpoint).by_name) == ["a.weight"]
     for place in [(0, 0), (299, 199), (150, 77)]:
         changed = weight.copy()
         changed[place] = np.nextafter(changed[place], 2)
-        found = sites.find(graph(changed.T), checkpoint)
+        found = find_sites(graph(changed.T), checkpoint)
         assert not found.by_name
         assert len(found.unnamed) == 1
 
@@ -116,15 +122,15 @@ def test_one_entry_that_differs_makes_it_another_weight(
 def test_weights_beside_the_graph_are_read_in_place_and_in_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(match_by_content, "TILE", 4096)
-    monkeypatch.setattr(onnx_file, "INLINE", 0)
+    monkeypatch.setattr(content_match, "TILE_BYTES", 4096)
+    monkeypatch.setattr(writing, "MAX_INLINE_BYTES", 0)
     rng = np.random.default_rng(0)
     tensors = {f"{name}.weight": rng.normal(size=(70, 50)) for name in "abc"}
     model = graph(np.concatenate([tensors[f"{name}.weight"] for name in "ca"]).astype(np.float32).T)
-    onnx_file.save(model, tmp_path, "model.onnx")
-    loaded = onnx_file.load(tmp_path / "model.onnx")
+    save_graph(model, tmp_path, "model.onnx")
+    loaded = load_graph(tmp_path / "model.onnx")
     assert isinstance(loaded.graph.initializers["W"].const_value, ir.ExternalTensor)
-    found = sites.find(loaded, base(tmp_path, tensors))
+    found = find_sites(loaded, base(tmp_path, tensors))
     assert [(site.name, site.block) for site in found.linear] == [
         ("c.weight", range(70)), ("a.weight", range(70, 140)),
     ]  # fmt: skip
@@ -135,7 +141,7 @@ def test_a_base_that_is_cut_short_meanwhile_is_refused(tmp_path: Path) -> None:
     with checkpoint.path.open("r+b") as file:
         file.truncate(checkpoint.path.stat().st_size - 4)
     with pytest.raises(InputRefused, match=r"base.safetensors became shorter while it was being read"):
-        sites.find(graph(WEIGHT.T), checkpoint)
+        find_sites(graph(WEIGHT.T), checkpoint)
 
 
 def test_biases_and_kernels_are_found_as_they_are(tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_biases_and_kernels_are_found_as_they_are(tmp_path: Path) -> None:
         g (float[N,3,L] x) => (float[N,2,M] y)
         <float[2,3,2] K = {{{",".join(map(str, range(12)))}}}, float[2] B = {{5,7}}>
         {{ [n] y = Conv(x, K, B) }}""")
-    found = sites.find(model, base(tmp_path, {"c.weight": kernel, "c.bias": bias, "flat": kernel.reshape(2, 6)}))
+    found = find_sites(model, base(tmp_path, {"c.weight": kernel, "c.bias": bias, "flat": kernel.reshape(2, 6)}))
     assert {spec.name: (spec.shape, spec.layout) for spec in found.specs} == {
         "c.weight": ((2, 3, 2), Layout.OUT_IN), "c.bias": ((2,), Layout.OTHER),
     }  # fmt: skip
@@ -154,15 +160,15 @@ def test_biases_and_kernels_are_found_as_they_are(tmp_path: Path) -> None:
 
 
 def test_equal_tensors_name_nothing_and_are_both_told(tmp_path: Path) -> None:
-    found = sites.find(graph(WEIGHT.T), base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    found = find_sites(graph(WEIGHT.T), base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
     assert not found.by_name
-    assert "its content, which is that of a.weight and b.weight" in str(found)
+    assert "its content, which equals a.weight and b.weight" in str(found)
 
 
 @pytest.mark.parametrize("module", ["b", "model.b"])
 def test_of_equal_tensors_the_one_whose_module_read_it_is_meant(tmp_path: Path, module: str) -> None:
     weight = graph(WEIGHT.T, module=module)
-    found = sites.find(weight, base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    found = find_sites(weight, base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
     assert list(found.by_name) == ["b.weight"]
 
 
@@ -173,18 +179,18 @@ def test_of_equal_tensors_the_one_that_it_was_folded_from_is_meant(
     tmp_path: Path, origins: list[str], named: list[str]
 ) -> None:
     model = graph(WEIGHT.T)
-    model.graph.initializers["W"].metadata_props[sites.FOLDED_FROM] = repr(origins)
-    found = sites.find(model, base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
+    model.graph.initializers["W"].metadata_props[FOLDED_FROM] = repr(origins)
+    found = find_sites(model, base(tmp_path, {"a.weight": WEIGHT, "b.weight": WEIGHT}))
     assert list(found.by_name) == named
 
 
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_constant_names_nothing(tmp_path: Path, width: int) -> None:
     checkpoint = base(tmp_path, {"a.weight": np.ones((2, 3)), "b.weight": OTHER})
-    found = sites.find(graph(np.ones((3, width), np.float32)), checkpoint)
+    found = find_sites(graph(np.ones((3, width), np.float32)), checkpoint)
     assert not found.by_name
     assert len(found.unnamed) == 1
-    assert list(sites.find(graph(np.ones((3, 2), np.float32), module="a"), checkpoint).by_name) == ["a.weight"]
+    assert list(find_sites(graph(np.ones((3, 2), np.float32), module="a"), checkpoint).by_name) == ["a.weight"]
 
 
 def test_a_tied_head_does_not_take_the_embeddings_name(tmp_path: Path) -> None:
@@ -196,12 +202,12 @@ def test_a_tied_head_does_not_take_the_embeddings_name(tmp_path: Path) -> None:
         { [e] x = Gather(E, ids)
           [n] y = MatMul(x, W) }"""
     checkpoint = base(tmp_path, {"embed.weight": table})
-    found = sites.find(a_graph(body), checkpoint)
+    found = find_sites(a_graph(body), checkpoint)
     assert {name: [site.node.name for site in there] for name, there in found.by_name.items()} == {
         "embed.weight": ["e"]
     }
-    assert "its content, which is that of embed.weight" in str(found)
-    named = sites.find(a_graph(body, modules={"n": "head"}), checkpoint)
+    assert "its content, which equals embed.weight" in str(found)
+    named = find_sites(a_graph(body, modules={"n": "head"}), checkpoint)
     assert {name: [site.node.name for site in there] for name, there in named.by_name.items()} == {
         "head.weight": ["n"], "embed.weight": ["e"],
     }  # fmt: skip
@@ -213,23 +219,23 @@ def test_a_tied_head_does_not_take_the_embeddings_name(tmp_path: Path) -> None:
 def test_a_name_that_the_base_gives_to_other_content_is_an_error_that_names_both(tmp_path: Path) -> None:
     checkpoint = base(tmp_path, {"a.weight": WEIGHT, "b.weight": OTHER})
     with pytest.raises(InputRefused, match=r"MatMul `n`: a.weight by name_scope, b.weight by content"):
-        sites.find(graph(OTHER.T, module="a"), checkpoint)
+        find_sites(graph(OTHER.T, module="a"), checkpoint)
 
 
 def test_a_weight_that_was_changed_since_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"a.weight by initializer, nothing there by content"):
-        sites.find(graph(WEIGHT + 1, GEMM, name="a.weight"), base(tmp_path, {"a.weight": WEIGHT}))
+    with pytest.raises(InputRefused, match=r"a.weight by initializer, no tensor by content"):
+        find_sites(graph(WEIGHT + 1, GEMM, name="a.weight"), base(tmp_path, {"a.weight": WEIGHT}))
 
 
 def test_a_name_of_another_shape_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"a.weight by initializer, nothing there by content"):
-        sites.find(graph(WEIGHT, GEMM, name="a.weight"), base(tmp_path, {"a.weight": np.ones((4, 4))}))
+    with pytest.raises(InputRefused, match=r"a.weight by initializer, no tensor by content"):
+        find_sites(graph(WEIGHT, GEMM, name="a.weight"), base(tmp_path, {"a.weight": np.ones((4, 4))}))
 
 
 @pytest.mark.parametrize(("here", "there"), [("model.a.weight", "a.weight"), ("a.weight", "model.a.weight")])
 def test_a_name_with_another_prefix_is_spelled_as_the_base_does(tmp_path: Path, here: str, there: str) -> None:
-    found = sites.find(graph(WEIGHT, GEMM, name=here), base(tmp_path, {there: WEIGHT, "b.weight": OTHER}))
-    assert {name: site.how for name, (site,) in found.by_name.items()} == {there: How.INITIALIZER}
+    found = find_sites(graph(WEIGHT, GEMM, name=here), base(tmp_path, {there: WEIGHT, "b.weight": OTHER}))
+    assert {name: site.named_by for name, (site,) in found.by_name.items()} == {there: NameSource.INITIALIZER}
 
 
 def test_a_name_that_the_base_lacks_changes_its_prefix_as_the_others_do(tmp_path: Path) -> None:
@@ -241,21 +247,21 @@ def test_a_name_that_the_base_lacks_changes_its_prefix_as_the_others_do(tmp_path
         { h = Gemm <transB = 1> (x, wrapped.a.weight)
           y = Gemm <transB = 1> (h, wrapped.head.weight) }"""
     )
-    assert list(sites.find(model, base(tmp_path, {"a.weight": WEIGHT})).by_name) == ["a.weight", "head.weight"]
-    assert list(sites.find(model, base(tmp_path, {"model.wrapped.a.weight": WEIGHT})).by_name) == [
+    assert list(find_sites(model, base(tmp_path, {"a.weight": WEIGHT})).by_name) == ["a.weight", "head.weight"]
+    assert list(find_sites(model, base(tmp_path, {"model.wrapped.a.weight": WEIGHT})).by_name) == [
         "model.wrapped.a.weight", "model.wrapped.head.weight",
     ]  # fmt: skip
 
 
 def test_content_answers_where_the_base_does_not_know_the_name(tmp_path: Path) -> None:
-    found = sites.find(graph(WEIGHT, GEMM, name="layers.0.fc.weight"), base(tmp_path, {"h.0.mlp.weight": WEIGHT}))
-    assert {name: site.how for name, (site,) in found.by_name.items()} == {"h.0.mlp.weight": How.CONTENT}
+    found = find_sites(graph(WEIGHT, GEMM, name="layers.0.fc.weight"), base(tmp_path, {"h.0.mlp.weight": WEIGHT}))
+    assert {name: site.named_by for name, (site,) in found.by_name.items()} == {"h.0.mlp.weight": NameSource.CONTENT}
 
 
 def test_a_weight_that_the_base_lacks_keeps_its_name_with_a_note(tmp_path: Path) -> None:
-    found = sites.find(graph(OTHER, GEMM, name="head.weight"), base(tmp_path, {"a.weight": WEIGHT}))
+    found = find_sites(graph(OTHER, GEMM, name="head.weight"), base(tmp_path, {"a.weight": WEIGHT}))
     assert list(found.by_name) == ["head.weight"]
-    assert any("head.weight is not in base.safetensors" in note for note in found.notes)
+    assert any("head.weight: base.safetensors has neither this name nor this content" in note for note in found.notes)
 
 
 # --- several weights side by side ---
@@ -267,7 +273,7 @@ QKV = {"q.weight": Q, "k.weight": K, "v.weight": V}
 
 @pytest.mark.parametrize(("stored_as", "node"), [(PACKED.T, MATMUL), (PACKED, GEMM)], ids=["columns", "rows"])
 def test_weights_that_lie_side_by_side_are_told_apart(tmp_path: Path, stored_as: Any, node: str) -> None:
-    found = sites.find(graph(stored_as, node), base(tmp_path, QKV))
+    found = find_sites(graph(stored_as, node), base(tmp_path, QKV))
     assert [(site.name, site.block) for site in found.linear] == [
         ("q.weight", range(2)), ("k.weight", range(2, 3)), ("v.weight", range(3, 4)),
     ]  # fmt: skip
@@ -281,30 +287,30 @@ def test_weights_that_lie_side_by_side_are_told_apart(tmp_path: Path, stored_as:
 
 
 def test_what_follows_an_unknown_block_is_listed_as_unnamed(tmp_path: Path) -> None:
-    found = sites.find(graph(PACKED.T), base(tmp_path, {"q.weight": Q, "v.weight": V}))
+    found = find_sites(graph(PACKED.T), base(tmp_path, {"q.weight": Q, "v.weight": V}))
     assert [(site.name, site.block) for site in found.linear] == [("q.weight", range(2))]
     assert [site.block for site in found.unnamed] == [range(2, 4)]
     assert "MatMul `n` [2:4]: no certain name" in str(found)
 
 
 def test_a_block_that_fits_at_two_lengths_is_nobodys(tmp_path: Path) -> None:
-    found = sites.find(graph(PACKED.T), base(tmp_path, {**QKV, "qk.weight": np.concatenate([Q, K])}))
+    found = find_sites(graph(PACKED.T), base(tmp_path, {**QKV, "qk.weight": np.concatenate([Q, K])}))
     assert not found.by_name
     assert len(found.unnamed) == 1
 
 
 def test_a_block_that_equals_two_tensors_is_nobodys_and_the_others_are_named(tmp_path: Path) -> None:
-    found = sites.find(graph(PACKED.T), base(tmp_path, {**QKV, "other.weight": K}))
+    found = find_sites(graph(PACKED.T), base(tmp_path, {**QKV, "other.weight": K}))
     assert [site.name for site in found.linear] == ["q.weight", "v.weight"]
-    assert [(site.block, site.equals) for site in found.unnamed] == [(range(2, 3), ("k.weight", "other.weight"))]
+    assert [(site.block, site.equal_tensors) for site in found.unnamed] == [(range(2, 3), ("k.weight", "other.weight"))]
 
 
 @pytest.mark.parametrize(("stored_as", "node"), [(PACKED.T, MATMUL), (PACKED, GEMM)], ids=["columns", "rows"])
 def test_folding_into_a_block_leaves_its_neighbours_bytes(tmp_path: Path, stored_as: Any, node: str) -> None:
     model = graph(stored_as, node)
-    found = sites.find(model, base(tmp_path, QKV))
+    found = find_sites(model, base(tmp_path, QKV))
     pairs = {name: LoraPair(a=[[1, -1]], b=b, scale=2.0) for name, b in {"q": [[1], [0]], "v": [[3]]}.items()}
-    fold.fold(model, found, plan.make([an_adapter(pairs)], found.specs))
+    fold(model, found, plan.make([an_adapter(pairs)], found.specs))
     after = stored(model, "W").T if node is MATMUL else stored(model, "W")
     assert np.array_equal(after, [[1 + 2, 2 - 2], [3, 4], [5, 6], [7 + 6, 8 - 6]])
     assert np.array_equal(run(model, x=np.float32([[1, 0]]))["y"], [[3, 3, 5, 13]])
@@ -312,9 +318,9 @@ def test_folding_into_a_block_leaves_its_neighbours_bytes(tmp_path: Path, stored
 
 def test_a_whole_block_is_replaced_as_the_parameter_lies(tmp_path: Path) -> None:
     model = graph(PACKED.T)
-    found = sites.find(model, base(tmp_path, QKV))
+    found = find_sites(model, base(tmp_path, QKV))
     whole = np.float32([[9, 8], [7, 6]])
-    fold.fold(model, found, plan.make([an_adapter({}, replaced={"q.weight": whole})], found.specs))
+    fold(model, found, plan.make([an_adapter({}, replaced={"q.weight": whole})], found.specs))
     assert np.array_equal(stored(model, "W").T, [[9, 8], [7, 6], [5, 6], [7, 8]])
 
 
@@ -322,7 +328,7 @@ def test_a_whole_block_is_replaced_as_the_parameter_lies(tmp_path: Path) -> None
 
 
 def test_inspect_shows_each_place_and_what_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx_file.save(graph(PACKED.T), tmp_path, "model.onnx")
+    save_graph(graph(PACKED.T), tmp_path, "model.onnx")
     base(tmp_path, {**QKV, "other.weight": K})
     assert cli.run(["inspect", str(tmp_path / "model.onnx")]) == 0
     assert "MatMul `n`: no certain name (tried its initializer `W`" in capsys.readouterr().out
@@ -330,11 +336,11 @@ def test_inspect_shows_each_place_and_what_was_tried(tmp_path: Path, capsys: pyt
     shown = capsys.readouterr().out
     assert "q.weight  2 x 2 float32\n    MatMul `n` [0:2], lies in_out, named by content, [0:2] of W" in shown
     assert "MatMul `n` [2:3]: no certain name" in shown
-    assert "that of k.weight and other.weight" in shown
+    assert "which equals k.weight and other.weight" in shown
 
 
 def test_inspect_tells_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx_file.save(graph(PACKED.T), tmp_path, "model.onnx")
+    save_graph(graph(PACKED.T), tmp_path, "model.onnx")
     base(tmp_path, {**QKV, "other.weight": K})
     line = ["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors"), "--json"]
     assert cli.run(line) == 0
@@ -351,14 +357,14 @@ def test_inspect_tells_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("tensors", "arguments", "code", "told"),
     [
-        ({"a.weight": OTHER}, [], 3, "a.weight by initializer, nothing there by content"),
+        ({"a.weight": OTHER}, [], 3, "a.weight by initializer, no tensor by content"),
         ({"a.weight": WEIGHT}, ["base.safetensors"], 2, "--base names the weights of an .onnx file"),
     ],
 )
 def test_inspect_refuses_a_base_that_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tensors: Any, arguments: list[str], code: int, told: str
 ) -> None:
-    onnx_file.save(graph(WEIGHT, GEMM, name="a.weight"), tmp_path, "model.onnx")
+    save_graph(graph(WEIGHT, GEMM, name="a.weight"), tmp_path, "model.onnx")
     checkpoint = base(tmp_path, tensors)
     path = tmp_path / (arguments[0] if arguments else "model.onnx")
     assert cli.run(["inspect", str(path), "--base", str(checkpoint.path)]) == code

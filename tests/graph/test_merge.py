@@ -20,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import cli, formats, plan, sums
 from lora_export.errors import InputRefused
-from lora_export.graph import onnx_file as graphs
-from lora_export.graph.fold import fold
-from lora_export.graph.merge import merge_graph
-from lora_export.graph.sites import find
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.merge_graph import merge_graph
+from lora_export.graph.onnx_file import writing
+from lora_export.graph.onnx_file.reading import load_graph, open_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter
 from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.hashes import file_hash, file_sha256
@@ -48,15 +50,15 @@ DATA = pytest.mark.parametrize(
 
 def merged(path: Path, stage: Path, *adapters: Adapter, **options: Any) -> MergeReport:
     """`adapters` merged into a graph's file; the output is called as the input."""
-    graph = graphs.open_graph(path)
-    sites = find(graph.model)
+    graph = open_graph(path)
+    sites = find_sites(graph.model)
     stage.mkdir()
     return merge_graph(plan.make(adapters, sites.specs), graph, sites, stage, file_name=path.name, **options)
 
 
 def folded(path: Path, *adapters: Adapter) -> ir.Model:
-    model = graphs.load(path)
-    sites = find(model)
+    model = load_graph(path)
+    sites = find_sites(model)
     fold(model, sites, plan.make(adapters, sites.specs))
     return model
 
@@ -77,7 +79,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_change_is_added_and_everything_else_keeps_its_bytes(tmp_path: Path, data: Any) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data=data)
     report = merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up", "down"))
-    after = graphs.load(tmp_path / "out/m.onnx")
+    after = load_graph(tmp_path / "out/m.onnx")
     for name, before in WEIGHTS.items():
         expected = before if name == "kept.weight" else before + (B @ A).T
         assert np.array_equal(stored(after, name), expected), name
@@ -105,7 +107,7 @@ def test_bytes_lie_in_their_pages_as_they_did_and_dead_ones_go(tmp_path: Path) -
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data="all.data")
     merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
     places = [
-        {name: value.const_value.offset % 4096 for name, value in graphs.load(there).graph.initializers.items()}
+        {name: value.const_value.offset % 4096 for name, value in load_graph(there).graph.initializers.items()}
         for there in (path, tmp_path / "out/m.onnx")
     ]
     assert places[0] == places[1] and len(set(places[0].values())) == 3
@@ -124,7 +126,7 @@ def test_what_lies_between_two_weights_that_stay_is_left_out(tmp_path: Path) -> 
     entry.value = str(start)
     path.write_bytes(model.SerializeToString())
     merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
-    after = graphs.load(tmp_path / "out/m.onnx")
+    after = load_graph(tmp_path / "out/m.onnx")
     assert np.array_equal(stored(after, "down.weight"), WEIGHTS["down.weight"])
     assert np.array_equal(stored(after, "kept.weight"), WEIGHTS["kept.weight"])
 
@@ -145,7 +147,7 @@ def test_the_record_holds_hashes_of_every_file_and_the_adapters(tmp_path: Path, 
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data=data, author="somebody")
     adapter = an_adapter(tmp_path / "ad", "up")
     merged(path, tmp_path / "out", adapter, hashing="sha256")
-    properties = graphs.load(tmp_path / "out/m.onnx").metadata_props
+    properties = load_graph(tmp_path / "out/m.onnx").metadata_props
     record = json.loads(properties.pop("lora_export"))
     assert properties == {"author": "somebody"}
     there = {file.name: {"sha256": file_sha256(file)} for file in tmp_path.iterdir() if file.is_file()}
@@ -181,12 +183,12 @@ def test_a_tensor_that_two_layers_share_is_given_to_each(tmp_path: Path) -> None
     for folder, inline in (("inside", 1 << 30), ("beside", 0)):
         (tmp_path / folder).mkdir()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graphs, "INLINE", inline)
-            graphs.save(model, tmp_path / folder, "m.onnx")
+            patch.setattr(writing, "MAX_INLINE_BYTES", inline)
+            save_graph(model, tmp_path / folder, "m.onnx")
         pair = (A, RNG.integers(-3, 4, (40, 2)))
         adapter = formats.load(peft_adapter(tmp_path / folder / "ad", {"b.fc": pair}))
         merged(tmp_path / folder / "m.onnx", tmp_path / folder / "out", adapter)
-        after = graphs.load(tmp_path / folder / "out/m.onnx")
+        after = load_graph(tmp_path / folder / "out/m.onnx")
         assert np.array_equal(stored(after, "a.fc.weight"), square)
         assert np.array_equal(stored(after, "z.fc.weight"), square + 1)
         assert np.array_equal(stored(after, "b.fc.weight"), square + (pair[1] @ A).T)
@@ -210,7 +212,7 @@ def test_weights_whose_order_in_the_file_is_another_are_found(tmp_path: Path) ->
     inner_model = onnx.ModelProto(graph=inner)
     path.write_bytes(b"".join(part.SerializeToString() for part in (first, skeleton, second, inner_model, rest)))
     merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
-    after = graphs.load(tmp_path / "out/m.onnx")
+    after = load_graph(tmp_path / "out/m.onnx")
     assert np.array_equal(stored(after, "up.weight"), WEIGHTS["up.weight"] + (B @ A).T)
     assert np.array_equal(stored(after, "kept.weight"), WEIGHTS["kept.weight"])
     assert np.array_equal(stored(after, "down.weight"), WEIGHTS["down.weight"])
@@ -224,7 +226,7 @@ def test_the_sum_is_rounded_once_to_the_graphs_own_type(tmp_path: Path, dtype: A
     path = graph_file(tmp_path / "m.onnx", rows)
     merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
     expected = (rows["up.weight"].astype(np.float64) + (B @ A).T).astype(dtype)
-    assert stored(graphs.load(tmp_path / "out/m.onnx"), "up.weight").tobytes() == expected.tobytes()
+    assert stored(load_graph(tmp_path / "out/m.onnx"), "up.weight").tobytes() == expected.tobytes()
 
 
 @DATA
@@ -233,7 +235,7 @@ def test_a_whole_tensor_takes_the_weights_place(tmp_path: Path, data: Any) -> No
     whole = np.float32(RNG.normal(size=(40, 30)))
     adapter = formats.load(peft_adapter(tmp_path / "ad", {"up": (A, B)}, {"down.weight": whole}))
     report = merged(path, tmp_path / "out", adapter)
-    assert np.array_equal(stored(graphs.load(tmp_path / "out/m.onnx"), "down.weight"), whole)
+    assert np.array_equal(stored(load_graph(tmp_path / "out/m.onnx"), "down.weight"), whole)
     assert (report.replaced, [there.weight for there in report.results]) == (1, ["up.weight"])
 
 
@@ -277,13 +279,13 @@ def test_a_block_of_a_packed_matrix_changes_and_its_neighbours_keep_their_bytes(
         if use_dora:
             total *= (lengths[f"attn.{name}"] / np.linalg.norm(total, axis=1))[:, None]
         expected.append(total.astype(np.float32))
-    after = stored(graphs.load(out), "packed_1").T
+    after = stored(load_graph(out), "packed_1").T
     if use_dora:
         np.testing.assert_allclose(after, np.concatenate(expected), rtol=1e-6)
         assert after[30:50].tobytes() == K.tobytes()
     else:
         assert np.array_equal(after, np.concatenate(expected))
-    assert np.array_equal(stored(graphs.load(out), "val_2"), stored(graphs.load(graph), "val_2"))
+    assert np.array_equal(stored(load_graph(out), "val_2"), stored(load_graph(graph), "val_2"))
 
 
 def test_a_graph_that_was_made_from_another_base_is_not_guessed_at(
@@ -323,7 +325,7 @@ def test_a_graph_that_takes_adapters_while_it_runs_keeps_its_weights(
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, **{key: "{}"})
     peft_adapter(tmp_path / "ad", {"up": (A, B)})
     assert cli.run(["merge", str(path), str(tmp_path / "ad"), "-o", str(tmp_path / "out.onnx"), "--dry-run"]) == 3
-    assert "m.onnx takes adapters while it runs" in capsys.readouterr().err
+    assert "m.onnx takes adapters as inputs" in capsys.readouterr().err
 
 
 # --- real exports ---
@@ -334,14 +336,14 @@ def test_a_graph_that_takes_adapters_while_it_runs_keeps_its_weights(
 def test_a_merged_export_is_the_folded_one_and_computes_what_pytorch_computes(
     name: str, inline: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "INLINE", inline)
+    monkeypatch.setattr(writing, "MAX_INLINE_BYTES", inline)
     monkeypatch.setattr(block_copy, "BLOCK", 1 << 21)  # products in blocks may be rounded otherwise
     made = exported(name)
     adapter, changes = everywhere(made.graph)
-    graphs.save(made.graph, tmp_path, "m.onnx")
+    save_graph(made.graph, tmp_path, "m.onnx")
     expected = folded(tmp_path / "m.onnx", adapter)
     merged(tmp_path / "m.onnx", tmp_path / "out", adapter)
-    after = graphs.load(tmp_path / "out/m.onnx")
+    after = load_graph(tmp_path / "out/m.onnx")
     assert contents(after) == contents(expected)
     reference = with_changes(made.module, changes)
     feeds = inputs(name, 3, 12, seed=2)
@@ -404,8 +406,8 @@ def test_a_graph_that_would_be_too_long_for_one_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS)
-    monkeypatch.setattr("lora_export.graph.merge.LIMIT", path.stat().st_size - 100)
-    with pytest.raises(Exception, match="save it with its weights in a file beside it"):
+    monkeypatch.setattr("lora_export.graph.merge.file_parts.MAX_MESSAGE_BYTES", path.stat().st_size - 100)
+    with pytest.raises(Exception, match="save the base graph with its weights in a file beside it"):
         merged(path, tmp_path / "out", an_adapter(tmp_path / "ad", "up"))
 
 
@@ -424,7 +426,7 @@ def test_the_command_merges_a_graph_and_says_so(place: Path, capsys: pytest.Capt
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["output"], [there["weight"] for there in document["results"]]) == ("m.onnx", ["up.weight"])
-    assert np.array_equal(stored(graphs.load(place / "m.onnx"), "up.weight"), WEIGHTS["up.weight"] + (B @ A).T)
+    assert np.array_equal(stored(load_graph(place / "m.onnx"), "up.weight"), WEIGHTS["up.weight"] + (B @ A).T)
     assert document["bytes"] == sum(path.stat().st_size for path in place.glob("m.onnx*"))
 
 

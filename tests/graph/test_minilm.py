@@ -11,8 +11,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lora_export import plan
-from lora_export.graph import fold, onnx_file, sites
-from lora_export.graph.insert import nodes
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
 from lora_export.models import export
 from support.graphs import TEXT, an_adapter, eager, run, with_changes
@@ -45,7 +48,7 @@ def test_minilm_with_an_adapter_computes_what_pytorch_computes(
         site.name.removesuffix(".weight"): LoraPair(
             a=rng.normal(size=(8, 384)) * 0.05, b=rng.normal(size=(384, 8)) * 0.05, scale=2.0
         )
-        for site in sites.find(model).linear
+        for site in find_sites(model).linear
         if site.name.endswith(("query.weight", "value.weight"))
     }
     assert len(pairs) == 12
@@ -54,14 +57,14 @@ def test_minilm_with_an_adapter_computes_what_pytorch_computes(
     changes = {f"{name}.weight": 2.0 * pair.b.astype(np.float64) @ pair.a for name, pair in pairs.items()}
     changes["classifier.weight"] = head - module.classifier.weight.detach().double().numpy()
     reference = with_changes(module, changes)
-    for execute in (fold.fold, nodes.branch):
+    for execute in (fold, insert_nodes):
         graph = model.clone()
-        found = sites.find(graph)
+        found = find_sites(graph)
         execute(graph, found, plan.make([adapter], found.specs))
         folder = tmp_path / execute.__name__
         folder.mkdir()
-        (path,) = onnx_file.save(graph, folder, "model.onnx")
-        saved = onnx_file.load(path)
+        (path,) = save_graph(graph, folder, "model.onnx")
+        saved = load_graph(path)
         for batch, length in [(1, 5), (3, 17), (5, 33)]:
             feeds = text(batch, length, seed=length)
             answer = run(saved, **{name: value.numpy() for name, value in feeds.items()})["logits"]

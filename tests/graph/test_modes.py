@@ -22,11 +22,14 @@ from torch import nn
 from lora_export import formats, plan
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph import sites
-from lora_export.graph.insert import inserter, nodes
-from lora_export.graph.insert.inputs import factors_of, open_inputs
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_readers import find_readers
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_names import module_of
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.insert.inserter import branch_obstacle
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import Arrays, a_graph, an_adapter, attached, contents, eager, exported, inputs, quantised, run
@@ -48,19 +51,21 @@ class Woven:
         if mode == "nodes":
             for number, adapter in enumerate(adapters, 1):
                 self.graphs[number], own = self._clone(found)
-                nodes.branch(self.graphs[number], own, plan.make([adapter], own.specs))
+                insert_nodes(self.graphs[number], own, plan.make([adapter], own.specs))
         else:
             graph, own = self._clone(found)
             self.graphs = dict.fromkeys(range(len(adapters) + 1), graph)
             if mode == "rows":
-                choose_by_row(graph, own, steps, batch=batch)
+                insert_rows(graph, own, steps, batch=batch)
             else:
                 dora = {step.weight for step in steps.steps if step.has_dora}
-                open_inputs(graph, own, [step.weight for step in steps.steps], dora=dora)
+                insert_inputs(graph, own, [step.weight for step in steps.steps], dora=dora)
                 contract = onnx_adapter.read_contract(graph.metadata_props, "")
                 names = [adapter.name for adapter in adapters]
                 self.given = [
-                    onnx_adapter.input_values(contract, steps, name, factors_of(graph, contract, steps, name))
+                    onnx_adapter.input_values(
+                        contract, steps, name, contract_dora_factors(graph, contract, steps, name)
+                    )
                     for name in names
                 ]
         for graph in self.graphs.values():
@@ -76,9 +81,9 @@ class Woven:
             moved = []
             for site in there:
                 again = next(
-                    other for other in sites.readers(values[site.value.name]) if other.node is theirs[site.node.name]
+                    other for other in find_readers(values[site.value.name]) if other.node is theirs[site.node.name]
                 )
-                moved.append(dataclasses.replace(again, name=name, block=site.block, how=site.how))
+                moved.append(dataclasses.replace(again, name=name, block=site.block, named_by=site.named_by))
             by_name[name] = tuple(moved)
         return model, Sites(by_name, (), ())
 
@@ -129,7 +134,7 @@ class Layer:
         if self.embedding:
             named = {name: weight.T for name, weight in named.items()}
         checkpoint = open_checkpoint(base_file(folder / "base.safetensors", named))
-        found = sites.find(self.graph, checkpoint)
+        found = find_sites(self.graph, checkpoint)
         assert list(found.by_name) == list(named)
         return found
 
@@ -356,7 +361,7 @@ def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
     graph = quantised(graph, as_pairs=as_pairs)
     for number, node in enumerate(graph.graph):
         node.name = node.name or f"node_{number}"  # to be told apart by
-    found = sites.find(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
+    found = find_sites(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
     with torch.no_grad():
         for name in ("up.weight", "down.weight"):
             (site,) = found.by_name[name]
@@ -400,11 +405,11 @@ def everything(found: Sites, name: str, *, rank: int) -> Adapter:
     rng, pairs = np.random.default_rng(rank), {}
     for number, spec in enumerate(found.specs):
         embedding = spec.layout is plan.Layout.EMBEDDING
-        strangers = [inserter.obstacle_to(site, embedding=embedding) for site in found.by_name[spec.name]]
+        strangers = [branch_obstacle(site, is_embedding=embedding) for site in found.by_name[spec.name]]
         if any(strangers) or "position_embeddings" in spec.name:
             continue
         out, *inner = spec.matrix
-        pairs[inserter.module_of(spec.name)] = LoraPair(
+        pairs[module_of(spec.name)] = LoraPair(
             a=normal(rank, *inner, rng=rng),
             b=normal(out, rank, *[1] * (len(inner) - 1), rng=rng),
             scale=0.3,
@@ -418,7 +423,7 @@ def everything(found: Sites, name: str, *, rank: int) -> Adapter:
 @pytest.mark.parametrize("name", ["encoder", "bert"])
 def test_an_export_with_everything_beside_its_weights_computes_what_pytorch_computes(name: str, mode: str) -> None:
     made = exported(name)
-    found = sites.find(made.graph)
+    found = find_sites(made.graph)
     two = everything(found, "one", rank=2), everything(found, "two", rank=3)
     assert ("conv" if name == "encoder" else "bert.embeddings.word_embeddings") in two[0].pairs
     woven, feeds = Woven(mode, made.graph, found, *two, batch="batch"), inputs(name, 3, 12, seed=2)
@@ -440,13 +445,13 @@ def test_an_export_with_everything_beside_its_weights_computes_what_pytorch_comp
 
 def test_positions_are_the_same_for_all_rows_and_refused_by_name() -> None:
     made = exported("bert")
-    found = sites.find(made.graph)
+    found = find_sites(made.graph)
     name = "bert.embeddings.position_embeddings"
     (spec,) = (spec for spec in found.specs if spec.name == f"{name}.weight")
     pair = LoraPair(a=normal(1, spec.shape[0]), b=normal(spec.shape[1], 1), scale=1.0, embedding=True)
     steps = plan.make([an_adapter({name: pair})], found.specs)
-    with pytest.raises(InputRefused, match=rf"{name}\.weight \(Gather .* no one dimension is the batch for certain"):
-        choose_by_row(made.graph, found, steps)
+    with pytest.raises(InputRefused, match=rf"{name}\.weight \(Gather .* no single dimension is the batch for certain"):
+        insert_rows(made.graph, found, steps)
 
 
 def test_a_convolution_whose_first_dimension_is_not_the_batch_is_refused_by_name() -> None:
@@ -454,9 +459,11 @@ def test_a_convolution_whose_first_dimension_is_not_the_batch_is_refused_by_name
         "g (float[L,2,N] x, float[N] lead) => (float[L,4,M] y) <float[1] W = {0}> { [n] y = Conv(x, W) }",
         W=normal(4, 2, 1),
     )
-    found = sites.find(graph)
+    found = find_sites(graph)
     assert list(found.by_name) == []
-    by_hand = Sites({"c.weight": (next(sites.readers(graph.graph.initializers["W"])),)}, (), ())
+    by_hand = Sites({"c.weight": (next(find_readers(graph.graph.initializers["W"])),)}, (), ())
     pair = LoraPair(a=normal(1, 2, 1), b=normal(4, 1, 1), scale=1.0)
-    with pytest.raises(InputRefused, match=r"c\.weight \(Conv `n`\): \[L,2,N\] enters it, the first dimension of"):
-        choose_by_row(graph, by_hand, plan.make([an_adapter({"c": pair})], by_hand.specs), batch="N")
+    with pytest.raises(
+        InputRefused, match=r"c\.weight \(Conv `n`\): its input has the shape \[L,2,N\], whose first dimension"
+    ):
+        insert_rows(graph, by_hand, plan.make([an_adapter({"c": pair})], by_hand.specs), batch="N")

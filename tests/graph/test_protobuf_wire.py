@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from lora_export.errors import InputRefused
-from lora_export.graph import protobuf_wire
+from lora_export.graph.onnx_file import protobuf_wire
+from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES, split_at_tensors, without_large_tensors
 
 SIZES = st.lists(st.sampled_from([1, 255, 256, 300, 4000]), max_size=4)  # floats: 1024 bytes are `wire.LARGE`
 
@@ -54,13 +55,13 @@ def test_a_graph_is_taken_apart_and_put_together_again(
     model = helper.make_model(a_graph("a", outer, a_graph("b", inner, a_graph("c", innermost))))
     data = model.SerializeToString()
     path.write_bytes(data)
-    hollow = protobuf_wire.hollow(path, "here")
+    hollow = without_large_tensors(path, "here")
     message, extents = numbered(hollow, "here")
     # Both branches of an If hold the inner graphs.
-    large = [4 * size for size in (*outer, *inner * 2, *innermost * 4) if 4 * size >= protobuf_wire.LARGE]
+    large = [4 * size for size in (*outer, *inner * 2, *innermost * 4) if 4 * size >= LARGE_TENSOR_BYTES]
     assert sorted(length for _, length in extents) == sorted(large)
     assert len(hollow) <= len(data) - sum(large) + 100 * len(large)
-    parts = protobuf_wire.pieces(message, "here", [length for _, length in extents])
+    parts = split_at_tensors(message, "here", [length for _, length in extents])
     whole = b"".join(part if isinstance(part, bytes) else data[extents[part][0] : sum(extents[part])] for part in parts)
     assert onnx.ModelProto.FromString(whole) == model
     assert all(isinstance(one, bytes) != isinstance(other, bytes) for one, other in itertools.pairwise(parts))
@@ -68,7 +69,7 @@ def test_a_graph_is_taken_apart_and_put_together_again(
 
 def test_a_message_without_weights_is_one_piece() -> None:
     message = helper.make_model(a_graph("a", [1])).SerializeToString()
-    assert protobuf_wire.pieces(message, "nowhere", []) == [message]
+    assert split_at_tensors(message, "nowhere", []) == [message]
 
 
 def test_the_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,32 +78,32 @@ def test_the_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     longest = []
     read = protobuf_wire._Reader.bytes
     monkeypatch.setattr(protobuf_wire._Reader, "bytes", lambda self, count: longest.append(count) or read(self, count))
-    protobuf_wire.hollow(path, "here")
+    without_large_tensors(path, "here")
     assert max(longest) < 10_000
 
 
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"\x3a\x05abc", "longer than what it is part of"),
+        (b"\x3a\x05abc", "longer than the message around it"),
         (b"\x3b", "a field of an unknown kind"),
         (b"\x08" + b"\xff" * 11, "a number of more than ten bytes"),
         (b"\x08", "ends in the middle of a field"),
-        (b"\x02\x00", "longer than what it is part of"),  # the field with the number 0
+        (b"\x02\x00", "longer than the message around it"),  # the field with the number 0
     ],
 )
 def test_what_is_no_message_is_refused(tmp_path: Path, data: bytes, problem: str) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(data)
     with pytest.raises(InputRefused, match=rf"m.onnx is no ONNX file, or a damaged one: .*{problem} at byte"):
-        protobuf_wire.hollow(path, "here")
+        without_large_tensors(path, "here")
 
 
 def test_messages_in_messages_without_end_are_refused(tmp_path: Path) -> None:
-    message = bytes(protobuf_wire.LARGE)  # the kind of field, 0, matters to nobody: it is within
-    for level in range(3 * protobuf_wire.MOST_LEVELS):
+    message = bytes(LARGE_TENSOR_BYTES)  # the kind of field, 0, matters to nobody: it is within
+    for level in range(3 * protobuf_wire.MAX_NESTING):
         message = protobuf_wire._field((6, 5, 1)[level % 3], message)
     path = tmp_path / "m.onnx"
     path.write_bytes(protobuf_wire._field(7, message))
-    with pytest.raises(InputRefused, match=f"more than {protobuf_wire.MOST_LEVELS} messages in each other"):
-        protobuf_wire.hollow(path, "here")
+    with pytest.raises(InputRefused, match=f"more than {protobuf_wire.MAX_NESTING} messages in each other"):
+        without_large_tensors(path, "here")

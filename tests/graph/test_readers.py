@@ -13,8 +13,11 @@ import pytest
 
 from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
-from lora_export.graph import fold, sites
-from lora_export.graph.insert import nodes
+from lora_export.graph.exporter_metadata import NAME_SCOPES
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.site import Site
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
@@ -24,12 +27,12 @@ from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_n
 
 
 def fold_into(model: ir.Model) -> None:
-    found = sites.find(model)
-    fold.fold(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
+    found = find_sites(model)
+    fold(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
 
 
-def only(model: ir.Model) -> sites.Site:
-    (site,) = sites.find(model).by_name["m.weight"]
+def only(model: ir.Model) -> Site:
+    (site,) = find_sites(model).by_name["m.weight"]
     return site
 
 
@@ -90,7 +93,7 @@ def test_a_weight_that_is_stored_in_half_precision_and_cast_stays_so(half: Any) 
     model = a_graph("c = Cast <to = 1> (W) y = MatMul(x, c)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(WEIGHT.T.astype(half), name="m.weight")
     model.graph.initializers["m.weight"].dtype = ir.DataType.from_numpy(np.dtype(half))
-    site, (spec,) = only(model), sites.find(model).specs
+    site, (spec,) = only(model), find_sites(model).specs
     assert (spec.dtype, site.dtype) == (str(np.dtype(half)), "float32")
     fold_into(model)
     assert stored(model, "m.weight").dtype == half
@@ -101,8 +104,8 @@ def test_a_branch_beside_a_weight_that_is_cast_has_the_dtype_of_what_it_is_added
     model = a_graph("c = Cast <to = 1> (W) y = MatMul(x, c)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(WEIGHT.T.astype(np.float16), name="m.weight")
     model.graph.initializers["m.weight"].dtype = ir.DataType.FLOAT16
-    found = sites.find(model)
-    nodes.branch(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
+    found = find_sites(model)
+    insert_nodes(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
     np.testing.assert_allclose(run(model, x=X)["y"], X @ (WEIGHT + DELTA).T)
 
 
@@ -114,7 +117,7 @@ def test_a_reader_of_a_shared_weight_behind_a_cast_reads_its_own_as_the_cast_gav
     model.graph.initializers["m.weight"].dtype = ir.DataType.FLOAT16
     for node, module in {"MatMul": "m", "ReduceSum": "other"}.items():
         (reader,) = [there for there in model.graph if there.op_type == node]
-        reader.metadata_props[sites.NAME_SCOPES] = repr(["", module, "f"])
+        reader.metadata_props[NAME_SCOPES] = repr(["", module, "f"])
     fold_into(model)
     np.testing.assert_allclose(run(model, x=X)["y"], X @ (WEIGHT + DELTA).T + WEIGHT.sum())
 
@@ -125,11 +128,11 @@ def test_a_weight_in_a_constant_node_is_folded_into_an_initializer_of_its_own() 
         g (float[N,3] x) => (float[N,2] y)
         { k = Constant <value = float[3,2] {1,4,2,5,3,6}> ()
           y = MatMul(x, k) }""")
-    model.graph[1].metadata_props[sites.NAME_SCOPES] = repr(["", "m", "linear"])
+    model.graph[1].metadata_props[NAME_SCOPES] = repr(["", "m", "linear"])
     fold_into(model)
     np.testing.assert_allclose(run(model, x=X)["y"], X @ (WEIGHT + DELTA).T)
     assert [node.op_type for node in model.graph] == ["MatMul"]
-    assert [site.name for site in sites.find(model).linear] == ["m.weight"]
+    assert [site.name for site in find_sites(model).linear] == ["m.weight"]
 
 
 def test_a_convolutions_kernel_lies_as_the_parameter_does() -> None:
@@ -138,11 +141,11 @@ def test_a_convolutions_kernel_lies_as_the_parameter_does() -> None:
         <ir_version: 10, opset_import: ["" : 20]>
         g (float[N,3,L] x) => (float[N,2,M] y) <float[2,3,2] "c.weight" = {{{",".join(map(str, range(12)))}}}>
         {{ y = Conv(x, "c.weight") }}""")
-    (spec,) = sites.find(model).specs
+    (spec,) = find_sites(model).specs
     assert (spec.shape, spec.layout) == ((2, 3, 2), Layout.OUT_IN)
-    found, x = sites.find(model), np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
+    found, x = find_sites(model), np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
     pair = LoraPair(a=np.ones((1, 3, 2)), b=np.float32([[1], [2]]).reshape(2, 1, 1), scale=1.0)
-    fold.fold(model, found, plan.make([an_adapter({"c": pair})], found.specs))
+    fold(model, found, plan.make([an_adapter({"c": pair})], found.specs))
     after = kernel + np.float32([1, 2])[:, None, None]
     windows = np.lib.stride_tricks.sliding_window_view(x, 2, axis=2)  # (batch, in, place, kernel)
     np.testing.assert_allclose(run(model, x=x)["y"], np.einsum("bilk,oik->bol", windows, after), rtol=1e-5)
@@ -152,7 +155,7 @@ def test_a_table_that_is_looked_up_is_an_embedding_and_no_linear_layer() -> None
     model = ir.from_onnx_text("""
         <ir_version: 10, opset_import: ["" : 20]>
         g (int64[N] ids) => (float[N,2] y) <float[3,2] "e.weight" = {1,2,3,4,5,6}> { y = Gather("e.weight", ids) }""")
-    found = sites.find(model)
+    found = find_sites(model)
     assert [(spec.shape, spec.layout) for spec in found.specs] == [((3, 2), Layout.EMBEDDING)]
     assert not (found.linear or found.notes)
     pair = LoraPair(a=[[1, 2]], b=[[1], [2], [3]], scale=1.0)  # of a linear layer whose weight is 3 x 2
@@ -173,14 +176,14 @@ def test_onnxruntimes_attention_takes_q_k_and_v_in_one_and_each_can_be_folded_in
     checkpoint = open_checkpoint(
         base_file(tmp_path / "base.safetensors", {f"{n}.weight": w for n, w in weights.items()})
     )
-    found = sites.find(model, checkpoint)
+    found = find_sites(model, checkpoint)
     assert [(site.name, site.block) for site in found.linear] == [
         ("q.weight", range(4)), ("k.weight", range(4, 8)), ("v.weight", range(8, 12)),
     ]  # fmt: skip
     rng = np.random.default_rng(1)
     pairs = {name: LoraPair(a=rng.normal(size=(1, 4)), b=rng.normal(size=(4, 1)), scale=1.0) for name in "qv"}
     steps = plan.make([an_adapter(pairs)], found.specs)
-    fold.fold(model, found, steps)
+    fold(model, found, steps)
     x = rng.normal(size=(2, 3, 4)).astype(np.float32)
     changed = {name: w + (pairs[name].delta() if name in pairs else 0) for name, w in weights.items()}
     np.testing.assert_allclose(run(model, x=x)["y"], in_numpy(x, *changed.values()), rtol=1e-4, atol=1e-5)
@@ -198,16 +201,16 @@ def test_no_branch_is_put_beside_what_computes_more_than_a_product(
     body: str, layout: Layout, functions: str, told: str
 ) -> None:
     model = a_graph(body, layout, functions=functions)
-    found = sites.find(model)
-    with pytest.raises(InputRefused, match=f"m.weight is read by {told}, beside which no branch can stand"):
-        nodes.branch(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
+    found = find_sites(model)
+    with pytest.raises(InputRefused, match=f"m.weight is read by {told}, beside which no branch can be inserted"):
+        insert_nodes(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
 
 
 def test_a_function_that_reads_a_weight_twice_does_not_tell_how_it_lies() -> None:
     functions = """<domain: "own", opset_import: ["" : 20]>
         both (x, w) => (y) { v = Transpose(w) h = MatMul(x, v) y = MatMul(h, w) }"""
     model = a_graph("y = own.both(x, W)", Layout.OUT_IN, y="float[N,3]", functions=functions)
-    assert not sites.find(model).by_name
+    assert not find_sites(model).by_name
 
 
 def test_a_turn_that_a_functions_caller_decides_is_not_guessed() -> None:
@@ -241,6 +244,6 @@ def test_the_builders_own_names_are_no_parameters() -> None:
     model = a_graph("y = MatMul(x, W)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].name = "model.layers.0.attn.o_proj.MatMul.weight"
     model.graph[0].name = "/model/layers.0/attn/o_proj/MatMul"
-    found = sites.find(model)
+    found = find_sites(model)
     assert not found.by_name
     assert len(found.unnamed) == 1

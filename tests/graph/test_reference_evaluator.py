@@ -20,9 +20,11 @@ from onnx.reference import ReferenceEvaluator
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph import fold, sites
-from lora_export.graph.insert import inputs, rows
-from lora_export.graph.insert import nodes as branches
+from lora_export.graph.exporter_metadata import NAME_SCOPES
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.merge.fold import fold
 from support.graphs import Arrays, an_adapter, contents, planned, run
 from support.small_graphs import PAIR
 
@@ -71,7 +73,7 @@ def a_graph_in(text: Text, dtype: Any) -> ir.Model:
         <float{shape} "m.weight" = {{{numbers}}}, float[2] b = {{10,20}}> {{ {nodes} }} {text.functions}""")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type == "MatMul":
-            node.metadata_props[sites.NAME_SCOPES] = repr(["", "m", "linear"])
+            node.metadata_props[NAME_SCOPES] = repr(["", "m", "linear"])
     for graph in model.graphs():
         for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
             value.dtype = ir.DataType.from_numpy(np.dtype(dtype)) if value.dtype == ir.DataType.FLOAT else value.dtype
@@ -85,12 +87,12 @@ def put_into(model: ir.Model, mode: str) -> Arrays:
     adapter = an_adapter({"m": PAIR})
     found, steps = planned(model, adapter)
     if mode == "inputs":
-        contract = inputs.open_inputs(model, found, ["m.weight"])
+        contract = insert_inputs(model, found, ["m.weight"])
         return onnx_adapter.input_values(contract, steps, adapter.name)
     if mode == "rows":
-        rows.choose_by_row(model, found, steps, batch="N")
+        insert_rows(model, found, steps, batch="N")
         return {"adapter_ids": np.ones(len(X), np.int64)}
-    {"merged": fold.fold, "nodes": branches.branch}[mode](model, found, steps)
+    {"merged": fold, "nodes": insert_nodes}[mode](model, found, steps)
     return {}
 
 

@@ -36,7 +36,11 @@ NUMPY_CORE = (
     *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.against_origin"),
     *("verification.candidate_outputs", "verification.mixed_batches"),
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),
-    *("verification.references.graph", "verification.references.graph_fp64", "verification.diagnose.diagnosis"),
+    *(
+        "verification.references.graph_with_adapter",
+        "verification.references.graph_fp64",
+        "verification.diagnose.diagnosis",
+    ),
     *("verification.diagnose.layer_observation", "verification.diagnose.root_cause"),
 )
 TORCH_BY_REQUEST = {

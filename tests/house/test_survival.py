@@ -24,7 +24,7 @@ import onnx
 import pytest
 
 from lora_export import cli
-from lora_export.graph import onnx_file as graphs
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.storage import atomic_output, safetensors_file
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest
@@ -81,7 +81,7 @@ class Output:
         parts = {self.target.name: self.target.read_bytes()}
         if self.target.suffix == ".onnx":
             graph = onnx.load_from_string(parts[self.target.name])
-            assert len(graphs.load(self.target).graph.initializers) == len(graph.graph.initializer) > 0
+            assert len(load_graph(self.target).graph.initializers) == len(graph.graph.initializer) > 0
             places = [entry for tensor in graph.graph.initializer for entry in tensor.external_data]
             named = {entry.value for entry in places if entry.key == "location"}
             parts |= {name: (self.target.parent / name).read_bytes() for name in named}
@@ -1055,5 +1055,5 @@ def test_a_graph_with_the_longest_name_has_its_data_beside_it(place):
     again = saboteur.run(saboteur.publish_graph, str(target), 2.0, log=place / "log")
     assert again.code == 0 and again.told.startswith("removed ")
     (data,) = (path for path in place.iterdir() if path.name.endswith(".data") and path.name != "base.data")
-    weight = graphs.load(target).graph.initializers["w"].const_value
+    weight = load_graph(target).graph.initializers["w"].const_value
     assert weight is not None and np.all(weight.numpy() == 2) and data.stat().st_size == 64 * 64 * 4

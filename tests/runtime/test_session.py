@@ -23,8 +23,11 @@ from lora_export import Session, plan
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import Contract, as_array
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.insert.inputs import factors_of, open_inputs
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import a_graph, an_adapter, quantised
@@ -67,8 +70,8 @@ def a_model(folder: Path, *, dtype: str = "float32", **replacing: str) -> tuple[
         value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
     for value in model.graph.initializers.values():
         value.const_value = ir.Tensor(value.const_value.numpy().astype(value.dtype.numpy()), name=value.name)
-    contract = open_inputs(model, sites.find(model), ["m.weight", "n.weight"])
-    onnx_file.save(model, folder, "model.onnx")
+    contract = insert_inputs(model, find_sites(model), ["m.weight", "n.weight"])
+    save_graph(model, folder, "model.onnx")
     return folder / "model.onnx", contract
 
 
@@ -223,7 +226,7 @@ def test_bfloat16_without_a_kernel_is_refused_with_the_reason(tmp_path: Path) ->
 
 
 def test_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
-    onnx_file.save(a_graph(BODY.format(dtype="float")), tmp_path, "plain.onnx")
+    save_graph(a_graph(BODY.format(dtype="float")), tmp_path, "plain.onnx")
     with pytest.raises(InputRefused, match="does not record where it takes adapters"):
         Session(tmp_path / "plain.onnx")
     (tmp_path / "noise.onnx").write_bytes(b"noise")
@@ -232,9 +235,9 @@ def test_graph_that_takes_no_adapters_is_refused(tmp_path: Path) -> None:
 
 
 def test_graph_without_its_adapter_inputs_is_refused(model: Path) -> None:
-    graph = onnx_file.load(model)
+    graph = load_graph(model)
     del graph.graph.inputs[1:]
-    onnx_file.save(graph, model.parent, "folded.onnx")
+    save_graph(graph, model.parent, "folded.onnx")
     with pytest.raises(InputRefused, match=r"has lost 4 of its adapter inputs, the first of them m.lora_A.weight"):
         Session(model.parent / "folded.onnx")
 
@@ -242,11 +245,11 @@ def test_graph_without_its_adapter_inputs_is_refused(model: Path) -> None:
 @pytest.mark.parametrize("size", [4, 10**13])
 def test_metadata_with_other_sizes_is_refused_before_allocation(tmp_path: Path, size: int) -> None:
     path = files_of(tmp_path)
-    graph = onnx_file.load(path)
+    graph = load_graph(path)
     record = graph.metadata_props[onnx_adapter.CONTRACT_KEY]
     assert '"shape": [2, 3]' in record
     graph.metadata_props[onnx_adapter.CONTRACT_KEY] = record.replace('"shape": [2, 3]', f'"shape": [{size}, 3]')
-    onnx_file.save(graph, tmp_path, "other.onnx")
+    save_graph(graph, tmp_path, "other.onnx")
     message = rf"other.onnx: its metadata gives m.weight the shape \[{size}, 3\], which does not fit the input m.lora_"
     with pytest.raises(InputRefused, match=message):
         Session(tmp_path / "other.onnx")
@@ -353,14 +356,14 @@ def files_of(folder: Path, **adapters: Mapping[str, LoraPair]) -> Path:
     """A graph that takes DoRA at every weight, and adapters for it."""
     graph = a_graph(EVERYTHING)
     arrays = [an_adapter(pairs, name=name) for name, pairs in adapters.items()]
-    found = sites.find(graph)
-    contract = open_inputs(graph, found, list(found.by_name), dora=found.by_name)
+    found = find_sites(graph)
+    contract = insert_inputs(graph, found, list(found.by_name), dora=found.by_name)
     for adapter in arrays:
         steps = plan.make([adapter], found.specs)
-        factors = factors_of(graph, contract, steps, adapter.name)
+        factors = contract_dora_factors(graph, contract, steps, adapter.name)
         arrays = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(folder / f"{adapter.name}.onnx_adapter", arrays, contract, sha256="1")
-    onnx_file.save(graph, folder, "model.onnx")
+    save_graph(graph, folder, "model.onnx")
     return folder / "model.onnx"
 
 
@@ -448,11 +451,11 @@ def test_adapter_of_one_block_in_packed_four_bit_weights(tmp_path: Path) -> None
         g (float[N,32] x) => (float[N,8] y) <float[32,8] W = {{{numbers}}}>
         {{ [n] y = MatMul(x, W) }}"""))  # fmt: skip
     checkpoint = base_file(tmp_path / "base.safetensors", {f"{name}.weight": one for name, one in weights.items()})
-    found = sites.find(graph, open_checkpoint(checkpoint))
+    found = find_sites(graph, open_checkpoint(checkpoint))
     k = an_adapter({"k": LoraPair(a=rng.normal(size=(2, 32)), b=rng.normal(size=(4, 2)), scale=1.0)})
-    contract, steps = open_inputs(graph, found, list(found.by_name)), plan.make([k], found.specs)
+    contract, steps = insert_inputs(graph, found, list(found.by_name)), plan.make([k], found.specs)
     onnx_adapter.write(tmp_path / "k", onnx_adapter.input_values(contract, steps, k.name), contract, sha256="1")
-    onnx_file.save(graph, tmp_path, "model.onnx")
+    save_graph(graph, tmp_path, "model.onnx")
     session, x = Session(tmp_path / "model.onnx", {"k": tmp_path / "k"}), rng.normal(size=(5, 32)).astype(np.float32)
     off, on = session.run({"x": x})["y"], session.run({"x": x}, adapter="k")["y"]
     assert on[:, :4].tobytes() == off[:, :4].tobytes()

@@ -32,8 +32,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats, plan
-from lora_export.graph import fold, onnx_file, sites
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
@@ -269,13 +271,13 @@ def logits(arrays: Arrays) -> NDArray[Any]:
 
 
 def assert_folding_is_pytorchs(path: Path, name: str, folder: Path, *, tolerance: float = 2e-5) -> None:
-    model = onnx_file.load(path)
-    found = sites.find(model, open_checkpoint(base_of(name)))
+    model = load_graph(path)
+    found = find_sites(model, open_checkpoint(base_of(name)))
     adapter, reference = adapter_for(found, name)
     assert adapter.pairs
-    fold.fold(model, found, plan.make([adapter], found.specs))
+    fold(model, found, plan.make([adapter], found.specs))
     folder.mkdir()
-    (*_, folded) = onnx_file.save(model, folder, "folded.onnx")
+    (*_, folded) = save_graph(model, folder, "folded.onnx")
     for batch, length in [(1, 5), (3, 11)]:
         feeds = text(batch, length)
         expected = eager(reference, feeds)["logits"]

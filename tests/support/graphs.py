@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora_export import layers, plan
-from lora_export.graph import sites
-from lora_export.graph.sites import Sites
+from lora_export.graph.exporter_metadata import FOLDED_FROM, NAME_SCOPES
+from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
 from lora_export.models.model import Axes
@@ -38,9 +38,9 @@ def a_graph(body: str, *, modules: Mapping[str, str] | None = None, **origins: s
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]>\n{quoted}')
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if modules and node.name in modules:
-            node.metadata_props[sites.NAME_SCOPES] = repr(["", modules[node.name], "linear"])
+            node.metadata_props[NAME_SCOPES] = repr(["", modules[node.name], "linear"])
     for name, origin in origins.items():
-        model.graph.initializers[name].metadata_props[sites.FOLDED_FROM] = repr([origin])
+        model.graph.initializers[name].metadata_props[FOLDED_FROM] = repr([origin])
     return model
 
 
@@ -59,7 +59,7 @@ def an_adapter(pairs: Mapping[str, LoraPair], *, name: str = "default", **fields
 
 
 def planned(model: ir.Model, *adapters: Adapter, **options: Any) -> tuple[Sites, Plan]:
-    found = sites.find(model)
+    found = find_sites(model)
     return found, plan.make(adapters, found.specs, **options)
 
 
@@ -75,7 +75,7 @@ def contents(model: ir.Model) -> dict[str, bytes]:
 
 def linear_specs(model: ir.Model) -> list[TensorSpec]:
     """The weights beside which branches can stand."""
-    found = sites.find(model)
+    found = find_sites(model)
     return [spec for spec in found.specs if not any(site.obstacle for site in found.by_name[spec.name])]
 
 

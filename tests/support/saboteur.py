@@ -23,8 +23,9 @@ MOMENTS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "truncate")
 LOADED = [
     *("lora_export.cli.merge", "lora_export.weights.merge", "lora_export.report", "lora_export.cli.progress"),
     *(
-        "lora_export.graph.onnx_file",
-        "lora_export.graph.merge",
+        "lora_export.graph.onnx_file.reading",
+        "lora_export.graph.onnx_file.writing",
+        "lora_export.graph.merge.merge_graph",
         "lora_export.formats.peft",
         "safetensors",
         "onnx",
@@ -145,10 +146,11 @@ def publish_graph(target: str, weight: float) -> None:
 
     from lora_export import cli
     from lora_export.cli.arguments import say
-    from lora_export.graph import onnx_file as graphs
+    from lora_export.graph.onnx_file import writing
+    from lora_export.graph.onnx_file.writing import append_metadata, save_graph
     from lora_export.storage import atomic_output
 
-    graphs.INLINE = 0
+    writing.MAX_INLINE_BYTES = 0
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 64]) for name in "xy")
     w = numpy_helper.from_array(np.full((64, 64), weight, np.float32), "w")
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [w])
@@ -157,8 +159,8 @@ def publish_graph(target: str, weight: float) -> None:
     @cli.cli.command("publish")
     def _() -> None:
         with atomic_output.stage_file(Path(target), inputs=(), overwrite=True, on_message=say) as stage:
-            graphs.save(model, stage, Path(target).name)
-            graphs.append_metadata(stage / Path(target).name, {"lora_export": f'{{"verdict": {weight}}}'})
+            save_graph(model, stage, Path(target).name)
+            append_metadata(stage / Path(target).name, {"lora_export": f'{{"verdict": {weight}}}'})
 
     cli.COMMANDS["publish"] = ""
     cli.LazyGroup.get_command = lambda self, ctx, name: self.commands[name]

@@ -9,8 +9,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.graph import fold, sites
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.fold import fold
 from lora_export.lora import Adapter, LoraPair
+from lora_export.weights.merge_report import StepResult
 from support.graphs import (
     an_adapter,
     planned,
@@ -44,16 +46,16 @@ g (float[N,2] x) => (float[N,2] y)
 SQUARE = LoraPair(a=[[1, 0]], b=[[1], [2]], scale=1.0)  # ΔW = [[1, 0], [2, 0]] (out, in)
 
 
-def folded(model: ir.Model, *adapters: Adapter, **options: Any) -> list[fold.StepResult]:
+def folded(model: ir.Model, *adapters: Adapter, **options: Any) -> list[StepResult]:
     found, steps = planned(model, *adapters, **options)
-    return fold.fold(model, found, steps)
+    return fold(model, found, steps)
 
 
 def everywhere(model: ir.Model, *, seed: int = 0) -> tuple[Adapter, dict[str, NDArray[Any]]]:
     """Random pairs for every linear layer, and the ΔW that they mean."""
     rng = np.random.default_rng(seed)
     pairs, changes = {}, {}
-    for spec in sites.find(model).specs:
+    for spec in find_sites(model).specs:
         if spec.layout not in (plan.Layout.OUT_IN, plan.Layout.IN_OUT) or len(spec.shape) > 2:
             continue
         out, inner = spec.matrix

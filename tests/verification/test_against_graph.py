@@ -10,8 +10,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_export import plan
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.fold import fold
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.verification import against_graph, proof
@@ -53,9 +54,9 @@ def judged(folder: Path, std: float, strength: float = 1.0) -> Proof:
     """A merge with this strength, judged as one with all of it."""
     base = tower(folder / "tower.onnx")
     model = ir.load(base)
-    found = sites.find(model)
+    found = find_sites(model)
     fold(model, found, plan.make([an_adapter(std)], found.specs, strengths=[strength]))
-    onnx_file.save(model, folder, "merged.onnx")
+    save_graph(model, folder, "merged.onnx")
     return prove(OnnxRunner(folder / "merged.onnx"), GraphReferences.open(base, "merged", [an_adapter(std)]))
 
 

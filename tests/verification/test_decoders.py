@@ -17,10 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_export import plan
 from lora_export.formats import onnx_adapter
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.insert.inputs import factors_of, open_inputs
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.check_contract import contract_dora_factors
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.models.load import load_model
@@ -64,11 +66,11 @@ def base() -> model.Model:
 
 
 def sums(folder: Path, base: model.Model) -> tuple[ir.Model, Sites]:
-    graph = onnx_file.load(a_decoder(folder / "base.onnx", base))
+    graph = load_graph(a_decoder(folder / "base.onnx", base))
     # As an exporter tells it; nobody can infer it behind a Slice.
     next(node for node in graph.graph if node.op_type == "Squeeze").outputs[0].shape = ir.Shape(["batch", "tokens", 4])
     named = {name: value.numpy() for name, value in base.module.state_dict().items()}
-    return graph, sites.find(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
+    return graph, find_sites(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
 
 
 def alone(module: nn.Module, adapter: Adapter | None) -> NDArray[Any]:
@@ -78,8 +80,8 @@ def alone(module: nn.Module, adapter: Adapter | None) -> NDArray[Any]:
 
 def test_every_step_of_a_row_has_the_rows_adapter(tmp_path: Path, base: model.Model) -> None:
     graph, found = sums(tmp_path, base)
-    choose_by_row(graph, found, plan.make(TWO, found.specs, one_at_a_time=True))
-    onnx_file.save(graph, tmp_path, "rows.onnx")
+    insert_rows(graph, found, plan.make(TWO, found.specs, one_at_a_time=True))
+    save_graph(graph, tmp_path, "rows.onnx")
     which = [2, 0, 1, 1]
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows(which))
     answer = runner.run(FEEDS)["logits"]
@@ -98,11 +100,11 @@ def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Mo
     graph, found = sums(tmp_path, base)
     steps = plan.make(TWO, found.specs, one_at_a_time=True)
     weights = [step.weight for step in steps.steps]
-    contract = open_inputs(graph, found, weights, dora=weights)
-    onnx_file.save(graph, tmp_path, "inputs.onnx")
+    contract = insert_inputs(graph, found, weights, dora=weights)
+    save_graph(graph, tmp_path, "inputs.onnx")
     runner = OnnxRunner(tmp_path / "inputs.onnx")
     for adapter in TWO:
-        factors = factors_of(graph, contract, steps, adapter.name)
+        factors = contract_dora_factors(graph, contract, steps, adapter.name)
         given = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(tmp_path / adapter.name, given, contract, sha256="1")
         with_it = with_cache(runner.with_adapter(tmp_path / adapter.name))
@@ -169,7 +171,7 @@ def a_llama_of(folder: Path, *, four_bits: bool) -> Decoder:
     named = {name: value.detach().numpy() for name, value in module.named_parameters()}
     checkpoint = open_checkpoint(base_file(folder / "base.safetensors", named))
     graphs = [quantised(graph, block=16) if four_bits else graph.clone() for graph in graphs]
-    prompt, step = (sites.find(graph, checkpoint) for graph in graphs)
+    prompt, step = (find_sites(graph, checkpoint) for graph in graphs)
     changes = {
         name: there[0].matrix.astype(np.float64) - named[name]
         for name, there in prompt.by_name.items()
@@ -186,7 +188,7 @@ def test_an_exported_decoder_mixes_adapters_row_by_row_through_its_steps(tmp_pat
     bases = [graph.clone() for graph in decoder.graphs]
     two = everywhere(decoder.found[0], "one", rank=2), everywhere(decoder.found[0], "two", rank=3)
     for graph, found in zip(decoder.graphs, decoder.found, strict=True):
-        choose_by_row(graph, found, plan.make(two, found.specs, one_at_a_time=True))
+        insert_rows(graph, found, plan.make(two, found.specs, one_at_a_time=True))
     ids, which = np.random.default_rng(1).integers(0, 50, (5, 9)), np.array([1, 0, 2, 2, 1])
     answer = decoded(*decoder.graphs, ids, start=5, adapter_ids=which)
     feeds, module = {"input_ids": torch.from_numpy(ids)}, decoder.module
@@ -208,9 +210,9 @@ def test_an_exported_decoder_takes_one_adapter_after_the_other(tmp_path: Path, f
     for graph, found in zip(decoder.graphs, decoder.found, strict=True):
         steps = plan.make(two, found.specs, one_at_a_time=True)
         weights = [step.weight for step in steps.steps]
-        contract = open_inputs(graph, found, weights, dora=weights)
+        contract = insert_inputs(graph, found, weights, dora=weights)
         names = [adapter.name for adapter in two]
-        factors = {name: factors_of(graph, contract, steps, name) for name in names}
+        factors = {name: contract_dora_factors(graph, contract, steps, name) for name in names}
         given.append({name: onnx_adapter.input_values(contract, steps, name, factors[name]) for name in names})
     ids = np.random.default_rng(1).integers(0, 50, (3, 9))
     for adapter in two:

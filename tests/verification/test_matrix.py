@@ -33,7 +33,8 @@ from lora_export import formats, layers, plan
 from lora_export.api import onnx_from_model
 from lora_export.api.onnx_options import OnnxOptions, check_adapters
 from lora_export.errors import InputRefused, MatchError
-from lora_export.graph import onnx_file, sites
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.load import load_model
@@ -225,7 +226,7 @@ def weights_of(graph: ir.Model) -> dict[str, bytes]:
 
 
 def saved(graph: ir.Model, folder: Path) -> OnnxRunner:
-    onnx_file.save(graph, folder, "model.onnx")
+    save_graph(graph, folder, "model.onnx")
     return OnnxRunner(folder / "model.onnx", "cpu")
 
 
@@ -242,14 +243,14 @@ def answers(base: Model, runner: OnnxRunner) -> dict[str, Arrays]:
 
 def adds_a_bias_itself(name: str, variant: str) -> bool:
     """Whether a Gemm or Conv adds the bias of a layer that the adapter changes."""
-    found = sites.find(SUBJECTS[name].graph).by_name
+    found = find_sites(SUBJECTS[name].graph).by_name
     read = [site.node for module in adapter_of(name, variant).pairs for site in found[f"{module}.weight"]]
     return any(node.op_type in ("Gemm", "Conv") and len(node.inputs) == 3 for node in read)
 
 
 def is_folded_by_the_runtime(name: str, variant: str) -> bool:
     """Whether onnxruntime folds a batch norm into a layer that the adapter changes: not with a branch in between."""
-    found = sites.find(SUBJECTS[name].graph).by_name
+    found = find_sites(SUBJECTS[name].graph).by_name
     weights = [f"{module}.{end}" for module in adapter_of(name, variant).pairs for end in ("weight", "in_proj_weight")]
     read = [site.node for weight in weights for site in found.get(weight, ())]
     behind = [user.op_type for node in read for user, _ in node.outputs[0].uses()]
@@ -338,4 +339,4 @@ def test_attention_to_something_else_takes_no_adapter_on_its_packed_weight() -> 
     graph = export.to_onnx(Reader().eval(), examples, axes={"signal": {0: "batch"}, "memory": {0: "batch"}})
     adapter = layers.create_adapter(Reader(), targets=["attn"], rank=2, alpha=2, seed=0, name="a")
     with pytest.raises(MatchError, match=r"attn\.in_proj_weight \(48, 16\) is not the weight of a linear layer"):
-        plan.make([adapter], sites.find(graph).specs, identity_ok=True)
+        plan.make([adapter], find_sites(graph).specs, identity_ok=True)

@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_export import cli, formats, sums
 from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.graph import onnx_file as graphs
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.storage import block_copy
 from lora_export.storage.manifest import read_manifest
 from lora_export.weights import apply_step
@@ -422,7 +422,7 @@ def test_the_processor_is_not_recorded(folder):
 @pytest.mark.usefixtures("a_gpu", "numpy_fails")
 def test_a_graph_merged_on_the_device_records_it(folder):
     assert merge(folder, "base.onnx", "out.onnx", "--device", "cuda") == 0
-    after = graphs.load(folder / "out.onnx")
+    after = load_graph(folder / "out.onnx")
     assert after.graph.initializers["fc.weight"].const_value.numpy().T.tolist() == [[1, 3, 5], [13, 24, 35]]
     assert json.loads(after.metadata_props["lora_export"])["settings"]["device"] == "the processor, by PyTorch"
 
@@ -444,7 +444,7 @@ def test_a_block_of_a_packed_matrix_is_changed_on_the_device(tmp_path, monkeypat
     def packed(name: str, *options: str) -> NDArray[np.float32]:
         line = ["merge", graph, adapter, "-o", tmp_path / name, "--base", base, *options]
         assert cli.run(list(map(str, line))) == 0
-        value = graphs.load(tmp_path / name).graph.initializers["packed_1"].const_value
+        value = load_graph(tmp_path / name).graph.initializers["packed_1"].const_value
         return value.numpy().copy()
 
     by_numpy = packed("numpy.onnx")

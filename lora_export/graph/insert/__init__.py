@@ -1,1 +1,1 @@
-"""Adapters beside the weights of a graph: as nodes, as optional inputs, or chosen for each row of a batch."""
+"""Adapters beside the weights of a graph: as nodes, as optional inputs, or selected per batch row."""

@@ -1,4 +1,4 @@
-"""What DoRA multiplies each output by: m / ‖W + sBA‖, from the weights that a graph itself stores."""
+"""The factors of DoRA: each output is multiplied by m / ‖W + sBA‖, from the weights that the graph stores."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from numpy.typing import NDArray
 
 from lora_export import sums
 from lora_export.errors import InputRefused
-from lora_export.graph.readers import Site
+from lora_export.graph.site import Site
 from lora_export.plan import Layout, Step
 
-OUTPUTS = 512  # of a weight, whose lengths are computed in fp64 at a time
+OUTPUTS_AT_ONCE = 512  # outputs of a weight whose norms are computed in fp64 at a time
 
 
-def length_factor(step: Step, site: Site) -> NDArray[np.float64]:
-    """m / ‖W + sBA‖ of each output (out,), a convolution's (out, 1...), in fp64.
+def site_dora_factors(step: Step, site: Site) -> NDArray[np.float64]:
+    """m / ‖W + sBA‖ of each output, in fp64: (out,); of a convolution, (out, 1...).
 
-    Reads what the site stores, whole. Raises InputRefused where an output of W + sBA is zero.
+    Reads the whole weight of the site. Raises InputRefused where an output of W + sBA is zero.
     """
-    (term,) = step.terms  # a plan lets no other of its adapter stand beside DoRA
+    (term,) = step.terms  # a plan allows no second adapter where one has DoRA
     matrix = site.array.T if site.layout is Layout.EMBEDDING else site.matrix
     weight = matrix.reshape(term.pair.shape[0], -1)
     a = term.pair.a.reshape(term.pair.rank, -1).astype(np.float64)
     b = term.pair.b.reshape(-1, term.pair.rank).astype(np.float64) * term.scale
-    parts = [slice(begin, begin + OUTPUTS) for begin in range(0, len(weight), OUTPUTS)]
+    parts = [slice(begin, begin + OUTPUTS_AT_ONCE) for begin in range(0, len(weight), OUTPUTS_AT_ONCE)]
     squares = np.concatenate([sums.squared_norms(weight[part].astype(np.float64) + b[part] @ a) for part in parts])
     return sums.dora_factors(step, squares).reshape(-1, *[1] * (term.pair.a.ndim - 2))
 
 
-def length_factors(
-    steps: Iterable[Step], adapter: str, site_of: Callable[[str], Sequence[Site]]
+def dora_factors_by_weight(
+    steps: Iterable[Step], adapter: str, sites_of: Callable[[str], Sequence[Site]]
 ) -> dict[str, NDArray[np.float64]]:
-    """For each weight that one adapter changes by DoRA, the factor of its outputs, which all readers have to share.
+    """The factors of all weights that one adapter changes by DoRA, by weight. All readers of a weight share a factor.
 
-    `site_of` tells where a weight is read. Raises InputRefused where readers hold different numbers, and as
-    `length_factor` does.
+    `sites_of` returns the sites of a weight. Raises InputRefused where they store different numbers, and as
+    `site_dora_factors` does.
     """
-    found = {}
+    factors = {}
     for step in steps:
         own = step.for_adapter(adapter)
         if own is not None and own.magnitude is not None:
-            found[step.weight] = _shared(own, site_of(step.weight))
-    return found
+            factors[step.weight] = _common_factor(own, sites_of(step.weight))
+    return factors
 
 
-def _shared(step: Step, there: Sequence[Site]) -> NDArray[np.float64]:
-    first, *others = {(site.holder, site.block): site for site in there}.values()
-    factor = length_factor(step, first)
+def _common_factor(step: Step, sites: Sequence[Site]) -> NDArray[np.float64]:
+    first, *others = {(site.holder, site.block): site for site in sites}.values()
+    factor = site_dora_factors(step, first)
     for site in others:
-        if not np.array_equal(length_factor(step, site), factor):
+        if not np.array_equal(site_dora_factors(step, site), factor):
             raise InputRefused(
-                f"{step.weight} is stored more than once in the graph, and not with the same numbers: DoRA would need "
-                "a factor for each. Merge the adapter into the weights instead"
+                f"{step.weight} is stored more than once in the graph, with different numbers: DoRA would need a "
+                "factor for each. Merge the adapter into the weights instead"
             )
     return factor

@@ -1,1 +1,1 @@
-"""Weights of a graph in few bits: how they are stored, and how a changed one is quantised again."""
+"""Weights of a graph in few bits: how they are stored, and how a changed weight is quantised again."""

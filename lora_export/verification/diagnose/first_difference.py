@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_export.graph.insert.inserter import module_of
+from lora_export.graph.insert.adapter_names import module_of
 from lora_export.verification.diagnose.compare_calls import INTEGERS, ComparedCall, ErrorFigures, figures_of
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.layer_observation import LayerObservation

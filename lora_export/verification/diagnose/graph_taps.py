@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.insert.inserter import BIASES
-from lora_export.graph.onnx_file import LIMIT, message_of
-from lora_export.graph.readers import ATTENTIONS, CONVOLUTIONS, MICROSOFT, PRODUCTS, Site, identity, tensor_of
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
+from lora_export.graph.onnx_file.writing import message_of
+from lora_export.graph.operators import ATTENTIONS, BIAS_INPUTS, CONVOLUTIONS, MATRIX_PRODUCTS, MICROSOFT, operator_id
+from lora_export.graph.site import Site
+from lora_export.graph.values import tensor_of
 from lora_export.plan import Layout
 
 MAX_BRANCH_NODES = 60  # a value that more nodes compute is not taken for an adapter's branch
@@ -42,7 +44,7 @@ def find_taps(model: ir.Model, sites: Sites, inputs: Collection[str], biased: Ma
         (name, site)
         for name in biased
         for site in sites.by_name.get(name, ())
-        if site.layout is not Layout.OTHER and site.node in positions and site.inner is None and site.block is None
+        if site.layout is not Layout.OTHER and site.node in positions and site.inner_node is None and site.block is None
     ]
     finder = _TapFinder(set(inputs), {site.node for _, site in candidates})
     candidates.sort(key=lambda candidate: positions[candidate[1].node])
@@ -65,10 +67,14 @@ class _TapFinder:
             return None
         x = node.inputs[position]
         x_name = None if x is None or tensor_of(x) is not None else x.name
-        operator = identity(node)
+        operator = operator_id(node)
         if operator in ATTENTIONS or "activation" in node.attributes:  # FusedGemm's, FusedConv's
             return Tap(name, site, x_name, None, False)
-        if operator not in PRODUCTS | CONVOLUTIONS and site.layout is not Layout.EMBEDDING and site.quantised is None:
+        if (
+            operator not in MATRIX_PRODUCTS | CONVOLUTIONS
+            and site.layout is not Layout.EMBEDDING
+            and site.quantised is None
+        ):
             return None
         y, is_added = node.outputs[0], _adds_bias(node)
         while (following := self._next(y, x, needs_bias=has_bias and not is_added)) is not None:
@@ -114,7 +120,7 @@ class _TapFinder:
                 continue
             if len(seen) > MAX_BRANCH_NODES:
                 return False
-            has_product = has_product or identity(node) in PRODUCTS | CONVOLUTIONS
+            has_product = has_product or operator_id(node) in MATRIX_PRODUCTS | CONVOLUTIONS
             waiting += _sources(node)
         return has_product and (has_adapter_name or not has_other_source)
 
@@ -129,13 +135,13 @@ def _sources(node: ir.Node) -> list[ir.Value]:
 
 
 def _adds_bias(node: ir.Node) -> bool:
-    index = BIASES.get(node.op_type, len(node.inputs))
+    index = BIAS_INPUTS.get(node.op_type, len(node.inputs))
     return index < len(node.inputs) and node.inputs[index] is not None
 
 
 def _is_read_by_fused_node(y: ir.Value) -> bool:
     """Whether the node that reads a product may add the bias to it: onnxruntime's BiasGelu and the like."""
-    return any(identity(node)[0] == MICROSOFT for node, _ in y.uses())
+    return any(operator_id(node)[0] == MICROSOFT for node, _ in y.uses())
 
 
 def _is_constant(value: ir.Value) -> bool:
@@ -206,7 +212,7 @@ def _with_one_folder(model: ir.Model) -> Path:
     if len(folders) < 2:
         return folders.pop() if folders else Path()
     size = sum(tensor.nbytes for _, tensor in external)
-    if size >= LIMIT:
+    if size >= MAX_MESSAGE_BYTES:
         raise RuntimeRefused(
             f"the graph's weights are in {len(folders)} folders, and their {size:,} bytes do not fit into one message"
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_export import layers
-from lora_export.graph.insert.inserter import module_of
+from lora_export.graph.insert.adapter_names import module_of
 from lora_export.layers import MatrixWeight
 
 Array = NDArray[Any]

@@ -10,8 +10,8 @@ import numpy as np
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.graph import onnx_file
-from lora_export.graph import sites as graph_sites
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.layers import MatrixWeight
 from lora_export.plan import Layout
 from lora_export.runtime.kv_cache import CacheRunner
@@ -70,8 +70,8 @@ class TracedGraph:
         cache: CacheRunner | None = None,
     ):
         self.cache = cache
-        model = onnx_file.load(runner.path)
-        sites = graph_sites.find(model)
+        model = load_graph(runner.path)
+        sites = find_sites(model)
         names = _model_names(sites.by_name, weights)
         biased = {name: weights[model_name].has_bias for name, model_name in names.items()}
         self.taps: dict[ModuleCall, Tap] = {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ADAPTER_IDS
-from lora_export.graph.ort_operators import head_size
+from lora_export.graph.operators import head_size
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.inputs import REDRAWS
 

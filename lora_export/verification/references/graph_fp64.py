@@ -1,8 +1,8 @@
-"""A graph in fp64: what it computes when nothing but its stored numbers is rounded.
+"""A graph in fp64: what it computes when only its stored numbers are rounded.
 
-Weights stay stored as they are and are widened as they are read, so that the wide graph takes no more room on
-disk or in memory than one layer's weight in fp64. An operator for which onnxruntime has no fp64 kernel stays in
-the type that it had, between casts, and is named.
+Weights stay stored as they are and are widened when they are read. The wide graph needs no more disk or memory than
+one layer's weight in fp64. An operator without an fp64 kernel in onnxruntime keeps its dtype, between casts, and is
+reported.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph.fold import new_initializer
-from lora_export.graph.quantised.layouts import NBITS, of_node
-from lora_export.graph.readers import MICROSOFT, ONNX, identity
-from lora_export.graph.sites import unused, value_names
+from lora_export.graph.operators import MICROSOFT, ONNX, operator_id
+from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, of_matmul_nbits
+from lora_export.graph.values import new_initializer, unused_name, value_names
 
-FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+NARROW_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 DOUBLE = ir.DataType.DOUBLE
-GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
-ROUNDS = "lora_export.rounds"  # on a cast that stays one: its rounding is meant
-# Operators of which onnxruntime's CPU provider has a kernel in fp64 for all of their floats (a test asks it).
-WIDE = {
+GRAPH_ATTRIBUTES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
+KEEPS_ROUNDING = "lora_export.rounds"  # metadata key of a Cast whose rounding is intended
+# Operators for which onnxruntime's CPU provider has an fp64 kernel for all of their floats (under test).
+FP64_OPERATORS = {
     *((ONNX, name) for name in (
         "Abs", "Add", "ArgMax", "ArgMin", "BatchNormalization", "Ceil", "Clip", "Concat", "Cos", "CumSum", "Div",
         "Dropout", "Einsum", "Equal", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND",
@@ -38,17 +37,17 @@ WIDE = {
 
 
 def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataType]]) -> tuple[str, ...]:
-    """Turn a graph into one that computes in fp64, in memory; returns the operators that could not.
+    """Let a graph compute in fp64, in memory. Returns the operators that have no fp64 kernel.
 
-    Its inputs and its stored tensors keep their types, its float outputs become fp64. A MatMulNBits that is
-    understood becomes a MatMul by what its bits stand for. Nodes with graphs of their own stay as they are.
-    `types_of` is asked for the types of values where the graph does not tell them.
+    Inputs and stored tensors keep their dtypes, float outputs become fp64. A supported MatMulNBits becomes a MatMul by
+    its dequantised weight. Nodes with subgraphs do not change. `types_of` returns the dtypes of values for which the
+    graph has none.
     """
     _dequantise_all(model)
-    unknown = [output for node in model.graph for output in node.outputs if output.name and _lacks_type(output)]
-    if unknown:
+    untyped = [output for node in model.graph for output in node.outputs if output.name and _lacks_type(output)]
+    if untyped:
         types = types_of(model)
-        for value in unknown:
+        for value in untyped:
             if dtype := types.get(value.name or ""):
                 value.type = ir.TensorType(dtype)
     widener = _Widener(model)
@@ -59,7 +58,7 @@ def widen(model: ir.Model, types_of: Callable[[ir.Model], Mapping[str, ir.DataTy
         if wide is not None and wide is not output:
             output.name, wide.name = f"{output.name}.narrow", output.name
             model.graph.outputs[index] = wide
-    return tuple(sorted(widener.stayed))
+    return tuple(sorted(widener.narrow_operators))
 
 
 def _lacks_type(value: ir.Value) -> bool:
@@ -67,39 +66,40 @@ def _lacks_type(value: ir.Value) -> bool:
 
 
 class _Widener:
-    """Goes over the nodes in their order; every float value is either wide itself or has a wide copy."""
+    """Visits the nodes in their order. Every float value becomes wide, or gets a wide copy."""
 
     def __init__(self, model: ir.Model):
-        self.model, self.taken = model, value_names(model)
+        self.model, self.used_names = model, value_names(model)
         self.wide: dict[ir.Value, ir.Value] = {}  # a float value -> the same in fp64
-        self.narrow: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}  # a wide value -> as an operator wants it
-        self.was: dict[ir.Value, ir.DataType] = {}  # what a wide value was
-        self.stayed: set[str] = set()
+        self.narrow: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}  # a wide value -> its copy for an operator
+        self.narrow_dtypes: dict[ir.Value, ir.DataType] = {}  # a wide value -> the dtype that it had
+        self.narrow_operators: set[str] = set()
 
     def visit(self, node: ir.Node) -> None:
-        if ROUNDS in node.metadata_props:
+        """Widen a node, or cast its inputs to their former dtypes."""
+        if KEEPS_ROUNDING in node.metadata_props:
             self._round(node)
-        elif identity(node) == (ONNX, "Cast") and self._is_float_cast(node):
+        elif operator_id(node) == (ONNX, "Cast") and self._is_float_cast(node):
             self._widen_cast(node)
-        elif identity(node) in WIDE:
+        elif operator_id(node) in FP64_OPERATORS:
             self._widen_node(node)
         else:
-            self._leave(node)
+            self._leave_narrow(node)
 
     def _is_float_cast(self, node: ir.Node) -> bool:
-        return ir.DataType(node.attributes["to"].as_int()) in FLOATS
+        return ir.DataType(node.attributes["to"].as_int()) in NARROW_FLOATS
 
     def _widen_cast(self, node: ir.Node) -> None:
-        """A cast to a float type, whatever it comes from, is a cast to fp64."""
+        """A cast from any dtype to a float dtype becomes a cast to fp64."""
         (source,), (output,) = node.inputs, node.outputs
         assert source is not None
         if self._is_float(source):
             node.replace_input_with(0, self._as_wide(source, node))
         node.attributes["to"] = ir.AttrInt64("to", int(DOUBLE))
-        self._becomes_wide(output)
+        self._make_wide(output)
 
     def _round(self, node: ir.Node) -> None:
-        """A cast that rounds what is to be judged so rounded."""
+        """A cast whose rounding is intended keeps its dtype."""
         (source,), (output,) = node.inputs, node.outputs
         assert source is not None
         if self._is_float(source):
@@ -111,33 +111,30 @@ class _Widener:
             if value is not None and self._is_float(value):
                 node.replace_input_with(index, self._as_wide(value, node))
         for output in node.outputs:
-            if output.dtype in FLOATS:
-                self._becomes_wide(output)
+            if output.dtype in NARROW_FLOATS:
+                self._make_wide(output)
 
-    def _leave(self, node: ir.Node) -> None:
-        """The node as it is, its inputs as they were: those of its inner graphs, too."""
-        floats = any(self._is_float(value) for value in (*node.inputs, *node.outputs) if value is not None)
-        if floats and node.op_type not in ("Constant", "DequantizeLinear"):  # these hold numbers, and compute none
-            self.stayed.add(node.op_type)
+    def _leave_narrow(self, node: ir.Node) -> None:
+        """Keep a node, and give it its inputs in their former dtypes. Includes the nodes of its subgraphs."""
+        has_floats = any(self._is_float(value) for value in (*node.inputs, *node.outputs) if value is not None)
+        if has_floats and node.op_type not in ("Constant", "DequantizeLinear"):  # these do not compute in floats
+            self.narrow_operators.add(node.op_type)
         readers = [node]
-        for attribute in node.attributes.values():
-            if attribute.type in GRAPHS and not attribute.is_ref():
-                graphs = [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value
-                for graph in graphs:
-                    readers += ir.traversal.RecursiveGraphIterator(graph)
-                    for index, output in enumerate(graph.outputs):
-                        if output in self.was:
-                            graph.outputs[index] = self._as_narrow(output, node)
+        for graph in _subgraphs(node):
+            readers += ir.traversal.RecursiveGraphIterator(graph)
+            for index, output in enumerate(graph.outputs):
+                if output in self.narrow_dtypes:
+                    graph.outputs[index] = self._as_narrow(output, node)
         for reader in readers:
             for index, value in enumerate(reader.inputs):
-                if value is not None and value in self.was:
+                if value is not None and value in self.narrow_dtypes:
                     reader.replace_input_with(index, self._as_narrow(value, node))
 
     def _is_float(self, value: ir.Value) -> bool:
-        return value in self.was or value.dtype in FLOATS
+        return value in self.narrow_dtypes or value.dtype in NARROW_FLOATS
 
-    def _becomes_wide(self, value: ir.Value) -> None:
-        self.was[value] = value.dtype if value.dtype in FLOATS else ir.DataType.FLOAT
+    def _make_wide(self, value: ir.Value) -> None:
+        self.narrow_dtypes[value] = value.dtype if value.dtype in NARROW_FLOATS else ir.DataType.FLOAT
         value.type = ir.TensorType(DOUBLE)
         self.wide[value] = value
 
@@ -147,13 +144,13 @@ class _Widener:
         return self.wide[value]
 
     def _as_narrow(self, value: ir.Value, reader: ir.Node) -> ir.Value:
-        key = value, self.was[value]
+        key = value, self.narrow_dtypes[value]
         if key not in self.narrow:
-            self.narrow[key] = self._cast(value, self.was[value], reader)
+            self.narrow[key] = self._cast(value, self.narrow_dtypes[value], reader)
         return self.narrow[key]
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
-        name = unused(f"{value.name}.{dtype.name.lower()}", self.taken)
+        name = unused_name(f"{value.name}.{dtype.name.lower()}", self.used_names)
         output = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
         cast = ir.node("Cast", [value], {"to": int(dtype)}, outputs=[output], name=f"/{name}")
         assert reader.graph is not None
@@ -161,25 +158,34 @@ class _Widener:
         return output
 
 
-def late_weights(model: ir.Model) -> None:
-    """Let onnxruntime compute what only constants lead to just before it is read, one layer's weight after the other.
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs in a node's attributes."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type in GRAPH_ATTRIBUTES and not attribute.is_ref():
+            graphs += [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value
+    return graphs
 
-    It runs a node's inputs one after the other, those first whose nodes stand later in the graph: what stands at the
-    beginning is left for last. Left among the others, every weight of the graph would be there at once.
+
+def compute_weights_late(model: ir.Model) -> None:
+    """Let onnxruntime compute each layer's weight just before it is read, where nodes compute it from constants.
+
+    onnxruntime runs the inputs of a node one after the other, and first those whose nodes are later in the graph. Nodes
+    at the beginning of the graph run last. Anywhere else, all computed weights would be in memory at once.
     """
-    made: set[ir.Value] = set()
-    early = []
+    constant_values: set[ir.Value] = set()
+    nodes = []
     for node in model.graph:
-        constant = all(
-            value is None or value in made or (value.is_initializer() and not value.is_graph_input())
+        is_constant = all(
+            value is None or value in constant_values or (value.is_initializer() and not value.is_graph_input())
             for value in node.inputs
         )
-        if constant and not any(attribute.type in GRAPHS for attribute in node.attributes.values()):
-            made |= set(node.outputs)
-            early.append(node)
-    if early:
-        model.graph.remove(early)
-        model.graph.insert_before(model.graph[0], early)
+        if is_constant and not any(attribute.type in GRAPH_ATTRIBUTES for attribute in node.attributes.values()):
+            constant_values |= set(node.outputs)
+            nodes.append(node)
+    if nodes:
+        model.graph.remove(nodes)
+        model.graph.insert_before(model.graph[0], nodes)
 
 
 def _dequantise_all(model: ir.Model) -> None:
@@ -188,28 +194,29 @@ def _dequantise_all(model: ir.Model) -> None:
 
 
 def dequantise(model: ir.Model, node: ir.Node) -> ir.Node | None:
-    """Put a MatMul by the weight (in, out) that a MatMulNBits stands for in its place, and an Add of its bias.
+    """Replace a MatMulNBits by a MatMul by its dequantised weight (in, out), and an Add of its bias.
 
-    Returns the MatMul; None, and nothing changes, for any other node and for bits that are not understood.
+    Returns the MatMul. Returns None and changes nothing for any other node and for an unsupported format.
     """
-    held = of_node(node, 1) if node.op_type == NBITS else None
-    if held is None or node.graph is None:
+    packed = of_matmul_nbits(node, 1) if node.op_type == MATMUL_NBITS else None
+    if packed is None or node.graph is None:
         return None
-    taken, output = value_names(model), node.outputs[0]
-    weight = np.ascontiguousarray(held.rows(slice(None)).T.astype(held.dtype))  # (in, out)
-    value = new_initializer(model, unused(f"{node.name or output.name}.weight", taken), ir.Tensor(weight))
+    used, output = value_names(model), node.outputs[0]
+    weight = np.ascontiguousarray(packed.rows(slice(None)).T.astype(packed.dtype))  # (in, out)
+    value = new_initializer(model, unused_name(f"{node.name or output.name}.weight", used), ir.Tensor(weight))
     product = ir.node("MatMul", [node.inputs[0], value], name=f"{node.name}/MatMul")
     nodes = [product]
     bias = node.inputs[5] if len(node.inputs) > 5 else None
     if bias is not None:
-        product.outputs[0].name = unused(f"{output.name}.product", taken)
+        product.outputs[0].name = unused_name(f"{output.name}.product", used)
         product.outputs[0].type = output.type
         nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}/Add"))
-    _take_the_place_of(node, nodes)
+    _replace_node(node, nodes)
     return product
 
 
-def _take_the_place_of(node: ir.Node, nodes: list[ir.Node]) -> None:
+def _replace_node(node: ir.Node, nodes: list[ir.Node]) -> None:
+    """Replace a node by others, the last of which has its output."""
     old, new = node.outputs[0], nodes[-1].outputs[0]
     new.type, new.shape, name = old.type, old.shape, old.name
     assert node.graph is not None

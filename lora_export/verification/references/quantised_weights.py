@@ -27,11 +27,11 @@ from torch import nn
 
 from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
-from lora_export.graph import sites as graph_sites
-from lora_export.graph.match_by_content import NEAR
-from lora_export.graph.onnx_file import open_graph
-from lora_export.graph.quantised.layouts import NBITS
-from lora_export.graph.sites import Site, place
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
+from lora_export.graph.onnx_file.reading import open_graph
+from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
+from lora_export.graph.site import Site
 from lora_export.models.model import Model
 from lora_export.plan import Layout, Plan, Step
 from lora_export.verification.parity import DECIDES
@@ -39,7 +39,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 
 Wide = NDArray[np.float64]
 
-QUANTISED_OPERATORS = frozenset({NBITS, "DequantizeLinear"})
+QUANTISED_OPERATORS = frozenset({MATMUL_NBITS, "DequantizeLinear"})
 INT8_ACCURACY_LEVEL = 4  # MatMulNBits' accuracy_level from which it multiplies in int8; docs/ContribOperators.md
 FUSED_BLOCK_SIZE = 32  # onnxruntime's session.qdq_matmulnbits_block_size
 MERGED_FRACTION = 0.5  # a weight that contains more of an adapter's change was merged before it was quantised
@@ -112,7 +112,8 @@ def find(
             )
     graph = open_graph(path).model
     may_fuse = any(
-        node.op_type in QUANTISED_OPERATORS - {NBITS} for node in ir.traversal.RecursiveGraphIterator(graph.graph)
+        node.op_type in QUANTISED_OPERATORS - {MATMUL_NBITS}
+        for node in ir.traversal.RecursiveGraphIterator(graph.graph)
     )
     weights = _dequantised(_quantised_sites(graph, model, origin_sites), model, executed() if may_fuse else ())
     weights = _with_merges(weights, before, model, changes, origin)
@@ -131,9 +132,9 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
         return {}
     base = open_checkpoint(Path(model.source)) if model.is_huggingface and not origin_sites else None
     try:
-        sites = graph_sites.find(graph, base)
+        sites = find_sites(graph, base)
     except InputRefused:  # content contradicts a name: the adapters may be in it
-        sites = graph_sites.find(graph)
+        sites = find_sites(graph)
     found = {name: site for name, readers in sites.by_name.items() for site in readers if site.quantised is not None}
     if origin_sites:
         by_initializer = {
@@ -148,9 +149,9 @@ def _quantised_sites(graph: ir.Model, model: Model, origin_sites: Mapping[str, S
     unnamed = [site for site in sites.unnamed if site.quantised is not None and site.value not in known]
     if unnamed:
         raise Undecided(
-            f"the names of {len(unnamed)} quantised weights are unknown ({', '.join(map(place, unnamed[:5]))}). "
-            f"{DECIDES}: the graph that adapters were merged into (--base BASE.onnx beside --model), whose weights are "
-            "matched with the model's by their content"
+            f"the names of {len(unnamed)} quantised weights are unknown "
+            f"({', '.join(site.location for site in unnamed[:5])}). {DECIDES}: the graph that adapters were merged "
+            "into (--base BASE.onnx beside --model), whose weights are matched with the model's by their content"
         )
     return found
 
@@ -191,12 +192,12 @@ def _activation_block(site: Site, executed: Collection[tuple[str, str]]) -> int:
     """How many inputs of the layer are rounded to int8 with one scale; 0 where they are not rounded."""
     assert site.quantised is not None
     node = site.quantised.node
-    if node.op_type == NBITS:
+    if node.op_type == MATMUL_NBITS:
         rounds = node.attributes.get_int("accuracy_level", 0) >= INT8_ACCURACY_LEVEL
         return node.attributes.get_int("block_size", 0) if rounds else 0
     # onnxruntime fuses much of what is dequantised with its product, at this level unless a session says another, and
     # in blocks of its own where the scales have none. The fused node has the product's name.
-    is_fused = (site.node.name, NBITS) in executed
+    is_fused = (site.node.name, MATMUL_NBITS) in executed
     return (node.attributes.get_int("block_size", 0) or FUSED_BLOCK_SIZE) if is_fused else 0
 
 
@@ -205,7 +206,11 @@ def _norm(array: NDArray[Any]) -> float:
 
 
 def _refuse_unrelated(weights: Mapping[str, DequantisedWeight], owner: str) -> None:
-    unrelated = [f"{name} ({weight.distance:.0%} away)" for name, weight in weights.items() if weight.distance > NEAR]
+    unrelated = [
+        f"{name} ({weight.distance:.0%} away)"
+        for name, weight in weights.items()
+        if weight.distance > MAX_QUANTISATION_ERROR
+    ]
     if unrelated:
         raise Different(f"quantised weights of {owner} are no rounding of the model's: {', '.join(unrelated[:10])}")
 

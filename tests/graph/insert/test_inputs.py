@@ -19,14 +19,16 @@ from lora_export import plan
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import AdapterSlot, Contract
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.fold import new_initializer
-from lora_export.graph.insert import nodes
-from lora_export.graph.insert.dora import length_factors
-from lora_export.graph.insert.inputs import contract_of, factors_of, open_inputs
-from lora_export.graph.insert.rows import choose_by_row
-from lora_export.graph.readers import readers
-from lora_export.graph.sites import Sites
+from lora_export.graph.find_readers import find_readers
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
+from lora_export.graph.insert.dora import dora_factors_by_weight
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.values import new_initializer
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import (
@@ -49,7 +51,7 @@ X = np.float32([[1, 1, 2], [0, 3, 1]])
 
 
 def opened(model: ir.Model, *weights: str, **options: Any) -> Contract:
-    contract = open_inputs(model, sites.find(model), weights, **options)
+    contract = insert_inputs(model, find_sites(model), weights, **options)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return contract
 
@@ -159,7 +161,7 @@ def test_a_factor_that_overflows_the_weights_dtype_is_refused(dtype: str, larges
 def test_a_second_opening_and_a_name_that_is_taken_are_refused() -> None:
     model = a_graph(GEMM)
     opened(model, "m.weight")
-    with pytest.raises(InputRefused, match="takes adapters already"):
+    with pytest.raises(InputRefused, match="has inputs for adapters already"):
         opened(model, "m.weight")
     del model.metadata_props[onnx_adapter.CONTRACT_KEY]
     with pytest.raises(InputRefused, match=r"the graph holds m.lora_A.weight already"):
@@ -216,13 +218,13 @@ def saved(tmp_path: Path) -> Path:
         { [m] h = MatMul(x, m.weight)
           [n] y = MatMul(h, n.weight) }""")
     opened(model, "m.weight")
-    onnx_file.save(model, tmp_path, "saved.onnx")
+    save_graph(model, tmp_path, "saved.onnx")
     return tmp_path / "saved.onnx"
 
 
 def test_the_contract_survives_the_file(saved: Path) -> None:
-    model = onnx_file.load(saved)
-    assert contract_of(model, saved) == onnx_adapter.read_contract(model.metadata_props, saved)
+    model = load_graph(saved)
+    assert checked_contract(model, saved) == onnx_adapter.read_contract(model.metadata_props, saved)
 
 
 def test_the_fingerprint_is_the_bases_whatever_the_places_and_however_the_weights_lie() -> None:
@@ -241,37 +243,38 @@ def test_the_fingerprint_is_the_bases_whatever_the_places_and_however_the_weight
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("m.weight", "m.weight: holds other numbers"), ("n.weight", "beside which no adapter stands")]
+    ("name", "told"),
+    [("m.weight", "m.weight: differs from the weight for which"), ("n.weight", "weights without an adapter differ")],
 )
 def test_a_base_that_was_changed_afterwards_is_refused(saved: Path, name: str, told: str) -> None:
-    model = onnx_file.load(saved)
+    model = load_graph(saved)
     weight = model.graph.initializers[name]
     weight.const_value = ir.Tensor(weight.const_value.numpy() + np.float32(1), name=name)
     with pytest.raises(InputRefused, match=told):
-        contract_of(model, saved)
+        checked_contract(model, saved)
 
 
 def test_a_graph_whose_inputs_were_changed_is_refused_with_all_of_it(saved: Path) -> None:
-    model = onnx_file.load(saved)
+    model = load_graph(saved)
     model.graph.inputs[1].shape = ir.Shape([3, 4])
     del model.graph.inputs[2]
     with pytest.raises(InputRefused) as refusal:
-        contract_of(model, saved)
+        checked_contract(model, saved)
     assert "m.lora_B.weight: no optional input" in str(refusal.value)
-    model = onnx_file.load(saved)
+    model = load_graph(saved)
     model.graph.inputs[1].shape = ir.Shape([3, 4])
     model.graph.inputs[2].shape = ir.Shape(["r", 5])
     with pytest.raises(InputRefused) as refusal:
-        contract_of(model, saved)
+        checked_contract(model, saved)
     assert "m.lora_A.weight: its rank is fixed" in str(refusal.value)
     assert "m.lora_B.weight: has the shape [r,5], its weight is 2 x 3" in str(refusal.value)
 
 
 def test_a_graph_without_a_contract_and_a_damaged_one_are_refused(saved: Path) -> None:
-    model = onnx_file.load(saved)
+    model = load_graph(saved)
     good = model.metadata_props.pop(onnx_adapter.CONTRACT_KEY)
     with pytest.raises(InputRefused, match="does not record where it takes adapters"):
-        contract_of(model, saved)
+        checked_contract(model, saved)
     for bad in (
         "",
         "{",
@@ -284,11 +287,11 @@ def test_a_graph_without_a_contract_and_a_damaged_one_are_refused(saved: Path) -
     ):
         model.metadata_props[onnx_adapter.CONTRACT_KEY] = bad
         with pytest.raises(InputRefused):
-            contract_of(model, saved)
+            checked_contract(model, saved)
 
 
 def test_an_adapter_that_does_not_fit_the_places_is_told_with_every_misfit(saved: Path) -> None:
-    contract = contract_of(onnx_file.load(saved), saved)
+    contract = checked_contract(load_graph(saved), saved)
     adapter = an_adapter({"n": SQUARE, "m": LoraPair(a=[[1, 2, 3, 4]], b=[[1], [1]], scale=1.0)})
     with pytest.raises(MatchError) as refusal:
         given(contract, adapter)
@@ -351,14 +354,14 @@ def two_layers(
     if bits:
         model = quantised(model, bits=bits, block=block, as_pairs=as_pairs)
     tensors = {"q.weight": packed[:8], "k.weight": packed[8:], "o.weight": WEIGHTS["o"]}
-    return model, sites.find(model, open_checkpoint(base_file(folder / f"{seed}.safetensors", tensors)))
+    return model, find_sites(model, open_checkpoint(base_file(folder / f"{seed}.safetensors", tensors)))
 
 
 @pytest.mark.parametrize("as_pairs", [False, True])
 def test_a_quantised_bases_fingerprint_is_of_what_is_stored(tmp_path: Path, as_pairs: bool) -> None:
     def fingerprint(**options: Any) -> str:
         model, found = two_layers(tmp_path, **options)
-        return open_inputs(model, found, ["q.weight"]).base
+        return insert_inputs(model, found, ["q.weight"]).base
 
     prints = [
         fingerprint(bits=4, as_pairs=as_pairs),
@@ -373,17 +376,19 @@ def test_a_quantised_bases_fingerprint_is_of_what_is_stored(tmp_path: Path, as_p
 @pytest.mark.parametrize("bits", [0, 4])
 def test_a_block_whose_name_only_the_checkpoint_knew_is_still_known(tmp_path: Path, bits: int) -> None:
     model, found = two_layers(tmp_path, bits=bits)
-    opened = open_inputs(model, found, ["k.weight", "o.weight"], dora=["k.weight"])
-    onnx_file.save(model, tmp_path, "packed.onnx")
-    model = onnx_file.load(tmp_path / "packed.onnx")
-    assert not {"k.weight", "o.weight"} & set(sites.find(model).by_name)
-    contract = contract_of(model, tmp_path / "packed.onnx")
+    opened = insert_inputs(model, found, ["k.weight", "o.weight"], dora=["k.weight"])
+    save_graph(model, tmp_path, "packed.onnx")
+    model = load_graph(tmp_path / "packed.onnx")
+    assert not {"k.weight", "o.weight"} & set(find_sites(model).by_name)
+    contract = checked_contract(model, tmp_path / "packed.onnx")
     assert contract == opened
     assert [(place.weight, place.block) for place in contract.slots] == [("k.weight", (8, 12)), ("o.weight", None)]
     pair = LoraPair(a=NUMBERS.normal(size=(2, 32)), b=NUMBERS.normal(size=(4, 2)), scale=1.0, magnitude=[1, 2, 3, -4])
     adapter = an_adapter({"k": pair})
     steps = plan.make([adapter], [place.spec for place in contract.slots])
-    fed = onnx_adapter.input_values(contract, steps, adapter.name, factors_of(model, contract, steps, adapter.name))
+    fed = onnx_adapter.input_values(
+        contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
+    )
     x = NUMBERS.normal(size=(5, 32)).astype(np.float32)
     off, on = run(model, x=x), run(model, x=x, **fed)
     stored = next(site for site in found.by_name["k.weight"]).matrix.astype(np.float64)
@@ -395,13 +400,13 @@ def test_a_block_whose_name_only_the_checkpoint_knew_is_still_known(tmp_path: Pa
 @pytest.mark.parametrize(("bits", "name"), [(0, "W"), (4, "W_Q4"), (4, "W_scales")])
 def test_a_block_that_was_changed_afterwards_is_refused(tmp_path: Path, bits: int, name: str) -> None:
     model, found = two_layers(tmp_path, bits=bits)
-    open_inputs(model, found, ["k.weight"])
+    insert_inputs(model, found, ["k.weight"])
     value = model.graph.initializers[name]
     changed = value.const_value.numpy().copy()
     changed[-1] += 1  # k's
     value.const_value = ir.Tensor(changed, name=name)
-    with pytest.raises(InputRefused, match=r"k\.weight: holds other numbers"):
-        contract_of(model, Path("x.onnx"))
+    with pytest.raises(InputRefused, match=r"k\.weight: differs from the weight for which"):
+        checked_contract(model, Path("x.onnx"))
 
 
 def test_a_graph_that_was_quantised_after_it_got_its_inputs_is_believed() -> None:
@@ -410,9 +415,9 @@ def test_a_graph_that_was_quantised_after_it_got_its_inputs_is_believed() -> Non
         g (float[N,32] x) => (float[N,4] y) <float[32,4] m.weight = {0}>
         { [m] y = MatMul(x, m.weight) }""")
     )
-    contract = contract_of(model, Path("x.onnx"))
+    contract = checked_contract(model, Path("x.onnx"))
     assert [place.quantised for place in contract.slots] == [""]
-    assert [site.quantised is not None for site in sites.find(model).by_name["m.weight"]] == [True]
+    assert [site.quantised is not None for site in find_sites(model).by_name["m.weight"]] == [True]
 
 
 def quantised_later(model: ir.Model) -> ir.Model:
@@ -420,7 +425,7 @@ def quantised_later(model: ir.Model) -> ir.Model:
     weight = NUMBERS.normal(size=(32, 4)).astype(np.float32)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(weight, name="m.weight")
     four = quantised(model.clone())
-    open_inputs(model, sites.find(model), ["m.weight"])
+    insert_inputs(model, find_sites(model), ["m.weight"])
     (old,), (new,) = (
         [node for node in graph.graph if node.name == name] for graph, name in ((model, "m"), (four, "m_Q4"))
     )
@@ -499,17 +504,19 @@ g (float[N,3] x, float16[N,3] h) => (float[N,2] y, float16[N,2] z)
 @pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
 def test_readers_that_compute_in_two_dtypes_have_each_their_own(mode: str) -> None:
     model = a_graph(TWO_DTYPES, modules={"first": "m", "second": "m"})
-    found, pair = sites.find(model), LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=[2, -3])
+    found, pair = find_sites(model), LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=[2, -3])
     assert {site.dtype for site in found.by_name["m.weight"]} == {"float16", "float32"}
     steps, fed = plan.make([an_adapter({"m": pair})], found.specs), dict[str, Any]()
     if mode == "nodes":
-        nodes.branch(model, found, steps)
+        insert_nodes(model, found, steps)
     elif mode == "rows":
-        choose_by_row(model, found, steps, batch="N")
+        insert_rows(model, found, steps, batch="N")
         fed = {"adapter_ids": np.array([1, 1])}
     else:
-        contract = open_inputs(model, found, ["m.weight"], dora=["m.weight"])
-        fed = onnx_adapter.input_values(contract, steps, "default", factors_of(model, contract, steps, "default"))
+        contract = insert_inputs(model, found, ["m.weight"], dora=["m.weight"])
+        fed = onnx_adapter.input_values(
+            contract, steps, "default", contract_dora_factors(model, contract, steps, "default")
+        )
         assert {array.dtype for array in fed.values()} == {np.dtype(np.float32)}
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     total = np.float64([[1, 2, 3], [4, 5, 6]]) + pair.delta()
@@ -530,21 +537,21 @@ def test_a_block_in_bfloat16_is_filled_up_in_a_dtype_that_can_be(mode: str) -> N
         value.dtype = ir.DataType.BFLOAT16
     value = model.graph.initializers["W"]
     value.const_value = ir.Tensor(value.const_value.numpy().astype(ml_dtypes.bfloat16), name="W")
-    (site,) = readers(value)
+    (site,) = find_readers(value)
     blocks = {
         name: (dataclasses.replace(site, name=name, block=block),)
         for name, block in {"q.weight": range(1), "k.weight": range(1, 4)}.items()
     }
-    found = sites.Sites(blocks, (), ())
+    found = Sites(blocks, (), ())
     pair = LoraPair(a=PAIR.a, b=[[1], [2], [-1]], scale=2.0)
     steps, fed = plan.make([an_adapter({"k": pair})], found.specs), dict[str, Any]()
     if mode == "nodes":
-        nodes.branch(model, found, steps)
+        insert_nodes(model, found, steps)
     elif mode == "rows":
-        choose_by_row(model, found, steps, batch="N")
+        insert_rows(model, found, steps, batch="N")
         fed = {"adapter_ids": np.array([1, 1])}
     else:
-        fed = onnx_adapter.input_values(open_inputs(model, found, ["k.weight"]), steps, "default")
+        fed = onnx_adapter.input_values(insert_inputs(model, found, ["k.weight"]), steps, "default")
     assert {node.op_type: str(node.inputs[0].dtype) for node in model.graph}["Pad"] == "FLOAT"
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     (answer,) = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(
@@ -562,12 +569,12 @@ def test_dora_has_one_factor_for_a_weight_that_is_stored_more_than_once(last: in
         <float[2,3] m.weight = {{1,2,3,4,5,6}}, float[2,3] o.weight = {{1,2,3,4,5,{last}}}>
         {{ y = Gemm <transB = 1> (x, m.weight)
            z = Gemm <transB = 1> (x, o.weight) }}""")
-    there = tuple(site for found in sites.find(model).by_name.values() for site in found)
+    there = tuple(site for found in find_sites(model).by_name.values() for site in found)
     pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=[1, 2])
-    both = sites.Sites({"m.weight": there}, (), ())
+    both = Sites({"m.weight": there}, (), ())
     steps = plan.make([an_adapter({"m": pair})], both.specs)
     if last == 6:
-        assert length_factors(steps.steps, "default", both.by_name.__getitem__)["m.weight"].shape == (2,)
+        assert dora_factors_by_weight(steps.steps, "default", both.by_name.__getitem__)["m.weight"].shape == (2,)
         return
-    with pytest.raises(InputRefused, match=r"m\.weight is stored more than once in the graph, and not with the same"):
-        choose_by_row(model, both, steps, batch="N")
+    with pytest.raises(InputRefused, match=r"m\.weight is stored more than once in the graph, with different"):
+        insert_rows(model, both, steps, batch="N")

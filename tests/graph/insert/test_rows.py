@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
-from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.lora import Adapter, LoraPair
 from support.graphs import (
     EVERY_MODEL,
@@ -40,7 +40,7 @@ OTHER = LoraPair(a=[[0, 1, 0], [1, 0, 0]], b=[[1, 0], [0, 1]], scale=3.0)  # ΔW
 
 def by_row(model: ir.Model, *adapters: Adapter, batch: str = "N", **options: Any) -> None:
     found, steps = planned(model, *adapters, **options)
-    choose_by_row(model, found, steps, batch=batch)
+    insert_rows(model, found, steps, batch=batch)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
@@ -221,13 +221,17 @@ def test_an_id_that_is_none_and_a_count_that_is_not_the_batchs_end_the_run(wrong
 @pytest.mark.parametrize(
     ("sizes", "body", "told"),
     [
-        ("K,3", "y = MatMul(t, m.weight)", r"m.weight \(MatMul `n`\): \[K,3\] enters it, in which no one dimension"),
-        ("N,N,3", "y = MatMul(t, m.weight)", r"\[N,N,3\] enters it"),
-        ("3,N", "y = Gemm <transA = 1> (t, m.weight)", "turns or scales"),
-        ("N,3", "y = Gemm <alpha = 2.0> (t, m.weight)", "turns or scales"),
-        ("S,N,T,3", "y = MatMul(r, m.weight)", "enters it"),  # r is t, its rows flattened
-        ("S,K,3", "y = MatMul(r, m.weight)", "enters it"),
-        ("N,S,N,3", "y = MatMul(r, m.weight)", "enters it"),
+        (
+            "K,3",
+            "y = MatMul(t, m.weight)",
+            r"m.weight \(MatMul `n`\): its input has the shape \[K,3\], in which no single dimension",
+        ),
+        ("N,N,3", "y = MatMul(t, m.weight)", r"its input has the shape \[N,N,3\]"),
+        ("3,N", "y = Gemm <transA = 1> (t, m.weight)", "transposes or scales"),
+        ("N,3", "y = Gemm <alpha = 2.0> (t, m.weight)", "transposes or scales"),
+        ("S,N,T,3", "y = MatMul(r, m.weight)", "its input has the shape"),  # r is t, its rows flattened
+        ("S,K,3", "y = MatMul(r, m.weight)", "its input has the shape"),
+        ("N,S,N,3", "y = MatMul(r, m.weight)", "its input has the shape"),
     ],
 )
 def test_a_layer_whose_batch_is_not_certain_is_refused_by_name(sizes: str, body: str, told: str) -> None:
@@ -261,7 +265,7 @@ def test_all_such_layers_are_told_at_once() -> None:
     with pytest.raises(InputRefused) as refusal:
         by_row(model, an_adapter({"a": SQUARE, "b": SQUARE}))
     assert str(refusal.value).startswith("2 layers cannot have an adapter for each row of the batch, `N`:\n  a.weight")
-    assert "\n  b.weight (MatMul `b`): [K,2] enters it" in str(refusal.value)
+    assert "\n  b.weight (MatMul `b`): its input has the shape [K,2]" in str(refusal.value)
 
 
 def harm_opset(model: ir.Model) -> None:
@@ -272,7 +276,9 @@ def harm_name(model: ir.Model) -> None:
     model.graph.inputs[0].name = "adapter_ids"
 
 
-@pytest.mark.parametrize(("harm", "told"), [(harm_opset, "opset 13; rows need 15"), (harm_name, "adapter_ids already")])
+@pytest.mark.parametrize(
+    ("harm", "told"), [(harm_opset, "opset 13, and --lora rows needs 15"), (harm_name, "adapter_ids already")]
+)
 def test_a_graph_that_cannot_have_the_input_is_refused(harm: Callable[[ir.Model], None], told: str) -> None:
     model = a_graph(GEMM)
     harm(model)

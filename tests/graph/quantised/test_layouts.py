@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.graph import fold, sites
-from lora_export.graph.insert import nodes
-from lora_export.graph.sites import How, Site, Sites
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.site import NameSource, Site
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -62,7 +63,7 @@ def test_four_bits_stand_for_their_distance_from_the_zero_point_times_their_scal
         g (float[N,3] x) => (float[N,2] y)
         <uint8[2,1,8] W = {152, 7, 0,0,0,0,0,0, 143, 10, 0,0,0,0,0,0}, float[2] s = {0.5, 2}>
         { y = com.microsoft.MatMulNBits <K = 3, N = 2, bits = 4, block_size = 16> (x, W, s) }""")
-    site = only(sites.find(model))
+    site = only(find_sites(model))
     # 152 = 9 * 16 + 8, 7; 143 = 8 * 16 + 15, 10; each less 8
     assert np.array_equal(site.matrix, [[0, 0.5, -0.5], [14, 0, 4]])
     assert (site.shape, site.layout, site.dtype) == ((2, 3), Layout.OUT_IN, "float32")
@@ -75,7 +76,7 @@ def test_four_bits_stand_for_their_distance_from_the_zero_point_times_their_scal
 def test_what_onnxruntime_quantised_is_read_as_it_computes(bits: int, block: int, symmetric: bool) -> None:
     model = quantised(a_product(WEIGHTS["a"]), bits=bits, block=block, symmetric=symmetric)
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]
-    site = only(sites.find(model))
+    site = only(find_sites(model))
     answer = run(model, x=np.eye(80, dtype=np.float32))["y"]
     np.testing.assert_allclose(site.matrix.T, answer, rtol=1e-5, atol=1e-6)
     assert 0.001 < np.linalg.norm(site.matrix - WEIGHTS["a"]) / np.linalg.norm(WEIGHTS["a"]) < 0.6
@@ -116,7 +117,7 @@ def a_pair(kind: str, *, turned: bool = False) -> ir.Model:
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_dequantised_weight_is_read_as_onnx_defines_it(kind: str, turned: bool) -> None:
     model = a_pair(kind, turned=turned)
-    site = only(sites.find(model))
+    site = only(find_sites(model))
     answer = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(
         None, {"x": np.eye(4 if turned else 6, dtype=np.float32)}
     )[0]
@@ -130,9 +131,9 @@ def test_a_group_index_is_not_understood_and_said_to_be() -> None:
         g (float[N,3] x) => (float[N,2] y)
         <uint8[2,1,8] W = {0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}, float[2] s = {0.5, 2}, int32[3] i = {0, 0, 0}>
         { y = com.microsoft.MatMulNBits <K = 3, N = 2, bits = 4, block_size = 16> (x, W, s, , i) }""")
-    found = sites.find(model)
+    found = find_sites(model)
     assert not (found.by_name or found.unnamed)
-    assert found.notes == ("1 MatMulNBits nodes hold quantised weights, which are not looked at",)
+    assert found.notes == ("1 MatMulNBits nodes hold quantised weights in an unsupported format",)
 
 
 # --- whose they are ---
@@ -140,8 +141,10 @@ def test_a_group_index_is_not_understood_and_said_to_be() -> None:
 
 @pytest.mark.parametrize("as_pairs", [False, True])
 def test_the_old_name_of_a_quantised_weight_is_its_name(as_pairs: bool) -> None:
-    found = sites.find(quantised(a_product(WEIGHTS["a"], name="encoder.query.weight"), as_pairs=as_pairs))
-    assert {name: site.how for name, (site,) in found.by_name.items()} == {"encoder.query.weight": How.INITIALIZER}
+    found = find_sites(quantised(a_product(WEIGHTS["a"], name="encoder.query.weight"), as_pairs=as_pairs))
+    assert {name: site.named_by for name, (site,) in found.by_name.items()} == {
+        "encoder.query.weight": NameSource.INITIALIZER
+    }
     (spec,) = found.specs
     assert (spec.matrix, spec.dtype) == ((48, 80), "float32")
 
@@ -155,16 +158,16 @@ def test_a_quantised_weight_is_found_by_its_distance(
     tmp_path: Path, bits: int, block: int, symmetric: bool, as_pairs: bool
 ) -> None:
     model = quantised(a_product(WEIGHTS["b"]), bits=bits, block=block, symmetric=symmetric, as_pairs=as_pairs)
-    assert not sites.find(model).by_name
-    found = sites.find(model, base(tmp_path, WEIGHTS))
-    assert {name: site.how for name, (site,) in found.by_name.items()} == {"b.weight": How.CONTENT}
+    assert not find_sites(model).by_name
+    found = find_sites(model, base(tmp_path, WEIGHTS))
+    assert {name: site.named_by for name, (site,) in found.by_name.items()} == {"b.weight": NameSource.CONTENT}
     assert [(spec.shape, spec.layout) for spec in found.specs] == [((48, 80), Layout.OUT_IN)]
 
 
 def test_quantised_weights_side_by_side_are_told_apart(tmp_path: Path) -> None:
     packed = np.concatenate([WEIGHTS["c"], WEIGHTS["a"][:16], WEIGHTS["b"]])
     tensors = WEIGHTS | {"a": WEIGHTS["a"][:16]}
-    found = sites.find(quantised(a_product(packed)), base(tmp_path, tensors))
+    found = find_sites(quantised(a_product(packed)), base(tmp_path, tensors))
     assert [(site.name, site.block) for site in found.linear] == [
         ("c.weight", range(48)), ("a.weight", range(48, 64)), ("b.weight", range(64, 112)),
     ]  # fmt: skip
@@ -175,22 +178,22 @@ def test_quantised_weights_side_by_side_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_quantised_weight_of_another_model_is_nobodys(tmp_path: Path) -> None:
     stranger = np.random.default_rng(1).normal(size=(48, 80)).astype(np.float32)
-    found = sites.find(quantised(a_product(stranger)), base(tmp_path, WEIGHTS))
+    found = find_sites(quantised(a_product(stranger)), base(tmp_path, WEIGHTS))
     assert not found.by_name
 
 
 def test_two_weights_that_are_as_near_name_nothing(tmp_path: Path) -> None:
-    found = sites.find(
+    found = find_sites(
         quantised(a_product(WEIGHTS["a"])), base(tmp_path, {"a": WEIGHTS["a"], "b": WEIGHTS["a"] * 1.01})
     )
     assert not found.by_name
-    assert "its content, which is that of a.weight and b.weight" in str(found)
+    assert "its content, which equals a.weight and b.weight" in str(found)
 
 
 def test_a_quantised_weight_under_anothers_name_is_an_error_that_names_both(tmp_path: Path) -> None:
     model = quantised(a_product(WEIGHTS["b"], name="a.weight"))
     with pytest.raises(InputRefused, match=r"a.weight by initializer, b.weight by content"):
-        sites.find(model, base(tmp_path, WEIGHTS))
+        find_sites(model, base(tmp_path, WEIGHTS))
 
 
 # --- what can be done with them ---
@@ -201,11 +204,11 @@ PAIR = LoraPair(a=RNG.normal(size=(3, 80)), b=RNG.normal(size=(48, 3)), scale=0.
 @pytest.mark.parametrize("as_pairs", [False, True])
 def test_folding_into_a_quantised_weight_is_refused_with_the_ways_out(as_pairs: bool) -> None:
     model = quantised(a_product(WEIGHTS["a"], name="a.weight"), as_pairs=as_pairs)
-    found = sites.find(model)
+    found = find_sites(model)
     steps = plan.make([an_adapter({"a": PAIR})], found.specs)
     before = ir.to_proto(model).SerializeToString()
-    with pytest.raises(InputRefused, match=r"a.weight is quantised .*: .*--lora nodes.*float model"):
-        fold.fold(model, found, steps)
+    with pytest.raises(InputRefused, match=r"a.weight is quantised .*--lora nodes.*float model"):
+        fold(model, found, steps)
     assert ir.to_proto(model).SerializeToString() == before
 
 
@@ -217,11 +220,11 @@ def test_nothing_is_folded_where_one_of_the_weights_is_quantised() -> None:
         {{ t = Gemm (z, f.weight)
            y = MatMul (x, q.weight) }}"""
     model = quantised(a_graph(body))
-    found = sites.find(model)
+    found = find_sites(model)
     pairs = {"f": LoraPair(a=[[1, 1]], b=[[1], [1]], scale=1.0), "q": LoraPair(a=np.ones((1, 32)), b=[[1]], scale=1.0)}
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(InputRefused, match=r"q.weight is quantised"):
-        fold.fold(model, found, plan.make([an_adapter(pairs)], found.specs))
+        fold(model, found, plan.make([an_adapter(pairs)], found.specs))
     assert ir.to_proto(model).SerializeToString() == before
 
 
@@ -231,8 +234,8 @@ def test_an_adapter_beside_a_quantised_weight_adds_what_it_means(as_pairs: bool,
     model = quantised(a_product(WEIGHTS["a"], name="a.weight"), symmetric=symmetric, as_pairs=as_pairs)
     x = RNG.normal(size=(5, 80)).astype(np.float32)
     before = run(model, x=x)["y"]
-    found = sites.find(model)
-    nodes.branch(model, found, plan.make([an_adapter({"a": PAIR})], found.specs))
+    found = find_sites(model)
+    insert_nodes(model, found, plan.make([an_adapter({"a": PAIR})], found.specs))
     expected = before + 0.5 * x.astype(np.float64) @ PAIR.a.T.astype(np.float64) @ PAIR.b.T.astype(np.float64)
     np.testing.assert_allclose(run(model, x=x)["y"], expected, rtol=1e-4, atol=1e-4)
     assert np.abs(expected - before).max() > 1

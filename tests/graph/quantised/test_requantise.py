@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import cli, formats, plan
 from lora_export.errors import InputRefused
-from lora_export.graph import onnx_file as graphs
-from lora_export.graph.merge import merge_graph
-from lora_export.graph.sites import find
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.merge_graph import merge_graph
+from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.storage import block_copy
 from lora_export.weights.merge_report import MergeReport
 from support.everything import everything
@@ -48,16 +48,16 @@ def merged(path: Path, adapter: Path, *, base: Path | None = None, **options: An
 
     stage = path.parent / f"out{len(list(path.parent.iterdir()))}"
     stage.mkdir()
-    graph = graphs.open_graph(path)
-    sites = find(graph.model, None if base is None else open_checkpoint(base))
+    graph = open_graph(path)
+    sites = find_sites(graph.model, None if base is None else open_checkpoint(base))
     steps = plan.make([formats.load(adapter)], sites.specs)
     report = merge_graph(steps, graph, sites, stage, file_name="m.onnx", requantise=True, **options)
-    return graphs.load(stage / "m.onnx"), report
+    return load_graph(stage / "m.onnx"), report
 
 
 def the_weight(model: ir.Model, name: str = "fc.weight") -> NDArray[np.float32]:
     """As it computes, (out, in)."""
-    return find(model).by_name[name][0].matrix
+    return find_sites(model).by_name[name][0].matrix
 
 
 def told(report: MergeReport) -> tuple[float, float]:
@@ -185,7 +185,7 @@ def test_dequantised_pairs_by_hand(
     if zeros is not None:
         assert stored(model, "z").astype(int).tolist() == zeros
     assert stored(model, "fc.weight_quantized").astype(int).tolist() == levels
-    before, after = the_weight(graphs.load(path)), the_weight(model)
+    before, after = the_weight(load_graph(path)), the_weight(model)
     np.testing.assert_allclose(told(report), figures(before, np.array([[0, 0], [-1, -190]]), after), rtol=1e-5)
 
 
@@ -265,9 +265,9 @@ def test_it_is_what_static_quantisation_makes_of_the_merged_weight(
     capsys.readouterr()
     assert cli.run(line(path, peft_adapter(tmp_path / "ad", {"fc": (A, B)}), "--requantize", "--dry-run")) == 0
     assert "2 activations are quantised too" in capsys.readouterr().err
-    before, change = the_weight(graphs.load(path)), (B @ A).astype(np.float32)
+    before, change = the_weight(load_graph(path)), (B @ A).astype(np.float32)
     model, report = merged(path, peft_adapter(tmp_path / "ad", {"fc": (A, B)}))
-    oracle = graphs.load(statically((before + change).T, "oracle"))
+    oracle = load_graph(statically((before + change).T, "oracle"))
     names = [name for name in contents(model) if name.startswith("fc.weight")]
     shares = differing(model, oracle)
     assert len(names) == 3 and shares["fc.weight_quantized"] < 0.01
@@ -276,7 +276,7 @@ def test_it_is_what_static_quantisation_makes_of_the_merged_weight(
             stored(model, name).astype(np.float64), stored(oracle, name).astype(np.float64), rtol=1e-6, atol=1
         )
     assert report.results[0].retention > 0.99
-    assert not np.array_equal(stored(model, "fc.weight_quantized"), stored(graphs.load(path), "fc.weight_quantized"))
+    assert not np.array_equal(stored(model, "fc.weight_quantized"), stored(load_graph(path), "fc.weight_quantized"))
 
 
 def test_scales_in_half_precision_are_rounded_before_the_integers_are_made(tmp_path: Path) -> None:
@@ -336,9 +336,9 @@ def test_tensors_that_layers_share_are_given_to_the_one_that_changes(
     what: dict[str, str], beside: bool, tmp_path: Path
 ) -> None:
     path = saved(shared(**what), tmp_path / "m.onnx", beside=beside)
-    before = {name: the_weight(graphs.load(path), f"{name}.weight") for name in "ab"}
+    before = {name: the_weight(load_graph(path), f"{name}.weight") for name in "ab"}
     model, _ = merged(path, peft_adapter(tmp_path / "ad", {"b": ([[10, 100]], [[1], [-1]])}))
-    found = find(model)
+    found = find_sites(model)
     after = {name: found.by_name[f"{name}.weight"][0].matrix for name in "ab"}
     assert np.array_equal(after["a"], before["a"])
     expected = before["b"] + np.array([[10, 100], [-10, -100]])
@@ -383,14 +383,14 @@ def test_a_block_of_a_packed_matrix_changes_and_its_neighbours_keep_their_bytes(
         file = adapter / "adapter_model.safetensors"
         vectors = {f"base_model.model.{name}.lora_magnitude_vector": length for name, length in lengths.items()}
         save_file(load_file(file) | vectors, file)
-    before = find(model).unnamed[0].matrix
+    before = find_sites(model).unnamed[0].matrix
     after, report = merged(path, adapter, base=base)
     total = before.astype(np.float64)
     for name, rows in (("attn.q", slice(20)), ("attn.v", slice(30, None))):
         total[rows] += pairs[name][1] @ pairs[name][0]
         if use_dora:
             total[rows] *= (lengths[name] / np.linalg.norm(total[rows], axis=1))[:, None]
-    found = find(after).unnamed[0].matrix
+    found = find_sites(after).unnamed[0].matrix
     assert found[20:30].tobytes() == before[20:30].tobytes()
     changed = np.r_[:20, 30:OUT]
     assert np.linalg.norm(found[changed] - total[changed]) < 0.12 * np.linalg.norm(total[changed])
@@ -456,7 +456,7 @@ def test_a_weak_adapter_is_lost_in_four_bits_and_refused_with_the_ways_out(
     # The refusal is true: the figures, with nothing refused, are those of what is written.
     assert cli.run(line(path, adapter, "--requantize", "--min-retention", "0", "--json")) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
-    after = the_weight(graphs.load(tmp_path / "merged.onnx"))
+    after = the_weight(load_graph(tmp_path / "merged.onnx"))
     expected = figures(the_weight(base), B @ A * 0.003, after)
     np.testing.assert_allclose((result["retention"], result["noise"]), expected, rtol=1e-3)
     assert result["retention"] < 0.5
@@ -472,7 +472,7 @@ def test_without_the_option_both_ways_are_named(tmp_path: Path, capsys: pytest.C
     assert cli.run(line(path, adapter, "--requantize", "--dry-run")) == 0
     assert "note: 1 weights are quantised again: 4 bits in blocks of 32" in capsys.readouterr().err
     assert cli.run(line(path, adapter, "--requantize")) == 0
-    record = json.loads(graphs.load(tmp_path / "merged.onnx").metadata_props["lora_export"])
+    record = json.loads(load_graph(tmp_path / "merged.onnx").metadata_props["lora_export"])
     assert record["settings"]["requantize"] is True
     assert cli.run(line(tmp_path / "merged.onnx", adapter, "--requantize")) == 3  # the same adapter a second time
     base = base_file(tmp_path / "b.safetensors", {"fc.weight": W.T})
@@ -531,9 +531,9 @@ def by_group_index() -> ir.Model:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (float8, r"fc.weight is quantised in a way that is not done again here \(float8e4m3fn by tensor\)"),
-        (int32, r"fc.weight is quantised in a way that is not done again here \(int32 by channel\)"),
-        (without_zero_points, r"fc.weight is quantised without zero points .*: nothing below zero"),
+        (float8, r"fc.weight is quantised in a way that cannot be repeated \(float8e4m3fn by tensor\)"),
+        (int32, r"fc.weight is quantised in a way that cannot be repeated \(int32 by channel\)"),
+        (without_zero_points, r"fc.weight is quantised without zero points .*: it cannot store negative values"),
         (not_finite, r"fc.weight: 2 values would not be finite: the graph's own tensor has such values"),
         (nf4, r"lora_A.weight: fc.weight is uint8 of MatMulBnb4: a quantised weight is never merged silently"),
         (
@@ -547,7 +547,7 @@ def test_what_is_not_understood_is_refused_by_name(
     make: Callable[[], ir.Model], problem: str, beside: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(make(), tmp_path / "m.onnx", beside=beside)
-    wide = graphs.load(path).graph.inputs[0].shape[1]
+    wide = load_graph(path).graph.inputs[0].shape[1]
     adapter = peft_adapter(tmp_path / "ad", {"fc": (np.ones((1, int(wide))), [[1], [2]])})
     before = everything(tmp_path)
     assert cli.run(line(path, adapter, "--requantize")) == 3

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from lora_export.graph import sites
+from lora_export.graph.find_sites import find_sites
 from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
 from support.graphs import a_graph
 
@@ -15,7 +15,7 @@ WEIGHTS = "float[2,2] m.weight = {1,2,3,4}, float[2] m.bias = {5,6}, float[2,1] 
 
 def taps_of(body: str, *, biased: bool = True) -> list[Tap]:
     model = a_graph(f"g (float[N,2] x, float[N,2] other) => (float[N,2] y) <{WEIGHTS}> {{ {body} }}")
-    return find_taps(model, sites.find(model), ["x", "other"], {"m.weight": biased})
+    return find_taps(model, find_sites(model), ["x", "other"], {"m.weight": biased})
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_exposed_graph_returns_the_inner_values() -> None:
     model = a_graph(
         f"g (float[N,2] x) => (float[N,2] y) <{WEIGHTS}> {{ r = Relu(x) h = MatMul(r, m.weight) y = Neg(h) }}"
     )
-    exposed = expose(model, find_taps(model, sites.find(model), ["x"], {"m.weight": False}))
+    exposed = expose(model, find_taps(model, find_sites(model), ["x"], {"m.weight": False}))
     assert exposed.outputs == ("r", "h")
     session = onnxruntime.InferenceSession(exposed.message, providers=["CPUExecutionProvider"])
     r, h = session.run(["r", "h"], {"x": np.array([[-1, 2]], np.float32)})

@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from lora_export import layers, plan
 from lora_export.errors import RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.graph import onnx_file as graph_files
-from lora_export.graph import sites
-from lora_export.graph.fold import fold
-from lora_export.graph.insert.inputs import open_inputs
-from lora_export.graph.insert.nodes import branch
-from lora_export.graph.insert.rows import choose_by_row
+from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_inputs import insert_inputs
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.graph.merge.fold import fold
+from lora_export.graph.onnx_file import writing
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export, model
 from lora_export.models.model import Model, Sizes
@@ -97,7 +100,7 @@ class Made:
 
     def weight(self, module: str) -> ir.Value:
         """The initializer of a base weight."""
-        found = sites.find(self.graph)
+        found = find_sites(self.graph)
         return found.by_name[f"{module}.weight"][0].value
 
     def put(self, value: ir.Value, array: NDArray[Any]) -> None:
@@ -107,7 +110,7 @@ class Made:
 
     def change(self, module: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
         """Change a module's weight, passed as (out, in)."""
-        (site, *_) = sites.find(self.graph).by_name[f"{module}.weight"]
+        (site, *_) = find_sites(self.graph).by_name[f"{module}.weight"]
         matrix = change(site.matrix.astype(np.float64))
         self.put(site.value, matrix.T if site.layout is plan.Layout.IN_OUT else matrix)
 
@@ -123,25 +126,25 @@ class Made:
 
 def make(mode: str, folder: Path, *adapters: Adapter) -> Made:
     graph = base_graph().clone()
-    found = sites.find(graph)
+    found = find_sites(graph)
     steps = plan.make(adapters, found.specs)
     made = Made(graph, folder)
     if mode == "merged":
         fold(graph, found, steps)
     elif mode == "nodes":
-        branch(graph, found, steps)
+        insert_nodes(graph, found, steps)
     elif mode == "rows":
-        choose_by_row(graph, found, steps)
+        insert_rows(graph, found, steps)
         made.runner = lambda runner: runner.with_rows([1])
     else:
-        contract = open_inputs(graph, found, [step.weight for step in steps.low_rank])
+        contract = insert_inputs(graph, found, [step.weight for step in steps.low_rank])
         values = onnx_adapter.input_values(contract, steps, adapters[0].name)
         made.values, made.contract = values, contract  # type: ignore[attr-defined]
     return made
 
 
 def proven(made: Made, *adapters: Adapter, **options: Any) -> Proof:
-    graph_files.save(made.graph, made.folder, "graph.onnx")
+    save_graph(made.graph, made.folder, "graph.onnx")
     if hasattr(made, "values"):
         path = made.folder / "a.onnx_adapter"
         onnx_adapter.write(path, made.values, made.contract, sha256="00")
@@ -238,9 +241,9 @@ def without_branch(made: Made) -> None:
 
 
 def reads_elsewhere(made: Made) -> None:
-    """The branch of the attention's output reads the attention's input."""
+    """The insert_nodes of the attention's output reads the attention's input."""
     down = made.node(name=f"/{OUT}/lora_A/MatMul")
-    (site,) = sites.find(made.graph).by_name[f"{QUERY}.weight"]
+    (site,) = find_sites(made.graph).by_name[f"{QUERY}.weight"]
     down.replace_input_with(0, site.node.inputs[0])
 
 
@@ -348,7 +351,7 @@ def test_adapter_file_with_another_modules_factors_is_explained(tmp_path: Path) 
 
 def test_graph_without_its_adapter_file_is_explained(tmp_path: Path) -> None:
     made = make("inputs", tmp_path, the_adapter())
-    graph_files.save(made.graph, tmp_path, "graph.onnx")
+    save_graph(made.graph, tmp_path, "graph.onnx")
     result = prove(OnnxRunner(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
     assert result.diagnosis is not None and result.diagnosis.first == QUERY
     assert "its adapter is missing" in result.diagnosis.why and "--onnx-adapter" in result.diagnosis.why
@@ -473,7 +476,7 @@ def test_difference_that_vanishes_when_traced_is_the_optimisers(
             answer = super().run(inputs, names)
             return answer if len(self.session.get_outputs()) > 1 else {key: 1.1 * v for key, v in answer.items()}
 
-    graph_files.save(make("merged", tmp_path, the_adapter()).graph, tmp_path, "graph.onnx")
+    save_graph(make("merged", tmp_path, the_adapter()).graph, tmp_path, "graph.onnx")
     result = prove(Fusing(tmp_path / "graph.onnx"), PyTorchReferences(bert(), [the_adapter()]))
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is not None
     assert result.diagnosis.first is None and "the difference comes from its optimisations" in result.diagnosis.why
@@ -519,7 +522,7 @@ def test_large_models_are_compared_in_groups(tmp_path: Path, monkeypatch: pytest
 
 
 def test_external_weights_remain_in_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_files, "INLINE", 0)
+    monkeypatch.setattr(writing, "MAX_INLINE_BYTES", 0)
     made = half_value(make("merged", tmp_path, the_adapter()))
     result = proven(made, the_adapter())
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data", ".onnx"]  # and nothing else
@@ -533,12 +536,12 @@ def test_graph_fused_by_onnxruntime_is_compared_where_possible(defect: bool, tmp
     made = make("nodes" if not defect else "merged", tmp_path, the_adapter())
     if defect:
         half_value(made)
-    graph_files.save(made.graph, tmp_path, "graph.onnx")
+    save_graph(made.graph, tmp_path, "graph.onnx")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 3
     onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
-    operators = {node.op_type for node in graph_files.load(tmp_path / "fused.onnx").graph}
+    operators = {node.op_type for node in load_graph(tmp_path / "fused.onnx").graph}
     assert {"BiasGelu", "FusedGemm", "SkipLayerNormalization"} <= operators
     result = prove(OnnxRunner(tmp_path / "fused.onnx"), PyTorchReferences(bert(), [the_adapter()]), trace=True)
     assert result.diagnosis is not None and result.diagnosis.first == (VALUE if defect else None)
@@ -549,7 +552,7 @@ def test_graph_fused_by_onnxruntime_is_compared_where_possible(defect: bool, tmp
 def test_graph_whose_names_lost_their_prefix_is_diagnosed(tmp_path: Path) -> None:
     made = half_value(make("merged", tmp_path, the_adapter()))
     for value in list(made.graph.graph.initializers.values()):
-        origin = value.metadata_props.pop(sites.FOLDED_FROM, None)
+        origin = value.metadata_props.pop(FOLDED_FROM, None)
         name = origin[2:-2] if origin else value.name
         if name and name.startswith("bert."):
             value.name = name.removeprefix("bert.")

@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from lora_export.graph import sites
-from lora_export.graph.onnx_file import in_memory
-from lora_export.graph.readers import MICROSOFT
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.onnx_file.writing import in_memory
+from lora_export.graph.operators import MICROSOFT
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.against_graph import _types
-from lora_export.verification.references import graph_fp64
+from lora_export.verification.references.graph_fp64 import FP64_OPERATORS, KEEPS_ROUNDING, compute_weights_late, widen
 from support.graphs import a_graph, quantised, run
 
 DOUBLE, INT, BOOL = TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
@@ -38,7 +38,7 @@ TWO = {
 ATTRIBUTES: dict[str, dict[str, Any]] = {"Concat": {"axis": 0}, "Einsum": {"equation": "ij,jk->ik"}, "Mod": {"fmod": 1}}
 
 
-@pytest.mark.parametrize(("domain", "operator"), sorted(graph_fp64.WIDE))
+@pytest.mark.parametrize(("domain", "operator"), sorted(FP64_OPERATORS))
 def test_onnxruntime_has_a_kernel_in_fp64_for_every_operator_that_is_said_to_have_one(
     domain: str, operator: str
 ) -> None:
@@ -55,7 +55,7 @@ def test_onnxruntime_has_a_kernel_in_fp64_for_every_operator_that_is_said_to_hav
 
 def in_fp64(model: ir.Model, **feeds: Any) -> tuple[NDArray[Any], tuple[str, ...]]:
     """The first output of the graph made wide, and what stayed narrow."""
-    stayed = graph_fp64.widen(model, _types)
+    stayed = widen(model, _types)
     (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
     return answer, stayed
 
@@ -130,7 +130,7 @@ def test_a_cast_to_half_precision_does_not_round_unless_that_is_meant() -> None:
     answer, stayed = in_fp64(graph(), x=x)
     assert np.array_equal(answer, x.astype(np.float64)) and stayed == ()
     meant = graph()
-    next(iter(meant.graph)).metadata_props[graph_fp64.ROUNDS] = "once"
+    next(iter(meant.graph)).metadata_props[KEEPS_ROUNDING] = "once"
     answer, _ = in_fp64(meant, x=x)
     assert np.array_equal(answer, x.astype(np.float16).astype(np.float64))
 
@@ -165,7 +165,7 @@ def test_bits_become_the_weight_that_they_stand_for(bits: int) -> None:
     model, _, x = layers()
     small = quantised(model, bits=bits, block=16)
     (node,) = (node for node in small.graph if node.op_type == "MatMulNBits")
-    (found,) = (site for site in sites.find(small).unnamed if site.node is node)
+    (found,) = (site for site in find_sites(small).unnamed if site.node is node)
     weight = found.matrix.astype(np.float64)  # (out, in)
     held = {name: value.const_value.numpy() for name, value in small.graph.initializers.items() if value.const_value}
     answer, stayed = in_fp64(small, x=x)
@@ -185,7 +185,7 @@ def test_what_only_constants_lead_to_stands_before_all_others_in_its_order() -> 
           y = Add(k, z) }""")
     x = np.float32([[1, 2], [3, 4]])
     before = run(model, x=x)["y"]
-    graph_fp64.late_weights(model)
+    compute_weights_late(model)
     assert [node.op_type for node in model.graph] == ["Transpose", "Add", "MatMul", "MatMul", "Add", "Add"]
     assert [node.outputs[0].name for node in model.graph] == ["t", "u", "h", "k", "z", "y"]
     assert np.array_equal(run(model, x=x)["y"], before)

@@ -23,9 +23,12 @@ from transformers.pytorch_utils import Conv1D
 from defects import subjects
 from lora_export import cli, layers, plan
 from lora_export.errors import Different, InputRefused, Undecided
-from lora_export.graph import onnx_file, sites
-from lora_export.graph.insert import nodes
-from lora_export.graph.merge import merge_graph
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.merge_graph import merge_graph
+from lora_export.graph.onnx_file.reading import load_graph, open_graph
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.site import Site
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import factory
 from lora_export.models.export import to_onnx
@@ -63,13 +66,13 @@ def graph(wide: Model) -> ir.Model:
 
 
 def beside(graph: ir.Model, adapter: Adapter, folder: Path) -> Path:
-    found = sites.find(graph)
-    nodes.branch(graph, found, plan.make([adapter], found.specs))
+    found = find_sites(graph)
+    insert_nodes(graph, found, plan.make([adapter], found.specs))
     return saved(graph, folder)
 
 
 def saved(graph: ir.Model, folder: Path) -> Path:
-    onnx_file.save(graph, folder, "m.onnx")
+    save_graph(graph, folder, "m.onnx")
     return folder / "m.onnx"
 
 
@@ -137,8 +140,8 @@ def test_weights_of_another_model_are_different(wide: Model, graph: ir.Model, tm
 
 def requantised(base: Path, adapter: Adapter, folder: Path) -> Path:
     """What `merge --requantize` makes of a graph."""
-    graph = onnx_file.open_graph(base)
-    found = sites.find(graph.model)
+    graph = open_graph(base)
+    found = find_sites(graph.model)
     steps = plan.make([adapter], found.specs)
     folder.mkdir(exist_ok=True)
     merge_graph(steps, graph, found, folder, file_name="merged.onnx", requantise=True, min_retention=0)
@@ -147,7 +150,7 @@ def requantised(base: Path, adapter: Adapter, folder: Path) -> Path:
 
 def with_other(path: Path, change: Callable[[str, NDArray[Any]], NDArray[Any]], folder: Path) -> Path:
     """The graph with other numbers in its initializers."""
-    model = onnx_file.load(path)
+    model = load_graph(path)
     for name, value in model.graph.initializers.items():
         assert value.const_value is not None
         array = value.const_value.numpy()
@@ -378,8 +381,8 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
     llama, few = subjects.loaded("llama"), exact(quantised(subjects._exported("llama").clone(), block=16), 0)
     base = saved(few if names == "with names" else stripped(few), tmp_path)
     adapter = subjects.adapter("llama", "linear")
-    graph = onnx_file.open_graph(base)
-    found = sites.find(graph.model, open_checkpoint(Path(llama.source)))
+    graph = open_graph(base)
+    found = find_sites(graph.model, open_checkpoint(Path(llama.source)))
     (tmp_path / "merged").mkdir()
     merge_graph(
         plan.make([adapter], found.specs), graph, found, tmp_path / "merged", file_name="m.onnx", requantise=True
@@ -405,8 +408,8 @@ def test_hugging_face_merge_is_matched_through_its_origin(names: str, tmp_path: 
 # --- the nearest value that scales allow, by hand ------------------------------------------------------
 
 
-def only_site(text: str, name: str = "fc.weight") -> sites.Site:
-    return sites.find(ir.from_onnx_text(text)).by_name[name][0]
+def only_site(text: str, name: str = "fc.weight") -> Site:
+    return find_sites(ir.from_onnx_text(text)).by_name[name][0]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +439,7 @@ def test_nearest_value_of_a_block_in_packed_weights() -> None:
          int8[4] z = {0, 100, -28, 0}>
         { d = DequantizeLinear <axis = 1> ("fc.weight_quantized", s, z)
           y = MatMul(x, d) }""")
-    (site,) = sites.find(graph).by_name["fc.weight"]
+    (site,) = find_sites(graph).by_name["fc.weight"]
     block = replace(site, block=range(2, 4))
     values = np.array([[-1000, 3.1, 1000], [9.0, -6.5, -2.1]])  # (out, in)
     assert block.nearest(values).tolist() == [[-200, 4, 310], [8, -8, -4]]

@@ -11,14 +11,21 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export import plan
-from lora_export.graph import sites
-from lora_export.graph.onnx_file import in_memory
+from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.onnx_file.writing import in_memory
+from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.against_graph import _types
-from lora_export.verification.references import graph as reference
-from lora_export.verification.references import graph_fp64
+from lora_export.verification.references.graph_fp64 import widen
+from lora_export.verification.references.graph_with_adapter import (
+    at_strength,
+    branches_at_quantised_weights,
+    branches_where_possible,
+    sum_at_weights,
+)
 from support.graphs import a_graph, an_adapter, planned, quantised
 
 Wide = NDArray[np.float64]
@@ -27,7 +34,7 @@ EXACT = 1e-14
 
 
 def in_fp64(model: ir.Model, **feeds: Any) -> Wide:
-    graph_fp64.widen(model, _types)
+    widen(model, _types)
     (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
     return answer
 
@@ -61,7 +68,7 @@ MATMUL = "g (float[b, 5] x) => (float[b, 4] y) <float[5, 4] up.weight = {0}> { y
 GEMM = "g (float[b, 5] x) => (float[b, 4] y) <float[4, 5] up.weight = {0}> { y = Gemm<transB: int = 1>(x, up.weight) }"
 TURNED = """g (float[b, 5] x) => (float[b, 4] y) <float[4, 5] up.weight = {0}> {
     turned = Transpose<perm = [1, 0]>(up.weight) y = MatMul(x, turned) }"""
-WAYS = {"beside": reference.beside_the_weights, "at": reference.at_the_weights}
+WAYS = {"beside": branches_where_possible, "at": sum_at_weights}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -71,7 +78,7 @@ def test_a_linear_layer_reads_what_numpy_computes(text: str, dora: bool, way: st
     weight = RNG.standard_normal((4, 5)).astype(np.float32)  # (out, in)
     model = filled(text, **{"up.weight": np.ascontiguousarray(weight.T) if text is MATMUL else weight})
     if text is MATMUL:
-        model.graph.initializers["up.weight"].metadata_props[sites.FOLDED_FROM] = "['up.weight']"
+        model.graph.initializers["up.weight"].metadata_props[FOLDED_FROM] = "['up.weight']"
     adapter = an_adapter({"up": pair((4, 5), magnitude=np.arange(1.0, 5.0) if dora else None)})
     x = RNG.standard_normal((3, 5)).astype(np.float32)
     found, steps = planned(model, adapter)
@@ -94,8 +101,8 @@ def test_an_embedding_and_a_convolution_read_what_numpy_computes() -> None:
     adapter = an_adapter({"words": looked_up, "conv": pair((2, 3, 3))})
     feeds = {"ids": np.array([[0, 6, 3]]), "x": RNG.standard_normal((1, 3, 3)).astype(np.float32)}
     found, steps = planned(model, adapter)
-    reference.at_the_weights(model, found, steps)
-    graph_fp64.widen(model, _types)
+    sum_at_weights(model, found, steps)
+    widen(model, _types)
     answers = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds)
     rows = changed(table.T, looked_up).T[feeds["ids"]]
     assert np.abs(answers["y"] - rows).max() < EXACT
@@ -112,16 +119,16 @@ def test_a_block_of_a_packed_weight_changes_alone(dora: bool) -> None:
         "g (float[b, 5] x) => (float[b, 6] y) <float[5, 6] packed = {0}> { y = MatMul(x, packed) }",
         packed=np.ascontiguousarray(weight.T),
     )
-    found = sites.find(model)
+    found = find_sites(model)
     (whole,) = found.unnamed
     parts = {"q.weight": range(2), "k.weight": range(2, 6)}
     named = {
-        name: (replace(whole, name=name, how=sites.How.CONTENT, block=block, transposed=True),)
+        name: (replace(whole, name=name, named_by=NameSource.CONTENT, block=block, transposed=True),)
         for name, block in parts.items()
     }
     told = replace(found, by_name=named, unnamed=())
     adapter = an_adapter({"k": pair((4, 5), magnitude=np.arange(1.0, 5.0) if dora else None)})
-    reference.at_the_weights(model, told, plan.make([adapter], told.specs))
+    sum_at_weights(model, told, plan.make([adapter], told.specs))
     x = RNG.standard_normal((3, 5)).astype(np.float32)
     expected = np.concatenate([weight[:2].astype(np.float64), changed(weight[2:], adapter.pairs["k"])])
     assert np.abs(in_fp64(model, x=x) - x.astype(np.float64) @ expected.T).max() < EXACT
@@ -134,7 +141,7 @@ def in_half(rounded: bool) -> tuple[Wide, Wide]:
     model = filled(text, **{"up.weight": weight})
     adapter = an_adapter({"up": pair((4, 5))})
     found, steps = planned(model, adapter)
-    reference.at_the_weights(model, found, steps, rounded=rounded)
+    sum_at_weights(model, found, steps, rounded=rounded)
     x = np.eye(5, dtype=np.float16)
     return in_fp64(model, x=x).T, changed(weight.astype(np.float64), adapter.pairs["up"])
 
@@ -163,7 +170,7 @@ def test_beside_a_quantised_weight_stands_one_matrix(as_pairs: bool, dora: bool)
     adapter = an_adapter({"up": pair((4, 32), magnitude=np.arange(1.0, 5.0) if dora else None)})
     found, steps = planned(model, adapter)
     held = found.by_name["up.weight"][0].matrix.astype(np.float64)
-    reference.beside_quantised(model, found, steps)
+    branches_at_quantised_weights(model, found, steps)
     x = RNG.standard_normal((3, 32)).astype(np.float32)
     expected = x.astype(np.float64) @ changed(held, adapter.pairs["up"]).T + 1
     kinds = {node.op_type for node in model.graph}
@@ -175,7 +182,7 @@ def test_beside_a_quantised_weight_stands_one_matrix(as_pairs: bool, dora: bool)
     assert np.abs(expected - 1 - x @ held.T).max() > 1
     again = quantised(layer(**weights), as_pairs=as_pairs)
     found, steps = planned(again, adapter)
-    reference.at_the_weights(again, found, steps)
+    sum_at_weights(again, found, steps)
     assert np.abs(in_fp64(again, x=x) - expected).max() < 1e-6  # the scales' products are fp32's
 
 
@@ -185,7 +192,7 @@ def test_where_nothing_can_stand_beside_the_sum_is_at_the_weight() -> None:
     model = filled(text, **{"up.weight": weight})
     adapter = an_adapter({"up": pair((4, 5))})
     found, steps = planned(model, adapter)
-    assert reference.beside_the_weights(model, found, steps) == 1
+    assert branches_where_possible(model, found, steps) == 1
     x = RNG.standard_normal((5, 3)).astype(np.float32)
     assert np.abs(in_fp64(model, x=x) - changed(weight, adapter.pairs["up"]) @ x.astype(np.float64)).max() < EXACT
 
@@ -203,7 +210,7 @@ def test_strength_is_of_scales_and_shifts(factor: float, told: float) -> None:
     assert held is not None
     weight = held.numpy().T
     found, steps = planned(model, adapter)
-    reference.at_the_weights(model, found, reference.at_strength(steps, factor))
+    sum_at_weights(model, found, at_strength(steps, factor))
     x = RNG.standard_normal((3, 32)).astype(np.float32)
     expected = x.astype(np.float64) @ changed(weight, adapter.pairs["up"], factor=told).T + 1
     expected += told * adapter.biases["up"]
@@ -219,10 +226,10 @@ def test_a_whole_tensor_takes_its_place_and_stays_without_strength_beside_pairs(
     adapter = an_adapter({"up": pair((4, 32))}, replaced={"up.bias": new})
     model = graph()
     found, steps = planned(model, adapter)
-    off = reference.at_strength(steps, 0.0)
+    off = at_strength(steps, 0.0)
     assert [step.weight for step in off.steps] == ["up.bias"]
-    reference.at_the_weights(model, found, off)
+    sum_at_weights(model, found, off)
     assert np.array_equal(in_fp64(model, x=np.zeros((1, 32), np.float32))[0], new)
     alone = graph()
     _, steps = planned(alone, an_adapter({}, replaced={"up.bias": new}))
-    assert reference.at_strength(steps, 0.0).steps == ()
+    assert at_strength(steps, 0.0).steps == ()

@@ -1,11 +1,12 @@
-"""An ONNX file as what it says and what it weighs: the message without its large tensors, and where their bytes lie.
+"""The protobuf wire format of an ONNX file, read and written without its large tensors.
 
-Protobuf reads and writes a graph whole. Here a graph is read past its weights: the *hollow* message is the same
-graph in which every large tensor says that its data lies in a file, the graph's own, which ONNX can express (external
-data). Going back, `pieces` cuts a message where such data is to be put in again.
+Protobuf itself reads and writes a graph as a whole. `without_large_tensors` reads the message past its weights: each
+large tensor becomes external data in the graph's own file, which ONNX can express. `split_at_tensors` does the reverse:
+it cuts a message where the data of such tensors belongs.
 
-The wire format is a sequence of fields, each a tag (number and kind) and a value; a message in a field is preceded
-by its length. Field numbers are onnx.proto's.
+The wire format is a sequence of fields. Each field is a tag (number and kind) and a value. A nested message is preceded
+by its length. The field numbers are those of onnx.proto. This is our own code because protobuf has no interface for
+byte positions, and because its memory grows with the file.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from typing import BinaryIO, NamedTuple
 
 from lora_export.errors import InputRefused
 
-LARGE = 1024  # bytes of a tensor from which it is left in its file
-VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
-MOST_LEVELS = 100  # of messages in each other; protobuf's own limit
+MAX_MESSAGE_BYTES = 1 << 31  # protobuf neither writes nor reads longer messages
+LARGE_TENSOR_BYTES = 1024  # data from this size on stays in the file
+VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # kinds of fields
+MAX_NESTING = 100  # messages in each other; protobuf's own limit
 
-# Which fields of a message hold a message in which tensors may be.
+# The fields of each message that hold a message in which tensors may be.
 MODEL, GRAPH, NODE, ATTRIBUTE, FUNCTION, TENSOR = "model", "graph", "node", "attribute", "function", "tensor"
-WITHIN: Mapping[str, Mapping[int, str]] = {
+NESTED_MESSAGES: Mapping[str, Mapping[int, str]] = {
     MODEL: {7: GRAPH, 25: FUNCTION},
     GRAPH: {1: NODE, 5: TENSOR},
     NODE: {5: ATTRIBUTE},
-    ATTRIBUTE: {6: GRAPH, 11: GRAPH},  # a node's own tensors stay with it
+    ATTRIBUTE: {6: GRAPH, 11: GRAPH},  # not the attribute's own tensors, which stay in it
     FUNCTION: {7: NODE, 11: ATTRIBUTE},
 }
-RAW_DATA, EXTERNAL_DATA, DATA_LOCATION = 9, 13, 14  # of a TensorProto
-KEY, VALUE = 1, 2  # of an entry of external data
+RAW_DATA, EXTERNAL_DATA, DATA_LOCATION = 9, 13, 14  # fields of a TensorProto
+KEY, VALUE = 1, 2  # fields of an entry of external data
 EXTERNAL = 1  # a DataLocation
 
 
@@ -45,25 +47,26 @@ class Extent(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------
 
 
-def hollow(path: Path, place: str) -> bytes:
-    """The message in a file with its large tensors left where they are, as external data whose place is called `place`.
+def without_large_tensors(path: Path, location: str) -> bytes:
+    """Read the message of a file, with its large tensors as external data at `location`.
 
-    Reads nothing of those tensors. Raises InputRefused where the file is no sequence of fields.
+    Their offsets are positions in this file. Reads none of their bytes. Raises InputRefused where the file is not a
+    sequence of fields.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
-        return _hollow(_Reader(path, file, place), MODEL, size, 0)
+        return _without_large_tensors(_Reader(path, file, location), MODEL, size, 0)
 
 
 class _Reader:
     """A file, read forwards, field by field."""
 
-    def __init__(self, path: Path, file: BinaryIO, place: str = ""):
-        self.path, self.file, self.place = path, file, place
+    def __init__(self, path: Path, file: BinaryIO, location: str = ""):
+        self.path, self.file, self.location = path, file, location
 
-    def damaged(self, what: str) -> InputRefused:
-        return InputRefused(f"{self.path} is no ONNX file, or a damaged one: {what} at byte {self.file.tell():,}")
+    def damaged(self, problem: str) -> InputRefused:
+        return InputRefused(f"{self.path} is no ONNX file, or a damaged one: {problem} at byte {self.file.tell():,}")
 
     def bytes(self, count: int) -> bytes:
         read = self.file.read(count)
@@ -83,8 +86,8 @@ class _Reader:
                 raise self.damaged("a number of more than ten bytes")
 
     def fields(self, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Number, kind, and length in bytes (of a varint: 0, it is not read yet) of every field up to a position."""
-        while (place := self.file.tell()) < stop:
+        """Number, kind and length in bytes of every field up to a position. A varint has length 0: it is not read."""
+        while (position := self.file.tell()) < stop:
             tag = self.varint()
             number, kind = tag >> 3, tag & 7
             if kind == DELIMITED:
@@ -94,39 +97,44 @@ class _Reader:
             else:
                 raise self.damaged("a field of an unknown kind")
             if not number or self.file.tell() + length > stop:
-                raise self.damaged("a field that is longer than what it is part of")
+                raise self.damaged("a field that is longer than the message around it")
             yield number, kind, length
-        if place != stop:
-            raise self.damaged("a field that is longer than what it is part of")
+        if position != stop:
+            raise self.damaged("a field that is longer than the message around it")
 
 
-def _hollow(reader: _Reader, message: str, stop: int, level: int) -> bytes:
-    if level > MOST_LEVELS:
-        raise reader.damaged(f"more than {MOST_LEVELS} messages in each other")
+def _without_large_tensors(reader: _Reader, message: str, stop: int, level: int) -> bytes:
+    if level > MAX_NESTING:
+        raise reader.damaged(f"more than {MAX_NESTING} messages in each other")
     parts = []
     for number, kind, length in reader.fields(stop):
-        inner = WITHIN.get(message, {}).get(number) if kind == DELIMITED and length >= LARGE else None
+        is_large = kind == DELIMITED and length >= LARGE_TENSOR_BYTES
+        inner = NESTED_MESSAGES.get(message, {}).get(number) if is_large else None
         end = reader.file.tell() + length
         if inner == TENSOR:
-            parts.append(_field(number, _hollow_tensor(reader, end)))
+            parts.append(_field(number, _tensor_without_data(reader, end)))
         elif inner is not None:
-            parts.append(_field(number, _hollow(reader, inner, end, level + 1)))
+            parts.append(_field(number, _without_large_tensors(reader, inner, end, level + 1)))
         else:
             parts.append(_copied(reader, number, kind, b"" if kind == VARINT else reader.bytes(length)))
     return b"".join(parts)
 
 
-def _hollow_tensor(reader: _Reader, stop: int) -> bytes:
+def _tensor_without_data(reader: _Reader, stop: int) -> bytes:
     parts, extent = [], None
     for number, kind, length in reader.fields(stop):
-        if number == RAW_DATA and kind == DELIMITED and length >= LARGE:
-            extent = Extent(reader.file.tell(), reader.file.tell() + length)  # of several, the last one holds
+        if number == RAW_DATA and kind == DELIMITED and length >= LARGE_TENSOR_BYTES:
+            extent = Extent(reader.file.tell(), reader.file.tell() + length)  # of several, the last one is valid
             reader.file.seek(extent.stop)
         else:
             parts.append(_copied(reader, number, kind, b"" if kind == VARINT else reader.bytes(length)))
     if extent is not None:
-        where = {"location": reader.place, "offset": str(extent.start), "length": str(extent.stop - extent.start)}
-        parts += [_field(EXTERNAL_DATA, _entry(key, value)) for key, value in where.items()]
+        entries = {
+            "location": reader.location,
+            "offset": str(extent.start),
+            "length": str(extent.stop - extent.start),
+        }
+        parts += [_field(EXTERNAL_DATA, _entry(key, value)) for key, value in entries.items()]
         parts += [_varint(DATA_LOCATION << 3 | VARINT), _varint(EXTERNAL)]
     return b"".join(parts)
 
@@ -134,14 +142,14 @@ def _hollow_tensor(reader: _Reader, stop: int) -> bytes:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def pieces(message: bytes, mark: str, sizes: Sequence[int]) -> list[bytes | int]:
-    """A model's message, cut where tensors' data belongs: bytes, and numbers of tensors, whose bytes come there.
+def split_at_tensors(message: bytes, location: str, sizes: Sequence[int]) -> list[bytes | int]:
+    """Cut a model's message where the data of tensors belongs: bytes, and numbers of tensors.
 
-    A tensor whose external data lies in the place called `mark` becomes one with its data inside; the offset that it
-    states is its number, and `sizes` are the bytes of each number's data.
+    A tensor whose external data is at `location` becomes one with its data inside. Its offset is its number, and
+    `sizes` holds the bytes of each number's data.
     """
     reader = _Reader(Path("a message"), io.BytesIO(message))
-    parts, _ = _filled(reader, MODEL, len(message), _Data(mark.encode(), sizes))
+    parts, _ = _split(reader, MODEL, len(message), _InlineData(location.encode(), sizes))
     joined: list[bytes | int] = []
     literal: list[bytes] = []
     for part in [*parts, -1]:
@@ -153,33 +161,36 @@ def pieces(message: bytes, mark: str, sizes: Sequence[int]) -> list[bytes | int]
     return joined[:-1]
 
 
-class _Data(NamedTuple):
-    mark: bytes
+class _InlineData(NamedTuple):
+    """The tensors whose data becomes part of the message."""
+
+    location: bytes
     sizes: Sequence[int]
 
 
-def _filled(reader: _Reader, message: str, stop: int, data: _Data) -> tuple[list[bytes | int], int]:
-    """The parts of a message, and its length once they are put together."""
+def _split(reader: _Reader, message: str, stop: int, data: _InlineData) -> tuple[list[bytes | int], int]:
+    """The parts of a message, and their total length with the data of tensors."""
     parts: list[bytes | int] = []
     total = 0
     for number, kind, length in reader.fields(stop):
         content = b"" if kind == VARINT else reader.bytes(length)
-        inner = WITHIN.get(message, {}).get(number) if kind == DELIMITED and data.mark in content else None
+        has_data = kind == DELIMITED and data.location in content
+        inner = NESTED_MESSAGES.get(message, {}).get(number) if has_data else None
         if inner is None:
             whole = _copied(reader, number, kind, content)
             parts.append(whole)
             total += len(whole)
             continue
-        within = _Reader(reader.path, io.BytesIO(content))
-        more, size = (_filled_tensor if inner == TENSOR else _filled)(within, inner, length, data)
+        inner_reader = _Reader(reader.path, io.BytesIO(content))
+        inner_parts, size = (_split_tensor if inner == TENSOR else _split)(inner_reader, inner, length, data)
         head = _varint(number << 3 | DELIMITED) + _varint(size)
-        parts += [head, *more]
+        parts += [head, *inner_parts]
         total += len(head) + size
     return parts, total
 
 
-def _filled_tensor(reader: _Reader, _: str, stop: int, data: _Data) -> tuple[list[bytes | int], int]:
-    kept, entries = [], {}
+def _split_tensor(reader: _Reader, _: str, stop: int, data: _InlineData) -> tuple[list[bytes | int], int]:
+    fields, entries = [], {}
     for number, kind, length in reader.fields(stop):
         content = b"" if kind == VARINT else reader.bytes(length)
         if number == EXTERNAL_DATA:
@@ -188,10 +199,10 @@ def _filled_tensor(reader: _Reader, _: str, stop: int, data: _Data) -> tuple[lis
         elif number == DATA_LOCATION:
             reader.varint()
         else:
-            kept.append(_copied(reader, number, kind, content))
+            fields.append(_copied(reader, number, kind, content))
     number = int(entries[b"offset"])
     size = data.sizes[number]
-    head = b"".join([*kept, _varint(RAW_DATA << 3 | DELIMITED), _varint(size)])
+    head = b"".join([*fields, _varint(RAW_DATA << 3 | DELIMITED), _varint(size)])
     return [head, number], len(head) + size
 
 
@@ -202,7 +213,7 @@ def _read_entry(content: bytes) -> tuple[bytes, bytes]:
 
 
 def _copied(reader: _Reader, number: int, kind: int, content: bytes) -> bytes:
-    """A field as it was; a varint is still to be read."""
+    """An unchanged field. Reads the value of a varint, which `content` lacks."""
     if kind == VARINT:
         return _varint(number << 3 | kind) + _varint(reader.varint())
     return _field(number, content) if kind == DELIMITED else _varint(number << 3 | kind) + content

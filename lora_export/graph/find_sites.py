@@ -1,0 +1,136 @@
+"""Finding the weights of a graph and their names.
+
+Names come from the exporter's records (`names.exporter_names`) and, where a base checkpoint is available, from the
+content of the weights (`names.base_names`). Each site records which source named it. An ambiguous weight is listed as
+unnamed, and no adapter is applied to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.graph.find_readers import find_readers
+from lora_export.graph.names.base_names import name_by_base
+from lora_export.graph.names.exporter_names import (
+    is_stored_transposed,
+    name_sites,
+    naming_attempts,
+    remove_contradictory_names,
+)
+from lora_export.graph.operators import QUANTISED_INPUTS, transposed_layout
+from lora_export.graph.site import Site
+from lora_export.graph.unread_weights import unread_notes, unsupported_specs
+from lora_export.graph.values import initializers, stored_dtype, tensor_of
+from lora_export.plan import FLOATS, TensorSpec
+from lora_export.weights.checkpoint import Checkpoint
+
+# Operators between an output head and the graph's output that do not mix its features.
+OPERATORS_AFTER_HEAD = frozenset(
+    {"Add", "Cast", "Identity", "Mul", "Div", "Tanh", "Reshape", "Squeeze", "Unsqueeze", "Transpose"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """Every place where a graph reads a weight. Invalid after any change of the graph: find the sites again then."""
+
+    by_name: Mapping[str, tuple[Site, ...]]  # several sites may read one parameter
+    unnamed: tuple[Site, ...]  # linear layers whose weight has no certain name
+    notes: tuple[str, ...]  # what was not read
+    unsupported: tuple[TensorSpec, ...] = ()  # quantised weights in unsupported formats
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """One spec per parameter, in the shape and layout of the model, before any transposition by an exporter."""
+        return [*(_spec(name, sites) for name, sites in self.by_name.items()), *self.unsupported]
+
+    @property
+    def linear(self) -> tuple[Site, ...]:
+        """The named sites of linear layers and convolutions."""
+        return tuple(site for sites in self.by_name.values() for site in sites if site.is_linear)
+
+    def name_of(self, site: Site) -> str:
+        """The name of the site at the same node and input. Empty where it has none."""
+        for name, sites in self.by_name.items():
+            if site.node_input in {other.node_input for other in sites}:
+                return name
+        return ""
+
+    def __str__(self) -> str:
+        counts = Counter(site.named_by for site in self.linear)
+        sources = ", ".join(f"{count} named by {source.replace('_', ' ')}" for source, count in counts.items())
+        lines = [f"{len(self.linear) + len(self.unnamed)} linear layers: {sources or 'none with a name'}"]
+        for site in self.unnamed:
+            lines.append(f"  {site.location}: no certain name (tried {', '.join(naming_attempts(site))})")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def find_sites(model: ir.Model, base: Checkpoint | None = None) -> Sites:
+    """Find and name every place where a float or quantised weight is read, subgraphs included.
+
+    Without a base, tensor data is read only where two initializers have one name: they must be equal, or both lose
+    it. `base` is the checkpoint that the graph was made from. Its content names the weights that have lost their names,
+    block by block in packed weights, and confirms all other names. Names are then spelled as in the base.
+
+    Raises InputRefused where the base has another tensor under the name of a weight.
+    """
+    sites = list(_weight_sites(model))
+    named, unnamed = name_sites(sites)
+    notes = list(unread_notes(model, sites))
+    if base is not None:
+        with_names = [site for group in named.values() for site in group]
+        named, unnamed, missing = name_by_base([*with_names, *unnamed], base)
+        remove_contradictory_names(named, unnamed)
+        notes += [f"{name}: {base.path.name} has neither this name nor this content" for name in missing]
+    return Sites(
+        by_name={name: tuple(group) for name, group in named.items()},
+        unnamed=tuple(site for site in unnamed if site.is_linear),
+        notes=tuple(notes),
+        unsupported=tuple(spec for spec in unsupported_specs(model, sites) if spec.name not in named),
+    )
+
+
+def is_output_head(site: Site) -> bool:
+    """Whether an output of the graph is the product of this linear layer, up to elementwise and shape operators."""
+    waiting, seen = list(site.node.outputs), set(site.node.outputs)
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_output():
+            return True
+        for node, _ in value.uses():
+            if node.op_type in OPERATORS_AFTER_HEAD:
+                new = [output for output in node.outputs if output not in seen]
+                seen.update(new)
+                waiting += new
+    return False
+
+
+def _weight_sites(model: ir.Model) -> Iterator[Site]:
+    """Every reader of a weight: first of initializers, in their order, then of Constant nodes."""
+    values = list(initializers(model))
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "Constant" and len(node.outputs) == 1:
+            tensor = tensor_of(node.outputs[0])
+            values += node.outputs if tensor is not None and len(tensor.shape) > 1 else ()
+    for value in values:
+        dtype = stored_dtype(value)
+        for site in find_readers(value, model.functions) if dtype and dtype != "string" else ():
+            is_scale = site.node.op_type in QUANTISED_INPUTS and site.index > 0
+            if site.quantised is not None or (dtype in FLOATS and not is_scale):
+                yield site
+
+
+def _spec(name: str, sites: tuple[Site, ...]) -> TensorSpec:
+    site = min(sites, key=lambda site: not site.is_linear)
+    shape, layout = site.shape, site.layout
+    if is_stored_transposed(site):
+        shape, layout = shape[::-1], transposed_layout(layout)
+    dtype = site.dtype if site.quantised is not None else stored_dtype(site.value)
+    return TensorSpec(name, shape, dtype, layout, nbytes=math.prod(shape) * np.dtype(dtype).itemsize)

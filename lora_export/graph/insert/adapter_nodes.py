@@ -1,0 +1,98 @@
+"""Mode `nodes`: the adapters as nodes of the graph. x·Aᵀ·(s·B)ᵀ is added to the product of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.adapter_names import DORA_FACTOR, LORA_A, LORA_B, module_of
+from lora_export.graph.insert.branches import Rescaling, common_rescaling
+from lora_export.graph.insert.dora import site_dora_factors
+from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.node_factory import Factor, NodeFactory
+from lora_export.graph.merge.fold import change_weight
+from lora_export.graph.refusals import refuse_steps_without_branch
+from lora_export.graph.site import Site, common_dtype
+from lora_export.plan import Plan, Step, Term
+from lora_export.weights.merge_report import StepResult
+
+
+def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
+    """Insert every pair of the plan beside its layer, in memory. Returns statistics of the biases that changed.
+
+    A linear layer gains a MatMul by A (in, r), a MatMul by B (r, out) and an Add to its product, before any other node
+    reads it. B contains the scale. A and B have the weight's dtype. They are named `X.lora_A.weight` and
+    `X.lora_B.weight`, where X is the module; with several adapters `X.lora_A.NAME.weight`.
+
+    - An embedding's branch looks up rows of A (num, r), as the layer does in its own table.
+    - A convolution's branch is a convolution by A (r, in, kernel) and one by B (out, r, 1...).
+    - With DoRA, the sum is multiplied by `X.lora_magnitude_vector.weight`, m / ‖W + sBA‖ (out,), before the bias is
+      added. It is computed here once.
+    - Where several weights are packed side by side in one matrix, each has its own A and B. Their products are
+      concatenated and added once. Outputs of a weight without an adapter gain zeros.
+    - Several adapters of one weight are one product, with their ranks concatenated.
+    - A fused operator (onnxruntime's Attention) reads W + A·B.
+    - The base's weights keep their bytes, quantised ones too. Whole tensors and bias changes are merged.
+
+    `sites` is invalid afterwards. Raises InputRefused where a weight has a reader beside which no branch can be
+    inserted, where the graph contains such branches already, where DoRA or a packed weight needs opset 11, and as
+    `fold` does. The graph is then partly changed and must not be used.
+    """
+    refuse_steps_without_branch(plan)
+    # First, because the insertion of branches moves biases.
+    merged = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
+    inserter, several = Inserter(model), len(plan.adapters) > 1
+    for step in plan.low_rank:
+        is_embedding = step.terms[0].pair.embedding
+        own_sites = inserter.sites_of(step.weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
+        pairs = [_pair(inserter.factory, step, term, own_sites, _label(term, several=several)) for term in step.terms]
+        factors = _DoraFactors(inserter.factory, step, common_dtype(own_sites), _label(step.terms[0], several=several))
+        for site in own_sites:
+            inserter.insert(site, pairs, factors.rescaling(site))
+    inserter.finish()
+    return [result for result in merged if result is not None]
+
+
+def _label(term: Term, *, several: bool) -> str:
+    return f".{term.adapter}" if several else ""
+
+
+def _pair(factory: NodeFactory, step: Step, term: Term, sites: Sequence[Site], label: str) -> tuple[Factor, Factor]:
+    """A and s·B as initializers, in the common dtype of the weight's readers."""
+    module, dtype = module_of(step.weight), np.dtype(common_dtype(sites))
+    with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
+        a, b = (factor.astype(dtype) for factor in term.factors)
+    return factory.factor(module, f"{LORA_A}{label}", a), factory.factor(module, f"{LORA_B}{label}", b)
+
+
+class _DoraFactors:
+    """The factors of DoRA for one step, as initializers: one for each stored weight that differs."""
+
+    def __init__(self, factory: NodeFactory, step: Step, dtype: str, label: str):
+        self.factory, self.step, self.dtype, self.label = factory, step, dtype, label
+        self.stored: list[tuple[NDArray[Any], Factor]] = []
+        self.by_holder: dict[tuple[ir.Value | ir.Node, range | None], Factor] = {}
+
+    def rescaling(self, site: Site) -> Rescaling | None:
+        """The multiplication by m / ‖W + sBA‖ of the site's weight. None without DoRA."""
+        if self.step.magnitude is None:
+            return None
+        holder = site.holder, site.block
+        if holder not in self.by_holder:
+            with np.errstate(over="ignore"):  # NodeFactory.factor checks the result
+                self.by_holder[holder] = self._initializer(site_dora_factors(self.step, site).astype(self.dtype))
+        return common_rescaling(self.factory, site, self.by_holder[holder])
+
+    def _initializer(self, array: NDArray[Any]) -> Factor:
+        """The initializer of an equal factor, or a new one."""
+        for other, factor in self.stored:
+            if np.array_equal(other, array):
+                return factor
+        factor = self.factory.factor(module_of(self.step.weight), f"{DORA_FACTOR}{self.label}", array)
+        self.stored.append((array, factor))
+        return factor

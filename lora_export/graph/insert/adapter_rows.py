@@ -1,0 +1,108 @@
+"""Mode `rows`: an input selects an adapter for each row of a batch. 0 is the base.
+
+All operators are standard ones, so that any provider runs them. A stacked (adapters + 1, in, rank) and B stacked
+(adapters + 1, rank, out) are gathered by row and multiplied batch-wise. The first matrix of each stack is zeros.
+
+Where many rows have few tokens each, these copies cost more than the products. There, all rows are multiplied by all A,
+each row keeps its own ranks, and these are multiplied by all B (tests/benchmarks/README.md has the measurements). This
+was measured on a CPU, and is done in fp32 only: half precision is for other devices. A CPU computes half precision in
+fp32, and onnxruntime would round the base at other points.
+
+An embedding's A is one table of all adapters, in which each row looks up its own part. A convolution is computed for
+all adapters, with their ranks concatenated, and each row keeps its own ranks: ONNX has no convolution with different
+weights for each row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats.onnx_adapter import ADAPTER_IDS, ROW_ADAPTERS_KEY, refuse_beyond_low_rank
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.insert.adapter_stacks import AdapterStacks
+from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
+from lora_export.graph.insert.dora import dora_factors_by_weight
+from lora_export.graph.insert.inserter import Inserter
+from lora_export.graph.insert.row_branches import RowBranches
+from lora_export.graph.site import Site, common_dtype
+from lora_export.plan import Plan
+
+MIN_OPSET = 15  # from here on, Shape has `start` and `end`
+
+
+def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batch") -> None:
+    """Insert every adapter of the plan beside its layers, in memory, selected by the new input `adapter_ids`.
+
+    `adapter_ids` is int64 [batch]: 0 is the base, 1 the plan's first adapter, and so on. Their names are stored in the
+    graph's metadata. Any other id, and a count that differs from the batch, ends a run with an error. Shorter ranks are
+    padded with zeros, and an adapter without a pair for a weight is zeros there. B contains the scale. The base's
+    weights keep their bytes.
+
+    `batch` is the symbol of the first dimension of the graph's inputs. Where no input has it, the symbol that all
+    inputs have there is used, or else the only one that enters every layer. The factors of DoRA (adapters + 1, out) are
+    ones for an adapter without DoRA. A plan with DoRA must be made with `apart`, since no row has two adapters. `sites`
+    is invalid afterwards.
+
+    Raises InputRefused, with every such layer, where no dimension of a layer's input is the batch for certain; for
+    adapters with more than low-rank pairs; where a weight has a reader beside which no branch can be inserted; where an
+    adapter overflows the weights' dtype; and for an opset below 15. The graph is then partly changed and must not be
+    used.
+    """
+    if model.opset_imports.get("", 0) < MIN_OPSET:
+        raise InputRefused(
+            f"the graph has opset {model.opset_imports.get('', 0)}, and --lora rows needs {MIN_OPSET}. Export the "
+            "model again"
+        )
+    refuse_beyond_low_rank(plan.adapters)
+    inserter = Inserter(model)
+    if ADAPTER_IDS in inserter.factory.value_names:
+        raise InputRefused(
+            f"the graph has an input or value {ADAPTER_IDS} already: start from the graph without adapters"
+        )
+    sites_by_weight = {
+        step.weight: inserter.sites_of(step.weight, sites, is_embedding=step.terms[0].pair.embedding)
+        for step in plan.low_rank
+    }
+    layers = [(weight, site) for weight, own_sites in sites_by_weight.items() for site in own_sites]
+    if any(layer_input(site).shape is None for _, site in layers):
+        infer_shapes(model)
+    first_input, batch = batch_input(model, batch, [site for _, site in layers])
+    axes = batch_axes(layers, batch)
+    branches = RowBranches(inserter.factory, first_input, len(plan.adapters))
+    names = [adapter.name for adapter in plan.adapters]
+    dora = {name: dora_factors_by_weight(plan.low_rank, name, sites_by_weight.__getitem__) for name in names}
+    for step in plan.low_rank:
+        own_sites = sites_by_weight[step.weight]
+        stacks = AdapterStacks(inserter.factory, step, names, common_dtype(own_sites))
+        factors = [dora[name].get(step.weight) for name in names]
+        _insert_stacks(inserter, branches, stacks, factors, own_sites, axes)
+    inserter.finish()
+    model.metadata_props[ROW_ADAPTERS_KEY] = json.dumps({"adapters": names})
+
+
+def _insert_stacks(
+    inserter: Inserter,
+    branches: RowBranches,
+    stacks: AdapterStacks,
+    dora: Sequence[NDArray[np.float64] | None],
+    sites: Sequence[Site],
+    axes: Mapping[tuple[ir.Node, int], BatchAxis],
+) -> None:
+    """Insert the stacked factors of one weight beside its sites. `dora` has the factor of each adapter."""
+    a, b = stacks.convolutions() if sites[0].is_convolution else stacks.pairs()
+    factor = stacks.dora(dora) if stacks.step.has_dora else None
+    for site in sites:
+        axis = axes[site.node_input]
+        rescaling = None if factor is None else branches.rescaling(site, axis, factor)
+        if site.is_convolution:
+            branch = partial(branches.convolution_branch, site, a, b, stacks.rank_mask())
+        else:
+            branch = partial(branches.branch, site, axis, a, b)
+        inserter.insert_beside(site, branch, rescaling)

@@ -1,0 +1,158 @@
+"""Copying the parts of a merged graph's files, block by block, with the changes of weights on the way."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lora_export.graph.merge.file_parts import FilePart, MovedTensor, data_file_parts, set_location
+from lora_export.storage import block_copy
+from lora_export.storage.atomic_output import data_name
+from lora_export.storage.block_copy import Block, Bytes, Hashes
+from lora_export.weights import tensor_blocks
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.merge_report import Progress, Statistics
+
+
+@dataclass(eq=False)
+class MergeRun:
+    """The settings of one merge, and the statistics and hashes that it collects."""
+
+    hashing: str
+    progress: Progress
+    backend: Backend
+    statistics: dict[str, Statistics] = field(default_factory=dict)  # by weight
+    sources: dict[Path, str] = field(default_factory=dict)  # hashes of the old files
+
+    def statistics_of(self, weight: str) -> Statistics:
+        """The statistics of a weight, which may be added to."""
+        return self.statistics.setdefault(weight, Statistics(weight))
+
+
+def write_data_file(stage: Path, file_name: str, tensors: Sequence[MovedTensor], run: MergeRun) -> None:
+    """Write the weights that are stored beside the graph, and point their initializers to the new file.
+
+    The file is named by its content.
+    """
+    path, hashes, parts = stage / "weights.data", Hashes(run.hashing), data_file_parts(tensors)
+    with path.open("xb") as target:
+        for source, group in itertools.groupby(parts, key=lambda part: part[0]):
+            hashes = hashes.for_next_source()
+            run.sources[source] = copy_parts(source, target, [part for _, part in group], hashes, run)
+    name = data_name(file_name, hashes.target.hexdigest())
+    path.rename(stage / name)
+    for _, part in parts:
+        if part.tensor is not None:
+            set_location(part.tensor.value, name, part.start, part.stop - part.start)
+
+
+def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes: Hashes, run: MergeRun) -> str:
+    """Write parts of a file whose tensors come from `source`. Returns the hash of all of `source`."""
+    with source.open("rb") as reader:
+        blocks = _blocks(source, reader.fileno(), target.fileno(), parts, run.backend)
+        tensors = [part.tensor for part in parts if part.tensor is not None]
+        sizes = [tensor_blocks.block_size(tensor.output for tensor in tensors), *map(_requantised_block_size, tensors)]
+        for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, room=max(sizes)):
+            for statistics in found or ():
+                run.statistics_of(statistics.weight).merge(statistics)
+            run.progress(block.end - block.place)
+    return hashes.source.hexdigest()
+
+
+def _requantised_block_size(tensor: MovedTensor) -> int:
+    if tensor.requantised is None:
+        return 0
+    weight, component = tensor.requantised
+    return weight.max_block_bytes(component)
+
+
+def _blocks(source: Path, read_fd: int, write_fd: int, parts: Sequence[FilePart], backend: Backend) -> Iterator[Block]:
+    """Blocks that write the parts in their order, and read every byte of the source once, in its order."""
+    read_to = written_to = 0
+    for run in _runs(parts):
+        first, written_to = run[0], run[-1].stop
+        if first.tensor is None:
+            yield from _literal_blocks(first, read_to)
+            continue
+        start = first.tensor.old.start
+        blocks = _tensor_blocks(source, read_fd, write_fd, first, written_to, backend)
+        if start < read_to:  # these bytes were read before, for example for another reader of one tensor
+            blocks = map(functools.partial(_with_own_read, source, read_fd, read_to), blocks)
+        else:
+            yield from _skipped_blocks(read_to, start, first.start)
+            read_to = start + written_to - first.start
+        yield from blocks
+    yield from _skipped_blocks(read_to, os.fstat(read_fd).st_size, written_to)
+
+
+def _tensor_blocks(
+    source: Path, read_fd: int, write_fd: int, part: FilePart, stop: int, backend: Backend
+) -> Iterator[Block]:
+    """The blocks of one changed tensor, or of a run of copied tensors up to `stop` in the target."""
+    tensor = part.tensor
+    assert tensor is not None
+    if tensor.is_copy:
+        return tensor_blocks.copied_blocks(read_fd, write_fd, tensor.old.start, part.start, stop - part.start)
+    if tensor.requantised is not None:
+        weight, component = tensor.requantised
+        return weight.blocks(component, tensor.old.start, part.start)
+    target = replace(tensor.old, start=part.start, stop=stop)
+    return tensor_blocks.changed_blocks(source, read_fd, tensor.output, target, backend)
+
+
+def _runs(parts: Iterable[FilePart]) -> Iterator[list[FilePart]]:
+    """The parts one by one, except that copies which are neighbours in both files form one run."""
+    run: list[FilePart] = []
+    for part in parts:
+        if run and not _are_neighbours(run[-1], part):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
+
+
+def _are_neighbours(one: FilePart, other: FilePart) -> bool:
+    if one.tensor is None or other.tensor is None or one.stop != other.start:
+        return False
+    return one.tensor.is_copy and other.tensor.is_copy and one.tensor.old.stop == other.tensor.old.start
+
+
+def _skipped_blocks(start: int, stop: int, position: int) -> Iterator[Block]:
+    """Bytes of the source that the target lacks. They are read for the hash of the source."""
+    for first in range(start, stop, block_copy.BLOCK):
+        yield Block(first, min(first + block_copy.BLOCK, stop), position, position, work=_write_nothing)
+
+
+def _write_nothing(_source: Bytes, _target: Bytes, _scratch: Bytes) -> None:
+    """The target of a skipped block is empty."""
+
+
+def _literal_blocks(part: FilePart, position: int) -> Iterator[Block]:
+    for first in range(0, len(part.literal), block_copy.BLOCK):
+        piece = part.literal[first : first + block_copy.BLOCK]
+        start = part.start + first
+        yield Block(position, position, start, start + len(piece), work=functools.partial(_write_literal, piece))
+
+
+def _write_literal(piece: bytes, _source: Bytes, target: Bytes, _scratch: Bytes) -> None:
+    target[:] = np.frombuffer(piece, np.uint8)
+
+
+def _with_own_read(source: Path, read_fd: int, position: int, block: Block) -> Block:
+    """A block that reads its bytes of the source itself, so that they are not hashed a second time."""
+
+    def work(_: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
+        before = target if block.work is None else np.empty(block.stop - block.start, np.uint8)
+        block_copy.read(source, read_fd, before, block.start)
+        found: list[Statistics] = block.work(before, target, scratch) if block.work is not None else []
+        return found
+
+    return Block(position, position, block.place, block.end, work=work, shared=block.shared)

@@ -1,0 +1,151 @@
+"""An initializer of its own for every weight that changes.
+
+Readers of tied or equal weights share one initializer. A reader whose weight changes gets a new one, so that all other
+readers keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from lora_export.errors import InputRefused
+from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.find_readers import find_readers
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.site import Site
+from lora_export.graph.values import new_initializer, tensor_of, unused_name, value_names
+from lora_export.lora import EVERY_ROW
+from lora_export.plan import Layout, Step
+from lora_export.weights.tensor_blocks import Patch
+
+
+@dataclass(frozen=True, eq=False)
+class InitializerChange:
+    """One initializer that changes, and the step in the shape and layout in which the initializer is stored."""
+
+    value: ir.Value
+    step: Step
+    slices: tuple[slice, ...] = (slice(None),)  # the weight's part of the initializer; the rest are its neighbours
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the initializer holds other weights too."""
+        return self.slices != (slice(None),)
+
+    def patch(self, rows: int) -> Patch:
+        """The change as a patch of a stored matrix with this number of rows."""
+        own_rows, *columns = self.slices
+        first, last, _ = own_rows.indices(rows)
+        return Patch(self.step, slice(first, last), columns[0] if columns else EVERY_ROW)
+
+
+def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[InitializerChange]:
+    """Find the initializers that a step changes, and give each of them to the step's readers alone.
+
+    Reads and copies no data: a new initializer holds the old one's tensor. Nodes between an initializer and its reader
+    (Transpose, Cast) are copied. Raises InputRefused for a block of a packed initializer that has other readers.
+    """
+    by_initializer: dict[tuple[ir.Value, range | None], list[Site]] = {}
+    for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
+        # A linear reader comes first, because it determines the layout.
+        by_initializer.setdefault((site.value, site.block), []).append(site)
+    return [
+        InitializerChange(
+            _isolate_weight(model, sites, value, readers, step), _as_stored(step, readers[0]), readers[0].block_slices
+        )
+        for (value, _), readers in by_initializer.items()
+    ]
+
+
+def isolate_value(model: ir.Model, value: ir.Value, inputs: Sequence[tuple[ir.Node, int]], name: str) -> ir.Value:
+    """The initializer that only these inputs of nodes read: `value` itself, or a new one with its tensor."""
+    tensor = tensor_of(value)
+    assert tensor is not None
+    if value.is_initializer() and not value.is_graph_output() and set(value.uses()) <= set(inputs):
+        return value
+    isolated = new_initializer(model, unused_name(name, value_names(model)), tensor)
+    for node, index in inputs:
+        node.replace_input_with(index, isolated)
+    _remove_unused_path(value)
+    return isolated
+
+
+def _as_stored(step: Step, site: Site) -> Step:
+    """The step in the shape and layout of the initializer that this site reads."""
+    spec = step.spec
+    layout = spec.layout if site.layout is Layout.OTHER else site.layout
+    is_transposed = layout.is_transposed != spec.layout.is_transposed
+    dtype = site.dtype if site.quantised is not None else str(site.tensor.dtype.numpy())
+    stored = replace(spec, shape=site.shape, dtype=dtype, layout=layout)
+    whole = step.replace.T if step.replace is not None and is_transposed else step.replace
+    return replace(step, spec=stored, replace=whole)
+
+
+def _isolate_weight(model: ir.Model, sites: Sites, value: ir.Value, readers: Sequence[Site], step: Step) -> ir.Value:
+    """The initializer that only these readers of the step's weight read: `value` itself, or a new one."""
+    inputs = {site.node_input for site in readers}
+    others = [site for site in find_readers(value) if site.node_input not in inputs]
+    tensor = tensor_of(value)
+    if tensor is None or (not others and value.is_initializer() and not value.is_graph_output()):
+        return value
+    if readers[0].block is not None:
+        other = others[0].node.op_type if others else "a Constant node or an output"
+        raise InputRefused(
+            f"{step.weight} is a block of {value.name}, which {other} reads too: the block cannot change for one "
+            "reader alone"
+        )
+    used = value_names(model)
+    if value.name == step.weight:  # the changed weight keeps its name, the other readers' initializer gets theirs
+        other_name = next((sites.name_of(site) for site in others), "")
+        value.name = unused_name(other_name or f"{step.weight}.shared", used)
+        used.remove(step.weight)
+    isolated = new_initializer(model, unused_name(step.weight, used), tensor)
+    if readers[0].layout is Layout.IN_OUT and step.spec.layout is Layout.OUT_IN:
+        isolated.metadata_props[FOLDED_FROM] = repr([step.weight])
+    for site in readers:
+        site.node.replace_input_with(site.index, _copy_path(model, site, isolated))
+    _remove_unused_path(value)
+    return isolated
+
+
+def _copy_path(model: ir.Model, site: Site, start: ir.Value) -> ir.Value:
+    """Copy the nodes between a site's value and its reader, from `start` on. Returns the last copy's output."""
+    between: list[ir.Node] = []
+    at = site.node.inputs[site.index]
+    while at is not site.value:
+        assert at is not None
+        node = at.producer()
+        assert node is not None
+        between.append(node)
+        at = node.inputs[0]
+    graph, last = site.node.graph, start
+    assert graph is not None
+    used = value_names(model)
+    for node in reversed(between):
+        name, old = unused_name(f"{start.name}_{node.op_type}", used), node.outputs[0]
+        output = ir.Value(name=name, type=old.type, shape=old.shape)
+        inputs = [last, *node.inputs[1:]]  # a DequantizeLinear has scales
+        copy = ir.node(node.op_type, inputs, node.attributes, domain=node.domain, outputs=[output], name=name)
+        graph.insert_before(site.node, copy)
+        last = output
+    return last
+
+
+def _remove_unused_path(value: ir.Value) -> None:
+    """Remove the nodes that only led from a weight to its former readers."""
+    for node, _ in list(value.uses()):
+        if node.op_type in ("Transpose", "Cast", "Identity", "DequantizeLinear"):
+            _remove_unused_path(node.outputs[0])
+            _remove_if_unused(node)
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Constant":
+        _remove_if_unused(producer)
+
+
+def _remove_if_unused(node: ir.Node) -> None:
+    is_unused = not any(output.uses() or output.is_graph_output() for output in node.outputs)
+    if is_unused and node.graph is not None:
+        node.graph.remove(node, safe=True)

@@ -1,0 +1,218 @@
+"""Merging a plan into a graph on disk, of any size.
+
+The graph without its weights is changed in memory, as `fold` does it. The bytes of the weights then pass from the old
+files to the new ones in blocks (`copy_parts`), and those that change are changed on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from lora_export import provenance
+from lora_export.errors import InputRefused
+from lora_export.graph.exporter_metadata import remove_exporter_notes
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.merge.copy_parts import MergeRun, copy_parts, write_data_file
+from lora_export.graph.merge.file_parts import MovedTensor, graph_file_parts
+from lora_export.graph.merge.fold import change_in_memory
+from lora_export.graph.merge.isolate import InitializerChange, isolate_changes
+from lora_export.graph.onnx_file.reading import GraphFile
+from lora_export.graph.onnx_file.writing import append_metadata
+from lora_export.graph.quantised.isolate_quantised import isolate_quantised
+from lora_export.graph.quantised.requantise import Component, RequantisedWeight
+from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_unknown_scheme
+from lora_export.graph.refusals import refuse_quantised, refuse_unsupported_steps
+from lora_export.graph.values import initializers
+from lora_export.plan import Plan
+from lora_export.storage.block_copy import Hashes
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.apply_step import Backend
+from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, StepResult, refuse_below_rounding
+from lora_export.weights.tensor_blocks import OutputTensor
+
+LOW_RETENTION_ADVICE = (
+    "Keep the adapter beside the weights (onnx MODEL.onnx --lora nodes), or merge into the float model and export or "
+    "quantise that"
+)
+
+
+def merge_graph(
+    plan: Plan,
+    graph: GraphFile,
+    sites: Sites,
+    stage: Path,
+    *,
+    file_name: str,
+    min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
+    progress: Progress = lambda _: None,
+    requantise: bool = False,
+    backend: Backend | None = None,
+) -> MergeReport:
+    """Merge a plan into the graph of a file. Writes into the folder `stage` (see `atomic_output.stage_file`).
+
+    Weights inside the graph's file stay inside. Weights in files beside it go into one file that is named by its
+    content. Only the plan's weights change: other readers of a changed tensor keep the old one. The graph's properties
+    stay, and get a record of this merge; exporter notes are removed. With `requantise`, quantised weights are quantised
+    again in their own scheme; otherwise they are refused. `backend` changes float weights in files, by default with
+    NumPy. Peak memory is the graph without its weights and a few blocks. `graph.model` must not be used afterwards.
+
+    Raises InputRefused where an adapter is merged already, a value is not finite, a file changes during the merge, or
+    a weight retains less than `min_retention` of its change.
+    """
+    begun, backend = time.perf_counter(), backend or Backend()
+    merged = write_merged(
+        plan,
+        graph,
+        sites,
+        stage,
+        file_name=file_name,
+        min_retention=min_retention,
+        hashing=hashing,
+        progress=progress,
+        requantise=requantise,
+        backend=backend,
+    )
+    settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
+    settings |= backend.settings
+    record = provenance.record(plan.adapters, plan.strengths, merged.sources, graph.history, settings)
+    append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
+    for path in graph.changed():
+        raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
+    replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
+    return MergeReport(
+        results=merged.results,
+        copied=merged.copied,
+        bytes=sum(path.stat().st_size for path in stage.iterdir()),
+        replaced=len(replaced),
+        replaced_weights=replaced,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class MergedFiles:
+    """Statistics and hashes of a merge into a graph's files."""
+
+    results: tuple[StepResult, ...]
+    copied: int  # bytes
+    sources: dict[str, dict[str, str]]  # hashes of the old files, in the form of a record
+
+
+def write_merged(
+    plan: Plan,
+    graph: GraphFile,
+    sites: Sites,
+    stage: Path,
+    *,
+    file_name: str,
+    min_retention: float = MIN_RETENTION,
+    hashing: str = "xxh3_128",
+    progress: Progress = lambda _: None,
+    requantise: bool = False,
+    backend: Backend | None = None,
+) -> MergedFiles:
+    """Do the work of `merge_graph`, without its record and without its check for files that change."""
+    refuse_before_merge(plan, graph, sites, requantise=requantise)
+    run = MergeRun(hashing, progress, backend or Backend())
+    with threadpool_limits(1, user_api="blas"):
+        changes = _change_or_defer(plan, graph.model, sites, run)
+    remove_exporter_notes(graph.model)
+    graph.model.metadata_props.pop(provenance.KEY, None)  # the new record includes its adapters
+    tensors = list(_moved_tensors(graph.model, changes))
+    own_file = Path(os.path.realpath(graph.path))
+    with threadpool_limits(1, user_api="blas"):  # the transfer itself runs one thread per core
+        beside = [tensor for tensor in tensors if tensor.source != own_file]
+        if beside:
+            write_data_file(stage, file_name, beside, run)
+        parts = graph_file_parts(graph.model, [tensor for tensor in tensors if tensor.source == own_file])
+        with (stage / file_name).open("xb") as target:
+            run.sources[own_file] = copy_parts(own_file, target, parts, Hashes(hashing), run)
+    results = [statistics.result() for statistics in run.statistics.values()]
+    refuse_below_rounding(results, min_retention, LOW_RETENTION_ADVICE)
+    return MergedFiles(
+        tuple(results),
+        sum(tensor.old.nbytes for tensor in tensors if tensor.is_copy),
+        {path.name: {hashing: digest} for path, digest in run.sources.items()},
+    )
+
+
+def refuse_before_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
+    """Raise InputRefused for a merge that cannot succeed. Reads no weight."""
+    if graph.takes_adapters:
+        raise InputRefused(
+            f"{graph.path} takes adapters as inputs, whose files contain fingerprints of its weights. Merge into the "
+            "graph from which it was made"
+        )
+    provenance.refuse_second_merge(plan, graph.path, graph.history)
+    refuse_unsupported_steps(plan)
+    for step in plan.steps:
+        if not requantise:
+            refuse_quantised(step, sites)
+        for site in sites.by_name[step.weight]:
+            if site.quantised is not None:
+                refuse_unknown_scheme(site.quantised, step.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class _DeferredChanges:
+    """Changes of tensors in files, which are made while the files are copied."""
+
+    floats: dict[ir.Value, list[InitializerChange]] = field(default_factory=dict)
+    quantised: dict[ir.Value, tuple[RequantisedWeight, Component]] = field(default_factory=dict)
+
+
+def _change_or_defer(plan: Plan, model: ir.Model, sites: Sites, run: MergeRun) -> _DeferredChanges:
+    """Change the weights that are in memory. Returns the changes of those in files."""
+    deferred, quantised = _DeferredChanges(), dict[ir.Value, list[InitializerChange]]()
+    for step in plan.steps:
+        for change in isolate_changes(model, sites, step):
+            if is_quantised(change.value):
+                quantised.setdefault(change.value, []).append(change)
+            elif isinstance(change.value.const_value, ir.ExternalTensor):
+                deferred.floats.setdefault(change.value, []).append(change)
+            else:
+                statistics = change_in_memory(change)
+                if not step.is_replacement:
+                    run.statistics_of(step.weight).merge(statistics)
+    for value, changes in quantised.items():
+        weight, component_values = isolate_quantised(model, value, changes)
+        for component, component_value in component_values.items():
+            if isinstance(component_value.const_value, ir.ExternalTensor):
+                deferred.quantised[component_value] = weight, component
+                continue
+            component_value.const_value, found = weight.changed_in_memory(component)
+            for statistics in found:
+                run.statistics_of(statistics.weight).merge(statistics)
+    return deferred
+
+
+def _moved_tensors(model: ir.Model, changes: _DeferredChanges) -> Iterator[MovedTensor]:
+    """The tensors in files, in the order of the initializers."""
+    for value in initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            source = Path(os.path.realpath(tensor.path))
+            output = _output_tensor(tensor, changes.floats.get(value, []))
+            yield MovedTensor(value, source, output, changes.quantised.get(value))
+
+
+def _output_tensor(tensor: ir.ExternalTensor, changes: Sequence[InitializerChange]) -> OutputTensor:
+    start, name = tensor.offset or 0, changes[0].step.weight if changes else tensor.name or ""
+    if not changes:  # copied as bytes: an element may have four bits
+        whole = Entry(name, np.dtype(np.uint8), (tensor.nbytes,), start, start + tensor.nbytes)
+        return OutputTensor(whole, None, name, whole.dtype)
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    entry = Entry(name, tensor.dtype.numpy(), shape, start, start + tensor.nbytes)
+    if not changes[0].is_block:
+        return OutputTensor(entry, changes[0].step, name, entry.dtype)
+    return OutputTensor(entry, None, name, entry.dtype, tuple(change.patch(entry.rows) for change in changes))

@@ -1,0 +1,1 @@
+"""ONNX files: reading with checks, writing, metadata, and the protobuf wire format."""

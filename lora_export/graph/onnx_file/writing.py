@@ -1,0 +1,127 @@
+"""Writing a graph: as ONNX files, as a message with weights apart, and metadata behind a saved graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.errors import RuntimeRefused
+from lora_export.graph.exporter_metadata import remove_exporter_notes
+from lora_export.graph.onnx_file.check_model import check_file, check_message, innermost_error
+from lora_export.graph.onnx_file.external_data import moved_to
+from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
+from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
+from lora_export.storage.atomic_output import data_name
+from lora_export.storage.hashes import file_sha256
+
+MAX_INLINE_BYTES = 1 << 30  # of a graph's tensors; with more, the weights go into a file beside the graph
+MIN_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
+
+
+def save_graph(model: ir.Model, folder: Path, name: str, *, metadata: Mapping[str, str] | None = None) -> list[Path]:
+    """Write a graph into a folder that the caller publishes. Returns the files, the graph last.
+
+    `metadata` is added to the model's properties. Weights of 1 GiB and more go into a file beside the graph that is
+    named by its content (`atomic_output.data_name`), so that an old graph never reads new weights. Removes exporter
+    notes from `model`. Raises RuntimeRefused where the graph without its weights is too long, or where ONNX's checker
+    rejects it.
+    """
+    remove_exporter_notes(model)
+    model.metadata_props.update(metadata or {})
+    path = folder.absolute() / name
+    written = [path]
+    constants = sum(tensor.nbytes for tensor in attribute_tensors(model))
+    if constants >= MAX_MESSAGE_BYTES:
+        raise RuntimeRefused(
+            f"the nodes of the graph hold {constants:,} bytes of constants, which ONNX stores in the graph; a graph "
+            f"must have less than {MAX_MESSAGE_BYTES:,} bytes"
+        )
+    if constants + sum(tensor.nbytes for tensor in initializer_tensors(model)) < MAX_INLINE_BYTES:
+        ir.external_data.load_to_model(model)
+        try:
+            ir.save(model, path)
+        except ir.serde.SerdeError as error:  # of a graph from another tool: a field that protobuf cannot hold
+            raise RuntimeRefused(f"the graph cannot be written as ONNX: {innermost_error(error)}") from error
+    else:
+        written.insert(0, _save_with_external_data(model, path))
+    try:
+        check_file(path)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise RuntimeRefused(f"the graph is not valid ONNX: {error}") from error
+    return written
+
+
+def _save_with_external_data(model: ir.Model, path: Path) -> Path:
+    """Write the weights beside the graph. Returns their file. Restores the tensors of `model` afterwards."""
+    values = list(initializers(model))
+    before = [value.const_value for value in values]
+    data = path.with_name("weights.data")
+    try:
+        ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=MIN_EXTERNAL_BYTES)
+        data = data.replace(path.with_name(data_name(path.name, file_sha256(data))))
+        for value, tensor in zip(values, before, strict=True):
+            if isinstance(value.const_value, ir.ExternalTensor) and value.const_value is not tensor:
+                value.const_value = moved_to(value.const_value, data)
+        ir.save(model, path)
+    finally:
+        for value, tensor in zip(values, before, strict=True):
+            value.const_value = tensor
+    return data
+
+
+def message_of(model: ir.Model, *, check: bool = True) -> bytes:
+    """Serialise the graph as ONNX. External tensors keep their locations.
+
+    Without `check`, outputs may lack a shape, which ONNX requires and onnxruntime does not. Raises RuntimeRefused where
+    ONNX cannot represent the graph.
+    """
+    try:
+        message: bytes = ir.to_proto(model).SerializeToString()
+        if check:
+            check_message(message)
+    except (ir.serde.SerdeError, onnx.checker.ValidationError, ValueError) as error:
+        raise RuntimeRefused(f"the graph cannot be written as ONNX: {innermost_error(error)}") from error
+    return message
+
+
+def in_memory(model: ir.Model) -> tuple[bytes, dict[str, NDArray[Any]]]:
+    """The graph's message without its large weights, and these weights by name, in memory or mapped from their files.
+
+    For a runtime that accepts both. Reads and copies no data. Weights in dtypes that NumPy lacks stay in the message.
+    """
+    weights: dict[str, NDArray[Any]] = {}
+    message = ir.to_proto(model)
+    for tensor in list(message.graph.initializer):
+        value = model.graph.initializers[tensor.name]
+        stored = value.const_value
+        assert stored is not None
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            message.graph.initializer.remove(tensor)  # onnxruntime would remove it, and then miss it
+            continue
+        is_native = not stored.dtype.is_string() and stored.dtype.numpy().isbuiltin == 1
+        if is_native and stored.nbytes >= MIN_EXTERNAL_BYTES:
+            weights[tensor.name] = np.ascontiguousarray(stored.numpy())  # onnxruntime accepts no views
+            tensor.ClearField("raw_data")
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="memory")
+        elif isinstance(stored, ir.ExternalTensor):
+            tensor.CopyFrom(ir.to_proto(ir.Tensor(stored.numpy(), dtype=stored.dtype, name=tensor.name)))
+    return message.SerializeToString(), weights
+
+
+def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Append properties to a saved graph, for example a verdict. The existing bytes do not change.
+
+    Protobuf reads two messages in sequence as one and joins their repeated fields.
+    """
+    addition = onnx.ModelProto()
+    onnx.helper.set_model_props(addition, dict(metadata))
+    with path.open("ab") as file:
+        file.write(addition.SerializeToString())

@@ -1,0 +1,165 @@
+"""Recognising the scheme of a stored quantised weight, so that a changed weight can be quantised by the same rule."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.graph.find_sites import Sites
+from lora_export.graph.quantised import quantised_weights
+from lora_export.graph.quantised.groups import Groups
+from lora_export.graph.quantised.packed_tensor import PackedTensor
+from lora_export.graph.quantised.quantised_weights import DequantizeLinearWeight, NBitsWeight, QuantisedWeight
+from lora_export.graph.quantised.requantise import RequantisedWeight
+from lora_export.graph.quantised.scheme import Rule, Scheme
+from lora_export.plan import Plan
+from lora_export.storage import block_copy
+from lora_export.weights.tensor_blocks import Patch
+
+INTEGER_TYPES = frozenset({"INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16"})
+MIN_BITS_WITHOUT_LOWEST = 8  # from here on, a symmetric scheme of signed integers does not use the lowest one
+
+
+def requantised_weight(stored: QuantisedWeight, patches: Sequence[Patch], name: str) -> RequantisedWeight:
+    """A weight with patches that are applied to it. Reads its scales and zero points, in pieces, for the scheme.
+
+    Raises InputRefused for a scheme that is not supported, and where a patch shares a scale with its neighbours.
+    """
+    if isinstance(stored, NBitsWeight):
+        weight = _of_nbits(stored, name)
+    else:
+        assert isinstance(stored, DequantizeLinearWeight)
+        weight = _of_dequantize_linear(stored, name)
+    return _with_rule(weight).with_patches(patches)
+
+
+def stored_weight(node: ir.Node, index: int) -> QuantisedWeight | None:
+    """The quantised weight whose integers a node reads at this input."""
+    return quantised_weights.of_matmul_nbits(node, index) or quantised_weights.of_dequantize_linear(node, index)
+
+
+def is_quantised(value: ir.Value) -> bool:
+    """Whether a value holds the integers of a quantised weight."""
+    return any(stored_weight(node, index) for node, index in value.uses())
+
+
+def refuse_unknown_scheme(stored: QuantisedWeight, name: str) -> None:
+    """Raise InputRefused for integers of a type that cannot be quantised again. Reads nothing."""
+    levels = quantised_weights.tensor_at(stored.node, 0 if isinstance(stored, DequantizeLinearWeight) else 1)
+    assert levels is not None
+    if levels.dtype.name not in INTEGER_TYPES or 0 in stored.shape or not stored.shape:
+        raise InputRefused(f"{name} is quantised in a way that cannot be repeated ({stored.kind})")
+
+
+def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]:
+    """Notes for the user on a merge into quantised weights."""
+    weights = (site.quantised for step in plan.steps for site in sites.by_name[step.weight][:1])
+    kinds = Counter(weight.kind for weight in weights if weight is not None)
+    if not kinds:
+        yield "--requantize has no effect: no weight that changes is quantised"
+    for kind, count in kinds.items():
+        yield f"{count} weights are quantised again: {kind}"
+    nodes = [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "QuantizeLinear"]
+    inputs = [node for node in nodes if node.inputs and node.inputs[0] is not None]
+    activations = sum(quantised_weights.tensor_at(node, 0) is None for node in inputs)
+    if kinds and activations:
+        yield f"{activations} activations are quantised too, in ranges that were measured without the adapter"
+
+
+def _of_nbits(stored: NBitsWeight, name: str) -> RequantisedWeight:
+    levels, scales, zeros = (quantised_weights.tensor_at(stored.node, position) for position in (1, 2, 3))
+    assert levels is not None and scales is not None
+    blocks, bits, byte = stored.blocks, stored.bits, np.dtype(np.uint8)
+    scale_bits = 8 * scales.dtype.numpy().itemsize
+    packed_scales = PackedTensor(scales, scales.dtype.numpy(), scale_bits, blocks, scale_bits * blocks)
+    if zeros is None:
+        packed_zeros = None
+    elif zeros.dtype == ir.DataType.UINT8:
+        packed_zeros = PackedTensor(zeros, byte, bits, blocks, 8 * -(-blocks * bits // 8))
+    else:
+        packed_zeros = replace(packed_scales, tensor=zeros, dtype=zeros.dtype.numpy())
+    scheme = Scheme(
+        lowest=0,
+        highest=(1 << bits) - 1,
+        default_zero=1 << (bits - 1),
+        rule=Rule.SYMMETRIC,
+        scale_dtype=packed_scales.dtype,
+        zero_dtype=None if packed_zeros is None else packed_zeros.dtype,
+        scale_of_zeros=0,
+    )
+    width = blocks * stored.block_size
+    return RequantisedWeight(
+        name,
+        stored.shape,
+        Groups(stored.shape, 1, stored.block_size),
+        scheme,
+        PackedTensor(levels, byte, bits, width, width * bits),
+        packed_scales,
+        packed_zeros,
+    )
+
+
+def _of_dequantize_linear(stored: DequantizeLinearWeight, name: str) -> RequantisedWeight:
+    refuse_unknown_scheme(stored, name)
+    levels, scales, zeros = (quantised_weights.tensor_at(stored.node, position) for position in (0, 1, 2))
+    assert levels is not None and scales is not None
+    bits, is_signed = levels.dtype.bitwidth, levels.dtype.name.startswith("INT")
+    if zeros is None and not is_signed:
+        raise InputRefused(f"{name} is quantised without zero points ({stored.kind}): it cannot store negative values")
+    groups = Groups(stored.shape, None if scales.size == 1 else stored.axis, stored.block_size)
+    integer = np.dtype(f"{'i' if is_signed else 'u'}{max(bits // 8, 1)}")
+    width, scale_bits = math.prod(stored.shape[1:]), 8 * scales.dtype.numpy().itemsize
+    band = groups.band_groups
+    scheme = Scheme(
+        lowest=-(1 << (bits - 1)) if is_signed else 0,
+        highest=(1 << (bits - is_signed)) - 1,
+        default_zero=0 if is_signed else 1 << (bits - 1),
+        rule=Rule.SYMMETRIC,
+        scale_dtype=scales.dtype.numpy(),
+        zero_dtype=None if zeros is None else integer,
+        scale_of_zeros=1,
+    )
+    return RequantisedWeight(
+        name,
+        stored.shape,
+        groups,
+        scheme,
+        PackedTensor(levels, integer, bits, width, width * bits),
+        PackedTensor(scales, scales.dtype.numpy(), scale_bits, band, scale_bits * band),
+        None if zeros is None else PackedTensor(zeros, integer, bits, band, bits * band),
+    )
+
+
+def _with_rule(weight: RequantisedWeight) -> RequantisedWeight:
+    """The weight with the rule by which its stored scales and zero points must have been made."""
+    scheme = weight.scheme
+    if weight.zeros is not None and not _all_equal(weight, weight.zeros, scheme.default_zero):
+        return replace(weight, scheme=replace(scheme, rule=Rule.ASYMMETRIC))
+    if not _none_negative(weight, weight.scales):
+        return replace(weight, scheme=replace(scheme, rule=Rule.SIGNED_SCALE, scale_of_zeros=0))
+    if scheme.lowest < 0 and weight.levels.bits >= MIN_BITS_WITHOUT_LOWEST:
+        scheme = replace(scheme, lowest=-scheme.highest)
+    return replace(weight, scheme=scheme)
+
+
+def _all_equal(weight: RequantisedWeight, tensor: PackedTensor, number: int) -> bool:
+    return all(bool(np.all(piece == number)) for piece in _parameter_pieces(weight, tensor))
+
+
+def _none_negative(weight: RequantisedWeight, tensor: PackedTensor) -> bool:
+    return all(bool(np.all(piece >= 0)) for piece in _parameter_pieces(weight, tensor))
+
+
+def _parameter_pieces(weight: RequantisedWeight, tensor: PackedTensor) -> Iterator[NDArray[np.float32]]:
+    """Scales or zero points in fp32, some bands at a time."""
+    bands = -(-weight.shape[0] // weight.groups.band_rows)
+    count = max(1, block_copy.BLOCK // max(tensor.row_bits // 8, 1))
+    for first in range(0, bands, count):
+        yield tensor.read(slice(first, min(first + count, bands))).astype(np.float32)

@@ -1,0 +1,62 @@
+"""Refusals of plans that a graph cannot take, and of results that are not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.graph.find_sites import Sites
+from lora_export.plan import Plan, Step
+
+
+def refuse_unsupported_steps(plan: Plan) -> None:
+    """Raise InputRefused for steps that no graph can take: added tensors, and rows of tokens."""
+    added = [step.weight for step in plan.steps if step.added]
+    if added:
+        raise InputRefused(f"the graph has no {', '.join(added)}: export the model with the head of the adapter")
+    with_rows = [step.weight for step in plan.steps if step.token_rows is not None]
+    if with_rows:
+        raise InputRefused(
+            f"{', '.join(with_rows)}: the adapter changes rows of tokens, which input and output embedding may share "
+            "in a graph. Merge the adapter into the model's checkpoint, and export that"
+        )
+
+
+def refuse_steps_without_branch(plan: Plan) -> None:
+    """Raise InputRefused for steps that can be merged into a graph's weights but not inserted beside them."""
+    refuse_unsupported_steps(plan)
+    for step in plan.low_rank:
+        if step.replace is not None:
+            raise InputRefused(
+                f"{step.terms[0].adapter}: {step.weight}: the adapter has a whole tensor and a low-rank pair for this "
+                "weight, which cannot be inserted beside the graph's weights. Merge the adapter instead"
+            )
+
+
+def refuse_quantised(step: Step, sites: Sites) -> None:
+    """Raise InputRefused where the weight is quantised: W + ΔW would have to be quantised again."""
+    kinds = {site.quantised.kind for site in sites.by_name[step.weight] if site.quantised is not None}
+    if kinds:
+        raise InputRefused(
+            f"{step.weight} is quantised ({', '.join(sorted(kinds))}), and quantised weights are not quantised again "
+            "by default. Keep the adapter beside the weight (onnx MODEL.onnx --lora nodes), which is best for an "
+            "adapter that was trained on a quantised base; or quantise the changed weight again (merge --requantize), "
+            "which rounds the change too; or merge into the float model, and quantise that"
+        )
+
+
+def refuse_overflow(weight: str, after: NDArray[Any], *, before: NDArray[Any] | None = None) -> None:
+    """Raise InputRefused where a result is not finite. The message says whether it was finite before."""
+    bad = after.size - np.count_nonzero(np.isfinite(after))
+    if not bad:
+        return
+    if before is not None and not np.isfinite(before).all():
+        reason = "the graph's own tensor has such values"
+    else:
+        limit = float(ml_dtypes.finfo(after.dtype).max)
+        reason = f"the largest {after.dtype} is {limit:g}; check the adapter's scale, or export in float32"
+    raise InputRefused(f"{weight}: {bad} values would not be finite: {reason}. Nothing was written.")

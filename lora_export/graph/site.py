@@ -1,0 +1,173 @@
+"""One place where a node of a graph reads a weight: a Site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.graph.operators import FUSED_PRODUCTS, MICROSOFT, ONNX, operator_id, transposed_layout
+from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, QuantisedWeight
+from lora_export.graph.values import stored_shape, tensor_of
+from lora_export.plan import Layout
+
+
+class NameSource(StrEnum):
+    """Where the name of a weight was found."""
+
+    INITIALIZER = "initializer"
+    FOLDED_FROM = "folded_from"
+    NAME_SCOPE = "name_scope"
+    NODE_NAME = "node_name"
+    CONTENT = "content"
+    NONE = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place where a node reads a weight, or a block of a packed weight.
+
+    A packed weight is one matrix that holds several parameters side by side (q, k and v; gate and up).
+    """
+
+    node: ir.Node  # the reader; behind Transpose, Cast, Identity and DequantizeLinear nodes
+    index: int  # of the node's input
+    value: ir.Value  # the initializer or the output of a Constant node; of a quantised weight, its integers
+    layout: Layout  # of the stored matrix in a linear layer or convolution; EMBEDDING where rows are looked up
+    behind_transpose: bool = False  # whether a Transpose is between the value and the node
+    name: str = ""  # of the parameter, as the model calls it
+    named_by: NameSource = NameSource.NONE
+    dtype: str = ""  # in which the reader computes; a Cast or DequantizeLinear can make it differ from the stored one
+    block: range | None = None  # of the output features, where the matrix is packed
+    quantised: QuantisedWeight | None = None
+    transposed: bool | None = None  # whether the model's parameter is the transpose of `array`; None: unknown
+    inner_node: ir.Node | None = None  # the reader in a function's body; `node` is the call
+    equal_tensors: tuple[str, ...] = ()  # tensors of the base with exactly this content, where there are several
+
+    @property
+    def node_input(self) -> tuple[ir.Node, int]:
+        """The node and the number of its input: what identifies a site."""
+        return self.node, self.index
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the node is a linear layer or a convolution."""
+        return self.layout not in (Layout.OTHER, Layout.EMBEDDING)
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the node looks up rows of an embedding."""
+        return operator_id(self.node) == (ONNX, "Gather") and self.layout is Layout.EMBEDDING
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the node is an ONNX Conv."""
+        return operator_id(self.node) == (ONNX, "Conv") and self.layout is Layout.OUT_IN
+
+    @property
+    def holder(self) -> ir.Value | ir.Node:
+        """What stores the weight: the initializer, or the node that dequantises it."""
+        return self.value if self.quantised is None else self.quantised.node
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        """The stored tensor, neighbouring blocks included."""
+        tensor = tensor_of(self.value)
+        assert tensor is not None
+        return tensor
+
+    @property
+    def stored_array(self) -> NDArray[Any]:
+        """The stored tensor, dequantised, neighbouring blocks included. Reads external data."""
+        return self.tensor.numpy() if self.quantised is None else self.quantised.rows(slice(None))
+
+    @property
+    def block_slices(self) -> tuple[slice, ...]:
+        """The site's own entries in `stored_array`."""
+        if self.block is None:
+            return (slice(None),)
+        block = slice(self.block.start, self.block.stop)
+        return (slice(None), block) if self.layout is Layout.IN_OUT else (block,)
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The site's own entries, as they are stored. Reads external data."""
+        return self.stored_array[self.block_slices] if self.block is not None else self.stored_array
+
+    @property
+    def matrix(self) -> NDArray[Any]:
+        """The weight as (out, in). Reads external data."""
+        return self.array.T if self.layout is Layout.IN_OUT else self.array
+
+    def nearest(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Round `matrix` (out, in) to the nearest values that the scales of the quantised weight can represent."""
+        assert self.quantised is not None
+        array = matrix.T if self.layout is Layout.IN_OUT else matrix
+        if self.block is None:
+            rounded = self.quantised.nearest(array)
+        else:
+            whole = self.stored_array.astype(np.float64)
+            whole[self.block_slices] = array
+            rounded = self.quantised.nearest(whole)[self.block_slices]
+        return rounded.T if self.layout is Layout.IN_OUT else rounded
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of `stored_array`. Reads no data."""
+        return self.quantised.shape if self.quantised is not None else stored_shape(self.value)
+
+    @property
+    def node_outputs(self) -> int:
+        """Output features of the stored matrix, neighbouring blocks included."""
+        return self.stored_shape[1 if self.layout in (Layout.IN_OUT, Layout.EMBEDDING) else 0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `array`. Reads no data."""
+        whole = self.stored_shape
+        if self.block is None:
+            return whole
+        return (whole[0], len(self.block)) if self.layout is Layout.IN_OUT else (len(self.block), *whole[1:])
+
+    @property
+    def accepts_changed_weight(self) -> bool:
+        """Whether the node computes more than a product, and can read W + ΔW in place of W."""
+        plain = self.is_linear and self.index == 1 and self.inner_node is None and self.quantised is None
+        return plain and operator_id(self.node) in FUSED_PRODUCTS
+
+    @property
+    def layout_at_node(self) -> Layout:
+        """The layout of the matrix at the node's input, behind a Transpose if there is one."""
+        return transposed_layout(self.layout) if self.behind_transpose else self.layout
+
+    @property
+    def obstacle(self) -> str:
+        """The reader, where no branch can be added to its product. Empty where it computes x·W for x at input 0."""
+        operator = self.node.op_type
+        if not self.is_linear:
+            return operator
+        if self.inner_node is not None:
+            return f"the function {operator}"
+        if self.index == 0:
+            return f"{operator} as its first operand"
+        products = {(ONNX, "MatMul"), (ONNX, "Gemm"), (MICROSOFT, MATMUL_NBITS)}
+        return "" if operator_id(self.node) in products else operator
+
+    @property
+    def location(self) -> str:
+        """Operator, node name and block, for messages."""
+        block = f" [{self.block.start}:{self.block.stop}]" if self.block is not None else ""
+        return f"{self.node.op_type} `{self.node.name}`{block}"
+
+
+def common_dtype(sites: Iterable[Site]) -> str:
+    """The narrowest dtype that holds the values that all readers of one weight compute with."""
+    dtypes = {site.dtype for site in sites}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "float64" if "float64" in dtypes else "float32"

@@ -1,0 +1,88 @@
+"""Values of a graph: the tensors that they hold, the names that are in use, and new initializers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Every initializer of the main graph and of all subgraphs."""
+    return (value for graph in model.graphs() for value in graph.initializers.values())
+
+
+def initializer_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The tensors of all initializers, except strings, which have no bytes of their own."""
+    for value in initializers(model):
+        if value.const_value is not None and not value.const_value.dtype.is_string():
+            yield value.const_value
+
+
+def attribute_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The tensors in attributes of nodes (Constant, above all), except strings. Functions and subgraphs included."""
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for body in bodies:
+        for node in ir.traversal.RecursiveGraphIterator(body):
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                tensors = {ir.AttributeType.TENSOR: [attribute.value], ir.AttributeType.TENSORS: attribute.value}
+                for tensor in tensors.get(attribute.type) or ():
+                    if not tensor.dtype.is_string():
+                        yield tensor
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or a Constant node. None where the value is computed."""
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    attribute = node.attributes.get("value")
+    return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
+
+
+def is_stored(value: ir.Value | None) -> bool:
+    """Whether the graph stores the value as a tensor."""
+    return value is not None and tensor_of(value) is not None
+
+
+def stored_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a stored tensor. Empty where the value is computed."""
+    tensor = tensor_of(value)
+    return tuple(int(size) for size in tensor.shape.numpy()) if tensor is not None else ()
+
+
+def stored_dtype(value: ir.Value) -> str:
+    """NumPy's name for the dtype of a stored tensor. Empty where the value is computed."""
+    tensor = tensor_of(value)
+    if tensor is None:
+        return ""
+    return "string" if tensor.dtype.is_string() else str(tensor.dtype.numpy())
+
+
+def value_names(model: ir.Model) -> set[str]:
+    """The names of all values in the model's graph and subgraphs."""
+    values = [value for graph in model.graphs() for value in (*graph.inputs, *graph.initializers.values())]
+    values += [output for node in ir.traversal.RecursiveGraphIterator(model.graph) for output in node.outputs]
+    return {value.name for value in values if value.name}
+
+
+def unused_name(name: str, used: set[str]) -> str:
+    """`name`, or `name_1`, `name_2` and so on where it is in use. Adds the result to `used`."""
+    number, unused = 0, name
+    while unused in used:
+        number += 1
+        unused = f"{name}_{number}"
+    used.add(unused)
+    return unused
+
+
+def new_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register an initializer with the main graph, where every subgraph sees it."""
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
+    model.graph.register_initializer(value)
+    return value
