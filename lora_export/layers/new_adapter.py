@@ -46,11 +46,11 @@ def create_adapter(
     _refuse_unmatched(exclude, modules, "module", modules)
 
     saved, excluded = _prefixes(modules_to_save, modules), _prefixes(exclude, modules)
-    left_out = {path for path, spec in linear.items() if spec.name.startswith((*saved, *excluded))}
-    if targets == "all-linear":
-        left_out |= _output_embeddings(module)
     matched = [path for path in linear if targets == "all-linear" or _matches(path, wanted)]
-    chosen = [path for path in matched if path not in left_out]
+    left_out = _output_embeddings(module) if targets == "all-linear" else set()
+    chosen = [
+        path for path in matched if path not in left_out and not linear[path].name.startswith((*saved, *excluded))
+    ]
     if not chosen:
         raise InputRefused("no linear layer is left to adapt")
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank

@@ -64,11 +64,7 @@ def fit(
     Raises InputRefused for a loss that is not finite, and where there is nothing to train; and
     EnvironmentLacking without accelerate or the device.
     """
-    if epochs < 1 or batch_size < 1 or not 0 < learning_rate < math.inf or not 0 <= warmup < 1:
-        raise InputRefused(
-            f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate} and warm-up {warmup}: the first "
-            "three must be positive, and the last from 0 to below 1"
-        )
+    _refuse_settings(epochs, batch_size, learning_rate, warmup)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputRefused("there is nothing to train: no parameter of the model requires a gradient")
@@ -88,6 +84,14 @@ def fit(
         finally:
             module.eval()
             accelerator.free_memory()
+
+
+def _refuse_settings(epochs: int, batch_size: int, learning_rate: float, warmup: float) -> None:
+    if epochs < 1 or batch_size < 1 or not 0 < learning_rate < math.inf or not 0 <= warmup < 1:
+        raise InputRefused(
+            f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate} and warm-up {warmup}: the first "
+            "three must be positive, and the last from 0 to below 1"
+        )
 
 
 class _Run(NamedTuple):
