@@ -36,7 +36,7 @@ def in_bytes(on_progress: OnProgress, stage: str, total: int) -> Callable[[int],
 
     def more(count: int) -> None:
         nonlocal done
-        done += count
+        done = min(done + count, total)  # headers are written too, and are not part of the total
         on_progress(Progress(stage, done, total, "bytes"))
 
     return more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,9 @@ from lora_export.verification.against_checkpoint import Audit
 from lora_export.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
+    from lora_export.lora import Adapter
+    from lora_export.models.model import Model
+    from lora_export.runtime.runner import Runner
     from lora_export.verification.proof import Proof
 
 
@@ -100,7 +103,7 @@ def verify(
     inputs: str | Path | None = None,
     atol: float | None = None,
     rtol: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     cache: str | Path | None = None,
     trace: bool = False,
     reports: Sequence[str | Path] = (),
@@ -119,19 +122,29 @@ def verify(
     `weights` has one factor for each adapter. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
     with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None proves the base,
     every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
-    "float16". `inputs` is an .npz of further inputs. `atol` and `rtol` require |candidate - reference| <= atol +
-    rtol·|reference| besides the gates. `cache` is a folder for the outputs of the fp64 reference. `trace` compares
-    every module, whatever the verdict. Each path in `reports` gets a report (.json, .xml or .html); `about` adds facts.
+    "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
+    `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a folder for the
+    outputs of the fp64 reference. `trace` compares every module, whatever the verdict. Each path in `reports` gets a
+    report (.json, .xml or .html); `about` adds facts.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
     that do not go together.
     """
     begun = time.perf_counter()
     candidate, origin = Path(candidate), None if base is None else Path(base)
-    how_to_run = (onnx_adapter, adapter_id, inputs, atol, rtol, cache)
-    if model is None and (any(option is not None for option in how_to_run) or trace or seed):
-        raise WrongUsage(NOTHING_IS_RUN)
-    _check_usage(candidate, model, origin, provider, dtype, onnx_adapter, adapter_id)
+    how = _How(
+        provider=provider,
+        dtype=dtype,
+        onnx_adapter=None if onnx_adapter is None else Path(onnx_adapter),
+        adapter_id=adapter_id,
+        inputs=None if inputs is None else Path(inputs),
+        atol=atol,
+        rtol=rtol,
+        seed=seed,
+        cache=None if cache is None else Path(cache),
+        trace=trace,
+    )
+    _check_usage(candidate, model, origin, how)
     for path in reports:
         report.check_path(Path(path))
     proof: Proof | Audit
@@ -141,23 +154,7 @@ def verify(
         proof, facts = _compare_weights(candidate, origin, adapters, weights, on_message, on_progress)
     else:
         proof, facts, error = _compare_outputs(
-            candidate,
-            model,
-            adapters,
-            weights,
-            origin,
-            provider=provider,
-            dtype=dtype,
-            onnx_adapter=None if onnx_adapter is None else Path(onnx_adapter),
-            adapter_id=adapter_id,
-            user_inputs=None if inputs is None else Path(inputs),
-            atol=atol,
-            rtol=rtol,
-            seed=seed,
-            cache=None if cache is None else Path(cache),
-            trace=trace,
-            on_message=on_message,
-            on_progress=on_progress,
+            candidate, model, adapters, weights, origin, how, on_message, on_progress
         )
     seconds = time.perf_counter() - begun
     when = {"seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
@@ -167,31 +164,36 @@ def verify(
     return result
 
 
-NOTHING_IS_RUN = "with --base nothing is run: options on how to run CANDIDATE belong to --model"
+@dataclass(frozen=True)
+class _How:
+    """How the candidate is run, and how its outputs are judged."""
+
+    provider: str = "cpu"
+    dtype: str = "float32"
+    onnx_adapter: Path | None = None
+    adapter_id: int | None = None
+    inputs: Path | None = None
+    atol: float | None = None
+    rtol: float | None = None
+    seed: int | None = None
+    cache: Path | None = None
+    trace: bool = False
 
 
-def _check_usage(
-    candidate: Path,
-    model: ModelSource | None,
-    origin: Path | None,
-    provider: str,
-    dtype: str,
-    onnx_adapter: str | Path | None,
-    adapter_id: int | None,
-) -> None:
+def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: _How) -> None:
     """Raise WrongUsage for options that do not go together."""
     is_graph = candidate.suffix == ".onnx"
     if model is None and origin is None:
         raise WrongUsage("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
-    if model is None and (provider, dtype) != ("cpu", "float32"):
-        raise WrongUsage(NOTHING_IS_RUN)
+    if model is None and how != _How():
+        raise WrongUsage("with --base nothing is run: options on how to run CANDIDATE belong to --model")
     if model is None and is_graph:
         raise WrongUsage("--base alone judges checkpoints; what an .onnx computes is judged with --model")
     if model is not None and origin is not None and {candidate.suffix, origin.suffix} != {".onnx"}:
         raise WrongUsage("--base beside --model is the quantised .onnx that an .onnx was made from")
-    if provider != "cpu" and not is_graph:
-        raise WrongUsage(f"--provider {provider} is for .onnx files; PyTorch files are judged on the CPU")
-    if not is_graph and (onnx_adapter, adapter_id, dtype) != (None, None, "float32"):
+    if how.provider != "cpu" and not is_graph:
+        raise WrongUsage(f"--provider {how.provider} is for .onnx files; PyTorch files are judged on the CPU")
+    if not is_graph and (how.onnx_adapter, how.adapter_id, how.dtype) != (None, None, "float32"):
         raise WrongUsage("--onnx-adapter, --adapter-id and --dtype are for .onnx files")
 
 
@@ -201,69 +203,74 @@ def _compare_outputs(
     adapters: AdapterSources,
     weights: Sequence[float],
     origin: Path | None,
-    *,
-    provider: str,
-    dtype: str,
-    onnx_adapter: Path | None,
-    adapter_id: int | None,
-    user_inputs: Path | None,
-    atol: float | None,
-    rtol: float | None,
-    seed: int,
-    cache: Path | None,
-    trace: bool,
+    how: _How,
     on_message: OnMessage,
     on_progress: OnProgress,
 ) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
     """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
-    from lora_export.api.publish import proof_without_figures, require_provider, stage_of_proof
-    from lora_export.formats.onnx_adapter import ADAPTER_IDS
-    from lora_export.runtime import open_artifact
-    from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.verification.against_pytorch import PyTorchReferences
-    from lora_export.verification.proof import prove, prove_rows
+    from lora_export.api.publish import proof_without_figures, require_provider
+    from lora_export.runtime.open_artifact import file_hashes, open_candidate
 
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
     if origin is not None:
         input_files.must_exist(origin, "base graph")
     stage = in_stages(on_progress)
-    runner, error, facts = None, None, {"candidate": {"path": str(candidate), "sha256": {}}}
+    runner, error, hashes, facts = None, None, {}, {}
     try:
-        require_provider(provider)
+        require_provider(how.provider)
         loaded = load_adapters(adapters)
         for note in (note for adapter in loaded for note in adapter.notes):
             on_message(f"note: {note}")
         stage("loading the model")
-        base = load_model(model, loaded, dtype=dtype)
+        base = load_model(model, loaded, dtype=how.dtype)
         stage("loading the candidate")
-        runner = open_artifact.open_candidate(
-            candidate, base, provider=provider, onnx_adapter=onnx_adapter, adapter_id=adapter_id
+        runner = open_candidate(
+            candidate, base, provider=how.provider, onnx_adapter=how.onnx_adapter, adapter_id=how.adapter_id
         )
-        references = PyTorchReferences(
-            base,
-            loaded,
-            weights,
-            seed=seed,
-            user_inputs=user_inputs,
-            device=provider,
-            cache=cache,
-            origin=origin,
-            say=on_message,
-        )
-        step = stage_of_proof(stage)
-        if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
-            proof = prove_rows(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
-        else:
-            proof = prove(runner, references, atol=atol, rtol=rtol, trace=trace, step=step)
+        proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
         stage("hashing the candidate")
-        facts["candidate"]["sha256"] = open_artifact.file_hashes(candidate)
+        hashes = file_hashes(candidate)
         if origin is not None:
-            facts["base"] = {"path": str(origin), "sha256": open_artifact.file_hashes(origin)}
+            facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as ended:
         error = ended
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
-    return proof, {**facts, **proof.about}, error
+    return proof, {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **proof.about}, error
+
+
+def _prove(
+    runner: Runner,
+    base: Model,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    origin: Path | None,
+    how: _How,
+    stage: Callable[[str], None],
+    on_message: OnMessage,
+) -> Proof:
+    """The proof of a candidate; of a graph whose rows choose their adapter, with every adapter and mixed batches."""
+    from lora_export.api.publish import stage_of_proof
+    from lora_export.formats.onnx_adapter import ADAPTER_IDS
+    from lora_export.runtime.onnx_runner import OnnxRunner
+    from lora_export.verification.against_pytorch import PyTorchReferences
+    from lora_export.verification.proof import prove, prove_rows
+
+    references = PyTorchReferences(
+        base,
+        adapters,
+        weights,
+        seed=how.seed or 0,
+        user_inputs=how.inputs,
+        device=how.provider,
+        cache=how.cache,
+        origin=origin,
+        say=on_message,
+    )
+    step = stage_of_proof(stage)
+    if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
+        return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+    return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
 
 
 def _compare_weights(

@@ -58,7 +58,7 @@ Examples:
     "--atol", type=click.FloatRange(min=0), help="Also require |candidate - reference| <= atol + rtol·|reference|."
 )
 @click.option("--rtol", type=click.FloatRange(min=0), help="See --atol.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for the generated inputs.")
+@click.option("--seed", type=int, help="Random seed for the generated inputs.  [default: 0]")
 @click.option(
     "--report",
     "reports",
@@ -88,7 +88,7 @@ def command(
     inputs_file: Path | None,
     atol: float | None,
     rtol: float | None,
-    seed: int,
+    seed: int | None,
     reports: tuple[Path, ...],
     cache: Path | None,
     trace: bool,

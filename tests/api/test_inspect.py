@@ -1,0 +1,55 @@
+"""`lora_export.inspect`: exactly one kind of content for a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.errors import InputRefused, WrongUsage
+from support.api import an_adapter, base_weights
+from support.handmade import graph_file
+
+
+def test_an_adapter_is_recognised(tmp_path: Path) -> None:
+    found = le.inspect(an_adapter(tmp_path / "adapter"))
+    assert found.adapter is not None and list(found.adapter.pairs) == ["dense"]
+    assert (found.checkpoint, found.graph, found.onnx_adapter) == (None, None, None)
+
+
+def test_a_checkpoint_has_names_and_shapes(tmp_path: Path) -> None:
+    found = le.inspect(base_weights(tmp_path / "base.safetensors"))
+    assert found.checkpoint is not None and found.adapter is None
+    assert {spec.name: spec.shape for spec in found.checkpoint.specs} == {"dense.weight": (8, 8), "dense.bias": (8,)}
+
+
+def test_a_graph_has_its_weights_by_name(tmp_path: Path) -> None:
+    found = le.inspect(graph_file(tmp_path / "m.onnx", {"up.weight": np.eye(4, dtype=np.float32)}))
+    assert found.graph is not None and list(found.graph.by_name) == ["up.weight"]
+
+
+def test_a_damaged_merge_is_found(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base_weights(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    le.merge(tmp_path / "base", an_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    assert le.inspect(tmp_path / "merged", check=True).checkpoint is not None
+    with (tmp_path / "merged" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    with pytest.raises(InputRefused, match=r"model\.safetensors"):
+        le.inspect(tmp_path / "merged", check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error"),
+    [("missing", {}, InputRefused), ("adapter", {"checkpoint": "x"}, WrongUsage)],
+)
+def test_what_cannot_be_inspected_is_refused(
+    tmp_path: Path, name: str, options: dict[str, str], error: type[Exception]
+) -> None:
+    an_adapter(tmp_path / "adapter")
+    with pytest.raises(error):
+        le.inspect(tmp_path / name, **options)

@@ -1,0 +1,46 @@
+"""`lora_export.train`: an adapter as a value and as a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.errors import InputRefused, WrongUsage
+from support.api import MODEL, Recorder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((24, 5, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", rows=rows, weights=np.ones((24, 5), np.float32), labels=np.tanh(rows[..., ::-1]))
+    return tmp_path / "data.npz"
+
+
+def test_training_returns_the_adapter_it_saved(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = Recorder()
+    result = le.train(
+        MODEL, data, tmp_path / "ad", rank=2, alpha=4.0, epochs=4, batch_size=8, learning_rate=1e-2, **seen.callbacks
+    )
+    assert list(result.adapter.pairs) == ["dense"] and result.adapter.pairs["dense"].scale == 2.0
+    assert result.adapter.sha256 == le.load_adapter(tmp_path / "ad").sha256
+    assert result.history.losses[-1] < result.history.losses[0]
+    assert result.scores["adapter"].loss < result.scores["adapter_off"].loss
+    assert seen.events[-1].unit == "steps" and seen.events[-1].done == seen.events[-1].total
+    assert "loss" in seen.events[-1].detail
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_head_alone_needs_a_head(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(WrongUsage, match="--compare-frozen needs a head"):
+        le.train(MODEL, data, tmp_path / "ad", compare_frozen=True)
+    assert not (tmp_path / "ad").exists()
+
+
+def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="dens"):
+        le.train(MODEL, data, tmp_path / "ad", target="dens")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
