@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from defects import rivals
+from defects import other_tools
+from defects.seeded_defects import Defect
 from defects.subjects import Column
-from defects.wrong import Defect
 from lora_export.errors import EnvironmentLacking, LoraExportError
 from lora_export.lora import Adapter
 from lora_export.runtime.runner import Runner
@@ -20,12 +20,12 @@ from lora_export.verification.proof import Proof, prove
 @dataclass(frozen=True)
 class Judged:
     verdict: str  # same, different, undecided, or `refused` with the exit code that it ends with
-    passed_by: frozenset[str] = frozenset()  # rivals
+    passed_by: frozenset[str] = frozenset()  # other tools
     proof: Proof | None = field(default=None, repr=False)
 
 
 def judged(runner: Runner, column: Column, adapter: Adapter, *, seed: int = 0) -> Judged:
-    """Our verdict on a candidate, and the rivals' on the outputs of its first answers."""
+    """Our verdict on a candidate, and those of other tools on the same outputs."""
     try:
         result = prove(runner, PyTorchReferences(column.base, [adapter], seed=seed))
     except EnvironmentLacking as refusal:
@@ -50,14 +50,14 @@ def _passed_by(result: Proof) -> frozenset[str]:
     cases = [case for case in result.cases if not case.name.endswith("run again")]
     return frozenset(
         name
-        for name, rival in rivals.present()
-        if all(case.candidate and rival(case.deployed, case.candidate) for case in cases)
+        for name, accepts in other_tools.present()
+        if all(case.candidate and accepts(case.deployed, case.candidate) for case in cases)
     )
 
 
-def strain(result: Proof) -> float:
+def limit_used(result: Proof) -> float:
     """How near to failing the verdict came."""
-    return max((there.figures.limit_used for there in result.verdict.comparisons if there.figures), default=0.0)
+    return max((figures.limit_used for _, figures in result.verdict.measured), default=0.0)
 
 
 SAME = str(parity.Outcome.SAME)

@@ -1,7 +1,6 @@
-"""Models with adapters, and right exports of them in every mode: what the defects then break.
+"""Models with adapters, and right exports of them in every mode, which the defects then break.
 
-Everything that takes long (building a model, exporting its base) is done once a process; a graph is handed out
-as a copy.
+Slow steps (building a model, exporting its base) run once in a process. Callers get a copy of the graph.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ MODES = (*GRAPHS, "checkpoint", "torchscript")
 
 
 class Net(nn.Module):
-    """Somebody's own: a convolution before an encoder, and two outputs of one shape."""
+    """A user's own module: a convolution before an encoder, and two outputs of one shape."""
 
     def __init__(self, width: int = 16, layers: int = 2) -> None:
         super().__init__()
@@ -74,16 +73,16 @@ def deepnet() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def trainednet() -> tuple[nn.Module, dict[str, Tensor]]:
-    """The net after 60 steps towards a rule: which of three channels is loudest."""
+    """The net after 60 training steps: which of three channels has the largest amplitude."""
     module, examples = net()
     module.train()
     optimiser = torch.optim.AdamW(module.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(5)
     for _ in range(60):
         signal = torch.randn(32, 4, 9, generator=generator)
-        answers = module(signal, torch.ones(32, 9))
+        outputs = module(signal, torch.ones(32, 9))
         labels = signal[:, :3].abs().mean(2).argmax(1)
-        loss = sum(nn.functional.cross_entropy(answers[name], labels) for name in ("logits", "other"))
+        loss = sum(nn.functional.cross_entropy(outputs[name], labels) for name in ("logits", "other"))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -91,7 +90,7 @@ def trainednet() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 class Cnn(nn.Module):
-    """Images: convolutions with batch norms whose statistics are not the fresh ones."""
+    """A model of images: convolutions, and batch norms with trained statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +137,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 OWN = ("net", "deepnet", "trainednet", "cnn")
-# What adapters stand beside, by endings; the first of a kind is what "q" and "k" mean.
+# The adapted layers, by the end of their names.
 TARGETS = {
     "net": ("self_attn", "out_proj", "linear1", "linear2", "mix", "conv"),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
@@ -156,13 +155,13 @@ HEADS = {"net": "head", "bert": "classifier"}  # what `modules_to_save` replaces
 
 @functools.cache
 def folder() -> Path:
-    """For the files of a process; gone with it."""
-    place = tempfile.TemporaryDirectory(prefix="defects-")
-    _kept.append(place)
-    return Path(place.name)
+    """A folder for the files of this process, removed when it ends."""
+    temporary = tempfile.TemporaryDirectory(prefix="defects-")
+    _temporary.append(temporary)
+    return Path(temporary.name)
 
 
-_kept: list[Any] = []
+_temporary: list[Any] = []  # alive until the process ends
 
 
 @functools.cache
@@ -197,7 +196,7 @@ def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
     """An adapter for a subject that changes its weights by some tenths.
 
     `whole`: everything that can be trained, a head and biases included; `linear`: pairs of linear layers alone;
-    `dora`: those with lengths; `faint`: pairs that change weights by some ten-thousandths.
+    `dora`: the same with magnitudes; `weak`: pairs that change weights by some ten-thousandths.
     """
     module = loaded(name).module
     rng = np.random.default_rng([seed, len(name)])
@@ -206,13 +205,11 @@ def adapter(name: str, kind: str = "whole", *, seed: int = 0) -> Adapter:
         for spec in layers.specs(module)
         if _is_target(name, spec) and (kind == "whole" or len(spec.shape) == 2)
     }
-    if kind == "faint":
+    if kind == "weak":
         pairs = {path: dataclasses.replace(pair, scale=pair.scale / 3000) for path, pair in pairs.items()}
     if kind == "dora":
-        # DoRA of a packed in_proj or a convolution is another matter; here are linear layers alone.
-        pairs = {
-            path: with_lengths(module, path, pair, rng) for path, pair in pairs.items() if path[-9:] != "self_attn"
-        }
+        # Linear layers alone: PEFT has no DoRA of a packed in_proj.
+        pairs = {path: with_dora(module, path, pair, rng) for path, pair in pairs.items() if path[-9:] != "self_attn"}
     whole = _whole(name, module, rng) if kind == "whole" else {}
     return Adapter(name=f"{kind}{seed}", format="test", pairs=pairs, sha256=f"{seed:02x}", **whole)
 
@@ -237,13 +234,13 @@ def matrix(module: nn.Module, path: str) -> NDArray[Any]:
     return weight.T if type(layer).__name__ == "Conv1D" else weight
 
 
-def lengths(weight: NDArray[Any]) -> NDArray[Any]:
+def norms(weight: NDArray[Any]) -> NDArray[Any]:
     return np.sqrt(np.square(weight.astype(np.float64)).sum(1)).astype(np.float32)
 
 
-def with_lengths(module: nn.Module, path: str, pair: LoraPair, rng: np.random.Generator) -> LoraPair:
-    """The pair as DoRA's: the weight's own lengths, trained away from by some tenths."""
-    own = lengths(matrix(module, path))
+def with_dora(module: nn.Module, path: str, pair: LoraPair, rng: np.random.Generator) -> LoraPair:
+    """The pair with a DoRA magnitude: the norms of the weight, changed by some tenths."""
+    own = norms(matrix(module, path))
     return dataclasses.replace(pair, magnitude=own * (0.8 + 0.4 * rng.random(own.shape)))
 
 
@@ -267,7 +264,7 @@ def _whole(name: str, module: nn.Module, rng: np.random.Generator) -> dict[str, 
 
 @dataclass(frozen=True)
 class Column:
-    """A subject in a mode: what a candidate is made of."""
+    """A subject in a mode, from which candidates are made."""
 
     subject: str
     mode: str
@@ -278,7 +275,7 @@ class Column:
 
     @property
     def kind(self) -> str:
-        """The richest adapter that this mode carries."""
+        """The kind of adapter with most parts that this mode supports."""
         return "linear" if self.mode in ("inputs", "rows") else "whole"
 
     @property
@@ -286,7 +283,7 @@ class Column:
         return loaded(self.subject)
 
     def graph(self, made_of: Adapter) -> ir.Model:
-        """The base's graph with an adapter in it, or with room for adapters."""
+        """The graph of the base with an adapter in it, or with inputs for adapters."""
         program = _exported(self.subject).clone()
         found = find_sites(program)
         steps = plan.make([made_of], found.specs) if made_of.pairs or made_of.replaced else None
@@ -298,8 +295,8 @@ class Column:
             other = dataclasses.replace(adapter(self.subject, "linear", seed=9), name="other")
             insert_rows(program, found, plan.make([made_of, other], found.specs))
         elif self.mode == "inputs":
-            room = plan.make([adapter(self.subject, "linear")], found.specs)
-            insert_inputs(program, found, [step.weight for step in room.steps])
+            steps_of_inputs = plan.make([adapter(self.subject, "linear")], found.specs)
+            insert_inputs(program, found, [step.weight for step in steps_of_inputs.steps])
         return program
 
     def module(self, made_of: Adapter) -> nn.Module:
@@ -317,7 +314,7 @@ class Column:
         graph: Callable[[ir.Model], object] = lambda _: None,
         module: Callable[[nn.Module], object] = lambda _: None,
     ) -> Runner:
-        """What runs a file made of this adapter; `graph` or `module` may spoil what the file is made of."""
+        """A runner of a file made with this adapter. `graph` or `module` may change the model before it is written."""
         if self.mode in GRAPHS:
             program = self.graph(made_of)
             graph(program)
@@ -332,7 +329,7 @@ class Column:
         return ScriptRunner(path, self.base.input_names)
 
     def _rounded(self, merged: nn.Module) -> dict[str, str]:
-        """Round what a file of this storage would hold; returns the dtypes of its tensors."""
+        """Round the parameters to the storage dtype; returns the dtype of each."""
         low = getattr(torch, self.storage)
         with torch.no_grad():
             for parameter in merged.parameters():
@@ -340,23 +337,23 @@ class Column:
         return {name: self.storage for name, _ in merged.named_parameters()}
 
     def runner(self, program: ir.Model, made_of: Adapter) -> OnnxRunner:
-        place = new_folder()
-        save_graph(program, place, "model.onnx")
-        runner = OnnxRunner(place / "model.onnx")
+        folder = new_folder()
+        save_graph(program, folder, "model.onnx")
+        runner = OnnxRunner(folder / "model.onnx")
         if self.mode == "rows":
             return runner.with_rows([1])
         if self.mode == "inputs" and made_of.pairs:
             contract = onnx_adapter.read_contract(program.metadata_props, "")
             steps = plan.make([made_of], find_sites(_exported(self.subject)).specs)
-            given = onnx_adapter.input_values(contract, steps, made_of.name)
-            onnx_adapter.write(place / "it.onnx_adapter", given, contract, sha256=made_of.sha256)
-            return runner.with_adapter(place / "it.onnx_adapter")
+            values = onnx_adapter.input_values(contract, steps, made_of.name)
+            onnx_adapter.write(folder / "adapter.onnx_adapter", values, contract, sha256=made_of.sha256)
+            return runner.with_adapter(folder / "adapter.onnx_adapter")
         return runner
 
 
-def save_apart(program: ir.Model, place: Path) -> None:
-    """Into `model.onnx`, its weights beside it under a name that says nothing of them."""
-    ir.save(program, place / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=512)
+def save_apart(program: ir.Model, folder: Path) -> None:
+    """Write `model.onnx` with its weights in `model.onnx.data`, a name that holds no hash of them."""
+    ir.save(program, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=512)
 
 
 def new_folder() -> Path:

@@ -1,6 +1,6 @@
-"""How others decide whether two sets of outputs are the same, as they ship: nothing is tuned, for or against them.
+"""How other tools decide whether two sets of outputs are the same, with their default settings.
 
-Each gets PyTorch's outputs, the candidate's, and answers whether it would let the candidate pass.
+Each gets PyTorch's outputs and the candidate's, and returns whether it accepts the candidate.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
-Rival = Callable[[Arrays, Arrays], bool]
+Tool = Callable[[Arrays, Arrays], bool]
 
 
-def polygraphy(expected: Arrays, given: Arrays) -> bool:
-    """`Comparator.compare_accuracy`, which compares element by element: 1e-5 absolute or 1e-5 relative will do."""
+def polygraphy(expected: Arrays, candidate: Arrays) -> bool:
+    """`Comparator.compare_accuracy`: every element within 1e-5 absolute or 1e-5 relative."""
     comparator = importlib.import_module("polygraphy.comparator")
     results = comparator.RunResults()
-    for name, arrays in (("pytorch", expected), ("candidate", given)):
+    for name, arrays in (("pytorch", expected), ("candidate", candidate)):
         results.add([comparator.IterationResult(outputs=dict(arrays), runner_name=name)], runner_name=name)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
         try:
@@ -33,42 +33,43 @@ def polygraphy(expected: Arrays, given: Arrays) -> bool:
             return False
 
 
-def assert_close(expected: Arrays, given: Arrays) -> bool:
+def assert_close(expected: Arrays, candidate: Arrays) -> bool:
     """`torch.testing.assert_close` on all outputs: for fp32, 1e-5 + 1.3e-6 times the value."""
+    as_tensors = [{name: torch.tensor(a) for name, a in outputs.items()} for outputs in (candidate, expected)]
     try:
-        torch.testing.assert_close(*({name: torch.tensor(a) for name, a in side.items()} for side in (given, expected)))
+        torch.testing.assert_close(*as_tensors)
     except AssertionError:
         return False
     return True
 
 
-def optimum(expected: Arrays, given: Arrays) -> bool:
+def optimum(expected: Arrays, candidate: Arrays) -> bool:
     """The rule of optimum-onnx's `validate_model_outputs`: for each output that the graph has, shape and `allclose`.
 
-    Its function runs the model and the graph itself, on one set of inputs; this is what it does with the outputs.
-    A failure is an exception there, and its command line makes a warning of it: the export has succeeded.
+    Its function also runs the model and the graph, on one set of inputs. Its command line turns a failure into a
+    warning: the export has succeeded.
     """
     atol = importlib.import_module("optimum.exporters.base").ExporterConfig.ATOL_FOR_VALIDATION
-    return set(given) <= set(expected) and all(
-        given[name].shape == expected[name].shape and np.allclose(expected[name], given[name], atol=atol)
-        for name in given
+    return set(candidate) <= set(expected) and all(
+        candidate[name].shape == expected[name].shape and np.allclose(expected[name], candidate[name], atol=atol)
+        for name in candidate
     )
 
 
-RIVALS: dict[str, tuple[str, Rival]] = {
+TOOLS: dict[str, tuple[str, Tool]] = {
     "Polygraphy": ("polygraphy", polygraphy),
     "assert_close": ("torch", assert_close),
     "optimum": ("optimum-onnx", optimum),
 }
 
 
-def present() -> Iterator[tuple[str, Rival]]:
-    """Those that are installed here."""
-    for name, (package, rival) in RIVALS.items():
+def present() -> Iterator[tuple[str, Tool]]:
+    """The tools that are installed."""
+    for name, (package, tool) in TOOLS.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(package)
-            yield name, rival
+            yield name, tool
 
 
 def versions() -> str:
-    return ", ".join(f"{RIVALS[name][0]} {importlib.metadata.version(RIVALS[name][0])}" for name, _ in present())
+    return ", ".join(f"{TOOLS[name][0]} {importlib.metadata.version(TOOLS[name][0])}" for name, _ in present())

@@ -1,6 +1,6 @@
-"""Right exports, none of which may be called anything but the same, and what PyTorch's error beside theirs is.
+"""Right exports: the verdict on each must be `same`. Their errors, relative to PyTorch's, calibrate the limits.
 
-The sets that judge the verdict, and those that its constants were measured on, share neither models nor seeds.
+The exports that test the verdict share neither models nor seeds with those on which its limits were measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Right:
 def _rights(
     subject: str, modes: Sequence[str], *, storages: Sequence[str] = (), dora: Sequence[str] = ()
 ) -> list[Right]:
-    made = [Right(there, there.kind) for there in (Column(subject, mode) for mode in modes)]
+    made = [Right(column, column.kind) for column in (Column(subject, mode) for mode in modes)]
     made += [Right(Column(subject, "checkpoint", storage), "whole") for storage in storages]
     return [*made, *(Right(Column(subject, mode), "dora") for mode in dora)]
 
@@ -61,7 +61,7 @@ CALIBRATING_SEEDS = range(101, 106)
 
 @dataclass(frozen=True)
 class Measured:
-    """How many times PyTorch's own error a right export's was: what k has to allow."""
+    """The errors of a right export as multiples of PyTorch's own: what the ratio limit must allow."""
 
     storage: str
     elements: int
@@ -70,30 +70,29 @@ class Measured:
 
 
 def measured(right: Right, seed: int) -> Iterator[Measured]:
-    there = right.judged(seed)
-    assert there.proof, there.verdict
-    for figures in (found.figures for found in there.proof.verdict.comparisons if found.figures):
+    result = right.judged(seed)
+    assert result.proof, result.verdict
+    for _, figures in result.proof.verdict.measured:
         gates = {gate.name: figures.ratio_limit * gate.value / gate.allowed for gate in figures.gates if gate.allowed}
         elements = int(np.prod(figures.shape))
         yield Measured(right.column.storage, elements, gates.get("error", 0.0), gates.get("tail", 0.0))
 
 
 def table(found: Sequence[Measured]) -> str:
-    """By storage, and by the sizes for which k differs."""
+    """A row for each storage dtype and each size that has a ratio limit of its own."""
     few = parity.FEW_ELEMENTS
     sizes = {f"up to {few}": (0, few), f"{few + 1} to 500": (few + 1, 500), "more": (501, 10**9)}
-    lines = [
-        "| outputs of | stored in | compared | error, median | 99 % | largest | tail, median | 99 % | largest | k |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["outputs of", "stored in", "compared", "error, median", "99 %", "largest", "tail, median", "99 %"]
+    columns += ["largest", "limit"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for size, (least, most) in sizes.items():
         for storage in ("float32", *LOW):
-            mine = [there for there in found if there.storage == storage and least <= there.elements <= most]
+            mine = [each for each in found if each.storage == storage and least <= each.elements <= most]
             if not mine:
                 continue
             cells = [
                 f"{number:.2f}"
-                for of in ([there.error for there in mine], [there.tail for there in mine])
+                for of in ([each.error for each in mine], [each.tail for each in mine])
                 for number in (np.median(of), np.quantile(of, 0.99), max(of))
             ]
             k = parity.ratio_limit(most, "float32")

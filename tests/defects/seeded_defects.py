@@ -1,4 +1,4 @@
-"""Ways to break a right export. Each is one small function on the adapter, the weights, the graph, or the answers.
+"""Ways to break a right export. Each is one small function on the adapter, the weights, the graph or the outputs.
 
 A defect makes a candidate for a column (a model in a mode), or None where the column has nothing that it could break.
 """
@@ -31,10 +31,10 @@ Make = Callable[[Column], Runner | None]
 class Defect:
     name: str
     make: Make
-    kind: str | None = None  # of the adapter, where not the column's own
+    kind: str | None = None  # of the adapter; None for that of the column
 
     def adapter(self, column: Column) -> Adapter:
-        """The right one, which the reference gets."""
+        """The right adapter, which the reference gets."""
         return subjects.adapter(column.subject, self.kind or column.kind)
 
 
@@ -42,7 +42,7 @@ DEFECTS: dict[str, Defect] = {}
 
 
 def defect(name: str, kind: str | None = None) -> Callable[[Make], Make]:
-    """A candidate that is wrong in a way of its own."""
+    """Register a function that makes a wrong candidate."""
 
     def register(make: Make) -> Make:
         DEFECTS[name] = Defect(name, make, kind)
@@ -51,17 +51,17 @@ def defect(name: str, kind: str | None = None) -> Callable[[Make], Make]:
     return register
 
 
-# --- the adapter, as a wrong reader or writer would have it ----------------------------------------
+# --- the adapter, as a wrong reader or writer would make it -----------------------------------------
 
 Change = Callable[[Adapter, Column], Adapter | None]
 
 
 def of_adapter(name: str, kind: str | None = None) -> Callable[[Change], Change]:
-    """Something else than the adapter is put into the export."""
+    """Register a function that makes the wrong adapter that is exported."""
 
     def register(change: Change) -> Change:
         def make(column: Column) -> Runner | None:
-            # DoRA has no input of its own, and packed or convolved layers none at all.
+            # Adapter inputs exist for plain pairs of linear layers alone.
             if kind == "dora" and column.kind == "linear":
                 return None
             wrong = change(subjects.adapter(column.subject, kind or column.kind), column)
@@ -99,7 +99,7 @@ def without(adapter: Adapter, *endings: str) -> Adapter:
     return subjects.change(adapter, {path: p for path, p in adapter.pairs.items() if not path.endswith(endings)})
 
 
-def ordinary(pair: LoraPair) -> bool:
+def is_linear(pair: LoraPair) -> bool:
     return pair.a.ndim == 2
 
 
@@ -138,17 +138,17 @@ def _(adapter: Adapter, column: Column) -> Adapter:
 
 
 def is_square(pair: LoraPair) -> bool:
-    return ordinary(pair) and pair.shape[0] == pair.shape[1]
+    return is_linear(pair) and pair.shape[0] == pair.shape[1]
 
 
-@of_adapter("A with its ranks in another order")
+@of_adapter("ranks of A permuted")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda pair: dataclasses.replace(pair, a=pair.a[::-1]))
 
 
-@of_adapter("A read in the order of its columns")
+@of_adapter("A read in column order")
 def _(adapter: Adapter, column: Column) -> Adapter:
-    return each(adapter, lambda p: dataclasses.replace(p, a=p.a.T.reshape(p.a.shape)) if ordinary(p) else p)
+    return each(adapter, lambda p: dataclasses.replace(p, a=p.a.T.reshape(p.a.shape)) if is_linear(p) else p)
 
 
 for _name, _factor in {
@@ -181,7 +181,7 @@ def exchanged(adapter: Adapter, one: str, other: str) -> Adapter:
 
 @of_adapter("q and k swapped")
 def _(adapter: Adapter, column: Column) -> Adapter:
-    """Where they are packed, they are rows of one B."""
+    """Packed projections are rows of one B."""
     query, key = {"bert": ("query", "key"), "minilm": ("query", "key")}.get(column.subject, ("q_proj", "k_proj"))
     apart = [path for path in adapter.pairs if path.endswith(query)]
     for path in apart:
@@ -214,25 +214,25 @@ def rows_of_a_head(pair: LoraPair) -> int:
     return max(1, pair.b.shape[0] // (12 if pair.b.shape[0] % 3 == 0 else 4))
 
 
-@of_adapter("one attention head's rows of B lost")
+@of_adapter("one attention head's rows of B zeroed")
 def _(adapter: Adapter, column: Column) -> Adapter:
     def change(pair: LoraPair) -> LoraPair:
         b = pair.b.copy()
-        b[-rows_of_a_head(pair) :] = 0  # of the values, where they are packed
+        b[-rows_of_a_head(pair) :] = 0  # rows of the value projection, where projections are packed
         return with_b(pair, b)
 
     names = ("value", "v_proj", "self_attn", "c_attn")
     return each(adapter, change, next(path for path in adapter.pairs if path.endswith(names)))
 
 
-@of_adapter("heads in another order")
+@of_adapter("attention heads permuted")
 def _(adapter: Adapter, column: Column) -> Adapter:
     names = ("value", "v_proj", "self_attn", "c_attn")
     path = next(path for path in adapter.pairs if path.endswith(names))
     return each(adapter, lambda pair: with_b(pair, np.roll(pair.b, rows_of_a_head(pair), axis=0)), path)
 
 
-@of_adapter("one row of B lost")
+@of_adapter("one row of B zeroed")
 def _(adapter: Adapter, column: Column) -> Adapter:
     def change(pair: LoraPair) -> LoraPair:
         b = pair.b.copy()
@@ -242,7 +242,7 @@ def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, change, last(adapter))
 
 
-@of_adapter("one number of A with the wrong sign")
+@of_adapter("one element of A with the wrong sign")
 def _(adapter: Adapter, column: Column) -> Adapter:
     def change(pair: LoraPair) -> LoraPair:
         a = pair.a.copy()
@@ -252,7 +252,7 @@ def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, change, last(adapter))
 
 
-@of_adapter("one number of A off by a thousandth")
+@of_adapter("one element of A off by a thousandth")
 def _(adapter: Adapter, column: Column) -> Adapter:
     def change(pair: LoraPair) -> LoraPair:
         a = pair.a.copy()
@@ -278,7 +278,7 @@ def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda p: dataclasses.replace(p, a=in_steps(p.a, 7), b=in_steps(p.b, 7)))
 
 
-@of_adapter("another adapter than asked for")
+@of_adapter("another adapter than requested")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return subjects.adapter(column.subject, column.kind, seed=7)
 
@@ -288,7 +288,7 @@ def _(adapter: Adapter, column: Column) -> Adapter | None:
     return subjects.change(adapter, biases={}) if adapter.biases else None
 
 
-@of_adapter("modules_to_save lost")
+@of_adapter("modules_to_save dropped")
 def _(adapter: Adapter, column: Column) -> Adapter | None:
     return subjects.change(adapter, replaced={}) if adapter.replaced else None
 
@@ -299,65 +299,65 @@ def _(adapter: Adapter, column: Column) -> Adapter | None:
     return subjects.change(adapter, replaced=kept) if adapter.replaced else None
 
 
-@of_adapter("DoRA's lengths dropped", "dora")
+@of_adapter("DoRA's magnitude dropped", "dora")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda pair: dataclasses.replace(pair, magnitude=None))
 
 
-@of_adapter("DoRA's lengths are the base's", "dora")
+@of_adapter("DoRA's magnitude is the norm of W", "dora")
 def _(adapter: Adapter, column: Column) -> Adapter:
-    return lengthened(adapter, column, lambda before, after, own: before)
+    return with_magnitudes(adapter, column, lambda before, after, own: before)
 
 
 @of_adapter("DoRA's norm of W instead of W + ΔW", "dora")
 def _(adapter: Adapter, column: Column) -> Adapter:
-    return lengthened(adapter, column, lambda before, after, own: own * after / before)
+    return with_magnitudes(adapter, column, lambda before, after, own: own * after / before)
 
 
-@of_adapter("DoRA's lengths of one layer in another order", "dora")
+@of_adapter("DoRA's magnitude of one layer permuted", "dora")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda p: dataclasses.replace(p, magnitude=np.roll(p.magnitude, 1)), last(adapter))
 
 
-def lengthened(adapter: Adapter, column: Column, length: Callable[..., NDArray[Any]]) -> Adapter:
-    """Other lengths: of W, of W + ΔW, and the adapter's own go in."""
+def with_magnitudes(adapter: Adapter, column: Column, magnitude: Callable[..., NDArray[Any]]) -> Adapter:
+    """Other magnitudes, computed from the norms of W and W + ΔW and the adapter's own magnitude."""
 
     def change(path: str, pair: LoraPair) -> LoraPair:
         weight = subjects.matrix(column.base.module, path)
-        after = subjects.lengths(weight + pair.delta().astype(np.float64))
-        return dataclasses.replace(pair, magnitude=length(subjects.lengths(weight), after, pair.magnitude))
+        after = subjects.norms(weight + pair.delta().astype(np.float64))
+        return dataclasses.replace(pair, magnitude=magnitude(subjects.norms(weight), after, pair.magnitude))
 
     return subjects.change(adapter, {path: change(path, pair) for path, pair in adapter.pairs.items()})
 
 
-# What others let pass: an adapter that does little is not an adapter that does nothing.
+# Other tools accept these: the effect of the adapter is below their tolerance.
 
 
-@of_adapter("faint adapter missing on every layer", "faint")
+@of_adapter("weak adapter missing on every layer", "weak")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return subjects.change(adapter, {})
 
 
-@of_adapter("faint adapter missing on one kind of layer", "faint")
+@of_adapter("weak adapter missing on one kind of layer", "weak")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return without(adapter, {"net": "linear2", "gpt2": "c_fc", "llama": "v_proj"}.get(column.subject, "value"))
 
 
-@of_adapter("faint adapter, every scale × 1.1", "faint")
+@of_adapter("weak adapter, every scale × 1.1", "weak")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda pair: scaled(pair, 1.1))
 
 
-@of_adapter("faint adapter with its ranks in another order", "faint")
+@of_adapter("weak adapter, ranks of A permuted", "weak")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return each(adapter, lambda pair: dataclasses.replace(pair, a=pair.a[::-1]))
 
 
-@defect("faint adapter swallowed by bf16", "faint")
+@defect("weak adapter lost in rounding to bf16", "weak")
 def _(column: Column) -> Runner | None:
     if column.mode != "checkpoint":
         return None
-    return dataclasses.replace(column, storage="bfloat16").candidate(subjects.adapter(column.subject, "faint"))
+    return dataclasses.replace(column, storage="bfloat16").candidate(subjects.adapter(column.subject, "weak"))
 
 
 # --- weights ---------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ OfArray = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def of_weights(name: str, *, every: bool = True) -> Callable[[OfArray], OfArray]:
-    """Weights of the finished file hold other numbers: `every` matrix, or one that no adapter touches."""
+    """Register a change of weights in the finished file: of `every` matrix, or of one that no adapter changes."""
 
     def register(change: OfArray) -> OfArray:
         def make(column: Column) -> Runner | None:
@@ -414,7 +414,7 @@ def untouched(column: Column, items: Any, name: Callable[[Any], str]) -> Any:
 
 @of_weights("a tied or untouched weight changed in one dimension", every=False)
 def _(weight: NDArray[Any]) -> NDArray[Any]:
-    changed = weight.copy()  # a token's row may never be looked up; one of its dimensions always is
+    changed = weight.copy()  # the inputs may not look up a certain token, but they use every dimension
     changed.reshape(len(weight), -1)[:, 0] += 0.02
     return changed
 
@@ -429,7 +429,7 @@ def _(weight: NDArray[Any]) -> NDArray[Any]:
     return weight.astype(np.float16).astype(np.float32)
 
 
-@of_weights("weights as TF32 has them")
+@of_weights("weights rounded to TF32")
 def _(weight: NDArray[Any]) -> NDArray[Any]:
     return (((weight.view(np.uint32) + 0x1000) >> 13) << 13).view(np.float32)
 
@@ -453,124 +453,124 @@ def in_steps(array: NDArray[Any], steps: int) -> NDArray[Any]:
     return (np.round(array / largest * steps) * (largest / steps)).astype(np.float32)
 
 
-# --- what the file does when it runs ---------------------------------------------------------------
+# --- the run ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Tampered:
-    """A right candidate, behind something that spoils what goes in, or what comes out."""
+    """A right candidate whose inputs or outputs are changed."""
 
-    right: Any
-    spoil: Callable[[Any, Arrays], Arrays]
+    inner: Any
+    tamper: Callable[[Any, Arrays], Arrays]
 
     @property
     def axes(self) -> Any:
-        return self.right.axes
+        return self.inner.axes
 
     @property
     def names_known(self) -> bool:
-        known: bool = self.right.names_known
+        known: bool = self.inner.names_known
         return known
 
     def run(self, inputs: Arrays) -> Arrays:
-        return self.spoil(self.right.run, inputs)
+        return self.tamper(self.inner.run, inputs)
 
 
-Spoil = Callable[[Callable[[Arrays], Arrays], Arrays], Arrays]
+Tamper = Callable[[Callable[[Arrays], Arrays], Arrays], Arrays]
 
 
-def when_run(name: str, *, needs: str = "") -> Callable[[Callable[[], Spoil] | Spoil], Any]:
-    """The file is right but for what happens as it runs. `needs` is the input without which there is nothing."""
+def at_run_time(name: str, *, needs: str = "") -> Callable[[Callable[[], Tamper] | Tamper], Any]:
+    """Register a change at run time. A column without the input `needs` is left out."""
 
-    def register(spoil: Spoil) -> Spoil:
+    def register(tamper: Tamper) -> Tamper:
         def make(column: Column) -> Runner | None:
             if needs and needs not in column.base.input_names:
                 return None
-            return Tampered(column.candidate(subjects.adapter(column.subject, column.kind)), spoil)
+            return Tampered(column.candidate(subjects.adapter(column.subject, column.kind)), tamper)
 
         DEFECTS[name] = Defect(name, make)
-        return spoil
+        return tamper
 
     return register
 
 
-def of_answers(name: str) -> Callable[[Callable[[Arrays], Arrays]], Any]:
-    """Something happens to all outputs."""
+def of_outputs(name: str) -> Callable[[Callable[[Arrays], Arrays]], Any]:
+    """Register a change of the outputs."""
 
     def register(change: Callable[[Arrays], Arrays]) -> Any:
-        return when_run(name)(lambda run, inputs: change(run(inputs)))
+        return at_run_time(name)(lambda run, inputs: change(run(inputs)))
 
     return register
 
 
-def of_floats(name: str) -> Callable[[OfArray], Any]:
-    """Something happens to each output."""
+def of_each_output(name: str) -> Callable[[OfArray], Any]:
+    """Register a change of each output."""
 
     def register(change: OfArray) -> Any:
-        return of_answers(name)(lambda answers: {key: change(value.copy()) for key, value in answers.items()})
+        return of_outputs(name)(lambda outputs: {key: change(value.copy()) for key, value in outputs.items()})
 
     return register
 
 
-@when_run("padding mask ignored", needs="attention_mask")
+@at_run_time("padding mask ignored", needs="attention_mask")
 def _(run: Any, inputs: Arrays) -> Arrays:
     return run({**inputs, "attention_mask": np.ones_like(inputs["attention_mask"])})
 
 
-@when_run("padding mask taken for a length", needs="attention_mask")
+@at_run_time("padding mask read as a length", needs="attention_mask")
 def _(run: Any, inputs: Arrays) -> Arrays:
     """As GroupQueryAttention's `seqlens_k` does: right only where the padding is at the end."""
     mask = inputs["attention_mask"]
     return run({**inputs, "attention_mask": (np.arange(mask.shape[1]) < mask.sum(1, keepdims=True)).astype(mask.dtype)})
 
 
-@when_run("every row has the first row's mask", needs="attention_mask")
+@at_run_time("every row has the first row's mask", needs="attention_mask")
 def _(run: Any, inputs: Arrays) -> Arrays:
     mask = inputs["attention_mask"]
     return run({**inputs, "attention_mask": np.broadcast_to(mask[:1], mask.shape).copy()})
 
 
-@when_run("token types ignored", needs="token_type_ids")
+@at_run_time("token types ignored", needs="token_type_ids")
 def _(run: Any, inputs: Arrays) -> Arrays:
     return run({**inputs, "token_type_ids": np.zeros_like(inputs["token_type_ids"])})
 
 
-@when_run("a second input frozen at its example", needs="loudness")
+@at_run_time("a second input replaced by its example", needs="loudness")
 def _(run: Any, inputs: Arrays) -> Arrays:
     return run({**inputs, "loudness": np.full_like(inputs["loudness"], 0.9)})
 
 
-@when_run("the main input ignored")
+@at_run_time("the main input ignored")
 def _(run: Any, inputs: Arrays) -> Arrays:
     name = next(iter(inputs))
     return run({**inputs, name: np.ones_like(inputs[name])})
 
 
-@when_run("batch folded in: another size is refused")
+@at_run_time("fixed batch: another size is refused")
 def _(run: Any, inputs: Arrays) -> Arrays:
     if len(next(iter(inputs.values()))) != 3:
         raise RuntimeRefused("Got invalid dimensions for input")
     return run(inputs)
 
 
-@when_run("batch folded in: every row answers as the first")
+@at_run_time("fixed batch: every row has the first row's output")
 def _(run: Any, inputs: Arrays) -> Arrays:
     return {name: np.broadcast_to(value[:1], value.shape) for name, value in run(inputs).items()}
 
 
-@when_run("batch folded in: right up to the traced size")
+@at_run_time("fixed batch: rows beyond the traced size are zero")
 def _(run: Any, inputs: Arrays) -> Arrays:
     return {name: np.concatenate([value[:2], 0 * value[2:]]) for name, value in run(inputs).items()}
 
 
-@when_run("sequence folded in: another length is refused")
+@at_run_time("fixed sequence: another length is refused")
 def _(run: Any, inputs: Arrays) -> Arrays:
     if next(iter(inputs.values())).shape[-1] not in (11, 9):
         raise RuntimeRefused("Got invalid dimensions for input")
     return run(inputs)
 
 
-@when_run("sequence folded in: what lies beyond the traced length is cut off")
+@at_run_time("fixed sequence: tokens beyond the traced length are cut off")
 def _(run: Any, inputs: Arrays) -> Arrays:
     def cut(value: NDArray[Any]) -> NDArray[Any]:
         cut = value.copy()
@@ -580,100 +580,100 @@ def _(run: Any, inputs: Arrays) -> Arrays:
     return run({name: cut(value) for name, value in inputs.items()})
 
 
-@when_run("dropout left on, p = 0.1")
+@at_run_time("dropout active, p = 0.1")
 def _(run: Any, inputs: Arrays) -> Arrays:
     rng = np.random.default_rng(len(next(iter(inputs.values()))))
     return {k: v * (rng.random(v.shape) > 0.1).astype(v.dtype) / np.float32(0.9) for k, v in run(inputs).items()}
 
 
-@of_floats("NaN everywhere")
+@of_each_output("NaN everywhere")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return np.full_like(output, np.nan)
 
 
-@of_floats("NaN in one place")
+@of_each_output("NaN in one element")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     output.flat[output.size // 2] = np.nan
     return output
 
 
-@of_floats("fp16 overflow: the largest number is infinite")
+@of_each_output("fp16 overflow: the largest number is infinite")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     output.flat[np.abs(output).argmax()] = np.inf
     return output
 
 
-@of_floats("all-zero output")
+@of_each_output("all-zero output")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return np.zeros_like(output)
 
 
-@of_floats("constant output")
+@of_each_output("constant output")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return np.full_like(output, output.mean())
 
 
-@of_floats("answers computed in fp16")
+@of_each_output("outputs rounded to fp16")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return output.astype(np.float16).astype(np.float32)
 
 
-@of_floats("answers computed in bf16")
+@of_each_output("outputs rounded to bf16")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return bf16(output)
 
 
-@of_floats("dtype changed to float64")
+@of_each_output("dtype changed to float64")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return output.astype(np.float64)
 
 
-@of_floats("dtype changed to float16")
+@of_each_output("dtype changed to float16")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return output.astype(np.float16)
 
 
-@of_floats("one dimension too many")
+@of_each_output("one dimension too many")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return output[None]
 
 
-@of_floats("shifted by one along the last axis")
+@of_each_output("shifted by one along the last axis")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return np.roll(output, 1, axis=-1)
 
 
-@of_floats("shifted by one along the batch")
+@of_each_output("shifted by one along the batch")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     return np.roll(output, 1, axis=0)
 
 
-@of_floats("softmax already applied")
+@of_each_output("softmax already applied")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     raised = np.exp(output - output.max(-1, keepdims=True))
     return (raised / raised.sum(-1, keepdims=True)).astype(np.float32)
 
 
-@of_floats("one number in the largest output off by a thousandth")
+@of_each_output("one element off by a thousandth of the largest")
 def _(output: NDArray[Any]) -> NDArray[Any]:
     output.flat[output.size // 2] += 1e-3 * np.abs(output).max()
     return output
 
 
-@of_answers("output missing")
-def _(answers: Arrays) -> Arrays:
-    return dict(list(answers.items())[:-1])
+@of_outputs("output missing")
+def _(outputs: Arrays) -> Arrays:
+    return dict(list(outputs.items())[:-1])
 
 
-@of_answers("output extra")
-def _(answers: Arrays) -> Arrays:
-    return {**answers, "present.0": next(iter(answers.values()))}
+@of_outputs("extra output")
+def _(outputs: Arrays) -> Arrays:
+    return {**outputs, "present.0": next(iter(outputs.values()))}
 
 
 @defect("output renamed")
 def _(column: Column) -> Runner | None:
     if column.mode == "torchscript":
-        return None  # whose outputs have no names
+        return None  # its outputs have no names
     right = column.candidate(subjects.adapter(column.subject, column.kind))
     return Tampered(right, lambda run, inputs: {f"{k}_1": v for k, v in run(inputs).items()})
 
@@ -685,38 +685,38 @@ def _(column: Column) -> Runner | None:
     right = column.candidate(subjects.adapter(column.subject, column.kind))
 
     def swap(run: Any, inputs: Arrays) -> Arrays:
-        answers = run(inputs)
-        return {**answers, "logits": answers["other"], "other": answers["logits"]}
+        outputs = run(inputs)
+        return {**outputs, "logits": outputs["other"], "other": outputs["logits"]}
 
     return Tampered(right, swap)
 
 
-def remembering(key: Callable[[Arrays], Any]) -> Spoil:
-    """Answers what it answered before, wherever the key is the same: state that outlives a call."""
+def repeating(key: Callable[[Arrays], Any]) -> Tamper:
+    """Repeat the outputs of the first call with the same key: state that outlives a call."""
     memory: dict[Any, Arrays] = {}
 
-    def spoil(run: Any, inputs: Arrays) -> Arrays:
+    def tamper(run: Any, inputs: Arrays) -> Arrays:
         return memory.setdefault(key(inputs), run(inputs))
 
-    return spoil
+    return tamper
 
 
-@defect("answers of the first call with this shape, for ever")
+@defect("outputs of the first call with this shape are repeated")
 def _(column: Column) -> Runner:
     right = column.candidate(subjects.adapter(column.subject, column.kind))
-    return Tampered(right, remembering(lambda inputs: tuple(value.shape for value in inputs.values())))
+    return Tampered(right, repeating(lambda inputs: tuple(value.shape for value in inputs.values())))
 
 
 @defect("right once, then without the adapter")
 def _(column: Column) -> Runner:
-    """The adapter's object was collected while the session lived on."""
+    """The adapter object was garbage-collected while the session was in use."""
     right = column.candidate(subjects.adapter(column.subject, column.kind))
     wrong = column.candidate(subjects.change(subjects.adapter(column.subject, column.kind), {}, replaced={}, biases={}))
     calls = iter(range(1_000))
     return Tampered(right, lambda run, inputs: run(inputs) if next(calls) < 3 else wrong.run(inputs))
 
 
-@defect("dropout left on, p = 0.001, other draws on each call")
+@defect("dropout active, p = 0.001, new on each call")
 def _(column: Column) -> Runner:
     right = column.candidate(subjects.adapter(column.subject, column.kind))
     rng = np.random.default_rng(3)
@@ -733,20 +733,20 @@ def _(column: Column) -> Runner:
 
 @defect("outdated external data")
 def _(column: Column) -> Runner | None:
-    """The graph of today beside the weights of yesterday's adapter."""
+    """A graph beside the weights of an earlier adapter."""
     if column.mode not in ("merged", "nodes"):
         return None
-    made = []
+    folders = []
     for seed in (0, 7):
-        place = subjects.new_folder()
-        subjects.save_apart(column.graph(subjects.adapter(column.subject, column.kind, seed=seed)), place)
-        made.append(place)
-    today, yesterday = made
-    (today / "model.onnx.data").write_bytes((yesterday / "model.onnx.data").read_bytes())
-    return subjects.OnnxRunner(today / "model.onnx")
+        folder = subjects.new_folder()
+        subjects.save_apart(column.graph(subjects.adapter(column.subject, column.kind, seed=seed)), folder)
+        folders.append(folder)
+    current, earlier = folders
+    (current / "model.onnx.data").write_bytes((earlier / "model.onnx.data").read_bytes())
+    return subjects.OnnxRunner(current / "model.onnx")
 
 
-@defect("CPU instead of the provider that was asked for")
+@defect("CPU instead of the requested provider")
 def _(column: Column) -> Runner | None:
     if column.mode not in GRAPHS:
         return None
@@ -756,9 +756,9 @@ def _(column: Column) -> Runner | None:
     return runner  # type: ignore[no-any-return]
 
 
-@defect("adapter's object dropped")
+@defect("adapter object released")
 def _(column: Column) -> Runner | None:
-    """What onnxruntime makes of it: the base, without an error. A true one is freed memory, and may be anything."""
+    """onnxruntime then computes the base, without an error. In general it reads freed memory."""
     if column.mode != "inputs":
         return None
     runner: Any = column.candidate(subjects.adapter(column.subject, column.kind))
@@ -775,12 +775,12 @@ def _(column: Column) -> Runner | None:
 
 @defect("`.onnx_adapter` without one layer's tensors")
 def _(column: Column) -> Runner | None:
-    return with_file(column, lambda given: dict(list(given.items())[2:]))
+    return with_file(column, lambda tensors: dict(list(tensors.items())[2:]))
 
 
 @defect("`.onnx_adapter` without one B")
 def _(column: Column) -> Runner | None:
-    return with_file(column, lambda given: {k: v for k, v in given.items() if k != list(given)[1]})
+    return with_file(column, lambda tensors: {k: v for k, v in tensors.items() if k != list(tensors)[1]})
 
 
 def with_file(column: Column, change: Callable[[Arrays], Arrays]) -> Runner | None:
@@ -788,16 +788,16 @@ def with_file(column: Column, change: Callable[[Arrays], Arrays]) -> Runner | No
         return None
     from lora_export.formats import onnx_adapter
 
-    written = onnx_adapter.write
+    write = onnx_adapter.write
 
-    def partly(path: Any, given: Any, contract: Any, **options: Any) -> None:
-        written(path, change(dict(given)), contract, **options)
+    def write_part(path: Any, tensors: Any, contract: Any, **options: Any) -> None:
+        write(path, change(dict(tensors)), contract, **options)
 
-    onnx_adapter.write = partly
+    onnx_adapter.write = write_part
     try:
         return column.candidate(subjects.adapter(column.subject, column.kind))
     finally:
-        onnx_adapter.write = written
+        onnx_adapter.write = write
 
 
 @defect("another row's adapter id")
@@ -805,12 +805,12 @@ def _(column: Column) -> Runner | None:
     return with_ids(column, [2])
 
 
-@defect("the base's id")
+@defect("adapter id of the base")
 def _(column: Column) -> Runner | None:
     return with_ids(column, [0])
 
 
-@defect("right id on the first row alone")
+@defect("right adapter id on the first row alone")
 def _(column: Column) -> Runner | None:
     return with_ids(column, [1, 0, 0, 0, 0])
 
@@ -822,37 +822,37 @@ def with_ids(column: Column, ids: list[int]) -> Runner | None:
     return runner.with_rows(ids)  # type: ignore[no-any-return]
 
 
-def surgery(name: str, applies: Callable[[ir.Model], bool] = lambda _: True) -> Any:
-    """Nodes of the graph are changed."""
+def of_graph(name: str, applies: Callable[[ir.Model], bool] = lambda _: True) -> Any:
+    """Register a change of the graph's nodes."""
 
-    def register(cut: Callable[[ir.Model], None]) -> Any:
+    def register(change: Callable[[ir.Model], None]) -> Any:
         def make(column: Column) -> Runner | None:
             if column.mode not in GRAPHS:
                 return None
             adapter = subjects.adapter(column.subject, column.kind)
             if not applies(column.graph(adapter)):
                 return None
-            return column.candidate(adapter, graph=cut)
+            return column.candidate(adapter, graph=change)
 
         DEFECTS[name] = Defect(name, make)
-        return cut
+        return change
 
     return register
 
 
 def after(program: ir.Model, output: ir.Value, *chain: tuple[str, tuple[Any, ...], dict[str, Any]]) -> None:
-    """Put nodes between an output and whoever made it."""
+    """Insert nodes between an output and the node that computes it."""
     value: ir.Value = output
     nodes = []
     for op_type, others, attributes in chain:
         inputs = [value, *(constant(program, other) for other in others)]
         nodes.append(ir.node(op_type, inputs, attributes=attributes or None))
         value = nodes[-1].outputs[0]
-    place = list(program.graph.outputs).index(output)
+    position = list(program.graph.outputs).index(output)
     name, output.name = output.name, f"{output.name}_before"
     value.name, value.type, value.shape = name, output.type, output.shape
     program.graph.extend(nodes)
-    program.graph.outputs[place] = value
+    program.graph.outputs[position] = value
 
 
 def constant(program: ir.Model, array: Any) -> ir.Value:
@@ -867,20 +867,20 @@ def float_outputs(program: ir.Model) -> Iterator[ir.Value]:
     yield from list(program.graph.outputs)
 
 
-@surgery("Dropout in training mode")
+@of_graph("Dropout in training mode")
 def _(program: ir.Model) -> None:
     for output in float_outputs(program):
         after(program, output, ("Dropout", (np.float32(0.1), np.bool_(True)), {"seed": 5}))
 
 
-@surgery("Cast to fp16 and back at the end")
+@of_graph("Cast to fp16 and back at the end")
 def _(program: ir.Model) -> None:
     half, single = ir.DataType.FLOAT16.value, ir.DataType.FLOAT.value
     for output in float_outputs(program):
         after(program, output, ("Cast", (), {"to": half}), ("Cast", (), {"to": single}))
 
 
-@surgery("fp16 overflow inside")
+@of_graph("fp16 overflow inside")
 def _(program: ir.Model) -> None:
     half, single = ir.DataType.FLOAT16.value, ir.DataType.FLOAT.value
     times = np.float32(1e6)
@@ -889,7 +889,7 @@ def _(program: ir.Model) -> None:
         after(program, output, *chain)
 
 
-@surgery("NaN made and passed on")
+@of_graph("square root of negative values")
 def _(program: ir.Model) -> None:
     for output in float_outputs(program):
         after(program, output, ("Sqrt", (), {}))
@@ -899,7 +899,7 @@ def approximated(program: ir.Model) -> list[ir.Node]:
     return [node for node in program.graph if node.op_type in ("Gelu", "Erf")]
 
 
-@defect("GELU by its tanh approximation")
+@defect("GELU replaced by its tanh approximation")
 def _(column: Column) -> Runner | None:
     adapter = subjects.adapter(column.subject, column.kind)
     if column.mode in GRAPHS:
@@ -939,7 +939,7 @@ def normalisations(program: ir.Model) -> list[ir.Node]:
     return [node for node in program.graph if node.op_type == "LayerNormalization"]
 
 
-@surgery("another epsilon in the layer norms", lambda program: bool(normalisations(program)))
+@of_graph("another epsilon in the layer norms", lambda program: bool(normalisations(program)))
 def _(program: ir.Model) -> None:
     for node in normalisations(program):
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
