@@ -376,9 +376,9 @@ def test_reports_contain_every_weight(tmp_path: Path, capsys: pytest.CaptureFixt
     assert junit_schema.faults(junit) == []
     suite = junit.find("testsuite")
     assert suite is not None
-    assert (suite.get("tests"), suite.get("failures")) == (str(len(tensors)), "1")
-    (failed,) = (test for test in suite.findall("testcase") if test.find("failure") is not None)
-    assert failed.get("name") == "kept.bias"
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(tensors) + 1), "2")  # and the verdict
+    failed = [test.get("name") for test in suite.findall("testcase") if test.find("failure") is not None]
+    assert failed == ["kept.bias", "same"]
     assert "1 of 16 entries" not in files[2].read_text() and "16 of 16 entries are not the base" in files[2].read_text()
 
 

@@ -514,7 +514,7 @@ def outweighed(std: float) -> tuple[model.Model, Adapter]:
 def test_a_right_merge_of_an_adapter_that_outweighs_the_weights_is_not_blamed_for_the_digits_that_any_merge_costs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(judging, "slack", lambda *_: 1.6)  # 2.2 is needed here, 1 once PyTorch has merged it too
+    monkeypatch.setattr(judging, "ratio_limit", lambda *_: 1.6)  # 2.2 is needed here, 1 once PyTorch has merged it too
     base, adapter = outweighed(1.0)
     result = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
     assert result.verdict.same and against_pytorch.MERGED in result.verdict.notes, str(result.verdict)
