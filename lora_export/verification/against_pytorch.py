@@ -6,7 +6,6 @@ references in fp64, one after the other.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,21 +41,17 @@ from lora_export.verification.references import (
     cached_outputs,
     quantised_weights,
 )
-from lora_export.verification.references.pytorch import (
-    AttachedModule,
-    as_deployed,
-    copied,
-    double,
-    merged,
-    name_of,
-    narrowed,
-    precision,
-    quantised_weights_of,
-    rounded_weights,
-    shared,
-    widened,
-    with_adapters,
+from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
+from lora_export.verification.references.cached_outputs import CachedOutputs
+from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
+from lora_export.verification.references.deployed_module import (
+    coarser_dtype,
+    deployed_module,
+    dtype_name,
+    in_candidate_dtype,
+    merged_module,
 )
+from lora_export.verification.references.module_copies import converted_copy, shared_copy, to_double, widened
 
 MERGED = "PyTorch's own error is that of the adapters merged, where it is the larger one: they outweigh the weights"
 HALF = "the candidate is in half precision: --dtype float16 puts it beside the model in that"
@@ -147,10 +142,10 @@ class PyTorchReferences:
         changes = plan.make(adapters, layers.specs(model.module), strengths=self.strengths) if adapters else None
         quantised = quantised_weights_of(candidate, model, changes, self.origin, inputs.cases)
         judged = quantised_weights.with_dequantised_weights(model, quantised)
-        module = with_adapters(shared(judged.module), adapters, self.strengths)
-        rounded, preferred = rounded_weights(candidate, module, quantised) if adapters else ({}, {})
+        module = attach_adapters(shared_copy(judged.module), adapters, self.strengths)
+        rounding, preferred = rounding_of(candidate, module, quantised) if adapters else ({}, {})
         has_pairs = any(adapter.pairs for adapter in adapters)
-        attached = AttachedModule(module, rounded, preferred, has_pairs=has_pairs)
+        attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
         return PreparedPyTorch(self, candidate, inputs, changes, judged, quantised, attached)
 
     def explain(self, refusal: str) -> str:
@@ -178,14 +173,14 @@ class PreparedPyTorch:
     @property
     def dtype(self) -> torch.dtype:
         """The coarser of the candidate's and the model's own."""
-        return precision(self.candidate, self.references.model.module)
+        return coarser_dtype(self.candidate, self.references.model.module)
 
     @cached_property
     def deployed(self) -> ModuleRunner:
         """PyTorch as it would be deployed."""
         device = self.references.device
-        module = as_deployed(self.attached, self.quantised, device)
-        return ModuleRunner(narrowed(module, self.candidate, self.references.model), device)
+        module = deployed_module(self.attached, self.quantised, device)
+        return ModuleRunner(in_candidate_dtype(module, self.candidate, self.references.model), device)
 
     def run(self, outputs: CandidateOutputs, step: Step) -> ReferenceOutputs:
         """Run PyTorch as deployed, then the references in fp64."""
@@ -195,11 +190,11 @@ class PreparedPyTorch:
         own = {name: deployed.run(arrays) for name, arrays in cases.items()}
         doubts, rows = looked_up.doubts, looked_up.notes  # of the cases alone: before other inputs are tried
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
-        by_role, narrow = self._in_fp64(step)
+        by_role, narrow_operators = self._in_fp64(step)
         names_known = self.candidate.names_known and deployed.names_known
         notes = [
             *outputs.refusals,
-            *_about_reference(narrow),
+            *_about_reference(narrow_operators),
             *model.notes,
             *notes_on_sizes(self.candidate, model),
             *_about_cache(self.candidate),
@@ -214,7 +209,7 @@ class PreparedPyTorch:
             own,
             by_role,
             sensitivity,
-            dtype=name_of(self.dtype),
+            dtype=dtype_name(self.dtype),
             names_known=names_known,
             is_quantised=bool(self.quantised),
             notes=tuple(notes),
@@ -222,37 +217,44 @@ class PreparedPyTorch:
             faults=tuple(quantised_weights.merge_faults(self.quantised)),
         )
 
-    def _in_fp64(self, step: Step) -> tuple[dict[str, dict[str, Arrays]], set[str]]:
-        """Role -> case -> outputs, and the operators that computed in less than fp64. Outputs in the cache are read."""
-        cases, narrow = self.inputs.cases, set[str]()
-        roles = self.attached.roles if self.references.adapters else ("reference",)
-        cached = cached_outputs.CachedOutputs(self.references.cache, self._cache_key(), narrow, self.references.say)
-        lacking = [role for role in roles if any((name, role) not in cached.outputs for name in cases)]
-        with widened(self.attached.module) if lacking else contextlib.nullcontext():
-            for role in lacking:
+    def _in_fp64(self, step: Step) -> CachedOutputs:
+        """The outputs of the references in fp64: read from the cache, or run now and written to it."""
+        given, key = self.references, self._cache_key()
+        if given.cache is not None and key is not None and (cached := cached_outputs.read(given.cache, key, given.say)):
+            return cached
+        narrow_operators: set[str] = set()
+        by_role = {}
+        with widened(self.attached.module):
+            for role in self.attached.roles if given.adapters else ("reference",):
                 step(STEPS[role])
-                outputs = self.attached.run(role, cases, narrow)
-                cached.outputs |= {(name, role): outputs[name] for name in cases}
-        cached.save()
-        return {role: {name: cached.outputs[name, role] for name in cases} for role in roles}, narrow
+                by_role[role] = self.attached.run(role, self.inputs.cases, narrow_operators)
+        outputs = CachedOutputs(by_role, frozenset(narrow_operators))
+        if given.cache is not None and key is not None:
+            cached_outputs.write(given.cache, key, outputs, given.say)
+        return outputs
 
     def _cache_key(self) -> cached_outputs.CacheKey | None:
-        """The hashes of all that the references depend on; None without a cache, and where a scheme rounds weights."""
-        given, rounded = self.references, self.attached.rounded
-        dtypes = {name: kind for name, kind in rounded.items() if isinstance(kind, str)}
-        if given.cache is None or len(dtypes) < len(rounded):
+        """The hashes of all that the references depend on; None where they cannot be cached, which is warned of."""
+        given, rounding = self.references, self.attached.rounding
+        if given.cache is None:
             return None
-        module, cases = self.deployed.module, self.inputs.cases
-        return cached_outputs.cache_key(self.judged, given.adapters, given.strengths, cases, dtypes, module)
+        dtypes = {name: kind for name, kind in rounding.items() if isinstance(kind, str)}
+        key = None
+        if len(dtypes) == len(rounding):  # no weight is rounded to the numbers of a quantised one
+            module, cases = self.deployed.module, self.inputs.cases
+            key = cached_outputs.cache_key(self.judged, given.adapters, given.strengths, cases, dtypes, module)
+        if key is None:
+            given.say("cache: not used: an adapter came from no file, or was merged into quantised weights")
+        return key
 
     def run_merged(self, step: Step) -> MergedPeer | None:
         """Run PyTorch with the adapters merged; None where weights are rounded or in half precision already."""
-        is_plain = not self.attached.rounded and not self.quantised and self.dtype is torch.float32
+        is_plain = not self.attached.rounding and not self.quantised and self.dtype is torch.float32
         if self.changes is None or not self.attached.has_pairs or not is_plain:
             return None
         step("PyTorch, the adapters merged")
         device = self.references.device
-        peer = ModuleRunner(merged(self.attached.module, self.changes).to(device), device)
+        peer = ModuleRunner(merged_module(self.attached.module, self.changes).to(device), device)
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED)
 
     def diagnose(self, case: parity.Case, *, every: bool, step: Step) -> Diagnosed:
@@ -271,9 +273,9 @@ class PreparedPyTorch:
             return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
 
     def _diagnosis_case(self, case: parity.Case) -> DiagnosisCase:
-        wide = replace(self.attached, module=copied(self.attached.module, double))
+        wide = replace(self.attached, module=converted_copy(self.attached.module, to_double))
         attached = Fp64Runner(wide.module)
-        reference = Fp64Runner(wide.rounded_module()) if wide.rounded else attached
+        reference = Fp64Runner(wide.rounded_module()) if wide.rounding else attached
         return DiagnosisCase(
             self.candidate,
             reference,

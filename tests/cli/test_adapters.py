@@ -22,7 +22,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.verification.references import pytorch
+from lora_export.verification.references.attached_module import attached_copy
 from support.cli import answer, call
 from support.handmade import peft_adapter
 from support.swapping import MODEL
@@ -101,7 +101,7 @@ def test_onnxruntimes_own_loader_computes_what_pytorch_computes(place: Path) -> 
         adapter.Load(str(place / f"{name}.onnx_adapter"))
         options.add_active_adapter(adapter)
         (given,) = session.run(None, signal(), options)
-        module = pytorch.adapted(loaded, [formats.load(place / name)], [strength])
+        module = attached_copy(loaded, [formats.load(place / name)], [strength])
         with torch.no_grad():
             expected = module(torch.from_numpy(signal()["signal"])).numpy()
         np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)

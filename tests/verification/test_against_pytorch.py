@@ -24,7 +24,9 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.inputs import model_inputs
 from lora_export.verification.parity import judging
 from lora_export.verification.proof import Proof, prove, prove_mixed
-from lora_export.verification.references import pytorch
+from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
+from lora_export.verification.references.deployed_module import coarser_dtype, deployed_module, dtype_name
+from lora_export.verification.references.module_copies import shared_copy, widened
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
 
@@ -87,13 +89,13 @@ def test_the_model_is_as_it_was_after_a_proof(scaled: model.Model) -> None:
 def test_widening_keeps_what_is_shared_and_comes_back_to_the_bit(dtype: torch.dtype) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)).to(dtype)
     module[2].weight = torch.nn.Parameter(module[0].weight.detach())  # another parameter, the same memory
-    sharing = pytorch.shared(module)
+    sharing = shared_copy(module)
     bits = {name: value.clone() for name, value in module.state_dict().items()}
 
     class Interrupted(Exception):
         pass
 
-    with pytest.raises(Interrupted), pytorch.widened(module):
+    with pytest.raises(Interrupted), widened(module):
         for there in (module, sharing):
             kinds = {name: value.dtype for name, value in there.state_dict().items()}
             assert kinds.pop("1.num_batches_tracked") is torch.int64 and set(kinds.values()) == {torch.float64}
@@ -202,7 +204,7 @@ def test_a_model_in_half_precision_is_refereed_in_fp64_and_deployed_as_it_is(
         expected = np.tanh(rows @ weight.T + bias) * weights[..., None]
         np.testing.assert_allclose(case.reference["output_0"], expected, rtol=1e-12, atol=1e-12)
         own = case.deployed["output_0"]
-        assert str(own.dtype) == pytorch.name_of(dtype)
+        assert str(own.dtype) == dtype_name(dtype)
         assert 1e-4 < np.abs(own.astype(np.float64) - expected).max() < 0.2  # coarse, as it is deployed
     assert not prove(folded(scaled, adapter, strength=1.1), PyTorchReferences(scaled, [adapter])).verdict.same
     assert all(value.dtype is dtype for value in scaled.module.parameters())
@@ -214,17 +216,15 @@ def test_the_gates_are_those_of_the_coarser_of_candidate_and_model(scaled: model
             return inputs
 
     half = copy.deepcopy(scaled.module).half()
-    assert pytorch.precision(Elsewhere(), scaled.module) is torch.float32
-    assert pytorch.precision(Elsewhere(), half) is torch.float16
-    assert (
-        pytorch.precision(torch_runners.ModuleRunner(copy.deepcopy(half).bfloat16()), scaled.module) is torch.bfloat16
-    )
+    assert coarser_dtype(Elsewhere(), scaled.module) is torch.float32
+    assert coarser_dtype(Elsewhere(), half) is torch.float16
+    assert coarser_dtype(torch_runners.ModuleRunner(copy.deepcopy(half).bfloat16()), scaled.module) is torch.bfloat16
 
 
 def test_what_is_rounded_to_a_scheme_is_deployed_in_the_models_own_precision(scaled: model.Model) -> None:
-    module = pytorch.with_adapters(scaled.module.half(), [an_adapter()], None)
+    module = attach_adapters(scaled.module.half(), [an_adapter()], None)
     thirds = {"dense.weight": lambda array: np.round(array * 3) / 3}
-    deployed = pytorch.as_deployed(pytorch.AttachedModule(module, thirds), {}, "cpu")
+    deployed = deployed_module(AttachedModule(module, thirds), {}, "cpu")
     assert {value.dtype for value in deployed.parameters()} == {torch.float16}
     steps = deployed.dense.weight.detach().double() * 3
     assert (steps - steps.round()).abs().max() < 1e-2

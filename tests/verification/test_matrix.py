@@ -46,7 +46,7 @@ from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs.model_inputs import case_inputs
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove, prove_mixed
-from lora_export.verification.references.pytorch import adapted
+from lora_export.verification.references.attached_module import attached_copy
 from support import FACTORIES
 from support.exporters import WORDS, a_bert, a_gpt2, a_llama
 from support.graphs import eager
@@ -307,7 +307,7 @@ def test_what_the_proofs_call_right_is_what_peft_computes(name: str, variant: st
     base = SUBJECTS[name].base
     adapter, theirs = trained(name, variant)
     feeds = base.example_inputs()
-    ours, expected, without = (eager(one, feeds) for one in (adapted(base, [adapter]), theirs, base.module))
+    ours, expected, without = (eager(one, feeds) for one in (attached_copy(base, [adapter]), theirs, base.module))
     for key, value in expected.items():
         np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=1e-4 * np.abs(value).max())
         assert np.abs(value - without[key]).max() > 0.02 * np.abs(value).max()

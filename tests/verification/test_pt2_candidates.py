@@ -24,7 +24,7 @@ from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references import pytorch
+from lora_export.verification.references.attached_module import attached_copy
 from support.programs import SUBJECTS, VARIES, ProgramFiles, Subject, export, noise
 
 SMALL = ("mlp", "cnn", "words")
@@ -53,7 +53,7 @@ def test_the_reference_computes_as_the_eager_model_in_fp64(
     subject = SUBJECTS[name]
     base = load_model(str(subject.export(subject.base, tmp_path / "base.pt2", decomposed=decomposed)))
     arrays = {key: value.numpy() for key, value in base.inputs({"batch": 3, "sequence": 8}, seed=1).items()}
-    module = pytorch.adapted(base, [programs.adapter(name)]).double()
+    module = attached_copy(base, [programs.adapter(name)]).double()
     reference = Fp64Runner(module)
     own = reference.run(arrays)
     theirs = Fp64Runner(copy.deepcopy(subject.adapted).double()).run(arrays)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,66 +45,58 @@ class CacheKey:
     made_with: dict[str, str]
 
 
-class CachedOutputs:
-    """Outputs of the reference by case and role: those of the folder's entry, and those that a caller adds.
+class CachedOutputs(NamedTuple):
+    """Outputs of the reference in fp64, and the operators that computed in less than fp64."""
 
-    The roles are those of a proof: reference, base, scaled, attached. Any problem with the folder goes to `warn` and
-    never ends a proof. Without a key nothing is read or saved. `narrow_operators` are those that the reference could
-    not lift to fp64; they are saved with its outputs, and a read entry adds its own.
-    """
+    by_role: Mapping[str, Mapping[str, Arrays]]  # role -> case -> output -> values
+    narrow_operators: frozenset[str]
 
-    def __init__(self, folder: Path | None, key: CacheKey | None, narrow_operators: set[str], warn: Warn):
-        self.folder, self.key, self.narrow_operators, self.warn = folder, key, narrow_operators, warn
-        self.outputs: dict[tuple[str, str], Arrays] = {}  # (case, role) -> output -> values
-        self.is_saved = False
-        if folder is None:
-            return
-        if key is None:
-            warn("cache: not used: an adapter came from no file, or was merged into quantised weights")
-        else:
-            self._read(key)
 
-    def save(self) -> None:
-        """Write the entry, whole or not at all, unless the folder has it already."""
-        if self.folder is None or self.key is None or self.is_saved:
-            return
-        flat = [((*role, output), values) for role, arrays in self.outputs.items() for output, values in arrays.items()]
-        record = {"made_with": self.key.made_with, "stayed": sorted(self.narrow_operators), "digest": _digest(flat)}
-        path = self._path(self.key)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
-                named = {json.dumps(name): values for name, values in flat}
-                safetensors_file.write(stage / path.name, named, {METADATA: json.dumps(record)})
-        except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have
-            self.warn(f"cache: nothing was saved: {error}")
+def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
+    """The outputs in the folder's entry; None where it is missing, stale or damaged. The last two are warned of."""
+    path = _path(folder, key)
+    if not path.exists():
+        return None
+    by_role: dict[str, dict[str, Arrays]] = {}
+    try:
+        file = safetensors_file.open_file(path)
+        record = json_files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
+        flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
+        if record.get("digest") != _digest(flat):
+            raise InputRefused("its values are not those that were written")
+        if record["made_with"] != key.made_with:
+            changes = _changes(record["made_with"], key.made_with)
+            warn(f"cache: {path.name} is stale ({changes}): the reference runs again")
+            return None
+        for (case, role, output), values in flat:
+            by_role.setdefault(role, {}).setdefault(case, {})[output] = values
+        return CachedOutputs(by_role, frozenset(record["stayed"]))
+    except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
+        warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
+        return None
 
-    def _read(self, key: CacheKey) -> None:
-        path = self._path(key)
-        if not path.exists():
-            return
-        try:
-            file = safetensors_file.open_file(path)
-            record = json_files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
-            flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
-            if record.get("digest") != _digest(flat):
-                raise InputRefused("its values are not those that were written")
-            if record["made_with"] != key.made_with:
-                changes = _changes(record["made_with"], key.made_with)
-                self.warn(f"cache: {path.name} is stale ({changes}): the reference runs again")
-                return
-            for (case, role, output), values in flat:
-                self.outputs.setdefault((case, role), {})[output] = values
-            self.narrow_operators.update(record["stayed"])
-        except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
-            self.outputs.clear()
-            self.warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
-        else:
-            self.is_saved = True
 
-    def _path(self, key: CacheKey) -> Path:
-        assert self.folder is not None
-        return self.folder / f"reference-{key.digest[:32]}.safetensors"
+def write(folder: Path, key: CacheKey, outputs: CachedOutputs, warn: Warn) -> None:
+    """Write the entry, whole or not at all. A failure is warned of, and never ends a proof."""
+    path = _path(folder, key)
+    flat = [
+        ((case, role, output), values)
+        for role, by_case in outputs.by_role.items()
+        for case, arrays in by_case.items()
+        for output, values in arrays.items()
+    ]
+    record = {"made_with": key.made_with, "stayed": sorted(outputs.narrow_operators), "digest": _digest(flat)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
+            named = {json.dumps(name): values for name, values in flat}
+            safetensors_file.write(stage / path.name, named, {METADATA: json.dumps(record)})
+    except (OutputFailed, OSError, KeyError) as error:  # KeyError: a dtype that safetensors does not have
+        warn(f"cache: nothing was saved: {error}")
+
+
+def _path(folder: Path, key: CacheKey) -> Path:
+    return folder / f"reference-{key.digest[:32]}.safetensors"
 
 
 def cache_key(

@@ -39,7 +39,7 @@ from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.diagnose import localize, root_cause, traced_candidate
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
-from lora_export.verification.references import pytorch
+from lora_export.verification.references.attached_module import attached_copy
 from support.graphs import AXES, an_adapter, exported, inputs, stored
 
 LAYER = "bert.encoder.layer.0"
@@ -608,13 +608,13 @@ def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> No
     halved = dataclasses.replace(
         wrong, pairs={**wrong.pairs, DOWN.removesuffix(".weight"): dataclasses.replace(pair, b=pair.b / 2)}
     )
-    result = prove(scripted(pytorch.adapted(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong]))
+    result = prove(scripted(attached_copy(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong]))
     assert result.diagnosis is not None and result.diagnosis.first == DOWN
     assert "has 0.5 times the correct strength" in result.diagnosis.why
 
 
 def test_torchscript_with_other_tensors_is_not_diagnosed(tmp_path: Path) -> None:
-    candidate = scripted(pytorch.adapted(bert(), [the_adapter("de", 1)]), tmp_path)
+    candidate = scripted(attached_copy(bert(), [the_adapter("de", 1)]), tmp_path)
     result = prove(candidate, PyTorchReferences(bert(), [the_adapter()]))
     assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
     assert any("its modules cannot be traced" in note for note in result.verdict.notes)

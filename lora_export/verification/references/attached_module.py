@@ -1,0 +1,88 @@
+"""A module with its adapters attached as branches: the reference in fp64, and the controls.
+
+No adapter is merged, so that the reference shares no arithmetic with what it judges.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
+from lora_export.models.model import Model
+from lora_export.runtime.runner import Arrays
+from lora_export.runtime.torch_runners import Fp64Runner
+from lora_export.verification import parity
+from lora_export.verification.references.module_copies import shared_copy
+
+FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
+
+
+def attached_copy(model: Model, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> nn.Module:
+    """A copy of the model's module with adapters attached. Raises MatchError where they do not fit."""
+    return attach_adapters(copy.deepcopy(model.module), adapters, strengths)
+
+
+def attach_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: Sequence[float] | None) -> nn.Module:
+    """Attach adapters to a module, in place, and set it to eval mode. Raises MatchError where they do not fit."""
+    if strengths and not adapters:
+        raise InputRefused("strengths are given, and no adapters that they belong to")
+    if adapters:
+        layers.attach(module, plan.make(adapters, layers.specs(module), strengths=strengths))
+    return module.eval()
+
+
+@dataclass(frozen=True, eq=False)
+class AttachedModule:
+    """A module with adapters attached, run in several roles.
+
+    `rounding` are the weights that the candidate stores rounded. `preferred` are its values of them: they decide where
+    two rounded values are equally near. Every role rounds its own weights, the base too. Beside a base in full
+    precision, rounding alone would pass for an adapter.
+    """
+
+    module: nn.Module
+    rounding: Mapping[str, layers.Rounding] = field(default_factory=dict)
+    preferred: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    has_pairs: bool = True  # False: the adapters have whole tensors alone
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that `run` takes. `attached` is the reference without rounding, where weights are rounded."""
+        return ("reference", "base", "scaled", *(["attached"] if self.rounding else []))
+
+    def run(self, role: str, cases: Mapping[str, Arrays], narrow_operators: set[str]) -> dict[str, Arrays]:
+        """Run the cases in fp64, and return their outputs. The module must be `widened` meanwhile.
+
+        Adds the operators that computed in less than fp64 to `narrow_operators`. Rounded weights are made for one role
+        at a time.
+        """
+        factor = FACTORS.get(role, 1.0)
+        if self.rounding and role != "attached":
+            return _run_all(Fp64Runner(self.rounded_module(factor), narrow_operators), cases)
+        runner = Fp64Runner(self.module, narrow_operators)
+        if factor == 1.0:
+            return _run_all(runner, cases)
+        # Where there are pairs, a replaced head stays: the control is about the effect of the pairs.
+        by_pairs = self.has_pairs
+        with layers.scale_adapters(self.module, factor, keep_replaced=by_pairs, scale_replaced=not by_pairs):
+            return _run_all(runner, cases)
+
+    def rounded_module(self, factor: float = 1.0) -> nn.Module:
+        """The module in fp64 with the weights that a candidate should store. All other tensors are shared."""
+        made = shared_copy(self.module)
+        if factor == 1.0:
+            layers.materialise(made, self.rounding, self.preferred)
+        else:
+            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=not self.has_pairs)
+        return made
+
+
+def _run_all(runner: Fp64Runner, cases: Mapping[str, Arrays]) -> dict[str, Arrays]:
+    return {name: runner.run(arrays) for name, arrays in cases.items()}

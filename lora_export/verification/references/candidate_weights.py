@@ -1,0 +1,74 @@
+"""How a candidate stores its weights: quantised in a graph, or rounded to half precision in a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_export import layers
+from lora_export.errors import InputRefused
+from lora_export.models.model import Model
+from lora_export.plan import Plan
+from lora_export.runtime.kv_cache import CacheRunner
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.references import quantised_weights
+from lora_export.verification.references.quantised_weights import DequantisedWeight
+
+
+def quantised_weights_of(
+    candidate: Runner, model: Model, changes: Plan | None, origin: Path | None, inputs: Mapping[str, Arrays]
+) -> dict[str, DequantisedWeight]:
+    """The quantised weights of an ONNX candidate; none of any other candidate.
+
+    Raises InputRefused where `origin` names a quantised graph and the candidate has no quantised weights.
+    """
+    runner = candidate.inner if isinstance(candidate, CacheRunner) else candidate
+    quantised = {}
+    if isinstance(runner, OnnxRunner):
+        executed = functools.partial(_executed_nodes, candidate, runner, next(iter(inputs.values())))
+        quantised = quantised_weights.find(runner.path, model, changes, origin, executed)
+    if origin is not None and not quantised:
+        raise InputRefused(
+            f"the candidate has no quantised weights, so it was not made from {origin}. Leave out --base, or name the "
+            "graph that the candidate was made from"
+        )
+    return quantised
+
+
+def _executed_nodes(candidate: Runner, graph: OnnxRunner, arrays: Arrays) -> frozenset[tuple[str, str]]:
+    """(node, operator) of the graph as onnxruntime optimises it."""
+
+    def run(other: OnnxRunner) -> None:
+        (replace(candidate, inner=other) if isinstance(candidate, CacheRunner) else other).run(arrays)
+
+    return graph.executed_nodes(run)
+
+
+def rounding_of(
+    candidate: Runner, module: nn.Module, quantised: Mapping[str, DequantisedWeight]
+) -> tuple[dict[str, layers.Rounding], Mapping[str, torch.Tensor]]:
+    """The rounding of each of the module's tensors that a candidate stores rounded, and the candidate's values.
+
+    These are the arguments `rounding` and `preferred` of `layers.materialise`.
+    """
+    if not isinstance(candidate, ModuleRunner):
+        merged = {name: weight for name, weight in quantised.items() if weight.merge is not None}
+        values = {name: torch.from_numpy(weight.values) for name, weight in merged.items()}
+        return {name: weight.nearest for name, weight in merged.items()}, values
+    stored = candidate.stored_dtypes
+    halves = {name: dtype for name, dtype in stored.items() if dtype in ("bfloat16", "float16")}
+    # A checkpoint may lack the model's prefix, or have one that the module lacks.
+    rounding: dict[str, layers.Rounding] = {
+        spec.name: dtype
+        for spec in layers.specs(module)
+        for name, dtype in halves.items()
+        if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
+    }
+    return rounding, candidate.module.state_dict()

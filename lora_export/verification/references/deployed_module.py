@@ -1,0 +1,101 @@
+"""PyTorch as it would be deployed beside a candidate: in its precision, and with the weights that it should store."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lora_export import layers
+from lora_export.errors import InputRefused
+from lora_export.models.model import Model
+from lora_export.models.pt2.program import Program
+from lora_export.plan import Plan
+from lora_export.runtime.runner import Runner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification import parity
+from lora_export.verification.references import quantised_weights
+from lora_export.verification.references.attached_module import AttachedModule
+from lora_export.verification.references.module_copies import (
+    converted_copy,
+    named_tensors,
+    shared_copy,
+    to_double,
+    to_single,
+    widened,
+)
+from lora_export.verification.references.quantised_weights import DequantisedWeight
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
+
+def deployed_module(attached: AttachedModule, quantised: Mapping[str, DequantisedWeight], device: str) -> nn.Module:
+    """The module as it would be deployed: with weights as the reference rounds them, where a candidate's are rounded.
+
+    The loss of a merge into low precision is separated from faults of the merge by that. On the CPU all tensors that
+    are not rounded are shared.
+    """
+    if attached.rounding:
+        own = {name: tensor.dtype for name, tensor in named_tensors(attached.module) if tensor.dtype in HALVES}
+        with widened(attached.module):
+            module = converted_copy(attached.rounded_module(), to_single)
+        module.to(device)
+        for name, tensor in named_tensors(module):
+            tensor.data = tensor.data.to(own.get(name, tensor.dtype))  # what the model has in half precision stays so
+    else:
+        module = shared_copy(attached.module) if device == "cpu" else copy.deepcopy(attached.module).to(device)
+    quantised_weights.round_activations(module, quantised)
+    return module
+
+
+def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
+    """A copy with the adapters merged: W + s·BA in fp64, rounded to fp32 once. Shares no arithmetic with a merge."""
+    wide = converted_copy(module, to_double)
+    layers.materialise(wide, {step.weight: "float32" for step in changes.steps if step.terms}, {})
+    return converted_copy(wide, to_single)
+
+
+def candidate_dtype(candidate: Runner) -> torch.dtype:
+    """The half precision of a candidate that PyTorch runs; float32 of every other candidate."""
+    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in HALVES else torch.float32
+
+
+def coarser_dtype(candidate: Runner, module: nn.Module) -> torch.dtype:
+    """The coarser of the candidate's dtype and the module's: a half precision of either, or float32."""
+    own = candidate_dtype(candidate)
+    halves = (tensor.dtype for tensor in module.parameters() if tensor.dtype in HALVES)
+    return own if own in HALVES else next(halves, own)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name as NumPy has it, such as `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def in_candidate_dtype(module: nn.Module, candidate: Runner, model: Model) -> nn.Module:
+    """The module; for a candidate in half precision a copy in the same precision.
+
+    Each tensor of the copy has the dtype that it has in the candidate's file.
+    Raises InputRefused for a .pt2 of another dtype: its graph names the dtype that it was exported in.
+    """
+    dtype = candidate_dtype(candidate)
+    if dtype is torch.float32:
+        return module
+    if isinstance(module, Program) and module.file_dtype is not dtype:
+        own = "no float" if module.file_dtype is None else dtype_name(module.file_dtype)
+        raise InputRefused(
+            f"the candidate computes in {dtype_name(dtype)}, and {model.source} was exported in {own}: PyTorch's error "
+            f"in {dtype_name(dtype)} cannot be measured with it. Give --model as a Hugging Face folder, a factory, or "
+            f"a .pt2 that was exported in {dtype_name(dtype)}"
+        )
+    made = converted_copy(module, torch.clone)
+    in_file = candidate.stored_dtypes if isinstance(candidate, ModuleRunner) else {}
+    stored = {name: kind for name, kind in in_file.items() if kind in parity.DEPLOYED}
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    for name, tensor in named_tensors(made):
+        if tensor.is_floating_point():
+            usual = dtype if name in parameters else torch.float32  # a buffer that no file has stays in fp32
+            tensor.data = tensor.data.to(getattr(torch, stored.get(name, dtype_name(usual))))
+    return made

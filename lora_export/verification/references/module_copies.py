@@ -1,0 +1,74 @@
+"""Copies of a module that share its tensors or convert them, and a module widened to fp64 in place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_export.runtime.torch_runners import NARROW_DTYPES
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy with the very same parameters and buffers; where the original's move, the copy's move too."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+
+
+def converted_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy whose parameters and buffers are the converted ones of the original. Takes memory for these alone."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(module):
+        converted = convert(tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(converted, requires_grad=tensor.requires_grad) if is_parameter else converted
+    return copy.deepcopy(module, memo)
+
+
+def to_double(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, floats as fp64."""
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+
+def to_single(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, floats as fp32."""
+    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers; a tensor with several names comes once for each."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+@contextlib.contextmanager
+def widened(module: nn.Module) -> Iterator[None]:
+    """Convert the module's floats to fp64 in place, and back at the end.
+
+    A tensor takes memory in one precision at a time. Every module that shares it sees the change. fp64 represents all
+    numbers of the narrower floats, so nothing is lost on the way back.
+    """
+    before = [(tensor, tensor.dtype) for tensor in _tensors(module) if tensor.dtype in NARROW_DTYPES]
+    try:
+        _convert_in_place([(tensor, torch.float64) for tensor, _ in before])
+        yield
+    finally:
+        _convert_in_place(before)
+
+
+def _convert_in_place(wanted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
+    """Convert tensors to dtypes. Tensors that share memory share it afterwards, too."""
+    converted: dict[Any, torch.Tensor] = {}
+    for tensor, dtype in wanted:
+        memory = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if memory not in converted or not tensor.numel():
+            converted[memory] = tensor.detach().to(dtype)
+        tensor.data = converted[memory]
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
