@@ -7,7 +7,7 @@ wrong, where, and what to do. Every other exception is a bug: it ends as a trace
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,12 @@ def one_line(text: str) -> str:
     """Escape control characters and line breaks, so that untrusted names cannot look like a line of this program."""
     text = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """The first problems, one a line and indented, and the number of the others. For a message."""
+    lines = [one_line(f"  {problem}") for problem in problems[:most]]
+    return "\n".join([*lines, *([f"  and {len(problems) - most} more"] if len(problems) > most else [])])
 
 
 def _no_command(line: str) -> str:

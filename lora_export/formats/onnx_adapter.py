@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, one_line
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
 from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, TensorSpec
 from lora_export.storage import input_files, json_files
@@ -35,7 +35,6 @@ ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
 SUFFIX = ".onnx_adapter"
 LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and padding included
-MOST_LISTED = 20  # problems that one message lists
 # ONNX's numbers of the types that a weight may have
 ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
 
@@ -153,12 +152,6 @@ def _31_bits(fingerprint: str) -> int:
     return int(fingerprint[:8], 16) & 0x7FFFFFFF
 
 
-def _listed(problems: Sequence[str]) -> str:
-    """The first problems, one a line, and the number of the others."""
-    more = [f"  and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
-    return "\n".join([*(one_line(f"  {problem}") for problem in problems[:MOST_LISTED]), *more])
-
-
 # --- the values of a graph's adapter inputs -----------------------------------------------------
 
 
@@ -172,7 +165,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
         problems += [f"{adapter.name}, {line}" for line in found]
     if problems:
         raise InputRefused(
-            f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{_listed(problems)}\n"
+            f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{listed(problems)}\n"
             "Merge such an adapter into a graph of its own (--lora merged). Nothing was written."
         )
 
@@ -188,7 +181,7 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
     ]
     if lacking:
         raise InputRefused(
-            f"the graph has no input for DoRA's factor at these weights:\n{_listed(lacking)}\n"
+            f"the graph has no input for DoRA's factor at these weights:\n{listed(lacking)}\n"
             "Make the graph with an adapter that has DoRA, or with `onnx --lora inputs --dora`. Nothing was written."
         )
 
@@ -284,7 +277,7 @@ def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | s
     misfits = list(_misfits(adapter, contract))
     if misfits:
         raise InputRefused(
-            f"{source} does not fit {graph}:\n{_listed(misfits)}\n"
+            f"{source} does not fit {graph}:\n{listed(misfits)}\n"
             "Make one that does from the trained adapter: `lora-export convert --for MODEL.onnx`"
         )
 

@@ -3,10 +3,10 @@
 All operators are standard ones, so that any provider runs them. A stacked (adapters + 1, in, rank) and B stacked
 (adapters + 1, rank, out) are gathered by row and multiplied batch-wise. The first matrix of each stack is zeros.
 
-Where many rows have few tokens each, these copies cost more than the products. There, all rows are multiplied by all A,
-each row keeps its own ranks, and these are multiplied by all B (tests/benchmarks/README.md has the measurements). This
-was measured on a CPU, and is done in fp32 only: half precision is for other devices. A CPU computes half precision in
-fp32, and onnxruntime would round the base at other points.
+Where many rows have few tokens each, these copies cost more than the products. In that case all rows are multiplied by
+all A, each row keeps its own ranks, and these are multiplied by all B (tests/benchmarks/README.md has the
+measurements). This was measured on a CPU, and is done in fp32 only: half precision is for other devices. A CPU computes
+half precision in fp32, and onnxruntime would round the base at other points.
 
 An embedding's A is one table of all adapters, in which each row looks up its own part. A convolution is computed for
 all adapters, with their ranks concatenated, and each row keeps its own ranks: ONNX has no convolution with different

@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from lora_export.errors import InputRefused, one_line
+from lora_export.errors import InputRefused, listed
 from lora_export.graph.quantised import quantised_weights
 from lora_export.graph.site import Site
 
-MAX_LISTED = 20  # problems that an error lists
 UNKNOWN = -1  # a size that only a run knows
 
 Dim = int | ir.SymbolicDim
@@ -65,15 +64,13 @@ def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.
     for name, site in layers:
         axis = _batch_axis(site, batch)
         if isinstance(axis, str):
-            problems.append(one_line(f"  {name} ({site.node.op_type} `{site.node.name}`): {axis}"))
+            problems.append(f"{name} ({site.node.op_type} `{site.node.name}`): {axis}")
         else:
             axes[site.node_input] = axis
     if problems:
-        more = [f"  and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         raise InputRefused(
-            f"{len(problems)} layers cannot have an adapter for each row of the batch, `{batch}`:\n"
-            + "\n".join([*problems[:MAX_LISTED], *more])
-            + "\nRemove them from the adapter, or switch whole adapters instead (--lora inputs). Nothing was written."
+            f"{len(problems)} layers cannot have an adapter for each row of the batch, `{batch}`:\n{listed(problems)}"
+            "\nRemove them from the adapter, or switch whole adapters instead (--lora inputs). Nothing was written."
         )
     return axes
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, one_line
+from lora_export.errors import InputRefused, listed
 from lora_export.formats.onnx_adapter import AdapterSlot, Contract, read_contract
 from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
@@ -25,8 +25,6 @@ from lora_export.graph.insert.dora import dora_factors_by_weight
 from lora_export.graph.site import Site
 from lora_export.graph.values import initializers
 from lora_export.plan import Layout, Plan
-
-MAX_LISTED = 20  # problems that an error lists
 
 
 def checked_contract(model: ir.Model, source: Path) -> Contract:
@@ -47,11 +45,7 @@ def checked_contract(model: ir.Model, source: Path) -> Contract:
     if not problems and same_dtype and same_names and fingerprint(digests) != contract.base:
         problems.append("weights without an adapter differ from those when the inputs were added")
     if problems:
-        more = [f"  and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        raise InputRefused(
-            f"{source} does not agree with its own record of inputs for adapters:\n"
-            + "\n".join([*(one_line(f"  {problem}") for problem in problems[:MAX_LISTED]), *more])
-        )
+        raise InputRefused(f"{source} does not agree with its own record of inputs for adapters:\n{listed(problems)}")
     return replace(contract, slots=tuple(slots))
 
 

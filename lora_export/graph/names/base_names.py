@@ -6,14 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.graph.names.content_match import BaseTensors, BaseView, ContentMatch
 from lora_export.graph.names.exporter_names import Named, folded_from, module_of_node, parameter_of
 from lora_export.graph.site import NameSource, Site
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import Checkpoint
-
-MAX_LISTED = 10  # contradictions that an error lists
 
 
 class _SiteNames(NamedTuple):
@@ -86,16 +84,14 @@ def _refuse_contradictions(pairs: Iterable[_SiteNames], base: BaseTensors) -> No
         if exporter.name in base.matrices and not pair.is_confirmed:
             names = [known.name if pair.is_in_base else "", *known.equal_tensors]
             contradictions.setdefault(exporter, []).extend(filter(None, names))
-    lines = [
-        f"  {site.location}: {site.name} by {site.named_by}, {' and '.join(others) or 'no tensor'} by content"
+    problems = [
+        f"{site.location}: {site.name} by {site.named_by}, {' and '.join(others) or 'no tensor'} by content"
         for site, others in contradictions.items()
     ]
-    if lines:
+    if problems:
         raise InputRefused(
-            f"{base.path} is not the base of this graph, or the weights of one of them have changed. {len(lines)} "
-            "weights of the graph differ from the tensors of the same name in the base:\n"
-            + "\n".join(lines[:MAX_LISTED])
-            + (f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else "")
+            f"{base.path} is not the base of this graph, or the weights of one of them have changed. {len(problems)} "
+            f"weights of the graph differ from the tensors of the same name in the base:\n{listed(problems, 10)}"
         )
 
 

@@ -104,8 +104,8 @@ class RequantisedWeight:
         assert tensor is not None
         return tensor
 
-    def blocks(self, component: Component, start: int, place: int) -> Iterator[Block]:
-        """Blocks that carry one tensor from position `start` of the source to `place` in the target, changed.
+    def blocks(self, component: Component, start: int, target_start: int) -> Iterator[Block]:
+        """Blocks that carry one tensor from `start` in the source to `target_start` in the target, changed.
 
         The work of the blocks of levels returns Statistics.
         """
@@ -115,7 +115,7 @@ class RequantisedWeight:
             parameters = self._parameters_of_long_bands(rows) if self._has_long_bands else None
             first, last = tensor.extent(self._rows_of(component, rows))
             work = functools.partial(self._make, component, rows, parameters, measured)
-            yield Block(start + first, start + last, place + first, place + last, work=work)
+            yield Block(start + first, start + last, target_start + first, target_start + last, work=work)
 
     def max_block_bytes(self, component: Component) -> int:
         """The size of the largest block of a component."""
