@@ -1,8 +1,12 @@
-"""Regular expressions that came with an adapter, matched within bounds.
+"""Regular expressions that come with an adapter, matched as Python matches them, in bounded time and memory.
 
-Python's own matcher goes back and tries again: `(a+)+b` in a config would keep it busy for years. Here a
-pattern moves a *set* of places through the name, so that no way is gone twice, and the work is counted.
-What cannot be followed so (references to groups, looking around) is refused.
+Python's own matcher backtracks: `(a+)+b` in a config would keep it busy for years. This one moves a *set* of positions
+through the name, so that it follows no path twice, and it counts its steps. It refuses what needs backtracking
+(references to groups, look-around).
+
+It is ours because no library gives Python's answers within bounds. google-re2 answers differently for `{,2}`,
+`[a[:digit:]]` and, in names outside ASCII, `\\w` and `\\d`; the time limit of `regex` leaves out compilation, in which
+`(?:(?:a{99}b){1000}){1000}` takes more than 7 GB.
 """
 
 from __future__ import annotations
@@ -13,62 +17,65 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 
-LONGEST = 1000  # characters of a pattern; modules' names have a tenth of it
-DEEPEST = 20  # groups within groups
-MOST_WORK = 10_000_000  # steps for one table of patterns and all modules, some seconds; thousandths of it are usual
+MAX_LENGTH = 1000  # characters of a pattern; names of modules have a tenth of it
+MAX_DEPTH = 20  # nested groups
+MAX_STEPS = 10_000_000  # for one table of patterns and all modules: some seconds; usual tables take thousands
 
-Places = frozenset[int]
-Matcher = Callable[[str, Places], Places]  # of a name, and where to begin: where it may end
+Positions = frozenset[int]
+Matcher = Callable[[str, Positions], Positions]  # (name, where a match may begin) -> where it may end
 
 TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\{\d*,?\d*\}\??|[*+?]\??|.", re.DOTALL)
 REPEAT = re.compile(r"(?P<sign>[*+?])\??|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\d*)\}\??")
-NO_CHARACTER = re.compile(r"\\[0-9A-Za-z](?<![dDsSwW])|\{,?\}\??|[*+?].*", re.DOTALL)
-PLAIN = re.compile(r"(?:[\w.-]|\\[.d-])*", re.ASCII)  # one character after the other: nothing to go back for
+NOT_A_CHARACTER = re.compile(r"\\[0-9A-Za-z](?<![dDsSwW])|\{,?\}\??|[*+?].*", re.DOTALL)
+PLAIN = re.compile(r"(?:[\w.-]|\\[.d-])*", re.ASCII)  # one character after the other: Python's matcher is safe
 
 
 class Patterns:
-    """A table of patterns and what they stand for, in the file's order.
+    """A table from patterns to values, in the file's order.
 
-    A pattern fits a module's whole name, or its end behind a dot: `re.match(rf"(.*\\.)?({pattern})$", name)`,
-    as PEFT has it. Raises InputRefused for a pattern that is none, or that cannot be matched within bounds.
+    A pattern matches a module's whole name, or its end after a dot, as in PEFT:
+    `re.match(rf"(.*\\.)?({pattern})$", name)`. Raises InputRefused for a pattern that is not a regular expression, or
+    that cannot be matched within bounds.
     """
 
     def __init__(self, table: Mapping[str, Any], *, source: str = "the config"):
         self.source = source
-        self.work = 0
-        self.entries = [(self._parsed(pattern), value) for pattern, value in table.items()]
+        self.steps = 0
+        self.entries = [(self._compiled(pattern), value) for pattern, value in table.items()]
 
     def values(self, module: str) -> list[Any]:
-        """What the patterns that fit the name stand for. Raises InputRefused when all the names took too long."""
-        return [value for fits, value in self.entries if fits(module)]
+        """Return the values of the patterns that match a name. Raises InputRefused after MAX_STEPS in all."""
+        return [value for matches, value in self.entries if matches(module)]
 
-    def _parsed(self, text: str) -> Callable[[str], bool]:
-        if len(text) > LONGEST:
-            raise self._refused(f"a pattern of {len(text)} characters is longer than {LONGEST}: {text[:50]!r}...")
-        try:
-            whole = re.compile(rf"(.*\.)?({text})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise self._refused(f"the pattern {text!r} is no regular expression: {error}") from error
-        if PLAIN.fullmatch(text):
-
-            def fits_plainly(name: str) -> bool:
-                self._spend(1 + len(name) // 64)
-                return whole.match(name) is not None
-
-            return fits_plainly
-        moves = _Parser(text, self._spend, self._refused).everything()
-
-        def fits(name: str) -> bool:
-            behind_dots = [place + 1 for place, character in enumerate(name) if character == "."]
-            return len(name) in moves(name, frozenset([0, *behind_dots]))
-
-        return fits
-
-    def _spend(self, steps: int) -> None:
-        self.work += steps
-        if self.work > MOST_WORK:
+    def _compiled(self, pattern: str) -> Callable[[str], bool]:
+        if len(pattern) > MAX_LENGTH:
             raise self._refused(
-                "these patterns take too long to match. Save the adapter with patterns that name its modules plainly"
+                f"a pattern of {len(pattern)} characters is longer than {MAX_LENGTH}: {pattern[:50]!r}..."
+            )
+        try:
+            by_python = re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise self._refused(f"the pattern {pattern!r} is not a regular expression: {error}") from error
+        if PLAIN.fullmatch(pattern):
+
+            def matches_plainly(name: str) -> bool:
+                self._count(1 + len(name) // 64)
+                return by_python.match(name) is not None
+
+            return matches_plainly
+        ends = _Parser(pattern, self._count, self._refused).whole()
+
+        def matches(name: str) -> bool:
+            after_dots = [position + 1 for position, character in enumerate(name) if character == "."]
+            return len(name) in ends(name, frozenset([0, *after_dots]))
+
+        return matches
+
+    def _count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise self._refused(
+                "these patterns take too long to match. Save the adapter with patterns that are its modules' names"
             )
 
     def _refused(self, why: str) -> InputRefused:
@@ -76,55 +83,41 @@ class Patterns:
 
 
 class _Parser:
-    """Recursive descent: an alternation of sequences of atoms, each perhaps repeated."""
+    """Recursive descent: alternatives are sequences of atoms, and each atom may be repeated."""
 
-    def __init__(self, text: str, spend: Callable[[int], None], refused: Callable[[str], InputRefused]):
-        self.text = text
-        self.tokens = TOKEN.findall(text)[::-1]  # the next one is the last
-        self.spend = spend
+    def __init__(self, pattern: str, count: Callable[[int], None], refused: Callable[[str], InputRefused]):
+        self.pattern = pattern
+        self.tokens = TOKEN.findall(pattern)[::-1]  # the next one is the last
+        self.count = count
         self.refused = refused
         self.depth = 0
 
-    def everything(self) -> Matcher:
+    def whole(self) -> Matcher:
         matcher = self.alternatives()
         if self.tokens:  # a bracket too many, which Python would pair with the one around the pattern
-            raise self.beyond()
+            raise self.unsupported()
         return matcher
 
     def alternatives(self) -> Matcher:
         branches = [self.sequence()]
         while self.take("|"):
             branches.append(self.sequence())
-        return lambda name, places: frozenset().union(*(branch(name, places) for branch in branches))
+        return lambda name, positions: frozenset().union(*(branch(name, positions) for branch in branches))
 
     def sequence(self) -> Matcher:
         parts = []
         while self.tokens and self.tokens[-1] not in ("|", ")"):
-            parts.append(self.atom())
+            parts.append(self.repeated_atom())
 
-        def moves(name: str, places: Places) -> Places:
+        def ends(name: str, positions: Positions) -> Positions:
             for part in parts:
-                places = part(name, places)
-            return places
+                positions = part(name, positions)
+            return positions
 
-        return moves
+        return ends
 
-    def atom(self) -> Matcher:
-        token = self.tokens.pop()
-        if token in ("(", "(?:"):
-            self.depth += 1
-            if self.depth > DEEPEST or (self.tokens and self.tokens[-1].startswith("?")):  # flags, looking around
-                raise self.beyond()
-            matcher = self.alternatives()
-            self.depth -= 1
-            if not self.take(")"):
-                raise self.beyond()
-        elif token in ("^", "$"):
-            matcher = _anchor(at_end=token == "$")
-        else:
-            if NO_CHARACTER.fullmatch(token):
-                raise self.beyond()
-            matcher = self.character(token)
+    def repeated_atom(self) -> Matcher:
+        matcher = self.atom()
         repeat = REPEAT.fullmatch(self.tokens[-1]) if self.tokens else None
         if repeat is None or not (repeat["sign"] or repeat["low"] or repeat["high"] or repeat["comma"]):
             return matcher
@@ -132,14 +125,34 @@ class _Parser:
         low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(repeat["sign"]) or _limits(repeat)
         return _repeated(matcher, low, high)
 
+    def atom(self) -> Matcher:
+        token = self.tokens.pop()
+        if token in ("(", "(?:"):
+            return self.group()
+        if token in ("^", "$"):
+            return _anchor(at_end=token == "$")
+        if NOT_A_CHARACTER.fullmatch(token):
+            raise self.unsupported()
+        return self.character(token)
+
+    def group(self) -> Matcher:
+        self.depth += 1
+        if self.depth > MAX_DEPTH or (self.tokens and self.tokens[-1].startswith("?")):  # flags, look-around
+            raise self.unsupported()
+        matcher = self.alternatives()
+        self.depth -= 1
+        if not self.take(")"):
+            raise self.unsupported()
+        return matcher
+
     def character(self, token: str) -> Matcher:
         is_one = re.compile(token).fullmatch
 
-        def moves(name: str, places: Places) -> Places:
-            self.spend(1 + len(places))
-            return frozenset(place + 1 for place in places if place < len(name) and is_one(name[place]))
+        def ends(name: str, positions: Positions) -> Positions:
+            self.count(1 + len(positions))
+            return frozenset(at + 1 for at in positions if at < len(name) and is_one(name[at]))
 
-        return moves
+        return ends
 
     def take(self, token: str) -> bool:
         if not self.tokens or self.tokens[-1] != token:
@@ -147,14 +160,14 @@ class _Parser:
         self.tokens.pop()
         return True
 
-    def beyond(self) -> InputRefused:
+    def unsupported(self) -> InputRefused:
         return self.refused(
-            f"the pattern {self.text!r} has more to it than names, character classes, repetitions and alternatives"
+            f"the pattern {self.pattern!r} contains more than names, character classes, repetitions and alternatives"
         )
 
 
 def _anchor(*, at_end: bool) -> Matcher:
-    return lambda name, places: places & {len(name) if at_end else 0}
+    return lambda name, positions: positions & {len(name) if at_end else 0}
 
 
 def _limits(repeat: re.Match[str]) -> tuple[int, int | None]:
@@ -165,13 +178,13 @@ def _limits(repeat: re.Match[str]) -> tuple[int, int | None]:
 
 
 def _repeated(matcher: Matcher, low: int, high: int | None) -> Matcher:
-    def moves(name: str, places: Places) -> Places:
+    def ends(name: str, positions: Positions) -> Positions:
         for _ in range(low):
-            further = matcher(name, places)
-            if further == places:  # and so it would stay
+            further = matcher(name, positions)
+            if further == positions:  # further rounds would not change it
                 break
-            places = further
-        reached = fresh = places
+            positions = further
+        reached = fresh = positions
         rounds = 0
         while fresh and (high is None or rounds < high - low):
             fresh = matcher(name, fresh) - reached
@@ -179,4 +192,4 @@ def _repeated(matcher: Matcher, low: int, high: int | None) -> Matcher:
             rounds += 1
         return reached
 
-    return moves
+    return ends

@@ -503,7 +503,7 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
         ({"rank_pattern": [1]}, "rank_pattern is [1], which I do not understand"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
         ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
-        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is no regular expression"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is not a regular expression"),
     ],
 )
 @pytest.mark.fault(18, 48)

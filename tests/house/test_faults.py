@@ -626,7 +626,7 @@ def test_a_pattern_that_would_keep_pythons_matcher_busy_for_years(place, field):
     place.merge_refuses(f"the base has no weight for {name}")
     assert time.process_time() - begun < 5
     place.set_config(**{field: {r"(d)ens\1": 2}})
-    place.both_refuse(f"{place.adapter / CONFIG}: {field}: the pattern '(d)ens\\\\1' has more to it than names")
+    place.both_refuse(f"{place.adapter / CONFIG}: {field}: the pattern '(d)ens\\\\1' contains more than names")
 
 
 @pytest.mark.fault(48)
