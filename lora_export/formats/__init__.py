@@ -1,44 +1,71 @@
-"""Adapter formats: one file each, recognised by looking inside.
+"""Adapter formats. Each is one file, recognised by the contents of the adapter.
 
-A format is a module with `recognises(path)` and `read(path, name)`; a new one is a file and a line here.
+To add the format NAME:
+
+1. Write `formats/NAME.py` with what `AdapterFormat` asks for: DESCRIPTION, `recognises` and `read`.
+2. Add a line to FORMATS.
+3. Write `tests/formats/test_NAME.py`.
+
+The new module returns an `Adapter`: pairs A (rank, in...) and B (out, rank...) with a final scale, under the module
+names of the base. What is special about the format (alpha, prefixes, file layout) stays in its file. It refuses what it
+does not support, by name, with InputRefused.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol, cast
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.storage import input_files
 
+# The name of a format and its module. Modules are imported when an adapter is loaded.
 FORMATS = {
     "peft": "lora_export.formats.peft",
 }
 
 
+class AdapterFormat(Protocol):
+    """What the module of a format provides."""
+
+    DESCRIPTION: str  # what such an adapter consists of, for messages: "a folder with ..."
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the adapter at `path` is in this format. Reads headers only, and raises nothing."""
+
+    def read(self, path: Path, name: str) -> Adapter:
+        """Read the adapter. Raises InputRefused with everything that is wrong with it."""
+
+
 def recognised(path: Path) -> bool:
-    """Whether this is an adapter of a format that I know. Reads no tensors."""
-    return any(importlib.import_module(module).recognises(path) for module in FORMATS.values())
+    """Whether an adapter in a known format is at `path`. Reads no tensors."""
+    return any(adapter_format.recognises(path) for adapter_format in _modules(FORMATS).values())
 
 
 def load(path: str | Path, *, name: str | None = None, format: str | None = None) -> Adapter:
-    """Read an adapter, whatever format it came in. Runs no code that came with it.
+    """Read an adapter in any known format. Runs no code that came with it.
 
-    `name` is what the adapter is called in reports and graphs (default: the file's or folder's name).
-    Raises InputRefused for what is missing, damaged, unknown or not supported.
+    `name` is the adapter's name in reports and graphs (default: the file's or folder's name). `format` is a key of
+    FORMATS, for an adapter that several formats recognise. Raises InputRefused for an adapter that is missing,
+    damaged, unknown or not supported.
     """
     path = Path(path)
     input_files.must_exist(path, "adapter")
     if format is not None and format not in FORMATS:
         raise InputRefused(f"unknown adapter format {format!r}; known: {', '.join(FORMATS)}")
-    candidates = [format] if format else list(FORMATS)
-    modules = [importlib.import_module(FORMATS[candidate]) for candidate in candidates]
-    fitting = [module for module in modules if module.recognises(path)]
-    if not fitting:
-        raise InputRefused(
-            f"{path} is no adapter that I know. A PEFT adapter is a folder with adapter_config.json and "
-            "adapter_model.safetensors"
-        )
-    adapter: Adapter = fitting[0].read(path, name or path.resolve().name)
-    return adapter
+    candidates = _modules([format] if format else FORMATS)
+    matching = {key: module for key, module in candidates.items() if module.recognises(path)}
+    if not matching:
+        known = "; ".join(f"{key}: {module.DESCRIPTION}" for key, module in candidates.items())
+        raise InputRefused(f"{path} is not an adapter in a known format ({known})")
+    if len(matching) > 1:
+        raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one with `format`")
+    (module,) = matching.values()
+    return module.read(path, name or path.resolve().name)
+
+
+def _modules(names: Iterable[str]) -> dict[str, AdapterFormat]:
+    return {name: cast(AdapterFormat, importlib.import_module(FORMATS[name])) for name in names}

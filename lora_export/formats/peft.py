@@ -1,7 +1,7 @@
 """PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
 
-What the file means is settled here: alpha and ranks become one scale per pair, wrapper prefixes
-go, and every field that changes the meaning is either understood or refused by name.
+Everything that is special about PEFT stays in this file. Alpha and rank become one scale per pair, and wrapper prefixes
+are removed. Every field of the config that changes the weights is either supported or refused by name.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from lora_export.formats.patterns import Patterns
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.storage import json_files, safetensors_file
 
+DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 WRAPPER = "base_model.model."
 
-# Fields that the reader acts upon, or that say nothing about the weights.
-UNDERSTOOD = frozenset(
+# Fields that the reader uses, or that do not affect the weights.
+SUPPORTED = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
         *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
@@ -47,7 +49,7 @@ UNDERSTOOD = frozenset(
         ),
     }
 )
-# Fields that change what W' is. Truthy, they are refused: a wrong merge is worse than none.
+# Fields that change the merged weights. A true value is refused: a wrong merge is worse than none.
 REFUSED = {
     "use_qalora": "QA-LoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
@@ -63,11 +65,11 @@ REFUSED = {
     "corda_config": "CorDA changes the base weights; convert the adapter to plain LoRA first",
     "lora_ga_config": "LoRA-GA changes the base weights; convert the adapter to plain LoRA first",
 }
-SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base weights alone
+SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
 
-# Of a model's config: what a new head means.
+# Fields of a model's config that describe a new head.
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
-# What PEFT writes, where another type would be taken for something else.
+# The types that PEFT writes. Another type would be misread.
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
@@ -78,9 +80,9 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 BIASES = (None, "none", "all", "lora_only")
 
-SMALLEST, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
-# Kinds of keys
+# Kinds of keys in the file of weights
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
 MAGNITUDE, EMBEDDING, ROWS = "magnitude", "embedding", "rows"
 LOW_RANK_KEY = re.compile(
@@ -92,11 +94,11 @@ OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn
 
 
 def recognises(path: Path) -> bool:
-    """A folder with PEFT's config: MLX's file of the same name has no `peft_type`."""
+    """Whether the folder contains PEFT's config. MLX's file of the same name has no `peft_type`."""
     try:
         return "peft_type" in json_files.read_json(path / CONFIG)
     except InputRefused:
-        return (path / CONFIG).exists()  # damaged, but this format's to complain about
+        return (path / CONFIG).exists()  # it is damaged; `read` reports how
 
 
 def read(path: Path, name: str) -> Adapter:
@@ -110,9 +112,9 @@ def read(path: Path, name: str) -> Adapter:
             )
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = safetensors_file.open_file(path / WEIGHTS)
-    keys = _sort_keys(file)
+    keys = _keys_by_kind(file)
     pairs, biases = _read_pairs(file, keys, config)
-    rows = _read_rows(file, keys[ROWS], config)
+    rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     sha256 = _sha256([path / CONFIG, path / WEIGHTS])
     if not file.unchanged():
@@ -139,30 +141,20 @@ def read(path: Path, name: str) -> Adapter:
 
 
 def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: Iterable[str], **config: Any) -> None:
-    """Write an adapter of one rank and scale as PEFT would; `config` holds further fields of its config.
+    """Write an adapter of one rank and scale as PEFT does. `config` holds further fields of its config.
 
-    The caller stages `folder`. `alpha` is what the pairs' scale came from, given back to the file.
-    Raises ValueError for an adapter that such a file cannot say: another rank or scale, DoRA in part, biases, or
-    rows.
+    The caller stages `folder`. `alpha` is the value that the scale of the pairs was computed from. Raises ValueError
+    for an adapter that such a file cannot hold: another rank or scale, DoRA on some layers only, biases, or token rows.
     """
-    said = (rank, _scale(rank, alpha, config))
+    expected = (rank, _scale(rank, alpha, config))
     dora = {pair.magnitude is not None for pair in adapter.pairs.values()}
     if (
         adapter.biases
         or adapter.token_rows
         or len(dora) > 1
-        or any((pair.rank, pair.scale) != said for pair in adapter.pairs.values())
+        or any((pair.rank, pair.scale) != expected for pair in adapter.pairs.values())
     ):
-        raise ValueError(f"rank {rank} and alpha {alpha} do not say all that {adapter.name} holds")
-    tensors: dict[str, NDArray[Any]] = {}
-    for module, pair in adapter.pairs.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{WRAPPER}{module}.{a}": pair.a, f"{WRAPPER}{module}.{b}": pair.b}
-        if pair.magnitude is not None:
-            key = f"{WRAPPER}{module}.lora_magnitude_vector"
-            tensors[key] = pair.magnitude.reshape(_magnitude_shape(pair.b))
-    for name, value in adapter.replaced.items():
-        tensors[WRAPPER + name] = value
+        raise ValueError(f"a PEFT adapter of rank {rank} and alpha {alpha} cannot hold everything in {adapter.name}")
     fields = {
         "peft_type": "LORA",
         "r": rank,
@@ -175,17 +167,49 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
         "use_dora": True in dora,
         **config,
     }
-    safetensors_file.write(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    safetensors_file.write(folder / WEIGHTS, dict(sorted(_tensors(adapter).items())), {"format": "pt"})
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    """The tensors of a file of weights, under PEFT's keys."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for module, pair in adapter.pairs.items():
+        a, b = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{WRAPPER}{module}.{a}": pair.a, f"{WRAPPER}{module}.{b}": pair.b}
+        if pair.magnitude is not None:
+            key = f"{WRAPPER}{module}.lora_magnitude_vector"
+            tensors[key] = pair.magnitude.reshape(_magnitude_shape(pair.b))
+    for name, value in adapter.replaced.items():
+        tensors[WRAPPER + name] = value
+    return tensors
+
+
+# --- the config ---------------------------------------------------------------------------------
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The config, once everything in it is understood; the tables of patterns have become `Patterns`."""
+    """Read the config and refuse what is not supported. The tables of patterns become `Patterns`."""
     config = json_files.read_json(path)
     if config.get("peft_type") != "LORA":
         raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    if refused := _refused_fields(config):
+        raise InputRefused(f"{path}: " + "; ".join(refused))
+    for name in ("r", "lora_alpha"):
+        _must_be_positive(path, name, config.get(name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        for pattern, value in patterns.items():
+            _must_be_positive(path, f"{name}[{pattern!r}]", value)
+        config[name] = Patterns(patterns, source=f"{path}: {name}")
+    return config
+
+
+def _refused_fields(config: Mapping[str, Any]) -> list[str]:
+    """Every field that is not supported, and why."""
     refused = [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
-    unknown = [field for field, value in config.items() if value and field not in UNDERSTOOD and field not in REFUSED]
+    unknown = [field for field, value in config.items() if value and field not in SUPPORTED and field not in REFUSED]
     if unknown:
         refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
     if config.get("init_lora_weights", True) not in SAFE_INITS:
@@ -197,75 +221,71 @@ def _config(path: Path) -> dict[str, Any]:
     if config.get("use_dora") and config.get("lora_bias"):
         refused.append("use_dora and lora_bias: PEFT allows only one of them")
     refused += [
-        f"{field} is {config[field]!r}, which I do not understand"
+        f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
         for field, types in TYPES.items()
         if config.get(field) is not None and not isinstance(config[field], types)
     ]
     if config.get("bias") not in BIASES:
-        refused.append(f"bias is {config['bias']!r}; PEFT knows none, all and lora_only")
-    if refused:
-        raise InputRefused(f"{path}: " + "; ".join(refused))
-    for name in ("r", "lora_alpha"):
-        _positive(path, name, config.get(name))
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        for pattern, value in patterns.items():
-            _positive(path, f"{name}[{pattern!r}]", value)
-        config[name] = Patterns(patterns, source=f"{path}: {name}")
-    return config
+        refused.append(f"bias is {config['bias']!r}; it must be none, all or lora_only")
+    return refused
 
 
-def _positive(path: Path, name: str, value: Any) -> None:
-    # No default is guessed: a missing alpha would silently become another scale.
+def _must_be_positive(path: Path, name: str, value: Any) -> None:
+    # There is no default: a missing alpha would silently become another scale.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
 
 
-def _sort_keys(file: safetensors_file.TensorFile) -> dict[str, dict[str, str]]:
-    """The file's keys by their kind, and by the module or tensor they belong to.
+# --- the keys of the file of weights ------------------------------------------------------------
 
-    An embedding's A and B are among the others, and its A once more under EMBEDDING.
+
+def _keys_by_kind(file: safetensors_file.TensorFile) -> dict[str, dict[str, str]]:
+    """Sort the file's keys by kind, and by the module or tensor that they belong to.
+
+    An embedding's A and B are under A and B like others. Its A is also under EMBEDDING.
     """
     refuse_unprintable(file.entries, f"the header of {file.path}")
-    wrapped = {key for key in file.entries if key.startswith(WRAPPER)}
-    if wrapped and len(wrapped) != len(file.entries):
-        bare = sorted(set(file.entries) - wrapped)
-        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
+    _refuse_mixed_wrapping(file)
     table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE)}
     adapters: set[str] = set()
     unknown: list[str] = []
-    twins: list[str] = []
+    duplicates: list[str] = []
     for key in file.entries:
         name = key.removeprefix(WRAPPER)
-        match = LOW_RANK_KEY.fullmatch(name)
-        if rows := ROWS_KEY.fullmatch(name):
-            adapters.add(rows["adapter"] or "")
+        low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
+        if rows:
             kind, owner = ROWS, f"{rows['module']}.weight"
-        elif match:
-            adapters.add(match["adapter"] or "")
-            kind, owner = _kind(match), match["module"].replace(OUT_PROJ, ".out_proj")
+        elif low_rank:
+            kind, owner = _low_rank_kind(low_rank), low_rank["module"].replace(OUT_PROJ, ".out_proj")
         else:
             kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        adapters |= {match["adapter"] or "" for match in (rows or low_rank,) if match}
         if kind not in table or (kind == WHOLE and ("lora_" in name or "token_adapter" in name)):
             unknown.append(key)
         elif owner in table[kind]:
-            twins.append(f"{table[kind][owner]} and {key}")
+            duplicates.append(f"{table[kind][owner]} and {key}")
         else:
             table[kind][owner] = key
-            if match and match["side"] == "embedding_A":
+            if low_rank and low_rank["side"] == "embedding_A":
                 table[EMBEDDING][owner] = key
     if len(adapters) > 1:
         names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
-        raise InputRefused(f"{file.path} holds several adapters: {names}")
+        raise InputRefused(f"{file.path} contains several adapters: {names}")
     if unknown:
         raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
-    if twins:
-        raise InputRefused(f"{file.path} holds one tensor under two names: {'; '.join(twins)}")
+    if duplicates:
+        raise InputRefused(f"{file.path} contains one tensor under two names: {'; '.join(duplicates)}")
     return table
 
 
-def _kind(match: re.Match[str]) -> str:
-    """What an adapter's own key holds; nothing known where a parameter and its suffix do not go together."""
+def _refuse_mixed_wrapping(file: safetensors_file.TensorFile) -> None:
+    bare = sorted(key for key in file.entries if not key.startswith(WRAPPER))
+    if bare and len(bare) != len(file.entries):
+        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
+
+
+def _low_rank_kind(match: re.Match[str]) -> str:
+    """The kind of a key of LoRA's own. Empty where its parameter and its suffix do not belong together."""
     side, what = match["side"], match["what"]
     if side == "magnitude_vector":
         return MAGNITUDE if what != "bias" else ""
@@ -274,10 +294,13 @@ def _kind(match: re.Match[str]) -> str:
     return f"{side}.{what}"
 
 
+# --- its tensors --------------------------------------------------------------------------------
+
+
 def _read_pairs(
     file: safetensors_file.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
 ) -> tuple[dict[str, LoraPair], dict[str, NDArray[np.float32]]]:
-    """The pairs, and what is added to biases. Raises InputRefused with everything that is wrong with the tensors."""
+    """Return the pairs, and what is added to biases. Raises InputRefused with everything that is wrong with them."""
     problems = [f"{module}: lora_A without lora_B" for module in keys[A] if module not in keys[B]]
     problems += [f"{module}: lora_B without lora_A" for module in keys[B] if module not in keys[A]]
     problems += [f"{module}: a bias of lora_B without lora_B" for module in keys[B_BIAS] if module not in keys[B]]
@@ -296,7 +319,7 @@ def _read_pairs(
             what = f"{name}: the bias of B" if name in keys[B_BIAS] else f"{name}:"
             problems.append(f"{what} holds {bad} values that are not finite (NaN or infinity)")
     if not file.entries:
-        problems.append("there is no tensor in it")
+        problems.append("it contains no tensor")
     if problems:
         raise InputRefused(f"{file.path} is refused:\n  " + "\n  ".join(sorted(problems)))
     biases = {
@@ -306,39 +329,31 @@ def _read_pairs(
     return pairs, biases
 
 
-def _read_rows(
+def _read_token_rows(
     file: safetensors_file.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]
 ) -> dict[str, TokenRows]:
-    """The rows of tokens, by tensor. Which rows they are stands in the config alone.
+    """Return the rows of trained tokens, by tensor. Only the config records which rows they are.
 
     Raises InputRefused with everything that is wrong with them.
     """
-    said = config.get("trainable_token_indices") or {}
-    # A list speaks of the input embeddings, whatever the model calls them; a table names its modules.
-    told = (
-        dict.fromkeys(keys, said)
-        if isinstance(said, list)
-        else {
-            tensor: indices
-            for name, indices in said.items()
-            for tensor in keys
-            if f".{tensor}".endswith(f".{name}.weight")
-        }
-    )
+    indices = config.get("trainable_token_indices") or {}
+    by_tensor = _indices_by_tensor(indices, keys)
     found, problems = {}, []
-    if isinstance(said, list) and len(keys) != 1:
-        problems.append(f"trainable_token_indices is a list, and there are rows for {', '.join(keys) or 'no module'}")
-    elif isinstance(said, dict) and len(said) != len(told):
-        problems.append(f"trainable_token_indices names {', '.join(said)}, and there are rows for {', '.join(keys)}")
+    if isinstance(indices, list) and len(keys) != 1:
+        owners = ", ".join(keys) or "no module"
+        problems.append(f"trainable_token_indices is a list, and the file contains rows for {owners}")
+    elif isinstance(indices, dict) and len(indices) != len(by_tensor):
+        names = ", ".join(indices)
+        problems.append(f"trainable_token_indices names {names}, and the file contains rows for {', '.join(keys)}")
     for tensor, key in keys.items():
-        indices = told.get(tensor)
-        if indices is None:
-            problems.append(f"{tensor}: the config does not say which rows these are")
-        elif not isinstance(indices, list) or not all(type(index) is int and abs(index) < 1 << 62 for index in indices):
-            problems.append(f"{tensor}: its trainable_token_indices are no list of whole numbers")
+        own = by_tensor.get(tensor)
+        if own is None:
+            problems.append(f"{tensor}: the config does not record which rows these are")
+        elif not isinstance(own, list) or not all(type(index) is int and abs(index) < 1 << 62 for index in own):
+            problems.append(f"{tensor}: its trainable_token_indices are not a list of integers")
         else:
             try:
-                found[tensor] = TokenRows(np.array(indices, np.int64), file.read(key))
+                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key))
             except InputRefused as error:
                 problems.append(f"{tensor}: {error}")
     if problems:
@@ -346,13 +361,22 @@ def _read_rows(
     return found
 
 
-def _said_of(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
-    """The value of the first pattern in the file that fits the module, as PEFT takes it; else the default."""
+def _indices_by_tensor(indices: Any, tensors: Iterable[str]) -> dict[str, Any]:
+    """A list is for the input embeddings, whatever their name in the model. A table names its modules."""
+    if isinstance(indices, list):
+        return dict.fromkeys(tensors, indices)
+    return {
+        tensor: own for name, own in indices.items() for tensor in tensors if f".{tensor}".endswith(f".{name}.weight")
+    }
+
+
+def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
+    """The value of the first pattern in the file that matches the module, as in PEFT; else the default."""
     return next(iter(config[patterns].values(module)), config[default])
 
 
 def _targeted(module: str, key: str) -> str:
-    """What PEFT called the module when it asked its patterns: an attention's output projection is the attention's."""
+    """The name that PEFT matches patterns with: for an attention's output projection, it is the attention's."""
     return module.removesuffix(".out_proj") if OUT_PROJ in key else module
 
 
@@ -361,13 +385,13 @@ def _pair(
 ) -> LoraPair:
     a, b = file.read(keys[A][module]), file.read(keys[B][module])
     targeted = _targeted(module, keys[A][module])
-    rank = _said_of(targeted, config, "rank_pattern", "r")
-    alpha = _said_of(targeted, config, "alpha_pattern", "lora_alpha")
+    rank = _of_module(targeted, config, "rank_pattern", "r")
+    alpha = _of_module(targeted, config, "alpha_pattern", "lora_alpha")
     embedding = module in keys[EMBEDDING]
     if embedding is not (".lora_embedding_B" in keys[B][module]):
         raise InputRefused("one of lora_A and lora_B is an embedding's, the other is not")
     if a.ndim != b.ndim or not 2 <= a.ndim <= 5:
-        raise InputRefused(f"A {a.shape}, B {b.shape}: neither a linear layer, a convolution nor an embedding has such")
+        raise InputRefused(f"A {a.shape}, B {b.shape}: no linear layer, convolution or embedding has such shapes")
     if a.ndim > 2 and a.shape[0] == rank and b.shape[1] < rank and rank % b.shape[1] == 0:
         raise InputRefused(
             f"A {a.shape}, B {b.shape}: the convolution has {rank // b.shape[1]} groups. PEFT's A mixes the channels "
@@ -376,7 +400,7 @@ def _pair(
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
     scale = _scale(rank, alpha, config)
-    if not SMALLEST <= scale <= LARGEST:  # or the change would be nothing, or infinite
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # the change would be zero or infinite
         raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
     return LoraPair(a=a, b=b, scale=scale, magnitude=_magnitude(module, file, keys, config, b), embedding=embedding)
 
@@ -388,19 +412,19 @@ def _magnitude(
     config: Mapping[str, Any],
     b: NDArray[Any],
 ) -> NDArray[Any] | None:
-    """DoRA's lengths (out,), which PEFT keeps as (1, out, 1...) for a convolution."""
+    """DoRA's magnitudes (out,). PEFT saves those of a convolution as (1, out, 1...)."""
     key = keys[MAGNITUDE].get(module)
     if (key is not None) is not bool(config.get("use_dora")):
         raise InputRefused(
-            "the config says use_dora, but there is no lora_magnitude_vector"
+            "the config sets use_dora, but lora_magnitude_vector is missing"
             if key is None
-            else ("there is a lora_magnitude_vector, but the config does not say use_dora")
+            else "lora_magnitude_vector is present, but the config does not set use_dora"
         )
     if key is None:
         return None
     magnitude = file.read(key)
     if magnitude.shape != _magnitude_shape(b):
-        raise InputRefused(f"the magnitude is {magnitude.shape}, B {b.shape} asks for {_magnitude_shape(b)}")
+        raise InputRefused(f"the magnitude is {magnitude.shape}, B {b.shape} needs {_magnitude_shape(b)}")
     return magnitude.reshape(-1)
 
 
@@ -412,27 +436,30 @@ def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
+# --- what the adapter records beside its tensors ------------------------------------------------
+
+
 def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What was decided here and may surprise somebody."""
+    """Choices of this reader that may surprise the user."""
     notes = [
-        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges attention like "
-        "this; here it is added once"
+        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges such an "
+        "attention; here it is added once"
         for module, key in keys[A].items()
         if OUT_PROJ in key
     ]
-    # PEFT saves its patterns sorted: where several match, it may have trained with another one.
+    # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
     notes += [
-        f"{module}: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does"
+        f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"
         for module, key in keys[A].items()
         if len(set(config["alpha_pattern"].values(_targeted(module, key)))) > 1
     ]
     notes += [
-        f"{tensor} is saved whole, undeclared: it replaces the base's tensor"
+        f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
         for tensor in keys[WHOLE]
         if not _declared(tensor, config) and tensor.removesuffix(".weight") not in keys[A]
     ]
     notes += [
-        f"{tensor} is saved with the pair that changes it, as PEFT does with embeddings: it takes the place of the "
+        f"{tensor} is saved whole beside the pair that changes it, as PEFT does with embeddings: it replaces the "
         "base's tensor, and the pair is added to it"
         for tensor in keys[WHOLE]
         if tensor.removesuffix(".weight") in keys[A]
@@ -448,7 +475,7 @@ def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
 
 
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The targeted names, where the config's list is the whole story: no layers picked out or excluded."""
+    """The targeted names, if the config is a plain list: no pattern, no chosen layers, no excluded modules."""
     targets = config.get("target_modules")
     if config.get("layers_to_transform") is not None or config.get("exclude_modules") or not isinstance(targets, list):
         return ()
@@ -456,13 +483,14 @@ def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: config.get(key) for key in ("task_type", "base_model_name_or_path", "peft_version") if config.get(key)}
-    kept |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
-    model_config = path / "config.json"  # some trainers (ours too) put the model's config beside the adapter
+    names = ("task_type", "base_model_name_or_path", "peft_version")
+    metadata = {name: config.get(name) for name in names if config.get(name)}
+    metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    model_config = path / "config.json"  # some trainers, ours too, save the model's config beside the adapter
     if model_config.is_file():
         model = json_files.read_model_config(model_config)
-        kept["model_config"] = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
-    return kept
+        metadata["model_config"] = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
+    return metadata
 
 
 def _sha256(paths: Iterable[Path]) -> str:

@@ -1,4 +1,4 @@
-"""PEFT's adapters. PEFT itself wrote them and says what they mean; what we do not understand is refused by name."""
+"""PEFT's adapters, compared with PEFT itself. What is not supported is refused by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Mlp(nn.Module):
 
 
 def trained(base: nn.Module, **config: Any) -> peft.PeftModel:
-    """PEFT's model with an adapter in which every value is as if trained: none is zero."""
+    """PEFT's model with an adapter as after training: no value is zero."""
     torch.manual_seed(0)
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
     with torch.no_grad():
@@ -69,14 +69,14 @@ def agrees(adapter: Adapter, model: peft.PeftModel) -> bool:
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     return adapter.pairs.keys() == layers.keys() and all(
-        all(map(_equal, (pair.a, pair.b, pair.magnitude), _sides(layers[name])))
+        all(map(_equal, (pair.a, pair.b, pair.magnitude), _parameters(layers[name])))
         and pair.embedding is isinstance(layers[name], peft.tuners.lora.Embedding)
         and pair.scale == layers[name].scaling["default"]
         for name, pair in adapter.pairs.items()
     )
 
 
-def _sides(layer: peft.tuners.lora.LoraLayer) -> tuple[Any, ...]:
+def _parameters(layer: peft.tuners.lora.LoraLayer) -> tuple[Any, ...]:
     if isinstance(layer, peft.tuners.lora.Embedding):
         a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     else:
@@ -131,7 +131,7 @@ def test_pairs_and_scales_are_those_that_peft_uses(mlp, tmp_path, config):
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.fault(18)
-def test_the_first_pattern_in_the_files_order_decides_and_other_matches_are_told(mlp, tmp_path, order):
+def test_the_first_matching_pattern_is_used_and_others_are_noted(mlp, tmp_path, order):
     # PEFT saves its patterns sorted, whatever their order was when it trained: what it reads back is the truth.
     trained(mlp, r=2, lora_alpha=4, target_modules=["up", "last"]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -141,11 +141,11 @@ def test_the_first_pattern_in_the_files_order_decides_and_other_matches_are_told
     assert agrees(adapter, peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path))
     assert adapter.pairs["blocks.1.up"].scale == (2.5 if order == 1 else 3)
     assert adapter.notes == (
-        "blocks.1.up: several of alpha_pattern's patterns match it; the first one in the file is taken, as PEFT does",
+        "blocks.1.up: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does",
     )
 
 
-def test_targets_are_told_where_the_configs_list_is_the_whole_story(mlp, tmp_path):
+def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
     configs: list[tuple[Any, tuple[str, ...]]] = [
         ({"target_modules": ["first", "last"]}, ("first", "last")),
         ({"target_modules": r".*up"}, ()),
@@ -156,7 +156,7 @@ def test_targets_are_told_where_the_configs_list_is_the_whole_story(mlp, tmp_pat
         assert tuple(sorted(read_back(trained(mlp, **config), tmp_path / str(number)).targets)) == targets
 
 
-def test_an_adapter_stored_in_low_precision_is_read_exactly(mlp, tmp_path):
+def test_low_precision_adapters_are_read_exactly(mlp, tmp_path):
     model = trained(mlp, r=2, target_modules=["first"])
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -170,7 +170,7 @@ def test_an_adapter_stored_in_low_precision_is_read_exactly(mlp, tmp_path):
 
 @pytest.mark.parametrize(("bias", "saved"), [("lora_only", ["last"]), ("all", ["first", "last"])])
 @pytest.mark.fault(18)
-def test_trained_biases_replace_the_bases(mlp, tmp_path, bias, saved):
+def test_trained_biases_replace_those_of_the_base(mlp, tmp_path, bias, saved):
     model = trained(mlp, r=2, target_modules=["last"], bias=bias)
     adapter = read_back(model, tmp_path)
     merged = model.merge_and_unload().state_dict()
@@ -183,7 +183,7 @@ def test_trained_biases_replace_the_bases(mlp, tmp_path, bias, saved):
 
 
 @pytest.mark.fault(18)
-def test_the_bias_of_b_shifts_the_bases_at_the_pairs_scale(mlp, tmp_path):
+def test_the_bias_of_b_is_added_times_the_scale(mlp, tmp_path):
     model = trained(mlp, r=2, lora_alpha=8, target_modules=["last"], lora_bias=True)
     adapter = read_back(model, tmp_path)
     assert adapter.biases.keys() == {"last"}
@@ -193,7 +193,7 @@ def test_the_bias_of_b_shifts_the_bases_at_the_pairs_scale(mlp, tmp_path):
 
 
 @pytest.mark.fault(18)
-def test_fully_trained_modules_replace_the_bases(mlp, tmp_path):
+def test_fully_trained_modules_replace_those_of_the_base(mlp, tmp_path):
     model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
     adapter = read_back(model, tmp_path)
     merged = model.merge_and_unload().state_dict()
@@ -245,7 +245,7 @@ def test_every_kind_of_layer_is_read_as_peft_means_it(tmp_path, dora):
     assert not adapter.notes and not adapter.replaced
 
 
-def test_older_spellings_of_doras_lengths_are_read_alike(tmp_path):
+def test_older_keys_of_doras_magnitudes_are_read_alike(tmp_path):
     model = trained(Mixed(), r=2, target_modules=["fc", "words"], use_dora=True)
     read_back(model, tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -257,7 +257,7 @@ def test_older_spellings_of_doras_lengths_are_read_alike(tmp_path):
         assert agrees(formats.load(tmp_path), model)
 
 
-def test_an_embedding_that_is_saved_with_its_pair_is_told(tmp_path):
+def test_an_embedding_saved_with_its_pair_is_noted(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     base = BertForSequenceClassification(config)
@@ -268,12 +268,12 @@ def test_an_embedding_that_is_saved_with_its_pair_is_told(tmp_path):
     assert whole_tensors(adapter) == {f"{words}.weight": base.state_dict()[f"{words}.weight"].tolist()}
     assert agrees(adapter, model)
     assert adapter.notes == (
-        f"{words}.weight is saved with the pair that changes it, as PEFT does with embeddings: it takes the place of "
-        "the base's tensor, and the pair is added to it",
+        f"{words}.weight is saved whole beside the pair that changes it, as PEFT does with embeddings: it replaces the "
+        "base's tensor, and the pair is added to it",
     )
 
 
-def test_a_fused_projection_is_a_linear_layer_like_others_and_attentions_biases_come_whole(tmp_path):
+def test_fused_projections_and_attention_biases_are_read(tmp_path):
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "qkv": nn.Linear(4, 12)})
     model = trained(net, r=2, target_modules=["attn", "qkv"], bias="all")
     adapter = read_back(model, tmp_path)
@@ -282,7 +282,7 @@ def test_a_fused_projection_is_a_linear_layer_like_others_and_attentions_biases_
     assert adapter.replaced.keys() == {"attn.out_proj.bias", "qkv.bias"}  # PEFT itself forgets in_proj_bias
 
 
-def test_packed_attention_counts_its_output_projection_once_and_says_so_once(tmp_path):
+def test_the_output_projection_of_packed_attention_is_added_once(tmp_path):
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -295,7 +295,7 @@ def test_packed_attention_counts_its_output_projection_once_and_says_so_once(tmp
 
 
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
-def test_the_patterns_that_fit_an_attention_are_its_output_projections_too(tmp_path: Path) -> None:
+def test_patterns_of_an_attention_apply_to_its_output_projection(tmp_path: Path) -> None:
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
     patterns = {"rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 5, "out_proj": 7}}
     model = trained(net, target_modules=["attn"], r=2, lora_alpha=4, **patterns)
@@ -307,7 +307,7 @@ def test_the_patterns_that_fit_an_attention_are_its_output_projections_too(tmp_p
     assert len(adapter.notes) == 1
 
 
-def test_names_without_the_wrappers_prefix_and_with_an_adapters_name_are_read_alike(mlp, tmp_path):
+def test_keys_without_prefix_or_with_adapter_names_are_read_alike(mlp, tmp_path):
     model = trained(mlp, r=2, target_modules=["first"], modules_to_save=["last"])
     adapter = read_back(model, tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -325,21 +325,23 @@ def test_names_without_the_wrappers_prefix_and_with_an_adapters_name_are_read_al
         assert whole_tensors(other).keys() >= {"last.bias"}
 
 
-def test_an_undeclared_whole_tensor_is_taken_with_a_note(tmp_path):
+def test_an_undeclared_whole_tensor_is_read_and_noted(tmp_path):
     # What PEFT does by itself after resizing the embeddings.
     adapter = formats.load(
         peft_adapter(tmp_path, {"fc": ([[1]], [[1]])}, {"embed.weight": np.ones((2, 1))}, modules_to_save=None)
     )
-    assert adapter.notes == ("embed.weight is saved whole, undeclared: it replaces the base's tensor",)
+    assert adapter.notes == (
+        "embed.weight is saved whole, and the config does not declare it: it replaces the base's tensor",
+    )
 
 
-def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path):
+def test_the_models_config_beside_the_adapter_describes_its_head(tmp_path):
     peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
     model = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}, "hidden_size": 4}
     (tmp_path / "config.json").write_text(json.dumps(model))
     assert formats.load(tmp_path).metadata.keys() == {"model_config", "r", "lora_alpha", "use_rslora"}
-    kept = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}}
-    assert formats.load(tmp_path).metadata["model_config"] == kept
+    heads = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "good"}}
+    assert formats.load(tmp_path).metadata["model_config"] == heads
 
 
 @pytest.mark.parametrize(
@@ -352,20 +354,18 @@ def test_the_models_config_beside_the_adapter_tells_what_its_head_means(tmp_path
         ("problem_type", ["single"], "a name"),
     ],
 )
-def test_a_models_config_of_the_wrong_types_beside_the_adapter_is_refused(tmp_path, field, value, what):
+def test_a_models_config_of_wrong_types_is_refused(tmp_path, field, value, what):
     peft_adapter(tmp_path, {"fc": ([[1]], [[1]])})
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4, field: value}))
     assert refusal(tmp_path) == f"ADAPTER/config.json: {field} is {value!r}; it must be {what}"
 
 
-def test_an_adapter_is_called_after_its_folder_unless_named_and_its_hash_covers_config_and_weights(tmp_path):
-    peft_adapter(tmp_path / "mine", {"fc": ([[1]], [[1]])})
-    (tmp_path / "link").symlink_to("mine")
-    one, two = formats.load(tmp_path / "link"), formats.load(tmp_path / "mine", name="other")
-    assert (one.name, two.name, one.format) == ("mine", "other", "peft")
-    assert one.sha256 == two.sha256
-    peft_adapter(tmp_path / "mine", {"fc": ([[1]], [[1]])}, lora_alpha=2)
-    assert formats.load(tmp_path / "mine").sha256 != one.sha256
+def test_the_hash_covers_config_and_weights(tmp_path):
+    def sha256_of(b: int, alpha: int) -> str:
+        return formats.load(peft_adapter(tmp_path, {"fc": ([[1]], [[b]])}, lora_alpha=alpha)).sha256
+
+    assert sha256_of(1, 1) == sha256_of(1, 1)
+    assert len({sha256_of(1, 1), sha256_of(1, 2), sha256_of(2, 1)}) == 3
 
 
 def a_llama(**config: Any) -> LlamaForCausalLM:
@@ -381,15 +381,15 @@ def a_llama(**config: Any) -> LlamaForCausalLM:
         ({"embed_tokens": [3, 1], "lm_head": [0, 2, 5]}, ["lm_head.weight", "model.embed_tokens.weight"]),
     ],
 )
-def test_rows_of_tokens_are_read_with_their_places(tmp_path, indices, tensors):
+def test_token_rows_are_read_with_their_indices(tmp_path, indices, tensors):
     model = trained(a_llama(), r=2, target_modules=["q_proj"], trainable_token_indices=indices)
     adapter = read_back(model, tmp_path)
     assert sorted(adapter.token_rows) == tensors and not adapter.is_identity
     merged = model.merge_and_unload().state_dict()
     for name, rows in adapter.token_rows.items():
-        said = indices if isinstance(indices, list) else indices[name.split(".")[-2]]
-        assert rows.indices.tolist() == said
-        assert rows.values.tolist() == merged[name][said].tolist()
+        expected = indices if isinstance(indices, list) else indices[name.split(".")[-2]]
+        assert rows.indices.tolist() == expected
+        assert rows.values.tolist() == merged[name][expected].tolist()
     key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     assert adapter.spelled("model.embed_tokens.weight") == key
 
@@ -397,7 +397,7 @@ def test_rows_of_tokens_are_read_with_their_places(tmp_path, indices, tensors):
 # --- Writing ---
 
 
-def test_peft_loads_what_we_write_and_computes_the_same(mlp, tmp_path):
+def test_peft_loads_what_is_written_and_computes_the_same(mlp, tmp_path):
     model = trained(mlp, r=2, lora_alpha=8, target_modules=["first", "up"], modules_to_save=["last"])
     adapter = read_back(model, tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
@@ -412,7 +412,7 @@ def test_peft_loads_what_we_write_and_computes_the_same(mlp, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_peft_loads_every_kind_of_layer_that_we_write(tmp_path, dora):
+def test_peft_loads_every_kind_of_written_layer(tmp_path, dora):
     base = Mixed()
     model = trained(base, r=2, lora_alpha=8, target_modules=[*KINDS], use_dora=dora)
     (tmp_path / "ours").mkdir()
@@ -424,14 +424,14 @@ def test_peft_loads_every_kind_of_layer_that_we_write(tmp_path, dora):
     assert agrees(formats.load(tmp_path / "ours"), reloaded) and agrees(formats.load(tmp_path / "theirs"), reloaded)
 
 
-def test_an_adapter_that_is_dora_in_part_is_not_written(tmp_path):
-    sides = {"a": np.ones((1, 2)), "b": np.ones((3, 1)), "scale": 2}
-    pairs = {"fc": LoraPair(**sides), "fd": LoraPair(**sides, magnitude=np.ones(3))}
-    with pytest.raises(ValueError, match="do not say all"):
+def test_an_adapter_with_dora_on_some_layers_is_not_written(tmp_path):
+    pair = {"a": np.ones((1, 2)), "b": np.ones((3, 1)), "scale": 2}
+    pairs = {"fc": LoraPair(**pair), "fd": LoraPair(**pair, magnitude=np.ones(3))}
+    with pytest.raises(ValueError, match="cannot hold everything in a"):
         reader.write(Adapter("a", "peft", pairs), tmp_path, rank=1, alpha=2, targets=["fc", "fd"])
 
 
-def test_the_config_we_write_is_told_what_it_does_not_know(tmp_path):
+def test_further_fields_of_the_config_are_written(tmp_path):
     adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
     reader.write(adapter, tmp_path, rank=1, alpha=2, targets=["fc"], task_type="SEQ_CLS", lora_dropout=0.1)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -440,12 +440,12 @@ def test_the_config_we_write_is_told_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "alpha", "config"), [(2, 4, {}), (1, 3, {}), (4, 4, {"use_rslora": True})])
-def test_what_the_config_would_say_wrongly_is_not_written(tmp_path, rank, alpha, config):
+def test_another_rank_scale_or_bias_is_not_written(tmp_path, rank, alpha, config):
     adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
-    with pytest.raises(ValueError, match=f"rank {rank} and alpha {alpha} do not say all that a holds"):
+    with pytest.raises(ValueError, match=f"of rank {rank} and alpha {alpha} cannot hold everything in a"):
         reader.write(adapter, tmp_path, rank=rank, alpha=alpha, targets=["fc"], **config)
     shifted = Adapter("a", "peft", adapter.pairs, biases={"fc": np.ones(3, np.float32)})
-    with pytest.raises(ValueError, match="do not say all"):
+    with pytest.raises(ValueError, match="cannot hold everything in a"):
         reader.write(shifted, tmp_path, rank=1, alpha=2, targets=["fc"])
     assert not list(tmp_path.iterdir())
 
@@ -464,11 +464,11 @@ def simple(folder: Path, **config: Any) -> Path:
 
 
 def with_tensors(folder: Path, tensors: Mapping[str, Any], **config: Any) -> Path:
-    """The simple adapter with other tensors; None takes one away."""
+    """The simple adapter with other tensors. None removes one."""
     simple(folder, **config)
     stored = load_file(folder / "adapter_model.safetensors") | tensors
-    kept = {name: np.asarray(value, np.float32) for name, value in stored.items() if value is not None}
-    save_file(kept, folder / "adapter_model.safetensors")
+    tensors = {name: np.asarray(value, np.float32) for name, value in stored.items() if value is not None}
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -478,12 +478,12 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": 1}, "use_dora is 1, which I do not understand"),
+        ({"use_dora": 1}, "use_dora is 1; its type must be bool"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
         ({"target_parameters": ["experts.up"]}, "target_parameters: LoRA on bare parameters"),
-        ({"trainable_token_indices": "1"}, "trainable_token_indices is '1', which I do not understand"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices is '1'; its type must be list or dict"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
         ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
@@ -500,33 +500,33 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
         ({"next_years_idea": 0.5, "and_another": [1]}, "unknown fields: and_another, next_years_idea"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is supported"),
         ({"peft_type": None}, "peft_type is None; only LORA is supported"),
-        ({"rank_pattern": [1]}, "rank_pattern is [1], which I do not understand"),
+        ({"rank_pattern": [1]}, "rank_pattern is [1]; its type must be dict"),
         ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
         ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is not a regular expression"),
     ],
 )
 @pytest.mark.fault(18, 48)
-def test_what_changes_the_meaning_and_is_not_understood_is_refused_by_name(tmp_path, config, message):
-    told = refusal(simple(tmp_path, **config))
-    assert message in told
-    assert ("unknown fields" in told) == ("next_years_idea" in config)
+def test_unsupported_fields_are_refused_by_name(tmp_path, config, message):
+    text = refusal(simple(tmp_path, **config))
+    assert message in text
+    assert ("unknown fields" in text) == ("next_years_idea" in config)
 
 
-def test_everything_that_is_refused_in_a_config_is_told_at_once(tmp_path):
-    told = refusal(simple(tmp_path, use_qalora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
-    assert all(name in told for name in ("use_qalora", "layer_replication", "surprise", "init_lora_weights"))
+def test_all_refused_fields_are_listed_at_once(tmp_path):
+    text = refusal(simple(tmp_path, use_qalora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
+    assert all(name in text for name in ("use_qalora", "layer_replication", "surprise", "init_lora_weights"))
 
 
 @pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
-def test_what_is_switched_off_is_no_reason_to_refuse(tmp_path, config):
+def test_disabled_fields_are_not_refused(tmp_path, config):
     assert formats.load(simple(tmp_path, **config)).pairs.keys() == {"fc"}
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
 @pytest.mark.parametrize("value", [0, -8, "8", True, None, float("nan"), float("inf"), 10**400])
 @pytest.mark.fault(9, 10)
-def test_a_rank_or_alpha_that_is_no_positive_number_is_refused(tmp_path, field, value):
+def test_a_rank_or_alpha_that_is_not_positive_is_refused(tmp_path, field, value):
     assert refusal(simple(tmp_path, **{field: value})) == (
         f"ADAPTER/adapter_config.json: {field} is {value!r}; it must be a positive number"
     )
@@ -534,7 +534,7 @@ def test_a_rank_or_alpha_that_is_no_positive_number_is_refused(tmp_path, field, 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
 @pytest.mark.fault(9)
-def test_no_default_is_guessed_for_a_missing_rank_or_alpha(tmp_path, field):
+def test_a_missing_rank_or_alpha_has_no_default(tmp_path, field):
     simple(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     del config[field]
@@ -543,16 +543,16 @@ def test_no_default_is_guessed_for_a_missing_rank_or_alpha(tmp_path, field):
 
 
 @pytest.mark.fault(8)
-def test_ranks_that_disagree_are_told_with_all_numbers(tmp_path):
+def test_ranks_that_disagree_are_reported_with_all_numbers(tmp_path):
     assert refusal(simple(tmp_path, r=2)) == (
         "ADAPTER/adapter_model.safetensors is refused:\n  fc: A (1, 2) and B (3, 1) disagree with the config's rank 2"
     )
-    told = refusal(with_tensors(tmp_path, {B_KEY: np.ones((3, 2))}))
-    assert told.endswith("  fc: A (1, 2) and B (3, 2) disagree with the config's rank 1")
+    text = refusal(with_tensors(tmp_path, {B_KEY: np.ones((3, 2))}))
+    assert text.endswith("  fc: A (1, 2) and B (3, 2) disagree with the config's rank 1")
 
 
 @pytest.mark.fault(16)
-def test_halves_of_pairs_are_all_listed(tmp_path):
+def test_incomplete_pairs_are_all_listed(tmp_path):
     wrapper = "base_model.model."
     tensors = {
         B_KEY: None,
@@ -569,18 +569,18 @@ def test_halves_of_pairs_are_all_listed(tmp_path):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.fault(12)
-def test_values_that_are_not_finite_are_refused_with_their_module_and_count(tmp_path, poison):
+def test_values_that_are_not_finite_are_counted_by_module(tmp_path, poison):
     tensors = {A_KEY: [[1, poison]], "base_model.model.head.weight": [poison, 1, poison]}
-    told = refusal(with_tensors(tmp_path, tensors, modules_to_save=["head"]))
-    assert told.splitlines()[1:] == [
+    text = refusal(with_tensors(tmp_path, tensors, modules_to_save=["head"]))
+    assert text.splitlines()[1:] == [
         "  fc: A holds 1 values that are not finite (NaN or infinity)",
         "  head.weight: holds 2 values that are not finite (NaN or infinity)",
     ]
 
 
 def test_the_bias_of_b_must_be_finite_too(tmp_path):
-    told = refusal(with_tensors(tmp_path, {"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, lora_bias=True))
-    assert "  fc: the bias of B holds 1 values that are not finite" in told
+    text = refusal(with_tensors(tmp_path, {"base_model.model.fc.lora_B.bias": [np.nan, 1, 2]}, lora_bias=True))
+    assert "  fc: the bias of B holds 1 values that are not finite" in text
 
 
 @pytest.mark.parametrize(
@@ -597,30 +597,30 @@ def test_the_bias_of_b_must_be_finite_too(tmp_path):
 @pytest.mark.fault(18)
 def test_tensors_of_unknown_kinds_are_refused_and_listed(tmp_path, keys, message):
     keys = [f"base_model.model.{key}" for key in keys]
-    told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
-    assert told == f"ADAPTER/adapter_model.safetensors: {message}{', '.join(keys)}"
+    text = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
+    assert text == f"ADAPTER/adapter_model.safetensors: {message}{', '.join(keys)}"
 
 
-LENGTHS = "base_model.model.fc.lora_magnitude_vector"
+MAGNITUDES = "base_model.model.fc.lora_magnitude_vector"
 
 
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({LENGTHS: [1, 2, 3]}, {}, "there is a lora_magnitude_vector, but the config does not say use_dora"),
-        ({}, {"use_dora": True}, "the config says use_dora, but there is no lora_magnitude_vector"),
-        ({LENGTHS: [1, 2]}, {"use_dora": True}, "the magnitude is (2,), B (3, 1) asks for (3,)"),
-        ({LENGTHS: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 values that are not finite"),
+        ({MAGNITUDES: [1, 2, 3]}, {}, "lora_magnitude_vector is present, but the config does not set use_dora"),
+        ({}, {"use_dora": True}, "the config sets use_dora, but lora_magnitude_vector is missing"),
+        ({MAGNITUDES: [1, 2]}, {"use_dora": True}, "the magnitude is (2,), B (3, 1) needs (3,)"),
+        ({MAGNITUDES: [1, np.nan, 3]}, {"use_dora": True}, "MAGNITUDE holds 1 values that are not finite"),
         (
-            {LENGTHS: [1, 2, 3], A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 1))},
+            {MAGNITUDES: [1, 2, 3], A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 1))},
             {"use_dora": True},
-            "the magnitude is (3,), B (3, 1, 1) asks for (1, 3, 1)",
+            "the magnitude is (3,), B (3, 1, 1) needs (1, 3, 1)",
         ),
-        ({A_KEY: np.ones((1, 2, 3))}, {}, "A (1, 2, 3), B (3, 1): neither a linear layer, a convolution nor"),
+        ({A_KEY: np.ones((1, 2, 3))}, {}, "A (1, 2, 3), B (3, 1): no linear layer, convolution or embedding"),
         (
             {A_KEY: np.ones((1, 2, 1, 1, 1, 1)), B_KEY: np.ones((3, 1, 1, 1, 1, 1))},
             {},
-            "neither a linear layer, a conv",
+            "no linear layer, convolution or embedding has such shapes",
         ),
         ({A_KEY: np.ones((1, 2, 3)), B_KEY: np.ones((3, 1, 3))}, {}, "B is (3, 1, 3); every dimension after"),
         (
@@ -632,15 +632,15 @@ LENGTHS = "base_model.model.fc.lora_magnitude_vector"
     ],
 )
 @pytest.mark.fault(18)
-def test_tensors_that_do_not_go_together_are_refused_with_their_module(tmp_path, tensors, config, message):
-    told = refusal(with_tensors(tmp_path, tensors, **config))
-    assert told.splitlines()[1].startswith("  fc: ") and message in told
+def test_tensors_that_do_not_fit_together_are_refused_by_module(tmp_path, tensors, config, message):
+    text = refusal(with_tensors(tmp_path, tensors, **config))
+    assert text.splitlines()[1].startswith("  fc: ") and message in text
 
 
 @pytest.mark.fault(18)
-def test_lengths_of_a_layer_without_a_pair_are_refused(tmp_path):
-    told = refusal(with_tensors(tmp_path, {"base_model.model.other.lora_magnitude_vector": [1]}))
-    assert told.endswith("is refused:\n  other: a magnitude without lora_A")
+def test_magnitudes_without_a_pair_are_refused(tmp_path):
+    text = refusal(with_tensors(tmp_path, {"base_model.model.other.lora_magnitude_vector": [1]}))
+    assert text.endswith("is refused:\n  other: a magnitude without lora_A")
 
 
 ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
@@ -649,34 +649,38 @@ ROWS = "base_model.model.emb.token_adapter.trainable_tokens_delta"
 @pytest.mark.parametrize(
     ("tensors", "indices", "message"),
     [
-        ({ROWS: [[1, 2]]}, None, "  emb.weight: the config does not say which rows these are"),
-        ({ROWS: [[1, 2]]}, {"other": [1]}, "  trainable_token_indices names other, and there are rows for emb.weight"),
-        ({}, [1], "  trainable_token_indices is a list, and there are rows for no module"),
+        ({ROWS: [[1, 2]]}, None, "  emb.weight: the config does not record which rows these are"),
+        (
+            {ROWS: [[1, 2]]},
+            {"other": [1]},
+            "  trainable_token_indices names other, and the file contains rows for emb.weight",
+        ),
+        ({}, [1], "  trainable_token_indices is a list, and the file contains rows for no module"),
         (
             {ROWS: [[1, 2]], ROWS.replace("emb", "head"): [[1, 2]]},
             [1],
-            "  trainable_token_indices is a list, and there are rows for emb.weight, head.weight",
+            "  trainable_token_indices is a list, and the file contains rows for emb.weight, head.weight",
         ),
         ({ROWS: [[1, 2]]}, [1, 2], "  emb.weight: there are 2 row indices, and the values are (1, 2)"),
         ({ROWS: [[1, 2], [3, 4]]}, [1, 1], "  emb.weight: row indices must be different and not negative: [1, 1]"),
         ({ROWS: [[1, 2]]}, [-1], "  emb.weight: row indices must be different and not negative: [-1]"),
-        ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
-        ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are no list of whole numbers"),
-        ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are no list of whole numbers"),
+        ({ROWS: [[1, 2]]}, ["1"], "  emb.weight: its trainable_token_indices are not a list of integers"),
+        ({ROWS: [[1, 2]]}, [2**70], "  emb.weight: its trainable_token_indices are not a list of integers"),
+        ({ROWS: [[1, 2]]}, {"emb": 1}, "  emb.weight: its trainable_token_indices are not a list of integers"),
         ({ROWS: [[1, np.inf]]}, [1], "  emb.weight: the rows hold 1 values that are not finite (NaN or infinity)"),
     ],
 )
 @pytest.mark.fault(12, 18)
-def test_rows_whose_places_are_not_clear_are_refused(tmp_path, tensors, indices, message):
-    told = refusal(with_tensors(tmp_path, tensors, trainable_token_indices=indices))
-    assert message in told.splitlines()
+def test_token_rows_with_unclear_indices_are_refused(tmp_path, tensors, indices, message):
+    text = refusal(with_tensors(tmp_path, tensors, trainable_token_indices=indices))
+    assert message in text.splitlines()
 
 
-def test_rows_are_not_written(tmp_path):
+def test_token_rows_are_not_written(tmp_path):
     adapter = Adapter("a", "peft", {"fc": LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)})
-    there = dataclasses.replace(adapter, token_rows={"emb.weight": TokenRows(np.array([1]), np.ones((1, 2)))})
-    with pytest.raises(ValueError, match="do not say all"):
-        reader.write(there, tmp_path, rank=1, alpha=2, targets=["fc"])
+    with_rows = dataclasses.replace(adapter, token_rows={"emb.weight": TokenRows(np.array([1]), np.ones((1, 2)))})
+    with pytest.raises(ValueError, match="cannot hold everything in a"):
+        reader.write(with_rows, tmp_path, rank=1, alpha=2, targets=["fc"])
 
 
 @pytest.mark.fault(18)
@@ -689,25 +693,25 @@ def test_a_grouped_convolution_is_refused_by_name(tmp_path):
     )
 
 
-def test_keys_with_and_without_the_wrappers_prefix_are_not_guessed_about(tmp_path):
-    told = refusal(with_tensors(tmp_path, {"fd.lora_A.weight": [[1]], "fd.lora_B.weight": [[1]]}))
-    assert told.endswith("some keys start with `base_model.model.`, these do not: fd.lora_A.weight, fd.lora_B.weight")
+def test_a_mix_of_keys_with_and_without_prefix_is_refused(tmp_path):
+    text = refusal(with_tensors(tmp_path, {"fd.lora_A.weight": [[1]], "fd.lora_B.weight": [[1]]}))
+    assert text.endswith("some keys start with `base_model.model.`, these do not: fd.lora_A.weight, fd.lora_B.weight")
 
 
 @pytest.mark.fault(21)
 def test_several_adapters_in_one_file_are_refused(tmp_path):
     tensors = {f"base_model.model.fc.lora_{side}.second.weight": [[1]] for side in "AB"}
-    assert refusal(with_tensors(tmp_path, tensors)).endswith("holds several adapters: one without a name, second")
+    assert refusal(with_tensors(tmp_path, tensors)).endswith("contains several adapters: one without a name, second")
 
 
 def test_two_keys_for_one_tensor_are_refused(tmp_path):
     keys = ["base_model.model.head.modules_to_save.weight", "base_model.model.head.weight"]
-    told = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
-    assert told.endswith(f"holds one tensor under two names: {keys[0]} and {keys[1]}")
+    text = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
+    assert text.endswith(f"contains one tensor under two names: {keys[0]} and {keys[1]}")
 
 
 def test_an_adapter_without_tensors_is_refused(tmp_path):
-    assert refusal(with_tensors(tmp_path, {A_KEY: None, B_KEY: None})).endswith("there is no tensor in it")
+    assert refusal(with_tensors(tmp_path, {A_KEY: None, B_KEY: None})).endswith("it contains no tensor")
 
 
 class Payload:
@@ -723,8 +727,8 @@ def test_a_pickle_is_refused_and_its_payload_does_not_run(tmp_path):
     adapter = simple(tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
-    told = refusal(adapter)
-    assert told.startswith("ADAPTER/adapter_model.bin is a pickle, which can run code when it is opened.")
+    text = refusal(adapter)
+    assert text.startswith("ADAPTER/adapter_model.bin is a pickle, which can run code when it is opened.")
     assert not (tmp_path / "pwned").exists()
 
 
@@ -748,20 +752,7 @@ def test_a_config_that_names_a_key_twice_is_refused(tmp_path):
     assert refusal(adapter) == "ADAPTER/adapter_config.json names r more than once"
 
 
-# --- Recognising ---
-
-
-def test_what_is_no_adapter_is_told(tmp_path):
-    assert refusal(tmp_path / "none") == "there is no adapter at ADAPTER"
-    assert refusal(tmp_path).startswith("ADAPTER is no adapter that I know. A PEFT adapter is a folder with")
-    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')  # MLX's, of the same name
+def test_mlx_configs_of_the_same_name_are_not_recognised(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
     assert not formats.recognised(tmp_path)
-    assert "is no adapter that I know" in refusal(tmp_path)
-    (tmp_path / "file").touch()
-    assert not formats.recognised(tmp_path / "file")
-
-
-def test_a_format_can_be_named(tmp_path):
-    assert formats.load(simple(tmp_path), format="peft").format == "peft"
-    with pytest.raises(InputRefused, match="unknown adapter format 'tarot'; known: peft"):
-        formats.load(tmp_path, format="tarot")
+    assert "is not an adapter in a known format" in refusal(tmp_path)

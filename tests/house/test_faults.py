@@ -586,8 +586,8 @@ def test_what_is_not_supported_is_refused_by_its_name(place, field):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"dense.lora_magnitude_vector": np.ones(8)}, "the config does not say use_dora"),
-        ({"wte.token_adapter.trainable_tokens_delta": A}, "the config does not say which rows these are"),
+        ({"dense.lora_magnitude_vector": np.ones(8)}, "the config does not set use_dora"),
+        ({"wte.token_adapter.trainable_tokens_delta": A}, "the config does not record which rows these are"),
         ({"dense.lora_E.weight": A}, "unknown kinds of tensors"),
         ({"conv.lora_A.weight": np.ones((2, 8, 3)), "conv.lora_B.weight": np.ones((8, 1, 1))}, "has 2 groups"),
     ],

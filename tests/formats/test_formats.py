@@ -1,0 +1,90 @@
+"""The table of adapter formats: what recognises an adapter, and what a new format needs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from lora_export import formats
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair
+from support import ROOT
+from support.handmade import peft_adapter
+
+
+def simple(folder: Path) -> Path:
+    return peft_adapter(folder, {"fc": ([[1, 2]], [[1], [2], [3]])})
+
+
+def refusal(path: Path, **options: str) -> str:
+    with pytest.raises(InputRefused) as refused:
+        formats.load(path, **options)
+    return str(refused.value).replace(str(path), "ADAPTER")
+
+
+@pytest.fixture
+def text_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second format: a folder with a file `adapter.txt`. Added to the table by one line."""
+    module = ModuleType("a_text_format")
+    module.DESCRIPTION = "a folder with adapter.txt"
+    module.recognises = lambda path: (path / "adapter.txt").exists()
+    pair = LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)
+    module.read = lambda path, name: Adapter(name, "text", {"fc": pair})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(formats.FORMATS, "text", module.__name__)
+
+
+def test_an_unknown_adapter_is_refused_with_the_known_formats(tmp_path):
+    assert refusal(tmp_path / "none") == "there is no adapter at ADAPTER"
+    known = "peft: a folder with adapter_config.json and adapter_model.safetensors"
+    assert refusal(tmp_path) == f"ADAPTER is not an adapter in a known format ({known})"
+    (tmp_path / "file").touch()
+    assert not formats.recognised(tmp_path / "file")
+
+
+@pytest.mark.usefixtures("text_format")
+def test_a_new_format_needs_a_line_in_the_table(tmp_path):
+    assert not formats.recognised(tmp_path)
+    assert refusal(tmp_path).endswith("adapter_model.safetensors; text: a folder with adapter.txt)")
+    (tmp_path / "adapter.txt").touch()
+    assert formats.recognised(tmp_path)
+    adapter = formats.load(tmp_path, name="mine")
+    assert (adapter.format, adapter.name, adapter.pairs["fc"].scale) == ("text", "mine", 2)
+
+
+@pytest.mark.usefixtures("text_format")
+def test_an_adapter_in_several_formats_needs_a_choice(tmp_path):
+    (simple(tmp_path) / "adapter.txt").touch()
+    assert refusal(tmp_path) == "ADAPTER may be in several formats: peft, text. Choose one with `format`"
+    assert [formats.load(tmp_path, format=name).format for name in ("peft", "text")] == ["peft", "text"]
+
+
+def test_a_format_can_be_chosen(tmp_path):
+    assert formats.load(simple(tmp_path), format="peft").format == "peft"
+    assert refusal(tmp_path, format="tarot") == "unknown adapter format 'tarot'; known: peft"
+
+
+def test_an_adapter_has_the_name_of_its_folder_by_default(tmp_path):
+    simple(tmp_path / "mine")
+    (tmp_path / "link").symlink_to("mine")
+    one, two = formats.load(tmp_path / "link"), formats.load(tmp_path / "mine", name="other")
+    assert (one.name, two.name) == ("mine", "other")
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_every_format_has_a_description_and_a_test_file(name):
+    module = importlib.import_module(formats.FORMATS[name])
+    assert module.__name__ == f"lora_export.formats.{name}"
+    assert module.DESCRIPTION.startswith("a ") and not module.recognises(Path("/nowhere"))
+    assert (ROOT / f"tests/formats/test_{name}.py").exists()
+
+
+def test_every_module_that_reads_a_format_is_in_the_table():
+    files = Path(formats.__file__).parent.glob("[!_]*.py")
+    readers = {path.stem for path in files if "\ndef recognises(" in path.read_text(encoding="utf-8")}
+    assert readers == set(formats.FORMATS)
