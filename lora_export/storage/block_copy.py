@@ -1,21 +1,20 @@
-"""From file to file in blocks: read, worked on and written by several threads, hashed by one, in order.
+"""Copy one file into another in blocks. Several threads read, change and write; one hashes, in order.
 
-A block is small enough to stay in a core's cache while it is read, changed, written and hashed, so that
-memory sees every byte once on its way in and once on its way out. What was measured (2 cores of an AMD EPYC
-with AVX2, ext4, 2.2 GB of bf16, every linear layer changed at rank 16; by hand, with sketches of this module;
-`make bench` times the whole):
+A block is small enough to stay in a core's cache while it is read, changed, written and hashed. So memory sees every
+byte once on its way in and once on its way out. What was measured (2 cores of an AMD EPYC with AVX2, ext4, 2.2 GB of
+bf16, every linear layer changed at rank 16; by hand, with sketches of this module; `make bench` times the whole):
 
 - BLOCK: 1 MiB costs 10 % more than 2 MiB in calls and in waiting for Python's lock; 4 MiB gains nothing more.
-- what a block's change and sum are computed in (spare) is a thread's and not a block's: 0.16 s less of 2.27, since it
-  stays in the core's cache from one block to the next (this and the next on cores with AVX-512).
-- writing by whoever did the work: 0.15 s less than by the thread that hashes.
-- threads: two on two cores; a third one only takes turns with them. More than MOST_THREADS were not tried.
-- the kernel's own copy (copy_file_range) of what stays the same takes 1.4 times as long as reading and
-  writing it, because it must be read for its hash anyway. Where the file system can share the blocks, it does.
-- asking for a file's room before it is written (fallocate) spares ext4 5 % of the processor time, and no time on the
-  clock that could be told; it is left out, since file systems differ in what it costs.
-- telling the kernel early to write (START_WRITING) leaves 0.01 s of the final fsync's 0.2 s; left to the end
-  altogether, the flush takes 0.7 s.
+- Scratch memory belongs to a thread, not to a block: 0.16 s less of 2.27, because it stays in the core's cache from
+  one block to the next (this and the next on cores with AVX-512).
+- The thread that changed a block also writes it: 0.15 s less than if the thread that hashes wrote it.
+- Two threads on two cores; a third one only takes turns with them. More than MOST_THREADS were not tried.
+- The kernel's own copy (copy_file_range) of unchanged ranges takes 1.4 times as long as reading and writing them,
+  because they must be read for their hash anyway. Where the file system can share blocks, it does.
+- Reserving a file's space before it is written (fallocate) saves ext4 5 % of the processor time, and no measurable
+  time on the clock. It is left out, because file systems differ in what it costs.
+- Telling the kernel early to write (START_WRITING) leaves 0.01 s of the final fsync's 0.2 s. Without it, the flush
+  takes 0.7 s.
 """
 
 from __future__ import annotations
@@ -40,73 +39,80 @@ from lora_export.storage.hashes import ALGORITHMS, Hash
 from lora_export.storage.positional_io import read_at, write_at
 
 BLOCK = 2 << 20  # bytes
-AHEAD = 2  # blocks that may wait for their turn to be hashed while every thread works on another
+AHEAD = 2  # blocks that may wait to be hashed while every thread works on another
 MOST_THREADS = 8
-START_WRITING = 16 << 20  # bytes after which the kernel is told to begin
+START_WRITING = 16 << 20  # bytes after which the kernel is told to begin writing
 _FICLONERANGE = 0x4020940D  # <linux/fs.h>
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM}
 
 Bytes = NDArray[np.uint8]
-Memory = Callable[[int], Bytes]  # so many bytes, of any content
-Work = Callable[[Bytes, Bytes, Bytes], Any]  # (source, target, spare): fills the target's bytes, returns what it found
+Memory = Callable[[int], Bytes]  # allocates so many bytes, of any content
+# (source, target, scratch): fills the target's bytes, may use the scratch bytes, returns what it found
+Work = Callable[[Bytes, Bytes, Bytes], Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Bytes [start, stop) of the source, which become the bytes [place, end) of the target."""
+    """Bytes [start, stop) of the source, which become the bytes [target_start, target_stop) of the target."""
 
     start: int
     stop: int
-    place: int
-    end: int
-    work: Work | None = None  # None: they stay what they are
-    shared: bool = False  # the target has them already
+    target_start: int
+    target_stop: int
+    work: Work | None = None  # None: the bytes are copied unchanged
+    shared: bool = False  # the target has the bytes already
 
 
 @dataclass(frozen=True)
-class Hashes:
-    """The hashes of both files, up to where the transfer is."""
+class RunningHashes:
+    """The hashes of source and target, up to where the copy is."""
 
-    name: str
+    algorithm: str
     source: Hash = field(init=False)
     target: Hash = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", ALGORITHMS[self.name]())
-        object.__setattr__(self, "target", ALGORITHMS[self.name]())
+        object.__setattr__(self, "source", ALGORITHMS[self.algorithm]())
+        object.__setattr__(self, "target", ALGORITHMS[self.algorithm]())
 
-    def for_next_source(self) -> Hashes:
-        """The same target's, which goes on, and another source's."""
-        others = Hashes(self.name)
+    def for_next_source(self) -> RunningHashes:
+        """Hashes for another source of the same target. The target's hash goes on."""
+        others = RunningHashes(self.algorithm)
         object.__setattr__(others, "target", self.target)
         return others
 
 
 @dataclass(frozen=True, eq=False)
 class _Buffers:
-    """The memory that one block lies in, from when it is read until it is hashed."""
+    """The memory of one block, from when it is read until it is hashed."""
 
     source: Bytes
     target: Bytes
 
     @classmethod
-    def of(cls, room: int, memory: Memory) -> _Buffers:
-        whole = memory(2 * room)  # one allocation: from 4 MiB on NumPy asks for huge pages
-        return cls(whole[:room], whole[room:])
+    def allocate(cls, size: int, memory: Memory) -> _Buffers:
+        whole = memory(2 * size)  # one allocation: from 4 MiB on, NumPy asks for huge pages
+        return cls(whole[:size], whole[size:])
 
-    def result(self, block: Block) -> Bytes:
+    def before(self, block: Block) -> Bytes:
+        """The block's bytes of the source."""
+        return self.source[: block.stop - block.start]
+
+    def after(self, block: Block) -> Bytes:
         """The block's bytes of the target."""
-        return self.source[: block.stop - block.start] if block.work is None else self.target[: block.end - block.place]
+        if block.work is None:
+            return self.before(block)
+        return self.target[: block.target_stop - block.target_start]
 
 
 def memory(count: int) -> Bytes:
-    """Bytes in the process's ordinary memory."""
+    """Allocate bytes in the process's ordinary memory."""
     return np.empty(count, np.uint8)
 
 
 def default_threads() -> int:
-    """As many threads as this process has cores, up to where more were not measured."""
+    """As many threads as this process has cores, at most MOST_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_THREADS)
 
@@ -115,91 +121,88 @@ def transfer(
     source: Path,
     target_fd: int,
     blocks: Iterable[Block],
-    hashes: Hashes,
+    hashes: RunningHashes,
     *,
-    room: int = BLOCK,
+    buffer_bytes: int = BLOCK,
     threads: int | None = None,
     memory: Memory = memory,
 ) -> Iterator[tuple[Block, Any]]:
-    """Carry `blocks` over, in any order; yield each, in theirs, with what its work returned.
+    """Copy `blocks` from the source to the target. Yields each block, in order, with what its work returned.
 
-    `room` is the size of the largest block, in bytes of the source or the target or what its work needs
-    half of in `spare`; `memory` is where blocks are worked on. The hashes take in what the blocks hold, in their order.
-    Raises InputRefused where the source ends too early, and whatever a block's work raises.
+    `buffer_bytes` is the size of the largest block, in the source, in the target, or half of the scratch bytes that
+    its work needs. `memory` allocates the blocks' buffers. The hashes take in the blocks' bytes in order. Raises
+    InputRefused where the source ends too early, and whatever a block's work raises.
     """
     threads = threads or default_threads()
-    idle = [_Buffers.of(room, memory) for _ in range(threads + AHEAD)]
-    spares = [np.empty(2 * room, np.uint8) for _ in range(threads)]  # the one given back last is the warm one
-    waiting: deque[tuple[Block, _Buffers, Future[Any]]] = deque()
-    written = kicked = 0
+    free = [_Buffers.allocate(buffer_bytes, memory) for _ in range(threads + AHEAD)]
+    scratches = [np.empty(2 * buffer_bytes, np.uint8) for _ in range(threads)]  # the last one returned is in the cache
+    pending: deque[tuple[Block, _Buffers, Future[Any]]] = deque()
+    started = 0  # bytes of the target that the kernel was told to write
     with source.open("rb") as reader, ThreadPoolExecutor(threads) as pool:
 
-        def take() -> tuple[Block, Any]:
-            block, buffers, future = waiting.popleft()
+        def finish_first() -> tuple[Block, Any]:
+            block, buffers, future = pending.popleft()
             found = future.result()
-            before = buffers.source[: block.stop - block.start]
-            hashes.source.update(before)
-            hashes.target.update(buffers.result(block))
-            idle.append(buffers)
+            hashes.source.update(buffers.before(block))
+            hashes.target.update(buffers.after(block))
+            free.append(buffers)
             return block, found
 
         try:
             for block in blocks:
-                if not idle:
-                    done, found = take()
-                    written = done.end
-                    if written - kicked >= START_WRITING:
-                        pool.submit(_start_writing, target_fd, kicked, written - kicked)
-                        kicked = written
+                if not free:
+                    done, found = finish_first()
+                    if done.target_stop - started >= START_WRITING:
+                        pool.submit(_start_writing, target_fd, started, done.target_stop - started)
+                        started = done.target_stop
                     yield done, found
-                buffers = idle.pop()
-                waiting.append(
-                    (block, buffers, pool.submit(_make, source, reader.fileno(), target_fd, block, buffers, spares))
-                )
-            while waiting:
-                yield take()
+                buffers = free.pop()
+                future = pool.submit(_copy, source, reader.fileno(), target_fd, block, buffers, scratches)
+                pending.append((block, buffers, future))
+            while pending:
+                yield finish_first()
         finally:
-            pool.shutdown(cancel_futures=True)  # on a failure, and when nobody listens any more
-    _start_writing(target_fd, kicked, 0)
+            pool.shutdown(cancel_futures=True)  # after a failure, or when the caller stops early
+    _start_writing(target_fd, started, 0)
 
 
-def _make(source: Path, read_fd: int, target_fd: int, block: Block, buffers: _Buffers, spares: list[Bytes]) -> Any:
-    found, before = None, buffers.source[: block.stop - block.start]
+def _copy(source: Path, read_fd: int, target_fd: int, block: Block, buffers: _Buffers, scratches: list[Bytes]) -> Any:
+    found, before, after = None, buffers.before(block), buffers.after(block)
     read(source, read_fd, before, block.start)
     if block.work is not None:
-        spare = spares.pop()
+        scratch = scratches.pop()
         try:
-            found = block.work(before, buffers.result(block), spare)
+            found = block.work(before, after, scratch)
         finally:
-            spares.append(spare)
+            scratches.append(scratch)
     if not block.shared:
-        write(target_fd, buffers.result(block).data, block.place)
+        write(target_fd, after.data, block.target_start)
     return found
 
 
-def read(source: Path, fd: int, into: Bytes, start: int) -> None:
-    """Fill `into` from a position of the file. Raises InputRefused where the file ends before."""
-    rest = into.data
+def read(source: Path, fd: int, buffer: Bytes, position: int) -> None:
+    """Fill a buffer from a position of the file. Raises InputRefused where the file ends before."""
+    rest = buffer.data
     while rest:
-        done = read_at(fd, rest, start)
-        if not done:
+        count = read_at(fd, rest, position)
+        if not count:
             raise InputRefused(f"{source} became shorter while it was being read")
-        rest, start = rest[done:], start + done
+        rest, position = rest[count:], position + count
 
 
-def write(fd: int, data: memoryview, place: int) -> None:
+def write(fd: int, data: memoryview, position: int) -> None:
     """Write all of `data` at a position of the file."""
     rest = data
-    while rest:  # a disk that is nearly full takes a part, and complains about the rest
-        done = write_at(fd, rest, place)
-        rest, place = rest[done:], place + done
+    while rest:  # a nearly full disk takes a part, and reports an error for the rest
+        count = write_at(fd, rest, position)
+        rest, position = rest[count:], position + count
 
 
-def share(read_fd: int, write_fd: int, start: int, place: int, count: int) -> range:
+def share(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> range:
     """Let the target share the source's blocks on the disk, where the file system can (Btrfs, XFS and others).
 
-    Returns the positions in the source that are shared, which begin and end with whole blocks of the file
-    system; an empty range where none are.
+    Returns the positions in the source that are shared, which begin and end with whole blocks of the file system. The
+    range is empty where nothing is shared.
     """
     try:
         import fcntl
@@ -209,9 +212,9 @@ def share(read_fd: int, write_fd: int, start: int, place: int, count: int) -> ra
         return range(0)
     first = start + -start % unit
     length = (start + count - first) // unit * unit
-    if length <= 0 or (place - start) % unit:
+    if length <= 0 or (target_start - start) % unit:
         return range(0)
-    request = struct.pack("=qQQQ", read_fd, first, length, place + first - start)
+    request = struct.pack("=qQQQ", read_fd, first, length, target_start + first - start)
     try:
         fcntl.ioctl(write_fd, _FICLONERANGE, request)
     except OSError as error:
@@ -222,7 +225,7 @@ def share(read_fd: int, write_fd: int, start: int, place: int, count: int) -> ra
 
 
 def _start_writing(fd: int, start: int, count: int) -> None:
-    """Ask the kernel to begin writing a range to the disk (0: to the end). Only speed depends on it."""
+    """Ask the kernel to begin writing a range to the disk (count 0: to the end). This affects speed only."""
     sync_file_range = c_function("sync_file_range")  # Linux
     if sync_file_range is not None:
         sync_file_range(fd, ctypes.c_int64(start), ctypes.c_int64(count), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

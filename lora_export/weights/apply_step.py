@@ -20,7 +20,7 @@ from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS, Step
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Block, Bytes, Hashes, Memory
+from lora_export.storage.block_copy import Block, Bytes, Memory, RunningHashes
 from lora_export.weights.merge_report import Statistics
 
 
@@ -134,9 +134,9 @@ class Backend:
         return {"device": self.device} if self.device else {}
 
     def transfer(
-        self, source: Path, target_fd: int, blocks: Iterable[Block], hashes: Hashes, *, room: int
+        self, source: Path, target_fd: int, blocks: Iterable[Block], hashes: RunningHashes, *, buffer_bytes: int
     ) -> Iterator[tuple[Block, Any]]:
         """As `block_copy.transfer`, with the threads and the memory of this backend."""
         return block_copy.transfer(
-            source, target_fd, blocks, hashes, room=room, threads=self.threads, memory=self.memory
+            source, target_fd, blocks, hashes, buffer_bytes=buffer_bytes, threads=self.threads, memory=self.memory
         )

@@ -199,7 +199,7 @@ def _write_shard(
     hashing: str,
 ) -> _WrittenFile:
     """Write one file of the output. `metadata` makes its part of the header from the hash of the source."""
-    hashes = block_copy.Hashes(hashing)
+    hashes = block_copy.RunningHashes(hashing)
 
     def layout() -> tuple[bytes, list[Entry]]:
         described = [(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors]
@@ -212,10 +212,10 @@ def _write_shard(
         blocks = _blocks(source.path, reader.fileno(), writer.fileno(), tensors, entries, backend)
         by_weight: dict[str, Statistics] = {}
         size = tensor_blocks.block_size(tensors)
-        for block, found in backend.transfer(source.path, writer.fileno(), blocks, hashes, room=size):
+        for block, found in backend.transfer(source.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
             for statistics in found or ():
                 by_weight.setdefault(statistics.weight, Statistics(statistics.weight)).merge(statistics)
-            progress(block.end - block.place)
+            progress(block.target_stop - block.target_start)
         final, _ = layout()  # as long as the first one: all hashes have one length
         block_copy.write(writer.fileno(), memoryview(final), 0)
     progress(len(final))

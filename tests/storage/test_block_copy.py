@@ -1,4 +1,4 @@
-"""From file to file in blocks: every byte, in order, by several threads; and what happens when one fails."""
+"""Files are copied in blocks by several threads: every byte, in order, also when one fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Block, Bytes, Hashes
+from lora_export.storage.block_copy import Block, Bytes, RunningHashes
 from lora_export.storage.hashes import ALGORITHMS
 
 DATA = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8).tobytes()
@@ -34,12 +34,12 @@ def source(tmp_path: Path) -> Path:
 
 
 def carry(
-    source: Path, blocks: Iterable[Block], *, hashes: Hashes | None = None, **options: Any
+    source: Path, blocks: Iterable[Block], *, hashes: RunningHashes | None = None, **options: Any
 ) -> tuple[bytes, list[Any]]:
-    """What arrived, and what the blocks' works found."""
+    """The bytes of the target, and what the blocks' work returned."""
     target = source.with_name("target")
     with target.open("wb") as file:
-        passed = block_copy.transfer(source, file.fileno(), blocks, hashes or Hashes("sha256"), **options)
+        passed = block_copy.transfer(source, file.fileno(), blocks, hashes or RunningHashes("sha256"), **options)
         found = [result for _, result in passed]
     return target.read_bytes(), found
 
@@ -53,48 +53,48 @@ def pieces(size: int, work: Callable[[int], block_copy.Work] | None = None) -> I
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("name", ["sha256", "xxh3_128"])
-def test_blocks_arrive_whole_and_are_hashed_in_order(source, threads, name):
-    hashes = Hashes(name)
+def test_blocks_are_copied_whole_and_hashed_in_order(source, threads, name):
+    hashes = RunningHashes(name)
     hashes.target.update(b"abc")
-    arrived, found = carry(source, pieces(64), hashes=hashes, threads=threads, room=64)
+    arrived, found = carry(source, pieces(64), hashes=hashes, threads=threads, buffer_bytes=64)
     assert arrived[3:] == DATA and found == [None] * 16
     assert hashes.source.hexdigest() == ALGORITHMS[name](DATA).hexdigest()
     assert hashes.target.hexdigest() == ALGORITHMS[name](b"abc" + DATA).hexdigest()
 
 
-def test_work_makes_the_targets_bytes_and_its_finds_come_in_order(source):
+def test_results_of_work_come_in_order(source):
     def work(start: int) -> block_copy.Work:
-        def double(before: Bytes, after: Bytes, spare: Bytes) -> int:
+        def double(before: Bytes, after: Bytes, scratch: Bytes) -> int:
             time.sleep(0.01 if start % 200 else 0)  # the later ones are done first
-            assert len(spare) == 400  # room for two arrays, each as large as the block's largest form
+            assert len(scratch) == 400  # two arrays, each as large as the buffer
             after[:] = before.repeat(2)
             return start
 
         return double
 
     blocks = [Block(at, at + 100, 2 * at, 2 * at + 200, work=work(at)) for at in range(0, 1000, 100)]
-    hashes = Hashes("sha256")
-    arrived, found = carry(source, blocks, threads=3, room=200, hashes=hashes)
+    hashes = RunningHashes("sha256")
+    arrived, found = carry(source, blocks, threads=3, buffer_bytes=200, hashes=hashes)
     assert arrived == np.frombuffer(DATA, np.uint8).repeat(2).tobytes()
     assert found == list(range(0, 1000, 100))
     assert hashes.target.hexdigest() == hashlib.sha256(arrived).hexdigest()
 
 
-def test_blocks_are_worked_on_at_the_same_time(source):
+def test_several_threads_work_at_the_same_time(source):
     meeting = threading.Barrier(2, timeout=20)
-    spares: list[int] = []
+    scratches: list[int] = []
 
-    def meet(before: Bytes, after: Bytes, spare: Bytes) -> None:
+    def meet(before: Bytes, after: Bytes, scratch: Bytes) -> None:
         meeting.wait()  # alone, a thread would wait for ever
-        spares.append(spare.ctypes.data)
+        scratches.append(scratch.ctypes.data)
         after[:] = before
 
     blocks = [Block(at, at + 250, at, at + 250, work=meet) for at in range(0, 1000, 250)]
     assert carry(source, blocks, threads=2)[0] == DATA
-    assert len(spares) == 4 and len(set(spares)) == 2  # nobody shares one, and no block has one of its own
+    assert len(scratches) == 4 and len(set(scratches)) == 2  # one for each thread, not for each block
 
 
-def test_no_more_blocks_are_held_than_threads_and_those_ahead(source):
+def test_the_number_of_blocks_in_memory_is_bounded(source):
     taken = 0
 
     def counted() -> Iterator[Block]:
@@ -104,12 +104,14 @@ def test_no_more_blocks_are_held_than_threads_and_those_ahead(source):
             yield block
 
     with source.with_name("target").open("wb") as file:
-        for done, _ in enumerate(block_copy.transfer(source, file.fileno(), counted(), Hashes("sha256"), threads=2)):
+        for done, _ in enumerate(
+            block_copy.transfer(source, file.fileno(), counted(), RunningHashes("sha256"), threads=2)
+        ):
             assert taken - done <= 2 + block_copy.AHEAD + 1
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_work_that_fails_ends_the_transfer_and_its_threads(source, threads):
+def test_a_failed_work_ends_the_transfer_and_its_threads(source, threads):
     def work(start: int) -> block_copy.Work:
         def fail(before: Bytes, after: Bytes, _: Bytes) -> None:
             if start == 100:
@@ -124,10 +126,10 @@ def test_a_work_that_fails_ends_the_transfer_and_its_threads(source, threads):
     assert threading.active_count() == alive
 
 
-def test_nobody_works_on_when_nobody_listens(source):
+def test_threads_end_when_the_caller_stops_early(source):
     alive = threading.active_count()
     with source.with_name("target").open("wb") as file:
-        passed = block_copy.transfer(source, file.fileno(), pieces(10), Hashes("sha256"), threads=2)
+        passed = block_copy.transfer(source, file.fileno(), pieces(10), RunningHashes("sha256"), threads=2)
         next(passed)
         passed.close()
     assert threading.active_count() == alive
@@ -140,14 +142,14 @@ def test_a_source_that_ends_too_early_is_refused(source):
 
 
 @pytest.mark.parametrize("most", [1, 7])
-def test_reads_and_writes_that_take_a_part_are_continued(source, monkeypatch, most):
+def test_partial_reads_and_writes_are_continued(source, monkeypatch, most):
     preadv, pwrite = os.preadv, os.pwrite
-    monkeypatch.setattr(os, "preadv", lambda fd, into, place: preadv(fd, [into[0][:most]], place))
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, place: pwrite(fd, data[:most], place))
+    monkeypatch.setattr(os, "preadv", lambda fd, into, position: preadv(fd, [into[0][:most]], position))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, position: pwrite(fd, data[:most], position))
     assert carry(source, pieces(100))[0][3:] == DATA
 
 
-def test_a_disk_that_fails_is_a_failure(source, monkeypatch):
+def test_a_failed_write_is_an_error(source, monkeypatch):
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "disk full")
 
@@ -156,14 +158,14 @@ def test_a_disk_that_fails_is_a_failure(source, monkeypatch):
         carry(source, pieces(100))
 
 
-def test_the_kernel_is_told_to_write_what_has_arrived(source, monkeypatch):
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(block_copy, "_start_writing", lambda _, start, count: told.append((start, count)))
+def test_the_kernel_is_told_early_to_write(source, monkeypatch):
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(block_copy, "_start_writing", lambda _, start, count: calls.append((start, count)))
     monkeypatch.setattr(block_copy, "START_WRITING", 250)
     carry(source, [Block(at, at + 100, at, at + 100) for at in range(0, 1000, 100)], threads=1)
-    *parts, (start, to_the_end) = told
+    *parts, (start, to_the_end) = calls
     assert [count for _, count in parts] == [300] * len(parts) and len(parts) >= 2
-    assert [start for start, _ in told] == [300 * number for number in range(len(told))]
+    assert [start for start, _ in calls] == [300 * number for number in range(len(calls))]
     assert (start, to_the_end) == (300 * len(parts), 0)
 
 
@@ -183,12 +185,12 @@ class FileSystem:
 
     def ioctl(self, fd: int, request: int, argument: bytes) -> int:
         assert request == 0x4020940D
-        source, start, count, place = struct.unpack("=qQQQ", argument)
+        source, start, count, target_start = struct.unpack("=qQQQ", argument)
         if self.error:
             raise OSError(self.error, os.strerror(self.error))
-        assert count and start % UNIT == count % UNIT == place % UNIT == 0
-        self.requests.append((start, place, count))
-        os.pwrite(fd, os.pread(source, count, start), place)
+        assert count and start % UNIT == count % UNIT == target_start % UNIT == 0
+        self.requests.append((start, target_start, count))
+        os.pwrite(fd, os.pread(source, count, start), target_start)
         return 0
 
 
@@ -200,42 +202,44 @@ def pair(tmp_path: Path) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("start", "place", "count", "shared"),
+    ("start", "target_start", "count", "shared"),
     [
         (0, 0, 3000, range(2560)),
         (100, 100, 2000, range(512, 2048)),
         (100, 612, 2000, range(512, 2048)),  # a whole block further on
         (1024, 512, 512, range(1024, 1536)),
-        (100, 101, 2000, range(0)),  # lies otherwise in its blocks
-        (513, 1, 900, range(0)),  # holds no whole block
+        (100, 101, 2000, range(0)),  # at another offset in its blocks
+        (513, 1, 900, range(0)),  # contains no whole block
     ],
 )
-def test_whole_blocks_are_shared(monkeypatch, pair, start, place, count, shared):
+def test_whole_blocks_are_shared(monkeypatch, pair, start, target_start, count, shared):
     system = FileSystem(monkeypatch)
-    assert block_copy.share(*pair, start, place, count) == shared
-    expected = [(shared.start, shared.start + place - start, len(shared))] if shared else []
+    assert block_copy.share(*pair, start, target_start, count) == shared
+    expected = [(shared.start, shared.start + target_start - start, len(shared))] if shared else []
     assert system.requests == expected
 
 
 @pytest.mark.parametrize(
     "error", [errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM]
 )
-def test_a_file_system_that_cannot_share_is_copied_to(monkeypatch, pair, error):
+def test_nothing_is_shared_where_the_file_system_cannot(monkeypatch, pair, error):
     FileSystem(monkeypatch, error)
     assert block_copy.share(*pair, 0, 0, 3000) == range(0)
 
 
-def test_a_disk_that_is_full_while_blocks_are_shared_is_a_failure(monkeypatch, pair):
+def test_a_full_disk_while_sharing_is_an_error(monkeypatch, pair):
     FileSystem(monkeypatch, errno.ENOSPC)
     with pytest.raises(OSError, match="No space"):
         block_copy.share(*pair, 0, 0, 3000)
 
 
-def test_what_is_shared_is_hashed_and_not_written(source, monkeypatch):
+def test_shared_bytes_are_hashed_and_not_written(source, monkeypatch):
     written: list[int] = []
     pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, place: (written.append(place), pwrite(fd, data, place))[1])
-    hashes = Hashes("sha256")
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, data, position: (written.append(position), pwrite(fd, data, position))[1]
+    )
+    hashes = RunningHashes("sha256")
     carry(source, [Block(0, 100, 0, 100), Block(100, 1000, 100, 1000, shared=True)], hashes=hashes)
     assert written == [0]
     assert hashes.source.hexdigest() == hashes.target.hexdigest() == hashlib.sha256(DATA).hexdigest()
@@ -243,23 +247,23 @@ def test_what_is_shared_is_hashed_and_not_written(source, monkeypatch):
 
 @pytest.fixture(params=["xfs", "btrfs"])
 def sharing_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A real file system that shares blocks, in a file of 400 MB that is mostly holes."""
+    """A real file system that shares blocks, in a sparse file of 400 MB."""
     maker = shutil.which(f"mkfs.{request.param}")
     if maker is None or os.geteuid() != 0:
         pytest.skip(f"needs root and mkfs.{request.param}: a {request.param} is mounted")
     (tmp_path / "disk").touch()
     os.truncate(tmp_path / "disk", 400 << 20)
     subprocess.run([maker, "-q", tmp_path / "disk"], check=True, capture_output=True)
-    (tmp_path / "place").mkdir()
-    command = ["mount", "-o", "loop", tmp_path / "disk", tmp_path / "place"]
+    (tmp_path / "mounted").mkdir()
+    command = ["mount", "-o", "loop", tmp_path / "disk", tmp_path / "mounted"]
     mounted = subprocess.run(command, check=False, capture_output=True)
     if mounted.returncode:
         pytest.skip(f"this machine mounts no {request.param}: {mounted.stderr.decode().strip()}")
-    yield tmp_path / "place"
-    subprocess.run(["umount", tmp_path / "place"], check=True)
+    yield tmp_path / "mounted"
+    subprocess.run(["umount", tmp_path / "mounted"], check=True)
 
 
-def test_a_merge_on_a_disk_that_shares_takes_room_for_what_changes_alone(sharing_disk, tmp_path):
+def test_a_merge_on_a_sharing_disk_takes_space_for_changes_only(sharing_disk, tmp_path):
     from safetensors.numpy import load_file
 
     from lora_export import formats, plan
@@ -269,8 +273,8 @@ def test_a_merge_on_a_disk_that_shares_takes_room_for_what_changes_alone(sharing
 
     def used() -> int:
         os.sync()
-        place = os.statvfs(sharing_disk)
-        return (place.f_blocks - place.f_bfree) * place.f_frsize
+        disk = os.statvfs(sharing_disk)
+        return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
     rng = np.random.default_rng(0)
     tensors = {"fc.weight": np.ones((4, 8)), "kept": rng.random((4096, 4096))}  # 64 MiB

@@ -34,7 +34,7 @@ def changed(path: Path, tensor: OutputTensor, target: Entry) -> np.ndarray:
             before = np.empty(block.stop - block.start, np.uint8)
             block_copy.read(path, file.fileno(), before, block.start)
             assert block.work is not None
-            block.work(before, after[block.place : block.end], np.empty(8 * before.size, np.uint8))
+            block.work(before, after[block.target_start : block.target_stop], np.empty(8 * before.size, np.uint8))
     return after[target.start :].view(np.float32)
 
 
@@ -69,7 +69,7 @@ def test_a_copy_is_one_range_in_blocks(tmp_path, monkeypatch):
     descriptor = os.open(path, os.O_RDWR)
     blocks = list(tensor_blocks.copied_blocks(descriptor, descriptor, 5, 30, 25))
     os.close(descriptor)
-    assert [(block.start, block.stop, block.place, block.end) for block in blocks] == [
+    assert [(block.start, block.stop, block.target_start, block.target_stop) for block in blocks] == [
         (5, 15, 30, 40),
         (15, 25, 40, 50),
         (25, 30, 50, 55),

@@ -15,7 +15,7 @@ import numpy as np
 from lora_export.graph.merge.file_parts import FilePart, MovedTensor, data_file_parts, set_location
 from lora_export.storage import block_copy
 from lora_export.storage.atomic_output import data_name
-from lora_export.storage.block_copy import Block, Bytes, Hashes
+from lora_export.storage.block_copy import Block, Bytes, RunningHashes
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import Progress, Statistics
@@ -41,7 +41,7 @@ def write_data_file(stage: Path, file_name: str, tensors: Sequence[MovedTensor],
 
     The file is named by its content.
     """
-    path, hashes, parts = stage / "weights.data", Hashes(run.hashing), data_file_parts(tensors)
+    path, hashes, parts = stage / "weights.data", RunningHashes(run.hashing), data_file_parts(tensors)
     with path.open("xb") as target:
         for source, group in itertools.groupby(parts, key=lambda part: part[0]):
             hashes = hashes.for_next_source()
@@ -53,16 +53,16 @@ def write_data_file(stage: Path, file_name: str, tensors: Sequence[MovedTensor],
             set_location(part.tensor.value, name, part.start, part.stop - part.start)
 
 
-def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes: Hashes, run: MergeRun) -> str:
+def copy_parts(source: Path, target: BinaryIO, parts: Sequence[FilePart], hashes: RunningHashes, run: MergeRun) -> str:
     """Write parts of a file whose tensors come from `source`. Returns the hash of all of `source`."""
     with source.open("rb") as reader:
         blocks = _blocks(source, reader.fileno(), target.fileno(), parts, run.backend)
         tensors = [part.tensor for part in parts if part.tensor is not None]
         sizes = [tensor_blocks.block_size(tensor.output for tensor in tensors), *map(_requantised_block_size, tensors)]
-        for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, room=max(sizes)):
+        for block, found in run.backend.transfer(source, target.fileno(), blocks, hashes, buffer_bytes=max(sizes)):
             for statistics in found or ():
                 run.statistics_of(statistics.weight).merge(statistics)
-            run.progress(block.end - block.place)
+            run.progress(block.target_stop - block.target_start)
     return hashes.source.hexdigest()
 
 
@@ -155,4 +155,4 @@ def _with_own_read(source: Path, read_fd: int, position: int, block: Block) -> B
         found: list[Statistics] = block.work(before, target, scratch) if block.work is not None else []
         return found
 
-    return Block(position, position, block.place, block.end, work=work, shared=block.shared)
+    return Block(position, position, block.target_start, block.target_stop, work=work, shared=block.shared)

@@ -33,7 +33,7 @@ from lora_export.graph.quantised.scheme_of_weight import is_quantised, refuse_un
 from lora_export.graph.refusals import refuse_quantised, refuse_unsupported_steps
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan
-from lora_export.storage.block_copy import Hashes
+from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, StepResult, refuse_below_rounding
@@ -136,7 +136,7 @@ def write_merged(
             write_data_file(stage, file_name, beside, run)
         parts = graph_file_parts(graph.model, [tensor for tensor in tensors if tensor.source == own_file])
         with (stage / file_name).open("xb") as target:
-            run.sources[own_file] = copy_parts(own_file, target, parts, Hashes(hashing), run)
+            run.sources[own_file] = copy_parts(own_file, target, parts, RunningHashes(hashing), run)
     results = [statistics.result() for statistics in run.statistics.values()]
     refuse_below_rounding(results, min_retention, LOW_RETENTION_ADVICE)
     return MergedFiles(

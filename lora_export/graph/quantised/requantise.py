@@ -131,7 +131,7 @@ class RequantisedWeight:
         for block in self.blocks(component, 0, 0):
             assert block.work is not None
             before = tensor.inline_bytes[block.start : block.stop]
-            statistics += block.work(before, after[block.place : block.end], scratch)
+            statistics += block.work(before, after[block.target_start : block.target_stop], scratch)
         old = tensor.tensor
         proto = onnx.TensorProto(
             name=old.name or "", data_type=int(old.dtype), dims=old.shape.numpy(), raw_data=after.tobytes()
