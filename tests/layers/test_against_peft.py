@@ -146,12 +146,12 @@ def test_dora_in_bf16_is_rounded_once(tmp_path):
 def test_dora_is_materialised_as_folded_in_fp64(tmp_path):
     base = base_of(Everything)
     the_plan = plan_of(trained(base, target_modules=TARGETS, use_dora=True), base, tmp_path)
-    settled, folded = copy.deepcopy(base), copy.deepcopy(base).double()
-    layers.attach(settled, the_plan)
-    settled.double()
-    layers.materialise(settled, dict.fromkeys(base.state_dict(), "bfloat16"), preferred={})
+    materialised, folded = copy.deepcopy(base), copy.deepcopy(base).double()
+    layers.attach(materialised, the_plan)
+    materialised.double()
+    layers.materialise(materialised, dict.fromkeys(base.state_dict(), "bfloat16"), preferred={})
     layers.fold(folded, the_plan)
-    for name, tensor in settled.state_dict().items():
+    for name, tensor in materialised.state_dict().items():
         assert torch.equal(tensor, folded.state_dict()[name].bfloat16().double()), name
 
 
@@ -172,9 +172,9 @@ def test_an_embedding_may_be_replaced_and_have_a_pair(tmp_path):
         assert torch.equal(attached(IDS), expected - 1.5)
     with layers.scale_adapters(attached, 0):
         assert torch.equal(attached(IDS), base(IDS))
-    settled = copy.deepcopy(attached)
-    layers.materialise(settled, {}, preferred={})
-    assert torch.equal(settled(IDS), expected)
+    materialised = copy.deepcopy(attached)
+    layers.materialise(materialised, {}, preferred={})
+    assert torch.equal(materialised(IDS), expected)
     layers.detach(attached)
     assert torch.equal(attached(IDS), base(IDS))
 
@@ -199,9 +199,9 @@ def test_token_rows_are_those_of_peft(tmp_path, is_tied):
         assert torch.equal(attached(IDS).logits, base(IDS).logits)
     assert (rows_alone - base(IDS).logits).abs().max() > 0.1
     assert attached.lm_head.weight is attached.model.embed_tokens.weight or not is_tied
-    settled = copy.deepcopy(attached)
-    layers.materialise(settled, {}, preferred={})
-    torch.testing.assert_close(settled(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+    materialised = copy.deepcopy(attached)
+    layers.materialise(materialised, {}, preferred={})
+    torch.testing.assert_close(materialised(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
     layers.detach(attached)
     assert torch.equal(attached(IDS).logits, base(IDS).logits)
     assert (attached.lm_head.weight is attached.model.embed_tokens.weight) is is_tied

@@ -21,8 +21,8 @@ from support.programs import rewritten
 @pytest.mark.parametrize("length", [0, 1, 21, 100, 0.5, -1])
 def test_a_file_that_is_cut_short_is_refused(good: Path, tmp_path: Path, length: float) -> None:
     content = good.read_bytes()
-    kept = int(length * len(content)) if isinstance(length, float) else length % len(content)
-    (tmp_path / "evil.pt2").write_bytes(content[:kept])
+    bytes_left = int(length * len(content)) if isinstance(length, float) else length % len(content)
+    (tmp_path / "evil.pt2").write_bytes(content[:bytes_left])
     assert "is no .pt2 file" in refused(tmp_path / "evil.pt2")
 
 

@@ -20,7 +20,7 @@ WRONG = [
     (spoiled(*NODE, "target", value=7), "expected a string"),
     (spoiled(*NODE, "inputs", value=None), "expected a list"),
     (spoiled(*NODE, "inputs", 0, "arg", value={}), "expected one field"),
-    (spoiled(*NODE, "inputs", 0, "arg", value={"as_tensor": {"name": "nobody"}}), "which nothing before it makes"),
+    (spoiled(*NODE, "inputs", 0, "arg", value={"as_tensor": {"name": "missing"}}), "which nothing before it makes"),
     (spoiled(*NODE, "inputs", 0, "arg", value={"as_tensor": 3}), "expected a JSON object"),
     (spoiled(*NODE, "inputs", 0, "arg", value={"as_int": True}), "expected an integer"),
     (spoiled(*NODE, "inputs", 0, "arg", value={"as_int": 1 << 70}), "an integer of 71 bits is too large"),
@@ -38,7 +38,7 @@ WRONG = [
     (spoiled(*NODE, "outputs", value=[{"as_tensor": {"name": "ids"}}]), "ids is made more than once"),
     (spoiled(*NODE, "outputs", value=[{"as_custom_obj": {}}]), "which is not supported"),
     (spoiled(*GRAPH, "inputs", value=[]), "which nothing before it makes"),
-    (spoiled(*GRAPH, "outputs", value=[{"as_tensor": {"name": "nobody"}}]), "which nothing before it makes"),
+    (spoiled(*GRAPH, "outputs", value=[{"as_tensor": {"name": "missing"}}]), "which nothing before it makes"),
     (spoiled(*GRAPH, "tensor_values", value={}), "which is no tensor"),
 ]
 
