@@ -190,12 +190,12 @@ def test_a_run_beside_the_merged_graph(place: Path) -> None:
 def built(place: Path) -> Path:
     """What genai's builder makes of the model, with our adapters in it; and what it makes of model and adapter."""
     from support.exporters import save_tokenizer
-    from support.genai import build
+    from support.genai import build_genai_graph
 
     folder, adapter = place / "genai", formats.load(place / "adapter")
     save_tokenizer(place / "model")
-    build(place / "model", folder / "base", "fp32")
-    build(place / "model", folder / "genai-nodes", "fp32", f"adapter_path={place / 'adapter'}")
+    build_genai_graph(place / "model", folder / "base", "fp32")
+    build_genai_graph(place / "model", folder / "genai-nodes", "fp32", f"adapter_path={place / 'adapter'}")
     for way in ("merged", "nodes", "inputs", "genai-inputs"):
         (folder / way).mkdir()
     for way in ("merged", "nodes", "inputs"):

@@ -21,8 +21,8 @@ from support import FACTORIES
 from support.cli import answer, call
 from support.decoders import FEATURES, WORDS, export_with_cache
 from support.decoders import a_graph as a_decoder
-from support.exporters import an_adapter_of, base_of, module_of, save_tokenizer
-from support.genai import build
+from support.exporters import checkpoint_of, model_of, save_adapter, save_tokenizer
+from support.genai import build_genai_graph
 from support.handmade import base_file, peft_adapter
 
 SUMS = f"{FACTORIES}:sums"
@@ -113,7 +113,7 @@ def assert_command_proves(
     graph: Path, mode: str, folder: Path, capsys: pytest.CaptureFixture[str], *, precision: str = "fp32"
 ) -> None:
     """In this mode, of a Llama's graph; and `verify` says the same of what it published."""
-    adapter, out, base = an_adapter_of("llama", folder / "a"), folder / "out.onnx", base_of("llama")
+    adapter, out, base = save_adapter("llama", folder / "a"), folder / "out.onnx", checkpoint_of("llama")
     given = ("-a", adapter, "--model", base, *(("--dtype", "float16") if precision == "fp16" else ()))
     in_int8 = precision == "int4"
     code, told = answer(capsys, "onnx", graph, *given, "--base", base, "--lora", mode, "-o", out)
@@ -133,7 +133,7 @@ def assert_command_proves(
 def test_a_decoder_of_the_dynamo_exporter_is_proven(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module: Any = module_of("llama")
+    module: Any = model_of("llama")
     export_with_cache(module, tmp_path / "cached.onnx")
     assert_command_proves(tmp_path / "cached.onnx", mode, tmp_path, capsys)
 
@@ -146,18 +146,18 @@ def test_a_decoder_of_the_dynamo_exporter_is_proven(
 def test_a_decoder_of_genais_builder_is_proven(
     precision: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_tokenizer(base_of("llama"))
-    graph = build(base_of("llama"), tmp_path / "built", precision)
+    save_tokenizer(checkpoint_of("llama"))
+    graph = build_genai_graph(checkpoint_of("llama"), tmp_path / "built", precision)
     assert_command_proves(graph, mode, tmp_path, capsys, precision=precision)
 
 
 @slow
 def test_a_builders_graph_that_tells_no_size_of_a_head_decodes(tmp_path: Path) -> None:
-    save_tokenizer(base_of("llama"))
-    graph = build(base_of("llama"), tmp_path / "built", "fp32")
+    save_tokenizer(checkpoint_of("llama"))
+    graph = build_genai_graph(checkpoint_of("llama"), tmp_path / "built", "fp32")
     assert {value.shape[-1] for value in load_graph(graph).graph.inputs[2:]} != {16}
     ids = torch.from_numpy(IDS)
     answered = with_cache(OnnxRunner(graph)).run({"input_ids": IDS, "attention_mask": np.ones_like(IDS)})
     with torch.no_grad():
-        truth = module_of("llama")(ids).logits.numpy()
+        truth = model_of("llama")(ids).logits.numpy()
     np.testing.assert_allclose(answered["logits"], truth, rtol=1e-4, atol=1e-5)

@@ -32,16 +32,9 @@ from lora_export.storage.hashes import file_hash
 from lora_export.verification.against_origin import AGAINST, NODE_BY_NODE, NOT_BY_FP64, UNCHANGED
 from support import FACTORIES
 from support.cli import answer, call
-from support.exporters import (
-    AFTERWARDS,
-    EXPORTERS,
-    an_adapter_of,
-    assert_is_the_models,
-    base_of,
-    held,
-    stripped,
-)
-from support.graphs import eager, exported, inputs, quantised, with_changes
+from support.exported_models import eager, exported, inputs, with_changes
+from support.exporters import EXPORTERS, OPTIMISERS, assert_computes_merged_model, checkpoint_of, save_adapter, stripped
+from support.graphs import quantised, tensor_bytes
 from support.handmade import graph_file, peft_adapter
 
 LAYER = "bert.encoder.layer.0"
@@ -690,7 +683,9 @@ def test_what_is_merged_is_what_merge_writes_and_lies_where_it_lay(place: Path, 
     assert call("onnx", tmp_path / "apart.onnx", "-a", place / "fr", "-o", proven / "out.onnx") == 0
     assert call("merge", tmp_path / "apart.onnx", place / "fr", "-o", merged / "out.onnx") == 0
     weights = [ir.load(folder / "out.onnx").graph.initializers for folder in (proven, merged)]
-    assert {name: held(value) for name, value in weights[0].items()} == {n: held(v) for n, v in weights[1].items()}
+    assert {name: tensor_bytes(value) for name, value in weights[0].items()} == {
+        n: tensor_bytes(v) for n, v in weights[1].items()
+    }
     large = [value.const_value for value in weights[0].values() if value.const_value.nbytes >= MIN_EXTERNAL_BYTES]
     assert large and all(isinstance(tensor, ir.ExternalTensor) for tensor in large)
     assert record(proven / "out.onnx")["base"] == record(merged / "out.onnx")["base"]
@@ -719,13 +714,13 @@ def test_graphs_of_every_maker(
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     EXPORTERS[exporter](name, path)
     if after:
-        AFTERWARDS[after](path, tmp_path / "after.onnx")
+        OPTIMISERS[after](path, tmp_path / "after.onnx")
         path = tmp_path / "after.onnx"
-    adapter = an_adapter_of(name, tmp_path / "a")
-    code, told = answer(capsys, "onnx", path, "-a", adapter, "--lora", mode, "--base", base_of(name), "-o", out)
+    adapter = save_adapter(name, tmp_path / "a")
+    code, told = answer(capsys, "onnx", path, "-a", adapter, "--lora", mode, "--base", checkpoint_of(name), "-o", out)
     assert code == 0 and told["proof"]["outcome"] == "same"
     if mode in ("merged", "nodes"):
-        assert_is_the_models(out, name, adapter)
+        assert_computes_merged_model(out, name, adapter)
     else:
         assert {proof["outcome"] for proof in told["adapters"].values()} == {"same"}
 

@@ -19,13 +19,13 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.weights.checkpoint import open_checkpoint
 from support.exporters import (
-    AFTERWARDS,
     EXPORTERS,
     MODELS,
-    assert_folding_is_pytorchs,
-    base_of,
+    OPTIMISERS,
+    assert_folds_like_pytorch,
+    checkpoint_of,
     linear_weights,
-    module_of,
+    model_of,
     torchscript,
 )
 
@@ -43,7 +43,7 @@ slow = pytest.mark.slow
 
 def assert_right(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.float32) -> None:
     """Each named site holds the parameter that it is named after."""
-    weights = linear_weights(module_of(name))
+    weights = linear_weights(model_of(name))
     for site in found.linear:
         expected = weights[site.name.removeprefix(prefix)]  # KeyError: no such layer
         assert site.matrix.shape == expected.shape, site.name
@@ -52,14 +52,14 @@ def assert_right(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.f
 
 # Names of linear layers that a base cannot give back: of a head that was tied, and whose own name is gone.
 LOST = {"gpt2": {"lm_head.weight"}, "llama": set(), "bert": set()}
-FAST = {("bert", "torchscript", after) for after in AFTERWARDS} | {
+FAST = {("bert", "torchscript", after) for after in OPTIMISERS} | {
     ("llama", "transformers, fused", ""), ("gpt2", "torchscript", ""), ("llama", "torchscript", "extended"),
 }  # fmt: skip
 CELLS = [
     pytest.param(model, exporter, after, marks=[] if (model, exporter, after) in FAST else slow)
     for model in MODELS
     for exporter in EXPORTERS
-    for after in AFTERWARDS
+    for after in OPTIMISERS
     if not (exporter == "transformers, fused" and after)  # onnxruntime's own operators are none of theirs
 ]
 
@@ -82,16 +82,16 @@ def test_every_layer_of_a_graph_made_elsewhere_is_found_and_can_be_folded_into(
     path = made(name, exporter)
     if after:
         source, path = path, path.with_name(f"{after}.onnx")  # its weights may lie in a file beside it
-        AFTERWARDS[after](source, path)
-    weights = linear_weights(module_of(name))
+        OPTIMISERS[after](source, path)
+    weights = linear_weights(model_of(name))
     assert_right(find_sites(load_graph(path)), name, prefix="model." if exporter == "torchscript" else "")
-    found = find_sites(load_graph(path), open_checkpoint(base_of(name)))
+    found = find_sites(load_graph(path), open_checkpoint(checkpoint_of(name)))
     assert_right(found, name)
     named = {site.name for site in found.linear}
     assert named | LOST[name] == weights.keys() | LOST[name]
     told = [site for site in found.unnamed if not site.equal_tensors]
     assert not told, str(found)
-    assert_folding_is_pytorchs(path, name, tmp_path / "folded")
+    assert_folds_like_pytorch(path, name, tmp_path / "folded")
 
 
 @pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=slow)])
@@ -99,9 +99,9 @@ def test_every_layer_of_a_graph_made_elsewhere_is_found_and_can_be_folded_into(
 def test_a_half_precision_graph_is_named_by_a_single_precision_base(name: str, after: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     torchscript(name, path, torch.float16)
-    AFTERWARDS[after](path, tmp_path / "after.onnx")
-    found = find_sites(load_graph(tmp_path / "after.onnx" if after else path), open_checkpoint(base_of(name)))
+    OPTIMISERS[after](path, tmp_path / "after.onnx")
+    found = find_sites(load_graph(tmp_path / "after.onnx" if after else path), open_checkpoint(checkpoint_of(name)))
     assert_right(found, name, dtype=np.float16)
-    assert {site.name for site in found.linear} == linear_weights(module_of(name)).keys()
+    assert {site.name for site in found.linear} == linear_weights(model_of(name)).keys()
     # The exporter stores some of what it folded as float32, rounded to half precision all the same.
     assert {spec.dtype for spec in found.specs} == {"float16", "float32"}

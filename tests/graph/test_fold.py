@@ -17,21 +17,9 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold
 from lora_export.lora import Adapter, LoraPair, TokenRows
-from support.graphs import (
-    EVERY_MODEL,
-    LLAMA,
-    a_graph,
-    an_adapter,
-    contents,
-    eager,
-    exported,
-    inputs,
-    planned,
-    run,
-    stored,
-    with_changes,
-)
-from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
+from support.exported_models import EVERY_MODEL, LLAMA, eager, exported, inputs, with_changes
+from support.graphs import a_graph, an_adapter, contents, planned, run, stored
+from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, folded, random_adapter
 
 
 def by(**pairs: LoraPair) -> Adapter:
@@ -299,7 +287,7 @@ def test_a_pair_is_added_to_the_whole_tensor_that_comes_with_it() -> None:
 @pytest.mark.parametrize("name", ["encoder", "bert", LLAMA])
 def test_a_folded_export_computes_what_pytorch_computes(name: str, optimised: bool) -> None:
     made = exported(name)
-    adapter, changes = everywhere(made.graph)
+    adapter, changes = random_adapter(made.graph)
     base = made.graph.clone()
     if optimised:
         onnxscript.optimizer.optimize_ir(made.graph)
@@ -317,7 +305,7 @@ def test_a_folded_export_computes_what_pytorch_computes(name: str, optimised: bo
 
 def test_a_layer_before_a_batch_norm_is_folded_into_its_own_weight() -> None:
     made = exported("mlp")
-    adapter, changes = everywhere(made.graph)
+    adapter, changes = random_adapter(made.graph)
     folded(made.graph, adapter)
     feeds = inputs("mlp", 5, seed=2)
     expected = eager(with_changes(made.module, changes), feeds)
@@ -341,5 +329,5 @@ def test_a_new_head_and_bias_reach_an_export() -> None:
 def test_folding_leaves_the_module_alone(name: str) -> None:
     made = exported(name)
     before = {key: value.clone() for key, value in made.module.state_dict().items()}
-    folded(made.graph, everywhere(made.graph)[0])
+    folded(made.graph, random_adapter(made.graph)[0])
     assert all(torch.equal(value, before[key]) for key, value in made.module.state_dict().items())

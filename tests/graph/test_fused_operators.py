@@ -28,7 +28,8 @@ from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from support.cli import answer, call
 from support.graphs import Arrays, an_adapter, run, stored
 from support.handmade import base_file, peft_adapter
-from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
+from support.one_weight_graphs import WEIGHT, X, attention, attention_graph, graph_reading
+from support.small_graphs import DELTA, PAIR
 
 HIDDEN, HEADS = 64, 4
 RNG = np.random.default_rng(1)
@@ -48,7 +49,7 @@ OTHERS = {"k": a_pair(2), "v": a_pair(4)}
 @pytest.fixture
 def packed(tmp_path: Path) -> tuple[ir.Model, Checkpoint, dict[str, NDArray[Any]]]:
     """An Attention of q, k and v in one matrix, the checkpoint that names them, and their weights (out, in)."""
-    model = attention(HIDDEN, HEADS)
+    model = attention_graph(HIDDEN, HEADS)
     whole = stored(model, "w").T.copy()
     weights = {name: whole[HIDDEN * at : HIDDEN * (at + 1)] for at, name in enumerate("qkv")}
     tensors = {f"{name}.weight": weight for name, weight in weights.items()}
@@ -61,7 +62,7 @@ def expected(weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> ND
         changed[name] = changed[name] + pair.delta()
         if pair.magnitude is not None:
             changed[name] *= (pair.magnitude / np.linalg.norm(changed[name], axis=1))[:, None]
-    return in_numpy(TOKENS, *changed.values(), heads=HEADS)
+    return attention(TOKENS, *changed.values(), heads=HEADS)
 
 
 def assert_is(answer: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> None:
@@ -169,7 +170,7 @@ def test_a_product_that_is_fused_with_more_reads_what_it_multiplies_by(
 
 
 def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
-    model = a_graph(body, layout)
+    model = graph_reading(body, layout)
     return model, find_sites(model)
 
 

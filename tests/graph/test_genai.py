@@ -34,17 +34,17 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.weights.checkpoint import open_checkpoint
 from support.cli import answer
 from support.exporters import (
-    WORDS,
+    VOCABULARY_SIZE,
     a_llama,
-    an_adapter_of,
-    assert_folding_is_pytorchs,
-    assert_is_the_models,
-    base_of,
+    assert_computes_merged_model,
+    assert_folds_like_pytorch,
+    checkpoint_of,
     linear_weights,
-    module_of,
+    model_of,
+    save_adapter,
     save_tokenizer,
 )
-from support.genai import TOKENS, build
+from support.genai import GENERATED_TOKENS, build_genai_graph
 
 genai: Any = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
@@ -57,8 +57,8 @@ Build = Callable[..., Path]
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The builder's graph of test_exporters' Llama, in this precision."""
     folder = tmp_path_factory.mktemp("genai")
-    save_tokenizer(base_of("llama"))
-    return functools.cache(lambda precision: build(base_of("llama"), folder / precision, precision))
+    save_tokenizer(checkpoint_of("llama"))
+    return functools.cache(lambda precision: build_genai_graph(checkpoint_of("llama"), folder / precision, precision))
 
 
 @slow
@@ -66,8 +66,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def test_a_graph_of_the_builder_is_named_by_content_alone(precision: str, built: Build) -> None:
     model = load_graph(built(precision))
     assert not find_sites(model).linear
-    found = find_sites(model, open_checkpoint(base_of("llama")))
-    weights = linear_weights(module_of("llama"))
+    found = find_sites(model, open_checkpoint(checkpoint_of("llama")))
+    weights = linear_weights(model_of("llama"))
     assert {site.name for site in found.linear} == weights.keys()
     assert sum(site.block is not None for site in found.linear) == 6
     for site in found.linear:
@@ -77,7 +77,7 @@ def test_a_graph_of_the_builder_is_named_by_content_alone(precision: str, built:
 
 @slow
 def test_a_graph_of_the_builder_computes_what_pytorch_computes_with_an_adapter(built: Build, tmp_path: Path) -> None:
-    assert_folding_is_pytorchs(built("fp32"), "llama", tmp_path / "folded")
+    assert_folds_like_pytorch(built("fp32"), "llama", tmp_path / "folded")
 
 
 # --- generation ---
@@ -88,7 +88,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that says many different words."""
     torch.manual_seed(0)
     module, folder = a_llama(), tmp_path_factory.mktemp("base")
-    module.config.max_position_embeddings = 2 * TOKENS
+    module.config.max_position_embeddings = 2 * GENERATED_TOKENS
     for weight in module.parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=0.3)
@@ -100,7 +100,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def speaker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = tmp_path_factory.mktemp("speaker")
-    return functools.cache(lambda *options: build(base, folder / "-".join(options).replace("=", "_"), *options))
+    return functools.cache(
+        lambda *options: build_genai_graph(base, folder / "-".join(options).replace("=", "_"), *options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +127,16 @@ def spoken_by(module: Any) -> list[int]:
     """What PyTorch says, greedily."""
     ids = torch.tensor([PROMPT])
     # As long as asked for: without a word that ends it.
-    said = module.generate(input_ids=ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS, pad_token_id=0)
+    said = module.generate(
+        input_ids=ids, do_sample=False, min_new_tokens=GENERATED_TOKENS, max_new_tokens=GENERATED_TOKENS, pad_token_id=0
+    )
     return said[0, len(PROMPT) :].tolist()
 
 
 def generated(folder: Path, adapter: Path | None = None) -> list[int]:
     """What genai says, greedily, with this adapter of its own kind."""
     model = genai.Model(str(folder))
-    parameters, length = genai.GeneratorParams(model), len(PROMPT) + TOKENS
+    parameters, length = genai.GeneratorParams(model), len(PROMPT) + GENERATED_TOKENS
     parameters.set_search_options(do_sample=False, min_length=length, max_length=length)
     generator = genai.Generator(model, parameters)
     if adapter is not None:
@@ -244,7 +248,7 @@ def test_rows_of_the_builders_graph_decode_with_their_own_adapters(
         if "key_values" in (value.name or "") or "present" in (value.name or ""):
             value.shape = ir.Shape([*value.shape[:3], head])  # which the builder does not tell
     save_graph(model, tmp_path, "rows.onnx")
-    ids = np.random.default_rng(0).integers(0, WORDS, (4, 9))
+    ids = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, (4, 9))
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows([1, 0, 0, 1]))
     answer = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
     with torch.no_grad():
@@ -276,8 +280,8 @@ def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftMo
 def test_the_command_proves_a_graph_of_the_builder_with_its_cache(
     precision: str, mode: str, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter, out = an_adapter_of("llama", tmp_path / "a"), tmp_path / "out.onnx"
-    words = ("onnx", built(precision), "-a", adapter, "--base", base_of("llama"), "--lora", mode, "-o", out)
+    adapter, out = save_adapter("llama", tmp_path / "a"), tmp_path / "out.onnx"
+    words = ("onnx", built(precision), "-a", adapter, "--base", checkpoint_of("llama"), "--lora", mode, "-o", out)
     code, told = answer(capsys, *words)
     assert code == 0
     proofs = [told["proof"], *told.get("adapters", {}).values()]
@@ -285,4 +289,4 @@ def test_the_command_proves_a_graph_of_the_builder_with_its_cache(
     cases = {there["case"] for there in told["proof"]["comparisons"]}
     assert cases == {"batch 1 x length 7 after 0", "batch 3 x length 1 after 5", "batch 5 x length 29 after 0"}
     if precision == "fp32":
-        assert_is_the_models(out, "llama", adapter)
+        assert_computes_merged_model(out, "llama", adapter)

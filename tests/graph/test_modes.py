@@ -32,7 +32,8 @@ from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.insert.inserter import branch_obstacle
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
-from support.graphs import Arrays, a_graph, an_adapter, attached, contents, eager, exported, inputs, quantised, run
+from support.exported_models import attached, eager, exported, inputs
+from support.graphs import Arrays, a_graph, an_adapter, contents, quantised, run
 from support.handmade import base_file
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])

@@ -20,7 +20,8 @@ from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import append_metadata, save_graph
 from lora_export.storage.hashes import file_sha256
-from support.graphs import EVERY_MODEL, a_graph, exported, inputs, run, stored
+from support.exported_models import EVERY_MODEL, exported, inputs
+from support.graphs import a_graph, run, stored
 from support.small_graphs import LINEAR
 
 WEIGHT = [[1, 4], [2, 5], [3, 6]]

@@ -23,7 +23,8 @@ from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import an_adapter, run, stored
 from support.handmade import base_file
-from support.read_graphs import DELTA, PAIR, WEIGHT, X, a_graph, attention, in_numpy
+from support.one_weight_graphs import WEIGHT, X, attention, attention_graph, graph_reading
+from support.small_graphs import DELTA, PAIR
 
 
 def fold_into(model: ir.Model) -> None:
@@ -64,7 +65,7 @@ PRODUCTS: dict[str, tuple[str, Layout, str, float]] = {
 def test_a_layer_is_found_and_folded_into_where_it_is_read(
     body: str, layout: Layout, functions: str, factor: float
 ) -> None:
-    model = a_graph(body, layout, functions=functions)
+    model = graph_reading(body, layout, functions=functions)
     assert only(model).layout is layout
     np.testing.assert_allclose(run(model, x=X)["y"], factor * X @ WEIGHT.T)
     fold_into(model)
@@ -81,7 +82,7 @@ FIRST = {
 
 @pytest.mark.parametrize(("body", "layout"), FIRST.values(), ids=FIRST.keys())
 def test_a_weight_may_be_the_first_operand(body: str, layout: Layout) -> None:
-    model = a_graph(body, layout, x="float[3,N]", y="float[2,N]")
+    model = graph_reading(body, layout, x="float[3,N]", y="float[2,N]")
     assert only(model).layout is layout
     np.testing.assert_allclose(run(model, x=X.T.copy())["y"], WEIGHT @ X.T)
     fold_into(model)
@@ -90,7 +91,7 @@ def test_a_weight_may_be_the_first_operand(body: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 def test_a_weight_that_is_stored_in_half_precision_and_cast_stays_so(half: Any) -> None:
-    model = a_graph("c = Cast <to = 1> (W) y = MatMul(x, c)", Layout.IN_OUT)
+    model = graph_reading("c = Cast <to = 1> (W) y = MatMul(x, c)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(WEIGHT.T.astype(half), name="m.weight")
     model.graph.initializers["m.weight"].dtype = ir.DataType.from_numpy(np.dtype(half))
     site, (spec,) = only(model), find_sites(model).specs
@@ -101,7 +102,7 @@ def test_a_weight_that_is_stored_in_half_precision_and_cast_stays_so(half: Any) 
 
 
 def test_a_branch_beside_a_weight_that_is_cast_has_the_dtype_of_what_it_is_added_to() -> None:
-    model = a_graph("c = Cast <to = 1> (W) y = MatMul(x, c)", Layout.IN_OUT)
+    model = graph_reading("c = Cast <to = 1> (W) y = MatMul(x, c)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(WEIGHT.T.astype(np.float16), name="m.weight")
     model.graph.initializers["m.weight"].dtype = ir.DataType.FLOAT16
     found = find_sites(model)
@@ -110,7 +111,7 @@ def test_a_branch_beside_a_weight_that_is_cast_has_the_dtype_of_what_it_is_added
 
 
 def test_a_reader_of_a_shared_weight_behind_a_cast_reads_its_own_as_the_cast_gave_it() -> None:
-    model = a_graph(
+    model = graph_reading(
         "c = Cast <to = 1> (W) h = MatMul(x, c) r = Identity(c) z = ReduceSum(r) y = Add(h, z)", Layout.IN_OUT
     )
     model.graph.initializers["m.weight"].const_value = ir.Tensor(WEIGHT.T.astype(np.float16), name="m.weight")
@@ -165,12 +166,12 @@ def test_a_table_that_is_looked_up_is_an_embedding_and_no_linear_layer() -> None
 
 @pytest.mark.parametrize("body", ["y = Gather <axis = 1> (W, i)", "t = Transpose(W) y = Gather(t, i)"])
 def test_a_table_of_columns_is_no_embedding(body: str) -> None:
-    model = a_graph(f"i = Cast <to = 7> (x) {body}", Layout.IN_OUT, x="float[N]", y="float[A,B]")
+    model = graph_reading(f"i = Cast <to = 7> (x) {body}", Layout.IN_OUT, x="float[N]", y="float[A,B]")
     assert only(model).layout is Layout.OTHER
 
 
 def test_onnxruntimes_attention_takes_q_k_and_v_in_one_and_each_can_be_folded_into(tmp_path: Path) -> None:
-    model = attention()
+    model = attention_graph()
     packed = stored(model, "w").T.copy()  # (3 hidden, hidden)
     weights = {name: packed[4 * at : 4 * at + 4] for at, name in enumerate("qkv")}
     checkpoint = open_checkpoint(
@@ -186,8 +187,8 @@ def test_onnxruntimes_attention_takes_q_k_and_v_in_one_and_each_can_be_folded_in
     fold(model, found, steps)
     x = rng.normal(size=(2, 3, 4)).astype(np.float32)
     changed = {name: w + (pairs[name].delta() if name in pairs else 0) for name, w in weights.items()}
-    np.testing.assert_allclose(run(model, x=x)["y"], in_numpy(x, *changed.values()), rtol=1e-4, atol=1e-5)
-    assert np.abs(in_numpy(x, *changed.values()) - in_numpy(x, *weights.values())).max() > 0.1
+    np.testing.assert_allclose(run(model, x=x)["y"], attention(x, *changed.values()), rtol=1e-4, atol=1e-5)
+    assert np.abs(attention(x, *changed.values()) - attention(x, *weights.values())).max() > 0.1
 
 
 STRANGE = {
@@ -200,7 +201,7 @@ STRANGE = {
 def test_no_branch_is_put_beside_what_computes_more_than_a_product(
     body: str, layout: Layout, functions: str, told: str
 ) -> None:
-    model = a_graph(body, layout, functions=functions)
+    model = graph_reading(body, layout, functions=functions)
     found = find_sites(model)
     with pytest.raises(InputRefused, match=f"m.weight is read by {told}, beside which no branch can be inserted"):
         insert_nodes(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
@@ -209,14 +210,14 @@ def test_no_branch_is_put_beside_what_computes_more_than_a_product(
 def test_a_function_that_reads_a_weight_twice_does_not_tell_how_it_lies() -> None:
     functions = """<domain: "own", opset_import: ["" : 20]>
         both (x, w) => (y) { v = Transpose(w) h = MatMul(x, v) y = MatMul(h, w) }"""
-    model = a_graph("y = own.both(x, W)", Layout.OUT_IN, y="float[N,3]", functions=functions)
+    model = graph_reading("y = own.both(x, W)", Layout.OUT_IN, y="float[N,3]", functions=functions)
     assert not find_sites(model).by_name
 
 
 def test_a_turn_that_a_functions_caller_decides_is_not_guessed() -> None:
     functions = """<domain: "own", opset_import: ["" : 20]>
         turned <transB> (x, w) => (y) { y = Gemm <transB: int = @transB> (x, w) }"""
-    model = a_graph("y = own.turned <transB = 1> (x, W)", Layout.OUT_IN, functions=functions)
+    model = graph_reading("y = own.turned <transB = 1> (x, W)", Layout.OUT_IN, functions=functions)
     assert only(model).layout is Layout.OTHER
 
 
@@ -241,7 +242,7 @@ def test_a_weight_that_a_loops_body_captures_is_found(trip: str) -> None:
 
 def test_the_builders_own_names_are_no_parameters() -> None:
     """onnxruntime-genai calls every model's attention `attn`, whatever the model calls it."""
-    model = a_graph("y = MatMul(x, W)", Layout.IN_OUT)
+    model = graph_reading("y = MatMul(x, W)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].name = "model.layers.0.attn.o_proj.MatMul.weight"
     model.graph[0].name = "/model/layers.0/attn/o_proj/MatMul"
     found = find_sites(model)

@@ -14,7 +14,8 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, TensorSpec
-from support.graphs import EVERY_MODEL, a_graph, an_adapter, exported
+from support.exported_models import EVERY_MODEL, exported
+from support.graphs import a_graph, an_adapter
 
 
 def specs(found: Sites) -> dict[str, TensorSpec]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lora_export.errors import RuntimeRefused
 from lora_export.models import export
 from lora_export.models.model import Axes
-from support.graphs import EVERY_MODEL, MAKERS, Encoder, Mlp, eager, exported, inputs, run
+from support.exported_models import EVERY_MODEL, MODEL_BUILDERS, Encoder, Mlp, eager, exported, inputs
+from support.graphs import run
 
 OTHER_SHAPES = [(1, 5), (3, 12), (5, 2)]
 
@@ -239,7 +240,7 @@ def test_axes_that_do_not_fit_the_example_inputs_are_refused(axes: Axes, message
 @EVERY_MODEL
 def test_a_traced_module_takes_other_shapes_by_name_and_position(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = MAKERS[name]().eval()
+    module = MODEL_BUILDERS[name]().eval()
     export.save_torchscript(export.to_torchscript(module, inputs(name)), tmp_path / "model.pt", extra={})
     script = torch.jit.load(tmp_path / "model.pt")
     for batch, length in OTHER_SHAPES:

@@ -1,4 +1,4 @@
-"""What several tests share: exporters."""
+"""Models, exporters and graph optimisers whose combinations are tested. For the tests of exported graphs."""
 
 from __future__ import annotations
 
@@ -39,30 +39,31 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
-from support.graphs import Arrays, an_adapter, eager, with_changes
+from support.exported_models import eager, with_changes
+from support.graphs import Arrays, an_adapter
 from support.handmade import peft_adapter
 
-WORDS = 50
+VOCABULARY_SIZE = 50
 
-HEAD = 16  # features of the Llama's attention heads
+HEAD_SIZE = 16  # features of an attention head of the Llama
 
 
 def a_llama() -> nn.Module:
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=64, max_position_embeddings=40,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
 def a_gpt2() -> nn.Module:
-    """Conv1D, and a head that is tied to the embedding."""
-    return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=40))
+    """A model with Conv1D layers and a head that is tied to the embedding."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=40))
 
 
 def a_bert() -> nn.Module:
     config = BertConfig(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=40, num_labels=3,
     )  # fmt: skip
     return BertForSequenceClassification(config)
@@ -72,7 +73,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"llama": a_llama, "gpt2": a_gpt2, 
 
 
 @functools.cache
-def module_of(name: str) -> nn.Module:
+def model_of(name: str) -> nn.Module:
+    """The model of this name. All tests share it."""
     torch.manual_seed(0)
     module = MODELS[name]().eval()
     if hasattr(module.config, "use_cache"):
@@ -81,14 +83,15 @@ def module_of(name: str) -> nn.Module:
 
 
 @functools.cache
-def text(batch: int = 2, length: int = 7) -> dict[str, Tensor]:
+def token_inputs(batch: int = 2, length: int = 7) -> dict[str, Tensor]:
+    """Random tokens and an attention mask."""
     generator = torch.Generator().manual_seed(batch * length)
-    ids = torch.randint(4, WORDS, (batch, length), generator=generator)
+    ids = torch.randint(4, VOCABULARY_SIZE, (batch, length), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Logits(nn.Module):
-    """For the TorchScript exporter, which takes its inputs in order; its names gain `model.` in front."""
+    """A model for the TorchScript exporter, which passes inputs by position. The prefix of its weights is `model.`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -102,17 +105,23 @@ DYNAMIC = {0: "batch", 1: "sequence"}
 
 
 def torchscript(name: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    module = Logits(copy.deepcopy(module_of(name))).to(dtype).eval()
+    module = Logits(copy.deepcopy(model_of(name))).to(dtype).eval()
     torch.onnx.export(
-        module, tuple(text().values()), path, dynamo=False, opset_version=17, input_names=list(text()),
-        output_names=["logits"], dynamic_axes=dict.fromkeys(text(), DYNAMIC),
+        module, tuple(token_inputs().values()), path, dynamo=False, opset_version=17, input_names=list(token_inputs()),
+        output_names=["logits"], dynamic_axes=dict.fromkeys(token_inputs(), DYNAMIC),
     )  # fmt: skip
 
 
 def dynamo(name: str, path: Path, *, optimize: bool = True) -> None:
-    shapes = {key: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")} for key in text()}
+    shapes = {key: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")} for key in token_inputs()}
     program = torch.onnx.export(
-        module_of(name), (), kwargs=dict(text()), dynamo=True, optimize=optimize, dynamic_shapes=shapes, verbose=False
+        model_of(name),
+        (),
+        kwargs=dict(token_inputs()),
+        dynamo=True,
+        optimize=optimize,
+        dynamic_shapes=shapes,
+        verbose=False,
     )
     program.save(path)
 
@@ -125,7 +134,7 @@ def transformers_exporter(name: str, path: Path, fusions: str | None = None) -> 
     exporters = pytest.importorskip("transformers.exporters", reason="transformers' exporters need transformers 5.24")
     configs = importlib.import_module("transformers.exporters.configs")
     config = configs.OnnxConfig(dynamic=True, ort_fusions=fusions)
-    exported = exporters.OnnxExporter().export(module_of(name), dict(text()), config)
+    exported = exporters.OnnxExporter().export(model_of(name), dict(token_inputs()), config)
     exporters.OnnxExporter.save_program(exported.program, path)
 
 
@@ -139,12 +148,12 @@ OPTIMUM = "from optimum.exporters.onnx import main_export; import sys; main_expo
 
 
 def optimum(name: str, path: Path) -> None:
-    """In an environment of its own: optimum-onnx wants a transformers older than the rest of the tests."""
+    """Export in a separate environment: optimum-onnx needs an older transformers than all other tests."""
     python = os.environ.get("OPTIMUM_PYTHON")
     if python is None:
         pytest.skip("OPTIMUM_PYTHON names no interpreter that has optimum-onnx: `make test-optimum` sets one up")
-    save_tokenizer(base_of(name))
-    line = [python, "-c", OPTIMUM, base_of(name), path.parent, TASKS[name]]
+    save_tokenizer(checkpoint_of(name))
+    line = [python, "-c", OPTIMUM, checkpoint_of(name), path.parent, TASKS[name]]
     subprocess.run(line, check=True, capture_output=True, cwd=path.parent)
 
 
@@ -158,8 +167,8 @@ EXPORTERS: dict[str, Callable[[str, Path], None]] = {
 }
 
 
-def as_it_is(_: Path, __: Path) -> None:
-    """Nothing."""
+def unchanged(_: Path, __: Path) -> None:
+    """No optimiser."""
 
 
 def optimised(level: str) -> Callable[[Path, Path], None]:
@@ -174,7 +183,7 @@ def optimised(level: str) -> Callable[[Path, Path], None]:
 
 
 def stripped(source: Path, target: Path) -> None:
-    """No metadata, and no name that says anything."""
+    """Remove the metadata and the names of all initializers and nodes."""
     model = ir.load(source)
     for number, value in enumerate(list(model.graph.initializers.values())):
         value.name = f"w{number}"
@@ -197,8 +206,8 @@ def simplified(source: Path, target: Path) -> None:
     onnx.save(simple, target)
 
 
-AFTERWARDS: dict[str, Callable[[Path, Path], None]] = {
-    "": as_it_is,
+OPTIMISERS: dict[str, Callable[[Path, Path], None]] = {
+    "": unchanged,
     "basic": optimised("BASIC"),
     "extended": optimised("EXTENDED"),
     "stripped": stripped,
@@ -208,13 +217,13 @@ AFTERWARDS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def save_tokenizer(folder: Path) -> None:
-    words = models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
+    words = models.WordLevel({f"w{number}": number for number in range(VOCABULARY_SIZE)}, unk_token="w0")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0", eos_token="w2")
     tokenizer.save_pretrained(folder)
 
 
 def linear_weights(module: nn.Module) -> dict[str, NDArray[Any]]:
-    """Every linear layer's weight in the (out, in) view."""
+    """The weight of every linear layer as (out, in), by name."""
     found = {}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):
@@ -224,97 +233,98 @@ def linear_weights(module: nn.Module) -> dict[str, NDArray[Any]]:
 
 
 @functools.cache
-def base_of(name: str) -> Path:
+def checkpoint_of(name: str) -> Path:
+    """The folder in which the model of this name is saved."""
     import tempfile
 
     folder = Path(tempfile.mkdtemp()) / name
-    module_of(name).save_pretrained(folder)
+    model_of(name).save_pretrained(folder)
     return folder
 
 
-def adapter_for(found: Sites, name: str) -> tuple[Any, nn.Module]:
-    """Random pairs on every named linear layer, and the module with W + ΔW in fp64 rounded to fp32."""
+def _random_adapter(sites: Sites, name: str) -> tuple[Any, nn.Module]:
+    """Random pairs for every named linear layer, and the model with W + ΔW, summed in fp64 and rounded to fp32."""
     rng = np.random.default_rng(0)
-    module = module_of(name)
+    module = model_of(name)
     pairs, changes = {}, {}
     for weight, (out, inner) in {
-        spec.name: spec.matrix for spec in found.specs if spec.layout in (Layout.OUT_IN, Layout.IN_OUT)
+        spec.name: spec.matrix for spec in sites.specs if spec.layout in (Layout.OUT_IN, Layout.IN_OUT)
     }.items():
         pair = LoraPair(a=rng.normal(size=(3, inner)) * 0.3, b=rng.normal(size=(out, 3)) * 0.3, scale=0.5)
         pairs[weight.removesuffix(".weight")] = pair
         change = 0.5 * pair.b.astype(np.float64) @ pair.a.astype(np.float64)
-        turned = isinstance(module.get_submodule(weight.removesuffix(".weight")), Conv1D)
-        changes[weight] = change.T if turned else change
+        is_in_out = isinstance(module.get_submodule(weight.removesuffix(".weight")), Conv1D)
+        changes[weight] = change.T if is_in_out else change
     return an_adapter(pairs), with_changes(module, changes)
 
 
-def answers(path: Path, feeds: dict[str, Tensor]) -> Arrays:
+def run_file(path: Path, feeds: dict[str, Tensor]) -> Arrays:
+    """The outputs of a graph by onnxruntime. Other inputs of the graph get positions, zeros or an empty cache."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     arrays = {key: value.numpy() for key, value in feeds.items()}
     batch, length = feeds["input_ids"].shape
-    for wanted in session.get_inputs():
-        if wanted.name == "position_ids":
-            arrays[wanted.name] = np.tile(np.arange(length), (batch, 1))
-        elif wanted.name == "token_type_ids":
-            arrays[wanted.name] = np.zeros((batch, length), np.int64)
-        elif wanted.name not in arrays:  # an empty cache
-            shape = [size if isinstance(size, int) else HEAD if size == "kv_cache_dim" else 0 for size in wanted.shape]
-            arrays[wanted.name] = np.zeros([batch, *shape[1:]], np.float32)
+    for value in session.get_inputs():
+        if value.name == "position_ids":
+            arrays[value.name] = np.tile(np.arange(length), (batch, 1))
+        elif value.name == "token_type_ids":
+            arrays[value.name] = np.zeros((batch, length), np.int64)
+        elif value.name not in arrays:  # an empty cache
+            sizes = {"kv_cache_dim": HEAD_SIZE}
+            shape = [size if isinstance(size, int) else sizes.get(size, 0) for size in value.shape]
+            arrays[value.name] = np.zeros([batch, *shape[1:]], np.float32)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, arrays), strict=True))
 
 
-def logits(arrays: Arrays) -> NDArray[Any]:
+def logits_of(arrays: Arrays) -> NDArray[Any]:
+    """The output `logits`, or the first one."""
     return arrays.get("logits", next(iter(arrays.values())))
 
 
-def assert_folding_is_pytorchs(path: Path, name: str, folder: Path, *, tolerance: float = 2e-5) -> None:
+def assert_folds_like_pytorch(path: Path, name: str, folder: Path, *, tolerance: float = 2e-5) -> None:
+    """An adapter that is folded into the graph gives the outputs of PyTorch with W + ΔW."""
     model = load_graph(path)
-    found = find_sites(model, open_checkpoint(base_of(name)))
-    adapter, reference = adapter_for(found, name)
+    sites = find_sites(model, open_checkpoint(checkpoint_of(name)))
+    adapter, reference = _random_adapter(sites, name)
     assert adapter.pairs
-    fold(model, found, plan.make([adapter], found.specs))
+    fold(model, sites, plan.make([adapter], sites.specs))
     folder.mkdir()
     (*_, folded) = save_graph(model, folder, "folded.onnx")
     for batch, length in [(1, 5), (3, 11)]:
-        feeds = text(batch, length)
+        feeds = token_inputs(batch, length)
         expected = eager(reference, feeds)["logits"]
-        np.testing.assert_allclose(logits(answers(folded, feeds)), expected, rtol=tolerance, atol=tolerance)
-        assert np.abs(expected - logits(answers(path, feeds))).max() > 100 * tolerance  # the adapter is seen
+        np.testing.assert_allclose(logits_of(run_file(folded, feeds)), expected, rtol=tolerance, atol=tolerance)
+        without_adapter = logits_of(run_file(path, feeds))
+        assert np.abs(expected - without_adapter).max() > 100 * tolerance
 
 
-def held(value: ir.Value) -> bytes:
-    assert value.const_value is not None
-    return value.const_value.tobytes()
-
-
-def an_adapter_of(name: str, folder: Path) -> Path:
-    """Pairs for every linear layer of one of the models that `test_exporters` exports, but for the head."""
+def save_adapter(name: str, folder: Path) -> Path:
+    """Save a PEFT adapter with pairs for every linear layer of a model except the head."""
     rng = np.random.default_rng(0)
-    weights = {
-        weight.removesuffix(".weight"): held.shape
-        for weight, held in linear_weights(module_of(name)).items()
-        if weight != "lm_head.weight"
+    shapes = {
+        name_of_weight.removesuffix(".weight"): weight.shape
+        for name_of_weight, weight in linear_weights(model_of(name)).items()
+        if name_of_weight != "lm_head.weight"
     }
     return peft_adapter(
         folder,
         {
             module: (0.3 * rng.standard_normal((3, inner)), 0.3 * rng.standard_normal((out, 3)))
-            for module, (out, inner) in weights.items()
+            for module, (out, inner) in shapes.items()
         },
     )
 
 
-def assert_is_the_models(path: Path, name: str, adapter: Path) -> None:
-    """The graph computes what PyTorch computes with W + ΔW, in a case of its own."""
+def assert_computes_merged_model(path: Path, name: str, adapter: Path) -> None:
+    """The graph computes what PyTorch computes with W + ΔW."""
     changes = {}
     for module, pair in formats.load(adapter).pairs.items():
         change = pair.scale * pair.b.astype(np.float64) @ pair.a
-        linear = isinstance(module_of(name).get_submodule(module), torch.nn.Linear)
+        linear = isinstance(model_of(name).get_submodule(module), torch.nn.Linear)
         changes[f"{module}.weight"] = change if linear else change.T
-    expected = eager(with_changes(module_of(name), changes), text(3, 11))["logits"]
-    given = logits(answers(path, text(3, 11)))
-    np.testing.assert_allclose(given, expected, rtol=5e-5, atol=5e-5)
-    assert np.abs(expected - eager(module_of(name), text(3, 11))["logits"]).max() > 1e-2
+    expected = eager(with_changes(model_of(name), changes), token_inputs(3, 11))["logits"]
+    actual = logits_of(run_file(path, token_inputs(3, 11)))
+    np.testing.assert_allclose(actual, expected, rtol=5e-5, atol=5e-5)
+    assert np.abs(expected - eager(model_of(name), token_inputs(3, 11))["logits"]).max() > 1e-2

@@ -1,4 +1,4 @@
-"""What several tests share: small_graphs."""
+"""Small graphs as ONNX text, and adapters whose ΔW can be computed by hand. For the tests of graphs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.merge.fold import fold
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.merge_report import StepResult
-from support.graphs import (
-    an_adapter,
-    planned,
-)
+from support.graphs import a_graph, an_adapter, planned
 
-# ΔW = 2 * [[1], [2]] [[1, 0, -1]] = [[2, 0, -2], [4, 0, -4]]   (out, in)
 PAIR = LoraPair(a=[[1, 0, -1]], b=[[1], [2]], scale=2.0)
+DELTA = np.float32([[2, 0, -2], [4, 0, -4]])  # ΔW of PAIR, 2 * [[1], [2]] [[1, 0, -1]] (out, in)
+SQUARE = LoraPair(a=[[1, 0]], b=[[1], [2]], scale=1.0)  # ΔW = [[1, 0], [2, 0]] (out, in)
 
 LINEAR = """
 g (float[N,3] x) => (float[N,2] y)
@@ -35,7 +33,7 @@ g (float[N,3] x) => (float[N,2] y)
 { [n] y = Gemm <transB = 1> (x, m.weight) }
 """
 
-# Two 2 x 2 layers that share [[1, 2], [3, 4]] (in, out)
+# Two 2 x 2 layers that share [[1, 2], [3, 4]] (in, out).
 SHARED = """
 g (float[N,2] x) => (float[N,2] y)
 <float[2,2] a.fc.weight = {1,2,3,4}>
@@ -43,16 +41,39 @@ g (float[N,2] x) => (float[N,2] y)
   [second] y = MatMul(h, a.fc.weight) }
 """
 
-SQUARE = LoraPair(a=[[1, 0]], b=[[1], [2]], scale=1.0)  # ΔW = [[1, 0], [2, 0]] (out, in)
+MATMUL = """
+g (float[N,2] x) => (float[N,3] y)
+<float[2,3] W = {1,2,3,4,5,6}>
+{ [n] y = MatMul(x, W) }
+"""
+
+
+def a_matmul(name: str, node: str = "n", *, module: str = "", **origins: str) -> ir.Model:
+    """A graph of one MatMul by the initializer `name` (2, 3), which was traced in `module`."""
+    model = a_graph(MATMUL, modules={"n": module} if module else None, **origins)
+    model.graph.initializers["W"].name = name
+    model.graph[0].name = node
+    return model
+
+
+def filled(body: str, **arrays: NDArray[Any]) -> ir.Model:
+    """A graph whose initializers `NAME = {0}` are these arrays."""
+    model = a_graph(body)
+    for name, array in arrays.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
+    return model
 
 
 def folded(model: ir.Model, *adapters: Adapter, **options: Any) -> list[StepResult]:
-    found, steps = planned(model, *adapters, **options)
-    return fold(model, found, steps)
+    """Fold adapters into a graph."""
+    sites, steps = planned(model, *adapters, **options)
+    return fold(model, sites, steps)
 
 
-def everywhere(model: ir.Model, *, seed: int = 0) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """Random pairs for every linear layer, and the ΔW that they mean."""
+def random_adapter(model: ir.Model, *, seed: int = 0) -> tuple[Adapter, dict[str, NDArray[Any]]]:
+    """Random pairs for every linear layer, and their ΔW by weight."""
     rng = np.random.default_rng(seed)
     pairs, changes = {}, {}
     for spec in find_sites(model).specs:

@@ -32,7 +32,8 @@ from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES
 from support.decoders import FEATURES, WORDS
 from support.decoders import a_graph as a_decoder
-from support.graphs import Arrays, an_adapter, attached, eager, quantised, run, with_changes
+from support.exported_models import attached, eager, with_changes
+from support.graphs import Arrays, an_adapter, quantised, run
 from support.handmade import base_file
 
 RNG = np.random.default_rng(0)

@@ -48,8 +48,8 @@ from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import prove, prove_mixed
 from lora_export.verification.references.attached_module import attached_copy
 from support import FACTORIES
-from support.exporters import WORDS, a_bert, a_gpt2, a_llama
-from support.graphs import eager
+from support.exported_models import eager
+from support.exporters import VOCABULARY_SIZE, a_bert, a_gpt2, a_llama
 
 SPREAD = 0.15  # of A and B
 slow = pytest.mark.slow
@@ -68,7 +68,7 @@ def a_vit() -> nn.Module:
 
 def a_t5() -> nn.Module:
     config = T5Config(
-        vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=VOCABULARY_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     return T5ForConditionalGeneration(config)
 
@@ -76,7 +76,7 @@ def a_t5() -> nn.Module:
 def a_mixtral() -> nn.Module:
     """A mixture of experts, whose attention is dense."""
     config = MixtralConfig(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, max_position_embeddings=40, num_local_experts=4,
     )  # fmt: skip
     return MixtralForCausalLM(config)

@@ -31,19 +31,8 @@ from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.values import new_initializer
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.weights.checkpoint import open_checkpoint
-from support.graphs import (
-    EVERY_MODEL,
-    a_graph,
-    an_adapter,
-    contents,
-    eager,
-    exported,
-    inputs,
-    linear_specs,
-    quantised,
-    run,
-    with_changes,
-)
+from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
+from support.graphs import a_graph, an_adapter, contents, linear_specs, quantised, run
 from support.handmade import base_file
 from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE
 

@@ -22,22 +22,9 @@ from lora_export.graph.values import new_initializer
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
 from lora_export.weights.merge_report import StepResult
-from support.graphs import (
-    EVERY_MODEL,
-    a_graph,
-    an_adapter,
-    attached,
-    contents,
-    eager,
-    exported,
-    inputs,
-    planned,
-    quantised,
-    run,
-    stored,
-    with_changes,
-)
-from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, everywhere, folded
+from support.exported_models import EVERY_MODEL, attached, eager, exported, inputs, with_changes
+from support.graphs import a_graph, an_adapter, contents, planned, quantised, run, stored
+from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE, folded, random_adapter
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])
 
@@ -663,7 +650,7 @@ def test_a_factor_that_overflows_the_graphs_dtype_is_refused() -> None:
 @EVERY_MODEL
 def test_a_woven_export_computes_what_pytorch_computes(name: str) -> None:
     made = exported(name)
-    adapter, changes = everywhere(made.graph)
+    adapter, changes = random_adapter(made.graph)
     base = made.graph.clone()
     woven(made.graph, adapter)
     assert contents(base).items() < contents(made.graph).items()
@@ -683,7 +670,7 @@ def test_an_export_with_dora_everywhere_computes_what_pytorch_computes(name: str
     rng = np.random.default_rng(0)
     pairs = {
         module: dataclasses.replace(pair, magnitude=rng.uniform(0.5, 1.5, pair.shape[0]))
-        for module, pair in everywhere(made.graph)[0].pairs.items()
+        for module, pair in random_adapter(made.graph)[0].pairs.items()
     }
     base, lora, adapter = made.graph.clone(), made.graph.clone(), an_adapter(pairs)
     woven(made.graph, adapter)
@@ -699,7 +686,7 @@ def test_an_export_with_dora_everywhere_computes_what_pytorch_computes(name: str
 
 def test_two_adapters_beside_an_export_are_their_sum() -> None:
     made = exported("encoder")
-    (one, first), (other, second) = everywhere(made.graph, seed=1), everywhere(made.graph, seed=2)
+    (one, first), (other, second) = random_adapter(made.graph, seed=1), random_adapter(made.graph, seed=2)
     other = an_adapter(other.pairs, name="other")
     woven(made.graph, one, other, strengths=[1.0, -0.5])
     reference = with_changes(made.module, {name: first[name] - 0.5 * second[name] for name in first})
@@ -711,5 +698,5 @@ def test_two_adapters_beside_an_export_are_their_sum() -> None:
 def test_the_base_of_a_woven_graph_is_still_found() -> None:
     made = exported("encoder")
     before = {site.name for site in find_sites(made.graph).linear}
-    woven(made.graph, everywhere(made.graph)[0])
+    woven(made.graph, random_adapter(made.graph)[0])
     assert before < {site.name for site in find_sites(made.graph).linear}

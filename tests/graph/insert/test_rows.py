@@ -17,20 +17,8 @@ from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.lora import Adapter, LoraPair
-from support.graphs import (
-    EVERY_MODEL,
-    a_graph,
-    an_adapter,
-    contents,
-    eager,
-    exported,
-    inputs,
-    linear_specs,
-    planned,
-    run,
-    stored,
-    with_changes,
-)
+from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
+from support.graphs import a_graph, an_adapter, contents, linear_specs, planned, run, stored
 from support.small_graphs import GEMM, PAIR, SHARED, SQUARE
 
 X = np.float32([[1, 1, 2], [0, 3, 1]])

@@ -24,7 +24,7 @@ from lora_export.graph.merge.merge_graph import merge_graph
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.storage import block_copy
 from lora_export.weights.merge_report import MergeReport
-from support.everything import everything
+from support.folder_contents import folder_contents
 from support.graphs import contents, quantised, run, stored
 from support.handmade import base_file, graph_file, peft_adapter
 
@@ -446,13 +446,13 @@ def test_a_weak_adapter_is_lost_in_four_bits_and_refused_with_the_ways_out(
     base = quantised(a_float_graph(tmp_path / "f.onnx"))
     path = saved(base, tmp_path / "q.onnx")
     adapter = peft_adapter(tmp_path / "ad", {"fc": (A, B * 0.003)})
-    before = everything(tmp_path)
+    before = folder_contents(tmp_path)
     assert cli.run(line(path, adapter, "--requantize")) == 3
     told = capsys.readouterr().err
     assert "1 of 1 weights would lose most of their change" in told and "fc.weight: " in told
     assert "onnx MODEL.onnx --lora nodes" in told and "merge into the float model" in told
     assert "float32" not in told
-    assert everything(tmp_path) == before
+    assert folder_contents(tmp_path) == before
     # The refusal is true: the figures, with nothing refused, are those of what is written.
     assert cli.run(line(path, adapter, "--requantize", "--min-retention", "0", "--json")) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
@@ -549,7 +549,7 @@ def test_what_is_not_understood_is_refused_by_name(
     path = saved(make(), tmp_path / "m.onnx", beside=beside)
     wide = load_graph(path).graph.inputs[0].shape[1]
     adapter = peft_adapter(tmp_path / "ad", {"fc": (np.ones((1, int(wide))), [[1], [2]])})
-    before = everything(tmp_path)
+    before = folder_contents(tmp_path)
     assert cli.run(line(path, adapter, "--requantize")) == 3
     assert re.search(problem, capsys.readouterr().err)
-    assert everything(tmp_path) == before
+    assert folder_contents(tmp_path) == before

@@ -40,7 +40,8 @@ from lora_export.verification.diagnose import localize, root_cause, traced_candi
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import Proof, prove
 from lora_export.verification.references.attached_module import attached_copy
-from support.graphs import AXES, an_adapter, exported, inputs, stored
+from support.exported_models import AXES, exported, inputs
+from support.graphs import an_adapter, stored
 
 LAYER = "bert.encoder.layer.0"
 QUERY, KEY, VALUE = (f"{LAYER}.attention.self.{name}" for name in ("query", "key", "value"))

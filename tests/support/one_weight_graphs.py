@@ -1,4 +1,4 @@
-"""What several tests share: read_graphs."""
+"""Graphs that read one weight in many ways. For the tests of readers and of fused operators."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lora_export.lora import LoraPair
 from lora_export.plan import Layout
-
-# ΔW = 2 * [[1], [2]] [[1, 0, -1]] (out, in)
-PAIR = LoraPair(a=[[1, 0, -1]], b=[[1], [2]], scale=2.0)
-
-DELTA = np.float32([[2, 0, -2], [4, 0, -4]])
 
 WEIGHT = np.float32([[1, 2, 3], [4, 5, 6]])  # (out, in)
 
@@ -23,19 +17,20 @@ X = np.float32([[1, 10, 100], [2, -1, 5]])
 STORED = {Layout.OUT_IN: ("float[2,3]", "1,2,3,4,5,6"), Layout.IN_OUT: ("float[3,2]", "1,4,2,5,3,6")}
 
 
-def a_graph(
+def graph_reading(
     body: str, layout: Layout, *, x: str = "float[N,3]", y: str = "float[N,2]", functions: str = ""
 ) -> ir.Model:
-    """A graph that reads `m.weight`, lying so, as W."""
-    kind, numbers = STORED[layout]
+    """A graph whose body reads WEIGHT as `W`. The initializer is `m.weight`, stored in this layout."""
+    dtype, numbers = STORED[layout]
     return ir.from_onnx_text(f"""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1, "own" : 1]>
-        g ({x} x) => ({y} y) <{kind} "m.weight" = {{{numbers}}}>
+        g ({x} x) => ({y} y) <{dtype} "m.weight" = {{{numbers}}}>
         {{ {body.replace("W", '"m.weight"')} }}
         {functions}""")
 
 
-def attention(hidden: int = 4, heads: int = 2) -> ir.Model:
+def attention_graph(hidden: int = 4, heads: int = 2) -> ir.Model:
+    """A graph of onnxruntime's Attention, with q, k and v in the initializer `w` (hidden, 3 hidden)."""
     rng = np.random.default_rng(0)
     model = ir.from_onnx_text(f"""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
@@ -48,8 +43,8 @@ def attention(hidden: int = 4, heads: int = 2) -> ir.Model:
     return model
 
 
-def in_numpy(x: NDArray[Any], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], heads: int = 2) -> NDArray[Any]:
-    """softmax(Q Kᵀ / √d) V by head; weights (out, in)."""
+def attention(x: NDArray[Any], q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], heads: int = 2) -> NDArray[Any]:
+    """softmax(Q Kᵀ / √d) V by head, in NumPy. The weights are (out, in)."""
     batch, length, hidden = x.shape
     queries, keys, values = (
         (x @ weight.T).reshape(batch, length, heads, -1).transpose(0, 2, 1, 3) for weight in (q, k, v)
