@@ -39,11 +39,6 @@ def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None 
         yield _command("error", title_of_outcome, f"and {count(more, 'reason')} more")
 
 
-def refusal(title: str, message: str) -> str:
-    """The annotation of a run that ended without a verdict."""
-    return _command("error", title, message)
-
-
 def _command(name: str, title: str, message: str) -> str:
     # In a property, `,` and `:` are escaped too, after `%` has been.
     data = _data(printable(message))

@@ -46,7 +46,7 @@ def verdict_context(document: Document) -> dict[str, Any]:
 
 
 def _reasons(reasons: Sequence[Document]) -> list[dict[str, Any]]:
-    """One reason for each gate of each output, with its number of cases. Equal remedies are kept once."""
+    """One reason for each gate of each output, with its number of cases. Equal remedies are shown once."""
     grouped: dict[tuple[str, ...], dict[str, Any]] = {}
     for reason in reasons:
         key = reason["outcome"], reason["gate"], reason["output"] or reason["text"]

@@ -1,4 +1,4 @@
-"""What becomes of a candidate: our verdict, and what others would have said of the same outputs."""
+"""The verdicts on a candidate: ours, and those of other tools on the same outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_export.verification.proof import Proof, prove
 
 @dataclass(frozen=True)
 class Judged:
-    verdict: str  # same, different, undecided, or `refused` with the exit code that it ends with
+    verdict: str  # same, different, undecided, or `refused` with the exit code
     passed_by: frozenset[str] = frozenset()  # other tools
     proof: Proof | None = field(default=None, repr=False)
 

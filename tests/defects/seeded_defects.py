@@ -295,8 +295,8 @@ def _(adapter: Adapter, column: Column) -> Adapter | None:
 
 @of_adapter("modules_to_save without its bias")
 def _(adapter: Adapter, column: Column) -> Adapter | None:
-    kept = {name: array for name, array in adapter.replaced.items() if not name.endswith("bias")}
-    return subjects.change(adapter, replaced=kept) if adapter.replaced else None
+    weights = {name: array for name, array in adapter.replaced.items() if not name.endswith("bias")}
+    return subjects.change(adapter, replaced=weights) if adapter.replaced else None
 
 
 @of_adapter("DoRA's magnitude dropped", "dora")

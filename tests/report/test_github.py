@@ -112,12 +112,12 @@ def test_verdict_without_figures_is_reported_too(
     candidate: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_export.errors import EnvironmentLacking
-    from lora_export.verification import against_pytorch
+    from lora_export.verification import proof
 
     def strayed(*_: object, **__: object) -> None:
         raise EnvironmentLacking("1 of 1 compute nodes ran elsewhere")
 
-    monkeypatch.setattr(against_pytorch, "prove", strayed)
+    monkeypatch.setattr(proof, "prove", strayed)
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     capsys.readouterr()
     files = [tmp_path / f"report.{suffix}" for suffix in ("json", "xml", "html")]

@@ -91,7 +91,7 @@ def _missed(control: Control, f: Figures) -> str:
 
 
 def _remedies(f: Figures) -> dict[str, str]:
-    """What would resolve each doubt, by its gate or control, in numbers: nobody has to find them by trial.
+    """What would resolve each doubt, by its gate or control, in numbers, so that users need no trial runs.
 
     An adapter with enough effect for the most demanding doubt has enough for all.
     """

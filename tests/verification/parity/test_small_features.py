@@ -17,7 +17,7 @@ from support.parity_cases import TRIED, make
 
 
 def uneven(error: float, *, rows: int = 8, scale: float = 1e-4, name: str = "first", own: float = 1e-6) -> Case:
-    """[rows, 128] of which the last two columns are small; there the candidate is off by `error` of their size."""
+    """[rows, 128] The last two columns are small, and the candidate's relative error in them is `error`."""
     size = np.where(np.arange(128) < 126, 1.0, scale)
     rng = np.random.default_rng(rows)
     truth, effect, noise = (rng.normal(size=(rows, 128)) for _ in range(3))
