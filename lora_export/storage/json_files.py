@@ -18,24 +18,24 @@ MAX_DEPTH = 100  # of nested objects and lists; later functions recurse through 
 
 
 def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for.
+    """Parse a JSON object from an untrusted source.
 
-    Raises InputRefused, naming `source`, for what is not JSON, not an object, nested deeply, of more than `most`
-    objects, or names a key twice (Python would silently take the last one).
+    Raises InputRefused, which names `source`, for text that is not JSON, is not an object, nests deeper than MAX_DEPTH,
+    contains more than `most` objects, or names a key twice (Python would silently take the last one).
     """
     objects = itertools.count(1)
 
-    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if next(objects) > most:
-            raise InputRefused(f"{source} holds more than {most:,} objects, which no such file needs")
+            raise InputRefused(f"{source} contains more than {most:,} objects, which no such file needs")
         table = dict(pairs)
         if len(table) != len(pairs):
-            twins = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise InputRefused(f"{source} names {', '.join(twins)} more than once")
+            duplicates = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise InputRefused(f"{source} names {', '.join(duplicates)} more than once")
         return table
 
     try:
-        content = json.loads(text, object_pairs_hook=without_twins)
+        content = json.loads(text, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise InputRefused(f"{source} is not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -48,15 +48,15 @@ def parse_json(text: bytes, source: Path | str, *, most: int = MAX_OBJECTS) -> d
 def _is_deep(content: Any) -> bool:
     level = [content]
     for _ in range(MAX_DEPTH):
-        inner = (there.values() if isinstance(there, dict) else there for there in level)
-        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        members = (container.values() if isinstance(container, dict) else container for container in level)
+        level = [value for values in members for value in values if isinstance(value, dict | list)]
         if not level:
             return False
     return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do, and for a huge file."""
+    """Read the JSON object in a file. Raises InputRefused as `parse_json` and `open_regular` do, and above MAX_JSON."""
     with open_regular(path) as file:
         text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
@@ -72,7 +72,8 @@ def _is_flat(value: Any) -> bool:
     return isinstance(value, dict) and not any(isinstance(inner, dict | list) for inner in value.values())
 
 
-_ACTED_UPON: dict[str, tuple[Callable[[Any], bool], str]] = {
+# Fields of a model's config that this program uses, a check of each, and what it must be.
+_USED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": (_are_names, "a list of names"),
     "id2label": (_is_flat, "a table of names"),
     "label2id": (_is_flat, "a table of numbers"),
@@ -81,9 +82,9 @@ _ACTED_UPON: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """A model's `config.json`. Raises InputRefused where a field that is acted upon is not what transformers writes."""
+    """Read a model's `config.json`. Raises InputRefused where a used field has an unexpected type."""
     config = read_json(path)
-    for field, (fits, what) in _ACTED_UPON.items():
+    for field, (fits, what) in _USED_FIELDS.items():
         if config.get(field) is not None and not fits(config[field]):
             raise InputRefused(f"{path}: {field} is {config[field]!r}; it must be {what}")
     return config

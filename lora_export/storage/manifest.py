@@ -1,4 +1,4 @@
-"""The manifest beside an output: what it was made of, and the hash of each of its files."""
+"""The manifest in an output folder: what the output was made from, and the hash of each of its files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MANIFEST = "lora_export.json"
 def write_manifest(
     folder: Path, facts: Mapping[str, Any], hashes: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> None:
-    """Record where a folder's contents came from, and what each file holds. Written last.
+    """Write `facts` about a folder's contents, and each file's size and hash. Call it last.
 
-    `hashes` has, by file, those that are known already ({"sha256": "ba78..."}); the other files are read.
+    `hashes` holds known hashes by file name ({"sha256": "ba78..."}). The other files are read.
     """
     contents = {}
     for path in sorted(folder.rglob("*")):
@@ -32,7 +32,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` recorded; empty where there is none. Raises InputRefused for a damaged one."""
+    """Read what `write_manifest` wrote; empty where there is no manifest. Raises InputRefused for a damaged one."""
     path = folder / MANIFEST
     if not path.is_file():
         return {}
@@ -43,9 +43,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> list[str]:
-    """What in a folder is not as its manifest says; reads every file that it names.
+    """Compare a folder with its manifest. Returns a line for each file that differs; reads every file named in it.
 
-    Raises InputRefused where there is no manifest, or one that records no hashes that we know.
+    Raises InputRefused where there is no manifest, or where it records no known hash of a file.
     """
     recorded = read_manifest(folder).get("files")
     if not recorded:
@@ -57,9 +57,9 @@ def damage(folder: Path) -> list[str]:
             raise InputRefused(f"{folder / MANIFEST} records no hash of {name} that this version knows")
         path = folder / name
         if not path.is_file():
-            found.append(f"{name} is not there")
+            found.append(f"{name} is missing")
         elif path.stat().st_size != facts.get("bytes"):
             found.append(f"{name} has {path.stat().st_size} bytes, {facts.get('bytes')} were written")
         elif any(file_hash(path, key) != facts[key] for key in known):
-            found.append(f"{name} holds other bytes than were written")
+            found.append(f"{name} contains other bytes than were written")
     return found

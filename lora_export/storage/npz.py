@@ -1,4 +1,4 @@
-"""Arrays from a .npz file, read within bounds. NumPy only; nothing is unpickled."""
+"""Arrays from a .npz file, read within bounds. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.storage import input_files
+from lora_export.storage.input_files import open_regular
 
-# An .npz that grows larger than this, and by more than this factor, is a bomb: masks and padding among other arrays
-# shrink by less.
-INFLATED, RATIO = 1 << 30, 100  # bytes, times
+# An .npz file that grows beyond MAX_INFLATED, and by more than MAX_RATIO, is a zip bomb. Masks and padding among other
+# arrays are compressed less.
+MAX_INFLATED, MAX_RATIO = 1 << 30, 100  # bytes, times
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file. Nothing is unpickled, and no array takes more memory than the file has bytes for it.
+    """Read the arrays of an .npz file. No array takes more memory than the file has bytes for it.
 
-    Raises InputRefused for what is no .npz file of plain arrays, and for one that inflates beyond measure.
+    Raises InputRefused for a file that is not an .npz file of plain arrays, and for a zip bomb.
     """
     try:
-        with input_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             total, packed = sum(member.file_size for member in members), path.stat().st_size
-            if total > INFLATED and total > RATIO * packed:
+            if total > MAX_INFLATED and total > MAX_RATIO * packed:
                 raise InputRefused(
                     f"{path} inflates from {packed:,} bytes to {total:,}; if that is right, save it with numpy.savez"
                 )
             arrays = {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
     except InputRefused:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds for this
-        raise InputRefused(f"{path} is no .npz file of plain arrays: {error}") from error
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen types
+        raise InputRefused(f"{path} is not an .npz file of plain arrays: {error}") from error
     if len(arrays) != len(members):
         raise InputRefused(f"{path} names an array more than once")
     return arrays

@@ -1,8 +1,9 @@
-"""safetensors files as ranges of bytes: headers that are checked before they are believed.
+"""safetensors files as ranges of bytes.
 
-The safetensors library validates every file here; what it does not offer is where a tensor lies,
-which a merge needs in order to leave the unchanged ranges to the kernel. Duplicate names, which
-the library accepts (the last one wins), are refused.
+The safetensors library checks every file here, but three things are done by this module. It returns the position of
+each tensor, so that a merge can copy unchanged ranges without reading them as tensors, or share them on the disk. It
+reads one tensor or header at a time, within bounds, so that memory does not grow with the file. It refuses headers that
+name a tensor twice; the library takes the last one.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.storage import input_files, json_files
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-MOST_DIMENSIONS = 64  # of a NumPy array
-ALIGNMENT = 8  # bytes; the data of a file starts on this boundary
+MAX_HEADER = 100_000_000  # bytes; the format's limit
+MAX_DIMENSIONS = 64  # of a NumPy array
+ALIGNMENT = 8  # bytes; the data of a file starts at a multiple
 PAGE = 4096  # bytes
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -50,7 +51,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: what it is, and the bytes [start, stop) of the file that hold it."""
+    """One tensor of a file, and the bytes [start, stop) of the file that hold it."""
 
     name: str
     dtype: np.dtype[Any]
@@ -64,7 +65,7 @@ class Entry:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row (of the first dimension); a scalar is one row."""
+        """Bytes of one row, which is one index of the first dimension. A scalar is one row."""
         return self.nbytes // self.rows if self.rows else 0
 
     @property
@@ -74,10 +75,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A validated header. Holds no tensor data."""
+    """A checked header. It holds no tensor data."""
 
     path: Path
-    entries: Mapping[str, Entry]  # in the order of their bytes
+    entries: Mapping[str, Entry]  # by name, in the order of their bytes
     metadata: Mapping[str, str]
     size: int  # bytes of the whole file
     mtime_ns: int
@@ -87,7 +88,7 @@ class TensorFile:
         return min((entry.start for entry in self.entries.values()), default=self.size)
 
     def read(self, name: str) -> NDArray[Any]:
-        """One tensor, as stored. Reads its bytes only."""
+        """Read one tensor, as stored. Raises InputRefused where the file became shorter."""
         entry = self.entries[name]
         with self.path.open("rb") as file:
             file.seek(entry.start)
@@ -97,7 +98,7 @@ class TensorFile:
         return np.frombuffer(data, entry.dtype).reshape(entry.shape)
 
     def unchanged(self) -> bool:
-        """Whether the file on disk still has the size and time it had when the header was read."""
+        """Whether the file still has the size and the modification time of when its header was read."""
         try:
             now = self.path.stat()
         except OSError:
@@ -108,7 +109,7 @@ class TensorFile:
 def open_file(path: Path) -> TensorFile:
     """Read and check the header of a safetensors file. Reads no tensor data.
 
-    Raises InputRefused for anything that is not a regular, whole and consistent safetensors file.
+    Raises InputRefused for a file that is not a regular, whole and consistent safetensors file.
     """
     with input_files.open_regular(path) as file:
         status = os.fstat(file.fileno())
@@ -121,51 +122,31 @@ def open_file(path: Path) -> TensorFile:
     expected = max((entry.stop for entry in entries), default=8 + header_size)
     if expected != status.st_size:
         what = "cut short" if status.st_size < expected else "too long"
-        raise InputRefused(f"{path} is {what}: its header promises {expected} bytes, the file has {status.st_size}")
-    _second_opinion(path)
+        raise InputRefused(f"{path} is {what}: its header describes {expected} bytes, the file has {status.st_size}")
+    _check_with_library(path)
     return TensorFile(path, {entry.name: entry for entry in entries}, metadata, status.st_size, status.st_mtime_ns)
 
 
 def _header_size(path: Path, prefix: bytes, file_size: int) -> int:
     if len(prefix) < 8:
-        raise InputRefused(f"{path} is no safetensors file: it has only {file_size} bytes")
+        raise InputRefused(f"{path} is not a safetensors file: it has only {file_size} bytes")
     (size,) = struct.unpack("<Q", prefix)
     if size > MAX_HEADER or 8 + size > file_size:
         raise InputRefused(
-            f"{path} is no safetensors file, or it was cut short: its header should have {size} bytes, "
+            f"{path} is not a safetensors file, or it was cut short: its header should have {size} bytes, "
             f"the file has {file_size}"
         )
     return int(size)
 
 
 def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Entry]:
+    """The header's tensors, in the order of their bytes. Raises InputRefused where they overlap or leave holes."""
     refuse_unprintable(header, f"the header of {path}")
-    entries = []
-    for name, fields in header.items():
-        try:
-            code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-            known = code in DTYPES
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputRefused(f"{path}: the header's entry for {name} is malformed") from error
-        if not whole:
-            raise InputRefused(f"{path}: the header's entry for {name} has a size that is no natural number")
-        if not known:
-            raise InputRefused(f"{path}: {name} has the unknown dtype {code!r}")
-        if len(shape) > MOST_DIMENSIONS:  # at once: the product of a million sizes would take hours
-            raise InputRefused(f"{path}: {name} has the shape {_cut(shape)}, which no array can have")
-        entries.append(Entry(name, DTYPES[code], tuple(shape), data_start + begin, data_start + end))
+    entries = [_entry(path, name, fields, data_start=data_start) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     position = data_start
     for entry in entries:
-        count = math.prod(entry.shape)
-        if entry.nbytes != count * entry.dtype.itemsize:
-            raise InputRefused(
-                f"{path}: {entry.name} {entry.shape} {entry.dtype} needs {count * entry.dtype.itemsize} bytes, "
-                f"its range has {entry.nbytes}"
-            )
-        if math.prod(size or 1 for size in entry.shape) >= 1 << 63:
-            raise InputRefused(f"{path}: {entry.name} has the shape {_cut(entry.shape)}, which no array can have")
+        _check_size(path, entry)
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
             raise InputRefused(f"{path}: {entry.name} {what}")
@@ -173,12 +154,40 @@ def _entries(path: Path, header: dict[str, Any], *, data_start: int) -> list[Ent
     return entries
 
 
-def _cut(shape: Sequence[int]) -> str:
+def _entry(path: Path, name: str, fields: Any, *, data_start: int) -> Entry:
+    try:
+        code, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        are_sizes = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        known = code in DTYPES
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputRefused(f"{path}: the header's entry for {name} is malformed") from error
+    if not are_sizes:
+        raise InputRefused(f"{path}: the header's entry for {name} has a size that is not a non-negative integer")
+    if not known:
+        raise InputRefused(f"{path}: {name} has the unknown dtype {code!r}")
+    if len(shape) > MAX_DIMENSIONS:  # before any arithmetic: the product of a million sizes would take hours
+        raise InputRefused(f"{path}: {name} has the shape {_shortened(shape)}, which no array can have")
+    return Entry(name, DTYPES[code], tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_size(path: Path, entry: Entry) -> None:
+    count = math.prod(entry.shape)
+    if entry.nbytes != count * entry.dtype.itemsize:
+        raise InputRefused(
+            f"{path}: {entry.name} {entry.shape} {entry.dtype} needs {count * entry.dtype.itemsize} bytes, "
+            f"its range has {entry.nbytes}"
+        )
+    if math.prod(size or 1 for size in entry.shape) >= 1 << 63:
+        raise InputRefused(f"{path}: {entry.name} has the shape {_shortened(entry.shape)}, which no array can have")
+
+
+def _shortened(shape: Sequence[int]) -> str:
+    """The first sizes of a shape, for a message."""
     return f"{list(shape[:4])}"[:-1] + (", ...]" if len(shape) > 4 else "]")
 
 
-def _second_opinion(path: Path) -> None:
-    """What the safetensors library itself objects to, whatever we overlooked."""
+def _check_with_library(path: Path) -> None:
+    """Raise InputRefused for what the safetensors library refuses, and the checks above do not."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -194,28 +203,28 @@ def layout(
     *,
     beside: int | None = None,
 ) -> tuple[bytes, list[Entry]]:
-    """The header for these tensors in this order, and where each of them will lie.
+    """Return the header for these tensors in this order, and the entries that the file will have.
 
-    With `beside` the data starts at that position plus or minus whole pages: two files whose data lies
-    alike in its pages can share them on the disk.
+    With `beside`, the data starts at that position, give or take whole pages. Two files whose data starts at the same
+    offset in a page can share their pages on the disk.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    relative = []
+    ranges = []
     for name, dtype, shape in tensors:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        relative.append((name, dtype, shape, offset, offset + nbytes))
+        ranges.append((name, dtype, shape, offset, offset + nbytes))
         offset += nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     unit, phase = (PAGE, beside) if beside is not None and beside % ALIGNMENT == 0 else (ALIGNMENT, 0)
     text += b" " * ((phase - 8 - len(text)) % unit)
     header = struct.pack("<Q", len(text)) + text
-    return header, [Entry(n, d, s, len(header) + begin, len(header) + end) for n, d, s, begin, end in relative]
+    return header, [Entry(n, d, s, len(header) + begin, len(header) + end) for n, d, s, begin, end in ranges]
 
 
 def write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a small file (an adapter) in one go. The caller stages it."""
+    """Write a small file, such as an adapter, at once. The caller stages it."""
     header, entries = layout([(name, t.dtype, t.shape) for name, t in tensors.items()], metadata or {})
     with path.open("wb") as file:
         file.write(header)

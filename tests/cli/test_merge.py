@@ -354,5 +354,5 @@ def test_a_merged_folder_is_checked_against_what_was_recorded(place, capsys, nam
     assert told.out == ""
     assert told.err.splitlines() == [
         f"Error: {place / 'out'} is not what was written:",
-        "  model.safetensors holds other bytes than were written",
+        "  model.safetensors contains other bytes than were written",
     ]

@@ -735,7 +735,7 @@ def test_a_pickle_is_refused_and_its_payload_does_not_run(tmp_path):
 def test_missing_and_damaged_files_are_refused(tmp_path):
     adapter = simple(tmp_path / "adapter")
     os.truncate(adapter / "adapter_model.safetensors", 100)
-    assert "ADAPTER/adapter_model.safetensors is no safetensors file, or it was cut short" in refusal(adapter)
+    assert "ADAPTER/adapter_model.safetensors is not a safetensors file, or it was cut short" in refusal(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     assert refusal(adapter) == "ADAPTER has no adapter_model.safetensors"
     (adapter / "adapter_config.json").write_text("{")

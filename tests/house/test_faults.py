@@ -251,7 +251,7 @@ def test_a_shard_cut_short(place, share):
     size = shard.stat().st_size
     cut = int(size * share) - (share == 1)
     os.truncate(shard, cut)
-    place.neither_takes_the_base(f"{shard} is cut short: its header promises {size} bytes, the file has {cut}")
+    place.neither_takes_the_base(f"{shard} is cut short: its header describes {size} bytes, the file has {cut}")
 
 
 @pytest.mark.fault(2)

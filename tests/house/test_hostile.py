@@ -453,7 +453,7 @@ def test_an_npz_that_promises_more_than_it_holds_is_refused_at_little_cost(
 ) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive:
         archive.writestr("x.npy", a_member(shape, bytes(8), version=version))
-    assert "is no .npz file of plain arrays" in refused_arrays(tmp_path / "bomb.npz")
+    assert "is not an .npz file of plain arrays" in refused_arrays(tmp_path / "bomb.npz")
 
 
 def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path: Path) -> None:
         archive.writestr("x.npy", a_member((1000,), bytes(8000)))
     true, lie = struct.pack("<L", 8000 + len(a_member((1000,), b""))), struct.pack("<L", 100)
     (tmp_path / "bomb.npz").write_bytes(file.getvalue().replace(true, lie))
-    assert "is no .npz file of plain arrays" in refused_arrays(tmp_path / "bomb.npz")
+    assert "is not an .npz file of plain arrays" in refused_arrays(tmp_path / "bomb.npz")
 
 
 def refused_arrays(path: Path) -> str:

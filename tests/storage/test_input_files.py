@@ -23,7 +23,7 @@ def test_an_input_must_exist(tmp_path):
 
 
 @pytest.mark.fault(41)
-def test_regular_files_are_found_through_links_and_nothing_else_is(tmp_path):
+def test_only_regular_files_and_links_to_them_are_listed(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b", "sub/a"):
         (tmp_path / name).touch()

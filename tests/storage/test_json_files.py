@@ -23,7 +23,7 @@ from lora_export.storage import json_files
         (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "X names c more than once"),
     ],
 )
-def test_json_that_cannot_be_trusted_is_refused(text, message):
+def test_text_that_is_not_a_json_object_is_refused(text, message):
     with pytest.raises(InputRefused, match=message):
         json_files.parse_json(text, "X")
 
@@ -41,3 +41,38 @@ def test_json_is_read_from_regular_files_only(tmp_path):
     for path, message in refusals.items():
         with pytest.raises(InputRefused, match=message):
             json_files.read_json(path)
+
+
+def test_deep_nesting_is_refused():
+    def nested(depth: int) -> bytes:
+        return b'{"a":' * (depth - 1) + b"{}" + b"}" * (depth - 1)
+
+    assert json_files.parse_json(nested(json_files.MAX_DEPTH), "X")
+    with pytest.raises(InputRefused, match="X nests objects and lists more than 100 deep"):
+        json_files.parse_json(nested(json_files.MAX_DEPTH + 1), "X")
+
+
+def test_too_many_objects_are_refused():
+    text = b'{"a": [{}, {}]}'
+    assert json_files.parse_json(text, "X", most=3)
+    with pytest.raises(InputRefused, match="X contains more than 2 objects, which no such file needs"):
+        json_files.parse_json(text, "X", most=2)
+
+
+def test_a_huge_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_JSON", 8)
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    assert json_files.read_json(path) == {"a": 1}
+    path.write_text('{"a": 12}')
+    with pytest.raises(InputRefused, match=r"a\.json has more than 8 bytes, which no such file needs"):
+        json_files.read_json(path)
+
+
+def test_a_models_config_is_checked_where_it_is_used(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"architectures": ["Bert"], "id2label": {"0": "good"}, "anything": [[1]]}')
+    assert json_files.read_model_config(path)["architectures"] == ["Bert"]
+    path.write_text('{"id2label": {"0": ["good"]}}')
+    with pytest.raises(InputRefused, match=r"config\.json: id2label is .*; it must be a table of names"):
+        json_files.read_model_config(path)

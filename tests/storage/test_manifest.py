@@ -11,7 +11,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest, write_manifest
 
 
-def test_the_manifest_records_every_file_with_its_size_and_hash(tmp_path):
+def test_a_manifest_records_the_size_and_hash_of_every_file(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/a").write_bytes(b"abc")
     write_manifest(tmp_path, {"base": {"model": "1234"}})
@@ -23,14 +23,14 @@ def test_the_manifest_records_every_file_with_its_size_and_hash(tmp_path):
     }
 
 
-def test_no_manifest_is_an_empty_one_and_a_strange_one_is_refused(tmp_path):
+def test_a_missing_manifest_is_empty_and_a_damaged_one_is_refused(tmp_path):
     assert read_manifest(tmp_path) == {}
     (tmp_path / MANIFEST).write_text('{"files": []}')
     with pytest.raises(InputRefused, match=r"lora_export\.json is not a manifest"):
         read_manifest(tmp_path)
 
 
-def noted(tmp_path: Path, hashes: dict[str, dict[str, str]] | None = None) -> Path:
+def with_manifest(tmp_path: Path, hashes: dict[str, dict[str, str]] | None = None) -> Path:
     (tmp_path / "sub").mkdir(parents=True)
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "sub/b").write_bytes(b"bcd")
@@ -38,20 +38,22 @@ def noted(tmp_path: Path, hashes: dict[str, dict[str, str]] | None = None) -> Pa
     return tmp_path
 
 
-def test_a_folder_is_compared_with_its_manifest_file_by_file(tmp_path):
-    folder = noted(tmp_path / "out", {"a": {"xxh3_128": "06b05ab6733a618578af5f94892f3950"}})  # of XXH3's own examples
+def test_every_difference_from_the_manifest_is_reported(tmp_path):
+    folder = with_manifest(
+        tmp_path / "out", {"a": {"xxh3_128": "06b05ab6733a618578af5f94892f3950"}}
+    )  # from XXH3's own examples
     assert damage(folder) == []
     (folder / "a").write_bytes(b"abd")
-    assert damage(folder) == ["a holds other bytes than were written"]
+    assert damage(folder) == ["a contains other bytes than were written"]
     (folder / "a").write_bytes(b"abcd")
     (folder / "sub/b").unlink()
-    assert damage(folder) == ["a has 4 bytes, 3 were written", "sub/b is not there"]
+    assert damage(folder) == ["a has 4 bytes, 3 were written", "sub/b is missing"]
 
 
-def test_one_of_several_hashes_that_disagrees_is_damage(tmp_path):
+def test_one_wrong_hash_of_several_is_damage(tmp_path):
     right, wrong = hashlib.sha256(b"abc").hexdigest(), "0" * 32
-    folder = noted(tmp_path / "out", {"a": {"sha256": right, "xxh3_128": wrong}})
-    assert damage(folder) == ["a holds other bytes than were written"]
+    folder = with_manifest(tmp_path / "out", {"a": {"sha256": right, "xxh3_128": wrong}})
+    assert damage(folder) == ["a contains other bytes than were written"]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,8 @@ def test_one_of_several_hashes_that_disagrees_is_damage(tmp_path):
         ('{"files": {"a": "abc"}}', "records no hash of a that this version knows"),
     ],
 )
-def test_nothing_is_called_whole_without_a_hash(tmp_path, manifest, message):
-    folder = noted(tmp_path / "out")
+def test_a_folder_without_known_hashes_cannot_be_checked(tmp_path, manifest, message):
+    folder = with_manifest(tmp_path / "out")
     (folder / MANIFEST).unlink()
     if manifest:
         (folder / MANIFEST).write_text(manifest)

@@ -1,4 +1,4 @@
-"""safetensors files as ranges of bytes: what is damaged is refused by name, at once; what is whole reads back."""
+"""safetensors files as ranges of bytes: damaged files are refused at once, whole files read back."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
 
 
-def test_what_the_library_wrote_we_read(path):
+def test_files_of_the_library_are_read(path):
     safetensors.numpy.save_file(TENSORS, path, metadata={"made by": "the library"})
     file = safetensors_file.open_file(path)
     assert file.entries.keys() == TENSORS.keys()
@@ -61,7 +61,7 @@ def test_what_the_library_wrote_we_read(path):
     assert file.metadata == {"made by": "the library"}
 
 
-def test_what_we_wrote_the_library_reads(path):
+def test_the_library_reads_written_files(path):
     strided = TENSORS | {"matrix": TENSORS["matrix"].T}
     safetensors_file.write(path, strided, {"made by": "us"})
     read = safetensors.numpy.load_file(path)
@@ -71,7 +71,7 @@ def test_what_we_wrote_the_library_reads(path):
         assert file.metadata() == {"made by": "us"}
 
 
-def test_torch_reads_our_bfloat16(path):
+def test_torch_reads_written_bfloat16(path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
@@ -79,7 +79,7 @@ def test_torch_reads_our_bfloat16(path):
     assert torch.equal(load_file(path)["brain"], torch.tensor([[1.5], [-256]], dtype=torch.bfloat16))
 
 
-def test_entries_come_in_the_order_of_their_bytes_and_say_where_they_are(path):
+def test_entries_come_in_the_order_of_their_bytes(path):
     raw_tensor_file(path, {"late": entry([1], 8, 12), "early": entry([2], 0, 8)}, struct.pack("<3f", 1, 2, 3))
     file = safetensors_file.open_file(path)
     assert list(file.entries) == ["early", "late"]
@@ -89,13 +89,13 @@ def test_entries_come_in_the_order_of_their_bytes_and_say_where_they_are(path):
     assert file.size == len(content)
 
 
-def test_data_starts_on_a_boundary_of_eight_bytes(path):
+def test_data_starts_at_a_multiple_of_eight_bytes(path):
     for length in range(1, 10):
         safetensors_file.write(path, {"n" * length: np.ones(1, np.float32)})
         assert safetensors_file.open_file(path).entries["n" * length].start % 8 == 0
 
 
-def test_a_file_without_tensors_is_a_file(path):
+def test_a_file_without_tensors_is_read(path):
     safetensors_file.write(path, {})
     assert not safetensors_file.open_file(path).entries
 
@@ -108,7 +108,7 @@ def test_a_truncated_file_is_refused_with_both_sizes(path, cut):
     safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
     whole = path.stat().st_size
     os.truncate(path, whole - cut)
-    assert refusal(path) == f"FILE is cut short: its header promises {whole} bytes, the file has {whole - cut}"
+    assert refusal(path) == f"FILE is cut short: its header describes {whole} bytes, the file has {whole - cut}"
 
 
 def test_a_file_cut_within_its_header_is_refused(path):
@@ -118,25 +118,25 @@ def test_a_file_cut_within_its_header_is_refused(path):
 
 
 @pytest.mark.parametrize("size", [0, 7])
-def test_a_file_that_cannot_even_hold_a_length_is_refused(path, size):
+def test_a_file_shorter_than_its_length_field_is_refused(path, size):
     path.write_bytes(b"\0" * size)
-    assert refusal(path) == f"FILE is no safetensors file: it has only {size} bytes"
+    assert refusal(path) == f"FILE is not a safetensors file: it has only {size} bytes"
 
 
-def test_bytes_behind_the_last_tensor_are_refused(path):
+def test_bytes_after_the_last_tensor_are_refused(path):
     raw_tensor_file(path, {"x": entry([1], 0, 4)}, b"\0" * 5)
     assert "is too long" in refusal(path)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 1000])
-def test_a_header_that_claims_to_be_huge_is_refused_without_reading_it(path, length):
+def test_a_false_header_size_is_refused_without_reading(path, length):
     raw_tensor_file(path, {}, length=length)
     begun = time.process_time()
     assert f"its header should have {length} bytes" in refusal(path)
     assert time.process_time() - begun < 1
 
 
-def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_that_large(path):
+def test_a_header_beyond_the_formats_limit_is_refused_in_any_file(path):
     raw_tensor_file(path, {}, length=100_000_001)
     os.truncate(path, 200_000_000)  # a sparse file
     assert "its header should have 100000001 bytes, the file has 200000000" in refusal(path)
@@ -158,9 +158,9 @@ def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_tha
         ({"x": {**entry([1], 0, 4), "data_offsets": [0, 4, 8]}}, "entry for x is malformed"),
         ({"x": {**entry([1], 0, 4), "shape": 1}}, "entry for x is malformed"),
         ({"x": {**entry([1], 0, 4), "shape": {}}}, "FILE: "),
-        ({"x": entry([-1], 0, 4)}, "x has a size that is no natural number"),
-        ({"x": {**entry([1], 0, 4), "shape": [1.0]}}, "x has a size that is no natural number"),
-        ({"x": entry([True], 0, 4)}, "x has a size that is no natural number"),
+        ({"x": entry([-1], 0, 4)}, "x has a size that is not a non-negative integer"),
+        ({"x": {**entry([1], 0, 4), "shape": [1.0]}}, "x has a size that is not a non-negative integer"),
+        ({"x": entry([True], 0, 4)}, "x has a size that is not a non-negative integer"),
         ({"x": entry([2], 0, 4)}, r"x (2,) float32 needs 8 bytes, its range has 4"),
         ({"x": entry([1], 4, 0)}, r"x (1,) float32 needs 4 bytes, its range has -4"),
         ({"x": entry([2**40, 2**40], 0, 4)}, "needs 4835703278458516698824704 bytes"),
@@ -171,24 +171,24 @@ def test_a_header_beyond_the_formats_limit_is_refused_even_where_the_file_is_tha
         ({"__metadata__": {"a": 1}, "x": entry([1], 0, 4)}, "__metadata__ must map names to strings"),
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused(path, header, message):
+def test_a_malformed_header_is_refused(path, header, message):
     raw_tensor_file(path, header, b"\0" * 4)
     assert message in refusal(path)
 
 
-def test_a_name_that_stands_twice_is_refused_though_the_library_accepts_it(path):
+def test_a_duplicate_name_is_refused_though_the_library_accepts_it(path):
     twice = json.dumps(entry([1], 0, 4))
     raw_tensor_file(path, f'{{"x": {twice}, "x": {twice}}}'.encode(), b"\0" * 4)
     assert safetensors.numpy.load_file(path).keys() == {"x"}
     assert refusal(path) == "the header of FILE names x more than once"
 
 
-def test_what_only_the_library_objects_to_is_refused_in_its_words(path):
+def test_what_only_the_library_refuses_is_refused_in_its_words(path):
     raw_tensor_file(path, {"x": {**entry([1], 0, 4), "shape": {}}}, b"\0" * 4)
     assert "invalid type: map, expected a sequence" in refusal(path)
 
 
-# --- What is no regular file ---
+# --- Files that are not regular ---
 
 
 def test_a_fifo_is_refused_without_waiting_for_a_writer(path):
@@ -207,10 +207,10 @@ def test_folders_devices_and_dangling_links_are_refused(path):
     assert refusal(path) == "FILE: No such file or directory"
 
 
-# --- A file that changes behind our back ---
+# --- Files that change after they were opened ---
 
 
-def test_a_file_that_becomes_shorter_is_noticed_when_it_is_read(path):
+def test_a_file_that_became_shorter_is_refused(path):
     safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
     file = safetensors_file.open_file(path)
     os.truncate(path, file.size - 1)
@@ -218,7 +218,7 @@ def test_a_file_that_becomes_shorter_is_noticed_when_it_is_read(path):
         file.read("x")
 
 
-def test_a_file_knows_whether_it_was_touched_replaced_or_removed(path):
+def test_a_changed_or_removed_file_is_detected(path):
     safetensors_file.write(path, {"x": np.zeros(8, np.float32)})
     file = safetensors_file.open_file(path)
     assert file.unchanged()

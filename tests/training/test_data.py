@@ -86,7 +86,7 @@ def test_npz_labels_are_classes_or_values(tmp_path: Path) -> None:
         ("a.csv", "text,label\na,x\nb,\n", "line 3: `label` is ''"),
         ("a.csv", 'text,label\na,x\n"b"c,y\n', r"line 3: ',' expected after"),
         ("a.csv", b"text,label\na,\xff\n", r"is not UTF-8: byte 13"),
-        ("a.npz", "text", "is no .npz file of plain arrays"),
+        ("a.npz", "text", "is not an .npz file of plain arrays"),
     ],
 )
 def test_bad_examples_are_refused_with_their_line(
