@@ -71,9 +71,10 @@ def test_an_output_without_linux_has_the_same_bytes(place, monkeypatch, line, ou
     assert written_elsewhere == written and output in {Path(name).parts[0] for name in written}
 
 
-def test_the_tests_of_storage_pass_without_linux():
+def test_the_tests_of_storage_pass_without_linux(tmp_path):
     tests = [ROOT / "tests/storage" / name for name in STORAGE]
-    child = python_without_linux("-m", "pytest", "-qs", "-p", "no:cacheprovider", "-k", "not torch", *tests)
+    options = ["-qs", "-p", "no:cacheprovider", "-k", "not torch", "--basetemp", tmp_path / "child"]
+    child = python_without_linux("-m", "pytest", *options, *tests)
     assert child.returncode == 0, child.stdout
     passed = re.search(r"(\d+) passed", child.stdout)
     assert passed is not None and int(passed[1]) > 150, child.stdout
