@@ -88,8 +88,8 @@ def stage_file(
 
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
-        ours = set(_data_files(target))  # one of the same name has the same content, and may be replaced
-        foreign = [target.parent / name for name in companions if target.parent / name not in ours]
+        former = set(_data_files(target))  # one of the same name has the same content, and may be replaced
+        foreign = [target.parent / name for name in companions if target.parent / name not in former]
         _refuse_taken([*foreign, target], overwrite=overwrite)
         for name in companions:
             (stage / name).replace(target.parent / name)
@@ -97,7 +97,7 @@ def stage_file(
             _flush_folder(target.parent)  # a disk may keep the second of two renames and lose the first
         (stage / target.name).replace(target)
         _flush_folder(target.parent)
-        for path in sorted(ours - {target.parent / name for name in companions}):
+        for path in sorted(former - {target.parent / name for name in companions}):
             path.unlink()
             on_message(f"removed {one_line(path.name)}: weights that {one_line(target.name)} does not use")
 
@@ -120,8 +120,8 @@ def data_name(target: str, digest: str) -> str:
 
 
 def _data_files(target: Path) -> list[Path]:
-    ours = re.compile(re.escape(_stem(target.name)) + rf"\.[0-9a-f]{{{DIGITS}}}\.data")
-    return [path for path in target.parent.iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
+    pattern = re.compile(re.escape(_stem(target.name)) + rf"\.[0-9a-f]{{{DIGITS}}}\.data")
+    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name) and not path.is_symlink()]
 
 
 def _absolute(target: Path) -> Path:
@@ -253,8 +253,8 @@ def _stem(name: str) -> str:
 def _remove_orphans(target: Path, on_message: OnMessage) -> None:
     """Remove what killed runs left beside the target, and put back an old output that has no successor."""
     # The whole name is compared: the target `out` must not touch a live run that writes `out.v2`.
-    ours = re.compile(re.escape(_hidden_name(target, "")) + r"\d+\.(partial|old)")
-    left = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    pattern = re.compile(re.escape(_hidden_name(target, "")) + r"\d+\.(partial|old)")
+    left = [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
     stages = {path for path in left if path.suffix == ".partial"}
     for aside in sorted(set(left) - stages):
         stage = aside.with_suffix(".partial")
@@ -265,9 +265,9 @@ def _remove_orphans(target: Path, on_message: OnMessage) -> None:
             aside.rename(stage)
             stages.add(stage)
         else:  # neither is the target now
-            former = one_line(target.name)
+            name = one_line(target.name)
             on_message(
-                f"{one_line(str(aside))} is a former {former}, set aside by a run that was killed: keep it or delete it"
+                f"{one_line(str(aside))} is a former {name}, set aside by a run that was killed: keep it or delete it"
             )
             stages.remove(stage)
     for stage in sorted(stages):

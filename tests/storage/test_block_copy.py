@@ -158,7 +158,7 @@ def test_a_failed_write_is_an_error(source, monkeypatch):
         carry(source, pieces(100))
 
 
-def test_the_kernel_is_told_early_to_write(source, monkeypatch):
+def test_the_kernel_is_asked_early_to_write(source, monkeypatch):
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(block_copy, "_start_writing", lambda _, start, count: calls.append((start, count)))
     monkeypatch.setattr(block_copy, "START_WRITING", 250)

@@ -29,7 +29,7 @@ STORAGE = (
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def inputs(tmp_path: Path) -> Path:
     """A base as a folder and as a graph, and an adapter for both."""
     rng = np.random.default_rng(0)
     weights = {"fc.weight": rng.random((40, 30)), "kept": rng.random((3000, 1000))}
@@ -58,14 +58,16 @@ def test_every_module_imports_without_linux():
         (["onnx", "base.onnx", "-a", "adapter", "--lora", "nodes"], "exported.onnx"),
     ],
 )
-def test_an_output_without_linux_has_the_same_bytes(place, monkeypatch, line, output):
-    monkeypatch.chdir(place)
-    folders = [place / "linux", place / "elsewhere"]
+def test_an_output_without_linux_has_the_same_bytes(inputs, monkeypatch, line, output):
+    monkeypatch.chdir(inputs)
+    folders = [inputs / "linux", inputs / "elsewhere"]
     for folder in folders:
         folder.mkdir()
     assert cli.run([*line, "-o", str(folders[0] / output)]) == 0
     for _ in range(2):  # a new output, and one that replaces it
-        child = python_without_linux("-m", "lora_export", *line, "-o", folders[1] / output, "--overwrite", folder=place)
+        child = python_without_linux(
+            "-m", "lora_export", *line, "-o", folders[1] / output, "--overwrite", folder=inputs
+        )
         assert child.returncode == 0, child.stderr
     written, written_elsewhere = map(contents, folders)
     assert written_elsewhere == written and output in {Path(name).parts[0] for name in written}
