@@ -26,8 +26,9 @@ from lora_export.graph.values import initializers
 from lora_export.plan import Plan
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_hash
-from lora_export.verification.against_graph import BaseGraph, GraphReferences
+from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.references import References
+from lora_export.verification.references.base_graph import BaseGraph
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 HASHING = "xxh3_128"

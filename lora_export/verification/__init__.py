@@ -1,1 +1,18 @@
-"""The verdict: a candidate against PyTorch, against a graph, or against a checkpoint."""
+"""The verdict: whether a candidate computes what it should.
+
+    proof.py              the flow of every proof: run, judge, diagnose
+    against_pytorch.py    references: a PyTorch model with its adapters attached
+    against_graph.py      references: the graph that the candidate was made from
+    against_origin.py     a graph without an adapter, by the bits of the graph that it was made from
+    mixed_batches.py      batches that mix adapters, by the proofs of batches with one adapter
+    candidate_outputs.py  runs of the candidate
+    compare_outputs.py    what the outputs of two runs have in common
+    parity/               arrays in, verdict out
+    inputs/               the inputs of a proof
+    references/           what computes the outputs that a candidate should have
+    diagnose/             the first module that differs, and why
+    against_checkpoint/   a merged checkpoint, by W + s·BA
+
+`against_checkpoint` is a flow of its own. It runs nothing: it has no inputs, no provider and no outputs, and it
+compares stored weights with exact sums, so that none of the steps of `prove` applies to it.
+"""

@@ -14,16 +14,16 @@ from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import bits_that_differ, error_of, named_as
 
-AGAINST = "the base graph"  # what a record says of a verdict without a PyTorch model
+AGAINST = "the base graph"  # the field `against` of a record, for a verdict without a PyTorch model
 
-UNCHANGED = "its answers are those of the graph that it was made from, to the last bit"
+UNCHANGED = "its outputs are those of the graph that it was made from, bit for bit"
 
 NODE_BY_NODE = (
-    "its answers are those of the graph that it was made from, to the last bit, where onnxruntime runs both node by "
-    "node; optimised, it fuses other nodes of them"
+    "its outputs are those of the graph that it was made from, bit for bit, where onnxruntime optimises neither; "
+    "optimised, other nodes of the two are fused"
 )
 
-NOT_BY_FP64 = "whether that graph is the model's was not decided: its answers are too coarse for a verdict in fp64"
+NOT_BY_FP64 = "whether that graph computes the model was not decided: its outputs are too coarse for a verdict in fp64"
 
 NEAR = 0.1  # largest distance of two graphs that differ only in what onnxruntime fuses, relative to PyTorch's error
 
@@ -40,9 +40,9 @@ def judge_by_origin(
     """Judge a graph without an adapter by the graph that it was made from; None where the two differ.
 
     `undecided` is the verdict of `cases` in fp64. A base that rounds what it multiplies, to int8 or to half
-    precision, can be too far from its model in fp64. Then only its own outputs can decide: the candidate must have
-    their bits. Where onnxruntime fuses other nodes of the two, the bits of both node by node must be the same, and as
-    they run they may differ by a tenth of PyTorch's error in fp64. `run` runs a graph on the inputs of the proof.
+    precision, can be too far from its model in fp64. Then only its own outputs can decide: the candidate must return
+    their bits. Where onnxruntime fuses other nodes of the two graphs, they must return the same bits unoptimised, and
+    optimised they may differ by a tenth of PyTorch's error. `run` runs a graph on the inputs of the proof.
     Raises InputRefused for an origin with other inputs or outputs.
     """
     own = run(candidate)
@@ -80,7 +80,7 @@ def _beside_origin(case: parity.Case, own: Outputs, before: Outputs) -> parity.C
 
 
 def _is_near(case: parity.Case, own: Outputs, before: Outputs) -> bool:
-    """Whether the outputs of two graphs are near each other, beside what rounding costs PyTorch there."""
+    """Whether the outputs of two graphs differ by less than a tenth of PyTorch's error."""
     one, other = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
     return all(
         parity.rms(one[name].astype(np.float64) - other[name]) <= NEAR * error_of(truth, case.deployed[name])

@@ -1,12 +1,12 @@
-"""PyTorch as the measure of a candidate: the model with its adapters attached, in fp64 and as deployed.
+"""PyTorch as the measure of a candidate: the model with its adapters attached, as deployed and in fp64.
 
-One set of weights serves all: PyTorch runs as deployed first, then the weights are widened in place for the
-references in fp64, one after the other.
+All runs share one set of weights. PyTorch runs as deployed first. Then the weights are widened in place, and the
+references run in fp64, one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +35,12 @@ from lora_export.verification.inputs import REDRAWS, Inputs
 from lora_export.verification.inputs.model_inputs import case_inputs, draw, notes_on_sizes
 from lora_export.verification.inputs.row_coverage import RowCoverage
 from lora_export.verification.references import (
+    STEPS,
     Diagnosed,
     MergedPeer,
     ReferenceOutputs,
     cached_outputs,
+    note_on_fp64,
     quantised_weights,
 )
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
@@ -53,33 +55,31 @@ from lora_export.verification.references.deployed_module import (
 )
 from lora_export.verification.references.module_copies import converted_copy, shared_copy, to_double, widened
 
-MERGED = "PyTorch's own error is that of the adapters merged, where it is the larger one: they outweigh the weights"
-HALF = "the candidate is in half precision: --dtype float16 puts it beside the model in that"
+MERGED = (
+    "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
+)
+HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
-PADDED = "what stands before a row's first token was not judged: it attends to nothing"
+PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 # What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
-STEPS = {
-    "reference": "the reference",
-    "base": "the base without adapters",
-    "scaled": "the reference with scale × 1.1",
-    "attached": "the reference with unrounded weights",
-}
 
 
-def _say_nothing(_: str) -> None:
-    pass
+def _no_message(_: str) -> None:
+    """Ignore a message."""
 
 
 @dataclass(frozen=True, eq=False)
 class PyTorchReferences:
     """A model with its adapters attached as branches, as the references of a proof.
 
-    The references never merge an adapter: they share no arithmetic with what they judge. `user_inputs` (.npz) are
-    one more case beside three seeded ones. `device` is where PyTorch runs as deployed. `cache` is a folder that stores
-    the outputs of the fp64 references; `say` receives a message where it could not be used. `origin` is the quantised
-    graph that an ONNX candidate was made from: into whose weights the adapters were merged, or which decides by its
-    bits what fp64 cannot decide of a candidate without an adapter.
+    The references merge no adapter, so that they share no arithmetic with what they judge. `strengths` has one factor
+    for each adapter; None is 1 for all. `user_inputs` (.npz) are one more case beside three seeded ones. `device` is
+    where PyTorch runs as deployed; the references in fp64 run on the CPU. `cache` is a folder for the outputs of the
+    references; `say` receives a message where it cannot be used.
+
+    `origin` is the quantised graph that an ONNX candidate was made from. Adapters may have been merged into its
+    weights. Its bits decide about a candidate without an adapter where fp64 cannot.
     """
 
     model: Model
@@ -90,7 +90,7 @@ class PyTorchReferences:
     device: str = "cpu"
     cache: Path | None = None
     origin: Path | None = None
-    say: Callable[[str], None] = _say_nothing
+    say: Callable[[str], None] = _no_message
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
         """The same references with other adapters."""
@@ -100,11 +100,11 @@ class PyTorchReferences:
         """Do nothing: inputs can be made for every model."""
 
     def as_run(self, runner: OnnxRunner) -> Runner:
-        """The graph with its key/value cache managed for it: the model takes whole sequences."""
+        """The graph; a decoder with a key/value cache is given whole sequences, as the model is."""
         return with_cache(runner)
 
     def inputs(self, candidate: Runner) -> Inputs:
-        """Three seeded cases of different shapes that the candidate can take, and the user's own."""
+        """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
         cases = case_inputs(self.model, candidate, seed=self.seed, user_inputs=self.user_inputs, adapters=self.adapters)
         varied = list(cases.values())[min(2, len(cases) - 1)]
         perturbed = self._perturbed(candidate, varied)
@@ -115,7 +115,7 @@ class PyTorchReferences:
             perturbed,
             unjudged={name: before_first_token(arrays) for name, arrays in cases.items()},
             notes=tuple(
-                f"the input {name} is the same in every draw: whether it matters was not tried. --inputs can"
+                f"the input {name} is the same in every draw: its effect was not tested. --inputs can vary it"
                 for name in constant
             ),
         )
@@ -136,7 +136,7 @@ class PyTorchReferences:
         """Attach the adapters, and find what the candidate rounds or quantises.
 
         Raises MatchError where the adapters do not fit, Different where a quantised weight is no rounding of the
-        model's, and Undecided where nobody knows what it is the sum of.
+        model's weight, and Undecided where it contains an adapter and its original is unknown.
         """
         model, adapters = self.model, self.adapters
         changes = plan.make(adapters, layers.specs(model.module), strengths=self.strengths) if adapters else None
@@ -172,7 +172,7 @@ class PreparedPyTorch:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarser of the candidate's and the model's own."""
+        """The coarser of the candidate's dtype and the model's."""
         return coarser_dtype(self.candidate, self.references.model.module)
 
     @cached_property
@@ -186,15 +186,15 @@ class PreparedPyTorch:
         """Run PyTorch as deployed, then the references in fp64."""
         step("PyTorch")
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
-        looked_up = RowCoverage(deployed.module, model, self.references.adapters)
+        coverage = RowCoverage(deployed.module, model, self.references.adapters)
         own = {name: deployed.run(arrays) for name, arrays in cases.items()}
-        doubts, rows = looked_up.doubts, looked_up.notes  # of the cases alone: before other inputs are tried
+        doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
         by_role, narrow_operators = self._in_fp64(step)
         names_known = self.candidate.names_known and deployed.names_known
         notes = [
             *outputs.refusals,
-            *_about_reference(narrow_operators),
+            note_on_fp64(narrow_operators),
             *model.notes,
             *notes_on_sizes(self.candidate, model),
             *_about_cache(self.candidate),
@@ -258,19 +258,19 @@ class PreparedPyTorch:
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED)
 
     def diagnose(self, case: parity.Case, *, every: bool, step: Step) -> Diagnosed:
-        """Where the candidate differs, and notes. No failure here changes a verdict."""
-        step("looking for where it differs")
+        """Compare the candidate with PyTorch module by module, in one case."""
+        step("comparing modules")
         watched = [self.judged.module, *([self.candidate.module] if isinstance(self.candidate, ModuleRunner) else [])]
         unseen = [name for module in watched if isinstance(module, Program) for name in module.unobserved_weights]
         if unseen:
             return None, [
-                f"where it differs was not looked for: {unseen[0]} and {len(unseen) - 1} more weights of a .pt2 are "
-                "multiplied by operators that are no layer's"
+                f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
+                "by operators that belong to no layer"
             ]
         try:
             return diagnose(self._diagnosis_case(case), every=every), []
         except CANNOT_FOLLOW as error:
-            return None, [f"where it differs was looked for in vain: {(str(error) or repr(error)).splitlines()[0]}"]
+            return None, [f"modules could not be compared: {(str(error) or repr(error)).splitlines()[0]}"]
 
     def _diagnosis_case(self, case: parity.Case) -> DiagnosisCase:
         wide = replace(self.attached, module=converted_copy(self.attached.module, to_double))
@@ -300,9 +300,3 @@ def _has_halves(outputs: CandidateOutputs, deployed: Mapping[str, Arrays], *, na
 
 def _about_cache(candidate: Runner) -> list[str]:
     return candidate.notes if isinstance(candidate, CacheRunner) else []
-
-
-def _about_reference(narrow: Collection[str]) -> list[str]:
-    if not narrow:
-        return ["the reference ran in fp64 throughout"]
-    return [f"the reference ran in fp64, but for: {', '.join(sorted(narrow))}"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
-from lora_export.verification.compare_outputs import aligned, bits, differ, distances, from_first_token
+from lora_export.verification.compare_outputs import aligned, bits, candidate_errors, differ, from_first_token
 from lora_export.verification.inputs import Inputs
 
 Step = Callable[[str], None]  # is called with the name of each step of a proof
@@ -51,7 +51,7 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: Step) -> CandidateOut
     repeated = candidate.run(arrays)
     if _same_bits(by_case[first], repeated):
         return CandidateOutputs(by_case, changed=changed)
-    note = f"run again, the candidate returns other bits: {first}"
+    note = f"the candidate returns other bits when it runs {first} again"
     return CandidateOutputs(by_case, changed=changed, repeated=repeated, notes=(note,))
 
 
@@ -76,7 +76,7 @@ def _same_bits(one: Arrays, other: Arrays) -> bool:
 
 
 def as_shipped(candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, names_known: bool) -> list[str]:
-    """A note on the candidate's error where its provider has its own settings; none where a proof leaves it those."""
+    """A note on the candidate's error with its provider's own settings; none where the proof runs with these."""
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is None or not placement.options:
         return []
@@ -85,14 +85,14 @@ def as_shipped(candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, 
     try:
         shipped: Runner = candidate.with_provider_defaults()  # type: ignore[attr-defined]
         outputs = {case.name: shipped.run(inputs.cases[case.name]) for case in cases}
-    except LoraExportError as error:
-        return [f"{begin}it did not run: {str(error).splitlines()[0]}"]
+    except LoraExportError as refusal:
+        return [f"{begin}it did not run: {str(refusal).splitlines()[0]}"]
     own = [_with_outputs(case, outputs[case.name], inputs, names_known=names_known) for case in cases]
-    judged, found = distances(cases), []
-    for output, (distance, relative) in distances(own).items():
-        of_effect = "" if relative is None else f", {parity.percent(relative)} of what the adapter does"
-        found.append(f"{output} is off by {distance:.3g} (as judged by {judged[output][0]:.3g}){of_effect}")
-    return [begin + "; ".join(found)]
+    judged, errors = candidate_errors(cases), []
+    for output, (error, relative) in candidate_errors(own).items():
+        of_effect = "" if relative is None else f", {parity.percent(relative)} of the adapter effect"
+        errors.append(f"the error of {output} is {error:.3g} ({judged[output][0]:.3g} as judged){of_effect}")
+    return [begin + "; ".join(errors)]
 
 
 def _with_outputs(case: parity.Case, outputs: Arrays, inputs: Inputs, *, names_known: bool) -> parity.Case:

@@ -1,8 +1,8 @@
-"""What the outputs of two runs have in common, and how far apart they are."""
+"""Compare the outputs of two runs: by name, by error, and bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,79 +12,80 @@ from numpy.typing import NDArray
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
 
-PRECISION = {"error", "tail", "bulk", "features"}  # gates that put a candidate's error beside its peer's
+PRECISION_GATES = {"error", "tail", "bulk", "features"}  # these compare a candidate's error with its peer's
 
 
-def named_as(reference: parity.Arrays, answer: Arrays) -> Arrays:
-    """The outputs that the reference has, by its names; in their order where a graph's own names mean nothing."""
-    if reference.keys() <= answer.keys():
-        return {name: answer[name] for name in reference}
-    return dict(zip(reference, answer.values(), strict=True))
+def named_as(reference: parity.Arrays, outputs: Arrays) -> Arrays:
+    """The outputs that the reference has, by its names: by order where the graph has other names."""
+    if reference.keys() <= outputs.keys():
+        return {name: outputs[name] for name in reference}
+    return dict(zip(reference, outputs.values(), strict=True))
 
 
 def aligned(outputs: Arrays, reference: parity.Arrays, *, names_known: bool) -> Arrays:
-    """A candidate's outputs by the reference's names: by order where the names of either mean nothing."""
+    """All outputs of a candidate, by the reference's names: by order where names do not identify them."""
     if names_known or len(outputs) != len(reference):
         return outputs
     return dict(zip(reference, outputs.values(), strict=True))
 
 
 def differs_in_precision_alone(verdict: parity.Verdict) -> bool:
-    """Whether all that is held against a candidate is to be farther from the reference than its peer is."""
-    against = {reason.gate for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
-    return bool(against) and against <= PRECISION
+    """Whether a verdict is `different` only because the candidate's error is larger than its peer's."""
+    failed = {reason.gate for reason in verdict.reasons if reason.outcome is parity.Outcome.DIFFERENT}
+    return bool(failed) and failed <= PRECISION_GATES
 
 
-def by_the_farther(cases: Sequence[parity.Case], others: Sequence[parity.Case]) -> list[parity.Case]:
-    """The cases with, of each output, whichever of both peers' answers lies farther from the reference.
+def with_larger_peer_error(cases: Sequence[parity.Case], others: Sequence[parity.Case]) -> list[parity.Case]:
+    """The cases; each output of the peer is that of the two peers with the larger error.
 
-    An adapter that is large beside its weight costs more digits once it is merged, in whoever merges it: a sum of
-    large numbers that nearly cancel is what W + ΔW then has to make of x, and A x is not. A right merge may not be
-    blamed for that.
+    Every merge of an adapter that is large beside its weight costs digits: (W + ΔW)x is a sum of large numbers that
+    nearly cancel, and ΔW x alone is not. A right merge must not be judged by a peer that does not merge.
     """
-
-    def farther(case: parity.Case, other: parity.Case) -> parity.Case:
-        chosen = {
-            name: max(
-                (value, other.deployed.get(name, value)), key=lambda answer: error_of(case.reference[name], answer)
-            )
-            for name, value in case.deployed.items()
-        }
-        return replace(case, deployed=chosen)
-
-    return [farther(case, other) for case, other in zip(cases, others, strict=True)]
+    return [_with_larger_peer_error(case, other) for case, other in zip(cases, others, strict=True)]
 
 
-def error_of(reference: NDArray[Any], answer: NDArray[Any]) -> float:
-    return parity.rms(answer.astype(np.float64) - reference)
+def _with_larger_peer_error(case: parity.Case, other: parity.Case) -> parity.Case:
+    deployed = {}
+    for name, own in case.deployed.items():
+        theirs = other.deployed.get(name, own)
+        own_error, their_error = (error_of(case.reference[name], output) for output in (own, theirs))
+        deployed[name] = theirs if their_error > own_error else own
+    return replace(case, deployed=deployed)
 
 
-def distances(cases: Sequence[parity.Case]) -> dict[str, tuple[float, float | None]]:
-    """Output -> rmse(O,R) over all cases together, and as a share of what the adapter does; None without an adapter."""
+def error_of(reference: NDArray[Any], output: NDArray[Any]) -> float:
+    """The root mean square of the difference."""
+    return parity.rms(output.astype(np.float64) - reference)
 
-    def apart(one: Callable[[parity.Case], parity.Arrays], output: str) -> float:
-        errors = [one(case)[output].astype(np.float64) - case.reference[output] for case in cases]
-        return parity.rms(np.concatenate([error.ravel() for error in errors]))
 
-    found = {}
+def candidate_errors(cases: Sequence[parity.Case]) -> dict[str, tuple[float, float | None]]:
+    """Output -> rmse(O, R) over all cases, and the same relative to rmse(R, B); None without an adapter."""
+    errors: dict[str, tuple[float, float | None]] = {}
     for output in cases[0].reference:
-        error = apart(lambda case: case.candidate, output)
-        effect = None if cases[0].base is None else apart(lambda case: case.base or {}, output)
-        found[output] = error, error / effect if effect else None
-    return found
+        error = _rmse(cases, output, [case.candidate for case in cases])
+        effect = None if cases[0].base is None else _rmse(cases, output, [case.base or {} for case in cases])
+        errors[output] = error, error / effect if effect else None
+    return errors
+
+
+def _rmse(cases: Sequence[parity.Case], output: str, runs: Sequence[parity.Arrays]) -> float:
+    differences = [
+        run[output].astype(np.float64) - case.reference[output] for case, run in zip(cases, runs, strict=True)
+    ]
+    return parity.rms(np.concatenate([difference.ravel() for difference in differences]))
 
 
 def before_first_token(arrays: Arrays) -> NDArray[np.bool_]:
-    """Where [batch, sequence] rows are padded at their beginning. Empty where there is no mask."""
+    """Bool [batch, sequence]: the padding before each row's first token. Empty where there is no 2-d mask."""
     mask = arrays.get("attention_mask", np.ones((0, 0), np.int64))
     return np.cumsum(mask, axis=1) == 0 if mask.ndim == 2 else np.zeros((0, 0), bool)
 
 
 def from_first_token(case: parity.Case, unjudged: NDArray[np.bool_] | None) -> parity.Case:
-    """The case with the reference's numbers in all runs where a row's padding comes before its tokens.
+    """The case with the reference's values in all runs at the padding before a row's first token.
 
-    `unjudged` is what `before_first_token` returns. At these positions a decoder attends to nothing. What it computes
-    of that is undefined: with a cache it is something else than without. What is not finite there stays.
+    `unjudged` is what `before_first_token` returns. At these positions a decoder attends to nothing, and its outputs
+    are undefined: with a cache they are others than without. Values that are not finite stay.
     """
     if unjudged is None:
         return case
@@ -99,7 +100,7 @@ def from_first_token(case: parity.Case, unjudged: NDArray[np.bool_] | None) -> p
 
 
 def _with_reference(outputs: Arrays, reference: parity.Arrays, unjudged: NDArray[np.bool_]) -> Arrays:
-    """The outputs with the reference's numbers at the positions that are not judged."""
+    """The outputs with the reference's values at the positions that are not judged."""
     made = dict(outputs)
     for name, truth in reference.items():
         value = outputs.get(name)
@@ -111,18 +112,18 @@ def _with_reference(outputs: Arrays, reference: parity.Arrays, unjudged: NDArray
     return made
 
 
-def bits_that_differ(answers: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:
-    """Where answers, by case, are not the same bit for bit: `case, output: largest difference`."""
+def bits_that_differ(outputs: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:
+    """Where outputs, by case, are not the same bit for bit: `case, output: largest difference`."""
     return [
         f"{case}, {name}: {_largest_difference(value, others[case][name])}"
-        for case, outputs in answers.items()
-        for name, value in outputs.items()
+        for case, arrays in outputs.items()
+        for name, value in arrays.items()
         if bits(value) != bits(others[case][name])
     ]
 
 
 def bits(array: NDArray[Any]) -> tuple[Any, ...]:
-    """What makes two arrays the same to the last bit."""
+    """A value that is equal for two arrays only if they are the same bit for bit."""
     return array.dtype, array.shape, array.tobytes()
 
 
@@ -133,5 +134,5 @@ def _largest_difference(one: NDArray[Any], other: NDArray[Any]) -> str:
 
 
 def differ(one: Arrays, other: Arrays) -> bool:
-    """Whether any output is another."""
+    """Whether any output differs."""
     return any(not np.array_equal(value, other[name]) for name, value in one.items())

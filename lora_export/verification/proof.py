@@ -21,9 +21,9 @@ from lora_export.verification.against_origin import AGAINST, judge_by_origin
 from lora_export.verification.candidate_outputs import CandidateOutputs, Step, as_shipped, no_step, run_candidate
 from lora_export.verification.compare_outputs import (
     aligned,
-    by_the_farther,
     differs_in_precision_alone,
     from_first_token,
+    with_larger_peer_error,
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs, summary
@@ -32,7 +32,7 @@ from lora_export.verification.references import ReferenceOutputs, References
 
 BASE = "the base"
 MIXED = "mixed batches"
-ORIGIN = "the graph that it was made from would decide whether it is that still (--base BASE.onnx beside --model)"
+ORIGIN = "fp64 cannot decide about this quantised graph; the graph that it was made from can (--base BASE.onnx)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +83,12 @@ def prove(
     verdict = judge(cases)
     if differs_in_precision_alone(verdict) and (merged := prepared.run_merged(step)):
         others = _with_peer(cases, merged.outputs, inputs)
-        farther = by_the_farther(cases, others)
-        second = judge(farther, merged.note)
+        measured = with_larger_peer_error(cases, others)
+        second = judge(measured, merged.note)
         if second.outcome is not parity.Outcome.DIFFERENT:
-            verdict, cases = second, farther
+            verdict, cases = second, measured
     if all(comparison.figures for comparison in verdict.comparisons):
-        step("as shipped")
+        step("the provider's own settings")
         verdict = _noted(verdict, as_shipped(candidate, cases, inputs, names_known=expected.names_known))
     diagnosis = None
     has_outputs = any(case.candidate for case in cases)

@@ -1,11 +1,23 @@
 """The references of a proof: what computes the outputs that a candidate should have.
 
-`prove` (verification/proof.py) needs no more of them than `References` and `PreparedReferences`.
+`References` and `PreparedReferences` are all that `prove` (verification/proof.py) needs of them. PyTorch and graphs
+implement both, in `against_pytorch.py` and `against_graph.py`.
+
+    module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
+    attached_module.py     PyTorch's references in fp64: adapters attached as branches
+    deployed_module.py     PyTorch as deployed, and with its adapters merged
+    candidate_weights.py   how a candidate rounds or quantises its weights
+    quantised_weights.py   the weights that a quantised graph computes with
+    cached_outputs.py      outputs of PyTorch's references, stored for the next candidate
+    base_graph.py          the graph that candidates were made from, its inputs and its outputs in fp64
+    graph_with_adapter.py  adapters in a graph, in other forms than the candidate's
+    graph_fp64.py          a graph rewritten to compute in fp64
+    graph_sessions.py      sessions of graphs in memory
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -20,9 +32,17 @@ from lora_export.verification.inputs import Inputs
 
 Diagnosed = tuple[Diagnosis | None, list[str]]  # and notes
 
+# Role of a reference -> the step of a proof in which it runs.
+STEPS = {
+    "reference": "the reference",
+    "base": "the base without adapters",
+    "scaled": "the reference with scale × 1.1",
+    "attached": "the reference with unrounded weights",
+}
+
 
 class References(Protocol):
-    """A model with adapters, as the measure of candidates. No method changes it."""
+    """A model with adapters, by which candidates are measured. No method changes it."""
 
     @property
     def adapters(self) -> Sequence[Adapter]: ...
@@ -34,25 +54,25 @@ class References(Protocol):
     def origin(self) -> Path | None: ...  # the quantised graph from which the candidate was made, where known
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> Self:
-        """The same references with other adapters. Inputs and outputs that do not depend on adapters are shared."""
+        """The same references with other adapters. What was computed without adapters is shared."""
 
     def check(self) -> None:
-        """Raise what makes every proof impossible, before there is a candidate."""
+        """Raise the error that would end every proof, before there is a candidate."""
 
     def as_run(self, runner: OnnxRunner) -> Runner:
-        """A graph as it runs on the inputs of these references."""
+        """The runner that runs a graph on the inputs of these references."""
 
     def inputs(self, candidate: Runner) -> Inputs:
         """The inputs for candidate and references. Raises InputRefused where none can be made."""
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedReferences:
-        """Lay the adapters against the model. Runs nothing that is judged. Raises MatchError where they do not fit."""
+        """The references for one candidate. Raises MatchError where the adapters do not fit the model."""
 
     def explain(self, refusal: str) -> str:
-        """The message for a candidate that runs on none of the inputs."""
+        """The message for a candidate that refuses all inputs; `refusal` is its first error."""
 
     def about(self) -> dict[str, Any]:
-        """Versions, and the source and hash of the model: what it takes to repeat the proof."""
+        """Versions, and the source and hash of the model, for the record of the proof."""
 
 
 class PreparedReferences(Protocol):
@@ -65,27 +85,37 @@ class PreparedReferences(Protocol):
         """Run the deployed model with its adapters merged; None where that is no other computation."""
 
     def diagnose(self, case: parity.Case, *, every: bool, step: Step) -> Diagnosed:
-        """The first module that differs in a case, and notes; None where modules cannot be compared."""
+        """Find the first module that differs in a case. Returns notes, too, and None where nothing is compared.
+
+        With `every`, all modules are compared. Raises nothing: no failure here changes a verdict.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceOutputs:
-    """The outputs of all references, and what a verdict must know of how they were made."""
+    """The outputs of all references, with what the verdict reports about them."""
 
-    deployed: Mapping[str, Arrays]  # case -> outputs of the peer, in the deployed dtype
+    deployed: Mapping[str, Arrays]  # case -> outputs of the peer, in its own dtype
     by_role: Mapping[str, Mapping[str, Arrays]]  # reference, base, scaled, attached -> case -> outputs in fp64
     sensitivity: tuple[parity.Sensitivity, ...]
-    dtype: str  # of the deployed model
-    peer: str = parity.PYTORCH  # what computed `deployed`
-    names_known: bool = True  # whether the outputs' names mean something, or only their order does
-    is_quantised: bool = False  # whether the candidate's weights are: fp64 may be unable to decide it
+    dtype: str  # in which the candidate is deployed
+    peer: str = parity.PYTORCH  # the name of what computed `deployed`
+    names_known: bool = True  # False: only the order of the outputs identifies them
+    is_quantised: bool = False  # the candidate has quantised weights, which fp64 may be unable to decide
     notes: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()  # make a verdict undecided
-    faults: tuple[str, ...] = ()  # make a verdict different
+    doubts: tuple[str, ...] = ()  # each makes the verdict undecided
+    faults: tuple[str, ...] = ()  # each makes the verdict different
 
 
 class MergedPeer(NamedTuple):
-    """The outputs of the deployed model with its adapters merged, by case, and the note on a verdict that uses them."""
+    """The outputs of the peer with its adapters merged, and the note for a verdict that rests on them."""
 
-    outputs: Mapping[str, Arrays]
+    outputs: Mapping[str, Arrays]  # by case
     note: str
+
+
+def note_on_fp64(narrow_operators: Collection[str]) -> str:
+    """The note on a reference in fp64; `narrow_operators` computed in less."""
+    if not narrow_operators:
+        return "the reference ran in fp64 throughout"
+    return f"the reference ran in fp64, except for: {', '.join(sorted(narrow_operators))}"

@@ -1,0 +1,53 @@
+"""Sessions of graphs in memory: in their own types, and in fp64."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from lora_export.graph.onnx_file.writing import in_memory
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import InMemoryGraph
+from lora_export.runtime.runner import Arrays
+from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
+
+FLOAT_TYPES = {
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(float16)": ir.DataType.FLOAT16,
+    "tensor(bfloat16)": ir.DataType.BFLOAT16,
+}
+
+
+class Fp64Outputs(NamedTuple):
+    """The outputs of a graph in fp64, by case, and the operators that have no kernel in fp64."""
+
+    by_case: Mapping[str, Arrays]
+    narrow_operators: frozenset[str]
+
+
+def open_graph_session(model: ir.Model, name: str, provider: str) -> OnnxRunner:
+    """Open a session of a graph, optimised. It gives memory back as soon as it is free."""
+    compute_weights_late(model)
+    return OnnxRunner(InMemoryGraph(name, *in_memory(model)), provider, low_memory=True)
+
+
+def run_in_fp64(model: ir.Model, cases: Mapping[str, Arrays]) -> Fp64Outputs:
+    """Run a graph in fp64 on the CPU, without optimisations. The graph is changed and of no further use."""
+    gc.collect()  # graphs are cyclic: without this the previous one, with the weights made for it, stays in memory
+    narrow_operators = frozenset(widen(model, inferred_types))
+    compute_weights_late(model)
+    runner = OnnxRunner(InMemoryGraph("the graph in fp64", *in_memory(model)), optimise=False, low_memory=True)
+    return Fp64Outputs({name: runner.run(arrays) for name, arrays in cases.items()}, narrow_operators)
+
+
+def inferred_types(model: ir.Model) -> dict[str, ir.DataType]:
+    """The float types that onnxruntime infers for values whose type the graph does not state."""
+    exposed = model.clone()
+    produced = (value for node in exposed.graph for value in node.outputs if value.name)
+    unknown = [value for value in produced if value.dtype in (None, ir.DataType.UNDEFINED)]
+    exposed.graph.outputs.extend(value for value in unknown if not value.is_graph_output())
+    session = OnnxRunner(InMemoryGraph("the graph", *in_memory(exposed)), optimise=False).session
+    return {value.name: FLOAT_TYPES[value.type] for value in session.get_outputs() if value.type in FLOAT_TYPES}
