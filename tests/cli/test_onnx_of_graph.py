@@ -582,7 +582,7 @@ def test_inputs_that_nobody_can_make_are_asked_for(
     np.savez(tmp_path / "mine.npz", **feeds(), lengths=np.array([9, 8, 7]))
     code, told = answer(capsys, *words, "--inputs", tmp_path / "mine.npz")
     assert code == 0 and {there["case"] for there in told["proof"]["comparisons"]} == {"mine.npz"}
-    assert any("no inputs were tried but" in note for note in told["proof"]["notes"])
+    assert any(" is the only case: " in note for note in told["proof"]["notes"])
 
 
 def test_the_users_inputs_are_one_more_case(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

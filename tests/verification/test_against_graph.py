@@ -1,7 +1,8 @@
-"""A graph proven against the graph that it was made from: what counts as the other graph's own error."""
+"""The graph that a candidate was made from as the measure: its inputs, its outputs, and the error of the peer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lora_export.graph.merge.fold import fold
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import Arrays
 from lora_export.verification import against_graph, proof
 from lora_export.verification.against_graph import GraphReferences
 from lora_export.verification.parity import Outcome
@@ -24,7 +26,7 @@ WIDTH, LAYERS, RANK = 256, 2, 2
 
 
 def tower(path: Path) -> Path:
-    """Wide layers, one upon the other."""
+    """Wide layers, each on the output of the one before."""
     rng = np.random.default_rng(0)
     nodes, tensors = [], []
     for layer in range(LAYERS):
@@ -50,23 +52,74 @@ def an_adapter(std: float) -> Adapter:
     return Adapter(name="a", format="test", pairs=pairs, sha256="0a")
 
 
-def judged(folder: Path, std: float, strength: float = 1.0) -> Proof:
-    """A merge with this strength, judged as one with all of it."""
-    base = tower(folder / "tower.onnx")
-    model = ir.load(base)
+def merged_graph(folder: Path, std: float, strength: float = 1.0) -> Path:
+    """The tower with the adapter merged at this strength."""
+    model = ir.load(tower(folder / "tower.onnx"))
     found = find_sites(model)
     fold(model, found, plan.make([an_adapter(std)], found.specs, strengths=[strength]))
     save_graph(model, folder, "merged.onnx")
-    return prove(OnnxRunner(folder / "merged.onnx"), GraphReferences.open(base, "merged", [an_adapter(std)]))
+    return folder / "merged.onnx"
 
 
-def test_a_right_merge_of_an_adapter_that_outweighs_the_weights_is_not_blamed_for_the_digits_that_any_merge_costs(
+def judged(folder: Path, std: float, strength: float = 1.0) -> Proof:
+    """The proof of a merge with this strength, as of one with strength 1."""
+    candidate = OnnxRunner(merged_graph(folder, std, strength))
+    return prove(candidate, GraphReferences.open(folder / "tower.onnx", "merged", [an_adapter(std)]))
+
+
+def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heavy = 1.0
-    verdict = judged(tmp_path, heavy).verdict
+    large = 1.0
+    verdict = judged(tmp_path, large).verdict
     assert verdict.same and against_graph.MERGED in verdict.notes, str(verdict)
-    assert judged(tmp_path, heavy, 1.0001).verdict.outcome is Outcome.DIFFERENT
+    assert judged(tmp_path, large, 1.0001).verdict.outcome is Outcome.DIFFERENT
     assert against_graph.MERGED not in judged(tmp_path, 0.02).verdict.notes
     monkeypatch.setattr(proof, "differs_in_precision_alone", lambda _: False)
-    assert judged(tmp_path, heavy).verdict.outcome is Outcome.DIFFERENT
+    assert judged(tmp_path, large).verdict.outcome is Outcome.DIFFERENT
+
+
+def test_other_adapters_share_inputs_and_outputs_of_the_base(tmp_path: Path) -> None:
+    references = GraphReferences.open(tower(tmp_path / "tower.onnx"), "merged")
+    references.check()
+    others = references.with_adapters([an_adapter(0.1)], [0.5])
+    candidate = OnnxRunner(tmp_path / "tower.onnx")
+    assert others.inputs(candidate) is references.inputs(candidate)
+    assert others.base.fp64 is references.base.fp64
+    assert (len(references.adapters), len(others.adapters), others.strengths) == (0, 1, [0.5])
+
+
+def test_each_input_is_drawn_again(tmp_path: Path) -> None:
+    inputs = GraphReferences.open(tower(tmp_path / "tower.onnx"), "merged").base.inputs
+    assert len(inputs.cases) == 3 and inputs.perturbed.keys() == {"x0"}
+    assert not np.array_equal(inputs.perturbed["x0"]["x0"], inputs.varied["x0"])
+    verdict = judged(tmp_path, 0.02).verdict
+    assert [(tested.input, tested.candidate_changed) for tested in verdict.sensitivity] == [("x0", True)]
+
+
+class LosesItsAdapter(OnnxRunner):
+    """Right in three runs, and wrong in every later one."""
+
+    calls = 0
+
+    def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
+        self.calls += 1
+        outputs = super().run(inputs, names)
+        return outputs if self.calls <= 3 else {name: 0.5 * value for name, value in outputs.items()}
+
+
+def test_candidate_with_other_outputs_when_run_again_is_different(tmp_path: Path) -> None:
+    candidate = LosesItsAdapter(merged_graph(tmp_path, 0.02))
+    result = prove(candidate, GraphReferences.open(tmp_path / "tower.onnx", "merged", [an_adapter(0.02)]))
+    assert result.verdict.outcome is Outcome.DIFFERENT
+    assert {reason.case for reason in result.verdict.reasons} == {f"{result.cases[0].name}, run again"}
+
+
+def test_candidate_with_another_output_is_different(tmp_path: Path) -> None:
+    graph = ir.load(tower(tmp_path / "tower.onnx"))
+    inner = graph.graph.node(0).outputs[0]
+    inner.type, inner.shape = graph.graph.outputs[0].type, graph.graph.outputs[0].shape
+    graph.graph.outputs.append(inner)
+    save_graph(graph, tmp_path, "two.onnx")
+    result = prove(OnnxRunner(tmp_path / "two.onnx"), GraphReferences.open(tmp_path / "tower.onnx", "merged"))
+    assert result.verdict.outcome is Outcome.DIFFERENT

@@ -217,7 +217,7 @@ def test_a_diagnosis_needs_recovered_layers(programs: ProgramFiles) -> None:
     base = load_model(str(programs.base("gpt2")))
     result = verdict(programs.base("gpt2"), base, [programs.adapter("gpt2")])
     assert (result.verdict.outcome, result.diagnosis) == (Outcome.DIFFERENT, None)
-    assert any("where it differs was not looked for" in note for note in result.verdict.notes)
+    assert any("modules were not compared" in note for note in result.verdict.notes)
 
 
 # --- Sizes ---

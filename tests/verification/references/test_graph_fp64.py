@@ -17,8 +17,8 @@ from lora_export.graph.onnx_file.writing import in_memory
 from lora_export.graph.operators import MICROSOFT
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.verification.against_graph import _types
 from lora_export.verification.references.graph_fp64 import FP64_OPERATORS, KEEPS_ROUNDING, compute_weights_late, widen
+from lora_export.verification.references.graph_sessions import inferred_types
 from support.graphs import a_graph, quantised, run
 
 DOUBLE, INT, BOOL = TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
@@ -55,7 +55,7 @@ def test_onnxruntime_has_a_kernel_in_fp64_for_every_operator_that_is_said_to_hav
 
 def in_fp64(model: ir.Model, **feeds: Any) -> tuple[NDArray[Any], tuple[str, ...]]:
     """The first output of the graph made wide, and what stayed narrow."""
-    stayed = widen(model, _types)
+    stayed = widen(model, inferred_types)
     (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
     return answer, stayed
 

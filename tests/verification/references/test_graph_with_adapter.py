@@ -18,8 +18,8 @@ from lora_export.graph.site import NameSource
 from lora_export.lora import LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.verification.against_graph import _types
 from lora_export.verification.references.graph_fp64 import widen
+from lora_export.verification.references.graph_sessions import inferred_types
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
     branches_at_quantised_weights,
@@ -34,7 +34,7 @@ EXACT = 1e-14
 
 
 def in_fp64(model: ir.Model, **feeds: Any) -> Wide:
-    widen(model, _types)
+    widen(model, inferred_types)
     (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
     return answer
 
@@ -102,7 +102,7 @@ def test_an_embedding_and_a_convolution_read_what_numpy_computes() -> None:
     feeds = {"ids": np.array([[0, 6, 3]]), "x": RNG.standard_normal((1, 3, 3)).astype(np.float32)}
     found, steps = planned(model, adapter)
     sum_at_weights(model, found, steps)
-    widen(model, _types)
+    widen(model, inferred_types)
     answers = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds)
     rows = changed(table.T, looked_up).T[feeds["ids"]]
     assert np.abs(answers["y"] - rows).max() < EXACT

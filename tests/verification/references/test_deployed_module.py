@@ -1,0 +1,43 @@
+"""PyTorch as deployed: its dtype, and weights that are rounded."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from lora_export.models import model
+from lora_export.models.load import load_model
+from lora_export.runtime import torch_runners
+from lora_export.runtime.runner import Arrays
+from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
+from lora_export.verification.references.deployed_module import coarser_dtype, deployed_module
+from support import FACTORIES
+from support.proofs import an_adapter
+
+
+@pytest.fixture
+def scaled() -> model.Model:
+    return load_model(f"{FACTORIES}:scaled")
+
+
+def test_dtype_is_the_coarser_of_candidate_and_model(scaled: model.Model) -> None:
+    class NotPyTorch:
+        def run(self, inputs: Arrays) -> Arrays:
+            return inputs
+
+    half = copy.deepcopy(scaled.module).half()
+    assert coarser_dtype(NotPyTorch(), scaled.module) is torch.float32
+    assert coarser_dtype(NotPyTorch(), half) is torch.float16
+    assert coarser_dtype(torch_runners.ModuleRunner(copy.deepcopy(half).bfloat16()), scaled.module) is torch.bfloat16
+
+
+def test_weights_rounded_to_a_scheme_are_deployed_in_the_models_dtype(scaled: model.Model) -> None:
+    module = attach_adapters(scaled.module.half(), [an_adapter()], None)
+    thirds = {"dense.weight": lambda array: np.round(array * 3) / 3}
+    deployed = deployed_module(AttachedModule(module, thirds), {}, "cpu")
+    assert {value.dtype for value in deployed.parameters()} == {torch.float16}
+    steps = deployed.dense.weight.detach().double() * 3
+    assert (steps - steps.round()).abs().max() < 1e-2
