@@ -366,7 +366,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, factory = rounded
-    right = onnx_insert.save
+    right = onnx_insert.save_graph
 
     def nudged(program: ir.Model, *where: Any) -> Any:
         """One scale of one block is the next larger number."""
@@ -377,7 +377,7 @@ def test_a_base_in_int8_that_was_changed_is_never_published(
         scales.const_value = ir.Tensor(array, name=scales.name)
         return right(program, *where)
 
-    monkeypatch.setattr(onnx_insert, "save", nudged)
+    monkeypatch.setattr(onnx_insert, "save_graph", nudged)
     words = ("-a", folder / "fr", "--lora", mode, "--model", factory, "-o", tmp_path / "out.onnx")
     assert call("onnx", folder / "base.onnx", *words) == 5
     assert "the base: undecided" in capsys.readouterr().err
@@ -419,7 +419,7 @@ def test_a_model_in_half_precision_is_exported_and_judged_in_it(
         (("onnx", "base.onnx", "-a", "fr", "-o", "x.onnx"), 2, "--dtype is the precision of a PyTorch model"),
         (("verify", "x.pt", "--model", SPOTTER), 2, "--dtype are for .onnx files"),
         (("verify", "base.onnx", "--base", "base.onnx"), 2, "with --base nothing is run"),
-        (("verify", "base.onnx", "--model", "x.pt2"), 3, "a program of one precision, which its graph names"),
+        (("verify", "base.onnx", "--model", "x.pt2"), 3, "x.pt2 has one precision, which its graph names"),
     ],
 )
 def test_a_precision_that_cannot_be_is_refused(
@@ -465,8 +465,8 @@ def turned(steps: Plan) -> Plan:
 @pytest.mark.parametrize(
     ("graph", "mode", "place_of", "name"),
     [
-        ("base", "merged", onnx_from_graph, "write_merged"), ("base", "nodes", onnx_insert, "branch"),
-        ("base", "rows", onnx_insert, "choose_by_row"), ("bits", "nodes", onnx_insert, "branch"),
+        ("base", "merged", onnx_from_graph, "write_merged"), ("base", "nodes", onnx_insert, "insert_nodes"),
+        ("base", "rows", onnx_insert, "insert_rows"), ("bits", "nodes", onnx_insert, "insert_nodes"),
     ],
 )  # fmt: skip
 def test_a_wrong_weave_is_different_and_never_published(

@@ -292,5 +292,5 @@ def test_a_half_precision_candidate_is_compared_in_its_precision(
     assert verdict(merged, eager, [programs.adapter(name)]).verdict.outcome is Outcome.SAME
     wrong = in_half(subject, subject.merged(zeroed), dtype, tmp_path / "wrong.pt2")
     assert verdict(wrong, base, [programs.adapter(name)]).verdict.outcome is Outcome.DIFFERENT
-    with pytest.raises(InputRefused, match=f"candidate computes in {spelled} and .* was exported in float32"):
+    with pytest.raises(InputRefused, match=f"candidate computes in {spelled}, and .* was exported in float32"):
         verdict(merged, load_model(str(programs.base(name))), [programs.adapter(name)])
