@@ -41,6 +41,9 @@ JOBS = {
         "verify": "Prove that a file computes what the PyTorch model computes.",
         "doctor": "Check the installed packages and the execution providers.",
     },
+    "Help": {
+        "guide": "Show a page of the guide.",
+    },
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
 

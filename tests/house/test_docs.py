@@ -1,4 +1,4 @@
-"""What the README says is so: commands, options, exit codes, make targets, Python names, links."""
+"""The README and the guide: every command line and every Python block runs, and nothing is left undocumented."""
 
 from __future__ import annotations
 
@@ -6,24 +6,45 @@ import importlib
 import os
 import re
 import shlex
-import subprocess
-import sys
+from pathlib import Path
 
 import click
 import pytest
 
-import lora_export
 from lora_export.cli import COMMANDS
+from lora_export.cli.guide import TOPICS
 from lora_export.errors import LoraExportError
 from support import ROOT
+from support.page_inputs import PageInputs
+from support.pages import GUIDE, PageRun, blocks, forget_modules, page_text
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)  # (language, text)
-SHELL = "".join(text for language, text in BLOCKS if language == "sh")
+# Page -> what is in its folder before its first block runs.
+NEEDS = {
+    "README": ("base", "texts.jsonl", "adapter"),
+    "training": ("base", "texts.jsonl", "net.py", "numbers.npz"),
+    "models": ("net-adapter",),
+    "adapters": ("adapter",),
+    "merging": ("base", "adapter", "fr", "de", "base.onnx"),
+    "onnx": ("base", "adapter", "fr", "base.onnx"),
+    "torchscript": ("base", "adapter"),
+    "many-adapters": ("base", "fr", "de", "base.onnx"),
+    "genai": ("decoder", "pirate", "genai"),
+    "quantised": ("base", "fr", "int4.onnx"),
+    "verdict": ("base", "adapter", "model.onnx", "merged"),
+    "ci": ("base", "adapter", "model.onnx"),
+    "python": ("base", "adapter", "fr", "base.onnx"),
+    "limits": (),
+}
+README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
-
-SHOWN = [line for line in SHELL.replace("\\\n", " ").splitlines() if line.startswith("lora-export ")]
-SHOWN += [span for span in SPANS if span.startswith("lora-export ")]
+COMMAND_LINES = [
+    (page, line)
+    for page in NEEDS
+    for block in blocks(page)
+    if block.language == "sh"
+    for line in block.commands
+    if line.startswith("lora-export ")
+]
 
 
 def command_of(name: str) -> click.Command:
@@ -39,73 +60,148 @@ def exit_codes(error: type[LoraExportError] = LoraExportError) -> set[int]:
     return {error.exit_code}.union(*map(exit_codes, error.__subclasses__()))
 
 
-# --- every command and code is documented ---
+# --- every page runs ---
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> PageInputs:
+    return PageInputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("page", NEEDS)
+def test_every_block_of_a_page_runs(
+    page: str,
+    inputs: PageInputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in NEEDS[page]:
+        inputs.copy(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page_run = PageRun(page, capsys)
+    try:
+        for block in blocks(page):
+            page_run.run(block)
+    finally:
+        forget_modules(tmp_path)
+
+
+def test_every_page_of_the_guide_is_run() -> None:
+    assert list(NEEDS) == ["README", *TOPICS]
+    assert {path.stem for path in GUIDE.iterdir()} == set(TOPICS)
+
+
+@pytest.mark.parametrize("page", NEEDS)
+def test_a_block_that_is_not_run_gives_a_reason(page: str) -> None:
+    known = {("sh", ""), ("sh", "no-test"), ("python", ""), ("text", ""), ("text", "output"), ("json", "")}
+    for block in blocks(page):
+        assert (block.language, block.info) in known or (block.language == "python" and block.info.endswith(".py"))
+        assert block.has_reason is (block.info == "no-test"), f"{page}, line {block.line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("```sh\nlora-export inspect nothing\n```\n", "ended with 3"),
+        ("```sh\nlora-export guide ci  # exits 3\n```\n", "ended with 0"),
+        ("```sh\nlora-export guide ci\n```\n```text output\nVerify nowhere\n```\n", "not what is printed"),
+        ("```sh\nlora-export guide\n```\n```text output\nlimits  What this version does not do.\n```\n", ""),
+    ],
+)
+def test_a_page_that_is_wrong_is_noticed(
+    text: str, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("support.pages.page_text", lambda _: text)
+    page_run = PageRun("page", capsys)
+    with pytest.raises(pytest.fail.Exception, match=complaint):
+        for block in blocks("page"):
+            page_run.run(block)
+
+
+# --- every command, option and exit code is documented ---
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_its_row_in_the_readme(name):
+def test_every_command_has_its_row_in_the_readme(name: str) -> None:
     assert re.search(rf"^\| `lora-export {name}\b[^`]*` \| \S", README, re.M)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_and_every_option_is_explained_by_its_help(name):
+def test_help_explains_every_option_of_a_command(name: str) -> None:
     assert command_of(name).help
     unexplained = [option.opts for option in options_of(name) if not option.help or option.hidden]
     assert unexplained == []
 
 
-def test_the_table_of_exit_codes_is_complete_and_lists_no_other():
-    documented = re.findall(r"^\| (\d+) \| \S", README, re.M)
-    assert sorted(map(int, documented)) == sorted({0, 2} | exit_codes())
+def test_the_table_of_exit_codes_is_complete() -> None:
+    documented = [int(code) for code in re.findall(r"^\| (\d+) \| \S", README, re.M)]
+    assert documented == sorted({0, 2, 130, 143} | exit_codes())
+
+
+def test_the_table_of_extras_is_complete() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    documented = re.findall(r"^\| `([a-z]+)` \| \S", README, re.M)
+    assert sorted(documented) == sorted(project["optional-dependencies"])
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+    assert max(map(len, README.splitlines())) <= 160
 
 
 # --- nothing is documented that does not exist ---
 
 
-@pytest.mark.parametrize("line", SHOWN)
-def test_every_command_line_in_the_readme_is_understood(line):
+@pytest.mark.parametrize(("page", "line"), COMMAND_LINES)
+def test_every_documented_command_line_parses(page: str, line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     assert name in COMMANDS
     command_of(name).make_context(name, arguments)  # raises click's UsageError for what it does not know
 
 
-def test_command_lines_were_found_in_the_readme():
-    assert {line.split()[1] for line in SHOWN} == set(COMMANDS)
+def test_the_pages_show_every_command() -> None:
+    assert {line.split()[1] for _, line in COMMAND_LINES} == set(COMMANDS)
 
 
-def test_every_option_that_the_readme_names_exists():
-    named = {word for span in SPANS for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
+def spans_of(page: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page_text(page), flags=re.M | re.S))
+
+
+@pytest.mark.parametrize("page", NEEDS)
+def test_every_option_that_a_page_names_exists(page: str) -> None:
+    named = {word for span in spans_of(page) for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
     known = {spelling for name in COMMANDS for option in options_of(name) for spelling in option.opts}
-    assert "--json" in named and named <= known | {"--help", "--version"}
+    assert named <= known | {"--help", "--version"}
 
 
-def test_the_python_in_the_readme_uses_names_that_exist():
-    blocks = [text for language, text in BLOCKS if language == "python"]
-    assert blocks
-    for text in blocks:
-        linter = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F821", "-"]
-        checked = subprocess.run(linter, input=text, capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stdout
-        for name in re.findall(r"\ble\.(\w+)", text):
-            assert hasattr(lora_export, name), name
+@pytest.mark.parametrize("page", NEEDS)
+def test_every_page_that_a_page_refers_to_exists(page: str) -> None:
+    named = re.findall(r"lora-export guide ([a-z-]+)", page_text(page))
+    assert set(named) <= set(TOPICS) - {page}
 
 
-def test_every_link_within_the_repository_leads_somewhere():
+def test_every_link_within_the_repository_leads_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README) if "://" not in target]
     assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+    assert {f"lora_export/guide/{topic}.md" for topic in TOPICS} <= set(targets)
 
 
 # --- the two commands of a newcomer ---
 
 
-def test_the_readme_shows_make_demo_and_make_test_and_only_targets_that_exist():
-    shown = {match for _, text in BLOCKS for match in re.findall(r"^make ([a-z-]+)", text, re.M)}
+def test_the_readme_shows_only_make_targets_that_exist() -> None:
+    shown = {match for block in blocks("README") for match in re.findall(r"^make ([a-z-]+)", block.text, re.M)}
     shown |= {span.removeprefix("make ") for span in SPANS if span.startswith("make ")}
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert {"demo", "test"} <= shown <= set(targets)
 
 
-def test_ci_runs_the_readme_s_test_command():
+def test_ci_runs_the_readmes_test_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "make test" in SHELL.splitlines() and script.read_text().splitlines()[-1] == "make test"
+    commands = [line.partition("#")[0].strip() for block in blocks("README") for line in block.commands]
+    assert "make test" in commands and script.read_text(encoding="utf-8").splitlines()[-1] == "make test"

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from lora_export import __version__
+from lora_export.cli.guide import TOPICS
 from support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,9 +68,9 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_export").rglob("*.py")}
-    data = {"py.typed", "report/templates/verdict.html.j2", "report/verdict-2.schema.json"}
-    assert ours | {f"lora_export/{name}" for name in data} <= names
+    files = [path for path in (ROOT / "lora_export").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    ours = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"lora_export/py.typed", *(f"lora_export/guide/{topic}.md" for topic in TOPICS)} <= ours <= names
     assert {name.partition("/")[0] for name in names} == {"lora_export", f"lora_export-{__version__}.dist-info"}
 
 

@@ -1,0 +1,66 @@
+"""`lora-export guide`: the pages of the guide, which are shipped in the package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import re
+
+import click
+
+# topic -> what its page explains, in the order in which they are read
+TOPICS = {
+    "training": "Train an adapter: data, targets, held-out accuracy.",
+    "models": "What MODEL can be: a folder, a function of yours, a .pt2, a graph.",
+    "adapters": "Which adapters are read, and which are refused.",
+    "merging": "Merge into a checkpoint or a graph: plan, rounding, provenance.",
+    "onnx": "Export to ONNX: the modes merged, nodes, inputs and rows.",
+    "torchscript": "Export to TorchScript.",
+    "many-adapters": "One graph, many adapters: inputs, rows, convert, Session.",
+    "genai": "Adapters in graphs of onnxruntime-genai.",
+    "quantised": "Graphs with 4-bit and 8-bit weights.",
+    "verdict": "What `verify` runs, and how it decides.",
+    "ci": "Verify in CI: exit codes, reports, pytest.",
+    "python": "All commands as Python functions.",
+    "limits": "What this version does not do.",
+}
+
+
+@click.command(short_help="Show a page of the guide.")
+@click.argument("topic", required=False)
+def command(topic: str | None) -> None:
+    """Show a page of the guide, or the list of its pages.
+
+    \b
+    Example:
+      lora-export guide merging
+    """
+    if topic is None:
+        width = max(map(len, TOPICS))
+        for name, line in TOPICS.items():
+            click.echo(f"{name:{width}}  {line}")
+        return
+    if topic not in TOPICS:
+        nearest = difflib.get_close_matches(topic, TOPICS, n=1)
+        hint = f"; the nearest is `{nearest[0]}`" if nearest else ""
+        raise click.UsageError(f"the guide has no page `{topic}`{hint}. The pages are: {', '.join(TOPICS)}")
+    _show(page(topic))
+
+
+def page(topic: str) -> str:
+    """Return a page as Markdown, without the comments for the tests."""
+    file = importlib.resources.files("lora_export") / "guide" / f"{topic}.md"
+    return re.sub(r"^<!--.*?-->\n", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _show(text: str) -> None:
+    """Print a page: rendered on a terminal, as it is in a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        click.echo(text, nl=False)
+        return
+    from rich.markdown import Markdown
+
+    console.print(Markdown(text))

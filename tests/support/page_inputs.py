@@ -1,0 +1,163 @@
+"""The files that the README and the guide name: a small model, texts, adapters, graphs. Each is made once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from support import genai
+from support.cli import call
+from support.exporters import a_llama, save_tokenizer
+from support.graphs import quantised
+
+TOPICS = {
+    "account": ["login", "password", "reset", "locked", "email", "blocked"],
+    "billing": ["invoice", "refund", "price", "paid", "charge", "card"],
+    "hardware": ["screen", "keyboard", "mouse", "battery", "broken", "noisy"],
+}
+FILLERS = ["the", "a", "of", "is", "my", "your", "please", "help", "with", "and", "not", "new", "old"]
+WORDS = ["[PAD]", "[UNK]", *FILLERS, *(word for words in TOPICS.values() for word in words)]
+
+
+class PageInputs:
+    """Makes a file or folder at its first use, with a fixed seed, and copies it to whichever page names it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = functools.cache(self._path)
+
+    def copy(self, name: str, target: Path) -> None:
+        """Put an input into a page's folder."""
+        source = self.path(name)
+        copy = shutil.copytree if source.is_dir() else shutil.copyfile
+        copy(source, target / name)
+
+    def _path(self, name: str) -> Path:
+        MAKERS[name](self, self.folder / name)
+        return self.folder / name
+
+
+def _base(_: PageInputs, path: Path) -> None:
+    """A BERT of one layer, and a tokenizer of whole words."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=40, pad_token_id=0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
+
+
+def _texts(_: PageInputs, path: Path) -> None:
+    rng = random.Random(0)
+    lines = []
+    for number in range(90):
+        label = sorted(TOPICS)[number % 3]
+        words = rng.sample(TOPICS[label], 2) + rng.sample(FILLERS, 4)
+        rng.shuffle(words)
+        lines.append(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _adapter(inputs: PageInputs, path: Path) -> None:
+    base, data = inputs.path("base"), inputs.path("texts.jsonl")
+    assert call("train", base, "--data", data, "-o", path, "--target", "query,value", "--learning-rate", "1e-2") == 0
+
+
+def _peft_adapter(seed: int, base: str = "base", targets: str | list[str] = "all-linear") -> Callable[..., None]:
+    def make(inputs: PageInputs, path: Path) -> None:
+        model = AutoModel.from_pretrained(inputs.path(base)) if base == "base" else _decoder_module()
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+        model = peft.get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1, generator=generator)
+        model.save_pretrained(path)
+
+    return make
+
+
+def _decoder_module() -> nn.Module:
+    torch.manual_seed(0)
+    return a_llama()
+
+
+def _decoder(_: PageInputs, path: Path) -> None:
+    _decoder_module().save_pretrained(path)
+    save_tokenizer(path)
+
+
+def _genai(inputs: PageInputs, path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    genai.build(inputs.path("decoder"), path, "fp32")
+
+
+def _base_graph(inputs: PageInputs, path: Path) -> None:
+    assert call("onnx", inputs.path("base"), "-o", path, "--no-verify") == 0
+
+
+def _quantised_graph(inputs: PageInputs, path: Path) -> None:
+    ir.save(quantised(ir.load(inputs.path("base.onnx")), bits=4), path)
+
+
+def _model_graph(inputs: PageInputs, path: Path) -> None:
+    assert call("onnx", inputs.path("base"), "-a", inputs.path("adapter"), "-o", path, "--no-verify") == 0
+
+
+def _merged(inputs: PageInputs, path: Path) -> None:
+    assert call("merge", inputs.path("base"), inputs.path("adapter"), "-o", path) == 0
+
+
+def _net(_: PageInputs, path: Path) -> None:
+    """The file that the page `models` shows."""
+    from support.pages import blocks
+
+    (text,) = [block.text for block in blocks("models") if block.info == path.name]
+    path.write_text(text, encoding="utf-8")
+
+
+def _numbers(_: PageInputs, path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 5, 16)).astype(np.float32)
+    np.savez(path, x=x, labels=np.tanh(x[..., :4]))
+
+
+def _net_adapter(inputs: PageInputs, path: Path) -> None:
+    net, data = inputs.path("net.py"), inputs.path("numbers.npz")
+    assert call("train", f"{net}:make", "--data", data, "-o", path, "--learning-rate", "1e-2") == 0
+
+
+MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
+    "base": _base,
+    "texts.jsonl": _texts,
+    "adapter": _adapter,
+    "fr": _peft_adapter(1, targets=["query", "value"]),
+    "de": _peft_adapter(2, targets=["query", "key", "value", "intermediate.dense"]),
+    "base.onnx": _base_graph,
+    "int4.onnx": _quantised_graph,
+    "model.onnx": _model_graph,
+    "merged": _merged,
+    "decoder": _decoder,
+    "pirate": _peft_adapter(3, "decoder"),
+    "genai": _genai,
+    "net.py": _net,
+    "numbers.npz": _numbers,
+    "net-adapter": _net_adapter,
+}
