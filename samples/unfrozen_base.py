@@ -2,9 +2,9 @@
 
     python samples/unfrozen_base.py
 
-Trains the same adapter twice on the same examples, once with the base frozen and once without, and
-deploys both as adapters are deployed: the file with A, B and the head goes to somebody who has the
-original base. What training did to the base itself is not in that file.
+Trains the same adapter twice on the same examples: with the base frozen, and without. Both are then
+deployed as adapters are: somebody who has the original base gets the file with A, B and the head.
+This file does not contain what training changed in the base.
 """
 
 from __future__ import annotations
@@ -32,60 +32,60 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one training, and of its adapter on the original base."""
+    """One training, and its adapter on the original base."""
 
-    trained: Score
-    deployed: Score
-    difference: float  # the largest, of any score of a held-out example
+    trained: Score  # on held-out examples, right after training
+    deployed: Score  # on the same examples, with the saved adapter on the original base
+    difference: float  # the largest one between both, over all scores of all examples
     drift: float  # ‖W' - W‖ / ‖W‖, over all of the base
     file: int  # bytes, as saved
-    needed: int  # bytes that would give the trained model back
+    needed: int  # bytes that the trained model needs
 
 
 def run(*, frozen: bool) -> Outcome:
-    base, kept, held = small_task.load()
+    base, examples, held_out = small_task.load()
     module, fresh = small_task.adapted(base, RANK)
     if not frozen:
         module.requires_grad_(True)  # the mistake, in one line
-    fit(module, kept, **small_task.SETTINGS)
+    fit(module, examples, **small_task.SETTINGS)
 
     adapter, size = saved_and_loaded(layers.read_back(module, fresh))
     deployed = copy.deepcopy(base)
     le.attach(deployed, le.make_plan([adapter], le.module_specs(deployed)))
-    scores = evaluate(module, held), evaluate(deployed, held)
+    scores = evaluate(module, held_out), evaluate(deployed, held_out)
     with torch.no_grad():
-        difference = float((module(**held.inputs) - deployed(**held.inputs)).abs().max())
+        difference = float((module(**held_out.inputs) - deployed(**held_out.inputs)).abs().max())
 
-    le.detach(module)  # leaves the base, as it is after training
+    le.detach(module)  # leaves the base as it is after training
     before, after = weights(base), weights(module)
     drift = float((after - before).norm() / before.norm())
     return Outcome(*scores, difference, drift, size, size + (after.nbytes if drift else 0))
 
 
 def saved_and_loaded(adapter: Adapter) -> tuple[Adapter, int]:
-    """The adapter, through a file as PEFT would write it; and the file's bytes."""
+    """Save the adapter in PEFT's format and load it. Returns it with the size of the file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         peft.write(adapter, Path(folder), rank=RANK, alpha=2 * RANK, targets=adapter.targets)
         return le.load_adapter(folder), Path(folder, peft.WEIGHTS).stat().st_size
 
 
 def weights(module: nn.Module) -> torch.Tensor:
-    """All weights of the base, as one vector. The head is in the adapter's file."""
+    """All weights of the base as one vector, without the head, which is in the adapter's file."""
     return torch.cat([tensor.flatten() for name, tensor in module.state_dict().items() if not name.startswith("head.")])
 
 
 def main() -> tuple[Outcome, Outcome]:
     frozen, unfrozen = outcomes = run(frozen=True), run(frozen=False)
     table = Table("", "base frozen", "base not frozen")
-    for title, told in (
-        ("held out, as trained", lambda o: f"{o.trained.accuracy:.1%}, loss {o.trained.loss:.2f}"),
+    for title, text in (
+        ("held out, right after training", lambda o: f"{o.trained.accuracy:.1%}, loss {o.trained.loss:.2f}"),
         ("held out, adapter on the original base", lambda o: f"{o.deployed.accuracy:.1%}, loss {o.deployed.loss:.2f}"),
         ("largest difference of a score", lambda o: f"{o.difference:.3g}"),
         ("the base's drift, ‖W' - W‖ / ‖W‖", lambda o: f"{100 * o.drift:.3g} %"),
         ("the adapter's file", lambda o: f"{o.file / 1e6:.2f} MB"),
-        ("a file that would be enough", lambda o: f"{o.needed / 1e6:.2f} MB"),
+        ("a file with the whole trained model", lambda o: f"{o.needed / 1e6:.2f} MB"),
     ):
-        table.add_row(title, told(frozen), told(unfrozen))
+        table.add_row(title, text(frozen), text(unfrozen))
     Console(highlight=False).print(table)
     return outcomes
 

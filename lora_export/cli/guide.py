@@ -8,6 +8,8 @@ import re
 
 import click
 
+from lora_export.cli.arguments import Command
+
 # topic -> what its page explains, in the order in which they are read
 TOPICS = {
     "training": "Train an adapter: data, targets, held-out accuracy.",
@@ -26,15 +28,15 @@ TOPICS = {
 }
 
 
-@click.command(short_help="Show a page of the guide.")
+EXAMPLE = """\b
+Example:
+  lora-export guide merging"""
+
+
+@click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("topic", required=False)
 def command(topic: str | None) -> None:
-    """Show a page of the guide, or the list of its pages.
-
-    \b
-    Example:
-      lora-export guide merging
-    """
+    """Show a page of the guide, or the list of its pages."""
     if topic is None:
         width = max(map(len, TOPICS))
         for name, line in TOPICS.items():
