@@ -1,0 +1,203 @@
+"""Adapters as optional inputs: names, shapes and defaults, and what the graph computes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import AdapterSlot, Contract
+from lora_export.lora import Adapter, LoraPair, TokenRows
+from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
+from support.graphs import a_graph, an_adapter, contents, linear_specs, run
+from support.insertion import X, adapter_inputs, with_inputs
+from support.small_graphs import GEMM, LINEAR, PAIR, SHARED, SQUARE
+
+
+def test_a_and_b_are_inputs_with_defaults_of_rank_zero() -> None:
+    model = a_graph(LINEAR)
+    contract = with_inputs(model, "m.weight")
+    a, b = model.graph.inputs[-2:]
+    assert [(a.name, str(a.shape)), (b.name, str(b.shape))] == [
+        ("m.lora_A.weight", "[3,m.lora_r]"),
+        ("m.lora_B.weight", "[m.lora_r,2]"),
+    ]
+    defaults = [
+        model.graph.initializers[name].const_value.shape.numpy() for name in ("m.lora_A.weight", "m.lora_B.weight")
+    ]
+    assert defaults == [(3, 0), (0, 2)]
+    assert [(slot.weight, slot.a, slot.b, slot.shape) for slot in contract.slots] == [
+        ("m.weight", "m.lora_A.weight", "m.lora_B.weight", (2, 3))
+    ]
+
+
+def test_adapter_is_added_when_passed() -> None:
+    model = a_graph(LINEAR)
+    before = run(model, x=X)["y"]
+    contract = with_inputs(model, "m.weight")
+    fed = adapter_inputs(contract, an_adapter({"m": PAIR}), 0.5)
+    assert np.array_equal(fed["m.lora_A.weight"], [[1], [0], [-1]])
+    assert np.array_equal(fed["m.lora_B.weight"], [[1 * 2 * 0.5, 2 * 2 * 0.5]])
+    assert run(model, x=X)["y"].tobytes() == before.tobytes()
+    # x A^T = [-1, -1], times 0.5 s B^T = [1, 2], times what the last node multiplies by
+    assert np.array_equal(run(model, x=X, **fed)["y"], before + np.float32([[-1 * 7, -2 * 8]] * 2))
+
+
+def test_gemm_and_module_called_twice_take_one_pair() -> None:
+    model = a_graph(SHARED, modules={"first": "a.fc", "second": "a.fc"})
+    contract = with_inputs(model, "a.fc.weight")
+    fed = adapter_inputs(contract, an_adapter({"a.fc": SQUARE}))
+    w = np.float32([[1, 2], [3, 4]]) + np.float32([[1, 2], [0, 0]])  # (in, out)
+    assert np.array_equal(run(model, x=np.float32([[1, 2]]), **fed)["y"], np.float32([[1, 2]]) @ w @ w)
+    gemm = a_graph(GEMM)
+    fed = adapter_inputs(with_inputs(gemm, "m.weight"), an_adapter({"m": PAIR}))
+    assert np.array_equal(run(gemm, x=X, **fed)["y"], [[7, 17], [7, 17]])
+
+
+def test_two_pairs_on_one_weight_are_concatenated() -> None:
+    model = a_graph(GEMM)
+    contract = with_inputs(model, "m.weight")
+    fed = adapter_inputs(
+        contract, an_adapter({"m": PAIR, "m.weight": LoraPair(a=[[0, 1, 0], [1, 0, 0]], b=[[1, 0], [0, 1]], scale=3.0)})
+    )
+    assert fed["m.lora_A.weight"].shape == (3, 3)
+    # beside [[7, 17], [7, 17]]: 3 [x1, x0]
+    assert np.array_equal(run(model, x=X, **fed)["y"], [[7 + 3, 17 + 3], [7 + 9, 17 + 0]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_inputs_and_their_values_have_dtype_of_weight(dtype: str) -> None:
+    model = a_graph(GEMM)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+    weight = model.graph.initializers["m.weight"]
+    weight.const_value = ir.Tensor(weight.const_value.numpy().astype(dtype), name="m.weight")
+    weight.dtype = weight.const_value.dtype
+    contract = with_inputs(model, "m.weight")
+    assert {str(value.dtype.numpy()) for value in model.graph.inputs} == {dtype}
+    fed = adapter_inputs(contract, an_adapter({"m": PAIR}))
+    assert {str(array.dtype) for array in fed.values()} == {dtype}
+    if dtype == "float16":  # onnxruntime's CPU has no MatMul for the other
+        assert np.array_equal(run(model, x=X.astype(dtype), **fed)["y"], [[7, 17], [7, 17]])
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 7e4), ("bfloat16", 3.4e38), ("float32", 3.4e38)])
+def test_factor_that_overflows_dtype_of_weight_is_refused(dtype: str, largest: float) -> None:
+    slot = AdapterSlot("m.weight", "a", "b", (2, 3), dtype, "")
+    pair = LoraPair(a=PAIR.a, b=[[1], [largest]], scale=1.0 if dtype == "float16" else 2.0)
+    with pytest.raises(InputRefused, match=rf"default, m.weight: 1 values of b .* largest {dtype} is"):
+        adapter_inputs(Contract("0", "0", (slot,)), an_adapter({"m": pair}))
+
+
+def test_second_insertion_of_inputs_is_refused() -> None:
+    model = a_graph(GEMM)
+    with_inputs(model, "m.weight")
+    with pytest.raises(InputRefused, match="has inputs for adapters already"):
+        with_inputs(model, "m.weight")
+    del model.metadata_props[onnx_adapter.CONTRACT_KEY]
+    with pytest.raises(InputRefused, match=r"the graph holds m.lora_A.weight already"):
+        with_inputs(model, "m.weight")
+
+
+def test_weight_that_is_also_embedding_is_refused() -> None:
+    model = a_graph(
+        """
+        g (int64[N] ids) => (float[N,3] y)
+        <float[3,2] tied.weight = {1,2,3,4,5,6}>
+        { [e] x = Gather(tied.weight, ids)
+          [t] w = Transpose(tied.weight)
+          [n] y = MatMul(x, w) }""",
+        modules={"e": "", "n": ""},
+    )
+    with pytest.raises(InputRefused, match=r"tied.weight is read by Gather"):
+        with_inputs(model, "tied.weight")
+
+
+def test_old_ir_version_is_refused() -> None:
+    model = a_graph(GEMM)
+    model.ir_version = 3
+    with pytest.raises(InputRefused, match="IR version 3"):
+        with_inputs(model, "m.weight")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            an_adapter({"m": PAIR}, token_rows={"e.weight": TokenRows(np.arange(2), X)}),
+            "default, e.weight: rows of tokens",
+        ),
+        (an_adapter({"m": PAIR}, replaced={"head.weight": X}), "default, head.weight: a whole tensor"),
+        (an_adapter({"m": PAIR}, biases={"m": np.ones(2, np.float32)}), "default, m: a change of a bias"),
+    ],
+)
+def test_adapter_beyond_low_rank_is_refused_by_name(adapter: Adapter, message: str) -> None:
+    with pytest.raises(InputRefused, match=re.escape(message)):
+        onnx_adapter.refuse_beyond_low_rank([an_adapter({"m": PAIR}, name="good"), adapter])
+    onnx_adapter.refuse_beyond_low_rank([an_adapter({"m": PAIR}, name="good")])
+
+
+def random_adapter(contract: Contract, *, seed: int = 1) -> tuple[Adapter, dict[str, NDArray[Any]]]:
+    """A pair of its own rank at each slot, and the change of each weight in the model's own layout."""
+    rng = np.random.default_rng(seed)
+    pairs, changes = {}, {}
+    for number, slot in enumerate(contract.slots):
+        rank, (out, into) = [1, 4, 2, 7, 3][number % 5], slot.shape
+        pair = LoraPair(a=rng.standard_normal((rank, into)), b=rng.standard_normal((out, rank)), scale=0.3)
+        pairs[re.sub(r"\.(in_proj_)?weight$", "", slot.weight)] = pair
+        changes[slot.weight] = 0.3 * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
+    return an_adapter(pairs), changes
+
+
+@EVERY_MODEL
+def test_export_with_mixed_ranks_equals_pytorch(name: str) -> None:
+    made = exported(name)
+    base = made.graph.clone()
+    contract = with_inputs(made.graph, *(spec.name for spec in linear_specs(made.graph)))
+    assert contents(base).items() < contents(made.graph).items()
+    adapter, changes = random_adapter(contract)
+    fed = adapter_inputs(contract, adapter)
+    reference = with_changes(made.module, changes)
+    for batch, length in [(1, 5), (3, 12), (2, 1)]:
+        feeds = inputs(name, batch, length, seed=2)
+        arrays = {key: value.numpy() for key, value in feeds.items()}
+        output, off, before = run(made.graph, **arrays, **fed), run(made.graph, **arrays), run(base, **arrays)
+        for key, value in eager(reference, feeds).items():
+            np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=1e-5)
+            assert np.abs(value - before[key]).max() > 1e-2
+            assert off[key].tobytes() == before[key].tobytes()
+
+
+def test_dora_without_input_for_factor_is_refused() -> None:
+    model = a_graph(GEMM)
+    contract = with_inputs(model, "m.weight")
+    dora = LoraPair(a=PAIR.a, b=PAIR.b, scale=1.0, magnitude=[1, 1])
+    with pytest.raises(InputRefused, match=r"no input for DoRA's factor at these weights:\n  default, m\.weight\n"):
+        adapter_inputs(contract, an_adapter({"m": dora}))
+
+
+def test_default_of_convolution_has_one_rank_of_zeros() -> None:
+    # Over no channels at all, onnxruntime's convolution returns whatever was in its memory before.
+    model = a_graph("""
+        g (float[N,2,L] x) => (float[N,3,M] y) <float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}>
+        { [n] y = Conv(x, c.weight) }""")
+    (slot,) = with_inputs(model, "c.weight", dora=["c.weight"]).slots
+    defaults = {name: model.graph.initializers[name].const_value.numpy() for name in slot.input_shapes}
+    assert {name: array.shape for name, array in defaults.items()} == {
+        "c.lora_A.weight": (1, 2, 2), "c.lora_B.weight": (3, 1, 1), "c.lora_magnitude_vector.weight": (3, 1),
+    }  # fmt: skip
+    assert [array.any() for array in defaults.values()] == [False, False, True]
+    assert [str(value.shape) for value in model.graph.inputs[1:]] == ["[c.lora_r,2,2]", "[3,c.lora_r,1]", "[3,1]"]
+
+
+def test_factors_of_adapter_without_dora_are_ones() -> None:
+    model = a_graph(GEMM)
+    fed = adapter_inputs(with_inputs(model, "m.weight", dora=["m.weight"]), an_adapter({"m": PAIR}))
+    assert fed["m.lora_magnitude_vector.weight"].tolist() == [1, 1]
+    assert np.array_equal(run(model, x=X, **fed)["y"], [[7, 17], [7, 17]])

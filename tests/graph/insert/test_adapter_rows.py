@@ -1,0 +1,142 @@
+"""Adapters selected per row: what each row computes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats.onnx_adapter import ROW_ADAPTERS_KEY
+from lora_export.lora import Adapter, LoraPair
+from support.exported_models import EVERY_MODEL, eager, exported, inputs, with_changes
+from support.graphs import a_graph, an_adapter, contents, linear_specs, run, stored
+from support.insertion import OTHER_PAIR, TWO_LAYERS, X, row_ids, with_rows
+from support.small_graphs import GEMM, PAIR, SHARED, SQUARE
+
+
+def test_each_row_has_its_own_adapter() -> None:
+    model = a_graph(GEMM)
+    with_rows(
+        model, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"), strengths=[1.0, -1.0]
+    )
+    # x W^T = [9, 21] for both rows; PAIR adds [-2, -4] to both, OTHER_PAIR takes 3 [x1, x0] away
+    expected = {0: [[9, 21]] * 2, 1: [[7, 17]] * 2, 2: [[9 - 3, 21 - 3], [9 - 9, 21]]}
+    for first in range(3):
+        for second in range(3):
+            output = run(model, x=X, adapter_ids=row_ids(first, second))["y"]
+            assert np.array_equal(output, [expected[first][0], expected[second][1]]), (first, second)
+
+
+def test_ranks_are_padded_and_names_are_in_metadata() -> None:
+    model = a_graph(GEMM)
+    before = contents(model)
+    with_rows(model, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"))
+    assert stored(model, "m.lora_A.weight").tolist() == [
+        [[0, 0], [0, 0], [0, 0]],
+        [[1, 0], [0, 0], [-1, 0]],
+        [[0, 1], [1, 0], [0, 0]],
+    ]
+    assert stored(model, "m.lora_B.weight").tolist() == [[[0, 0], [0, 0]], [[2, 4], [0, 0]], [[3, 0], [0, 3]]]
+    assert before.items() < contents(model).items()
+    assert json.loads(model.metadata_props[ROW_ADAPTERS_KEY]) == {"adapters": ["one", "two"]}
+    assert [(value.name, str(value.shape)) for value in model.graph.inputs] == [("x", "[N,3]"), ("adapter_ids", "[N]")]
+
+
+def test_adapters_of_different_layers_in_one_batch() -> None:
+    # The graph's text tells no shape between the layers: it is inferred.
+    model = a_graph(TWO_LAYERS)
+    with_rows(model, an_adapter({"a": SQUARE}, name="one"), an_adapter({"b": SQUARE}, name="two"))
+    a, b, change = np.float32([[1, 2], [3, 4]]), np.float32([[1, 0], [1, 1]]), np.float32([[1, 2], [0, 0]])
+    x = np.float32([[1, 2], [3, 4], [5, 6]])
+    expected = [x[0] @ (a + change) @ b, x[1] @ a @ (b + change), x[2] @ a @ b]
+    assert np.array_equal(run(model, x=x, adapter_ids=row_ids(1, 2, 0))["y"], expected)
+
+
+def test_module_called_twice_has_adapter_at_both_sites() -> None:
+    model = a_graph(SHARED, modules={"first": "a.fc", "second": "a.fc"})
+    with_rows(model, an_adapter({"a.fc": SQUARE}))
+    w, x = np.float32([[1, 2], [3, 4]]), np.float32([[1, 2], [1, 2]])
+    changed = w + np.float32([[1, 2], [0, 0]])
+    assert np.array_equal(run(model, x=x, adapter_ids=row_ids(1, 0))["y"], [x[0] @ changed @ changed, x[1] @ w @ w])
+
+
+@pytest.mark.parametrize("wrong", [[3, 0], [-1, 0], [0, -3], [0], [], [0, 0, 0], [1]])
+def test_invalid_ids_and_wrong_count_end_the_run(wrong: list[int]) -> None:
+    model = a_graph(GEMM)
+    with_rows(model, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"))
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        run(model, x=X, adapter_ids=row_ids(*wrong))
+    assert np.array_equal(run(model, x=X[:1], adapter_ids=row_ids(0))["y"], [[9, 21]])
+
+
+def lower_opset(model: ir.Model) -> None:
+    model.opset_imports[""] = 13
+
+
+def add_input_of_same_name(model: ir.Model) -> None:
+    model.graph.inputs[0].name = "adapter_ids"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lower_opset, "opset 13, and --lora rows needs 15"), (add_input_of_same_name, "adapter_ids already")],
+)
+def test_old_opset_and_existing_input_are_refused(change: Callable[[ir.Model], None], message: str) -> None:
+    model = a_graph(GEMM)
+    change(model)
+    with pytest.raises(InputRefused, match=message):
+        with_rows(model, an_adapter({"m": PAIR}))
+
+
+def test_overflow_and_second_insertion_are_refused() -> None:
+    model = a_graph(GEMM)
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(np.ones((2, 3), np.float16), name="m.weight")
+    with pytest.raises(InputRefused, match=r"m.weight: 1 values of lora_B .* float16 is 65504"):
+        with_rows(model, an_adapter({"m": LoraPair(a=PAIR.a, b=[[1], [2]], scale=4e4)}))
+    model = a_graph(GEMM)
+    with_rows(model, an_adapter({"m": PAIR}))
+    with pytest.raises(InputRefused, match="adapter_ids already"):
+        with_rows(model, an_adapter({"m": PAIR}))
+
+
+def random_adapter(model: ir.Model, name: str, *, rank: int, every: int) -> tuple[Adapter, dict[str, NDArray[Any]]]:
+    """A pair for every so many of the linear layers, and the change of each weight."""
+    rng = np.random.default_rng(rank)
+    pairs, changes = {}, {}
+    for spec in linear_specs(model)[::every]:
+        out, into = spec.matrix
+        pair = LoraPair(a=rng.standard_normal((rank, into)), b=rng.standard_normal((out, rank)), scale=0.3)
+        pairs[re.sub(r"\.(in_proj_)?weight$", "", spec.name)] = pair
+        changes[spec.name] = 0.3 * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
+    return an_adapter(pairs, name=name), changes
+
+
+@EVERY_MODEL
+def test_mixed_batch_of_export_equals_pytorch_row_by_row(name: str) -> None:
+    made = exported(name)
+    base = made.graph.clone()
+    (one, first), (two, second) = (
+        random_adapter(base, "one", rank=3, every=1),
+        random_adapter(base, "two", rank=5, every=2),
+    )
+    with_rows(made.graph, one, two, batch="batch")
+    modules = [made.module, with_changes(made.module, first), with_changes(made.module, second)]
+    for batch, length in [(1, 5), (4, 12), (3, 1)]:
+        feeds = inputs(name, batch, length, seed=2)
+        arrays = {key: value.numpy() for key, value in feeds.items()}
+        chosen = (np.arange(batch) + 1) % 3
+        output = run(made.graph, **arrays, adapter_ids=chosen)
+        alone, before = [eager(module, feeds) for module in modules], run(base, **arrays)
+        for key, value in output.items():
+            expected = np.stack([alone[adapter][key][row] for row, adapter in enumerate(chosen)])
+            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+            assert np.abs(expected - before[key]).max() > 1e-2  # the adapters are seen
+        off = run(made.graph, **arrays, adapter_ids=row_ids(*[0] * batch))
+        assert all(off[key].tobytes() == value.tobytes() for key, value in before.items())

@@ -1,0 +1,141 @@
+"""Finding the weights of a graph: shapes, layouts, subgraphs, and exported models."""
+
+from __future__ import annotations
+
+import onnxscript.optimizer
+import pytest
+from torch import nn
+
+from lora_export import plan
+from lora_export.errors import MatchError
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.site import NameSource
+from lora_export.lora import LoraPair
+from lora_export.plan import Layout, TensorSpec
+from support.exported_models import EVERY_MODEL, exported
+from support.graphs import a_graph, an_adapter
+from support.small_graphs import a_matmul
+
+
+def specs(found: Sites) -> dict[str, TensorSpec]:
+    return {spec.name: spec for spec in found.specs}
+
+
+def named_by(found: Sites) -> dict[str, NameSource]:
+    return {site.name: site.named_by for site in found.linear}
+
+
+def layouts(found: Sites) -> dict[str, tuple[tuple[int, ...], Layout]]:
+    return {name: (spec.shape, spec.layout) for name, spec in specs(found).items()}
+
+
+def test_matmul_under_its_own_name_keeps_stored_shape() -> None:
+    found = find_sites(a_matmul("h.0.attn.c_attn.weight"))
+    assert layouts(found) == {"h.0.attn.c_attn.weight": ((2, 3), Layout.IN_OUT)}
+    assert specs(found)["h.0.attn.c_attn.weight"].matrix == (3, 2)
+
+
+def test_folded_weight_has_shape_of_parameter() -> None:
+    found = find_sites(a_matmul("val_49", W="encoder.query.weight"))
+    assert layouts(found) == {"encoder.query.weight": ((3, 2), Layout.OUT_IN)}
+    assert named_by(found) == {"encoder.query.weight": NameSource.FOLDED_FROM}
+    assert found.linear[0].layout is Layout.IN_OUT
+
+
+def test_weight_behind_transpose_has_layout_of_parameter() -> None:
+    model = a_graph("""
+        g (float[N,2] x) => (float[N,3] y)
+        <float[3,2] m.weight = {1,2,3,4,5,6}>
+        { [t] w = Transpose <perm = [1, 0]> (m.weight)
+          [n] y = MatMul(x, w) }""")
+    found = find_sites(model)
+    assert layouts(found) == {"m.weight": ((3, 2), Layout.OUT_IN)}
+    assert [(site.node.name, site.behind_transpose) for site in found.linear] == [("n", True)]
+
+
+@pytest.mark.parametrize(("attributes", "layout"), [("", Layout.IN_OUT), ("<transB = 1>", Layout.OUT_IN)])
+def test_transb_determines_layout_of_gemm_weight(attributes: str, layout: Layout) -> None:
+    model = a_graph(f"""
+        g (float[N,2] x) => (float[N,2] y)
+        <float[2,2] m.weight = {{1,2,3,4}}, float[2] m.bias = {{5,6}}>
+        {{ [n] y = Gemm {attributes} (x, m.weight, m.bias) }}""")
+    assert layouts(find_sites(model)) == {"m.weight": ((2, 2), layout), "m.bias": ((2,), Layout.OTHER)}
+
+
+@pytest.mark.parametrize("use", ["Mul(x, m.weight)", "Gemm(m.weight, x)", "Gemm(x, x, m.weight)"])
+def test_matrix_of_other_operators_is_no_linear_weight(use: str) -> None:
+    model = a_graph(f"""
+        g (float[2,2] x) => (float[2,2] y)
+        <float[2,2] m.weight = {{1,2,3,4}}>
+        {{ [n] y = {use} }}""")
+    assert layouts(find_sites(model)) == {"m.weight": ((2, 2), Layout.OTHER)}
+
+
+def test_integer_tensors_are_no_weights() -> None:
+    model = a_graph("""
+        g (int64[2,2] x) => (int64[2,2] y)
+        <int64[2,2] m.weight = {1,2,3,4}>
+        { [n] y = MatMul(x, m.weight) }""")
+    assert not find_sites(model).specs
+
+
+def test_unnamed_layer_is_listed_with_naming_attempts() -> None:
+    text = str(find_sites(a_matmul("val_1")))
+    assert "1 linear layers: none with a name" in text
+    assert (
+        "MatMul `n`: no certain name (tried its initializer `val_1`, folded from nothing, its module unknown)" in text
+    )
+
+
+def test_adapter_of_unnamed_layer_is_a_misfit() -> None:
+    pair = LoraPair(a=[[1, 2]], b=[[1], [2], [3]], scale=1.0)
+    with pytest.raises(MatchError, match=r"no weight for encoder.query"):
+        plan.make([an_adapter({"encoder.query": pair})], find_sites(a_matmul("val_1")).specs)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("{}", ""), ("", "{}")], ids=["captured", "its own"])
+def test_layer_in_subgraph_is_found(outer: str, inner: str) -> None:
+    weight = "<float[2,2] fc.weight = {1,2,3,4}>"
+    model = a_graph(f"""
+        g (float[N,2] x, bool c) => (float[N,2] y)
+        {outer.format(weight)}
+        {{ y = If (c) <
+            then_branch = t () => (float[N,2] a) {inner.format(weight)} {{ [inner] a = MatMul(x, fc.weight) }},
+            else_branch = e () => (float[N,2] b) {{ [other] b = Identity(x) }}> }}""")
+    found = find_sites(model)
+    assert [site.node.name for site in found.by_name["fc.weight"]] == ["inner"]
+    assert not found.notes
+
+
+@EVERY_MODEL
+def test_every_parameter_of_export_is_found_with_its_shape(name: str) -> None:
+    made = exported(name)
+    found = specs(find_sites(made.graph))
+    for parameter, tensor in made.module.named_parameters(remove_duplicate=False):
+        assert found[parameter].shape == tuple(tensor.shape)
+        assert found[parameter].dtype == "float32"
+        if tensor.ndim > 1:
+            is_embedding = isinstance(made.module.get_submodule(parameter.rpartition(".")[0]), nn.Embedding)
+            assert found[parameter].layout is (Layout.EMBEDDING if is_embedding else Layout.OUT_IN)
+
+
+@EVERY_MODEL
+def test_layers_keep_names_when_optimiser_merges_equal_tensors(name: str) -> None:
+    made = exported(name)
+    before = {spec.name: spec for spec in find_sites(made.graph).specs if spec.layout is not Layout.OTHER}
+    count = len(made.graph.graph.initializers)
+    onnxscript.optimizer.optimize_ir(made.graph)
+    assert len(made.graph.graph.initializers) < count
+    after = {spec.name: spec for spec in find_sites(made.graph).specs if spec.layout is not Layout.OTHER}
+    assert after == before
+
+
+@EVERY_MODEL
+def test_export_without_metadata_keeps_names(name: str) -> None:
+    made = exported(name)
+    linear = {site.name for site in find_sites(made.graph).linear}
+    for node in made.graph.graph:
+        node.metadata_props.clear()
+    for value in made.graph.graph.initializers.values():
+        value.metadata_props.clear()
+    assert {site.name for site in find_sites(made.graph).linear} == linear - {"lm_head.weight"}

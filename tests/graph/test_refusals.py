@@ -1,0 +1,46 @@
+"""Plans that a graph refuses, and results that are not finite."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from lora_export.errors import InputRefused
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold
+from lora_export.lora import LoraPair, TokenRows
+from support.graphs import a_graph, an_adapter, planned
+from support.small_graphs import GEMM, PAIR, folded
+
+
+def test_overflow_is_refused_with_limit() -> None:
+    model = a_graph(GEMM)
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(np.ones((2, 3), np.float16), name="m.weight")
+    pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=40_000.0)
+    with pytest.raises(InputRefused, match=r"m.weight: 2 values would not be finite: the largest float16 is 65504"):
+        folded(model, an_adapter({"m": pair}))
+
+
+def test_base_that_is_not_finite_is_refused_as_such() -> None:
+    model = a_graph(GEMM)
+    weight = np.float32([[1, 2, np.nan], [4, 5, 6]])
+    model.graph.initializers["m.weight"].const_value = ir.Tensor(weight, name="m.weight")
+    with pytest.raises(InputRefused, match="1 values would not be finite: the graph's own tensor"):
+        folded(model, an_adapter({"m": PAIR}))
+
+
+def test_added_tensor_is_refused() -> None:
+    model = a_graph(GEMM)
+    adapter = an_adapter({"m": PAIR}, replaced={"head.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(InputRefused, match=r"the graph has no head.weight"):
+        folded(model, adapter, may_add=True)
+
+
+def test_rows_of_tokens_are_refused_by_name() -> None:
+    rows = {"m.weight": TokenRows(np.array([1]), np.ones((1, 3), np.float32))}
+    for execute in (fold, insert_nodes):
+        model = a_graph(GEMM)
+        found, made = planned(model, an_adapter({}, token_rows=rows))
+        with pytest.raises(InputRefused, match=r"m\.weight: the adapter changes rows of tokens, .* checkpoint"):
+            execute(model, found, made)
