@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -26,6 +28,7 @@ g (float[N,3] x) => (float[N,2] y)
   [b] k = Add(h, m.bias)
   [o] y = Mul(k, other.bias) }
 """
+LINEAR_WEIGHT = [[1, 4], [2, 5], [3, 6]]  # of LINEAR (in, out)
 
 GEMM = """
 g (float[N,3] x) => (float[N,2] y)
@@ -64,6 +67,22 @@ def filled(body: str, **arrays: NDArray[Any]) -> ir.Model:
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
         value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
     return model
+
+
+def graph_with_external_data(folder: Path, **fields: str) -> Path:
+    """LINEAR in a file, with its weight (24 bytes) after 8 others in `weights.data`. `fields` replace its location."""
+    proto = ir.to_proto(a_graph(LINEAR))
+    tensor = proto.graph.initializer[0]
+    (folder / "weights.data").write_bytes(b"\0" * 8 + np.float32(LINEAR_WEIGHT).tobytes())
+    tensor.ClearField("float_data")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in ({"location": "weights.data", "offset": "8", "length": "24"} | fields).items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    path = folder / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
 
 
 def folded(model: ir.Model, *adapters: Adapter, **options: Any) -> list[StepResult]:

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lora_export import plan
 from lora_export.errors import InputRefused
+from lora_export.graph.find_readers import find_readers
+from lora_export.graph.find_sites import Sites, find_sites
+from lora_export.graph.insert.adapter_rows import insert_rows
+from lora_export.lora import LoraPair
+from support.exported_models import exported
 from support.graphs import a_graph, an_adapter, run
 from support.insertion import OTHER_PAIR, TWO_LAYERS, W, row_ids, with_rows
-from support.small_graphs import GEMM, PAIR, SQUARE
+from support.small_graphs import GEMM, PAIR, SQUARE, filled
 
 
 @pytest.mark.parametrize("sizes", ["N,S,3", "S,N,3", "N,S,4,3", "S,N,4,3", "S,4,N,3"])
@@ -98,3 +104,36 @@ def test_all_uncertain_layers_are_listed() -> None:
         with_rows(model, an_adapter({"a": SQUARE, "b": SQUARE}))
     assert str(refusal.value).startswith("2 layers cannot have an adapter for each row of the batch, `N`:\n  a.weight")
     assert "\n  b.weight (MatMul `b`): its input has the shape [K,2]" in str(refusal.value)
+
+
+RNG = np.random.default_rng(0)
+
+
+def random_array(*shape: int) -> NDArray[np.float32]:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def test_position_embedding_without_batch_is_refused() -> None:
+    made = exported("bert")
+    found = find_sites(made.graph)
+    name = "bert.embeddings.position_embeddings"
+    (spec,) = (spec for spec in found.specs if spec.name == f"{name}.weight")
+    pair = LoraPair(a=random_array(1, spec.shape[0]), b=random_array(spec.shape[1], 1), scale=1.0, embedding=True)
+    steps = plan.make([an_adapter({name: pair})], found.specs)
+    with pytest.raises(InputRefused, match=rf"{name}\.weight \(Gather .* no single dimension is the batch for certain"):
+        insert_rows(made.graph, found, steps)
+
+
+def test_convolution_with_uncertain_batch_is_refused_by_name() -> None:
+    graph = filled(
+        "g (float[L,2,N] x, float[N] lead) => (float[L,4,M] y) <float[1] W = {0}> { [n] y = Conv(x, W) }",
+        W=random_array(4, 2, 1),
+    )
+    found = find_sites(graph)
+    assert list(found.by_name) == []
+    by_hand = Sites({"c.weight": (next(find_readers(graph.graph.initializers["W"])),)}, (), ())
+    pair = LoraPair(a=random_array(1, 2, 1), b=random_array(4, 1, 1), scale=1.0)
+    with pytest.raises(
+        InputRefused, match=r"c\.weight \(Conv `n`\): its input has the shape \[L,2,N\], whose first dimension"
+    ):
+        insert_rows(graph, by_hand, plan.make([an_adapter({"c": pair})], by_hand.specs), batch="N")

@@ -1,4 +1,4 @@
-"""Several weights side by side in one matrix (q, k and v): whichever have an adapter, the node is added to once."""
+"""Several weights packed in one matrix (q, k and v): their node gets one addition, whichever have an adapter."""
 
 from __future__ import annotations
 
@@ -25,13 +25,26 @@ from lora_export.lora import LoraPair
 from support.graphs import Arrays, a_graph, an_adapter, quantised, run
 
 RNG = np.random.default_rng(5)
+
+
 BLOCKS = {"q": range(8), "k": range(8, 12), "v": range(12, 16)}
+
+
 WEIGHT = RNG.normal(size=(16, 32)).astype(np.float32)
+
+
 BIAS = RNG.normal(size=16).astype(np.float32)
+
+
 X = RNG.normal(size=(3, 32)).astype(np.float32)
 
+
 MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+
+
 SUBSETS = pytest.mark.parametrize("with_adapter", ["q", "k", "v", "qk", "qv", "kv", "qkv", "vq"])
+
+
 NODES = {  # one product of x·A and B for each weight, side by side, and one sum
     1: {"MatMul": 2, "Pad": 1, "Add": 1},
     2: {"MatMul": 4, "Pad": 1, "Concat": 1, "Add": 1},
@@ -52,7 +65,7 @@ def packed(*, bits: int = 0, bias: bool = False) -> tuple[ir.Model, Sites]:
     (site,) = (site for value in model.graph.initializers.values() for site in find_readers(value) if site.is_linear)
     by_name = {
         f"{name}.weight": (dataclasses.replace(site, name=f"{name}.weight", block=block),)
-        for name, block in reversed(BLOCKS.items())  # as they lie in the matrix they are laid, not as they are listed
+        for name, block in reversed(BLOCKS.items())  # the order in the matrix decides, not that of this list
     }
     return model, Sites(by_name, (), ())
 
@@ -67,7 +80,7 @@ def a_pair(name: str, *, rank: int = 2, dora: bool = False) -> LoraPair:
     )
 
 
-def answers(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]) -> tuple[NDArray[Any], NDArray[Any]]:
+def outputs(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]) -> tuple[NDArray[Any], NDArray[Any]]:
     """What a graph computes without the adapter, and with it."""
     off, fed = run(model, x=X)["y"], dict[str, Any]()
     steps = plan.make([an_adapter(pairs)], found.specs, one_at_a_time=mode != "nodes")
@@ -87,7 +100,9 @@ def answers(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]
     return off, run(model, x=X, **fed)["y"]
 
 
-def meant(off: NDArray[Any], found: Sites, pairs: dict[str, LoraPair], bias: Any = 0.0) -> NDArray[np.float64]:
+def expected_output(
+    off: NDArray[Any], found: Sites, pairs: dict[str, LoraPair], bias: Any = 0.0
+) -> NDArray[np.float64]:
     """By NumPy in fp64, from what the graph computed without an adapter."""
     expected = off.astype(np.float64) - bias
     for name, pair in pairs.items():
@@ -100,11 +115,13 @@ def meant(off: NDArray[Any], found: Sites, pairs: dict[str, LoraPair], bias: Any
     return expected + bias
 
 
-def close(answer: NDArray[Any], expected: NDArray[np.float64], off: NDArray[Any], changed: Collection[str]) -> None:
-    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-4)
+def assert_close(
+    output: NDArray[Any], expected: NDArray[np.float64], off: NDArray[Any], changed: Collection[str]
+) -> None:
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
     for name, block in BLOCKS.items():
         own = slice(block.start, block.stop)
-        assert (answer[:, own].tobytes() == off[:, own].tobytes()) == (name not in changed)
+        assert (output[:, own].tobytes() == off[:, own].tobytes()) == (name not in changed)
 
 
 def operators(model: ir.Model) -> Counter[str]:
@@ -114,48 +131,48 @@ def operators(model: ir.Model) -> Counter[str]:
 @MODES
 @SUBSETS
 @pytest.mark.parametrize("bits", [0, 4])
-def test_whichever_weights_have_an_adapter_each_gains_its_own(mode: str, with_adapter: str, bits: int) -> None:
+def test_each_weight_gains_its_own_adapter(mode: str, with_adapter: str, bits: int) -> None:
     model, found = packed(bits=bits)
     before = operators(model)
     pairs = {name: a_pair(name) for name in with_adapter}
-    off, on = answers(mode, model, found, pairs)
-    close(on, meant(off, found, pairs), off, with_adapter)
+    off, on = outputs(mode, model, found, pairs)
+    assert_close(on, expected_output(off, found, pairs), off, with_adapter)
     if mode != "rows":
         assert operators(model) - before == NODES[len(with_adapter)]
 
 
 @MODES
-def test_dora_on_one_of_them_leaves_its_neighbours_and_all_biases(mode: str) -> None:
+def test_dora_on_one_weight_changes_no_neighbour_or_bias(mode: str) -> None:
     model, found = packed(bias=True)
     pairs = {name: a_pair(name, dora=name == "k") for name in "qk"}
-    off, on = answers(mode, model, found, pairs)
-    expected = meant(off, found, pairs, BIAS)
+    off, on = outputs(mode, model, found, pairs)
+    expected = expected_output(off, found, pairs, BIAS)
     np.testing.assert_allclose(on, expected, rtol=1e-4, atol=1e-4)
-    plain = meant(off, found, {name: a_pair(name) for name in "qk"}, BIAS)
+    plain = expected_output(off, found, {name: a_pair(name) for name in "qk"}, BIAS)
     assert np.abs(expected - plain)[:, 8:12].min() > 1e-2
 
 
-def test_several_adapters_of_one_weight_are_one_product() -> None:
+def test_several_adapters_are_one_product() -> None:
     model, found = packed()
     one, two = {name: a_pair(name) for name in "qk"}, {name: a_pair(name, rank=3) for name in "kv"}
     adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
     off = run(model, x=X)["y"]
     insert_nodes(model, found, plan.make(adapters, found.specs, strengths=[1.0, -2.0]))
     twice = {name: dataclasses.replace(pair, scale=-2 * pair.scale) for name, pair in two.items()}
-    expected = meant(meant(off, found, one), found, twice)
-    close(run(model, x=X)["y"], expected, off, "qkv")
+    expected = expected_output(expected_output(off, found, one), found, twice)
+    assert_close(run(model, x=X)["y"], expected, off, "qkv")
     assert operators(model) == {"MatMul": 1 + 2 * 3, "Concat": 1 + 2, "Add": 1}
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
-def test_rows_of_one_batch_have_adapters_of_different_weights() -> None:
+def test_rows_of_batch_have_adapters_of_different_weights() -> None:
     model, found = packed()
     one, two = {"q": a_pair("q")}, {name: a_pair(name, rank=3, dora=name == "v") for name in "kv"}
     off = run(model, x=X)["y"]
     adapters = [an_adapter(one, name="one"), an_adapter(two, name="two")]
     insert_rows(model, found, plan.make(adapters, found.specs, one_at_a_time=True), batch="N")
     fed: Arrays = {"adapter_ids": np.array([2, 0, 1])}
-    answer = run(model, x=X, **fed)["y"]
-    expected = np.stack([meant(off, found, two)[0], off[1], meant(off, found, one)[2]])
-    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-4)
-    assert answer[1].tobytes() == off[1].tobytes()
+    output = run(model, x=X, **fed)["y"]
+    expected = np.stack([expected_output(off, found, two)[0], off[1], expected_output(off, found, one)[2]])
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
+    assert output[1].tobytes() == off[1].tobytes()

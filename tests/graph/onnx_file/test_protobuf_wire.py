@@ -1,4 +1,4 @@
-"""Graphs without their weights, and put together again: held to what protobuf itself reads and writes."""
+"""The protobuf wire format: messages without their large tensors, and with them again."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def numbered(message: bytes, place: str) -> tuple[bytes, list[tuple[int, int]]]:
     for graph in graphs:
         graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
         found += [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    told = []
+    message = []
     for number, tensor in enumerate(found):
         fields = {entry.key: entry for entry in tensor.external_data}
         assert fields["location"].value == place
-        told.append((int(fields["offset"].value), int(fields["length"].value)))
+        message.append((int(fields["offset"].value), int(fields["length"].value)))
         fields["offset"].value = str(number)
-    return model.SerializeToString(), told
+    return model.SerializeToString(), message
 
 
 @settings(max_examples=60, deadline=None)
 @given(outer=SIZES, inner=SIZES, innermost=SIZES)
-def test_a_graph_is_taken_apart_and_put_together_again(
+def test_graph_is_split_and_joined_again(
     tmp_path_factory: pytest.TempPathFactory, outer: list[int], inner: list[int], innermost: list[int]
 ) -> None:
     path = tmp_path_factory.mktemp("wire") / "m.onnx"
@@ -67,12 +67,12 @@ def test_a_graph_is_taken_apart_and_put_together_again(
     assert all(isinstance(one, bytes) != isinstance(other, bytes) for one, other in itertools.pairwise(parts))
 
 
-def test_a_message_without_weights_is_one_piece() -> None:
+def test_message_without_weights_is_one_piece() -> None:
     message = helper.make_model(a_graph("a", [1])).SerializeToString()
     assert split_at_tensors(message, "nowhere", []) == [message]
 
 
-def test_the_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(helper.make_model(a_graph("a", [1 << 20])).SerializeToString())
     longest = []
@@ -92,14 +92,14 @@ def test_the_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (b"\x02\x00", "longer than the message around it"),  # the field with the number 0
     ],
 )
-def test_what_is_no_message_is_refused(tmp_path: Path, data: bytes, problem: str) -> None:
+def test_invalid_message_is_refused(tmp_path: Path, data: bytes, problem: str) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(data)
     with pytest.raises(InputRefused, match=rf"m.onnx is no ONNX file, or a damaged one: .*{problem} at byte"):
         without_large_tensors(path, "here")
 
 
-def test_messages_in_messages_without_end_are_refused(tmp_path: Path) -> None:
+def test_deeply_nested_messages_are_refused(tmp_path: Path) -> None:
     message = bytes(LARGE_TENSOR_BYTES)  # the kind of field, 0, matters to nobody: it is within
     for level in range(3 * protobuf_wire.MAX_NESTING):
         message = protobuf_wire._field((6, 5, 1)[level % 3], message)

@@ -1,4 +1,4 @@
-"""Whatever a plan can hold, beside whatever a graph's weights can be, in every mode: as nodes, as inputs, by row."""
+"""Every kind of layer in every mode: adapters as nodes, as inputs, and per row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_export import formats, plan
-from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites, find_sites
@@ -33,15 +32,20 @@ from lora_export.graph.insert.inserter import branch_obstacle
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.checkpoint import open_checkpoint
 from support.exported_models import attached, eager, exported, inputs
-from support.graphs import Arrays, a_graph, an_adapter, contents, quantised, run
+from support.graphs import Arrays, an_adapter, contents, quantised, run
 from support.handmade import base_file
+from support.small_graphs import filled
 
 MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
+
+
 RNG = np.random.default_rng(0)
+
+
 BATCH, LENGTH = 3, 4
 
 
-class Woven:
+class InsertedAdapters:
     """A graph with adapters beside its weights, to be asked for one of them; 0 is the base."""
 
     def __init__(self, mode: str, model: ir.Model, found: Sites, *adapters: Adapter, batch: str = "N"):
@@ -63,7 +67,7 @@ class Woven:
                 insert_inputs(graph, own, [step.weight for step in steps.steps], dora=dora)
                 contract = onnx_adapter.read_contract(graph.metadata_props, "")
                 names = [adapter.name for adapter in adapters]
-                self.given = [
+                self.input_values = [
                     onnx_adapter.input_values(
                         contract, steps, name, contract_dora_factors(graph, contract, steps, name)
                     )
@@ -78,9 +82,9 @@ class Woven:
         theirs = {node.name: node for node in ir.traversal.RecursiveGraphIterator(model.graph)}
         values = model.graph.initializers
         by_name = {}
-        for name, there in found.by_name.items():
+        for name, sites in found.by_name.items():
             moved = []
-            for site in there:
+            for site in sites:
                 again = next(
                     other for other in find_readers(values[site.value.name]) if other.node is theirs[site.node.name]
                 )
@@ -88,31 +92,28 @@ class Woven:
             by_name[name] = tuple(moved)
         return model, Sites(by_name, (), ())
 
-    def fed(self, which: int | Sequence[int], feeds: Mapping[str, Any]) -> Arrays:
+    def feeds_for(self, number: int | Sequence[int], feeds: Mapping[str, Any]) -> Arrays:
         fed = dict(feeds)
         if self.mode == "rows":
             rows = len(next(iter(feeds.values())))
-            fed["adapter_ids"] = np.resize(np.array(which, np.int64), rows)
-        elif self.mode == "inputs" and which:
-            assert isinstance(which, int)
-            fed |= self.given[which - 1]
+            fed["adapter_ids"] = np.resize(np.array(number, np.int64), rows)
+        elif self.mode == "inputs" and number:
+            assert isinstance(number, int)
+            fed |= self.input_values[number - 1]
         return fed
 
-    def answer(self, which: int | Sequence[int], **feeds: Any) -> NDArray[Any]:
-        graph = self.graphs[which if isinstance(which, int) else 0]
-        return run(graph, **self.fed(which, feeds))["y"]
+    def output(self, number: int | Sequence[int], **feeds: Any) -> NDArray[Any]:
+        graph = self.graphs[number if isinstance(number, int) else 0]
+        return run(graph, **self.feeds_for(number, feeds))["y"]
 
-    def by_definition(self, which: int, **feeds: Any) -> NDArray[Any]:
+    def by_reference_evaluator(self, number: int, **feeds: Any) -> NDArray[Any]:
         """What ONNX's reference implementation computes."""
-        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(self.graphs[which]))
-        fed = self.fed(which, feeds)
-        if self.mode == "inputs" and not which:  # it knows no optional inputs
-            fed |= {name: self.graphs[0].graph.initializers[name].const_value.numpy() for name in self.given[0]}
-        (answer,) = evaluator.run(None, fed)
-        return answer
-
-
-# --- the layers ---
+        evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(self.graphs[number]))
+        fed = self.feeds_for(number, feeds)
+        if self.mode == "inputs" and not number:  # it knows no optional inputs
+            fed |= {name: self.graphs[0].graph.initializers[name].const_value.numpy() for name in self.input_values[0]}
+        (output,) = evaluator.run(None, fed)
+        return output
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,24 +141,19 @@ class Layer:
         return found
 
 
-def filled(body: str, **arrays: NDArray[Any]) -> ir.Model:
-    """A graph whose initializers `NAME = {0}` are these arrays."""
-    model = a_graph(body)
-    for name, array in arrays.items():
-        value = model.graph.initializers[name]
-        value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
-        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
-    onnx.checker.check_model(ir.to_proto(model))
-    return model
-
-
 def normal(*shape: int, rng: np.random.Generator = RNG) -> NDArray[np.float32]:
     return rng.normal(size=shape).astype(np.float32)
 
 
 QKV = {"q": normal(8, 32), "k": normal(4, 32), "v": normal(4, 32)}
+
+
 PACKED = np.concatenate(list(QKV.values()))  # (out, in)
+
+
 X = normal(BATCH, LENGTH, 32)
+
+
 TOKENS = RNG.integers(-9, 9, (BATCH, LENGTH))
 
 
@@ -254,12 +250,12 @@ def two_adapters(layer: Layer, *, dora: bool) -> tuple[Adapter, Adapter]:
     return an_adapter(one, name="one"), an_adapter(two, name="two")
 
 
-def meant(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[Any]) -> NDArray[np.float64]:
+def expected_output(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[Any]) -> NDArray[np.float64]:
     """What the layer computes with an adapter, in NumPy's fp64, beside what onnxruntime's base computed.
 
-    The base's own answer is taken as it is: onnxruntime rounds x too beside some quantised weights.
+    The base's own output is taken as it is: onnxruntime rounds x too beside some quantised weights.
     """
-    answer = base.astype(np.float64) - layer.bias
+    output = base.astype(np.float64) - layer.bias
     first = 0
     for module, weight in layer.base.items():
         (site,) = found.by_name[f"{module}.weight"]
@@ -274,11 +270,11 @@ def meant(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[Any]) -> N
             norms = np.sqrt(np.square(total).sum(axis=tuple(range(1, total.ndim))))
             factor = (pair.magnitude / norms).reshape(-1, *[1] * (total.ndim - 2))
         own = (slice(None), outputs) if layer.is_convolution else (..., outputs)
-        answer[own] = (answer[own] + applied(layer, pair.delta())) * factor
-    return answer + layer.bias
+        output[own] = (output[own] + layer_output(layer, pair.delta())) * factor
+    return output + layer.bias
 
 
-def applied(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float64]:
+def layer_output(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float64]:
     """The layer with other weights, without its bias."""
     x = layer.feeds["x"]
     if layer.embedding:
@@ -291,48 +287,45 @@ def applied(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float64]:
     return np.einsum("nimk,oik->nom", windows, weight)
 
 
-def by_rows(layer: Layer, answers: Sequence[NDArray[Any]], which: Sequence[int]) -> NDArray[Any]:
-    """Each row of the batch out of its own adapter's answer."""
-    split = [answer.reshape(BATCH, -1, *answer.shape[1:]) for answer in answers]
-    mixed = np.stack([split[number][row] for row, number in enumerate(which)])
-    return mixed.reshape(answers[0].shape)
+def by_rows(layer: Layer, outputs: Sequence[NDArray[Any]], number: Sequence[int]) -> NDArray[Any]:
+    """Each row of the batch out of its own adapter's output."""
+    split = [output.reshape(BATCH, -1, *output.shape[1:]) for output in outputs]
+    mixed = np.stack([split[number][row] for row, number in enumerate(number)])
+    return mixed.reshape(outputs[0].shape)
 
 
 @MODES
 @LAYERS
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_does_what_it_means_and_without_it_the_graph_is_the_base(
-    tmp_path: Path, name: str, mode: str, dora: bool
-) -> None:
+def test_adapter_equals_numpy_and_base_is_unchanged(tmp_path: Path, name: str, mode: str, dora: bool) -> None:
     layer = layers()[name]
     found, adapters = layer.found(tmp_path), two_adapters(layer, dora=dora)
     base = run(layer.graph, **layer.feeds)["y"]
-    woven = Woven(mode, layer.graph, found, *adapters)
-    expected = [base, *(meant(layer, found, adapter, base) for adapter in adapters)]
-    assert min(np.abs(answer - base).max() for answer in expected[1:]) > 0.5
-    for number, answer in enumerate(expected):
-        np.testing.assert_allclose(woven.answer(number, **layer.feeds), answer, rtol=1e-4, atol=1e-4)
-    assert woven.answer(0, **layer.feeds).tobytes() == base.tobytes()
+    inserted = InsertedAdapters(mode, layer.graph, found, *adapters)
+    expected = [base, *(expected_output(layer, found, adapter, base) for adapter in adapters)]
+    assert min(np.abs(output - base).max() for output in expected[1:]) > 0.5
+    for number, output in enumerate(expected):
+        np.testing.assert_allclose(inserted.output(number, **layer.feeds), output, rtol=1e-4, atol=1e-4)
+    assert inserted.output(0, **layer.feeds).tobytes() == base.tobytes()
     if mode == "rows":
-        which = [2, 0, 1]
-        answer = woven.answer(which, **layer.feeds)
-        np.testing.assert_allclose(answer, by_rows(layer, expected, which), rtol=1e-4, atol=1e-4)
+        number = [2, 0, 1]
+        output = inserted.output(number, **layer.feeds)
+        np.testing.assert_allclose(output, by_rows(layer, expected, number), rtol=1e-4, atol=1e-4)
 
 
 @MODES
 @pytest.mark.parametrize("name", [name for name, layer in layers().items() if layer.standard])
-def test_it_does_so_by_onnxs_own_definition(tmp_path: Path, name: str, mode: str) -> None:
+def test_adapter_equals_numpy_under_reference_evaluator(tmp_path: Path, name: str, mode: str) -> None:
     layer = layers()[name]
     found, adapters = layer.found(tmp_path), two_adapters(layer, dora=True)
-    woven = Woven(mode, layer.graph, found, *adapters)
-    base = woven.by_definition(0, **layer.feeds)
+    inserted = InsertedAdapters(mode, layer.graph, found, *adapters)
+    base = inserted.by_reference_evaluator(0, **layer.feeds)
     for number, adapter in enumerate(adapters, 1):
-        onnx.checker.check_model(ir.to_proto(woven.graphs[number]), full_check=True)
-        expected = meant(layer, found, adapter, base)
-        np.testing.assert_allclose(woven.by_definition(number, **layer.feeds), expected, rtol=1e-4, atol=1e-4)
-
-
-# --- QLoRA, as PEFT has it ---
+        onnx.checker.check_model(ir.to_proto(inserted.graphs[number]), full_check=True)
+        expected = expected_output(layer, found, adapter, base)
+        np.testing.assert_allclose(
+            inserted.by_reference_evaluator(number, **layer.feeds), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 class Two(nn.Module):
@@ -361,7 +354,7 @@ def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
     )  # fmt: skip
     graph = quantised(graph, as_pairs=as_pairs)
     for number, node in enumerate(graph.graph):
-        node.name = node.name or f"node_{number}"  # to be told apart by
+        node.name = node.name or f"node_{number}"  # to be message apart by
     found = find_sites(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
     with torch.no_grad():
         for name in ("up.weight", "down.weight"):
@@ -374,7 +367,7 @@ def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
 @MODES
 @pytest.mark.parametrize("as_pairs", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_of_peft_beside_four_bits_is_what_peft_computes_beside_what_they_stand_for(
+def test_qlora_adapter_equals_peft_on_dequantised_weights(
     tmp_path: Path, mode: str, dora: bool, as_pairs: bool
 ) -> None:
     graph, found, module = qlora(tmp_path, as_pairs=as_pairs)
@@ -386,28 +379,25 @@ def test_an_adapter_of_peft_beside_four_bits_is_what_peft_computes_beside_what_t
             if "lora_" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path / "adapter")
-    woven, x = Woven(mode, graph, found, formats.load(tmp_path / "adapter")), normal(3, 4, 32)
+    inserted, x = InsertedAdapters(mode, graph, found, formats.load(tmp_path / "adapter")), normal(3, 4, 32)
     with torch.no_grad():
         on = model(torch.from_numpy(x)).numpy()
         with model.disable_adapter():
             off = model(torch.from_numpy(x)).numpy()
     # onnxruntime rounds what enters a MatMulNBits that it made of a DequantizeLinear to 8 bits.
     close = {"rtol": 1e-4, "atol": 0.03 if as_pairs else 1e-5}
-    np.testing.assert_allclose(woven.answer(1, x=x), on, **close)
-    np.testing.assert_allclose(woven.answer(0, x=x), off, **close)
+    np.testing.assert_allclose(inserted.output(1, x=x), on, **close)
+    np.testing.assert_allclose(inserted.output(0, x=x), off, **close)
     assert np.abs(on - off).mean() > 0.2
 
 
-# --- real exports, against PyTorch ---
-
-
-def everything(found: Sites, name: str, *, rank: int) -> Adapter:
+def adapter_for_all(found: Sites, name: str, *, rank: int) -> Adapter:
     """A pair wherever one can stand and the batch enters, with DoRA at every second."""
     rng, pairs = np.random.default_rng(rank), {}
     for number, spec in enumerate(found.specs):
         embedding = spec.layout is plan.Layout.EMBEDDING
-        strangers = [branch_obstacle(site, is_embedding=embedding) for site in found.by_name[spec.name]]
-        if any(strangers) or "position_embeddings" in spec.name:
+        obstacles = [branch_obstacle(site, is_embedding=embedding) for site in found.by_name[spec.name]]
+        if any(obstacles) or "position_embeddings" in spec.name:
             continue
         out, *inner = spec.matrix
         pairs[module_of(spec.name)] = LoraPair(
@@ -422,49 +412,23 @@ def everything(found: Sites, name: str, *, rank: int) -> Adapter:
 
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 @pytest.mark.parametrize("name", ["encoder", "bert"])
-def test_an_export_with_everything_beside_its_weights_computes_what_pytorch_computes(name: str, mode: str) -> None:
+def test_export_with_all_kinds_of_adapters_equals_pytorch(name: str, mode: str) -> None:
     made = exported(name)
     found = find_sites(made.graph)
-    two = everything(found, "one", rank=2), everything(found, "two", rank=3)
+    two = adapter_for_all(found, "one", rank=2), adapter_for_all(found, "two", rank=3)
     assert ("conv" if name == "encoder" else "bert.embeddings.word_embeddings") in two[0].pairs
-    woven, feeds = Woven(mode, made.graph, found, *two, batch="batch"), inputs(name, 3, 12, seed=2)
+    inserted, feeds = InsertedAdapters(mode, made.graph, found, *two, batch="batch"), inputs(name, 3, 12, seed=2)
     arrays = {key: value.numpy() for key, value in feeds.items()}
     before = run(made.graph, **arrays)
     modules = [made.module, *(attached(made.module, adapter) for adapter in two)]
     alone = [eager(module, feeds) for module in modules]
     for number in (0, 1, 2):
-        answer = run(woven.graphs[number], **woven.fed(number, arrays))
+        output = run(inserted.graphs[number], **inserted.feeds_for(number, arrays))
         for key, value in alone[number].items():
-            np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=2e-5)
             assert number == 0 or np.abs(value - before[key]).max() > 1e-2
     if mode == "rows":
-        answer = run(woven.graphs[0], **woven.fed([2, 0, 1], arrays))
+        output = run(inserted.graphs[0], **inserted.feeds_for([2, 0, 1], arrays))
         for key in before:
             expected = np.stack([alone[number][key][row] for row, number in enumerate([2, 0, 1])])
-            np.testing.assert_allclose(answer[key], expected, rtol=1e-4, atol=2e-5)
-
-
-def test_positions_are_the_same_for_all_rows_and_refused_by_name() -> None:
-    made = exported("bert")
-    found = find_sites(made.graph)
-    name = "bert.embeddings.position_embeddings"
-    (spec,) = (spec for spec in found.specs if spec.name == f"{name}.weight")
-    pair = LoraPair(a=normal(1, spec.shape[0]), b=normal(spec.shape[1], 1), scale=1.0, embedding=True)
-    steps = plan.make([an_adapter({name: pair})], found.specs)
-    with pytest.raises(InputRefused, match=rf"{name}\.weight \(Gather .* no single dimension is the batch for certain"):
-        insert_rows(made.graph, found, steps)
-
-
-def test_a_convolution_whose_first_dimension_is_not_the_batch_is_refused_by_name() -> None:
-    graph = filled(
-        "g (float[L,2,N] x, float[N] lead) => (float[L,4,M] y) <float[1] W = {0}> { [n] y = Conv(x, W) }",
-        W=normal(4, 2, 1),
-    )
-    found = find_sites(graph)
-    assert list(found.by_name) == []
-    by_hand = Sites({"c.weight": (next(find_readers(graph.graph.initializers["W"])),)}, (), ())
-    pair = LoraPair(a=normal(1, 2, 1), b=normal(4, 1, 1), scale=1.0)
-    with pytest.raises(
-        InputRefused, match=r"c\.weight \(Conv `n`\): its input has the shape \[L,2,N\], whose first dimension"
-    ):
-        insert_rows(graph, by_hand, plan.make([an_adapter({"c": pair})], by_hand.specs), batch="N")
+            np.testing.assert_allclose(output[key], expected, rtol=1e-4, atol=2e-5)

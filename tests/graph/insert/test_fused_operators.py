@@ -1,4 +1,4 @@
-"""What multiplies by a weight and does more in one reads W + A·B in its place, and W itself without an adapter."""
+"""Fused operators read W + A·B in place of W, and W itself without an adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ from support.one_weight_graphs import WEIGHT, X, attention, attention_graph, gra
 from support.small_graphs import DELTA, PAIR
 
 HIDDEN, HEADS = 64, 4
+
+
 RNG = np.random.default_rng(1)
+
+
 TOKENS = RNG.normal(size=(2, 5, HIDDEN)).astype(np.float32)
 
 
@@ -43,6 +47,8 @@ def a_pair(rank: int, *, dora: bool = False) -> LoraPair:
 
 # q by DoRA, v plainly; k stays.
 PAIRS = {"q": a_pair(3, dora=True), "v": a_pair(2)}
+
+
 OTHERS = {"k": a_pair(2), "v": a_pair(4)}
 
 
@@ -65,29 +71,29 @@ def expected(weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> ND
     return attention(TOKENS, *changed.values(), heads=HEADS)
 
 
-def assert_is(answer: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> None:
+def assert_computes(answer: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> None:
     np.testing.assert_allclose(answer["y"], expected(weights, pairs), rtol=1e-4, atol=1e-3)
     assert np.abs(expected(weights, pairs) - expected(weights, {})).max() > 0.5
 
 
-def test_attention_reads_its_weights_with_the_adapters_as_nodes(packed: Any) -> None:
+def test_attention_reads_changed_weights_with_nodes(packed: Any) -> None:
     model, checkpoint, weights = packed
     found = find_sites(model, checkpoint)
     before = stored(model, "w").tobytes()
     insert_nodes(model, found, plan.make([an_adapter(PAIRS)], found.specs))
     assert stored(model, "w").tobytes() == before
     assert {"q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector.weight"} <= set(model.graph.initializers)
-    assert_is(run(model, x=TOKENS), weights, PAIRS)
+    assert_computes(run(model, x=TOKENS), weights, PAIRS)
     # Its weights are found behind what was added, and another adapter can be merged into them.
     again = find_sites(model, checkpoint)
     assert {(site.name, site.block) for site in again.linear if site.block} == {
         (site.name, site.block) for site in found.linear
     }
     fold(model, again, plan.make([an_adapter({"k": OTHERS["k"]})], again.specs))
-    assert_is(run(model, x=TOKENS), weights, {**PAIRS, "k": OTHERS["k"]})
+    assert_computes(run(model, x=TOKENS), weights, {**PAIRS, "k": OTHERS["k"]})
 
 
-def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(packed: Any, tmp_path: Path) -> None:
+def test_attention_takes_adapters_as_inputs_one_after_another(packed: Any, tmp_path: Path) -> None:
     model, checkpoint, weights = packed
     base = run(model, x=TOKENS)["y"]
     found = find_sites(model, checkpoint)
@@ -98,12 +104,12 @@ def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(p
     assert OnnxRunner(path).run({"x": TOKENS})["y"].tobytes() == base.tobytes()
     for pairs in (PAIRS, OTHERS):
         adapter = an_adapter(pairs, sha256="1")
-        steps = plan.make([adapter], [place.spec for place in contract.slots])
-        given = onnx_adapter.input_values(
+        steps = plan.make([adapter], [slot.spec for slot in contract.slots])
+        values = onnx_adapter.input_values(
             contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
         )
-        onnx_adapter.write(tmp_path / "a.onnx_adapter", given, contract, sha256="1")
-        assert_is(OnnxRunner(path).with_adapter(tmp_path / "a.onnx_adapter").run({"x": TOKENS}), weights, pairs)
+        onnx_adapter.write(tmp_path / "a.onnx_adapter", values, contract, sha256="1")
+        assert_computes(OnnxRunner(path).with_adapter(tmp_path / "a.onnx_adapter").run({"x": TOKENS}), weights, pairs)
     assert checked_contract(load_graph(path), path).slots == contract.slots
     other = load_graph(path)
     other.graph.initializers["w"].const_value = ir.Tensor(stored(other, "w") + np.float32(1), name="w")
@@ -111,7 +117,7 @@ def test_attention_takes_one_adapter_after_the_other_and_is_itself_without_one(p
         checked_contract(other, path)
 
 
-def test_rows_cannot_have_weights_of_their_own_and_are_told_what_can_be_done(packed: Any) -> None:
+def test_rows_of_attention_are_refused_with_advice(packed: Any) -> None:
     model, checkpoint, _ = packed
     found = find_sites(model, checkpoint)
     steps = plan.make([an_adapter(PAIRS)], found.specs, one_at_a_time=True)
@@ -120,7 +126,9 @@ def test_rows_cannot_have_weights_of_their_own_and_are_told_what_can_be_done(pac
 
 
 @pytest.mark.parametrize("mode", ["nodes", "inputs"])
-def test_the_command_proves_it(packed: Any, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_verifies_attention_with_adapter(
+    packed: Any, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, checkpoint, weights = packed
     save_graph(model, tmp_path, "base.onnx")
     plain = {name: LoraPair(a=pair.a, b=pair.b, scale=1.0) for name, pair in PAIRS.items()}
@@ -129,19 +137,19 @@ def test_the_command_proves_it(packed: Any, tmp_path: Path, mode: str, capsys: p
         rank_pattern={"v": 2}, alpha_pattern={"v": 2},
     )  # fmt: skip
     out = tmp_path / "out.onnx"
-    words = ("-a", tmp_path / "a", "--base", checkpoint.path, "--lora", mode, "-o", out)
-    code, told = answer(capsys, "onnx", tmp_path / "base.onnx", *words)
-    assert (code, told["proof"]["outcome"], told.get("bits_of_base", True)) == (0, "same", True)
+    arguments = ("-a", tmp_path / "a", "--base", checkpoint.path, "--lora", mode, "-o", out)
+    code, document = answer(capsys, "onnx", tmp_path / "base.onnx", *arguments)
+    assert (code, document["proof"]["outcome"], document.get("bits_of_base", True)) == (0, "same", True)
     runner = OnnxRunner(out)
     runner = runner.with_adapter(tmp_path / "a.onnx_adapter") if mode == "inputs" else runner
-    assert_is(runner.run({"x": TOKENS}), weights, plain)
-    assert call("onnx", tmp_path / "base.onnx", *words[:-4], "--lora", "rows", "-o", tmp_path / "rows.onnx") == 3
+    assert_computes(runner.run({"x": TOKENS}), weights, plain)
+    assert call("onnx", tmp_path / "base.onnx", *arguments[:-4], "--lora", "rows", "-o", tmp_path / "rows.onnx") == 3
 
 
 FUSED = {
     "FusedMatMul": ("y = com.microsoft.FusedMatMul <alpha = 0.5> (x, W)", Layout.IN_OUT, 0.5),
     "FusedMatMul, transB": ("y = com.microsoft.FusedMatMul <transB = 1> (x, W)", Layout.OUT_IN, 1),
-    "FusedMatMul behind a turn": ("t = Transpose(W) y = com.microsoft.FusedMatMul (x, t)", Layout.OUT_IN, 1),
+    "FusedMatMul behind Transpose": ("t = Transpose(W) y = com.microsoft.FusedMatMul (x, t)", Layout.OUT_IN, 1),
     "FusedGemm": (
         'y = com.microsoft.FusedGemm <transB = 1, activation = "LeakyRelu", activation_alpha = 1.0> (x, W)',
         Layout.OUT_IN, 1,
@@ -151,9 +159,7 @@ FUSED = {
 
 @pytest.mark.parametrize(("body", "layout", "factor"), FUSED.values(), ids=FUSED.keys())
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_product_that_is_fused_with_more_reads_what_it_multiplies_by(
-    body: str, layout: Layout, factor: float, dora: bool
-) -> None:
+def test_fused_product_reads_changed_weight(body: str, layout: Layout, factor: float, dora: bool) -> None:
     pair = LoraPair(a=PAIR.a, b=PAIR.b, scale=2.0, magnitude=np.float32([3, 5])) if dora else PAIR
     adapter = an_adapter({"m": pair})
     changed = WEIGHT + DELTA
@@ -164,8 +170,8 @@ def test_a_product_that_is_fused_with_more_reads_what_it_multiplies_by(
     np.testing.assert_allclose(run(model, x=X)["y"], factor * X @ changed.T, rtol=1e-5)
     model, found = planned_on(body, layout)
     contract = insert_inputs(model, found, ["m.weight"], dora=["m.weight"])
-    given = parameters(model, contract, adapter)
-    np.testing.assert_allclose(run(model, x=X, **given)["y"], factor * X @ changed.T, rtol=1e-5)
+    values = parameters(model, contract, adapter)
+    np.testing.assert_allclose(run(model, x=X, **values)["y"], factor * X @ changed.T, rtol=1e-5)
     assert run(model, x=X)["y"].tobytes() == run(planned_on(body, layout)[0], x=X)["y"].tobytes()
 
 
@@ -175,7 +181,7 @@ def planned_on(body: str, layout: Layout) -> tuple[ir.Model, Sites]:
 
 
 def parameters(model: ir.Model, contract: Any, adapter: Adapter) -> dict[str, NDArray[Any]]:
-    steps = plan.make([adapter], [place.spec for place in contract.slots])
+    steps = plan.make([adapter], [slot.spec for slot in contract.slots])
     return onnx_adapter.input_values(
         contract, steps, adapter.name, contract_dora_factors(model, contract, steps, adapter.name)
     )
