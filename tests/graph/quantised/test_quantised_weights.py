@@ -1,4 +1,4 @@
-"""Quantised weights in graphs: what they stand for, whose they are, and adapters beside them."""
+"""Quantised weights in graphs: their dequantised values, their names, and adapters beside them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from support.graphs import a_graph, an_adapter, quantised, run
 from support.handmade import base_file
 
 RNG = np.random.default_rng(0)
+
+
 WEIGHTS = {name: RNG.normal(size=(48, 80)).astype(np.float32) for name in "abc"}  # (out, in); 80 is no multiple of 32
 
 
@@ -54,10 +56,7 @@ def only(found: Sites) -> Site:
     return site
 
 
-# --- what they stand for ---
-
-
-def test_four_bits_stand_for_their_distance_from_the_zero_point_times_their_scale() -> None:
+def test_four_bits_are_dequantised_by_hand() -> None:
     model = ir.from_onnx_text("""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
         g (float[N,3] x) => (float[N,2] y)
@@ -73,17 +72,19 @@ def test_four_bits_stand_for_their_distance_from_the_zero_point_times_their_scal
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "block"), [(2, 16), (4, 32), (4, 128), (8, 32)])
-def test_what_onnxruntime_quantised_is_read_as_it_computes(bits: int, block: int, symmetric: bool) -> None:
+def test_matmul_nbits_weight_equals_onnxruntime(bits: int, block: int, symmetric: bool) -> None:
     model = quantised(a_product(WEIGHTS["a"]), bits=bits, block=block, symmetric=symmetric)
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]
     site = only(find_sites(model))
-    answer = run(model, x=np.eye(80, dtype=np.float32))["y"]
-    np.testing.assert_allclose(site.matrix.T, answer, rtol=1e-5, atol=1e-6)
+    output = run(model, x=np.eye(80, dtype=np.float32))["y"]
+    np.testing.assert_allclose(site.matrix.T, output, rtol=1e-5, atol=1e-6)
     assert 0.001 < np.linalg.norm(site.matrix - WEIGHTS["a"]) / np.linalg.norm(WEIGHTS["a"]) < 0.6
 
 
 INTEGERS = RNG.integers(-8, 8, size=(6, 4))
-PAIRS = {
+
+
+DEQUANTIZE_WEIGHTS = {
     "by tensor": (INTEGERS.astype(np.int8), "", np.float32(0.5), np.int8(3)),
     "by column": (INTEGERS.astype(np.int8), "<axis = 1>", RNG.random(4, np.float32), None),
     "by row": (INTEGERS.astype(np.int8), "<axis = 0>", RNG.random(6, np.float32), np.arange(6).astype(np.int8)),
@@ -95,14 +96,14 @@ PAIRS = {
 }  # fmt: skip
 
 
-def a_pair(kind: str, *, turned: bool = False) -> ir.Model:
-    integers, attributes, scale, zero = PAIRS[kind]
-    inner = 4 if turned else 6
+def a_pair(kind: str, *, transposed: bool = False) -> ir.Model:
+    integers, attributes, scale, zero = DEQUANTIZE_WEIGHTS[kind]
+    inner = 4 if transposed else 6
     model = ir.from_onnx_text(f"""
         <ir_version: 10, opset_import: ["" : 21]>
         g (float[N,{inner}] x) => (float[N,{10 - inner}] y) <int8[1] W = {{0}}, float s = {{0}}, int8[1] z = {{0}}>
         {{ w = DequantizeLinear {attributes} (W, s{", z" if zero is not None else ""})
-           {"v = Transpose(w) y = MatMul(x, v)" if turned else "y = MatMul(x, w)"} }}""")
+           {"v = Transpose(w) y = MatMul(x, v)" if transposed else "y = MatMul(x, w)"} }}""")
     for name, array in {"W": integers, "s": scale, "z": zero}.items():
         value = model.graph.initializers[name]
         if array is None:
@@ -113,19 +114,19 @@ def a_pair(kind: str, *, turned: bool = False) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("kind", PAIRS)
-def test_a_dequantised_weight_is_read_as_onnx_defines_it(kind: str, turned: bool) -> None:
-    model = a_pair(kind, turned=turned)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", DEQUANTIZE_WEIGHTS)
+def test_dequantize_linear_weight_equals_onnx_definition(kind: str, transposed: bool) -> None:
+    model = a_pair(kind, transposed=transposed)
     site = only(find_sites(model))
-    answer = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(
-        None, {"x": np.eye(4 if turned else 6, dtype=np.float32)}
+    output = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(
+        None, {"x": np.eye(4 if transposed else 6, dtype=np.float32)}
     )[0]
-    np.testing.assert_allclose(site.matrix.T, answer, rtol=1e-6)
-    assert site.layout is (Layout.OUT_IN if turned else Layout.IN_OUT)
+    np.testing.assert_allclose(site.matrix.T, output, rtol=1e-6)
+    assert site.layout is (Layout.OUT_IN if transposed else Layout.IN_OUT)
 
 
-def test_a_group_index_is_not_understood_and_said_to_be() -> None:
+def test_group_index_is_noted_as_unsupported() -> None:
     model = ir.from_onnx_text("""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
         g (float[N,3] x) => (float[N,2] y)
@@ -136,11 +137,8 @@ def test_a_group_index_is_not_understood_and_said_to_be() -> None:
     assert found.notes == ("1 MatMulNBits nodes hold quantised weights in an unsupported format",)
 
 
-# --- whose they are ---
-
-
 @pytest.mark.parametrize("as_pairs", [False, True])
-def test_the_old_name_of_a_quantised_weight_is_its_name(as_pairs: bool) -> None:
+def test_quantised_weight_keeps_name_of_parameter(as_pairs: bool) -> None:
     found = find_sites(quantised(a_product(WEIGHTS["a"], name="encoder.query.weight"), as_pairs=as_pairs))
     assert {name: site.named_by for name, (site,) in found.by_name.items()} == {
         "encoder.query.weight": NameSource.INITIALIZER
@@ -154,7 +152,7 @@ def test_the_old_name_of_a_quantised_weight_is_its_name(as_pairs: bool) -> None:
     [(4, 32, False), (4, 128, False), (8, 32, False), (2, 32, False), (4, 32, True), (4, 128, True)],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_quantised_weight_is_found_by_its_distance(
+def test_quantised_weight_is_found_in_base(
     tmp_path: Path, bits: int, block: int, symmetric: bool, as_pairs: bool
 ) -> None:
     model = quantised(a_product(WEIGHTS["b"]), bits=bits, block=block, symmetric=symmetric, as_pairs=as_pairs)
@@ -164,7 +162,7 @@ def test_a_quantised_weight_is_found_by_its_distance(
     assert [(spec.shape, spec.layout) for spec in found.specs] == [((48, 80), Layout.OUT_IN)]
 
 
-def test_quantised_weights_side_by_side_are_told_apart(tmp_path: Path) -> None:
+def test_packed_quantised_weights_are_found_block_by_block(tmp_path: Path) -> None:
     packed = np.concatenate([WEIGHTS["c"], WEIGHTS["a"][:16], WEIGHTS["b"]])
     tensors = WEIGHTS | {"a": WEIGHTS["a"][:16]}
     found = find_sites(quantised(a_product(packed)), base(tmp_path, tensors))
@@ -176,13 +174,13 @@ def test_quantised_weights_side_by_side_are_told_apart(tmp_path: Path) -> None:
         assert np.linalg.norm(site.matrix - own) < 0.2 * np.linalg.norm(own)
 
 
-def test_a_quantised_weight_of_another_model_is_nobodys(tmp_path: Path) -> None:
-    stranger = np.random.default_rng(1).normal(size=(48, 80)).astype(np.float32)
-    found = find_sites(quantised(a_product(stranger)), base(tmp_path, WEIGHTS))
+def test_quantised_weight_of_other_model_is_unnamed(tmp_path: Path) -> None:
+    other_weight = np.random.default_rng(1).normal(size=(48, 80)).astype(np.float32)
+    found = find_sites(quantised(a_product(other_weight)), base(tmp_path, WEIGHTS))
     assert not found.by_name
 
 
-def test_two_weights_that_are_as_near_name_nothing(tmp_path: Path) -> None:
+def test_two_equally_near_weights_name_nothing(tmp_path: Path) -> None:
     found = find_sites(
         quantised(a_product(WEIGHTS["a"])), base(tmp_path, {"a": WEIGHTS["a"], "b": WEIGHTS["a"] * 1.01})
     )
@@ -190,19 +188,17 @@ def test_two_weights_that_are_as_near_name_nothing(tmp_path: Path) -> None:
     assert "its content, which equals a.weight and b.weight" in str(found)
 
 
-def test_a_quantised_weight_under_anothers_name_is_an_error_that_names_both(tmp_path: Path) -> None:
+def test_wrong_name_of_quantised_weight_is_refused(tmp_path: Path) -> None:
     model = quantised(a_product(WEIGHTS["b"], name="a.weight"))
     with pytest.raises(InputRefused, match=r"a.weight by initializer, b.weight by content"):
         find_sites(model, base(tmp_path, WEIGHTS))
 
 
-# --- what can be done with them ---
-
 PAIR = LoraPair(a=RNG.normal(size=(3, 80)), b=RNG.normal(size=(48, 3)), scale=0.5)
 
 
 @pytest.mark.parametrize("as_pairs", [False, True])
-def test_folding_into_a_quantised_weight_is_refused_with_the_ways_out(as_pairs: bool) -> None:
+def test_folding_into_quantised_weight_is_refused_with_advice(as_pairs: bool) -> None:
     model = quantised(a_product(WEIGHTS["a"], name="a.weight"), as_pairs=as_pairs)
     found = find_sites(model)
     steps = plan.make([an_adapter({"a": PAIR})], found.specs)
@@ -212,7 +208,7 @@ def test_folding_into_a_quantised_weight_is_refused_with_the_ways_out(as_pairs: 
     assert ir.to_proto(model).SerializeToString() == before
 
 
-def test_nothing_is_folded_where_one_of_the_weights_is_quantised() -> None:
+def test_nothing_is_folded_when_one_weight_is_quantised() -> None:
     numbers = ",".join(map(str, range(32)))
     body = f"""
         g (float[N,32] x, float[N,2] z) => (float[N,1] y, float[N,2] t)
@@ -230,7 +226,7 @@ def test_nothing_is_folded_where_one_of_the_weights_is_quantised() -> None:
 
 @pytest.mark.parametrize("as_pairs", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_an_adapter_beside_a_quantised_weight_adds_what_it_means(as_pairs: bool, symmetric: bool) -> None:
+def test_adapter_beside_quantised_weight_adds_its_change(as_pairs: bool, symmetric: bool) -> None:
     model = quantised(a_product(WEIGHTS["a"], name="a.weight"), symmetric=symmetric, as_pairs=as_pairs)
     x = RNG.normal(size=(5, 80)).astype(np.float32)
     before = run(model, x=x)["y"]

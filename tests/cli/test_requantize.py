@@ -1,0 +1,66 @@
+"""The command `merge --requantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_export import cli
+from lora_export.graph.onnx_file.reading import load_graph
+from support.folder_contents import folder_contents
+from support.graphs import quantised
+from support.handmade import base_file, peft_adapter
+from support.requantised_graphs import (
+    A,
+    B,
+    W,
+    dequantised_weight,
+    expected_retention_and_noise,
+    float_graph,
+    merge_command,
+    save_model,
+)
+
+
+def test_adapter_lost_in_four_bits_is_refused_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = quantised(float_graph(tmp_path / "f.onnx"))
+    path = save_model(base, tmp_path / "q.onnx")
+    adapter = peft_adapter(tmp_path / "ad", {"fc": (A, B * 0.003)})
+    before = folder_contents(tmp_path)
+    assert cli.run(merge_command(path, adapter, "--requantize")) == 3
+    message = capsys.readouterr().err
+    assert "1 of 1 weights would lose most of their change" in message and "fc.weight: " in message
+    assert "onnx MODEL.onnx --lora nodes" in message and "merge into the float model" in message
+    assert "float32" not in message
+    assert folder_contents(tmp_path) == before
+    # The refusal is true: the expected_retention_and_noise, with nothing refused, are those of values is written.
+    assert cli.run(merge_command(path, adapter, "--requantize", "--min-retention", "0", "--json")) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    after = dequantised_weight(load_graph(tmp_path / "merged.onnx"))
+    expected = expected_retention_and_noise(dequantised_weight(base), B @ A * 0.003, after)
+    np.testing.assert_allclose((result["retention"], result["noise"]), expected, rtol=1e-3)
+    assert result["retention"] < 0.5
+
+
+def test_quantised_weight_without_option_is_refused_with_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_model(quantised(float_graph(tmp_path / "f.onnx")), tmp_path / "q.onnx")
+    adapter = peft_adapter(tmp_path / "ad", {"fc": (A, B)})
+    assert cli.run(merge_command(path, adapter)) == 3
+    message = capsys.readouterr().err
+    assert "fc.weight is quantised (4 bits in blocks of 32)" in message
+    assert "onnx MODEL.onnx --lora nodes" in message and "merge --requantize" in message and "float model" in message
+    assert cli.run(merge_command(path, adapter, "--requantize", "--dry-run")) == 0
+    assert "note: 1 weights are quantised again: 4 bits in blocks of 32" in capsys.readouterr().err
+    assert cli.run(merge_command(path, adapter, "--requantize")) == 0
+    record = json.loads(load_graph(tmp_path / "merged.onnx").metadata_props["lora_export"])
+    assert record["settings"]["requantize"] is True
+    assert (
+        cli.run(merge_command(tmp_path / "merged.onnx", adapter, "--requantize")) == 3
+    )  # the same adapter a second time
+    base = base_file(tmp_path / "b.safetensors", {"fc.weight": W.T})
+    assert cli.run([*merge_command(base, adapter)[:-1], str(tmp_path / "m.safetensors"), "--requantize"]) == 2
