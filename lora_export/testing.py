@@ -50,7 +50,7 @@ def assert_parity(
     for the outputs of the fp64 reference. The other arguments are those of `lora_export.verify`.
 
     Returns the proof. Raises InputRefused for inputs that cannot be used, and EnvironmentLacking for a provider that
-    does not do the work: neither says anything about the candidate.
+    does not do the work: neither is a verdict on the candidate.
     """
     __tracebackhide__ = True
     loaded = load_adapters(adapters)

@@ -62,7 +62,7 @@ def load_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: 
     if isinstance(source, str | Path):
         return load(str(source), adapters, dtype=getattr(torch, dtype))
     if dtype != "float32":
-        raise InputRefused(f"a model in memory is used in its own precision: {dtype} cannot be asked for")
+        raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
     return source if isinstance(source, Model) else from_module(*source)
 
 

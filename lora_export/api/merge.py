@@ -229,7 +229,7 @@ def _notes_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
 def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:
     """Adapters that name another model of the Hub than this base. A note only: a name does not identify weights.
 
-    A local path in an adapter's config says nothing about this machine.
+    A local path in an adapter's config means nothing on this machine.
     """
     folders = base.path.absolute().parts
     cached = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))

@@ -1,4 +1,4 @@
-"""What an ONNX export is asked to do, and what it returns."""
+"""The options of an ONNX export, and its result."""
 
 from __future__ import annotations
 

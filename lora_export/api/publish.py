@@ -27,7 +27,7 @@ def record_of_model(
 
 
 def summary(proof: Proof | None) -> dict[str, Any]:
-    """The verdict as it is stored in the file itself. None: the user asked for no proof."""
+    """The verdict as it is stored in the file itself. None: no proof was requested."""
     if proof is None:
         return {"outcome": "not verified", "why": "--no-verify"}
     measured = [comparison.figures for comparison in proof.verdict.comparisons if comparison.figures]

@@ -1,7 +1,7 @@
 """The command line: reads arguments, calls one function of `lora_export.api`, prints its result, exits.
 
 One file a command, loaded when it is called; heavy packages are imported inside the commands, so
-that `--help` is instant. stdout carries the answer, stderr the story. This is the one place where
+that `--help` is instant. stdout carries the print_document, stderr the story. This is the one place where
 an error becomes a line and a number.
 """
 
@@ -52,7 +52,7 @@ PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "o
 
 
 PATIENCE = 1.0  # seconds
-NO_THREAD = "can't start new thread"  # what Python says where a thread's stack finds no room
+NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
 class LazyGroup(click.Group):

@@ -102,8 +102,8 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
     return decorate
 
 
-def answer(document: Any) -> None:
-    """The one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
+def print_document(document: Any) -> None:
+    """Print the one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
     click.echo(json.dumps(document, allow_nan=False).replace("##[", "##\\u005b"))
 
 
@@ -112,8 +112,8 @@ def wrote(path: Path, more: str = "") -> None:
     click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes){more}")
 
 
-def say(line: str) -> None:
-    """A line of the story, on stderr: one line, whatever the names in it hold; unheard, the work goes on."""
+def print_message(line: str) -> None:
+    """Print a message on stderr, in one line whatever names it contains. A closed stderr does not stop the work."""
     with contextlib.suppress(OSError):
         click.echo(one_line(line), err=True)
 

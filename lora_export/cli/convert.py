@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import Command, answer, json_option, overwrite_option, say, wrote
+from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message, wrote
 
 EXAMPLE = """\b
 Example:
@@ -50,8 +50,8 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
     """
     from lora_export.api.convert import convert
 
-    result = convert(adapter, output, graph=graph, weight=weight, overwrite=overwrite, on_message=say)
+    result = convert(adapter, output, graph=graph, weight=weight, overwrite=overwrite, on_message=print_message)
     if as_json:
-        answer({"output": str(output), "weights": result.weights, "of": result.of, "base": result.base})
+        print_document({"output": str(output), "weights": result.weights, "of": result.of, "base": result.base})
     else:
         wrote(output, f": an adapter for {result.weights} of {result.of} weights")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.cli.arguments import Command, answer, json_option
+from lora_export.cli.arguments import Command, json_option, print_document
 from lora_export.errors import one_line, printable
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def command(path: Path, checkpoint: Path | None, check: bool, as_json: bool) -> 
     found = inspect(path, checkpoint=checkpoint, check=check)
     if found.adapter is not None:
         if as_json:
-            answer(report.as_dict(found.adapter))
+            print_document(report.as_dict(found.adapter))
         else:
             report.print_adapter(report.console(), found.adapter)
     elif found.onnx_adapter is not None:
         _show_onnx_adapter(found.onnx_adapter, as_json=as_json)
     elif found.graph is not None:
         if as_json:
-            answer(_graph_as_document(found.graph))
+            print_document(_graph_as_document(found.graph))
         else:
             click.echo("\n".join(map(one_line, _lines_of_graph(found.graph))))
     elif found.checkpoint is not None:
@@ -61,7 +61,7 @@ def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
     from lora_export import report
 
     if as_json:
-        answer({"tensors": [report.as_dict(spec) for spec in checkpoint.specs]})
+        print_document({"tensors": [report.as_dict(spec) for spec in checkpoint.specs]})
         return
     click.echo(printable(f"{len(checkpoint.specs)} tensors, {checkpoint.nbytes:,} bytes"))
     for spec in checkpoint.specs:
@@ -74,7 +74,7 @@ def _show_onnx_adapter(adapter: OnnxAdapter, *, as_json: bool) -> None:
     }
     versions = {"model_version": adapter.model_version, "adapter_version": adapter.adapter_version}
     if as_json:
-        answer({"format": "onnx_adapter", **versions, "parameters": parameters})
+        print_document({"format": "onnx_adapter", **versions, "parameters": parameters})
         return
     click.echo(
         f"{len(parameters)} parameters for the base {adapter.model_version}, from the adapter {adapter.adapter_version}"
@@ -88,10 +88,10 @@ def _lines_of_graph(found: Sites) -> Iterator[str]:
 
     yield from str(found).split("\n")
     specs = {spec.name: spec for spec in found.specs}
-    for name, there in found.by_name.items():
+    for name, sites in found.by_name.items():
         yield f"  {name}  {' x '.join(map(str, specs[name].shape))} {specs[name].dtype}"
-        for site in there:
-            facts = [site.location, f"lies {site.layout}" if site.is_linear else "", f"named by {site.named_by}"]
+        for site in sites:
+            facts = [site.location, f"stored {site.layout}" if site.is_linear else "", f"named by {site.named_by}"]
             facts += [f"{site.quantised.kind}, computes in {site.dtype}" if site.quantised is not None else ""]
             facts += [f"[{site.block.start}:{site.block.stop}] of {site.value.name}" if site.block is not None else ""]
             yield f"    {', '.join(filter(None, facts))}"
@@ -103,7 +103,7 @@ def _graph_as_document(found: Sites) -> dict[str, Any]:
 
     return {
         "tensors": [report.as_dict(spec) for spec in found.specs],
-        "sites": [_site(site) for there in found.by_name.values() for site in there],
+        "sites": [_site(site) for sites in found.by_name.values() for site in sites],
         "unnamed": [
             _site(site) | {"tried": list(naming_attempts(site)), "equals": list(site.equal_tensors)}
             for site in found.unnamed

@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from lora_export.cli import startup
-from lora_export.cli.arguments import Command, adapter_weights, answer, json_option, overwrite_option, say
+from lora_export.cli.arguments import (
+    Command,
+    adapter_weights,
+    json_option,
+    overwrite_option,
+    print_document,
+    print_message,
+)
 from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
@@ -109,12 +116,12 @@ def command(
             device=device,
             dry_run=dry_run,
             overwrite=overwrite,
-            on_message=say,
+            on_message=print_message,
             on_progress=on_progress,
         )
     if as_json:
         facts = {} if result.report is None else {"output": str(output)}
-        answer(facts | report.as_dict(result.report or result.plan))
+        print_document(facts | report.as_dict(result.report or result.plan))
     elif result.report is None:
         report.print_plan(report.console(), result.plan)
     else:

@@ -8,11 +8,11 @@ import click
 
 from lora_export.cli.arguments import (
     TakesAdapters,
-    answer,
     dtype_option,
+    print_document,
+    print_message,
     provider_option,
     publishing_options,
-    say,
     wrote,
 )
 from lora_export.cli.progress import shown
@@ -117,12 +117,12 @@ def command(
             provider=provider,
             verify=not no_verify,
             overwrite=overwrite,
-            on_message=say,
+            on_message=print_message,
             on_progress=on_progress,
         )
     if as_json:
         files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
-        answer({"output": str(output), **onnx_proofs_document(result.proofs), **files})
+        print_document({"output": str(output), **onnx_proofs_document(result.proofs), **files})
         return
     show_onnx_proofs(result.proofs)
     for path in result.files:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import TakesAdapters, answer, publishing_options, say, wrote
+from lora_export.cli.arguments import TakesAdapters, print_document, print_message, publishing_options, wrote
 from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
@@ -54,11 +54,11 @@ def command(
             inputs=inputs_file,
             verify=not no_verify,
             overwrite=overwrite,
-            on_message=say,
+            on_message=print_message,
             on_progress=on_progress,
         )
     if as_json:
-        answer({"output": str(output), "proof": proof_document(result.proof)})
+        print_document({"output": str(output), "proof": proof_document(result.proof)})
     else:
         show_proof(result.proof)
         wrote(output)

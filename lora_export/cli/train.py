@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from lora_export.cli.arguments import Command, answer, json_option, overwrite_option, say
+from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message
 from lora_export.cli.progress import shown
 from lora_export.errors import one_line
 
@@ -139,11 +139,11 @@ def command(
             seed=seed,
             device=device,
             overwrite=overwrite,
-            on_message=say,
+            on_message=print_message,
             on_progress=on_progress,
         )
     if as_json:
-        answer(
+        print_document(
             {
                 "output": str(output),
                 "sha256": result.adapter.sha256,

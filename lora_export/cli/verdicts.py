@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export import report
-from lora_export.cli.arguments import say
+from lora_export.cli.arguments import print_message
 from lora_export.report import github
 from lora_export.verification.against_checkpoint import Audit
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def proof_document(proof: Proof | None) -> dict[str, Any] | None:
-    """The proof as JSON; None where the user asked for no proof."""
+    """The proof as JSON; None where no proof was requested."""
     if proof is None:
         return None
     return report.document(
@@ -78,4 +78,4 @@ def annotate_github(result: Verification, title: str) -> None:
             with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(github.summary(proof.verdict, proof.placement, result.about, proof.diagnosis, title=title))
         except OSError as error:
-            say(f"the summary of the run was not written: {error}")
+            print_message(f"the summary of the run was not written: {error}")

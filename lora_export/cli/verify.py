@@ -10,13 +10,13 @@ from lora_export.cli.arguments import (
     TakesAdapters,
     adapter_weights,
     adapters_option,
-    answer,
     command_line,
     dtype_option,
     inputs_option,
     json_option,
+    print_document,
+    print_message,
     provider_option,
-    say,
 )
 from lora_export.cli.progress import shown
 
@@ -129,11 +129,11 @@ def command(
             trace=trace,
             reports=reports,
             about={"command": command_line()},
-            on_message=say,
+            on_message=print_message,
             on_progress=on_progress,
         )
     if as_json:
-        answer(result.as_document())
+        print_document(result.as_document())
     elif result.error is None:
         show_verification(result)
     annotate_github(result, f"verify {candidate.name}")

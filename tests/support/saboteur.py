@@ -145,7 +145,7 @@ def publish_graph(target: str, weight: float) -> None:
     from onnx_ir import from_proto
 
     from lora_export import cli
-    from lora_export.cli.arguments import say
+    from lora_export.cli.arguments import print_message
     from lora_export.graph.onnx_file import writing
     from lora_export.graph.onnx_file.writing import append_metadata, save_graph
     from lora_export.storage import atomic_output
@@ -158,7 +158,7 @@ def publish_graph(target: str, weight: float) -> None:
 
     @cli.cli.command("publish")
     def _() -> None:
-        with atomic_output.stage_file(Path(target), inputs=(), overwrite=True, on_message=say) as stage:
+        with atomic_output.stage_file(Path(target), inputs=(), overwrite=True, on_message=print_message) as stage:
             save_graph(model, stage, Path(target).name)
             append_metadata(stage / Path(target).name, {"lora_export": f'{{"verdict": {weight}}}'})
 

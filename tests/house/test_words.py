@@ -1,0 +1,62 @@
+"""The project speaks the field's language: no private words in code, messages, help, reports and guides."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+
+# A private word -> the field's word for it.
+INSTEAD = {
+    r"referees?": "reference (fp64)",
+    r"louder": 'control "scale × 1.1"',
+    r"weav\w*|woven": "insert adapter nodes",
+    r"told|says|said": "reports, detected, contains",
+    r"stand-?ins?|standing in": "dequantised weights",
+    r"everybody|whoever": "references, all runs",
+    r"(?<!user )asked": "requested",
+    r"ledgers?|tally|tallies": "merge report, statistics",
+    r"workshops?|desks?|spares?": "backend, buffer, scratch buffer",
+    r"specimens?": "example inputs",
+    r"nouns?": "types",
+    r"lies": "is stored, is",
+    r"dear|faint|torn": "expensive, below rounding, broken",
+    r"turned down|taken out again": "disabled, removed",
+    r"made elsewhere": "existing graph",
+}
+BANNED = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(INSTEAD)})(?![A-Za-z])", re.IGNORECASE)
+SUFFIXES = {".py", ".md", ".j2", ".json"}
+READ = [path for path in sorted((ROOT / "lora_export").rglob("*")) if path.suffix in SUFFIXES]
+READ += [ROOT / "README.md", *sorted((ROOT / "samples").glob("*.py"))]
+
+
+def found(text: str) -> Iterator[str]:
+    """Private words in a text, with their lines. Words of an identifier are separated by `_`."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in BANNED.finditer(line.replace("_", " ")):
+            yield f"line {number}: {match[0]!r} in {line.strip()!r}"
+
+
+@pytest.mark.parametrize("path", READ, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_private_word_is_left(path: Path) -> None:
+    assert list(found(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in READ if path.suffix == ".py"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_a_variable_is_named_after_what_it_holds(path: Path) -> None:
+    names = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name | ast.arg)
+    ]
+    assert [node.lineno for node in names if (node.id if isinstance(node, ast.Name) else node.arg) == "there"] == []
+
+
+def test_private_words_are_recognised() -> None:
+    text = "the referee\nbase_answers_told = 1\nan ordinary line: untold, hearsay, tornado\nwoven in"
+    assert [line.partition(":")[0] for line in found(text)] == ["line 1", "line 2", "line 4"]
