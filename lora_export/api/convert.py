@@ -12,7 +12,7 @@ from lora_export.errors import InputRefused, MatchError
 from lora_export.formats import onnx_adapter
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
-from lora_export.storage import atomic_output
+from lora_export.storage import atomic_output, input_files
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def convert(
     output, graph = Path(output), Path(graph)
     (loaded,) = load_adapters(adapter)
     onnx_adapter.refuse_beyond_low_rank([loaded])
+    input_files.must_exist(graph, "graph")
     model = load_graph(graph)
     contract = checked_contract(model, graph)
     try:

@@ -144,7 +144,7 @@ def test_an_adapter_that_was_written_wrongly_is_never_published(
 def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = onnx_insert.open_inputs
+    right = onnx_insert.insert_inputs
 
     def in_another_order(program: ir.Model, *arguments: Any, **options: Any) -> onnx_adapter.Contract:
         """As a fusion might compute it: the last bit of a bias is another."""
@@ -153,7 +153,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
         bias.const_value = ir.Tensor(np.nextafter(bias.const_value.numpy(), np.float32(9)), name="head.bias")
         return right(program, *arguments, **options)
 
-    monkeypatch.setattr(onnx_insert, "open_inputs", in_another_order)
+    monkeypatch.setattr(onnx_insert, "insert_inputs", in_another_order)
     code, told = answer(capsys, "onnx", MODEL, "-a", place / "fr", "-o", tmp_path / "out.onnx", "--lora", "inputs")
     assert (code, told["bits_of_base"]) == (0, False)
     assert "not to the last bit" in capsys.readouterr().err
@@ -288,7 +288,7 @@ def test_a_graph_that_is_not_made_for_it_is_refused(
     weight.raw_data = np.zeros(16, np.float32).tobytes()
     onnx.save(graph, tmp_path / "other.onnx")
     assert call(*words, tmp_path / "other.onnx") == 3
-    assert "hold other numbers than when it was given its inputs" in capsys.readouterr().err
+    assert "weights without an adapter differ from those when the inputs were added" in capsys.readouterr().err
     assert call(*words[:-1]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["other.onnx"]
 

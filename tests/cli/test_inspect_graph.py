@@ -20,7 +20,7 @@ def test_sites_and_naming_attempts_are_shown(tmp_path: Path, capsys: pytest.Capt
     assert "MatMul `n`: no certain name (tried its initializer `W`" in capsys.readouterr().out
     assert cli.run(["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors")]) == 0
     shown = capsys.readouterr().out
-    assert "q.weight  2 x 2 float32\n    MatMul `n` [0:2], lies in_out, named by content, [0:2] of W" in shown
+    assert "q.weight  2 x 2 float32\n    MatMul `n` [0:2], stored in_out, named by content, [0:2] of W" in shown
     assert "MatMul `n` [2:3]: no certain name" in shown
     assert "which equals k.weight and other.weight" in shown
 
