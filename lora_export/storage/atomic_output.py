@@ -80,7 +80,7 @@ def stage_file(
 ) -> Iterator[Path]:
     """Yield an empty folder; when the block succeeds, the files in it are moved beside `target`.
 
-    One of them must have the target's name. It is moved last, so that whoever sees it finds its companions too. No
+    One of them must have the target's name. It is moved last, so that its companions exist where it exists. No
     two files are renamed in one step. So a companion that the target cannot do without needs a name that no other
     content has: `data_name`. Killed between the renames, the run leaves the old target with its old data. Data files
     of former contents are removed after the target is in place. Otherwise as `stage_folder`.

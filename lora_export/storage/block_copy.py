@@ -41,7 +41,7 @@ from lora_export.storage.positional_io import read_at, write_at
 BLOCK = 2 << 20  # bytes
 AHEAD = 2  # blocks that may wait to be hashed while every thread works on another
 MOST_THREADS = 8
-START_WRITING = 16 << 20  # bytes after which the kernel is asked to begin writing
+START_WRITING = 16 << 20  # bytes after which the kernel is requested to begin writing
 _FICLONERANGE = 0x4020940D  # <linux/fs.h>
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>
 _CANNOT_SHARE = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM}
@@ -137,7 +137,7 @@ def transfer(
     free = [_Buffers.allocate(buffer_bytes, memory) for _ in range(threads + AHEAD)]
     scratches = [np.empty(2 * buffer_bytes, np.uint8) for _ in range(threads)]  # the last one returned is in the cache
     pending: deque[tuple[Block, _Buffers, Future[Any]]] = deque()
-    started = 0  # bytes of the target that the kernel was asked to write
+    started = 0  # bytes of the target that the kernel was requested to write
     with source.open("rb") as reader, ThreadPoolExecutor(threads) as pool:
 
         def finish_first() -> tuple[Block, Any]:

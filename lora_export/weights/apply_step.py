@@ -1,6 +1,6 @@
 """What a step does to some rows of a weight: sum, round once, and measure what was stored.
 
-`Backend` says where that is computed: here by NumPy on every core, in `cuda.py` by PyTorch on a GPU.
+`Backend` is where that is computed: here by NumPy on every core, in `cuda.py` by PyTorch on a GPU.
 """
 
 from __future__ import annotations

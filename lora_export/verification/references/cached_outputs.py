@@ -3,7 +3,7 @@
 The fp64 reference is the most expensive step of a proof: it runs three times for each case. It does not depend on the
 candidate, so its outputs for a model, its adapters and the inputs are computed once. An entry is found by the hashes
 of these. It is used only where the code that made it is the same and its own hash is right. Do not use a folder that
-others can write to: whoever writes there decides the verdict.
+others can write to: who can write there can decide the verdict.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _activation_block(site: Site, executed: Collection[tuple[str, str]]) -> int:
     if node.op_type == MATMUL_NBITS:
         rounds = node.attributes.get_int("accuracy_level", 0) >= INT8_ACCURACY_LEVEL
         return node.attributes.get_int("block_size", 0) if rounds else 0
-    # onnxruntime fuses much of what is dequantised with its product, at this level unless a session says another, and
+    # onnxruntime fuses much of what is dequantised with its product, at this level unless a session sets another, and
     # in blocks of its own where the scales have none. The fused node has the product's name.
     is_fused = (site.node.name, MATMUL_NBITS) in executed
     return (node.attributes.get_int("block_size", 0) or FUSED_BLOCK_SIZE) if is_fused else 0
