@@ -1,7 +1,7 @@
-"""Graphs as exporters and optimisers make them: the names that are recovered, and folding there, against PyTorch.
+"""Graphs of exporters and optimisers: the names that are recovered, and folding into them, against PyTorch.
 
-A cell is an exporter and what was done to its graph afterwards. In each, every recovered name must be that of the
-parameter whose entries lie there, and an adapter folded into all of them must give PyTorch's outputs.
+A cell is an exporter and an optimiser. In each cell, every recovered name must be that of the parameter with this
+content, and an adapter folded into all layers must give the outputs of PyTorch.
 """
 
 from __future__ import annotations
@@ -32,17 +32,8 @@ from support.exporters import (
 slow = pytest.mark.slow
 
 
-# --- exporters ---
-
-
-# --- what is done to their graphs ---
-
-
-# --- what is known afterwards ---
-
-
-def assert_right(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.float32) -> None:
-    """Each named site holds the parameter that it is named after."""
+def assert_names_match_content(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.float32) -> None:
+    """Each named site holds the weight of this name."""
     weights = linear_weights(model_of(name))
     for site in found.linear:
         expected = weights[site.name.removeprefix(prefix)]  # KeyError: no such layer
@@ -50,7 +41,7 @@ def assert_right(found: Sites, name: str, *, prefix: str = "", dtype: Any = np.f
         assert np.array_equal(site.matrix, expected.astype(dtype).astype(site.matrix.dtype)), site.name
 
 
-# Names of linear layers that a base cannot give back: of a head that was tied, and whose own name is gone.
+# Linear layers that a base cannot name: a tied head without a name of its own.
 LOST = {"gpt2": {"lm_head.weight"}, "llama": set(), "bert": set()}
 FAST = {("bert", "torchscript", after) for after in OPTIMISERS} | {
     ("llama", "transformers, fused", ""), ("gpt2", "torchscript", ""), ("llama", "torchscript", "extended"),
@@ -60,7 +51,7 @@ CELLS = [
     for model in MODELS
     for exporter in EXPORTERS
     for after in OPTIMISERS
-    if not (exporter == "transformers, fused" and after)  # onnxruntime's own operators are none of theirs
+    if not (exporter == "transformers, fused" and after)  # these optimisers reject onnxruntime's own operators
 ]
 
 
@@ -76,32 +67,32 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]
 
 
 @pytest.mark.parametrize(("name", "exporter", "after"), CELLS)
-def test_every_layer_of_a_graph_made_elsewhere_is_found_and_can_be_folded_into(
+def test_every_layer_is_found_and_folded_like_pytorch(
     name: str, exporter: str, after: str, made: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     path = made(name, exporter)
     if after:
-        source, path = path, path.with_name(f"{after}.onnx")  # its weights may lie in a file beside it
+        source, path = path, path.with_name(f"{after}.onnx")  # its weights may be in a file beside it
         OPTIMISERS[after](source, path)
     weights = linear_weights(model_of(name))
-    assert_right(find_sites(load_graph(path)), name, prefix="model." if exporter == "torchscript" else "")
+    assert_names_match_content(find_sites(load_graph(path)), name, prefix="model." if exporter == "torchscript" else "")
     found = find_sites(load_graph(path), open_checkpoint(checkpoint_of(name)))
-    assert_right(found, name)
+    assert_names_match_content(found, name)
     named = {site.name for site in found.linear}
     assert named | LOST[name] == weights.keys() | LOST[name]
-    told = [site for site in found.unnamed if not site.equal_tensors]
-    assert not told, str(found)
+    unnamed = [site for site in found.unnamed if not site.equal_tensors]
+    assert not unnamed, str(found)
     assert_folds_like_pytorch(path, name, tmp_path / "folded")
 
 
 @pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=slow)])
 @pytest.mark.parametrize("after", ["", "stripped"])
-def test_a_half_precision_graph_is_named_by_a_single_precision_base(name: str, after: str, tmp_path: Path) -> None:
+def test_half_precision_graph_is_named_by_float32_base(name: str, after: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     torchscript(name, path, torch.float16)
     OPTIMISERS[after](path, tmp_path / "after.onnx")
     found = find_sites(load_graph(tmp_path / "after.onnx" if after else path), open_checkpoint(checkpoint_of(name)))
-    assert_right(found, name, dtype=np.float16)
+    assert_names_match_content(found, name, dtype=np.float16)
     assert {site.name for site in found.linear} == linear_weights(model_of(name)).keys()
     # The exporter stores some of what it folded as float32, rounded to half precision all the same.
     assert {spec.dtype for spec in found.specs} == {"float16", "float32"}

@@ -47,7 +47,7 @@ NESTED = (
 )
 
 
-# body -> how W lies, what reads it where, and what the product is multiplied by
+# body, layout of W, functions, and the factor of the product
 PRODUCTS: dict[str, tuple[str, Layout, str, float]] = {
     "FusedMatMul": ("y = com.microsoft.FusedMatMul <alpha = 0.5> (x, W)", Layout.IN_OUT, "", 0.5),
     "FusedMatMul, transB": ("y = com.microsoft.FusedMatMul <transB = 1> (x, W)", Layout.OUT_IN, "", 1),

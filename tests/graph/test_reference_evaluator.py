@@ -1,6 +1,6 @@
-"""Graphs with adapters under ONNX's own reference evaluator, in every float type, in subgraphs and in functions.
+"""Graphs with adapters under ONNX's own reference evaluator, in every float dtype, in subgraphs and in functions.
 
-It shares no code with onnxruntime, and computes in bfloat16 where onnxruntime's CPU provider does not.
+The evaluator shares no code with onnxruntime, and computes in bfloat16, which onnxruntime's CPU provider does not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ X = np.array([[1, 1, 2], [0, 3, 1], [2, -1, 0]])
 W = np.array([[1, 2, 3], [4, 5, 6]])  # of m, (out, in)
 BIAS = np.array([10, 20])
 CHANGED = W + PAIR.delta()
-LAYOUTS = {"W": ("[2,3]", "1,2,3,4,5,6"), "V": ("[3,2]", "1,4,2,5,3,6")}  # as a Gemm reads it, and as a MatMul does
+LAYOUTS = {"W": ("[2,3]", "1,2,3,4,5,6"), "V": ("[3,2]", "1,4,2,5,3,6")}  # as a Gemm and as a MatMul reads it
 LINEAR = """
 <domain: "own", opset_import: ["" : 20]>
 linear (a, b) => (c) { d = Transpose <perm = [1, 0]> (b)
@@ -41,7 +41,7 @@ linear (a, b) => (c) { d = Transpose <perm = [1, 0]> (b)
 
 @dataclass(frozen=True)
 class Text:
-    """A graph of W, or of V, that computes x W^T + b."""
+    """A graph that reads W or V and computes x W^T + b."""
 
     nodes: str
     x: str = "N"
@@ -63,10 +63,10 @@ FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 
 def a_graph_in(text: Text, dtype: Any) -> ir.Model:
-    """The graph with its floats in this type; its weight is `m.weight`, read in the module `m` alone."""
-    (lies,) = LAYOUTS.keys() & set(re.findall(r"\b[VW]\b", text.nodes))
-    shape, numbers = LAYOUTS[lies]
-    nodes = re.sub(rf"\b{lies}\b", '"m.weight"', text.nodes)
+    """The graph with its floats in this dtype. Its weight is `m.weight`, which only the module `m` reads."""
+    (symbol,) = LAYOUTS.keys() & set(re.findall(r"\b[VW]\b", text.nodes))
+    shape, numbers = LAYOUTS[symbol]
+    nodes = re.sub(rf"\b{symbol}\b", '"m.weight"', text.nodes)
     model = ir.from_onnx_text(f"""
         <ir_version: 10, opset_import: ["" : 20, "own" : 1]>
         g (float[{text.x},3] x, bool c) => (float[{text.x},2] y)
@@ -82,8 +82,8 @@ def a_graph_in(text: Text, dtype: Any) -> ir.Model:
     return model
 
 
-def put_into(model: ir.Model, mode: str) -> Arrays:
-    """The adapter by this mode; what is fed beside x to have it."""
+def insert_adapter(model: ir.Model, mode: str) -> Arrays:
+    """Insert the adapter by this mode. Returns the inputs that select it."""
     adapter = an_adapter({"m": PAIR})
     found, steps = planned(model, adapter)
     if mode == "inputs":
@@ -97,8 +97,8 @@ def put_into(model: ir.Model, mode: str) -> Arrays:
 
 
 def reference(model: ir.Model, **feeds: Any) -> Arrays:
-    (answer,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
-    return {"y": answer}
+    (output,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+    return {"y": output}
 
 
 EVALUATORS: dict[str, Callable[..., Arrays]] = {"reference": reference, "onnxruntime": run}
@@ -108,9 +108,9 @@ def computed(model: ir.Model, *, evaluator: str, dtype: Any, **feeds: Any) -> ND
     sizes = model.graph.inputs[0].shape
     assert sizes is not None
     x = X.reshape([size if isinstance(size, int) else len(X) for size in sizes]).astype(dtype)
-    answer = EVALUATORS[evaluator](model, x=x, **feeds)["y"]
-    assert answer.dtype == dtype
-    return answer.reshape(len(X), -1).astype(np.float64)
+    output = EVALUATORS[evaluator](model, x=x, **feeds)["y"]
+    assert output.dtype == dtype
+    return output.reshape(len(X), -1).astype(np.float64)
 
 
 @pytest.mark.parametrize(
@@ -119,25 +119,23 @@ def computed(model: ir.Model, *, evaluator: str, dtype: Any, **feeds: Any) -> ND
 )
 @pytest.mark.parametrize("mode", ["merged", "nodes", "inputs", "rows"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_every_way_of_keeping_an_adapter_computes_the_same_numbers(
-    name: str, mode: str, dtype: str, evaluator: str
-) -> None:
+def test_every_mode_computes_the_same_numbers(name: str, mode: str, dtype: str, evaluator: str) -> None:
     kind, text = FLOATS[dtype], GRAPHS[name]
     base = a_graph_in(text, kind)
     model = base.clone()
     if text.functions and mode != "merged":
         with pytest.raises(InputRefused, match=r"m\.weight is read by the function linear, beside which no branch"):
-            put_into(model, mode)
+            insert_adapter(model, mode)
         return
-    given = put_into(model, mode)
+    selected = insert_adapter(model, mode)
     for choice in (True, False):
-        answer = functools.partial(computed, evaluator=evaluator, dtype=kind, c=np.array(choice))
-        assert np.array_equal(answer(base), X @ W.T + BIAS)
-        assert np.array_equal(answer(model, **given), X @ CHANGED.T + BIAS)
+        compute = functools.partial(computed, evaluator=evaluator, dtype=kind, c=np.array(choice))
+        assert np.array_equal(compute(base), X @ W.T + BIAS)
+        assert np.array_equal(compute(model, **selected), X @ CHANGED.T + BIAS)
         if mode == "inputs":
-            assert np.array_equal(answer(model), X @ W.T + BIAS)
+            assert np.array_equal(compute(model), X @ W.T + BIAS)
         if mode == "rows":
-            mixed = answer(model, adapter_ids=np.array([0, 1, 0]))
+            mixed = compute(model, adapter_ids=np.array([0, 1, 0]))
             assert np.array_equal(mixed, [X[0] @ W.T + BIAS, X[1] @ CHANGED.T + BIAS, X[2] @ W.T + BIAS])
     if mode != "merged":
         assert contents(base).items() <= contents(model).items()

@@ -50,7 +50,7 @@ def test_ranks_are_padded_and_names_are_in_metadata() -> None:
 
 
 def test_adapters_of_different_layers_in_one_batch() -> None:
-    # The graph's text tells no shape between the layers: it is inferred.
+    # The text has no shape between the layers: it is inferred.
     model = a_graph(TWO_LAYERS)
     with_rows(model, an_adapter({"a": SQUARE}, name="one"), an_adapter({"b": SQUARE}, name="two"))
     a, b, change = np.float32([[1, 2], [3, 4]]), np.float32([[1, 0], [1, 1]]), np.float32([[1, 2], [0, 0]])

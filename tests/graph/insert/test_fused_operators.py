@@ -71,8 +71,8 @@ def expected(weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> ND
     return attention(TOKENS, *changed.values(), heads=HEADS)
 
 
-def assert_computes(answer: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> None:
-    np.testing.assert_allclose(answer["y"], expected(weights, pairs), rtol=1e-4, atol=1e-3)
+def assert_computes(outputs: Arrays, weights: dict[str, NDArray[Any]], pairs: dict[str, LoraPair]) -> None:
+    np.testing.assert_allclose(outputs["y"], expected(weights, pairs), rtol=1e-4, atol=1e-3)
     assert np.abs(expected(weights, pairs) - expected(weights, {})).max() > 0.5
 
 
@@ -84,7 +84,7 @@ def test_attention_reads_changed_weights_with_nodes(packed: Any) -> None:
     assert stored(model, "w").tobytes() == before
     assert {"q.lora_A.weight", "q.lora_B.weight", "q.lora_magnitude_vector.weight"} <= set(model.graph.initializers)
     assert_computes(run(model, x=TOKENS), weights, PAIRS)
-    # Its weights are found behind what was added, and another adapter can be merged into them.
+    # The weights are found behind the inserted nodes, and another adapter can be merged into them.
     again = find_sites(model, checkpoint)
     assert {(site.name, site.block) for site in again.linear if site.block} == {
         (site.name, site.block) for site in found.linear

@@ -46,7 +46,7 @@ BATCH, LENGTH = 3, 4
 
 
 class InsertedAdapters:
-    """A graph with adapters beside its weights, to be asked for one of them; 0 is the base."""
+    """A graph with adapters in one of the modes. Each adapter can be run by its number; 0 is the base."""
 
     def __init__(self, mode: str, model: ir.Model, found: Sites, *adapters: Adapter, batch: str = "N"):
         self.mode, self.adapters, self.batch = mode, adapters, batch
@@ -243,7 +243,7 @@ def a_pair(layer: Layer, module: str, rng: np.random.Generator, *, rank: int, do
 
 
 def two_adapters(layer: Layer, *, dora: bool) -> tuple[Adapter, Adapter]:
-    """The second has another rank, stands at one module only, and has DoRA where the first has none."""
+    """Two adapters. The second has another rank and one module only, and DoRA where the first has none."""
     rng, modules = np.random.default_rng(7), list(layer.base)
     one = {module: a_pair(layer, module, rng, rank=2, dora=dora) for module in modules}
     two = {modules[-1]: a_pair(layer, modules[-1], rng, rank=3, dora=not dora)}
@@ -338,7 +338,7 @@ class Two(nn.Module):
 
 
 def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
-    """A graph of four bits, and a module with the weights that these stand for."""
+    """A graph of four bits, and a module with its dequantised weights."""
     torch.manual_seed(0)
     module = Two()
     named = {name: value.detach().numpy() for name, value in module.named_parameters()}
@@ -392,7 +392,7 @@ def test_qlora_adapter_equals_peft_on_dequantised_weights(
 
 
 def adapter_for_all(found: Sites, name: str, *, rank: int) -> Adapter:
-    """A pair wherever one can stand and the batch enters, with DoRA at every second."""
+    """A pair wherever a branch can be inserted and the batch is known, every second one with DoRA."""
     rng, pairs = np.random.default_rng(rank), {}
     for number, spec in enumerate(found.specs):
         embedding = spec.layout is plan.Layout.EMBEDDING

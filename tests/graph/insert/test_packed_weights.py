@@ -45,7 +45,7 @@ MODES = pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
 SUBSETS = pytest.mark.parametrize("with_adapter", ["q", "k", "v", "qk", "qv", "kv", "qkv", "vq"])
 
 
-NODES = {  # one product of x·A and B for each weight, side by side, and one sum
+NODES = {  # one branch for each weight, concatenated, and one sum
     1: {"MatMul": 2, "Pad": 1, "Add": 1},
     2: {"MatMul": 4, "Pad": 1, "Concat": 1, "Add": 1},
     3: {"MatMul": 6, "Concat": 1, "Add": 1},

@@ -27,8 +27,8 @@ def test_tensors_keep_page_offsets_and_unused_bytes_go(tmp_path: Path) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data="all.data")
     merge_into(path, tmp_path / "out", saved_adapter(tmp_path / "ad", "up"))
     places = [
-        {name: value.const_value.offset % 4096 for name, value in load_graph(there).graph.initializers.items()}
-        for there in (path, tmp_path / "out/m.onnx")
+        {name: value.const_value.offset % 4096 for name, value in load_graph(file).graph.initializers.items()}
+        for file in (path, tmp_path / "out/m.onnx")
     ]
     assert places[0] == places[1] and len(set(places[0].values())) == 3
     (data,) = (tmp_path / "out").glob("*.data")
@@ -40,7 +40,7 @@ def test_bytes_between_two_copied_weights_are_removed(tmp_path: Path) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS, data="all.data")
     model, data = onnx.load(path, load_external_data=False), tmp_path / "all.data"
     tensor = {tensor.name: tensor for tensor in model.graph.initializer}["kept.weight"]
-    start = data.stat().st_size + 4096  # a page behind `down.weight`, which is the last one
+    start = data.stat().st_size + 4096  # a page after `down.weight`, which is the last one
     data.write_bytes(data.read_bytes() + bytes(4096) + WEIGHTS["kept.weight"].tobytes())
     (entry,) = (entry for entry in tensor.external_data if entry.key == "offset")
     entry.value = str(start)
@@ -54,7 +54,7 @@ def test_bytes_between_two_copied_weights_are_removed(tmp_path: Path) -> None:
 def test_initializers_in_unusual_order_are_found(tmp_path: Path) -> None:
     path = graph_file(tmp_path / "m.onnx", WEIGHTS)
     model = onnx.load(path)
-    turned = sorted(model.graph.initializer, key=lambda tensor: tensor.name)
+    reordered = sorted(model.graph.initializer, key=lambda tensor: tensor.name)
     skeleton, inner = onnx.ModelProto(), onnx.GraphProto()
     skeleton.CopyFrom(model)
     skeleton.ClearField("graph")
@@ -62,8 +62,8 @@ def test_initializers_in_unusual_order_are_found(tmp_path: Path) -> None:
     inner.ClearField("initializer")
     inner.ClearField("node")
     # Initializers before the nodes that read them, and in two parts: protobuf joins what it finds.
-    first, second = (onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])) for tensor in turned[:2])
-    rest = onnx.ModelProto(graph=onnx.GraphProto(initializer=turned[2:], node=model.graph.node))
+    first, second = (onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])) for tensor in reordered[:2])
+    rest = onnx.ModelProto(graph=onnx.GraphProto(initializer=reordered[2:], node=model.graph.node))
     inner_model = onnx.ModelProto(graph=inner)
     path.write_bytes(b"".join(part.SerializeToString() for part in (first, skeleton, second, inner_model, rest)))
     merge_into(path, tmp_path / "out", saved_adapter(tmp_path / "ad", "up"))

@@ -91,7 +91,7 @@ def test_sum_is_rounded_once_to_dtype_of_graph() -> None:
     model.graph.initializers["m.weight"].const_value = ir.Tensor(weight, name="m.weight")
     results = folded(model, an_adapter({"m": LoraPair(a=[[0, 0, 1]], b=[[0], [1]], scale=1.0)}))
     assert stored(model, "m.weight").dtype == ml_dtypes.bfloat16
-    assert stored(model, "m.weight")[1, 2] == 256  # 257 lies between 256 and 258, and 256 is even
+    assert stored(model, "m.weight")[1, 2] == 256  # 257 is halfway between 256 and 258, and 256 is even
     assert (results[0].changed, results[0].retention) == (0, 0)
 
 
@@ -125,7 +125,7 @@ def test_dora_scales_each_output_to_its_magnitude(text: str) -> None:
 
 @pytest.mark.parametrize("magnitude", [None, [2, 0.5]])
 def test_embedding_and_convolution_are_folded(magnitude: list[float] | None) -> None:
-    # What finds such places says how they lie; here the test does.
+    # The test sets the layouts of the specs.
     model = a_graph(
         """g (int64[n] ids, float[b, 3, 4] x) => (float[n, 2] rows, float[b, 2, l] y)
         <float[5, 2] words.weight = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1},
@@ -172,9 +172,9 @@ def test_folded_export_equals_pytorch(name: str, optimised: bool) -> None:
     for batch, length in [(1, 5), (3, 12)]:
         feeds = inputs(name, batch, length, seed=2)
         arrays = {key: value.numpy() for key, value in feeds.items()}
-        answer, before = run(made.graph, **arrays), run(base, **arrays)
+        output, before = run(made.graph, **arrays), run(base, **arrays)
         for key, value in eager(reference, feeds).items():
-            np.testing.assert_allclose(answer[key], value, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=1e-5)
             assert np.abs(value - before[key]).max() > 1e-2  # the adapter is seen
 
 
@@ -196,8 +196,8 @@ def test_replaced_head_and_bias_equal_pytorch() -> None:
         reference.get_parameter("classifier.weight").copy_(torch.from_numpy(weight))
         reference.get_parameter("classifier.bias").copy_(torch.from_numpy(bias))
     feeds = inputs("bert", 3, 5, seed=2)
-    answer = run(made.graph, **{key: value.numpy() for key, value in feeds.items()})
-    np.testing.assert_allclose(answer["logits"], eager(reference, feeds)["logits"], rtol=1e-5, atol=1e-5)
+    output = run(made.graph, **{key: value.numpy() for key, value in feeds.items()})
+    np.testing.assert_allclose(output["logits"], eager(reference, feeds)["logits"], rtol=1e-5, atol=1e-5)
 
 
 @EVERY_MODEL

@@ -44,7 +44,7 @@ def test_change_is_added_and_other_tensors_keep_bytes(tmp_path: Path, data: Any)
     for name, before in WEIGHTS.items():
         expected = before if name == "kept.weight" else before + (B @ A).T
         assert np.array_equal(stored(after, name), expected), name
-    assert [(there.weight, there.retention, there.noise) for there in report.results] == [
+    assert [(result.weight, result.retention, result.noise) for result in report.results] == [
         ("up.weight", 1, 0), ("down.weight", 1, 0),
     ]  # fmt: skip
     assert report.copied == WEIGHTS["kept.weight"].nbytes
@@ -82,8 +82,8 @@ def test_record_contains_hashes_of_files_and_adapters(tmp_path: Path, data: Any)
     properties = load_graph(tmp_path / "out/m.onnx").metadata_props
     record = json.loads(properties.pop("lora_export"))
     assert properties == {"author": "somebody"}
-    there = {file.name: {"sha256": file_sha256(file)} for file in tmp_path.iterdir() if file.is_file()}
-    assert record["base"] == there
+    hashes = {file.name: {"sha256": file_sha256(file)} for file in tmp_path.iterdir() if file.is_file()}
+    assert record["base"] == hashes
     assert [entry["sha256"] for entry in record["adapters"]] == [adapter.sha256]
     assert record["settings"]["lora"] == "merged"
 

@@ -1,4 +1,4 @@
-"""What a merge into a graph takes of a machine's memory: the same for weights of any size, quantised ones too."""
+"""The peak memory of a merge into a graph: independent of the size of the weights, quantised ones too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.handmade import peft_adapter
 WIDTH = 4096
 BLOCK = 32
 LIMIT = 200  # MiB
-# Outputs of the head and its rank, outputs of each other layer. Both adapters, which stand in memory, are as large.
+# Outputs of the head, its rank, outputs of each other layer. Both adapters are in memory and have the same size.
 SMALL, LARGE = (14_000, 127, 2_800), (140_000, 16, 28_000)
 
 
@@ -51,8 +51,8 @@ def in_bands(layers: Mapping[str, int]) -> Iterator[tuple[onnx.NodeProto, list[T
         yield helper.make_node("MatMul", ["x", f"w.{name}"], [f"y.{name}"], name=name), []
 
 
-def hollow(path: Path, parts: Iterator[tuple[onnx.NodeProto, list[TensorProto]]]) -> Path:
-    """A graph whose weights are zeros in a file beside it, which takes no room on the disk."""
+def sparse_graph(path: Path, parts: Iterator[tuple[onnx.NodeProto, list[TensorProto]]]) -> Path:
+    """A graph whose weights are zeros in a sparse file beside it."""
     nodes, tensors = [], []
     for node, theirs in parts:
         nodes.append(node)
@@ -90,13 +90,13 @@ def export(graph: Path, adapter: Path, out: Path) -> list[object]:
     ("command", "kind", "layers"),
     [(merge, floats, 32), (merge, four_bits, 8), (merge, in_bands, 4), (export, floats, 32)],
 )
-def test_a_graph_ten_times_as_large_takes_no_more_memory(tmp_path, command, kind, layers):
+def test_ten_times_larger_graph_needs_no_more_memory(tmp_path, command, kind, layers):
     peaks, sizes = [], []
-    for name, (rows, rank, kept) in {"small": SMALL, "large": LARGE}.items():
+    for name, (rows, rank, others) in {"small": SMALL, "large": LARGE}.items():
         if kind is in_bands:  # each of its tensors is made of several passes
-            rows, rank, kept = rows // 5, 2 * rank, kept // 5  # noqa: PLW2901
-        graph = hollow(
-            tmp_path / f"{name}.onnx", kind({"head": rows, **{f"kept.{number}": kept for number in range(layers)}})
+            rows, rank, others = rows // 5, 2 * rank, others // 5  # noqa: PLW2901
+        graph = sparse_graph(
+            tmp_path / f"{name}.onnx", kind({"head": rows, **{f"layer.{number}": others for number in range(layers)}})
         )
         rng = np.random.default_rng(0)
         pair = rng.standard_normal((rank, WIDTH)), rng.standard_normal((rows, rank))

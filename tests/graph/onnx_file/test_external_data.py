@@ -61,17 +61,17 @@ def test_absolute_location_is_refused_even_below_folder(tmp_path: Path) -> None:
         load_graph(graph_with_external_data(tmp_path, location=str(tmp_path / "weights.data")))
 
 
-def symlinked(data: Path, elsewhere: Path) -> None:
-    data.rename(elsewhere)
-    data.symlink_to(elsewhere)
+def symlinked(data: Path, outside: Path) -> None:
+    data.rename(outside)
+    data.symlink_to(outside)
 
 
-def hard_linked(data: Path, elsewhere: Path) -> None:
-    elsewhere.hardlink_to(data)
+def hard_linked(data: Path, outside: Path) -> None:
+    outside.hardlink_to(data)
 
 
-def a_fifo(data: Path, elsewhere: Path) -> None:
-    data.rename(elsewhere)
+def a_fifo(data: Path, outside: Path) -> None:
+    data.rename(outside)
     os.mkfifo(data)
 
 
@@ -80,7 +80,7 @@ def a_fifo(data: Path, elsewhere: Path) -> None:
 def test_links_and_fifos_are_refused(tmp_path: Path, trick: Callable[[Path, Path], None]) -> None:
     (tmp_path / "model").mkdir()
     path = graph_with_external_data(tmp_path / "model")
-    trick(tmp_path / "model" / "weights.data", tmp_path / "elsewhere")
+    trick(tmp_path / "model" / "weights.data", tmp_path / "outside")
     with pytest.raises(InputRefused, match=r"by a copy of the file"):
         load_graph(path)
 
@@ -183,11 +183,11 @@ def test_graph_in_hugging_face_cache_is_read_and_saved(tmp_path: Path) -> None:
 def test_cache_link_outside_own_blobs_is_refused(tmp_path: Path, goal: str) -> None:
     path = cached(tmp_path)
     (tmp_path / "other/blobs").mkdir(parents=True)
-    (tmp_path / "elsewhere").write_bytes(bytes(32))
+    (tmp_path / "outside").write_bytes(bytes(32))
     link = path.parent / "weights.data"
     link.unlink()
     if goal == "blobs/" + "0" * 40:  # a blob that is a link itself
-        (tmp_path / goal).symlink_to(tmp_path / "elsewhere")
+        (tmp_path / goal).symlink_to(tmp_path / "outside")
     else:
         (tmp_path / goal).write_bytes(bytes(32))
     link.symlink_to(Path("../..") / goal)

@@ -100,7 +100,7 @@ def test_invalid_message_is_refused(tmp_path: Path, data: bytes, problem: str) -
 
 
 def test_deeply_nested_messages_are_refused(tmp_path: Path) -> None:
-    message = bytes(LARGE_TENSOR_BYTES)  # the kind of field, 0, matters to nobody: it is within
+    message = bytes(LARGE_TENSOR_BYTES)  # the parser does not reach its content
     for level in range(3 * protobuf_wire.MAX_NESTING):
         message = protobuf_wire._field((6, 5, 1)[level % 3], message)
     path = tmp_path / "m.onnx"

@@ -88,7 +88,7 @@ DEQUANTIZE_WEIGHTS = {
     "by tensor": (INTEGERS.astype(np.int8), "", np.float32(0.5), np.int8(3)),
     "by column": (INTEGERS.astype(np.int8), "<axis = 1>", RNG.random(4, np.float32), None),
     "by row": (INTEGERS.astype(np.int8), "<axis = 0>", RNG.random(6, np.float32), np.arange(6).astype(np.int8)),
-    "axis from behind": (INTEGERS.astype(np.int8), "<axis = -2>", RNG.random(6, np.float32), None),
+    "negative axis": (INTEGERS.astype(np.int8), "<axis = -2>", RNG.random(6, np.float32), None),
     "4 bits in blocks": (
         (INTEGERS + 8).astype(ml_dtypes.uint4), "<axis = 0, block_size = 4>",
         RNG.random((2, 4), np.float32), RNG.integers(0, 16, (2, 4)).astype(ml_dtypes.uint4),

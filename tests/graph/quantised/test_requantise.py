@@ -146,7 +146,7 @@ def test_result_equals_onnxruntime_quantising_merged_weight(
     before, change = dequantised_weight(base), (B @ A).astype(np.float32)
     model, report = merge_requantised(path, peft_adapter(tmp_path / "ad", {"fc": (A, B)}), min_retention=0)
     oracle = quantised(float_graph(tmp_path / "o.onnx", np.ascontiguousarray((before + change).T)), **options)
-    # W' is summed in another order there and here: a few numbers lie on the other side of a half.
+    # W' is summed in another order, so that a few numbers are rounded to the other side.
     assert max(differing(model, oracle).values()) < 0.01
     assert max(differing(model, base).values()) > 0.5
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""A graph in fp64, against NumPy's; and which operators onnxruntime computes so."""
+"""Graphs in fp64, against NumPy, and the operators with an fp64 kernel in onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_export.verification.references.graph_sessions import inferred_types
 from support.graphs import a_graph, quantised, run
 
 DOUBLE, INT, BOOL = TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL
-# What an operator's inputs are, where they are not one fp64 tensor or two; and the attributes that it must have.
+# The types of an operator's inputs, where these are not one or two fp64 tensors.
 INPUTS: dict[str, list[int]] = {
     "BatchNormalization": [DOUBLE] * 5, "Clip": [DOUBLE] * 3, "CumSum": [DOUBLE, INT], "Expand": [DOUBLE, INT],
     "Gather": [DOUBLE, INT], "GatherElements": [DOUBLE, INT], "GatherND": [DOUBLE, INT],
@@ -39,25 +39,23 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {"Concat": {"axis": 0}, "Einsum": {"equa
 
 
 @pytest.mark.parametrize(("domain", "operator"), sorted(FP64_OPERATORS))
-def test_onnxruntime_has_a_kernel_in_fp64_for_every_operator_that_is_said_to_have_one(
-    domain: str, operator: str
-) -> None:
+def test_onnxruntime_has_fp64_kernel_of_every_listed_operator(domain: str, operator: str) -> None:
     kinds = INPUTS.get(operator, [DOUBLE] * (2 if operator in TWO else 1))
     names = [f"x{number}" for number in range(len(kinds))]
     node = helper.make_node(operator, names, ["y"], domain=domain, **ATTRIBUTES.get(operator, {}))
-    given = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, kinds, strict=True)]
-    graph = helper.make_graph([node], "g", given, [onnx.ValueInfoProto(name="y")])
+    inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, kinds, strict=True)]
+    graph = helper.make_graph([node], "g", inputs, [onnx.ValueInfoProto(name="y")])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(MICROSOFT, 1)]
     message = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    session = onnxruntime.InferenceSession(message, providers=["CPUExecutionProvider"])  # raises where there is none
+    session = onnxruntime.InferenceSession(message, providers=["CPUExecutionProvider"])  # raises without such a kernel
     assert [value.name for value in session.get_inputs()] == names
 
 
 def in_fp64(model: ir.Model, **feeds: Any) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """The first output of the graph made wide, and what stayed narrow."""
-    stayed = widen(model, inferred_types)
-    (answer, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
-    return answer, stayed
+    """The first output of the widened graph, and the operators that stayed narrow."""
+    narrow = widen(model, inferred_types)
+    (output, *_) = OnnxRunner(InMemoryGraph("wide", *in_memory(model)), optimise=False).run(feeds).values()
+    return output, narrow
 
 
 LAYERS = """
@@ -71,8 +69,8 @@ mlp (float[b, 4] x) => (float[b, 3] y)
 """
 
 
-def given(model: ir.Model, dtype: Any = np.float32) -> dict[str, NDArray[Any]]:
-    """Random numbers for every initializer, in the graph and out of it."""
+def fill_randomly(model: ir.Model, dtype: Any = np.float32) -> dict[str, NDArray[Any]]:
+    """Fill every initializer with random numbers. Returns the arrays by name."""
     rng = np.random.default_rng(0)
     arrays = {}
     for name, value in model.graph.initializers.items():
@@ -86,56 +84,56 @@ def layers() -> tuple[ir.Model, dict[str, NDArray[Any]], NDArray[np.float32]]:
     model = a_graph(LAYERS.replace("<float[4, 8] w", "<float[4, 8] w = {0}").replace("float[8] c", "float[8] c = {0}")
                     .replace("float[3, 8] v", "float[3, 8] v = {0}"))  # fmt: skip
     x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
-    return model, given(model), x
+    return model, fill_randomly(model), x
 
 
-def test_a_wide_graph_is_numpys_fp64_and_keeps_its_inputs_and_weights() -> None:
+def test_wide_graph_equals_numpy_and_keeps_stored_dtypes() -> None:
     model, held, x = layers()
     w, c, v, wide_x = (array.astype(np.float64) for array in (held["w"], held["c"], held["v"], x))
     expected = 0.5 * np.tanh(wide_x @ w + c) @ v.T
-    narrow = run(model, x=x)["y"]
-    answer, stayed = in_fp64(model, x=x)
-    assert answer.dtype == np.float64 and stayed == ()
-    assert np.abs(answer - expected).max() < 1e-15 < 1e-9 < np.abs(narrow - expected).max()
+    in_fp32 = run(model, x=x)["y"]
+    output, narrow = in_fp64(model, x=x)
+    assert output.dtype == np.float64 and narrow == ()
+    assert np.abs(output - expected).max() < 1e-15 < 1e-9 < np.abs(in_fp32 - expected).max()
     assert {name: model.graph.initializers[name].dtype for name in held} == dict.fromkeys(held, ir.DataType.FLOAT)
 
 
-def test_an_operator_without_fp64_stays_and_is_named() -> None:
+def test_operator_without_fp64_kernel_stays_and_is_reported() -> None:
     model, held, x = layers()
     (tanh,) = (node for node in model.graph if node.op_type == "Tanh")
     tanh.op_type = "Erf"
-    answer, stayed = in_fp64(model, x=x)
-    assert stayed == ("Erf",)
+    output, narrow = in_fp64(model, x=x)
+    assert narrow == ("Erf",)
     hidden = x.astype(np.float64) @ held["w"].astype(np.float64) + held["c"]
     active = run(a_graph("g (float[n, m] x) => (float[n, m] y) { y = Erf(x) }"), x=hidden.astype(np.float32))["y"]
-    assert np.abs(answer - 0.5 * active.astype(np.float64) @ held["v"].T.astype(np.float64)).max() < 1e-15
+    assert np.abs(output - 0.5 * active.astype(np.float64) @ held["v"].T.astype(np.float64)).max() < 1e-15
 
 
-def test_an_operator_that_stays_is_given_the_half_precision_that_it_had_and_its_output_is_handed_out_wide() -> None:
+def test_narrow_operator_keeps_half_precision_and_outputs_fp64() -> None:
     body = "g (float16[n] x) => (float16[n] y, float16[n] z) { twice = Add(x, x) y = Erf(twice) z = Neg(y) }"
     model = a_graph(body)
-    answer, stayed = in_fp64(model, x=np.array([0.25, 0.3, 2.0], np.float16))
+    output, narrow = in_fp64(model, x=np.array([0.25, 0.3, 2.0], np.float16))
     (erf,) = (node for node in model.graph if node.op_type == "Erf")
-    assert stayed == ("Erf",) and erf.inputs[0] is not None
+    assert narrow == ("Erf",) and erf.inputs[0] is not None
     assert erf.inputs[0].dtype is erf.outputs[0].dtype is ir.DataType.FLOAT16
-    assert answer.dtype == np.float64 and [output.name for output in model.graph.outputs] == ["y", "z"]
+    assert output.dtype == np.float64 and [output.name for output in model.graph.outputs] == ["y", "z"]
 
 
-def test_a_cast_to_half_precision_does_not_round_unless_that_is_meant() -> None:
+def test_cast_to_half_precision_rounds_only_if_intended() -> None:
     def graph() -> ir.Model:
         body = "g (float[n] x) => (float[n] y) { half = Cast<to: int = 10>(x) y = Cast<to: int = 1>(half) }"
         return a_graph(body)
 
     x = np.array([1.0001, 3.14159], np.float32)
-    answer, stayed = in_fp64(graph(), x=x)
-    assert np.array_equal(answer, x.astype(np.float64)) and stayed == ()
-    meant = graph()
-    next(iter(meant.graph)).metadata_props[KEEPS_ROUNDING] = "once"
-    answer, _ = in_fp64(meant, x=x)
-    assert np.array_equal(answer, x.astype(np.float16).astype(np.float64))
+    output, narrow = in_fp64(graph(), x=x)
+    assert np.array_equal(output, x.astype(np.float64)) and narrow == ()
+    rounding = graph()
+    next(iter(rounding.graph)).metadata_props[KEEPS_ROUNDING] = "once"
+    output, _ = in_fp64(rounding, x=x)
+    assert np.array_equal(output, x.astype(np.float16).astype(np.float64))
 
 
-def test_what_an_inner_graph_reads_is_what_it_was() -> None:
+def test_subgraph_reads_values_in_former_dtype() -> None:
     model = a_graph("""
         g (float[n] x, bool c) => (float[n] y) {
             twice = Add(x, x)
@@ -145,35 +143,35 @@ def test_what_an_inner_graph_reads_is_what_it_was() -> None:
         }
     """)
     x = np.array([0.25, 2.0], np.float32)
-    answer, stayed = in_fp64(model, x=x, c=np.array(False))
-    assert np.array_equal(answer, (2 * x.astype(np.float64)) ** 2) and stayed == ("If",)
+    output, narrow = in_fp64(model, x=x, c=np.array(False))
+    assert np.array_equal(output, (2 * x.astype(np.float64)) ** 2) and narrow == ("If",)
 
 
-def test_types_that_the_graph_does_not_tell_are_asked_for() -> None:
+def test_missing_types_are_inferred() -> None:
     model, held, x = layers()
     for node in model.graph:
         for output in node.outputs:
             if not output.is_graph_output():
                 output.type = None
-    answer, _ = in_fp64(model, x=x)
+    output, _ = in_fp64(model, x=x)
     hidden = np.tanh(x.astype(np.float64) @ held["w"].astype(np.float64) + held["c"])
-    assert np.abs(answer - 0.5 * hidden @ held["v"].T.astype(np.float64)).max() < 1e-15
+    assert np.abs(output - 0.5 * hidden @ held["v"].T.astype(np.float64)).max() < 1e-15
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bits_become_the_weight_that_they_stand_for(bits: int) -> None:
+def test_matmul_nbits_becomes_matmul_by_dequantised_weight(bits: int) -> None:
     model, _, x = layers()
     small = quantised(model, bits=bits, block=16)
     (node,) = (node for node in small.graph if node.op_type == "MatMulNBits")
     (found,) = (site for site in find_sites(small).unnamed if site.node is node)
     weight = found.matrix.astype(np.float64)  # (out, in)
     held = {name: value.const_value.numpy() for name, value in small.graph.initializers.items() if value.const_value}
-    answer, stayed = in_fp64(small, x=x)
+    output, narrow = in_fp64(small, x=x)
     expected = 0.5 * np.tanh(x.astype(np.float64) @ weight.T + held["c"]) @ held["v"].T.astype(np.float64)
-    assert np.abs(answer - expected).max() < 1e-15 and stayed == ()
+    assert np.abs(output - expected).max() < 1e-15 and narrow == ()
 
 
-def test_what_only_constants_lead_to_stands_before_all_others_in_its_order() -> None:
+def test_nodes_of_constants_move_to_the_beginning() -> None:
     model = a_graph("""
         g (float[N,2] x) => (float[N,2] y)
         <float[2,2] a = {1,2,3,4}, float[2,2] b = {1,0,1,1}>
