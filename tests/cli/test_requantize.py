@@ -36,7 +36,7 @@ def test_adapter_lost_in_four_bits_is_refused_with_advice(tmp_path: Path, capsys
     assert "onnx MODEL.onnx --lora nodes" in message and "merge into the float model" in message
     assert "float32" not in message
     assert folder_contents(tmp_path) == before
-    # The refusal is true: the expected_retention_and_noise, with nothing refused, are those of values is written.
+    # With nothing refused, the reported statistics are those of the written file.
     assert cli.run(merge_command(path, adapter, "--requantize", "--min-retention", "0", "--json")) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     after = dequantised_weight(load_graph(tmp_path / "merged.onnx"))

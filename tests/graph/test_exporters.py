@@ -36,7 +36,7 @@ def assert_names_match_content(found: Sites, name: str, *, prefix: str = "", dty
     """Each named site holds the weight of this name."""
     weights = linear_weights(model_of(name))
     for site in found.linear:
-        expected = weights[site.name.removeprefix(prefix)]  # KeyError: no such layer
+        expected = weights[site.name.removeprefix(prefix)]  # a KeyError means a wrong name
         assert site.matrix.shape == expected.shape, site.name
         assert np.array_equal(site.matrix, expected.astype(dtype).astype(site.matrix.dtype)), site.name
 
@@ -94,5 +94,5 @@ def test_half_precision_graph_is_named_by_float32_base(name: str, after: str, tm
     found = find_sites(load_graph(tmp_path / "after.onnx" if after else path), open_checkpoint(checkpoint_of(name)))
     assert_names_match_content(found, name, dtype=np.float16)
     assert {site.name for site in found.linear} == linear_weights(model_of(name)).keys()
-    # The exporter stores some of what it folded as float32, rounded to half precision all the same.
+    # The exporter stores some folded weights in float32, rounded to half precision.
     assert {spec.dtype for spec in found.specs} == {"float16", "float32"}

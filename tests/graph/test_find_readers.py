@@ -142,7 +142,7 @@ def test_convolution_kernel_has_layout_of_parameter() -> None:
     pair = LoraPair(a=np.ones((1, 3, 2)), b=np.float32([[1], [2]]).reshape(2, 1, 1), scale=1.0)
     fold(model, found, plan.make([an_adapter({"c": pair})], found.specs))
     after = kernel + np.float32([1, 2])[:, None, None]
-    windows = np.lib.stride_tricks.sliding_window_view(x, 2, axis=2)  # (batch, in, place, kernel)
+    windows = np.lib.stride_tricks.sliding_window_view(x, 2, axis=2)  # (batch, in, position, kernel)
     np.testing.assert_allclose(run(model, x=x)["y"], np.einsum("bilk,oik->bol", windows, after), rtol=1e-5)
 
 

@@ -269,7 +269,7 @@ def with_weights(module: peft.PeftModel, weights: dict[str, Any]) -> peft.PeftMo
     return changed
 
 
-# --- through the command, without a PyTorch model ---
+# --- the command, without a PyTorch model ---
 
 
 @slow

@@ -45,7 +45,7 @@ def test_adapter_is_added_when_passed() -> None:
     assert np.array_equal(fed["m.lora_A.weight"], [[1], [0], [-1]])
     assert np.array_equal(fed["m.lora_B.weight"], [[1 * 2 * 0.5, 2 * 2 * 0.5]])
     assert run(model, x=X)["y"].tobytes() == before.tobytes()
-    # x A^T = [-1, -1], times 0.5 s B^T = [1, 2], times what the last node multiplies by
+    # x A^T = [-1, -1], times 0.5 s B^T = [1, 2], times `other.bias` of the last node
     assert np.array_equal(run(model, x=X, **fed)["y"], before + np.float32([[-1 * 7, -2 * 8]] * 2))
 
 
@@ -67,7 +67,7 @@ def test_two_pairs_on_one_weight_are_concatenated() -> None:
         contract, an_adapter({"m": PAIR, "m.weight": LoraPair(a=[[0, 1, 0], [1, 0, 0]], b=[[1, 0], [0, 1]], scale=3.0)})
     )
     assert fed["m.lora_A.weight"].shape == (3, 3)
-    # beside [[7, 17], [7, 17]]: 3 [x1, x0]
+    # [[7, 17], [7, 17]] by PAIR, plus 3 [x1, x0] by the other pair
     assert np.array_equal(run(model, x=X, **fed)["y"], [[7 + 3, 17 + 3], [7 + 9, 17 + 0]])
 
 
@@ -83,7 +83,7 @@ def test_inputs_and_their_values_have_dtype_of_weight(dtype: str) -> None:
     assert {str(value.dtype.numpy()) for value in model.graph.inputs} == {dtype}
     fed = adapter_inputs(contract, an_adapter({"m": PAIR}))
     assert {str(array.dtype) for array in fed.values()} == {dtype}
-    if dtype == "float16":  # onnxruntime's CPU has no MatMul for the other
+    if dtype == "float16":  # onnxruntime's CPU provider has no MatMul in bfloat16
         assert np.array_equal(run(model, x=X.astype(dtype), **fed)["y"], [[7, 17], [7, 17]])
 
 
@@ -144,7 +144,7 @@ def test_adapter_beyond_low_rank_is_refused_by_name(adapter: Adapter, message: s
 
 
 def random_adapter(contract: Contract, *, seed: int = 1) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """A pair of its own rank at each slot, and the change of each weight in the model's own layout."""
+    """A pair with a rank of its own for each slot, and ΔW by weight in the layout of the model."""
     rng = np.random.default_rng(seed)
     pairs, changes = {}, {}
     for number, slot in enumerate(contract.slots):
@@ -183,7 +183,7 @@ def test_dora_without_input_for_factor_is_refused() -> None:
 
 
 def test_default_of_convolution_has_one_rank_of_zeros() -> None:
-    # Over no channels at all, onnxruntime's convolution returns whatever was in its memory before.
+    # onnxruntime's convolution over no channels does not set its output.
     model = a_graph("""
         g (float[N,2,L] x) => (float[N,3,M] y) <float[3,2,2] c.weight = {1,2,3,4,5,6,7,8,9,1,2,3}>
         { [n] y = Conv(x, c.weight) }""")

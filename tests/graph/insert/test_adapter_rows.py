@@ -26,7 +26,7 @@ def test_each_row_has_its_own_adapter() -> None:
     with_rows(
         model, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"), strengths=[1.0, -1.0]
     )
-    # x W^T = [9, 21] for both rows; PAIR adds [-2, -4] to both, OTHER_PAIR takes 3 [x1, x0] away
+    # x W^T = [9, 21] for both rows; PAIR adds [-2, -4] to both, OTHER_PAIR subtracts 3 [x1, x0]
     expected = {0: [[9, 21]] * 2, 1: [[7, 17]] * 2, 2: [[9 - 3, 21 - 3], [9 - 9, 21]]}
     for first in range(3):
         for second in range(3):
@@ -107,7 +107,7 @@ def test_overflow_and_second_insertion_are_refused() -> None:
 
 
 def random_adapter(model: ir.Model, name: str, *, rank: int, every: int) -> tuple[Adapter, dict[str, NDArray[Any]]]:
-    """A pair for every so many of the linear layers, and the change of each weight."""
+    """A pair for every n-th linear layer (n is `every`), and ΔW by weight."""
     rng = np.random.default_rng(rank)
     pairs, changes = {}, {}
     for spec in linear_specs(model)[::every]:
@@ -137,6 +137,6 @@ def test_mixed_batch_of_export_equals_pytorch_row_by_row(name: str) -> None:
         for key, value in output.items():
             expected = np.stack([alone[adapter][key][row] for row, adapter in enumerate(chosen)])
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
-            assert np.abs(expected - before[key]).max() > 1e-2  # the adapters are seen
+            assert np.abs(expected - before[key]).max() > 1e-2
         off = run(made.graph, **arrays, adapter_ids=row_ids(*[0] * batch))
         assert all(off[key].tobytes() == value.tobytes() for key, value in before.items())

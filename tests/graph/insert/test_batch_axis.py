@@ -34,7 +34,7 @@ def test_batch_is_found_on_any_axis(sizes: str) -> None:
 
 
 def whole_numbers(sizes: str) -> NDArray[np.float32]:
-    """Small ones, in an array with these dimensions: a batch N of 3, S of 5, T of 2."""
+    """An array of small whole numbers with these dimensions: a batch N of 3, S of 5, T of 2."""
     shape = [{"N": 3, "S": 5, "T": 2}.get(size) or int(size) for size in sizes.split(",")]
     return np.random.default_rng(0).integers(-3, 4, shape).astype(np.float32)
 
@@ -49,7 +49,7 @@ def test_batch_of_flattened_rows_is_found(before: str) -> None:
     with_rows(model, an_adapter({"m": PAIR}, name="one"), an_adapter({"m": OTHER_PAIR}, name="two"))
     x = whole_numbers(before)
     numbers = np.arange(3).reshape([-1 if size == "N" else 1 for size in before.split(",")])
-    origin = np.broadcast_to(numbers, x.shape).reshape(-1, 3)[:, 0]  # of each flat row: its place in the batch
+    origin = np.broadcast_to(numbers, x.shape).reshape(-1, 3)[:, 0]  # the batch row of each flattened row
     change = [OTHER_PAIR.delta(), 0, PAIR.delta()]
     expected = [row @ (W + change[of]).T for row, of in zip(x.reshape(-1, 3), origin, strict=True)]
     output = run(model, t=x, other_input=np.zeros(3, np.float32), adapter_ids=row_ids(2, 0, 1))["y"]
@@ -67,7 +67,7 @@ def test_batch_of_flattened_rows_is_found(before: str) -> None:
         ("N,N,3", "y = MatMul(t, m.weight)", r"its input has the shape \[N,N,3\]"),
         ("3,N", "y = Gemm <transA = 1> (t, m.weight)", "transposes or scales"),
         ("N,3", "y = Gemm <alpha = 2.0> (t, m.weight)", "transposes or scales"),
-        ("S,N,T,3", "y = MatMul(r, m.weight)", "its input has the shape"),  # r is t, its rows flattened
+        ("S,N,T,3", "y = MatMul(r, m.weight)", "its input has the shape"),  # r is t with flattened rows
         ("S,K,3", "y = MatMul(r, m.weight)", "its input has the shape"),
         ("N,S,N,3", "y = MatMul(r, m.weight)", "its input has the shape"),
     ],

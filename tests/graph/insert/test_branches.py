@@ -97,7 +97,7 @@ def test_embeddings_of_export_equal_pytorch(dora: bool) -> None:
 
 
 class Strided(nn.Module):
-    """Convolutions over one, two and three dimensions, one with everything that a convolution can have."""
+    """Convolutions over one, two and three dimensions, with strides, paddings and dilations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def test_readers_in_two_dtypes_have_branches_in_both(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["nodes", "inputs", "rows"])
 def test_bfloat16_block_is_padded_in_float32(mode: str) -> None:
-    # onnxruntime's CPU computes nothing in bfloat16, and its Pad has no kernel for it anywhere: ONNX's own definition.
+    # onnxruntime's CPU provider has no bfloat16, and no provider has a Pad in it: the reference evaluator runs it.
     model = a_graph("""
         g (float[N,3] x) => (float[N,4] y) <float[3,4] W = {1,4,2,5,3,6,1,2,3,4,5,6}>
         { [n] y = MatMul(x, W) }""")

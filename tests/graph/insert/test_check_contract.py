@@ -25,7 +25,7 @@ from support.small_graphs import SQUARE
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A graph of two layers with a slot at the first."""
+    """A file with a graph of two layers, the first of which takes adapters."""
     model = a_graph("""
         g (float[N,3] x) => (float[N,2] y)
         <float[3,2] m.weight = {1,4,2,5,3,6}, float[2,2] n.weight = {1,0,0,1}>
@@ -127,7 +127,7 @@ def test_block_changed_after_insertion_is_refused(tmp_path: Path, bits: int, nam
     insert_inputs(model, found, ["k.weight"])
     value = model.graph.initializers[name]
     changed = value.const_value.numpy().copy()
-    changed[-1] += 1  # k's
+    changed[-1] += 1  # a row of k
     value.const_value = ir.Tensor(changed, name=name)
     with pytest.raises(InputRefused, match=r"k\.weight: differs from the weight for which"):
         checked_contract(model, Path("x.onnx"))
@@ -145,7 +145,7 @@ def test_graph_quantised_after_insertion_is_accepted() -> None:
 
 
 def quantised_later(model: ir.Model) -> ir.Model:
-    """As a quantiser would do it that leaves the inputs for adapters alone."""
+    """The graph with inputs for adapters, quantised afterwards by a tool that keeps these inputs."""
     weight = RNG.normal(size=(32, 4)).astype(np.float32)
     model.graph.initializers["m.weight"].const_value = ir.Tensor(weight, name="m.weight")
     four = quantised(model.clone())

@@ -89,11 +89,13 @@ def test_dora_norm_is_that_of_dequantised_weight(as_pairs: bool, bias: bool) -> 
         model.graph[0].resize_inputs(6)
         model.graph[0].replace_input_with(5, new_initializer(model, "m.bias", ir.Tensor(shift)))
     (site,) = find_sites(model).by_name["m.weight"]
-    assert np.linalg.norm(site.matrix - weight) > 0.05 * np.linalg.norm(weight)  # they differ, and so do the lengths
+    assert np.linalg.norm(site.matrix - weight) > 0.05 * np.linalg.norm(
+        weight
+    )  # the dequantised weight has other norms
     pair = LoraPair(a=rng.normal(size=(2, 40)), b=rng.normal(size=(6, 2)), scale=0.5, magnitude=np.arange(6) - 2.5)
     total = site.matrix.astype(np.float64) + pair.delta()
     x, before = rng.normal(size=(5, 40)).astype(np.float32), contents(model)
-    # onnxruntime rounds x too where it fuses the two nodes: its own base is the base here.
+    # onnxruntime rounds x too where it fuses the two nodes, so the base is what onnxruntime computes.
     expected = run(model, x=x)["y"] - shift + x @ pair.delta().T.astype(np.float64)
     expected = expected * (pair.magnitude / np.linalg.norm(total, axis=1)) + shift
     with_nodes(model, an_adapter({"m": pair}))

@@ -45,7 +45,7 @@ def a_pair(rank: int, *, dora: bool = False) -> LoraPair:
     return LoraPair(a=a, b=b, scale=0.5, magnitude=RNG.uniform(4, 12, HIDDEN) if dora else None)
 
 
-# q by DoRA, v plainly; k stays.
+# DoRA for q, LoRA for v, nothing for k.
 PAIRS = {"q": a_pair(3, dora=True), "v": a_pair(2)}
 
 

@@ -107,10 +107,10 @@ class InsertedAdapters:
         return run(graph, **self.feeds_for(number, feeds))["y"]
 
     def by_reference_evaluator(self, number: int, **feeds: Any) -> NDArray[Any]:
-        """What ONNX's reference implementation computes."""
+        """The output of ONNX's reference evaluator."""
         evaluator = onnx.reference.ReferenceEvaluator(ir.to_proto(self.graphs[number]))
         fed = self.feeds_for(number, feeds)
-        if self.mode == "inputs" and not number:  # it knows no optional inputs
+        if self.mode == "inputs" and not number:  # the evaluator has no optional inputs
             fed |= {name: self.graphs[0].graph.initializers[name].const_value.numpy() for name in self.input_values[0]}
         (output,) = evaluator.run(None, fed)
         return output
@@ -118,14 +118,14 @@ class InsertedAdapters:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A graph of one layer, and what it computes by NumPy for weights in the (out, in, ...) view."""
+    """A graph of one layer, its inputs, and its weights in the (out, in, ...) view."""
 
     graph: ir.Model
     feeds: Arrays
     base: Mapping[str, NDArray[Any]]  # module -> weight (out, in, ...)
     embedding: bool = False
     bias: NDArray[Any] | float = 0.0
-    standard: bool = True  # whether it is all ONNX's own operators
+    standard: bool = True  # whether all operators are those of ONNX
 
     @property
     def is_convolution(self) -> bool:
@@ -251,9 +251,9 @@ def two_adapters(layer: Layer, *, dora: bool) -> tuple[Adapter, Adapter]:
 
 
 def expected_output(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[Any]) -> NDArray[np.float64]:
-    """What the layer computes with an adapter, in NumPy's fp64, beside what onnxruntime's base computed.
+    """The output of the layer with an adapter, by NumPy in fp64, from the base output of onnxruntime.
 
-    The base's own output is taken as it is: onnxruntime rounds x too beside some quantised weights.
+    The base output is that of onnxruntime, which rounds x too for some quantised weights.
     """
     output = base.astype(np.float64) - layer.bias
     first = 0
@@ -263,7 +263,7 @@ def expected_output(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[
         pair = adapter.pairs.get(module)
         if pair is None:
             continue
-        stored = site.array.T if layer.embedding else site.matrix  # as a quantised one computes
+        stored = site.array.T if layer.embedding else site.matrix  # dequantised, where it is quantised
         total = stored.astype(np.float64) + pair.delta()
         factor = 1.0
         if pair.magnitude is not None:
@@ -275,7 +275,7 @@ def expected_output(layer: Layer, found: Sites, adapter: Adapter, base: NDArray[
 
 
 def layer_output(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float64]:
-    """The layer with other weights, without its bias."""
+    """The output of the layer with this weight and without its bias."""
     x = layer.feeds["x"]
     if layer.embedding:
         return weight.T.astype(np.float64)[x]
@@ -288,7 +288,7 @@ def layer_output(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def by_rows(layer: Layer, outputs: Sequence[NDArray[Any]], number: Sequence[int]) -> NDArray[Any]:
-    """Each row of the batch out of its own adapter's output."""
+    """Each row of the batch from the output of its own adapter."""
     split = [output.reshape(BATCH, -1, *output.shape[1:]) for output in outputs]
     mixed = np.stack([split[number][row] for row, number in enumerate(number)])
     return mixed.reshape(outputs[0].shape)
@@ -354,7 +354,7 @@ def qlora(folder: Path, *, as_pairs: bool) -> tuple[ir.Model, Sites, nn.Module]:
     )  # fmt: skip
     graph = quantised(graph, as_pairs=as_pairs)
     for number, node in enumerate(graph.graph):
-        node.name = node.name or f"node_{number}"  # to be message apart by
+        node.name = node.name or f"node_{number}"  # InsertedAdapters finds nodes by name
     found = find_sites(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
     with torch.no_grad():
         for name in ("up.weight", "down.weight"):
@@ -384,7 +384,7 @@ def test_qlora_adapter_equals_peft_on_dequantised_weights(
         on = model(torch.from_numpy(x)).numpy()
         with model.disable_adapter():
             off = model(torch.from_numpy(x)).numpy()
-    # onnxruntime rounds what enters a MatMulNBits that it made of a DequantizeLinear to 8 bits.
+    # onnxruntime rounds the input of a MatMulNBits to 8 bits where it made it of a DequantizeLinear.
     close = {"rtol": 1e-4, "atol": 0.03 if as_pairs else 1e-5}
     np.testing.assert_allclose(inserted.output(1, x=x), on, **close)
     np.testing.assert_allclose(inserted.output(0, x=x), off, **close)

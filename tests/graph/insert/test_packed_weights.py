@@ -81,7 +81,7 @@ def a_pair(name: str, *, rank: int = 2, dora: bool = False) -> LoraPair:
 
 
 def outputs(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """What a graph computes without the adapter, and with it."""
+    """The outputs of a graph without the adapter and with it."""
     off, fed = run(model, x=X)["y"], dict[str, Any]()
     steps = plan.make([an_adapter(pairs)], found.specs, one_at_a_time=mode != "nodes")
     if mode == "nodes":
@@ -103,7 +103,7 @@ def outputs(mode: str, model: ir.Model, found: Sites, pairs: dict[str, LoraPair]
 def expected_output(
     off: NDArray[Any], found: Sites, pairs: dict[str, LoraPair], bias: Any = 0.0
 ) -> NDArray[np.float64]:
-    """By NumPy in fp64, from what the graph computed without an adapter."""
+    """The output with adapters, by NumPy in fp64, from the output without them."""
     expected = off.astype(np.float64) - bias
     for name, pair in pairs.items():
         own = slice(BLOCKS[name].start, BLOCKS[name].stop)

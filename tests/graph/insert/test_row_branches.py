@@ -44,7 +44,7 @@ def test_infinity_of_other_adapter_does_not_reach_row(rows: int) -> None:
     model = a_graph(SEQUENCES)
     huge = LoraPair(a=[[3e38, 3e38, 3e38]], b=[[1e-38], [1e-38]], scale=1.0)
     with_rows(model, an_adapter({"m": huge}, name="huge"), an_adapter({"m": PAIR}, name="one"))
-    x = np.full((rows, 1, 3), 2, np.float32)  # by the first adapter's A it is more than a float can be
+    x = np.full((rows, 1, 3), 2, np.float32)  # times the first adapter's A this overflows
     x[1:, 0, 0] = np.inf
     output = run(model, x=x, adapter_ids=np.full(rows, 2))["y"]
     assert np.array_equal(output[0], x[0] @ (W + PAIR.delta()).T)

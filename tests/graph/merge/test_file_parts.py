@@ -61,7 +61,7 @@ def test_initializers_in_unusual_order_are_found(tmp_path: Path) -> None:
     inner.CopyFrom(model.graph)
     inner.ClearField("initializer")
     inner.ClearField("node")
-    # Initializers before the nodes that read them, and in two parts: protobuf joins what it finds.
+    # Initializers before the nodes that read them, and in two messages, which protobuf joins.
     first, second = (onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])) for tensor in reordered[:2])
     rest = onnx.ModelProto(graph=onnx.GraphProto(initializer=reordered[2:], node=model.graph.node))
     inner_model = onnx.ModelProto(graph=inner)

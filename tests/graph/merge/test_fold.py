@@ -71,7 +71,7 @@ def test_bias_is_changed() -> None:
 
 def test_whole_tensor_replaces_weight_in_its_stored_layout() -> None:
     model = a_graph(LINEAR.replace("m.weight", "val_1"), modules={"n": "m"})
-    whole = np.float64([[1, 2, 3], [4, 5, 7]])  # (out, in), as the model has it
+    whole = np.float64([[1, 2, 3], [4, 5, 7]])  # (out, in), the layout of the model
     folded(model, an_adapter({}, replaced={"m.weight": whole, "other.bias": np.float32([1, 2])}))
     assert np.array_equal(stored(model, "val_1"), [[1, 4], [2, 5], [3, 7]])
     assert stored(model, "val_1").dtype == np.float32
@@ -80,7 +80,7 @@ def test_whole_tensor_replaces_weight_in_its_stored_layout() -> None:
 
 def test_whole_conv1d_weight_is_stored_unchanged() -> None:
     model = a_graph(LINEAR)
-    whole = np.arange(6, dtype=np.float32).reshape(3, 2)  # (in, out), as transformers' Conv1D has it
+    whole = np.arange(6, dtype=np.float32).reshape(3, 2)  # (in, out), the layout of transformers' Conv1D
     folded(model, an_adapter({}, replaced={"m.weight": whole}))
     assert np.array_equal(stored(model, "m.weight"), whole)
 
@@ -175,7 +175,7 @@ def test_folded_export_equals_pytorch(name: str, optimised: bool) -> None:
         output, before = run(made.graph, **arrays), run(base, **arrays)
         for key, value in eager(reference, feeds).items():
             np.testing.assert_allclose(output[key], value, rtol=1e-4, atol=1e-5)
-            assert np.abs(value - before[key]).max() > 1e-2  # the adapter is seen
+            assert np.abs(value - before[key]).max() > 1e-2
 
 
 def test_layer_before_batch_norm_equals_pytorch() -> None:

@@ -187,7 +187,7 @@ def test_merged_export_equals_folded_one_and_pytorch(
     name: str, inline: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "MAX_INLINE_BYTES", inline)
-    monkeypatch.setattr(block_copy, "BLOCK", 1 << 21)  # products in blocks may be rounded otherwise
+    monkeypatch.setattr(block_copy, "BLOCK", 1 << 21)  # products of smaller blocks may be rounded differently
     made = exported(name)
     adapter, changes = random_adapter(made.graph)
     save_graph(made.graph, tmp_path, "m.onnx")

@@ -40,7 +40,7 @@ def four_bits(layers: Mapping[str, int]) -> Iterator[tuple[onnx.NodeProto, list[
 
 
 def in_bands(layers: Mapping[str, int]) -> Iterator[tuple[onnx.NodeProto, list[TensorProto]]]:
-    """Scales for 128 rows each, which are more than a block of memory."""
+    """Scales that 128 rows share, which are longer than a block."""
     for name, rows in layers.items():
         levels = TensorProto(name=f"{name}.weight_quantized", data_type=TensorProto.INT8, dims=[WIDTH, rows])
         scales = TensorProto(name=f"{name}.weight_scale", data_type=TensorProto.FLOAT16, dims=[WIDTH // 128, rows])
@@ -81,7 +81,7 @@ def merge(graph: Path, adapter: Path, out: Path) -> list[object]:
 
 
 def export(graph: Path, adapter: Path, out: Path) -> list[object]:
-    """Without the proof, for which onnxruntime reads the whole graph."""
+    """The command without verification, for which onnxruntime reads the whole graph."""
     return ["onnx", graph, "-a", adapter, "-o", out, "--lora", "merged", "--no-verify"]
 
 
@@ -93,7 +93,7 @@ def export(graph: Path, adapter: Path, out: Path) -> list[object]:
 def test_ten_times_larger_graph_needs_no_more_memory(tmp_path, command, kind, layers):
     peaks, sizes = [], []
     for name, (rows, rank, others) in {"small": SMALL, "large": LARGE}.items():
-        if kind is in_bands:  # each of its tensors is made of several passes
+        if kind is in_bands:  # each of its tensors needs several passes
             rows, rank, others = rows // 5, 2 * rank, others // 5  # noqa: PLW2901
         graph = sparse_graph(
             tmp_path / f"{name}.onnx", kind({"head": rows, **{f"layer.{number}": others for number in range(layers)}})

@@ -83,7 +83,7 @@ def test_weight_is_found_after_rounding_to_half_precision(tmp_path: Path, half: 
 
 @pytest.mark.parametrize("tile", [4096, content_match.TILE_BYTES])
 def test_one_different_entry_prevents_match(tmp_path: Path, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside the sample, too: what agrees base_name is compared whole."""
+    """Also outside of the sample: tensors whose samples agree are compared in full."""
     monkeypatch.setattr(content_match, "TILE_BYTES", tile)
     weight = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
     checkpoint = base_checkpoint(tmp_path, {"a.weight": weight})

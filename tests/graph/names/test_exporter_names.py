@@ -90,7 +90,7 @@ def test_merged_equal_tensors_are_named_by_their_modules() -> None:
 
 
 def test_reader_in_another_module_keeps_rest_of_name() -> None:
-    """nn.MultiheadAttention itself reads its out_proj's weight."""
+    """nn.MultiheadAttention itself reads the weight of its out_proj."""
     body = SHARED.replace("layers.0.fc.weight", "a.out_proj.weight")
     found = find_sites(a_graph(body, modules={"first": "a", "second": "b"}))
     assert list(found.by_name) == ["a.out_proj.weight", "b.out_proj.weight"]
@@ -151,7 +151,7 @@ def test_matrix_read_in_two_layouts_is_unnamed() -> None:
 
 
 def test_names_of_genai_builder_are_no_parameters() -> None:
-    """onnxruntime-genai calls every model's attention `attn`, whatever the model calls it."""
+    """onnxruntime-genai calls the attention of every model `attn`."""
     model = graph_reading("y = MatMul(x, W)", Layout.IN_OUT)
     model.graph.initializers["m.weight"].name = "model.layers.0.attn.o_proj.MatMul.weight"
     model.graph[0].name = "/model/layers.0/attn/o_proj/MatMul"

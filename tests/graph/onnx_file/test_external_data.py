@@ -155,7 +155,7 @@ def test_data_of_nodes_is_checked_too(tmp_path: Path, where: str, location: str)
 
 
 def cached(hub: Path) -> Path:
-    """The graph with external data as a Hugging Face cache keeps it; returns the link to the graph."""
+    """The graph with external data in a Hugging Face cache. Returns the link to the graph."""
     made = hub / "made"
     made.mkdir()
     graph_with_external_data(made)

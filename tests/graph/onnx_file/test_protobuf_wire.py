@@ -16,7 +16,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.protobuf_wire import LARGE_TENSOR_BYTES, split_at_tensors, without_large_tensors
 
-SIZES = st.lists(st.sampled_from([1, 255, 256, 300, 4000]), max_size=4)  # floats: 1024 bytes are `wire.LARGE`
+SIZES = st.lists(st.sampled_from([1, 255, 256, 300, 4000]), max_size=4)  # floats: 1024 bytes are LARGE_TENSOR_BYTES
 
 
 def a_graph(name: str, sizes: list[int], *inner: onnx.GraphProto) -> onnx.GraphProto:
@@ -30,7 +30,7 @@ def a_graph(name: str, sizes: list[int], *inner: onnx.GraphProto) -> onnx.GraphP
 
 
 def numbered(message: bytes, place: str) -> tuple[bytes, list[tuple[int, int]]]:
-    """The message with numbers for its external tensors' offsets, and what those offsets and lengths were."""
+    """The message with the numbers of external tensors as their offsets, and the former offsets and lengths."""
     model = onnx.ModelProto.FromString(message)
     found = []
     graphs = [model.graph]

@@ -69,7 +69,7 @@ def test_shared_tensors_are_copied_for_changed_layer(
     scale = np.abs(expected).max(axis=1, keepdims=True) / 127
     assert (np.abs(after["b"] - expected) <= scale * 0.501).all()
     x = np.eye(2, dtype=np.float32)
-    # onnxruntime itself multiplies such weights in eight bits.
+    # onnxruntime would multiply such weights in eight bits.
     (output,) = onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
     np.testing.assert_allclose(output, x @ after["a"].T @ after["b"].T, rtol=1e-5)
     if shared_tensors == {"zeros": "za"}:  # zero points of a symmetric scheme do not change

@@ -29,7 +29,9 @@ from support.handmade import base_file
 RNG = np.random.default_rng(0)
 
 
-WEIGHTS = {name: RNG.normal(size=(48, 80)).astype(np.float32) for name in "abc"}  # (out, in); 80 is no multiple of 32
+WEIGHTS = {
+    name: RNG.normal(size=(48, 80)).astype(np.float32) for name in "abc"
+}  # (out, in); 80 is not a multiple of 32
 
 
 def a_product(weight: NDArray[Any], *, name: str = "val_49", module: str = "") -> ir.Model:
@@ -63,7 +65,7 @@ def test_four_bits_are_dequantised_by_hand() -> None:
         <uint8[2,1,8] W = {152, 7, 0,0,0,0,0,0, 143, 10, 0,0,0,0,0,0}, float[2] s = {0.5, 2}>
         { y = com.microsoft.MatMulNBits <K = 3, N = 2, bits = 4, block_size = 16> (x, W, s) }""")
     site = only(find_sites(model))
-    # 152 = 9 * 16 + 8, 7; 143 = 8 * 16 + 15, 10; each less 8
+    # 152 = 9 * 16 + 8, 7; 143 = 8 * 16 + 15, 10; minus 8 each
     assert np.array_equal(site.matrix, [[0, 0.5, -0.5], [14, 0, 4]])
     assert (site.shape, site.layout, site.dtype) == ((2, 3), Layout.OUT_IN, "float32")
     assert site.quantised is not None

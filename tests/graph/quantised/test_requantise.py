@@ -48,14 +48,14 @@ def by_hand(zeros: str = "") -> ir.Model:
 
 
 def test_four_bits_by_hand(tmp_path: Path) -> None:
-    # Less 8, W is [[0, 1, -1] * 0.5, [7, 0, 2] * -2]; ΔW is [[0, 0, 0], [0, 3, -12]].
+    # Minus 8, W is [[0, 1, -1] * 0.5, [7, 0, 2] * -2]; ΔW is [[0, 0, 0], [0, 3, -12]].
     # W' is [[0, 0.5, -0.5], [-14, 3, -16]].
     path = save_model(by_hand(), tmp_path / "m.onnx")
     adapter = peft_adapter(tmp_path / "ad", {"fc": ([[0, 1, -4]], [[0], [3]])})
     model, report = merge_requantised(path, adapter)
-    # What is largest becomes the lowest integer, 0: scales are -0.5 / -8 (0.5 is as large) and -16 / -8.
+    # The largest entry becomes the lowest integer, 0: scales are -0.5 / -8 (0.5 is as large) and -16 / -8.
     assert stored(model, "s").tolist() == [0.0625, 2]
-    # Less 8: [0, 8, -8], where 8 is one too many; [-7, 1.5, -8], where 1.5 is even 2.
+    # Minus 8: [0, 8, -8], where 8 is clipped; [-7, 1.5, -8], where 1.5 is rounded to 2.
     assert stored(model, "fc.weight_Q4")[:, 0, :2].tolist() == [[15 << 4 | 8, 0], [10 << 4 | 1, 0]]
     after = np.array([[0, 7 * 0.0625, -0.5], [-14, 4, -16]])
     assert np.array_equal(dequantised_weight(model), after)
@@ -65,28 +65,28 @@ def test_four_bits_by_hand(tmp_path: Path) -> None:
 
 
 def test_zero_points_by_hand(tmp_path: Path) -> None:
-    # Zero points 3 and 10: W is [[5, 6, 4] * 0.5, [5, -2, 0] * -2]; ΔW makes of it [[2.5, 3, 2], [-10, 5, 20]].
+    # Zero points 3 and 10: W is [[5, 6, 4] * 0.5, [5, -2, 0] * -2]; W + ΔW is [[2.5, 3, 2], [-10, 5, 20]].
     path = save_model(by_hand(", uint8[2] z = {3, 10}"), tmp_path / "m.onnx")
     model, _ = merge_requantised(path, peft_adapter(tmp_path / "ad", {"fc": ([[0, 1, 20]], [[0], [1]])}))
     assert stored(model, "s").tolist() == [np.float32(3) / np.float32(15), 2]  # (3 - 0) / 15; (20 + 10) / 15
     assert stored(model, "z").tolist() == [0, 5]
-    # 2.5 / 0.2 is 12.5, and in fp32 a little less; -10 / 2 + 5 is 0, 2.5 + 5 even 8.
+    # 2.5 / 0.2 is 12.5, and in fp32 a little less; -10 / 2 + 5 is 0, 2.5 + 5 is rounded to 8.
     assert stored(model, "fc.weight_Q4")[:, 0, :2].tolist() == [[15 << 4 | 12, 10], [8 << 4 | 0, 15]]
 
 
-# W' in each, (in, out), and values it is stored as: scales, zero points, integers.
+# The stored scales, zero points and integers of W' (in, out).
 EXPECTED: dict[str, tuple[Any, Any, Any]] = {
     # [[1, -1], [2, 63]] + [[0, -1], [0, -190]]: 127 is the largest; 2 / 1 is 2.
     "int8 by tensor": (1, 0, [[1, -2], [2, -127]]),
-    # [[1, -2], [2, 127]] + the same: 2 / 127 and 63 / 127.
+    # [[1, -2], [2, 127]] + the same ΔW: 2 / 127 and 63 / 127.
     "int8 by column": ([2 / 127, 63 / 127], None, [[64, -6], [127, -127]]),
-    # [[1, -1], [4, 127]] + the same: 2 / 127 and 63 / 127.
+    # [[1, -1], [4, 127]] + the same ΔW: 2 / 127 and 63 / 127.
     "int8 by row": ([2 / 127, 63 / 127], None, [[64, -127], [8, -127]]),
-    # [[-0.5, -2], [0.5, 125]] + the same: 1 / 255, 65 / 255; zero at 127.5, in fp32 a little less, and 255.
+    # [[-0.5, -2], [0.5, 125]] + the same ΔW: 1 / 255, 65 / 255; zero at 127.5, in fp32 a little less, and 255.
     "uint8 by column": ([1 / 255, 65 / 255], [127, 255], [[0, 243], [254, 0]]),
-    # [[0.5, -1], [1.5, -7]] + the same: 1.5 / 15 in bfloat16 is 0.10009765625, 197 / 15 is 13.125.
+    # [[0.5, -1], [1.5, -7]] + the same ΔW: 1.5 / 15 in bfloat16 is 0.10009765625, 197 / 15 is 13.125.
     "int4 by column": ([0.10009765625, 13.125], [-8, 7], [[-3, 7], [7, -8]]),
-    # [[1, 2], [2, 8]] + the same: -2 / 8; -182 / -8
+    # [[1, 2], [2, 8]] + the same ΔW: -2 / 8; -182 / -8
     "int4 down": ([[-0.25, 22.75]], None, [[-4, 0], [-8, -8]]),
     "int16 by tensor": (127 / 32767, 0, [[258, -516], [516, -32767]]),
 }
@@ -117,7 +117,7 @@ def test_dequantize_linear_by_hand(
 
 
 def differing(one: ir.Model, other: ir.Model) -> dict[str, float]:
-    """The fraction of numbers in which two graphs' initializers differ; of floats, by more than their last bits."""
+    """The fraction of differing numbers in each initializer of two graphs. Floats may differ in their last bits."""
     assert list(one.graph.initializers) == list(other.graph.initializers)
     fractions = {}
     for name in one.graph.initializers:
@@ -154,7 +154,7 @@ def test_result_equals_onnxruntime_quantising_merged_weight(
     )
     x = RNG.normal(size=(3, IN)).astype(np.float32)
     expected = x @ dequantised_weight(model).T
-    # Of pairs onnxruntime makes a product in eight bits.
+    # onnxruntime makes a product in eight bits of a DequantizeLinear.
     assert np.linalg.norm(run(model, x=x)["y0"] - expected) < (0.03 if as_pairs else 1e-5) * np.linalg.norm(expected)
     assert not list(tmp_path.glob("out*/weights.data"))
 
@@ -212,7 +212,7 @@ def test_half_precision_scales_are_rounded_before_integers(tmp_path: Path) -> No
     exact = before.astype(np.float64) + B @ A
     error = np.abs(dequantised_weight(model) - exact).reshape(OUT, -1)
     step = np.repeat(np.abs(scales.astype(np.float64)).reshape(OUT, -1), 32, axis=1)[:, :IN]
-    extreme = np.abs(exact) >= 7.4 * step  # the one end of a symmetric range is a step shorter
+    extreme = np.abs(exact) >= 7.4 * step  # one end of a symmetric range is a step shorter
     assert (error <= step * 0.501)[~extreme].all() and (~extreme).mean() > 0.9
     assert report.results[0].retention == pytest.approx(
         expected_retention_and_noise(before, B @ A, dequantised_weight(model))[0], rel=1e-3

@@ -177,13 +177,13 @@ def test_change_beside_quantised_weight_is_one_matrix(as_pairs: bool, dora: bool
     assert operators & {"MatMulNBits", "DequantizeLinear"}  # it is still quantised
     runner = OnnxRunner(
         InMemoryGraph("quantised", *in_memory(model)), optimise=False
-    )  # else x may be rounded to 8 bits
+    )  # optimised, x may be rounded to 8 bits
     assert np.abs(runner.run({"x": x})["y"] - expected).max() < 1e-4
     assert np.abs(expected - 1 - x @ stored_weight.T).max() > 1
     again = quantised(layer(**weights), as_pairs=as_pairs)
     found, steps = planned(again, adapter)
     sum_at_weights(again, found, steps)
-    assert np.abs(in_fp64(again, x=x) - expected).max() < 1e-6  # the scales' products are fp32's
+    assert np.abs(in_fp64(again, x=x) - expected).max() < 1e-6  # the products with scales are in fp32
 
 
 def test_weight_without_branch_is_summed() -> None:

@@ -1,0 +1,50 @@
+"""New nodes and initializers under names that are not in use."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from lora_export.errors import InputRefused
+from lora_export.graph.insert.node_factory import NodeFactory
+from support.graphs import a_graph
+from support.small_graphs import GEMM
+
+
+def test_nodes_of_one_path_are_numbered() -> None:
+    factory = NodeFactory(a_graph(GEMM))
+    x = factory.model.graph.inputs[0]
+    nodes = [factory.node("MatMul", [x, x], "/m/lora_A") for _ in range(2)]
+    assert [node.name for node in nodes] == ["/m/lora_A/MatMul", "/m/lora_A/MatMul_1"]
+    assert [node.outputs[0].name for node in nodes] == ["/m/lora_A/MatMul_output_0", "/m/lora_A/MatMul_1_output_0"]
+    assert nodes[0].outputs[0].dtype is x.dtype
+
+
+def test_cast_changes_type_and_keeps_shape() -> None:
+    factory = NodeFactory(a_graph(GEMM))
+    x = factory.model.graph.inputs[0]
+    (output,) = factory.cast(ir.DataType.FLOAT16, x, "/m").outputs
+    assert (output.dtype, output.shape) == (ir.DataType.FLOAT16, x.shape)
+
+
+def test_factors_and_constants_become_initializers() -> None:
+    factory = NodeFactory(a_graph(GEMM))
+    factor = factory.factor("m", "lora_A", np.zeros((3, 1), np.float32))
+    assert (factor.value.name, factor.path) == ("m.lora_A.weight", "/m/lora_A")
+    constant = factory.constant("/m/lora_A", "shape", np.array([1], np.int64))
+    assert [factor.value.name, constant.name] == list(factory.model.graph.initializers)[1:]
+    assert constant.name == "m.lora_A.shape"
+
+
+def test_factor_under_name_of_original_value_is_refused() -> None:
+    factory = NodeFactory(a_graph(GEMM))
+    with pytest.raises(InputRefused, match=r"the graph holds m\.weight already"):
+        factory.factor("", "m", np.zeros(1, np.float32))
+
+
+def test_older_opset_is_refused_with_feature() -> None:
+    factory = NodeFactory(a_graph(GEMM))
+    factory.require_opset(20, "a feature")
+    with pytest.raises(InputRefused, match="the graph has opset 20, and a feature needs 21"):
+        factory.require_opset(21, "a feature")

@@ -1,0 +1,65 @@
+"""Groups of entries that share a scale: their bands, and scales over the entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.graph.quantised.groups import Groups
+from lora_export.lora import EVERY_ROW
+from lora_export.weights.tensor_blocks import Patch
+
+SHAPE = (4, 6)
+TENSOR, ROWS, COLUMNS = Groups(SHAPE, None, 0), Groups(SHAPE, 0, 0), Groups(SHAPE, 1, 0)
+BLOCKS_IN_ROWS, BLOCKS_OF_ROWS = Groups(SHAPE, 1, 4), Groups(SHAPE, 0, 2)
+ALL = [TENSOR, ROWS, COLUMNS, BLOCKS_IN_ROWS, BLOCKS_OF_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("groups", "band_rows", "band_groups"),
+    [(TENSOR, 4, 1), (ROWS, 1, 1), (COLUMNS, 4, 6), (BLOCKS_IN_ROWS, 1, 2), (BLOCKS_OF_ROWS, 2, 6)],
+)
+def test_bands_have_these_rows_and_groups(groups: Groups, band_rows: int, band_groups: int) -> None:
+    assert (groups.band_rows, groups.band_groups) == (band_rows, band_groups)
+
+
+@pytest.mark.parametrize("groups", ALL)
+def test_broadcast_scales_divide_entries_by_their_group(groups: Groups) -> None:
+    entries = np.arange(1.0, 25.0).reshape(SHAPE)
+    rows = slice(0, 4)
+    maxima = groups.reduce(np.maximum, entries, rows)
+    assert maxima.shape == (4 // groups.band_rows, groups.band_groups)
+    spread = np.broadcast_to(groups.broadcast(maxima, rows), SHAPE)
+    assert (entries <= spread).all()
+    assert (entries == spread).sum() == maxima.size
+
+
+def test_rows_of_second_band_get_its_scales() -> None:
+    scales = np.array([[10, 20, 30, 40, 50, 60]])
+    rows = slice(2, 4)
+    assert BLOCKS_OF_ROWS.bands(rows) == slice(1, 2)
+    assert np.array_equal(BLOCKS_OF_ROWS.broadcast(scales, rows), scales)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns", "is_split"),
+    [
+        (TENSOR, slice(0, 2), EVERY_ROW, True),
+        (ROWS, slice(1, 2), EVERY_ROW, False),
+        (ROWS, slice(0, 4), slice(0, 3), True),
+        (COLUMNS, slice(0, 4), slice(1, 3), False),
+        (COLUMNS, slice(0, 2), slice(1, 3), True),
+        (BLOCKS_IN_ROWS, slice(1, 3), EVERY_ROW, False),
+        (BLOCKS_IN_ROWS, slice(0, 4), slice(0, 4), False),
+        (BLOCKS_IN_ROWS, slice(0, 4), slice(4, 6), False),
+        (BLOCKS_IN_ROWS, slice(0, 4), slice(2, 6), True),
+        (BLOCKS_OF_ROWS, slice(2, 4), EVERY_ROW, False),
+        (BLOCKS_OF_ROWS, slice(1, 3), EVERY_ROW, True),
+        (TENSOR, slice(0, 4), slice(0, 3), True),
+    ],
+)
+def test_patch_within_groups_does_not_split_them(groups: Groups, rows: slice, columns: slice, is_split: bool) -> None:
+    step: Any = None
+    assert groups.are_split_by(Patch(step, rows, columns)) is is_split
