@@ -11,7 +11,7 @@ import pytest
 from lora_export.graph.merge.copy_parts import MergeRun, copy_parts
 from lora_export.graph.merge.file_parts import FilePart, MovedTensor
 from lora_export.storage import block_copy
-from lora_export.storage.block_copy import Hashes
+from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.hashes import file_hash
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import Backend
@@ -51,7 +51,7 @@ def test_parts_are_written_and_source_is_hashed_once(
         parts.append(FilePart(start, len(expected), moved, piece if isinstance(piece, bytes) else b""))
     written: list[int] = []
     run = MergeRun("xxh3_128", written.append, Backend())
-    hashes = Hashes("xxh3_128")
+    hashes = RunningHashes("xxh3_128")
     with (tmp_path / "target").open("xb") as target:
         digest = copy_parts(source, target, parts, hashes, run)
     assert (tmp_path / "target").read_bytes() == expected

@@ -43,6 +43,14 @@ def test_rows_of_second_band_get_its_scales() -> None:
     assert np.array_equal(BLOCKS_OF_ROWS.broadcast(scales, rows), scales)
 
 
+def test_rows_from_middle_of_band_are_grouped_with_their_own_band() -> None:
+    entries = np.arange(24.0).reshape(SHAPE)
+    rows = slice(1, 4)  # the second row of band 0, and all of band 1
+    maxima = BLOCKS_OF_ROWS.reduce(np.maximum, entries[rows], rows)
+    assert np.array_equal(maxima, entries[[1, 3]])
+    assert np.array_equal(BLOCKS_OF_ROWS.broadcast(maxima, rows), entries[[1, 3, 3]])
+
+
 @pytest.mark.parametrize(
     ("groups", "rows", "columns", "is_split"),
     [
