@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 @functools.cache
 def why_no_cuda() -> str:
     return environment.try_provider(providers.CUDA).fault
+
+
+def pytest_configure() -> None:
+    # A shell starts a background command with SIGINT ignored, and its children inherit that. Tests send SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -96,7 +96,7 @@ def test_inspect_and_a_dry_run_tell_of_dora_and_embeddings(place, capsys):
     told = capsys.readouterr().out
     words = next(line for line in told.splitlines() if line.startswith("embeddings.word_embeddings"))
     assert words.split()[-2:] == ["DoRA", "embedding"]
-    assert "DoRA rescales W + ΔW: how much changes in all, only the base's weights would tell" in told
+    assert "DoRA rescales W + ΔW, so the whole change also depends on the base's weights" in told
     assert call("inspect", place / "adapter", "--json") == 0
     pair = json.loads(capsys.readouterr().out)["pairs"]["embeddings.word_embeddings"]
     assert (pair["embedding"], pair["magnitude"]) == (True, {"shape": [384], "dtype": "float32"})

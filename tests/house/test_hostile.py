@@ -144,7 +144,7 @@ def test_arrays_of_objects_are_pickles_and_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "b.npz").write_bytes(pickled(tmp_path))
     for name in ("a.npz", "b.npz"):
         for read in (data.read_examples, npz.read_arrays):
-            with pytest.raises(InputRefused, match=rf"{name} is no \.npz file of plain arrays"):
+            with pytest.raises(InputRefused, match=rf"{name} is not an \.npz file of plain arrays"):
                 read(tmp_path / name)
     assert no_payload(tmp_path)
 
@@ -319,9 +319,9 @@ HUNDRED_MB = 100_000_000 - 2
 @pytest.mark.parametrize(
     ("header", "length", "message"),
     [
-        (b"{}", 1 << 63, "no safetensors file"),
-        (b"{}", (1 << 64) - 1, "no safetensors file"),
-        (b"{}", HUNDRED_MB, "no safetensors file"),
+        (b"{}", 1 << 63, "is not a safetensors file"),
+        (b"{}", (1 << 64) - 1, "is not a safetensors file"),
+        (b"{}", HUNDRED_MB, "is not a safetensors file"),
         (b" " * HUNDRED_MB, None, "is not JSON"),
         (b"[" * HUNDRED_MB, None, "is not JSON"),
         (b'{"a":' * (HUNDRED_MB // 5), None, "is not JSON"),

@@ -450,7 +450,7 @@ def crowded(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "fault", "told"),
     [
-        ("lora_export.weights.merge.merge_checkpoint", too_large, ": Unable to allocate"),
+        ("lora_export.api.merge.merge_checkpoint", too_large, ": Unable to allocate"),
         ("threading._start_new_thread", crowded, " for one more thread"),
     ],
 )
@@ -581,7 +581,7 @@ def test_an_answer_that_cannot_be_written_ends_with_7_and_without_a_traceback(pl
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert (done.returncode, done.stderr) == (
             7,
-            "Error: the answer could not be written: No space left on device\n",
+            "Error: the output could not be written: No space left on device\n",
         )
         assert_whole(place / "out")
         line[line.index(str(place / "base"))] = "nowhere"

@@ -106,7 +106,7 @@ def _decoder(_: PageInputs, path: Path) -> None:
 
 def _genai(inputs: PageInputs, path: Path) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    genai.build(inputs.path("decoder"), path, "fp32")
+    genai.build_genai_graph(inputs.path("decoder"), path, "fp32")
 
 
 def _base_graph(inputs: PageInputs, path: Path) -> None:

@@ -248,7 +248,7 @@ def test_sizes_stay_in_the_candidates_range_with_a_note(programs: ProgramFiles, 
     path = export(subject.merged(), subject.inputs, tmp_path / "ranged.pt2", shapes={"rows": {0: VARIES, 1: length}})
     result = verdict(path, load_model(str(programs.base("mlp"))), [programs.adapter("mlp")])
     assert result.verdict.outcome is Outcome.SAME
-    assert "the candidate takes a rows_axis1 of 4 to 7: no size outside was tried" in result.verdict.notes
+    assert "the candidate takes rows_axis1 sizes of 4 to 7: no other was tried" in result.verdict.notes
     module = program.load(path)
     with torch.no_grad():
         for size in (3, 8):
