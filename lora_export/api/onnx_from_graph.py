@@ -55,13 +55,14 @@ def export_from_graph(
         else:
             targets = _targets(located.sites, options)
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
-        del program
+        plan = located.plan
+        del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         written = folder / options.output.name
         proofs = prove_all(written, references, options, before, existing=path) if references else None
         record_in(written, _record(graph, hashes, options), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
-    return OnnxResult(options.output, files, located.plan, proofs)
+    return OnnxResult(options.output, files, plan, proofs)
 
 
 def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | None]:

@@ -35,14 +35,15 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(program, references, options)
         located, companions = write_with_adapters(program, options, future, folder)
-        del program
+        plan = located.plan if located else None
+        del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         path = folder / options.output.name
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base)}
         record_in(path, record_of_model(base, options.adapters, options.weights, settings), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
-    return OnnxResult(options.output, files, located.plan if located else None, proofs)
+    return OnnxResult(options.output, files, plan, proofs)
 
 
 def future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:
