@@ -46,7 +46,7 @@ def main() -> None:
             console.print(f"{mode + ' mode:':11} {error}")
 
     console.print("\n[bold]The same with lora_export.attach[/bold]")
-    table = Table("rank", "trainable", "of all", "share", "change in train mode", "in eval mode")
+    table = Table("rank", "trainable", "of all", "percent", "change in train mode", "in eval mode")
     for rank in (4, 8, 16):
         adapter = le.create_adapter(layer, targets="all-linear", rank=rank, alpha=2 * rank, seed=0)
         adapted = copy.deepcopy(layer)

@@ -42,7 +42,7 @@ def main() -> tuple[Tensor, Tensor, Tensor]:
     attached, merged = (nn.ModuleDict({"dense": copy.deepcopy(linear)}) for _ in range(2))
     plan = le.make_plan([le.Adapter(name="lesson", format="lesson", pairs={"dense": pair})], le.module_specs(attached))
     le.attach(attached, plan)  # A and B beside the weight
-    le.fold_module(merged, plan)  # W + (alpha / rank) · B A in place of the weight
+    le.fold_module(merged, plan)  # W + (alpha / rank) · B A instead of the weight
 
     with torch.no_grad():
         outputs = layer(x), attached["dense"](x), merged["dense"](x)

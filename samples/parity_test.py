@@ -47,7 +47,7 @@ def test_what_we_ship_is_the_model_with_its_adapter(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     torch.jit.save(torch.jit.trace(merged(1.0), a_model()[1]), file)
     proof = assert_parity(file, a_model(), an_adapter(a_model()[0]))
-    assert max(one.figures.relative_to_effect for one in proof.verdict.comparisons if one.figures) < 1e-4
+    assert max(compared.figures.relative_to_effect for compared in proof.verdict.comparisons if compared.figures) < 1e-4
 
 
 def test_this_test_can_fail() -> None:

@@ -10,7 +10,7 @@ import click
 
 from lora_export.cli.arguments import Command
 
-# topic -> what its page explains, in the order in which they are read
+# topic -> what its page explains; the first pages come first
 TOPICS = {
     "training": "Train an adapter: data, targets, held-out accuracy.",
     "models": "What MODEL can be: a folder, a function of yours, a .pt2, a graph.",

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel, in an environment that has next to nothing; and what `make` sets up."""
+"""What a user installs: the wheel, in an almost empty environment; and what `make` installs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECURITY_FLOORS = {"torch": "2.10", "transformers": "5.3", "onnx": "1.21", "onnx
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command that sees nothing of this checkout or of this interpreter's packages."""
+    """Run a command without access to this checkout or to the packages of this interpreter."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MAKE", "MFLAGS"))
     }
@@ -44,7 +44,7 @@ def run_well(*command: str | Path, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source archive, so that the archive is complete as well."""
+    """Built from the source archive, so that the archive is tested too."""
     out = tmp_path_factory.mktemp("dist")
     run_well(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     assert len(list(out.glob("*.tar.gz"))) == 1
@@ -55,9 +55,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The programs of a fresh environment: the wheel alone, and what the command line itself needs."""
-    place = tmp_path_factory.mktemp("bare")
-    venv.create(place, with_pip=False)
-    programs = place / ("Scripts" if sys.platform == "win32" else "bin")
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
     pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install", "--quiet")
     run_well(*pip, "--no-deps", wheel)
     run_well(
@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
     assert {name.partition("/")[0] for name in names} == {"lora_export", f"lora_export-{__version__}.dist-info"}
 
 
-def test_the_wheel_says_what_it_is(wheel):
+def test_the_wheel_has_version_licence_and_readme(wheel):
     info = f"lora_export-{__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         metadata = message_from_bytes(archive.read(f"{info}/METADATA"))
@@ -85,13 +85,13 @@ def test_the_wheel_says_what_it_is(wheel):
 
 
 @pytest.mark.parametrize("command", [["lora-export"], ["python", "-m", "lora_export"]])
-def test_help_and_version_work_where_almost_nothing_is_installed(command, bare):
+def test_help_and_version_work_in_a_bare_environment(command, bare):
     program, *arguments = command
     assert "Usage: lora-export" in run_well(bare / program, *arguments, "--help", cwd=bare)
     assert run_well(bare / program, *arguments, "--version", cwd=bare) == f"lora-export, version {__version__}\n"
 
 
-def test_the_doctor_lists_all_that_a_bare_environment_lacks(bare):
+def test_the_doctor_lists_what_a_bare_environment_lacks(bare):
     done = run(bare / "lora-export", "doctor", cwd=bare)
     assert done.returncode == 6, done.stdout + done.stderr
     lacking = {line.split(" ")[1] for line in done.stdout.splitlines() if line.endswith("is not installed")}
@@ -103,16 +103,16 @@ def test_the_doctor_lists_all_that_a_bare_environment_lacks(bare):
 # --- the project file ---
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_written_once():
     files = [ROOT / "pyproject.toml", *(ROOT / "lora_export").rglob("*.py")]
     assert [path.name for path in files if f'"{__version__}"' in path.read_text()] == ["__init__.py"]
 
 
-def test_the_changelog_speaks_of_this_version():
+def test_the_changelog_has_this_version():
     assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_no_floor_lies_below_a_security_floor():
+def test_no_requirement_admits_an_insecure_version():
     lines = PROJECT["dependencies"] + [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
     for requirement in map(Requirement, lines):
         floor = SECURITY_FLOORS.get(requirement.name.removesuffix("-gpu"))
@@ -150,7 +150,7 @@ if sys.argv[1:3] == ["-m", "pip"]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A fresh clone, and a python that writes down what it was asked instead of doing it."""
+    """A fresh clone, and a python that logs its arguments instead of running them."""
     for name in ("pyproject.toml", "Makefile"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "python").write_text(PYTHON_THAT_LOGS)
@@ -158,8 +158,8 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(checkout: Path) -> list[str]:
-    """What the python was asked for since the last look."""
+def logged(checkout: Path) -> list[str]:
+    """The arguments of the python since the last call."""
     lines = (checkout / "log").read_text().splitlines()
     (checkout / "log").unlink()
     return lines
@@ -179,26 +179,26 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
         ("demo", "demo", "samples/demo.py"),
     ],
 )
-def test_make_sets_up_everything_once_and_again_when_pyproject_changes(target, extra, works, checkout):
+def test_make_installs_once_and_again_when_pyproject_changes(target, extra, works, checkout):
     install = f"-m pip install --disable-pip-version-check -e .[{extra}]"
     assert make(checkout, target).returncode == 0
-    assert asked(checkout)[1:] == ["-m venv .venv", install, works]
+    assert logged(checkout)[1:] == ["-m venv .venv", install, works]
     assert make(checkout, target).returncode == 0
-    assert asked(checkout) == [works]
+    assert logged(checkout) == [works]
     later = (checkout / "pyproject.toml").stat().st_mtime + 60
     os.utime(checkout / "pyproject.toml", (later, later))
     assert make(checkout, target).returncode == 0
-    assert asked(checkout) == [install, works]
+    assert logged(checkout) == [install, works]
 
 
-def test_an_installation_that_failed_is_tried_again(checkout):
+def test_make_repeats_a_failed_installation(checkout):
     assert make(checkout, "test", PIP="no network").returncode != 0
-    assert asked(checkout)[-1].startswith("-m pip install")
+    assert logged(checkout)[-1].startswith("-m pip install")
     assert make(checkout, "test").returncode == 0
-    assert [line.split(" ")[1] for line in asked(checkout)] == ["pip", "pytest"]
+    assert [line.split(" ")[1] for line in logged(checkout)] == ["pip", "pytest"]
 
 
-def test_make_says_which_python_it_needs(checkout):
+def test_make_reports_which_python_it_needs(checkout):
     old = make(checkout, "test", MINOR="10")
     assert old.returncode != 0 and "needs Python 3.11 or newer" in old.stderr and "Python 3.10.0" in old.stderr
     absent = make(checkout, "test", "PYTHON=no-such-python")

@@ -1,6 +1,6 @@
 """The README and the guide's pages: their code blocks, and a run of all blocks of a page in order.
 
-The info string after the three backquotes says what a block is:
+The info string after the three backquotes gives the kind of a block:
 
     sh              shell commands; `# exits 4` behind one is the exit code that it must end with
     sh no-test      not run; a comment above the block gives the reason
@@ -106,7 +106,7 @@ class PageRun:
                 self.names[name]()
 
     def _compare(self, block: Block) -> None:
-        """The quoted lines occur in the output in this order; numbers may be others."""
+        """The quoted lines occur in the output, in the same sequence; numbers may differ."""
         printed = iter([NUMBER.sub("N", line).rstrip() for line in self.printed.splitlines()])
         for line in block.text.splitlines():
             if NUMBER.sub("N", line).rstrip() not in printed:  # moves on to the line after the one it finds
