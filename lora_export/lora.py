@@ -210,6 +210,7 @@ class Adapter:
     replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> the whole tensor
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)  # tensor -> some of its rows
+    layouts: Mapping[str, str] = field(default_factory=dict)  # module -> "out_in" or "in_out", where that is recorded
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -217,7 +218,7 @@ class Adapter:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "replaced", "biases", "token_rows", "spelling", "metadata"):
+        for name in ("pairs", "replaced", "biases", "token_rows", "layouts", "spelling", "metadata"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def spelled(self, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ class _Options:
     min_retention: float
     hashing: str
     device: str
+    layout: Mapping[str, str]
     dry_run: bool
     overwrite: bool
     on_message: OnMessage = field(repr=False)
@@ -67,6 +68,7 @@ def merge(
     hashing: str = "xxh3_128",
     checkpoint: str | Path | None = None,
     requantize: bool = False,
+    layout: Mapping[str, str] | None = None,
     device: str = "cpu",
     dry_run: bool = False,
     overwrite: bool = False,
@@ -81,6 +83,8 @@ def merge(
     `min_retention` (0 to 1) is the least part of a weight's change that has to survive rounding.
     `hashing` is "xxh3_128" or "sha256". For an .onnx base, `checkpoint` is what it was exported from: it names weights
     whose names were lost; `requantize` merges into quantised weights too. `device` is "cpu" or "cuda".
+    `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
+    a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
     With `dry_run` the plan is made and nothing is written.
 
     Needs no PyTorch unless `device` is "cuda". Peak memory is a few blocks, whatever the size of the model.
@@ -97,12 +101,14 @@ def merge(
     loaded, paths = load_adapters(adapters), adapter_paths(adapters)
     stored = None if dtype == "keep" else dtype
     options = _Options(
-        base, loaded, paths, Path(output), weights, min_retention, hashing, device, dry_run, overwrite,
-        on_message, on_progress,
+        base, loaded, paths, Path(output), weights, min_retention, hashing, device, dict(layout or {}), dry_run,
+        overwrite, on_message, on_progress,
     )  # fmt: skip
     if base.suffix == ".onnx":
         if stored:
             raise WrongUsage("--dtype is for checkpoints: the weights of a graph keep the types that its nodes expect")
+        if options.layout:
+            raise WrongUsage("--layout is for checkpoints: a graph's operators determine the layout of its weights")
         return _into_graph(options, None if checkpoint is None else Path(checkpoint), requantize=requantize)
     if checkpoint is not None:
         raise WrongUsage("--base is for an .onnx BASE: the weights of a checkpoint have their names")
@@ -114,7 +120,9 @@ def merge(
 def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
     checkpoint = open_checkpoint(options.base)
     list(checkpoint.other_files())  # raises for links that lead out of the folder: before the work, not after it
-    steps = plan.make(options.adapters, checkpoint.specs, strengths=options.weights, may_add=True)
+    steps = plan.make(
+        options.adapters, checkpoint.specs, strengths=options.weights, may_add=True, layout=options.layout
+    )
     refuse_before_merge(steps, checkpoint)
     notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))
     if options.dry_run:

@@ -96,6 +96,7 @@ def verify(
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
     base: str | Path | None = None,
+    layout: Mapping[str, str] | None = None,
     onnx_adapter: str | Path | None = None,
     adapter_id: int | None = None,
     provider: str = "cpu",
@@ -116,7 +117,8 @@ def verify(
     `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file.
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
-    with W + s·BA in fp64; PyTorch is not needed. Beside a model, `base` is the quantised .onnx that an .onnx candidate
+    with W + s·BA in fp64; PyTorch is not needed. `layout` states how its square matrices are stored, as for `merge`; a
+    weight whose layout is unknown is `undecided`. Beside a model, `base` is the quantised .onnx that an .onnx candidate
     was made from.
 
     `weights` has one factor for each adapter. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
@@ -145,13 +147,15 @@ def verify(
         trace=trace,
     )
     _check_usage(candidate, model, origin, how)
+    if layout and model is not None:
+        raise WrongUsage("--layout is for --base without --model: a model determines the layout of its weights")
     for path in reports:
         report.check_path(Path(path))
     proof: Proof | Audit
     error = None
     if model is None:
         assert origin is not None
-        proof, facts = _compare_weights(candidate, origin, adapters, weights, on_message, on_progress)
+        proof, facts = _compare_weights(candidate, origin, adapters, weights, layout or {}, on_message, on_progress)
     else:
         proof, facts, error = _compare_outputs(
             candidate, model, adapters, weights, origin, how, on_message, on_progress
@@ -278,6 +282,7 @@ def _compare_weights(
     base: Path,
     adapters: AdapterSources,
     weights: Sequence[float],
+    layout: Mapping[str, str],
     on_message: OnMessage,
     on_progress: OnProgress,
 ) -> tuple[Audit, dict[str, Any]]:
@@ -288,13 +293,16 @@ def _compare_weights(
     origin, merged = open_checkpoint(base), open_checkpoint(candidate)
     if origin.path.resolve() == merged.path.resolve():
         raise InputRefused(f"{candidate} is the base itself")
-    steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True)
+    steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True, layout=layout, unknown_layout_ok=True)
     for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
         on_message(f"note: {note}")
-    audit = against_checkpoint.audit(steps, origin, merged, progress=in_bytes(on_progress, "judging", merged.nbytes))
+    audit = against_checkpoint.audit(
+        steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
+    )
     return audit, {
         "candidate": str(candidate),
         "base": str(base),
+        **({"layout": dict(layout)} if layout else {}),
         "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
         "lora_export": __version__,
         "numpy": np.__version__,

@@ -31,6 +31,29 @@ adapters_option = click.option(
     metavar="[NAME=]ADAPTER",
     help="Adapter to apply. May be repeated.",
 )
+
+
+def _read_layouts(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=LAYOUT... as a table. Later ones come last: the last one that matches a weight counts."""
+    layouts: dict[str, str] = {}
+    for text in texts:
+        name, _, layout = text.rpartition("=")
+        if not name or layout not in ("out_in", "in_out"):
+            raise click.BadParameter(f"{text} is not NAME=out_in or NAME=in_out")
+        layouts.pop(name, None)
+        layouts[name] = layout
+    return layouts
+
+
+layout_option = click.option(
+    "--layout",
+    multiple=True,
+    callback=_read_layouts,
+    metavar="NAME=in_out|out_in",
+    help="Layout of a square matrix of a checkpoint: out_in (nn.Linear) or in_out (transformers' Conv1D). NAME is a "
+    "tensor, a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May "
+    "be repeated: the last match counts.",
+)
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
@@ -126,6 +149,8 @@ def command_line() -> list[str]:
         if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
             continue
         value = context.params[str(parameter.name)]
+        if isinstance(value, dict):
+            value = [f"{name}={choice}" for name, choice in value.items()]
         spelling = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
         if value is True:
             words += spelling

@@ -65,7 +65,14 @@ def _show_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
         return
     click.echo(printable(f"{len(checkpoint.specs)} tensors, {checkpoint.nbytes:,} bytes"))
     for spec in checkpoint.specs:
-        click.echo(one_line(f"  {spec.name}  {' x '.join(map(str, spec.shape))} {spec.dtype}"))
+        facts = ["stored (in, out)" if spec.layout == "in_out" else "", *(f"also {name}" for name in spec.aliases)]
+        text = f"  {spec.name}  {' x '.join(map(str, spec.shape))} {spec.dtype}"
+        click.echo(one_line(", ".join(filter(None, (text, *facts)))))
+    unknown = sum(spec.layout == "unknown" and len(set(spec.shape)) == 1 for spec in checkpoint.specs)
+    if unknown:
+        click.echo(
+            f"the layout of {unknown} square matrices is unknown: a merge needs --layout, or an adapter that records it"
+        )
 
 
 def _show_onnx_adapter(adapter: OnnxAdapter, *, as_json: bool) -> None:

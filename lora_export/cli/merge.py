@@ -12,6 +12,7 @@ from lora_export.cli.arguments import (
     Command,
     adapter_weights,
     json_option,
+    layout_option,
     overwrite_option,
     print_document,
     print_message,
@@ -68,6 +69,7 @@ Example:
     is_flag=True,
     help="Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
 )
+@layout_option
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -88,6 +90,7 @@ def command(
     hashing: str,
     checkpoint: Path | None,
     requantize: bool,
+    layout: dict[str, str],
     device: str,
     dry_run: bool,
     overwrite: bool,
@@ -113,6 +116,7 @@ def command(
             hashing=hashing,
             checkpoint=checkpoint,
             requantize=requantize,
+            layout=layout,
             device=device,
             dry_run=dry_run,
             overwrite=overwrite,

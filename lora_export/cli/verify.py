@@ -14,6 +14,7 @@ from lora_export.cli.arguments import (
     dtype_option,
     inputs_option,
     json_option,
+    layout_option,
     print_document,
     print_message,
     provider_option,
@@ -36,6 +37,7 @@ Examples:
     help="Without --model: compare a merged checkpoint with this base and the adapters, weight by weight. With "
     "--model: the quantised .onnx that CANDIDATE was made from, by `merge --requantize` or `onnx --lora`.",
 )
+@layout_option
 @adapters_option
 @adapter_weights
 @click.option(
@@ -79,6 +81,7 @@ def command(
     candidate: Path,
     model: str | None,
     base: Path | None,
+    layout: dict[str, str],
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     onnx_adapter: Path | None,
@@ -117,6 +120,7 @@ def command(
             adapters=adapters,
             weights=weights,
             base=base,
+            layout=layout,
             onnx_adapter=onnx_adapter,
             adapter_id=adapter_id,
             provider=provider,

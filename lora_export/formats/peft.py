@@ -29,6 +29,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 WRAPPER = "base_model.model."
+LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" or "in_out"; PEFT ignores it
 
 # Fields that the reader uses, or that do not affect the weights.
 SUPPORTED = frozenset(
@@ -126,6 +127,7 @@ def read(path: Path, name: str) -> Adapter:
         replaced=replaced,
         biases=biases,
         token_rows=rows,
+        layouts=_layouts(file, pairs, config),
         targets=_targets(config),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
@@ -167,7 +169,8 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
         "use_dora": True in dora,
         **config,
     }
-    safetensors_file.write(folder / WEIGHTS, dict(sorted(_tensors(adapter).items())), {"format": "pt"})
+    layouts = {LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
+    safetensors_file.write(folder / WEIGHTS, dict(sorted(_tensors(adapter).items())), {"format": "pt", **layouts})
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8", newline="\n")
 
@@ -465,6 +468,25 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
         if tensor.removesuffix(".weight") in keys[A]
     ]
     return tuple(notes)
+
+
+def _layouts(
+    file: safetensors_file.TensorFile, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """How the weights that the adapter was trained on are stored, where that is recorded.
+
+    PEFT sets `fan_in_fan_out` at a Conv1D. False is no evidence: it is the default, and PEFT writes one value for all
+    modules.
+    """
+    if LAYOUTS in file.metadata:
+        layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
+        wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
+        if wrong:
+            raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
+        return layouts
+    if not config.get("fan_in_fan_out"):
+        return {}
+    return {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
 
 
 def _declared(tensor: str, config: Mapping[str, Any]) -> bool:

@@ -60,6 +60,7 @@ def create_adapter(
         format="new",
         pairs=_new_pairs({path: linear[path] for path in chosen}, rank=rank, scale=scale, seed=seed),
         replaced={entry.name: as_array(entry.tensor) for entry in saved_tensors},
+        layouts={path: linear[path].layout.value for path in chosen},
         targets=wanted if wanted and chosen == matched else tuple(chosen),
         metadata={"r": rank, "lora_alpha": alpha, "use_rslora": rslora},
     )

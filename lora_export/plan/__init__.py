@@ -3,14 +3,15 @@
 A plan is a value. It is made from adapters and from the names and shapes of a base, and does not know what holds the
 weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry out the plan (see `lora_export.sums`).
 
-    types.py        Layout, TensorSpec, Term, Step, Plan
-    build.py        make: adapters and specs in, a Plan out, or one error with every misfit
-    match_names.py  the names of an adapter and of a base: prefixes, nearest names, layers without tensors
-    fit.py          shapes and dtypes: why a tensor of an adapter does not fit its base tensor
-    conflicts.py    why two tensors of adapters cannot change the same base tensor
+    types.py          Layout, LayoutSource, TensorSpec, Term, Step, Plan
+    build.py          make: adapters and specs in, a Plan out, or one error with every misfit
+    match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
+    layouts.py        how a matrix is stored where the base does not state it: by option, adapter or shape
+    match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor
+    conflicts.py      why two tensors of adapters cannot change the same base tensor, or one with two names
 """
 
 from lora_export.plan.build import make
-from lora_export.plan.types import FLOATS, Layout, Plan, Step, TensorSpec, Term
+from lora_export.plan.types import FLOATS, Layout, LayoutSource, Plan, Step, TensorSpec, Term
 
-__all__ = ["FLOATS", "Layout", "Plan", "Step", "TensorSpec", "Term", "make"]
+__all__ = ["FLOATS", "Layout", "LayoutSource", "Plan", "Step", "TensorSpec", "Term", "make"]

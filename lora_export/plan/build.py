@@ -10,7 +10,8 @@ import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
-from lora_export.plan.conflicts import conflicts
+from lora_export.plan.conflicts import broken_ties, conflicts
+from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
 from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
 from lora_export.plan.types import Plan, Step, TensorSpec
@@ -26,6 +27,8 @@ def make(
     may_add: bool = False,
     identity_ok: bool = False,
     one_at_a_time: bool = False,
+    layout: Mapping[str, str] | None = None,
+    unknown_layout_ok: bool = False,
 ) -> Plan:
     """Match adapters with the names and shapes of a base.
 
@@ -33,15 +36,24 @@ def make(
     whole tensor that the base lacks (a new head) is added; a module or graph cannot take one. With `one_at_a_time`,
     the adapters never run together, so that they cannot conflict: see `Step.for_adapter`.
 
+    `layout` states how matrices are stored where the base does not: the name of a tensor or module, or a glob, ->
+    "out_in" or "in_out". The last entry that matches a name counts. A layout that is neither stated, nor recorded by
+    an adapter, nor shown by the shape is refused, unless `unknown_layout_ok`: such a step has `Layout.UNKNOWN`.
+
     Every adapter tensor is used exactly once, or MatchError lists all misfits. Raises InputRefused for an adapter that
-    would change nothing, unless `identity_ok` (training starts from one), and for the same adapter given twice.
+    would change nothing, unless `identity_ok` (training starts from one), for the same adapter given twice, and for
+    layouts that are unknown or contradict the base.
     """
     strengths = _check_adapters(adapters, strengths, identity_ok=identity_ok)
     base = BaseTensors(specs)
+    check_stated(layout or {}, base)
     prefixes = [find_prefix(adapter, base) for adapter in adapters]
+    base = settle_layouts(adapters, prefixes, base, layout or {})
     by_weight = _match_all(adapters, strengths, prefixes, base, may_add=may_add, one_at_a_time=one_at_a_time)
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
+    if not unknown_layout_ok:
+        refuse_unknown(steps)
     order = {name: position for position, name in enumerate(base)}
     steps.sort(key=lambda step: order.get(step.weight, len(order)))
     return Plan(
@@ -49,20 +61,25 @@ def make(
         strengths=strengths,
         steps=tuple(steps),
         kept=tuple(name for name in base if name not in by_weight),
-        notes=tuple(_notes(adapters, prefixes, steps, name_prefix)),
+        notes=tuple(_notes(adapters, prefixes, steps, name_prefix, base.aliases)),
         name_prefix=name_prefix,
     )
 
 
 def _notes(
-    adapters: Sequence[Adapter], prefixes: Sequence[Prefix], steps: Sequence[Step], name_prefix: str
+    adapters: Sequence[Adapter],
+    prefixes: Sequence[Prefix],
+    steps: Sequence[Step],
+    name_prefix: str,
+    aliases: Mapping[str, str],
 ) -> Iterator[str]:
     for adapter, prefix in zip(adapters, prefixes, strict=True):
         if prefix:
             yield f"{adapter.name}: {prefix}; resolved."
     for step in steps:
         if step.added:
-            yield f"the base has no {step.weight}: it is added."
+            tie = f", and no longer tied to {aliases[step.weight]}" if step.weight in aliases else ""
+            yield f"the base has no {step.weight}: it is added{tie}."
     if name_prefix:
         yield f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model."
 
@@ -140,6 +157,7 @@ def _match_all(
     for matches in by_weight.values():
         for together in _by_adapter(matches) if one_at_a_time else [matches]:
             misfits += conflicts(together)
+    misfits += broken_ties(by_weight, base)
     if misfits:
         raise MatchError(misfits, targets=targets)
     return by_weight

@@ -1,13 +1,14 @@
-"""Why tensors of adapters cannot change the same base tensor together."""
+"""Why tensors of adapters cannot change the same base tensor together, or one that has two names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lora_export.errors import Misfit
 from lora_export.plan.match_tensors import Match
+from lora_export.plan.types import TensorSpec
 
 
 def conflicts(matches: Sequence[Match]) -> list[Misfit]:
@@ -17,6 +18,22 @@ def conflicts(matches: Sequence[Match]) -> list[Misfit]:
     where one rescales the sum or they were trained on different kinds of layers.
     """
     return [*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches)]
+
+
+def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, TensorSpec]) -> Iterator[Misfit]:
+    """Changes of a tensor that is stored once under several names, where a name's own tensor does not change.
+
+    If the parameters were trained apart, they would be two tensors. Rows of tokens are allowed: where parameters are
+    tied, PEFT trains them for both.
+    """
+    for weight, matches in by_weight.items():
+        unchanged = [alias for alias in (base[weight].aliases if weight in base else ()) if alias not in by_weight]
+        if unchanged and any(match.rows is None for match in matches):
+            why = (
+                f"{weight} is {' and '.join(unchanged)} too (the header of the file ties them), which the adapter does "
+                "not change. Untie the base first (save each as a tensor of its own)"
+            )
+            yield Misfit(matches[0].adapter, weight, why)
 
 
 def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:

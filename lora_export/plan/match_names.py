@@ -26,6 +26,7 @@ class BaseTensors(dict[str, TensorSpec]):
         super().__init__((spec.name, spec) for spec in specs)
         self._comparisons = 0
         self._nearest: dict[str, str | None] = {}  # a name without its numbers -> the nearest of the base's
+        self.aliases = {alias: spec.name for spec in self.values() for alias in spec.aliases}
 
     @functools.cached_property
     def _by_pattern(self) -> dict[str, dict[tuple[str, ...], str]]:
@@ -35,6 +36,15 @@ class BaseTensors(dict[str, TensorSpec]):
             same_pattern = by_pattern.setdefault(_without_numbers(name.removesuffix(".weight")), {})
             same_pattern.setdefault(tuple(NUMBER.findall(name)), name)
         return by_pattern
+
+    def stored_as(self, name: str) -> str:
+        """Why a change of this name would change another tensor too; empty where it is no alias."""
+        if name not in self.aliases:
+            return ""
+        return (
+            f"{name} is stored as {self.aliases[name]}: the two are tied, and a change of one would change both. Untie "
+            "the base first (save each as a tensor of its own)"
+        )
 
     def nearest(self, name: str) -> str:
         """`; the nearest name is ...`, or an empty string."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_export.errors import Misfit
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
-from lora_export.plan.types import Layout, TensorSpec, Term
+from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,10 @@ def match_adapter(
 
 def resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:
     """The spec with its layout, where only the pair tells an embedding from a linear layer."""
-    if spec.layout is not Layout.MATRIX:
-        return spec
-    return replace(spec, layout=Layout.EMBEDDING if pair.embedding else Layout.OUT_IN)
+    is_open = spec.layout in (Layout.MATRIX, Layout.UNKNOWN) or spec.layout_source is not LayoutSource.BASE
+    if pair.embedding and is_open:
+        return replace(spec, layout=Layout.EMBEDDING, layout_source=LayoutSource.BASE)
+    return replace(spec, layout=Layout.OUT_IN) if spec.layout is Layout.MATRIX else spec
 
 
 # --- Why a tensor does not fit; an empty string where it does ---
@@ -70,7 +71,7 @@ def resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:
 
 def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTensors) -> str:
     if weight is None:
-        return f"the base has no weight for {module}{base.nearest(module)}"
+        return base.stored_as(f"{module}.weight") or f"the base has no weight for {module}{base.nearest(module)}"
     spec = base[weight]
     if not spec.is_float:
         return (
@@ -79,9 +80,10 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
         )
     if spec.layout is Layout.OTHER:
         return f"{weight} {spec.shape} is not the weight of a linear layer, a convolution or an embedding"
-    if spec.layout is Layout.UNKNOWN:
-        return f"{weight} may be stored (out, in) or (in, out). Give the model's folder: its config.json decides"
     spec = resolved(spec, pair)
+    if spec.layout is Layout.UNKNOWN:
+        fits = pair.shape in (spec.shape, spec.shape[::-1])
+        return "" if fits else f"{weight} is {spec.shape}, the adapter was trained on {pair.shape} (out, in)"
     if pair.embedding is not (spec.layout is Layout.EMBEDDING):
         kinds = ("a linear layer", "an embedding") if pair.embedding else ("an embedding", "a linear layer")
         return f"{weight} is the weight of {kinds[0]}, the adapter was trained on {kinds[1]}"
@@ -101,7 +103,7 @@ def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, Ten
 
 def _rows_problem(name: str, rows: TokenRows, base: BaseTensors) -> str:
     if name not in base:
-        return f"the base has no {name}, of which the adapter replaces rows{base.nearest(name)}"
+        return base.stored_as(name) or f"the base has no {name}, of which the adapter replaces rows{base.nearest(name)}"
     shape = base[name].shape
     if not base[name].is_float or len(shape) != 2 or shape[1:] != rows.values.shape[1:]:
         return f"{name} is {shape} {base[name].dtype}, the adapter replaces rows of {rows.values.shape[1]} floats"

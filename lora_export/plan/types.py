@@ -24,13 +24,22 @@ class Layout(StrEnum):
     IN_OUT = "in_out"  # transformers' Conv1D, and a MatMul's second operand in a graph
     EMBEDDING = "embedding"  # nn.Embedding: one row per word; as a linear layer of one-hot inputs this is (in, out)
     MATRIX = "matrix"  # OUT_IN or EMBEDDING: only the adapter that was trained on it tells which
-    UNKNOWN = "unknown"  # OUT_IN or IN_OUT: only the class of the model tells which
+    UNKNOWN = "unknown"  # OUT_IN, IN_OUT or EMBEDDING: the base does not state it (see `layouts.py`)
     OTHER = "other"  # biases, norms, buffers: no pair fits them
 
     @property
     def is_transposed(self) -> bool:
         """Whether the weight is stored as the transpose of its (out, in) view."""
         return self in (Layout.IN_OUT, Layout.EMBEDDING)
+
+
+class LayoutSource(StrEnum):
+    """What decided the layout of a weight."""
+
+    BASE = "base"  # the holder of the weights: the class of a module, the operator of a graph, the type of a model
+    OPTION = "option"  # the user, by `--layout`
+    ADAPTER = "adapter"  # the adapter records how the weight that it was trained on is stored
+    SHAPE = "shape"  # the weight is not square, and fits the adapter in one layout only
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class TensorSpec:
     layout: Layout = Layout.OTHER
     file: str = ""  # within the checkpoint; empty where there are no files
     nbytes: int = 0
+    layout_source: LayoutSource = LayoutSource.BASE
+    aliases: tuple[str, ...] = ()  # other names of the same stored tensor: tied parameters
 
     @property
     def is_float(self) -> bool:
@@ -181,14 +192,19 @@ class Plan:
     def __str__(self) -> str:
         lines = [self._counts(), *(f"note: {note}" for note in self.notes)]
         for step in self.steps:
-            shape = " x ".join(map(str, step.spec.shape))
-            lines.append(f"  {self.output_name(step)}  [{shape} {step.spec.dtype}]  {step}")
+            lines.append(f"  {self.output_name(step)}  [{_described(step.spec)}]  {step}")
         return "\n".join(map(one_line, lines))
 
     def _counts(self) -> str:
         kinds = Counter(map(_kind, self.steps))
         counts = [(kinds[kind], kind) for kind in KINDS] + [(len(self.kept), "kept as they are")]
         return ", ".join(f"{count} {what}" for count, what in counts if count)
+
+
+def _described(spec: TensorSpec) -> str:
+    """Shape and dtype; and the layout, where the base does not state it."""
+    text = f"{' x '.join(map(str, spec.shape))} {spec.dtype}"
+    return text if spec.layout_source is LayoutSource.BASE else f"{text}, {spec.layout} by {spec.layout_source}"
 
 
 KINDS = (

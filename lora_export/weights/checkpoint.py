@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import TensorFile
+from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -42,9 +43,8 @@ CODE = (
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 
-# transformers' Conv1D stores (in, out). Only the class of a model determines whether it uses Conv1D.
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+MODEL_TYPE = "model_type"
+OWN_METADATA = ("format", provenance.KEY)  # entries of a file's header that are no aliases
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix != ".safetensors":
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)
-    return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], None)), history=_history(path, {}, shard))
+    return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], {})), history=_history(path, {}, shard))
 
 
 def custom_code(config: Mapping[str, Any]) -> str:
@@ -213,7 +213,27 @@ def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:
         raise InputRefused(f"{index} disagrees with the shards:\n  " + "\n  ".join(problems))
 
 
-def _specs(shards: Iterable[TensorFile], config: Mapping[str, Any] | None) -> Iterator[TensorSpec]:
+def tensor_aliases(shards: Iterable[TensorFile]) -> dict[str, str]:
+    """Names without a tensor of their own -> the stored tensor, as safetensors' `save_model` records tied parameters.
+
+    The metadata of a header has such an entry for each name that was left out.
+    """
+    shards = list(shards)
+    stored = {name for shard in shards for name in shard.entries}
+    return {
+        alias: name
+        for shard in shards
+        for alias, name in shard.metadata.items()
+        if name in stored and alias not in stored and alias not in OWN_METADATA
+    }
+
+
+def _specs(shards: Collection[TensorFile], config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    model_types = _known_model_types(config)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in tensor_aliases(shards).items():
+        aliases.setdefault(name, []).append(alias)
+        refuse_unprintable([alias], "the header's metadata")
     for shard in shards:
         refuse_unprintable(shard.entries, f"the header of {shard.path}")
         for entry in shard.entries.values():
@@ -221,22 +241,31 @@ def _specs(shards: Iterable[TensorFile], config: Mapping[str, Any] | None) -> It
                 name=entry.name,
                 shape=entry.shape,
                 dtype=str(entry.dtype),
-                layout=_layout(entry.name, len(entry.shape), config),
+                layout=_layout(entry.name, len(entry.shape), model_types),
                 file=shard.path.name,
                 nbytes=entry.nbytes,
+                aliases=tuple(sorted(aliases.get(entry.name, ()))),
             )
 
 
-def _layout(name: str, dimensions: int, config: Mapping[str, Any] | None) -> Layout:
-    if dimensions < 2:
-        return Layout.OTHER
+def _layout(name: str, dimensions: int, model_types: Collection[str]) -> Layout:
+    """The layout of a tensor of a model of these types; of a matrix UNKNOWN where there are none."""
+    if dimensions != 2:
+        return Layout.OTHER if dimensions < 2 else Layout.OUT_IN  # a convolution, or a bare parameter
+    if not model_types:
+        return Layout.UNKNOWN
     module = name.removesuffix(".weight").rpartition(".")[2]
-    if module in CONV1D_NAMES and dimensions == 2:
-        if not config:
-            return Layout.UNKNOWN
-        if not CONV1D_MODELS.isdisjoint(map(str, _values(config, "model_type"))):
-            return Layout.IN_OUT
-    return Layout.MATRIX if dimensions == 2 else Layout.OUT_IN  # a convolution, or a bare parameter
+    if all(module not in CONV1D_MODULES.get(model_type, ()) for model_type in model_types):
+        return Layout.MATRIX
+    # A composite model, one part of which has a Conv1D of this name, and another an nn.Linear.
+    is_ambiguous = any(module in LINEAR_MODULES.get(model_type, ()) for model_type in model_types)
+    return Layout.UNKNOWN if is_ambiguous else Layout.IN_OUT
+
+
+def _known_model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """The model types of a config and of its parts; empty unless all of them are types of transformers."""
+    model_types = frozenset(str(value) for value in _values(config, MODEL_TYPE) if value)
+    return model_types if config.get(MODEL_TYPE) and model_types <= KNOWN_MODEL_TYPES else frozenset()
 
 
 def _values(config: Mapping[str, Any], key: str) -> Iterator[Any]:

@@ -29,7 +29,7 @@ from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.checkpoint import CONFIG, Checkpoint
+from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
@@ -71,7 +71,7 @@ def merge_checkpoint(
     begun = time.perf_counter()
     refuse_before_merge(plan, base)
     backend = backend or Backend()
-    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | backend.settings
+    settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         by_file = {name: {hashing: value} for name, value in hashes.items()}
@@ -79,7 +79,7 @@ def merge_checkpoint(
 
     def metadata(name: str, source_hash: str) -> Mapping[str, str]:
         own = {} if base.is_folder else {provenance.KEY: json.dumps(record({name: source_hash}))}
-        return {"format": "pt", **base.shards[name].metadata, **own}
+        return {"format": "pt", **_header_metadata(plan, base, base.shards[name]), **own}
 
     tensors = _output_tensors(plan, base, dtype)
     written = {}
@@ -104,6 +104,22 @@ def merge_checkpoint(
         replaced_weights=replaced,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _stated_layouts(plan: Plan) -> dict[str, Any]:
+    """The layouts that the user stated, for the record of provenance."""
+    stated = {step.weight: step.spec.layout.value for step in plan.steps if step.spec.layout_source == "option"}
+    return {"layout": stated} if stated else {}
+
+
+def _header_metadata(plan: Plan, base: Checkpoint, shard: TensorFile) -> dict[str, str]:
+    """The metadata of a file's header, with the aliases that are still ones, under the names of the output."""
+    aliases, added = tensor_aliases(base.shards.values()), {step.weight for step in plan.steps if step.added}
+    return {
+        plan.output_name(key) if key in aliases else key: plan.output_name(value) if key in aliases else value
+        for key, value in shard.metadata.items()
+        if key not in added
+    }
 
 
 def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
-from support.api import MODEL, Recorder
+from support.api import MODEL, Recorder, base_weights
 
 
 @pytest.fixture
@@ -44,3 +44,12 @@ def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Pa
     with pytest.raises(InputRefused, match="dens"):
         le.train(MODEL, data, tmp_path / "ad", target="dens")
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_the_adapter_records_layouts_so_that_a_merge_needs_no_option(data: Path, tmp_path: Path) -> None:
+    trained = le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=1).adapter
+    assert trained.layouts == {"dense": "out_in"}
+    base = base_weights(tmp_path / "base.safetensors")
+    made = le.merge(base, tmp_path / "ad", tmp_path / "out.safetensors")
+    assert [(step.spec.layout, step.spec.layout_source) for step in made.plan.steps] == [("out_in", "adapter")]
+    assert le.verify(tmp_path / "out.safetensors", base=base, adapters=[tmp_path / "ad"])

@@ -49,6 +49,58 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+# --- The layout of square matrices ---
+
+SQUARE = np.arange(4).reshape(2, 2)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder with a bare file of a square matrix, and an adapter that records no layout."""
+    base_file(tmp_path / "base.safetensors", {"fc.weight": SQUARE, "up.weight": [[1, 1]]})
+    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2]], [[1], [10]]), "up": ([[1]], [[1], [1]])}, layout="")
+    return tmp_path
+
+
+def test_an_unknown_layout_is_refused_by_name(bare, capsys):
+    out = bare / "out.safetensors"
+    assert run(bare, bare / "base.safetensors", "adapter", "-o", out) == 3
+    output = capsys.readouterr()
+    assert (
+        "the layout of 1 square matrix is unknown: fc.weight. Neither the base nor the adapter determines" in output.err
+    )
+    assert "--layout NAME=out_in or --layout NAME=in_out" in output.err
+    assert sorted(path.name for path in bare.iterdir()) == ["adapter", "base.safetensors"]
+
+
+@pytest.mark.parametrize(("layout", "change"), [("out_in", [[1, 2], [10, 20]]), ("in_out", [[1, 10], [2, 20]])])
+def test_the_layout_option_decides(bare, capsys, layout, change):
+    out = bare / "out.safetensors"
+    arguments = (bare / "base.safetensors", "adapter", "-o", out, "--layout", f"f*={layout}")
+    assert run(bare, *arguments, "--dry-run") == 0
+    output = capsys.readouterr().out
+    assert f"fc.weight  [2 x 2 float32, {layout} by option]" in output
+    assert "up.weight  [1 x 2 float32, in_out by shape]" in output
+    assert not out.exists()
+    assert run(bare, *arguments) == 0
+    assert load_file(out)["fc.weight"].tolist() == (SQUARE + change).tolist()
+    assert load_file(out)["up.weight"].tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ("fc=conv", 2, "fc=conv is not NAME=out_in or NAME=in_out"),
+        ("in_out", 2, "in_out is not NAME=out_in or NAME=in_out"),
+        ("fd=in_out", 3, "--layout fd=in_out: no matrix of the base has this name"),
+        ("*=out_in", 3, "--layout states that up.weight is out_in, but with the shape (1, 2), the adapter's is in_out"),
+    ],
+)
+def test_a_wrong_layout_option_is_refused(bare, capsys, text, code, message):
+    assert run(bare, bare / "base.safetensors", "adapter", "-o", bare / "out.safetensors", "--layout", text) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 # --- 0 ---
 
 

@@ -756,3 +756,36 @@ def test_mlx_configs_of_the_same_name_are_not_recognised(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
     assert not formats.recognised(tmp_path)
     assert "is not an adapter in a known format" in refusal(tmp_path)
+
+
+# --- Layouts ---
+
+
+def test_fan_in_fan_out_records_that_matrices_are_in_out(tmp_path):
+    pairs = {"fc": ([[1, 2]], [[1], [1]]), "conv": (np.ones((1, 2, 3)), np.ones((2, 1, 1)))}
+    adapter = formats.load(peft_adapter(tmp_path / "one", pairs, layout="", fan_in_fan_out=True))
+    assert adapter.layouts == {"fc": "in_out"}
+    assert formats.load(peft_adapter(tmp_path / "two", pairs, layout="", fan_in_fan_out=False)).layouts == {}
+
+
+def test_recorded_layouts_are_written_and_read_and_ignored_by_peft(tmp_path):
+    adapter = formats.load(simple(tmp_path / "one"))
+    assert adapter.layouts == {"fc": "out_in"}  # see peft_adapter
+    for layouts in ({"fc": "in_out"}, {}):
+        (tmp_path / str(len(layouts))).mkdir()
+        made = dataclasses.replace(adapter, layouts=layouts)
+        reader.write(made, tmp_path / str(len(layouts)), rank=1, alpha=1, targets=["fc"])
+        assert formats.load(tmp_path / str(len(layouts))).layouts == layouts
+    base = nn.ModuleDict({"fc": nn.Linear(2, 3)})
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "1").state_dict()
+    assert loaded["base_model.model.fc.lora_A.default.weight"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"fc": "conv"}', '{"fc": 1}', '{"fc": []}', "[]", "{", '{"fc": "in_out", "fc": "out_in"}']
+)
+def test_damaged_records_of_layouts_are_refused(tmp_path, text):
+    folder = simple(tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", {reader.LAYOUTS: text})
+    assert reader.LAYOUTS in refusal(folder)

@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from lora_export import sums
+from lora_export.formats.peft import LAYOUTS
 
 
 def rounded_sum(weight: NDArray[Any], change: NDArray[np.float32], dtype: Any = None) -> NDArray[Any]:
@@ -52,9 +54,17 @@ def base_file(
 
 
 def peft_adapter(
-    folder: Path, pairs: Mapping[str, tuple[Any, Any]], whole: Mapping[str, Any] | None = None, **config: Any
+    folder: Path,
+    pairs: Mapping[str, tuple[Any, Any]],
+    whole: Mapping[str, Any] | None = None,
+    *,
+    layout: str = "out_in",
+    **config: Any,
 ) -> Path:
-    """A PEFT adapter of these (A, B) and whole tensors; its rank is that of the first A, its scale 1 by default."""
+    """A PEFT adapter of these (A, B) and whole tensors; its rank is that of the first A, its scale 1 by default.
+
+    It records the layout of the weights, as `lora-export train` does; with an empty one nothing, as PEFT.
+    """
     tensors = {}
     for module, (a, b) in pairs.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
@@ -66,9 +76,20 @@ def peft_adapter(
     if whole:
         fields["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole})
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # One entry only: save_file writes several in any order, and equal adapters have equal bytes.
+    metadata = {LAYOUTS: json.dumps(dict.fromkeys(pairs, layout))} if layout else {"format": "pt"}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
     (folder / "adapter_config.json").write_text(json.dumps(fields | config))
     return folder
+
+
+def add_tensors(adapter: Path, tensors: Mapping[str, Any]) -> Path:
+    """Add tensors to the file of an adapter, or replace them. The metadata of its header stays."""
+    path = adapter / "adapter_model.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | dict(tensors), path, metadata)
+    return adapter
 
 
 def graph_file(path: Path, weights: Mapping[str, Any], *, data: str | Mapping[str, str] = "", **metadata: str) -> Path:

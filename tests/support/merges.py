@@ -18,12 +18,18 @@ from lora_export.weights.merge_report import MergeReport
 
 
 def merged(
-    base: Path, adapters: Path | list[Path], out: Path, *, strengths: tuple[float, ...] = (), **options: Any
+    base: Path,
+    adapters: Path | list[Path],
+    out: Path,
+    *,
+    strengths: tuple[float, ...] = (),
+    layout: dict[str, str] | None = None,
+    **options: Any,
 ) -> MergeReport:
     """Merge into `out`: a folder, or the folder that a bare file is put into."""
     loaded = [formats.load(path) for path in ([adapters] if isinstance(adapters, Path) else adapters)]
     checkpoint = open_checkpoint(base)
-    laid = plan.make(loaded, checkpoint.specs, strengths=strengths, may_add=True)
+    laid = plan.make(loaded, checkpoint.specs, strengths=strengths, may_add=True, layout=layout)
     out.mkdir()
     return merge_checkpoint(laid, checkpoint, out, **options)
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lora_export import cli
 from lora_export.verification.against_checkpoint import stored_tensor
 from support import junit_schema, peak
-from support.handmade import base_file, peft_adapter
+from support.handmade import add_tensors, base_file, peft_adapter
 
 RNG = np.random.default_rng(0)
 Tensors = dict[str, NDArray[Any]]
@@ -73,13 +73,11 @@ def rank_stabilised(folder: Path) -> Path:
 
 def with_dora(folder: Path) -> Path:
     path = peft_adapter(folder, PAIRS, use_dora=True)
-    file = path / "adapter_model.safetensors"
     lengths = {
         f"base_model.model.{name}.lora_magnitude_vector": np.float32(RNG.uniform(0.1, 0.3, len(b)))
         for name, (_, b) in PAIRS.items()
     }
-    save_file(load_file(file) | lengths, file)
-    return path
+    return add_tensors(path, lengths)
 
 
 def on_embeddings(folder: Path, **config: Any) -> Path:
@@ -109,24 +107,17 @@ def with_a_head(folder: Path) -> Path:
 
 def with_biases(folder: Path) -> Path:
     path = peft_adapter(folder, PAIRS, bias="lora_only")
-    file = path / "adapter_model.safetensors"
-    save_file(load_file(file) | {"base_model.model.a.base_layer.bias": normal(40)}, file)
-    return path
+    return add_tensors(path, {"base_model.model.a.base_layer.bias": normal(40)})
 
 
 def with_shifted_biases(folder: Path) -> Path:
     path = peft_adapter(folder, {"a": PAIRS["a"]}, lora_bias=True)
-    file = path / "adapter_model.safetensors"
-    save_file(load_file(file) | {"base_model.model.a.lora_B.bias": normal(40)}, file)
-    return path
+    return add_tensors(path, {"base_model.model.a.lora_B.bias": normal(40)})
 
 
 def with_token_rows(folder: Path) -> Path:
     path = peft_adapter(folder, PAIRS, trainable_token_indices={"embed": [3, 41]})
-    file = path / "adapter_model.safetensors"
-    rows = {"base_model.model.embed.token_adapter.trainable_tokens_delta": normal(2, 16)}
-    save_file(load_file(file) | rows, file)
-    return path
+    return add_tensors(path, {"base_model.model.embed.token_adapter.trainable_tokens_delta": normal(2, 16)})
 
 
 ADAPTERS = [
@@ -258,7 +249,8 @@ DEFECTS: dict[str, tuple[Callable[[Any], Callable[[Tensors], None]], str]] = {
     "scale x 2": (lambda dtype: rounded(2 * DELTA, dtype), "its scale is off: ad x 2"),
     "scale x 0.99": (lambda dtype: rounded(0.99 * DELTA, dtype), "a.weight: different"),
     "subtracted": (lambda dtype: rounded(-DELTA, dtype), "its scale is off: ad x -1"),
-    "transposed": (lambda dtype: rounded(DELTA.T, dtype), "it is the sum with ad transposed"),
+    "transposed": (lambda dtype: rounded(DELTA.T, dtype),
+                   "it is the sum with BA transposed, that of a weight stored in_out; this one is stored out_in"),
     "another's": (lambda dtype: rounded(DELTA[::-1], dtype), "a.weight: different"),
     "one entry": (lambda _: entry, "a.weight: different, 1 of 1,600 entries .* a few entries are damaged"),
     "two rows": (lambda _: row, "a.weight: different"),

@@ -23,6 +23,10 @@ INDEX = "model.safetensors.index.json"
 MAP = {"a.weight": FIRST, "b.weight": SECOND, "b.bias": SECOND}
 
 
+# Two parts with modules of the same names: nn.Linear in one, Conv1D in the other
+TWO_PARTS = {"model_type": "encoder-decoder", "encoder": {"model_type": "gpt_neo"}, "decoder": {"model_type": "gpt2"}}
+
+
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
@@ -87,12 +91,21 @@ def test_a_cache_of_symbolic_links_is_a_base(sharded, tmp_path_factory):
     ("config", "layout"),
     [
         ({"model_type": "gpt2"}, Layout.IN_OUT),
-        ({"model_type": "composite", "decoder": {"model_type": "gpt2"}}, Layout.IN_OUT),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, Layout.IN_OUT),
         ({"model_type": "gpt_bigcode"}, Layout.MATRIX),  # the same names, nn.Linear
         (None, Layout.UNKNOWN),
+        ({}, Layout.UNKNOWN),
+        ({"model_type": "jais"}, Layout.UNKNOWN),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "jais"}}, Layout.UNKNOWN),
+        ({"architectures": ["GPT2Model"], "decoder": {"model_type": "gpt2"}}, Layout.UNKNOWN),
+        # Of two parts with these names, one is a Conv1D.
+        (
+            {"model_type": "encoder-decoder", "e": {"model_type": "gpt_neo"}, "d": {"model_type": "gpt2"}},
+            Layout.UNKNOWN,
+        ),
     ],
 )
-def test_the_layout_of_gpt2_matrices_depends_on_the_model_type(tmp_path, config, layout):
+def test_the_layout_of_matrices_depends_on_the_model_type(tmp_path, config, layout):
     single(
         tmp_path,
         config,
@@ -106,8 +119,20 @@ def test_the_layout_of_gpt2_matrices_depends_on_the_model_type(tmp_path, config,
         "h.0.c_proj.weight": layout,
         "h.0.c_proj.bias": Layout.OTHER,
         "c_fc.weight": Layout.OUT_IN,  # a convolution of that name
-        "wte.weight": Layout.MATRIX,
+        "wte.weight": Layout.UNKNOWN if _is_unknown(config) else Layout.MATRIX,
     }
+
+
+def _is_unknown(config: Mapping[str, Any] | None) -> bool:
+    """Whether the type of a model, or of one of its parts, is none of transformers'."""
+    return "model_type" not in (config or {}) or "jais" in str(config)
+
+
+def test_the_aliases_of_tied_tensors_are_read(tmp_path):
+    metadata = {"head.weight": "emb.weight", "format": "pt", "note": "text", "x.weight": "y.weight", "b": "emb.weight"}
+    base_file(tmp_path / "m.safetensors", {"emb.weight": [[1]], "b": [1]}, metadata=metadata)
+    aliases = {spec.name: spec.aliases for spec in open_checkpoint(tmp_path / "m.safetensors").specs}
+    assert aliases == {"emb.weight": ("head.weight",), "b": ()}
 
 
 def test_other_files_exclude_weights_and_hidden_files(sharded):
@@ -302,7 +327,8 @@ def test_architectures_must_be_a_list_of_names(tmp_path, architectures):
 def test_a_deeply_nested_config_is_read_or_refused(tmp_path):
     single(tmp_path, None, fc__weight=[[1]], c_proj__weight=[[1]])
     for depth in (400, 5000):
-        (tmp_path / "config.json").write_text('{"a": ' * depth + '{"model_type": "gpt2"}' + "}" * depth)
+        nested = '{"a": ' * depth + '{"model_type": "gpt2"}' + "}" * depth
+        (tmp_path / "config.json").write_text('{"model_type": "encoder-decoder", ' + nested[1:])
         try:
             layouts = {spec.name: spec.layout for spec in open_checkpoint(tmp_path).specs}
         except InputRefused as error:

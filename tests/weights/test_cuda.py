@@ -84,8 +84,9 @@ def test_exact_sums_equal_pefts_bit_for_bit(tmp_path, dtype, config):
     model = trained(net, sixty_fourths, **{"target_modules": ["up", "square", "down"], **config})
     model.save_pretrained(tmp_path / "adapter")
     inputs = tmp_path / "base.safetensors", tmp_path / "adapter"
-    theirs = merged(*inputs, tmp_path / "numpy")
-    ours = merged(*inputs, tmp_path / "out", backend=by_torch())
+    layout = {"*": "out_in"}
+    theirs = merged(*inputs, tmp_path / "numpy", layout=layout)
+    ours = merged(*inputs, tmp_path / "out", backend=by_torch(), layout=layout)
     assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
     assert len(ours.results) == len(theirs.results) > 0
     for one, other in zip(ours.results, theirs.results, strict=True):

@@ -9,6 +9,8 @@ Every tensor of base, adapters and candidate is accounted for:
               V = W + Σ s·BA (with DoRA: m/‖V‖·V). V is computed here, in fp64, with no code of the merge.
     controls  V without one adapter, with its scale x 1.1, and with its BA transposed must fail the same check.
               Otherwise the weight is undecided: the check could not detect such an error.
+    layout    Whether BA or its transpose is added to a square matrix is decided here, again without the merge. Where
+              nothing decides it, the weight is undecided, or different from both sums.
 
 The error bound of a sum in fp32 is the usual one, about (rank + 4) · 2⁻²⁴ · |s| ‖b‖ ‖a‖ + 2⁻²² · |V| for an entry made
 of the row b of B and the column a of A. The plan (which pair changes which weight) is made as for a merge.
@@ -17,6 +19,7 @@ of the row b of B and the column a of A. The plan (which pair changes which weig
     audit_checkpoint.py    audit: every tensor, one result
     judge_changed.py       weights to which something is added
     judge_rounded.py       tensors that are only copied, rounded or replaced
+    stored_layout.py       how each changed matrix is stored
     fp64_sums.py           W + s·BA in fp64, with the error bound of fp32; deliberately wrong sums
     explain_difference.py  what may have happened to a weight that is different
     stored_tensor.py       a tensor in its file, read in pieces

@@ -8,27 +8,35 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.plan import FLOATS, Plan, Step
+from lora_export.plan import FLOATS, Layout, Plan, Step
 from lora_export.storage import block_copy
-from lora_export.verification.against_checkpoint.judge_changed import judge_changed
+from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
 from lora_export.verification.against_checkpoint.judge_rounded import judge_rounded
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
+from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
 from lora_export.verification.parity import Outcome
 from lora_export.weights.checkpoint import Checkpoint
 
 
 def audit(
-    plan: Plan, base: Checkpoint, merged: Checkpoint, *, progress: Callable[[int], None] = lambda _: None
+    plan: Plan,
+    base: Checkpoint,
+    merged: Checkpoint,
+    *,
+    layout: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Audit:
     """Judge every tensor of `merged`, which should be what a merge makes of `base` by this plan.
 
+    The layouts in the plan are not used: they are decided again. `layout` has those that the user stated.
     Reads both checkpoints in pieces, in several threads. `progress` receives the bytes judged since the last call.
     Raises InputRefused where a file becomes shorter meanwhile.
     """
     before, after = _tensors(base), _tensors(merged)
     expected: dict[str, tuple[str, Step | None]] = {plan.output_name(name): (name, None) for name in before}
-    expected |= {plan.output_name(step): (step.weight, step) for step in plan.steps}
+    layouts = StoredLayouts.of(plan, base, layout or {})
+    expected |= {plan.output_name(step): (step.weight, layouts.stored_as(step)) for step in plan.steps}
     dtype = _common_dtype(after)
 
     def judge(name: str) -> AuditedWeight:
@@ -75,6 +83,8 @@ def _judge(
         return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, problem)
     if step is not None and not step.is_replacement:
         assert base is not None
+        if step.spec.layout is Layout.UNKNOWN and step.terms:
+            return judge_unknown_layout(name, step, base, candidate)
         return judge_changed(name, step, base, candidate)
     return judge_rounded(name, step, base, candidate)
 

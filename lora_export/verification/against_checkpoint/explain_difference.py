@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
-from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum, Wide, allowed_error, half_step
+from lora_export.verification.against_checkpoint.fp64_sums import (
+    OTHER_LAYOUT,
+    Fp64Sum,
+    Wide,
+    allowed_error,
+    half_step,
+    sum_in_other_layout,
+)
 
 CLOSE = 0.05  # ‖residual‖ / ‖difference from W‖ up to which other scales explain a difference
 SCALE_TOLERANCE = 1e-3
@@ -20,6 +27,10 @@ def explain(weight: ChangedWeight, right: Fp64Sum, detected: Mapping[str, bool],
     `detected` names the deliberately wrong sums, and whether the candidate differs from each. `is_local`: only a few
     entries are off. Otherwise reads the weight once more.
     """
+    if _is_in_other_layout(weight, right):
+        layout = weight.step.spec.layout
+        other = OTHER_LAYOUT[layout]
+        return f"it is the sum with BA transposed, that of a weight stored {other}; this one is stored {layout}"
     for what, is_detected in detected.items():
         if not is_detected:  # the candidate is this wrong sum, to the last bit
             return "it is the sum with " + what
@@ -35,6 +46,19 @@ def explain(weight: ChangedWeight, right: Fp64Sum, detected: Mapping[str, bool],
     if rounded_early:
         return "the change seems to have been rounded before it was added"
     return fit.wrong_scales() if weight.step.magnitude is None else ""
+
+
+def _is_in_other_layout(weight: ChangedWeight, right: Fp64Sum) -> bool:
+    """Whether the candidate is the sum of a matrix that was read in the wrong layout."""
+    other = sum_in_other_layout(right)
+    if other is None:
+        return False
+    other, dtype = weight.with_norms(other), weight.candidate.dtype
+    for rows in weight.pieces:
+        value, bound = other.rows(rows, weight.before(rows))
+        if not (np.abs(weight.after(rows) - value) <= allowed_error(value, bound, dtype)).all():
+            return False
+    return True
 
 
 def _is_rounded_early(right: Fp64Sum, rows: slice, before: Wide, after: Wide, dtype: np.dtype[Any]) -> bool:

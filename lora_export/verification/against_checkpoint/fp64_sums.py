@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.lora import LoraPair
-from lora_export.plan import Step
+from lora_export.plan import Layout, Step
 from lora_export.verification.parity import CONTROL_SCALE
 
 FP32_ROUNDOFF = 2.0**-24
+
+OTHER_LAYOUT = {Layout.OUT_IN: Layout.IN_OUT, Layout.IN_OUT: Layout.OUT_IN}
 
 Wide = NDArray[np.float64]
 
@@ -92,6 +94,15 @@ def wrong_sums(right: Fp64Sum) -> Iterator[tuple[str, Fp64Sum]]:
         yield f"{name} x {CONTROL_SCALE}", Fp64Sum(step, (*before, CONTROL_SCALE * factor, *after))
         if step.terms and step.terms[number].pair.a.ndim == 2 and len(set(step.terms[number].pair.shape)) == 1:
             yield f"{name} transposed", Fp64Sum(step, right.factors, transposed_term=number)
+
+
+def sum_in_other_layout(right: Fp64Sum) -> Fp64Sum | None:
+    """The sum of a square matrix that is read in the wrong layout: every BA transposed; None for other weights."""
+    spec = right.step.spec
+    layout, is_square = OTHER_LAYOUT.get(spec.layout), len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
+    if layout is None or not is_square or not right.step.terms:
+        return None
+    return Fp64Sum(replace(right.step, spec=replace(spec, layout=layout)), right.factors)
 
 
 def allowed_error(value: Wide, bound: Wide, dtype: np.dtype[Any]) -> Wide:

@@ -12,7 +12,13 @@ import numpy as np
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
 from lora_export.verification.against_checkpoint.explain_difference import explain
-from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum, Wide, allowed_error, wrong_sums
+from lora_export.verification.against_checkpoint.fp64_sums import (
+    OTHER_LAYOUT,
+    Fp64Sum,
+    Wide,
+    allowed_error,
+    wrong_sums,
+)
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
 from lora_export.verification.parity import Outcome, WorstElement
@@ -44,6 +50,25 @@ def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTe
         why = f"it also fits the sum with {' and '.join(missed)}: rounding to {candidate.dtype} hides the difference"
         return replace(result, outcome=Outcome.UNDECIDED, why=why)
     return result
+
+
+def judge_unknown_layout(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
+    """Compare a square matrix whose layout is unknown with the sums of both layouts. At best it is undecided."""
+    results = {
+        layout: judge_changed(name, replace(step, spec=replace(step.spec, layout=layout)), base, candidate)
+        for layout in OTHER_LAYOUT
+    }
+    fitting = [layout for layout, result in results.items() if result.outcome is not Outcome.DIFFERENT]
+    first = results[fitting[0]] if fitting else min(results.values(), key=lambda result: result.off)
+    if not fitting:
+        return replace(first, why=f"{first.why} (its layout is unknown: it is not the sum of either layout)")
+    if all(result.outcome is Outcome.SAME for result in results.values()):
+        return first  # the sum is the same in both layouts
+    why = (
+        f"its layout is unknown: it is the sum for a weight stored {' and for one stored '.join(fitting)}. State the "
+        "layout by --layout NAME=out_in or NAME=in_out"
+    )
+    return replace(first, outcome=Outcome.UNDECIDED, why=why)
 
 
 @dataclass(eq=False)

@@ -1,0 +1,133 @@
+"""How a matrix is stored, where the base does not state it: (out, in), or transposed.
+
+A square matrix fits a pair in both layouts, and only one of the two sums is right. Nothing is guessed: the layout is
+stated by the user, shown by the shape, or recorded by the adapter; otherwise the base is refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
+from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec
+
+LINEAR_LAYOUTS = (Layout.OUT_IN, Layout.IN_OUT)
+SHOWN = 3  # weights that a message names
+
+
+def check_stated(stated: Mapping[str, str], base: Mapping[str, TensorSpec]) -> None:
+    """Raise WrongUsage for a layout that does not exist, InputRefused for a name that no matrix of the base has."""
+    for pattern, layout in stated.items():
+        if layout not in LINEAR_LAYOUTS:
+            raise WrongUsage(f"--layout {pattern}={layout}: a layout is {' or '.join(LINEAR_LAYOUTS)}")
+        if not any(len(spec.shape) == 2 and _names(pattern, name) for name, spec in base.items()):
+            raise InputRefused(f"--layout {pattern}={layout}: no matrix of the base has this name")
+
+
+def settle_layouts(
+    adapters: Sequence[Adapter], prefixes: Sequence[Prefix], base: BaseTensors, stated: Mapping[str, str]
+) -> BaseTensors:
+    """The base, with the layouts of the matrices that pairs change, where something decides them.
+
+    Raises InputRefused where `stated` contradicts the base or a shape.
+    """
+    linear = dict(_linear_pairs(adapters, prefixes, base))
+    recorded = _recorded(adapters, prefixes, base, stated)
+    settled = {
+        weight: _settled(base[weight], pair, _stated_for(weight, stated), recorded.get(weight, set()))
+        for weight, pair in linear.items()
+    }
+    return BaseTensors(settled.get(name, spec) for name, spec in base.items())
+
+
+def refuse_unknown(steps: Sequence[Step]) -> None:
+    """Raise InputRefused where the layout of a weight that pairs change is unknown."""
+    unknown = [step.weight for step in steps if step.terms and step.spec.layout is Layout.UNKNOWN]
+    if unknown:
+        more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise InputRefused(
+            f"the layout of {len(unknown)} square {'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
+            f"{', '.join(unknown[:SHOWN])}{more}. Neither the base nor the adapter determines whether it is stored "
+            "(out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by --layout NAME=out_in"
+            " or --layout NAME=in_out; NAME is a tensor, a module or a glob such as '*'. Nothing was written."
+        )
+
+
+def _linear_pairs(
+    adapters: Sequence[Adapter], prefixes: Sequence[Prefix], base: BaseTensors
+) -> Iterator[tuple[str, LoraPair]]:
+    """The matrices of linear layers that the adapters change, each with a pair for it."""
+    for adapter, prefix in zip(adapters, prefixes, strict=True):
+        for module, pair in adapter.pairs.items():
+            weight = weight_of(prefix.to_base(module), base)
+            if weight is not None and not pair.embedding and len(base[weight].shape) == 2:
+                yield weight, pair
+
+
+def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: set[Layout]) -> TensorSpec:
+    own = _own_layout(spec, pair)
+    if own is not None and stated not in (None, own):
+        why = "the base's" if spec.layout is not Layout.UNKNOWN else f"with the shape {spec.shape}, the adapter's"
+        raise InputRefused(f"--layout states that {spec.name} is {stated}, but {why} is {own}")
+    if spec.layout is not Layout.UNKNOWN:
+        return spec
+    if own is not None:
+        return replace(spec, layout=own, layout_source=LayoutSource.SHAPE)
+    if pair.shape != spec.shape:  # it fits in neither layout: a misfit
+        return spec
+    if stated is not None:
+        return replace(spec, layout=stated, layout_source=LayoutSource.OPTION)
+    if len(recorded) == 1:
+        return replace(spec, layout=next(iter(recorded)), layout_source=LayoutSource.ADAPTER)
+    return spec
+
+
+def _own_layout(spec: TensorSpec, pair: LoraPair) -> Layout | None:
+    """The layout that the base states or that the shape shows; None where neither does."""
+    if spec.layout is Layout.MATRIX:
+        return Layout.OUT_IN
+    if spec.layout is not Layout.UNKNOWN:
+        return spec.layout if spec.layout in LINEAR_LAYOUTS else None
+    if len(set(spec.shape)) == 1 or pair.shape not in (spec.shape, spec.shape[::-1]):
+        return None
+    return Layout.OUT_IN if pair.shape == spec.shape else Layout.IN_OUT
+
+
+def _recorded(
+    adapters: Sequence[Adapter], prefixes: Sequence[Prefix], base: BaseTensors, stated: Mapping[str, str]
+) -> dict[str, set[Layout]]:
+    """The layouts that adapters record, by weight.
+
+    PEFT writes one `fan_in_fan_out` for all modules, whatever it found at the last of them. A record of an adapter is
+    therefore no evidence where another weight, or the user, contradicts a record of the same adapter.
+    """
+    by_weight: dict[str, set[Layout]] = {}
+    for adapter, prefix in zip(adapters, prefixes, strict=True):
+        own: dict[str, Layout] = {}
+        contradicted = False
+        for module, layout in adapter.layouts.items():
+            weight = weight_of(prefix.to_base(module), base)
+            if weight is None or module not in adapter.pairs or len(base[weight].shape) != 2:
+                continue
+            own[weight] = Layout(layout)
+            known = _own_layout(base[weight], adapter.pairs[module]) or _stated_for(weight, stated)
+            contradicted = contradicted or known not in (None, own[weight])
+        for weight, recorded in () if contradicted else own.items():
+            by_weight.setdefault(weight, set()).add(recorded)
+    return by_weight
+
+
+def _stated_for(weight: str, stated: Mapping[str, str]) -> Layout | None:
+    """The last layout that the user stated for this weight."""
+    matching = [layout for pattern, layout in stated.items() if _names(pattern, weight)]
+    return Layout(matching[-1]) if matching else None
+
+
+def _names(pattern: str, weight: str) -> bool:
+    """Whether a pattern is the name of this tensor or of its module, or a glob that matches one of them."""
+    names = (weight, weight.removesuffix(".weight"))
+    return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -1,0 +1,120 @@
+"""How a changed matrix is stored, decided without the code that decides it for a merge.
+
+The evidence, in this order: an embedding's own pair; the shape; the user; the type of the model, unless the biases of
+modules of the same name contradict it; the adapters. Where there is none, the layout is unknown.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_export.plan import Layout, Plan, Step
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
+
+WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class StoredLayouts:
+    """The layouts of the weights that a plan changes."""
+
+    by_weight: Mapping[str, Layout]  # UNKNOWN where there is no evidence, or where it disagrees
+
+    @classmethod
+    def of(cls, plan: Plan, base: Checkpoint, stated: Mapping[str, str]) -> StoredLayouts:
+        """Decide the layout of each weight with terms. Reads the headers and the config of the base only."""
+        changed = [step for step in plan.steps if step.terms]
+        shown = {step.weight: _shown_by_pair(step) for step in changed}
+        shapes = {name: entry.shape for shard in base.shards.values() for name, entry in shard.entries.items()}
+        model_types = _model_types(base.config)
+        unreliable = {adapter for step in changed for adapter in _contradicted(step, plan, shown[step.weight], stated)}
+        layouts = {}
+        for step in changed:
+            layout = shown[step.weight] or _stated(step.weight, stated)
+            layout = layout or _of_model(step.weight, shapes, model_types)
+            layouts[step.weight] = layout or _of_adapters(step, plan, unreliable) or Layout.UNKNOWN
+        return cls(layouts)
+
+    def stored_as(self, step: Step) -> Step:
+        """The step on a weight of the layout that was decided here."""
+        layout = self.by_weight.get(step.weight)
+        return step if layout is None else replace(step, spec=replace(step.spec, layout=layout))
+
+
+def _shown_by_pair(step: Step) -> Layout | None:
+    """The layout that the pair and the shape show: of an embedding, a convolution, and what is not square."""
+    pair, shape = step.terms[0].pair, step.spec.shape
+    if pair.embedding:
+        return Layout.EMBEDDING
+    if len(shape) != 2:
+        return Layout.OUT_IN
+    if shape[0] == shape[1]:
+        return None
+    return Layout.OUT_IN if shape[0] == pair.b.shape[0] else Layout.IN_OUT
+
+
+def _stated(weight: str, stated: Mapping[str, str]) -> Layout | None:
+    found = None
+    for pattern, layout in stated.items():
+        for name in (weight, weight.removesuffix(WEIGHT)):
+            if name == pattern or fnmatch.fnmatchcase(name, pattern):
+                found = Layout(layout)
+    return found
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """The types of a model and of its parts; empty where one of them is unknown."""
+    found, parts = set(), [config]
+    while parts:
+        part = parts.pop()
+        if part.get("model_type"):
+            found.add(str(part["model_type"]))
+        parts.extend(value for key, value in part.items() if isinstance(value, dict) and key != "id2label")
+    return found if "model_type" in config and not found - KNOWN_MODEL_TYPES else set()
+
+
+def _of_model(weight: str, shapes: Mapping[str, tuple[int, ...]], model_types: set[str]) -> Layout | None:
+    """The layout by the type of the model; UNKNOWN where the shapes in the same file contradict it."""
+    if not model_types:
+        return None
+    module = weight.removesuffix(WEIGHT).split(".")[-1]
+    in_out = {name for name in model_types if module in CONV1D_MODULES.get(name, ())}
+    if in_out and any(module in LINEAR_MODULES.get(name, ()) for name in model_types):
+        return None
+    layout = Layout.IN_OUT if in_out else Layout.OUT_IN
+    return layout if set(_of_namesakes(module, shapes)) <= {layout} else Layout.UNKNOWN
+
+
+def _of_namesakes(module: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layout]:
+    """The layouts of matrices with this last name that are not square: a bias has one entry for each output."""
+    for name, shape in shapes.items():
+        if name.endswith(f"{module}{WEIGHT}") and name.removesuffix(WEIGHT).split(".")[-1] == module:
+            outputs = shapes.get(f"{name.removesuffix(WEIGHT)}.bias")
+            if len(shape) == 2 and shape[0] != shape[1] and outputs in ((shape[0],), (shape[1],)):
+                yield Layout.OUT_IN if outputs == (shape[0],) else Layout.IN_OUT
+
+
+def _recorded(step: Step, plan: Plan) -> Iterator[tuple[str, Layout]]:
+    """Each adapter on this weight that records its layout, and that layout."""
+    by_name = {adapter.name: adapter for adapter in plan.adapters}
+    for term in step.terms:
+        layout = by_name[term.adapter].layouts.get(term.module)
+        if layout is not None:
+            yield term.adapter, Layout(layout)
+
+
+def _contradicted(step: Step, plan: Plan, shown: Layout | None, stated: Mapping[str, str]) -> Iterator[str]:
+    """The adapters whose record for this weight is wrong: their other records are no evidence then."""
+    known = shown or _stated(step.weight, stated)
+    for adapter, layout in _recorded(step, plan):
+        if known in (Layout.OUT_IN, Layout.IN_OUT) and layout is not known and len(step.spec.shape) == 2:
+            yield adapter
+
+
+def _of_adapters(step: Step, plan: Plan, unreliable: set[str]) -> Layout | None:
+    layouts = {layout for adapter, layout in _recorded(step, plan) if adapter not in unreliable}
+    return layouts.pop() if len(layouts) == 1 else None

@@ -1,0 +1,170 @@
+"""Square matrices that may be stored (out, in) or (in, out): merged as PEFT merges them, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import lora_export as le
+from lora_export.errors import InputRefused, MatchError
+from support.handmade import base_file, peft_adapter
+from support.merges import same_bits, sixty_fourths, trained
+
+SQUARE = "transformer.h.0.attn.c_proj.weight"
+
+
+def jais(folder: Path, model_type: str | None = "jais") -> GPT2LMHeadModel:
+    """A GPT-2 in a folder whose config names another type: a model with code of its own."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "model_type"}
+    config |= {"model_type": model_type} if model_type else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def trained_and_saved(model: nn.Module, folder: Path, *targets: str, fan_in_fan_out: bool = True) -> dict[str, Any]:
+    """Save an adapter for these modules, and return the weights that PEFT merges."""
+    adapted = trained(model, sixty_fourths, r=2, lora_alpha=2, target_modules=list(targets))
+    adapted.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["fan_in_fan_out"] = fan_in_fan_out
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return adapted.merge_and_unload().state_dict()
+
+
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("model_type", ["jais", None])
+def test_a_folder_of_unknown_type_is_refused_where_nothing_decides(tmp_path, model_type):
+    model = jais(tmp_path / "base", model_type)
+    trained_and_saved(model, tmp_path / "ad", "attn.c_proj", fan_in_fan_out=False)
+    with pytest.raises(InputRefused, match=f"layout of 2 square matrices is unknown: {SQUARE}, transformer.h.1"):
+        le.merge(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("evidence", ["option", "adapter"])
+def test_a_folder_of_unknown_type_equals_pefts(tmp_path, evidence):
+    model = jais(tmp_path / "base")
+    theirs = trained_and_saved(model, tmp_path / "ad", "c_proj", "c_attn", fan_in_fan_out=evidence == "adapter")
+    layout = {"*.c_proj": "in_out"} if evidence == "option" else None
+    made = le.merge(tmp_path / "base", tmp_path / "ad", tmp_path / "out", layout=layout)
+    ours = load_tensors(tmp_path / "out/model.safetensors")
+    assert same_bits(ours, without_prefix(theirs))
+    assert not torch.equal(ours[SQUARE], model.state_dict()[SQUARE])
+    source = {step.weight: str(step.spec.layout_source) for step in made.plan.steps}
+    assert source[SQUARE] == evidence and source["transformer.h.0.attn.c_attn.weight"] == "shape"
+    settings = json.loads((tmp_path / "out/lora_export.json").read_text())
+    assert (SQUARE in json.dumps(settings)) is (evidence == "option")
+
+
+def test_a_known_type_needs_no_option_and_refuses_a_wrong_one(tmp_path):
+    model = jais(tmp_path / "base", "gpt2")
+    theirs = trained_and_saved(model, tmp_path / "ad", "c_proj", "c_fc", fan_in_fan_out=False)
+    le.merge(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
+    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), without_prefix(theirs))
+    with pytest.raises(InputRefused, match="is out_in, but the base's is in_out"):
+        le.merge(tmp_path / "base", tmp_path / "ad", tmp_path / "other", layout={"*": "out_in"})
+
+
+class Layers(nn.Module):
+    """The same square and the same oblong matrix, as Conv1D and as nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.wide, self.dense, self.plain = Conv1D(6, 6), Conv1D(5, 3), nn.Linear(6, 6), nn.Linear(3, 5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layout"),
+    [
+        (["wide", "plain"], None),  # not square: each fits in one layout
+        (["square"], {"square": "in_out"}),
+        (["dense"], {"dense.weight": "out_in"}),
+        (["square", "wide", "dense", "plain"], {"dense": "out_in", "square": "in_out"}),
+    ],
+)
+def test_a_bare_file_equals_pefts(tmp_path, targets, layout):
+    torch.manual_seed(0)
+    model = Layers()
+    save_model(model, str(tmp_path / "base.safetensors"))
+    theirs = trained_and_saved(model, tmp_path / "ad", *targets, fan_in_fan_out=False)
+    made = le.merge(tmp_path / "base.safetensors", tmp_path / "ad", tmp_path / "out.safetensors", layout=layout)
+    assert same_bits(load_tensors(tmp_path / "out.safetensors"), theirs)
+    assert {step.weight for step in made.plan.steps} == {f"{name}.weight" for name in targets}
+
+
+@pytest.mark.parametrize("target", ["square", "dense"])
+def test_a_square_matrix_in_a_bare_file_is_not_guessed(tmp_path, target):
+    model = Layers()
+    save_model(model, str(tmp_path / "base.safetensors"))
+    trained_and_saved(model, tmp_path / "ad", target, fan_in_fan_out=False)
+    with pytest.raises(InputRefused, match=f"1 square matrix is unknown: {target}.weight. Neither"):
+        le.merge(tmp_path / "base.safetensors", tmp_path / "ad", tmp_path / "out.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ad", "base.safetensors"]
+
+
+def test_one_fan_in_fan_out_for_both_kinds_is_no_evidence(tmp_path):
+    # PEFT writes what it found at the last module: here a Conv1D, beside linear layers.
+    model = Layers()
+    save_model(model, str(tmp_path / "base.safetensors"))
+    trained_and_saved(model, tmp_path / "ad", "plain", "dense", "square", fan_in_fan_out=True)
+    with pytest.raises(InputRefused, match=r"2 square matrices is unknown: (square|dense)\.weight, "):
+        le.merge(tmp_path / "base.safetensors", tmp_path / "ad", tmp_path / "out.safetensors")
+
+
+# --- Tensors with two names ---
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.emb.weight
+
+
+@pytest.mark.parametrize("target", ["emb", "head"])
+def test_an_adapter_for_one_of_two_tied_tensors_is_refused(tmp_path, target):
+    model = Tied()
+    save_model(model, str(tmp_path / "base.safetensors"))
+    with safe_open(tmp_path / "base.safetensors", "np") as file:
+        assert set(file.keys()) | set(file.metadata()) == {"emb.weight", "head.weight"}
+    trained_and_saved(model, tmp_path / "ad", target, fan_in_fan_out=False)
+    with pytest.raises(MatchError, match="tie"):
+        le.merge(tmp_path / "base.safetensors", tmp_path / "ad", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_output_names_only_ties_that_still_hold(tmp_path):
+    table = np.arange(6).reshape(3, 2)
+    base_file(tmp_path / "base.safetensors", {"emb.weight": table, "x.weight": [[1, 2]]}, metadata={
+        "head.weight": "emb.weight", "y.weight": "x.weight",
+    })  # fmt: skip
+    head = np.ones((3, 2), np.float32)
+    le.merge(
+        tmp_path / "base.safetensors",
+        peft_adapter(tmp_path / "ad", {}, {"head.weight": head}),
+        tmp_path / "out.safetensors",
+    )
+    with safe_open(tmp_path / "out.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert "head.weight" not in metadata and metadata["y.weight"] == "x.weight"
+    merged = load_file(tmp_path / "out.safetensors")
+    assert (merged["head.weight"] == head).all() and (merged["emb.weight"] == table).all()
