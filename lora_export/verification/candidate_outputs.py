@@ -75,7 +75,9 @@ def _same_bits(one: Arrays, other: Arrays) -> bool:
     return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
 
 
-def as_shipped(candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, names_known: bool) -> list[str]:
+def notes_on_provider_defaults(
+    candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, names_known: bool
+) -> list[str]:
     """A note on the candidate's error with its provider's own settings; none where the proof runs with these."""
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is None or not placement.options:

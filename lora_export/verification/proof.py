@@ -18,7 +18,13 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
 from lora_export.verification.against_origin import AGAINST, judge_by_origin
-from lora_export.verification.candidate_outputs import CandidateOutputs, Step, as_shipped, no_step, run_candidate
+from lora_export.verification.candidate_outputs import (
+    CandidateOutputs,
+    Step,
+    no_step,
+    notes_on_provider_defaults,
+    run_candidate,
+)
 from lora_export.verification.compare_outputs import (
     aligned,
     differs_in_precision_alone,
@@ -89,7 +95,8 @@ def prove(
             verdict, cases = second, measured
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
-        verdict = _noted(verdict, as_shipped(candidate, cases, inputs, names_known=expected.names_known))
+        notes = notes_on_provider_defaults(candidate, cases, inputs, names_known=expected.names_known)
+        verdict = _noted(verdict, notes)
     diagnosis = None
     has_outputs = any(case.candidate for case in cases)
     if has_outputs and (trace or verdict.outcome is parity.Outcome.DIFFERENT):

@@ -1,4 +1,4 @@
-"""What a proof of graph against graph takes of a machine's memory: one weight at a time in fp64, not all of them."""
+"""The memory that a proof of graph against graph takes: one weight at a time in fp64, not all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITHOUT = 300  # MiB that a command takes for a small graph
 
 
 def tower(folder: Path, std: float) -> Path:
-    """Layers on layers, their weights inside the file, and an adapter for all of them."""
+    """Layers in a row, with their weights inside the file, and an adapter for all of them."""
     rng = np.random.default_rng(0)
     nodes, tensors, pairs = [], [], {}
     for layer in range(LAYERS):
@@ -42,11 +42,11 @@ def tower(folder: Path, std: float) -> Path:
     ("mode", "std", "times"),
     [
         ("merged", 0.03, 5),
-        ("merged", 0.1, 6),  # outweighs the weights: the other graph is merged too, for a second measure
+        ("merged", 0.1, 6),  # large beside the weights: the other graph is measured merged, too
         ("nodes", 0.03, 6),
     ],
 )
-def test_a_proof_holds_one_weight_at_a_time_in_fp64(tmp_path: Path, mode: str, std: float, times: float) -> None:
+def test_proof_takes_fp64_memory_for_one_weight_at_a_time(tmp_path: Path, mode: str, std: float, times: float) -> None:
     graph = tower(tmp_path, std)
     words = ["onnx", graph, "-a", tmp_path / "a", "--lora", mode, "-o", tmp_path / "out.onnx"]
     run = peak.run([sys.executable, "-m", "lora_export", *words])

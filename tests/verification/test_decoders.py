@@ -68,7 +68,7 @@ def base() -> model.Model:
 
 def sums(folder: Path, base: model.Model) -> tuple[ir.Model, Sites]:
     graph = load_graph(a_decoder(folder / "base.onnx", base))
-    # As an exporter tells it; nobody can infer it behind a Slice.
+    # As an exporter states it: shape inference cannot find it behind a Slice.
     next(node for node in graph.graph if node.op_type == "Squeeze").outputs[0].shape = ir.Shape(["batch", "tokens", 4])
     named = {name: value.numpy() for name, value in base.module.state_dict().items()}
     return graph, find_sites(graph, open_checkpoint(base_file(folder / "base.safetensors", named)))
@@ -79,25 +79,25 @@ def alone(module: nn.Module, adapter: Adapter | None) -> NDArray[Any]:
     return eager(adapted, {name: torch.from_numpy(value) for name, value in FEEDS.items()})["logits"]
 
 
-def test_every_step_of_a_row_has_the_rows_adapter(tmp_path: Path, base: model.Model) -> None:
+def test_each_row_has_its_adapter_at_every_step(tmp_path: Path, base: model.Model) -> None:
     graph, found = sums(tmp_path, base)
     insert_rows(graph, found, plan.make(TWO, found.specs, one_at_a_time=True))
     save_graph(graph, tmp_path, "rows.onnx")
     which = [2, 0, 1, 1]
     runner = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows(which))
-    answer = runner.run(FEEDS)["logits"]
+    logits = runner.run(FEEDS)["logits"]
     # The CPU provider has no settings of its own.
-    assert runner.with_provider_defaults().run(FEEDS)["logits"].tobytes() == answer.tobytes()
+    assert runner.with_provider_defaults().run(FEEDS)["logits"].tobytes() == logits.tobytes()
     expected = [alone(base.module, adapter) for adapter in (None, *TWO)]
     for row, number in enumerate(which):
-        np.testing.assert_allclose(answer[row], expected[number][row], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits[row], expected[number][row], rtol=1e-4, atol=1e-5)
     assert min(np.abs(expected[one] - expected[two]).max() for one, two in [(0, 1), (0, 2), (1, 2)]) > 0.1
     without = with_cache(OnnxRunner(tmp_path / "base.onnx")).run(FEEDS)["logits"]
     off = with_cache(OnnxRunner(tmp_path / "rows.onnx").with_rows([0])).run(FEEDS)["logits"]
     assert off.tobytes() == without.tobytes()
 
 
-def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Model) -> None:
+def test_each_run_has_its_adapter_at_every_step(tmp_path: Path, base: model.Model) -> None:
     graph, found = sums(tmp_path, base)
     steps = plan.make(TWO, found.specs, one_at_a_time=True)
     weights = [step.weight for step in steps.steps]
@@ -109,9 +109,9 @@ def test_every_step_of_a_run_has_the_runs_adapter(tmp_path: Path, base: model.Mo
         given = onnx_adapter.input_values(contract, steps, adapter.name, factors)
         onnx_adapter.write(tmp_path / adapter.name, given, contract, sha256="1")
         with_it = with_cache(runner.with_adapter(tmp_path / adapter.name))
-        answer = with_it.run(FEEDS)["logits"]
-        assert with_it.with_provider_defaults().run(FEEDS)["logits"].tobytes() == answer.tobytes()
-        np.testing.assert_allclose(answer, alone(base.module, adapter), rtol=1e-4, atol=1e-5)
+        logits = with_it.run(FEEDS)["logits"]
+        assert with_it.with_provider_defaults().run(FEEDS)["logits"].tobytes() == logits.tobytes()
+        np.testing.assert_allclose(logits, alone(base.module, adapter), rtol=1e-4, atol=1e-5)
     without = with_cache(OnnxRunner(tmp_path / "base.onnx")).run(FEEDS)["logits"]
     assert with_cache(runner).run(FEEDS)["logits"].tobytes() == without.tobytes()
 
@@ -138,13 +138,13 @@ def exported() -> tuple[nn.Module, ir.Model, ir.Model]:
 def decoded(prompt: ir.Model, step: ir.Model, ids: NDArray[Any], *, start: int, **given: Any) -> NDArray[Any]:
     """Logits of every place of the sequences: those up to `start` in one run, each later one in a run of its own."""
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    answer = run(prompt, input_ids=ids[:, :start], position_ids=positions[:, :start], **given)
-    logits = [answer["logits"]]
+    outputs = run(prompt, input_ids=ids[:, :start], position_ids=positions[:, :start], **given)
+    logits = [outputs["logits"]]
     for place in range(start, ids.shape[1]):
         now = slice(place, place + 1)
-        cache = {f"input.{name.removeprefix('output.')}": value for name, value in answer.items() if "cache" in name}
-        answer = run(step, input_ids=ids[:, now], position_ids=positions[:, now], **cache, **given)
-        logits.append(answer["logits"])
+        cache = {f"input.{name.removeprefix('output.')}": value for name, value in outputs.items() if "cache" in name}
+        outputs = run(step, input_ids=ids[:, now], position_ids=positions[:, now], **cache, **given)
+        logits.append(outputs["logits"])
     return np.concatenate(logits, axis=1)
 
 
@@ -174,9 +174,9 @@ def a_llama_of(folder: Path, *, four_bits: bool) -> Decoder:
     graphs = [quantised(graph, block=16) if four_bits else graph.clone() for graph in graphs]
     prompt, step = (find_sites(graph, checkpoint) for graph in graphs)
     changes = {
-        name: there[0].matrix.astype(np.float64) - named[name]
-        for name, there in prompt.by_name.items()
-        if there[0].quantised is not None
+        name: sites[0].matrix.astype(np.float64) - named[name]
+        for name, sites in prompt.by_name.items()
+        if sites[0].quantised is not None
     }
     assert len(changes) == (8 if four_bits else 0)  # the head's too
     return Decoder(with_changes(module, changes), (graphs[0], graphs[1]), (prompt, step))
@@ -184,18 +184,18 @@ def a_llama_of(folder: Path, *, four_bits: bool) -> Decoder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("four_bits", [False, True])
-def test_an_exported_decoder_mixes_adapters_row_by_row_through_its_steps(tmp_path: Path, four_bits: bool) -> None:
+def test_exported_decoder_mixes_adapters_by_row(tmp_path: Path, four_bits: bool) -> None:
     decoder = a_llama_of(tmp_path, four_bits=four_bits)
     bases = [graph.clone() for graph in decoder.graphs]
     two = everywhere(decoder.found[0], "one", rank=2), everywhere(decoder.found[0], "two", rank=3)
     for graph, found in zip(decoder.graphs, decoder.found, strict=True):
         insert_rows(graph, found, plan.make(two, found.specs, one_at_a_time=True))
     ids, which = np.random.default_rng(1).integers(0, 50, (5, 9)), np.array([1, 0, 2, 2, 1])
-    answer = decoded(*decoder.graphs, ids, start=5, adapter_ids=which)
+    logits = decoded(*decoder.graphs, ids, start=5, adapter_ids=which)
     feeds, module = {"input_ids": torch.from_numpy(ids)}, decoder.module
     expected = [eager(adapted, feeds)["logits"] for adapted in (module, *(attached(module, one) for one in two))]
     for row, number in enumerate(which):
-        np.testing.assert_allclose(answer[row], expected[number][row], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(logits[row], expected[number][row], rtol=1e-3, atol=1e-4)
         assert number == 0 or np.abs(expected[number][row] - expected[0][row]).max() > 0.1
     off = decoded(*decoder.graphs, ids, start=5, adapter_ids=0 * which)
     assert off.tobytes() == decoded(*bases, ids, start=5).tobytes()
@@ -203,7 +203,7 @@ def test_an_exported_decoder_mixes_adapters_row_by_row_through_its_steps(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("four_bits", [False, True])
-def test_an_exported_decoder_takes_one_adapter_after_the_other(tmp_path: Path, four_bits: bool) -> None:
+def test_exported_decoder_takes_one_adapter_after_another(tmp_path: Path, four_bits: bool) -> None:
     decoder = a_llama_of(tmp_path, four_bits=four_bits)
     bases = [graph.clone() for graph in decoder.graphs]
     two = everywhere(decoder.found[0], "one", rank=2), everywhere(decoder.found[0], "two", rank=3)
@@ -222,6 +222,6 @@ def test_an_exported_decoder_takes_one_adapter_after_the_other(tmp_path: Path, f
             key: array.tobytes() for key, array in given[1][adapter.name].items()
         }
         expected = eager(attached(decoder.module, adapter), {"input_ids": torch.from_numpy(ids)})["logits"]
-        answer = decoded(*decoder.graphs, ids, start=5, **given[0][adapter.name])
-        np.testing.assert_allclose(answer, expected, rtol=1e-3, atol=1e-4)
+        logits = decoded(*decoder.graphs, ids, start=5, **given[0][adapter.name])
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
     assert decoded(*decoder.graphs, ids, start=5).tobytes() == decoded(*bases, ids, start=5).tobytes()

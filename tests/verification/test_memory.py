@@ -1,4 +1,4 @@
-"""What a proof takes of a machine's memory: the model in fp64, and one copy of the candidate."""
+"""The memory that a proof takes: the model in fp64, and one copy of the candidate."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from lora_export import cli
 from support import peak
 from support.handmade import peft_adapter
 
-SLACK = 0.15  # of the model in fp32: what is computed with it
-OPENS = "import sys, pathlib, lora_export.runtime.onnx_runner as there; there.OnnxRunner(pathlib.Path(sys.argv[1]))"
+SLACK = 0.15  # of the model in fp32: activations and the like
+OPEN_CANDIDATE = (
+    "import sys, pathlib, lora_export.runtime.onnx_runner as runner; runner.OnnxRunner(pathlib.Path(sys.argv[1]))"
+)
 
 
 def a_base(folder: Path, width: int) -> int:
@@ -44,7 +46,7 @@ def measured(*line: object) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["merged", "merged.onnx"])
-def test_a_proof_holds_the_model_once_in_fp64_and_the_candidate_once(kind: str, tmp_path: Path) -> None:
+def test_proof_takes_memory_for_one_fp64_model_and_the_candidate(kind: str, tmp_path: Path) -> None:
     peaks, own, size = [], [], 0
     for width in (32, 1024):
         folder = tmp_path / str(width)
@@ -54,8 +56,8 @@ def test_a_proof_holds_the_model_once_in_fp64_and_the_candidate_once(kind: str, 
         made = ["onnx", base, "-a", adapter, "--no-verify"] if kind.endswith(".onnx") else ["merge", base, adapter]
         assert cli.run([*map(str, made), "-o", str(candidate)]) == 0
         peaks.append(measured("-m", "lora_export", "verify", candidate, "--model", base, "-a", adapter))
-        own.append(measured("-c", OPENS, candidate) if kind.endswith(".onnx") else size)
+        own.append(measured("-c", OPEN_CANDIDATE, candidate) if kind.endswith(".onnx") else size)
     taken, holds = peaks[1] - peaks[0], own[1] - own[0]
     print(f"{kind}: {taken:.0f} MiB for a model of {size} MiB in fp32 and a candidate that takes {holds:.0f}")
-    assert taken > 2 * size  # or nothing was measured
+    assert taken > 2 * size  # otherwise nothing was measured
     assert taken <= (2 + SLACK) * size + holds
