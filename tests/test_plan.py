@@ -179,7 +179,7 @@ def test_a_pair_on_a_tied_tensor_is_refused():
     ]
 
 
-def test_a_whole_tensor_for_one_of_two_tied_names_is_refused_or_unties_them():
+def test_a_whole_tensor_for_one_tied_name_unties_or_refuses():
     whole = np.ones((2, 3), np.float32)
     assert len(misfits([holding(replaced={"emb.weight": whole})], [tied()], may_add=True)) == 1
     made = plan.make([holding(replaced={"head.weight": whole})], [tied()], may_add=True)

@@ -195,7 +195,7 @@ def test_what_inputs_cannot_be_made_of_is_told(
 # --- convert ---
 
 
-def test_next_weeks_adapter_is_converted_for_the_graph_and_is_what_pytorch_makes_of_it(
+def test_a_later_adapter_is_converted_and_computes_what_pytorch_computes(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later, out = adapters(tmp_path, seed=7) / "fr", tmp_path / "next.onnx_adapter"
@@ -264,7 +264,7 @@ def harmed(place: Path, folder: Path, what: str) -> Path:
         ("loud", ["head.lora_B.weight would not be finite: the largest float32"]),
     ],
 )  # fmt: skip
-def test_an_adapter_that_the_graph_cannot_take_is_refused_before_anything_is_written(
+def test_an_adapter_that_does_not_fit_is_refused_before_writing(
     place: Path, tmp_path: Path, what: str, messages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = harmed(place, tmp_path, what)
@@ -309,7 +309,7 @@ def test_rows_are_proven_for_every_id_and_mixed(rows: Path) -> None:
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"fr": "same", "legal": "same"}
 
 
-def test_a_mixed_batch_is_row_by_row_what_the_graph_with_inputs_computes(place: Path, rows: Path) -> None:
+def test_each_row_of_a_mixed_batch_equals_the_inputs_graph(place: Path, rows: Path) -> None:
     ids = np.array([2, 0, 1, 1, 2])
     answer = OnnxRunner(rows).run({**signal(5), "adapter_ids": ids})["output_0"]
     swapped = OnnxRunner(place / "graph.onnx")
@@ -400,7 +400,7 @@ def test_rows_that_mix_up_adapters_are_never_published(
 
 
 @pytest.mark.parametrize("command", ["onnx", "torchscript", "verify"])
-def test_an_adapter_that_is_given_as_an_argument_is_told_of_its_option(
+def test_an_adapter_as_an_argument_is_refused_with_its_option(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = () if command == "verify" else ("-o", tmp_path / "out")
@@ -462,7 +462,7 @@ def with_dora(place: Path) -> Path:
     return place / "factors" / "graph.onnx"
 
 
-def test_dora_and_convolutions_are_proven_as_inputs_beside_an_adapter_that_has_neither(with_dora: Path) -> None:
+def test_dora_and_convolutions_are_proven_as_inputs_beside_plain_lora(with_dora: Path) -> None:
     verdict = record(with_dora)["verdict"]
     assert verdict["outcome"] == "same"
     assert {name: told["outcome"] for name, told in verdict["adapters"].items()} == {"dora": "same", "fr": "same"}
@@ -483,7 +483,7 @@ def test_dora_of_next_week_is_converted_with_the_graphs_own_weights(
     assert call(*words, "1") == 4
 
 
-def test_dora_for_a_graph_that_takes_none_is_refused_with_the_way_out(
+def test_dora_for_a_graph_without_dora_is_refused_with_advice(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)

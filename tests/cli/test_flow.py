@@ -268,7 +268,7 @@ def test_tf32_by_the_environment_is_refused_for_a_proof_on_cuda(
 
 
 @pytest.mark.fault(44)
-def test_variables_that_change_results_are_recorded_in_the_file_and_in_the_verdict(
+def test_variables_that_change_results_are_in_file_and_verdict(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = {"NVIDIA_TF32_OVERRIDE": "1", "ORT_CUDA_GEMM_OPTIONS": "3"}

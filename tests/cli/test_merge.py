@@ -260,7 +260,7 @@ def test_a_fresh_adapter_is_refused(place, capsys):
 
 
 @pytest.mark.fault(14)
-def test_a_loss_beyond_what_is_allowed_is_refused_after_the_work_and_leaves_nothing(place, capsys):
+def test_a_loss_beyond_the_limit_is_refused_and_leaves_nothing(place, capsys):
     base_file(place / "base/model.safetensors", {"fc.weight": [[256, 256]]}, ml_dtypes.bfloat16)
     peft_adapter(place / "adapter", {"fc": ([[1, 2]], [[1]])})
     told = refused(place, capsys, "base", "adapter", "--min-retention", "0.9")
@@ -319,7 +319,7 @@ def test_a_second_run_on_one_output_ends_with_7(place, capsys):
 
 
 @pytest.mark.fault(27)
-def test_a_disk_that_is_full_ends_with_7_and_leaves_the_old_output(place):
+def test_a_full_disk_ends_with_7_and_keeps_old_output(place):
     # The limit on a file's size stands for the disk: the write fails in the middle.
     base_file(place / "base/model.safetensors", {"fc.weight": W, "large.weight": np.ones((100, 100))})
     assert run(place, "base", "adapter", "-o", "out") == 0

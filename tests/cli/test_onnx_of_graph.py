@@ -265,7 +265,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("mode", ["inputs", "rows"])
 @pytest.mark.parametrize("with_model", [False, True])
-def test_a_base_in_int8_is_judged_by_the_graph_that_it_was_made_from(
+def test_an_int8_base_is_judged_by_its_origin(
     rounded: tuple[Path, str], tmp_path: Path, mode: str, with_model: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, factory = rounded
@@ -303,7 +303,7 @@ def test_verify_judges_such_a_base_by_the_graph_that_it_is_given(
     assert call(*words, "--base", tmp_path / "other.onnx") in (4, 5)
 
 
-def test_a_graph_is_not_decided_by_itself_nor_by_one_with_other_outputs(
+def test_the_graph_itself_or_other_outputs_are_no_origin(
     rounded: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, factory = rounded
@@ -322,7 +322,7 @@ def test_a_graph_is_not_decided_by_itself_nor_by_one_with_other_outputs(
         assert f"{name}.onnx is not what the candidate was made from" in capsys.readouterr().err
 
 
-def test_what_a_fusion_makes_of_a_base_in_int8_has_to_lie_near_the_origins(
+def test_a_fused_int8_base_must_be_close_to_its_origin(
     rounded: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, factory = rounded
@@ -624,7 +624,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_adapter_is_not_put_in_twice_and_another_is_recorded_beside_it(
+def test_an_adapter_is_inserted_once_and_a_second_is_recorded(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tmp_path / "first.onnx"

@@ -356,7 +356,7 @@ def test_a_change_that_rounding_takes_away(place):
 
 
 @pytest.mark.fault(11, 14)
-def test_a_merge_that_would_change_not_one_entry_is_refused_even_where_any_loss_is_allowed(place):
+def test_a_merge_that_changes_nothing_is_refused_at_any_limit(place):
     base_file(place.base / "model.safetensors", {"dense.weight": WEIGHT + 256}, ml_dtypes.bfloat16)
     place.set_config(lora_alpha=2e-4)
     place.merge_refuses("the merge would change no entry of any weight", options=("--min-retention", 0))
@@ -890,7 +890,7 @@ def test_a_misfits_names_are_one_line():
     ]
 
 
-def test_an_error_keeps_its_own_lines_and_nothing_else_that_moves_the_cursor(place, monkeypatch):
+def test_an_error_keeps_its_lines_and_no_other_control_characters(place, monkeypatch):
     def fail(_: object) -> None:
         raise InputRefused("first\n  second\x1b[A\x07\x9b\u202e")
 

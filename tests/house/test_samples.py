@@ -89,7 +89,7 @@ def test_the_naive_layer_attach_and_a_merge_give_the_same_numbers(capsys: pytest
     assert "the adapter effect is " in capsys.readouterr().out
 
 
-def test_a_new_naive_layer_computes_its_base_and_trains_only_a_and_b() -> None:
+def test_a_naive_layer_starts_as_its_base_and_trains_ab() -> None:
     import lora_layer
 
     torch.manual_seed(0)

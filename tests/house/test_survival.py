@@ -163,7 +163,7 @@ def is_cleaned_by_the_next_run(output: Output, version: int, known: tuple[Conten
 
 @pytest.mark.fault(28)
 @EVERY_OUTPUT
-def test_a_kill_at_any_moment_leaves_the_old_output_or_the_new_one_and_the_next_run_cleans_up(place, kind):
+def test_a_kill_at_any_moment_leaves_old_or_new_output(place, kind):
     output = outputs(place)[kind]
     known = output.versions()
     neighbours = output.neighbours()
@@ -185,7 +185,7 @@ def test_a_kill_at_any_moment_leaves_the_old_output_or_the_new_one_and_the_next_
 
 
 @pytest.mark.fault(28)
-def test_a_first_graph_that_is_killed_between_its_two_files_is_written_by_the_next_run(place):
+def test_a_run_after_a_kill_between_two_files_completes(place):
     output = outputs(place)["graph"]
     for moment in itertools.count(1):
         ended = output.child(0, signal=signal.SIGKILL, at=moment)
@@ -254,28 +254,26 @@ def killed_and_run_again(place: Path, rounds: int, *, seed: int, kind: str = "fo
 
 
 @pytest.mark.fault(28)
-def test_a_merge_that_is_killed_at_random_leaves_the_old_output_or_the_new_one(place):
+def test_a_merge_killed_at_random_leaves_old_or_new_output(place):
     assert killed_and_run_again(place, 10, seed=1) > 0
 
 
 @pytest.mark.soak
 @pytest.mark.fault(28)
-def test_300_merges_that_are_killed_at_random_leave_the_old_output_or_the_new_one(place):
+def test_300_merges_killed_at_random_leave_old_or_new_output(place):
     assert killed_and_run_again(place, 300, seed=2) > 100
 
 
 @pytest.mark.soak
 @pytest.mark.fault(28)
 @pytest.mark.parametrize(("kind", "rounds", "seed"), [("merged graph", 150, 5), ("exported graph", 150, 6)])
-def test_300_graphs_that_are_killed_at_random_while_they_are_made_are_the_old_one_or_the_new_one(
-    place, kind, rounds, seed
-):
+def test_300_exports_killed_at_random_leave_old_or_new_graph(place, kind, rounds, seed):
     assert killed_and_run_again(place, rounds, seed=seed, kind=kind) > rounds // 5
 
 
 @pytest.mark.soak
 @pytest.mark.fault(28)
-def test_300_graphs_whose_publication_is_killed_at_random_are_the_old_one_or_the_new_one(place):
+def test_300_publications_killed_at_random_leave_old_or_new_graph(place):
     rng = random.Random(3)
     output = outputs(place)["graph"]
     known = output.versions()
@@ -293,7 +291,7 @@ def test_300_graphs_whose_publication_is_killed_at_random_are_the_old_one_or_the
 
 @pytest.mark.soak
 @pytest.mark.fault(28)
-def test_exports_that_are_killed_at_random_leave_the_old_graph_or_the_new_one(tmp_path):
+def test_exports_killed_at_random_leave_old_or_new_graph(tmp_path):
     rounds, rng = 30, random.Random(4)
     target = tmp_path / "out.onnx"
     for name, alpha in (("first", 1), ("second", 2)):
@@ -389,7 +387,7 @@ def large_merge(place: Path, *, rows: int = 16384) -> list[str]:
         (signal.SIGTERM, 1, 0.05, "Terminated; nothing was left behind."),
     ],
 )
-def test_ctrl_c_in_the_middle_of_a_large_merge_ends_it_within_a_second(place, sent, times, delay, told):
+def test_ctrl_c_ends_a_large_merge_within_a_second(place, sent, times, delay, told):
     line = large_merge(place)
     before = {path.name for path in place.iterdir()}
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -465,7 +463,7 @@ def test_too_little_memory_is_told_and_leaves_the_old_output(place, where, fault
 
 
 @pytest.mark.fault(28)
-def test_at_any_limit_of_memory_a_merge_is_whole_or_told_to_have_too_little(place):
+def test_at_any_memory_limit_a_merge_completes_or_is_refused(place):
     line = large_merge(place, rows=2048)
     before = {path.name for path in place.iterdir()}
     codes = []
@@ -500,7 +498,7 @@ def positions(sizes: list[int]) -> list[int]:
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("kind", ["folder", "file", "graph", "merged graph"])
-def test_a_disk_that_is_full_at_any_byte_ends_with_7_and_leaves_the_old_output(place, kind):
+def test_a_disk_full_at_any_byte_keeps_the_old_output(place, kind):
     output = outputs(place)[kind]
     new, old = output.versions()[::-1]
     before = everything(place)
@@ -558,7 +556,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_old_output(place):
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("command", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript"])
-def test_a_disk_that_is_full_when_a_model_is_exported_ends_with_7(tmp_path, command):
+def test_a_full_disk_during_an_export_ends_with_7(tmp_path, command):
     (tmp_path / "out").write_text("old")
     line = [*PROGRAM, command, f"{FACTORIES}:scaled", "-o", "out", "--overwrite", "--no-verify"]
     done = subprocess.run(
@@ -575,7 +573,7 @@ def test_a_disk_that_is_full_when_a_model_is_exported_ends_with_7(tmp_path, comm
 
 @pytest.mark.fault(27)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_an_answer_that_cannot_be_written_ends_with_7_and_without_a_traceback(place):
+def test_unwritable_stdout_ends_with_7_without_a_traceback(place):
     line = [*PROGRAM, *merge_line(place, "base", "out", 0)]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -622,7 +620,7 @@ GRAPH = (
 @pytest.mark.fault(29)
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed; test_files looks from inside")
 @pytest.mark.parametrize("kind", ["folder", "file", "graph", "merged graph"])
-def test_everything_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(place, kind):
+def test_data_is_synced_before_the_rename_and_the_rename_after(place, kind):
     output = outputs(place)[kind]
     output.versions()
     line = [sys.executable, "-c", GRAPH, str(output.target), str(ROOT / "tests")]
@@ -693,7 +691,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_any_work(place, comman
 
 
 @pytest.mark.fault(31)
-def test_an_output_inside_an_input_is_known_by_what_it_is_whatever_it_is_called(place):
+def test_an_output_inside_an_input_is_detected_under_any_name(place):
     # As on a file system that takes BASE for base: the same folder under another name, without any link.
     (place / "BASE").mkdir()
     before = everything(place)
@@ -743,7 +741,7 @@ def test_an_output_that_is_an_input_by_whatever_name_is_refused(place, capsys, o
 @pytest.mark.fault(32)
 @pytest.mark.parametrize("goal", ["elsewhere", "nowhere"])
 @pytest.mark.parametrize("base", ["base", "bare.safetensors"])
-def test_a_link_that_takes_the_outputs_place_during_the_run_is_not_followed(place, monkeypatch, capsys, base, goal):
+def test_a_link_swapped_in_for_the_output_is_not_followed(place, monkeypatch, capsys, base, goal):
     (place / "elsewhere").mkdir()
     working = merge.merge_checkpoint
 
@@ -760,7 +758,7 @@ def test_a_link_that_takes_the_outputs_place_during_the_run_is_not_followed(plac
 
 @pytest.mark.fault(33)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_of_two_runs_on_one_output_the_second_ends_at_once_and_the_first_is_not_disturbed(place, overwrite):
+def test_a_second_run_on_one_output_ends_at_once(place, overwrite):
     line = large_merge(place, rows=2048) + ["--overwrite"] * overwrite
     first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not any(place.glob(".out.safetensors.*.partial")):
@@ -850,7 +848,7 @@ def in_a_cache(folder: Path, cache: Path) -> Path:
 
 
 @pytest.mark.fault(41)
-def test_a_snapshot_in_a_hugging_face_cache_is_a_base_and_an_adapter(place):
+def test_a_hugging_face_snapshot_is_a_base_and_an_adapter(place):
     assert cli.run(merge_line(place, "base", "out", 0)) == 0
     base, adapter = in_a_cache(place / "base", place / "hub"), in_a_cache(place / "first", place / "hub2")
     before = everything(place)
