@@ -29,6 +29,7 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
+from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
 
@@ -48,7 +49,8 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     """
     _check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
-    with _tracing(module):
+    _refuse_name_of_weight(module, inputs)
+    with _tracing(module), _without_cache(module):
         names = _output_names(module, inputs)
         with _refusals(module):
             model = _run_exporter(module, inputs, dynamic, names, opset)
@@ -81,6 +83,16 @@ def _check_axes(inputs: Mapping[str, torch.Tensor], axes: Axes) -> None:
                 )
 
 
+def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    # In a graph, an initializer with the name of an input is the default value of this input.
+    names = [name for name in inputs if name in module._parameters or name in module._buffers]
+    if names:
+        raise RuntimeRefused(
+            f"{type(module).__name__} has inputs and tensors of one name: {', '.join(names)}. A graph cannot contain "
+            "both. Rename the parameters of forward"
+        )
+
+
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
     try:
         return list(named_outputs(module(**inputs)))
@@ -108,6 +120,7 @@ def _run_exporter(
     exported = torch.onnx.export(
         module,
         kwargs=dict(inputs),
+        input_names=list(inputs),  # torch.export changes names: `X` to `x`, `pixelValues` to `pixelvalues`
         output_names=outputs,
         dynamic_shapes=dynamic,
         opset_version=opset,
@@ -208,10 +221,7 @@ def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
     """
     with _refusals(module):
         traced = copy.deepcopy(module).requires_grad_(False)
-    if is_hugging_face(traced):
-        config: Any = traced.config
-        config.use_cache = False  # a trace returns tensors alone, and a cache is none
-    with _tracing(traced), _refusals(module):
+    with _tracing(traced), _without_cache(traced), _refusals(module):
         # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
         script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
     assert isinstance(script, torch.jit.ScriptModule)
@@ -244,6 +254,10 @@ def is_hugging_face(module: nn.Module) -> bool:
     """Whether transformers knows how to export the module. Does not import transformers."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def _without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return cache_disabled(module) if is_hugging_face(module) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.lora import Adapter
+from lora_export.models.image_shape import image_shape
+from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import TRACED_SIZES, Axes, Inputs, MakeInputs, Model, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
@@ -49,10 +51,10 @@ def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]
         # model tensor by tensor would hold all of both.
         tensor.data = tensor.data.clone()
     module.eval()
-    axes, make_inputs = _inputs_of(module)
+    axes, make_inputs, note = _inputs_of(module, folder)
     symbols = {symbol for names in axes.values() for symbol in names.values()}
     sizes = {symbol: TRACED_SIZES[symbol] for symbol in symbols}
-    return Model(str(folder), module, axes, make_inputs, sizes, is_huggingface=True)
+    return Model(str(folder), module, axes, make_inputs, sizes, is_huggingface=True, notes=(note,) if note else ())
 
 
 def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]) -> dict[str, Any]:
@@ -84,8 +86,7 @@ def _pretrained(transformers: Any, folder: Path, fields: dict[str, Any], dtype: 
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise InputRefused(f"{path}: transformers has no class {architecture}")
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # the exported graph takes and returns no key-value cache
+    disable_cache(config)  # the exported graph takes and returns no key-value cache
     try:
         return cls.from_pretrained(folder, config=config, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
@@ -116,27 +117,25 @@ def _quiet(transformers: Any) -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _inputs_of(module: Any) -> tuple[Axes, MakeInputs]:
-    """The varying axes of a model's inputs, and a function that makes such inputs."""
+def _inputs_of(module: Any, folder: Path) -> tuple[Axes, MakeInputs, str]:
+    """The varying axes of a model's inputs, a function that makes such inputs, and a note on them or nothing."""
     if module.main_input_name == "pixel_values":
-        return _image_inputs(module.config)
+        return _image_inputs(*image_shape(module.config, folder))
     if module.main_input_name == "input_ids":
-        return _text_inputs(module)
+        return (*_text_inputs(module), "")
     raise InputRefused(
         f"{type(module).__name__} takes {module.main_input_name}, for which lora-export cannot make inputs yet. Wrap "
         "it in a factory that returns (module, example_inputs)"
     )
 
 
-def _image_inputs(config: Any) -> tuple[Axes, MakeInputs]:
-    """Images of the model's size, with values from -1 to 1."""
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+def _image_inputs(shape: tuple[int, int, int], note: str) -> tuple[Axes, MakeInputs, str]:
+    """Images of this shape, with values from -1 to 1."""
 
     def make_images(sizes: Sizes, generator: torch.Generator) -> Inputs:
-        shape = (sizes["batch"], config.num_channels, height, width)
-        return {"pixel_values": torch.rand(shape, generator=generator) * 2 - 1}
+        return {"pixel_values": torch.rand((sizes["batch"], *shape), generator=generator) * 2 - 1}
 
-    return {"pixel_values": {0: "batch"}}, make_images
+    return {"pixel_values": {0: "batch"}}, make_images, note
 
 
 def _text_inputs(module: Any) -> tuple[Axes, MakeInputs]:

@@ -202,6 +202,33 @@ def test_an_unused_input_is_refused_by_name() -> None:
         export.to_onnx(Ignoring(), ones(2, 2) | {"mask": torch.ones(2)}, axes=axes_of("x", "mask"))
 
 
+def test_inputs_keep_their_upper_case_letters() -> None:
+    class Letters(Linear):
+        def forward(self, X: Tensor, x: Tensor, pixelValues: Tensor) -> Any:  # noqa: N803 - names that users choose
+            return self.linear(X) - 2 * self.linear(x) + pixelValues
+
+    feeds = {name: torch.full((2, 2), value) for name, value in [("X", 1.0), ("x", 3.0), ("pixelValues", 7.0)]}
+    graph = export.to_onnx(Letters(), feeds, axes=axes_of(*feeds))
+    assert [value.name for value in graph.graph.inputs] == ["X", "x", "pixelValues"]
+    (output,) = run(graph, **{name: value.numpy() for name, value in feeds.items()}).values()
+    assert output.tolist() == [[3 - 2 * 9 + 7, 7 - 2 * 21 + 7]] * 2
+
+
+def test_an_input_with_the_name_of_a_weight_is_refused() -> None:
+    class Scaled(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, scale: Tensor) -> Any:
+            return self.linear(scale) * self.scale
+
+    with pytest.raises(
+        RuntimeRefused, match=r"inputs and tensors of one name: scale\. .*Rename the parameters of forwa"
+    ):
+        export.to_onnx(Scaled(), {"scale": torch.ones(2, 2)}, axes=axes_of("scale"))
+
+
 def test_an_axis_fixed_by_the_code_is_refused() -> None:
     class Unrolled(Linear):
         def forward(self, x: Tensor) -> Any:

@@ -1,0 +1,55 @@
+"""The shape of a model's images: (channels, height, width).
+
+Many configs name the size. Convolutional networks such as ResNet take every size; their image processor, in the same
+folder, names the one that they are used with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import InputRefused
+from lora_export.storage import json_files
+
+PROCESSOR = "preprocessor_config.json"
+CHANNELS = 3
+USUAL_SIZE = 224  # pixels, of ImageNet's networks
+LARGEST_SIZE = 8192
+
+
+def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
+    """The shape, and a note where neither the config nor the image processor names the size (empty otherwise).
+
+    Raises InputRefused where a size is no size, or too large for an example.
+    """
+    channels = next(filter(None, _fields(config, "num_channels")), CHANNELS)
+    named = next(filter(None, _fields(config, "image_size")), None)
+    named, source = (named, "config.json") if named else (_processor_size(folder), PROCESSOR)
+    if named is None:
+        note = f"neither the config nor {PROCESSOR} names the size of an image: {USUAL_SIZE} x {USUAL_SIZE} is used"
+        return (channels, USUAL_SIZE, USUAL_SIZE), note
+    height, width = named if isinstance(named, list | tuple) and len(named) == 2 else (named, named)
+    if any(type(size) is not int or not 0 < size <= LARGEST_SIZE for size in (height, width)):
+        raise InputRefused(f"{folder / source}: the size of an image is {named!r}; it must be 1 to {LARGEST_SIZE}")
+    return (channels, height, width), ""
+
+
+def _fields(config: Any, field: str) -> Iterator[Any]:
+    """The values of a field in a config, then in that of its vision model or backbone."""
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+        yield getattr(part, field, None)
+
+
+def _processor_size(folder: Path) -> Any:
+    """The size to which the image processor crops or resizes; None where it is not recorded."""
+    path = folder / PROCESSOR
+    fields = json_files.read_json(path) if path.is_file() else {}
+    crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
+    size = crop or fields.get("size")
+    if not isinstance(size, dict):
+        return size or None
+    if "height" in size and "width" in size:
+        return size["height"], size["width"]
+    return size.get("shortest_edge")

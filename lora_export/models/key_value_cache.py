@@ -1,0 +1,45 @@
+"""Models of transformers without their key-value cache: a graph takes and returns tensors, and a cache is none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+USE_CACHE = "use_cache"
+
+
+def disable_cache(config: Any) -> None:
+    """Set `use_cache` to false in a config and in the configs inside it.
+
+    A composite model reads the setting of the part that has the cache, such as `text_config`, not its own.
+    """
+    for part in _parts(config):
+        if getattr(part, USE_CACHE, False):
+            setattr(part, USE_CACHE, False)
+
+
+@contextlib.contextmanager
+def cache_disabled(module: nn.Module) -> Iterator[None]:
+    """A model of transformers that makes no cache while the context is active."""
+    configs = [getattr(part, "config", None) for part in module.modules()]
+    parts = {id(part): part for config in configs for part in _parts(config)}
+    enabled = [part for part in parts.values() if getattr(part, USE_CACHE, False)]
+    for part in enabled:
+        setattr(part, USE_CACHE, False)
+    try:
+        yield
+    finally:
+        for part in enabled:
+            setattr(part, USE_CACHE, True)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config of transformers and every config inside it."""
+    if not hasattr(config, "model_type"):
+        return
+    yield config
+    for value in list(vars(config).values()):
+        yield from _parts(value)

@@ -1,0 +1,66 @@
+"""The shape of a model's images: from its config, its image processor, or the usual size with a note."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models.image_shape import image_shape
+from lora_export.models.load import load_model
+
+
+def shape(folder: Path, processor: dict[str, Any] | None = None, **config: Any) -> tuple[tuple[int, int, int], str]:
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return image_shape(SimpleNamespace(**config), folder)
+
+
+@pytest.mark.parametrize(
+    ("processor", "config", "expected"),
+    [
+        ({}, {"image_size": 30, "num_channels": 1}, (1, 30, 30)),
+        ({}, {"image_size": (30, 40)}, (3, 30, 40)),
+        ({"size": 20}, {"image_size": [30, 40]}, (3, 30, 40)),
+        ({}, {"vision_config": SimpleNamespace(image_size=12, num_channels=2)}, (2, 12, 12)),
+        ({"size": 20}, {}, (3, 20, 20)),
+        ({"size": {"height": 20, "width": 24}}, {}, (3, 20, 24)),
+        ({"size": {"shortest_edge": 32}}, {}, (3, 32, 32)),
+        ({"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 26}}, {}, (3, 28, 26)),
+        ({"size": {"shortest_edge": 32}, "crop_size": 28, "do_center_crop": False}, {}, (3, 32, 32)),
+    ],
+)
+def test_the_size_is_the_configs_or_the_image_processors(
+    tmp_path: Path, processor: dict[str, Any], config: dict[str, Any], expected: tuple[int, int, int]
+) -> None:
+    assert shape(tmp_path, processor, **config) == (expected, "")
+
+
+def test_a_size_that_nothing_names_is_noted(tmp_path: Path) -> None:
+    found, note = shape(tmp_path, num_channels=1)
+    assert found == (1, 224, 224)
+    assert note == "neither the config nor preprocessor_config.json names the size of an image: 224 x 224 is used"
+
+
+@pytest.mark.parametrize("size", [-3, 10**9, "large", {"height": 2.5, "width": 4}, [1, 2, 3], True])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, size: Any) -> None:
+    with pytest.raises(InputRefused, match=r"preprocessor_config.json: the size of an image is .*it must be 1 to 8192"):
+        shape(tmp_path, {"size": size})
+
+
+def test_a_resnet_gets_images(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
+    torch.manual_seed(0)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.example_inputs()["pixel_values"].shape == (2, 3, 224, 224)
+    assert model.module(**model.example_inputs()).logits.shape == (2, 3)
+    assert "224 x 224" in model.notes[0]
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 40}}')
+    assert load_model(str(tmp_path)).example_inputs()["pixel_values"].shape == (2, 3, 40, 40)
