@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Each worker of pytest has one thread: two that share the processor's cores wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-optimum soak defects check bench clean
 
@@ -15,10 +18,10 @@ demo: $(VENV)/demo.stamp ## train, merge, export and verify an adapter on a real
 	$(BIN)/python samples/demo.py
 
 test: $(VENV)/dev.stamp ## the test suite, without what takes long
-	$(BIN)/python -m pytest -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak"
 
 test-slow: $(VENV)/dev.stamp ## the tests that take long
-	$(BIN)/python -m pytest -m "slow and not soak"
+	$(PYTEST) -m "slow and not soak"
 
 # optimum-onnx wants a transformers older than ours: it has an environment of its own.
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it

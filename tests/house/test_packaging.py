@@ -173,8 +173,8 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("target", "extra", "works"),
     [
-        ("test", "dev", "-m pytest -m not slow and not soak"),
-        ("test-slow", "dev", "-m pytest -m slow and not soak"),
+        ("test", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m not slow and not soak"),
+        ("test-slow", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m slow and not soak"),
         ("soak", "dev", "-m pytest -s -m soak"),
         ("demo", "demo", "samples/demo.py"),
     ],

@@ -244,8 +244,12 @@ def a_large_adapter(std: float) -> tuple[model.Model, Adapter]:
 
 
 def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "ratio_limit", lambda *_: 1.6)  # 2.2 is needed here, 1 once PyTorch has merged it too
     base, adapter = a_large_adapter(1.0)
+    # The error of the merge is 1.3 to 2.2 times that of PyTorch, depending on the processor, and 1 once PyTorch merges.
+    comparisons = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.comparisons
+    apart = max(comparison.figures.ratio for comparison in comparisons)
+    assert apart > 1.1
+    monkeypatch.setattr(judging, "ratio_limit", lambda *_: (1 + apart) / 2)
     result = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
     assert result.verdict.same and against_pytorch.MERGED in result.verdict.notes, str(result.verdict)
     assert result.diagnosis is None

@@ -43,12 +43,13 @@ def _measured_cases(cases: Sequence[Case], comparisons: Sequence[Comparison]) ->
 
 
 def _reasons_along(cases: Sequence[Case], output: str, axis: int, dtype: str) -> Iterator[Reason]:
+    features = cases[0].candidate[output].shape[axis]
+    values = sum(case.candidate[output].size for case in cases) // features  # of each feature
+    if values < LEAST_VALUES:
+        return
     sizes = _rms_by_feature(cases, axis, lambda case: wide(case.reference[output]))
     errors = _rms_by_feature(cases, axis, lambda case: difference(case.candidate[output], case.reference[output]))
     own = _rms_by_feature(cases, axis, lambda case: difference(case.deployed[output], case.reference[output]))
-    values = sum(case.candidate[output].size for case in cases) // len(sizes)  # of each feature
-    if values < LEAST_VALUES:
-        return
     for group in _small_groups(sizes, EPS[dtype]):
         limit = ratio_limit(int(group.sum()) * values, dtype)
         allowed = max(limit * rms(own[group]), EPS[dtype] * rms(sizes[group]))
@@ -64,9 +65,14 @@ def _reasons_along(cases: Sequence[Case], output: str, axis: int, dtype: str) ->
 
 
 def _rms_by_feature(cases: Sequence[Case], axis: int, values_of: Callable[[Case], Wide]) -> Wide:
-    """(features,): the root mean square of each feature over all cases."""
-    by_feature = [np.moveaxis(values_of(case), axis, 0) for case in cases]
-    return np.array([rms(feature) for feature in np.hstack([values.reshape(len(values), -1) for values in by_feature])])
+    """(features,): the root mean square of each feature over all cases. As in `rms`, the peak is divided out first."""
+    by_case = [np.abs(np.moveaxis(values_of(case), axis, -1)) for case in cases]
+    by_case = [values.reshape(-1, values.shape[-1]) for values in by_case]  # (values, features)
+    peaks = np.max([values.max(0, initial=0.0) for values in by_case], axis=0)
+    divisor = np.where((peaks > 0) & np.isfinite(peaks), peaks, 1.0)
+    squares = sum(np.square(values / divisor).sum(0) for values in by_case)
+    mean = squares / sum(len(values) for values in by_case)
+    return np.where(divisor == peaks, peaks * np.sqrt(mean), peaks)
 
 
 def _small_groups(sizes: Wide, eps: float) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from lora_export.verification.parity import (
     Outcome,
     judge,
     judging,
+    small_features,
 )
 from support.parity_cases import TRIED, make
 
@@ -63,3 +64,11 @@ def test_axis_of_varying_size_has_no_features() -> None:
     ]
     assert "along axis 0" in str(judge(turned, sensitivity=TRIED))
     assert "along axis 1" not in str(judge(turned, sensitivity=TRIED))
+
+
+def test_size_of_each_feature_is_its_rms_over_all_cases() -> None:
+    first = np.array([[3.0, 0.0, 3e200, 1.0], [3.0, 0.0, 0.0, np.inf]])  # (values, features)
+    second = np.array([[-3.0, 0.0, 4e200, 1.0]])
+    cases = [replace(make(own=x, error=x, effect=x), reference={"y": x}) for x in (first, second)]
+    sizes = small_features._rms_by_feature(cases, 1, lambda case: case.reference["y"])
+    np.testing.assert_allclose(sizes, [3.0, 0.0, 5e200 / 3**0.5, np.inf], rtol=1e-15)
