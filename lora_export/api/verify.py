@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,18 @@ from lora_export.errors import (
     WrongUsage,
 )
 from lora_export.provenance import adapter_records
+from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.diagnose.recorded_origin import Comparison, explain_by_record
 from lora_export.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
     from lora_export.models.model import Model
     from lora_export.runtime.runner import Runner
+    from lora_export.verification.parity import Verdict
     from lora_export.verification.proof import Proof
 
 
@@ -240,7 +243,54 @@ def _compare_outputs(
     except (Different, Undecided, EnvironmentLacking) as ended:
         error = ended
         proof = proof_without_figures(ended, getattr(runner, "placement", None))
+    else:
+        fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
+        weights_from = origin or (Path(model) if isinstance(model, str | Path) else None)
+        recorded = _explain_by_record(
+            proof.verdict, candidate, loaded, weights, weights_from, how, fingerprint=fingerprint
+        )
+        proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
     return proof, {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **proof.about}, error
+
+
+def _explain_by_record(
+    verdict: Verdict | Audit,
+    candidate: Path,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    base: Path | None,
+    how: _How,
+    *,
+    fingerprint: str = "",
+) -> tuple[str, ...]:
+    """What the candidate records about its adapters and base, where the verdict needs an explanation.
+
+    A damaged record explains nothing, and the verdict stands without it.
+    """
+    if verdict:
+        return ()
+    try:
+        record = read_record(candidate)
+        base_record = read_record(base) if base is not None and base.exists() else WrittenRecord()
+    except InputRefused:
+        return ()
+    file = None
+    if how.onnx_adapter is not None:
+        from lora_export.formats import onnx_adapter
+
+        file = onnx_adapter.read(how.onnx_adapter)
+    given = Comparison(
+        adapters=adapters,
+        weights=weights or (1.0,) * len(adapters),
+        base=base,
+        base_record=base_record,
+        fingerprint=fingerprint,
+        dtype=how.dtype,
+        adapter_file=how.onnx_adapter,
+        adapter_version=None if file is None else file.adapter_version,
+        adapter_id=how.adapter_id,
+    )
+    return explain_by_record(record, given)
 
 
 def _prove(
@@ -289,7 +339,7 @@ def _compare_weights(
     """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
     loaded = load_adapters(adapters)
     if not loaded:
-        raise WrongUsage("--base needs the adapters that were merged (-a)")
+        raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
     origin, merged = open_checkpoint(base), open_checkpoint(candidate)
     if origin.path.resolve() == merged.path.resolve():
         raise InputRefused(f"{candidate} is the base itself")
@@ -299,7 +349,8 @@ def _compare_weights(
     audit = against_checkpoint.audit(
         steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
     )
-    return audit, {
+    recorded = _explain_by_record(audit, candidate, loaded, weights, base, _How())
+    return replace(audit, recorded=recorded), {
         "candidate": str(candidate),
         "base": str(base),
         **({"layout": dict(layout)} if layout else {}),
@@ -307,3 +358,11 @@ def _compare_weights(
         "lora_export": __version__,
         "numpy": np.__version__,
     }
+
+
+def _contained(candidate: Path) -> str:
+    """Which adapters the candidate records, as the end of a message; empty where it records none."""
+    if not candidate.exists():
+        return ""
+    names = ", ".join(f"`{adapter.get('name')}`" for adapter in read_record(candidate).adapters)
+    return f". {candidate} contains {names}" if names else ""

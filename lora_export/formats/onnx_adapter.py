@@ -103,8 +103,8 @@ class Contract:
 
     @property
     def version(self) -> int:
-        """The first 31 bits of the fingerprint: an adapter's file holds no more."""
-        return _31_bits(self.base)
+        """What an adapter's file holds of the fingerprint."""
+        return version_of(self.base)
 
     @property
     def inputs(self) -> dict[str, AdapterSlot]:
@@ -129,7 +129,7 @@ def read_contract(metadata: Mapping[str, str], source: Path | str) -> Contract:
     try:
         slots = tuple(_slot(entry) for entry in record["places"])
         contract = Contract(str(record["base"]), str(record["names"]), slots)
-        _31_bits(contract.base)
+        version_of(contract.base)
     except (KeyError, TypeError, ValueError) as error:
         raise InputRefused(f"{source}: its record of adapter inputs ({CONTRACT_KEY}) is damaged: {error!r}") from error
     return contract
@@ -148,7 +148,8 @@ def _slot(entry: Mapping[str, Any]) -> AdapterSlot:
     return AdapterSlot(shape=shape, embedding=bool(entry.get("embedding")), block=block, **texts)
 
 
-def _31_bits(fingerprint: str) -> int:
+def version_of(fingerprint: str) -> int:
+    """The first 31 bits of a hash: an adapter's file holds no more."""
     return int(fingerprint[:8], 16) & 0x7FFFFFFF
 
 
@@ -251,7 +252,7 @@ def write(path: Path, values: Arrays, contract: Contract, *, sha256: str) -> Non
     ort = import_onnxruntime()
     file = ort.AdapterFormat()
     ort_values = {name: _ort_value(ort, array) for name, array in values.items()}
-    file.set_adapter_version(_31_bits(sha256 or "0"))
+    file.set_adapter_version(version_of(sha256 or "0"))
     file.set_model_version(contract.version)
     file.set_parameters(ort_values)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.errors import one_line, printable
-from lora_export.report.sentences import diagnosis_lines, headline, placement_lines
+from lora_export.report.sentences import explanation, headline, placement_lines
 from lora_export.runtime.runner import Placement
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict, count, percent
@@ -29,8 +29,8 @@ def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None 
         yield _command("notice", title, verdict.headline)
         return
     title_of_outcome = f"{title}: {verdict.outcome}"
-    if diagnosis:
-        yield _command("error", title_of_outcome, "\n".join(diagnosis_lines(diagnosis.first, diagnosis.why)))
+    if lines := explanation(verdict.recorded, diagnosis):
+        yield _command("error", title_of_outcome, "\n".join(lines))
     shown = verdict.distinct_reasons[:SHOWN]
     for reason in shown:
         remedy = f"\n{DECIDES}: {reason.remedy}" if reason.remedy else ""
@@ -75,8 +75,8 @@ def summary(
 
 
 def _reason_lines(verdict: Verdict, diagnosis: Diagnosis | None) -> Iterator[str]:
-    if diagnosis:
-        where, *why = diagnosis_lines(diagnosis.first, diagnosis.why)
+    if lines := explanation(verdict.recorded, diagnosis):
+        where, *why = lines
         yield "- " + "  \n  ".join([f"**{_safe(where)}**", *map(_safe, why)])
     shown = verdict.distinct_reasons[:SHOWN]
     for reason in shown:

@@ -31,7 +31,10 @@ def verdict_context(document: Document) -> dict[str, Any]:
     """The variables of `verdict.html.j2`, besides those of every page."""
     diagnosis = document["diagnosis"]
     return {
-        "explanation": diagnosis_lines(diagnosis["first"], diagnosis["why"]) if diagnosis else [],
+        "explanation": [
+            *document["recorded"],
+            *(diagnosis_lines(diagnosis["first"], diagnosis["why"]) if diagnosis else ()),
+        ],
         "reasons": _reasons(document["reasons"]),
         "most_reasons": REASONS,
         "tiles": list(_tiles(document)),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from lora_export.report.sentences import diagnosis_lines, placement_lines
+from lora_export.report.sentences import explanation, placement_lines
 from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
@@ -54,8 +54,8 @@ def junit(
         where = "\n".join(placement_lines(placement))
         strays = [Reason(Outcome.DIFFERENT, "placement", where)] if placement.off_provider else []
         _test(suite, "placement", placement.requested_provider, strays, output=where)
-    explanation = diagnosis_lines(diagnosis.first, diagnosis.why) if diagnosis else []
-    test = _test(suite, "verdict", "same", verdict.reasons, output=str(verdict), explanation=explanation)
+    lines = explanation(verdict.recorded, diagnosis)
+    test = _test(suite, "verdict", "same", verdict.reasons, output=str(verdict), explanation=lines)
     test.set("time", f"{seconds:.3f}")
     return _finished(suite, seconds)
 
@@ -68,7 +68,8 @@ def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, se
         reasons = [] if weight.outcome is Outcome.SAME else [Reason(weight.outcome, weight.fate, str(weight))]
         wrong += reasons
         _test(suite, f"weights.{weight.fate}", weight.name, reasons, output=str(weight))
-    _test(suite, "verdict", "same", wrong, output=str(audit)).set("time", f"{seconds:.3f}")
+    test = _test(suite, "verdict", "same", wrong, output=str(audit), explanation=audit.recorded)
+    test.set("time", f"{seconds:.3f}")
     return _finished(suite, seconds)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import Verdict
 
 SHOWN = 5  # nodes that ran on another provider
@@ -27,6 +30,11 @@ def placement_lines(placement: Placement) -> list[str]:
     lines = [f"{count - len(off)} of {count} compute nodes on {placement.requested_provider}"]
     lines += [f"  - {node} ({operator}) on {provider}" for provider, node, operator in off[:SHOWN]]
     return lines + ([f"  - and {len(off) - SHOWN} more"] if len(off) > SHOWN else [])
+
+
+def explanation(recorded: Sequence[str], diagnosis: Diagnosis | None) -> list[str]:
+    """What explains a verdict, in sentences: the candidate's record first, then where it begins to differ, and why."""
+    return [*recorded, *(diagnosis_lines(diagnosis.first, diagnosis.why) if diagnosis else ())]
 
 
 def diagnosis_lines(first: str | None, why: str) -> list[str]:

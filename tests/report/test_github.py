@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_diagnosis_comes_first_in_the_summary() -> None:
     assert lines[first + 1] == "  its adapter's scale, 2, is applied twice  "
     assert lines[first + 3].startswith("- logits in case bad: the error is 1")
     assert "applied twice" not in github.summary(DIFFERENT, title="verify m.onnx")
+
+
+def test_what_the_file_records_comes_before_the_diagnosis() -> None:
+    verdict = dataclasses.replace(DIFFERENT, recorded=("You gave no -a; this file contains `fr`.",))
+    first, *_ = github.workflow_commands(verdict, "v", DIAGNOSIS)
+    assert "different::You gave no -a; this file contains `fr`.%0AThe first module that differs is" in first
+    text = github.summary(verdict, None, None, DIAGNOSIS, title="v")
+    assert "- **You gave no -a; this file contains \\`fr\\`.**  \n  The first module" in text
 
 
 def test_no_name_ends_or_begins_a_command() -> None:

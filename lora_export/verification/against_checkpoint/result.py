@@ -56,6 +56,7 @@ class Audit:
 
     outcome: Outcome
     weights: tuple[AuditedWeight, ...]
+    recorded: tuple[str, ...] = ()  # where the candidate's record disagrees with what it was compared with
 
     @property
     def exit_code(self) -> int:
@@ -76,6 +77,7 @@ class Audit:
         fates = [weight.fate for weight in self.weights if weight.outcome is Outcome.SAME]
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
         lines = [f"{self.outcome}: {len(self.weights)} tensors, of which {counts or 'none'} as they should be"]
+        lines += [f"  {line}" for line in map(one_line, self.recorded)]
         lines += [f"  {weight}" for weight in self.worst[:SHOWN]]
         lines += [f"  and {len(self.worst) - SHOWN} more"] if len(self.worst) > SHOWN else []
         return "\n".join([*lines, *(self._margins() if self else ())])

@@ -199,6 +199,7 @@ class Verdict:
     dtype: str  # the precision in which the candidate is deployed
     notes: tuple[str, ...] = ()  # what was not judged, and how the reference was computed
     peer: str = PYTORCH  # the implementation whose own error sets the limits
+    recorded: tuple[str, ...] = ()  # where the candidate's record disagrees with what it was compared with
 
     @property
     def same(self) -> bool:
@@ -269,7 +270,7 @@ class Verdict:
         return self.same
 
     def __str__(self) -> str:
-        lines = [self.headline, *self._reason_lines()]
+        lines = [self.headline, *(f"  - {line}" for line in self.recorded), *self._reason_lines()]
         closest = self.nearest_to_failing
         lines += map(str, closest[:SHOWN])
         if len(closest) > SHOWN:
