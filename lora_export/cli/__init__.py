@@ -1,8 +1,8 @@
 """The command line: reads arguments, calls one function of `lora_export.api`, prints its result, exits.
 
 One file a command, loaded when it is called; heavy packages are imported inside the commands, so
-that `--help` is instant. stdout carries the print_document, stderr the story. This is the one place where
-an error becomes a line and a number.
+that `--help` is instant. stdout has the result, stderr the messages. `run` is the one place where an
+error becomes a message and an exit code.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from types import FrameType
 
 import click
 
 from lora_export import __version__
-from lora_export.cli import startup
-from lora_export.errors import EnvironmentLacking, LoraExportError, OutputFailed, one_line, printable
+from lora_export.cli import failures, startup
+from lora_export.cli.failures import Invocation, Terminated
 
 # Job -> command -> its help in one line, so that `lora-export --help` imports no command.
 JOBS = {
@@ -47,12 +46,7 @@ JOBS = {
 }
 COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.items()}
 
-# Packages that commands import. A missing one ends with a message, not with a traceback.
-PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
-
-
 PATIENCE = 1.0  # seconds
-NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
 class LazyGroup(click.Group):
@@ -83,10 +77,6 @@ def cli() -> None:
     5 verdict `undecided`, 6 environment, 7 output not written,
     8 exporter or runtime refused the model, 130 Ctrl-C, 143 SIGTERM.
     """
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM ends a command as Ctrl-C does, so that unfinished outputs are removed."""
 
 
 @contextlib.contextmanager
@@ -129,79 +119,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    line, stdout = sys.argv[1:] if arguments is None else arguments, sys.stdout
+    invocation, stdout = Invocation(sys.argv[1:] if arguments is None else arguments), sys.stdout
     if "lora_export.storage.atomic_output" in sys.modules:  # an earlier run in this process
         sys.modules["lora_export.storage.atomic_output"].published.clear()
     try:
-        result = cli.main(arguments, prog_name="lora-export", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        # Ctrl-C and Terminated. click turns both into Abort where it catches them.
-        return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
-    except click.ClickException as error:
-        usage = io.StringIO()
-        error.show(usage)
-        _print_error(usage.getvalue(), line)
-        return error.exit_code
+        result = cli.main(arguments, prog_name="lora-export", standalone_mode=False, obj=invocation)
     except SystemExit as end:
         # rich and click raise SystemExit for a broken pipe; click also replaces stdout.
         if sys.stdout is stdout and not isinstance(end.__context__, BrokenPipeError):
             raise
         # `| head` has read enough: the code that shells report of a program that SIGPIPE ended. Windows has no SIGPIPE.
         return 128 + getattr(signal, "SIGPIPE", 13)
-    except Exception as error:
-        known = _known_failure(error)
-        if known is None:
+    except (Exception, KeyboardInterrupt) as error:
+        failure = failures.failure_of(error)
+        if failure is None:
+            failures.show(failures.bug(error), invocation)
             raise
-        message, code = known
-        _print_error(f"Error: {message}", line)
-        return code
+        failures.show(failure, invocation)
+        return failure.exit_code
     return result if isinstance(result, int) else 0
-
-
-def _stopped(*, terminated: bool) -> int:
-    from lora_export.errors import one_line
-    from lora_export.storage import atomic_output
-
-    left = (
-        f"{one_line(str(atomic_output.published[-1]))} had been written"
-        if atomic_output.published
-        else "nothing was left behind"
-    )
-    click.echo(f"{'Terminated' if terminated else 'Stopped'}; {left}.", err=True)
-    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
-
-
-def _known_failure(error: Exception) -> tuple[str, int] | None:
-    """The message and the exit code of a failure; None for a bug of ours."""
-    doctor = "`lora-export doctor` shows what is"
-    if isinstance(error, LoraExportError):
-        return str(error), error.exit_code
-    if isinstance(error, ModuleNotFoundError) and _package(error) in PACKAGES:
-        what = f"this command needs the package {_package(error)}, which is not installed. {doctor} missing"
-        return what, EnvironmentLacking.exit_code
-    if isinstance(error, ImportError) and _package(error) in PACKAGES:
-        return f"the package {_package(error)} does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-        return f"there is not enough memory: {error}".rstrip(": "), EnvironmentLacking.exit_code
-    if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
-        return "there is not enough memory for one more thread", EnvironmentLacking.exit_code
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'the output could not be written'}: {error.strerror}", OutputFailed.exit_code
-    if isinstance(error, OSError) and "shared object" in str(error):  # torch loads its libraries by itself
-        return f"a library does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
-    return None
-
-
-def _package(error: ImportError) -> str:
-    return (error.name or "").partition(".")[0]
-
-
-def _print_error(message: str, arguments: Sequence[str]) -> None:
-    """Print an error on stderr. Messages may have several lines; a name of the user's is always shown in one."""
-    words = list(arguments)
-    with contextlib.suppress(OSError):  # the current folder was removed meanwhile
-        words.append(str(Path.cwd()))
-    for part in {part for word in words for part in word.split("/") if "\n" in part}:
-        message = message.replace(part, one_line(part))
-    with contextlib.suppress(OSError):  # stderr is full or closed: the exit code remains
-        click.echo(printable(message).rstrip("\n"), err=True)

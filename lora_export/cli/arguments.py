@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from lora_export.cli import failures
+from lora_export.cli.failures import Invocation, answered
+from lora_export.cli.failures import print_message as print_message
 from lora_export.errors import WrongUsage, one_line
 
 adapter_weights = click.option(
@@ -80,6 +81,12 @@ inputs_option = click.option(
 class Command(click.Command):
     """A command whose Python function may refuse its arguments: that is shown as click shows its own usage errors."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does. A failure from here on is that of this command."""
+        if (invocation := ctx.find_object(Invocation)) is not None:
+            invocation.context = ctx
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """As click does."""
         try:
@@ -125,20 +132,15 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
     return decorate
 
 
-def print_document(document: Any) -> None:
-    """Print the one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
-    click.echo(json.dumps(document, allow_nan=False).replace("##[", "##\\u005b"))
+def print_document(document: Any, indent: int | None = None) -> None:
+    """Print the one JSON document on stdout."""
+    answered()
+    failures.print_document(document, indent)
 
 
 def wrote(path: Path, more: str = "") -> None:
     """Print that a file was written, with its size."""
     click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes){more}")
-
-
-def print_message(line: str) -> None:
-    """Print a message on stderr, in one line whatever names it contains. A closed stderr does not stop the work."""
-    with contextlib.suppress(OSError):
-        click.echo(one_line(line), err=True)
 
 
 def command_line() -> list[str]:

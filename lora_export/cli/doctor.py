@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.cli.arguments import Command, json_option
+from lora_export.cli.arguments import Command, json_option, print_document
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.environment import Facts, examine
 from lora_export.runtime.environment_problems import Problem, find_problems, list_versions
@@ -44,7 +43,7 @@ def command(provider: str | None, as_json: bool) -> None:
     found = find_problems(facts, provider)
     if as_json:
         document = asdict(facts) | {"problems": [asdict(problem) for problem in found], "ok": not found}
-        click.echo(json.dumps(document, indent=2))
+        print_document(document, indent=2)
     else:
         show(facts, found, Console(highlight=False, markup=False))
     if found:

@@ -67,8 +67,11 @@ def show_verification(result: Verification) -> None:
 
 
 def annotate_github(result: Verification, title: str) -> None:
-    """In a GitHub workflow, print annotations on stderr and add a summary to the page of the run."""
-    if "GITHUB_ACTIONS" not in os.environ or isinstance(result.proof, Audit):
+    """In a GitHub workflow, print annotations on stderr. What a model computes is also summarised on the run's page."""
+    if "GITHUB_ACTIONS" not in os.environ:
+        return
+    if isinstance(result.proof, Audit):
+        click.echo(github.annotation_of_weights(result.proof, title), err=True)
         return
     proof = result.proof
     for line in github.workflow_commands(proof.verdict, title, proof.diagnosis):

@@ -111,6 +111,7 @@ def command(
     W + s·BA in fp64, and every other tensor with the bytes of the base. PyTorch is not needed.
     """
     from lora_export.api.verify import verify
+    from lora_export.cli.failures import answered
     from lora_export.cli.verdicts import annotate_github, show_verification
 
     with shown() as on_progress:
@@ -136,6 +137,7 @@ def command(
             on_message=print_message,
             on_progress=on_progress,
         )
+    answered()
     if as_json:
         print_document(result.as_document())
     elif result.error is None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.report import github
-from lora_export.report.html import page, require_jinja2
+from lora_export.report.html import page, page_of_error, require_jinja2
 from lora_export.report.json_document import as_dict, document
-from lora_export.report.junit_xml import junit, junit_of_weights
+from lora_export.report.junit_xml import junit, junit_of_error, junit_of_weights
 from lora_export.report.sentences import placement_lines
 from lora_export.report.terminal import (
     console,
@@ -46,6 +46,7 @@ __all__ = [
     "print_verdict",
     "screen",
     "write",
+    "write_error",
 ]
 
 
@@ -88,6 +89,28 @@ def write(
         )
     else:
         evidence = document(verdict, placement, about, diagnosis, exit_code)
-        content = page(evidence) if path.suffix == ".html" else json.dumps(evidence, indent=2, allow_nan=False) + "\n"
+        content = page(evidence) if path.suffix == ".html" else _json(evidence)
+    _replace(path, content)
+
+
+def write_error(path: Path, error: Mapping[str, Any], *, seconds: float = 0.0) -> None:
+    """Write a report of an error that ended the command before there was a verdict. Otherwise as `write`.
+
+    `error` is its JSON document: `error` (the message), `exit` (the code), `kind`, `command` and more.
+    """
+    check_path(path)
+    if path.suffix == ".xml":
+        about = {name: error[name] for name in ("command", "exit", "kind")}
+        content = junit_of_error(error["error"], error["kind"], about, seconds=seconds)
+    else:
+        content = page_of_error(error) if path.suffix == ".html" else _json(error)
+    _replace(path, content)
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, content: str) -> None:
     with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
         (stage / path.name).write_text(content, encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 from lora_export.errors import one_line, printable
 from lora_export.report.sentences import explanation, headline, placement_lines
 from lora_export.runtime.runner import Placement
+from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict, count, percent
 
@@ -37,6 +38,18 @@ def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None 
         yield _command("error", f"{title}: {reason.outcome}", f"{reason}{remedy}")
     if more := len(verdict.reasons) - len(shown):
         yield _command("error", title_of_outcome, f"and {count(more, 'reason')} more")
+
+
+def annotation_of_weights(audit: Audit, title: str) -> str:
+    """A workflow command for the verdict on a checkpoint: its first line, and the weights that are wrong."""
+    if audit:
+        return _command("notice", title, str(audit).partition("\n")[0])
+    return _command("error", f"{title}: {audit.outcome}", str(audit))
+
+
+def annotation_of_error(message: str, title: str) -> str:
+    """A workflow command for an error that ended a command."""
+    return _command("error", title, message)
 
 
 def _command(name: str, title: str, message: str) -> str:

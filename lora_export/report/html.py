@@ -30,18 +30,8 @@ def require_jinja2() -> Any:
 
 def page(document: Mapping[str, Any]) -> str:
     """A verdict's document, or that of a checkpoint's audit, as an HTML page that needs no other file."""
-    jinja2 = require_jinja2()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_export", "report/templates"),
-        autoescape=True,
-        finalize=_escaped,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
     is_checkpoint = "weights" in document
-    template = environment.get_template("checkpoint.html.j2" if is_checkpoint else "verdict.html.j2")
+    template = _template("checkpoint.html.j2" if is_checkpoint else "verdict.html.j2")
     context = checkpoint_context(document) if is_checkpoint else verdict_context(document)
     about = document["about"]
     rendered: str = template.render(
@@ -55,6 +45,26 @@ def page(document: Mapping[str, Any]) -> str:
         **context,
     )
     return rendered
+
+
+def page_of_error(document: Mapping[str, Any]) -> str:
+    """The document of an error that ended the command, as an HTML page that needs no other file."""
+    rendered: str = _template("error.html.j2").render(document={**document, "outcome": "error"}, candidate_name="")
+    return rendered
+
+
+def _template(name: str) -> Any:
+    jinja2 = require_jinja2()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_export", "report/templates"),
+        autoescape=True,
+        finalize=_escaped,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    return environment.get_template(name)
 
 
 def _escaped(value: Any) -> Any:

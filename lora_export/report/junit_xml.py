@@ -73,6 +73,16 @@ def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, se
     return _finished(suite, seconds)
 
 
+def junit_of_error(message: str, kind: str, about: Mapping[str, Any] | None = None, *, seconds: float = 0.0) -> str:
+    """An error that ended the command before there was a verdict: the test of the verdict could not be made."""
+    suite = _suite(about, seconds)
+    test = ElementTree.SubElement(suite, "testcase", classname="lora-export.verdict", name="same")
+    test.set("time", f"{seconds:.3f}")
+    error = ElementTree.SubElement(test, "error", message=_xml(message.partition("\n")[0]), type=_xml(kind))
+    error.text = _xml(message)
+    return _finished(suite, seconds)
+
+
 # --- The suite ---
 
 

@@ -1,0 +1,245 @@
+"""How a command fails: a line on stderr and an exit code, and the same for the programs that read its result.
+
+With `--json` a failure is the one JSON document on stdout. Each `--report` of `verify` contains it, and a GitHub job
+gets an annotation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_export.errors import (
+    EnvironmentLacking,
+    InputRefused,
+    LoraExportError,
+    MatchError,
+    NotTheSame,
+    OutputFailed,
+    one_line,
+    printable,
+)
+
+SCHEMA = "lora-export/error/1"
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+KINDS = {
+    1: "bug",
+    2: "usage",
+    3: "input",
+    4: "different",
+    5: "undecided",
+    6: "environment",
+    7: "output",
+    8: "runtime",
+    INTERRUPTED: "interrupted",
+    TERMINATED: "terminated",
+}
+
+# Packages that commands import. A missing one ends with a message, not with a traceback.
+PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
+NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a command as Ctrl-C does, so that unfinished outputs are removed."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a command."""
+
+    message: str
+    exit_code: int
+    text: str  # the message as a person reads it on stderr, with click's usage lines
+    facts: dict[str, Any] = field(default_factory=dict)  # more for the JSON document
+
+
+@dataclass
+class Invocation:
+    """One run of the command line."""
+
+    arguments: Sequence[str]
+    context: click.Context | None = None  # of the command, from when its arguments are read
+    answered: bool = False  # the result is known, and is printed and written from now on
+    begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether `--json` was given. After a usage error only the words of the command line are known."""
+        options = self.arguments[: self.arguments.index("--")] if "--" in self.arguments else self.arguments
+        parameters = self.context.params if self.context else {}
+        return bool(parameters.get("as_json", "--json" in options))
+
+    @property
+    def command(self) -> str:
+        """`lora-export verify`, or `lora-export` where no command was found."""
+        return f"lora-export {self.context.info_name}" if self.context else "lora-export"
+
+    def document(self, failure: Failure) -> dict[str, Any]:
+        """The failure as the JSON document that `--json` prints."""
+        return {
+            "schema": SCHEMA,
+            "error": failure.message,
+            "exit": failure.exit_code,
+            "kind": KINDS.get(failure.exit_code, "usage"),
+            "command": ["lora-export", *self.arguments],
+            **failure.facts,
+        }
+
+
+def answered() -> None:
+    """Record that the command has its result. A later failure is no second document, and changes no report."""
+    invocation = click.get_current_context().find_object(Invocation)
+    if invocation is not None:
+        invocation.answered = True
+
+
+# --- From an exception to a failure ---
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """The message and the exit code of an exception; None for a bug of ours."""
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        # click turns Ctrl-C and Terminated into Abort where it catches them.
+        return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
+    if isinstance(error, click.ClickException):
+        return Failure(error.format_message(), error.exit_code, _usage(error))
+    known = _known(error)
+    return None if known is None else Failure(known[0], known[1], f"Error: {known[0]}", _facts(error))
+
+
+def bug(error: BaseException) -> Failure:
+    """The failure that an unexpected exception is. Python prints the traceback itself."""
+    return Failure(f"a bug in lora-export: {type(error).__name__}: {error}", 1, "")
+
+
+def _usage(error: click.ClickException) -> str:
+    import io
+
+    text = io.StringIO()
+    error.show(text)
+    return text.getvalue()
+
+
+def _stopped(*, terminated: bool) -> Failure:
+    from lora_export.storage import atomic_output
+
+    left = (
+        f"{one_line(str(atomic_output.published[-1]))} had been written"
+        if atomic_output.published
+        else "nothing was left behind"
+    )
+    message = f"{'Terminated' if terminated else 'Stopped'}; {left}."
+    return Failure(message, TERMINATED if terminated else INTERRUPTED, message)
+
+
+def _known(error: BaseException) -> tuple[str, int] | None:
+    doctor = "`lora-export doctor` shows what is"
+    if isinstance(error, LoraExportError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and _package(error) in PACKAGES:
+        what = f"this command needs the package {_package(error)}, which is not installed. {doctor} missing"
+        return what, EnvironmentLacking.exit_code
+    if isinstance(error, ImportError) and _package(error) in PACKAGES:
+        return f"the package {_package(error)} does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return f"there is not enough memory: {error}".rstrip(": "), EnvironmentLacking.exit_code
+    if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+        return "there is not enough memory for one more thread", EnvironmentLacking.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'the output could not be written'}: {error.strerror}", OutputFailed.exit_code
+    if isinstance(error, OSError) and "shared object" in str(error):  # torch loads its libraries by itself
+        return f"a library does not load: {error}. {doctor} wrong", EnvironmentLacking.exit_code
+    return None
+
+
+def _package(error: ImportError) -> str:
+    return (error.name or "").partition(".")[0]
+
+
+def _facts(error: BaseException) -> dict[str, Any]:
+    """What programs read of an error beside its message: every misfit; every figure of a proof."""
+    if isinstance(error, MatchError):
+        misfits = [
+            {"adapter": misfit.adapter, "key": misfit.key, "problem": misfit.problem} for misfit in error.misfits
+        ]
+        return {"misfits": misfits}
+    if isinstance(error, NotTheSame) and error.proof is not None:
+        from lora_export import report
+
+        proof = error.proof
+        facts = (proof.verdict, proof.placement, proof.about, proof.diagnosis, proof.exit_code)
+        return {"proof": report.document(*facts)}
+    return {}
+
+
+# --- From a failure to its readers ---
+
+
+def show(failure: Failure, invocation: Invocation) -> None:
+    """Print a failure on stderr, and give it to the programs that wait for a result."""
+    if failure.text:
+        _print_error(failure.text, invocation.arguments)
+    if invocation.answered:
+        return
+    if invocation.wants_json:
+        with contextlib.suppress(OSError):  # stdout is full or closed: the exit code remains
+            print_document(invocation.document(failure))
+    _write_reports(failure, invocation)
+    _annotate(failure, invocation)
+
+
+def print_document(document: Any, indent: int | None = None) -> None:
+    """Print the one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
+    click.echo(json.dumps(document, allow_nan=False, indent=indent).replace("##[", "##\\u005b"))
+
+
+def print_message(line: str) -> None:
+    """Print a message on stderr, in one line whatever names it contains. A closed stderr does not stop the work."""
+    with contextlib.suppress(OSError):
+        click.echo(one_line(line), err=True)
+
+
+def _print_error(message: str, arguments: Sequence[str]) -> None:
+    """Print an error on stderr. Messages may have several lines; a name of the user's is always shown in one."""
+    words = list(arguments)
+    with contextlib.suppress(OSError):  # the current folder was removed meanwhile
+        words.append(str(Path.cwd()))
+    for part in {part for word in words for part in word.split("/") if "\n" in part}:
+        message = message.replace(part, one_line(part))
+    with contextlib.suppress(OSError):  # stderr is full or closed: the exit code remains
+        click.echo(printable(message).rstrip("\n"), err=True)
+
+
+def _write_reports(failure: Failure, invocation: Invocation) -> None:
+    """Write the failure into every report that was requested. A report that cannot be written is a message."""
+    for path in (invocation.context.params.get("reports") or ()) if invocation.context else ():
+        try:
+            from lora_export import report
+
+            report.write_error(path, invocation.document(failure), seconds=time.perf_counter() - invocation.begun)
+        except InputRefused:
+            continue  # another suffix: that, or something before it, is the failure itself
+        except (LoraExportError, OSError, ImportError) as error:
+            print_message(f"the report {path} was not written: {error}")
+
+
+def _annotate(failure: Failure, invocation: Invocation) -> None:
+    if "GITHUB_ACTIONS" not in os.environ:
+        return
+    try:
+        from lora_export.report import github
+    except ImportError as error:
+        print_message(f"the job was not annotated: {error}")
+        return
+    with contextlib.suppress(OSError):
+        click.echo(github.annotation_of_error(failure.message, invocation.command), err=True)

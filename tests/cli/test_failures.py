@@ -1,0 +1,282 @@
+"""A command that fails: one JSON document on stdout, every report, and an annotation of a GitHub job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lora_export.api.merge
+import lora_export.api.verify
+from lora_export import cli, errors
+from lora_export.cli.failures import Terminated
+from lora_export.models.load import load_model
+from support import FACTORIES, junit_schema
+from support.cli import answer, call
+from support.handmade import peft_adapter
+
+MODEL = f"{FACTORIES}:wide"
+FORKS = """
+import torch
+from torch import nn
+
+class Forks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"y": self.fc(x)} if self.fc(x).sum() > 0 else {"y": x}
+
+class Broken(Forks):
+    def forward(self, x):
+        if torch.jit.is_tracing():
+            raise ValueError("no such thing")
+        return self.fc(x)
+
+def forks():
+    torch.manual_seed(0)
+    return Forks(), torch.randn(2, 4)
+
+def broken():
+    return Broken(), torch.randn(2, 4)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, an adapter that fits it, one that does not, and two models that cannot be exported."""
+    folder = tmp_path_factory.mktemp("failures")
+    module = load_model(MODEL).module
+    save_file(module.state_dict(), folder / "base.safetensors")
+    (name,) = [name for name, part in module.named_modules() if name == "up"]
+    peft_adapter(folder / "adapter", {name: ([[0.1] * 64], [[0.1]] * 96)})
+    peft_adapter(folder / "weak", {name: ([[1e-9] * 64], [[1e-9]] * 96)})
+    peft_adapter(folder / "other", {"elsewhere": ([[1.0]], [[1.0]])})
+    (folder / "forks.py").write_text(FORKS)
+    return folder
+
+
+def refusals(folder: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Commands, and the code that each ends with."""
+    base, adapter, out = str(folder / "base.safetensors"), str(folder / "adapter"), str(folder / "out")
+    found = {
+        "merge: missing adapter": (3, ("merge", base, f"{folder}/nowhere", "-o", f"{out}.safetensors")),
+        "merge: another model's": (3, ("merge", base, f"{folder}/other", "-o", f"{out}.safetensors")),
+        "merge: output exists": (7, ("merge", base, adapter, "-o", base)),
+        "merge: no adapter": (2, ("merge", base, "-o", f"{out}.safetensors")),
+        "merge: unknown option": (2, ("merge", base, adapter, "-o", f"{out}.safetensors", "--nonsense")),
+        "onnx: missing adapter": (3, ("onnx", MODEL, "-a", f"{folder}/nowhere", "-o", f"{out}.onnx")),
+        "onnx: another model's": (3, ("onnx", MODEL, "-a", f"{folder}/other", "-o", f"{out}.onnx")),
+        "onnx: undecided": (5, ("onnx", MODEL, "-a", f"{folder}/weak", "-o", f"{out}.onnx", "--lora", "nodes")),
+        "onnx: exporter": (8, ("onnx", f"{folder}/forks.py:forks", "-o", f"{out}.onnx")),
+        "onnx: dora": (2, ("onnx", MODEL, "-a", adapter, "-o", f"{out}.onnx", "--dora")),
+        "torchscript: missing adapter": (3, ("torchscript", MODEL, "-a", f"{folder}/nowhere", "-o", f"{out}.pt")),
+        "torchscript: undecided": (5, ("torchscript", MODEL, "-a", f"{folder}/weak", "-o", f"{out}.pt")),
+        "torchscript: exporter": (8, ("torchscript", f"{folder}/forks.py:broken", "-o", f"{out}.pt")),
+        "torchscript: output": (7, ("torchscript", MODEL, "-o", f"{folder}/adapter/out.pt", "-a", adapter)),
+        "verify: missing candidate": (3, ("verify", f"{folder}/nowhere.onnx", "--model", MODEL)),
+        "verify: another model's": (3, ("verify", base, "--model", MODEL, "-a", f"{folder}/other")),
+        "verify: nothing to compare": (2, ("verify", base)),
+        "train: missing data": (3, ("train", MODEL, "--data", f"{folder}/nowhere.npz", "-o", out)),
+        "convert: missing graph": (3, ("convert", adapter, "-o", out, "--for", f"{folder}/nowhere.onnx")),
+        "inspect: missing": (3, ("inspect", f"{folder}/nowhere")),
+        "no such command": (2, ("mrge", base)),
+    }
+    if not torch.cuda.is_available():
+        found["onnx: no GPU"] = (6, ("onnx", MODEL, "-a", adapter, "-o", f"{out}.onnx", "--provider", "cuda"))
+    return found
+
+
+@pytest.mark.parametrize("case", refusals(Path()))
+def test_a_failure_is_the_one_json_document_on_stdout(
+    place: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, arguments = refusals(place)[case]
+    found, document = answer(capsys, *arguments)
+    message = capsys.readouterr().err
+    assert (found, document["exit"], document["schema"]) == (code, code, "lora-export/error/1")
+    assert document["error"].partition("\n")[0] in message
+    assert document["command"] == ["lora-export", *arguments, "--json"]
+    assert not list(place.glob("out*"))
+
+
+def test_misfits_and_figures_are_in_the_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = answer(capsys, *refusals(place)["merge: another model's"][1])
+    (misfit,) = document["misfits"]
+    assert (document["kind"], misfit["adapter"]) == ("input", "other")
+    assert misfit["key"].endswith("elsewhere.lora_A.weight") and "no weight" in misfit["problem"]
+    _, document = answer(capsys, *refusals(place)["onnx: undecided"][1])
+    assert document["kind"] == document["proof"]["outcome"] == "undecided"
+    assert document["proof"]["comparisons"]
+
+
+def test_no_document_without_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for code, arguments in refusals(place).values():
+        if code in (2, 3):
+            assert call(*arguments) == code
+            assert capsys.readouterr().out == ""
+    assert call("merge", place / "base.safetensors", place / "nowhere", "-o", place / "x", "--", "--json") == 3
+    assert capsys.readouterr().out == ""
+
+
+# --- Reports of verify ---
+
+
+def reports(folder: Path) -> list[str]:
+    return [word for suffix in ("xml", "json", "html") for word in ("--report", str(folder / f"verdict.{suffix}"))]
+
+
+@pytest.fixture(params=["verify: missing candidate", "verify: another model's", "verify: nothing to compare"])
+def refused(request: pytest.FixtureRequest, place: Path) -> Iterator[tuple[str, ...]]:
+    _, arguments = refusals(place)[request.param]
+    return arguments
+
+
+def test_every_report_contains_the_error(
+    refused: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, document = answer(capsys, *refused, *reports(tmp_path))
+    root = ElementTree.parse(tmp_path / "verdict.xml").getroot()
+    assert junit_schema.faults(root) == []
+    assert (root.get("tests"), root.get("errors"), root.get("failures")) == ("1", "1", "0")
+    (error,) = root.iter("error")
+    assert (error.get("type"), error.text) == (document["kind"], document["error"])
+    assert json.loads((tmp_path / "verdict.json").read_text()) == document
+    page = (tmp_path / "verdict.html").read_text()
+    assert f"exit code {code}" in page and "The command ended before there was a verdict" in page
+    assert "lora-export verify" in page and document["error"][:20].replace("&", "&amp;") in page
+
+
+def test_names_in_an_error_stay_text_in_the_page(place: Path, tmp_path: Path) -> None:
+    assert call("verify", tmp_path / "<b>x\n", "--model", MODEL, *reports(tmp_path)) == 3
+    page = (tmp_path / "verdict.html").read_text()
+    assert "&lt;b&gt;x\\n" in page and "<b>" not in page
+
+
+def test_a_report_that_cannot_be_written_hides_no_error(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, unknown = tmp_path / "verdict.xml", tmp_path / "verdict.txt"
+    paths = [word for path in (unknown, tmp_path / "no/verdict.xml", written) for word in ("--report", path)]
+    assert call("verify", place / "nowhere.onnx", "--model", MODEL, *paths) == 3
+    message = capsys.readouterr().err
+    assert "verdict.txt: unknown report format" in message
+    assert f"the report {tmp_path / 'no/verdict.xml'} was not written" in message
+    assert "unknown report format" in written.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["verdict.xml"]
+
+
+# --- GitHub ---
+
+
+@pytest.mark.parametrize("case", ["merge: another model's", "onnx: undecided", "verify: missing candidate"])
+def test_a_failure_annotates_the_job_once(
+    place: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    _, document = answer(capsys, *refusals(place)[case][1])
+    annotations = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
+    first = document["error"].partition("\n")[0].replace("%", "%25")
+    assert len(annotations) == 1
+    assert annotations[0].startswith(f"::error title=lora-export {case.partition(':')[0]}::{first}")
+
+
+def test_a_wrong_checkpoint_annotates_the_job(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    merged = place / "copy.safetensors"
+    merged.write_bytes((place / "base.safetensors").read_bytes())
+    code = call("verify", merged, "--base", place / "base.safetensors", "-a", place / "adapter")
+    merged.unlink()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
+    assert code == 4 and line.startswith("::error title=verify copy.safetensors%3A different::different: ")
+    assert "%0A  up.weight: different" in line
+
+
+# --- Ctrl-C, SIGTERM, and bugs of ours ---
+
+
+def failing(error: type[BaseException]) -> Callable[..., Any]:
+    def function(*_: Any, **__: Any) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated"), (MemoryError, 6, "environment")],
+)
+def test_an_interrupted_command_is_a_document_too(
+    tmp_path: Path,
+    error: type[BaseException],
+    code: int,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(lora_export.api.verify, "verify", failing(error))
+    found, document = answer(capsys, "verify", "x.onnx", "--model", MODEL, *reports(tmp_path))
+    assert (found, document["exit"], document["kind"]) == (code, code, kind)
+    assert f'type="{kind}"' in (tmp_path / "verdict.xml").read_text()
+
+
+def test_a_bug_is_a_document_and_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lora_export.api.merge, "merge", failing(ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["merge", "base", "adapter", "-o", "out", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (document["exit"], document["kind"]) == (1, "bug")
+    assert document["error"].startswith("a bug in lora-export: ZeroDivisionError")
+
+
+def test_an_interruption_after_the_result_is_no_second_document(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = tmp_path / "merged.safetensors"
+    assert call("merge", place / "base.safetensors", place / "adapter", "-o", merged) == 0
+    monkeypatch.setattr("lora_export.cli.verdicts.annotate_github", failing(KeyboardInterrupt))
+    against = ("--base", place / "base.safetensors", "-a", place / "adapter", *reports(tmp_path))
+    code, document = answer(capsys, "verify", merged, *against)
+    assert (code, document["outcome"]) == (130, "same")
+    assert json.loads((tmp_path / "verdict.json").read_text())["outcome"] == "same"
+
+
+def test_sigterm_of_a_process_ends_with_a_document(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n\ndef make():\n    print('begun', flush=True)\n    time.sleep(60)\n"
+    )
+    command = ["verify", str(place / "base.safetensors"), "--model", f"{tmp_path}/slow.py:make", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_export", *command, "--report", str(tmp_path / "verdict.xml")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "GITHUB_ACTIONS": ""},
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == "begun\n"
+        time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        document = json.loads(child.stdout.read())
+    assert (child.returncode, document["exit"], document["kind"]) == (143, 143, "terminated")
+    assert 'type="terminated"' in (tmp_path / "verdict.xml").read_text()
+
+
+def test_every_exit_code_of_an_error_has_a_kind() -> None:
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
+    assert codes <= set(cli.failures.KINDS)
+    assert len(set(cli.failures.KINDS.values())) == len(cli.failures.KINDS)
