@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_export import report
-from lora_export.api.load import AdapterSources, ModelSource, load_adapters, load_model
+from lora_export.api.load import AdapterSources, ModelSource, load_adapters, resolve_model
 from lora_export.errors import InputRefused
 from lora_export.models.model import Model
 from lora_export.runtime.open_artifact import open_candidate
@@ -54,7 +54,7 @@ def assert_parity(
     """
     __tracebackhide__ = True
     loaded = load_adapters(adapters)
-    base = load_model(model, loaded)
+    base = resolve_model(model, loaded)
     references = PyTorchReferences(
         base,
         loaded,

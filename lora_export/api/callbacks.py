@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_export.storage.atomic_output import OnMessage as OnMessage
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -17,7 +19,6 @@ class Progress:
     detail: str = ""  # such as "loss 0.693"
 
 
-OnMessage = Callable[[str], None]  # receives notes and warnings, one line each
 OnProgress = Callable[[Progress], None]
 
 

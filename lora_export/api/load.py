@@ -48,7 +48,7 @@ def _as_list(sources: AdapterSources) -> Sequence[AdapterSource]:
     return [sources] if isinstance(sources, str | Path | Adapter) else sources
 
 
-def load_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: str = "float32") -> Model:
+def resolve_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: str = "float32") -> Model:
     """Return the PyTorch model, with fresh heads where the adapters bring a task head.
 
     Raises InputRefused where it cannot be loaded, and for a `dtype` that a model in memory does not have.
@@ -56,11 +56,11 @@ def load_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: 
     import torch
 
     from lora_export.models.factory import from_module
-    from lora_export.models.load import load_model as load
+    from lora_export.models.load import load_model
     from lora_export.models.model import Model
 
     if isinstance(source, str | Path):
-        return load(str(source), adapters, dtype=getattr(torch, dtype))
+        return load_model(str(source), adapters, dtype=getattr(torch, dtype))
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
     return source if isinstance(source, Model) else from_module(*source)

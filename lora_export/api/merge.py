@@ -149,8 +149,7 @@ def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
 def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> MergeResult:
     # A merge into a checkpoint does not wait for onnx to be imported.
     from lora_export.graph.find_sites import find_sites
-    from lora_export.graph.merge.merge_graph import merge_graph
-    from lora_export.graph.merge.merge_graph import refuse_before_merge as refuse_before_the_work_in_graph
+    from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
     from lora_export.graph.onnx_file.reading import open_graph
     from lora_export.graph.quantised.scheme_of_weight import requantise_notes
 
@@ -158,7 +157,7 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
     graph = open_graph(options.base)
     sites = find_sites(graph.model, None if origin is None else open_checkpoint(origin))
     steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
-    refuse_before_the_work_in_graph(steps, graph, sites, requantise=requantize)
+    refuse_before_graph_merge(steps, graph, sites, requantise=requantize)
     quantised = requantise_notes(steps, graph.model, sites) if requantize else ()
     notes = _report_notes(options, steps, [*sites.notes, *quantised])
     if options.dry_run:

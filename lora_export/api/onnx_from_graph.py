@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import provenance
-from lora_export.api.load import ModelSource, load_model
+from lora_export.api.load import ModelSource, resolve_model
 from lora_export.api.onnx_insert import insert_and_save, locate
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
@@ -32,7 +32,7 @@ from lora_export.verification.references.base_graph import BaseGraph
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 HASHING = "xxh3_128"
-SHOWN = 10  # layers that an error lists
+SHOWN_LAYERS = 10  # layers that an error lists
 
 
 def export_from_graph(
@@ -97,7 +97,7 @@ def _references(
     from lora_export.verification.against_pytorch import PyTorchReferences
 
     options.stage("loading the model")
-    model = load_model(reference, options.adapters, dtype=dtype)
+    model = resolve_model(reference, options.adapters, dtype=dtype)
     return PyTorchReferences(model, user_inputs=options.inputs, device=options.provider)
 
 
@@ -113,9 +113,9 @@ def _targets(sites: Sites, options: OnnxOptions) -> list[str]:
     if isinstance(targets, str):
         unknown = [site.location for site in sites.unnamed if not site.equal_tensors and not is_output_head(site)]
         if unknown:
-            more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+            more = f" and {len(unknown) - SHOWN_LAYERS} more" if len(unknown) > SHOWN_LAYERS else ""
             raise InputRefused(
-                f"{len(unknown)} linear layers have no certain name ({', '.join(unknown[:SHOWN])}{more}). "
+                f"{len(unknown)} linear layers have no certain name ({', '.join(unknown[:SHOWN_LAYERS])}{more}). "
                 "--base CHECKPOINT, from which the graph was exported, names them by content"
             )
         return [name for name, site in linear.items() if not is_output_head(site)]

@@ -9,12 +9,12 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import layers, plan
-from lora_export.api.load import ModelSource, load_model, model_paths
+from lora_export.api.load import ModelSource, model_paths, resolve_model
 from lora_export.api.onnx_insert import Located, insert_and_save, locate, write_graph
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.publish import record_of_model
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.model import Model
@@ -27,7 +27,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     """See `export_onnx`."""
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
-        base = load_model(source, options.adapters, dtype=dtype)
+        base = resolve_model(source, options.adapters, dtype=dtype)
         future = future_adapters(base, options)
         check_fit(base, options, future)
         options.stage("exporting the base")
@@ -73,7 +73,7 @@ def write_with_adapters(
     if options.lora == "merged":
         assert located.plan is not None
         options.stage("folding the adapters in")
-        refuse_below_rounding(fold(program, located.sites, located.plan), MIN_RETENTION)
+        refuse_below_rounding(fold_graph(program, located.sites, located.plan), MIN_RETENTION)
         return located, write_graph(program, options, folder)
     targets = [step.weight for step in plan.make(future, located.sites.specs, identity_ok=True).steps] if future else []
     return located, insert_and_save(program, located, options, targets, folder)

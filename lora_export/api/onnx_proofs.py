@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,18 @@ import onnx_ir as ir
 
 from lora_export import provenance
 from lora_export.api.onnx_options import OnnxOptions, OnnxProofs, adapter_file
-from lora_export.api.publish import require_same, stage_of_proof, summary
+from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.runtime.runner import Arrays
+from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import BASE, MIXED, Proof, prove, prove_by_origin, prove_mixed
 from lora_export.verification.references import References
 
-Outputs = Mapping[str, Arrays]  # by case
 
-
-def base_outputs(program: ir.Model, references: References, options: OnnxOptions) -> Outputs:
+def base_outputs(program: ir.Model, references: References, options: OnnxOptions) -> OutputsByCase:
     """The outputs of the graph before anything is put into it; nothing where no proof compares them."""
     if not options.verify or not options.is_swapped:
         return {}
@@ -33,7 +31,7 @@ def base_outputs(program: ir.Model, references: References, options: OnnxOptions
 
 
 def prove_all(
-    path: Path, references: References, options: OnnxOptions, before: Outputs, *, existing: Path | None = None
+    path: Path, references: References, options: OnnxOptions, before: OutputsByCase, *, existing: Path | None = None
 ) -> OnnxProofs:
     """Prove the file. `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
 
@@ -87,7 +85,7 @@ def _by_adapter(runner: OnnxRunner, options: OnnxOptions) -> list[OnnxRunner]:
     return [runner, *(runner.with_adapter(file) for file in files)]
 
 
-def _outputs(runner: OnnxRunner, references: References) -> dict[str, Arrays]:
+def _outputs(runner: OnnxRunner, references: References) -> OutputsByCase:
     graph = references.as_run(runner)
     return {case: graph.run(arrays) for case, arrays in references.inputs(graph).cases.items()}
 
@@ -98,10 +96,10 @@ def record_in(path: Path, record: dict[str, Any], proofs: OnnxProofs | None) -> 
 
 
 def _summary(proofs: OnnxProofs | None) -> dict[str, Any]:
-    verdict = summary(proofs.whole if proofs else None)
+    verdict = recorded_verdict(proofs.whole if proofs else None)
     if proofs and proofs.unlike_base is not None:
         verdict["bits_of_base"] = not proofs.unlike_base
-        verdict["adapters"] = {name: summary(proof) for name, proof in proofs.adapters.items()}
+        verdict["adapters"] = {name: recorded_verdict(proof) for name, proof in proofs.adapters.items()}
     if proofs and proofs.mixed:
-        verdict["mixed"] = summary(proofs.mixed)
+        verdict["mixed"] = recorded_verdict(proofs.mixed)
     return verdict

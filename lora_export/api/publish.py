@@ -26,7 +26,7 @@ def record_of_model(
     return record(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
 
 
-def summary(proof: Proof | None) -> dict[str, Any]:
+def recorded_verdict(proof: Proof | None) -> dict[str, Any]:
     """The verdict as it is stored in the file itself. None: no proof was requested."""
     if proof is None:
         return {"outcome": "not verified", "why": "--no-verify"}

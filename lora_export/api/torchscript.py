@@ -15,11 +15,11 @@ from lora_export.api.load import (
     ModelSource,
     adapter_paths,
     load_adapters,
-    load_model,
     model_paths,
     refuse_pt2,
+    resolve_model,
 )
-from lora_export.api.publish import record_of_model, require_same, stage_of_proof, summary
+from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.runtime.torch_runners import ScriptRunner
 from lora_export.storage import atomic_output
@@ -66,7 +66,7 @@ def export_torchscript(
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")
-        base = load_model(model, loaded)
+        base = resolve_model(model, loaded)
         module, notes = copy.deepcopy(base.module), []
         if loaded:
             steps = plan.make(loaded, layers.specs(module), strengths=weights)
@@ -86,6 +86,6 @@ def export_torchscript(
             further = None if inputs is None else Path(inputs)
             references = PyTorchReferences(base, loaded, weights, user_inputs=further)
             proof = require_same(prove(candidate, references, step=stage_of_proof(stage)))
-        record["verdict"] = summary(proof)
+        record["verdict"] = recorded_verdict(proof)
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))

@@ -25,7 +25,7 @@ from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import Data, array_data, token_data
 from lora_export.training.data import Examples, read_examples, split
 from lora_export.training.evaluation import Score, evaluate
-from lora_export.training.loop import History, fit
+from lora_export.training.loop import TrainingHistory, fit
 
 HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # names of task heads in transformers
 
@@ -36,7 +36,7 @@ class TrainResult:
 
     output: Path
     adapter: Adapter
-    history: History  # loss and seconds of every step
+    history: TrainingHistory  # loss and seconds of every step
     scores: Mapping[str, Score]  # on held-out examples: "adapter", "adapter_off" and, where compared, "frozen"
 
 
@@ -55,7 +55,7 @@ class _Settings:
         """What the manifest contains. The device is not part of it: results do not depend on it by intent."""
         return {name: getattr(self, name) for name in ("epochs", "batch_size", "learning_rate", "seed")}
 
-    def fit(self, module: nn.Module, data: Data, on_step: Callable[[int, int, float], None]) -> History:
+    def fit(self, module: nn.Module, data: Data, on_step: Callable[[int, int, float], None]) -> TrainingHistory:
         return fit(module, data, device=self.device, on_step=on_step, **self.recorded)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_export import __version__, plan, report
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes, in_stages
-from lora_export.api.load import AdapterSources, ModelSource, load_adapters, load_model
+from lora_export.api.load import AdapterSources, ModelSource, load_adapters, resolve_model
 from lora_export.errors import (
     Different,
     EnvironmentLacking,
@@ -230,7 +230,7 @@ def _compare_outputs(
         for note in (note for adapter in loaded for note in adapter.notes):
             on_message(f"note: {note}")
         stage("loading the model")
-        base = load_model(model, loaded, dtype=how.dtype)
+        base = resolve_model(model, loaded, dtype=how.dtype)
         stage("loading the candidate")
         runner = open_candidate(
             candidate, base, provider=how.provider, onnx_adapter=how.onnx_adapter, adapter_id=how.adapter_id

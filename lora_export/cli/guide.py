@@ -46,10 +46,10 @@ def command(topic: str | None) -> None:
         nearest = difflib.get_close_matches(topic, TOPICS, n=1)
         hint = f"; the nearest is `{nearest[0]}`" if nearest else ""
         raise click.UsageError(f"the guide has no page `{topic}`{hint}. The pages are: {', '.join(TOPICS)}")
-    _show(page(topic))
+    _show(guide_page(topic))
 
 
-def page(topic: str) -> str:
+def guide_page(topic: str) -> str:
     """Return a page as Markdown, without the comments for the tests."""
     file = importlib.resources.files("lora_export") / "guide" / f"{topic}.md"
     return re.sub(r"^<!--.*?-->\n", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

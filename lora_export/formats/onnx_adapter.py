@@ -38,8 +38,8 @@ LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and pa
 # ONNX's numbers of the types that a weight may have
 ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
 
-Arrays = Mapping[str, NDArray[Any]]
-NO_ARRAYS: Arrays = MappingProxyType({})
+AdapterArrays = Mapping[str, NDArray[Any]]
+NO_ARRAYS: AdapterArrays = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
         )
 
 
-def input_values(contract: Contract, plan: Plan, adapter: str, factors: Arrays = NO_ARRAYS) -> dict[str, NDArray[Any]]:
+def input_values(
+    contract: Contract, plan: Plan, adapter: str, factors: AdapterArrays = NO_ARRAYS
+) -> dict[str, NDArray[Any]]:
     """Return the values of the graph's inputs for one adapter of a plan: A, B times its scale, and DoRA's factors.
 
     Two pairs of one adapter that change one weight are concatenated along the rank. `factors` holds, by weight,
@@ -240,7 +242,7 @@ class OnnxAdapter:
     file: Any = field(repr=False)  # onnxruntime's AdapterFormat, which owns that memory
 
 
-def write(path: Path, values: Arrays, contract: Contract, *, sha256: str) -> None:
+def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str) -> None:
     """Write one adapter's file into a folder that the caller publishes.
 
     `values` is what `input_values` returned; `sha256` is the adapter's. Raises OutputFailed where the file cannot be
@@ -315,7 +317,7 @@ def _shape_misfits(slot: AdapterSlot, shapes: Mapping[str, list[int]]) -> Iterat
         yield f"{slot.a} {shapes[slot.a]} and {slot.b} {shapes[slot.b]}: the ranks disagree"
 
 
-def as_array(value: Any) -> NDArray[Any]:
+def array_of_ort_value(value: Any) -> NDArray[Any]:
     """Return the contents of an OrtValue on the CPU, bfloat16 included, which onnxruntime's `numpy()` refuses."""
     if value.element_type() != ONNX_TYPES["bfloat16"]:
         array: NDArray[Any] = value.numpy()

@@ -18,11 +18,11 @@ from typing import Any
 from lora_export.errors import InputRefused
 
 MAX_LENGTH = 1000  # characters of a pattern; names of modules have a tenth of it
-MAX_DEPTH = 20  # nested groups
+MAX_GROUP_DEPTH = 20  # nested groups
 MAX_STEPS = 10_000_000  # for one table of patterns and all modules: some seconds; usual tables take thousands
 
-Positions = frozenset[int]
-Matcher = Callable[[str, Positions], Positions]  # (name, where a match may begin) -> where it may end
+TextPositions = frozenset[int]
+Matcher = Callable[[str, TextPositions], TextPositions]  # (name, where a match may begin) -> where it may end
 
 TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\{\d*,?\d*\}\??|[*+?]\??|.", re.DOTALL)
 REPEAT = re.compile(r"(?P<sign>[*+?])\??|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\d*)\}\??")
@@ -109,7 +109,7 @@ class _Parser:
         while self.tokens and self.tokens[-1] not in ("|", ")"):
             parts.append(self.repeated_atom())
 
-        def ends(name: str, positions: Positions) -> Positions:
+        def ends(name: str, positions: TextPositions) -> TextPositions:
             for part in parts:
                 positions = part(name, positions)
             return positions
@@ -137,7 +137,7 @@ class _Parser:
 
     def group(self) -> Matcher:
         self.depth += 1
-        if self.depth > MAX_DEPTH or (self.tokens and self.tokens[-1].startswith("?")):  # flags, look-around
+        if self.depth > MAX_GROUP_DEPTH or (self.tokens and self.tokens[-1].startswith("?")):  # flags, look-around
             raise self.unsupported()
         matcher = self.alternatives()
         self.depth -= 1
@@ -148,7 +148,7 @@ class _Parser:
     def character(self, token: str) -> Matcher:
         is_one = re.compile(token).fullmatch
 
-        def ends(name: str, positions: Positions) -> Positions:
+        def ends(name: str, positions: TextPositions) -> TextPositions:
             self.count(1 + len(positions))
             return frozenset(at + 1 for at in positions if at < len(name) and is_one(name[at]))
 
@@ -178,7 +178,7 @@ def _limits(repeat: re.Match[str]) -> tuple[int, int | None]:
 
 
 def _repeated(matcher: Matcher, low: int, high: int | None) -> Matcher:
-    def ends(name: str, positions: Positions) -> Positions:
+    def ends(name: str, positions: TextPositions) -> TextPositions:
         for _ in range(low):
             further = matcher(name, positions)
             if further == positions:  # further rounds would not change it

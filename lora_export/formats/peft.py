@@ -25,7 +25,7 @@ from lora_export.storage import json_files, safetensors_file
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 WRAPPER = "base_model.model."
@@ -51,7 +51,7 @@ SUPPORTED = frozenset(
     }
 )
 # Fields that change the merged weights. A true value is refused: a wrong merge is worse than none.
-REFUSED = {
+REFUSED_FIELDS = {
     "use_qalora": "QA-LoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
     "target_parameters": "LoRA on bare parameters (mixture-of-experts) is not supported yet",
@@ -71,7 +71,7 @@ SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do 
 # Fields of a model's config that describe a new head.
 HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
 # The types that PEFT writes. Another type would be misread.
-TYPES: dict[str, tuple[type, ...]] = {
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
@@ -97,14 +97,14 @@ OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn
 def recognises(path: Path) -> bool:
     """Whether the folder contains PEFT's config. MLX's file of the same name has no `peft_type`."""
     try:
-        return "peft_type" in json_files.read_json(path / CONFIG)
+        return "peft_type" in json_files.read_json(path / ADAPTER_CONFIG)
     except InputRefused:
-        return (path / CONFIG).exists()  # it is damaged; `read` reports how
+        return (path / ADAPTER_CONFIG).exists()  # it is damaged; `read` reports how
 
 
 def read(path: Path, name: str) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
-    config = _config(path / CONFIG)
+    config = _config(path / ADAPTER_CONFIG)
     if not (path / WEIGHTS).exists():
         if (path / PICKLE).exists():
             raise InputRefused(
@@ -117,7 +117,7 @@ def read(path: Path, name: str) -> Adapter:
     pairs, biases = _read_pairs(file, keys, config)
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
-    sha256 = _sha256([path / CONFIG, path / WEIGHTS])
+    sha256 = _sha256([path / ADAPTER_CONFIG, path / WEIGHTS])
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
     return Adapter(
@@ -172,7 +172,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     layouts = {LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
     safetensors_file.write(folder / WEIGHTS, dict(sorted(_tensors(adapter).items())), {"format": "pt", **layouts})
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8", newline="\n")
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
@@ -211,8 +211,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _refused_fields(config: Mapping[str, Any]) -> list[str]:
     """Every field that is not supported, and why."""
-    refused = [f"{field}: {why}" for field, why in REFUSED.items() if config.get(field)]
-    unknown = [field for field, value in config.items() if value and field not in SUPPORTED and field not in REFUSED]
+    refused = [f"{field}: {why}" for field, why in REFUSED_FIELDS.items() if config.get(field)]
+    unknown = [
+        field for field, value in config.items() if value and field not in SUPPORTED and field not in REFUSED_FIELDS
+    ]
     if unknown:
         refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
     if config.get("init_lora_weights", True) not in SAFE_INITS:
@@ -225,7 +227,7 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
         refused.append("use_dora and lora_bias: PEFT allows only one of them")
     refused += [
         f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
-        for field, types in TYPES.items()
+        for field, types in FIELD_TYPES.items()
         if config.get(field) is not None and not isinstance(config[field], types)
     ]
     if config.get("bias") not in BIASES:

@@ -49,7 +49,7 @@ def refuse_quantised(step: Step, sites: Sites) -> None:
         )
 
 
-def refuse_overflow(weight: str, after: NDArray[Any], *, before: NDArray[Any] | None = None) -> None:
+def refuse_not_finite(weight: str, after: NDArray[Any], *, before: NDArray[Any] | None = None) -> None:
     """Raise InputRefused where a result is not finite. The message tells whether it was finite before."""
     bad = after.size - np.count_nonzero(np.isfinite(after))
     if not bad:

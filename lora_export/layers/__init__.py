@@ -4,13 +4,13 @@ from lora_export.layers.attaching import attach, detach, scale_adapters
 from lora_export.layers.folding import fold
 from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
-from lora_export.layers.module_tensors import CONVOLUTIONS, specs
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
 from lora_export.layers.new_adapter import create_adapter
 from lora_export.layers.plan_targets import refuse_tied
 from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back
 
 __all__ = [
-    "CONVOLUTIONS",
+    "CONVOLUTION_TYPES",
     "MatrixWeight",
     "ParameterCount",
     "Rounding",

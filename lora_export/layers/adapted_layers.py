@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
-from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, oriented
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
 from lora_export.plan import Layout
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
@@ -271,6 +271,6 @@ def _adapted_base(original: type[nn.Module]) -> type[nn.Module]:
         return _LinearBranches
     if any(original.forward is known.forward for known in conv1d()):
         return _Conv1DBranches
-    if any(original.forward is known.forward for known in CONVOLUTIONS):
+    if any(original.forward is known.forward for known in CONVOLUTION_TYPES):
         return _ConvolutionBranches
     return _AdaptedLayer  # the layer has a `forward` of its own, which reads the adapted weight

@@ -29,7 +29,7 @@ from lora_export.layers.adapted_layers import (
 )
 from lora_export.layers.folding import folded_tensor, replacement_tensor
 from lora_export.layers.module_tensors import (
-    CONVOLUTIONS,
+    CONVOLUTION_TYPES,
     ModuleTensor,
     conv1d,
     named_tensors,
@@ -80,12 +80,12 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
 
 def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     owner = target.owner
-    if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTIONS, *conv1d())):
+    if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTION_TYPES, *conv1d())):
         raise InputRefused(
             f"{step.weight}: only the bias of a linear layer or a convolution can be shifted, not "
             f"{type(owner).__name__}'s"
         )
-    if step.terms and isinstance(owner, CONVOLUTIONS) and owner.groups > 1:
+    if step.terms and isinstance(owner, CONVOLUTION_TYPES) and owner.groups > 1:
         raise InputRefused(f"{step.weight}: a pair has no meaning beside a convolution of {owner.groups} groups")
     if step.terms and isinstance(owner, nn.Embedding) and owner.max_norm is not None:
         raise InputRefused(f"{step.weight}: an embedding with max_norm changes its rows whenever it is used")

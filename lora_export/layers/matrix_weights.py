@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from lora_export.layers.adapted_layers import attachment_of, is_attached
-from lora_export.layers.module_tensors import CONVOLUTIONS, conv1d, layout_of, tensor_name
+from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, layout_of, tensor_name
 from lora_export.plan import Layout
 
 
@@ -51,7 +51,7 @@ def find_matrix_weights(module: nn.Module) -> list[MatrixWeight]:
 
     A tied tensor is listed once, under its first name. A subclass with a `forward` of its own is left out.
     """
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *conv1d())
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTION_TYPES, *conv1d())
     known = {kind.forward for kind in kinds}
     parents = {child: parent for parent in module.modules() for child in parent.children()}
     found = []

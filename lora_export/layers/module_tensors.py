@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_export.errors import InputRefused
 from lora_export.plan import Layout, TensorSpec
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTION_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -64,7 +64,7 @@ def specs(module: nn.Module) -> list[TensorSpec]:
 
 def layout_of(owner: nn.Module, attribute: str) -> Layout:
     """The layout of one tensor, from the type of the module that holds it."""
-    if isinstance(owner, (nn.Linear, *CONVOLUTIONS)) and attribute == "weight":
+    if isinstance(owner, (nn.Linear, *CONVOLUTION_TYPES)) and attribute == "weight":
         return Layout.OUT_IN
     if isinstance(owner, nn.Embedding) and attribute == "weight":
         return Layout.EMBEDDING

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.models.model import Axes, Inputs, Model, Sizes
+from lora_export.models.model import Axes, Model, ModelInputs, Sizes
 
 # --- Find and call the factory ---
 
@@ -101,7 +101,7 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
 # --- Example inputs ---
 
 
-def _named(source: str, module: nn.Module, example_inputs: Any) -> Inputs:
+def _named(source: str, module: nn.Module, example_inputs: Any) -> ModelInputs:
     """The example inputs by the names of forward's parameters."""
     parameters = list(inspect.signature(module.forward).parameters)
     if isinstance(example_inputs, torch.Tensor):
@@ -116,7 +116,7 @@ def _named(source: str, module: nn.Module, example_inputs: Any) -> Inputs:
     return {name: named[name].detach() for name in parameters if name in named}
 
 
-def _varying_axes(source: str, module: nn.Module, example_inputs: Inputs) -> tuple[Axes, Sizes]:
+def _varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) -> tuple[Axes, Sizes]:
     """The axes that may vary, found by running the module at other sizes, and the sizes of the example inputs.
 
     Axes of equal size are taken to vary together.
@@ -141,7 +141,7 @@ def _varying_axes(source: str, module: nn.Module, example_inputs: Inputs) -> tup
     return axes, {symbol: sizes[symbol] for symbol in varying}
 
 
-def _named_axes(source: str, example_inputs: Inputs) -> Axes:
+def _named_axes(source: str, example_inputs: ModelInputs) -> Axes:
     """A symbol for each axis of each input. The first axis is `batch`; others are named after the first of their size.
 
     Raises InputRefused unless all inputs have one batch size of at least 2.
@@ -162,7 +162,7 @@ def _named_axes(source: str, example_inputs: Inputs) -> Axes:
     }
 
 
-def _resampled(example_inputs: Inputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> Inputs:
+def _resampled(example_inputs: ModelInputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
     """New inputs like the example ones: floats of the same mean and deviation, integers from the example's rows."""
     resampled = {}
     for name, example in example_inputs.items():

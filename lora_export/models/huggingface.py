@@ -16,7 +16,7 @@ from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.image_shape import image_shape
 from lora_export.models.key_value_cache import disable_cache
-from lora_export.models.model import TRACED_SIZES, Axes, Inputs, MakeInputs, Model, Sizes
+from lora_export.models.model import TRACED_SIZES, Axes, ModelInputs, MakeInputs, Model, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
@@ -132,7 +132,7 @@ def _inputs_of(module: Any, folder: Path) -> tuple[Axes, MakeInputs, str]:
 def _image_inputs(shape: tuple[int, int, int], note: str) -> tuple[Axes, MakeInputs, str]:
     """Images of this shape, with values from -1 to 1."""
 
-    def make_images(sizes: Sizes, generator: torch.Generator) -> Inputs:
+    def make_images(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         return {"pixel_values": torch.rand((sizes["batch"], *shape), generator=generator) * 2 - 1}
 
     return {"pixel_values": {0: "batch"}}, make_images, note
@@ -144,7 +144,7 @@ def _text_inputs(module: Any) -> tuple[Axes, MakeInputs]:
     text = module.config.get_text_config()
     token_types = getattr(text, "type_vocab_size", 0) or 0
 
-    def make_text(sizes: Sizes, generator: torch.Generator) -> Inputs:
+    def make_text(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         shape = (sizes["batch"], sizes["sequence"])
         inputs = {"input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
         inputs["attention_mask"] = padding_mask(shape, generator)

@@ -19,7 +19,7 @@ from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.huggingface import from_folder
-from lora_export.models.model import Inputs, Model, Sizes
+from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pt2.program_model import from_program
 from lora_export.storage import safetensors_file
 
@@ -44,7 +44,7 @@ def load_model(
 
 
 def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
-    def make_inputs(sizes: Sizes, generator: torch.Generator) -> Inputs:
+    def make_inputs(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         inputs = model.make_inputs(sizes, generator)
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 

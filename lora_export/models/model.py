@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-Inputs = dict[str, torch.Tensor]
+ModelInputs = dict[str, torch.Tensor]
 
 Axes = dict[str, dict[int, str]]  # input -> axis -> the size's symbol
 
@@ -17,7 +17,7 @@ Sizes = dict[str, int]  # symbol -> size
 
 Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size
 
-MakeInputs = Callable[[Sizes, torch.Generator], Inputs]
+MakeInputs = Callable[[Sizes, torch.Generator], ModelInputs]
 
 # Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
 TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7}
@@ -50,11 +50,11 @@ class Model:
     def input_names(self) -> tuple[str, ...]:
         return tuple(self.axes)
 
-    def example_inputs(self) -> Inputs:
+    def example_inputs(self) -> ModelInputs:
         """The inputs to trace with. The same on every call."""
         return self.inputs(self.traced_sizes, seed=0)
 
-    def inputs(self, sizes: Mapping[str, int], *, seed: int) -> Inputs:
+    def inputs(self, sizes: Mapping[str, int], *, seed: int) -> ModelInputs:
         """Generate inputs of these sizes from a seed. Symbols that `sizes` lacks keep their traced size."""
         return self.make_inputs({**self.traced_sizes, **sizes}, torch.Generator().manual_seed(seed))
 

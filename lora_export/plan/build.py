@@ -16,7 +16,7 @@ from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missi
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
 from lora_export.plan.types import Plan, Step, TensorSpec
 
-SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
 
 
 def make(
@@ -112,7 +112,7 @@ def _why_no_effect(adapter: Adapter, strength: float) -> str:
     if adapter.is_identity:
         return "every B (or A, or scale) is zero, as before training"
     scales = [abs(strength * pair.scale) for pair in adapter.pairs.values()]
-    if not adapter.replaced and not adapter.token_rows and max(scales, default=0) < SMALLEST:
+    if not adapter.replaced and not adapter.token_rows and max(scales, default=0) < SMALLEST_NONZERO:
         return f"its weight {strength:g} makes every scale zero in float32"
     return ""
 

@@ -16,7 +16,7 @@ from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, Step, TensorSpec
 
 LINEAR_LAYOUTS = (Layout.OUT_IN, Layout.IN_OUT)
-SHOWN = 3  # weights that a message names
+NAMED_WEIGHTS = 3  # weights that a message names
 
 
 def check_stated(stated: Mapping[str, str], base: Mapping[str, TensorSpec]) -> None:
@@ -48,12 +48,12 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
     """Raise InputRefused where the layout of a weight that pairs change is unknown."""
     unknown = [step.weight for step in steps if step.terms and step.spec.layout is Layout.UNKNOWN]
     if unknown:
-        more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        more = f", and {len(unknown) - NAMED_WEIGHTS} more" if len(unknown) > NAMED_WEIGHTS else ""
         raise InputRefused(
             f"the layout of {len(unknown)} square {'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
-            f"{', '.join(unknown[:SHOWN])}{more}. Neither the base nor the adapter determines whether it is stored "
-            "(out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by --layout NAME=out_in"
-            " or --layout NAME=in_out; NAME is a tensor, a module or a glob such as '*'. Nothing was written."
+            f"{', '.join(unknown[:NAMED_WEIGHTS])}{more}. Neither the base nor the adapter determines whether it is "
+            "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by --layout "
+            "NAME=out_in or --layout NAME=in_out; NAME is a tensor, a module or a glob such as '*'. Nothing was written."
         )
 
 

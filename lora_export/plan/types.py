@@ -197,7 +197,7 @@ class Plan:
 
     def _counts(self) -> str:
         kinds = Counter(map(_kind, self.steps))
-        counts = [(kinds[kind], kind) for kind in KINDS] + [(len(self.kept), "kept as they are")]
+        counts = [(kinds[kind], kind) for kind in STEP_KINDS] + [(len(self.kept), "kept as they are")]
         return ", ".join(f"{count} {what}" for count, what in counts if count)
 
 
@@ -207,7 +207,7 @@ def _described(spec: TensorSpec) -> str:
     return text if spec.layout_source is LayoutSource.BASE else f"{text}, {spec.layout} by {spec.layout_source}"
 
 
-KINDS = (
+STEP_KINDS = (
     *("weights changed", "biases changed", "tensors replaced"),
     *("tables with some rows replaced", "tensors added"),
 )

@@ -18,7 +18,7 @@ from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict, count, percent
 
 ICONS = {Outcome.SAME: "✅", Outcome.DIFFERENT: "❌", Outcome.UNDECIDED: "❓"}
-ROWS = 20  # of the summary's table; GitHub accepts a megabyte
+MAX_OUTPUTS = 20  # of the summary's table; GitHub accepts a megabyte
 
 
 # --- Annotations ---
@@ -101,7 +101,7 @@ def _reason_lines(verdict: Verdict, diagnosis: Diagnosis | None) -> Iterator[str
 
 
 def _table(verdict: Verdict) -> Iterator[str]:
-    if closest := verdict.nearest_to_failing[:ROWS]:
+    if closest := verdict.nearest_to_failing[:MAX_OUTPUTS]:
         yield f"| output | worst case | error | {verdict.peer}'s own error | worst element | of the adapter's effect |"
         yield "|---|---|--:|--:|--:|--:|"
         yield from map(_row, closest)

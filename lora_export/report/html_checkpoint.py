@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_export.report import plots
-from lora_export.report.html_facts import bar_width, times
+from lora_export.report.html_facts import Document, bar_width, times
 from lora_export.verification.parity import percent
-
-Document = Mapping[str, Any]
 
 FATES = {
     "kept": "as in the base",
@@ -22,7 +20,7 @@ PLOTTED = (
     ("effect", "effect", "‖ΔW‖ / ‖W‖, the adapters' change"),
     ("error", "error", "the distance of the weight from W + s·BA"),
 )
-ROWS = 400  # weights that the table lists
+MAX_WEIGHTS = 400  # weights that the table lists
 TENSORS = 5000  # that are listed by name
 
 
@@ -39,7 +37,7 @@ def checkpoint_context(document: Document) -> dict[str, Any]:
         "plots": plots.layers([_plotted(weight) for weight in changed], first, PLOTTED),
         "controls": _controls(changed),
         "fates": list(_fates(weights)),
-        "most_rows": ROWS,
+        "most_rows": MAX_WEIGHTS,
         "most_tensors": TENSORS,
     }
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+Document = Mapping[str, Any]
+
 SHOWN_ELSEWHERE = ("candidate", "model", "adapters", "command", "inputs", "created")
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_export.report import plots
-from lora_export.report.html_facts import bar_width, times
+from lora_export.report.html_facts import Document, bar_width, times
 from lora_export.report.sentences import diagnosis_lines
 from lora_export.verification.parity import CONTROLS, percent
-
-Document = Mapping[str, Any]
 
 GATES = {
     "error": "rmse",
@@ -24,7 +22,7 @@ GATES = {
 }
 REASONS = 12  # that are listed
 OFF_PROVIDER = 20  # nodes on another provider that are listed
-LAYERS = 400  # that the table lists
+MAX_LAYERS = 400  # that the table lists
 
 
 def verdict_context(document: Document) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def verdict_context(document: Document) -> dict[str, Any]:
         "most_off_provider": OFF_PROVIDER,
         "diagnosis": diagnosis,
         "layers": plots.layers(diagnosis["layers"], diagnosis["first"]) if diagnosis else [],
-        "most_layers": LAYERS,
+        "most_layers": MAX_LAYERS,
     }
 
 

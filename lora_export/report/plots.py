@@ -165,7 +165,7 @@ def _steps(fractions: Mapping[int, float], x: Scale, y: Scale) -> str:
 # --- Errors layer by layer ---
 
 OF_LAYERS = Frame(height=260.0, left=46.0, bottom=226.0, top=18, inset=10, right=14)
-KINDS = (
+ERROR_KINDS = (
     ("effect", "effect", "the adapter's effect"),
     ("deployed_error", "own", "PyTorch's own error"),
     ("error", "error", "the candidate's error"),
@@ -173,7 +173,7 @@ KINDS = (
 
 
 def layers(
-    measured: Sequence[Mapping[str, Any]], first: str | None, kinds: Sequence[tuple[str, str, str]] = KINDS
+    measured: Sequence[Mapping[str, Any]], first: str | None, kinds: Sequence[tuple[str, str, str]] = ERROR_KINDS
 ) -> list[Plot]:
     """Lines over the layers in execution order, on a logarithmic axis of magnitudes.
 

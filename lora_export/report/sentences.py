@@ -9,7 +9,7 @@ from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import Verdict
 
-SHOWN = 5  # nodes that ran on another provider
+SHOWN_NODES = 5  # nodes that ran on another provider
 
 
 def headline(verdict: Verdict | Audit, placement: Placement | None = None) -> str:
@@ -28,8 +28,8 @@ def placement_lines(placement: Placement) -> list[str]:
     """`142 of 142 compute nodes on CPUExecutionProvider`, and the nodes that ran elsewhere."""
     off, count = placement.off_provider, placement.compute_nodes
     lines = [f"{count - len(off)} of {count} compute nodes on {placement.requested_provider}"]
-    lines += [f"  - {node} ({operator}) on {provider}" for provider, node, operator in off[:SHOWN]]
-    return lines + ([f"  - and {len(off) - SHOWN} more"] if len(off) > SHOWN else [])
+    lines += [f"  - {node} ({operator}) on {provider}" for provider, node, operator in off[:SHOWN_NODES]]
+    return lines + ([f"  - and {len(off) - SHOWN_NODES} more"] if len(off) > SHOWN_NODES else [])
 
 
 def explanation(recorded: Sequence[str], diagnosis: Diagnosis | None) -> list[str]:

@@ -24,7 +24,7 @@ from lora_export.verification.parity import DECIDES, Outcome, Verdict, count
 from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, StepResult
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
-SHOWN = 5  # weights of a merge report
+SHOWN_RESULTS = 5  # weights of a merge report
 
 
 def console(file: TextIO | None = None) -> Console:
@@ -123,19 +123,19 @@ def print_merge_report(to: Console, report: MergeReport, output: Path | None = N
     _print(to, _merge_summary(report, output), style="bold")
     # NaN comes first: a weight whose retention is not known needs attention most.
     results = sorted(report.results, key=lambda result: -math.inf if math.isnan(result.retention) else result.retention)
-    shown = results[:SHOWN]
+    shown = results[:SHOWN_RESULTS]
     header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
     marked = {number for number, result in enumerate(shown, 1) if not result.retention >= LOW_RETENTION}
     _print_table(to, [header, *map(_result_row, shown)], marked)
-    if len(results) > SHOWN:
-        _print(to, f"{count(len(results) - SHOWN, 'more weight')}, with the same retention or a higher one")
+    if len(results) > SHOWN_RESULTS:
+        _print(to, f"{count(len(results) - SHOWN_RESULTS, 'more weight')}, with the same retention or a higher one")
 
 
 def _merge_summary(report: MergeReport, output: Path | None) -> str:
     merged = f"{count(len(report.results), 'weight')} merged"
     if names := report.replaced_weights:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        merged += f", {count(len(names), 'tensor')} replaced ({', '.join(names[:SHOWN])}{more})"
+        more = f" and {len(names) - SHOWN_RESULTS} more" if len(names) > SHOWN_RESULTS else ""
+        merged += f", {count(len(names), 'tensor')} replaced ({', '.join(names[:SHOWN_RESULTS])}{more})"
     speed = f" ({decimal(int(report.bytes / report.seconds))}/s)" if report.seconds > 0 else ""
     where = f" to {one_line(str(output))}" if output else ""
     return (

@@ -30,7 +30,7 @@ POSITIONS = ("position_ids", "cache_position")  # [batch, tokens] and [tokens]
 BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a prompt and one for a step
 # Reads as many positions of the cache as the mask has ones, wherever the ones are.
 COUNTS_THE_MASK = "GroupQueryAttention"
-DTYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CACHE_DTYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class CacheTensor(NamedTuple):
@@ -163,11 +163,11 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
     outputs = {_without_first_part(value.name): value for value in runner.session.get_outputs()}
     cache = []
     for value in runner.session.get_inputs():
-        may_be_cache = value.type in DTYPES and len(value.shape) > 2
+        may_be_cache = value.type in CACHE_DTYPES and len(value.shape) > 2
         present = outputs.get(_without_first_part(value.name)) if may_be_cache else None
         if present is not None:
             sizes = tuple(_size(size) or _size(other) for size, other in zip(value.shape, present.shape, strict=False))
-            cache.append(CacheTensor(value.name, present.name, sizes, DTYPES[value.type]))
+            cache.append(CacheTensor(value.name, present.name, sizes, CACHE_DTYPES[value.type]))
     if not cache or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
         return runner
     if any(tensor.sizes[-1] is None for tensor in cache):

@@ -206,7 +206,7 @@ def _placement(session: Any, provider: str, provider_options: Mapping[str, str])
     return Placement(PROVIDERS[provider], nodes, dict(provider_options), import_onnxruntime().__version__)
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_ort_environment() -> dict[str, Any]:
     """Versions and settings that a result depends on."""
     return {
         "lora_export": __version__,

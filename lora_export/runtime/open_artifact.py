@@ -41,7 +41,7 @@ def open_candidate(
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names)
     if path.suffix == ".pt2":
-        module = program.load(path)
+        module = program.load_program(path)
         return ModuleRunner(module, axes=module.axes, stored_dtypes=module.stored_dtypes, limits=module.limits)
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 

@@ -20,10 +20,17 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import ONNX_TYPES, AdapterSlot, Contract, as_array, import_onnxruntime
+from lora_export.formats.onnx_adapter import (
+    ONNX_TYPES,
+    AdapterArrays,
+    AdapterSlot,
+    Contract,
+    array_of_ort_value,
+    import_onnxruntime,
+)
 from lora_export.runtime.ort_session import LOG_ERRORS, open_session, raising_refusals
 
-DTYPES = {
+ADAPTER_DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(double)": "float64",
@@ -31,8 +38,7 @@ DTYPES = {
 }
 NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
-Arrays = Mapping[str, NDArray[Any]]
-Values = Mapping[str, Any]  # input -> OrtValue
+OrtValues = Mapping[str, Any]  # input -> OrtValue
 
 
 class Session:
@@ -65,7 +71,7 @@ class Session:
         self._base_values = {
             name: _owned_copy(array) for slot in self.contract.slots for name, array in slot.without_adapter().items()
         }
-        self._loaded: dict[str, Values] = {}
+        self._loaded: dict[str, OrtValues] = {}
         for name, path in adapters.items():
             self.load(name, path)
 
@@ -83,7 +89,7 @@ class Session:
         path = Path(path)
         file = onnx_adapter.read(path)
         onnx_adapter.refuse_misfits(file, self.contract, source=path, graph=self.model)
-        self._loaded[name] = {key: self._on_device(as_array(value)) for key, value in file.values.items()}
+        self._loaded[name] = {key: self._on_device(array_of_ort_value(value)) for key, value in file.values.items()}
 
     def mix(self, name: str, strengths: Mapping[str, float]) -> None:
         """Load the weighted sum of loaded adapters as one more adapter, whose rank is the sum of theirs.
@@ -131,7 +137,7 @@ class Session:
         values.update({} if adapter is None else self._values_of(adapter))
         with raising_refusals(self.model):
             results = self.session.run_with_ort_values(names, values, options)
-        return {name: as_array(value) for name, value in zip(names, results, strict=True)}
+        return {name: array_of_ort_value(value) for name, value in zip(names, results, strict=True)}
 
     def io_binding(self, *, adapter: str | None = None) -> Any:
         """A new onnxruntime IOBinding with the adapter bound; the caller binds the graph's inputs and outputs."""
@@ -161,7 +167,7 @@ class Session:
         if missing:
             raise InputRefused(f"{self.model} also needs {', '.join(missing)}")
 
-    def _values_of(self, name: str) -> Values:
+    def _values_of(self, name: str) -> OrtValues:
         if not isinstance(name, str):
             raise InputRefused(
                 f"a run takes the name of one adapter, not {name!r}; `mix` combines several adapters into one"
@@ -190,7 +196,7 @@ def _default_options() -> Any:
 def _checked(contract: Contract, session: Any, model: Path) -> Contract:
     """The contract with the dtypes that the graph has now. Raises InputRefused where the graph no longer fits it."""
     optional = {value.name: value for value in session.get_overridable_initializers()}
-    lost = [name for name in contract.inputs if name not in optional or optional[name].type not in DTYPES]
+    lost = [name for name in contract.inputs if name not in optional or optional[name].type not in ADAPTER_DTYPES]
     if lost:
         raise InputRefused(f"{model} has lost {len(lost)} of its adapter inputs, the first of them {lost[0]}")
     for slot in contract.slots:
@@ -203,25 +209,25 @@ def _checked(contract: Contract, session: Any, model: Path) -> Contract:
                     f"{model}: its metadata gives {slot.weight} the shape {list(slot.shape)}, which does not fit the "
                     f"input {name} {list(shape)}"
                 )
-    slots = tuple(replace(slot, dtype=DTYPES[optional[slot.a].type]) for slot in contract.slots)
+    slots = tuple(replace(slot, dtype=ADAPTER_DTYPES[optional[slot.a].type]) for slot in contract.slots)
     return replace(contract, slots=slots)
 
 
-def _concatenated(name: str, slot: AdapterSlot, present: Sequence[tuple[Values, np.float32]]) -> Arrays:
+def _concatenated(name: str, slot: AdapterSlot, present: Sequence[tuple[OrtValues, np.float32]]) -> AdapterArrays:
     """The values of one weight's inputs in a mix: the A and B of all adapters, concatenated along the rank."""
-    a = np.concatenate([as_array(values[slot.a]) for values, _ in present], axis=slot.rank_axis(slot.a))
+    a = np.concatenate([array_of_ort_value(values[slot.a]) for values, _ in present], axis=slot.rank_axis(slot.a))
     b = np.concatenate(
-        [as_array(values[slot.b]).astype(np.float32) * strength for values, strength in present],
+        [array_of_ort_value(values[slot.b]).astype(np.float32) * strength for values, strength in present],
         axis=slot.rank_axis(slot.b),
     )
     factors = {slot.a: a, slot.b: onnx_adapter.cast_factor(f"{name}, {slot.weight}", slot.b, b, slot.dtype)}
-    return factors | {key: as_array(present[0][0][key]) for key in slot.input_shapes if key == slot.factor}
+    return factors | {key: array_of_ort_value(present[0][0][key]) for key in slot.input_shapes if key == slot.factor}
 
 
-def _refuse_dora(name: str, slot: AdapterSlot, present: Sequence[tuple[Values, np.float32]]) -> None:
+def _refuse_dora(name: str, slot: AdapterSlot, present: Sequence[tuple[OrtValues, np.float32]]) -> None:
     """DoRA's factor is correct for one W + sBA: for no other strength, and for no sum."""
     is_unchanged = len(present) == 1 and present[0][1] == 1
-    uses_dora = slot.factor and any((as_array(values[slot.factor]) != 1).any() for values, _ in present)
+    uses_dora = slot.factor and any((array_of_ort_value(values[slot.factor]) != 1).any() for values, _ in present)
     if uses_dora and not is_unchanged:
         raise InputRefused(
             f"{name}: an adapter uses DoRA at {slot.weight}. It cannot be mixed there with another adapter, and its "

@@ -194,7 +194,7 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **onnx_runner.describe_environment(),
+        **onnx_runner.describe_ort_environment(),
     }
     if transformers := sys.modules.get("transformers"):
         facts["transformers"] = transformers.__version__

@@ -30,7 +30,7 @@ DIGITS = 16  # of a content's hash, in the name of a data file
 MOST_LISTED = 10  # foreign files that a message names
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _CANNOT_FLUSH = {errno.EBADF, errno.EINVAL}  # systems that flush no folder, or nothing that was opened for reading
-OnMessage = Callable[[str], None]
+OnMessage = Callable[[str], None]  # receives notes and warnings, one line each
 
 
 published: list[Path] = []  # by this process; after a later Ctrl-C, the message names the last one

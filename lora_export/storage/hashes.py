@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_128
 
-BLOCK = 1 << 20  # bytes read at a time
+HASH_BLOCK = 1 << 20  # bytes read at a time
 
 
 class Hash(Protocol):
@@ -28,7 +28,7 @@ def file_hash(path: Path, algorithm: str) -> str:
     """Return the hash of a file's bytes as hex. `algorithm` is a key of ALGORITHMS."""
     value = ALGORITHMS[algorithm]()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(HASH_BLOCK):
             value.update(block)
     return value.hexdigest()
 

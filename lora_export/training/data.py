@@ -19,7 +19,7 @@ from lora_export.storage.npz import read_arrays
 
 IGNORED = -100  # the label that cross-entropy ignores
 MAX_PROBLEMS = 5  # bad lines that an error lists
-FORMATS = ".jsonl and .csv (with `text` and `label`) and .npz (with the model's inputs and `labels`)"
+DATA_FORMATS = ".jsonl and .csv (with `text` and `label`) and .npz (with the model's inputs and `labels`)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def read_examples(path: Path) -> Examples:
     """
     readers: dict[str, Callable[[Path], Examples]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".npz": _read_npz}
     if path.suffix.lower() not in readers:
-        raise InputRefused(f"{path}: examples are read from {FORMATS}")
+        raise InputRefused(f"{path}: examples are read from {DATA_FORMATS}")
     if path.exists() and not path.is_file():  # a FIFO would wait for a writer, a device may never end
         raise InputRefused(f"{path} is not a regular file")
     try:

@@ -26,7 +26,7 @@ OnStep = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
 
 
 @dataclass(frozen=True)
-class History:
+class TrainingHistory:
     """Loss and duration of every step."""
 
     losses: tuple[float, ...]
@@ -55,7 +55,7 @@ def fit(
     weight_decay: float = 0.01,
     warmup: float = 0.1,
     on_step: OnStep | None = None,
-) -> History:
+) -> TrainingHistory:
     """Train, in place, the parameters of `module` that require gradients: AdamW, warm-up and linear decay.
 
     `loss` is chosen by the labels' type unless it is passed; `warmup` is the part of all steps, from 0 to 1;
@@ -104,7 +104,7 @@ class _Run(NamedTuple):
     parameters: Sequence[nn.Parameter]
 
 
-def _run_steps(run: _Run, *, epochs: int, warmup: float, loss: Loss | None, on_step: OnStep | None) -> History:
+def _run_steps(run: _Run, *, epochs: int, warmup: float, loss: Loss | None, on_step: OnStep | None) -> TrainingHistory:
     accelerator, model, optimizer, loader, parameters = run
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, _warm_up_and_decay(steps, warmup))
@@ -128,7 +128,7 @@ def _run_steps(run: _Run, *, epochs: int, warmup: float, loss: Loss | None, on_s
         started = now
         if on_step is not None:
             on_step(len(losses), steps, losses[-1])
-    return History(tuple(losses), tuple(seconds), memory.peak, str(accelerator.device))
+    return TrainingHistory(tuple(losses), tuple(seconds), memory.peak, str(accelerator.device))
 
 
 class _Scores(nn.Module):

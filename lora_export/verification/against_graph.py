@@ -13,7 +13,7 @@ GiB; with as many layers in 4 bits, which are dequantised whole, 3.2 GiB. `test_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays, Runner
+from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
 from lora_export.verification.against_origin import AGAINST, UNCHANGED
-from lora_export.verification.candidate_outputs import CandidateOutputs, Step, sensitivity_of
+from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.references import STEPS, Diagnosed, MergedPeer, ReferenceOutputs, note_on_fp64
-from lora_export.verification.references.base_graph import HALVES, BaseGraph
+from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph
 from lora_export.verification.references.graph_sessions import open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
@@ -46,9 +46,9 @@ from lora_export.weights.checkpoint import Checkpoint
 
 PEER = "the other graph"
 GRAPHS = "graph against graph, no PyTorch model was given (--model): the reference is the base graph"
-MERGED = "the other graph was measured with W + ΔW at each weight, too; the larger error counts: ΔW is large beside W"
-
-Outputs = Mapping[str, Arrays]  # by case
+MERGED_GRAPH = (
+    "the other graph was measured with W + ΔW at each weight, too; the larger error counts: ΔW is large beside W"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +109,9 @@ class GraphReferences:
         """The base graph's inputs."""
         return self.base.inputs
 
-    def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraph:  # noqa: ARG002
+    def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
         """The references for one candidate. Nothing is computed yet."""
-        return PreparedGraph(self, inputs)
+        return PreparedGraphReferences(self, inputs)
 
     def explain(self, refusal: str) -> str:
         """The refusal as it is."""
@@ -120,28 +120,28 @@ class GraphReferences:
     def about(self) -> dict[str, Any]:
         """Versions, and the graph's path and hash."""
         model = {"source": str(self.base.path), "sha256": self.base.sha256}
-        return {**onnx_runner.describe_environment(), "model": model, "against": AGAINST}
+        return {**onnx_runner.describe_ort_environment(), "model": model, "against": AGAINST}
 
     @property
     def rounds_sums(self) -> bool:
         """Whether the candidates store W + ΔW in half precision."""
-        return self.mode == "merged" and self.base.dtype in HALVES
+        return self.mode == "merged" and self.base.dtype in ONNX_HALVES
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedGraph:
+class PreparedGraphReferences:
     """The references for one candidate. The graphs are made, run and released one after the other."""
 
     references: GraphReferences
     inputs: Inputs
 
-    def run(self, outputs: CandidateOutputs, step: Step) -> ReferenceOutputs:
+    def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run the other graph in its own types, then the references in fp64."""
         step("the other graph")
         deployed, sensitivity, notes = self._run_peer(outputs)
         if not self.references.adapters and not outputs.refusals and _are_same(outputs.by_case, deployed):
             # Nothing is nearer to the base than its own bits. A quantised base is far from its own fp64.
-            by_role: dict[str, Outputs] = {"reference": deployed}
+            by_role: dict[str, OutputsByCase] = {"reference": deployed}
             notes.append(UNCHANGED)
         else:
             by_role, narrow_operators = self._in_fp64(step)
@@ -155,7 +155,7 @@ class PreparedGraph:
             notes=(*notes, *outputs.refusals, *outputs.notes, *self.inputs.notes),
         )
 
-    def run_merged(self, step: Step) -> MergedPeer | None:
+    def run_merged(self, step: OnProofStep) -> MergedPeer | None:
         """Run the peer with W + ΔW at each weight; None where the peer has no branches."""
         if not self.references.adapters or self.references.mode != "merged" or self.references.rounds_sums:
             return None
@@ -163,13 +163,13 @@ class PreparedGraph:
         model, _ = self._with_adapters(_sums)
         peer = open_graph_session(model, PEER, self.references.base.provider)
         del model
-        return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED)
+        return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
 
-    def diagnose(self, case: parity.Case, *, every: bool, step: Step) -> Diagnosed:  # noqa: ARG002
+    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
         """None: two graphs are not compared module by module."""
         return None, []
 
-    def _run_peer(self, outputs: CandidateOutputs) -> tuple[Outputs, tuple[parity.Sensitivity, ...], list[str]]:
+    def _run_peer(self, outputs: CandidateOutputs) -> tuple[OutputsByCase, tuple[parity.Sensitivity, ...], list[str]]:
         """Run the base graph with the adapters in another form, in its own types. Returns notes, too."""
         references = self.references
         if not references.adapters:
@@ -191,9 +191,9 @@ class PreparedGraph:
             return _rounded_sums, "W + ΔW is computed and rounded at each weight when it runs"
         return _branches, "x·ΔW is computed in a branch beside each weight"
 
-    def _in_fp64(self, step: Step) -> tuple[dict[str, Outputs], set[str]]:
+    def _in_fp64(self, step: OnProofStep) -> tuple[dict[str, OutputsByCase], set[str]]:
         """Role -> case -> outputs, and the operators without a kernel in fp64."""
-        by_role: dict[str, Outputs] = {}
+        by_role: dict[str, OutputsByCase] = {}
         narrow_operators: set[str] = set()
         for role, form, factor in self._roles_with_adapters():
             step(STEPS[role])
@@ -255,7 +255,7 @@ def _branches(model: ir.Model, sites: Sites, steps: Plan) -> list[str]:
     return []
 
 
-def _are_same(outputs: Outputs, others: Outputs) -> bool:
+def _are_same(outputs: OutputsByCase, others: OutputsByCase) -> bool:
     """Whether two runs of all cases return the same outputs, bit for bit."""
     same_names = all(own.keys() == others[case].keys() for case, own in outputs.items())
     return same_names and not bits_that_differ(outputs, others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays
 from lora_export.verification import parity
+from lora_export.verification.candidate_outputs import OutputsByCase
 from lora_export.verification.compare_outputs import bits_that_differ, error_of, named_as
 
 AGAINST = "the base graph"  # the field `against` of a record, for a verdict without a PyTorch model
@@ -27,15 +27,13 @@ NOT_BY_FP64 = "whether that graph computes the model was not decided: its output
 
 NEAR = 0.1  # largest distance of two graphs that differ only in what onnxruntime fuses, relative to PyTorch's error
 
-Outputs = Mapping[str, Arrays]  # by case
-
 
 def judge_by_origin(
     cases: Sequence[parity.Case],
     undecided: parity.Verdict,
     candidate: OnnxRunner,
     origin: Path,
-    run: Callable[[OnnxRunner], Outputs],
+    run: Callable[[OnnxRunner], OutputsByCase],
 ) -> tuple[parity.Verdict, tuple[parity.Case, ...]] | None:
     """Judge a graph without an adapter by the graph that it was made from; None where the two differ.
 
@@ -63,7 +61,7 @@ def judge_by_origin(
     return parity.judge(judged, dtype=undecided.dtype, sensitivity=undecided.sensitivity, notes=notes), judged
 
 
-def _run_origin(origin: OnnxRunner, run: Callable[[OnnxRunner], Outputs], like: Outputs) -> Outputs:
+def _run_origin(origin: OnnxRunner, run: Callable[[OnnxRunner], OutputsByCase], like: OutputsByCase) -> OutputsByCase:
     refused = f"{origin.path} is not what the candidate was made from:"
     try:
         outputs = run(origin)
@@ -74,12 +72,12 @@ def _run_origin(origin: OnnxRunner, run: Callable[[OnnxRunner], Outputs], like: 
     return outputs
 
 
-def _beside_origin(case: parity.Case, own: Outputs, before: Outputs) -> parity.Case:
+def _beside_origin(case: parity.Case, own: OutputsByCase, before: OutputsByCase) -> parity.Case:
     candidate, origin = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
     return replace(case, candidate=candidate, reference=origin, deployed=origin, peer=AGAINST)
 
 
-def _is_near(case: parity.Case, own: Outputs, before: Outputs) -> bool:
+def _is_near(case: parity.Case, own: OutputsByCase, before: OutputsByCase) -> bool:
     """Whether the outputs of two graphs differ by less than a tenth of PyTorch's error."""
     one, other = (named_as(case.reference, outputs[case.name]) for outputs in (own, before))
     return all(

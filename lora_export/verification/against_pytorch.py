@@ -27,7 +27,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import CandidateOutputs, Step, sensitivity_of
+from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
 from lora_export.verification.compare_outputs import aligned, before_first_token
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
@@ -55,7 +55,7 @@ from lora_export.verification.references.deployed_module import (
 )
 from lora_export.verification.references.module_copies import converted_copy, shared_copy, to_double, widened
 
-MERGED = (
+MERGED_MODULE = (
     "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
 )
 HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
@@ -182,7 +182,7 @@ class PreparedPyTorch:
         module = deployed_module(self.attached, self.quantised, device)
         return ModuleRunner(in_candidate_dtype(module, self.candidate, self.references.model), device)
 
-    def run(self, outputs: CandidateOutputs, step: Step) -> ReferenceOutputs:
+    def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run PyTorch as deployed, then the references in fp64."""
         step("PyTorch")
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
@@ -217,7 +217,7 @@ class PreparedPyTorch:
             faults=tuple(quantised_weights.merge_faults(self.quantised)),
         )
 
-    def _in_fp64(self, step: Step) -> CachedOutputs:
+    def _in_fp64(self, step: OnProofStep) -> CachedOutputs:
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
         given, key = self.references, self._cache_key()
         if given.cache is not None and key is not None and (cached := cached_outputs.read(given.cache, key, given.say)):
@@ -247,7 +247,7 @@ class PreparedPyTorch:
             given.say("cache: not used: an adapter came from no file, or was merged into quantised weights")
         return key
 
-    def run_merged(self, step: Step) -> MergedPeer | None:
+    def run_merged(self, step: OnProofStep) -> MergedPeer | None:
         """Run PyTorch with the adapters merged; None where weights are rounded or in half precision already."""
         is_plain = not self.attached.rounding and not self.quantised and self.dtype is torch.float32
         if self.changes is None or not self.attached.has_pairs or not is_plain:
@@ -255,9 +255,9 @@ class PreparedPyTorch:
         step("PyTorch, the adapters merged")
         device = self.references.device
         peer = ModuleRunner(merged_module(self.attached.module, self.changes).to(device), device)
-        return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED)
+        return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_MODULE)
 
-    def diagnose(self, case: parity.Case, *, every: bool, step: Step) -> Diagnosed:
+    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         """Compare the candidate with PyTorch module by module, in one case."""
         step("comparing modules")
         watched = [self.judged.module, *([self.candidate.module] if isinstance(self.candidate, ModuleRunner) else [])]

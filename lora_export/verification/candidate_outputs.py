@@ -11,7 +11,9 @@ from lora_export.verification import parity
 from lora_export.verification.compare_outputs import aligned, bits, candidate_errors, differ, from_first_token
 from lora_export.verification.inputs import Inputs
 
-Step = Callable[[str], None]  # is called with the name of each step of a proof
+OutputsByCase = Mapping[str, Arrays]
+
+OnProofStep = Callable[[str], None]  # is called with the name of each step of a proof
 
 
 def no_step(_: str) -> None:
@@ -22,7 +24,7 @@ def no_step(_: str) -> None:
 class CandidateOutputs:
     """The outputs of a candidate, before any reference runs."""
 
-    by_case: Mapping[str, Arrays]  # without the refused cases
+    by_case: OutputsByCase  # without the refused cases
     refusals: tuple[str, ...] = ()
     # The rest is empty where a case was refused.
     changed: Mapping[str, bool] = field(default_factory=dict)  # input -> whether another draw of it changes an output
@@ -30,7 +32,7 @@ class CandidateOutputs:
     notes: tuple[str, ...] = ()
 
 
-def run_candidate(candidate: Runner, inputs: Inputs, step: Step) -> CandidateOutputs:
+def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> CandidateOutputs:
     """Run every case, then each input drawn again, then the first case once more.
 
     The last run reveals dropout, a lost adapter, and a cache that outlives a call.

@@ -15,14 +15,14 @@ from lora_export.verification import parity
 PRECISION_GATES = {"error", "tail", "bulk", "features"}  # these compare a candidate's error with its peer's
 
 
-def named_as(reference: parity.Arrays, outputs: Arrays) -> Arrays:
+def named_as(reference: parity.Outputs, outputs: Arrays) -> Arrays:
     """The outputs that the reference has, by its names: by order where the graph has other names."""
     if reference.keys() <= outputs.keys():
         return {name: outputs[name] for name in reference}
     return dict(zip(reference, outputs.values(), strict=True))
 
 
-def aligned(outputs: Arrays, reference: parity.Arrays, *, names_known: bool) -> Arrays:
+def aligned(outputs: Arrays, reference: parity.Outputs, *, names_known: bool) -> Arrays:
     """All outputs of a candidate, by the reference's names: by order where names do not identify them."""
     if names_known or len(outputs) != len(reference):
         return outputs
@@ -68,7 +68,7 @@ def candidate_errors(cases: Sequence[parity.Case]) -> dict[str, tuple[float, flo
     return errors
 
 
-def _rmse(cases: Sequence[parity.Case], output: str, runs: Sequence[parity.Arrays]) -> float:
+def _rmse(cases: Sequence[parity.Case], output: str, runs: Sequence[parity.Outputs]) -> float:
     differences = [
         run[output].astype(np.float64) - case.reference[output] for case, run in zip(cases, runs, strict=True)
     ]
@@ -99,7 +99,7 @@ def from_first_token(case: parity.Case, unjudged: NDArray[np.bool_] | None) -> p
     return replace(case, **after)
 
 
-def _with_reference(outputs: Arrays, reference: parity.Arrays, unjudged: NDArray[np.bool_]) -> Arrays:
+def _with_reference(outputs: Arrays, reference: parity.Outputs, unjudged: NDArray[np.bool_]) -> Arrays:
     """The outputs with the reference's values at the positions that are not judged."""
     made = dict(outputs)
     for name, truth in reference.items():

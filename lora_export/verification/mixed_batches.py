@@ -38,7 +38,7 @@ def mixed_cases(
 def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays) -> parity.Case:
     """A case in which every row of every run is the row of the case of its adapter."""
 
-    def rows(runs: Sequence[parity.Arrays]) -> Arrays:
+    def rows(runs: Sequence[parity.Outputs]) -> Arrays:
         return {key: np.stack([runs[chosen][key][row] for row, chosen in enumerate(ids)]) for key in outputs}
 
     return parity.Case(

@@ -20,7 +20,7 @@ from lora_export.verification import parity
 from lora_export.verification.against_origin import AGAINST, judge_by_origin
 from lora_export.verification.candidate_outputs import (
     CandidateOutputs,
-    Step,
+    OnProofStep,
     no_step,
     notes_on_provider_defaults,
     run_candidate,
@@ -32,7 +32,7 @@ from lora_export.verification.compare_outputs import (
     with_larger_peer_error,
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.inputs import Inputs, summary
+from lora_export.verification.inputs import Inputs, describe_arrays
 from lora_export.verification.mixed_batches import mixed_cases
 from lora_export.verification.references import ReferenceOutputs, References
 
@@ -65,7 +65,7 @@ def prove(
     atol: float | None = None,
     rtol: float | None = None,
     trace: bool = False,
-    step: Step = no_step,
+    step: OnProofStep = no_step,
 ) -> Proof:
     """Judge whether a candidate computes what its references compute.
 
@@ -119,7 +119,12 @@ def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs
         by_role = {role: by_case[name] for role, by_case in expected.by_role.items()}
         own = aligned(outputs.by_case.get(name, {}), by_role["reference"], names_known=expected.names_known)
         case = parity.Case(
-            name, summary(arrays), deployed=expected.deployed[name], candidate=own, peer=expected.peer, **by_role
+            name,
+            describe_arrays(arrays),
+            deployed=expected.deployed[name],
+            candidate=own,
+            peer=expected.peer,
+            **by_role,
         )
         cases.append(from_first_token(case, inputs.unjudged.get(name)))
     return cases
@@ -182,7 +187,7 @@ def _about(references: References, inputs: Inputs, atol: float | None, rtol: flo
     }
 
 
-def _by_origin(proof: Proof, candidate: Runner, references: References, step: Step) -> Proof:
+def _by_origin(proof: Proof, candidate: Runner, references: References, step: OnProofStep) -> Proof:
     """The proof of a quantised graph without an adapter that fp64 could not decide."""
     graph = candidate.inner if isinstance(candidate, CacheRunner) else candidate
     if not isinstance(graph, OnnxRunner) or not graph.takes_adapters:
@@ -231,7 +236,7 @@ def prove_rows(
     atol: float | None = None,
     rtol: float | None = None,
     trace: bool = False,
-    step: Step = no_step,
+    step: OnProofStep = no_step,
 ) -> Proof:
     """Judge a graph whose rows choose their adapter: the base, each adapter alone, and all of them in one batch.
 
@@ -272,5 +277,5 @@ def prove_rows(
     )
 
 
-def _step_of(role: str, step: Step, name: str) -> None:
+def _step_of(role: str, step: OnProofStep, name: str) -> None:
     step(f"{role}, {name}")

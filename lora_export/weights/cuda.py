@@ -40,7 +40,7 @@ from lora_export.weights import apply_step
 from lora_export.weights.apply_step import Backend, StepRows
 from lora_export.weights.merge_report import Statistics
 
-TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WAITING = 2  # threads beyond the cores: so many wait for the GPU while the others read. Not measured
 CACHED_STEPS = 16  # steps whose A and B stay on the GPU: blocks of several small weights are computed at once
 DOCTOR = "`lora-export doctor --provider cuda` reports what is missing"
@@ -148,7 +148,7 @@ class Arithmetic:
     def apply(self, part: StepRows) -> Statistics | None:
         """As `apply_step.apply_by_numpy`, which does what this device does not."""
         step, stored, output = part.step, part.stored, part.output
-        if not step.terms or step.replace is not None or str(stored.dtype) not in TYPES:
+        if not step.terms or step.replace is not None or str(stored.dtype) not in TORCH_DTYPES:
             return apply_step.apply_by_numpy(part)
         with cuda_errors(part.name), self.inside(self.stream):
             weight = self._to_device(stored)
@@ -158,7 +158,7 @@ class Arithmetic:
             if step.magnitude is not None:
                 total *= self._dora_factors(part, total)
                 change = total - weight
-            rounded = total.to(TYPES[str(output.dtype)])
+            rounded = total.to(TORCH_DTYPES[str(output.dtype)])
             figures = [torch.isfinite(rounded).all(), *(_sums(weight, change, rounded) if part.measured else ())]
             found = torch.stack([figure.double() for figure in figures])
             _as_integers(output).copy_(_bits(rounded), non_blocking=output.flags.c_contiguous)
@@ -175,7 +175,7 @@ class Arithmetic:
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         """The array on the device. Its bytes are copied as integers: NumPy and PyTorch do not share bf16."""
         integers = _as_integers(array).to(self.device, non_blocking=array.flags.c_contiguous)
-        return integers.view(TYPES[str(array.dtype)])
+        return integers.view(TORCH_DTYPES[str(array.dtype)])
 
     def _factors(self, step: Step) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """B (rows, rank), A (rank, columns) and the scale of each term, copied before a stream needs them."""

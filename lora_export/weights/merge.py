@@ -33,7 +33,7 @@ from lora_export.weights.checkpoint import CONFIG, Checkpoint, tensor_aliases
 from lora_export.weights.merge_report import (
     MIN_RETENTION,
     MergeReport,
-    Progress,
+    OnBytesWritten,
     Statistics,
     StepResult,
     refuse_below_rounding,
@@ -54,7 +54,7 @@ def merge_checkpoint(
     dtype: str | None = None,
     min_retention: float = MIN_RETENTION,
     hashing: str = "xxh3_128",
-    progress: Progress = lambda _: None,
+    progress: OnBytesWritten = lambda _: None,
     backend: Backend | None = None,
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `atomic_output`).
@@ -209,7 +209,7 @@ def _write_shard(
     source: TensorFile,
     tensors: Sequence[OutputTensor],
     metadata: Callable[[str], Mapping[str, str]],
-    progress: Progress,
+    progress: OnBytesWritten,
     backend: Backend,
     *,
     hashing: str,

@@ -16,10 +16,10 @@ from lora_export.sums import sum_dtype
 LOW_RETENTION = 0.9  # below this a result is worth a warning
 MIN_RETENTION = 0.5  # below this a merge is refused, unless the user chooses another limit
 
-Progress = Callable[[int], None]  # receives how many bytes of output have been written since the last call
+OnBytesWritten = Callable[[int], None]  # receives how many bytes of output have been written since the last call
 
 # A sum of squares below this, or above its inverse, may have under- or overflown in fp32. It is computed again in fp64.
-SMALLEST = 1e-25
+SMALLEST_SUM = 1e-25
 COMPARED_AT_ONCE = 1 << 16  # entries; a comparison of so many stays in a core's cache
 
 
@@ -90,7 +90,7 @@ class Statistics:
         if scratch is None:
             scratch = np.empty(weight.shape, sum_dtype(weight.dtype))
         sums = _sums(weight, change, merged, scratch)
-        if not np.all((sums[:2] > SMALLEST) & (sums[:2] < 1 / SMALLEST)):
+        if not np.all((sums[:2] > SMALLEST_SUM) & (sums[:2] < 1 / SMALLEST_SUM)):
             sums = _sums(weight, change, merged, np.empty(weight.shape))
         self.sums += sums
         self.elements += weight.size

@@ -30,7 +30,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.weights.checkpoint import open_checkpoint
@@ -130,7 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for each in named:
                 onnx_adapter.write(folder / way / f"{each.name}.onnx_adapter", given, contract, sha256=each.sha256)
         else:
-            {"merged": fold, "nodes": insert_nodes, "rows": insert_rows}[way](model, sites, steps)
+            {"merged": fold_graph, "nodes": insert_nodes, "rows": insert_rows}[way](model, sites, steps)
         save_graph(model, folder / way, FILE)
     return folder
 
@@ -207,7 +207,7 @@ def built(place: Path) -> Path:
             given = onnx_adapter.input_values(contract, steps, adapter.name)
             onnx_adapter.write(folder / way / "a.onnx_adapter", given, contract, sha256=adapter.sha256)
         else:
-            {"merged": fold, "nodes": insert_nodes}[way](model, sites, steps)
+            {"merged": fold_graph, "nodes": insert_nodes}[way](model, sites, steps)
         save_graph(model, folder / way, FILE)
     extract(folder / "genai-nodes" / FILE, folder / "genai-inputs")
     return folder

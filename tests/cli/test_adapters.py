@@ -218,7 +218,9 @@ def test_convert_writes_the_bytes_that_onnx_wrote(place: Path, tmp_path: Path) -
         there, other = onnx_adapter.read(out), onnx_adapter.read(place / out.name)
         assert (there.model_version, there.adapter_version) == (other.model_version, other.adapter_version)
         for key, value in there.values.items():
-            assert np.array_equal(onnx_adapter.as_array(value), onnx_adapter.as_array(other.values[key]))
+            assert np.array_equal(
+                onnx_adapter.array_of_ort_value(value), onnx_adapter.array_of_ort_value(other.values[key])
+            )
 
 
 def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +230,7 @@ def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: pytest.C
     told = json.loads(capsys.readouterr().out)
     assert (told["format"], told["model_version"]) == ("onnx_adapter", held.model_version)
     shapes = {name: there["shape"] for name, there in told["parameters"].items()}
-    assert shapes == {name: list(onnx_adapter.as_array(value).shape) for name, value in held.values.items()}
+    assert shapes == {name: list(onnx_adapter.array_of_ort_value(value).shape) for name, value in held.values.items()}
     assert call("inspect", place / "fr.onnx_adapter") == 0
     name = min(shapes)
     shown = " x ".join(map(str, shapes[name]))
@@ -422,7 +424,7 @@ def test_verify_refuses_an_adapter_for_another_base(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = onnx_adapter.read(place / "fr.onnx_adapter")
-    given = {name: onnx_adapter.as_array(value) for name, value in there.values.items()}
+    given = {name: onnx_adapter.array_of_ort_value(value) for name, value in there.values.items()}
     onnx_adapter.write(tmp_path / "foreign", given, onnx_adapter.Contract("12345678", "", ()), sha256="0")
     words = ("verify", place / "graph.onnx", "--model", MODEL, "-a", place / "fr", "--onnx-adapter")
     assert call(*words, tmp_path / "foreign") == 3

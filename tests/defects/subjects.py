@@ -27,7 +27,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export
@@ -288,7 +288,7 @@ class Column:
         found = find_sites(program)
         steps = plan.make([made_of], found.specs) if made_of.pairs or made_of.replaced else None
         if self.mode == "merged" and steps:
-            fold(program, found, steps)
+            fold_graph(program, found, steps)
         elif self.mode == "nodes" and steps:
             insert_nodes(program, found, steps)
         elif self.mode == "rows" and steps:

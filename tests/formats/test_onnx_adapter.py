@@ -45,7 +45,7 @@ def test_onnxruntime_reads_the_written_file_with_both_fingerprints(tmp_path: Pat
 def test_every_dtype_reads_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
     array = np.random.default_rng(0).standard_normal((3, 2)).astype(dtype)
     adapter = onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": array, "empty": array[:, :0]}))
-    values = {name: onnx_adapter.as_array(value) for name, value in adapter.values.items()}
+    values = {name: onnx_adapter.array_of_ort_value(value) for name, value in adapter.values.items()}
     assert values["a"].dtype == array.dtype and values["a"].tobytes() == array.tobytes()
     assert values["empty"].shape == (3, 0)
 

@@ -38,7 +38,7 @@ from lora_export.errors import LoraExportError
 from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert import base_fingerprint
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
@@ -356,7 +356,7 @@ def fold_into(path: Path, out: Path) -> None:
     model = load_graph(path)
     found = find_sites(model)
     adapter = Adapter(name="a", format="test", pairs={"fc": PAIR})
-    fold(model, found, plan.make([adapter], found.specs))
+    fold_graph(model, found, plan.make([adapter], found.specs))
     out.mkdir()
     save_graph(model, out, "out.onnx")
 
@@ -639,7 +639,7 @@ def exported_archive(data: bytes) -> bool:
 
 
 def run_program(path: Path) -> None:
-    module = program.load(path)
+    module = program.load_program(path)
     inputs = ProgramInputs(reader.read(path))
     with torch.no_grad():
         module(**inputs.make(dict.fromkeys(inputs.traced_sizes, 2), torch.Generator().manual_seed(0)))

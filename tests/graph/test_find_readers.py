@@ -15,7 +15,7 @@ from lora_export import plan
 from lora_export.errors import MatchError
 from lora_export.graph.exporter_metadata import NAME_SCOPES
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.site import Site
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
@@ -28,7 +28,7 @@ from support.small_graphs import DELTA, PAIR
 
 def fold_into(model: ir.Model) -> None:
     found = find_sites(model)
-    fold(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
+    fold_graph(model, found, plan.make([an_adapter({"m": PAIR})], found.specs))
 
 
 def only(model: ir.Model) -> Site:
@@ -140,7 +140,7 @@ def test_convolution_kernel_has_layout_of_parameter() -> None:
     assert (spec.shape, spec.layout) == ((2, 3, 2), Layout.OUT_IN)
     found, x = find_sites(model), np.random.default_rng(0).normal(size=(1, 3, 5)).astype(np.float32)
     pair = LoraPair(a=np.ones((1, 3, 2)), b=np.float32([[1], [2]]).reshape(2, 1, 1), scale=1.0)
-    fold(model, found, plan.make([an_adapter({"c": pair})], found.specs))
+    fold_graph(model, found, plan.make([an_adapter({"c": pair})], found.specs))
     after = kernel + np.float32([1, 2])[:, None, None]
     windows = np.lib.stride_tricks.sliding_window_view(x, 2, axis=2)  # (batch, in, position, kernel)
     np.testing.assert_allclose(run(model, x=x)["y"], np.einsum("bilk,oik->bol", windows, after), rtol=1e-5)
@@ -178,7 +178,7 @@ def test_attention_reads_packed_q_k_v_which_can_be_folded(tmp_path: Path) -> Non
     rng = np.random.default_rng(1)
     pairs = {name: LoraPair(a=rng.normal(size=(1, 4)), b=rng.normal(size=(4, 1)), scale=1.0) for name in "qv"}
     steps = plan.make([an_adapter(pairs)], found.specs)
-    fold(model, found, steps)
+    fold_graph(model, found, steps)
     x = rng.normal(size=(2, 3, 4)).astype(np.float32)
     changed = {name: w + (pairs[name].delta() if name in pairs else 0) for name, w in weights.items()}
     np.testing.assert_allclose(run(model, x=x)["y"], attention(x, *changed.values()), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_export import plan
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
@@ -56,7 +56,7 @@ def test_minilm_with_adapter_equals_pytorch(tmp_path: Path, capfd: pytest.Captur
     changes = {f"{name}.weight": 2.0 * pair.b.astype(np.float64) @ pair.a for name, pair in pairs.items()}
     changes["classifier.weight"] = head - module.classifier.weight.detach().double().numpy()
     reference = with_changes(module, changes)
-    for execute in (fold, insert_nodes):
+    for execute in (fold_graph, insert_nodes):
         graph = model.clone()
         found = find_sites(graph)
         execute(graph, found, plan.make([adapter], found.specs))

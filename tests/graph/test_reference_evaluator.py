@@ -24,7 +24,7 @@ from lora_export.graph.exporter_metadata import NAME_SCOPES
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from support.graphs import Arrays, an_adapter, contents, planned, run
 from support.small_graphs import PAIR
 
@@ -92,7 +92,7 @@ def insert_adapter(model: ir.Model, mode: str) -> Arrays:
     if mode == "rows":
         insert_rows(model, found, steps, batch="N")
         return {"adapter_ids": np.ones(len(X), np.int64)}
-    {"merged": fold, "nodes": insert_nodes}[mode](model, found, steps)
+    {"merged": fold_graph, "nodes": insert_nodes}[mode](model, found, steps)
     return {}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora_export.errors import InputRefused
 from lora_export.graph.insert.adapter_nodes import insert_nodes
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import LoraPair, TokenRows
 from support.graphs import a_graph, an_adapter, planned
 from support.small_graphs import GEMM, PAIR, folded
@@ -39,7 +39,7 @@ def test_added_tensor_is_refused() -> None:
 
 def test_rows_of_tokens_are_refused_by_name() -> None:
     rows = {"m.weight": TokenRows(np.array([1]), np.ones((1, 3), np.float32))}
-    for execute in (fold, insert_nodes):
+    for execute in (fold_graph, insert_nodes):
         model = a_graph(GEMM)
         found, made = planned(model, an_adapter({}, token_rows=rows))
         with pytest.raises(InputRefused, match=r"m\.weight: the adapter changes rows of tokens, .* checkpoint"):

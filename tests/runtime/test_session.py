@@ -22,7 +22,7 @@ from conftest import why_no_cuda
 from lora_export import Session, plan
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
-from lora_export.formats.onnx_adapter import Contract, as_array
+from lora_export.formats.onnx_adapter import Contract, array_of_ort_value
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.check_contract import contract_dora_factors
@@ -218,7 +218,7 @@ def test_bfloat16_without_a_kernel_is_refused_with_the_reason(tmp_path: Path) ->
     onnx_adapter.write(tmp_path / "x", arrays, contract, sha256="1")
     file = onnx_adapter.read(tmp_path / "x")
     onnx_adapter.refuse_misfits(file, contract, source="x", graph=path)  # raises for any misfit
-    assert {name: as_array(value).tobytes() for name, value in file.values.items()} == {
+    assert {name: array_of_ort_value(value).tobytes() for name, value in file.values.items()} == {
         name: array.tobytes() for name, array in arrays.items()
     }
     with pytest.raises(RuntimeRefused, match="NOT_IMPLEMENTED"):  # as of 1.31 the CPU multiplies nothing in it
@@ -408,7 +408,7 @@ def test_adapter_without_a_dora_factor_is_refused(tmp_path: Path) -> None:
     # onnxruntime would compute the adapter without DoRA, without an error.
     session = loaded(tmp_path, every=PAIRS)
     file = onnx_adapter.read(tmp_path / "every.onnx_adapter")
-    arrays = {name: onnx_adapter.as_array(value) for name, value in file.values.items()}
+    arrays = {name: onnx_adapter.array_of_ort_value(value) for name, value in file.values.items()}
     del arrays["m.lora_magnitude_vector.weight"]
     arrays["c.lora_magnitude_vector.weight"] = arrays["c.lora_magnitude_vector.weight"].reshape(-1)
     onnx_adapter.write(tmp_path / "x", arrays, session.contract, sha256="1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lora_export.storage.hashes import BLOCK, file_hash, file_sha256
+from lora_export.storage.hashes import HASH_BLOCK, file_hash, file_sha256
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
@@ -15,6 +15,6 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
 
 
 def test_a_file_of_several_blocks_is_hashed_whole(tmp_path: Path) -> None:
-    data = bytes(2 * BLOCK) + b"end"
+    data = bytes(2 * HASH_BLOCK) + b"end"
     (tmp_path / "large").write_bytes(data)
     assert file_sha256(tmp_path / "large") == hashlib.sha256(data).hexdigest()

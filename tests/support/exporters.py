@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats, plan
 from lora_export.graph.find_sites import Sites, find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
@@ -289,7 +289,7 @@ def assert_folds_like_pytorch(path: Path, name: str, folder: Path, *, tolerance:
     sites = find_sites(model, open_checkpoint(checkpoint_of(name)))
     adapter, reference = _random_adapter(sites, name)
     assert adapter.pairs
-    fold(model, sites, plan.make([adapter], sites.specs))
+    fold_graph(model, sites, plan.make([adapter], sites.specs))
     folder.mkdir()
     (*_, folded) = save_graph(model, folder, "folded.onnx")
     for batch, length in [(1, 5), (3, 11)]:

@@ -11,7 +11,7 @@ import pytest
 
 from lora_export import formats, plan
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.merge.merge_graph import merge_graph
 from lora_export.graph.onnx_file.reading import load_graph, open_graph
 from lora_export.lora import Adapter
@@ -47,7 +47,7 @@ def folded_file(path: Path, *adapters: Adapter) -> ir.Model:
     """The graph of a file with adapters folded into it in memory."""
     model = load_graph(path)
     sites = find_sites(model)
-    fold(model, sites, plan.make(adapters, sites.specs))
+    fold_graph(model, sites, plan.make(adapters, sites.specs))
     return model
 
 

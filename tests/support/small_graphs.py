@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export import plan
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.weights.merge_report import StepResult
 from support.graphs import a_graph, an_adapter, planned
@@ -88,7 +88,7 @@ def graph_with_external_data(folder: Path, **fields: str) -> Path:
 def folded(model: ir.Model, *adapters: Adapter, **options: Any) -> list[StepResult]:
     """Fold adapters into a graph."""
     sites, steps = planned(model, *adapters, **options)
-    return fold(model, sites, steps)
+    return fold_graph(model, sites, steps)
 
 
 def random_adapter(model: ir.Model, *, seed: int = 0) -> tuple[Adapter, dict[str, NDArray[Any]]]:

@@ -50,7 +50,7 @@ def adapted(seed: int = 0) -> nn.Module:
     return module
 
 
-def fitted(module: nn.Module, data: Data | None = None, **options: Any) -> loop.History:
+def fitted(module: nn.Module, data: Data | None = None, **options: Any) -> loop.TrainingHistory:
     settings = {"epochs": 20, "learning_rate": 0.05, "batch_size": 16, "seed": 0, **options}
     return loop.fit(module, data or some_data(), **settings)
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lora_export import plan
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -56,7 +56,7 @@ def merged_graph(folder: Path, std: float, strength: float = 1.0) -> Path:
     """The tower with the adapter merged at this strength."""
     model = ir.load(tower(folder / "tower.onnx"))
     found = find_sites(model)
-    fold(model, found, plan.make([an_adapter(std)], found.specs, strengths=[strength]))
+    fold_graph(model, found, plan.make([an_adapter(std)], found.specs, strengths=[strength]))
     save_graph(model, folder, "merged.onnx")
     return folder / "merged.onnx"
 
@@ -72,9 +72,9 @@ def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(
 ) -> None:
     large = 1.0
     verdict = judged(tmp_path, large).verdict
-    assert verdict.same and against_graph.MERGED in verdict.notes, str(verdict)
+    assert verdict.same and against_graph.MERGED_GRAPH in verdict.notes, str(verdict)
     assert judged(tmp_path, large, 1.0001).verdict.outcome is Outcome.DIFFERENT
-    assert against_graph.MERGED not in judged(tmp_path, 0.02).verdict.notes
+    assert against_graph.MERGED_GRAPH not in judged(tmp_path, 0.02).verdict.notes
     monkeypatch.setattr(proof, "differs_in_precision_alone", lambda _: False)
     assert judged(tmp_path, large).verdict.outcome is Outcome.DIFFERENT
 

@@ -231,7 +231,7 @@ def a_large_adapter(std: float) -> tuple[model.Model, Adapter]:
             output: torch.Tensor = self.layers(x)
             return output
 
-    def make(sizes: model.Sizes, generator: torch.Generator) -> model.Inputs:
+    def make(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
         return {"x": torch.randn(sizes["batch"], 64, 256, generator=generator)}
 
     base = model.Model("layers", Named(), axes={"x": {0: "batch"}}, make_inputs=make, traced_sizes={"batch": 2})
@@ -251,12 +251,14 @@ def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(monkeypatch
     assert apart > 1.1
     monkeypatch.setattr(judging, "ratio_limit", lambda *_: (1 + apart) / 2)
     result = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
-    assert result.verdict.same and against_pytorch.MERGED in result.verdict.notes, str(result.verdict)
+    assert result.verdict.same and against_pytorch.MERGED_MODULE in result.verdict.notes, str(result.verdict)
     assert result.diagnosis is None
     wrong = prove(folded(base, adapter, strength=1.00001), PyTorchReferences(base, [adapter]))
-    assert wrong.verdict.outcome is parity.Outcome.DIFFERENT and against_pytorch.MERGED not in wrong.verdict.notes
+    assert (
+        wrong.verdict.outcome is parity.Outcome.DIFFERENT and against_pytorch.MERGED_MODULE not in wrong.verdict.notes
+    )
     ordinary, usual = a_large_adapter(0.05)
     usual_notes = prove(folded(ordinary, usual), PyTorchReferences(ordinary, [usual])).verdict.notes
-    assert against_pytorch.MERGED not in usual_notes
+    assert against_pytorch.MERGED_MODULE not in usual_notes
     monkeypatch.setattr(proof, "differs_in_precision_alone", lambda _: False)
     assert prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.outcome is parity.Outcome.DIFFERENT

@@ -249,7 +249,7 @@ def test_sizes_stay_in_the_candidates_range_with_a_note(programs: ProgramFiles, 
     result = verdict(path, load_model(str(programs.base("mlp"))), [programs.adapter("mlp")])
     assert result.verdict.outcome is Outcome.SAME
     assert "the candidate takes rows_axis1 sizes of 4 to 7: no other was tried" in result.verdict.notes
-    module = program.load(path)
+    module = program.load_program(path)
     with torch.no_grad():
         for size in (3, 8):
             with pytest.raises(RuntimeRefused, match="4 to 7"):

@@ -41,7 +41,7 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
 
     `sites` is invalid afterwards. Raises InputRefused where a weight has a reader beside which no branch can be
     inserted, where the graph contains such branches already, where DoRA or a packed weight needs opset 11, and as
-    `fold` does. The graph is then partly changed and must not be used.
+    `fold_graph` does. The graph is then partly changed and must not be used.
     """
     refuse_steps_without_branch(plan)
     # First, because the insertion of branches moves biases.

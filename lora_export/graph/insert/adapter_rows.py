@@ -34,7 +34,7 @@ from lora_export.graph.insert.row_branches import RowBranches
 from lora_export.graph.site import Site, common_dtype
 from lora_export.plan import Plan
 
-MIN_OPSET = 15  # from here on, Shape has `start` and `end`
+MIN_ROWS_OPSET = 15  # from here on, Shape has `start` and `end`
 
 
 def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batch") -> None:
@@ -55,9 +55,9 @@ def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batc
     adapter overflows the weights' dtype; and for an opset below 15. The graph is then partly changed and must not be
     used.
     """
-    if model.opset_imports.get("", 0) < MIN_OPSET:
+    if model.opset_imports.get("", 0) < MIN_ROWS_OPSET:
         raise InputRefused(
-            f"the graph has opset {model.opset_imports.get('', 0)}, and --lora rows needs {MIN_OPSET}. Export the "
+            f"the graph has opset {model.opset_imports.get('', 0)}, and --lora rows needs {MIN_ROWS_OPSET}. Export the "
             "model again"
         )
     refuse_beyond_low_rank(plan.adapters)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.graph.refusals import refuse_overflow
+from lora_export.graph.refusals import refuse_not_finite
 from lora_export.graph.values import new_initializer, unused_name, value_names
 
 Attributes = Mapping[str, int | float | Sequence[int] | ir.Attr]
@@ -83,7 +83,7 @@ class NodeFactory:
             raise InputRefused(
                 f"the graph holds {name} already: an adapter was inserted before. Start from the graph without it"
             )
-        refuse_overflow(name, array)
+        refuse_not_finite(name, array)
         name = unused_name(name, self.value_names)
         value = new_initializer(self.model, name, ir.Tensor(np.ascontiguousarray(array)))
         return Factor(value, "/".join(["", *parts]))

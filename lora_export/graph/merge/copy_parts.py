@@ -18,7 +18,7 @@ from lora_export.storage.atomic_output import data_name
 from lora_export.storage.block_copy import Block, Bytes, RunningHashes
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.merge_report import Progress, Statistics
+from lora_export.weights.merge_report import OnBytesWritten, Statistics
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class MergeRun:
     """The settings of one merge, and the statistics and hashes that it collects."""
 
     hashing: str
-    progress: Progress
+    progress: OnBytesWritten
     backend: Backend
     statistics: dict[str, Statistics] = field(default_factory=dict)  # by weight
     sources: dict[Path, str] = field(default_factory=dict)  # hashes of the old files

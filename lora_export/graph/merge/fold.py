@@ -8,12 +8,12 @@ import onnx_ir as ir
 from lora_export import sums
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.merge.isolate import InitializerChange, isolate_changes
-from lora_export.graph.refusals import refuse_overflow, refuse_quantised, refuse_unsupported_steps
+from lora_export.graph.refusals import refuse_not_finite, refuse_quantised, refuse_unsupported_steps
 from lora_export.plan import Plan, Step
 from lora_export.weights.merge_report import Statistics, StepResult
 
 
-def fold(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
+def fold_graph(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     """Apply a plan to the weights of a graph, in memory. Returns statistics of each changed weight.
 
     ΔW and the sum are computed in fp32 and rounded once to the initializer's dtype. Only the plan's weights change: a
@@ -40,14 +40,14 @@ def change_weight(model: ir.Model, sites: Sites, step: Step) -> StepResult | Non
 def change_in_memory(change: InitializerChange) -> Statistics:
     """Apply a change to its initializer. The statistics are empty where a whole tensor replaces the weight.
 
-    Raises InputRefused as `fold` does.
+    Raises InputRefused as `fold_graph` does.
     """
     tensor, step = change.value.const_value, change.step
     assert tensor is not None
     before, statistics = tensor.numpy()[change.slices], Statistics(step.weight)
     is_transposed = step.spec.layout.is_transposed
     start = before if step.replace is None else step.replace
-    with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks the result
+    with np.errstate(over="ignore", invalid="ignore"):  # refuse_not_finite checks the result
         if step.is_replacement:
             after = start.astype(before.dtype)
         else:
@@ -56,7 +56,7 @@ def change_in_memory(change: InitializerChange) -> Statistics:
             after = total.astype(before.dtype)
             statistics.add_block(view, delta, after)
             after = after.T if is_transposed else after
-    refuse_overflow(step.weight, after, before=before)
+    refuse_not_finite(step.weight, after, before=before)
     if change.is_block:  # the neighbours keep their bytes
         whole = tensor.numpy().copy()
         whole[change.slices] = after

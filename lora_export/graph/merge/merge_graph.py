@@ -1,6 +1,6 @@
 """Merging a plan into a graph on disk, of any size.
 
-The graph without its weights is changed in memory, as `fold` does it. The bytes of the weights then pass from the old
+The graph without its weights is changed in memory, as `fold_graph` does it. The bytes of the weights then pass from the old
 files to the new ones in blocks (`copy_parts`), and those that change are changed on the way.
 """
 
@@ -36,7 +36,13 @@ from lora_export.plan import Plan
 from lora_export.storage.block_copy import RunningHashes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import Backend
-from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, Progress, StepResult, refuse_below_rounding
+from lora_export.weights.merge_report import (
+    MIN_RETENTION,
+    MergeReport,
+    OnBytesWritten,
+    StepResult,
+    refuse_below_rounding,
+)
 from lora_export.weights.tensor_blocks import OutputTensor
 
 LOW_RETENTION_ADVICE = (
@@ -54,7 +60,7 @@ def merge_graph(
     file_name: str,
     min_retention: float = MIN_RETENTION,
     hashing: str = "xxh3_128",
-    progress: Progress = lambda _: None,
+    progress: OnBytesWritten = lambda _: None,
     requantise: bool = False,
     backend: Backend | None = None,
 ) -> MergeReport:
@@ -117,12 +123,12 @@ def write_merged(
     file_name: str,
     min_retention: float = MIN_RETENTION,
     hashing: str = "xxh3_128",
-    progress: Progress = lambda _: None,
+    progress: OnBytesWritten = lambda _: None,
     requantise: bool = False,
     backend: Backend | None = None,
 ) -> MergedFiles:
     """Do the work of `merge_graph`, without its record and without its check for files that change."""
-    refuse_before_merge(plan, graph, sites, requantise=requantise)
+    refuse_before_graph_merge(plan, graph, sites, requantise=requantise)
     run = MergeRun(hashing, progress, backend or Backend())
     with threadpool_limits(1, user_api="blas"):
         changes = _change_or_defer(plan, graph.model, sites, run)
@@ -146,7 +152,7 @@ def write_merged(
     )
 
 
-def refuse_before_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
+def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, requantise: bool = False) -> None:
     """Raise InputRefused for a merge that cannot succeed. Reads no weight."""
     if graph.takes_adapters:
         raise InputRefused(

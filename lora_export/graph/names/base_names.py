@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lora_export.errors import InputRefused, listed
-from lora_export.graph.names.content_match import BaseTensors, BaseView, ContentMatch
+from lora_export.graph.names.content_match import BaseView, ContentIndex, ContentMatch
 from lora_export.graph.names.exporter_names import Named, folded_from, module_of_node, parameter_of
 from lora_export.graph.site import NameSource, Site
 from lora_export.plan import Layout
@@ -37,7 +37,7 @@ def name_by_base(sites: list[Site], checkpoint: Checkpoint) -> tuple[Named, list
     Names are spelled as in the base. Several parameters in one packed weight become one site each. Raises InputRefused
     where the base has another tensor under an exporter's name.
     """
-    base = BaseTensors(checkpoint)
+    base = ContentIndex(checkpoint)
     pairs = [_SiteNames(site, known) for site in sites for known in _sites_in_base(site, base)]
     _refuse_contradictions(pairs, base)
     named: Named = {}
@@ -51,7 +51,7 @@ def name_by_base(sites: list[Site], checkpoint: Checkpoint) -> tuple[Named, list
     return named, unnamed, sorted(missing)
 
 
-def _sites_in_base(site: Site, base: BaseTensors) -> Iterator[Site]:
+def _sites_in_base(site: Site, base: ContentIndex) -> Iterator[Site]:
     """A site as its name or its content identifies it in the base: one weight, or one for each block.
 
     Yields the unchanged site where the base has neither.
@@ -76,7 +76,7 @@ def _sites_in_base(site: Site, base: BaseTensors) -> Iterator[Site]:
             yield site
 
 
-def _refuse_contradictions(pairs: Iterable[_SiteNames], base: BaseTensors) -> None:
+def _refuse_contradictions(pairs: Iterable[_SiteNames], base: ContentIndex) -> None:
     """Raise InputRefused where the base has other content under an exporter's name."""
     contradictions: dict[Site, list[str]] = {}
     for pair in pairs:
@@ -134,7 +134,7 @@ def _is_transposed(site: Site, view: BaseView) -> bool | None:
     return view.is_transposed is (site.layout is not Layout.IN_OUT) if site.is_linear else None
 
 
-def _preferred_views(site: Site, match: ContentMatch, base: BaseTensors) -> list[BaseView]:
+def _preferred_views(site: Site, match: ContentMatch, base: ContentIndex) -> list[BaseView]:
     """Of equal tensors, the one that the exporter's records name, where they name exactly one."""
     if len(match.views) < 2:
         return list(match.views)

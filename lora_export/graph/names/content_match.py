@@ -29,7 +29,7 @@ TILE_BYTES = 1 << 23
 # 2 bits 0.31 to 0.61. An unrelated weight of the same norm has 1.3 and more, and of any norm at least 1.
 MAX_QUANTISATION_ERROR = 0.7
 
-HALF_PRECISION = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+NUMPY_HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 Casts = tuple[np.dtype[Any], ...]  # that were applied to the base's numbers; empty where they were quantised
 
@@ -49,7 +49,7 @@ class ContentMatch(NamedTuple):
     views: tuple[BaseView, ...]
 
 
-class BaseTensors:
+class ContentIndex:
     """The float tensors of a checkpoint, searched by content. Reads headers first, and tensors when they are needed."""
 
     def __init__(self, checkpoint: Checkpoint):
@@ -219,7 +219,7 @@ def _possible_casts(site: Site, sample: NDArray[Any]) -> Iterator[Casts]:
         yield ()
         return
     yield (sample.dtype,)
-    for half in HALF_PRECISION if sample.dtype.itemsize > 2 else ():
+    for half in NUMPY_HALVES if sample.dtype.itemsize > 2 else ():
         if np.array_equal(_bits(_cast(sample, (half, sample.dtype))), _bits(sample)):
             yield (half, sample.dtype)
 

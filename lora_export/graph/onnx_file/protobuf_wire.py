@@ -33,7 +33,7 @@ NESTED_MESSAGES: Mapping[str, Mapping[int, str]] = {
     FUNCTION: {7: NODE, 11: ATTRIBUTE},
 }
 RAW_DATA, EXTERNAL_DATA, DATA_LOCATION = 9, 13, 14  # fields of a TensorProto
-KEY, VALUE = 1, 2  # fields of an entry of external data
+ENTRY_KEY, ENTRY_VALUE = 1, 2  # fields of an entry of external data
 EXTERNAL = 1  # a DataLocation
 
 
@@ -209,7 +209,7 @@ def _split_tensor(reader: _Reader, _: str, stop: int, data: _InlineData) -> tupl
 def _read_entry(content: bytes) -> tuple[bytes, bytes]:
     reader = _Reader(Path("an entry"), io.BytesIO(content))
     fields = {number: reader.bytes(length) for number, _, length in reader.fields(len(content))}
-    return fields[KEY], fields[VALUE]
+    return fields[ENTRY_KEY], fields[ENTRY_VALUE]
 
 
 def _copied(reader: _Reader, number: int, kind: int, content: bytes) -> bytes:
@@ -220,7 +220,7 @@ def _copied(reader: _Reader, number: int, kind: int, content: bytes) -> bytes:
 
 
 def _entry(key: str, value: str) -> bytes:
-    return _field(KEY, key.encode()) + _field(VALUE, value.encode())
+    return _field(ENTRY_KEY, key.encode()) + _field(ENTRY_VALUE, value.encode())
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -21,12 +21,11 @@ from lora_export.formats import onnx_adapter
 from lora_export.graph.exporter_metadata import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.check_model import check_message, innermost_error
-from lora_export.graph.onnx_file.external_data import moved_to, refuse_misplaced_data
+from lora_export.graph.onnx_file.external_data import MAX_LISTED, moved_to, refuse_misplaced_data
 from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
 from lora_export.provenance import History
 
-MAX_LISTED = 10  # problems that an error lists
 SHOWN_BYTES = 10  # of a text that is not UTF-8
 
 Stamp = tuple[int, int]  # size in bytes and mtime in nanoseconds

@@ -30,7 +30,7 @@ from lora_export.errors import InputRefused
 from lora_export.graph.quantised.groups import Groups
 from lora_export.graph.quantised.packed_tensor import PackedTensor
 from lora_export.graph.quantised.scheme import QuantParameters, Rule, Scheme, ValueRange
-from lora_export.graph.refusals import refuse_overflow
+from lora_export.graph.refusals import refuse_not_finite
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.weights.apply_step import squared_column_norms
@@ -240,7 +240,7 @@ class RequantisedWeight:
     def _sum(self, weight: NDArray[np.float32], rows: slice) -> tuple[NDArray[np.float32], list[_AppliedPatch]]:
         """W + ΔW of some rows, and what each patch did."""
         total, applied = weight.copy(), []
-        with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks the result
+        with np.errstate(over="ignore", invalid="ignore"):  # refuse_not_finite checks the result
             for patch, column_norms in zip(self.patches, self.column_norms, strict=True):
                 first, last = max(rows.start, patch.rows.start), min(rows.stop, patch.rows.stop)
                 if first >= last:
@@ -248,7 +248,7 @@ class RequantisedWeight:
                 slices = (slice(first - rows.start, last - rows.start), patch.columns)[: weight.ndim]
                 patch_rows = slice(first - patch.rows.start, last - patch.rows.start)
                 applied.append(_apply(total[slices], weight[slices], patch, patch_rows, column_norms, slices))
-        refuse_overflow(self.name, total, before=weight)
+        refuse_not_finite(self.name, total, before=weight)
         return total, applied
 
     def _value_range(self, total: NDArray[np.float32], rows: slice) -> ValueRange:
@@ -259,7 +259,7 @@ class RequantisedWeight:
     def _new_parameters(self, old: QuantParameters, value_range: ValueRange, rows: slice) -> QuantParameters:
         """The new parameters, and the old ones of groups that no step changes."""
         new, changed = self.scheme.parameters(value_range), self._changed_groups(rows)
-        refuse_overflow(self.name, new.scales.astype(self.scheme.scale_dtype))
+        refuse_not_finite(self.name, new.scales.astype(self.scheme.scale_dtype))
         if changed is None:
             return new
         zeros = np.where(changed, new.zeros, old.zeros) if new.zeros.ndim else new.zeros

@@ -36,7 +36,7 @@ ARITHMETIC = """
     sub sum tan tanh topk true_divide trunc var var_mean xlogy all any kthvalue __and__ __or__ __xor__ linalg_norm
     linalg_vector_norm
 """
-MATRIX_PRODUCTS = """
+PRODUCTS = """
     addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution dot einsum embedding inner linear matmul mm mv outer scaled_dot_product_attention tensordot
     cosine_similarity cdist
@@ -63,7 +63,7 @@ SHAPES = """
     triu_indices type_as unbind unflatten unfold unsqueeze view view_as vstack where zero zeros zeros_like
 """
 # Reads a tensor's bytes as another type, which has another meaning once the tensor is in fp64.
-REFUSED = {"view.dtype"}
+REFUSED_OPERATORS = {"view.dtype"}
 
 
 def _assert(self: Any, assert_msg: str = "") -> None:
@@ -127,7 +127,7 @@ REPLACEMENTS: dict[str, Function] = {
     "new_empty.default": _new_zeros,
     "empty_permuted.default": _zeros,
 }
-OPERATORS = frozenset(" ".join((ARITHMETIC, MATRIX_PRODUCTS, LAYERS, SHAPES)).split())
+OPERATORS = frozenset(" ".join((ARITHMETIC, PRODUCTS, LAYERS, SHAPES)).split())
 
 
 def _bounded(function: Function) -> Function:
@@ -185,7 +185,7 @@ def resolve(target: str, where: str) -> Operator:
     name, overload = match.groups() if match else ("", "")
     spelled = f"{name}.{overload}"
     known = name in OPERATORS or (name.endswith("_") and not name.endswith("__") and name[:-1] in OPERATORS)
-    if not match or spelled in REFUSED or not (known or spelled in REPLACEMENTS):
+    if not match or spelled in REFUSED_OPERATORS or not (known or spelled in REPLACEMENTS):
         raise InputRefused(f"{where}: {target[:80]!r} is not among the operators that lora-export runs from a file")
     packet = getattr(torch.ops.aten, name, None)
     if packet is None or overload not in packet.overloads():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_export.errors import InputRefused
-from lora_export.models.model import Axes, Inputs, Limits, Sizes
+from lora_export.models.model import Axes, Limits, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.models.pt2.program_types import ProgramDescription, Symbol, Value
 
@@ -21,7 +21,7 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 BATCH, SEQUENCE = "batch", "sequence"
 MAX_INPUTS = 256
-MAX_NUMBERS = 1 << 28  # in one input: a file may claim that it takes any number of them
+MAX_INPUT_NUMBERS = 1 << 28  # in one input: a file may claim that it takes any number of them
 # Operators that move numbers but do not change them.
 MOVING = frozenset(
     {
@@ -55,7 +55,7 @@ class ProgramInputs:
                     self.traced_sizes.setdefault(self.symbols[size.name], self._traced_size(size))
         self.draws = {name: self._draw(name) for name in program.inputs}
 
-    def make(self, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    def make(self, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         """Inputs of these sizes, by name. Floats are in fp32, and first rounded to the program's own dtype.
 
         Raises InputRefused for inputs above MAX_NUMBERS.
@@ -63,7 +63,7 @@ class ProgramInputs:
         made = {}
         for name, tensor in self.program.inputs.items():
             shape = tuple(sizes[self.symbols[size.name]] if isinstance(size, Symbol) else size for size in tensor.sizes)
-            if math.prod(shape) > MAX_NUMBERS:
+            if math.prod(shape) > MAX_INPUT_NUMBERS:
                 raise InputRefused(f"{self.program.path}: {name} would be {list(shape)}, which is too large to run")
             drawn = self.draws[name](shape, generator).to(getattr(torch, tensor.dtype))
             made[name] = drawn.float() if drawn.is_floating_point() else drawn

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.models.pt2.program_types import DTYPES, ITEM_BYTES, Symbol, TensorType
+from lora_export.models.pt2.program_types import DTYPES_BY_NUMBER, ITEM_BYTES, Symbol, TensorType
 
 SYMBOL = re.compile(r"Symbol\('(\w{1,64})'(?:, \w{1,32}=(?:True|False))*\)|(?!\d)(\w{1,64})")
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # as torch writes them
@@ -87,6 +87,6 @@ def tensor_type_of(meta: dict[str, Any], where: str) -> TensorType:
 
 
 def dtype_of(number: Any, where: str) -> str:
-    if integer(number, where) not in DTYPES:
+    if integer(number, where) not in DTYPES_BY_NUMBER:
         raise InputRefused(f"{where} has torch's dtype {number}, which is not supported ({', '.join(ITEM_BYTES)} are)")
-    return DTYPES[number]
+    return DTYPES_BY_NUMBER[number]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lora_export.errors import InputRefused
 from lora_export.models.pt2 import allowed_operators
 from lora_export.models.pt2.program_types import Graph, Node
-from lora_export.models.pt2.recover_layers import argument_of, operator_of, shown, values_in
+from lora_export.models.pt2.recover_layers import argument_of, operator_of, readable, values_in
 
 # The argument of each operator that is the input of a layer called in its place. For other operators it is "input".
 LAYER_INPUTS = {"embedding.default": "indices", "mm.default": "self", "addmm.default": "mat1"}
@@ -109,19 +109,19 @@ def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: t
     if node.target in INLINED:
         return _inlined(node, path, last_reads)
     if node.target.startswith(allowed_operators.HIGHER_ORDER):
-        raise InputRefused(f"{where}: {shown(node.target)} runs graphs in a way that is not supported")
+        raise InputRefused(f"{where}: {readable(node.target)} runs graphs in a way that is not supported")
     operator = allowed_operators.resolve(node.target, where)
     if any(isinstance(argument, Graph) for _, argument in node.inputs):
-        raise InputRefused(f"{where}: {shown(node.target)} takes no graph as an argument")
+        raise InputRefused(f"{where}: {readable(node.target)} takes no graph as an argument")
     if operator.names is not None:
         unknown = [name for name, _ in node.inputs if name not in operator.names]
         if unknown:
-            raise InputRefused(f"{where}: {shown(node.target)} has no argument {', '.join(unknown)[:80]}")
+            raise InputRefused(f"{where}: {readable(node.target)} has no argument {', '.join(unknown)[:80]}")
     if operator.writes and (target := next(iter(node.inputs), None)) is not None:
         written = set(values_in(target[1])) & fixed
         if written:
             raise InputRefused(
-                f"{where}: {shown(node.target)} changes {', '.join(sorted(written))}, an input or a tensor of the "
+                f"{where}: {readable(node.target)} changes {', '.join(sorted(written))}, an input or a tensor of the "
                 "program: programs that keep state from run to run are not supported"
             )
     layer_input = argument_of(node, LAYER_INPUTS.get(operator_of(node), "input"), None) if layer else None
@@ -133,7 +133,7 @@ def _prepared(node: Node, layer: str, fixed: set[str], path: Path, last_reads: t
 def _inlined(node: Node, path: Path, last_reads: tuple[str, ...]) -> PreparedNode:
     before = INLINED[node.target]
     values = [value for _, value in node.inputs]
-    where = f"{path}: node {node.name} ({shown(node.target)})"
+    where = f"{path}: node {node.name} ({readable(node.target)})"
     if len(values) <= before or not isinstance(values[before], Graph):
         raise InputRefused(f"{where} has no graph where it should")
     enabled = values[2] if node.target.endswith("autocast") else False

@@ -27,7 +27,7 @@ from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.models.pt2 import reader
 from lora_export.models.pt2.prepared_graph import PreparedGraph, PreparedNode, TensorLocation, all_nodes, prepare
 from lora_export.models.pt2.program_types import Node, ProgramDescription, Symbol, TorchName, Value
-from lora_export.models.pt2.recover_layers import has_matrix, recover_layers, shown, split_name, uses_of
+from lora_export.models.pt2.recover_layers import has_matrix, readable, recover_layers, split_attribute, uses_of
 from lora_export.models.pt2.structures import fill
 
 MAX_INPUT_PROBLEMS = 5  # that a message lists
@@ -42,7 +42,9 @@ class Program(nn.Module):
         self.unobserved_weights: tuple[str, ...] = ()  # weights that no layer multiplies by: no hook sees their use
         self.file_dtype = _float_dtype(description)  # of the file's weights: that of the first float tensor
         self._shared = _SharedDescription(description)
-        self._locations = {tensor.value: TensorLocation(*split_name(tensor.name)) for tensor in description.tensors}
+        self._locations = {
+            tensor.value: TensorLocation(*split_attribute(tensor.name)) for tensor in description.tensors
+        }
         self._graph, self._writes = PreparedGraph(description.graph, ()), False
         layers = recover_layers(self, description, uses_of(description.graph))
         called = {layer for layer in layers.values() if layer is not None}
@@ -115,7 +117,9 @@ class Program(nn.Module):
                 raise
             except Exception as error:  # operators raise exceptions of any type
                 cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RuntimeRefused(f"node {prepared.node.name} ({shown(prepared.node.target)}): {cause}") from error
+                raise RuntimeRefused(
+                    f"node {prepared.node.name} ({readable(prepared.node.target)}): {cause}"
+                ) from error
             _store(prepared.node, result, values)
             for name in prepared.last_reads:
                 values.pop(name, None)
@@ -222,7 +226,7 @@ class _SharedDescription:
         return self
 
 
-def load(path: Path) -> Program:
+def load_program(path: Path) -> Program:
     """The program in a .pt2 file. Raises InputRefused for what cannot be read, or is not run from a file."""
     return Program(reader.read(path))
 

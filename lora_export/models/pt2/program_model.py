@@ -16,7 +16,7 @@ def from_program(path: Path) -> Model:
 
     Raises InputRefused for a file that cannot be read or run, and for inputs that cannot be made.
     """
-    module = program.load(path)
+    module = program.load_program(path)
     inputs = ProgramInputs(module.description)
     return Model(
         source=str(path),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lora_export.models.pt2 import archive
 
 # torch's own numbers for dtypes (torch/_export/serde/schema.py), and the names in NumPy and ml_dtypes.
-DTYPES = {
+DTYPES_BY_NUMBER = {
     1: "uint8",
     2: "int8",
     3: "int16",
@@ -27,7 +27,7 @@ DTYPES = {
     34: "uint32",
     35: "uint64",
 }
-ITEM_BYTES = {name: 1 if name == "bool" else int(re.sub(r"\D", "", name)) // 8 for name in DTYPES.values()}
+ITEM_BYTES = {name: 1 if name == "bool" else int(re.sub(r"\D", "", name)) // 8 for name in DTYPES_BY_NUMBER.values()}
 
 
 class Symbol(NamedTuple):

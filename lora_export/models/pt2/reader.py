@@ -35,9 +35,9 @@ from lora_export.models.pt2.structures import count_leaves, read_structure
 from lora_export.storage import json_files
 
 SCHEMA = 8  # the major version of torch's schema that is read: torch 2.5 and later
-MAX_OBJECTS = 1_000_000  # in a graph's JSON: 120 layers of a decoder have 320,000
+MAX_GRAPH_OBJECTS = 1_000_000  # in a graph's JSON: 120 layers of a decoder have 320,000
 MAX_LEAVES = 1 << 20  # in the structure of the inputs
-MODEL = re.compile(r"models/([^/]+)\.json")
+MODEL_FILE = re.compile(r"models/([^/]+)\.json")
 
 
 def read(path: Path) -> ProgramDescription:
@@ -66,7 +66,7 @@ def _refuse_other_formats(file: zipfile.ZipFile, members: Mapping[str, zipfile.Z
 
 
 def _model_name(members: Mapping[str, zipfile.ZipInfo], path: Path) -> str:
-    models = [match[1] for name in members if (match := MODEL.fullmatch(name))]
+    models = [match[1] for name in members if (match := MODEL_FILE.fullmatch(name))]
     if len(models) != 1:
         raise InputRefused(
             f"{path} contains {len(models)} exported programs ({', '.join(models[:5]) or 'none'}); a file with one is "
@@ -90,7 +90,7 @@ def _stored_arrays(
         )
     content = bytes(archive.content(file, members[name], path, most=json_files.MAX_JSON))
     where = f"{name} in {path}"
-    entries = json_object(json_files.parse_json(content, where, most=MAX_OBJECTS).get("config"), where)
+    entries = json_object(json_files.parse_json(content, where, most=MAX_GRAPH_OBJECTS).get("config"), where)
     refuse_unprintable(entries, str(path))
     return {
         tensor: _stored_array(json_object(entry, tensor), members, f"data/{folder}/", f"{path}: {tensor}")
@@ -137,7 +137,7 @@ class _ProgramReader:
 
     def description(self, content: bytearray) -> ProgramDescription:
         where = f"{self.path}: its graph"
-        root = json_files.parse_json(bytes(content), where, most=MAX_OBJECTS)
+        root = json_files.parse_json(bytes(content), where, most=MAX_GRAPH_OBJECTS)
         self._refuse_other_schemas(root, where)
         module = json_object(root.get("graph_module"), where)
         raw_graph = json_object(module.get("graph"), where)

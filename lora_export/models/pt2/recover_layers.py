@@ -14,7 +14,7 @@ from lora_export.models.pt2.program_types import Graph, Node, ProgramDescription
 from lora_export.plan import Layout
 
 ATEN = "torch.ops.aten."
-MAX_DEPTH = 100  # of nested modules; PyTorch walks through them by recursion
+MAX_MODULE_DEPTH = 100  # of nested modules; PyTorch walks through them by recursion
 CONVOLUTION_CLASSES = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the weight's dimensions
 CONVOLUTION_OPERATORS = (
     "convolution.default",
@@ -50,13 +50,13 @@ class Use(NamedTuple):
     argument: str
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_attribute(name: str) -> tuple[str, str]:
     """The module and the attribute of a tensor's name."""
     owner, _, attribute = name.rpartition(".")
     return owner, attribute
 
 
-def shown(target: str) -> str:
+def readable(target: str) -> str:
     """An operator's name, for messages."""
     return target.removeprefix("torch.ops.")[:80]
 
@@ -101,7 +101,7 @@ def recover_layers(
     """
     by_owner: dict[str, dict[str, ProgramTensor]] = {}
     for tensor in source.tensors:
-        owner, attribute = split_name(tensor.name)
+        owner, attribute = split_attribute(tensor.name)
         by_owner.setdefault(owner, {})[attribute] = tensor
     called: dict[int, str | None] = {}
     modules: dict[str, nn.Module] = {}
@@ -125,14 +125,14 @@ def _register_tensors(program: nn.Module, source: ProgramDescription) -> None:
         key = tensor.kind == "parameter", tensor.data
         if key not in loaded:
             loaded[key] = _loaded(tensor, contents[tensor.data.member], source.path)
-        owner, attribute = split_name(tensor.name)
+        owner, attribute = split_attribute(tensor.name)
         _register_tensor(program.get_submodule(owner), attribute, tensor, loaded[key], source.path)
 
 
 def _register_module(program: nn.Module, path: str, module: nn.Module, file: Path) -> None:
     parent: nn.Module = program
     *parents, last = path.split(".")
-    if len(parents) > MAX_DEPTH:
+    if len(parents) > MAX_MODULE_DEPTH:
         raise InputRefused(f"{file}: {path[:80]!r}... cannot be a module's name: it is {len(parents)} modules deep")
     for part in parents:
         if part not in parent._modules:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_export.plan import Step
-from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum, Wide
+from lora_export.verification.against_checkpoint.fp64_sums import Fp64Sum
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
+from lora_export.verification.parity import Wide
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,17 +11,17 @@ from lora_export.verification.against_checkpoint.changed_weight import ChangedWe
 from lora_export.verification.against_checkpoint.fp64_sums import (
     OTHER_LAYOUT,
     Fp64Sum,
-    Wide,
     allowed_error,
     half_step,
     sum_in_other_layout,
 )
+from lora_export.verification.parity import Wide
 
 CLOSE = 0.05  # ‖residual‖ / ‖difference from W‖ up to which other scales explain a difference
 SCALE_TOLERANCE = 1e-3
 
 
-def explain(weight: ChangedWeight, right: Fp64Sum, detected: Mapping[str, bool], *, is_local: bool) -> str:
+def explain_difference(weight: ChangedWeight, right: Fp64Sum, detected: Mapping[str, bool], *, is_local: bool) -> str:
     """What may have happened; empty where nothing known explains it.
 
     `detected` names the deliberately wrong sums, and whether the candidate differs from each. `is_local`: only a few

@@ -8,17 +8,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step
-from lora_export.verification.parity import CONTROL_SCALE
+from lora_export.verification.parity import CONTROL_SCALE, Wide
 
 FP32_ROUNDOFF = 2.0**-24
 
 OTHER_LAYOUT = {Layout.OUT_IN: Layout.IN_OUT, Layout.IN_OUT: Layout.OUT_IN}
-
-Wide = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,17 +11,16 @@ import numpy as np
 
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
-from lora_export.verification.against_checkpoint.explain_difference import explain
+from lora_export.verification.against_checkpoint.explain_difference import explain_difference
 from lora_export.verification.against_checkpoint.fp64_sums import (
     OTHER_LAYOUT,
     Fp64Sum,
-    Wide,
     allowed_error,
     wrong_sums,
 )
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
-from lora_export.verification.parity import Outcome, WorstElement
+from lora_export.verification.parity import Outcome, Wide, WorstElement
 
 
 def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
@@ -43,7 +42,7 @@ def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTe
             "is allowed"
         )
         detected = {what: one.detected for what, one in controls.items()}
-        guess = explain(weight, right, detected, is_local=result.off <= result.elements / 100)
+        guess = explain_difference(weight, right, detected, is_local=result.off <= result.elements / 100)
         return replace(result, outcome=Outcome.DIFFERENT, why=f"{why}: {guess}" if guess else why)
     missed = [what for what, detected in result.controls.items() if not detected]
     if missed:

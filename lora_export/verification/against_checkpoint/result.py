@@ -10,7 +10,7 @@ from lora_export.errors import one_line
 from lora_export.plan import Step
 from lora_export.verification.parity import Outcome, WorstElement
 
-SHOWN = 8  # weights that are printed; the object holds all of them
+SHOWN_WEIGHTS = 8  # weights that are printed; the object holds all of them
 
 
 class Fate(StrEnum):
@@ -78,8 +78,8 @@ class Audit:
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
         lines = [f"{self.outcome}: {len(self.weights)} tensors, of which {counts or 'none'} as they should be"]
         lines += [f"  {line}" for line in map(one_line, self.recorded)]
-        lines += [f"  {weight}" for weight in self.worst[:SHOWN]]
-        lines += [f"  and {len(self.worst) - SHOWN} more"] if len(self.worst) > SHOWN else []
+        lines += [f"  {weight}" for weight in self.worst[:SHOWN_WEIGHTS]]
+        lines += [f"  and {len(self.worst) - SHOWN_WEIGHTS} more"] if len(self.worst) > SHOWN_WEIGHTS else []
         return "\n".join([*lines, *(self._margins() if self else ())])
 
     def _margins(self) -> list[str]:

@@ -13,8 +13,9 @@ from lora_export.verification import parity
 from lora_export.verification.diagnose.diagnosis import LayerError
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.layer_products import bias_of
-from lora_export.verification.diagnose.module_calls import Array, CallValues, ModuleCall, observing_calls, to_numpy
+from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, observing_calls, to_numpy
 from lora_export.verification.diagnose.traced_candidate import TracedCandidate
+from lora_export.verification.parity import Array
 
 # A module may be off by this many times the verdict's own k. Inside a model a few outliers make an rmse a matter of
 # chance: in correct graphs of MiniLM, modules were off by up to 6.5 times PyTorch's own error.

@@ -14,7 +14,8 @@ from lora_export.plan import Plan
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.diagnose.module_calls import Array, CallValues, ModuleCall, matrix_weights, record_calls
+from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, matrix_weights, record_calls
+from lora_export.verification.parity import Array
 
 
 @dataclass(frozen=True, eq=False)

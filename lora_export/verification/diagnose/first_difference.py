@@ -12,13 +12,13 @@ from lora_export.graph.insert.adapter_names import module_of
 from lora_export.verification.diagnose.compare_calls import INTEGERS, ComparedCall, ErrorFigures, figures_of
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.layer_observation import LayerObservation
-from lora_export.verification.diagnose.layer_products import bias_of, matrix_of, product_rows
-from lora_export.verification.diagnose.module_calls import Array, CallValues, ModuleCall
-from lora_export.verification.diagnose.root_cause import NOT_EXPLAINED, Cause, OtherModules, explain
+from lora_export.verification.diagnose.layer_products import bias_of, product_rows, weight_matrix
+from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall
+from lora_export.verification.diagnose.root_cause import NOT_EXPLAINED, Cause, OtherModules, find_root_cause
 from lora_export.verification.diagnose.traced_candidate import TracedCandidate, TracedGraph
-from lora_export.verification.parity import Wide
+from lora_export.verification.parity import Array, Wide
 
-Values = Mapping[ModuleCall, CallValues]
+ValuesByCall = Mapping[ModuleCall, CallValues]
 Compared = Mapping[ModuleCall, ComparedCall]
 
 
@@ -30,7 +30,7 @@ class FirstDifference(NamedTuple):
 
 
 def find_first_difference(
-    case: DiagnosisCase, traced: TracedCandidate, compared: Compared, values: Values
+    case: DiagnosisCase, traced: TracedCandidate, compared: Compared, values: ValuesByCall
 ) -> FirstDifference | None:
     """The first of the calls in `values` whose input or output differs; None where all agree."""
     previous: ModuleCall | None = None
@@ -91,7 +91,7 @@ def _ignored_inputs(case: DiagnosisCase, call: ModuleCall, x: Array) -> Iterator
 
 
 def _why_output_differs(
-    case: DiagnosisCase, traced: TracedCandidate, call: ModuleCall, compared: Compared, values: Values
+    case: DiagnosisCase, traced: TracedCandidate, call: ModuleCall, compared: Compared, values: ValuesByCall
 ) -> str:
     """Why the output of a call differs, where its input agrees or could not be compared."""
     layer = compared[call].layer
@@ -102,7 +102,7 @@ def _why_output_differs(
         return "\n".join([*lines, f"{NOT_EXPLAINED}: this kind of layer is not analysed"])
     if observed.agrees:
         return "\n".join([*lines, "its output is correct for its own input: the difference grew before it"])
-    cause = explain(observed, _other_modules(case, values, call, observed))
+    cause = find_root_cause(observed, _other_modules(case, values, call, observed))
     lines.append(str(cause) if cause else NOT_EXPLAINED)
     if cause and cause.kind == "missing" and isinstance(traced, TracedGraph) and traced.lacks_adapter:
         lines.append("the graph takes an adapter's file, and ran without one (--onnx-adapter)")
@@ -141,25 +141,27 @@ def observe_layer(
         name=str(call),
         x=rows[0],
         y=rows[1],
-        weight=matrix_of(attached),
+        weight=weight_matrix(attached),
         bias=bias if traced.has_bias(call) else None,
         step=step if step and step.terms else None,
         shift=shift if shift is not None and shift.any() else None,
-        original_weight=matrix_of(base) if step is not None and step.replace is not None else None,
+        original_weight=weight_matrix(base) if step is not None and step.replace is not None else None,
         candidate_weight=traced.stored_weight(call) if with_stored_weight else None,
         tolerance=tolerance,
-        rounded_weight=None if rounded is None else matrix_of(rounded),
+        rounded_weight=None if rounded is None else weight_matrix(rounded),
     )
 
 
-def _other_modules(case: DiagnosisCase, values: Values, call: ModuleCall, observed: LayerObservation) -> OtherModules:
+def _other_modules(
+    case: DiagnosisCase, values: ValuesByCall, call: ModuleCall, observed: LayerObservation
+) -> OtherModules:
     """What the candidate may have used in place of the module's own weights and input."""
     base_weights = case.base_weights
 
     def weights(shape: tuple[int, ...]) -> Iterator[tuple[str, Wide]]:
         for name, weight in base_weights.items():
             if name != call.weight and weight.matrix_shape == shape:
-                yield module_of(name), matrix_of(weight)
+                yield module_of(name), weight_matrix(weight)
 
     steps = {module_of(step.weight): step for step in case.plan.low_rank} if case.plan else {}
     inputs = {}
@@ -188,7 +190,7 @@ def _about_other_calls(
     first: ModuleCall,
     cause: Cause | None,
     compared: Compared,
-    values: Values,
+    values: ValuesByCall,
 ) -> str:
     """How many other modules are wrong by themselves, and how many of them in the same way."""
     others = [
@@ -201,6 +203,6 @@ def _about_other_calls(
     checked = f"of {len(observed)} other modules, each checked on its own input,"
     if not wrong:
         return f"{checked} none is wrong"
-    causes = [explain(layer) for layer in wrong]
+    causes = [find_root_cause(layer) for layer in wrong]
     alike = sum(other is not None and cause is not None and other.kind == cause.kind for other in causes)
     return f"{checked} {len(wrong)} are wrong, {alike} in the same way"

@@ -9,19 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_export.lora import LoraPair
 from lora_export.plan import Step, Term
-from lora_export.verification.parity import EPS, Wide, rms
+from lora_export.verification.parity import EPS, FEW_EPS, Array, Wide, rms
 
-Array = NDArray[Any]
-
-FP32_ERRORS = 8.0  # a layer may be off by this many times the error of its own product in fp32
-FEW_EPS = 4  # and by this many fp32 epsilons of its output
+# A layer may be off by this many times the error of its own product in fp32, and by FEW_EPS of its output.
+FP32_ERRORS = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +83,11 @@ class LayerObservation:
     def pair_output(self, term: Term, x: Array | None = None) -> Wide:
         """(n, out): what a term's pair makes of the layer's input, or of another one."""
         a, b = factors(term.pair)
-        return times(times(self.x if x is None else x, a), b) * scale_of(term)
+        return apply_matrix(apply_matrix(self.x if x is None else x, a), b) * scale_of(term)
 
     def product(self, weight: Wide) -> Wide:
         """(n, out): x Wᵀ."""
-        return times(self.x, weight)
+        return apply_matrix(self.x, weight)
 
     def merged_weight(self, factor: float = 1.0) -> Wide:
         """(out, in): W + factor · ΔW."""
@@ -103,7 +99,7 @@ class LayerObservation:
 
     def dora_product(self, magnitude: Array, weight: Wide, norms_of: Wide | None = None) -> Wide:
         """(n, out): x Wᵀ, each output times its magnitude / ‖W‖; with the norms of `norms_of` instead, if given."""
-        return self.product(weight) * dora_factors(magnitude, weight if norms_of is None else norms_of)
+        return self.product(weight) * expected_dora_factors(magnitude, weight if norms_of is None else norms_of)
 
     # --- errors ---
 
@@ -117,7 +113,7 @@ class LayerObservation:
         """The error that fp32 costs this layer on this input, some times over."""
         merged = self.merged_weight()
         x = self.x.astype(np.float32) if self.x.dtype.kind == "f" else self.x
-        in_fp32 = times(x, merged.astype(np.float32)).astype(np.float64)
+        in_fp32 = apply_matrix(x, merged.astype(np.float32)).astype(np.float64)
         own = rms(in_fp32 - self.product(merged))
         return max(self.tolerance, FP32_ERRORS * own, FEW_EPS * EPS["float32"] * rms(self.expected))
 
@@ -132,7 +128,7 @@ class LayerObservation:
         return self.error <= self.allowed_error
 
 
-def times(x: Array, matrix: Array) -> Array:
+def apply_matrix(x: Array, matrix: Array) -> Array:
     """x (n, in), or ids (n,) of its columns, by a matrix (out, in)."""
     product: Array = x @ matrix.T if x.ndim == 2 else matrix[:, x].T
     return product
@@ -149,7 +145,7 @@ def scale_of(term: Term) -> float:
     return term.strength * term.pair.scale
 
 
-def dora_factors(magnitude: Array, weight: Wide) -> Wide:
+def expected_dora_factors(magnitude: Array, weight: Wide) -> Wide:
     """(out,): magnitude / ‖W‖; the magnitude itself where a row of W is zero."""
     norms = np.linalg.norm(weight, axis=1)
     factor: Wide = magnitude / np.where(norms, norms, 1.0)

@@ -11,11 +11,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from lora_export import layers
 from lora_export.layers import MatrixWeight
 from lora_export.plan import Layout
-from lora_export.verification.diagnose.module_calls import Array, CallValues
-from lora_export.verification.parity import Wide
+from lora_export.verification.diagnose.module_calls import CallValues
+from lora_export.verification.parity import Array, Wide
 
 
-def matrix_of(weight: MatrixWeight) -> Wide:
+def weight_matrix(weight: MatrixWeight) -> Wide:
     """The weight (out, in) without its adapters, a convolution's kernel flattened."""
     tensor = weight.tensor.detach().double().cpu().numpy()
     tensor = tensor.T if weight.layout.is_transposed else tensor
@@ -33,7 +33,7 @@ def product_rows(values: CallValues, weight: MatrixWeight) -> tuple[Array, Wide]
     x, y = values
     if x is None:
         return None
-    if isinstance(weight.owner, layers.CONVOLUTIONS):
+    if isinstance(weight.owner, layers.CONVOLUTION_TYPES):
         return convolution_rows(x, y, weight.owner)
     y = y.reshape(-1, y.shape[-1]).astype(np.float64)
     x = x.reshape(-1) if weight.layout is Layout.EMBEDDING else x.reshape(-1, x.shape[-1]).astype(np.float64)

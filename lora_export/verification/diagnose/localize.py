@@ -24,7 +24,7 @@ from lora_export.verification.diagnose.first_difference import FirstDifference, 
 from lora_export.verification.diagnose.module_calls import ModuleCall, observing_calls
 from lora_export.verification.diagnose.traced_candidate import TracedCandidate, trace
 
-MAX_NUMBERS = 1 << 25  # inputs and outputs of modules that each run holds at a time
+MAX_HELD_NUMBERS = 1 << 25  # inputs and outputs of modules that each run holds at a time
 
 
 def diagnose(case: DiagnosisCase, *, every: bool = False) -> Diagnosis:
@@ -119,7 +119,7 @@ def _groups(calls: Sequence[ModuleCall], sizes: Mapping[ModuleCall, int]) -> Ite
     group: list[ModuleCall] = []
     total = 0
     for call in calls:
-        if group and total + sizes[call] > MAX_NUMBERS:
+        if group and total + sizes[call] > MAX_HELD_NUMBERS:
             yield group
             group, total = [], 0
         group.append(call)

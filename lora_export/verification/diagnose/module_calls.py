@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_export import layers
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.layers import MatrixWeight
-
-Array = NDArray[Any]
+from lora_export.verification.parity import Array
 
 
 class ModuleCall(NamedTuple):

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from lora_export.plan import Step, Term
 from lora_export.verification.diagnose.layer_observation import (
-    Array,
     LayerObservation,
-    dora_factors,
+    apply_matrix,
+    expected_dora_factors,
     factors,
     scale_of,
-    times,
 )
-from lora_export.verification.parity import Wide, rms
+from lora_export.verification.parity import Array, Wide, rms
 
 UNEXPLAINED = 0.02  # of the difference, that an explanation may leave
 SAME_FACTOR = 2e-3  # relative difference up to which a fitted factor is a known one
@@ -67,7 +66,7 @@ class OtherModules:
     weights: Callable[[tuple[int, ...]], Iterable[tuple[str, Wide]]] = field(default=lambda _: ())
 
 
-def explain(layer: LayerObservation, others: OtherModules | None = None) -> Cause | None:
+def find_root_cause(layer: LayerObservation, others: OtherModules | None = None) -> Cause | None:
     """The simplest explanation of a wrong output that fits it as well as any; None where none fits.
 
     Other modules are considered only where the module's own weights do not explain the whole difference.
@@ -217,7 +216,7 @@ def _transposed_factors(layer: LayerObservation) -> Iterator[Explanation]:
                     total += layer.product(turn(b @ a)) * scale_of(term)
                 else:
                     a, b = (turn(a), b) if wrong == "A" else (a, turn(b))
-                    total += times(times(layer.x, a), b) * scale_of(term)
+                    total += apply_matrix(apply_matrix(layer.x, a), b) * scale_of(term)
             yield Explanation(f"transposed {wrong}", f"{text} is transposed", total)
 
 
@@ -253,7 +252,7 @@ def _wrong_dora(layer: LayerObservation, magnitude: Array) -> Iterator[Explanati
         layer.dora_product(magnitude, total, norms_of=layer.weight) + constant,
     )
     if layer.bias is not None:
-        predicted = layer.expected - constant + constant * dora_factors(magnitude, total)
+        predicted = layer.expected - constant + constant * expected_dora_factors(magnitude, total)
         yield Explanation("rescaled bias", "DoRA's magnitude rescales the bias too", predicted)
     for factor, _ in _known_factors(term):
         text = _describe_strength(factor, term, several=False)
@@ -299,7 +298,7 @@ def _rounded_weights(layer: LayerObservation) -> Iterator[Explanation]:
                 both = layer.product(base) + layer.constant
                 for term in layer.terms:
                     a, b = factors(term.pair)
-                    both += times(times(layer.x, _rounded(a, dtype)), _rounded(b * scale_of(term), dtype))
+                    both += apply_matrix(apply_matrix(layer.x, _rounded(a, dtype)), _rounded(b * scale_of(term), dtype))
                 base_alone = layer.product(base - layer.weight) + layer.expected
                 yield Explanation(kind, f"its weights, A and B are rounded to {name}", both)
                 yield Explanation(kind, f"the base's weights are rounded to {name}", base_alone)

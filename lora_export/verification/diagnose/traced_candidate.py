@@ -20,7 +20,7 @@ from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
-from lora_export.verification.diagnose.layer_products import matrix_of
+from lora_export.verification.diagnose.layer_products import weight_matrix
 from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, matrix_weights, record_calls
 from lora_export.verification.parity import Wide
 
@@ -158,7 +158,7 @@ class TracedModule:
 
     def stored_weight(self, call: ModuleCall) -> Wide | None:
         """The weight (out, in) of the module."""
-        return matrix_of(self.weights[call.weight])
+        return weight_matrix(self.weights[call.weight])
 
     def has_bias(self, _: ModuleCall) -> bool:
         return True

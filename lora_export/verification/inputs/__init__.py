@@ -34,6 +34,6 @@ class Inputs:
         return {case: {name: array.shape for name, array in arrays.items()} for case, arrays in self.cases.items()}
 
 
-def summary(arrays: Mapping[str, NDArray[Any]]) -> str:
+def describe_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
     """Names, dtypes and shapes, such as `input_ids int64 [2, 7]`."""
     return ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ADAPTER_IDS
 from lora_export.graph.operators import head_size
+from lora_export.runtime.runner import Arrays
 from lora_export.storage.npz import read_arrays
 from lora_export.verification.inputs import REDRAWS
 
-Arrays = dict[str, NDArray[Any]]
 
-
-class Sizes(NamedTuple):
+class GraphSizes(NamedTuple):
     """The sizes of one set of inputs."""
 
     batch: int
@@ -33,10 +32,10 @@ class Sizes(NamedTuple):
 
 
 # All lengths differ, and one batch has a single row. The cache is empty in two cases, and filled in one.
-CASES = (Sizes(1, 7, 0), Sizes(3, 16, 5), Sizes(5, 29, 0))
+CASES = (GraphSizes(1, 7, 0), GraphSizes(3, 16, 5), GraphSizes(5, 29, 0))
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
-MASK = re.compile(r"mask", re.IGNORECASE)
-POSITION = re.compile(r"position", re.IGNORECASE)
+MASK_NAME = re.compile(r"mask", re.IGNORECASE)
+POSITION_NAME = re.compile(r"position", re.IGNORECASE)
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})  # read rows of input 0 by the ids at input 1
 VALUE_PRESERVING = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose"})
 
@@ -58,17 +57,17 @@ class InputGenerator:
                 f"array for each of {', '.join(str(value.name) for value in self.inputs)}"
             )
 
-    def alternatives(self, sizes: Sizes) -> list[Sizes]:
+    def alternatives(self, sizes: GraphSizes) -> list[GraphSizes]:
         """These sizes; for a graph with a cache also one step after the cache, and an empty cache."""
         if not self.caches or not sizes.past:
             return [sizes]
         return [sizes, sizes._replace(length=1), sizes._replace(past=0)]
 
-    def label(self, sizes: Sizes) -> str:
+    def label(self, sizes: GraphSizes) -> str:
         """The name of a case of these sizes."""
         return f"batch {sizes.batch} x length {sizes.length}" + (f" after {sizes.past}" if self.caches else "")
 
-    def redraw(self, sizes: Sizes, before: Arrays, *, seed: int) -> Arrays:
+    def redraw(self, sizes: GraphSizes, before: Arrays, *, seed: int) -> Arrays:
         """Each input with other values than in `before`; an input that cannot be varied is left out."""
         varied: Arrays = {}
         for number in range(REDRAWS):
@@ -77,7 +76,7 @@ class InputGenerator:
                     varied.setdefault(name, array)
         return varied
 
-    def make(self, wanted: Sizes, *, seed: int) -> Arrays:
+    def make(self, wanted: GraphSizes, *, seed: int) -> Arrays:
         """One set of inputs, of these sizes where the graph leaves them open."""
         rng = np.random.default_rng(seed)
         batch, length, past = wanted if self.caches else wanted._replace(past=0)
@@ -108,7 +107,7 @@ class InputGenerator:
         return size_of
 
     def _rank_of_kind(self, value: ir.Value) -> int:
-        return 0 if value in self.caches else 2 if MASK.search(value.name or "") else 1
+        return 0 if value in self.caches else 2 if MASK_NAME.search(value.name or "") else 1
 
     @property
     def _lengths(self) -> set[str]:
@@ -135,7 +134,7 @@ def _problem(value: ir.Value) -> str:
     name, dtype = value.name or "", value.dtype
     if dtype is None or value.shape is None:
         return f"the type and shape of {name} are unknown"
-    if _is_float(value) or MASK.search(name) or POSITION.search(name):
+    if _is_float(value) or MASK_NAME.search(name) or POSITION_NAME.search(name):
         return ""
     if dtype is ir.DataType.BOOL and CACHE.search(name):
         return ""
@@ -150,9 +149,9 @@ def _array(
     name, dtype = value.name or "", value.dtype
     assert dtype is not None
     numpy_dtype = dtype.numpy()
-    if MASK.search(name):
+    if MASK_NAME.search(name):
         return _mask(shape, past, valid).astype(numpy_dtype)
-    if POSITION.search(name) and not _is_float(value):
+    if POSITION_NAME.search(name) and not _is_float(value):
         length = shape[-1] if shape else 1
         return np.broadcast_to(np.arange(past, past + length), shape).astype(numpy_dtype)
     if _is_float(value):

@@ -1,7 +1,7 @@
 """The verdict on two sets of arrays: same, different or undecided. Knows neither torch nor onnxruntime."""
 
 from lora_export.verification.parity.case import Case
-from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Arrays, Wide, histogram, rms
+from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Outputs, Wide, histogram, rms
 from lora_export.verification.parity.gates import (
     CONTROL_SCALE,
     CONTROLS,
@@ -13,7 +13,7 @@ from lora_export.verification.parity.gates import (
     ratio_limit,
     tail_gate,
 )
-from lora_export.verification.parity.judging import DEPLOYED, judge
+from lora_export.verification.parity.judging import DEPLOYED_DTYPES, judge
 from lora_export.verification.parity.verdict import (
     DECIDES,
     PYTORCH,
@@ -39,7 +39,7 @@ __all__ = [
     "CONTROLS",
     "CONTROL_SCALE",
     "DECIDES",
-    "DEPLOYED",
+    "DEPLOYED_DTYPES",
     "EPS",
     "FEW_ELEMENTS",
     "FEW_EPS",
@@ -47,7 +47,6 @@ __all__ = [
     "SHOWN",
     "Allowance",
     "Array",
-    "Arrays",
     "Case",
     "Comparison",
     "Control",
@@ -55,6 +54,7 @@ __all__ = [
     "Gate",
     "Histogram",
     "Outcome",
+    "Outputs",
     "Reason",
     "Sensitivity",
     "Tolerance",

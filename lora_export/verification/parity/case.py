@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_export.verification.parity.figures import Arrays
+from lora_export.verification.parity.figures import Outputs
 from lora_export.verification.parity.verdict import PYTORCH
 
 
@@ -22,16 +22,16 @@ class Case:
 
     name: str
     inputs_summary: str  # such as "input_ids int64 [2, 7]"
-    reference: Arrays
-    deployed: Arrays
-    candidate: Arrays
-    base: Arrays | None = None
-    scaled: Arrays | None = None
-    attached: Arrays | None = None
+    reference: Outputs
+    deployed: Outputs
+    candidate: Outputs
+    base: Outputs | None = None
+    scaled: Outputs | None = None
+    attached: Outputs | None = None
     peer: str = PYTORCH  # the implementation that computed `deployed`
 
     @property
-    def runs(self) -> dict[str, Arrays]:
+    def runs(self) -> dict[str, Outputs]:
         """The outputs of every run of the case, by the name that a message gives the run."""
         every = {
             "the candidate": self.candidate,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_export.verification.parity.verdict import Histogram, WorstElement
 
 Array = NDArray[Any]
-Arrays = Mapping[str, Array]  # output -> its values
+Outputs = Mapping[str, Array]  # output -> its values
 Wide = NDArray[np.float64]
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1 to the next number

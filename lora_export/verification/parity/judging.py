@@ -74,7 +74,7 @@ from lora_export.verification.parity.verdict import (
 )
 from lora_export.verification.parity.whole_set import input_reasons, notes_on_scope, power_reasons
 
-DEPLOYED = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
+DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
 
 
 def judge(
@@ -95,11 +95,11 @@ def judge(
     `doubts` are parts of the model that the inputs do not exercise; each makes the verdict undecided. `faults` are
     errors in the candidate's weights; each makes it different, however little of it reaches an output.
 
-    Raises InputRefused for a dtype that is not in `DEPLOYED`, and for a tolerance that is negative or not finite.
+    Raises InputRefused for a dtype that is not in DEPLOYED_DTYPES, and for a tolerance that is negative or not finite.
     """
-    if dtype not in DEPLOYED:
+    if dtype not in DEPLOYED_DTYPES:
         raise InputRefused(
-            f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED)}"
+            f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED_DTYPES)}"
         )
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora_export.verification.parity.case import Case
-from lora_export.verification.parity.figures import Array, Arrays, is_float
+from lora_export.verification.parity.figures import Array, Outputs, is_float
 from lora_export.verification.parity.verdict import Outcome, Reason, count
 
 CANDIDATE, REFERENCE, DEPLOYED = "the candidate", "the reference", "the deployed model"  # as in `Case.runs`
@@ -30,10 +30,10 @@ def structure_reasons(case: Case, output: str, *, adapted: bool) -> list[Reason]
     return []
 
 
-Problem = tuple[Outcome, str]
+StructureProblem = tuple[Outcome, str]
 
 
-def _missing(case: Case, by_run: Arrays, *, adapted: bool) -> Iterator[Problem]:
+def _missing(case: Case, by_run: Outputs, *, adapted: bool) -> Iterator[StructureProblem]:
     if list(by_run) == [CANDIDATE]:
         yield Outcome.DIFFERENT, "only the candidate has this output"
         return
@@ -45,7 +45,7 @@ def _missing(case: Case, by_run: Arrays, *, adapted: bool) -> Iterator[Problem]:
         yield Outcome.UNDECIDED, f"the case was not run {missing}, so a control cannot be checked"
 
 
-def _wrong_shapes(case: Case, by_run: Arrays) -> Iterator[Problem]:
+def _wrong_shapes(case: Case, by_run: Outputs) -> Iterator[StructureProblem]:
     shape = by_run[REFERENCE].shape
     for run, array in by_run.items():
         if array.shape != shape:
@@ -53,7 +53,7 @@ def _wrong_shapes(case: Case, by_run: Arrays) -> Iterator[Problem]:
             yield _outcome(run), f"{run}'s shape is {shapes}, for the inputs {case.inputs_summary}"
 
 
-def _wrong_dtypes(case: Case, by_run: Arrays) -> Iterator[Problem]:
+def _wrong_dtypes(case: Case, by_run: Outputs) -> Iterator[StructureProblem]:
     deployed = by_run[DEPLOYED]
     for run, array in by_run.items():
         if run == CANDIDATE and array.dtype != deployed.dtype:
@@ -76,7 +76,7 @@ def _are_comparable(array: Array, deployed: Array) -> bool:
     return array.dtype == deployed.dtype and deployed.dtype.kind in "iub"
 
 
-def _not_finite(by_run: Arrays) -> Iterator[Problem]:
+def _not_finite(by_run: Outputs) -> Iterator[StructureProblem]:
     """NaN and infinity. NaN in all runs is no agreement: where the measure is not finite, nothing is decided."""
     measure_is_finite = np.isfinite(by_run[REFERENCE]) & np.isfinite(by_run[DEPLOYED])
     for run, array in by_run.items():

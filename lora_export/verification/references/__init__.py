@@ -26,7 +26,7 @@ from lora_export.lora import Adapter
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.verification import parity
-from lora_export.verification.candidate_outputs import CandidateOutputs, Step
+from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs
 
@@ -78,13 +78,13 @@ class References(Protocol):
 class PreparedReferences(Protocol):
     """References for one candidate and its inputs."""
 
-    def run(self, outputs: CandidateOutputs, step: Step) -> ReferenceOutputs:
+    def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run the references, one after the other."""
 
-    def run_merged(self, step: Step) -> MergedPeer | None:
+    def run_merged(self, step: OnProofStep) -> MergedPeer | None:
         """Run the deployed model with its adapters merged; None where that is no other computation."""
 
-    def diagnose(self, case: parity.Case, *, every: bool, step: Step) -> Diagnosed:
+    def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         """Find the first module that differs in a case. Returns notes, too, and None where nothing is compared.
 
         With `every`, all modules are compared. Raises nothing: no failure here changes a verdict.

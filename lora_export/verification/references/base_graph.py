@@ -13,11 +13,11 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.hashes import file_sha256
 from lora_export.verification.inputs import Inputs, graph_inputs
-from lora_export.verification.inputs.graph_inputs import InputGenerator, Sizes
+from lora_export.verification.inputs.graph_inputs import GraphSizes, InputGenerator
 from lora_export.verification.references.graph_sessions import Fp64Outputs, open_graph_session, run_in_fp64
 from lora_export.weights.checkpoint import Checkpoint
 
-HALVES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
+ONNX_HALVES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class BaseGraph:
     def dtype(self) -> str:
         """The coarsest float type of the stored weights."""
         kinds = {value.dtype for value in self.model.graph.initializers.values()}
-        return next((name for name, kind in HALVES.items() if kind in kinds), "float32")
+        return next((name for name, kind in ONNX_HALVES.items() if kind in kinds), "float32")
 
     @cached_property
     def sha256(self) -> str:
@@ -83,8 +83,8 @@ class BaseGraph:
         return Inputs(cases, varied=arrays, perturbed=accepted)
 
     def _accepted(
-        self, generator: InputGenerator, runner: OnnxRunner, wanted: Sizes, seed: int
-    ) -> tuple[Sizes, Arrays]:
+        self, generator: InputGenerator, runner: OnnxRunner, wanted: GraphSizes, seed: int
+    ) -> tuple[GraphSizes, Arrays]:
         """The first alternative to these sizes whose inputs the graph accepts, and the inputs."""
         refusal = None
         for sizes in generator.alternatives(wanted):

@@ -27,10 +27,10 @@ from lora_export import __version__
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.runtime.runner import Arrays
 from lora_export.storage import atomic_output, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
 
-Arrays = dict[str, NDArray[Any]]
 Warn = Callable[[str], None]
 
 METADATA = "lora_export"

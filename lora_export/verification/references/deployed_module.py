@@ -20,7 +20,7 @@ from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.module_copies import (
     converted_copy,
-    named_tensors,
+    parameters_and_buffers,
     shared_copy,
     to_double,
     to_single,
@@ -28,7 +28,7 @@ from lora_export.verification.references.module_copies import (
 )
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
-HALVES = frozenset({torch.float16, torch.bfloat16})
+TORCH_HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 def deployed_module(attached: AttachedModule, quantised: Mapping[str, DequantisedWeight], device: str) -> nn.Module:
@@ -38,11 +38,15 @@ def deployed_module(attached: AttachedModule, quantised: Mapping[str, Dequantise
     are not rounded are shared.
     """
     if attached.rounding:
-        own = {name: tensor.dtype for name, tensor in named_tensors(attached.module) if tensor.dtype in HALVES}
+        own = {
+            name: tensor.dtype
+            for name, tensor in parameters_and_buffers(attached.module)
+            if tensor.dtype in TORCH_HALVES
+        }
         with widened(attached.module):
             module = converted_copy(attached.rounded_module(), to_single)
         module.to(device)
-        for name, tensor in named_tensors(module):
+        for name, tensor in parameters_and_buffers(module):
             tensor.data = tensor.data.to(own.get(name, tensor.dtype))  # what the model has in half precision stays so
     else:
         module = shared_copy(attached.module) if device == "cpu" else copy.deepcopy(attached.module).to(device)
@@ -59,14 +63,14 @@ def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
 
 def candidate_dtype(candidate: Runner) -> torch.dtype:
     """The half precision of a candidate that PyTorch runs; float32 of every other candidate."""
-    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in HALVES else torch.float32
+    return candidate.dtype if isinstance(candidate, ModuleRunner) and candidate.dtype in TORCH_HALVES else torch.float32
 
 
 def coarser_dtype(candidate: Runner, module: nn.Module) -> torch.dtype:
     """The coarser of the candidate's dtype and the module's: a half precision of either, or float32."""
     own = candidate_dtype(candidate)
-    halves = (tensor.dtype for tensor in module.parameters() if tensor.dtype in HALVES)
-    return own if own in HALVES else next(halves, own)
+    halves = (tensor.dtype for tensor in module.parameters() if tensor.dtype in TORCH_HALVES)
+    return own if own in TORCH_HALVES else next(halves, own)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -92,9 +96,9 @@ def in_candidate_dtype(module: nn.Module, candidate: Runner, model: Model) -> nn
         )
     made = converted_copy(module, torch.clone)
     in_file = candidate.stored_dtypes if isinstance(candidate, ModuleRunner) else {}
-    stored = {name: kind for name, kind in in_file.items() if kind in parity.DEPLOYED}
+    stored = {name: kind for name, kind in in_file.items() if kind in parity.DEPLOYED_DTYPES}
     parameters = dict(made.named_parameters(remove_duplicate=False))
-    for name, tensor in named_tensors(made):
+    for name, tensor in parameters_and_buffers(made):
         if tensor.is_floating_point():
             usual = dtype if name in parameters else torch.float32  # a buffer that no file has stays in fp32
             tensor.data = tensor.data.to(getattr(torch, stored.get(name, dtype_name(usual))))

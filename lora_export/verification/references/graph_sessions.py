@@ -14,7 +14,7 @@ from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
 
-FLOAT_TYPES = {
+FLOAT_OUTPUTS = {
     "tensor(float)": ir.DataType.FLOAT,
     "tensor(float16)": ir.DataType.FLOAT16,
     "tensor(bfloat16)": ir.DataType.BFLOAT16,
@@ -50,4 +50,4 @@ def inferred_types(model: ir.Model) -> dict[str, ir.DataType]:
     unknown = [value for value in produced if value.dtype in (None, ir.DataType.UNDEFINED)]
     exposed.graph.outputs.extend(value for value in unknown if not value.is_graph_output())
     session = OnnxRunner(InMemoryGraph("the graph", *in_memory(exposed)), optimise=False).session
-    return {value.name: FLOAT_TYPES[value.type] for value in session.get_outputs() if value.type in FLOAT_TYPES}
+    return {value.name: FLOAT_OUTPUTS[value.type] for value in session.get_outputs() if value.type in FLOAT_OUTPUTS}

@@ -1,6 +1,6 @@
 """Reference graphs: a plan carried out in a graph in another way than the candidate's.
 
-`sum_at_weights` computes W + ΔW in the graph itself, between each weight and its reader. `fold` computes the sum in
+`sum_at_weights` computes W + ΔW in the graph itself, between each weight and its reader. `fold_graph` computes the sum in
 NumPy, and `insert_nodes` computes x·ΔW beside it. The reference uses neither's arithmetic, and none of the code that
 moves or copies weights there.
 """
@@ -26,10 +26,10 @@ from lora_export.graph.refusals import refuse_unsupported_steps
 from lora_export.graph.site import Site
 from lora_export.graph.values import new_initializer, unused_name
 from lora_export.plan import Layout, Plan, Step
+from lora_export.verification.parity import Wide
 from lora_export.verification.references.graph_fp64 import KEEPS_ROUNDING, dequantise
 
 HALF_PRECISION = frozenset({"float16", "bfloat16"})
-Wide = NDArray[np.float64]
 
 
 def sum_at_weights(model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool = False) -> None:

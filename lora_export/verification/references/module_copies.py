@@ -39,7 +39,7 @@ def to_single(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor.clone()
 
 
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def parameters_and_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers; a tensor with several names comes once for each."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)

@@ -34,10 +34,8 @@ from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
 from lora_export.graph.site import Site
 from lora_export.models.model import Model
 from lora_export.plan import Layout, Plan, Step
-from lora_export.verification.parity import DECIDES
+from lora_export.verification.parity import DECIDES, Wide
 from lora_export.weights.checkpoint import open_checkpoint
-
-Wide = NDArray[np.float64]
 
 QUANTISED_OPERATORS = frozenset({MATMUL_NBITS, "DequantizeLinear"})
 INT8_ACCURACY_LEVEL = 4  # MatMulNBits' accuracy_level from which it multiplies in int8; docs/ContribOperators.md

@@ -18,7 +18,7 @@ from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import Adapter, LoraPair
@@ -89,7 +89,7 @@ def test_attention_reads_changed_weights_with_nodes(packed: Any) -> None:
     assert {(site.name, site.block) for site in again.linear if site.block} == {
         (site.name, site.block) for site in found.linear
     }
-    fold(model, again, plan.make([an_adapter({"k": OTHERS["k"]})], again.specs))
+    fold_graph(model, again, plan.make([an_adapter({"k": OTHERS["k"]})], again.specs))
     assert_computes(run(model, x=TOKENS), weights, {**PAIRS, "k": OTHERS["k"]})
 
 

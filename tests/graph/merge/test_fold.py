@@ -13,7 +13,7 @@ import torch
 
 from lora_export import plan
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import LoraPair
 from support.exported_models import EVERY_MODEL, LLAMA, eager, exported, inputs, with_changes
 from support.graphs import a_graph, an_adapter, contents, run, stored
@@ -141,7 +141,7 @@ def test_embedding_and_convolution_are_folded(magnitude: list[float] | None) -> 
     layouts = {"words.weight": plan.Layout.EMBEDDING, "c.weight": plan.Layout.OUT_IN}
     found = find_sites(model)
     specs = [dataclasses.replace(spec, layout=layouts[spec.name]) for spec in found.specs]
-    fold(model, found, plan.make([an_adapter({"words": words, "c": kernel})], specs))
+    fold_graph(model, found, plan.make([an_adapter({"words": words, "c": kernel})], specs))
     for name, pair in (("words.weight", words), ("c.weight", kernel)):
         total = (before[name].T if pair.embedding else before[name]) + pair.delta()
         if magnitude:

@@ -10,7 +10,7 @@ import pytest
 
 from lora_export import plan
 from lora_export.graph.find_sites import find_sites
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import LoraPair
 from support.content_graphs import GEMM, MATMUL, PACKED, QKV, base_checkpoint, product_graph
 from support.graphs import a_graph, an_adapter, run, stored
@@ -22,7 +22,7 @@ def test_folding_into_block_keeps_bytes_of_neighbours(tmp_path: Path, stored_as:
     model = product_graph(stored_as, node)
     found = find_sites(model, base_checkpoint(tmp_path, QKV))
     pairs = {name: LoraPair(a=[[1, -1]], b=b, scale=2.0) for name, b in {"q": [[1], [0]], "v": [[3]]}.items()}
-    fold(model, found, plan.make([an_adapter(pairs)], found.specs))
+    fold_graph(model, found, plan.make([an_adapter(pairs)], found.specs))
     after = stored(model, "W").T if node is MATMUL else stored(model, "W")
     assert np.array_equal(after, [[1 + 2, 2 - 2], [3, 4], [5, 6], [7 + 6, 8 - 6]])
     assert np.array_equal(run(model, x=np.float32([[1, 0]]))["y"], [[3, 3, 5, 13]])
@@ -32,7 +32,7 @@ def test_block_is_replaced_in_layout_of_parameter(tmp_path: Path) -> None:
     model = product_graph(PACKED.T)
     found = find_sites(model, base_checkpoint(tmp_path, QKV))
     whole = np.float32([[9, 8], [7, 6]])
-    fold(model, found, plan.make([an_adapter({}, replaced={"q.weight": whole})], found.specs))
+    fold_graph(model, found, plan.make([an_adapter({}, replaced={"q.weight": whole})], found.specs))
     assert np.array_equal(stored(model, "W").T, [[9, 8], [7, 6], [5, 6], [7, 8]])
 
 

@@ -18,7 +18,7 @@ from lora_export import plan
 from lora_export.errors import InputRefused
 from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.site import NameSource, Site
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
@@ -206,7 +206,7 @@ def test_folding_into_quantised_weight_is_refused_with_advice(as_pairs: bool) ->
     steps = plan.make([an_adapter({"a": PAIR})], found.specs)
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(InputRefused, match=r"a.weight is quantised .*--lora nodes.*float model"):
-        fold(model, found, steps)
+        fold_graph(model, found, steps)
     assert ir.to_proto(model).SerializeToString() == before
 
 
@@ -222,7 +222,7 @@ def test_nothing_is_folded_when_one_weight_is_quantised() -> None:
     pairs = {"f": LoraPair(a=[[1, 1]], b=[[1], [1]], scale=1.0), "q": LoraPair(a=np.ones((1, 32)), b=[[1]], scale=1.0)}
     before = ir.to_proto(model).SerializeToString()
     with pytest.raises(InputRefused, match=r"q.weight is quantised"):
-        fold(model, found, plan.make([an_adapter(pairs)], found.specs))
+        fold_graph(model, found, plan.make([an_adapter(pairs)], found.specs))
     assert ir.to_proto(model).SerializeToString() == before
 
 

@@ -37,7 +37,7 @@ class Numbers(nn.Module):
 
 def test_integers_of_unknown_range_are_refused(tmp_path: Path) -> None:
     path = export(Numbers(), {"x": noise(2, 4), "n": torch.tensor([1, 2])}, tmp_path / "numbers.pt2")
-    program.load(path)
+    program.load_program(path)
     with pytest.raises(InputRefused, match="the integer input n indexes no embedding table"):
         load_model(str(path))
 

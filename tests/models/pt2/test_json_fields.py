@@ -37,7 +37,7 @@ def test_a_size_that_is_an_expression_is_not_evaluated(
     path = changed(good, tmp_path, change)
     code, _, message = run("verify", path, "--model", path)
     assert code == 3 and "is computed from others" in message
-    module = program.load(path)  # a candidate runs: the program computes its own sizes, and reads no expression
+    module = program.load_program(path)  # a candidate runs: the program computes its own sizes, and reads no expression
     assert module(ids=ids(3, 4) % 10, mask=padded(3, 4)).shape == (3, 4)
     assert not (tmp_path / "payload-ran").exists()
 

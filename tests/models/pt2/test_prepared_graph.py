@@ -30,4 +30,4 @@ class Counting(nn.Module):
 def test_a_program_that_changes_its_buffers_is_refused(tmp_path: Path, decomposed: bool, problem: str) -> None:
     path = export(Counting(), {"x": noise(2, 4)}, tmp_path / "counting.pt2", decomposed=decomposed)
     with pytest.raises(InputRefused, match=problem):
-        program.load(path)
+        program.load_program(path)

@@ -43,7 +43,7 @@ def drawn(path: Path, **sizes: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_program_computes_the_bits_of_torch_export_load(programs: ProgramFiles, name: str) -> None:
     path = programs.merged(name)
-    ours, torchs = program.load(path), torch.export.load(path).module()
+    ours, torchs = program.load_program(path), torch.export.load(path).module()
     for batch, length in ((1, 4), (5, 13)):
         inputs = drawn(path, batch=batch, sequence=length, rows_axis1=length)
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_blocks_and_in_place_operators_compute_as_in_the_module(
     given = {name: torch.randn(5, *shape[1:])}
     before = given[name].clone()
     with torch.no_grad():
-        own, theirs = named_outputs(program.load(path)(**given)), named_outputs(eager(**given))
+        own, theirs = named_outputs(program.load_program(path)(**given)), named_outputs(eager(**given))
     assert torch.equal(given[name], before)
     assert own.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -125,7 +125,7 @@ def test_outputs_have_the_modules_names(tmp_path: Path) -> None:
 
 
 def test_an_attached_layer_multiplies_by_a_and_b_separately(programs: ProgramFiles) -> None:
-    module = program.load(programs.base("mlp"))
+    module = program.load_program(programs.base("mlp"))
     layers.attach(module, plan.make([programs.adapter("mlp")], layers.specs(module)))
     assert isinstance(module.up, nn.Linear) and module.unobserved_weights == ()
     seen: list[tuple[int, ...]] = []
@@ -151,14 +151,14 @@ def test_an_attached_layer_multiplies_by_a_and_b_separately(programs: ProgramFil
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(programs: ProgramFiles, inputs: dict[str, Any], problem: str) -> None:
-    module = program.load(programs.base("words"))
+    module = program.load_program(programs.base("words"))
     given = {name: torch.zeros(shape, dtype=dtype) for name, (*shape, dtype) in inputs.items()}
     with pytest.raises(RuntimeRefused, match=problem):
         module(**given)
 
 
 def test_a_failing_operator_is_named(programs: ProgramFiles) -> None:
-    module = program.load(programs.base("words"))
+    module = program.load_program(programs.base("words"))
     with pytest.raises(RuntimeRefused, match=r"node embedding \(aten\.embedding\.default\): index out of range"):
         module(ids=torch.full((2, 5), 10), mask=torch.ones(2, 5).long())
 
@@ -181,7 +181,7 @@ def test_casts_in_the_graph_follow_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     eager = Upcast().to(torch.bfloat16)
     path = export(eager, {"rows": noise(2, 5, 64).bfloat16()}, tmp_path / "half.pt2", dynamic=2)
-    module = program.load(path)
+    module = program.load_program(path)
     rows = noise(3, 4, 64)
     with torch.no_grad():
         assert torch.equal(module(rows=rows.bfloat16()), eager(rows.bfloat16()))
@@ -206,7 +206,7 @@ def test_a_weight_changed_through_a_view_is_refused(programs: ProgramFiles, tmp_
     write |= {"inputs": [tensor("self", "view_of_it")], "outputs": [{"as_tensor": {"name": "zeroed"}}]}
     nodes += [detach, write]
     path = rewritten(programs.base("mlp"), tmp_path / "sly.pt2", {name: json.dumps(graph).encode()})
-    module = program.load(path)
+    module = program.load_program(path)
     with torch.no_grad(), pytest.raises(RuntimeRefused, match="changes its own weights"):
         module(rows=noise(2, 5, 64))
 
@@ -224,7 +224,7 @@ def test_a_size_that_grows_without_bound_stops_the_run(tmp_path: Path) -> None:
                 node["target"] = "_operator.pow"
                 node["inputs"][-1]["arg"] = {"as_int": 1 << 40}
 
-    module = program.load(changed(good, tmp_path, change))
+    module = program.load_program(changed(good, tmp_path, change))
     with bounded(), pytest.raises(Exception, match="to the power of 1099511627776 is too large"):
         module(x=torch.ones(3, 4))
 
@@ -236,4 +236,4 @@ def test_infinities_are_read_as_torch_spells_them(tmp_path: Path) -> None:
 
     path = export(Masked(), {"x": noise(2, 4)}, tmp_path / "masked.pt2")
     given = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
-    assert program.load(path)(x=given).tolist() == [[-np.inf, np.inf, -1.0, -np.inf]]
+    assert program.load_program(path)(x=given).tolist() == [[-np.inf, np.inf, -1.0, -np.inf]]

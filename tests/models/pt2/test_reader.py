@@ -44,7 +44,7 @@ def test_weights_of_every_dtype_are_read_bit_for_bit(tmp_path: Path, dtype: torc
     eager.register_buffer("none", torch.zeros(0, 3))
     eager.up.weight.data = eager.up.weight.data.T.contiguous().T  # as a merge of transposed weights may leave it
     path = export(eager, {"rows": noise(2, 5, 64).to(dtype)}, tmp_path / "w.pt2")
-    read = program.load(path).state_dict()
+    read = program.load_program(path).state_dict()
     assert read.keys() == eager.state_dict().keys()
     for name, tensor in eager.state_dict().items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
@@ -58,8 +58,8 @@ def test_the_pickled_sample_inputs_are_not_opened(good: Path, tmp_path: Path) ->
     assert (tmp_path / "payload-ran").exists(), "or the tests below would prove nothing"
     (tmp_path / "payload-ran").unlink()
     assert torch.equal(
-        program.load(path)(ids=ids(2, 5) % 10, mask=padded(2, 5)),
-        program.load(good)(ids=ids(2, 5) % 10, mask=padded(2, 5)),
+        program.load_program(path)(ids=ids(2, 5) % 10, mask=padded(2, 5)),
+        program.load_program(good)(ids=ids(2, 5) % 10, mask=padded(2, 5)),
     )
     assert not (tmp_path / "payload-ran").exists()
 
@@ -114,7 +114,7 @@ def test_guards_and_names_are_not_compiled(
             node["metadata"] = dict.fromkeys(("stack_trace", "nn_module_stack", "torch_fn", "from_node"), guard)
 
     path = changed(good, tmp_path, change)
-    assert program.load(path)(ids=ids(3, 4) % 10, mask=padded(3, 4)).shape == (3, 4)
+    assert program.load_program(path)(ids=ids(3, 4) % 10, mask=padded(3, 4)).shape == (3, 4)
     names = [node.name for node in reader.read(path).graph.nodes]
     assert names == [str(number) for number in range(len(names))]  # in messages, they could pass for lines of ours
     assert not (tmp_path / "payload-ran").exists()

@@ -27,7 +27,7 @@ from support.programs import ProgramFiles, export, graph_of, noise, rewritten
 
 
 def test_layers_are_recovered_from_the_operators_that_read_them(programs: ProgramFiles) -> None:
-    module = program.load(programs.base("cnn"))
+    module = program.load_program(programs.base("cnn"))
     first = module.get_submodule("first")
     assert isinstance(first, nn.Conv2d) and (first.stride, first.padding) == ((1, 1), (1, 1))
     second = module.get_submodule("second")
@@ -37,13 +37,13 @@ def test_layers_are_recovered_from_the_operators_that_read_them(programs: Progra
     assert specs == {spec.name: spec.layout for spec in layers.specs(Pictures())} | {
         "norm.num_batches_tracked": specs["norm.num_batches_tracked"]
     }
-    words = program.load(programs.base("words")).get_submodule("words")
+    words = program.load_program(programs.base("words")).get_submodule("words")
     assert isinstance(words, nn.Embedding) and words.padding_idx is None
 
 
 @pytest.mark.slow
 def test_an_in_out_weight_is_recognised_by_its_product(programs: ProgramFiles) -> None:
-    module = program.load(programs.base("gpt2"))
+    module = program.load_program(programs.base("gpt2"))
     layouts = {spec.name: spec.layout for spec in layers.specs(module)}
     assert {layout.name for name, layout in layouts.items() if "c_attn.weight" in name} == {"IN_OUT"}
     assert "transformer.h.0.attn.c_attn.weight" in module.unobserved_weights
@@ -62,7 +62,7 @@ class Tied(nn.Module):
 def test_an_embedding_tied_to_the_head_takes_no_adapter(tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2], [3, 4]])
     eager = Tied()
-    module = program.load(export(eager, {"ids": ids}, tmp_path / "tied.pt2"))
+    module = program.load_program(export(eager, {"ids": ids}, tmp_path / "tied.pt2"))
     with torch.no_grad():
         assert torch.equal(module(ids=ids), eager(ids))
     pairs = {

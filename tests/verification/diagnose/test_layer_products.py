@@ -40,7 +40,7 @@ def test_rows_of_a_linear_layer_and_an_embedding() -> None:
     ids = np.array([[4, 0], [1, 1]])
     rows = layer_products.product_rows(CallValues(ids, np.ones((2, 2, 3), np.float32)), table)
     assert rows is not None and rows[0].tolist() == [4, 0, 1, 1] and rows[1].shape == (4, 3)
-    assert layer_products.matrix_of(table).shape == (3, 5)  # (out, in): the embedding's table is stored (in, out)
+    assert layer_products.weight_matrix(table).shape == (3, 5)  # (out, in): the embedding's table is stored (in, out)
     rows = layer_products.product_rows(CallValues(np.ones((2, 2, 3)), np.ones((2, 2, 2))), linear)
     assert rows is not None and (rows[0].shape, rows[1].shape) == ((4, 3), (4, 2))
     assert layer_products.product_rows(CallValues(None, np.ones((2, 2, 2))), linear) is None

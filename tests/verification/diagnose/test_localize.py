@@ -25,7 +25,7 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_inputs import insert_inputs
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
-from lora_export.graph.merge.fold import fold
+from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file import writing
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
@@ -131,7 +131,7 @@ def make(mode: str, folder: Path, *adapters: Adapter) -> Made:
     steps = plan.make(adapters, found.specs)
     made = Made(graph, folder)
     if mode == "merged":
-        fold(graph, found, steps)
+        fold_graph(graph, found, steps)
     elif mode == "nodes":
         insert_nodes(graph, found, steps)
     elif mode == "rows":
@@ -502,7 +502,7 @@ def test_failed_diagnosis_leaves_the_verdict_and_a_note(tmp_path: Path, monkeypa
 
 
 def test_large_models_are_compared_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localize, "MAX_NUMBERS", 3000)  # numbers: two or three modules
+    monkeypatch.setattr(localize, "MAX_HELD_NUMBERS", 3000)  # numbers: two or three modules
     made = half_value(make("merged", tmp_path, the_adapter()))
     groups: list[int] = []
     run = traced_candidate.TracedGraph.run

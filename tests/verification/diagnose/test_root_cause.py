@@ -11,7 +11,7 @@ import pytest
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
 from lora_export.verification.diagnose.layer_observation import LayerObservation
-from lora_export.verification.diagnose.root_cause import OtherModules, explain
+from lora_export.verification.diagnose.root_cause import OtherModules, find_root_cause
 
 # W (2, 2), B A = [[1, 2], [0, 0]], and x of three rows
 W = np.array([[1.0, 0.0], [0.0, 1.0]])
@@ -51,7 +51,7 @@ def test_correct_output_agrees() -> None:
     ],
 )
 def test_wrong_strength_is_measured_and_named(factor: float, text: str) -> None:
-    cause = explain(observed(X @ (W + factor * 2 * DELTA).T))
+    cause = find_root_cause(observed(X @ (W + factor * 2 * DELTA).T))
     assert cause is not None and text in str(cause)
     assert ("as if" in str(cause)) == ("as if" in text)
 
@@ -67,14 +67,14 @@ def test_wrong_strength_is_measured_and_named(factor: float, text: str) -> None:
 )
 def test_rank_and_weight_are_recognised_by_their_factors(factor: float, text: str) -> None:
     pair = LoraPair(np.concatenate([A, A, A, A]), np.concatenate([B, B, B, B], axis=1), 1.0)  # B A = 4 DELTA
-    cause = explain(observed(X @ (W + factor * 12 * DELTA).T, step=a_step(pair, strength=3.0)))
+    cause = find_root_cause(observed(X @ (W + factor * 12 * DELTA).T, step=a_step(pair, strength=3.0)))
     assert cause is not None and text in cause.text
 
 
 def test_wrong_one_of_two_adapters_is_named() -> None:
     other = LoraPair(A[:, ::-1], B[::-1], 1.0)  # [[0, 0], [2, 1]]
     step = a_step(LoraPair(A, B, 2.0), other)
-    cause = explain(observed(X @ (W + 2 * DELTA + 3 * DELTA[::-1, ::-1]).T, step=step))
+    cause = find_root_cause(observed(X @ (W + 2 * DELTA + 3 * DELTA[::-1, ::-1]).T, step=step))
     assert cause is not None and "its adapter a1 has 3 times the correct" in cause.text and "a0" not in cause.text
 
 
@@ -82,10 +82,10 @@ def test_outputs_and_rows_without_the_adapter_are_named() -> None:
     wide = LoraPair(A, np.ones((6, 1)), 1.0)
     has = np.array([1, 1, 0, 0, 1, 0])
     layer = LayerObservation("m", X, X @ np.outer(has, A[0]).T, np.zeros((6, 2)), step=a_step(wide))
-    cause = explain(layer)
+    cause = find_root_cause(layer)
     assert cause is not None and cause.text == "its adapter is missing in outputs 2 to 3 and 5 of 6"
     y = X @ W.T + np.array([[1], [0], [1]]) * (X @ (2 * DELTA).T)
-    cause = explain(observed(y))
+    cause = find_root_cause(observed(y))
     assert cause is not None and cause.text == "its adapter is missing in rows of its input 1 of 3"
 
 
@@ -97,7 +97,7 @@ def test_outputs_and_rows_without_the_adapter_are_named() -> None:
     ],
 )
 def test_transposed_change_is_recognised_and_others_are_not(change: Any, text: str | None) -> None:
-    cause = explain(observed(X @ (W + 2 * change).T))
+    cause = find_root_cause(observed(X @ (W + 2 * change).T))
     assert (cause and cause.text) == text
 
 
@@ -108,7 +108,7 @@ def test_transposed_factors_are_recognised(turn: str, text: str) -> None:
     wrong_b = b.reshape(2, 4).T if turn == "B" else b
     wrong_a = a.reshape(3, 2).T if turn == "A" else a
     layer = LayerObservation("m", x, x @ (wrong_b @ wrong_a).T, np.zeros((4, 3)), step=a_step(LoraPair(a, b, 1.0)))
-    cause = explain(layer)
+    cause = find_root_cause(layer)
     assert cause is not None and cause.text == text
 
 
@@ -120,15 +120,15 @@ def test_missing_double_and_other_biases_are_recognised() -> None:
         (right + 2 * bias, "its bias is added twice"),
         (right + np.array([5, 7]), "it has another bias"),
     ):
-        cause = explain(observed(y, bias=bias))
+        cause = find_root_cause(observed(y, bias=bias))
         assert cause is not None and cause.text == text
-    cause = explain(observed(right + bias - [0.5, 0], bias=bias, shift=np.array([0.5, 0.0])))
+    cause = find_root_cause(observed(right + bias - [0.5, 0], bias=bias, shift=np.array([0.5, 0.0])))
     assert cause is not None and cause.text == "the adapter's shift of its bias is missing"
 
 
 def test_missing_whole_tensor_is_recognised() -> None:
     layer = LayerObservation("m", X, X @ DELTA.T, W, original_weight=DELTA)
-    cause = explain(layer)
+    cause = find_root_cause(layer)
     assert cause is not None and "the adapter's whole tensor is missing" in cause.text
 
 
@@ -147,7 +147,7 @@ def test_mistakes_with_dora_are_recognised() -> None:
         (X @ (total * magnitude[:, None]).T + bias, "divided by the norm of W"),
         (right - bias + bias * magnitude / lengths, "rescales the bias too"),
     ):
-        cause = explain(dataclasses.replace(layer, y=y))
+        cause = find_root_cause(dataclasses.replace(layer, y=y))
         assert cause is not None and text in cause.text
 
 
@@ -155,10 +155,10 @@ def test_rounding_is_recognised_by_the_rounded_values() -> None:
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((8, 8)), rng.standard_normal((20, 8))
     layer = LayerObservation("m", x, x @ w.astype(np.float16).astype(np.float64).T, w)
-    cause = explain(layer)
+    cause = find_root_cause(layer)
     assert cause is not None and cause.text == "its weights are rounded to float16"
     noise = 2.0**-11 * np.abs(w) * rng.uniform(-1, 1, w.shape)
-    cause = explain(dataclasses.replace(layer, y=x @ (w + noise).T))
+    cause = find_root_cause(dataclasses.replace(layer, y=x @ (w + noise).T))
     assert cause is None  # as large as rounding, but not rounding
 
 
@@ -172,9 +172,9 @@ def test_pairs_inputs_and_weights_of_others_are_recognised() -> None:
         (X @ W.T + X[::-1] @ own.T, "its adapter reads the input of n"),
         (X @ (3 * W + 1 + own).T, "its weight is that of n"),
     ):
-        cause = explain(observed(y), others)
+        cause = find_root_cause(observed(y), others)
         assert cause is not None and cause.text == text
-        assert explain(observed(y)) is None
+        assert find_root_cause(observed(y)) is None
 
 
 def test_embedding_ids_select_columns() -> None:
@@ -182,10 +182,10 @@ def test_embedding_ids_select_columns() -> None:
     w = np.array([[1.0, 2, 3], [4, 5, 6]])  # (width, words)
     layer = LayerObservation("m", np.array([2, 0]), np.array([[5.0, 8], [2, 5]]), w, step=a_step(pair))
     assert layer.agrees
-    cause = explain(dataclasses.replace(layer, y=np.array([[3.0, 6], [1, 4]])))
+    cause = find_root_cause(dataclasses.replace(layer, y=np.array([[3.0, 6], [1, 4]])))
     assert cause is not None and cause.text == "its adapter is missing"
 
 
 def test_values_that_are_not_finite_are_the_cause() -> None:
-    cause = explain(observed([[np.nan, 0], [4, 1], [-1, np.inf]]))
+    cause = find_root_cause(observed([[np.nan, 0], [4, 1], [-1, np.inf]]))
     assert cause is not None and cause.text == "2 of its 6 values are not finite"

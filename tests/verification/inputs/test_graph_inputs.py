@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_export.errors import InputRefused
-from lora_export.verification.inputs.graph_inputs import CASES, InputGenerator, Sizes, read
+from lora_export.verification.inputs.graph_inputs import CASES, GraphSizes, InputGenerator, read
 from support.graphs import a_graph
 
 TEXT = """
@@ -55,16 +55,22 @@ def test_inputs_are_repeatable_and_differ_by_seed() -> None:
 
 def test_mask_covers_the_cache_and_positions_continue_it() -> None:
     generator = InputGenerator(a_graph(CACHED), "cached.onnx")
-    made = generator.make(Sizes(3, 4, 5), seed=0)
+    made = generator.make(GraphSizes(3, 4, 5), seed=0)
     assert made["input_ids"].shape == (3, 4) and made["attention_mask"].shape == (3, 9)
     assert made["past_key_values_0"].shape == (3, 2, 5, 8) and made["past_key_values_0"].any()
     assert made["past_key_values_1"].dtype == np.float16
     assert made["attention_mask"][:, :5].all() and not made["attention_mask"][1, -1]
     assert made["position_ids"].tolist() == [[5, 6, 7, 8]] * 3
-    assert generator.alternatives(Sizes(3, 4, 5)) == [Sizes(3, 4, 5), Sizes(3, 1, 5), Sizes(3, 4, 0)]
-    empty = generator.make(Sizes(3, 4, 0), seed=0)
+    assert generator.alternatives(GraphSizes(3, 4, 5)) == [
+        GraphSizes(3, 4, 5),
+        GraphSizes(3, 1, 5),
+        GraphSizes(3, 4, 0),
+    ]
+    empty = generator.make(GraphSizes(3, 4, 0), seed=0)
     assert empty["past_key_values_0"].shape == (3, 2, 0, 8) and empty["attention_mask"].shape == (3, 4)
-    assert InputGenerator(a_graph(TEXT), "text.onnx").alternatives(Sizes(3, 4, 5)) == [Sizes(3, 4, 5)]  # no cache
+    assert InputGenerator(a_graph(TEXT), "text.onnx").alternatives(GraphSizes(3, 4, 5)) == [
+        GraphSizes(3, 4, 5)
+    ]  # no cache
 
 
 def test_cache_branch_flag_and_four_dimensional_mask() -> None:
@@ -72,18 +78,18 @@ def test_cache_branch_flag_and_four_dimensional_mask() -> None:
         "int64[b, total] attention_mask", "bool[b, 1, s, total] attention_mask, bool[1] use_cache_branch"
     )
     generator = InputGenerator(a_graph(text), "cached.onnx")
-    made, empty = (generator.make(Sizes(3, 4, past), seed=0) for past in (5, 0))
+    made, empty = (generator.make(GraphSizes(3, 4, past), seed=0) for past in (5, 0))
     assert made["use_cache_branch"].tolist() == [True] and empty["use_cache_branch"].tolist() == [False]
     mask = made["attention_mask"]
     assert mask.dtype == bool and mask.shape == (3, 1, 4, 9)
-    flat = InputGenerator(a_graph(CACHED), "cached.onnx").make(Sizes(3, 4, 5), seed=0)["attention_mask"]
+    flat = InputGenerator(a_graph(CACHED), "cached.onnx").make(GraphSizes(3, 4, 5), seed=0)["attention_mask"]
     assert (mask == flat.astype(bool)[:, None, None]).all() and not mask.all()
 
 
 def test_redraw_varies_every_input_but_positions() -> None:
     generator = InputGenerator(a_graph(CACHED), "cached.onnx")
-    before = generator.make(Sizes(3, 16, 5), seed=0)
-    fresh = generator.redraw(Sizes(3, 16, 5), before, seed=1)
+    before = generator.make(GraphSizes(3, 16, 5), seed=0)
+    fresh = generator.redraw(GraphSizes(3, 16, 5), before, seed=1)
     assert set(fresh) == set(before) - {"position_ids"}  # positions are always the same
     assert not [name for name, array in fresh.items() if np.array_equal(array, before[name])]
     assert {name: array.shape for name, array in fresh.items()} == {name: before[name].shape for name in fresh}
@@ -99,7 +105,7 @@ def test_head_size_comes_from_the_operator_reading_the_cache() -> None:
     node.replace_input_with(1, None)
     node.replace_input_with(2, cache)
     node.attributes["num_heads"], node.attributes["kv_num_heads"] = ir.AttrInt64("num_heads", 4), ir.AttrInt64("kv", 2)
-    made = InputGenerator(model, "g").make(Sizes(1, 3, 5), seed=0)
+    made = InputGenerator(model, "g").make(GraphSizes(1, 3, 5), seed=0)
     assert made["past_key"].shape == (1, 2, 5, 64 // (4 + 2 * 2))
 
 
