@@ -16,7 +16,7 @@ from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.image_shape import image_shape
 from lora_export.models.key_value_cache import disable_cache
-from lora_export.models.model import TRACED_SIZES, Axes, ModelInputs, MakeInputs, Model, Sizes
+from lora_export.models.model import TRACED_SIZES, Axes, MakeInputs, Model, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint

@@ -16,7 +16,7 @@ from lora_export.storage import json_files
 PROCESSOR = "preprocessor_config.json"
 CHANNELS = 3
 USUAL_SIZE = 224  # pixels, of ImageNet's networks
-LARGEST_SIZE = 8192
+LARGEST_IMAGE = 8192
 
 
 def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
@@ -31,8 +31,8 @@ def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
         note = f"neither the config nor {PROCESSOR} names the size of an image: {USUAL_SIZE} x {USUAL_SIZE} is used"
         return (channels, USUAL_SIZE, USUAL_SIZE), note
     height, width = named if isinstance(named, list | tuple) and len(named) == 2 else (named, named)
-    if any(type(size) is not int or not 0 < size <= LARGEST_SIZE for size in (height, width)):
-        raise InputRefused(f"{folder / source}: the size of an image is {named!r}; it must be 1 to {LARGEST_SIZE}")
+    if any(type(size) is not int or not 0 < size <= LARGEST_IMAGE for size in (height, width)):
+        raise InputRefused(f"{folder / source}: the size of an image is {named!r}; it must be 1 to {LARGEST_IMAGE}")
     return (channels, height, width), ""
 
 

@@ -52,8 +52,9 @@ def refuse_unknown(steps: Sequence[Step]) -> None:
         raise InputRefused(
             f"the layout of {len(unknown)} square {'matrix' if len(unknown) == 1 else 'matrices'} is unknown: "
             f"{', '.join(unknown[:NAMED_WEIGHTS])}{more}. Neither the base nor the adapter determines whether it is "
-            "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by --layout "
-            "NAME=out_in or --layout NAME=in_out; NAME is a tensor, a module or a glob such as '*'. Nothing was written."
+            "stored (out, in), as nn.Linear does, or (in, out), as transformers' Conv1D does. State it by "
+            "--layout NAME=out_in or --layout NAME=in_out; NAME is a tensor, a module or a glob such as '*'. "
+            "Nothing was written."
         )
 
 

@@ -1,7 +1,7 @@
 """Merging a plan into a graph on disk, of any size.
 
-The graph without its weights is changed in memory, as `fold_graph` does it. The bytes of the weights then pass from the old
-files to the new ones in blocks (`copy_parts`), and those that change are changed on the way.
+The graph without its weights is changed in memory, as `fold_graph` does it. The bytes of the weights then pass from the
+old files to the new ones in blocks (`copy_parts`), and those that change are changed on the way.
 """
 
 from __future__ import annotations

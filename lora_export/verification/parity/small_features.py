@@ -72,7 +72,8 @@ def _rms_by_feature(cases: Sequence[Case], axis: int, values_of: Callable[[Case]
     divisor = np.where((peaks > 0) & np.isfinite(peaks), peaks, 1.0)
     squares = sum(np.square(values / divisor).sum(0) for values in by_case)
     mean = squares / sum(len(values) for values in by_case)
-    return np.where(divisor == peaks, peaks * np.sqrt(mean), peaks)
+    sizes: Wide = np.where(divisor == peaks, peaks * np.sqrt(mean), peaks)
+    return sizes
 
 
 def _small_groups(sizes: Wide, eps: float) -> Iterator[np.ndarray]:

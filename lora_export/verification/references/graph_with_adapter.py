@@ -1,7 +1,7 @@
 """Reference graphs: a plan carried out in a graph in another way than the candidate's.
 
-`sum_at_weights` computes W + ΔW in the graph itself, between each weight and its reader. `fold_graph` computes the sum in
-NumPy, and `insert_nodes` computes x·ΔW beside it. The reference uses neither's arithmetic, and none of the code that
+`sum_at_weights` computes W + ΔW in the graph itself, between each weight and its reader. `fold_graph` computes the sum
+in NumPy, and `insert_nodes` computes x·ΔW beside it. The reference uses neither's arithmetic, and none of the code that
 moves or copies weights there.
 """
 
