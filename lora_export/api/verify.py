@@ -27,7 +27,7 @@ from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.diagnose.recorded_origin import Comparison, explain_by_record
+from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
 from lora_export.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _explain_by_record(
         from lora_export.formats import onnx_adapter
 
         file = onnx_adapter.read(how.onnx_adapter)
-    given = Comparison(
+    given = ComparedWith(
         adapters=adapters,
         weights=weights or (1.0,) * len(adapters),
         base=base,

@@ -133,8 +133,8 @@ def run(arguments: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         failure = failures.failure_of(error)
         if failure is None:
-            failures.show(failures.bug(error), invocation)
+            failures.show_failure(failures.bug(error), invocation)
             raise
-        failures.show(failure, invocation)
+        failures.show_failure(failure, invocation)
         return failure.exit_code
     return result if isinstance(result, int) else 0

@@ -135,7 +135,7 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
 def print_document(document: Any, indent: int | None = None) -> None:
     """Print the one JSON document on stdout."""
     answered()
-    failures.print_document(document, indent)
+    failures.print_json(document, indent)
 
 
 def wrote(path: Path, more: str = "") -> None:

@@ -29,7 +29,7 @@ from lora_export.errors import (
     printable,
 )
 
-SCHEMA = "lora-export/error/1"
+ERROR_SCHEMA = "lora-export/error/1"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 KINDS = {
     1: "bug",
@@ -87,7 +87,7 @@ class Invocation:
     def document(self, failure: Failure) -> dict[str, Any]:
         """The failure as the JSON document that `--json` prints."""
         return {
-            "schema": SCHEMA,
+            "schema": ERROR_SCHEMA,
             "error": failure.message,
             "exit": failure.exit_code,
             "kind": KINDS.get(failure.exit_code, "usage"),
@@ -185,7 +185,7 @@ def _facts(error: BaseException) -> dict[str, Any]:
 # --- From a failure to its readers ---
 
 
-def show(failure: Failure, invocation: Invocation) -> None:
+def show_failure(failure: Failure, invocation: Invocation) -> None:
     """Print a failure on stderr, and give it to the programs that wait for a result."""
     if failure.text:
         _print_error(failure.text, invocation.arguments)
@@ -193,12 +193,12 @@ def show(failure: Failure, invocation: Invocation) -> None:
         return
     if invocation.wants_json:
         with contextlib.suppress(OSError):  # stdout is full or closed: the exit code remains
-            print_document(invocation.document(failure))
+            print_json(invocation.document(failure))
     _write_reports(failure, invocation)
     _annotate(failure, invocation)
 
 
-def print_document(document: Any, indent: int | None = None) -> None:
+def print_json(document: Any, indent: int | None = None) -> None:
     """Print the one JSON document on stdout. GitHub's runner would take a `##[` in a name for a command."""
     click.echo(json.dumps(document, allow_nan=False, indent=indent).replace("##[", "##\\u005b"))
 

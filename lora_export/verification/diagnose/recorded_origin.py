@@ -18,13 +18,13 @@ from lora_export.storage.hashes import ALGORITHMS, file_hash
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHORT = 12  # characters of a hash that are shown
-SHOWN = 8  # adapters that a sentence names
+SHOWN_ADAPTERS = 8  # adapters that a sentence names
 
 Record = Mapping[str, Any]  # of one adapter: name, sha256, weight
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class ComparedWith:
     """What `verify` was given to compare the candidate with."""
 
     adapters: Sequence[Adapter]
@@ -43,7 +43,7 @@ class Comparison:
         return [{"name": adapter.name, "sha256": adapter.sha256, "weight": weight} for adapter, weight in pairs]
 
 
-def explain_by_record(record: WrittenRecord, given: Comparison) -> tuple[str, ...]:
+def explain_by_record(record: WrittenRecord, given: ComparedWith) -> tuple[str, ...]:
     """Sentences on where the record of a candidate and what it was compared with disagree; none where they agree."""
     if not record:
         return ()
@@ -54,7 +54,7 @@ def explain_by_record(record: WrittenRecord, given: Comparison) -> tuple[str, ..
     return (*lines, *_base_lines(record, given, adapters_agree=not lines))
 
 
-def active_adapters(record: WrittenRecord, given: Comparison) -> Sequence[Record] | None:
+def active_adapters(record: WrittenRecord, given: ComparedWith) -> Sequence[Record] | None:
     """The adapters that should have had an effect, the base's own left out; None: the file of one was needed."""
     in_base = {adapter.get("sha256") for adapter in given.base_record.adapters}
     own = [adapter for adapter in record.adapters if adapter.get("sha256") not in in_base]
@@ -106,7 +106,7 @@ def _key(adapter: Record) -> str:
 def _names(adapters: Sequence[Record], with_hash: Collection[Any] = ()) -> str:
     """`fr` and `de`; with the first characters of the hash of those whose names do not distinguish them."""
     names = []
-    for adapter in adapters[:SHOWN]:
+    for adapter in adapters[:SHOWN_ADAPTERS]:
         digest = f" (SHA-256 {str(adapter.get('sha256'))[:SHORT]}…)" if adapter.get("name") in with_hash else ""
         names.append(f"`{adapter.get('name')}`{digest}")
     if len(names) < 2:
@@ -116,7 +116,7 @@ def _names(adapters: Sequence[Record], with_hash: Collection[Any] = ()) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _base_lines(record: WrittenRecord, given: Comparison, *, adapters_agree: bool) -> Iterator[str]:
+def _base_lines(record: WrittenRecord, given: ComparedWith, *, adapters_agree: bool) -> Iterator[str]:
     digest = record.base.get("sha256")
     if isinstance(digest, str):
         # An adapter's head gives the model new weights of its own, whose values are random.
@@ -138,7 +138,7 @@ def _base_lines(record: WrittenRecord, given: Comparison, *, adapters_agree: boo
             return
 
 
-def _files_to_compare(record: WrittenRecord, given: Comparison) -> Iterator[tuple[str, Mapping[str, Any], Path]]:
+def _files_to_compare(record: WrittenRecord, given: ComparedWith) -> Iterator[tuple[str, Mapping[str, Any], Path]]:
     """Files of the base that the record has hashes of: its name, the hashes, and the file to compare it with."""
     # A record is not trusted: its names must not lead to other files.
     recorded = {

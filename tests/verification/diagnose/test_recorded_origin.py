@@ -13,7 +13,7 @@ from xxhash import xxh3_128
 from lora_export.formats.onnx_adapter import version_of
 from lora_export.lora import Adapter, LoraPair
 from lora_export.runtime.written_record import WrittenRecord
-from lora_export.verification.diagnose.recorded_origin import Comparison, explain_by_record
+from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
 
 FR, DE = (hashlib.sha256(name.encode()).hexdigest() for name in ("fr", "de"))
 PAIR = LoraPair(a=np.ones((1, 2)), b=np.ones((2, 1)), scale=1.0)
@@ -33,8 +33,8 @@ def record(*adapters: dict[str, Any], mode: str = "merged", **more: Any) -> Writ
     return WrittenRecord(content, adapters, by_row)
 
 
-def given(*adapters: Adapter, weights: tuple[float, ...] = (), **more: Any) -> Comparison:
-    return Comparison(adapters, weights or (1.0,) * len(adapters), **more)
+def given(*adapters: Adapter, weights: tuple[float, ...] = (), **more: Any) -> ComparedWith:
+    return ComparedWith(adapters, weights or (1.0,) * len(adapters), **more)
 
 
 BOTH = record(entry("fr", FR), entry("de", DE))
@@ -85,7 +85,7 @@ INPUTS = record(entry("fr", FR), entry("de", DE), mode="inputs")
     ],
 )
 def test_a_disagreement_is_a_sentence(
-    recorded: WrittenRecord, compared: Comparison, sentences: tuple[str, ...]
+    recorded: WrittenRecord, compared: ComparedWith, sentences: tuple[str, ...]
 ) -> None:
     found = explain_by_record(recorded, compared)
     assert len(found) == len(sentences)
