@@ -10,7 +10,7 @@ from lora_export.cli.arguments import Command, json_option, overwrite_option, pr
 
 EXAMPLE = """\b
 Example:
-  lora-export convert ADAPTER -o next.onnx_adapter --for model.onnx"""
+  lora-export convert de -o de.onnx_adapter --for served.onnx"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\b
 Example:
-  lora-export doctor --provider cuda"""
+  lora-export doctor --provider cpu"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\b
 Example:
-  lora-export inspect ADAPTER"""
+  lora-export inspect adapter"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)

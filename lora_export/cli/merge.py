@@ -21,7 +21,7 @@ from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
 Example:
-  lora-export merge BASE ADAPTER -o merged"""
+  lora-export merge base adapter -o merged"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)

@@ -19,8 +19,8 @@ from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
 Examples:
-  lora-export onnx BASE -a ADAPTER -o model.onnx
-  lora-export onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o model.onnx"""
+  lora-export onnx base -a adapter -o model.onnx
+  lora-export onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o served.onnx"""
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)

@@ -11,7 +11,7 @@ from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
 Example:
-  lora-export torchscript BASE -a ADAPTER -o model.pt"""
+  lora-export torchscript base -a adapter -o model.pt"""
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)

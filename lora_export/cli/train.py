@@ -20,7 +20,7 @@ MEASURED = {
 
 EXAMPLE = """\b
 Example:
-  lora-export train BASE --data texts.jsonl -o adapter --rank 8 --target query,value"""
+  lora-export train base --data texts.jsonl -o adapter --rank 8 --target query,value"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)

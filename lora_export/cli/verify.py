@@ -23,8 +23,8 @@ from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
 Examples:
-  lora-export verify model.onnx --model BASE -a ADAPTER --report verdict.xml
-  lora-export verify merged --base BASE -a ADAPTER"""
+  lora-export verify model.onnx --model base -a adapter --report verdict.xml
+  lora-export verify merged --base base -a adapter"""
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)

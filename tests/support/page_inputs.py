@@ -1,4 +1,4 @@
-"""The files that the README and the guide name: a small model, texts, adapters, graphs. Each is made once."""
+"""The files that README, guide and the examples in `--help` name: a model, texts, adapters, graphs."""
 
 from __future__ import annotations
 
@@ -121,6 +121,12 @@ def _model_graph(inputs: PageInputs, path: Path) -> None:
     assert call("onnx", inputs.path("base"), "-a", inputs.path("adapter"), "-o", path, "--no-verify") == 0
 
 
+def _served_graph(inputs: PageInputs, path: Path) -> None:
+    base, adapters = inputs.path("base.onnx"), [f"{name}={inputs.path(name)}" for name in ("fr", "de")]
+    words = [word for adapter in adapters for word in ("-a", adapter)]
+    assert call("onnx", base, *words, "--lora", "inputs", "-o", path, "--no-verify") == 0
+
+
 def _merged(inputs: PageInputs, path: Path) -> None:
     assert call("merge", inputs.path("base"), inputs.path("adapter"), "-o", path) == 0
 
@@ -153,6 +159,7 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "base.onnx": _base_graph,
     "int4.onnx": _quantised_graph,
     "model.onnx": _model_graph,
+    "served.onnx": _served_graph,
     "merged": _merged,
     "decoder": _decoder,
     "pirate": _peft_adapter(3, "decoder"),
