@@ -17,7 +17,7 @@ from lora_export.api.load import model_paths, refuse_pt2
 from lora_export.errors import WrongUsage
 from lora_export.formats import peft
 from lora_export.lora import Adapter
-from lora_export.models.huggingface import load_tokenizer
+from lora_export.models.huggingface import load_tokenizer, set_padding_token
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.storage import atomic_output
@@ -155,6 +155,7 @@ def _prepared(
         return array_data(trained_on), None if held_out is None else array_data(held_out)
     tokenizer = load_tokenizer(loaded)
     tokens = token_data(trained_on, tokenizer, max_length=max_length)
+    set_padding_token(loaded, tokenizer)
     return tokens, None if held_out is None else token_data(held_out, tokenizer, max_length=max_length)
 
 

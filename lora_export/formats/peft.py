@@ -69,7 +69,7 @@ REFUSED_FIELDS = {
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
 
 # Fields of a model's config that describe a new head.
-HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type")
+HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
 # The types that PEFT writes. Another type would be misread.
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),

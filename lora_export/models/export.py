@@ -29,6 +29,7 @@ from torch import nn
 from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
+from lora_export.models.failures import innermost_cause, named_failures
 from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
@@ -94,13 +95,8 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-    try:
+    with named_failures(module, inputs, "example inputs"):
         return list(named_outputs(module(**inputs)))
-    except Exception as error:
-        cause = _innermost_cause(error)
-        raise RuntimeRefused(
-            f"{type(module).__name__} itself fails on the example inputs ({', '.join(inputs)}): {cause}"
-        ) from error
 
 
 def _run_exporter(
@@ -302,18 +298,7 @@ def _refusals(module: nn.Module) -> Iterator[None]:
         yield
     except Exception as error:
         raise RuntimeRefused(
-            f"the exporter refused {type(module).__name__}: {_innermost_cause(error)}\n"
+            f"the exporter refused {type(module).__name__}: {innermost_cause(error)}\n"
             "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
             "export only the part of the model that a graph can contain."
         ) from error
-
-
-def _innermost_cause(error: BaseException) -> str:
-    """The first paragraph of the innermost cause's message, and the line of the model that it names."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    message = str(error).strip()
-    first = " ".join(message.partition("\n\n")[0].split())
-    line = re.search(r"The following call raised this error:\s+File \"[^\"]*?([^\"/\\]+)\", (.+)\n\s*(.+)", message)
-    where = f" ({line[1]}, {line[2].strip()}: `{line[3].strip()}`)" if line else ""
-    return f"{first or type(error).__name__}{where}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models.image_shape import image_shape
 from lora_export.models.key_value_cache import disable_cache
@@ -20,7 +20,7 @@ from lora_export.models.model import TRACED_SIZES, Axes, MakeInputs, Model, Mode
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
-from lora_export.weights.task_head import config_for_labels, config_with_heads
+from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -33,6 +33,25 @@ def load_tokenizer(model: Model) -> Any:
             return transformers.AutoTokenizer.from_pretrained(model.source, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputRefused(f"{model.source} has no tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def set_padding_token(model: Model, tokenizer: Any) -> None:
+    """Name the tokenizer's padding token in the model's config, where the config names none.
+
+    A classifier of a decoder reads the last token that is no padding. Without this id it takes no batch.
+    Raises InputRefused where the model has no row for this token.
+    """
+    module: Any = model.module
+    table = module.get_input_embeddings()
+    if isinstance(table, torch.nn.Embedding) and tokenizer.pad_token_id >= table.num_embeddings:
+        raise InputRefused(
+            f"{model.source}: the tokenizer's padding token has the id {tokenizer.pad_token_id}, and the model has "
+            f"rows for {table.num_embeddings} tokens. Add the row (resize_token_embeddings), or choose another token"
+        )
+    config = module.config
+    for part in (config, config.get_text_config()):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = tokenizer.pad_token_id
 
 
 def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype) -> Model:
@@ -65,6 +84,7 @@ def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[s
     if labels:
         if not fields.get("architectures"):
             raise InputRefused(f"{path} names no architecture, so that its classifier is unknown")
+        _refuse_other_head(folder, fields, labels)
         fields = config_for_labels(fields, labels)
     if code := custom_code(fields):
         raise InputRefused(
@@ -74,6 +94,18 @@ def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[s
     if "model_type" not in fields:
         raise InputRefused(f"{path} has no model_type")
     return fields
+
+
+def _refuse_other_head(folder: Path, fields: dict[str, Any], labels: Sequence[str]) -> None:
+    """Raise InputRefused where the folder has a trained classifier with another number of labels."""
+    count = number_of_labels(fields)
+    if count in (None, len(labels)):
+        return
+    raise InputRefused(
+        f"{folder} has a classifier of {count} labels, and the data has {len(labels)} ({', '.join(labels)}). Give data "
+        "with the labels of the model, or a base without a classifier: "
+        f"transformers.AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER), with the tokenizer"
+    )
 
 
 def _pretrained(transformers: Any, folder: Path, fields: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -90,7 +122,21 @@ def _pretrained(transformers: Any, folder: Path, fields: dict[str, Any], dtype: 
     try:
         return cls.from_pretrained(folder, config=config, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {error}") from error
+        why = _other_shapes(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
+        raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {why or error}") from error
+
+
+def _other_shapes(cls: Any, config: Any, folder: Path) -> str:
+    """The tensors whose shapes in the folder are not those that the config describes; empty where none is found."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+    found = {spec.name: spec.shape for spec in open_checkpoint(folder).specs}
+    differing = [
+        f"{name} is {found[name]} in the folder, and {shape} by the config and the adapters"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    return "tensors have other shapes\n" + listed(differing, 5) if differing else ""
 
 
 def _transformers() -> Any:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.models.failures import named_failures
 from lora_export.models.output_names import have_names, named_outputs
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.runner import Arrays
@@ -52,7 +53,7 @@ class ModuleRunner:
         dtype = self.dtype
         tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        with torch.no_grad(), _tf32_off():
+        with torch.no_grad(), _tf32_off(), named_failures(self.module, inputs):
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         return {name: _to_numpy(value) for name, value in outputs.items()}
@@ -76,7 +77,7 @@ class Fp64Runner:
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with torch.no_grad(), _NarrowOperators(self.narrow_operators), _CastsToFp64():
+            with torch.no_grad(), _NarrowOperators(self.narrow_operators), _CastsToFp64(), named_failures(module, wide):
                 outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)

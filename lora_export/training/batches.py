@@ -68,7 +68,10 @@ def token_data(examples: Examples, tokenizer: Any, *, max_length: int = 256) -> 
     if not examples.texts:
         raise InputRefused("the examples are arrays, not texts: there is nothing to tokenise")
     if tokenizer.pad_token is None:
-        raise InputRefused("the tokenizer has no padding token, so that texts of different lengths make no batch")
+        raise InputRefused(
+            "the tokenizer has no padding token, so that texts of different lengths make no batch. Give it one, "
+            "such as its end of text: tokenizer.pad_token = tokenizer.eos_token; tokenizer.save_pretrained(FOLDER)"
+        )
     limit = min(max_length, tokenizer.model_max_length)
     encoded = tokenizer(list(examples.texts), truncation=True, max_length=limit)
     tokens = [{name: encoded[name][row] for name in encoded} for row in range(len(examples))]

@@ -10,7 +10,7 @@ from torch import nn
 from lora_export.errors import InputRefused
 from lora_export.training.batches import Data, batches, refuse_unknown_inputs
 from lora_export.training.data import IGNORED
-from lora_export.training.losses import loss_for, scores_of
+from lora_export.training.losses import loss_for, module_scores
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def evaluate(module: nn.Module, data: Data, *, batch_size: int = 64, device: str
     try:
         with torch.no_grad():
             for inputs, labels in batches(data, batch_size):
-                scores = scores_of(module(**{name: value.to(device) for name, value in inputs.items()})).cpu()
+                scores = module_scores(module, {name: value.to(device) for name, value in inputs.items()}).cpu()
                 counted = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
                 total += float(loss_for(labels)(scores, labels)) * int(counted.sum())
                 count += int(counted.sum())

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.training.batches import Data, batches, refuse_unknown_inputs
-from lora_export.training.losses import Loss, loss_for, scores_of
+from lora_export.training.losses import Loss, loss_for, module_scores
 
 MAX_GRADIENT_NORM = 1.0  # gradients are clipped to it
 
@@ -139,7 +139,7 @@ class _Scores(nn.Module):
         self.module = module
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        return scores_of(self.module(**inputs))
+        return module_scores(self.module, inputs)
 
 
 def _accelerator(device: Literal["cpu", "cuda"], precision: Literal["no", "fp16", "bf16"]) -> Any:

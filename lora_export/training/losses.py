@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.models.failures import named_failures
 from lora_export.training.data import IGNORED
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (the module's scores, labels) -> a scalar
@@ -41,6 +42,13 @@ def squared_error(scores: Tensor, labels: Tensor) -> Tensor:
 def loss_for(labels: Tensor) -> Loss:
     """Cross-entropy for integer labels, squared error for float labels."""
     return squared_error if labels.is_floating_point() else cross_entropy
+
+
+def module_scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The scores of a module on these inputs. Raises RuntimeRefused where its own code fails on them."""
+    with named_failures(module, inputs, "examples"):
+        outputs = module(**inputs)
+    return scores_of(outputs)
 
 
 def scores_of(outputs: Any) -> Tensor:

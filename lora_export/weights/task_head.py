@@ -19,6 +19,7 @@ CLASS_ENDINGS = {
 }
 # BertModel, BertForMaskedLM, BertLMHeadModel -> Bert
 CLASS_ENDING = re.compile(r"(((With)?LMHead|DoubleHeads|Encoder)?Model|For[A-Z]\w*)$")
+DEFAULT_LABELS = 2  # of transformers, where a config names none
 # Names of the matrix with one row per label in classifiers of transformers
 LABEL_ROWS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
@@ -29,12 +30,22 @@ def config_with_heads(config: Mapping[str, Any], adapters: Sequence[Adapter]) ->
     for adapter in adapters:
         if adapter.replaced and config:
             result |= _architecture(result, adapter) | _labels(result, adapter)
+            result |= _padding(result, adapter)
     return result
 
 
 def config_for_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The config of the base with the class of a text classifier and these labels."""
     return {**config, **_class_ending_with(config, CLASS_ENDINGS["SEQ_CLS"]), **_label_fields(labels)}
+
+
+def number_of_labels(config: Mapping[str, Any]) -> int | None:
+    """How many labels the text classifier of a config has; None where the config describes no text classifier."""
+    match config.get("architectures"):
+        case [str(name), *_] if name.endswith(CLASS_ENDINGS["SEQ_CLS"]):
+            named = config.get("id2label")
+            return len(named) if isinstance(named, Mapping) else int(config.get("num_labels") or DEFAULT_LABELS)
+    return None
 
 
 def _architecture(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -65,6 +76,14 @@ def _labels(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     if isinstance(named, Mapping) and len(named) == rows:  # the base already has this head, with named labels
         return {}
     return _label_fields([f"LABEL_{number}" for number in range(rows)])  # the names that transformers uses by default
+
+
+def _padding(config: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The padding token that a text classifier was trained with, where the base names none."""
+    recorded = adapter.metadata.get("model_config", {}).get("pad_token_id")
+    if recorded is None or config.get("pad_token_id") is not None or number_of_labels(config) is None:
+        return {}
+    return {"pad_token_id": recorded}
 
 
 def _label_fields(labels: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_export.lora import Adapter
-from lora_export.weights.task_head import config_for_labels, config_with_heads
+from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
 
 BASE = {"architectures": ["BertModel"], "hidden_size": 4}
 LABELS_OF_3 = {
@@ -136,3 +136,27 @@ def test_config_for_labels_replaces_the_labels():
 @pytest.mark.parametrize("named", [3, "abc", ["a", "b", "c"]])
 def test_labels_that_are_not_a_table_are_replaced(named):
     assert config_with_heads({**BASE, "id2label": named}, [adapter(rows=3)])["id2label"] == LABELS_OF_3["id2label"]
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"architectures": ["BertModel"], "num_labels": 3}, None),
+        ({"architectures": ["BertForTokenClassification"], "num_labels": 3}, None),
+        ({"architectures": ["BertForSequenceClassification"]}, 2),
+        ({"architectures": ["BertForSequenceClassification"], "num_labels": 4}, 4),
+        ({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}, 3),
+        ({}, None),
+    ],
+)
+def test_number_of_labels_is_that_of_a_text_classifier(config, count):
+    assert number_of_labels(config) == count
+
+
+def test_padding_of_the_head_is_taken_where_the_base_has_none():
+    head = adapter(model_config={"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 7})
+    base = {"architectures": ["LlamaForCausalLM"], "pad_token_id": None}
+    assert config_with_heads(base, [head])["pad_token_id"] == 7
+    assert config_with_heads(base | {"pad_token_id": 3}, [head])["pad_token_id"] == 3
+    whole = adapter(None, model_config={"architectures": ["LlamaForCausalLM"], "pad_token_id": 7})
+    assert config_with_heads(base, [whole])["pad_token_id"] is None

@@ -1,0 +1,158 @@
+"""Small models of transformers' architectures, with seeded weights, as `save_pretrained` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGE = {"image_size": 16, "patch_size": 4, "num_channels": 3}
+ENCODER_DECODER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+ENCODER_DECODER |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+ENCODER_DECODER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+GPT = {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+SPEECH = {**TEXT, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8}
+SPEECH |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2}
+
+
+def _clip(model: str) -> Any:
+    config = getattr(hf, f"{model}Config")
+    text, vision = getattr(hf, f"{model}TextConfig"), getattr(hf, f"{model}VisionConfig")
+    return config(
+        text_config=text(**TEXT, max_position_embeddings=40, eos_token_id=2, bos_token_id=1, pad_token_id=0).to_dict(),
+        vision_config=vision(**VISION, **IMAGE).to_dict(),
+        projection_dim=8,
+    )
+
+
+def _blip() -> Any:
+    text = {**TEXT, "encoder_hidden_size": 16, "max_position_embeddings": 40, "projection_dim": 8}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0}
+    return hf.BlipConfig(
+        text_config=text, vision_config={**VISION, **IMAGE, "projection_dim": 8}, image_text_hidden_size=8
+    )
+
+
+def _clap() -> Any:
+    audio: dict[str, Any] = {"spec_size": 32, "num_mel_bins": 8, "window_size": 4, "patch_size": 4, "hidden_size": 16}
+    audio |= {"patch_stride": (4, 4), "patch_embeds_hidden_size": 8, "depths": (1, 1), "num_attention_heads": (2, 2)}
+    audio |= {"projection_dim": 8}
+    text = {**TEXT, "max_position_embeddings": 40, "projection_dim": 8, "pad_token_id": 1}
+    return hf.ClapConfig(text_config=text, audio_config=audio, projection_dim=8)
+
+
+def _detr() -> Any:
+    backbone = hf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], out_features=["stage2"])
+    return hf.DetrConfig(
+        **ENCODER_DECODER, num_queries=5, num_labels=3, use_timm_backbone=False, use_pretrained_backbone=False,
+        backbone=None, backbone_config=backbone,
+    )  # fmt: skip
+
+
+# name -> class, and a function that makes its config
+MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
+    # Texts
+    "bert": ("BertModel", lambda: hf.BertConfig(**TEXT, max_position_embeddings=64)),
+    "roberta": ("RobertaModel", lambda: hf.RobertaConfig(**TEXT, max_position_embeddings=66)),
+    "distilbert": (
+        "DistilBertModel",
+        lambda: hf.DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32),
+    ),
+    "electra": ("ElectraModel", lambda: hf.ElectraConfig(**TEXT, embedding_size=16)),
+    "deberta": ("DebertaV2Model", lambda: hf.DebertaV2Config(**TEXT, type_vocab_size=0)),
+    "modernbert": (
+        "ModernBertModel",
+        lambda: hf.ModernBertConfig(
+            **TEXT, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2
+        ),
+    ),
+    "llama": ("LlamaForCausalLM", lambda: hf.LlamaConfig(**TEXT)),
+    "qwen2": ("Qwen2ForCausalLM", lambda: hf.Qwen2Config(**TEXT, num_key_value_heads=2)),
+    "gpt2": ("GPT2LMHeadModel", lambda: hf.GPT2Config(**GPT, bos_token_id=1, eos_token_id=2)),
+    "opt": (
+        "OPTForCausalLM",
+        lambda: hf.OPTConfig(
+            vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
+            word_embed_proj_dim=16,
+        ),
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        lambda: hf.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        lambda: hf.BartConfig(
+            **ENCODER_DECODER, vocab_size=60, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=2, forced_eos_token_id=2,
+        ),
+    ),
+    "layoutlm": ("LayoutLMModel", lambda: hf.LayoutLMConfig(**TEXT, max_2d_position_embeddings=100)),
+    # Images
+    "vit": ("ViTForImageClassification", lambda: hf.ViTConfig(**VISION, **IMAGE, num_labels=3)),
+    "deit": ("DeiTForImageClassification", lambda: hf.DeiTConfig(**VISION, **IMAGE, num_labels=3)),
+    "swin": (
+        "SwinForImageClassification",
+        lambda: hf.SwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=3
+        ),
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        lambda: hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, image_size=32),
+    ),
+    "dinov2": (
+        "Dinov2ForImageClassification",
+        lambda: hf.Dinov2Config(**{**VISION, "mlp_ratio": 2}, **IMAGE, num_labels=3),
+    ),
+    "segformer": (
+        "SegformerForSemanticSegmentation",
+        lambda: hf.SegformerConfig(
+            hidden_sizes=[8, 16], depths=[1, 1], num_attention_heads=[1, 2], sr_ratios=[2, 1], num_encoder_blocks=2,
+            patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=3,
+        ),
+    ),
+    "detr": ("DetrForObjectDetection", _detr),
+    # Sound
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        lambda: hf.WhisperConfig(
+            **ENCODER_DECODER, vocab_size=60, num_mel_bins=8, max_source_positions=20, max_target_positions=24,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1, suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+    ),
+    "wav2vec2": ("Wav2Vec2ForCTC", lambda: hf.Wav2Vec2Config(**SPEECH)),
+    "hubert": ("HubertForCTC", lambda: hf.HubertConfig(**SPEECH)),
+    # Both, and texts with images
+    "clip": ("CLIPModel", lambda: _clip("CLIP")),
+    "siglip": ("SiglipModel", lambda: _clip("Siglip")),
+    "blip": ("BlipForConditionalGeneration", _blip),
+    "clap": ("ClapModel", _clap),
+}  # fmt: skip
+
+
+def small_model(name: str, folder: Path, *, seed: int = 0) -> Path:
+    """Save a small model of this architecture, with seeded weights, and return its folder."""
+    architecture, config = MODELS[name]
+    torch.manual_seed(seed)
+    getattr(hf, architecture)(config()).save_pretrained(folder)
+    return folder
+
+
+WORDS = ["<pad>", "<unk>", "<eos>", "bad", "good", "very", "film", "a", "the"]
+
+
+def words_tokenizer(folder: Path, *, pad: str | None = "<pad>") -> Path:
+    """Save a tokenizer of nine words in a model's folder."""
+    tokens = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "<eos>"} | ({"pad_token": pad} if pad else {})
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
+    return folder
