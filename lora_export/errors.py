@@ -7,9 +7,12 @@ wrong, where, and what to do. Every other exception is a bug: it ends as a trace
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
+
+SHOWN = 5  # problems that a message lists
 
 
 def printable(text: str) -> str:
@@ -23,10 +26,10 @@ def one_line(text: str) -> str:
     return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
 
 
-def listed(problems: Sequence[str], most: int = 20) -> str:
+def listed(problems: Sequence[object], most: int = SHOWN, indent: str = "  ") -> str:
     """The first problems, one a line and indented, and the number of the others. For a message."""
-    lines = [one_line(f"  {problem}") for problem in problems[:most]]
-    return "\n".join([*lines, *([f"  and {len(problems) - most} more"] if len(problems) > most else [])])
+    lines = [one_line(f"{indent}{problem}") for problem in problems[:most]]
+    return "\n".join([*lines, *([f"{indent}and {len(problems) - most} more"] if len(problems) > most else [])])
 
 
 def _no_command(line: str) -> str:
@@ -114,15 +117,29 @@ class MatchError(InputRefused):
     """Every misfit between adapters and base, in one error. Nothing has been written.
 
     `targets` counts what should have matched: the tensors of the adapters, and targeted layers without tensors.
+    `made_for` is the base that an adapter's own file names, by the adapter's name. The message lists the first misfits
+    of each adapter, and the `remedy`; `misfits` has all of them.
     """
 
-    def __init__(self, misfits: Iterable[Misfit], *, targets: int):
-        self.misfits = tuple(misfits)
+    def __init__(
+        self,
+        misfits: Iterable[Misfit],
+        *,
+        targets: int,
+        made_for: Mapping[str, str] = MappingProxyType({}),
+        remedy: str = "",
+    ):
+        self.misfits, self.targets, self.made_for = tuple(misfits), targets, made_for
         by_adapter: dict[str, list[Misfit]] = {}
         for misfit in self.misfits:
             by_adapter.setdefault(misfit.adapter, []).append(misfit)
         lines = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
         for adapter, own_misfits in by_adapter.items():
-            lines.append(f"  in {one_line(adapter)}:")
-            lines += [f"    {misfit}" for misfit in own_misfits]
-        super().__init__("\n".join(lines))
+            lines += [f"  in {one_line(adapter)}:", listed(own_misfits, indent="    ")]
+            if base := made_for.get(adapter):
+                lines.append(one_line(f"    it was trained for {base} (base_model_name_or_path in its config)"))
+        super().__init__("\n".join([*lines, *filter(None, [remedy])]))
+
+    def with_remedy(self, remedy: str) -> MatchError:
+        """The same error, whose message ends with what may help."""
+        return MatchError(self.misfits, targets=self.targets, made_for=self.made_for, remedy=remedy)

@@ -49,3 +49,18 @@ def test_misfits_are_listed_by_adapter():
         "  in two:",
         r"    b: x\ny",
     ]
+
+
+def test_only_the_first_misfits_are_listed_and_all_are_kept():
+    misfits = [Misfit("fr", f"layer {number}", "no such weight") for number in range(224)]
+    error = MatchError([*misfits, Misfit("de", "x", "too wide")], targets=300, made_for={"fr": "owner/model\x1b"})
+    assert str(error).splitlines() == [
+        "225 of 300 targets do not fit the base. Nothing was written.",
+        "  in fr:",
+        *(f"    layer {number}: no such weight" for number in range(5)),
+        "    and 219 more",
+        r"    it was trained for owner/model\x1b (base_model_name_or_path in its config)",
+        "  in de:",
+        "    x: too wide",
+    ]
+    assert len(error.misfits) == 225

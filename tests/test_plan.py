@@ -555,22 +555,27 @@ def test_every_misfit_is_listed_with_its_key_and_the_nearest_name():
     ]
     with pytest.raises(MatchError) as refused:
         plan.make([first, second], base, may_add=True)
-    assert str(refused.value).splitlines() == [
-        "8 of 9 targets do not fit the base. Nothing was written.",
-        "  in first:",
-        "    base_model.model.layer.attn.q.lora_A.weight: the base has no weight for layer.attn.q; "
+    assert str(refused.value).startswith("8 of 9 targets do not fit the base. Nothing was written.")
+    assert [misfit.adapter for misfit in refused.value.misfits] == ["first"] * 7 + ["second"]
+    assert list(map(str, refused.value.misfits)) == [
+        "base_model.model.layer.attn.q.lora_A.weight: the base has no weight for layer.attn.q; "
         "the nearest name is layer.attention.q.weight",
-        "    narrow: narrow.weight is (2, 5) (out, in), the adapter was trained on (2, 3)",
-        "    norm: norm.weight (2, 3) is not the weight of a linear layer, a convolution or an embedding",
-        "    int8: int8.weight is int8: a quantised weight is never merged silently. Use the original float base, "
+        "narrow: narrow.weight is (2, 5) (out, in), the adapter was trained on (2, 3)",
+        "norm: norm.weight (2, 3) is not the weight of a linear layer, a convolution or an embedding",
+        "int8: int8.weight is int8: a quantised weight is never merged silently. Use the original float base, "
         "or dequantise this one first",
-        "    good.lora_B.bias: the base's good.bias has shape (2,), the adapter adds (3,)",
-        "    narrow.bias: the base has no narrow.bias, which the adapter changes",
-        "    head.weight: head.weight is (4, 5), the adapter replaces it with (4, 4)",
-        "  in second:",
-        "    xyz: the base has no weight for xyz",
+        "good.lora_B.bias: the base's good.bias has shape (2,), the adapter adds (3,)",
+        "narrow.bias: the base has no narrow.bias, which the adapter changes",
+        "head.weight: head.weight is (4, 5), the adapter replaces it with (4, 4)",
+        "xyz: the base has no weight for xyz",
     ]
     assert refused.value.exit_code == 3
+
+
+def test_the_base_that_an_adapter_names_is_told():
+    made = Adapter("fr", "test", {"xyz": pair()}, metadata={"base_model_name_or_path": "owner/model"})
+    with pytest.raises(MatchError, match=r"it was trained for owner/model \(base_model_name_or_path in its config\)"):
+        plan.make([made], [matrix("good.weight")])
 
 
 def test_the_nearest_name_has_the_same_numbers_where_possible():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import formats
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter
 from lora_export.storage.manifest import damage
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +43,7 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
     if checkpoint is not None and path.suffix != ".onnx":
         raise WrongUsage("--base names the weights of an .onnx file")
     if check and (damaged := damage(path)):
-        raise InputRefused(f"{path} is not what was written:\n" + "\n".join(f"  {line}" for line in damaged))
+        raise InputRefused(f"{path} is not what was written:\n{listed(damaged)}")
     if formats.recognised(path):
         return Inspection(path, adapter=formats.load(path))
     if path.suffix == ".onnx_adapter":

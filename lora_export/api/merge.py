@@ -152,11 +152,13 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
     from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
     from lora_export.graph.onnx_file.reading import open_graph
     from lora_export.graph.quantised.scheme_of_weight import requantise_notes
+    from lora_export.graph.refusals import base_as_remedy
 
     input_files.must_exist(options.base, "base model")
     graph = open_graph(options.base)
     sites = find_sites(graph.model, None if origin is None else open_checkpoint(origin))
-    steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
+    with base_as_remedy(sites) if origin is None else contextlib.nullcontext():
+        steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
     refuse_before_graph_merge(steps, graph, sites, requantise=requantize)
     quantised = requantise_notes(steps, graph.model, sites) if requantize else ()
     notes = _report_notes(options, steps, [*sites.notes, *quantised])

@@ -45,7 +45,7 @@ def export_from_graph(
         program = _copy_of(graph)
         references = _references(graph, names, options, reference, dtype) if options.verify else None
         before = base_outputs(program, references, options) if references else {}
-        located = locate(program, options, names)
+        located = locate(program, options, names, is_existing=True)
         if located.plan:
             provenance.refuse_second_merge(located.plan, graph.path, graph.history)
         if options.lora == "merged":

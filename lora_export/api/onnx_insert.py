@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.graph.refusals import base_as_remedy
 from lora_export.plan import Plan
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -27,11 +29,17 @@ class Located(NamedTuple):
     plan: Plan | None
 
 
-def locate(program: ir.Model, options: OnnxOptions, checkpoint: Checkpoint | None) -> Located:
-    """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit."""
+def locate(
+    program: ir.Model, options: OnnxOptions, checkpoint: Checkpoint | None, *, is_existing: bool = False
+) -> Located:
+    """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit.
+
+    `checkpoint` is what an existing graph was exported from.
+    """
     options.stage("finding its weights")
     sites = find_sites(program, checkpoint)
-    steps = options.plan(sites.specs) if options.adapters else None
+    with base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext():
+        steps = options.plan(sites.specs) if options.adapters else None
     notes = [note for adapter in options.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
         options.on_message(f"note: {note}")

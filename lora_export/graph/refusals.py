@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.find_sites import Sites
 from lora_export.plan import Plan, Step
 
@@ -35,6 +37,21 @@ def refuse_steps_without_branch(plan: Plan) -> None:
                 f"{step.terms[0].adapter}: {step.weight}: the adapter has a whole tensor and a low-rank pair for this "
                 "weight, which cannot be inserted beside the graph's weights. Merge the adapter instead"
             )
+
+
+@contextlib.contextmanager
+def base_as_remedy(sites: Sites) -> Iterator[None]:
+    """Name `--base` in a MatchError, where layers of a graph without a checkpoint lack a certain name."""
+    try:
+        yield
+    except MatchError as error:
+        if not sites.unnamed:
+            raise
+        layers = "1 linear layer" if len(sites.unnamed) == 1 else f"{len(sites.unnamed)} linear layers"
+        raise error.with_remedy(
+            f"{layers} of the graph lost the name, or contain several weights in one, as a packed q, k and v. "
+            "--base CHECKPOINT, from which the graph was exported, finds the weights by their content"
+        ) from error
 
 
 def refuse_quantised(step: Step, sites: Sites) -> None:

@@ -159,7 +159,9 @@ def _match_all(
             misfits += conflicts(together)
     misfits += broken_ties(by_weight, base)
     if misfits:
-        raise MatchError(misfits, targets=targets)
+        named = {adapter.name: adapter.metadata.get("base_model_name_or_path") for adapter in adapters}
+        made_for = {name: base for name, base in named.items() if isinstance(base, str)}
+        raise MatchError(misfits, targets=targets, made_for=made_for)
     return by_weight
 
 

@@ -93,6 +93,11 @@ class GraphReferences:
     def origin(self) -> None:
         """None: the base is the graph that the candidate was made from."""
 
+    @property
+    def remedy(self) -> str:
+        """The PyTorch model."""
+        return "the PyTorch model that the graph was exported from (--model MODEL)"
+
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> GraphReferences:
         """The same references with other adapters. The base's inputs and outputs are shared."""
         return replace(self, adapters=adapters, strengths=strengths)

@@ -148,6 +148,11 @@ class PyTorchReferences:
         attached = AttachedModule(module, rounding, preferred, has_pairs=has_pairs)
         return PreparedPyTorch(self, candidate, inputs, changes, judged, quantised, attached)
 
+    @property
+    def remedy(self) -> str:
+        """Empty: there is no better reference than PyTorch."""
+        return ""
+
     def explain(self, refusal: str) -> str:
         """The refusal, with what to do where the candidate takes float16 and the model float32."""
         return f"{refusal}. {HALF[0].upper()}{HALF[1:]}" if EXPECTS_HALF in refusal else refusal

@@ -93,6 +93,7 @@ def prove(
         second = judge(measured, merged.note)
         if second.outcome is not parity.Outcome.DIFFERENT:
             verdict, cases = second, measured
+    verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
         notes = notes_on_provider_defaults(candidate, cases, inputs, names_known=expected.names_known)
@@ -166,6 +167,17 @@ def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays], inputs:
 
 def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:
     return replace(verdict, notes=(*verdict.notes, *notes))
+
+
+def _with_remedy(verdict: parity.Verdict, remedy: str) -> parity.Verdict:
+    """The verdict, whose doubts name this remedy first."""
+    if not remedy or verdict.outcome is not parity.Outcome.UNDECIDED:
+        return verdict
+    reasons = [
+        replace(reason, remedy=f"{remedy}, or {reason.remedy}" if reason.remedy else remedy)
+        for reason in verdict.reasons
+    ]
+    return replace(verdict, reasons=tuple(reasons))
 
 
 def _to_diagnose(cases: Sequence[parity.Case], verdict: parity.Verdict, inputs: Inputs) -> parity.Case:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.sums import sum_dtype
 
 LOW_RETENTION = 0.9  # below this a result is worth a warning
@@ -59,10 +59,10 @@ def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, w
     """Raise InputRefused where rounding took too much of a change."""
     lost = [result for result in results if result.retention < min_retention]
     if lost:
-        lines = [f"  {r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
+        lines = [f"{r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
         raise InputRefused(
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
-            f"(--min-retention {min_retention:g}):\n" + "\n".join(lines) + "\n"
+            f"(--min-retention {min_retention:g}):\n{listed(lines)}\n"
             f"{ways_out}. Nothing was written."
         )
 

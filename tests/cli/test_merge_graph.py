@@ -146,6 +146,19 @@ def test_refused_merge_writes_nothing(
     assert folder_contents(folder) == before
 
 
+@pytest.mark.parametrize("command", [["merge", "lost.onnx", "ad"], ["onnx", "lost.onnx", "-a", "ad", "--no-verify"]])
+def test_base_is_named_where_the_graph_lost_its_names(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    graph_file(folder / "lost.onnx", {"onnx::MatMul_7": WEIGHTS["up.weight"]})
+    before = folder_contents(folder)
+    assert cli.run([*command, "-o", "m.onnx"]) == 3
+    assert "--base CHECKPOINT, from which the graph was exported, finds" in capsys.readouterr().err
+    assert folder_contents(folder) == before
+    base_file(folder / "base.safetensors", {"up.weight": WEIGHTS["up.weight"].T})
+    assert cli.run([*command, "-o", "m.onnx", "--base", "base.safetensors"]) == 0
+
+
 def test_pytorch_and_onnxruntime_are_not_imported(folder: Path) -> None:
     program = (
         "import sys; from lora_export import cli; code = cli.run(sys.argv[1:]);"

@@ -514,7 +514,8 @@ def test_an_adapter_too_faint_to_see_is_undecided(
     weak = an_adapter_in(tmp_path / "weak", alpha=1e-6)
     words = ("onnx", place / "base.onnx", "-a", weak, "--lora", mode, "-o", tmp_path / "out.onnx")
     assert call(*words) == 5
-    assert "undecided" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "undecided" in told and "the PyTorch model that the graph was exported from (--model MODEL), or" in told
     assert [path.name for path in tmp_path.iterdir()] == ["weak"]
     assert call(*words, "--no-verify") == 0
     assert record(tmp_path / "out.onnx")["verdict"] == {"outcome": "not verified", "why": "--no-verify"}

@@ -6,9 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.merge.fold import fold_graph
+from lora_export.graph.refusals import base_as_remedy
 from lora_export.lora import LoraPair, TokenRows
 from support.graphs import a_graph, an_adapter, planned
 from support.small_graphs import GEMM, PAIR, folded
@@ -44,3 +46,14 @@ def test_rows_of_tokens_are_refused_by_name() -> None:
         found, made = planned(model, an_adapter({}, token_rows=rows))
         with pytest.raises(InputRefused, match=r"m\.weight: the adapter changes rows of tokens, .* checkpoint"):
             execute(model, found, made)
+
+
+def test_base_is_named_where_a_layer_has_no_name() -> None:
+    misfit = MatchError([Misfit("fr", "up", "no such weight")], targets=1)
+    for graph, remedy in ((GEMM, False), (GEMM.replace("m.weight", "val_3"), True)):
+        model = a_graph(graph)
+        with pytest.raises(MatchError) as caught, base_as_remedy(find_sites(model)):
+            raise misfit
+        assert ("1 linear layer of the graph lost the name" in str(caught.value)) is remedy
+        assert ("--base CHECKPOINT" in str(caught.value)) is remedy
+        assert caught.value.misfits == misfit.misfits

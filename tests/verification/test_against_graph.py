@@ -67,6 +67,15 @@ def judged(folder: Path, std: float, strength: float = 1.0) -> Proof:
     return prove(candidate, GraphReferences.open(folder / "tower.onnx", "merged", [an_adapter(std)]))
 
 
+def test_a_doubt_names_the_pytorch_model_as_remedy(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, 1e-5).verdict
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert all(
+        reason.remedy.startswith("the PyTorch model that the graph was exported from (--model MODEL)")
+        for reason in verdict.reasons
+    )
+
+
 def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,8 @@ class References(Protocol):
     def seed(self) -> int: ...  # of the generated inputs
     @property
     def origin(self) -> Path | None: ...  # the quantised graph from which the candidate was made, where known
+    @property
+    def remedy(self) -> str: ...  # other references that may decide what these cannot; empty where there are none
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> Self:
         """The same references with other adapters. What was computed without adapters is shared."""
