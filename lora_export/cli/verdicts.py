@@ -78,7 +78,7 @@ def annotate_github(result: Verification, title: str) -> None:
         click.echo(line, err=True)
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
-            with Path(page).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with Path(page).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(github.summary(proof.verdict, proof.placement, result.about, proof.diagnosis, title=title))
         except OSError as error:
             print_message(f"the summary of the run was not written: {error}")

@@ -171,8 +171,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     }
     layouts = {LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
     safetensors_file.write(folder / WEIGHTS, dict(sorted(_tensors(adapter).items())), {"format": "pt", **layouts})
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
+    json_files.write_json(folder / ADAPTER_CONFIG, fields, sort_keys=True)
 
 
 def _tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:

@@ -113,4 +113,4 @@ def _json(document: Mapping[str, Any]) -> str:
 
 def _replace(path: Path, content: str) -> None:
     with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:
-        (stage / path.name).write_text(content, encoding="utf-8")
+        (stage / path.name).write_text(content, encoding="utf-8", newline="\n")

@@ -175,7 +175,7 @@ class OnnxRunner:
         try:
             return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
-            raise RuntimeRefused(f"onnxruntime: {error}") from error
+            raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
 
 
 def _session_options(*, optimise: bool = True, low_memory: bool = False) -> Any:

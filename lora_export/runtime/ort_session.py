@@ -61,7 +61,7 @@ def raising_refusals(graph: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
-        raise RuntimeRefused(f"onnxruntime refused {graph}: {error}") from error
+        raise RuntimeRefused(f"onnxruntime refused {graph}: {str(error).strip()}") from error
 
 
 def _available(provider: str) -> str:

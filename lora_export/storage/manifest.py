@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.storage.hashes import ALGORITHMS, file_hash, file_sha256
-from lora_export.storage.json_files import read_json
+from lora_export.storage.json_files import read_json, write_json
 
 MANIFEST = "lora_export.json"
 
@@ -27,8 +26,7 @@ def write_manifest(
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             contents[name] = {"bytes": path.stat().st_size, **(hashes.get(name) or {"sha256": file_sha256(path)})}
-    text = json.dumps({**facts, "files": contents}, indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    write_json(folder / MANIFEST, {**facts, "files": contents})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

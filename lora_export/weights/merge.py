@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from lora_export import provenance
 from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS, Plan, Step
-from lora_export.storage import block_copy, safetensors_file
+from lora_export.storage import block_copy, json_files, safetensors_file
 from lora_export.storage.block_copy import Block
 from lora_export.storage.manifest import write_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
@@ -269,12 +269,12 @@ def _write_other_files(
         shutil.copyfile(base.path / relative, stage / relative)
     config = _output_config(plan, base, dtype)
     if config != base.config:
-        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        json_files.write_json(stage / CONFIG, config)
     if base.index:
         weight_map = {entry: name for name, file in written.items() for entry in file.entries}
         size = sum(entry.nbytes for file in written.values() for entry in file.entries.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (stage / base.index).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        json_files.write_json(stage / base.index, index, sort_keys=True)
 
 
 def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str, Any]:

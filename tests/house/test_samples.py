@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -241,7 +242,9 @@ def test_the_api_sample_publishes_no_graph_that_is_not_proven(
 
 def test_the_parity_test_passes(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SAMPLES / "parity_test.py")]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
 
 

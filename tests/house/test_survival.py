@@ -29,9 +29,9 @@ from lora_export.storage import atomic_output, safetensors_file
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST, damage, read_manifest
 from lora_export.weights import merge
-from support import FACTORIES, ROOT, saboteur
+from support import FACTORIES, ROOT, fault_injector
+from support.fault_injector import Ended
 from support.handmade import base_file, graph_file, peft_adapter
-from support.saboteur import Ended
 
 W = np.arange(6).reshape(2, 3)
 A, B = [[1, 2, 3]], [[1], [10]]
@@ -70,8 +70,8 @@ class Output:
     target: Path
     write: Callable[[int], tuple[Any, ...]]
 
-    def child(self, version: int, **sabotage: Any) -> Ended:
-        return saboteur.run(*self.write(version), log=self.target.parent / "log", **sabotage)
+    def child(self, version: int, **faults: Any) -> Ended:
+        return fault_injector.run(*self.write(version), log=self.target.parent / "log", **faults)
 
     def written(self) -> Contents:
         """The output as its readers find it; a folder must be what its manifest says, to the byte."""
@@ -126,19 +126,19 @@ def export_line(place: Path, version: int) -> list[str]:
 
 
 def outputs(place: Path) -> dict[str, Output]:
-    def merged(base: str, out: str, work: Callable[..., None] = saboteur.command) -> Output:
+    def merged(base: str, out: str, work: Callable[..., None] = fault_injector.command) -> Output:
         return Output(place / out, lambda version: (work, *merge_line(place, base, out, version)))
 
     graph = place / "m.onnx"
     return {
         "folder": merged("base", "out"),
         "file": merged("bare.safetensors", "out.safetensors"),
-        "folder without exchange": merged("base", "out", saboteur.command_without_exchange),
+        "folder without exchange": merged("base", "out", fault_injector.command_without_exchange),
         "merged graph": merged("base.onnx", "merged.onnx"),
         "exported graph": Output(
-            place / "exported.onnx", lambda version: (saboteur.command, *export_line(place, version))
+            place / "exported.onnx", lambda version: (fault_injector.command, *export_line(place, version))
         ),
-        "graph": Output(graph, lambda version: (saboteur.publish_graph, str(graph), float(version + 1))),
+        "graph": Output(graph, lambda version: (fault_injector.publish_graph, str(graph), float(version + 1))),
     }
 
 
@@ -613,7 +613,8 @@ def calls(place: Path, *line: str) -> list[tuple[str, list[str]]]:
 
 
 GRAPH = (
-    "import sys; sys.path.append(sys.argv[2]); from support import saboteur; saboteur.publish_graph(sys.argv[1], 1.0)"
+    "import sys; sys.path.append(sys.argv[2]); from support.fault_injector import publish_graph; "
+    "publish_graph(sys.argv[1], 1.0)"
 )
 
 
@@ -893,7 +894,7 @@ def test_what_is_no_file_in_a_files_place_is_refused_at_once(place, name, kind):
         "dangling": lambda: path.symlink_to("nowhere"),
     }[kind]()
     line = ["merge", str(place / "base"), str(place / "first"), "-o", str(place / "out")]
-    ended = saboteur.run(saboteur.command, *line, log=place / "log")  # a hang ends as a TimeoutError
+    ended = fault_injector.run(fault_injector.command, *line, log=place / "log")  # a hang ends as a TimeoutError
     if (name, kind) in [("base/config.json", "dangling")]:  # as if there were none
         assert ended.code == 0
         return
@@ -966,7 +967,7 @@ def test_any_name_is_a_name_for_base_adapter_and_output(place, name):
     (place / "into").mkdir()
     line = ["merge", str(place / "base" / name), str(place / "first" / name), "-o", str(place / "into" / name)]
     for overwrite in ([], ["--overwrite"]):
-        ended = saboteur.run(saboteur.command, *line, *overwrite, log=place / "log")
+        ended = fault_injector.run(fault_injector.command, *line, *overwrite, log=place / "log")
         assert ended.code == 0, ended.told
         assert ended.told.count("\n") == 4 and is_harmless(ended.told)
     assert_whole(place / "into" / name)
@@ -979,7 +980,7 @@ def test_any_name_is_a_name_for_base_adapter_and_output(place, name):
 def test_any_name_in_an_error_is_one_harmless_line(place, name, role):
     words = {"base": "base", "adapter": "first", "output": "out"} | {role: f"{name}/x"}
     base, adapter, output = (str(place / word) for word in words.values())
-    ended = saboteur.run(saboteur.command, "merge", base, adapter, "-o", output, log=place / "log")
+    ended = fault_injector.run(fault_injector.command, "merge", base, adapter, "-o", output, log=place / "log")
     assert ended.code == (7 if role == "output" else 3)
     assert ended.told.startswith("Error: ") and ended.told.count("\n") == 1 and is_harmless(ended.told)
     assert not (place / "out").exists()
@@ -1048,9 +1049,9 @@ def test_exporting_over_an_export_takes_no_more_room_each_time(place):
 @pytest.mark.fault(40)
 def test_a_graph_with_the_longest_name_has_its_data_beside_it(place):
     target = place / ("n" * 250 + ".onnx")
-    ended = saboteur.run(saboteur.publish_graph, str(target), 1.0, log=place / "log")
+    ended = fault_injector.run(fault_injector.publish_graph, str(target), 1.0, log=place / "log")
     assert ended.code == 0, ended.told
-    again = saboteur.run(saboteur.publish_graph, str(target), 2.0, log=place / "log")
+    again = fault_injector.run(fault_injector.publish_graph, str(target), 2.0, log=place / "log")
     assert again.code == 0 and again.told.startswith("removed ")
     (data,) = (path for path in place.iterdir() if path.name.endswith(".data") and path.name != "base.data")
     weight = load_graph(target).graph.initializers["w"].const_value

@@ -1,4 +1,4 @@
-"""JSON files are read within bounds."""
+"""JSON files are read within bounds, and written with the same bytes on every system."""
 
 from __future__ import annotations
 
@@ -76,3 +76,11 @@ def test_a_models_config_is_checked_where_it_is_used(tmp_path):
     path.write_text('{"id2label": {"0": ["good"]}}')
     with pytest.raises(InputRefused, match=r"config\.json: id2label is .*; it must be a table of names"):
         json_files.read_model_config(path)
+
+
+def test_what_is_written_has_the_same_bytes_on_every_system(tmp_path):
+    json_files.write_json(tmp_path / "a.json", {"b": ["ü"], "a": 1})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "b": [\n    "\\u00fc"\n  ],\n  "a": 1\n}\n'
+    assert json_files.read_json(tmp_path / "a.json") == {"a": 1, "b": ["ü"]}
+    json_files.write_json(tmp_path / "a.json", {"b": 2, "a": 1}, sort_keys=True)
+    assert list(json_files.read_json(tmp_path / "a.json")) == ["a", "b"]

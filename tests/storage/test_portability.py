@@ -54,6 +54,7 @@ def test_every_module_imports_without_linux():
     ("line", "output"),
     [
         (["merge", "base", "adapter"], "merged"),
+        (["merge", "base", "adapter", "--dtype", "float16"], "merged"),  # with a new config
         (["merge", "base.onnx", "adapter"], "merged.onnx"),
         (["onnx", "base.onnx", "-a", "adapter", "--lora", "nodes"], "exported.onnx"),
     ],
@@ -71,6 +72,16 @@ def test_an_output_without_linux_has_the_same_bytes(inputs, monkeypatch, line, o
         assert child.returncode == 0, child.stderr
     written, written_elsewhere = map(contents, folders)
     assert written_elsewhere == written and output in {Path(name).parts[0] for name in written}
+
+
+def test_reports_without_linux_have_no_other_line_ends(inputs):
+    assert cli.run(["merge", *(str(inputs / name) for name in ("base", "adapter")), "-o", str(inputs / "merged")]) == 0
+    line = ["verify", "merged", "--base", "base", "-a", "adapter", "--report", "v.json", "--report", "v.xml"]
+    child = python_without_linux("-m", "lora_export", *line, folder=inputs)
+    assert child.returncode == 0, child.stderr
+    for name in ("v.json", "v.xml"):
+        content = (inputs / name).read_bytes()
+        assert content.endswith(b"\n") and b"\r" not in content
 
 
 def test_the_tests_of_storage_pass_without_linux(tmp_path):

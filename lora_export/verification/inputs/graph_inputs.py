@@ -7,7 +7,7 @@ rows of the table that they index. Masks hide padding, positions count up, and a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +40,20 @@ LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})  # read rows of input 0 
 VALUE_PRESERVING = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose"})
 
 
+class NoGeneratedInputs(InputRefused):
+    """No inputs can be generated for a graph. `problem` is the message without the remedy, which is to give inputs."""
+
+    def __init__(self, problem: str, names: Iterable[str]):
+        self.problem = problem
+        remedy = f"Give inputs: --inputs FILE.npz, with an array for each of {', '.join(names)}"
+        super().__init__(f"{problem}. {remedy}")
+
+
 class InputGenerator:
     """Makes inputs for a graph.
 
-    `graph_name` is what an error calls the graph. Raises InputRefused, with the inputs' names, where the graph does
-    not determine which values an input takes.
+    `graph_name` is what an error calls the graph. Raises NoGeneratedInputs, with the inputs' names, where the graph
+    does not determine which values an input takes.
     """
 
     def __init__(self, model: ir.Model, graph_name: str):
@@ -52,10 +61,8 @@ class InputGenerator:
         self.caches = [value for value in self.inputs if CACHE.search(value.name or "") and _is_float(value)]
         problems = [problem for value in self.inputs if (problem := _problem(value))]
         if problems:
-            raise InputRefused(
-                f"inputs for {graph_name} cannot be made: {'; '.join(problems)}. Give them: --inputs FILE.npz, with an "
-                f"array for each of {', '.join(str(value.name) for value in self.inputs)}"
-            )
+            problem = f"inputs for {graph_name} cannot be made: {'; '.join(problems)}"
+            raise NoGeneratedInputs(problem, [str(value.name) for value in self.inputs])
 
     def alternatives(self, sizes: GraphSizes) -> list[GraphSizes]:
         """These sizes; for a graph with a cache also one step after the cache, and an empty cache."""

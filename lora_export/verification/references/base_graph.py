@@ -8,12 +8,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import RuntimeRefused
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.storage.hashes import file_sha256
 from lora_export.verification.inputs import Inputs, graph_inputs
-from lora_export.verification.inputs.graph_inputs import GraphSizes, InputGenerator
+from lora_export.verification.inputs.graph_inputs import GraphSizes, InputGenerator, NoGeneratedInputs
 from lora_export.verification.references.graph_sessions import Fp64Outputs, open_graph_session, run_in_fp64
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -63,11 +63,10 @@ class BaseGraph:
             users[self.user_inputs.name] = graph_inputs.read(self.user_inputs, self.model)
         try:
             generated = self._generated_inputs()
-        except InputRefused as refusal:
+        except NoGeneratedInputs as refusal:
             if not users:
                 raise
-            reason = str(refusal).partition(". Give")[0]
-            return Inputs(users, notes=(f"{self.user_inputs} is the only case: {reason}",))
+            return Inputs(users, notes=(f"{self.user_inputs} is the only case: {refusal.problem}",))
         return replace(generated, cases={**generated.cases, **users})
 
     def _generated_inputs(self) -> Inputs:
@@ -95,10 +94,8 @@ class BaseGraph:
                 refusal = refusal or error
                 continue
             return sizes, arrays
-        raise InputRefused(
-            f"{self.path} refuses the inputs that are generated for it ({refusal}). Give inputs: --inputs FILE.npz, "
-            f"with an array for each of {', '.join(arrays)}"
-        ) from refusal
+        problem = f"{self.path} refuses the inputs that are generated for it ({refusal})"
+        raise NoGeneratedInputs(problem, arrays) from refusal
 
 
 def _accepts(runner: OnnxRunner, arrays: Arrays) -> bool:

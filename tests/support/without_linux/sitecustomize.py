@@ -4,8 +4,10 @@ Python imports this file at its start when the folder is on PYTHONPATH. So it al
 `os.name` stays "posix": the standard library would fail to import with another.
 """
 
+import builtins
 import ctypes
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -63,6 +65,13 @@ def _open(path, flags, mode=0o777, **options):
     return _call["open"](path, flags, mode, **options)
 
 
+def _open_file(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **options):
+    """A text file that is written has Windows's line ends, unless others are requested."""
+    if newline is None and "b" not in mode and set(mode) & set("wax"):
+        newline = "\r\n"
+    return _call["open_file"](file, mode, buffering, encoding, errors, newline, **options)
+
+
 def _fsync(descriptor):
     number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
     with open(f"/proc/self/fdinfo/{number}") as facts:  # noqa: PTH123
@@ -88,6 +97,8 @@ if os.environ.get("WITHOUT_LINUX", "1") == "1":
     _call = {name: getattr(os, name) for name in replaced}
     for name, function in replaced.items():
         setattr(os, name, function)
+    _call["open_file"] = io.open
+    io.open = builtins.open = _open_file
     for supported in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks):
         supported.clear()
     _load_library = ctypes.CDLL.__init__

@@ -30,7 +30,7 @@ LOADED = [
         "safetensors",
         "onnx",
         "onnx_ir",
-        "saboteur",
+        "support.fault_injector",
     ),
 ]
 
@@ -50,13 +50,13 @@ def _children() -> Any:
     return context
 
 
-def run(work: Callable[..., None], *arguments: object, log: Path, **sabotage: Any) -> Ended:
+def run(work: Callable[..., None], *arguments: object, log: Path, **faults: Any) -> Ended:
     """Let a child do some work. `signals` and `at`: which it sends itself, how often, and before which moment.
 
     `limit`: the longest file, in bytes, that it may write. `killed_after`: its life in seconds, if it takes longer.
     """
-    life = sabotage.pop("killed_after", None)
-    child = _children().Process(target=_sabotaged, args=(work, arguments, log, sabotage))
+    life = faults.pop("killed_after", None)
+    child = _children().Process(target=_with_faults, args=(work, arguments, log, faults))
     child.start()
     child.join(60 if life is None else life)
     if life is not None:
@@ -68,15 +68,15 @@ def run(work: Callable[..., None], *arguments: object, log: Path, **sabotage: An
     return Ended(child.exitcode, log.read_text())
 
 
-def _sabotaged(work: Callable[..., None], arguments: tuple[object, ...], log: Path, sabotage: dict[str, Any]) -> None:
+def _with_faults(work: Callable[..., None], arguments: tuple[object, ...], log: Path, faults: dict[str, Any]) -> None:
     writer = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
-    if "signal" in sabotage:
-        strike_before(sabotage["at"], sabotage["signal"], sabotage.get("times", 1))
-    with _no_longer_than(sabotage.get("limit")):
+    if "signal" in faults:
+        strike_before(faults["at"], faults["signal"], faults.get("times", 1))
+    with _no_longer_than(faults.get("limit")):
         work(*arguments)
 
 
