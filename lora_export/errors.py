@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-SHOWN = 5  # problems that a message lists
+SHOWN_PROBLEMS = 5  # problems that a message lists
 
 
 def printable(text: str) -> str:
@@ -26,7 +26,7 @@ def one_line(text: str) -> str:
     return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
 
 
-def listed(problems: Sequence[object], most: int = SHOWN, indent: str = "  ") -> str:
+def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str = "  ") -> str:
     """The first problems, one a line and indented, and the number of the others. For a message."""
     lines = [one_line(f"{indent}{problem}") for problem in problems[:most]]
     return "\n".join([*lines, *([f"{indent}and {len(problems) - most} more"] if len(problems) > most else [])])
