@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lora_export.plan import make as make_plan
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.runtime.session import Session
-    from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+    from lora_export.runtime.torch_runners import ModuleRunner
+    from lora_export.runtime.torchscript.runner import ScriptRunner
     from lora_export.storage.atomic_output import stage_file, stage_folder
     from lora_export.verification.against_graph import GraphReferences
     from lora_export.verification.against_pytorch import PyTorchReferences
@@ -45,7 +46,7 @@ _HOMES = {
     "OnnxRunner": "runtime.onnx_runner:OnnxRunner",
     "Plan": "plan:Plan",
     "PyTorchReferences": "verification.against_pytorch:PyTorchReferences",
-    "ScriptRunner": "runtime.torch_runners:ScriptRunner",
+    "ScriptRunner": "runtime.torchscript.runner:ScriptRunner",
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",

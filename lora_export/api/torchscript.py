@@ -21,7 +21,7 @@ from lora_export.api.load import (
 )
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.models.export import save_torchscript, to_torchscript
-from lora_export.runtime.torch_runners import ScriptRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import atomic_output
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove

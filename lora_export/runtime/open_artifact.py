@@ -13,7 +13,8 @@ from lora_export.models.pt2 import program
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
-from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_sha256
 from lora_export.weights.checkpoint import open_checkpoint

@@ -1,13 +1,11 @@
-"""Run a PyTorch module, as deployed or in fp64, or a TorchScript file."""
+"""Run a PyTorch module, as deployed or in fp64."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +16,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models.failures import named_failures
 from lora_export.models.output_names import have_names, named_outputs
 from lora_export.runtime import onnx_runner
@@ -27,9 +24,6 @@ from lora_export.runtime.runner import Arrays
 NARROW_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 NARROWING_METHODS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
 GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
-
-
-# --- PyTorch ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -56,7 +50,7 @@ class ModuleRunner:
         with torch.no_grad(), _tf32_off(), named_failures(self.module, inputs):
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
-        return {name: _to_numpy(value) for name, value in outputs.items()}
+        return {name: to_numpy(value) for name, value in outputs.items()}
 
 
 @dataclass
@@ -81,7 +75,7 @@ class Fp64Runner:
                 outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)
-        return {name: _to_numpy(value) for name, value in outputs.items()}
+        return {name: to_numpy(value) for name, value in outputs.items()}
 
 
 class _CastsToFp64(TorchFunctionMode):
@@ -143,49 +137,12 @@ def _tensor(array: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor as an array of its own dtype."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-# --- TorchScript --------------------------------------------------------------------------------
-
-
-class ScriptRunner:
-    """A TorchScript file.
-
-    `input_names` are the names of its inputs in order, where the file has no record of them. Raises InputRefused
-    where the file is no TorchScript.
-    """
-
-    def __init__(self, path: Path, input_names: Sequence[str]):
-        extra = {"lora_export.json": ""}
-        try:
-            self.script = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
-        except (RuntimeError, ValueError) as error:
-            raise InputRefused(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
-        record = json.loads(extra["lora_export.json"] or "{}")
-        self.input_names = tuple(record.get("inputs", input_names))
-        self.axes: Mapping[str, tuple[int | None, ...]] = {}
-        self.names_known = False
-
-    def run(self, inputs: Arrays) -> Arrays:
-        """One forward pass, with the inputs in the order in which the file was traced."""
-        missing = [name for name in self.input_names if name not in inputs]
-        if missing:
-            raise RuntimeRefused(
-                f"the TorchScript file needs inputs that the model does not have: {', '.join(missing)}"
-            )
-        tensors = [_tensor(inputs[name]) for name in self.input_names]
-        with torch.no_grad():
-            try:
-                outputs = named_outputs(self.script(*tensors))
-            except RuntimeError as error:
-                raise RuntimeRefused(f"TorchScript: {str(error).strip().splitlines()[-1]}") from error
-        self.names_known = have_names(outputs)
-        return {name: _to_numpy(value) for name, value in outputs.items()}
 
 
 def describe_environment() -> dict[str, Any]:

@@ -36,7 +36,8 @@ from lora_export.models.model import Model
 from lora_export.plan import Layout, TensorSpec
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
-from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
 
 RANK, ALPHA = 4, 8.0
 HERE = Path(__file__)

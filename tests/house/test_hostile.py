@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from fuzz.targets import bounded, everything, run
 from lora_export.errors import InputRefused, LoraExportError
 from lora_export.models.load import load_model
-from lora_export.runtime import torch_runners
+from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import npz
 from lora_export.training import data
 from lora_export.weights.checkpoint import OTHER_WEIGHTS
@@ -133,7 +133,7 @@ def test_verifying_a_pickle_does_not_run_it(tmp_path: Path, zipped: bool) -> Non
             archive.writestr("archive/constants.pkl", pickled(tmp_path))
             archive.writestr("archive/version", "3")
     with pytest.raises(LoraExportError, match=r"model\.pt"):
-        torch_runners.ScriptRunner(tmp_path / "model.pt", ("x",))
+        ScriptRunner(tmp_path / "model.pt", ("x",))
     assert no_payload(tmp_path)
 
 

@@ -13,7 +13,7 @@ from lora_export.errors import InputRefused
 from lora_export.models import factory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.open_artifact import file_hashes, open_candidate
-from lora_export.runtime.torch_runners import ScriptRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.errors import RuntimeRefused
 from lora_export.runtime import torch_runners
 
 
@@ -110,23 +108,3 @@ def test_module_that_returns_no_tensor_is_refused() -> None:
 
     with pytest.raises(RuntimeRefused, match="returned str"):
         torch_runners.ModuleRunner(NoTensors()).run({"x": np.zeros(1, np.float32)})
-
-
-def test_torchscript_takes_inputs_in_traced_order(tmp_path: Path) -> None:
-    class Difference(nn.Module):
-        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            return left - right
-
-    script = torch.jit.trace(Difference(), (torch.ones(2), torch.ones(2)))
-    torch.jit.save(script, tmp_path / "d.pt", _extra_files={"lora_export.json": '{"inputs": ["left", "right"]}'})
-    runner = torch_runners.ScriptRunner(tmp_path / "d.pt", ["right", "left"])
-    inputs = {"right": np.array([1, 1], np.float32), "left": np.array([5, 7], np.float32)}
-    assert runner.run(inputs)["output_0"].tolist() == [4, 6]
-    with pytest.raises(RuntimeRefused, match="right"):
-        runner.run({"left": inputs["left"]})
-
-
-def test_file_without_torchscript_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "noise.pt").write_bytes(b"noise")
-    with pytest.raises(InputRefused, match="no TorchScript"):
-        torch_runners.ScriptRunner(tmp_path / "noise.pt", [])

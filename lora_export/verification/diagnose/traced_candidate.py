@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
@@ -17,7 +18,8 @@ from lora_export.plan import Layout
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
-from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
 from lora_export.verification.diagnose.layer_products import weight_matrix
@@ -176,7 +178,7 @@ def _model_names(names: Mapping[str, object], weights: Mapping[str, MatrixWeight
 
 def _module_with_weights_of(candidate: ScriptRunner, case: DiagnosisCase) -> nn.Module:
     """The model with a TorchScript file's weights, A and B included: hooks do not see the script's own modules."""
-    state = candidate.script.state_dict()
+    state = {name: torch.from_numpy(array) for name, array in candidate.state().items()}
     for module in (copy.deepcopy(case.base), copy.deepcopy(case.deployed.module)):
         names = module.state_dict().keys()
         if names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script stores every buffer

@@ -33,7 +33,8 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.models import export, model
 from lora_export.models.model import Model, Sizes
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.torch_runners import ModuleRunner, ScriptRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.verification import against_pytorch
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.diagnose import localize, root_cause, traced_candidate

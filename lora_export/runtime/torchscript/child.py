@@ -1,0 +1,120 @@
+"""The process that loads a TorchScript file and runs it: without output of its own, and with bounded memory.
+
+Its arguments are the file, the bytes of memory that it may take beyond what PyTorch takes, and the number of threads.
+It answers requests on stdin with messages on what was its stdout. Code in a file can print; here it prints to nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.models.output_names import have_names, named_outputs
+from lora_export.runtime.torch_runners import to_numpy
+from lora_export.runtime.torchscript.code_check import check_code, check_pickle
+from lora_export.runtime.torchscript.messages import read_message, write_message
+
+RECORD = "extra/lora_export.json"
+RAISED_BY_SCRIPTS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeRefused)
+LARGEST_CODE = 1 << 26  # bytes of one record of code
+
+
+def main() -> None:
+    """Load the file, say so, and answer requests until stdin ends."""
+    path, memory, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    requests, answers = _private_streams()
+    torch.set_num_threads(threads)
+    _bound(memory)
+    try:
+        script, record = load(path)
+    except (InputRefused, RuntimeError, ValueError) as error:
+        write_message(answers, {"refused": str(error), "is_ours": isinstance(error, InputRefused)}, {})
+        return
+    write_message(answers, {"record": record}, {})
+    with contextlib.suppress(EOFError):
+        while True:
+            request, arrays = read_message(requests, most=sys.maxsize)
+            if request["do"] == "state":
+                state = script.state_dict()
+                write_message(answers, {}, {name: to_numpy(value) for name, value in state.items()})
+            else:
+                _answer(answers, script, [torch.from_numpy(arrays[name]) for name in request["inputs"]])
+
+
+def load(path: Path) -> tuple[torch.jit.ScriptModule, str]:
+    """The script and its record of inputs; its code is checked before any of it is run.
+
+    Raises InputRefused for code that calls what is not on the list, and RuntimeError for what is no TorchScript file.
+    """
+    archive = torch._C.PyTorchFileReader(str(path))  # the reader of torch.jit.load: it finds the same records
+    sources, record = {}, ""
+    for name in archive.get_all_records():
+        if name == RECORD:
+            record = archive.get_record(name).decode("utf-8", "replace")
+        elif name.endswith(".pkl"):
+            check_pickle(name, archive.get_record(name))
+        elif name.startswith("code/") and not name.endswith(".debug_pkl"):
+            source = archive.get_record(name)
+            if len(source) > LARGEST_CODE:
+                raise InputRefused(f"{name} has more than {LARGEST_CODE:,} bytes")
+            sources[name] = source.decode()
+        elif name == "model.json":
+            raise InputRefused("it has the format of PyTorch before 1.4, which is not read")
+    if not sources:
+        raise RuntimeError("it has no code")
+    check_code(sources, {schema.name.partition("::")[2] for schema in torch._C._jit_get_all_schemas()})
+    return torch.jit.load(str(path), map_location="cpu"), record
+
+
+def _answer(answers: BinaryIO, script: torch.jit.ScriptModule, tensors: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        try:
+            outputs = named_outputs(script(*tensors))
+            arrays = {name: to_numpy(value) for name, value in outputs.items()}
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            MemoryError,
+            RuntimeRefused,
+        ) as error:
+            last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            write_message(answers, {"failed": last}, {})
+            return
+    write_message(answers, {"names_known": have_names(outputs)}, arrays)
+
+
+def _private_streams() -> tuple[BinaryIO, BinaryIO]:
+    """stdin and stdout for messages alone: descriptors 0, 1 and 2 lead to nowhere from now on."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
+    sys.stdin = io.TextIOWrapper(io.BytesIO())
+    return requests, answers
+
+
+def _bound(memory: int) -> None:
+    """Bound the memory of this process, and forbid it to write files. Where the system cannot, there is no bound."""
+    try:
+        import resource  # Unix
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):
+        status = Path("/proc/self/status").read_text()
+        used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
+
+
+if __name__ == "__main__":
+    main()
