@@ -1,0 +1,112 @@
+"""Layouts that the base does not state: the shape, the option or the adapter determines them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_export import plan
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Layout, Plan
+from support.plans import adapter, holding, matrix, pair, square, unknown, vector
+
+
+def recording(layout: str, name: str = "mine", **pairs: LoraPair) -> Adapter:
+    return holding(name, pairs=pairs, layouts=dict.fromkeys(pairs, layout))
+
+
+def settled(made: Plan) -> dict[str, tuple[str, str]]:
+    return {step.weight: (step.spec.layout, step.spec.layout_source) for step in made.steps}
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((2, 3), "out_in"), ((3, 2), "in_out")])
+def test_a_shape_that_fits_one_layout_decides_it(shape, layout):
+    made = plan.make([adapter(fc=pair())], [unknown("fc.weight", *shape)])
+    assert settled(made) == {"fc.weight": (layout, "shape")}
+    assert made.steps[0].spec.matrix == (2, 3)
+    assert f"{shape[0]} x {shape[1]} float32, {layout} by shape" in str(made)
+
+
+def test_a_square_matrix_of_unknown_layout_is_refused_by_name():
+    base = [unknown(f"h.{layer}.fc.weight") for layer in range(5)]
+    one = holding(pairs={f"h.{layer}.fc": square() for layer in range(5)})
+    with pytest.raises(InputRefused) as refused:
+        plan.make([one], base)
+    assert str(refused.value).startswith(
+        "the layout of 5 square matrices is unknown: h.0.fc.weight, h.1.fc.weight, h.2.fc.weight, and 2 more. Neither"
+    )
+    assert "--layout NAME=out_in or --layout NAME=in_out" in str(refused.value)
+    assert {layout for layout, _ in settled(plan.make([one], base, unknown_layout_ok=True)).values()} == {"unknown"}
+
+
+@pytest.mark.parametrize("pattern", ["a.fc.weight", "a.fc", "a.*", "*"])
+def test_the_option_decides_by_tensor_module_or_glob(pattern):
+    base = [unknown("a.fc.weight")]
+    made = plan.make([holding(pairs={"a.fc": square()})], base, layout={pattern: "in_out"})
+    assert settled(made) == {"a.fc.weight": ("in_out", "option")}
+    assert "in_out by option" in str(made)
+
+
+def test_the_last_statement_that_matches_counts():
+    one, base = adapter(a=square(), b=square()), [unknown("a.weight"), unknown("b.weight")]
+    made = plan.make([one], base, layout={"*": "out_in", "b": "in_out"})
+    assert settled(made) == {"a.weight": ("out_in", "option"), "b.weight": ("in_out", "option")}
+    made = plan.make([one], base, layout={"b": "in_out", "*": "out_in"})
+    assert {layout for layout, _ in settled(made).values()} == {"out_in"}
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_the_record_of_an_adapter_decides(layout):
+    assert settled(plan.make([recording(layout, fc=square())], [unknown("fc.weight")])) == {
+        "fc.weight": (layout, "adapter")
+    }
+
+
+def test_a_record_that_a_shape_contradicts_is_no_evidence():
+    # One `fan_in_fan_out` for a Conv1D and an nn.Linear.
+    one = recording("in_out", fc=square(), dense=pair())
+    with pytest.raises(InputRefused, match=r"the layout of 1 square matrix is unknown: fc\.weight"):
+        plan.make([one], [unknown("fc.weight"), unknown("dense.weight", 2, 3)])
+    made = plan.make([one], [unknown("fc.weight"), unknown("dense.weight", 3, 2)])
+    assert settled(made)["fc.weight"] == ("in_out", "adapter")
+
+
+def test_two_records_that_contradict_each_other_are_no_evidence():
+    two = [recording("in_out", "one", fc=square()), recording("out_in", "two", fc=square())]
+    with pytest.raises(InputRefused, match=r"the layout of 1 square matrix is unknown: fc\.weight"):
+        plan.make(two, [unknown("fc.weight")])
+
+
+def test_the_option_overrides_the_record_of_an_adapter():
+    made = plan.make([recording("in_out", fc=square())], [unknown("fc.weight")], layout={"fc": "out_in"})
+    assert settled(made) == {"fc.weight": ("out_in", "option")}
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout", "message"),
+    [
+        (unknown("fc.weight", 2, 3), "in_out", "in_out, but with the shape (2, 3), the adapter's is out_in"),
+        (matrix("fc.weight", layout=Layout.MATRIX), "in_out", "in_out, but the base's is out_in"),
+        (matrix("fc.weight", 3, 2, layout=Layout.IN_OUT), "out_in", "out_in, but the base's is in_out"),
+    ],
+)
+def test_an_option_that_contradicts_the_base_is_refused(spec, layout, message):
+    with pytest.raises(InputRefused) as refused:
+        plan.make([adapter(fc=pair())], [spec], layout={"*": layout})
+    assert str(refused.value) == f"--layout states that fc.weight is {message}"
+
+
+def test_an_option_for_no_matrix_is_refused():
+    with pytest.raises(InputRefused, match="--layout fd=out_in: no matrix of the base has this name"):
+        plan.make([adapter(fc=square())], [unknown("fc.weight"), vector("fd")], layout={"fd": "out_in"})
+    with pytest.raises(WrongUsage, match="a layout is out_in or in_out"):
+        plan.make([adapter(fc=square())], [unknown("fc.weight")], layout={"fc": "conv"})
+
+
+def test_an_embedding_of_unknown_layout_is_one_by_its_pair():
+    one = adapter(emb=LoraPair(np.ones((1, 2)), np.ones((2, 1)), 1.0, embedding=True))
+    for layout in ({}, {"*": "out_in"}, {"*": "in_out"}):
+        assert settled(plan.make([one], [unknown("emb.weight")], layout=layout)) == {
+            "emb.weight": ("embedding", "base")
+        }

@@ -1,0 +1,138 @@
+"""Tensors of an adapter against those of a base: shapes, layouts, kinds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_export import plan, sums
+from lora_export.errors import MatchError
+from lora_export.plan import Layout, TensorSpec
+from support.plans import BA, adapter, holding, matrix, misfits, pair, rows, table, tied, unknown, vector
+
+
+def test_a_whole_tensor_for_one_tied_name_unties_or_refuses():
+    whole = np.ones((2, 3), np.float32)
+    assert len(misfits([holding(replaced={"emb.weight": whole})], [tied()], may_add=True)) == 1
+    made = plan.make([holding(replaced={"head.weight": whole})], [tied()], may_add=True)
+    assert [step.weight for step in made.steps] == ["head.weight"] and made.kept == ("emb.weight",)
+    assert made.notes == ("the base has no head.weight: it is added, and no longer tied to emb.weight.",)
+    both = holding(replaced={"emb.weight": whole, "head.weight": whole}, pairs={"emb": pair()})
+    assert len(plan.make([both], [tied()], may_add=True).steps) == 2
+
+
+def test_a_square_in_out_weight_gets_the_transposed_change():
+    # Only the layout tells: the shapes would fit both ways.
+    mine = adapter(fc=pair(a=[[1, 2]], b=[[1], [10]]))
+    for layout, stored in ((Layout.OUT_IN, [[1, 2], [10, 20]]), (Layout.IN_OUT, [[1, 10], [2, 20]])):
+        (step,) = plan.make([mine], [matrix("fc.weight", 2, 2, layout=layout)]).steps
+        assert sums.stored_delta(step, slice(None)).tolist() == stored
+        assert sums.stored_delta(step, slice(1, 2)).tolist() == stored[1:]
+        assert sums.delta(step).tolist() == [[1, 2], [10, 20]]  # always (out, in)
+
+
+def test_an_in_out_weight_is_matched_by_its_out_in_view():
+    (step,) = plan.make([adapter(fc=pair())], [matrix("fc.weight", 3, 2, layout=Layout.IN_OUT)]).steps
+    assert sums.stored_delta(step, slice(None)).tolist() == np.transpose(BA).tolist()
+
+
+@pytest.mark.parametrize("layout", [Layout.EMBEDDING, Layout.MATRIX])
+def test_an_embedding_pair_changes_rows_of_words(layout):
+    (step,) = plan.make([adapter(emb=table())], [matrix("emb.weight", 3, 2, layout=layout)]).steps  # 3 words, 2 wide
+    assert step.spec.layout is Layout.EMBEDDING
+    assert sums.delta(step).tolist() == BA
+    assert sums.stored_delta(step, slice(1, 3)).tolist() == np.transpose(BA)[1:].tolist()
+
+
+def test_a_step_has_the_layout_that_the_pair_determines():
+    (step,) = plan.make([adapter(fc=pair())], [matrix("fc.weight", layout=Layout.MATRIX)]).steps
+    assert (step.spec.layout, sums.stored_delta(step, slice(None)).tolist()) == (Layout.OUT_IN, BA)
+
+
+def test_pairs_of_embeddings_and_linear_layers_are_not_confused():
+    # All are square: no shape would tell.
+    square = {"a": [[1, 2]], "b": [[1], [10]]}
+    mine = adapter(emb=table(**square), fc=pair(**square), other=table(**square))
+    base = [
+        matrix("emb.weight", 2, 2),
+        matrix("fc.weight", 2, 2, layout=Layout.EMBEDDING),
+        matrix("other.weight", 2, 2, layout=Layout.IN_OUT),
+    ]
+    assert misfits([mine], base) == [
+        "emb: emb.weight is the weight of a linear layer, the adapter was trained on an embedding",
+        "fc: fc.weight is the weight of an embedding, the adapter was trained on a linear layer",
+        "other: other.weight is the weight of a linear layer, the adapter was trained on an embedding",
+    ]
+    two = [adapter("one", fc=pair(**square)), adapter("two", fc=table(**square))]
+    assert misfits(two, [matrix("fc.weight", 2, 2, layout=Layout.MATRIX)]) == [
+        "fc.weight: two was trained with fc.weight as an embedding, one as a linear layer"
+    ]
+
+
+def test_a_misfit_of_a_table_lists_width_and_rows():
+    assert misfits([adapter(emb=table())], [matrix("emb.weight", 4, 2, layout=Layout.MATRIX)]) == [
+        "emb: emb.weight is (2, 4) (width, rows), the adapter was trained on (2, 3)"
+    ]
+
+
+def test_rows_that_do_not_fit_are_misfits():
+    base = [matrix("emb.weight", 5), matrix("wide.weight", 5, 4), matrix("small.weight", dtype="int8"), vector("bias")]
+    names = ("emb.weight", "wide.weight", "small.weight", "bias", "other.weight")
+    assert misfits([holding(token_rows=dict.fromkeys(names, rows(5)))], base) == [
+        "emb.weight: emb.weight has 5 rows, the adapter replaces row 5",
+        "wide.weight: wide.weight is (5, 4) float32, the adapter replaces rows of 3 floats",
+        "small.weight: small.weight is (2, 3) int8, the adapter replaces rows of 3 floats",
+        "bias: bias is (2,) float32, the adapter replaces rows of 3 floats",
+        "other.weight: the base has no other.weight, of which the adapter replaces rows",
+    ]
+
+
+def test_a_new_tensor_is_a_misfit_without_may_add():
+    lines = misfits([holding(replaced={"heat.weight": np.ones((2, 3))})], [matrix("head.weight")])
+    assert lines == [
+        "heat.weight: the base has no heat.weight, which the adapter replaces; the nearest name is head.weight"
+    ]
+
+
+@pytest.mark.fault(6, 15, 20)
+def test_every_misfit_is_listed_with_its_key_and_the_nearest_name():
+    first = holding(
+        "first",
+        pairs={"good": pair(), "layer.attn.q": pair(), "narrow": pair(), "norm": pair(), "int8": pair()},
+        biases={"good": np.ones(3, np.float32), "narrow": np.ones(2, np.float32)},
+        replaced={"head.weight": np.ones((4, 4))},
+        spelling={"layer.attn.q": "base_model.model.layer.attn.q.lora_A.weight", "good.bias": "good.lora_B.bias"},
+    )
+    second = adapter("second", xyz=pair())
+    base = [
+        matrix("good.weight"),
+        vector("good.bias"),
+        matrix("layer.attention.q.weight"),
+        matrix("narrow.weight", 2, 5),
+        TensorSpec("norm.weight", (2, 3), "float32", Layout.OTHER),
+        matrix("int8.weight", dtype="int8"),
+        matrix("head.weight", 4, 5),
+    ]
+    with pytest.raises(MatchError) as refused:
+        plan.make([first, second], base, may_add=True)
+    assert str(refused.value).startswith("8 of 9 targets do not fit the base. Nothing was written.")
+    assert [misfit.adapter for misfit in refused.value.misfits] == ["first"] * 7 + ["second"]
+    assert list(map(str, refused.value.misfits)) == [
+        "base_model.model.layer.attn.q.lora_A.weight: the base has no weight for layer.attn.q; "
+        "the nearest name is layer.attention.q.weight",
+        "narrow: narrow.weight is (2, 5) (out, in), the adapter was trained on (2, 3)",
+        "norm: norm.weight (2, 3) is not the weight of a linear layer, a convolution or an embedding",
+        "int8: int8.weight is int8: a quantised weight is never merged silently. Use the original float base, "
+        "or dequantise this one first",
+        "good.lora_B.bias: the base's good.bias has shape (2,), the adapter adds (3,)",
+        "narrow.bias: the base has no narrow.bias, which the adapter changes",
+        "head.weight: head.weight is (4, 5), the adapter replaces it with (4, 4)",
+        "xyz: the base has no weight for xyz",
+    ]
+    assert refused.value.exit_code == 3
+
+
+def test_a_matrix_that_fits_in_neither_layout_is_a_misfit():
+    assert misfits([adapter(fc=pair())], [unknown("fc.weight", 2, 5)]) == [
+        "fc: fc.weight is (2, 5), the adapter was trained on (2, 3) (out, in)"
+    ]
