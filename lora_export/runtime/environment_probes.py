@@ -21,7 +21,7 @@ from typing import Any
 from lora_export.runtime.providers import CUDA
 
 DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-TIMEOUT = 120  # seconds for one probe
+PROBE_TIMEOUT = 120  # seconds for one probe
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ def run_in_child(probe: Callable[..., dict[str, Any]], *arguments: str) -> Probe
     )
     line = [sys.executable, "-P", "-c", code, json.dumps(sys.path), *arguments]
     try:
-        child = subprocess.run(line, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False)
+        child = subprocess.run(
+            line, capture_output=True, text=True, errors="replace", timeout=PROBE_TIMEOUT, check=False
+        )
     except subprocess.TimeoutExpired:
-        return ProbeResult({}, f"did not end within {TIMEOUT} seconds")
+        return ProbeResult({}, f"did not end within {PROBE_TIMEOUT} seconds")
     if child.returncode < 0:
         return ProbeResult({}, f"crashed with {signal.Signals(-child.returncode).name}")
     if child.returncode:

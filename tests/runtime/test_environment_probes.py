@@ -48,7 +48,7 @@ def test_package_that_prints_on_import_is_still_read(tmp_path, monkeypatch):
 
 def test_package_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(environment_probes, "TIMEOUT", 1)
+    monkeypatch.setattr(environment_probes, "PROBE_TIMEOUT", 1)
     package = module(tmp_path, "sleeper", "import time; time.sleep(30)")
     assert environment.import_package(package).fault == "does not import: did not end within 1 seconds"
 

@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     _bound(memory)
     try:
-        script, record = load(path)
+        script, record = load_script(path)
     except (InputRefused, RuntimeError, ValueError) as error:
         write_message(answers, {"refused": str(error), "is_ours": isinstance(error, InputRefused)}, {})
         return
@@ -48,7 +48,7 @@ def main() -> None:
                 _answer(answers, script, [torch.from_numpy(arrays[name]) for name in request["inputs"]])
 
 
-def load(path: Path) -> tuple[torch.jit.ScriptModule, str]:
+def load_script(path: Path) -> tuple[torch.jit.ScriptModule, str]:
     """The script and its record of inputs; its code is checked before any of it is run.
 
     Raises InputRefused for code that calls what is not on the list, and RuntimeError for what is no TorchScript file.

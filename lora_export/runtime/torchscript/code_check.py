@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Collection, Iterator, Mapping
 
 from lora_export.errors import InputRefused, one_line
-from lora_export.runtime.torchscript.operators import BUILTINS, OPERATORS, PRIMITIVES
+from lora_export.runtime.torchscript.operators import BUILTINS, PRIMITIVES, SCRIPT_OPERATORS
 
 PLAIN_STRING = re.compile(r"""(?!'''|\"{3})("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')""")
 OWN = "__torch__"  # begins the names of the file's own classes and functions
@@ -40,7 +40,7 @@ def check_code(sources: Mapping[str, str], registered: Collection[str]) -> None:
     """
     trees = {name: _parsed(name, source) for name, source in sources.items()}
     methods = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    hidden = sorted((methods & set(registered)) - OPERATORS)
+    hidden = sorted((methods & set(registered)) - SCRIPT_OPERATORS)
     if hidden:
         raise InputRefused(f"its code defines {hidden[0]!r}, the name of an operator that is not run from a file")
     for name, tree in trees.items():
@@ -125,7 +125,7 @@ def _problem_of_name(node: ast.Attribute) -> Iterator[str]:
     root, *rest = _dotted(node)
     if root == OWN and CUSTOM_CLASSES in ".".join(rest):
         yield f"{'.'.join((root, *rest))} is a custom C++ class, which is not run from a file"
-    if root == "torch" and not (len(rest) == 1 and rest[0] in OPERATORS):
+    if root == "torch" and not (len(rest) == 1 and rest[0] in SCRIPT_OPERATORS):
         yield _refusal("torch", *rest)
     if root == "ops" and len(rest) > 1 and not (rest[0] == "prim" and rest[1] in PRIMITIVES):
         yield _refusal("ops", *rest)
@@ -137,7 +137,7 @@ def _problem_of_call(function: ast.expr, functions: Collection[str], methods: Co
             yield _refusal(function.id)
     elif isinstance(function, ast.Attribute):
         root = _dotted(function)[0]
-        if root not in ("torch", "ops", OWN) and function.attr not in methods and function.attr not in OPERATORS:
+        if root not in ("torch", "ops", OWN) and function.attr not in methods and function.attr not in SCRIPT_OPERATORS:
             yield _refusal(function.attr)
     else:
         yield "it calls a value, not a name"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LARGEST_HEADER = 1 << 26  # bytes
-DTYPES = {
+MESSAGE_DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
         *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -24,7 +24,7 @@ DTYPES = {
 def write_message(stream: BinaryIO, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write a header and arrays, of the dtypes above. Raises TypeError for another dtype."""
     for name, array in arrays.items():
-        if array.dtype.name not in DTYPES:
+        if array.dtype.name not in MESSAGE_DTYPES:
             raise TypeError(f"{name} is {array.dtype}")
     described = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
     content = json.dumps({**header, "arrays": described}).encode()
@@ -45,12 +45,12 @@ def read_message(stream: BinaryIO, *, most: int) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"a header of {size:,} bytes")
     header = json.loads(_exactly(stream, size))
     described = header.pop("arrays")
-    sizes = [math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in described]
+    sizes = [math.prod(shape) * MESSAGE_DTYPES[dtype].itemsize for _, dtype, shape in described]
     if sum(sizes) > most or any(length < 0 for _, _, shape in described for length in shape):
         raise ValueError(f"arrays of {sum(sizes):,} bytes")
     arrays = {}
     for (name, dtype, shape), nbytes in zip(described, sizes, strict=True):
-        arrays[str(name)] = np.frombuffer(_exactly(stream, nbytes), DTYPES[dtype]).reshape(shape)
+        arrays[str(name)] = np.frombuffer(_exactly(stream, nbytes), MESSAGE_DTYPES[dtype]).reshape(shape)
     return header, arrays
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lora_export.models.pt2.allowed_operators import OPERATORS as OF_PROGRAMS
 
-TENSORS = """
+TENSOR_OPERATORS = """
     __iand__ __ior__ __lshift__ __rshift__ _batch_norm_impl_index _cast_Double _cast_Float _cast_Half _cast_Long
     _convolution _convolution_mode _grouped_mm _native_multi_head_attention _pack_padded_sequence
     _pad_packed_sequence _scaled_dot_product_flash_attention_for_cpu _shape_as_tensor
@@ -35,7 +35,7 @@ TENSORS = """
     vander vdot view_as_complex view_as_real vsplit
 """
 # On numbers, strings, lists and dicts.
-VALUES = """
+VALUE_OPERATORS = """
     Bool Complex Float FloatImplicit Int IntImplicit ScalarImplicit __contains__ __derive_index __getitem__
     __is__ __isnot__ __not__ __range_length _set_item _unwrap_optional append clear degrees dict endswith extend
     find floordiv format get get_device hash insert isdigit items join keys len list lower lstrip mathremainder
@@ -86,4 +86,6 @@ def _with_in_place(names: frozenset[str]) -> frozenset[str]:
     return names | {f"{name}_" for name in names if not name.endswith("_")}
 
 
-OPERATORS = _with_in_place(OF_PROGRAMS | frozenset(TENSORS.split())) | frozenset(VALUES.split())
+SCRIPT_OPERATORS = _with_in_place(OF_PROGRAMS | frozenset(TENSOR_OPERATORS.split())) | frozenset(
+    VALUE_OPERATORS.split()
+)

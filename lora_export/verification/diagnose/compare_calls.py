@@ -13,7 +13,7 @@ from lora_export.verification import parity
 from lora_export.verification.diagnose.diagnosis import LayerError
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.layer_products import bias_of
-from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, observing_calls, to_numpy
+from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, observing_calls, to_wide_numpy
 from lora_export.verification.diagnose.traced_candidate import TracedCandidate
 from lora_export.verification.parity import Array
 
@@ -61,8 +61,8 @@ def compare_calls(
         if call not in values or call not in deployed:
             return
         candidate = values[call]
-        output = figures_of(_with_bias(case, traced, call, candidate.y), to_numpy(y), deployed[call].y)
-        effect = parity.rms(to_numpy(y) - base[call].y) if call in base else None
+        output = figures_of(_with_bias(case, traced, call, candidate.y), to_wide_numpy(y), deployed[call].y)
+        effect = parity.rms(to_wide_numpy(y) - base[call].y) if call in base else None
         compared[call] = ComparedCall(
             LayerError(str(call), output.error, output.deployed_error, effect),
             output.allowed,
@@ -85,7 +85,7 @@ def _with_bias(case: DiagnosisCase, traced: TracedCandidate, call: ModuleCall, y
 def _input_figures(candidate: Array | None, reference: Tensor | None, deployed: Array | None) -> ErrorFigures | None:
     if candidate is None or reference is None or deployed is None or candidate.size != reference.numel():
         return None
-    return figures_of(candidate, to_numpy(reference), deployed)
+    return figures_of(candidate, to_wide_numpy(reference), deployed)
 
 
 def figures_of(candidate: Array, reference: Array, deployed: Array) -> ErrorFigures:

@@ -111,7 +111,7 @@ class _AttentionMode(TorchFunctionMode):
         self.on_weight(weight.name, x, y)
 
 
-def to_numpy(tensor: Tensor) -> Array:
+def to_wide_numpy(tensor: Tensor) -> Array:
     """The tensor as an array; bfloat16 becomes float32."""
     array: Array = tensor.detach().cpu().to(torch.float32 if tensor.dtype is torch.bfloat16 else tensor.dtype).numpy()
     return array
@@ -125,7 +125,7 @@ def record_calls(
 
     def on_call(call: ModuleCall, x: Tensor | None, y: Tensor) -> None:
         if call in wanted:
-            recorded[call] = CallValues(None if x is None else to_numpy(x).copy(), to_numpy(y).copy())
+            recorded[call] = CallValues(None if x is None else to_wide_numpy(x).copy(), to_wide_numpy(y).copy())
 
     wanted = set(calls)
     with observing_calls(module, {call.weight for call in wanted}, on_call):

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora_export.runtime.torchscript.messages import DTYPES, read_message, write_message
+from lora_export.runtime.torchscript.messages import MESSAGE_DTYPES, read_message, write_message
 
 
 def sent(header: dict[str, Any], arrays: dict[str, Any]) -> io.BytesIO:
@@ -25,7 +25,7 @@ def raw(header: dict[str, Any], content: bytes = b"") -> io.BytesIO:
     return io.BytesIO(len(text).to_bytes(8, "little") + text + content)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", MESSAGE_DTYPES.values(), ids=str)
 def test_arrays_arrive_with_their_bits(dtype: np.dtype[Any]) -> None:
     array = np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype)
     arrays = {"a": array, "turned": array.T, "scalar": np.asarray(array[0, 1]), "empty": array[:0]}
