@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSource, adapter_paths, load_adapters
-from lora_export.errors import InputRefused, MatchError
+from lora_export.api.shared_head import stored_in_graph, without_shared_head
+from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
+from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.storage import atomic_output, input_files
@@ -32,28 +34,33 @@ def convert(
     *,
     graph: str | Path,
     weight: float = 1.0,
+    ignore_head: bool = False,
     overwrite: bool = False,
     on_message: OnMessage = ignore,
 ) -> ConvertResult:
     """Convert an adapter for an existing graph: next week's adapter, without another export.
 
     `graph` is an .onnx that was made with `--lora inputs`; `output` is an .onnx_adapter, onnxruntime's own format.
-    `weight` multiplies the adapter's scale. Needs no PyTorch.
+    `weight` multiplies the adapter's scale. `ignore_head` leaves out a task head that the adapter saves whole, where it
+    is equal to the graph's own. Needs no PyTorch.
 
     Raises InputRefused where a tensor of the adapter has no input of its shape and type in the graph, or where the
     graph has changed since it was made; OutputFailed where the file cannot be written. Nothing is left behind then.
     """
     output, graph = Path(output), Path(graph)
     (loaded,) = load_adapters(adapter)
-    onnx_adapter.refuse_beyond_low_rank([loaded])
+    onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if ignore_head else loaded])
     input_files.must_exist(graph, "graph")
     model = load_graph(graph)
+    if ignore_head:
+        sites = find_sites(model)
+        (loaded,) = without_shared_head([loaded], sites.specs, stored_in_graph(sites))
     contract = checked_contract(model, graph)
     try:
         steps = plan.make([loaded], [place.spec for place in contract.slots], strengths=[weight])
     except MatchError as error:
-        raise InputRefused(
-            f"{error}\n{graph} takes adapters at {len(contract.slots)} layers. `lora-export onnx --lora inputs "
+        raise error.with_remedy(
+            f"{graph} takes adapters at {len(contract.slots)} layers. `lora-export onnx --lora inputs "
             "--target NAMES` makes a graph that takes them at others"
         ) from error
     notes = (*loaded.notes, *steps.notes)

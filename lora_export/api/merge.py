@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters
+from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
@@ -69,6 +70,7 @@ def merge(
     checkpoint: str | Path | None = None,
     requantize: bool = False,
     layout: Mapping[str, str] | None = None,
+    only_head: bool = False,
     device: str = "cpu",
     dry_run: bool = False,
     overwrite: bool = False,
@@ -85,6 +87,7 @@ def merge(
     whose names were lost; `requantize` merges into quantised weights too. `device` is "cpu" or "cuda".
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
+    With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
 
     Needs no PyTorch unless `device` is "cuda". Peak memory is a few blocks, whatever the size of the model.
@@ -99,6 +102,8 @@ def merge(
 
         cuda.require_cuda()
     loaded, paths = load_adapters(adapters), adapter_paths(adapters)
+    if only_head:
+        loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype
     options = _Options(
         base, loaded, paths, Path(output), weights, min_retention, hashing, device, dict(layout or {}), dry_run,

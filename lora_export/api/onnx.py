@@ -28,6 +28,7 @@ def export_onnx(
     reference: ModelSource | None = None,
     inputs: str | Path | None = None,
     provider: str = "cpu",
+    ignore_head: bool = False,
     verify: bool = True,
     overwrite: bool = False,
     on_message: OnMessage = ignore,
@@ -48,6 +49,9 @@ def export_onnx(
     endings of layer names), `dora` lets these have DoRA, and `names` is the naming convention of the inputs: "olive",
     "genai" or "peft".
 
+    With "inputs" and "rows", `ignore_head` leaves out a task head that the adapters save whole, where it is equal to
+    the model's own.
+
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
 
     Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
@@ -67,6 +71,7 @@ def export_onnx(
         names=names,
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
+        ignore_head=ignore_head,
         verify=verify,
         overwrite=overwrite,
         on_message=on_message,
@@ -102,6 +107,8 @@ def _check_usage(
         raise WrongUsage("--dora is for --lora inputs: other graphs contain the adapters of -a and no others")
     if lora != "inputs" and target is not None:
         raise WrongUsage("--target is for --lora inputs: other graphs contain the adapters of -a and no others")
+    if options.ignore_head and not options.is_swapped:
+        raise WrongUsage("--ignore-head is for --lora inputs and rows: other graphs contain the head of the adapter")
     if lora == "inputs" and not adapters and target is None:
         raise WrongUsage("--lora inputs needs an adapter (-a), or --target for future ones")
     if lora == "rows" and not adapters:

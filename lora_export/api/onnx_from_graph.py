@@ -16,8 +16,9 @@ from lora_export.api.load import ModelSource, resolve_model
 from lora_export.api.onnx_insert import insert_and_save, locate
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
+from lora_export.api.shared_head import stored_in_graph
 from lora_export.errors import InputRefused
-from lora_export.graph.find_sites import Sites, is_output_head
+from lora_export.graph.find_sites import Sites, find_sites, is_output_head
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.merge.merge_graph import write_merged
 from lora_export.graph.onnx_file.reading import GraphFile, open_graph
@@ -44,6 +45,7 @@ def export_from_graph(
         graph, names = _open(path, checkpoint)
         program = _copy_of(graph)
         references = _references(graph, names, options, reference, dtype) if options.verify else None
+        options = _without_head(program, names, options)
         before = base_outputs(program, references, options) if references else {}
         located = locate(program, options, names, is_existing=True)
         if located.plan:
@@ -63,6 +65,13 @@ def export_from_graph(
         record_in(written, _record(graph, hashes, options), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
     return OnnxResult(options.output, files, plan, proofs)
+
+
+def _without_head(program: ir.Model, names: Checkpoint | None, options: OnnxOptions) -> OnnxOptions:
+    if not options.ignore_head:
+        return options
+    sites = find_sites(program, names)
+    return options.without_head(sites.specs, stored_in_graph(sites))
 
 
 def _open(path: Path, checkpoint: Path | None) -> tuple[GraphFile, Checkpoint | None]:

@@ -14,6 +14,7 @@ from lora_export.api.onnx_insert import Located, insert_and_save, locate, write_
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.publish import record_of_model
+from lora_export.api.shared_head import stored_in_module
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import Adapter
 from lora_export.models import export
@@ -28,6 +29,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype)
+        options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)
         options.stage("exporting the base")

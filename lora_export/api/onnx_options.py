@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
+from lora_export.api.shared_head import Stored, without_shared_head
 from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.lora import Adapter
@@ -33,6 +34,7 @@ class OnnxOptions:
     names: str = "olive"
     inputs: Path | None = None
     provider: str = "cpu"
+    ignore_head: bool = False
     verify: bool = True
     overwrite: bool = False
     on_message: OnMessage = field(default=ignore, repr=False)
@@ -54,6 +56,15 @@ class OnnxOptions:
     def is_swapped(self) -> bool:
         """Whether a call of the graph chooses its adapter."""
         return self.lora in SWAPPED
+
+    def without_head(self, specs: Iterable[plan.TensorSpec], stored: Stored) -> OnnxOptions:
+        """The same options, without the head that all adapters share with the base (`ignore_head`).
+
+        Raises InputRefused where they do not share it.
+        """
+        if not self.ignore_head:
+            return self
+        return replace(self, adapters=without_shared_head(self.adapters, specs, stored))
 
     def plan(self, specs: Iterable[plan.TensorSpec]) -> Plan:
         """The weights on which the adapters land. Adapters that are swapped are never active together."""
@@ -107,7 +118,10 @@ def adapter_file(adapter: Adapter) -> str:
 def check_adapters(options: OnnxOptions) -> None:
     """Raise InputRefused for adapters that a graph of this mode cannot take."""
     if options.is_swapped:
-        onnx_adapter.refuse_beyond_low_rank(options.adapters)
+        others = options.adapters
+        if options.ignore_head:  # its tensors are compared with the base's when those are known
+            others = [replace(adapter, replaced={}) for adapter in options.adapters]
+        onnx_adapter.refuse_beyond_low_rank(others)
     if options.lora == "inputs":
         for adapter in options.adapters:
             adapter_file(adapter)

@@ -40,9 +40,16 @@ Example:
     help="Graph that will run the adapter, made by `onnx --lora inputs`.",
 )
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Factor on the adapter's scale.")
+@click.option(
+    "--ignore-head",
+    is_flag=True,
+    help="Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",
+)
 @overwrite_option
 @json_option
-def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: bool, as_json: bool) -> None:
+def command(
+    adapter: str, output: Path, graph: Path, weight: float, ignore_head: bool, overwrite: bool, as_json: bool
+) -> None:
     """Convert ADAPTER for an existing graph: next week's adapter, without another export.
 
     Every tensor of the adapter needs an input of its shape and type in the graph, and the graph has to be unchanged
@@ -50,7 +57,15 @@ def command(adapter: str, output: Path, graph: Path, weight: float, overwrite: b
     """
     from lora_export.api.convert import convert
 
-    result = convert(adapter, output, graph=graph, weight=weight, overwrite=overwrite, on_message=print_message)
+    result = convert(
+        adapter,
+        output,
+        graph=graph,
+        weight=weight,
+        ignore_head=ignore_head,
+        overwrite=overwrite,
+        on_message=print_message,
+    )
     if as_json:
         print_document({"output": str(output), "weights": result.weights, "of": result.of, "base": result.base})
     else:

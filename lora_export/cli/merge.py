@@ -71,6 +71,11 @@ Example:
 )
 @layout_option
 @click.option(
+    "--only-head",
+    is_flag=True,
+    help="Merge only the tensors that the adapters save whole: a task head, for models that share it.",
+)
+@click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
@@ -91,6 +96,7 @@ def command(
     checkpoint: Path | None,
     requantize: bool,
     layout: dict[str, str],
+    only_head: bool,
     device: str,
     dry_run: bool,
     overwrite: bool,
@@ -117,6 +123,7 @@ def command(
             checkpoint=checkpoint,
             requantize=requantize,
             layout=layout,
+            only_head=only_head,
             device=device,
             dry_run=dry_run,
             overwrite=overwrite,

@@ -52,6 +52,12 @@ Examples:
     show_default=True,
     help="With --lora inputs: naming convention of the inputs.",
 )
+@click.option(
+    "--ignore-head",
+    is_flag=True,
+    help="With --lora inputs and rows: leave out the task head that the adapters save whole. MODEL has to contain the "
+    "same head (merge --only-head).",
+)
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set (default: the exporter's).")
 @click.option(
     "--base",
@@ -78,6 +84,7 @@ def command(
     target: str | None,
     dora: bool,
     names: str,
+    ignore_head: bool,
     opset: int | None,
     checkpoint: Path | None,
     reference: str | None,
@@ -115,6 +122,7 @@ def command(
             reference=reference,
             inputs=inputs_file,
             provider=provider,
+            ignore_head=ignore_head,
             verify=not no_verify,
             overwrite=overwrite,
             on_message=print_message,

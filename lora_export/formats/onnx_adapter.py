@@ -32,6 +32,10 @@ from lora_export.storage import input_files, json_files
 
 CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `--lora rows`
+HEADS = (
+    "If all adapters share one head, merge it into the model once (lora-export merge BASE ADAPTER -o with-head "
+    "--only-head), and export with-head with --ignore-head.\n"
+)
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
 SUFFIX = ".onnx_adapter"
 LIMIT = (1 << 31) - (1 << 20)  # bytes; a FlatBuffer ends at 2 GiB, names and padding included
@@ -167,7 +171,8 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
     if problems:
         raise InputRefused(
             f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{listed(problems)}\n"
-            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written."
+            "Merge such an adapter into a graph of its own (--lora merged).\n"
+            f"{HEADS if any(adapter.replaced for adapter in adapters) else ''}Nothing was written."
         )
 
 

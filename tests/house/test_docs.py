@@ -27,7 +27,7 @@ NEEDS = {
     "merging": ("base", "adapter", "fr", "de", "base.onnx"),
     "onnx": ("base", "adapter", "fr", "base.onnx"),
     "torchscript": ("base", "adapter"),
-    "many-adapters": ("base", "fr", "de", "base.onnx"),
+    "many-adapters": ("base", "adapter", "fr", "de", "base.onnx"),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),

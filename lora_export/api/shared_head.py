@@ -1,0 +1,80 @@
+"""A task head that adapters save whole, and that all of them share with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export import plan
+from lora_export.errors import InputRefused, listed
+from lora_export.lora import Adapter
+from lora_export.plan import Step, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_export.graph.find_sites import Sites
+
+Stored = Callable[[str], NDArray[Any]]  # the base's tensor of a name
+
+
+def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec], stored: Stored) -> list[Adapter]:
+    """The adapters without the tensors that they save whole, which must be the base's own.
+
+    Raises InputRefused, which lists every tensor that is not, and MatchError for adapters that do not fit the base.
+    """
+    specs = list(specs)
+    own = [f"{adapter.name}, {name}" for adapter in adapters for name in _own_tensors(adapter, specs, stored)]
+    if own:
+        raise InputRefused(
+            f"these tensors of adapters are not the model's own (--ignore-head):\n{listed(own)}\n"
+            "Merge the head into the model first, and export that: lora-export merge BASE ADAPTER -o with-head "
+            "--only-head. Adapters whose heads differ need a graph each (--lora merged)."
+        )
+    return [replace(adapter, replaced={}) for adapter in adapters]
+
+
+def head_alone(adapter: Adapter) -> Adapter:
+    """The tensors that an adapter saves whole, as an adapter. Without a hash: the adapter itself is not merged by it.
+
+    Raises InputRefused for an adapter that saves no tensor whole.
+    """
+    if not adapter.replaced:
+        raise InputRefused(f"{adapter.name} saves no tensor whole: it has no head to merge (--only-head)")
+    return replace(adapter, pairs={}, biases={}, token_rows={}, targets=(), sha256="")
+
+
+def stored_in_module(module: nn.Module) -> Stored:
+    """The tensors of a module, by name."""
+    tensors = module.state_dict()
+    return lambda name: np.asarray(tensors[name].detach().cpu().float().numpy())
+
+
+def stored_in_graph(sites: Sites) -> Stored:
+    """The tensors of a graph, by name. Quantised ones are dequantised."""
+    from lora_export.graph.names.exporter_names import is_stored_transposed
+
+    def read(name: str) -> NDArray[Any]:
+        site = sites.by_name[name][0]
+        return site.array.T if is_stored_transposed(site) else site.array
+
+    return read
+
+
+def _own_tensors(adapter: Adapter, specs: Sequence[TensorSpec], stored: Stored) -> Iterator[str]:
+    if not adapter.replaced:
+        return
+    for step in plan.make([adapter], specs, may_add=True, identity_ok=True).steps:
+        if step.replace is not None and not _is_stored(step, stored):
+            yield step.weight
+
+
+def _is_stored(step: Step, stored: Stored) -> bool:
+    if step.added or step.replace is None:
+        return False
+    value = stored(step.weight)
+    return np.array_equal(step.replace.astype(value.dtype), value)

@@ -1,0 +1,95 @@
+"""A head that adapters save whole: left out where it is the model's own, refused where it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.models.load import load_model
+from support import FACTORIES
+from support.folder_contents import folder_contents
+from support.handmade import base_file, peft_adapter
+
+SPOTTER = f"{FACTORIES}:spotter"
+LAYER = "encoder.layers.0.linear1"  # 32 x 16
+
+
+def an_adapter(folder: Path, seed: int, head: dict[str, np.ndarray]) -> Path:
+    rng = np.random.default_rng(seed)
+    pair = 0.2 * rng.standard_normal((2, 16)), 0.2 * rng.standard_normal((32, 2))
+    return peft_adapter(folder, {LAYER: pair}, head)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters that saved the head of the model, and one with a head of its own."""
+    folder = tmp_path_factory.mktemp("heads")
+    tensors = load_model(SPOTTER).module.state_dict()
+    head = {name: tensors[name].numpy() for name in ("head.weight", "head.bias")}
+    for number, name in enumerate(("fr", "de")):
+        an_adapter(folder / name, number, head)
+    an_adapter(folder / "own", 2, {**head, "head.bias": head["head.bias"] + 1})
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["inputs", "rows"])
+def test_shared_head_is_left_out_and_proven(place: Path, tmp_path: Path, mode: str) -> None:
+    adapters = [place / "fr", place / "de"]
+    with pytest.raises(InputRefused, match=r"fr, head.bias: a whole tensor(?s:.)*--only-head(?s:.)*--ignore-head"):
+        le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=adapters, lora=mode)
+    exported = le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=adapters, lora=mode, ignore_head=True)
+    assert exported.proof is not None and exported.proof.verdict.same
+    extra = {} if mode == "rows" else {"onnx_adapter": tmp_path / "fr.onnx_adapter"}
+    given = adapters if mode == "rows" else adapters[:1]
+    assert le.verify(tmp_path / "m.onnx", SPOTTER, adapters=given, **extra)  # attaches the head that each saved
+
+
+def test_head_of_its_own_is_refused_and_nothing_left(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"not the model's own \(--ignore-head\):\n  own, head.bias\nMerge the head"):
+        le.export_onnx(
+            SPOTTER, tmp_path / "m.onnx", adapters=[place / "fr", place / "own"], lora="rows", ignore_head=True
+        )
+    assert folder_contents(tmp_path) == {}
+
+
+def test_existing_graph_and_convert_take_the_shared_head(place: Path, tmp_path: Path) -> None:
+    le.export_onnx(SPOTTER, tmp_path / "base.onnx", verify=False)
+    options = {"lora": "inputs", "verify": False, "ignore_head": True}
+    le.export_onnx(tmp_path / "base.onnx", tmp_path / "m.onnx", adapters=place / "fr", **options)
+    graph = tmp_path / "m.onnx"
+    result = le.convert(place / "de", tmp_path / "de.onnx_adapter", graph=graph, ignore_head=True)
+    assert (result.weights, result.of) == (1, 1)
+    for refused, ignore_head in ((place / "own", True), (place / "de", False)):
+        with pytest.raises(InputRefused, match=r"head\.bias"):
+            le.convert(refused, tmp_path / "x.onnx_adapter", graph=graph, ignore_head=ignore_head)
+    with pytest.raises(InputRefused, match=r"own, head\.bias"):
+        le.export_onnx(tmp_path / "base.onnx", tmp_path / "n.onnx", adapters=place / "own", **options)
+
+
+def test_only_the_head_is_merged(tmp_path: Path) -> None:
+    base = {"fc.weight": np.ones((2, 3), np.float32), "head.weight": np.zeros((1, 2), np.float32)}
+    base_file(tmp_path / "base.safetensors", base)
+    head = {"head.weight": np.float32([[4, 5]])}
+    peft_adapter(tmp_path / "fr", {"fc": ([[1, 2, 3]], [[1], [2]])}, head)
+    result = le.merge(tmp_path / "base.safetensors", tmp_path / "fr", tmp_path / "m.safetensors", only_head=True)
+    assert result.report is not None and result.report.replaced_weights == ("head.weight",)
+    merged = le.inspect(tmp_path / "m.safetensors").checkpoint
+    assert merged is not None
+    file = merged.shards["m.safetensors"]
+    assert np.array_equal(file.read("fc.weight"), base["fc.weight"])
+    assert np.array_equal(file.read("head.weight"), head["head.weight"])
+    # The adapter itself is not in it: it can be merged later.
+    assert le.merge(tmp_path / "m.safetensors", tmp_path / "fr", tmp_path / "all.safetensors").report is not None
+
+
+def test_what_has_no_head_or_no_swap_is_refused(place: Path, tmp_path: Path) -> None:
+    base_file(tmp_path / "base.safetensors", {"fc.weight": np.ones((2, 3))})
+    peft_adapter(tmp_path / "fr", {"fc": ([[1, 2, 3]], [[1], [2]])})
+    with pytest.raises(InputRefused, match="fr saves no tensor whole"):
+        le.merge(tmp_path / "base.safetensors", tmp_path / "fr", tmp_path / "m.safetensors", only_head=True)
+    with pytest.raises(WrongUsage, match="--ignore-head is for --lora inputs and rows"):
+        le.export_onnx(SPOTTER, tmp_path / "m.onnx", adapters=place / "fr", ignore_head=True)
