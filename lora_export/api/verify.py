@@ -110,6 +110,7 @@ def verify(
     seed: int | None = None,
     cache: str | Path | None = None,
     trace: bool = False,
+    timeout: float = 600.0,
     reports: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
     on_message: OnMessage = ignore,
@@ -129,7 +130,8 @@ def verify(
     every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
     "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
     `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a folder for the
-    outputs of the fp64 reference. `trace` compares every module, whatever the verdict. Each path in `reports` gets a
+    outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of
+    an .onnx or TorchScript file is stopped after `timeout` seconds. Each path in `reports` gets a
     report (.json, .xml or .html); `about` adds facts.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
@@ -148,6 +150,7 @@ def verify(
         seed=seed,
         cache=None if cache is None else Path(cache),
         trace=trace,
+        timeout=timeout,
     )
     _check_usage(candidate, model, origin, how)
     if layout and model is not None:
@@ -185,6 +188,7 @@ class _How:
     seed: int | None = None
     cache: Path | None = None
     trace: bool = False
+    timeout: float = 600.0
 
 
 def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: _How) -> None:
@@ -233,7 +237,12 @@ def _compare_outputs(
         base = resolve_model(model, loaded, dtype=how.dtype)
         stage("loading the candidate")
         runner = open_candidate(
-            candidate, base, provider=how.provider, onnx_adapter=how.onnx_adapter, adapter_id=how.adapter_id
+            candidate,
+            base,
+            provider=how.provider,
+            onnx_adapter=how.onnx_adapter,
+            adapter_id=how.adapter_id,
+            timeout=how.timeout,
         )
         proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
         stage("hashing the candidate")

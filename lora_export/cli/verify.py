@@ -76,6 +76,14 @@ Examples:
     help="Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
 )
 @click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a run of an .onnx or TorchScript file that takes longer than this.",
+)
 @json_option
 def command(
     candidate: Path,
@@ -95,6 +103,7 @@ def command(
     reports: tuple[Path, ...],
     cache: Path | None,
     trace: bool,
+    timeout: float,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -132,6 +141,7 @@ def command(
             seed=seed,
             cache=cache,
             trace=trace,
+            timeout=timeout,
             reports=reports,
             about={"command": command_line()},
             on_message=print_message,

@@ -5,12 +5,14 @@ Needs no PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
-from lora_export.runtime.runner import Arrays, Placement
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, too_slow
 from lora_export.storage.json_files import parse_json
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
@@ -35,7 +37,8 @@ class OnnxRunner:
     """An ONNX graph under onnxruntime, on the requested provider and on no other.
 
     `optimise=False` turns off all of onnxruntime's graph optimisations. `low_memory` frees memory as soon as it is
-    unused. `provider_defaults` leaves the provider's own settings; those of CUDA multiply fp32 in TF32.
+    unused. `provider_defaults` leaves the provider's own settings; those of CUDA multiply fp32 in TF32. A run that does
+    not finish within `timeout` seconds is stopped.
 
     Raises EnvironmentLacking where the provider is missing or does not load, and RuntimeRefused where onnxruntime
     refuses the graph.
@@ -49,6 +52,7 @@ class OnnxRunner:
         optimise: bool = True,
         low_memory: bool = False,
         provider_defaults: bool = False,
+        timeout: float = TIMEOUT,
     ):
         provider_options = CUDA_OPTIONS if provider == "cuda" and not provider_defaults else {}
         options = _session_options(optimise=optimise, low_memory=low_memory)
@@ -61,6 +65,7 @@ class OnnxRunner:
             for value in self.session.get_inputs()
         }
         self.names_known = True
+        self.timeout = timeout
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
         self._adapter_ids: NDArray[np.int64] | None = None
@@ -81,7 +86,7 @@ class OnnxRunner:
         return self._equip(OnnxRunner(self.source, self.provider, optimise=False))
 
     def _equip(self, runner: OnnxRunner) -> OnnxRunner:
-        runner._adapter, runner._run_options = self._adapter, self._run_options
+        runner._adapter, runner._run_options, runner.timeout = self._adapter, self._run_options, self.timeout
         return runner if self._adapter_ids is None else runner.with_rows(self._adapter_ids.tolist())
 
     @property
@@ -159,8 +164,8 @@ class OnnxRunner:
     def run(self, inputs: Arrays, names: Sequence[str] | None = None) -> Arrays:
         """One forward pass; `names` are the outputs to compute, all where it is None.
 
-        Raises RuntimeRefused where onnxruntime refuses the run, and for inputs that the graph does not have: they were
-        folded away.
+        Raises RuntimeRefused where onnxruntime refuses the run or it takes too long, and for inputs that the graph does
+        not have: they were folded away.
         """
         problems = [f"the graph has no input {name}" for name in inputs if name not in self.axes]
         problems += [
@@ -172,10 +177,32 @@ class OnnxRunner:
         if self._adapter_ids is not None:
             batch = len(next(iter(inputs.values())))
             inputs = {**inputs, onnx_adapter.ADAPTER_IDS: np.resize(self._adapter_ids, batch)}
-        try:
-            return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
-        except Exception as error:  # onnxruntime's exceptions share no base class but this one
-            raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
+        with _deadline(self._run_options, self.timeout) as expired:
+            try:
+                return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
+            except Exception as error:  # onnxruntime's exceptions share no base class but this one
+                if expired.is_set():
+                    raise RuntimeRefused(too_slow(self.path, self.timeout)) from error
+                raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
+
+
+@contextlib.contextmanager
+def _deadline(run_options: Any, seconds: float) -> Iterator[threading.Event]:
+    """Make onnxruntime stop the run after so many seconds, and set the event then."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        run_options.terminate = True
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+        run_options.terminate = False
 
 
 def _session_options(*, optimise: bool = True, low_memory: bool = False) -> Any:

@@ -12,7 +12,7 @@ from lora_export.models.model import Model
 from lora_export.models.pt2 import program
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Runner
+from lora_export.runtime.runner import TIMEOUT, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import input_files
@@ -23,32 +23,37 @@ LOCATION = b"\x0a\x08location"  # the key of an external tensor's file, as proto
 
 
 def open_candidate(
-    path: Path, base: Model, *, provider: str = "cpu", onnx_adapter: Path | None = None, adapter_id: int | None = None
+    path: Path,
+    base: Model,
+    *,
+    provider: str = "cpu",
+    onnx_adapter: Path | None = None,
+    adapter_id: int | None = None,
+    timeout: float = TIMEOUT,
 ) -> Runner:
     """A runner of a candidate: an .onnx, a .pt or .pt2, a Hugging Face folder, or weights (.safetensors) of `base`.
 
     `onnx_adapter` is run with an .onnx that takes it. `adapter_id` is the id of every row of a graph with adapters by
-    row; without it, the caller sets the ids. Raises InputRefused for another kind of file, and EnvironmentLacking
-    where the provider does not load.
+    row; without it, the caller sets the ids. A run of an .onnx or a .pt is stopped after `timeout` seconds. Raises
+    InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
     """
     if not path.is_dir():
         input_files.must_be_regular(path)
     if path.suffix == ".onnx":
-        return _open_graph(path, provider, onnx_adapter, adapter_id)
+        return _open_graph(OnnxRunner(path, provider, timeout=timeout), onnx_adapter, adapter_id)
     if path.is_dir():
         return ModuleRunner(load_model(str(path)).module, stored_dtypes=_stored_dtypes(path))
     if path.suffix == ".safetensors":
         return ModuleRunner(module_with_weights(base, path), stored_dtypes=_stored_dtypes(path))
     if path.suffix in (".pt", ".ts", ".pth"):
-        return ScriptRunner(path, base.input_names)
+        return ScriptRunner(path, base.input_names, timeout=timeout)
     if path.suffix == ".pt2":
         module = program.load_program(path)
         return ModuleRunner(module, axes=module.axes, stored_dtypes=module.stored_dtypes, limits=module.limits)
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 
 
-def _open_graph(path: Path, provider: str, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
-    runner = OnnxRunner(path, provider)
+def _open_graph(runner: OnnxRunner, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
     runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
     if adapter_id is None and ADAPTER_IDS in runner.axes:
         return runner

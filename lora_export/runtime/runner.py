@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.providers import CPU
 
 Arrays = dict[str, NDArray[Any]]
+TIMEOUT = 600.0  # seconds for one run of an .onnx or TorchScript file: an endless loop in it ends with an error
 
 # These must run on the requested provider. onnxruntime puts shape arithmetic on the CPU on purpose.
 COMPUTE_OPERATORS = frozenset(
@@ -78,3 +80,8 @@ class Placement:
             raise EnvironmentLacking(
                 f"{self.requested_provider} was requested, but onnxruntime reports no node that ran on it"
             )
+
+
+def too_slow(path: Path, seconds: float) -> str:
+    """The error message for a run that was stopped."""
+    return f"{path} did not finish within {seconds:g} seconds. Allow more with --timeout"

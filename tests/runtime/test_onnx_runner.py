@@ -104,3 +104,27 @@ def test_executed_nodes_are_those_after_fusion(tmp_path: Path) -> None:
     plain = runner.unoptimised()
     assert plain.placement.by_provider["CPUExecutionProvider"] == (("product", "MatMul"), ("sum", "Add"))
     assert plain.run({"x": x})["y"].tolist() == runner.run({"x": x})["y"].tolist()
+
+
+ENDLESS = """
+<ir_version: 8, opset_import: ["" : 17]>
+endless (float[batch, 2] x) => (float[batch, 2] y) {
+    most = Constant <value_int: int = 9223372036854775807> ()
+    true = Constant <value: tensor = bool {1}> ()
+    y = Loop <body: graph = once (int64 i, bool go, float[batch, 2] before) => (bool again, float[batch, 2] after) {
+        again = Identity (go)
+        after = Neg (before)
+    }> (most, true, x)
+}
+"""
+
+
+def test_loop_without_end_is_stopped_and_the_next_run_is_not(tmp_path: Path, a_graph: Path) -> None:
+    onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "endless.onnx")
+    runner = OnnxRunner(tmp_path / "endless.onnx", timeout=0.3)
+    for _ in range(2):
+        with pytest.raises(RuntimeRefused, match=r"endless\.onnx did not finish within 0\.3 seconds.*--timeout"):
+            runner.run({"x": np.ones((1, 2), np.float32)})
+    quick = OnnxRunner(a_graph, timeout=30)
+    assert quick.run({"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
+    assert quick.unoptimised().timeout == 30

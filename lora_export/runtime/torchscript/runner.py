@@ -18,11 +18,10 @@ import torch
 
 import lora_export
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
-from lora_export.runtime.runner import Arrays
+from lora_export.runtime.runner import TIMEOUT, Arrays, too_slow
 from lora_export.runtime.torchscript.messages import read_message, write_message
 from lora_export.storage import input_files
 
-TIMEOUT = 600.0  # seconds for loading, and for each run
 MEMORY = 2 << 30  # bytes beyond PyTorch itself, and MEMORY_OF_FILE times the file
 MEMORY_OF_FILE = 4
 
@@ -90,7 +89,7 @@ class ScriptRunner:
                 self.close()
                 raise RuntimeRefused(f"the process that runs {self.path} sent no outputs: {error}") from error
         if expired.is_set():
-            raise RuntimeRefused(f"{self.path} did not finish within {self.timeout:g} seconds")
+            raise RuntimeRefused(too_slow(self.path, self.timeout))
         raise RuntimeRefused(f"the process that runs {self.path} ended: {_reason(code, self.memory)}")
 
 
