@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import io
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,10 @@ from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
 
+PEFT_CONFIG = "adapter_config.json"
+LAYER_COUNT = re.compile(r"layers?$|depths?$|blocks?$")  # of the names in a config that count layers
+SHARED_LAYERS = 1000  # layers may share their weights
+
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer in a Hugging Face model's folder. Raises InputRefused where there is none."""
@@ -30,9 +37,11 @@ def load_tokenizer(model: Model) -> Any:
     transformers = _transformers()
     with _quiet(transformers):
         try:
-            return transformers.AutoTokenizer.from_pretrained(model.source, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputRefused(f"{model.source} has no tokenizer: {str(error).splitlines()[0]}") from error
+            return transformers.AutoTokenizer.from_pretrained(
+                model.source, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a tokenizer that is damaged raises any type
+            raise InputRefused(f"{model.source} has no tokenizer: {_first_line(error)}") from error
 
 
 def set_padding_token(model: Model, tokenizer: Any) -> None:
@@ -60,8 +69,10 @@ def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]
     Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
     EnvironmentLacking without transformers.
     """
-    open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built from it
+    checkpoint = open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built
     fields = _config_fields(folder, adapters, labels)
+    _refuse_other_weights(folder, fields)
+    _refuse_more_layers(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
         module = _pretrained(transformers, folder, fields, dtype)
@@ -96,6 +107,29 @@ def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[s
     return fields
 
 
+def _refuse_other_weights(folder: Path, fields: dict[str, Any]) -> None:
+    """Raise InputRefused where transformers would load other weights than the folder's model files, or more."""
+    if name := fields.get("transformers_weights"):
+        raise InputRefused(
+            f"{folder / CONFIG} names a file of weights (transformers_weights: {name!r}), which transformers loads in "
+            "place of the model's. Remove this entry"
+        )
+    if (folder / PEFT_CONFIG).exists():
+        raise InputRefused(
+            f"{folder} has an {PEFT_CONFIG}: transformers attaches this adapter when it loads the folder. Move the "
+            "adapter to a folder of its own"
+        )
+
+
+def _refuse_more_layers(folder: Path, fields: Mapping[str, Any], tensors: int) -> None:
+    """Raise InputRefused for a config with far more layers than the folder has tensors: building them has no end."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _refuse_more_layers(folder, value, tensors)
+        elif LAYER_COUNT.search(name) and isinstance(value, int) and value > SHARED_LAYERS + tensors:
+            raise InputRefused(f"{folder / CONFIG}: {name} is {value:,}, and the folder has {tensors:,} tensors")
+
+
 def _refuse_other_head(folder: Path, fields: dict[str, Any], labels: Sequence[str]) -> None:
     """Raise InputRefused where the folder has a trained classifier with another number of labels."""
     count = number_of_labels(fields)
@@ -112,18 +146,27 @@ def _pretrained(transformers: Any, folder: Path, fields: dict[str, Any], dtype: 
     path = folder / CONFIG
     try:
         config = transformers.AutoConfig.for_model(**fields)
-    except (ValueError, KeyError) as error:
-        raise InputRefused(f"{path}: transformers does not know this model ({error})") from error
+    except Exception as error:  # values of the wrong type raise any type
+        raise InputRefused(f"{path}: transformers does not know this model ({_first_line(error)})") from error
     architecture = (fields.get("architectures") or ["AutoModel"])[0]
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise InputRefused(f"{path}: transformers has no class {architecture}")
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) and architecture != "AutoModel":
+        raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
     try:
-        return cls.from_pretrained(folder, config=config, local_files_only=True, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+        return cls.from_pretrained(folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # values that do not fit together raise any type
         why = _other_shapes(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
         raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {why or error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _other_shapes(cls: Any, config: Any, folder: Path) -> str:
@@ -150,14 +193,16 @@ def _transformers() -> Any:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and no load report: a head with new weights is expected here."""
+    """No progress bars and no load report: a head with new weights is expected here. And no question on stdin."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # at its end
     try:
         yield
     finally:
+        sys.stdin = stdin
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
+from lora_export.models.huggingface import load_tokenizer
 from lora_export.models.load import load_model
 
 
@@ -95,3 +97,57 @@ def test_an_unknown_architecture_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputRefused, match=message):
         load_model(str(tmp_path))
+
+
+def changed_config(bert: Path, folder: Path, **change: object) -> str:
+    """A copy of the model with other values in its config."""
+    shutil.copytree(bert, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    return str(folder)
+
+
+@pytest.mark.fault(26)
+def test_class_that_is_no_model_asks_nothing_and_runs_nothing(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = changed_config(tiny_bert, tmp_path, architectures=["AutoTokenizer"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(InputRefused, match="AutoTokenizer is no model of transformers"):
+        load_model(source)
+    base = load_model(changed_config(tiny_bert, tmp_path, architectures=["BertModel"]))
+    assert type(load_tokenizer(base)).__module__.startswith("transformers.")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_weights_than_the_models_are_not_loaded(tiny_bert: Path, tmp_path: Path) -> None:
+    source = changed_config(tiny_bert, tmp_path, transformers_weights="other.safetensors")
+    with pytest.raises(InputRefused, match=r"transformers_weights: 'other\.safetensors'"):
+        load_model(source)
+
+
+def test_adapter_beside_the_model_is_not_attached(tiny_bert: Path, tmp_path: Path) -> None:
+    source = changed_config(tiny_bert, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputRefused, match="transformers attaches this adapter"):
+        load_model(source)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(tiny_bert: Path, tmp_path: Path) -> None:
+    for change in ({"num_hidden_layers": 10**6}, {"encoder": {"num_layers": 10**6}}):
+        with pytest.raises(InputRefused, match=r"layers is 1,000,000, and the folder has \d+ tensors"):
+            load_model(changed_config(tiny_bert, tmp_path, **change))
+
+
+@pytest.mark.parametrize("value", [None, "a", -1, 0, 1.5, [], {}, True, 10**30, [None]], ids=str)
+def test_config_values_of_any_type_load_or_are_refused(tiny_bert: Path, tmp_path: Path, value: object) -> None:
+    """Each field of the config in turn has the value. There is no third outcome, such as a traceback."""
+    refused = 0
+    for field in json.loads((tiny_bert / "config.json").read_text()):
+        try:
+            load_model(changed_config(tiny_bert, tmp_path, **{field: value}))
+        except InputRefused:
+            refused += 1
+    assert refused > 3
