@@ -14,7 +14,6 @@ import pytest
 
 from lora_export import report
 from lora_export.report import plots
-from lora_export.report.html_facts import with_adapters
 from lora_export.runtime.runner import Placement
 from lora_export.verification import against_checkpoint, parity
 from lora_export.verification.parity import Verdict, judge
@@ -101,21 +100,6 @@ def test_page_has_verdict_figures_and_how_to_repeat_it() -> None:
 def test_title_has_outcome_and_file_name() -> None:
     assert read(DIFFERENT).title == "different: model.onnx – lora-export verify"
     assert read(SAME, about={}).title == "same – lora-export verify"
-
-
-@pytest.mark.parametrize(
-    ("names", "text"),
-    [
-        ([], ""),
-        (["adapter"], "its adapter"),
-        (["english"], "its adapter “english”"),
-        (["en", "fr"], "its adapters “en” and “fr”"),
-        (["en", "fr", "de"], "its adapters “en”, “fr” and “de”"),
-        (["en", "adapter"], "its 2 adapters"),
-    ],
-)
-def test_adapters_are_named_where_the_name_is_one(names: list[str], text: str) -> None:
-    assert with_adapters([{"name": name} for name in names]) == text
 
 
 def test_reason_is_shown_once_for_all_cases() -> None:
