@@ -32,7 +32,7 @@ from lora_export.storage import input_files, json_files
 
 CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `--lora rows`
-HEADS = (
+SHARE_ONE_HEAD = (
     "If all adapters share one head, merge it into the model once (lora-export merge BASE ADAPTER -o with-head "
     "--only-head), and export with-head with --ignore-head.\n"
 )
@@ -172,7 +172,7 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
         raise InputRefused(
             f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{listed(problems)}\n"
             "Merge such an adapter into a graph of its own (--lora merged).\n"
-            f"{HEADS if any(adapter.replaced for adapter in adapters) else ''}Nothing was written."
+            f"{SHARE_ONE_HEAD if any(adapter.replaced for adapter in adapters) else ''}Nothing was written."
         )
 
 
