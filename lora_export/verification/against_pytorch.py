@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lora_export import layers, plan
 from lora_export.errors import LoraExportError
@@ -113,7 +114,7 @@ class PyTorchReferences:
             cases,
             varied,
             perturbed,
-            unjudged={name: before_first_token(arrays) for name, arrays in cases.items()},
+            unjudged=_unjudged(cases) if self.model.is_huggingface else {},
             notes=tuple(
                 f"the input {name} is the same in every draw: its effect was not tested. --inputs can vary it"
                 for name in constant
@@ -207,7 +208,7 @@ class PreparedPyTorch:
             *outputs.notes,
             *rows,
             *([HALF] if self.dtype is torch.float32 and _has_halves(outputs, own, names_known=names_known) else []),
-            *([PADDED] if any(positions.any() for positions in self.inputs.unjudged.values()) else []),
+            *([PADDED] if self.inputs.unjudged else []),
             *quantised_weights.notes_on(self.quantised),
         ]
         return ReferenceOutputs(
@@ -292,6 +293,12 @@ class PreparedPyTorch:
             case,
             keep_replaced=self.attached.has_pairs,
         )
+
+
+def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:
+    """Case -> the positions before each row's first token, where there are any."""
+    by_case = ((name, before_first_token(arrays)) for name, arrays in cases.items())
+    return {name: positions for name, positions in by_case if positions is not None}
 
 
 def _has_halves(outputs: CandidateOutputs, deployed: Mapping[str, Arrays], *, names_known: bool) -> bool:

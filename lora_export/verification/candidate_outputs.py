@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from lora_export.errors import LoraExportError, RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
-from lora_export.verification.compare_outputs import aligned, bits, candidate_errors, differ, from_first_token
+from lora_export.verification.compare_outputs import aligned, bits, candidate_errors, differ
 from lora_export.verification.inputs import Inputs
 
 OutputsByCase = Mapping[str, Arrays]
@@ -91,14 +91,11 @@ def notes_on_provider_defaults(
         outputs = {case.name: shipped.run(inputs.cases[case.name]) for case in cases}
     except LoraExportError as refusal:
         return [f"{begin}it did not run: {str(refusal).splitlines()[0]}"]
-    own = [_with_outputs(case, outputs[case.name], inputs, names_known=names_known) for case in cases]
+    own = [
+        replace(case, candidate=aligned(outputs[case.name], case.reference, names_known=names_known)) for case in cases
+    ]
     judged, errors = candidate_errors(cases), []
     for output, (error, relative) in candidate_errors(own).items():
         of_effect = "" if relative is None else f", {parity.percent(relative)} of the adapter effect"
         errors.append(f"the error of {output} is {error:.3g} ({judged[output][0]:.3g} as judged){of_effect}")
     return [begin + "; ".join(errors)]
-
-
-def _with_outputs(case: parity.Case, outputs: Arrays, inputs: Inputs, *, names_known: bool) -> parity.Case:
-    named = aligned(outputs, case.reference, names_known=names_known)
-    return from_first_token(replace(case, candidate=named), inputs.unjudged.get(case.name))

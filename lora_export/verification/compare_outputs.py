@@ -45,11 +45,11 @@ def with_larger_peer_error(cases: Sequence[parity.Case], others: Sequence[parity
 
 
 def _with_larger_peer_error(case: parity.Case, other: parity.Case) -> parity.Case:
+    judged, other_judged = case.judged(), other.judged()
     deployed = {}
     for name, own in case.deployed.items():
-        theirs = other.deployed.get(name, own)
-        own_error, their_error = (error_of(case.reference[name], output) for output in (own, theirs))
-        deployed[name] = theirs if their_error > own_error else own
+        errors = [error_of(each.reference[name], each.deployed[name]) for each in (judged, other_judged)]
+        deployed[name] = other.deployed[name] if errors[1] > errors[0] else own
     return replace(case, deployed=deployed)
 
 
@@ -60,6 +60,7 @@ def error_of(reference: NDArray[Any], output: NDArray[Any]) -> float:
 
 def candidate_errors(cases: Sequence[parity.Case]) -> dict[str, tuple[float, float | None]]:
     """Output -> rmse(O, R) over all cases, and the same relative to rmse(R, B); None without an adapter."""
+    cases = [case.judged() for case in cases]
     errors: dict[str, tuple[float, float | None]] = {}
     for output in cases[0].reference:
         error = _rmse(cases, output, [case.candidate for case in cases])
@@ -75,41 +76,16 @@ def _rmse(cases: Sequence[parity.Case], output: str, runs: Sequence[parity.Outpu
     return parity.rms(np.concatenate([difference.ravel() for difference in differences]))
 
 
-def before_first_token(arrays: Arrays) -> NDArray[np.bool_]:
-    """Bool [batch, sequence]: the padding before each row's first token. Empty where there is no 2-d mask."""
-    mask = arrays.get("attention_mask", np.ones((0, 0), np.int64))
-    return np.cumsum(mask, axis=1) == 0 if mask.ndim == 2 else np.zeros((0, 0), bool)
+def before_first_token(arrays: Arrays) -> NDArray[np.bool_] | None:
+    """Bool [batch, sequence]: the padding before each row's first token; None where there is none.
 
-
-def from_first_token(case: parity.Case, unjudged: NDArray[np.bool_] | None) -> parity.Case:
-    """The case with the reference's values in all runs at the padding before a row's first token.
-
-    `unjudged` is what `before_first_token` returns. At these positions a decoder attends to nothing, and its outputs
-    are undefined: with a cache they are others than without. Values that are not finite stay.
+    The mask is that of Hugging Face models: 1 (or True) for tokens. Other models may mean the opposite by it.
     """
-    if unjudged is None:
-        return case
-    runs = ("deployed", "candidate", "base", "scaled", "attached")
-    before: dict[str, Arrays | None] = {name: getattr(case, name) for name in runs}
-    after: dict[str, Any] = {
-        name: _with_reference(outputs, case.reference, unjudged)
-        for name, outputs in before.items()
-        if outputs is not None
-    }
-    return replace(case, **after)
-
-
-def _with_reference(outputs: Arrays, reference: parity.Outputs, unjudged: NDArray[np.bool_]) -> Arrays:
-    """The outputs with the reference's values at the positions that are not judged."""
-    made = dict(outputs)
-    for name, truth in reference.items():
-        value = outputs.get(name)
-        if value is None or truth.ndim <= 2 or value.shape != truth.shape or truth.shape[:2] != unjudged.shape:
-            continue
-        replaced = unjudged & np.isfinite(value).reshape(*unjudged.shape, -1).all(-1)
-        made[name] = value.copy()
-        made[name][replaced] = truth[replaced].astype(value.dtype)
-    return made
+    mask = arrays.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return None
+    before: NDArray[np.bool_] = np.cumsum(mask, axis=1) == 0
+    return before if before.any() else None
 
 
 def bits_that_differ(outputs: Mapping[str, Arrays], others: Mapping[str, Arrays]) -> list[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lora_export.errors import Undecided
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.verification import parity
-from lora_export.verification.compare_outputs import before_first_token, from_first_token, named_as
+from lora_export.verification.compare_outputs import named_as
 
 
 def mixed_cases(
@@ -30,8 +30,7 @@ def mixed_cases(
         if not by_row:
             raise Undecided(f"no output has a row for each row of the batch ({name}): a mixed batch cannot be judged")
         outputs = named_as(alone[0].reference, candidate.run(arrays))
-        case = _mixed(alone, np.resize(np.array(ids), batch), {key: outputs[key] for key in by_row})
-        cases.append(from_first_token(case, before_first_token(arrays)))
+        cases.append(_mixed(alone, np.resize(np.array(ids), batch), {key: outputs[key] for key in by_row}))
     return tuple(cases)
 
 
@@ -50,4 +49,5 @@ def _mixed(alone: Sequence[parity.Case], ids: NDArray[Any], outputs: Arrays) -> 
         base=rows([alone[0].reference for _ in alone]),
         scaled=rows([case.scaled or case.reference for case in alone]),
         peer=alone[-1].peer,
+        unjudged=alone[0].unjudged,
     )

@@ -28,7 +28,6 @@ from lora_export.verification.candidate_outputs import (
 from lora_export.verification.compare_outputs import (
     aligned,
     differs_in_precision_alone,
-    from_first_token,
     with_larger_peer_error,
 )
 from lora_export.verification.diagnose.diagnosis import Diagnosis
@@ -84,11 +83,11 @@ def prove(
     if not outputs.by_case:
         raise RuntimeRefused(references.explain(outputs.refusals[0]))
     expected = prepared.run(outputs, step)
-    judge = functools.partial(_judge, inputs, outputs, expected, atol=atol, rtol=rtol)
+    judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
     cases = _cases(inputs, outputs, expected)
     verdict = judge(cases)
     if differs_in_precision_alone(verdict) and (merged := prepared.run_merged(step)):
-        others = _with_peer(cases, merged.outputs, inputs)
+        others = _with_peer(cases, merged.outputs)
         measured = with_larger_peer_error(cases, others)
         second = judge(measured, merged.note)
         if second.outcome is not parity.Outcome.DIFFERENT:
@@ -125,14 +124,14 @@ def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs
             deployed=expected.deployed[name],
             candidate=own,
             peer=expected.peer,
+            unjudged=inputs.unjudged.get(name),
             **by_role,
         )
-        cases.append(from_first_token(case, inputs.unjudged.get(name)))
+        cases.append(case)
     return cases
 
 
 def _judge(
-    inputs: Inputs,
     outputs: CandidateOutputs,
     expected: ReferenceOutputs,
     cases: Sequence[parity.Case],
@@ -145,8 +144,7 @@ def _judge(
     if outputs.repeated is not None:
         first = cases[0]
         own = aligned(outputs.repeated, first.reference, names_known=expected.names_known)
-        again = replace(first, name=f"{first.name}, run again", candidate=own)
-        judged.append(from_first_token(again, inputs.unjudged.get(first.name)))
+        judged.append(replace(first, name=f"{first.name}, run again", candidate=own))
     return parity.judge(
         judged,
         dtype=expected.dtype,
@@ -159,10 +157,9 @@ def _judge(
     )
 
 
-def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays], inputs: Inputs) -> list[parity.Case]:
+def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays]) -> list[parity.Case]:
     """The cases with the outputs of another peer."""
-    others = [replace(case, deployed=peer[case.name]) for case in cases]
-    return [from_first_token(case, inputs.unjudged.get(case.name)) for case in others]
+    return [replace(case, deployed=peer[case.name]) for case in cases]
 
 
 def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:

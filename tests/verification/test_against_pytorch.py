@@ -204,6 +204,43 @@ def test_outputs_before_a_rows_first_token_are_not_judged(llama: model.Model) ->
     assert wrong.verdict.outcome is parity.Outcome.DIFFERENT
 
 
+class LeavingOut(nn.Module):
+    """A module of the user, whose `attention_mask` is True where a token is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 8)
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.dense(self.words(ids)) * (~attention_mask)[..., None]
+        return {"logits": hidden + hidden.mean(1, keepdim=True)}
+
+
+def test_every_position_of_a_users_own_module_is_judged() -> None:
+    """Its mask may mean the opposite of Hugging Face's: then every real token is "before the first token"."""
+
+    def make(sizes: model.Sizes, generator: torch.Generator) -> model.Inputs:
+        shape = (sizes["batch"], 12)
+        left_out = torch.arange(12) >= torch.randint(6, 12, (shape[0], 1), generator=generator)
+        return {"ids": torch.randint(50, shape, generator=generator), "attention_mask": left_out}
+
+    torch.manual_seed(0)
+    axes = {"ids": {0: "batch"}, "attention_mask": {0: "batch"}}
+    base = model.Model("words", LeavingOut().eval(), axes, make_inputs=make, traced_sizes={"batch": 2})
+
+    class Invented(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            real = ~inputs["attention_mask"][..., None]
+            made = np.sin(inputs["ids"]).astype(np.float32)[..., None]
+            return {"logits": np.where(real, made, super().run(inputs)["logits"])}
+
+    right = folded(base, an_adapter())
+    references = PyTorchReferences(base, [an_adapter()])
+    assert prove(right, references).verdict.same
+    assert prove(Invented(right.module), references).verdict.outcome is parity.Outcome.DIFFERENT
+
+
 def test_adapter_of_replaced_tensors_alone_has_controls(scaled: model.Model) -> None:
     weight = scaled.module.dense.weight.detach().numpy() + np.float32(0.2)
     adapter = Adapter(name="a", format="test", pairs={}, replaced={"dense.weight": weight}, sha256="0a")

@@ -22,7 +22,8 @@ def test_mixed_batch_is_judged_from_each_rows_first_token(position: int, outcome
         deployed = {"logits": (truth + 1e-6 * rng.standard_normal(truth.shape)).astype(np.float32)}
         scaled = {"logits": truths[0] + 1.1 * (truth - truths[0])}
         runs = {"reference": {"logits": truth}, "deployed": deployed, "candidate": deployed, "scaled": scaled}
-        case = parity.Case("padded", "", base={"logits": truths[0]}, **runs)
+        unjudged = np.cumsum(arrays["attention_mask"], 1) == 0
+        case = parity.Case("padded", "", base={"logits": truths[0]}, unjudged=unjudged, **runs)
         alone.append(Proof(parity.judge([case]), None, {}, {"padded": arrays}, (case,)))
     rows = np.resize([1, 2, 0], 200)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_export.verification.parity.figures import Outputs
 from lora_export.verification.parity.verdict import PYTORCH
@@ -18,6 +24,9 @@ class Case:
     `attached` is set where the candidate stores its merged weights in a low precision. Then `reference`, `base` and
     `scaled` use weights that are rounded in the same way, and `attached` does not: its distance from `reference` is
     the merge loss. `base` is rounded too, because the rounding of the base's own weights is no effect of the adapter.
+
+    `unjudged` are positions whose outputs mean nothing: a decoder attends to nothing before a row's first token, and
+    with a cache it computes other numbers there than without. They are left out of every figure (`judged`).
     """
 
     name: str
@@ -29,6 +38,8 @@ class Case:
     scaled: Outputs | None = None
     attached: Outputs | None = None
     peer: str = PYTORCH  # the implementation that computed `deployed`
+    unjudged: NDArray[np.bool_] | None = None  # [batch, sequence]
+    positions: Mapping[str, NDArray[np.intp]] = field(default_factory=lambda: MappingProxyType({}))  # see `judged`
 
     @property
     def runs(self) -> dict[str, Outputs]:
@@ -47,3 +58,39 @@ class Case:
     def outputs(self) -> list[str]:
         """The name of every output that any run has: one that is missing elsewhere is compared too."""
         return list(dict.fromkeys(name for arrays in self.runs.values() for name in arrays))
+
+    def judged(self) -> Case:
+        """The case without the positions that are not judged, in each output of (batch, sequence, …).
+
+        Such an output becomes (positions, …), and `positions` has the batch and sequence of each. Positions where a
+        run is not finite stay.
+        """
+        if self.unjudged is None:
+            return self
+        judged = {name: found for name in self.reference if (found := self._judged_positions(name)) is not None}
+        runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
+        by_run: dict[str, Outputs | None] = {run: getattr(self, run) for run in runs}
+        reduced: dict[str, Any] = {
+            run: {name: value[judged[name]] if name in judged else value for name, value in outputs.items()}
+            for run, outputs in by_run.items()
+            if outputs is not None
+        }
+        positions = {name: np.argwhere(mask) for name, mask in judged.items()}
+        return replace(self, **reduced, unjudged=None, positions=positions)
+
+    def _judged_positions(self, output: str) -> NDArray[np.bool_] | None:
+        """Bool (batch, sequence); None where the output has other axes, or not the same shape in every run."""
+        assert self.unjudged is not None
+        arrays = [outputs[output] for outputs in self.runs.values() if output in outputs]
+        shape = self.reference[output].shape
+        if len(shape) <= 2 or shape[:2] != self.unjudged.shape or any(array.shape != shape for array in arrays):
+            return None
+        finite = np.all([np.isfinite(array).reshape(*shape[:2], -1).all(-1) for array in arrays], axis=0)
+        judged: NDArray[np.bool_] = ~(self.unjudged & finite)
+        return judged
+
+    def index(self, output: str, index: tuple[int, ...]) -> tuple[int, ...]:
+        """The index of an element in the output as it was computed, where positions were left out."""
+        if output not in self.positions:
+            return index
+        return (*map(int, self.positions[output][index[0]]), *index[1:])

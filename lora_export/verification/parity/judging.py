@@ -27,6 +27,7 @@ arrays alone, neither torch nor onnxruntime.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -70,6 +71,7 @@ from lora_export.verification.parity.verdict import (
     Reason,
     Sensitivity,
     Verdict,
+    WorstElement,
     outcome_of,
 )
 from lora_export.verification.parity.whole_set import input_reasons, notes_on_scope, power_reasons
@@ -101,6 +103,7 @@ def judge(
         raise InputRefused(
             f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED_DTYPES)}"
         )
+    cases = [case.judged() for case in cases]
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH
     adapted = any(case.base is not None or case.scaled is not None for case in cases)
@@ -168,7 +171,7 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         max_error=peak(difference(o, r)),
         deployed_max_error=peak(difference(p, r)),
         max_relative_error=max_relative(wide(o), wide(r)),
-        worst=worst_element(o, r),
+        worst=_worst(case, output),
         effect=effect,
         relative_to_effect=ratio(error, effect),
         cosine=cosine(wide(o), wide(r)),
@@ -182,3 +185,8 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
         controls=tuple(controls_of(o, r, base, scaled, allowed=allowed, effect=effect, tolerance=tolerance)),
         peer=case.peer,
     )
+
+
+def _worst(case: Case, output: str) -> WorstElement:
+    worst = worst_element(case.candidate[output], case.reference[output])
+    return replace(worst, index=case.index(output, worst.index))

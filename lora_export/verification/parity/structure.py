@@ -23,7 +23,7 @@ def structure_reasons(case: Case, output: str, *, adapted: bool) -> list[Reason]
     for problems in (  # each is evaluated only where those before it found nothing
         _missing(case, by_run, adapted=adapted),
         itertools.chain(_wrong_shapes(case, by_run), _wrong_dtypes(case, by_run)),
-        _not_finite(by_run),
+        _not_finite(case, output, by_run),
     ):
         if reasons := [Reason(outcome, "structure", text, case.name, output) for outcome, text in problems]:
             return reasons
@@ -76,7 +76,7 @@ def _are_comparable(array: Array, deployed: Array) -> bool:
     return array.dtype == deployed.dtype and deployed.dtype.kind in "iub"
 
 
-def _not_finite(by_run: Outputs) -> Iterator[StructureProblem]:
+def _not_finite(case: Case, output: str, by_run: Outputs) -> Iterator[StructureProblem]:
     """NaN and infinity. NaN in all runs is no agreement: where the measure is not finite, nothing is decided."""
     measure_is_finite = np.isfinite(by_run[REFERENCE]) & np.isfinite(by_run[DEPLOYED])
     for run, array in by_run.items():
@@ -86,8 +86,9 @@ def _not_finite(by_run: Outputs) -> Iterator[StructureProblem]:
             bad &= measure_is_finite
         if bad.any():
             index = tuple(int(i) for i in np.argwhere(bad)[0])
+            place = list(case.index(output, index))
             yield (
                 Outcome.DIFFERENT if is_fault_of_candidate else Outcome.UNDECIDED,
-                f"{run} has {count(int(bad.sum()), 'value')} not finite, the first at {list(index)}: "
+                f"{run} has {count(int(bad.sum()), 'value')} not finite, the first at {place}: "
                 f"{float(array[index])}, where the reference has {float(by_run[REFERENCE][index]):.9g}",
             )
