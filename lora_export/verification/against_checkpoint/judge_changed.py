@@ -100,7 +100,7 @@ class _Differences:
         distance, allowed = np.abs(after - value), allowed_error(value, bound, self.dtype)
         self.off += distance.size - int(np.count_nonzero(distance <= allowed))  # NaN is off
         self.elements += distance.size
-        relative = np.nan_to_num(distance / allowed, nan=np.inf)
+        relative = np.nan_to_num(distance / allowed, nan=np.inf, posinf=np.inf)
         if relative.max(initial=-1.0) > self.error:
             position = int(relative.argmax())
             self.error, index = float(relative.max()), np.unravel_index(position, relative.shape)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
@@ -17,54 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from lora_export import cli
 from lora_export.verification.against_checkpoint import stored_tensor
-from support import junit_schema, peak
+from support import peak
+from support.audits import PAIRS, RANK, RNG, WEIGHTS, Tensors, normal, plain, run, the_base, verified
 from support.handmade import add_tensors, base_file, peft_adapter
-
-RNG = np.random.default_rng(0)
-Tensors = dict[str, NDArray[Any]]
-
-
-def normal(*shape: int, std: float = 0.02) -> NDArray[np.float32]:
-    return np.asarray(RNG.normal(size=shape) * std, np.float32)
-
-
-SHAPES = {
-    "a.weight": (40, 40), "b.weight": (64, 24), "kept.weight": (16, 24), "kept.bias": (16,), "a.bias": (40,),
-    "conv.weight": (8, 4, 3, 3), "embed.weight": (50, 16), "head.weight": (5, 24), "scalar": (),
-}  # fmt: skip
-WEIGHTS = {name: normal(*shape) for name, shape in SHAPES.items()}
-RANK = 4
-PAIRS = {
-    "a": (normal(RANK, 40, std=1), normal(40, RANK)),
-    "b": (normal(RANK, 24, std=1), normal(64, RANK)),
-}
-
-
-def the_base(path: Path, dtype: Any = np.float32) -> Path:
-    tensors = WEIGHTS | {"steps": np.arange(7)}
-    save_file(
-        {name: array if array.dtype.kind == "i" else array.astype(dtype) for name, array in tensors.items()}, path
-    )
-    return path
-
-
-def run(*arguments: object) -> int:
-    return cli.run([str(argument) for argument in arguments])
-
-
-def verified(
-    capsys: pytest.CaptureFixture[str], merged: Path, base: Path, *adapters: Path, more: tuple[object, ...] = ()
-) -> tuple[int, dict[str, Any]]:
-    capsys.readouterr()
-    options = [part for adapter in adapters for part in ("-a", adapter)]
-    code = run("verify", merged, "--base", base, *options, "--json", *more)
-    return code, json.loads(capsys.readouterr().out)
-
-
-def plain(folder: Path, **config: Any) -> Path:
-    return peft_adapter(folder, PAIRS, **config)
 
 
 def rank_stabilised(folder: Path) -> Path:
@@ -167,8 +121,6 @@ def test_a_converted_merge_of_two_adapters_is_the_same(
     code, document = verified(capsys, out, base, first, second)  # without the weights it is something else
     assert (code, document["outcome"]) == (4, "different")
 
-
-# --- defects ---
 
 A, B = (np.float64(factor) for factor in PAIRS["a"])
 DELTA = B @ A
@@ -352,28 +304,6 @@ def test_controls_without_effect_are_not_required(tmp_path: Path, capsys: pytest
     )
 
 
-# --- the command ---
-
-
-def test_reports_contain_every_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
-    assert run("merge", base, adapter, "-o", out) == 0
-    tensors = load_file(out) | {"kept.bias": np.ones(16, np.float32)}
-    save_file(tensors, out)
-    files = tmp_path / "r.json", tmp_path / "r.xml", tmp_path / "r.html"
-    options = [part for file in files for part in ("--report", file)]
-    code, document = verified(capsys, out, base, adapter, more=tuple(options))
-    assert code == 4 and json.loads(files[0].read_text()) == document
-    junit = ElementTree.fromstring(files[1].read_text())
-    assert junit_schema.faults(junit) == []
-    suite = junit.find("testsuite")
-    assert suite is not None
-    assert (suite.get("tests"), suite.get("failures")) == (str(len(tensors) + 1), "2")  # and the verdict
-    failed = [test.get("name") for test in suite.findall("testcase") if test.find("failure") is not None]
-    assert failed == ["kept.bias", "same"]
-    assert "1 of 16 entries" not in files[2].read_text() and "16 of 16 entries are not the base" in files[2].read_text()
-
-
 @pytest.mark.parametrize("piece", [1 << 22, 1000], ids=["whole", "in pieces"])
 def test_a_changed_weight_has_the_figures_of_the_merge_report(
     piece: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -397,33 +327,6 @@ def test_a_changed_weight_has_the_figures_of_the_merge_report(
         assert worst["candidate"] == held[index] != start[index]
         assert abs(worst["candidate"] - worst["reference"]) <= weight["error"] * 2**-8 * abs(held[index])
     assert document["about"]["adapters"][0]["sha256"] and document["about"]["command"][:2] == ["lora-export", "verify"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--base", "base.safetensors"], [], ["--base", "base.safetensors", "--model", "base", "-a", "ad"],
-     ["--base", "base.safetensors", "-a", "ad", "--atol", "1"],
-     ["--base", "base.safetensors", "-a", "ad", "--adapter-id", "0"]],
-)  # fmt: skip
-def test_options_without_meaning_here_are_usage_errors(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    the_base(tmp_path / "base.safetensors")
-    the_base(tmp_path / "m.safetensors")
-    plain(tmp_path / "ad")
-    assert run("verify", "m.safetensors", *options) == 2
-
-
-def test_neither_pytorch_nor_onnx_is_imported(tmp_path: Path) -> None:
-    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
-    assert run("merge", base, adapter, "-o", out) == 0
-    program = (
-        "import sys; from lora_export import cli; code = cli.run(sys.argv[1:]);"
-        "sys.exit(code or sum(name in sys.modules for name in ('torch', 'onnx', 'onnxruntime', 'transformers')))"
-    )
-    line = [sys.executable, "-c", program, "verify", str(out), "--base", str(base), "-a", str(adapter)]
-    assert subprocess.run(line, capture_output=True, check=False).returncode == 0
 
 
 def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:

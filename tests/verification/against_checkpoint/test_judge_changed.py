@@ -1,0 +1,103 @@
+"""A changed weight, entry by entry against its sum, and against sums that are wrong on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lora_export.plan import Layout, Step, Term
+from lora_export.verification.against_checkpoint import stored_tensor
+from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
+from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
+from lora_export.verification.parity import Outcome
+from support.plans import matrix, pair, square
+from support.stored_tensors import stored
+
+W = np.float64([[100, 200, 300], [400, 500, 600]])
+CHANGE = np.float64([[1, 2, 3], [10, 20, 30]])
+STEP = Step(matrix("fc.weight"), (Term("ad", "fc", pair()),))
+SQUARE = Step(matrix("fc.weight", 2, 2, layout=Layout.UNKNOWN), (Term("ad", "fc", square()),))
+SQUARE_CHANGE = np.float64([[1, 2], [10, 20]])
+
+
+@pytest.fixture(autouse=True, params=[1, 1 << 22], ids=["row by row", "whole"])
+def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", request.param)
+
+
+def judged(
+    folder: Path, values: NDArray[Any], *, weight: Any = W, step: Step = STEP, dtype: Any = np.float32
+) -> AuditedWeight:
+    judge = judge_unknown_layout if step.spec.layout is Layout.UNKNOWN else judge_changed
+    base, candidate = stored(folder / "b", weight, dtype), stored(folder / "c", values, dtype)
+    return judge("fc.weight", step, base, candidate)
+
+
+def test_the_sum_is_the_same_and_its_figures_are_measured(tmp_path: Path) -> None:
+    found = judged(tmp_path, W + CHANGE)
+    assert (found.fate, found.outcome, found.elements, found.off) == (Fate.CHANGED, Outcome.SAME, 6, 0)
+    assert found.controls == {"ad left out": True, "ad x 1.1": True}
+    assert found.relative_change == pytest.approx(np.linalg.norm(CHANGE) / np.linalg.norm(W))
+    assert (found.retention, found.noise, found.error) == (1.0, 0.0, 0.0)
+
+
+def test_the_worst_entry_is_named_with_its_place_in_the_tensor(tmp_path: Path) -> None:
+    values = W + CHANGE
+    values[1, 2] += 0.5
+    found = judged(tmp_path, values)
+    assert (found.outcome, found.off) == (Outcome.DIFFERENT, 1)
+    assert found.worst is not None
+    assert (found.worst.index, found.worst.candidate, found.worst.reference) == ((1, 2), 630.5, 630.0)
+    assert found.why.startswith("1 of 6 entries are not W + s·BA, by up to ") and found.error > 1000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_off(tmp_path: Path, value: float) -> None:
+    values = W + CHANGE
+    values[0, 0] = value
+    found = judged(tmp_path, values)
+    assert (found.outcome, found.off, found.error) == (Outcome.DIFFERENT, 1, np.inf)
+    assert found.worst is not None and found.worst.index == (0, 0)
+
+
+@pytest.mark.parametrize(("factor", "reason"), [(0, "ad left out"), (1.1, "ad x 1.1"), (3, "its scale is off: ad x 3")])
+def test_a_wrong_scale_is_different_and_explained(tmp_path: Path, factor: float, reason: str) -> None:
+    found = judged(tmp_path, W + factor * CHANGE)
+    assert found.outcome is Outcome.DIFFERENT and reason in found.why
+
+
+def test_a_change_below_rounding_is_undecided(tmp_path: Path) -> None:
+    found = judged(tmp_path, W * 1000, weight=W * 1000, dtype=ml_dtypes.bfloat16)
+    assert found.outcome is Outcome.UNDECIDED
+    assert found.why == "it also fits the sum with ad left out and ad x 1.1: rounding to bfloat16 hides the difference"
+
+
+def test_a_control_that_changes_nothing_is_not_required(tmp_path: Path) -> None:
+    nothing = Step(matrix("fc.weight"), (Term("ad", "fc", pair(b=[[0], [0]])),))
+    found = judged(tmp_path, W, step=nothing)
+    assert (found.outcome, found.controls) == (Outcome.SAME, {})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_sum_of_unknown_layout_is_undecided(tmp_path: Path, transposed: bool) -> None:
+    found = judged(tmp_path, SQUARE_CHANGE.T if transposed else SQUARE_CHANGE, weight=np.zeros((2, 2)), step=SQUARE)
+    assert found.outcome is Outcome.UNDECIDED
+    stated = "in_out" if transposed else "out_in"
+    assert found.why.startswith(f"its layout is unknown: it is the sum for a weight stored {stated}. State the layout")
+
+
+def test_a_symmetric_sum_of_unknown_layout_is_the_same(tmp_path: Path) -> None:
+    symmetric = Step(SQUARE.spec, (Term("ad", "fc", pair([[1, 2]], [[1], [2]])),))
+    found = judged(tmp_path, np.float64([[1, 2], [2, 4]]), weight=np.zeros((2, 2)), step=symmetric)
+    assert found.outcome is Outcome.SAME
+
+
+def test_a_sum_of_neither_layout_is_different(tmp_path: Path) -> None:
+    found = judged(tmp_path, 5 * SQUARE_CHANGE, weight=np.zeros((2, 2)), step=SQUARE)
+    assert found.outcome is Outcome.DIFFERENT
+    assert found.why.endswith("(its layout is unknown: it is not the sum of either layout)")

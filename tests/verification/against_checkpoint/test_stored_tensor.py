@@ -1,0 +1,45 @@
+"""A tensor in its file, read in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lora_export.errors import InputRefused
+from lora_export.verification.against_checkpoint import stored_tensor
+from support.stored_tensors import stored
+
+VALUES = np.arange(24).reshape(4, 3, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64])
+def test_rows_are_read_as_they_are_stored(tmp_path: Path, dtype: type) -> None:
+    tensor = stored(tmp_path / "t.safetensors", VALUES, dtype)
+    assert (tensor.shape, tensor.dtype) == ((4, 3, 2), np.dtype(dtype))
+    rows = tensor.rows(slice(1, 3))
+    assert rows.dtype == np.dtype(dtype) and rows.tolist() == VALUES[1:3].tolist()
+
+
+def test_pieces_cover_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = stored(tmp_path / "t.safetensors", VALUES)  # rows of 6 numbers: 48 bytes in fp64
+    for piece_bytes, pieces in [(1, [(0, 1), (1, 2), (2, 3), (3, 4)]), (150, [(0, 3), (3, 4)]), (1 << 20, [(0, 4)])]:
+        monkeypatch.setattr(stored_tensor, "PIECE_BYTES", piece_bytes)
+        assert [(piece.start, piece.stop) for piece in tensor.pieces()] == pieces
+
+
+def test_a_scalar_is_one_row(tmp_path: Path) -> None:
+    tensor = stored(tmp_path / "t.safetensors", 7)
+    (piece,) = tensor.pieces()
+    assert tensor.rows(piece).tolist() == [7]
+
+
+def test_a_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
+    tensor = stored(tmp_path / "t.safetensors", VALUES)
+    with (tmp_path / "t.safetensors").open("r+b") as file:
+        file.truncate(tensor.entry.start + tensor.entry.nbytes - 1)
+    assert tensor.rows(slice(0, 1)).tolist() == VALUES[:1].tolist()
+    with pytest.raises(InputRefused, match="became shorter"):
+        tensor.rows(slice(3, 4))
