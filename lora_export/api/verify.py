@@ -220,7 +220,7 @@ def _compare_outputs(
 ) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
     """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
     from lora_export.api.publish import proof_without_figures, require_provider
-    from lora_export.runtime.open_artifact import file_hashes, open_candidate
+    from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
 
     if not candidate.exists():
         raise InputRefused(f"there is no candidate at {candidate}")
@@ -236,17 +236,18 @@ def _compare_outputs(
         stage("loading the model")
         base = resolve_model(model, loaded, dtype=how.dtype)
         stage("loading the candidate")
-        runner = open_candidate(
-            candidate,
-            base,
-            provider=how.provider,
-            onnx_adapter=how.onnx_adapter,
-            adapter_id=how.adapter_id,
-            timeout=how.timeout,
-        )
-        proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
-        stage("hashing the candidate")
-        hashes = file_hashes(candidate)
+        with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):
+            runner = open_candidate(
+                candidate,
+                base,
+                provider=how.provider,
+                onnx_adapter=how.onnx_adapter,
+                adapter_id=how.adapter_id,
+                timeout=how.timeout,
+            )
+            proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
+            stage("hashing the candidate")
+            hashes = file_hashes(candidate)
         if origin is not None:
             facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as ended:
@@ -349,15 +350,18 @@ def _compare_weights(
     loaded = load_adapters(adapters)
     if not loaded:
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
-    origin, merged = open_checkpoint(base), open_checkpoint(candidate)
-    if origin.path.resolve() == merged.path.resolve():
-        raise InputRefused(f"{candidate} is the base itself")
-    steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True, layout=layout, unknown_layout_ok=True)
-    for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
-        on_message(f"note: {note}")
-    audit = against_checkpoint.audit(
-        steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
-    )
+    input_files.must_exist(candidate, "candidate")
+    files = input_files.regular_files(candidate) if candidate.is_dir() else [candidate]
+    with input_files.unchanged(candidate, lambda: files):
+        origin, merged = open_checkpoint(base), open_checkpoint(candidate)
+        if origin.path.resolve() == merged.path.resolve():
+            raise InputRefused(f"{candidate} is the base itself")
+        steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True, layout=layout, unknown_layout_ok=True)
+        for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+            on_message(f"note: {note}")
+        audit = against_checkpoint.audit(
+            steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
+        )
     recorded = _explain_by_record(audit, candidate, loaded, weights, base, _How())
     return replace(audit, recorded=recorded), {
         "candidate": str(candidate),

@@ -62,13 +62,19 @@ def _open_graph(runner: OnnxRunner, onnx_adapter: Path | None, adapter_id: int |
 
 def file_hashes(path: Path) -> dict[str, str]:
     """File name -> SHA-256 of every file of a candidate: a folder's files, or a graph and its external data."""
+    return {name: file_sha256(file) for name, file in candidate_files(path).items()}
+
+
+def candidate_files(path: Path) -> dict[str, Path]:
+    """Name -> path of every file of a candidate: a folder's files, or a graph and its external data."""
     if path.is_dir():
-        return {file.relative_to(path).as_posix(): file_sha256(file) for file in input_files.regular_files(path)}
-    return {file.name: file_sha256(file) for file in (path, *_external_data(path))}
+        return {file.relative_to(path).as_posix(): file for file in input_files.regular_files(path)}
+    input_files.must_be_regular(path)
+    return {file.name: file for file in (path, *_external_data(path))}
 
 
 def _external_data(path: Path) -> list[Path]:
-    if path.suffix != ".onnx":
+    if path.suffix != ".onnx" or not path.stat().st_size:
         return []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(LOCATION) < 0:  # and onnx need not be imported

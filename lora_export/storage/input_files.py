@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,3 +48,25 @@ def open_regular(path: Path) -> BinaryIO:
 def regular_files(folder: Path) -> list[Path]:
     """List every regular file below a folder, and every link to one, as in a Hugging Face cache; sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def file_states(paths: Iterable[Path]) -> list[tuple[int, ...]]:
+    """Device, inode, size and times of change of files.
+
+    Where these are the same before and after a proof, the files were neither replaced nor written to in between.
+    """
+    states = [path.stat() for path in paths]
+    return [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+
+
+@contextlib.contextmanager
+def unchanged(path: Path, files: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Raise InputRefused at the end where `files()`, those of `path`, are not the same as at the beginning."""
+    before = file_states(files())
+    yield
+    try:
+        after = file_states(files())
+    except FileNotFoundError:
+        after = []
+    if after != before:
+        raise InputRefused(f"{path} changed while it was judged, so nothing is decided. Verify it again")

@@ -6,7 +6,7 @@ references run in fp64, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, sensitivity_of
-from lora_export.verification.compare_outputs import aligned, before_first_token
+from lora_export.verification.compare_outputs import aligned, before_first_token, error_of
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.inputs import REDRAWS, Inputs
@@ -61,6 +61,9 @@ MERGED_MODULE = (
 )
 HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
+# PyTorch's own error, relative to the output, that rounding can explain: so many eps, and never more than half. Deep
+# models have 10 to 100 eps; chains of adapters that outweigh their weights have some thousands.
+EPS_OF_ROUNDING, LARGEST_ROUNDING = 2**14, 0.5
 PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 # What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
@@ -196,7 +199,9 @@ class PreparedPyTorch:
         own = {name: deployed.run(arrays) for name, arrays in cases.items()}
         doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
-        by_role, narrow_operators = self._in_fp64(step)
+        by_role, narrow_operators = self._in_fp64(own, step)
+        if not self.quantised:  # there PyTorch rounds to int8 as the graph does
+            doubts = [*doubts, *_beyond_rounding(own, by_role["reference"], dtype_name(self.dtype))]
         names_known = self.candidate.names_known and deployed.names_known
         notes = [
             *outputs.refusals,
@@ -223,9 +228,9 @@ class PreparedPyTorch:
             faults=tuple(quantised_weights.merge_faults(self.quantised)),
         )
 
-    def _in_fp64(self, step: OnProofStep) -> CachedOutputs:
+    def _in_fp64(self, deployed: Mapping[str, Arrays], step: OnProofStep) -> CachedOutputs:
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
-        given, key = self.references, self._cache_key()
+        given, key = self.references, self._cache_key(deployed)
         if given.cache is not None and key is not None and (cached := cached_outputs.read(given.cache, key, given.say)):
             return cached
         narrow_operators: set[str] = set()
@@ -239,7 +244,7 @@ class PreparedPyTorch:
             cached_outputs.write(given.cache, key, outputs, given.say)
         return outputs
 
-    def _cache_key(self) -> cached_outputs.CacheKey | None:
+    def _cache_key(self, deployed: Mapping[str, Arrays]) -> cached_outputs.CacheKey | None:
         """The hashes of all that the references depend on; None where they cannot be cached, which is warned of."""
         given, rounding = self.references, self.attached.rounding
         if given.cache is None:
@@ -248,7 +253,9 @@ class PreparedPyTorch:
         key = None
         if len(dtypes) == len(rounding):  # no weight is rounded to the numbers of a quantised one
             module, cases = self.deployed.module, self.inputs.cases
-            key = cached_outputs.cache_key(self.judged, given.adapters, given.strengths, cases, dtypes, module)
+            key = cached_outputs.cache_key(
+                self.judged, given.adapters, given.strengths, cases, deployed, dtypes, module
+            )
         if key is None:
             given.say("cache: not used: an adapter came from no file, or was merged into quantised weights")
         return key
@@ -293,6 +300,23 @@ class PreparedPyTorch:
             case,
             keep_replaced=self.attached.has_pairs,
         )
+
+
+def _beyond_rounding(deployed: Mapping[str, Arrays], reference: Mapping[str, Arrays], dtype: str) -> Iterator[str]:
+    """The outputs in which PyTorch's own error is more than rounding can explain: such an error allows any other."""
+    limit = min(EPS_OF_ROUNDING * parity.EPS[dtype], LARGEST_ROUNDING)
+    for case, truths in reference.items():
+        for name, truth in truths.items():
+            own = deployed[case].get(name)
+            if own is None or own.shape != truth.shape or not parity.is_float(own):
+                continue
+            error, size = error_of(truth, own), parity.rms(truth)
+            if error > limit * size:
+                yield (
+                    f"{name} in case {case}: PyTorch's own error is {error:.3g}, and rounding in {dtype} explains at "
+                    f"most {limit * size:.3g}. It does not compute what the reference computes, so it cannot say how "
+                    "large an error is allowed"
+                )
 
 
 def _unjudged(cases: Mapping[str, Arrays]) -> dict[str, NDArray[np.bool_]]:

@@ -119,3 +119,23 @@ def test_options_that_do_not_go_together_are_refused(place: Path, options: dict[
 def test_a_report_of_an_unknown_kind_is_refused_first(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"\.json"):
         le.verify(place / "m.onnx", MODEL, reports=[tmp_path / "verdict.txt"])
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "merged.safetensors"])
+def test_candidate_that_changes_while_it_is_judged_is_refused(place: Path, tmp_path: Path, name: str) -> None:
+    """A wrong file takes the place of the right one before its hash is taken."""
+    candidate = tmp_path / name
+    candidate.write_bytes((place / name).read_bytes())
+
+    def swap(event: le.Progress) -> None:
+        if (
+            event.stage in ("hashing the candidate", "judging")
+            and candidate.read_bytes() == (place / name).read_bytes()
+        ):
+            other = tmp_path / "other"
+            other.write_bytes(bytes(candidate.stat().st_size))
+            other.replace(candidate)
+
+    base = {"model": MODEL} if name == "m.onnx" else {"base": place / "base.safetensors"}
+    with pytest.raises(InputRefused, match=f"{name} changed while it was judged, so nothing is decided"):
+        le.verify(candidate, **base, adapters=place / "adapter", on_progress=swap)

@@ -32,3 +32,36 @@ def test_only_regular_files_and_links_to_them_are_listed(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
     assert input_files.regular_files(tmp_path) == [tmp_path / "b", tmp_path / "link", tmp_path / "sub/a"]
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "replaced and put back", "removed", "added"])
+def test_change_of_a_file_while_it_is_judged_is_refused(tmp_path, change):
+    file = tmp_path / "model"
+    file.write_bytes(b"1234")
+    os.utime(file, ns=(0, 0))
+
+    def change_it():
+        if change == "written":
+            with file.open("r+b") as opened:
+                opened.write(b"4321")
+            os.utime(file, ns=(0, 0))  # the time of change is not the user's to set
+        elif change == "removed":
+            file.unlink()
+        elif change == "added":
+            (tmp_path / "other").touch()
+        else:
+            file.rename(tmp_path.parent / "aside")
+            if change == "replaced":
+                file.write_bytes(b"1234")
+            else:
+                (tmp_path.parent / "aside").rename(file)
+
+    refused = pytest.raises(InputRefused, match="model changed while it was judged")
+    with refused, input_files.unchanged(file, lambda: input_files.regular_files(tmp_path)):
+        change_it()
+
+
+def test_files_that_are_only_read_are_unchanged(tmp_path):
+    (tmp_path / "model").write_bytes(b"1234")
+    with input_files.unchanged(tmp_path, lambda: input_files.regular_files(tmp_path)):
+        assert (tmp_path / "model").read_bytes() == b"1234"

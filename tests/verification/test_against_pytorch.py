@@ -241,6 +241,26 @@ def test_every_position_of_a_users_own_module_is_judged() -> None:
     assert prove(Invented(right.module), references).verdict.outcome is parity.Outcome.DIFFERENT
 
 
+@pytest.mark.parametrize(("own", "outcome"), [(1e-4, parity.Outcome.SAME), (0.03, parity.Outcome.UNDECIDED)])
+def test_error_of_pytorch_that_rounding_does_not_explain_allows_nothing(
+    scaled: model.Model, monkeypatch: pytest.MonkeyPatch, own: float, outcome: parity.Outcome
+) -> None:
+    """PyTorch as deployed is off by a few per cent, as beside a reference of another model."""
+    right = folded(scaled, an_adapter())
+    run = torch_runners.ModuleRunner.run
+
+    def off(runner: torch_runners.ModuleRunner, inputs: Arrays) -> Arrays:
+        if runner is right:
+            return run(runner, inputs)
+        return {name: value * (1 + own) for name, value in run(runner, inputs).items()}
+
+    monkeypatch.setattr(torch_runners.ModuleRunner, "run", off)
+    verdict = prove(right, PyTorchReferences(scaled, [an_adapter()])).verdict
+    assert verdict.outcome is outcome, str(verdict)
+    if outcome is parity.Outcome.UNDECIDED:
+        assert "PyTorch's own error is" in str(verdict) and "rounding in float32 explains at most" in str(verdict)
+
+
 def test_adapter_of_replaced_tensors_alone_has_controls(scaled: model.Model) -> None:
     weight = scaled.module.dense.weight.detach().numpy() + np.float32(0.2)
     adapter = Adapter(name="a", format="test", pairs={}, replaced={"dense.weight": weight}, sha256="0a")

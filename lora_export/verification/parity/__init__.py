@@ -1,7 +1,7 @@
 """The verdict on two sets of arrays: same, different or undecided. Knows neither torch nor onnxruntime."""
 
 from lora_export.verification.parity.case import Case
-from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Outputs, Wide, histogram, rms
+from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Outputs, Wide, histogram, is_float, rms
 from lora_export.verification.parity.gates import (
     CONTROL_SCALE,
     CONTROLS,
@@ -67,6 +67,7 @@ __all__ = [
     "error_gate",
     "frozen_input",
     "histogram",
+    "is_float",
     "judge",
     "multiple",
     "percent",

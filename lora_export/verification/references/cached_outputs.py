@@ -2,8 +2,9 @@
 
 The fp64 reference is the most expensive step of a proof: it runs three times for each case. It does not depend on the
 candidate, so its outputs for a model, its adapters and the inputs are computed once. An entry is found by the hashes
-of these. It is used only where the code that made it is the same and its own hash is right. Do not use a folder that
-others can write to: who can write there can decide the verdict.
+of these, and of what PyTorch computes from them in the deployed precision. It is used only where the code that made it
+is the same and its own hash is right. Do not use a folder that others can write to: who can write there can decide the
+verdict.
 """
 
 from __future__ import annotations
@@ -104,11 +105,14 @@ def cache_key(
     adapters: Sequence[Adapter],
     strengths: Sequence[float] | None,
     inputs: Mapping[str, Arrays],
+    deployed: Mapping[str, Arrays],
     rounded: Mapping[str, str],
     rounded_module: nn.Module,
 ) -> CacheKey | None:
     """The hashes of everything that the reference's outputs depend on; None for an adapter that came from no file.
 
+    `deployed` are the outputs of PyTorch as deployed, by case. They depend on all that the reference's depend on, also
+    on what no list would be sure to name: the arguments of a user's factory, the attributes of its modules.
     `rounded` are the weights that the reference rounds, each with its dtype. Where two values are equally near, the
     reference takes the candidate's choice, so the rounded weights of `rounded_module` are hashed too.
     """
@@ -125,9 +129,10 @@ def cache_key(
     for name in sorted(rounded):
         weight = rounded_module.state_dict()[name].detach().cpu().contiguous().reshape(-1)
         _update(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
-    for case, arrays in inputs.items():
-        for name, array in arrays.items():
-            _update(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)
+    for runs in (inputs, deployed):
+        for case, arrays in runs.items():
+            for name, array in arrays.items():
+                _update(digest, f"{case}\0{name}\0{array.dtype}\0{array.shape}", array)
     return CacheKey(digest.hexdigest(), _made_with(model.module))
 
 

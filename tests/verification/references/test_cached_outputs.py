@@ -159,7 +159,7 @@ def test_rounding_of_a_merge_is_part_of_the_key(scaled, tmp_path):
         module = bf16_merge(scaled, an_adapter()).module
         with torch.no_grad():
             module.dense.weight[0, 0] *= 1 + step
-        key = cached_outputs.cache_key(scaled, [an_adapter()], None, {}, {"dense.weight": "bfloat16"}, module)
+        key = cached_outputs.cache_key(scaled, [an_adapter()], None, {}, {}, {"dense.weight": "bfloat16"}, module)
         digests.append(key.digest)
     assert digests[0] != digests[1]
 
@@ -168,3 +168,21 @@ def test_layers_outside_torch_are_identified_by_their_code(scaled):
     code = cached_outputs._made_with(scaled.module)
     assert {"torch", "lora_export", "structure", "code of factories.py"} <= set(code)
     assert np.all([len(value) > 2 for value in code.values()])
+
+
+def test_arguments_of_a_factory_that_no_weight_shows_miss_the_cache(scaled, runs, tmp_path):
+    """The same weights and code; an attribute that a factory sets changes what the module computes."""
+
+    class Powered(type(scaled.module)):
+        power = 1.0
+
+        def forward(self, rows, weights):
+            hidden, total = super().forward(rows, weights)
+            return hidden * self.power, total
+
+    scaled.module.__class__ = Powered
+    assert proven(scaled, tmp_path)[0].verdict.same
+    before = folded(scaled, an_adapter())
+    scaled.module.power = 3.0
+    wrong, warnings = proven(scaled, tmp_path, candidate=before)
+    assert wrong.verdict.outcome is parity.Outcome.DIFFERENT and warnings == []
