@@ -1,62 +1,59 @@
-"""Cases: positions that are not judged are left out of every run, and keep their index."""
+"""One case: its runs, its outputs, and the positions that are not judged."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 
-from lora_export.verification.parity import Case, Outcome, judge
-from support.parity_cases import TRIED
+from lora_export.verification.parity import Case
 
-BEFORE = np.array([[True, True, False], [False, False, False]])  # the first row's tokens begin at its third position
-
-
-def padded(error: np.ndarray, unjudged: np.ndarray | None = BEFORE) -> Case:
-    """Logits (2, 3, 40); PyTorch is off by 1e-6 everywhere, and the candidate by `error` (2, 3)."""
-    rng = np.random.default_rng(0)
-    truth, effect, own = (rng.standard_normal((2, 3, 40)) for _ in range(3))
-    candidate = truth + 1e-6 * np.roll(own, 1, -1) + error[..., None]
-    return Case(
-        "padded",
-        "ids int64 [2, 3]",
-        reference={"logits": truth},
-        deployed={"logits": (truth + 1e-6 * own).astype(np.float32)},
-        candidate={"logits": candidate.astype(np.float32)},
-        base={"logits": truth - effect},
-        scaled={"logits": truth + 0.1 * effect},
-        unjudged=unjudged,
-    )
+HIDDEN = np.arange(12.0).reshape(2, 3, 2)  # (batch, sequence, features)
+POOLED = np.ones((2, 4))
+PADDING = np.array([[True, False, False], [False, False, False]])  # the first row's first position
 
 
-def test_positions_are_left_out_of_every_run() -> None:
-    case = padded(np.where(BEFORE, 9.0, 0.0)).judged()
-    assert {run["logits"].shape for run in case.runs.values()} == {(4, 40)}
-    assert case.positions["logits"].tolist() == [[0, 2], [1, 0], [1, 1], [1, 2]]
-    assert judge([padded(np.where(BEFORE, 9.0, 0.0))], sensitivity=TRIED).same
-    assert judge([padded(np.where(BEFORE, 9.0, 0.0), None)]).outcome is Outcome.DIFFERENT
+def a_case(**fields: object) -> Case:
+    outputs = {"hidden": HIDDEN, "pooled": POOLED}
+    runs = dict.fromkeys(("reference", "deployed", "candidate", "base", "scaled"), outputs)
+    return Case("first", "ids [2, 3]", **(runs | {"unjudged": PADDING} | fields))  # type: ignore[arg-type]
 
 
-def test_error_elsewhere_is_reported_where_it_is() -> None:
-    error = np.zeros((2, 3))
-    error[1, 1] = 0.5
-    verdict = judge([padded(error)], sensitivity=TRIED)
-    assert verdict.outcome is Outcome.DIFFERENT
-    worst = verdict.comparisons[0].figures.worst.index
-    assert worst[:2] == (1, 1)
+def test_runs_are_those_that_exist() -> None:
+    assert list(a_case(base=None, scaled=None).runs) == ["the candidate", "the reference", "the deployed model"]
+    assert list(a_case(attached={}).runs)[3:] == [
+        "the base", "the reference with scale × 1.1", "the attached reference",
+    ]  # fmt: skip
 
 
-def test_without_any_judged_position_nothing_is_decided() -> None:
-    verdict = judge([padded(np.ones((2, 3)), np.ones((2, 3), bool))], sensitivity=TRIED)
-    assert verdict.outcome is Outcome.UNDECIDED and "nothing was compared" in str(verdict)
+def test_an_output_of_any_run_is_compared() -> None:
+    case = a_case(candidate={"hidden": HIDDEN, "extra": POOLED}, base=None, scaled=None)
+    assert case.outputs == ["hidden", "extra", "pooled"]
 
 
-def test_value_that_is_not_finite_is_not_left_out() -> None:
-    case = padded(np.where(BEFORE, np.nan, 0.0))
-    verdict = judge([case], sensitivity=TRIED)
-    assert verdict.outcome is Outcome.DIFFERENT and "the first at [0, 0, 0]" in str(verdict)
+def test_positions_that_are_not_judged_are_left_out_of_every_run() -> None:
+    judged = a_case().judged()
+    for outputs in judged.runs.values():
+        assert outputs["hidden"].tolist() == HIDDEN.reshape(6, 2)[1:].tolist()
+        assert outputs["pooled"] is POOLED
+    assert judged.unjudged is None and judged.judged() is judged
 
 
-def test_output_with_other_axes_is_judged_whole() -> None:
-    other = replace(padded(np.zeros((2, 3))), unjudged=np.ones((3, 2), bool))
-    assert other.judged().reference["logits"].shape == (2, 3, 40) and not other.judged().positions
+def test_an_index_is_that_of_the_output_as_it_was_computed() -> None:
+    judged = a_case().judged()
+    assert judged.index("hidden", (0, 1)) == (0, 1, 1) and judged.index("hidden", (2, 0)) == (1, 0, 0)
+    assert judged.index("pooled", (1, 3)) == (1, 3)
+
+
+def test_a_value_that_is_not_finite_is_judged_everywhere() -> None:
+    broken = HIDDEN.copy()
+    broken[0, 0, 1] = np.nan
+    assert a_case(candidate={"hidden": broken, "pooled": POOLED}).judged().candidate["hidden"].shape == (6, 2)
+
+
+def test_outputs_of_other_shapes_are_judged_whole() -> None:
+    short = a_case(candidate={"hidden": HIDDEN[:, :2], "pooled": POOLED}).judged()
+    assert short.reference["hidden"] is HIDDEN
+    matrix = a_case(**{run: {"y": np.ones((2, 3))} for run in ("reference", "deployed", "candidate", "base", "scaled")})
+    assert matrix.judged().reference["y"].shape == (2, 3), "an output of two axes has no features"
+    assert dataclasses.replace(a_case(), unjudged=None).judged().positions == {}

@@ -1,0 +1,82 @@
+"""The reasons in words: what is wrong, what could not be decided, and a remedy in numbers."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from lora_export.verification.parity import Outcome, Reason, judge
+from support.parity_cases import EFFECT, ERROR, OWN, TRIED, integers, make
+
+SMALL = 1e-6  # rms of PyTorch's own error
+
+
+def reasons(*arguments: object, atol: float | None = None, **fields: object) -> dict[str, Reason]:
+    verdict = judge([make(*arguments, **fields)], sensitivity=TRIED, atol=atol)  # type: ignore[arg-type]
+    return {reason.gate: reason for reason in verdict.reasons}
+
+
+def test_an_error_is_told_beside_the_limit_and_pytorchs_own() -> None:
+    found = reasons(error=0.5 * ERROR, own=0.0625 * OWN, effect=4.0 * EFFECT)["error"]
+    assert (found.outcome, found.case, found.output, found.remedy) == (Outcome.DIFFERENT, "first", "y", "")
+    assert found.text == "the error is 0.5, allowed is 0.125; PyTorch's own error is 0.0625 (× 8)"
+
+
+def test_a_candidate_that_is_a_control_is_said_to_match_it() -> None:
+    without = reasons(error=-EFFECT)["error"].text
+    assert without.endswith(". The candidate matches the model without its adapters")
+    scaled = reasons(error=0.1 * EFFECT)["error"].text
+    assert scaled.endswith(". The candidate matches the model with every adapter scale × 1.1")
+    assert "matches" not in reasons(error=0.5 * ERROR)["error"].text
+
+
+def test_one_wrong_element_is_named_with_both_values() -> None:
+    spike = SMALL * ERROR
+    spike[512] = 1e-4
+    text = reasons(error=spike)["tail"].text
+    assert re.match(
+        r"the element at \[512\] is 1\.0001\S*, the reference has 1: off by 0\.0001, PyTorch is off by", text
+    )
+
+
+def test_wrong_integers_are_counted() -> None:
+    verdict = judge([integers([1, 2, 9], [1, 2, 3], [1, 2, 3], [0, 0, 0])])
+    (text,) = [reason.text for reason in verdict.reasons if reason.gate == "exact"]
+    assert text.startswith("1 of 3 values are neither the reference's nor PyTorch's; the element at [2] is 9, the ref")
+
+
+def test_a_tolerance_that_is_exceeded_is_told_with_its_numbers() -> None:
+    found = reasons(error=0.5 * ERROR, own=0.5 * OWN, effect=64 * EFFECT, atol=0.25)["tolerance"]
+    assert (found.outcome, found.remedy) == (Outcome.DIFFERENT, "")
+    assert found.text == "outside the tolerance: max(|candidate - reference| - rtol · |reference|) is 0.5, atol is 0.25"
+
+
+def test_an_error_near_the_effect_leaves_doubt_and_a_remedy() -> None:
+    found = reasons(error=0.125 * ERROR, own=0.125 * OWN, effect=0.25 * EFFECT)
+    assert {reason.outcome for reason in found.values()} == {Outcome.UNDECIDED}
+    assert found["effect"].text.startswith("the error 0.125 is 50 % of the adapter's effect (0.25). Above 10 %, ")
+    (factor,) = re.findall(r"an adapter with (\S+) times the effect on this output", found["effect"].remedy)
+    enough = reasons(error=0.125 * ERROR, own=0.125 * OWN, effect=0.25 * float(factor.replace(",", "")) * EFFECT)
+    assert enough == {}, "an adapter with this effect is decided"
+
+
+def test_a_wide_tolerance_is_named_with_one_that_decides() -> None:
+    found = reasons(effect=64 * EFFECT, atol=100.0)["tolerance"]
+    assert (
+        found.outcome is Outcome.UNDECIDED
+        and "passes the tolerance: it is wider than the adapter's effect (64)" in found.text
+    )
+    (atol,) = re.findall(r"an --atol below (\S+) with --rtol 0", found.remedy)
+    assert reasons(effect=64 * EFFECT, atol=float(atol) / 2) == {}
+
+
+def test_a_difference_leaves_no_doubts() -> None:
+    found = reasons(error=0.25 * ERROR, own=0.001 * OWN, effect=0.5 * EFFECT)
+    assert {reason.outcome for reason in found.values()} == {Outcome.DIFFERENT} and "effect" not in found
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-7])
+def test_a_right_candidate_has_no_reasons(error: float) -> None:
+    assert reasons(error=error * np.ones_like(ERROR)) == {}

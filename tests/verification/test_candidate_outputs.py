@@ -1,0 +1,124 @@
+"""A candidate is run on every case, with each input drawn again, and once more at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.errors import RuntimeRefused
+from lora_export.runtime.runner import Arrays, Placement
+from lora_export.verification.candidate_outputs import (
+    changed_outputs,
+    no_step,
+    notes_on_provider_defaults,
+    run_candidate,
+    sensitivity_of,
+)
+from lora_export.verification.inputs import Inputs
+from lora_export.verification.parity import Sensitivity
+from support.parity_cases import EFFECT, ERROR, make
+
+X, Z, OTHER = np.float32([1, 2]), np.float32([3, 4]), np.float32([5, 6])
+INPUTS = Inputs(
+    {"one": {"x": X, "z": Z}, "two": {"x": Z, "z": X}},
+    varied={"x": X, "z": Z},
+    perturbed={"x": {"x": OTHER, "z": Z}, "z": {"x": X, "z": OTHER}},
+)
+
+
+class FakeRunner:
+    """Computes outputs by a function of the inputs and of the number of the run."""
+
+    axes: Mapping[str, tuple[int | None, ...]] = {}
+    names_known = True
+
+    def __init__(
+        self, compute: Callable[[Arrays, int], Arrays], *, placement: Placement | None = None, shipped: Any = None
+    ):
+        self.compute, self.runs, self.placement, self.shipped = compute, 0, placement, shipped
+
+    def run(self, inputs: Arrays) -> Arrays:
+        self.runs += 1
+        return self.compute(inputs, self.runs)
+
+    def with_provider_defaults(self) -> Any:
+        return self.shipped
+
+
+def sums() -> FakeRunner:
+    return FakeRunner(lambda inputs, _: {"y": inputs["x"] + inputs["z"]})
+
+
+def without_z() -> FakeRunner:
+    return FakeRunner(lambda inputs, _: {"y": inputs["x"]})
+
+
+def test_every_case_is_run_and_every_step_named() -> None:
+    steps: list[str] = []
+    found = run_candidate(sums(), INPUTS, steps.append)
+    assert {case: outputs["y"].tolist() for case, outputs in found.by_case.items()} == {"one": [4, 6], "two": [4, 6]}
+    assert steps == ["case one", "case two", "inputs, one by one"]
+    assert found.changed == {"x": True, "z": True}
+    assert (found.refusals, found.notes, found.repeated) == ((), (), None)
+
+
+def test_an_input_that_changes_nothing_is_found() -> None:
+    found = run_candidate(without_z(), INPUTS, no_step)
+    assert found.changed == {"x": True, "z": False}
+    assert sensitivity_of(found, sums(), INPUTS) == (Sensitivity("x", True, True), Sensitivity("z", True, False))
+
+
+def test_without_other_draws_no_input_is_judged() -> None:
+    alone = Inputs(INPUTS.cases)
+    assert changed_outputs(sums(), alone) == {}
+    assert sensitivity_of(run_candidate(sums(), alone, no_step), sums(), alone) == ()
+
+
+def test_refused_cases_end_the_run_with_their_names() -> None:
+    def refuse_two(inputs: Arrays, _: int) -> Arrays:
+        if inputs["x"] is Z:
+            raise RuntimeRefused("no batch of 2")
+        return {"y": inputs["x"]}
+
+    found = run_candidate(FakeRunner(refuse_two), INPUTS, no_step)
+    assert list(found.by_case) == ["one"] and found.changed == {}
+    assert found.refusals == ("the candidate refused case two: no batch of 2",)
+
+
+@pytest.mark.parametrize("last", [{"y": OTHER}, {"z": X}, {"y": X.astype(np.float64)}])
+def test_another_result_of_the_first_case_is_noted(last: Arrays) -> None:
+    found = run_candidate(FakeRunner(lambda _, run: last if run == 6 else {"y": X}), INPUTS, no_step)
+    assert found.repeated is last
+    assert found.notes == ("the candidate returns other bits when it runs one again",)
+
+
+def placement(**options: str) -> Placement:
+    return Placement("CUDAExecutionProvider", {}, options, "1.31")
+
+
+def test_the_error_with_the_providers_own_settings_is_noted() -> None:
+    case = make(error=0.5 * ERROR, effect=4.0 * EFFECT)
+    shipped = FakeRunner(lambda *_: {"y": (case.reference["y"] + 2.0 * ERROR).astype(np.float32)})
+    runner = FakeRunner(lambda *_: {}, placement=placement(use_tf32="0"), shipped=shipped)
+    inputs = Inputs({"first": {"x": X}})
+    assert notes_on_provider_defaults(runner, [case], inputs, names_known=True) == [
+        "not judged: with CUDAExecutionProvider's own settings, in place of use_tf32=0, the error of y is 2 (0.5 as "
+        "judged), 50 % of the adapter effect"
+    ]
+
+
+def test_a_refusal_with_the_providers_own_settings_is_noted() -> None:
+    def refuse(*_: object) -> Arrays:
+        raise RuntimeRefused("out of memory\nand more")
+
+    runner = FakeRunner(lambda *_: {}, placement=placement(a="1"), shipped=FakeRunner(refuse))
+    (note,) = notes_on_provider_defaults(runner, [make()], Inputs({"first": {}}), names_known=True)
+    assert note.endswith("in place of a=1, it did not run: out of memory")
+
+
+def test_settings_that_are_the_providers_own_need_no_note() -> None:
+    for runner in (sums(), FakeRunner(lambda *_: {}, placement=placement())):
+        assert notes_on_provider_defaults(runner, [make()], INPUTS, names_known=True) == []
