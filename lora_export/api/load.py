@@ -48,19 +48,28 @@ def _as_list(sources: AdapterSources) -> Sequence[AdapterSource]:
     return [sources] if isinstance(sources, str | Path | Adapter) else sources
 
 
-def resolve_model(source: ModelSource, adapters: Sequence[Adapter] = (), *, dtype: str = "float32") -> Model:
+def resolve_model(
+    source: ModelSource,
+    adapters: Sequence[Adapter] = (),
+    *,
+    dtype: str = "float32",
+    inputs: str | Path | None = None,
+) -> Model:
     """Return the PyTorch model, with fresh heads where the adapters bring a task head.
 
+    `inputs` (.npz) are the example where the inputs of a Hugging Face model cannot be generated.
     Raises InputRefused where it cannot be loaded, and for a `dtype` that a model in memory does not have.
     """
     import torch
 
     from lora_export.models.factory import from_module
+    from lora_export.models.inputs_from_file import with_inputs_from
     from lora_export.models.load import load_model
     from lora_export.models.model import Model
 
     if isinstance(source, str | Path):
-        return load_model(str(source), adapters, dtype=getattr(torch, dtype))
+        loaded = load_model(str(source), adapters, dtype=getattr(torch, dtype))
+        return loaded if inputs is None or not loaded.is_huggingface else with_inputs_from(Path(inputs), loaded)
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
     return source if isinstance(source, Model) else from_module(*source)

@@ -106,7 +106,7 @@ def _references(
     from lora_export.verification.against_pytorch import PyTorchReferences
 
     options.stage("loading the model")
-    model = resolve_model(reference, options.adapters, dtype=dtype)
+    model = resolve_model(reference, options.adapters, dtype=dtype, inputs=options.inputs)
     return PyTorchReferences(model, user_inputs=options.inputs, device=options.provider)
 
 

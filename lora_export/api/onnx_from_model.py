@@ -28,7 +28,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     """See `export_onnx`."""
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
-        base = resolve_model(source, options.adapters, dtype=dtype)
+        base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs)
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)

@@ -66,7 +66,7 @@ def export_torchscript(
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")
-        base = resolve_model(model, loaded)
+        base = resolve_model(model, loaded, inputs=inputs)
         module, notes = copy.deepcopy(base.module), []
         if loaded:
             steps = plan.make(loaded, layers.specs(module), strengths=weights)

@@ -234,7 +234,7 @@ def _compare_outputs(
         for note in (note for adapter in loaded for note in adapter.notes):
             on_message(f"note: {note}")
         stage("loading the model")
-        base = resolve_model(model, loaded, dtype=how.dtype)
+        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
         stage("loading the candidate")
         with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):
             runner = open_candidate(

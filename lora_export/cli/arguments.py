@@ -74,7 +74,8 @@ inputs_option = click.option(
     "inputs_file",
     type=click.Path(path_type=Path),
     metavar="FILE.npz",
-    help="Further inputs for the proof: one array for each input of the model, by its name.",
+    help="Further inputs for the proof: one array for each input of the model, by its name. They are the example where "
+    "the inputs of a Hugging Face model cannot be generated.",
 )
 
 

@@ -95,7 +95,8 @@ def _refuse_name_of_weight(module: nn.Module, inputs: Mapping[str, torch.Tensor]
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-    with named_failures(module, inputs, "example inputs"):
+    remedy = "If it needs other inputs, give them: --inputs FILE.npz" if is_hugging_face(module) else ""
+    with named_failures(module, inputs, "example inputs", remedy):
         return list(named_outputs(module(**inputs)))
 
 

@@ -94,8 +94,8 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
         raise InputRefused(f"{source} returned a module without example inputs; return (module, example_inputs)")
     module.eval().to(torch.float32)
     named = _named(source, module, example_inputs)
-    axes, sizes = _varying_axes(source, module, named)
-    return Model(source, module, axes, lambda wanted, generator: _resampled(named, axes, wanted, generator), sizes)
+    axes, sizes = varying_axes(source, module, named)
+    return Model(source, module, axes, lambda wanted, generator: resampled(named, axes, wanted, generator), sizes)
 
 
 # --- Example inputs ---
@@ -116,7 +116,7 @@ def _named(source: str, module: nn.Module, example_inputs: Any) -> ModelInputs:
     return {name: named[name].detach() for name in parameters if name in named}
 
 
-def _varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) -> tuple[Axes, Sizes]:
+def varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) -> tuple[Axes, Sizes]:
     """The axes that may vary, found by running the module at other sizes, and the sizes of the example inputs.
 
     Axes of equal size are taken to vary together.
@@ -126,7 +126,7 @@ def _varying_axes(source: str, module: nn.Module, example_inputs: ModelInputs) -
     generator = torch.Generator().manual_seed(0)
     varying = set()
     for symbol, size in sizes.items():
-        trial = _resampled(example_inputs, every, {**sizes, symbol: size + 1}, generator)
+        trial = resampled(example_inputs, every, {**sizes, symbol: size + 1}, generator)
         try:
             with torch.no_grad():
                 module(**trial)
@@ -162,7 +162,7 @@ def _named_axes(source: str, example_inputs: ModelInputs) -> Axes:
     }
 
 
-def _resampled(example_inputs: ModelInputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+def resampled(example_inputs: ModelInputs, axes: Axes, sizes: Sizes, generator: torch.Generator) -> ModelInputs:
     """New inputs like the example ones: floats of the same mean and deviation, integers from the example's rows."""
     resampled = {}
     for name, example in example_inputs.items():

@@ -16,10 +16,11 @@ NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new 
 
 
 @contextlib.contextmanager
-def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "inputs") -> Iterator[None]:
+def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "inputs", remedy: str = "") -> Iterator[None]:
     """Turn an exception of the module's forward into RuntimeRefused, with its cause in one sentence.
 
     `inputs` are the names of what the module is called with, and `which` is what the message calls them.
+    `remedy` ends it.
     """
     try:
         yield
@@ -30,6 +31,7 @@ def named_failures(module: nn.Module, inputs: Iterable[str], which: str = "input
             raise
         raise RuntimeRefused(
             f"{type(module).__name__} itself fails on the {which} ({', '.join(inputs)}): {innermost_cause(error)}"
+            f"{remedy and f'. {remedy}'}"
         ) from error
 
 

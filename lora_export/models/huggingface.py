@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import io
 import itertools
 import re
@@ -17,10 +16,9 @@ import torch
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.lora import Adapter
-from lora_export.models.image_shape import image_shape
+from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
-from lora_export.models.model import TRACED_SIZES, Axes, MakeInputs, Model, ModelInputs, Sizes
-from lora_export.models.padding_mask import padding_mask
+from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
@@ -81,10 +79,24 @@ def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]
         # model tensor by tensor would hold all of both.
         tensor.data = tensor.data.clone()
     module.eval()
-    axes, make_inputs, note = _inputs_of(module, folder)
-    symbols = {symbol for names in axes.values() for symbol in names.values()}
-    sizes = {symbol: TRACED_SIZES[symbol] for symbol in symbols}
-    return Model(str(folder), module, axes, make_inputs, sizes, is_huggingface=True, notes=(note,) if note else ())
+    inputs = _inputs_of(module, folder)
+    return Model(
+        str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, steps=inputs.steps,
+        notes=inputs.notes,
+    )  # fmt: skip
+
+
+def _inputs_of(module: Any, folder: Path) -> GeneratedInputs:
+    """The inputs of a model. Where they cannot be generated, that is an error when they are first needed."""
+    try:
+        return generated_inputs(module, folder)
+    except InputRefused as error:
+        reason = error
+
+    def refuse(_: Sizes, __: torch.Generator) -> ModelInputs:
+        raise reason
+
+    return GeneratedInputs({}, refuse, {}, {}, ())
 
 
 def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]) -> dict[str, Any]:
@@ -206,46 +218,3 @@ def _quiet(transformers: Any) -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
-
-
-def _inputs_of(module: Any, folder: Path) -> tuple[Axes, MakeInputs, str]:
-    """The varying axes of a model's inputs, a function that makes such inputs, and a note on them or nothing."""
-    if module.main_input_name == "pixel_values":
-        return _image_inputs(*image_shape(module.config, folder))
-    if module.main_input_name == "input_ids":
-        return (*_text_inputs(module), "")
-    raise InputRefused(
-        f"{type(module).__name__} takes {module.main_input_name}, for which lora-export cannot make inputs yet. Wrap "
-        "it in a factory that returns (module, example_inputs)"
-    )
-
-
-def _image_inputs(shape: tuple[int, int, int], note: str) -> tuple[Axes, MakeInputs, str]:
-    """Images of this shape, with values from -1 to 1."""
-
-    def make_images(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        return {"pixel_values": torch.rand((sizes["batch"], *shape), generator=generator) * 2 - 1}
-
-    return {"pixel_values": {0: "batch"}}, make_images, note
-
-
-def _text_inputs(module: Any) -> tuple[Axes, MakeInputs]:
-    """Token ids below the vocabulary's size, and masks with padding."""
-    parameters = set(inspect.signature(module.forward).parameters)
-    text = module.config.get_text_config()
-    token_types = getattr(text, "type_vocab_size", 0) or 0
-
-    def make_text(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        shape = (sizes["batch"], sizes["sequence"])
-        inputs = {"input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
-        inputs["attention_mask"] = padding_mask(shape, generator)
-        if "token_type_ids" in parameters and token_types > 1:
-            inputs["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
-        if "decoder_input_ids" in parameters:
-            target = (sizes["batch"], sizes["target"])
-            inputs["decoder_input_ids"] = torch.randint(0, text.vocab_size, target, generator=generator)
-        return inputs
-
-    names = make_text(TRACED_SIZES, torch.Generator().manual_seed(0))
-    axes = {name: {0: "batch", 1: "target" if name.startswith("decoder") else "sequence"} for name in names}
-    return axes, make_text

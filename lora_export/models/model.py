@@ -44,6 +44,7 @@ class Model:
     traced_sizes: Sizes  # the sizes of the example inputs
     is_huggingface: bool = False
     limits: Limits = field(default_factory=dict)  # the sizes that a symbol may have, if not all
+    steps: Sizes = field(default_factory=dict)  # by how much a size has to change to make a difference, if not by 1
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
 
     @property
@@ -74,7 +75,8 @@ class Model:
         symbols = sorted({symbol for axes in self.axes.values() for symbol in axes.values()})
         sets = []
         for number, chosen in enumerate(CHECKED_SIZES):
-            sizes = {symbol: chosen.get(symbol, self.traced_sizes[symbol] + 1 + 2 * number) for symbol in symbols}
+            more = {symbol: 1 + 2 * number * self.steps.get(symbol, 1) for symbol in symbols}
+            sizes = {symbol: chosen.get(symbol, self.traced_sizes[symbol] + more[symbol]) for symbol in symbols}
             for ranges in (self.limits, limits or {}):
                 for symbol, (low, high) in ranges.items():
                     if symbol in sizes:

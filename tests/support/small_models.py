@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.pytorch_utils import Conv1D
 
 TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -105,7 +108,9 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "convnext": (
         "ConvNextForImageClassification",
-        lambda: hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, image_size=32),
+        lambda: hf.ConvNextConfig(
+            hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, image_size=32, layer_scale_init_value=1.0
+        ),
     ),
     "dinov2": (
         "Dinov2ForImageClassification",
@@ -136,6 +141,26 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "blip": ("BlipForConditionalGeneration", _blip),
     "clap": ("ClapModel", _clap),
 }  # fmt: skip
+
+
+def small_adapter(name: str, base: Path, folder: Path, *, seed: int = 1) -> Path:
+    """Save an adapter, as PEFT writes it, for all linear layers inside the blocks of a small model."""
+    torch.manual_seed(seed)
+    model = getattr(hf, MODELS[name][0]).from_pretrained(base)
+    inside = re.compile(r"layer|block|stage|decoder|\bh\b")
+    outside = re.compile(r"head|predictions")
+    targets = [
+        module_name
+        for module_name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and inside.search(module_name)
+        and not outside.search(module_name)
+    ]
+    options = peft.LoraConfig(
+        target_modules=targets, r=4, lora_alpha=2, init_lora_weights=False, fan_in_fan_out=name == "gpt2"
+    )
+    peft.get_peft_model(model, options).save_pretrained(folder)
+    return folder
 
 
 def small_model(name: str, folder: Path, *, seed: int = 0) -> Path:

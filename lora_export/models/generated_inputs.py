@@ -1,0 +1,235 @@
+"""Inputs of Hugging Face models, generated from what the config records: texts, pages, images and sounds.
+
+The parameters of forward name what a model takes, and the config has the sizes and the valid values.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.models.image_shape import image_shape
+from lora_export.models.model import TRACED_SIZES, Axes, MakeInputs, ModelInputs, Sizes
+from lora_export.models.padding_mask import padding_mask
+
+Make = Callable[[Sizes, torch.Generator], ModelInputs]
+
+# Fields of a config with the token that stands for an image, a video or a sound among the tokens of a text
+PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+MEDIA = {"pixel_values", "input_features", "input_values"}
+TRACED_FRAMES = 9  # of a sound, after the convolutions that read it
+SAMPLES, FRAMES = "samples", "frames"  # symbols of a sound's length
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a model's inputs, which belong together."""
+
+    axes: Axes
+    make: Make
+    sizes: Sizes = field(default_factory=dict)  # of symbols that TRACED_SIZES lacks
+    steps: Sizes = field(default_factory=dict)  # by how much such a size has to change to make a difference
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class GeneratedInputs:
+    """All inputs of a model, in the order of forward's parameters."""
+
+    axes: Axes
+    make: MakeInputs
+    sizes: Sizes
+    steps: Sizes
+    notes: tuple[str, ...]
+
+
+def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
+    """How to generate the inputs of a Hugging Face model. Runs nothing.
+
+    Raises InputRefused where the config does not determine them.
+    """
+    takes = list(inspect.signature(module.forward).parameters)
+    parts = [part for kind in KINDS if (part := kind(module, takes, folder)) is not None]
+    axes = {name: dict(part.axes[name]) for name in takes for part in parts if name in part.axes}
+    if module.main_input_name not in axes:
+        raise InputRefused(
+            f"{type(module).__name__} takes {module.main_input_name}, and its config does not determine valid values. "
+            f"Give them: --inputs FILE.npz, with an array for each input (of {', '.join(takes)})"
+        )
+    symbols = {symbol for names in axes.values() for symbol in names.values()}
+    sizes = {symbol: size for part in parts for symbol, size in part.sizes.items()}
+    return GeneratedInputs(
+        axes,
+        _made_by(parts, list(axes)),
+        {symbol: sizes.get(symbol) or TRACED_SIZES[symbol] for symbol in symbols},
+        {symbol: step for part in parts for symbol, step in part.steps.items()},
+        tuple(part.note for part in parts if part.note),
+    )
+
+
+def _made_by(parts: list[Part], names: list[str]) -> MakeInputs:
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        made: ModelInputs = {}
+        for part in parts:
+            made |= part.make(sizes, generator)
+        return {name: made[name] for name in names}
+
+    return make
+
+
+# --- Texts ---
+
+
+def _text(module: Any, takes: list[str], _: Path) -> Part | None:
+    """Token ids, a mask with padding, token types and, on a page, the boxes of the tokens."""
+    text = module.config.get_text_config()
+    if "input_ids" not in takes or not getattr(text, "vocab_size", None):
+        return None
+    token_types = getattr(text, "type_vocab_size", 0) or 0
+    positions = getattr(text, "max_2d_position_embeddings", 0) or 0
+    avoided = _placeholders(module.config)
+    ends = _pools_at_end(text)
+
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        shape = (sizes["batch"], sizes["sequence"])
+        ids = torch.randint(0, text.vocab_size, shape, generator=generator)
+        mask = padding_mask(shape, generator)
+        for token in avoided:
+            ids = torch.where(ids == token, (token + 1) % text.vocab_size, ids)
+        if ends is not None:
+            ids = _with_end(ids, mask, ends)
+        made = {"input_ids": ids, "attention_mask": mask}
+        if token_types > 1:
+            made["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
+        if positions:
+            made["bbox"] = _boxes(shape, positions, generator)
+        return made
+
+    names = ["input_ids", "attention_mask"]
+    names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions else [])
+    note = "images, videos and sounds among its tokens are not part of the generated inputs: give them by --inputs"
+    return Part(
+        {name: {0: "batch", 1: "sequence"} for name in names if name in takes},
+        make,
+        note=f"{type(module).__name__}: {note}" if avoided and not MEDIA.isdisjoint(takes) else "",
+    )
+
+
+def _placeholders(config: Any) -> list[int]:
+    found = [getattr(config, name, None) for name in PLACEHOLDERS]
+    return [token for token in found if isinstance(token, int)]
+
+
+def _pools_at_end(text: Any) -> int | None:
+    """The token at which a text model of CLIP's family reads its summary; None for the others."""
+    end = getattr(text, "eos_token_id", None)
+    of_clip = "clip" in str(getattr(text, "model_type", "")) and hasattr(text, "projection_dim")
+    return end if of_clip and isinstance(end, int) and 0 < end < text.vocab_size else None
+
+
+def _with_end(ids: torch.Tensor, mask: torch.Tensor, end: int) -> torch.Tensor:
+    """The ids with the end token at the last token of each row, and nowhere else."""
+    last = (mask * torch.arange(mask.shape[1])).argmax(1)
+    ids = torch.where(ids == end, end - 1, ids)
+    return ids.scatter(1, last[:, None], end)
+
+
+def _boxes(shape: tuple[int, int], positions: int, generator: torch.Generator) -> torch.Tensor:
+    """Boxes (left, top, right, bottom) on a page, (batch, sequence, 4)."""
+    corners = torch.randint(0, positions, (2, *shape, 2), generator=generator)
+    return torch.cat([corners.amin(0), corners.amax(0)], dim=-1)
+
+
+def _decoder(module: Any, takes: list[str], _: Path) -> Part | None:
+    """Token ids of the decoder of an encoder-decoder."""
+    text = module.config.get_text_config(decoder=True)
+    if "decoder_input_ids" not in takes or not getattr(text, "vocab_size", None):
+        return None
+
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        shape = (sizes["batch"], sizes["target"])
+        return {"decoder_input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
+
+    return Part({"decoder_input_ids": {0: "batch", 1: "target"}}, make)
+
+
+# --- Images ---
+
+
+def _image(module: Any, takes: list[str], folder: Path) -> Part | None:
+    """Images or videos of the model's size, with values from -1 to 1."""
+    if "pixel_values" not in takes or _placeholders(module.config):
+        return None
+    shape, note = image_shape(module.config, folder)
+    frames = getattr(module.config, "num_frames", None)
+    shape_of_one = (frames, *shape) if isinstance(frames, int) and frames else shape
+
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        return {"pixel_values": torch.rand((sizes["batch"], *shape_of_one), generator=generator) * 2 - 1}
+
+    return Part({"pixel_values": {0: "batch"}}, make, note=note)
+
+
+# --- Sounds ---
+
+
+def _waveform(module: Any, takes: list[str], _: Path) -> Part | None:
+    """A sound as samples (batch, samples) of any length, or a spectrogram of the model's size (batch, time, bins)."""
+    config = module.config
+    if "input_values" not in takes or _placeholders(config):
+        return None
+    if isinstance(getattr(config, "num_mel_bins", None), int) and isinstance(getattr(config, "max_length", None), int):
+        return _normal("input_values", (config.max_length, config.num_mel_bins))
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if not kernels or not strides:
+        return None
+    step = math.prod(strides)
+    needed = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        needed = (needed - 1) * stride + kernel  # samples for one frame
+    traced = needed + step * (TRACED_FRAMES - 1)
+    return _normal("input_values", (SAMPLES,), {SAMPLES: traced}, {SAMPLES: step})
+
+
+def _spectrogram(module: Any, takes: list[str], _: Path) -> Part | None:
+    """A spectrogram in the layout of the model's family."""
+    audio = getattr(module.config, "audio_config", module.config)
+    if "input_features" not in takes or _placeholders(module.config):
+        return None
+    bins = getattr(audio, "num_mel_bins", None)
+    if getattr(audio, "spec_size", None) and bins:  # CLAP: as wide as its image is high and wide
+        fused = getattr(audio, "enable_fusion", False)
+        return None if fused else _normal("input_features", (1, audio.spec_size * (audio.spec_size // bins), bins))
+    if width := getattr(audio, "feature_projection_input_dim", None):  # Wav2Vec2-BERT
+        return _normal("input_features", (FRAMES, width), {FRAMES: 24})
+    if width := getattr(audio, "input_feat_per_channel", None):  # Speech2Text
+        return _normal("input_features", (FRAMES, width * getattr(audio, "input_channels", 1)), {FRAMES: 24})
+    if bins and getattr(audio, "max_source_positions", None):  # Whisper: its convolutions halve the time
+        return _normal("input_features", (bins, 2 * audio.max_source_positions))
+    return None
+
+
+def _normal(
+    name: str,
+    shape: tuple[int | str, ...],
+    sizes: Mapping[str, int] | None = None,
+    steps: Mapping[str, int] | None = None,
+) -> Part:
+    """Normally distributed values; a string in the shape is an axis that varies."""
+    axes = {0: "batch"} | {axis: size for axis, size in enumerate(shape, 1) if isinstance(size, str)}
+
+    def make(wanted: Sizes, generator: torch.Generator) -> ModelInputs:
+        sized = [wanted[size] if isinstance(size, str) else size for size in shape]
+        return {name: torch.randn((wanted["batch"], *sized), generator=generator)}
+
+    return Part({name: axes}, make, dict(sizes or {}), dict(steps or {}))
+
+
+KINDS = (_text, _decoder, _image, _waveform, _spectrogram)
