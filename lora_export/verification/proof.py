@@ -116,7 +116,7 @@ def _cases(inputs: Inputs, outputs: CandidateOutputs, expected: ReferenceOutputs
     """The outputs of all runs, case by case; none of the candidate's where it refused the case."""
     cases = []
     for name, arrays in inputs.cases.items():
-        by_role = {role: by_case[name] for role, by_case in expected.by_role.items()}
+        by_role: dict[str, Any] = {role: by_case[name] for role, by_case in expected.by_role.items()}
         own = aligned(outputs.by_case.get(name, {}), by_role["reference"], names_known=expected.names_known)
         case = parity.Case(
             name,

@@ -39,6 +39,7 @@ class Case:
     attached: Outputs | None = None
     peer: str = PYTORCH  # the implementation that computed `deployed`
     unjudged: NDArray[np.bool_] | None = None  # [batch, sequence]
+    filled: frozenset[str] = frozenset()  # the outputs whose fill values are set to zero, see `fill_values`
     positions: Mapping[str, NDArray[np.intp]] = field(default_factory=lambda: MappingProxyType({}))  # see `judged`
 
     @property

@@ -10,6 +10,7 @@ verdict uses up to five arrays for each output, all computed from the same input
     B  the base: the reference without its adapters
     S  the reference with every adapter scale × 1.1
 
+    fill       the fill values of a mask (-1e9, an infinity) are P's; else different
     structure  all have the same names, count, dtypes and shapes, and are finite; else different
     error      rmse(O, R) <= k · rmse(P, R), or eps · rms(R) where P happens to be exact; else different
     tail       max |O - R| <= k · max |P - R| + 4 eps max |R|; else different
@@ -52,6 +53,7 @@ from lora_export.verification.parity.figures import (
     wide,
     worst_element,
 )
+from lora_export.verification.parity.fill_values import without_fill
 from lora_export.verification.parity.gates import (
     FEW_ELEMENTS,
     Tolerance,
@@ -103,7 +105,8 @@ def judge(
         raise InputRefused(
             f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED_DTYPES)}"
         )
-    cases = [case.judged() for case in cases]
+    prepared = [without_fill(case.judged(), dtype) for case in cases]
+    cases = [each.case for each in prepared]
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH
     adapted = any(case.base is not None or case.scaled is not None for case in cases)
@@ -113,6 +116,7 @@ def judge(
         for output in case.outputs
     )
     reasons = (
+        *(reason for each in prepared for reason in each.reasons),
         *(reason for comparison in comparisons for reason in comparison.reasons),
         *small_feature_reasons(cases, comparisons, dtype),
         *power_reasons(cases, comparisons, adapted=adapted),
@@ -126,7 +130,11 @@ def judge(
         comparisons=comparisons,
         sensitivity=tuple(sensitivity),
         dtype=dtype,
-        notes=(*notes, *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted)),
+        notes=(
+            *notes,
+            *(note for each in prepared for note in each.notes),
+            *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
+        ),
         peer=peer,
     )
 
@@ -156,7 +164,7 @@ def _measure(case: Case, output: str, peer_errors: Wide, *, dtype: str, toleranc
     effect = None if base is None else effect_of(r, base)
     loss = None if case.attached is None else rms(difference(r, case.attached[output]))
     error, deployed_error = rms(difference(o, r)), rms(difference(p, r))
-    has_classes = is_class_scores(output, o)
+    has_classes = is_class_scores(output, o) and output not in case.filled
     finest = coarser(o, dtype)
     allowed = None
     if is_float(o):

@@ -1,0 +1,108 @@
+"""Fill values: -1e4, -1e9, the least float or an infinity, where a model masks an output.
+
+They are thousands of times as large as all other values. A limit that depends on the magnitude of the whole output
+would allow any error in the others. So fill values are compared by themselves, and are zero in every run for the gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.verification.parity.case import Case
+from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, coarser, is_float, wide
+from lora_export.verification.parity.gates import ratio_limit
+from lora_export.verification.parity.verdict import Outcome, Reason, count
+
+LEAST_FILL = 1e3  # the smallest magnitude of a fill value
+GAP = 100  # times as large as the largest other value
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class WithoutFill:
+    """A case whose fill values are zero in every run, and the reasons against the candidate's fill values."""
+
+    case: Case
+    fills: dict[str, Mask]  # output -> where its fill values are
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the verdict notes about fill values."""
+        return [
+            f"{count(int(mask.sum()), 'value')} of {name} in case {self.case.name} are fill values of a mask: compared "
+            "one by one, and left out of all figures"
+            for name, mask in self.fills.items()
+        ]
+
+
+def without_fill(case: Case, dtype: str) -> WithoutFill:
+    """Compare the fill values of a case, and set them to zero in every run. `dtype` is the deployed precision."""
+    fills = {name: mask for name in case.reference if (mask := _fill_mask(case, name)) is not None}
+    if not fills:
+        return WithoutFill(case, {})
+    reasons = [reason for name, mask in fills.items() for reason in _reasons(case, name, mask, dtype)]
+    runs = ("reference", "deployed", "candidate", "base", "scaled", "attached")
+    by_run = {run: getattr(case, run) for run in runs if getattr(case, run) is not None}
+    cleared: dict[str, Any] = {
+        run: {name: _cleared(value, fills.get(name)) for name, value in outputs.items()}
+        for run, outputs in by_run.items()
+    }
+    return WithoutFill(replace(case, **cleared, filled=frozenset(fills)), fills, tuple(reasons))
+
+
+def _cleared(value: Array, fill: Mask | None) -> Array:
+    return value if fill is None else np.where(fill, value.dtype.type(0), value)
+
+
+def _fill_mask(case: Case, output: str) -> Mask | None:
+    """Where an output has fill values in the reference; None where it has none, or not one shape in every run."""
+    arrays = [outputs[output] for outputs in case.runs.values() if output in outputs]
+    reference, deployed = case.reference[output], case.deployed.get(output)
+    if deployed is None or not all(is_float(array) and array.shape == reference.shape for array in arrays):
+        return None
+    magnitude = np.abs(wide(reference))
+    infinite = np.isinf(magnitude) & (wide(reference) == wide(deployed))
+    mask: Mask = infinite | (np.isfinite(magnitude) & (magnitude >= _least_fill(magnitude)))
+    return mask if mask.any() and not mask.all() else None
+
+
+def _least_fill(magnitude: NDArray[np.float64]) -> float:
+    """The smallest fill value: from 1,000 on, beyond a gap of two decades. Infinity where there is no such gap."""
+    finite = magnitude[np.isfinite(magnitude) & (magnitude > 0)]
+    if not finite.size or finite.max() < LEAST_FILL or finite.max() < GAP * finite.min():
+        return np.inf
+    ordered = np.sort(finite)
+    is_gap = (ordered[1:] >= GAP * ordered[:-1]) & (ordered[1:] >= LEAST_FILL)
+    return float(ordered[1:][is_gap][0]) if is_gap.any() else np.inf
+
+
+def _reasons(case: Case, output: str, fill: Mask, dtype: str) -> Sequence[Reason]:
+    """Each fill value is the reference's or the deployed model's, as nearly as the deployed model's are."""
+    candidate = case.candidate.get(output)
+    if candidate is None:
+        return []
+    finest = coarser(candidate, dtype)
+    own, truth, deployed = (wide(run[output])[fill] for run in (case.candidate, case.reference, case.deployed))
+    with np.errstate(invalid="ignore"):  # inf - inf
+        peer_errors = np.abs(deployed - truth)
+        known = peer_errors[np.isfinite(peer_errors)]
+        limit = ratio_limit(own.size, finest) * known.max(initial=0.0) + FEW_EPS * EPS[finest] * np.abs(truth)
+        near = np.isfinite(truth) & np.isfinite(own) & (np.abs(own - truth) <= limit)
+    equal = near | (own == truth) | (own == deployed)
+    wrong = np.argwhere(fill)[~equal]
+    if not len(wrong):
+        return []
+    index = tuple(map(int, wrong[0]))
+    text = (
+        f"{len(wrong)} of {count(int(fill.sum()), 'fill value')} of a mask are not {case.peer}'s: the element at "
+        f"{list(case.index(output, index))} is {float(candidate[index]):.9g}, the reference has "
+        f"{float(case.reference[output][index]):.9g}"
+    )
+    return [Reason(Outcome.DIFFERENT, "fill", text, case.name, output)]

@@ -1,0 +1,97 @@
+"""Fill values of a mask: compared one by one, and without influence on any limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lora_export.verification.parity import Case, Outcome, judge, judging
+from lora_export.verification.parity.fill_values import WithoutFill
+from support.parity_cases import TRIED
+
+FILLS = [-1e4, -1e9, float(np.finfo(np.float32).min), -np.inf, np.inf]
+
+
+def masked(fill: float, *, error: float = 1e-6, at_fill: float | None = None, plus: bool = False) -> Case:
+    """Scores (8, 256), the last quarter masked. `plus`: the mask is added to the scores, as models do."""
+    rng = np.random.default_rng(0)
+    truth, effect, own, other = (rng.standard_normal((8, 256)) for _ in range(4))
+    mask = np.arange(256) >= 192
+
+    def with_mask(scores: np.ndarray, value: float = fill) -> np.ndarray:
+        return np.where(mask, value + (scores if plus else 0), scores)
+
+    candidate = with_mask(truth + error * other, fill if at_fill is None else at_fill)
+    return Case(
+        "masked",
+        "x [8, 256]",
+        reference={"scores": with_mask(truth)},
+        deployed={"scores": with_mask(truth + 1e-6 * own).astype(np.float32)},
+        candidate={"scores": candidate.astype(np.float32)},
+        base={"scores": with_mask(truth - effect)},
+        scaled={"scores": with_mask(truth + 0.1 * effect)},
+    )
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("fill", FILLS)
+def test_right_scores_beside_fill_values_are_same(fill: float, plus: bool) -> None:
+    verdict = judge([masked(fill, plus=plus)], sensitivity=TRIED)
+    assert verdict.same, str(verdict)
+    assert "512 values of scores in case masked are fill values of a mask" in str(verdict)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("fill", FILLS)
+def test_fill_values_do_not_widen_the_limits_of_the_others(fill: float, plus: bool) -> None:
+    case = masked(fill, error=1e-5, plus=plus)
+    verdict = judge([case], sensitivity=TRIED)
+    assert verdict.outcome is Outcome.DIFFERENT
+    assert "error" in {reason.gate for reason in verdict.reasons}
+
+
+def test_without_the_separation_fill_values_would_allow_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "without_fill", lambda case, _: WithoutFill(case, {}))
+    assert judge([masked(-1e9, error=1e-2, plus=True)], sensitivity=TRIED).outcome is not Outcome.DIFFERENT
+
+
+@pytest.mark.parametrize(("fill", "at_fill"), [(-1e9, -1e8), (-np.inf, -1e9), (-1e9, 0.0), (-1e4, -10001.0)])
+def test_other_fill_value_is_different_and_named(fill: float, at_fill: float) -> None:
+    verdict = judge([masked(fill, at_fill=at_fill)], sensitivity=TRIED)
+    assert verdict.outcome is Outcome.DIFFERENT and verdict.reasons[0].gate == "fill"
+    assert "512 of 512 fill values of a mask are not PyTorch's: the element at [0, 192] is" in str(verdict)
+
+
+def test_deployed_half_may_have_an_infinity_where_the_reference_has_a_number() -> None:
+    case = masked(-1e9, error=2e-3)
+    rng = np.random.default_rng(1)
+    deployed = case.reference["scores"] + 2e-3 * rng.standard_normal((8, 256))
+    with np.errstate(over="ignore"):
+        runs = {"deployed": deployed.astype(np.float16), "candidate": case.candidate["scores"].astype(np.float16)}
+    half = replace(case, **{run: {"scores": scores} for run, scores in runs.items()})
+    assert judge([half], dtype="float16", sensitivity=TRIED).same
+
+
+def test_large_activations_may_be_as_far_off_as_pytorchs() -> None:
+    """A channel of thousands beside values of one, as hidden states have: no mask, and no constant."""
+    case = masked(0.0)
+    rng = np.random.default_rng(2)
+    large = 3000 * (1 + 0.01 * rng.standard_normal(8))
+    for run, error in (("reference", 0), ("deployed", 1e-3), ("candidate", 1.4e-3), ("base", 0), ("scaled", 0)):
+        getattr(case, run)["scores"][:, 0] = large + error * rng.standard_normal(8)
+    assert judge([case], sensitivity=TRIED).same
+    case.candidate["scores"][3, 0] += 0.5
+    assert judge([case], sensitivity=TRIED).outcome is Outcome.DIFFERENT
+
+
+def test_large_outputs_without_a_gap_have_no_fill_values() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.exp(rng.uniform(0, 20, (8, 256)))  # eight decades, evenly
+    case = masked(-1e9)
+    runs = {run: {"scores": scores.astype(case.runs[name]["scores"].dtype)} for run, name in RUNS.items()}
+    assert "fill values" not in str(judge([replace(case, **runs)]))
+
+
+RUNS = {"reference": "the reference", "deployed": "the deployed model", "candidate": "the candidate"}
