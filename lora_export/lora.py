@@ -36,7 +36,8 @@ class LoraPair:
     `scale` is what the format meant by alpha and rank, as one finite number.
     `magnitude` (out,) is the length that DoRA gives each output of the changed weight, or None.
     `embedding` marks a table of embeddings: a linear layer of one-hot rows, where `in` is the number of rows and
-    `out` their width.
+    `out` their width. `as_stored` marks the pair of a bare parameter: its product has the shape in which the parameter
+    is stored, whatever the layer that reads it.
 
     Raises InputRefused when shapes disagree, the rank is zero, or a value is not finite.
     """
@@ -46,6 +47,7 @@ class LoraPair:
     scale: float
     magnitude: NDArray[np.float32] | None = None  # (out,)
     embedding: bool = False
+    as_stored: bool = False
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "magnitude"):
@@ -92,6 +94,13 @@ class LoraPair:
         """The pair of the transposed weight, for weights that are stored (in, out). It has no magnitude."""
         return LoraPair(a=self.b.T, b=self.a.T, scale=self.scale)
 
+    def of_layer(self, *, transposed: bool, embedding: bool) -> LoraPair:
+        """A pair `as_stored`, as the pair of a layer that is stored so; any other pair itself."""
+        if not self.as_stored:
+            return self
+        a, b = (self.b.T, self.a.T) if transposed else (self.a, self.b)
+        return LoraPair(a=a, b=b, scale=self.scale, embedding=embedding)
+
     def delta(
         self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
@@ -125,11 +134,14 @@ def _finite_fp32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
 class TokenRows:
     """Rows of a table, such as the embeddings of some tokens, that were trained alone. They replace rows of the base.
 
+    `tied` names further modules, by the end of their names, whose tables were trained as the same tensor.
+
     Raises InputRefused when an index is negative or occurs twice, shapes disagree, or a value is not finite.
     """
 
     indices: NDArray[np.int64]  # (rows,)
     values: NDArray[Any]  # (rows, width)
+    tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "indices", np.array(self.indices, np.int64))
@@ -145,6 +157,11 @@ class TokenRows:
         """Write those rows that are in this part of the table, which begins with the row `first`."""
         inside = (self.indices >= first) & (self.indices < first + len(table))
         table[self.indices[inside] - first] = self.values[inside].astype(table.dtype)
+
+
+def is_weight_of(tensor: str, ending: str) -> bool:
+    """Whether a tensor is the weight of a module whose name ends with these parts."""
+    return f".{tensor}".endswith(f".{ending}.weight")
 
 
 def multiply(b: NDArray[np.float32], a: NDArray[np.float32], out: NDArray[np.float32]) -> None:
@@ -211,6 +228,7 @@ class Adapter:
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)  # tensor -> some of its rows
     layouts: Mapping[str, str] = field(default_factory=dict)  # module -> "out_in" or "in_out", where that is recorded
+    tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -218,12 +236,16 @@ class Adapter:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "replaced", "biases", "token_rows", "layouts", "spelling", "metadata"):
+        for name in ("pairs", "replaced", "biases", "token_rows", "layouts", "tied", "spelling", "metadata"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def spelled(self, name: str) -> str:
         """The key that a module or tensor has in the file of the adapter."""
         return self.spelling.get(name, name)
+
+    def tied_to(self, module: str) -> list[str]:
+        """The modules that repeat the pair of this one."""
+        return [head for head, table in self.tied.items() if table == module]
 
     @property
     def is_identity(self) -> bool:

@@ -14,6 +14,7 @@ from lora_export.formats import onnx_adapter
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.storage import atomic_output, input_files
 
 
@@ -63,6 +64,9 @@ def convert(
             f"{graph} takes adapters at {len(contract.slots)} layers. `lora-export onnx --lora inputs "
             "--target NAMES` makes a graph that takes them at others"
         ) from error
+    if any(step.replace is not None for step in steps.low_rank):
+        steps = without_unchanged_tables(steps, find_sites(model))
+    onnx_adapter.refuse_new_tables(steps)
     notes = (*loaded.notes, *steps.notes)
     for note in notes:
         on_message(f"note: {note}")

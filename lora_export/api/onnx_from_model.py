@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)
+        base = without_changed_ties(base, options)
         options.stage("exporting the base")
         program = export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
@@ -63,6 +66,19 @@ def check_fit(base: Model, options: OnnxOptions, future: list[Adapter]) -> None:
         layers.refuse_tied(base.module, options.plan(specs))
     if future:
         layers.refuse_tied(base.module, plan.make(future, specs, identity_ok=True))
+
+
+def without_changed_ties(base: Model, options: OnnxOptions) -> Model:
+    """The model with a tensor of its own for each name that adapters change: a graph stores a tied tensor once."""
+    steps = options.plan(layers.specs(base.module)) if options.adapters else None
+    if steps is None or not layers.has_changed_ties(base.module, steps):
+        return base
+    module = copy.deepcopy(base.module)
+    untied = layers.untie(module, steps)
+    options.on_message(
+        f"note: {', '.join(untied)} is tied to another tensor in the model, and a tensor of its own here"
+    )
+    return replace(base, module=module)
 
 
 def write_with_adapters(

@@ -18,6 +18,7 @@ from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.refusals import base_as_remedy
+from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.plan import Plan
 from lora_export.weights.checkpoint import Checkpoint
 
@@ -40,6 +41,10 @@ def locate(
     sites = find_sites(program, checkpoint)
     with base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext():
         steps = options.plan(sites.specs) if options.adapters else None
+    if steps and options.lora != "merged":
+        steps = without_unchanged_tables(steps, sites)
+    if steps and options.is_swapped:
+        onnx_adapter.refuse_new_tables(steps)
     notes = [note for adapter in options.adapters for note in adapter.notes]
     for note in [*notes, *(steps.notes if steps else ()), *sites.notes]:
         options.on_message(f"note: {note}")

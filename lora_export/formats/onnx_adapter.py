@@ -161,10 +161,13 @@ def version_of(fingerprint: str) -> int:
 
 
 def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
-    """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold."""
+    """Raise InputRefused for adapters that hold more than low-rank pairs. The message lists what they hold.
+
+    A table that PEFT saves beside its pair is no reason: `refuse_new_tables` compares it with the base's.
+    """
     problems = []
     for adapter in adapters:
-        found = [f"{name}: a whole tensor" for name in adapter.replaced]
+        found = [f"{name}: a whole tensor" for name in adapter.replaced if not _has_pair(name, adapter)]
         found += [f"{name}: a change of a bias" for name in adapter.biases]
         found += [f"{name}: rows of tokens" for name in adapter.token_rows]
         problems += [f"{adapter.name}, {line}" for line in found]
@@ -173,6 +176,20 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
             f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{listed(problems)}\n"
             "Merge such an adapter into a graph of its own (--lora merged).\n"
             f"{SHARE_ONE_HEAD if any(adapter.replaced for adapter in adapters) else ''}Nothing was written."
+        )
+
+
+def _has_pair(tensor: str, adapter: Adapter) -> bool:
+    return tensor.removesuffix(".weight") in adapter.pairs
+
+
+def refuse_new_tables(plan: Plan) -> None:
+    """Raise InputRefused for whole tensors beside pairs, once those that the base has too are removed."""
+    tables = [f"{step.terms[0].adapter}, {step.weight}" for step in plan.low_rank if step.replace is not None]
+    if tables:
+        raise InputRefused(
+            f"only low-rank pairs can be swapped while a graph runs; these whole tensors differ from the base's:\n"
+            f"{listed(tables)}\nMerge such an adapter into a graph of its own (--lora merged). Nothing was written."
         )
 
 

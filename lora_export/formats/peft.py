@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.storage import json_files, safetensors_file
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
@@ -29,6 +29,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 WRAPPER = "base_model.model."
+SHOWN = 3  # names that a note lists
 LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" or "in_out"; PEFT ignores it
 
 # Fields that the reader uses, or that do not affect the weights.
@@ -47,24 +48,32 @@ SUPPORTED = frozenset(
             "megatron_core",
             "ensure_weight_tying",
             "trainable_token_indices",
+            "target_parameters",
+            "velora_config",
+            "monteclora_config",
+            # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
+            "loftq_config",
+            "corda_config",
+            "lora_ga_config",
         ),
     }
+)
+MERGE_IN_PEFT = (
+    "PEFT cannot convert such an adapter to plain LoRA: merge it there (merge_and_unload, which changes the base in "
+    "the same way), and use the merged model"
+)
+CONVERT_IN_PEFT = (
+    "Convert the adapter to plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
 )
 # Fields that change the merged weights. A true value is refused: a wrong merge is worse than none.
 REFUSED_FIELDS = {
     "use_qalora": "QA-LoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
-    "target_parameters": "LoRA on bare parameters (mixture-of-experts) is not supported yet",
     "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
     "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "velora_config": "VeLoRA is not supported",
     "megatron_config": "Megatron layers are not supported",
-    "kasa_config": "KaSA changes the base weights; convert the adapter to plain LoRA first",
-    "loftq_config": "LoftQ changes the base weights; convert the adapter to plain LoRA first",
-    "corda_config": "CorDA changes the base weights; convert the adapter to plain LoRA first",
-    "lora_ga_config": "LoRA-GA changes the base weights; convert the adapter to plain LoRA first",
+    "kasa_config": f"KaSA changes the base weights. {MERGE_IN_PEFT}",
 }
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
 
@@ -75,6 +84,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
     **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
+    "target_parameters": (list,),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     "layers_to_transform": (int, list),
     "trainable_token_indices": (list, dict),
@@ -85,12 +95,21 @@ SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32)
 
 # Kinds of keys in the file of weights
 A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
-MAGNITUDE, EMBEDDING, ROWS = "magnitude", "embedding", "rows"
+MAGNITUDE, EMBEDDING, ROWS, UNUSED = "magnitude", "embedding", "rows", "unused"
+PARAMETER = "parameter"
 LOW_RANK_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
 )
 ROWS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
+# What a trainer saves for itself: the field of the config that explains it -> its keys. A merge does not use them.
+OF_THE_TRAINER = {
+    "velora_config": re.compile(r".+\.lora_velora_embed(\.[^.]+)?"),
+    "monteclora_config": re.compile(
+        r".+\.lora_monteclora_sampler\.([^.]+\.)?(std_prior|expert_weights_prior|gaussian_var_prior|expert_weights)"
+    ),
+    "modules_to_save": re.compile(r".+\.original_module\..+"),  # the base's own tensors, as they were
+}
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
 
 
@@ -113,10 +132,11 @@ def read(path: Path, name: str) -> Adapter:
             )
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = safetensors_file.open_file(path / WEIGHTS)
-    keys = _keys_by_kind(file)
+    keys = _keys_by_kind(file, config)
     pairs, biases = _read_pairs(file, keys, config)
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
+    tied = _tied(pairs, replaced, config)
     sha256 = _sha256([path / ADAPTER_CONFIG, path / WEIGHTS])
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
@@ -128,6 +148,7 @@ def read(path: Path, name: str) -> Adapter:
         biases=biases,
         token_rows=rows,
         layouts=_layouts(file, pairs, config),
+        tied=tied,
         targets=_targets(config),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
@@ -137,7 +158,7 @@ def read(path: Path, name: str) -> Adapter:
             **keys[A],
         },
         metadata=_metadata(path, config),
-        notes=_notes(keys, config),
+        notes=_notes(keys, config, tied),
         sha256=sha256,
     )
 
@@ -216,11 +237,12 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
     ]
     if unknown:
         refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
-    if config.get("init_lora_weights", True) not in SAFE_INITS:
+    init = config.get("init_lora_weights", True)
+    if init not in SAFE_INITS:
+        remedy = MERGE_IN_PEFT if init == "loftq" else CONVERT_IN_PEFT
         refused.append(
-            f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights: W + sBA on the "
-            "original base is wrong. Convert the adapter to plain LoRA first (PEFT's save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
+            f"init_lora_weights is {init!r}, which changes the base weights: W + sBA on the original base is wrong. "
+            f"{remedy}"
         )
     if config.get("use_dora") and config.get("lora_bias"):
         refused.append("use_dora and lora_bias: PEFT allows only one of them")
@@ -243,31 +265,36 @@ def _must_be_positive(path: Path, name: str, value: Any) -> None:
 # --- the keys of the file of weights ------------------------------------------------------------
 
 
-def _keys_by_kind(file: safetensors_file.TensorFile) -> dict[str, dict[str, str]]:
+def _keys_by_kind(file: safetensors_file.TensorFile, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Sort the file's keys by kind, and by the module or tensor that they belong to.
 
-    An embedding's A and B are under A and B like others. Its A is also under EMBEDDING.
+    An embedding's A and B are under A and B like others. Its A is also under EMBEDDING. Those of a bare parameter
+    (`target_parameters`) are under the name of the parameter, which PARAMETER maps to its full name.
     """
     refuse_unprintable(file.entries, f"the header of {file.path}")
     _refuse_mixed_wrapping(file)
-    table: dict[str, dict[str, str]] = {kind: {} for kind in (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE)}
+    kinds = (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE, UNUSED, PARAMETER)
+    table: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
     adapters: set[str] = set()
     unknown: list[str] = []
     duplicates: list[str] = []
     for key in file.entries:
         name = key.removeprefix(WRAPPER)
         low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
-        if rows:
+        if any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items()):
+            kind, owner = UNUSED, name
+        elif rows:
             kind, owner = ROWS, f"{rows['module']}.weight"
         elif low_rank:
             kind, owner = _low_rank_kind(low_rank), low_rank["module"].replace(OUT_PROJ, ".out_proj")
         else:
             kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        adapters |= {match["adapter"] or "" for match in (rows or low_rank,) if match}
-        if kind not in table or (kind == WHOLE and ("lora_" in name or "token_adapter" in name)):
+        adapters |= {match["adapter"] or "" for match in (rows or low_rank,) if match and kind != UNUSED}
+        if kind not in table or (kind == WHOLE and _is_unknown(owner, config)):
             unknown.append(key)
         elif owner in table[kind]:
-            duplicates.append(f"{table[kind][owner]} and {key}")
+            if kind != WHOLE or not _are_equal(file, key, table[kind][owner]):
+                duplicates.append(f"{table[kind][owner]} and {key}")
         else:
             table[kind][owner] = key
             if low_rank and low_rank["side"] == "embedding_A":
@@ -278,8 +305,48 @@ def _keys_by_kind(file: safetensors_file.TensorFile) -> dict[str, dict[str, str]
     if unknown:
         raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
     if duplicates:
-        raise InputRefused(f"{file.path} contains one tensor under two names: {'; '.join(duplicates)}")
+        raise InputRefused(
+            f"{file.path} contains one tensor under two names, with different values: {'; '.join(duplicates)}"
+        )
+    _name_parameters(table, config, file.path)
     return table
+
+
+def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any], path: Path) -> None:
+    """Move the pairs of bare parameters from the name of their module to that of the parameter.
+
+    The file names the module alone. Raises InputRefused where it does not tell which parameter of it is meant.
+    """
+    targets = config.get("target_parameters") or ()
+    modules = config.get("target_modules")
+    for module in list(table[A]) if targets else ():
+        if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
+            continue  # PEFT refuses to adapt a module and one of its parameters
+        owned = {f"{module}.{target.rpartition('.')[2]}" for target in targets}
+        named = [name for name in owned if any(f".{name}".endswith(f".{target}") for target in targets)]
+        if len(named) > 1 or module.endswith(".base_layer"):
+            raise InputRefused(
+                f"{path}: several parameters of {module.removesuffix('.base_layer')} are in target_parameters, and "
+                "the file does not record which pair is whose. Merge the adapter with PEFT (merge_and_unload)"
+            )
+        for name in named:
+            pair = name.removesuffix(".weight")
+            table[PARAMETER][pair] = name
+            for kind in (A, B):
+                if module in table[kind]:
+                    table[kind][pair] = table[kind].pop(module)
+
+
+def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:
+    """Whether a whole tensor has a name of LoRA's parameters, and is no part of a module that the config declares."""
+    parts = tensor.split(".")
+    of_lora = any(part.startswith("lora_") or part == "token_adapter" for part in parts)
+    return of_lora and not _declared(tensor, config)
+
+
+def _are_equal(file: safetensors_file.TensorFile, one: str, other: str) -> bool:
+    """PEFT saves a bias that `bias` and `modules_to_save` both name twice."""
+    return np.array_equal(file.read(one), file.read(other))
 
 
 def _refuse_mixed_wrapping(file: safetensors_file.TensorFile) -> None:
@@ -342,11 +409,14 @@ def _read_token_rows(
     """
     indices = config.get("trainable_token_indices") or {}
     by_tensor = _indices_by_tensor(indices, keys)
+    without_rows = _names_without_rows(indices, keys)
     found, problems = {}, []
     if isinstance(indices, list) and len(keys) != 1:
         owners = ", ".join(keys) or "no module"
         problems.append(f"trainable_token_indices is a list, and the file contains rows for {owners}")
-    elif isinstance(indices, dict) and len(indices) != len(by_tensor):
+    # PEFT saves one table of rows for the modules of a tied model.
+    tied = [name for name in without_rows if len(keys) == 1 and indices[name] in by_tensor.values()]
+    if len(tied) < len(without_rows):
         names = ", ".join(indices)
         problems.append(f"trainable_token_indices names {names}, and the file contains rows for {', '.join(keys)}")
     for tensor, key in keys.items():
@@ -357,7 +427,7 @@ def _read_token_rows(
             problems.append(f"{tensor}: its trainable_token_indices are not a list of integers")
         else:
             try:
-                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key))
+                found[tensor] = TokenRows(np.array(own, np.int64), file.read(key), tuple(tied))
             except InputRefused as error:
                 problems.append(f"{tensor}: {error}")
     if problems:
@@ -369,9 +439,13 @@ def _indices_by_tensor(indices: Any, tensors: Iterable[str]) -> dict[str, Any]:
     """A list is for the input embeddings, whatever their name in the model. A table names its modules."""
     if isinstance(indices, list):
         return dict.fromkeys(tensors, indices)
-    return {
-        tensor: own for name, own in indices.items() for tensor in tensors if f".{tensor}".endswith(f".{name}.weight")
-    }
+    return {tensor: own for name, own in indices.items() for tensor in tensors if is_weight_of(tensor, name)}
+
+
+def _names_without_rows(indices: Any, tensors: Iterable[str]) -> list[str]:
+    """The modules that a table names, and for which the file contains no rows."""
+    names = indices if isinstance(indices, dict) else {}
+    return [name for name in names if not any(is_weight_of(tensor, name) for tensor in tensors)]
 
 
 def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
@@ -379,16 +453,21 @@ def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: s
     return next(iter(config[patterns].values(module)), config[default])
 
 
-def _targeted(module: str, key: str) -> str:
-    """The name that PEFT matches patterns with: for an attention's output projection, it is the attention's."""
-    return module.removesuffix(".out_proj") if OUT_PROJ in key else module
+def _targeted(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
+    """The name that PEFT matches patterns with.
+
+    For an attention's output projection, it is the attention's; for a bare parameter, it is the parameter's.
+    """
+    if OUT_PROJ in keys[A][module]:
+        return module.removesuffix(".out_proj")
+    return keys[PARAMETER].get(module, module)
 
 
 def _pair(
     module: str, file: safetensors_file.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
 ) -> LoraPair:
     a, b = file.read(keys[A][module]), file.read(keys[B][module])
-    targeted = _targeted(module, keys[A][module])
+    targeted = _targeted(module, keys)
     rank = _of_module(targeted, config, "rank_pattern", "r")
     alpha = _of_module(targeted, config, "alpha_pattern", "lora_alpha")
     embedding = module in keys[EMBEDDING]
@@ -401,12 +480,20 @@ def _pair(
             f"A {a.shape}, B {b.shape}: the convolution has {rank // b.shape[1]} groups. PEFT's A mixes the channels "
             "of all groups, which no weight of a grouped convolution can do: it cannot be merged"
         )
+    if module in keys[PARAMETER] and a.shape[0] == b.shape[1] != rank and a.shape[0] % rank == 0:
+        raise InputRefused(
+            f"A {a.shape}, B {b.shape}: these are the pairs of {a.shape[0] // rank} experts. LoRA on experts "
+            "(target_parameters of three dimensions) is not supported yet"
+        )
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
     scale = _scale(rank, alpha, config)
     if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # the change would be zero or infinite
         raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
-    return LoraPair(a=a, b=b, scale=scale, magnitude=_magnitude(module, file, keys, config, b), embedding=embedding)
+    magnitude = _magnitude(module, file, keys, config, b)
+    return LoraPair(
+        a=a, b=b, scale=scale, magnitude=magnitude, embedding=embedding, as_stored=module in keys[PARAMETER]
+    )
 
 
 def _magnitude(
@@ -443,7 +530,9 @@ def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
 # --- what the adapter records beside its tensors ------------------------------------------------
 
 
-def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(
+    keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], tied: Mapping[str, str]
+) -> tuple[str, ...]:
     """Choices of this reader that may surprise the user."""
     notes = [
         f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges such an "
@@ -454,8 +543,8 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
     # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
     notes += [
         f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"
-        for module, key in keys[A].items()
-        if len(set(config["alpha_pattern"].values(_targeted(module, key)))) > 1
+        for module in keys[A]
+        if len(set(config["alpha_pattern"].values(_targeted(module, keys)))) > 1
     ]
     notes += [
         f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
@@ -468,6 +557,15 @@ def _notes(keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]) -> 
         for tensor in keys[WHOLE]
         if tensor.removesuffix(".weight") in keys[A]
     ]
+    notes += [
+        f"{head} and {table} are tied and have one pair: PEFT up to 0.21 adds its change twice when it merges; here it "
+        "is added once"
+        for head, table in tied.items()
+    ]
+    if keys[UNUSED]:
+        unused = list(keys[UNUSED])
+        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN])}{more}")
     return tuple(notes)
 
 
@@ -485,9 +583,28 @@ def _layouts(
         if wrong:
             raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
         return layouts
-    if not config.get("fan_in_fan_out"):
+    layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored}
+    if config.get("fan_in_fan_out"):
+        layouts |= {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
+    return layouts
+
+
+def _tied(
+    pairs: Mapping[str, LoraPair], replaced: Mapping[str, NDArray[Any]], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """The output embeddings whose pair is that of the input embeddings: PEFT ties them with `ensure_weight_tying`."""
+    if not config.get("ensure_weight_tying"):
         return {}
-    return {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
+
+    def are_tied(head: str, table: str) -> bool:
+        one, other = pairs[head], pairs[table].transposed
+        own, its = (replaced.get(f"{module}.weight") for module in (head, table))
+        has_equal_pair = one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
+        return has_equal_pair and (own is None or (its is not None and np.array_equal(own, its)))
+
+    tables = [module for module, pair in pairs.items() if pair.embedding and pair.magnitude is None]
+    heads = [module for module, pair in pairs.items() if not pair.embedding and pair.magnitude is None]
+    return {head: table for table in tables for head in heads if are_tied(head, table)}
 
 
 def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
@@ -499,10 +616,11 @@ def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
 
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The targeted names, if the config is a plain list: no pattern, no chosen layers, no excluded modules."""
-    targets = config.get("target_modules")
+    parameters = [target.removesuffix(".weight") for target in config.get("target_parameters") or ()]
+    targets = config.get("target_modules") or ([] if parameters else None)
     if config.get("layers_to_transform") is not None or config.get("exclude_modules") or not isinstance(targets, list):
         return ()
-    return tuple(map(str, targets))
+    return tuple(map(str, [*targets, *parameters]))
 
 
 def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:

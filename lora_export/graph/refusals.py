@@ -32,9 +32,9 @@ def refuse_steps_without_branch(plan: Plan) -> None:
     """Raise InputRefused for steps that can be merged into a graph's weights but not inserted beside them."""
     refuse_unsupported_steps(plan)
     for step in plan.low_rank:
-        if step.replace is not None:
+        if step.replace is not None and step.has_dora:
             raise InputRefused(
-                f"{step.terms[0].adapter}: {step.weight}: the adapter has a whole tensor and a low-rank pair for this "
+                f"{step.terms[0].adapter}: {step.weight}: the adapter has a new table and a DoRA pair for this "
                 "weight, which cannot be inserted beside the graph's weights. Merge the adapter instead"
             )
 

@@ -6,7 +6,7 @@ from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
 from lora_export.layers.new_adapter import create_adapter
-from lora_export.layers.plan_targets import refuse_tied
+from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie
 from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back
 
 __all__ = [
@@ -20,9 +20,11 @@ __all__ = [
     "detach",
     "find_matrix_weights",
     "fold",
+    "has_changed_ties",
     "materialise",
     "read_back",
     "refuse_tied",
     "scale_adapters",
     "specs",
+    "untie",
 ]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lora_export import sums
 from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import per_output
-from lora_export.layers.module_tensors import as_tensor, oriented, wide_dtype
-from lora_export.layers.plan_targets import target_tensors
+from lora_export.layers.module_tensors import as_tensor, named_tensors, oriented, wide_dtype
+from lora_export.layers.plan_targets import target_tensors, untie
 from lora_export.plan import Plan, Step
 
 
@@ -24,9 +24,10 @@ def fold(module: nn.Module, plan: Plan) -> None:
     targets = target_tensors(module, plan)
     for step in plan.steps:
         folded_tensor(step, targets[step.weight].tensor)
+    untie(module, plan, keep_equal=True)
+    tensors = {target.name: target.tensor for target in named_tensors(module)}
     with torch.no_grad():
-        for step in plan.steps:
-            tensor = targets[step.weight].tensor
+        for tensor, step in {id(tensors[step.weight]): (tensors[step.weight], step) for step in plan.steps}.values():
             tensor.copy_(folded_tensor(step, tensor))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import attachment_of, is_attached
-from lora_export.layers.module_tensors import ModuleTensor, named_tensors
-from lora_export.plan import Plan
+from lora_export.layers.module_tensors import ModuleTensor, named_tensors, tensor_registry
+from lora_export.plan import Plan, are_same_change
 
 
 def target_tensors(module: nn.Module, plan: Plan) -> dict[str, ModuleTensor]:
@@ -36,20 +38,62 @@ def _refuse_attached(module: nn.Module) -> None:
 
 
 def refuse_tied(module: nn.Module, plan: Plan) -> None:
-    """Raise InputRefused if a step changes a tensor that the module has under several names."""
-    names: dict[int, list[str]] = {}
-    for target in named_tensors(module):
-        tensor = target.tensor
-        # The address also finds two parameters that share their memory; meta tensors have none.
-        names.setdefault(tensor.data_ptr() or id(tensor), []).append(target.name)
-    steps = {
-        step.weight for step in plan.steps if not step.replaces_only_rows
-    }  # PEFT trains rows for all names at once
-    tied = [group for group in names.values() if len(group) > 1 and any(name in steps for name in group)]
+    """Raise InputRefused if a step changes a tensor that the module has under several names.
+
+    Allowed are rows of tokens, which PEFT trains for all names at once, whole tensors, with which a name gets a tensor
+    of its own, and equal changes of all names.
+    """
+    tied = [
+        group for group in _changed_ties(module, plan) if not (_are_equal(group, plan) or _get_own_tensors(group, plan))
+    ]
     if tied:
-        groups = "; ".join(" and ".join(group) for group in tied)
+        groups = "; ".join(" and ".join(target.name for target in group) for group in tied)
         raise InputRefused(
             f"one tensor under several names: {groups}. A change under one name would silently change the others. "
             "Untie them explicitly (a copy for each; tie_word_embeddings: false in a Hugging Face config), or "
             "leave the layer out of the adapter. Nothing was changed."
         )
+
+
+def untie(module: nn.Module, plan: Plan, *, keep_equal: bool = False) -> list[str]:
+    """Give each name of a tied tensor that steps change a parameter of its own, with the same values, in place.
+
+    Returns these names. With `keep_equal`, a tensor stays tied if all its names change equally. For plans that
+    `refuse_tied` accepts.
+    """
+    untied = []
+    for group in _changed_ties(module, plan):
+        for target in group[1:] if not (keep_equal and _are_equal(group, plan)) else ():
+            copy = nn.Parameter(target.tensor.detach().clone(), requires_grad=target.tensor.requires_grad)
+            tensor_registry(target.owner, target.attribute)[target.attribute] = copy
+            untied.append(target.name)
+    return untied
+
+
+def has_changed_ties(module: nn.Module, plan: Plan) -> bool:
+    """Whether steps change tensors that the module has under several names."""
+    return bool(_changed_ties(module, plan))
+
+
+def _changed_ties(module: nn.Module, plan: Plan) -> list[list[ModuleTensor]]:
+    """The names of every tensor that has several, where a step other than rows of tokens changes one of them."""
+    groups: dict[int, list[ModuleTensor]] = {}
+    for target in named_tensors(module):
+        tensor = target.tensor
+        # The address also finds two parameters that share their memory; meta tensors have none.
+        groups.setdefault(tensor.data_ptr() or id(tensor), []).append(target)
+    changed = {step.weight for step in plan.steps if not step.replaces_only_rows}
+    return [group for group in groups.values() if len(group) > 1 and any(target.name in changed for target in group)]
+
+
+def _are_equal(group: Sequence[ModuleTensor], plan: Plan) -> bool:
+    steps = [plan.by_weight.get(target.name) for target in group]
+    first, *others = steps
+    return first is not None and all(other is not None and are_same_change(first, other) for other in others)
+
+
+def _get_own_tensors(group: Sequence[ModuleTensor], plan: Plan) -> bool:
+    """Whether whole tensors replace the changed names, and each name has a place of its own in the module."""
+    steps = [plan.by_weight[target.name] for target in group if target.name in plan.by_weight]
+    places = {(id(target.owner), target.attribute) for target in group}
+    return all(step.replace is not None and not step.terms for step in steps) and len(places) == len(group)

@@ -12,6 +12,6 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
 """
 
 from lora_export.plan.build import make
-from lora_export.plan.types import FLOATS, Layout, LayoutSource, Plan, Step, TensorSpec, Term
+from lora_export.plan.types import FLOATS, Layout, LayoutSource, Plan, Step, TensorSpec, Term, are_same_change
 
-__all__ = ["FLOATS", "Layout", "LayoutSource", "Plan", "Step", "TensorSpec", "Term", "make"]
+__all__ = ["FLOATS", "Layout", "LayoutSource", "Plan", "Step", "TensorSpec", "Term", "are_same_change", "make"]

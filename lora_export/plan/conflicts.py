@@ -27,7 +27,12 @@ def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, Ten
     tied, PEFT trains them for both.
     """
     for weight, matches in by_weight.items():
-        unchanged = [alias for alias in (base[weight].aliases if weight in base else ()) if alias not in by_weight]
+        aliases = base[weight].aliases if weight in base else ()
+        unchanged = [
+            alias
+            for alias in aliases
+            if alias not in by_weight and not all(alias in match.repeated_by for match in matches)
+        ]
         if unchanged and any(match.rows is None for match in matches):
             why = (
                 f"{weight} is {' and '.join(unchanged)} too (the header of the file ties them), which the adapter does "

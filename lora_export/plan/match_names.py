@@ -98,7 +98,9 @@ def find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
     A prefix counts only where *every* pair then has its weight. Where none does, the prefix is one with which most
     pairs have, so that fewer misfits are listed. Raises InputRefused where two prefixes fit.
     """
-    modules = list(adapter.pairs) or [name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)]
+    modules = [module for module in adapter.pairs if module not in adapter.tied] or [
+        name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)
+    ]
     if not modules:
         return Prefix()
 

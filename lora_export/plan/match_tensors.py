@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import Misfit
-from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec, Term
 
@@ -26,6 +26,7 @@ class Match:
     shift: NDArray[np.float32] | None = None
     whole: NDArray[Any] | None = None
     rows: TokenRows | None = None
+    repeated_by: tuple[str, ...] = ()  # tensors that the adapter changes equally, since they are tied
 
 
 def match_adapter(
@@ -41,21 +42,43 @@ def match_adapter(
         else:
             matches.append(Match(weight, adapter.name, prefix, **change))
 
-    for module, pair in adapter.pairs.items():
+    for module, stored in adapter.pairs.items():
         weight = weight_of(prefix.to_base(module), base)
+        if weight is None and _repeats(module, adapter, prefix, base):
+            continue
+        pair = stored if weight is None else _of_layer(stored, base[weight].layout)
         problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
-        sort(module, weight, problem, term=Term(adapter.name, module, pair, strength))
+        repeated_by = tuple(f"{prefix.to_base(head) or head}.weight" for head in adapter.tied_to(module))
+        sort(module, weight, problem, term=Term(adapter.name, module, pair, strength), repeated_by=repeated_by)
     for module, change in adapter.biases.items():
         bias = f"{prefix.to_base(module) or module}.bias"
         sort(f"{module}.bias", bias, _bias_problem(bias, change, base), shift=np.float32(strength) * change)
     for tensor, value in adapter.replaced.items():
         name = prefix.to_base(tensor) or tensor
         target = name if name in base else tensor
+        if target not in base and _repeats(tensor.removesuffix(".weight"), adapter, prefix, base):
+            continue
         sort(tensor, target, _replacement_problem(target, value, base, may_add=may_add), whole=value)
     for tensor, rows in adapter.token_rows.items():
         name = prefix.to_base(tensor) or tensor
-        sort(tensor, name, _rows_problem(name, rows, base), rows=rows)
+        for table in (name, *_tied_tables(rows, base)):
+            sort(tensor, table, _rows_problem(table, rows, base), rows=rows)
     return matches, misfits
+
+
+def _of_layer(pair: LoraPair, layout: Layout) -> LoraPair:
+    """The pair of a bare parameter as that of the layer that owns the parameter; any other pair itself."""
+    return pair.of_layer(transposed=layout.is_transposed, embedding=layout is Layout.EMBEDDING)
+
+
+def _repeats(module: str, adapter: Adapter, prefix: Prefix, base: BaseTensors) -> bool:
+    """Whether a module repeats the change of another one, whose weight the base has: the two are tied."""
+    return module in adapter.tied and weight_of(prefix.to_base(adapter.tied[module]), base) is not None
+
+
+def _tied_tables(rows: TokenRows, base: BaseTensors) -> list[str]:
+    """The further tables that get the same rows, where the base stores them: a tied model may store one table."""
+    return [name for name in base for module in rows.tied if is_weight_of(name, module)]
 
 
 def resolved(spec: TensorSpec, pair: LoraPair) -> TensorSpec:

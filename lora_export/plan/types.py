@@ -163,6 +163,23 @@ class Step:
         return ", then ".join(parts)
 
 
+def are_same_change(one: Step, other: Step) -> bool:
+    """Whether two steps do the same to two equal tensors, in the layout in which these are stored. Not for DoRA."""
+    if one.has_dora or other.has_dora or len(one.terms) != len(other.terms):
+        return False
+    pairs = [(first.pair, second.pair) for first, second in zip(one.stored_terms, other.stored_terms, strict=True)]
+    return (
+        all(_equal(first.a, second.a) and _equal(first.b, second.b) for first, second in pairs)
+        and all(first.scale == second.scale for first, second in zip(one.terms, other.terms, strict=True))
+        and _equal(one.replace, other.replace)
+        and _equal(one.shift, other.shift)
+    )
+
+
+def _equal(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What will be done to a base: pure, complete, and printable (`--dry-run`)."""
@@ -182,6 +199,11 @@ class Plan:
     def low_rank(self) -> tuple[Step, ...]:
         """The steps that add a low-rank change."""
         return tuple(step for step in self.steps if step.terms)
+
+    def changes_tied(self, weight: str) -> bool:
+        """Whether every adapter on this weight was trained on it as a tied tensor, so that all its names change."""
+        tied = {adapter.name: set(adapter.tied.values()) for adapter in self.adapters}
+        return all(term.module in tied[term.adapter] for term in self.by_weight[weight].terms)
 
     def output_name(self, step_or_name: Step | str) -> str:
         """The name that a tensor has in the merged checkpoint."""

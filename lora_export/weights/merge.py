@@ -148,7 +148,7 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     if len(tables) != 1 or not base.config.get("tie_word_embeddings", True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
-    if step is not None and not step.replaces_only_rows:
+    if step is not None and not step.replaces_only_rows and not (step.terms and plan.changes_tied(name)):
         raise InputRefused(
             f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. Untie the "
             "base first (save it with tie_word_embeddings false), or train the adapter with ensure_weight_tying"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
+import torch
 from torch import nn
 
 import lora_export as le
@@ -15,6 +17,7 @@ from lora_export.lora import Adapter
 from lora_export.runtime.onnx_runner import OnnxRunner
 from support import factories
 from support.api import MODEL, A, B, Recorder, an_adapter
+from support.handmade import add_tensors
 
 INPUTS = {
     "rows": np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 3, 8),
@@ -76,6 +79,68 @@ def test_an_existing_graph_takes_an_adapter(tmp_path: Path) -> None:
     result = le.export_onnx(tmp_path / "base.onnx", tmp_path / "m.onnx", adapters=adapter, lora="nodes")
     assert result.proof is not None and result.proof.about["against"] == "the base graph"
     np.testing.assert_allclose(hidden(result.output), expected(le.load_model(MODEL).module), atol=1e-5)
+
+
+class Words(nn.Module):
+    """A table of words, tied to the head."""
+
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.inner, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(self.words(ids)))
+
+
+WORD_IDS = torch.arange(6).reshape(2, 3)
+
+
+def trained_on_words(folder: Path, **config: object) -> peft.PeftModel:
+    base = Words(tied=not config.pop("apart", False))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False, **config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("lora", ["merged", "nodes"])
+def test_a_saved_head_is_untied_in_a_graph(tmp_path: Path, lora: str) -> None:
+    model = trained_on_words(tmp_path / "adapter", target_modules=["inner"], modules_to_save=["head"])
+    seen = Recorder()
+    source = (Words(), WORD_IDS)
+    result = le.export_onnx(source, tmp_path / "m.onnx", adapters=tmp_path / "adapter", lora=lora, **seen.callbacks)
+    assert result.proof is not None and result.proof.verdict.same
+    (output,) = OnnxRunner(result.output, "cpu").run({"ids": WORD_IDS.numpy()}).values()
+    np.testing.assert_allclose(output, model(WORD_IDS).detach().numpy(), rtol=1e-5, atol=1e-5)
+    assert "note: head.weight is tied to another tensor in the model, and a tensor of its own here" in seen.messages
+    assert source[0].head.weight is source[0].words.weight
+
+
+@pytest.mark.parametrize("lora", ["merged", "nodes", "inputs", "rows"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_table_that_peft_saves_beside_its_pair_is_compared(tmp_path: Path, lora: str, changed: bool) -> None:
+    model = trained_on_words(tmp_path / "adapter", target_modules=["words"], apart=True)
+    table = Words().words.weight.detach().numpy() + np.float32(changed)
+    add_tensors(tmp_path / "adapter", {"base_model.model.words.base_layer.weight": table})
+    with torch.no_grad():
+        model.base_model.model.words.base_layer.weight += float(changed)
+    source = (Words(tied=False), WORD_IDS)
+    if changed and lora in ("inputs", "rows"):
+        with pytest.raises(InputRefused, match=r"these whole tensors differ from the base's:\n.*words\.weight"):
+            le.export_onnx(source, tmp_path / "m.onnx", adapters=tmp_path / "adapter", lora=lora)
+        return
+    result = le.export_onnx(source, tmp_path / "m.onnx", adapters=tmp_path / "adapter", lora=lora)
+    runner, feeds = OnnxRunner(result.output, "cpu"), {"ids": WORD_IDS.numpy()}
+    runner = runner.with_adapter(tmp_path / "adapter.onnx_adapter") if lora == "inputs" else runner
+    feeds |= {"adapter_ids": np.array([1, 1])} if lora == "rows" else {}
+    (output,) = runner.run(feeds).values()
+    np.testing.assert_allclose(output, model(WORD_IDS).detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_verification_there_is_no_proof(tmp_path: Path) -> None:

@@ -482,18 +482,16 @@ A_KEY, B_KEY = "base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
         ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
         ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
-        ({"target_parameters": ["experts.up"]}, "target_parameters: LoRA on bare parameters"),
+        ({"target_parameters": "experts.up"}, "target_parameters is 'experts.up'; its type must be list"),
         ({"trainable_token_indices": "1"}, "trainable_token_indices is '1'; its type must be list or dict"),
         ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
         ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
-        ({"monteclora_config": {"a": 1}}, "monteclora_config: MonteCLoRA is not supported"),
-        ({"velora_config": {"a": 1}}, "velora_config: VeLoRA is not supported"),
         ({"megatron_config": {"a": 1}}, "megatron_config: Megatron layers are not supported"),
-        ({"kasa_config": {"a": 1}}, "kasa_config: KaSA changes the base weights; convert the adapter"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: LoftQ changes the base weights"),
-        ({"corda_config": {"a": 1}}, "corda_config: CorDA changes the base weights"),
-        ({"lora_ga_config": {"a": 1}}, "lora_ga_config: LoRA-GA changes the base weights"),
+        ({"kasa_config": {"a": 1}}, "kasa_config: KaSA changes the base weights. PEFT cannot convert such an adapter"),
+        ({"init_lora_weights": "loftq"}, "original base is wrong. PEFT cannot convert such an adapter to plain LoRA"),
+        ({"init_lora_weights": "corda"}, "original base is wrong. Convert the adapter to plain LoRA first"),
+        ({"init_lora_weights": "lora_ga"}, "original base is wrong. Convert the adapter to plain LoRA first"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base weights"),
@@ -516,6 +514,12 @@ def test_unsupported_fields_are_refused_by_name(tmp_path, config, message):
 def test_all_refused_fields_are_listed_at_once(tmp_path):
     text = refusal(simple(tmp_path, use_qalora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
     assert all(name in text for name in ("use_qalora", "layer_replication", "surprise", "init_lora_weights"))
+
+
+@pytest.mark.parametrize("field", ["loftq_config", "corda_config", "lora_ga_config"])
+def test_the_config_of_an_init_beside_a_plain_one_is_accepted(tmp_path, field):
+    """PEFT leaves it in an adapter that it has converted, and ignores it."""
+    assert formats.load(simple(tmp_path, **{field: {"a": 1}})).pairs.keys() == {"fc"}
 
 
 @pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
@@ -704,10 +708,78 @@ def test_several_adapters_in_one_file_are_refused(tmp_path):
     assert refusal(with_tensors(tmp_path, tensors)).endswith("contains several adapters: one without a name, second")
 
 
+def test_two_keys_for_one_tensor_with_equal_values_are_one(tmp_path):
+    keys = ["head.modules_to_save.bias", "head.bias", "head.original_module.bias"]
+    values = [[2, 3], [2, 3], [0, 0]]
+    tensors = {f"base_model.model.{key}": value for key, value in zip(keys, values, strict=True)}
+    adapter = formats.load(with_tensors(tmp_path, tensors, bias="all", modules_to_save=["head"]))
+    assert whole_tensors(adapter) == {"head.bias": [2, 3]}
+    assert any(note.endswith("are left out: head.original_module.bias") for note in adapter.notes)
+
+
+def test_a_saved_module_may_have_a_name_of_loras(tmp_path):
+    tensors = {f"base_model.model.{key}": [[1]] for key in ("lora_head.weight", "my_lora_x.weight")}
+    adapter = formats.load(with_tensors(tmp_path, tensors, modules_to_save=["lora_head"]))
+    assert whole_tensors(adapter) == {"lora_head.weight": [[1]], "my_lora_x.weight": [[1]]}
+
+
+@pytest.mark.parametrize("key", ["lora_head.weight", "fc.lora_diag", "fc.lora_up.weight", "fc.lora_velora_embed"])
+def test_a_name_of_loras_that_the_config_does_not_declare_is_refused(tmp_path, key):
+    folder = with_tensors(tmp_path, {f"base_model.model.{key}": [[1]]}, modules_to_save=["head"])
+    assert refusal(folder).endswith(f"unknown kinds of tensors: base_model.model.{key}")
+
+
+# --- Bare parameters ---
+
+
+def parameters(tmp_path: Path, keys: list[str], targets: list[str], a: Any = ((1, 2),), **config: Any) -> Path:
+    tensors = {f"base_model.model.{key}.lora_A.weight": a for key in keys}
+    tensors |= {f"base_model.model.{key}.lora_B.weight": np.ones((3, len(a))) for key in keys}
+    return with_tensors(tmp_path, tensors, target_parameters=targets, **config)
+
+
+@pytest.mark.parametrize(
+    ("key", "targets", "pair"),
+    [
+        ("m.lin", ["lin.weight"], "m.lin"),
+        ("m.lin", ["m.lin.kernel"], "m.lin.kernel"),
+        ("m.lin", ["kernel"], "m.lin.kernel"),
+        ("m.lin", ["other.weight", "lin.kernel"], "m.lin.kernel"),
+    ],
+)
+def test_a_pair_of_a_bare_parameter_has_its_name(tmp_path, key, targets, pair):
+    adapter = formats.load(parameters(tmp_path, [key], targets))
+    assert adapter.pairs.keys() == {"fc", pair}
+    assert adapter.pairs[pair].as_stored and not adapter.pairs["fc"].as_stored
+    assert adapter.layouts == {pair: "out_in"}
+    assert adapter.targets == ("fc", *(target.removesuffix(".weight") for target in targets))
+
+
+def test_patterns_match_the_name_of_the_parameter(tmp_path):
+    adapter = formats.load(parameters(tmp_path, ["m"], ["m.kernel"], alpha_pattern={"kernel": 7}))
+    assert (adapter.pairs["m.kernel"].scale, adapter.pairs["fc"].scale) == (7, 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "targets"), [(["m", "m.base_layer"], ["m.up", "m.down"]), (["m"], ["m.up", "m.down"])]
+)
+def test_several_parameters_of_one_module_are_refused(tmp_path, keys, targets):
+    text = refusal(parameters(tmp_path, keys, targets))
+    assert "several parameters of m are in target_parameters, and the file does not record which pair is whose" in text
+
+
+def test_pairs_of_experts_are_refused_by_name(tmp_path):
+    text = refusal(parameters(tmp_path, ["experts"], ["experts.up"], a=[[1, 2]] * 4))
+    assert text.endswith(
+        "  experts.up: A (4, 2), B (3, 4): these are the pairs of 4 experts. LoRA on experts (target_parameters of "
+        "three dimensions) is not supported yet"
+    )
+
+
 def test_two_keys_for_one_tensor_are_refused(tmp_path):
     keys = ["base_model.model.head.modules_to_save.weight", "base_model.model.head.weight"]
-    text = refusal(with_tensors(tmp_path, {key: [[1]] for key in keys}))
-    assert text.endswith(f"contains one tensor under two names: {keys[0]} and {keys[1]}")
+    text = refusal(with_tensors(tmp_path, {key: [[number]] for number, key in enumerate(keys)}))
+    assert text.endswith(f"contains one tensor under two names, with different values: {keys[0]} and {keys[1]}")
 
 
 def test_an_adapter_without_tensors_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from lora_export import layers, plan
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
 from support.small_layers import PAIR, X, a_linear, a_model, a_pair, an_adapter, equal, ones, plan_for
 
@@ -60,6 +60,66 @@ def test_an_embedding_tied_to_the_head_is_refused(put: Callable[[nn.Module, Plan
     for pairs in ({"words": ones(3, 5, embedding=True)}, {"head": ones(5, 3)}):
         with pytest.raises(InputRefused, match=r"one tensor under several names: words\.weight and head\.weight"):
             put(tied, plan_for(tied, an_adapter(pairs)))
+
+
+def tied_tables() -> nn.ModuleDict:
+    tied = nn.ModuleDict({"words": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    tied["words"].weight = nn.Parameter(torch.arange(15.0).reshape(5, 3))
+    tied["head"].weight = tied["words"].weight
+    return tied
+
+
+def outputs(tied: nn.ModuleDict) -> tuple[list[float], list[float]]:
+    return tied["words"](torch.tensor([4]))[0].tolist(), tied["head"](torch.eye(3))[:, 4].tolist()
+
+
+@both
+@pytest.mark.parametrize(
+    ("replaced", "rows"),
+    [
+        ({"head.weight": 7}, ([12, 13, 14], [7, 7, 7])),
+        ({"words.weight": 7}, ([7, 7, 7], [12, 13, 14])),
+        ({"words.weight": 7, "head.weight": 8}, ([7, 7, 7], [8, 8, 8])),
+        ({"words.weight": 7, "head.weight": 7}, ([7, 7, 7], [7, 7, 7])),
+    ],
+)
+def test_a_whole_tensor_unties_its_name(put: Callable[[nn.Module, Plan], None], replaced, rows) -> None:
+    tied = tied_tables()
+    whole = {name: np.full((5, 3), value, np.float32) for name, value in replaced.items()}
+    put(tied, plan_for(tied, an_adapter({}, replaced=whole)))
+    assert outputs(tied) == rows
+    if put is layers.attach:
+        layers.detach(tied)
+        assert tied["head"].weight is tied["words"].weight and outputs(tied) == ([12, 13, 14], [12, 13, 14])
+
+
+@both
+def test_equal_pairs_of_all_names_are_added_once(put: Callable[[nn.Module, Plan], None]) -> None:
+    tied = tied_tables()
+    table = LoraPair(a=[[0, 0, 0, 0, 1]], b=[[1], [2], [3]], scale=10.0, embedding=True)
+    head = LoraPair(a=table.b.T, b=table.a.T, scale=10.0)
+    put(tied, plan_for(tied, an_adapter({"words": table, "head": head})))
+    assert outputs(tied) == ([22, 33, 44], [22, 33, 44])
+    assert tied["head"].weight is tied["words"].weight or put is layers.attach
+
+
+@both
+@pytest.mark.parametrize("other", [{"scale": 2.0}, {"a": [[1, 2, 4]]}, {"b": [[0], [0], [0], [1], [0]]}])
+def test_unequal_pairs_of_all_names_are_refused(put: Callable[[nn.Module, Plan], None], other) -> None:
+    tied = tied_tables()
+    table = LoraPair(a=[[0, 0, 0, 0, 1]], b=[[1], [2], [3]], scale=1.0, embedding=True)
+    head = LoraPair(**{"a": table.b.T, "b": table.a.T, "scale": 1.0, **other})
+    with pytest.raises(InputRefused, match=r"one tensor under several names: words\.weight and head\.weight"):
+        put(tied, plan_for(tied, an_adapter({"words": table, "head": head})))
+
+
+@both
+def test_a_whole_tensor_for_a_shared_layer_is_refused(put: Callable[[nn.Module, Plan], None]) -> None:
+    layer = a_linear()
+    model = nn.ModuleDict({"left": layer, "right": layer})
+    whole = {"left.weight": np.ones(tuple(layer.weight.shape), np.float32)}
+    with pytest.raises(InputRefused, match=r"left\.weight and right\.weight"):
+        put(model, plan_for(model, an_adapter({}, replaced=whole)))
 
 
 @both

@@ -16,6 +16,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
@@ -26,14 +29,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats, plan, sums
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import Adapter, LoraPair
 from lora_export.storage import block_copy, safetensors_file
 from lora_export.storage.hashes import ALGORITHMS
@@ -77,6 +82,88 @@ def test_merged_weights_equal_pefts_bit_for_bit(tmp_path, dtype, config):
     assert {result.weight for result in report.results if result.weight.endswith("weight")} == {
         f"{name}.weight" for name in config.get("target_modules", ["up", "square", "down"])
     }
+
+
+class Named(nn.Module):
+    """Modules with names of LoRA's, a Conv1D, an embedding and a bare parameter, all of them square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.lora_head, self.my_lora_x = (nn.Linear(4, 4) for _ in range(3))
+        self.fan, self.words, self.inner = Conv1D(4, 4), nn.Embedding(4, 4), nn.ParameterDict({"kernel": torch.eye(4)})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["lora_head"]},
+        {"modules_to_save": ["lora_head"], "bias": "all"},
+        {"target_modules": ["lora_head"], "modules_to_save": ["my_lora_x"], "bias": "all"},
+        {"velora_config": VeloraConfig(num_groups=2)},
+        {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=1)},
+        {"target_parameters": ["fan.weight"]},
+        {"target_parameters": ["words.weight", "inner.kernel", "my_lora_x.weight"]},
+        {"target_parameters": ["kernel"], "alpha_pattern": {"inner.kernel": 3}, "target_modules": []},
+    ],
+    ids=str,
+)
+def test_every_tensor_that_peft_saves_is_understood(tmp_path, config):
+    torch.manual_seed(0)
+    base = Named()
+    model = trained(base, sixty_fourths, r=2, **{"target_modules": ["square"], **config})
+    model.save_pretrained(tmp_path / "adapter")
+    save_tensors(base.state_dict(), tmp_path / "base.safetensors")
+    merged(
+        tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", layout={**LINEAR, "fan.weight": "in_out"}
+    )
+    assert same_bits(load_tensors(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict())
+
+
+def corda(model: nn.Module, config: peft.LoraConfig) -> None:
+    preprocess_corda(model, config, run_model=lambda: model.up(torch.eye(24)[:5]))
+
+
+def lora_ga(model: nn.Module, config: peft.LoraConfig) -> None:
+    preprocess_loraga(model, config, lambda: model.up(torch.eye(24)[:5]).square().sum().backward())
+
+
+@pytest.mark.parametrize("prepare", [corda, lora_ga])
+def test_a_converted_adapter_fits_the_original_base(tmp_path, prepare):
+    """PEFT leaves the config of the initialisation beside `init_lora_weights: true`."""
+    torch.manual_seed(0)
+    net = Net()
+    save_tensors(net.state_dict(), tmp_path / "base.safetensors")
+    config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=prepare.__name__)
+    config.corda_config = CordaConfig(corda_method="kpm") if prepare is corda else None
+    config.lora_ga_config = LoraGAConfig() if prepare is lora_ga else None
+    prepare(net, config)
+    model = peft.get_peft_model(net, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = prepare.__name__
+    with torch.no_grad():
+        model.base_model.model.up.lora_B["default"].weight += 0.5
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True and saved["corda_config" if prepare is corda else "lora_ga_config"]
+    merged(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out", layout=LINEAR)
+    theirs = model.merge_and_unload().state_dict()["up.weight"]
+    ours = load_tensors(tmp_path / "out/model.safetensors")["up.weight"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - load_tensors(tmp_path / "base.safetensors")["up.weight"]).abs().max() > 0.1
+
+
+def test_a_bias_that_peft_saves_three_times_is_one(tmp_path):
+    torch.manual_seed(0)
+    base = BertForTokenClassification(bert().config)
+    base.save_pretrained(tmp_path / "base")
+    model = trained(base, sixty_fourths, r=2, task_type="TOKEN_CLS", bias="all", target_modules=["query"])
+    model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len([key for key in saved if ".classifier." in key and key.endswith(".bias")]) == 3
+    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = BertForTokenClassification.from_pretrained(tmp_path / "out")
+    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
 
 
 def test_arbitrary_values_equal_pefts_within_one_rounding(tmp_path):
@@ -356,6 +443,56 @@ def test_rows_of_tokens_equal_pefts(tmp_path, monkeypatch, tied, is_tied, dtype)
     assert changed["model.embed_tokens.weight"] == [0, 7, 19]
     assert changed["lm_head.weight"] == ([0, 7, 19] if is_tied else [3])
     assert report.replaced == (1 if is_tied else 2)
+
+
+@pytest.mark.parametrize("tables", [{"embed_tokens": [7, 2], "lm_head": [7, 2]}, {"lm_head": [7, 2]}])
+def test_rows_of_tied_tables_are_one_set_of_rows(tmp_path, tied, tables):
+    """PEFT saves them once, under the name of one of the tables."""
+    tied.save_pretrained(tmp_path / "base")
+    model = trained(tied, sixty_fourths, r=2, target_modules=["q_proj"], trainable_token_indices=tables)
+    model.save_pretrained(tmp_path / "adapter")
+    if "embed_tokens" not in tables:
+        with pytest.raises(MatchError, match=r"the base has no lm_head\.weight, of which the adapter replaces rows"):
+            merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        return
+    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert same_bits(loaded.state_dict(), model.merge_and_unload().state_dict())
+    apart = copy.deepcopy(tied)
+    apart.config.tie_word_embeddings = False
+    apart.lm_head.weight = nn.Parameter(torch.zeros(20, 8))
+    apart.save_pretrained(tmp_path / "apart")
+    merged(tmp_path / "apart", tmp_path / "adapter", tmp_path / "both")
+    stored = load_file(tmp_path / "both/model.safetensors")
+    rows = stored["model.embed_tokens.weight"][[7, 2]]
+    assert np.array_equal(stored["lm_head.weight"][[7, 2]], rows) and rows.any()
+    assert not np.delete(stored["lm_head.weight"], [7, 2], axis=0).any()
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("save", [True, False])
+def test_one_pair_of_tied_tables_is_added_once(tmp_path, tied, targets, save):
+    """`ensure_weight_tying`: PEFT's attached model adds it once to each table, its merge twice to the one tensor."""
+    tied.save_pretrained(tmp_path / "base")
+    model = trained(tied, sixty_fourths, r=2, target_modules=targets, ensure_weight_tying=True)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=save)
+    merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    table = model.base_model.model.model.embed_tokens
+    before, delta = tied.model.embed_tokens.weight, table.get_delta_weight("default")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(loaded.lm_head.weight, before + delta) and delta.abs().max() > 0.1
+    ids = torch.tensor([[1, 5, 7, 19]])
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    assert any("adds its change twice when it merges" in note for note in formats.load(tmp_path / "adapter").notes)
+
+
+def test_a_pair_that_repeats_no_other_is_not_dropped(tmp_path, tied):
+    tied.save_pretrained(tmp_path / "base")
+    model = trained(tied, sixty_fourths, r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    add_tensors(tmp_path / "adapter", {"base_model.model.lm_head.lora_A.weight": np.ones((2, 8), np.float32)})
+    with pytest.raises(MatchError, match="the base has no weight for lm_head"):
+        merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_rows_beyond_the_dtype_of_the_base_are_refused(tmp_path):

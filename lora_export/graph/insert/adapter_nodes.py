@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ def insert_nodes(model: ir.Model, sites: Sites, plan: Plan) -> list[StepResult]:
     refuse_steps_without_branch(plan)
     # First, because the insertion of branches moves biases.
     merged = [change_weight(model, sites, step) for step in plan.steps if not step.terms]
+    for step in plan.low_rank:
+        if step.replace is not None:
+            change_weight(model, sites, replace(step, terms=()))
     inserter, several = Inserter(model), len(plan.adapters) > 1
     for step in plan.low_rank:
         is_embedding = step.terms[0].pair.embedding

@@ -24,7 +24,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ADAPTER_IDS, ROW_ADAPTERS_KEY, refuse_beyond_low_rank
+from lora_export.formats.onnx_adapter import (
+    ADAPTER_IDS,
+    ROW_ADAPTERS_KEY,
+    refuse_beyond_low_rank,
+    refuse_new_tables,
+)
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_stacks import AdapterStacks
 from lora_export.graph.insert.batch_axis import BatchAxis, batch_axes, batch_input, infer_shapes, layer_input
@@ -61,6 +66,7 @@ def insert_rows(model: ir.Model, sites: Sites, plan: Plan, *, batch: str = "batc
             "model again"
         )
     refuse_beyond_low_rank(plan.adapters)
+    refuse_new_tables(plan)
     inserter = Inserter(model)
     if ADAPTER_IDS in inserter.factory.value_names:
         raise InputRefused(

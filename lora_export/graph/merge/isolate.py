@@ -54,7 +54,7 @@ def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[Initializ
         by_initializer.setdefault((site.value, site.block), []).append(site)
     return [
         InitializerChange(
-            _isolate_weight(model, sites, value, readers, step), _as_stored(step, readers[0]), readers[0].block_slices
+            _isolate_weight(model, sites, value, readers, step), as_stored(step, readers[0]), readers[0].block_slices
         )
         for (value, _), readers in by_initializer.items()
     ]
@@ -73,7 +73,7 @@ def isolate_value(model: ir.Model, value: ir.Value, inputs: Sequence[tuple[ir.No
     return isolated
 
 
-def _as_stored(step: Step, site: Site) -> Step:
+def as_stored(step: Step, site: Site) -> Step:
     """The step in the shape and layout of the initializer that this site reads."""
     spec = step.spec
     layout = spec.layout if site.layout is Layout.OTHER else site.layout

@@ -14,7 +14,7 @@ from lora_export.graph.find_sites import Sites, find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout
-from support.graphs import a_graph, an_adapter, run
+from support.graphs import a_graph, an_adapter, run, stored
 from support.insertion import CONVOLUTION, CONVOLUTION_PAIR, EMBEDDING, EMBEDDING_PAIR, with_nodes
 from support.one_weight_graphs import WEIGHT, X, graph_reading
 from support.small_graphs import DELTA, GEMM, PAIR
@@ -72,9 +72,20 @@ def test_convolution_fused_with_activation_is_refused_by_name() -> None:
         with_nodes(model, an_adapter({"c": CONVOLUTION_PAIR}))
 
 
-def test_pair_on_whole_tensor_of_adapter_is_refused() -> None:
+def test_pair_on_whole_tensor_of_adapter_is_inserted_beside_it() -> None:
     adapter = an_adapter({"m": PAIR}, replaced={"m.weight": np.ones((2, 3), np.float32)})
-    with pytest.raises(InputRefused, match=r"default: m\.weight: the adapter has a whole tensor and a low-rank pair"):
+    model, replaced = a_graph(GEMM), an_adapter({}, replaced=adapter.replaced)
+    with_nodes(model, adapter)
+    base = a_graph(GEMM)
+    with_nodes(base, replaced)
+    assert np.array_equal(run(model, x=X)["y"] - run(base, x=X)["y"], X @ PAIR.delta().T)
+    assert np.array_equal(stored(model, "m.weight"), np.ones((2, 3)))
+
+
+def test_dora_pair_on_whole_tensor_of_adapter_is_refused() -> None:
+    pair = dataclasses.replace(PAIR, magnitude=np.ones(2))
+    adapter = an_adapter({"m": pair}, replaced={"m.weight": np.ones((2, 3), np.float32)})
+    with pytest.raises(InputRefused, match=r"default: m\.weight: the adapter has a new table and a DoRA pair"):
         with_nodes(a_graph(GEMM), adapter)
 
 
