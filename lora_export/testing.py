@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -42,12 +42,14 @@ def assert_parity(
     onnx_adapter: File | None = None,
     adapter_id: int | None = None,
     cache: File | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> Proof:
     """Raise ParityFailed unless the candidate computes what the model computes with its adapters attached.
 
     `candidate` is a file as `lora-export verify` takes it, an nn.Module or a runner. `model` is a Hugging Face folder,
     `file.py:factory`, a .pt2, or `(module, example_inputs)`. `inputs` is an .npz of further inputs. `cache` is a folder
-    for the outputs of the fp64 reference. The other arguments are those of `lora_export.verify`.
+    for the outputs of the fp64 reference. `fixed` are sizes of axes that the candidate was made for on purpose. The
+    other arguments are those of `lora_export.verify`.
 
     Returns the proof. Raises InputRefused for inputs that cannot be used, and EnvironmentLacking for a provider that
     does not do the work: neither is a verdict on the candidate.
@@ -63,6 +65,7 @@ def assert_parity(
         user_inputs=None if inputs is None else Path(inputs),
         device=provider,
         cache=None if cache is None else Path(cache),
+        fixed=fixed or {},
     )
     runner = _runner(candidate, base, provider, onnx_adapter, adapter_id)
     proof = prove(runner, references, atol=atol, rtol=rtol)

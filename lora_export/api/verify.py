@@ -111,6 +111,7 @@ def verify(
     cache: str | Path | None = None,
     trace: bool = False,
     timeout: float = 600.0,
+    fixed: Mapping[str, int] | None = None,
     reports: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
     on_message: OnMessage = ignore,
@@ -131,7 +132,9 @@ def verify(
     "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
     `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a folder for the
     outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of
-    an .onnx or TorchScript file is stopped after `timeout` seconds. Each path in `reports` gets a
+    an .onnx or TorchScript file is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as
+    {"sequence": 128}, that the file was made for on purpose; another axis that it fixes and the model does not makes
+    the verdict `undecided`. Each path in `reports` gets a
     report (.json, .xml or .html); `about` adds facts.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
@@ -151,6 +154,7 @@ def verify(
         cache=None if cache is None else Path(cache),
         trace=trace,
         timeout=timeout,
+        fixed=dict(fixed or {}),
     )
     _check_usage(candidate, model, origin, how)
     if layout and model is not None:
@@ -189,6 +193,7 @@ class _How:
     cache: Path | None = None
     trace: bool = False
     timeout: float = 600.0
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
 
 def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: _How) -> None:
@@ -329,6 +334,7 @@ def _prove(
         device=how.provider,
         cache=how.cache,
         origin=origin,
+        fixed=how.fixed,
         say=on_message,
     )
     step = stage_of_proof(stage)

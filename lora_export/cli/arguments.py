@@ -46,6 +46,25 @@ def _read_layouts(_context: click.Context, _parameter: click.Parameter, texts: t
     return layouts
 
 
+def _read_sizes(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, int]:
+    """AXIS=SIZE... as a table."""
+    sizes = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        if not name or not size.isdecimal() or not int(size):
+            raise click.BadParameter(f"{text} is not AXIS=SIZE, such as sequence=128")
+        sizes[name] = int(size)
+    return sizes
+
+
+fixed_option = click.option(
+    "--fixed",
+    multiple=True,
+    callback=_read_sizes,
+    metavar="AXIS=SIZE",
+    help="An axis, such as `sequence`, that CANDIDATE has in one size on purpose. Without it, an axis that CANDIDATE "
+    "fixes and MODEL does not makes the verdict `undecided`. May be repeated.",
+)
 layout_option = click.option(
     "--layout",
     multiple=True,

@@ -12,6 +12,7 @@ from lora_export.cli.arguments import (
     adapters_option,
     command_line,
     dtype_option,
+    fixed_option,
     inputs_option,
     json_option,
     layout_option,
@@ -76,6 +77,7 @@ Examples:
     help="Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
 )
 @click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
+@fixed_option
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -103,6 +105,7 @@ def command(
     reports: tuple[Path, ...],
     cache: Path | None,
     trace: bool,
+    fixed: dict[str, int],
     timeout: float,
     as_json: bool,
 ) -> int:
@@ -142,6 +145,7 @@ def command(
             cache=cache,
             trace=trace,
             timeout=timeout,
+            fixed=fixed,
             reports=reports,
             about={"command": command_line()},
             on_message=print_message,

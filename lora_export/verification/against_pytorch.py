@@ -33,7 +33,7 @@ from lora_export.verification.compare_outputs import aligned, before_first_token
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.inputs import REDRAWS, Inputs
-from lora_export.verification.inputs.model_inputs import case_inputs, draw, notes_on_sizes
+from lora_export.verification.inputs.model_inputs import case_inputs, doubts_on_sizes, draw, notes_on_sizes
 from lora_export.verification.inputs.row_coverage import RowCoverage
 from lora_export.verification.references import (
     STEPS,
@@ -82,6 +82,9 @@ class PyTorchReferences:
     where PyTorch runs as deployed; the references in fp64 run on the CPU. `cache` is a folder for the outputs of the
     references; `say` receives a message where it cannot be used.
 
+    `fixed` are the sizes of axes that the candidate was made for on purpose, by the axis' name; None: all that it has.
+    Where it takes one size of another axis that the model has free, nothing is decided.
+
     `origin` is the quantised graph that an ONNX candidate was made from. Adapters may have been merged into its
     weights. Its bits decide about a candidate without an adapter where fp64 cannot.
     """
@@ -94,6 +97,7 @@ class PyTorchReferences:
     device: str = "cpu"
     cache: Path | None = None
     origin: Path | None = None
+    fixed: Mapping[str, int] | None = None
     say: Callable[[str], None] = _no_message
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
@@ -197,7 +201,8 @@ class PreparedPyTorch:
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
         coverage = RowCoverage(deployed.module, model, self.references.adapters)
         own = {name: deployed.run(arrays) for name, arrays in cases.items()}
-        doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
+        sizes = doubts_on_sizes(self.candidate, model, self.references.fixed)
+        doubts, rows = [*coverage.doubts, *sizes], coverage.notes  # read here: runs on other inputs would add to them
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
         by_role, narrow_operators = self._in_fp64(own, step)
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from defects import subjects
+from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.models import model
 from lora_export.models.load import load_model
@@ -41,12 +42,29 @@ def test_proof_leaves_the_model_unchanged(scaled: model.Model) -> None:
     assert all(one is other for one, other in zip(parameters, scaled.module.parameters(), strict=True))
 
 
-def test_size_that_the_candidate_declares_is_used_and_noted(scaled: model.Model) -> None:
+def test_size_that_the_candidate_fixes_is_undecided_unless_stated(scaled: model.Model) -> None:
+    """At one size a part of a model may do nothing: a candidate must not choose how it is tested."""
     made_for_one_length = folded(scaled, an_adapter())
     made_for_one_length.axes = {"rows": (None, 5, 8), "weights": (None, 5)}
-    result = prove(made_for_one_length, PyTorchReferences(scaled, [an_adapter()]))
-    assert {shape["rows"][1] for shape in result.about["inputs"].values()} == {5}
-    assert any("no other was tried" in note for note in result.verdict.notes)
+    (name,) = {axes[1] for axes in scaled.axes.values()}
+    undecided = prove(made_for_one_length, PyTorchReferences(scaled, [an_adapter()], fixed={})).verdict
+    assert undecided.outcome is parity.Outcome.UNDECIDED
+    assert f"the candidate takes one size of {name}, 5, and the model takes any" in str(undecided)
+    for fixed in ({name: 5}, None):
+        result = prove(made_for_one_length, PyTorchReferences(scaled, [an_adapter()], fixed=fixed))
+        assert result.verdict.same
+        assert {shape["rows"][1] for shape in result.about["inputs"].values()} == {5}
+        assert any("no other was tried" in note for note in result.verdict.notes)
+
+
+def test_axis_that_is_not_fixed_cannot_be_stated(scaled: model.Model) -> None:
+    candidate = folded(scaled, an_adapter())
+    with pytest.raises(InputRefused, match=r"--fixed sequence: the model has no axis of this name\. It has batch, "):
+        prove(candidate, PyTorchReferences(scaled, [an_adapter()], fixed={"sequence": 5}))
+    candidate.axes = {"rows": (None, None, 8), "weights": (None, None)}
+    (name,) = {axes[1] for axes in scaled.axes.values()}
+    with pytest.raises(InputRefused, match="the candidate takes any size of it"):
+        prove(candidate, PyTorchReferences(scaled, [an_adapter()], fixed={name: 5}))
 
 
 @pytest.mark.parametrize(

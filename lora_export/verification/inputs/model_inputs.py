@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +113,27 @@ def notes_on_sizes(candidate: Runner, model: Model) -> list[str]:
             bounds = f"{low} and more" if high is None else f"{low} to {high}" if low else f"up to {high}"
             notes.append(f"the candidate takes {symbol} sizes of {bounds}: no other was tried")
     return notes
+
+
+def doubts_on_sizes(candidate: Runner, model: Model, stated: Mapping[str, int] | None) -> list[str]:
+    """Why a candidate that takes one size of an axis cannot be judged, unless this size was stated.
+
+    At one size, parts of a model may have no effect: at a sequence of 1, queries and keys have none. None for `stated`:
+    whatever size the candidate has was chosen by the user.
+    Raises InputRefused for a stated axis that the model does not have, or of which the candidate takes any size.
+    """
+    fixed = _fixed_sizes(candidate, model)
+    symbols = {symbol for axes in model.axes.values() for symbol in axes.values()}
+    for symbol in stated or {}:
+        if symbol not in symbols:
+            raise InputRefused(
+                f"--fixed {symbol}: the model has no axis of this name. It has {', '.join(sorted(symbols)) or 'none'}"
+            )
+        if symbol not in fixed and any(candidate.axes.values()):
+            raise InputRefused(f"--fixed {symbol}: the candidate takes any size of it. Leave the option out")
+    return [
+        f"the candidate takes one size of {symbol}, {size}, and the model takes any. What it computes at others is not "
+        f"known. State this size where it is intended: --fixed {symbol}={size}"
+        for symbol, size in fixed.items()
+        if stated is not None and stated.get(symbol) != size
+    ]
