@@ -1,0 +1,19 @@
+"""One case on one thread: every case shows the fault, and the modules are tiny."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_export.models import model
+
+
+@pytest.fixture(autouse=True)
+def _one_case_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(model, "CHECKED_SIZES", model.CHECKED_SIZES[1:2])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,125 @@
+"""Candidates whose inner values are read: graphs by further outputs, modules and TorchScript by hooks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+from lora_export import layers, plan
+from lora_export.graph.exporter_metadata import FOLDED_FROM
+from lora_export.graph.onnx_file import writing
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.models import export
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.runtime.torchscript.runner import ScriptRunner
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.parity import Outcome
+from lora_export.verification.proof import prove
+from lora_export.verification.references.attached_module import attached_copy
+from support.diagnosed_graphs import DOWN, SHAPES, VALUE, bert, delta, half_value, make, proven, the_adapter
+
+
+def test_external_weights_remain_in_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "MAX_INLINE_BYTES", 0)
+    made = half_value(make("merged", tmp_path, the_adapter()))
+    result = proven(made, the_adapter())
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data", ".onnx"]  # and nothing else
+    assert max(path.stat().st_size for path in tmp_path.iterdir() if path.suffix == ".onnx") < 60_000
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
+
+
+@pytest.mark.parametrize("defect", [True, False])
+def test_graph_fused_by_onnxruntime_is_compared_where_possible(defect: bool, tmp_path: Path) -> None:
+    made = make("nodes" if not defect else "merged", tmp_path, the_adapter())
+    if defect:
+        half_value(made)
+    save_graph(made.graph, tmp_path, "graph.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "fused.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in load_graph(tmp_path / "fused.onnx").graph}
+    assert {"BiasGelu", "FusedGemm", "SkipLayerNormalization"} <= operators
+    result = prove(OnnxRunner(tmp_path / "fused.onnx"), PyTorchReferences(bert(), [the_adapter()]), trace=True)
+    assert result.diagnosis is not None and result.diagnosis.first == (VALUE if defect else None)
+    assert "10 of 11 modules were compared" in result.diagnosis.why  # the pooler's is fused with its tanh
+    assert not defect or "none is wrong" in result.diagnosis.why
+
+
+def test_graph_whose_names_lost_their_prefix_is_diagnosed(tmp_path: Path) -> None:
+    made = half_value(make("merged", tmp_path, the_adapter()))
+    for value in list(made.graph.graph.initializers.values()):
+        origin = value.metadata_props.pop(FOLDED_FROM, None)
+        name = origin[2:-2] if origin else value.name
+        if name and name.startswith("bert."):
+            value.name = name.removeprefix("bert.")
+    for node in made.graph.graph:
+        node.metadata_props.clear()
+    result = proven(made, the_adapter())
+    assert result.diagnosis is not None and result.diagnosis.first == VALUE
+
+
+def test_merged_module_is_diagnosed_by_hooks() -> None:
+    steps = plan.make([the_adapter()], layers.specs(bert().module))
+    module = copy.deepcopy(bert().module)
+    layers.fold(module, steps)
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+    result = prove(ModuleRunner(module), PyTorchReferences(bert(), [the_adapter()]))
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
+
+
+def test_bf16_merge_is_compared_with_bf16_weights() -> None:
+    module = copy.deepcopy(bert().module)
+    layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+        for name in SHAPES:
+            weight = module.get_submodule(name).weight
+            weight.copy_(weight.bfloat16())  # type: ignore[union-attr, operator]
+    stored = {f"{name}.weight": "bfloat16" for name in SHAPES}
+    result = prove(ModuleRunner(module, stored_dtypes=stored), PyTorchReferences(bert(), [the_adapter()]))
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "has 0.5 times the correct strength" in result.diagnosis.why and "none is wrong" in result.diagnosis.why
+
+
+def scripted(module: torch.nn.Module, folder: Path) -> ScriptRunner:
+    export.save_torchscript(export.to_torchscript(module, bert().example_inputs()), folder / "script.pt", extra={})
+    return ScriptRunner(folder / "script.pt", bert().input_names)
+
+
+def test_torchscript_is_diagnosed_by_its_weights(tmp_path: Path) -> None:
+    module = copy.deepcopy(bert().module)
+    layers.fold(module, plan.make([the_adapter()], layers.specs(module)))
+    with torch.no_grad():
+        module.get_submodule(DOWN).weight.sub_(torch.from_numpy(delta(DOWN) / 2))  # type: ignore[union-attr, operator]
+    result = prove(scripted(module, tmp_path), PyTorchReferences(bert(), [the_adapter()]))
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
+
+
+def test_torchscript_with_branches_is_diagnosed_by_a_and_b(tmp_path: Path) -> None:
+    wrong = the_adapter()
+    pair = wrong.pairs[DOWN.removesuffix(".weight")]
+    halved = dataclasses.replace(
+        wrong, pairs={**wrong.pairs, DOWN.removesuffix(".weight"): dataclasses.replace(pair, b=pair.b / 2)}
+    )
+    result = prove(scripted(attached_copy(bert(), [halved]), tmp_path), PyTorchReferences(bert(), [wrong]))
+    assert result.diagnosis is not None and result.diagnosis.first == DOWN
+    assert "has 0.5 times the correct strength" in result.diagnosis.why
+
+
+def test_torchscript_with_other_tensors_is_not_diagnosed(tmp_path: Path) -> None:
+    candidate = scripted(attached_copy(bert(), [the_adapter("de", 1)]), tmp_path)
+    result = prove(candidate, PyTorchReferences(bert(), [the_adapter()]))
+    assert result.verdict.outcome is Outcome.DIFFERENT and result.diagnosis is None
+    assert any("its modules cannot be traced" in note for note in result.verdict.notes)

@@ -1,0 +1,104 @@
+"""How a candidate stores its weights: rounded in a checkpoint, or quantised in a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from lora_export.errors import InputRefused
+from lora_export.models.factory import from_module
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
+from lora_export.verification.references.quantised_weights import DequantisedWeight, QuantisedMerge
+from support.graphs import a_graph, quantised
+from support.small_layers import a_linear, a_model
+
+MODEL = from_module(a_model(), torch.ones(2, 3))
+
+
+class Prefixed(nn.Module):
+    """The layer under the name `bert.0`, beside a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert, self.head = a_model(), nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "stored", "rounded"),
+    [
+        (a_model(), {"0.weight": "bfloat16", "0.bias": "float32"}, {"0.weight": "bfloat16"}),
+        (
+            Prefixed(),
+            {"0.weight": "float16", "head.weight": "float16"},
+            {"bert.0.weight": "float16", "head.weight": "float16"},
+        ),
+        (a_linear(), {"bert.0.weight": "bfloat16"}, {"weight": "bfloat16"}),
+        (a_model(), {"0.weight": "float64", "other": "bfloat16"}, {}),
+    ],
+    ids=["its own names", "the file lacks a prefix", "the module lacks a prefix", "nothing in half precision"],
+)
+def test_weights_in_half_precision_are_rounded_by_name(
+    module: nn.Module, stored: dict[str, str], rounded: dict[str, str]
+) -> None:
+    candidate = ModuleRunner(a_model(), stored_dtypes=stored)
+    rounding, preferred = rounding_of(candidate, module, {})
+    assert rounding == rounded
+    assert preferred.keys() == candidate.module.state_dict().keys()
+
+
+def a_quantised_graph(folder: Path) -> Path:
+    model = a_graph("g (float[N,32] x) => (float[N,16] y) <float[1] fc.weight = {0}> { [n] y = MatMul(x, fc.weight) }")
+    value = model.graph.initializers["fc.weight"]
+    weight = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    value.const_value, value.shape = ir.Tensor(weight, name="fc.weight"), ir.Shape([32, 16])
+    ir.save(quantised(model, bits=4), folder / "quantised.onnx")
+    return folder / "quantised.onnx"
+
+
+def test_only_a_graph_has_quantised_weights(tmp_path: Path) -> None:
+    assert quantised_weights_of(ModuleRunner(a_model()), MODEL, None, None, {}) == {}
+    path = tmp_path / "float.onnx"
+    ir.save(a_graph("g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }"), path)
+    inputs = {"first": {"x": np.ones((2, 3), np.float32)}}
+    assert quantised_weights_of(OnnxRunner(path), MODEL, None, None, inputs) == {}
+
+
+def test_an_origin_of_a_candidate_without_quantised_weights_is_refused() -> None:
+    refused = r"no quantised weights, so it was not made from base\.onnx\. Leave out --base"
+    with pytest.raises(InputRefused, match=refused):
+        quantised_weights_of(ModuleRunner(a_model()), MODEL, None, Path("base.onnx"), {})
+
+
+def test_quantised_weights_are_found_and_their_nodes_are_executed(tmp_path: Path) -> None:
+    layer = nn.Linear(32, 16, bias=False)
+    path = a_quantised_graph(tmp_path)
+    weight = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight.T.copy()))
+    module = nn.Sequential()
+    module.add_module("fc", layer)
+    inputs = {"first": {"x": np.ones((2, 32), np.float32)}}
+    found = quantised_weights_of(OnnxRunner(path), from_module(module, torch.ones(2, 32)), None, None, inputs)
+    assert list(found) == ["fc.weight"]
+    distance = np.linalg.norm(found["fc.weight"].values - weight.T) / np.linalg.norm(weight)
+    assert 0 < distance < 0.3
+    # Nothing was merged into it, so no weight of the model is rounded.
+    assert rounding_of(OnnxRunner(path), module, found) == ({}, {})
+
+
+def test_a_merged_quantised_weight_is_rounded_as_the_graph_rounds_it(tmp_path: Path) -> None:
+    values = np.float32([[1, 2], [3, 4]])
+    merge = QuantisedMerge(values, fraction=1.0, standard_error=0.1, distance=0.1, misrounded=0)
+    plain = DequantisedWeight("4 bits", values, 0.1, 0, np.round)
+    merged = DequantisedWeight("4 bits", values, 0.1, 0, np.floor, merge)
+    runner = OnnxRunner(a_quantised_graph(tmp_path))
+    rounding, preferred = rounding_of(runner, a_model(), {"plain": plain, "merged": merged})
+    assert rounding == {"merged": np.floor} and list(preferred) == ["merged"]
+    assert preferred["merged"].tolist() == values.tolist()
