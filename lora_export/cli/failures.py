@@ -31,7 +31,7 @@ from lora_export.errors import (
 
 ERROR_SCHEMA = "lora-export/error/1"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-KINDS = {
+FAILURE_KINDS = {
     1: "bug",
     2: "usage",
     3: "input",
@@ -90,7 +90,7 @@ class Invocation:
             "schema": ERROR_SCHEMA,
             "error": failure.message,
             "exit": failure.exit_code,
-            "kind": KINDS.get(failure.exit_code, "usage"),
+            "kind": FAILURE_KINDS.get(failure.exit_code, "usage"),
             "command": ["lora-export", *self.arguments],
             **failure.facts,
         }

@@ -29,7 +29,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 WRAPPER = "base_model.model."
-SHOWN = 3  # names that a note lists
+SHOWN_TENSORS = 3  # names that a note lists
 LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" or "in_out"; PEFT ignores it
 
 # Fields that the reader uses, or that do not affect the weights.
@@ -564,8 +564,8 @@ def _notes(
     ]
     if keys[UNUSED]:
         unused = list(keys[UNUSED])
-        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
-        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN])}{more}")
+        more = f" and {len(unused) - SHOWN_TENSORS} more" if len(unused) > SHOWN_TENSORS else ""
+        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN_TENSORS])}{more}")
     return tuple(notes)
 
 

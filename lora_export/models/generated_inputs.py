@@ -56,7 +56,7 @@ def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
     Raises InputRefused where the config does not determine them.
     """
     takes = list(inspect.signature(module.forward).parameters)
-    parts = [part for kind in KINDS if (part := kind(module, takes, folder)) is not None]
+    parts = [part for kind in INPUT_KINDS if (part := kind(module, takes, folder)) is not None]
     axes = {name: dict(part.axes[name]) for name in takes for part in parts if name in part.axes}
     if module.main_input_name not in axes:
         raise InputRefused(
@@ -232,4 +232,4 @@ def _normal(
     return Part({name: axes}, make, dict(sizes or {}), dict(steps or {}))
 
 
-KINDS = (_text, _decoder, _image, _waveform, _spectrogram)
+INPUT_KINDS = (_text, _decoder, _image, _waveform, _spectrogram)
