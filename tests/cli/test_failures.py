@@ -278,5 +278,5 @@ def test_sigterm_of_a_process_ends_with_a_document(place: Path, tmp_path: Path) 
 
 def test_every_exit_code_of_an_error_has_a_kind() -> None:
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
-    assert codes <= set(cli.failures.KINDS)
-    assert len(set(cli.failures.KINDS.values())) == len(cli.failures.KINDS)
+    assert codes <= set(cli.failures.FAILURE_KINDS)
+    assert len(set(cli.failures.FAILURE_KINDS.values())) == len(cli.failures.FAILURE_KINDS)
