@@ -47,8 +47,10 @@ def test_what_is_wrong_fails_with_the_commands_own_screen(place: Path, capsys: p
     assert isinstance(failed.value, AssertionError)
     assert failed.value.proof.verdict.outcome is Outcome.DIFFERENT
     capsys.readouterr()
-    assert cli.run(["verify", str(place / "wrong.pt"), "--model", FACTORY, "-a", str(place / "adapter")]) == 4
-    assert str(failed.value) == capsys.readouterr().out.rstrip("\n")
+    assert cli.run(["verify", str(place / "wrong.pt"), "--model", FACTORY, "-a", str(place / "adapter"), "-v"]) == 4
+    headline, recorded, *lines = capsys.readouterr().out.splitlines()
+    assert "the weight 1.1" in recorded  # by the record in the file
+    assert str(failed.value).splitlines() == [headline, *lines]
     assert_parity(place / "wrong.pt", FACTORY, place / "adapter", strengths=[1.1])
 
 

@@ -68,7 +68,7 @@ def require_same(proof: Proof, what: str = "") -> Proof:
     if proof.verdict.same:
         return proof
     kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
-    message = f"{what}: {proof.verdict}" if what else str(proof.verdict)
+    message = f"{what}: {proof.verdict.summary}" if what else proof.verdict.summary
     if proof.diagnosis:
         message += f"\n{proof.diagnosis}"
     raise kind(f"{message}\nNothing was written. --no-verify would publish the file without a proof.", proof)

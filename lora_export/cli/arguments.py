@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from lora_export.cli import failures
+from lora_export.cli import failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.errors import WrongUsage, one_line
@@ -101,6 +101,10 @@ inputs_option = click.option(
 class Command(click.Command):
     """A command whose Python function may refuse its arguments: that is shown as click shows its own usage errors."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params += verbosity.options()
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does. A failure from here on is that of this command."""
         if (invocation := ctx.find_object(Invocation)) is not None:
@@ -164,10 +168,12 @@ def wrote(path: Path, more: str = "") -> None:
 
 
 def command_line() -> list[str]:
-    """The command as it was given, defaults left out, to be given again."""
+    """The command as it was given, defaults left out, to be given again. -q and -v change no result."""
     context = click.get_current_context()
     words = ["lora-export", str(context.info_name)]
     for parameter in context.command.params:
+        if str(parameter.name) not in context.params:
+            continue
         if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
             continue
         value = context.params[str(parameter.name)]

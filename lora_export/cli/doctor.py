@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from lora_export.cli.arguments import Command, json_option, print_document
+from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import EnvironmentLacking
 from lora_export.runtime.environment import Facts, examine
 from lora_export.runtime.environment_problems import Problem, find_problems, list_versions
@@ -45,13 +46,26 @@ def command(provider: str | None, as_json: bool) -> None:
         document = asdict(facts) | {"problems": [asdict(problem) for problem in found], "ok": not found}
         print_document(document, indent=2)
     else:
-        show(facts, found, Console(highlight=False, markup=False))
+        console = Console(highlight=False, markup=False)
+        if verbosity() is Verbosity.FULL:
+            show_tables(facts, console)
+        elif verbosity() is Verbosity.SHORT:
+            console.print(*_summary(facts), sep="\n", soft_wrap=True)
+        show_problems(found, console)
     if found:
         raise EnvironmentLacking("; ".join(problem.what for problem in found))
 
 
-def show(facts: Facts, found: Iterable[Problem], console: Console) -> None:
-    """Print the facts as tables, then what is wrong and what to do about it."""
+def show_problems(found: Sequence[Problem], console: Console) -> None:
+    """Print what is wrong and what to do about it."""
+    for number, problem in enumerate(found, start=1):
+        console.print(f"{number}. {problem.what}\n   -> {problem.remedy}", soft_wrap=True)
+    if not found:
+        console.print("Nothing is wrong.")
+
+
+def show_tables(facts: Facts, console: Console) -> None:
+    """Print the facts as tables."""
     from rich.table import Table
 
     packages = Table("package", "installed", "wanted", "", title="packages")
@@ -63,10 +77,20 @@ def show(facts: Facts, found: Iterable[Problem], console: Console) -> None:
         providers.add_row(provider.name, f"no ({provider.fault})" if provider.fault else "yes")
     console.print(packages, providers, sep="\n")
     console.print(*_story(facts), sep="\n", soft_wrap=True)
-    for number, problem in enumerate(found, start=1):
-        console.print(f"{number}. {problem.what}\n   -> {problem.remedy}", soft_wrap=True)
-    if not found:
-        console.print("Nothing is wrong.")
+
+
+def _summary(facts: Facts) -> list[str]:
+    """The facts in few lines."""
+    needed = [package for package in facts.packages if not package.extra]
+    right = [package for package in needed if package.installed and not package.fault]
+    absent = [f"{package.name} (extra `{package.extra}`)" for package in facts.packages if not package.installed]
+    working = [provider.name for provider in facts.providers if not provider.fault]
+    return [
+        f"packages: {len(right)} of {len(needed)} that are needed are right",
+        *([f"not installed, optional: {', '.join(absent)}"] if absent else []),
+        f"{list_versions(facts.onnxruntimes) or 'onnxruntime'}: {', '.join(working) or 'no provider'} runs a model",
+        *_story(facts),
+    ]
 
 
 def _story(facts: Facts) -> list[str]:

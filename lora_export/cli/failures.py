@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from lora_export.cli import verbosity
+from lora_export.cli.verbosity import Verbosity
 from lora_export.errors import (
     EnvironmentLacking,
     InputRefused,
@@ -61,6 +63,7 @@ class Failure:
     exit_code: int
     text: str  # the message as a person reads it on stderr, with click's usage lines
     facts: dict[str, Any] = field(default_factory=dict)  # more for the JSON document
+    details: str = ""  # what -v prints besides: every figure of a proof, and the original of a wrapped error
 
 
 @dataclass
@@ -114,7 +117,20 @@ def failure_of(error: BaseException) -> Failure | None:
     if isinstance(error, click.ClickException):
         return Failure(error.format_message(), error.exit_code, _usage(error))
     known = _known(error)
-    return None if known is None else Failure(known[0], known[1], f"Error: {known[0]}", _facts(error))
+    if known is None:
+        return None
+    return Failure(known[0], known[1], f"Error: {known[0]}", _facts(error), _details(error))
+
+
+def _details(error: BaseException) -> str:
+    proof = getattr(error, "proof", None)
+    original = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    parts = [] if proof is None else [str(proof.verdict)]
+    if original is not None:
+        import traceback
+
+        parts += ["The original error:", *traceback.format_exception(original)]
+    return "\n".join(part.rstrip("\n") for part in parts)
 
 
 def bug(error: BaseException) -> Failure:
@@ -189,6 +205,8 @@ def show_failure(failure: Failure, invocation: Invocation) -> None:
     """Print a failure on stderr, and give it to the programs that wait for a result."""
     if failure.text:
         _print_error(failure.text, invocation.arguments)
+    if failure.details and invocation.context and verbosity.verbosity(invocation.context) is Verbosity.FULL:
+        _print_error(failure.details, invocation.arguments)
     if invocation.answered:
         return
     if invocation.wants_json:
@@ -205,8 +223,10 @@ def print_json(document: Any, indent: int | None = None) -> None:
 
 def print_message(line: str) -> None:
     """Print a message on stderr, in one line whatever names it contains. A closed stderr does not stop the work."""
-    with contextlib.suppress(OSError):
-        click.echo(one_line(line), err=True)
+    shown = verbosity.shown(line)
+    if shown is not None:
+        with contextlib.suppress(OSError):
+            click.echo(one_line(shown), err=True)
 
 
 def _print_error(message: str, arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import click
 
 from lora_export.cli.arguments import Command
+from lora_export.cli.verbosity import Verbosity, verbosity
 
 # topic -> what its page explains; the first pages come first
 TOPICS = {
@@ -40,7 +41,7 @@ def command(topic: str | None) -> None:
     if topic is None:
         width = max(map(len, TOPICS))
         for name, line in TOPICS.items():
-            click.echo(f"{name:{width}}  {line}")
+            click.echo(name if verbosity() is Verbosity.QUIET else f"{name:{width}}  {line}")
         return
     if topic not in TOPICS:
         nearest = difflib.get_close_matches(topic, TOPICS, n=1)

@@ -18,6 +18,10 @@ from lora_export.cli.arguments import (
     print_message,
 )
 from lora_export.cli.progress import shown
+from lora_export.cli.verbosity import Verbosity, verbosity
+from lora_export.errors import one_line
+
+PLANNED = 5  # weights of the short screen of --dry-run
 
 EXAMPLE = """\b
 Example:
@@ -134,6 +138,11 @@ def command(
         facts = {} if result.report is None else {"output": str(output)}
         print_document(facts | report.as_dict(result.report or result.plan))
     elif result.report is None:
-        report.print_plan(report.console(), result.plan)
-    else:
+        most = {Verbosity.QUIET: 0, Verbosity.SHORT: PLANNED, Verbosity.FULL: None}[verbosity()]
+        report.print_plan(report.console(), result.plan, most)
+    elif verbosity() is Verbosity.QUIET:
+        click.echo(f"wrote {one_line(str(output))}")
+    elif verbosity() is Verbosity.FULL:
         report.print_merge_report(report.console(), result.report, output)
+    else:
+        report.print_merge_summary(report.console(), result.report, output)

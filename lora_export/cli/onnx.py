@@ -13,7 +13,6 @@ from lora_export.cli.arguments import (
     print_message,
     provider_option,
     publishing_options,
-    wrote,
 )
 from lora_export.cli.progress import shown
 
@@ -104,7 +103,7 @@ def command(
     the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter.
     """
     from lora_export.api.onnx import export_onnx
-    from lora_export.cli.verdicts import onnx_proofs_document, show_onnx_proofs
+    from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs
 
     with shown() as on_progress:
         result = export_onnx(
@@ -133,5 +132,4 @@ def command(
         print_document({"output": str(output), **onnx_proofs_document(result.proofs), **files})
         return
     show_onnx_proofs(result.proofs)
-    for path in result.files:
-        wrote(path)
+    show_files(result.files)

@@ -9,6 +9,7 @@ import click
 
 from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message
 from lora_export.cli.progress import shown
+from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
 
 # Score in the result -> what it was measured on
@@ -155,6 +156,6 @@ def command(
             }
         )
         return
-    for name, score in result.scores.items():
+    for name, score in result.scores.items() if verbosity() is not Verbosity.QUIET else ():
         click.echo(f"{MEASURED[name]}: {score}")
     click.echo(f"wrote {one_line(str(output))} ({result.adapter.parameters:,} numbers)")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_export import report
-from lora_export.cli.arguments import print_message
+from lora_export.cli.arguments import print_message, wrote
+from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.report import github
 from lora_export.verification.against_checkpoint import Audit
+
+MOST_ADAPTERS = 4  # of the short screen
+MOST_FILES = 3  # of the short screen
 
 if TYPE_CHECKING:
     from lora_export.api.onnx_options import OnnxProofs
@@ -28,12 +33,22 @@ def proof_document(proof: Proof | None) -> dict[str, Any] | None:
     )
 
 
-def show_proof(proof: Proof | None) -> None:
-    """Print the verdict on stdout, on one screen."""
+def show_proof(proof: Proof | None, name: str = "") -> None:
+    """Print the verdict on stdout: on one screen with -v, else in few lines. `name` says of what, where there are
+    several.
+    """
     if proof is None:
         click.echo("not verified (--no-verify)")
+        return
+    verdict, chosen = proof.verdict, verbosity()
+    if chosen is Verbosity.FULL:
+        if name:
+            click.echo(f"{name}:")
+        report.print_verdict(report.console(), verdict, proof.placement, proof.diagnosis)
+    elif name or chosen is Verbosity.QUIET:
+        report.print_headline(report.console(), verdict, proof.placement, name)
     else:
-        report.print_verdict(report.console(), proof.verdict, proof.placement, proof.diagnosis)
+        report.print_summary(report.console(), verdict, proof.placement, proof.diagnosis)
 
 
 def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
@@ -48,22 +63,47 @@ def onnx_proofs_document(proofs: OnnxProofs | None) -> dict[str, Any]:
 
 
 def show_onnx_proofs(proofs: OnnxProofs | None) -> None:
-    """Print the verdicts of an ONNX export on stdout: one screen each."""
+    """Print the verdicts of an ONNX export on stdout, all of which are `same`."""
     if proofs is None or proofs.unlike_base is None:
         show_proof(proofs.whole if proofs else None)
         return
-    named = [("the base", proofs.whole), *proofs.adapters.items()]
-    for name, proof in [*named, *([("mixed batches", proofs.mixed)] if proofs.mixed else [])]:
-        click.echo(f"{name}:")
-        show_proof(proof)
+    adapters = list(proofs.adapters.items())
+    if len(adapters) > MOST_ADAPTERS and verbosity() is not Verbosity.FULL:
+        adapters.sort(key=lambda named: -largest_limit_used(named[1]))
+        adapters = adapters[:MOST_ADAPTERS]
+    show_proof(proofs.whole, "the base")
+    for name, proof in adapters:
+        show_proof(proof, name)
+    if more := len(proofs.adapters) - len(adapters):
+        click.echo(f"and {more} adapters more, each the same and farther from its limits (-v)")
+    if proofs.mixed:
+        show_proof(proofs.mixed, "mixed batches")
+
+
+def largest_limit_used(proof: Proof) -> float:
+    """The used part of the limit of the output that is closest to it."""
+    return max((figures.limit_used for _, figures in proof.verdict.measured), default=0.0)
+
+
+def show_files(paths: Sequence[Path]) -> None:
+    """Print the paths of files that were written, and their sizes. The short screen has the first ones."""
+    shown = paths if verbosity() is not Verbosity.SHORT else paths[:MOST_FILES]
+    for path in shown:
+        wrote(path)
+    if more := len(paths) - len(shown):
+        click.echo(f"and {more} files more beside it (-v)")
 
 
 def show_verification(result: Verification) -> None:
-    """Print a verdict of `verify` on stdout, on one screen."""
-    if isinstance(result.proof, Audit):
-        report.print_verdict(report.console(), result.proof)
-    else:
+    """Print a verdict of `verify` on stdout."""
+    if not isinstance(result.proof, Audit):
         show_proof(result.proof)
+    elif verbosity() is Verbosity.QUIET:
+        report.print_headline(report.console(), result.proof)
+    elif verbosity() is Verbosity.SHORT:
+        report.print_summary(report.console(), result.proof)
+    else:
+        report.print_verdict(report.console(), result.proof)
 
 
 def annotate_github(result: Verification, title: str) -> None:

@@ -20,8 +20,11 @@ from lora_export.report.sentences import placement_lines
 from lora_export.report.terminal import (
     console,
     print_adapter,
+    print_headline,
     print_merge_report,
+    print_merge_summary,
     print_plan,
+    print_summary,
     print_verdict,
     screen,
 )
@@ -41,8 +44,11 @@ __all__ = [
     "page",
     "placement_lines",
     "print_adapter",
+    "print_headline",
     "print_merge_report",
+    "print_merge_summary",
     "print_plan",
+    "print_summary",
     "print_verdict",
     "screen",
     "write",

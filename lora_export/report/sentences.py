@@ -14,8 +14,7 @@ SHOWN_NODES = 5  # nodes that ran on another provider
 
 def headline(verdict: Verdict | Audit, placement: Placement | None = None) -> str:
     """The verdict in one line: `same: error 0.00004 % of the adapter's effect, …, 3 cases, CPU 75/75 nodes`."""
-    first = verdict.headline if isinstance(verdict, Verdict) else str(verdict).splitlines()[0]
-    return f"{first}, {_short(placement)}" if placement else first
+    return f"{verdict.headline}, {_short(placement)}" if placement else verdict.headline
 
 
 def _short(placement: Placement) -> str:

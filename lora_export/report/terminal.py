@@ -35,21 +35,53 @@ def console(file: TextIO | None = None) -> Console:
 # --- A verdict ---
 
 
+def print_headline(to: Console, verdict: Verdict | Audit, placement: Placement | None = None, name: str = "") -> None:
+    """Print a verdict in one line, after the name of what it is about."""
+    rest = printable(headline(verdict, placement).removeprefix(verdict.outcome))
+    before = one_line(f"{name}: ") if name else ""
+    to.print(Text.assemble(before, (verdict.outcome, f"bold {COLOURS[verdict.outcome]}"), rest), soft_wrap=True)
+
+
+def print_summary(
+    to: Console, verdict: Verdict | Audit, placement: Placement | None = None, diagnosis: Diagnosis | None = None
+) -> None:
+    """Print a verdict in few lines. Where it is `same`, one; else also where it begins to differ, and the reasons."""
+    print_headline(to, verdict, placement)
+    recorded, reasons = verdict.summary_lines
+    for line in recorded:
+        _print_reason(to, line, verdict)
+    _print_diagnosis(to, diagnosis, verdict)
+    for line in reasons:
+        _print_reason(to, line, verdict)
+    if placement and placement.off_provider:
+        _print_placement(to, placement)
+
+
 def print_verdict(
     to: Console, verdict: Verdict | Audit, placement: Placement | None = None, diagnosis: Diagnosis | None = None
 ) -> None:
     """Print one screen: headline, reasons, the outputs closest to their limits, diagnosis, placement."""
-    colour = COLOURS[verdict.outcome]
-    first, *lines = _verdict_lines(verdict, placement)
-    rest = printable(first.removeprefix(verdict.outcome))
-    to.print(Text.assemble((verdict.outcome, f"bold {colour}"), rest), soft_wrap=True)
-    for line in lines:
-        style = colour if line.startswith("  - ") else "bold" if line.startswith(f"    {DECIDES}") else ""
-        _print_wrapped(to, line, style)
+    print_headline(to, verdict, placement)
+    for line in str(verdict).splitlines()[1:]:
+        _print_reason(to, line, verdict)
+    _print_diagnosis(to, diagnosis, verdict)
+    if placement:
+        _print_placement(to, placement)
+
+
+def _print_reason(to: Console, line: str, verdict: Verdict | Audit) -> None:
+    is_reason, is_remedy = line.startswith("  - "), line.startswith(f"    {DECIDES}")
+    _print_wrapped(to, line, COLOURS[verdict.outcome] if is_reason else "bold" if is_remedy else "")
+
+
+def _print_diagnosis(to: Console, diagnosis: Diagnosis | None, verdict: Verdict | Audit) -> None:
     for line in str(diagnosis).splitlines() if diagnosis else ():
-        _print_wrapped(to, line, colour if diagnosis and diagnosis.first else "")
-    for line in placement_lines(placement) if placement else ():
-        _print(to, line, style="red" if placement and placement.off_provider else "")
+        _print_wrapped(to, line, COLOURS[verdict.outcome] if diagnosis and diagnosis.first else "")
+
+
+def _print_placement(to: Console, placement: Placement) -> None:
+    for line in placement_lines(placement):
+        _print(to, line, style="red" if placement.off_provider else "")
 
 
 def screen(verdict: Verdict, placement: Placement | None = None, diagnosis: Diagnosis | None = None) -> str:
@@ -113,14 +145,30 @@ def _norm(pair: LoraPair) -> float:
 # --- A plan and a merge ---
 
 
-def print_plan(to: Console, plan: Plan) -> None:
-    """Print what `--dry-run` shows."""
-    _print(to, str(plan))
+def print_plan(to: Console, plan: Plan, most: int | None = None) -> None:
+    """Print what `--dry-run` shows: the counts, the notes, and what is done to each weight, at most to so many."""
+    lines = str(plan).splitlines()
+    head = len(lines) - len(plan.steps)
+    shown = lines if most is None else lines[: head + most]
+    _print(to, "\n".join(shown))
+    if most and (more := len(lines) - len(shown)):
+        _print(to, f"  and {count(more, 'weight')} more (-v)")
+
+
+def print_merge_summary(to: Console, report: MergeReport, output: Path | None = None) -> None:
+    """Print what a merge did in one line; the weights too, where rounding took more than a tenth of a change."""
+    _print(to, _merge_summary(report, output), style="bold")
+    if not all(result.retention >= LOW_RETENTION for result in report.results):
+        _print_retention(to, report)
 
 
 def print_merge_report(to: Console, report: MergeReport, output: Path | None = None) -> None:
     """Print what a merge did, and the weights that lost most of their change to rounding."""
     _print(to, _merge_summary(report, output), style="bold")
+    _print_retention(to, report)
+
+
+def _print_retention(to: Console, report: MergeReport) -> None:
     # NaN comes first: a weight whose retention is not known needs attention most.
     results = sorted(report.results, key=lambda result: -math.inf if math.isnan(result.retention) else result.retention)
     shown = results[:SHOWN_RESULTS]

@@ -52,7 +52,7 @@ def test_requested_cuda_exits_6_and_names_missing_libraries_and_wheels(monkeypat
 
 def test_missing_cuda_without_a_gpu_is_no_problem(monkeypatch, capsys):
     pretend(monkeypatch, WITHOUT_CUDA)
-    assert run(["doctor"]) == 0
+    assert run(["doctor", "-v"]) == 0
     out, err = capsys.readouterr()
     assert LIBRARIES[0] in out and "Nothing is wrong." in out and err == ""
 

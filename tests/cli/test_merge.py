@@ -106,7 +106,7 @@ def test_a_wrong_layout_option_is_refused(bare, capsys, text, code, message):
 
 def test_a_merge_writes_the_model_and_says_so(place, capsys):
     before = everything(place)
-    assert run(place, "base", "adapter", "-o", "out") == 0
+    assert run(place, "base", "adapter", "-o", "out", "-v") == 0
     assert result(place / "out") == (W + BA).tolist()
     assert {name: content for name, content in everything(place).items() if not name.startswith("out/")} == before
     told = capsys.readouterr()

@@ -73,14 +73,23 @@ class Audit:
             sorted(wrong, key=lambda weight: (weight.outcome is Outcome.UNDECIDED, -weight.off, -weight.error))
         )
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The outcome, and how many tensors are as they should be."""
         fates = [weight.fate for weight in self.weights if weight.outcome is Outcome.SAME]
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
-        lines = [f"{self.outcome}: {len(self.weights)} tensors, of which {counts or 'none'} as they should be"]
-        lines += [f"  {line}" for line in map(one_line, self.recorded)]
-        lines += [f"  {weight}" for weight in self.worst[:SHOWN_WEIGHTS]]
-        lines += [f"  and {len(self.worst) - SHOWN_WEIGHTS} more"] if len(self.worst) > SHOWN_WEIGHTS else []
-        return "\n".join([*lines, *(self._margins() if self else ())])
+        return f"{self.outcome}: {len(self.weights)} tensors, of which {counts or 'none'} as they should be"
+
+    @property
+    def summary_lines(self) -> tuple[list[str], list[str]]:
+        """Why the verdict is not `same`, in lines: what the candidate records, and the weights that are not right."""
+        weights = [f"  {weight}" for weight in self.worst[:SHOWN_WEIGHTS]]
+        more = len(self.worst) - len(weights)
+        return [f"  {one_line(line)}" for line in self.recorded], weights + ([f"  and {more} more"] if more else [])
+
+    def __str__(self) -> str:
+        recorded, weights = self.summary_lines
+        return "\n".join([self.headline, *recorded, *weights, *(self._margins() if self else ())])
 
     def _margins(self) -> list[str]:
         """How close the changed weights of a right checkpoint are to their bounds, and how many controls failed."""

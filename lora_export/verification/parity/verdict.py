@@ -269,8 +269,19 @@ class Verdict:
     def __bool__(self) -> bool:
         return self.same
 
+    @property
+    def summary_lines(self) -> tuple[list[str], list[str]]:
+        """Why the verdict is not `same`, in lines: what the candidate records, and the reasons."""
+        return [f"  - {line}" for line in self.recorded], list(self._reason_lines())
+
+    @property
+    def summary(self) -> str:
+        """The headline, and why the verdict is not `same`: no figures of single outputs."""
+        recorded, reasons = self.summary_lines
+        return "\n".join([self.headline, *recorded, *reasons])
+
     def __str__(self) -> str:
-        lines = [self.headline, *(f"  - {line}" for line in self.recorded), *self._reason_lines()]
+        lines = [self.summary]
         closest = self.nearest_to_failing
         lines += map(str, closest[:SHOWN])
         if len(closest) > SHOWN:
