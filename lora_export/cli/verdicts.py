@@ -34,9 +34,7 @@ def proof_document(proof: Proof | None) -> dict[str, Any] | None:
 
 
 def show_proof(proof: Proof | None, name: str = "") -> None:
-    """Print the verdict on stdout: on one screen with -v, else in few lines. `name` says of what, where there are
-    several.
-    """
+    """Print the verdict on stdout: on one screen with -v, else in few lines. `name` tells several verdicts apart."""
     if proof is None:
         click.echo("not verified (--no-verify)")
         return
