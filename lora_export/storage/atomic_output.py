@@ -178,6 +178,14 @@ def _file_errors(target: Path) -> Iterator[None]:
 # --- targets that are refused -------------------------------------------------------------------
 
 
+def byte_size(count: int) -> str:
+    """A number of bytes with three digits and a unit: `100 KB`, `1.5 GB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.0f} {unit}" if count >= 100 * size else f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
 def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> None:
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise OutputFailed(f"the output's name is longer than {LONGEST_NAME} bytes")
@@ -189,9 +197,7 @@ def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> 
         _refuse_overlap(target, _real(path))
     free = shutil.disk_usage(target.parent).free
     if required_bytes > free:
-        raise OutputFailed(
-            f"{target.parent} has {free / 1e9:.2f} GB free, the output needs {required_bytes / 1e9:.2f} GB"
-        )
+        raise OutputFailed(f"{target.parent} has {byte_size(free)} free, {byte_size(required_bytes)} needed")
 
 
 def _refuse_overlap(target: Path, source: Path) -> None:

@@ -383,10 +383,27 @@ def test_a_target_without_a_name_is_refused(tmp_path, monkeypatch, write, target
         write(Path(target), overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((0, "0 bytes"), (999, "999 bytes"), (1000, "1 KB"), (100_000, "100 KB"), (401_234, "401 KB")),
+        *((1_500_000, "1.5 MB"), (2**30, "1.07 GB"), (13_500_000_000, "13.5 GB"), (10**15, "1,000,000 GB")),
+    ],
+)
+def test_sizes_have_a_unit_that_shows_them(count, text):
+    assert atomic_output.byte_size(count) == text
+
+
+def test_small_sizes_of_a_full_disk_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic_output.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000}))
+    with pytest.raises(OutputFailed, match=f"{tmp_path} has 100 KB free, 401 KB needed"):
+        write_file(tmp_path / "out", required_bytes=401_000)
+
+
 @pytest.mark.fault(27, 30)
 @WRITERS
 def test_too_little_space_is_refused_before_writing(tmp_path, write):
-    with pytest.raises(OutputFailed, match=r"GB free, the output needs 1000000000\.00 GB"):
+    with pytest.raises(OutputFailed, match=r" [KMG]B free, 1,000,000,000 GB needed"):
         write(tmp_path / "out", required_bytes=10**18)
 
 

@@ -271,17 +271,18 @@ class Verdict:
 
     @property
     def summary_lines(self) -> tuple[list[str], list[str]]:
-        """Why the verdict is not `same`, in lines: what the candidate records, and the reasons."""
-        return [f"  - {line}" for line in self.recorded], list(self._reason_lines())
+        """Why the verdict is not `same`, in lines: what the candidate records; the reasons and the notes."""
+        notes = () if self.same else (f"note: {note}" for note in self.notes)
+        return [f"  - {line}" for line in self.recorded], [*self._reason_lines(), *notes]
 
     @property
     def summary(self) -> str:
-        """The headline, and why the verdict is not `same`: no figures of single outputs."""
+        """The headline and, where the verdict is not `same`, why: no figures of single outputs."""
         recorded, reasons = self.summary_lines
         return "\n".join([self.headline, *recorded, *reasons])
 
     def __str__(self) -> str:
-        lines = [self.summary]
+        lines = [self.headline, *(f"  - {line}" for line in self.recorded), *self._reason_lines()]
         closest = self.nearest_to_failing
         lines += map(str, closest[:SHOWN])
         if len(closest) > SHOWN:
