@@ -1,4 +1,4 @@
-"""`lora-export onnx MODEL.onnx`: adapters into a graph that was made elsewhere, proven against that graph."""
+"""`lora-export onnx MODEL.onnx`: adapters into a graph that was that exists already, proven against that graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that are swapped while a graph runs, through the command line: `onnx --lora inputs`, `convert`, `verify`."""
+"""`lora-export onnx` with adapters that are swapped while the graph runs, and `convert` and `verify` of such graphs."""
 
 from __future__ import annotations
 
