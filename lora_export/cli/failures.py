@@ -223,7 +223,7 @@ def print_json(document: Any, indent: int | None = None) -> None:
 
 def print_message(line: str) -> None:
     """Print a message on stderr, in one line whatever names it contains. A closed stderr does not stop the work."""
-    shown = verbosity.shown(line)
+    shown = verbosity.message_to_print(line)
     if shown is not None:
         with contextlib.suppress(OSError):
             click.echo(one_line(shown), err=True)

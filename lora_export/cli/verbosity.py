@@ -6,7 +6,7 @@ from enum import IntEnum
 
 import click
 
-KEY = "lora_export.verbosity"  # in the context's `meta`
+VERBOSITY_KEY = "lora_export.verbosity"  # in the context's `meta`
 NOTES = "lora_export.notes"  # how many notes were printed
 MOST_NOTES = 4  # of the short screen
 
@@ -20,7 +20,7 @@ class Verbosity(IntEnum):
 def verbosity(context: click.Context | None = None) -> Verbosity:
     """What the user chose for the running command."""
     context = context or click.get_current_context(silent=True)
-    return context.meta.get(KEY, Verbosity.SHORT) if context else Verbosity.SHORT
+    return context.meta.get(VERBOSITY_KEY, Verbosity.SHORT) if context else Verbosity.SHORT
 
 
 def options() -> list[click.Option]:
@@ -46,12 +46,12 @@ def options() -> list[click.Option]:
 def _choose(context: click.Context, parameter: click.Parameter, chosen: bool) -> None:
     if not chosen:
         return
-    if KEY in context.meta:
+    if VERBOSITY_KEY in context.meta:
         raise click.UsageError("-q and -v exclude each other", context)
-    context.meta[KEY] = Verbosity.QUIET if parameter.name == "quiet" else Verbosity.FULL
+    context.meta[VERBOSITY_KEY] = Verbosity.QUIET if parameter.name == "quiet" else Verbosity.FULL
 
 
-def shown(message: str) -> str | None:
+def message_to_print(message: str) -> str | None:
     """The message that is printed in place of this one; None where nothing is.
 
     -q leaves warnings only. Of the notes, the short screen has the first ones.

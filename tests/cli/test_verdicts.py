@@ -1,0 +1,115 @@
+"""Verdicts as the command line shows them: on a screen, as JSON, and in a GitHub job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_export.api.onnx_options import OnnxProofs
+from lora_export.cli import verdicts
+from lora_export.verification.against_checkpoint import Audit, AuditedWeight, Fate
+from lora_export.verification.parity import Outcome, Verdict
+from lora_export.verification.proof import Proof
+from support.verdicts import ABOUT, DIAGNOSIS, DIFFERENT, ON_CPU, SAME
+
+AUDIT = Audit(Outcome.DIFFERENT, (AuditedWeight("fc.weight", Fate.CHANGED, Outcome.DIFFERENT, "it is off", 6, 1),))
+
+
+def a_proof(verdict: Verdict = SAME, **fields: Any) -> Proof:
+    return Proof(verdict, ON_CPU, ABOUT, **fields)
+
+
+def a_verification(proof: Any) -> Any:
+    return SimpleNamespace(proof=proof, about=ABOUT)
+
+
+def test_a_proof_is_a_document_with_its_exit_code() -> None:
+    document = verdicts.proof_document(a_proof(DIFFERENT, diagnosis=DIAGNOSIS))
+    assert document is not None
+    assert (document["outcome"], document["exit_code"], document["diagnosis"]["first"]) == ("different", 4, "encoder.1")
+    assert document["placement"]["compute_nodes"] == 142 and document["about"]["seed"] == 3
+    assert verdicts.proof_document(None) is None
+
+
+def test_a_file_without_a_proof_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts.show_proof(None)
+    verdicts.show_onnx_proofs(None)
+    assert capsys.readouterr().out == "not verified (--no-verify)\n" * 2
+
+
+def test_a_verdict_is_printed_with_its_diagnosis(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts.show_proof(a_proof(DIFFERENT, diagnosis=DIAGNOSIS))
+    text = capsys.readouterr().out
+    assert text.startswith("different") and "encoder.1" in text and "142/142 nodes" in text
+
+
+def test_swapped_adapters_have_a_verdict_each(capsys: pytest.CaptureFixture[str]) -> None:
+    proofs = OnnxProofs(a_proof(), {"fr": a_proof(), "de": a_proof()}, mixed=a_proof(), unlike_base=[])
+    document = verdicts.onnx_proofs_document(proofs)
+    assert list(document) == ["proof", "bits_of_base", "adapters", "mixed"] and document["bits_of_base"] is True
+    assert list(document["adapters"]) == ["fr", "de"] and document["adapters"]["fr"]["outcome"] == "same"
+    assert verdicts.onnx_proofs_document(OnnxProofs(a_proof(), unlike_base=["y"]))["bits_of_base"] is False
+    verdicts.show_onnx_proofs(proofs)
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "the base", "fr", "de", "mixed batches",
+    ]  # fmt: skip
+
+
+def test_one_proof_is_the_whole_document(capsys: pytest.CaptureFixture[str]) -> None:
+    proofs = OnnxProofs(a_proof())
+    assert list(verdicts.onnx_proofs_document(proofs)) == ["proof"]
+    assert verdicts.onnx_proofs_document(None) == {"proof": None}
+    verdicts.show_onnx_proofs(proofs)
+    assert capsys.readouterr().out.startswith("same")
+
+
+def test_an_audit_is_printed_as_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts.show_verification(a_verification(AUDIT))
+    assert "fc.weight: different, it is off" in capsys.readouterr().out
+    verdicts.show_verification(a_verification(a_proof()))
+    assert capsys.readouterr().out.startswith("same")
+
+
+def test_outside_of_github_nothing_is_annotated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    verdicts.annotate_github(a_verification(a_proof(DIFFERENT)), "m.onnx")
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "summary.md").exists()
+
+
+def test_a_github_job_gets_annotations_and_a_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    summary = tmp_path / "summary.md"
+    summary.write_bytes(b"before\n")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    verdicts.annotate_github(a_verification(a_proof(DIFFERENT, diagnosis=DIAGNOSIS)), "m.onnx")
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("::error ") and "m.onnx" in printed.err
+    assert summary.read_text().startswith("before\n") and "different" in summary.read_text()
+
+
+def test_an_audit_is_annotated_by_its_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    verdicts.annotate_github(a_verification(AUDIT), "merged")
+    printed = capsys.readouterr().err
+    assert printed.startswith("::error ") and "fc.weight: different, it is off" in printed
+    assert not (tmp_path / "summary.md").exists(), "the summary is about what a model computes"
+
+
+def test_a_summary_that_cannot_be_written_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))  # a folder
+    verdicts.annotate_github(a_verification(a_proof()), "m.onnx")
+    assert "the summary of the run was not written: " in capsys.readouterr().err
