@@ -14,7 +14,7 @@ from torch import nn
 from lora_export import __version__, formats, layers, plan
 from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
 from lora_export.api.load import model_paths, refuse_pt2
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, MatchError, WrongUsage, listed
 from lora_export.formats import peft
 from lora_export.lora import Adapter
 from lora_export.models.huggingface import load_tokenizer, set_padding_token
@@ -26,6 +26,7 @@ from lora_export.training.batches import Data, array_data, token_data
 from lora_export.training.data import Examples, read_examples, split
 from lora_export.training.evaluation import Score, evaluate
 from lora_export.training.loop import TrainingHistory, fit
+from lora_export.weights.checkpoint import open_checkpoint
 
 HEADS = ("classifier", "score", "classification_head", "qa_outputs")  # names of task heads in transformers
 
@@ -102,9 +103,9 @@ def train(
     inputs = [data, *(path for path in model_paths(model) if path.is_dir())]
     with atomic_output.stage_folder(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as stage:
         torch.manual_seed(seed)  # the first values of a new head depend on it
-        loaded = load_model(str(model), labels=examples.classes if examples.texts else ())
+        loaded = load_model(str(model), labels=examples.classes if examples.texts else (), may_add=True)
         data_in, held_out = _prepared(loaded, examples, holdout=holdout, seed=seed, max_length=max_length)
-        heads = heads or _heads_of(loaded)
+        heads = _with_new_modules(loaded, heads or _heads_of(loaded))
         scores: dict[str, Score] = {}
         if compare_frozen:
             scores["frozen"] = _head_alone(loaded, heads, data_in, held_out, settings, on_message, on_progress)
@@ -117,6 +118,8 @@ def train(
             seed=seed,
             modules_to_save=heads,
         )
+        if misfit := _misfit(loaded, new):
+            on_message(misfit)
         layers.attach(loaded.module, plan.make([new], layers.specs(loaded.module), identity_ok=True), trainable=True)
         on_message(str(layers.count_parameters(loaded.module)))
         history = settings.fit(loaded.module, data_in, _on_step("training", on_progress))
@@ -164,6 +167,38 @@ def _heads_of(loaded: Model) -> tuple[str, ...]:
     if not loaded.is_huggingface:
         return ()
     return tuple(name for name, _ in loaded.module.named_children() if name in HEADS)
+
+
+def _with_new_modules(loaded: Model, heads: Sequence[str]) -> tuple[str, ...]:
+    """The heads, and the modules whose weights the folder lacks. They are trained and saved too, or would be lost.
+
+    Raises InputRefused where a new weight is not in a module of new weights alone.
+    """
+    new = set(loaded.new_weights)
+    found: list[str] = []
+    for path, part in loaded.module.named_modules():
+        tensors = {f"{path}.{name}" for name in part.state_dict()} if path else set()
+        if tensors and tensors <= new and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    if lost := [name for name in sorted(new) if not name.startswith(tuple(f"{path}." for path in found))]:
+        raise InputRefused(f"{loaded.source} lacks weights that no head contains:\n" + listed(lost, 10))
+    return (*heads, *(path for path in found if not any(f".{path}.".startswith(f".{head}.") for head in heads)))
+
+
+def _misfit(loaded: Model, new: Adapter) -> str:
+    """A note where the names of the module are not those of the folder's files; empty where the adapter fits both."""
+    if not loaded.is_huggingface:
+        return ""
+    try:
+        plan.make([new], open_checkpoint(Path(loaded.source)).specs, identity_ok=True, may_add=True)
+    except MatchError as error:
+        example = min(misfit.key for misfit in error.misfits)
+        return (
+            f"note: the adapter will not fit the files of {loaded.source}: {len(error.misfits)} of its {error.targets} "
+            f"tensors have names that transformers gives them when it loads the model, such as {example}. `merge` will "
+            "refuse it. `onnx`, `torchscript` and PEFT take it"
+        )
+    return ""
 
 
 def _head_alone(

@@ -95,7 +95,7 @@ def _text(module: Any, takes: list[str], _: Path) -> Part | None:
     token_types = getattr(text, "type_vocab_size", 0) or 0
     positions = getattr(text, "max_2d_position_embeddings", 0) or 0
     avoided = _placeholders(module.config)
-    ends = _pools_at_end(text)
+    ends = _summary_token(module, text)
 
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         shape = (sizes["batch"], sizes["sequence"])
@@ -127,11 +127,17 @@ def _placeholders(config: Any) -> list[int]:
     return [token for token in found if isinstance(token, int)]
 
 
-def _pools_at_end(text: Any) -> int | None:
-    """The token at which a text model of CLIP's family reads its summary; None for the others."""
+def _summary_token(module: Any, text: Any) -> int | None:
+    """The end token, where a model reads its summary of a text at it: CLIP's family, and classifiers such as BART's."""
     end = getattr(text, "eos_token_id", None)
     of_clip = "clip" in str(getattr(text, "model_type", "")) and hasattr(text, "projection_dim")
-    return end if of_clip and isinstance(end, int) and 0 < end < text.vocab_size else None
+    return end if (of_clip or _classifies_both(module)) and isinstance(end, int) and 0 < end < text.vocab_size else None
+
+
+def _classifies_both(module: Any) -> bool:
+    """Whether an encoder-decoder classifies a text, which is the input of both."""
+    is_classifier = type(module).__name__.endswith("ForSequenceClassification")
+    return is_classifier and bool(getattr(module.config, "is_encoder_decoder", False))
 
 
 def _with_end(ids: torch.Tensor, mask: torch.Tensor, end: int) -> torch.Tensor:
@@ -150,7 +156,7 @@ def _boxes(shape: tuple[int, int], positions: int, generator: torch.Generator) -
 def _decoder(module: Any, takes: list[str], _: Path) -> Part | None:
     """Token ids of the decoder of an encoder-decoder."""
     text = module.config.get_text_config(decoder=True)
-    if "decoder_input_ids" not in takes or not getattr(text, "vocab_size", None):
+    if "decoder_input_ids" not in takes or not getattr(text, "vocab_size", None) or _classifies_both(module):
         return None
 
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:

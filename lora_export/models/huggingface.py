@@ -61,8 +61,12 @@ def set_padding_token(model: Model, tokenizer: Any) -> None:
             part.pad_token_id = tokenizer.pad_token_id
 
 
-def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype) -> Model:
+def from_folder(
+    folder: Path, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype, *, may_add: bool = False
+) -> Model:
     """Load the model of a folder, with the task head that the adapters bring or the labels need.
+
+    With labels or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
 
     Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
     EnvironmentLacking without transformers.
@@ -73,7 +77,9 @@ def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]
     _refuse_more_layers(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
-        module = _pretrained(transformers, folder, fields, dtype)
+        module, new = _pretrained(transformers, folder, fields, dtype)
+    if not (may_add or labels):
+        _refuse_random_weights(folder, module, new, adapters)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         # Copied out of the mapped file: truncating that would end this process. Also, a verification that widens the
         # model tensor by tensor would hold all of both.
@@ -82,7 +88,7 @@ def from_folder(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]
     inputs = _inputs_of(module, folder)
     return Model(
         str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, steps=inputs.steps,
-        notes=inputs.notes,
+        notes=inputs.notes, new_weights=new,
     )  # fmt: skip
 
 
@@ -154,7 +160,22 @@ def _refuse_other_head(folder: Path, fields: dict[str, Any], labels: Sequence[st
     )
 
 
-def _pretrained(transformers: Any, folder: Path, fields: dict[str, Any], dtype: torch.dtype) -> Any:
+def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapters: Sequence[Adapter]) -> None:
+    """Raise InputRefused for weights that neither the folder nor an adapter has: no two loads would be the same."""
+    brought = [f".{name}" for adapter in adapters for name in adapter.replaced]
+    missing = [name for name in new if not any(end.endswith(f".{name}") or f".{name}".endswith(end) for end in brought)]
+    if missing:
+        adding = ", and no adapter brings them" if adapters else ""
+        raise InputRefused(
+            f"{folder} lacks weights of {type(module).__name__}{adding}. They would be random, and different each "
+            f"time:\n{listed(missing, 10)}"
+        )
+
+
+def _pretrained(
+    transformers: Any, folder: Path, fields: dict[str, Any], dtype: torch.dtype
+) -> tuple[Any, tuple[str, ...]]:
+    """The module, and the names of its weights that the folder lacks."""
     path = folder / CONFIG
     try:
         config = transformers.AutoConfig.for_model(**fields)
@@ -168,7 +189,10 @@ def _pretrained(transformers: Any, folder: Path, fields: dict[str, Any], dtype: 
         raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
     try:
-        return cls.from_pretrained(folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False)
+        module, loading = cls.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        return module, tuple(sorted(loading["missing_keys"]))
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type

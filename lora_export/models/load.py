@@ -30,16 +30,18 @@ def load_model(
     *,
     labels: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    may_add: bool = False,
 ) -> Model:
     """Load a model. Where the adapters bring a task head, the model gets that head, with new weights.
 
-    With `labels`, a Hugging Face model gets a new head that classifies texts into them. In another `dtype`,
+    With `labels`, a Hugging Face model gets a new head that classifies texts into them. With `may_add`, weights that a
+    folder lacks get random values, to be trained (`new_weights` of the model names them). In another `dtype`,
     transformers loads the model in it, or a factory's module is converted to it; so are the float inputs.
 
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, labels, dtype)
+    loaded = _load(source, adapters, labels, dtype, may_add=may_add)
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -52,9 +54,11 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
     return replace(model, make_inputs=make_inputs, notes=(*model.notes, note))
 
 
-def _load(source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype) -> Model:
+def _load(
+    source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype, *, may_add: bool
+) -> Model:
     if Path(source).is_dir():
-        return from_folder(Path(source), adapters, labels, dtype)
+        return from_folder(Path(source), adapters, labels, dtype, may_add=may_add)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")

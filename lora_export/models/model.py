@@ -45,6 +45,7 @@ class Model:
     is_huggingface: bool = False
     limits: Limits = field(default_factory=dict)  # the sizes that a symbol may have, if not all
     steps: Sizes = field(default_factory=dict)  # by how much a size has to change to make a difference, if not by 1
+    new_weights: tuple[str, ...] = ()  # weights that the folder lacks: they have random values, or an adapter's
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
 
     @property

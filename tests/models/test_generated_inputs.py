@@ -78,6 +78,17 @@ def test_a_text_of_clip_ends_where_its_padding_begins(tmp_path: Path) -> None:
         ]
 
 
+def test_a_classifier_of_an_encoder_decoder_gets_texts_with_one_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.BartForSequenceClassification(MODELS["bart"][1]()).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.input_names == ("input_ids", "attention_mask")
+    inputs = model.inputs({"batch": 5, "sequence": 29}, seed=0)
+    assert (inputs["input_ids"] == 2).sum(1).tolist() == [1] * 5
+    with torch.no_grad():
+        assert model.module(**inputs).logits.shape == (5, 3)
+
+
 def test_images_among_tokens_are_left_out_with_a_note(tmp_path: Path) -> None:
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION, image_size=8, patch_size=4),

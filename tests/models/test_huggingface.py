@@ -9,12 +9,15 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
 from lora_export.models.huggingface import load_tokenizer
 from lora_export.models.load import load_model
+from support.small_models import small_model
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +154,40 @@ def test_config_values_of_any_type_load_or_are_refused(tiny_bert: Path, tmp_path
         except InputRefused:
             refused += 1
     assert refused > 3
+
+
+# --- Weights that a folder lacks ---
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DistilBERT whose config names a classifier that its files lack."""
+    base = small_model("distilbert", tmp_path_factory.mktemp("headless"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["DistilBertForSequenceClassification"]}))
+    return base
+
+
+def head(*names: str) -> Adapter:
+    return Adapter("a", "peft", {}, replaced={name: np.ones((2, 16), np.float32) for name in names})
+
+
+def test_random_weights_are_refused_by_name(headless: Path) -> None:
+    with pytest.raises(
+        InputRefused, match=r"lacks weights of DistilBertForSequenceClassification\. They would be"
+    ) as error:
+        load_model(str(headless))
+    names = ["classifier.bias", "classifier.weight", "pre_classifier.bias", "pre_classifier.weight"]
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == names
+
+
+def test_weights_to_be_trained_may_be_new(headless: Path) -> None:
+    names = ("classifier.bias", "classifier.weight", "pre_classifier.bias", "pre_classifier.weight")
+    assert load_model(str(headless), may_add=True).new_weights == names
+
+
+def test_adapters_bring_all_new_weights_or_none(headless: Path) -> None:
+    names = ("classifier.weight", "classifier.bias")
+    with pytest.raises(InputRefused, match=r"and no adapter brings them\. [^:]*:\n  pre_classifier.bias\n  pre_class"):
+        load_model(str(headless), [head(*names)])
+    load_model(str(headless), [head(*names, "pre_classifier.weight", "pre_classifier.bias")])

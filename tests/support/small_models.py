@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.pytorch_utils import Conv1D
 
 TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -87,7 +87,10 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "t5": (
         "T5ForConditionalGeneration",
-        lambda: hf.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+        lambda: hf.T5Config(
+            vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0,
+            eos_token_id=2,
+        ),
     ),
     "bart": (
         "BartForConditionalGeneration",
@@ -175,9 +178,10 @@ WORDS = ["<pad>", "<unk>", "<eos>", "bad", "good", "very", "film", "a", "the"]
 
 
 def words_tokenizer(folder: Path, *, pad: str | None = "<pad>") -> Path:
-    """Save a tokenizer of nine words in a model's folder."""
+    """Save a tokenizer of nine words, which ends each text, in a model's folder."""
     tokens = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
     special = {"unk_token": "<unk>", "eos_token": "<eos>"} | ({"pad_token": pad} if pad else {})
     hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
     return folder
