@@ -114,17 +114,21 @@ class PyTorchReferences:
     def inputs(self, candidate: Runner) -> Inputs:
         """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
         cases = case_inputs(self.model, candidate, seed=self.seed, user_inputs=self.user_inputs, adapters=self.adapters)
-        varied = list(cases.values())[min(2, len(cases) - 1)]
+        varied = cases[self.user_inputs.name] if self.user_inputs else list(cases.values())[min(2, len(cases) - 1)]
         perturbed = self._perturbed(candidate, varied)
         constant = [name for name in self.model.input_names if name not in perturbed]
+        # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
+        unknown = () if self.model.is_huggingface else constant
         return Inputs(
             cases,
             varied,
             perturbed,
             unjudged=_unjudged(cases) if self.model.is_huggingface else {},
-            notes=tuple(
-                f"the input {name} is the same in every draw: its effect was not tested. --inputs can vary it"
-                for name in constant
+            notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in constant),
+            doubts=tuple(
+                f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
+                "Give it other values with --inputs FILE.npz, or in the example inputs of the factory"
+                for name in unknown
             ),
         )
 
@@ -201,8 +205,8 @@ class PreparedPyTorch:
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
         coverage = RowCoverage(deployed.module, model, self.references.adapters)
         own = {name: deployed.run(arrays) for name, arrays in cases.items()}
-        sizes = doubts_on_sizes(self.candidate, model, self.references.fixed)
-        doubts, rows = [*coverage.doubts, *sizes], coverage.notes  # read here: runs on other inputs would add to them
+        doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
+        doubts = [*doubts, *doubts_on_sizes(self.candidate, model, self.references.fixed), *self.inputs.doubts]
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
         by_role, narrow_operators = self._in_fp64(own, step)
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does

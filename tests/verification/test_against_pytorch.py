@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,13 +192,25 @@ def test_token_rows_that_no_input_reads_are_undecided() -> None:
     assert any("words.weight: none of the 2 rows" in reason.text for reason in result.verdict.reasons)
 
 
-def test_input_that_never_varies_is_a_note(scaled: model.Model) -> None:
+def test_input_that_never_varies_is_undecided_until_the_user_varies_it(tmp_path: Path) -> None:
     base = load_model(f"{FACTORIES}:worded")
     pair = LoraPair(a=np.ones((1, 4)), b=np.ones((4, 1)), scale=0.5)
     adapter = Adapter(name="a", format="test", pairs={"dense": pair}, sha256="0a")
-    result = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
-    assert result.verdict.same
-    assert any("the input mask is the same in every draw" in note for note in result.verdict.notes)
+    right = folded(base, adapter)
+
+    class Unmasked(torch_runners.ModuleRunner):
+        def run(self, inputs: Arrays) -> Arrays:
+            return super().run({**inputs, "mask": np.ones_like(inputs["mask"])})
+
+    for candidate in (right, Unmasked(right.module)):
+        verdict = prove(candidate, PyTorchReferences(base, [adapter])).verdict
+        assert verdict.outcome is parity.Outcome.UNDECIDED
+        assert "the input mask is the same in every draw" in str(verdict)
+    np.savez(tmp_path / "own.npz", ids=np.array([[1, 2, 3, 4]]), mask=np.array([[1, 1, 0, 0]]))
+    references = PyTorchReferences(base, [adapter], user_inputs=tmp_path / "own.npz")
+    assert prove(right, references).verdict.same
+    wrong = prove(Unmasked(right.module), references).verdict
+    assert wrong.outcome is parity.Outcome.DIFFERENT and "changing the input mask" in str(wrong)
 
 
 def test_outputs_before_a_rows_first_token_are_not_judged(llama: model.Model) -> None:

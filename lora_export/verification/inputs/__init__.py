@@ -27,6 +27,7 @@ class Inputs:
     # Case -> bool [batch, sequence]: positions whose outputs are not judged, since a row's tokens begin later.
     unjudged: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()  # what these inputs cannot show: nothing is decided then
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
