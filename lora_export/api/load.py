@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_export import formats
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
 
 if TYPE_CHECKING:
@@ -42,6 +42,12 @@ def adapter_paths(sources: AdapterSources) -> list[Path]:
     """The paths from which adapters are read; an output must not be inside one of them."""
     paths = [source for source in _as_list(sources) if not isinstance(source, Adapter)]
     return [split_name(path)[1] if isinstance(path, str) else path for path in paths]
+
+
+def refuse_weights_alone(sources: AdapterSources, weights: Sequence[float]) -> None:
+    """Raise WrongUsage for weights without adapters. Their number is compared when the adapters are known."""
+    if weights and not _as_list(sources):
+        raise WrongUsage("--weight is a factor on an adapter, and there is no adapter (-a)")
 
 
 def _as_list(sources: AdapterSources) -> Sequence[AdapterSource]:

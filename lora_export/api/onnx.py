@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
-from lora_export.api.load import AdapterSources, ModelSource, adapter_paths, load_adapters, refuse_pt2
+from lora_export.api.load import (
+    AdapterSources,
+    ModelSource,
+    adapter_paths,
+    load_adapters,
+    refuse_pt2,
+    refuse_weights_alone,
+)
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
@@ -60,6 +67,7 @@ def export_onnx(
     together. Nothing is published then, and an existing output is unchanged.
     """
     refuse_pt2(model)
+    refuse_weights_alone(adapters, weights)
     options = OnnxOptions(
         output=Path(output),
         lora=lora,

@@ -17,6 +17,7 @@ from lora_export.api.load import (
     load_adapters,
     model_paths,
     refuse_pt2,
+    refuse_weights_alone,
     resolve_model,
 )
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
@@ -61,6 +62,7 @@ def export_torchscript(
     then, and an existing output is unchanged.
     """
     refuse_pt2(model)
+    refuse_weights_alone(adapters, weights)
     output, stage = Path(output), in_stages(on_progress)
     loaded = load_adapters(adapters)
     sources = [*model_paths(model), *adapter_paths(adapters)]

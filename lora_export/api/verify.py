@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_export import __version__, plan, report
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes, in_stages
-from lora_export.api.load import AdapterSources, ModelSource, load_adapters, resolve_model
+from lora_export.api.load import AdapterSources, ModelSource, load_adapters, refuse_weights_alone, resolve_model
 from lora_export.errors import (
     Different,
     EnvironmentLacking,
@@ -156,6 +156,7 @@ def verify(
         timeout=timeout,
         fixed=dict(fixed or {}),
     )
+    refuse_weights_alone(adapters, weights)
     _check_usage(candidate, model, origin, how)
     if layout and model is not None:
         raise WrongUsage("--layout is for --base without --model: a model determines the layout of its weights")

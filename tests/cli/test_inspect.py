@@ -1,4 +1,4 @@
-"""The command `inspect` on a graph."""
+"""`lora-export inspect`: graphs, adapters and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_export import cli
 from lora_export.graph.onnx_file.writing import save_graph
+from support.cli import answer
 from support.content_graphs import GEMM, OTHER, PACKED, QKV, WEIGHT, K, base_checkpoint, product_graph
+from support.handmade import base_file, peft_adapter
 
 
 def test_sites_and_naming_attempts_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +59,45 @@ def test_base_that_does_not_fit_is_refused(
     assert cli.run(["inspect", str(path), "--base", str(checkpoint.path)]) == code
     out, err = capsys.readouterr()
     assert message in err and not out
+
+
+# --- other files ---
+
+
+def test_an_adapter_is_shown_with_rank_and_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = peft_adapter(tmp_path / "fr", {"fc": ([[1.0, 2.0]], [[1.0], [2.0], [3.0]])}, lora_alpha=3)
+    assert cli.run(["inspect", str(adapter)]) == 0
+    assert "fc" in capsys.readouterr().out
+    code, document = answer(capsys, "inspect", adapter)
+    assert (code, document["pairs"]["fc"]["scale"], document["name"]) == (0, 3.0, "fr")
+
+
+def test_a_checkpoint_is_shown_with_shapes_and_unknown_layouts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = base_file(tmp_path / "base.safetensors", {"square.weight": np.ones((4, 4)), "bias": np.ones(4)})
+    size = f"{path.stat().st_size:,}"
+    assert cli.run(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"2 tensors, {size} bytes",
+        "  bias  4 float32",
+        "  square.weight  4 x 4 float32",
+        "the layout of 1 square matrices is unknown: a merge needs --layout, or an adapter that records it",
+    ]
+    code, document = answer(capsys, "inspect", path)
+    assert (code, {spec["name"]: spec["shape"] for spec in document["tensors"]}) == (
+        0, {"bias": [4], "square.weight": [4, 4]},
+    )  # fmt: skip
+
+
+def test_a_tied_tensor_is_shown_with_its_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = base_file(tmp_path / "base.safetensors", {"emb": np.ones((2, 3))}, metadata={"head": "emb"})
+    assert cli.run(["inspect", str(path)]) == 0
+    assert "  emb  2 x 3 float32, also head" in capsys.readouterr().out.splitlines()
+
+
+def test_options_for_another_kind_of_file_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = peft_adapter(tmp_path / "fr", {"fc": ([[1.0, 2.0]], [[1.0], [2.0]])})
+    assert cli.run(["inspect", str(adapter), "--base", "x"]) == 2
+    assert cli.run(["inspect", str(adapter), "--check"]) in (2, 3)
+    assert "Error: " in capsys.readouterr().err
