@@ -2,30 +2,85 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter
+from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage.manifest import damage
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from lora_export.formats.onnx_adapter import OnnxAdapter
     from lora_export.graph.find_sites import Sites
+    from lora_export.graph.interface import Interface
+    from lora_export.graph.site import Site
+
+
+@dataclass(frozen=True)
+class ContainedAdapter:
+    """An adapter that a file records: merged into it, beside its weights, or for its inputs."""
+
+    name: str
+    sha256: str = ""
+    weight: float | None = None  # the factor on its scale
+    id: int | None = None  # what `adapter_ids` selects it by, in a graph of `--lora rows`
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a path contains: exactly one of the four is not None."""
+    """What a path contains: exactly one of the first four is not None."""
 
     path: Path
     adapter: Adapter | None = None
     checkpoint: Checkpoint | None = None  # names, shapes and types; no weights
     graph: Sites | None = None  # where the weights of a graph are read, and how each name was recovered
     onnx_adapter: OnnxAdapter | None = None
+    interface: Interface | None = None  # of a graph: inputs, outputs and operator sets
+    record: WrittenRecord = field(default_factory=WrittenRecord)  # how the file was made; False where that is unknown
+
+    @property
+    def mode(self) -> str:
+        """How the adapters are in a graph: "merged", "nodes", "inputs" or "rows"; empty where none are recorded."""
+        return self.record.mode if self.record.adapters or self.record.by_row is not None else ""
+
+    @property
+    def adapters(self) -> tuple[ContainedAdapter, ...]:
+        """The adapters that the file records, in the order of their ids."""
+        recorded, names = self.record.adapters, self.record.by_row or ()
+        first = len(recorded) - len(names)
+        return tuple(
+            ContainedAdapter(
+                str(adapter.get("name", "")),
+                str(adapter.get("sha256", "")),
+                weight if isinstance(weight := adapter.get("weight"), int | float) else None,
+                number - first + 1 if names and number >= first else None,
+            )
+            for number, adapter in enumerate(recorded)
+        )
+
+    @property
+    def verdict(self) -> Mapping[str, Any]:
+        """The verdict that the file was published with; empty where none is recorded."""
+        value = self.record.content.get("verdict")
+        return value if isinstance(value, Mapping) else {}
+
+    @property
+    def linear(self) -> tuple[Site, ...]:
+        """The linear layers and convolutions of a graph, without those that multiply by an adapter's A or B."""
+        sites = (*self.graph.linear, *self.graph.unnamed) if self.graph else ()
+        return tuple(site for site in sites if not is_adapter_tensor(site))
+
+
+def is_adapter_tensor(site: Site) -> bool:
+    """Whether a site of a graph reads an adapter's A or B."""
+    from lora_export.graph import interface
+
+    return interface.is_adapter_tensor(site)
 
 
 def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bool = False) -> Inspection:
@@ -34,6 +89,8 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
     `path` is an adapter, a Hugging Face folder, a .safetensors file, an .onnx or an .onnx_adapter. For an .onnx,
     `checkpoint` is what it was exported from: its tensors name the graph's weights by content. With `check`, every file
     of a merged folder is read and compared with the hashes in its manifest.
+
+    Of a graph, the inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
 
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
@@ -52,8 +109,12 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
         return Inspection(path, onnx_adapter=onnx_adapter.read(path))
     if path.suffix == ".onnx":
         from lora_export.graph.find_sites import find_sites
+        from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
 
         names = None if checkpoint is None else open_checkpoint(Path(checkpoint))
-        return Inspection(path, graph=find_sites(load_graph(path), names))
-    return Inspection(path, checkpoint=open_checkpoint(path))
+        model = load_graph(path)
+        return Inspection(
+            path, graph=find_sites(model, names), interface=read_interface(model), record=read_record(path)
+        )
+    return Inspection(path, checkpoint=open_checkpoint(path), record=read_record(path))

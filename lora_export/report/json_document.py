@@ -62,6 +62,11 @@ def document(
     return result
 
 
+def plain(value: Any) -> Any:
+    """A value that JSON can represent: arrays become shape and dtype, NaN and infinity null."""
+    return _plain(value)
+
+
 def _schema(record: Any) -> str:
     name = re.sub(r"(?<!^)(?=[A-Z])", "-", type(record).__name__).lower()
     return f"lora-export/{name}/{VERSIONS.get(name, 1)}"

@@ -100,11 +100,20 @@ def _verdict_lines(verdict: Verdict | Audit, placement: Placement | None) -> Ite
 
 def print_adapter(to: Console, adapter: Adapter) -> None:
     """Print the contents of an adapter, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
-    contents = _contents(adapter)
+    contents = contents_of(adapter)
     _print(to, f"{adapter.name}: {adapter.format}, {contents}, {adapter.parameters:,} parameters", style="bold")
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
-        rows.append([module, f"{pair.rank}", f"{pair.scale:g}", _shape(pair.shape), f"{_norm(pair):.4g}", _kind(pair)])
+        rows.append(
+            [
+                module,
+                f"{pair.rank}",
+                f"{pair.scale:g}",
+                _shape(pair.shape),
+                f"{norm_of_delta(pair):.4g}",
+                kind_of_pair(pair),
+            ]
+        )
     _print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
         _print(to, "DoRA rescales W + ΔW, so the whole change also depends on the base's weights")
@@ -120,7 +129,8 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
         _print(to, f"note: {note}")
 
 
-def _contents(adapter: Adapter) -> str:
+def contents_of(adapter: Adapter) -> str:
+    """How many pairs, whole tensors, biases and rows an adapter has."""
     numbers = {
         ("low-rank pair", "low-rank pairs"): len(adapter.pairs),
         ("whole tensor", "whole tensors"): len(adapter.replaced),
@@ -130,12 +140,13 @@ def _contents(adapter: Adapter) -> str:
     return ", ".join(f"{n} {one if n == 1 else several}" for (one, several), n in numbers.items() if n) or "empty"
 
 
-def _kind(pair: LoraPair) -> str:
+def kind_of_pair(pair: LoraPair) -> str:
+    """DoRA, and the kind of layer where it is not linear."""
     layer = "embedding" if pair.embedding else "convolution" if pair.a.ndim > 2 else ""
     return " ".join(filter(None, ["" if pair.magnitude is None else "DoRA", layer]))
 
 
-def _norm(pair: LoraPair) -> float:
+def norm_of_delta(pair: LoraPair) -> float:
     """‖scale · BA‖, without computing BA: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
     a = pair.a.astype(np.float64).reshape(pair.rank, -1)
     b = pair.b.astype(np.float64).reshape(-1, pair.rank)

@@ -19,9 +19,9 @@ from support.handmade import base_file, peft_adapter
 def test_sites_and_naming_attempts_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_graph(product_graph(PACKED.T), tmp_path, "model.onnx")
     base_checkpoint(tmp_path, {**QKV, "other.weight": K})
-    assert cli.run(["inspect", str(tmp_path / "model.onnx")]) == 0
+    assert cli.run(["inspect", str(tmp_path / "model.onnx"), "--all"]) == 0
     assert "MatMul `n`: no certain name (tried its initializer `W`" in capsys.readouterr().out
-    assert cli.run(["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors")]) == 0
+    assert cli.run(["inspect", str(tmp_path / "model.onnx"), "--base", str(tmp_path / "base.safetensors"), "-v"]) == 0
     shown = capsys.readouterr().out
     assert "q.weight  2 x 2 float32\n    MatMul `n` [0:2], stored in_out, named by content, [0:2] of W" in shown
     assert "MatMul `n` [2:3]: no certain name" in shown

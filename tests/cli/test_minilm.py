@@ -92,7 +92,7 @@ def test_a_merge_that_forgot_the_lengths_is_told_from_dora(place, tmp_path):
 
 
 def test_inspect_and_a_dry_run_tell_of_dora_and_embeddings(place, capsys):
-    assert call("inspect", place / "adapter") == 0
+    assert call("inspect", place / "adapter", "--all") == 0
     told = capsys.readouterr().out
     words = next(line for line in told.splitlines() if line.startswith("embeddings.word_embeddings"))
     assert words.split()[-2:] == ["DoRA", "embedding"]

@@ -231,7 +231,7 @@ def test_inspect_shows_what_an_adapters_file_holds(place: Path, capsys: pytest.C
     assert (told["format"], told["model_version"]) == ("onnx_adapter", held.model_version)
     shapes = {name: there["shape"] for name, there in told["parameters"].items()}
     assert shapes == {name: list(onnx_adapter.array_of_ort_value(value).shape) for name, value in held.values.items()}
-    assert call("inspect", place / "fr.onnx_adapter") == 0
+    assert call("inspect", place / "fr.onnx_adapter", "--all") == 0
     name = min(shapes)
     shown = " x ".join(map(str, shapes[name]))
     assert f"  {name}  {shown} tensor(float)" in capsys.readouterr().out.splitlines()
