@@ -27,7 +27,9 @@ from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.companion_files import compare_files
 from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
+from lora_export.verification.parity import Outcome, Reason, outcome_of
 from lora_export.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
@@ -252,6 +254,8 @@ def _compare_outputs(
                 timeout=how.timeout,
             )
             proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
+            if isinstance(model, str | Path):
+                proof = replace(proof, verdict=_with_files(proof.verdict, Path(model), candidate, loaded))
             stage("hashing the candidate")
             hashes = file_hashes(candidate)
         if origin is not None:
@@ -344,6 +348,13 @@ def _prove(
     return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
 
 
+def _with_files(verdict: Verdict, model: Path, candidate: Path, adapters: Sequence[Adapter]) -> Verdict:
+    """The verdict, and what was found of the files beside the weights of a folder."""
+    files = compare_files(model, candidate, adapters)
+    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in files.differences), *verdict.reasons)
+    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, notes=(*verdict.notes, *files.unjudged))
+
+
 def _compare_weights(
     candidate: Path,
     base: Path,
@@ -369,6 +380,7 @@ def _compare_weights(
         audit = against_checkpoint.audit(
             steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
         )
+    audit = audit.with_files(compare_files(base, candidate, loaded))
     recorded = _explain_by_record(audit, candidate, loaded, weights, base, _How())
     return replace(audit, recorded=recorded), {
         "candidate": str(candidate),

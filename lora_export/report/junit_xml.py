@@ -68,7 +68,10 @@ def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, se
         reasons = [] if weight.outcome is Outcome.SAME else [Reason(weight.outcome, weight.fate, str(weight))]
         wrong += reasons
         _test(suite, f"weights.{weight.fate}", weight.name, reasons, output=str(weight))
-    test = _test(suite, "verdict", "same", wrong, output=str(audit), explanation=audit.recorded)
+    files = [Reason(Outcome.DIFFERENT, "files", line) for line in audit.files]
+    if files:
+        _test(suite, "files", "config and tokenizer", files, output="\n".join(audit.files))
+    test = _test(suite, "verdict", "same", [*files, *wrong], output=str(audit), explanation=audit.explanation)
     test.set("time", f"{seconds:.3f}")
     return _finished(suite, seconds)
 

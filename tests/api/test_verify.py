@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
 from support.api import MODEL, an_adapter, base_weights
+from support.handmade import peft_adapter
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +142,34 @@ def test_candidate_that_changes_while_it_is_judged_is_refused(place: Path, tmp_p
     base = {"model": MODEL} if name == "m.onnx" else {"base": place / "base.safetensors"}
     with pytest.raises(InputRefused, match=f"{name} changed while it was judged, so nothing is decided"):
         le.verify(candidate, **base, adapters=place / "adapter", on_progress=swap)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder, an adapter, and the folder that a merge makes of both."""
+    transformers = pytest.importorskip("transformers")
+    place = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained(place / "base")
+    rng = np.random.default_rng(0)
+    pair = (rng.standard_normal((2, 16)), rng.standard_normal((16, 2)))
+    peft_adapter(place / "adapter", {"encoder.layer.0.attention.self.query": pair})
+    le.merge(place / "base", place / "adapter", place / "merged")
+    return place
+
+
+@pytest.mark.parametrize("against", ["base", "model"])
+def test_config_that_another_changed_is_different_and_named(folders: Path, tmp_path: Path, against: str) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(folders / "merged", merged)
+    given = {"base": folders / "base"} if against == "base" else {"model": str(folders / "base")}
+    reports = [tmp_path / f"v.{suffix}" for suffix in ("json", "xml", "html")]
+    assert le.verify(merged, **given, adapters=folders / "adapter", reports=reports), "a right merge is the same"
+    config = json.loads((merged / "config.json").read_text())
+    # No weight shows it, and within the tolerances no output: the norms divide by about 1.
+    (merged / "config.json").write_text(json.dumps(config | {"pad_token_id": 7}))
+    result = le.verify(merged, **given, adapters=folders / "adapter", reports=reports)
+    sentence = "config.json: pad_token_id is 7, the base has 0"
+    assert result.exit_code == 4 and sentence in str(result)
+    assert all(sentence in path.read_text() for path in reports)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from lora_export.errors import one_line
 from lora_export.plan import Step
-from lora_export.verification.parity import Outcome, WorstElement
+from lora_export.verification.companion_files import ComparedFiles
+from lora_export.verification.parity import Outcome, WorstElement, count
 
 SHOWN_WEIGHTS = 8  # weights that are printed; the object holds all of them
 
@@ -57,6 +58,8 @@ class Audit:
     outcome: Outcome
     weights: tuple[AuditedWeight, ...]
     recorded: tuple[str, ...] = ()  # where the candidate's record disagrees with what it was compared with
+    files: tuple[str, ...] = ()  # how config, tokenizer and the like differ from the base's, see `companion_files`
+    notes: tuple[str, ...] = ()  # what was not judged
 
     @property
     def exit_code(self) -> int:
@@ -64,6 +67,11 @@ class Audit:
 
     def __bool__(self) -> bool:
         return self.outcome is Outcome.SAME
+
+    def with_files(self, files: ComparedFiles) -> Audit:
+        """The audit and what was found of the files beside the weights; one difference in them makes it different."""
+        outcome = Outcome.DIFFERENT if files.differences else self.outcome
+        return replace(self, outcome=outcome, files=files.differences, notes=(*self.notes, *files.unjudged))
 
     @property
     def worst(self) -> tuple[AuditedWeight, ...]:
@@ -78,18 +86,26 @@ class Audit:
         """The outcome, and how many tensors are as they should be."""
         fates = [weight.fate for weight in self.weights if weight.outcome is Outcome.SAME]
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in Fate if fate in fates)
-        return f"{self.outcome}: {len(self.weights)} tensors, of which {counts or 'none'} as they should be"
+        tensors = f"{len(self.weights)} tensors, of which {counts or 'none'} as they should be"
+        beside = f"; {count(len(self.files), 'value')} in the files beside them not the base's" if self.files else ""
+        return f"{self.outcome}: {tensors}{beside}"
+
+    @property
+    def explanation(self) -> tuple[str, ...]:
+        """What no tensor shows: what the candidate records, and files that differ."""
+        return (*self.recorded, *self.files)
 
     @property
     def summary_lines(self) -> tuple[list[str], list[str]]:
         """Why the verdict is not `same`, in lines: what the candidate records, and the weights that are not right."""
         weights = [f"  {weight}" for weight in self.worst[:SHOWN_WEIGHTS]]
         more = len(self.worst) - len(weights)
-        return [f"  {one_line(line)}" for line in self.recorded], weights + ([f"  and {more} more"] if more else [])
+        return [f"  {one_line(line)}" for line in self.explanation], weights + ([f"  and {more} more"] if more else [])
 
     def __str__(self) -> str:
         recorded, weights = self.summary_lines
-        return "\n".join([self.headline, *recorded, *weights, *(self._margins() if self else ())])
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([self.headline, *recorded, *weights, *(self._margins() if self else ()), *notes])
 
     def _margins(self) -> list[str]:
         """How close the changed weights of a right checkpoint are to their bounds, and how many controls failed."""

@@ -31,6 +31,7 @@ from lora_export.verification.parity.verdict import (
     combine,
     count,
     multiple,
+    outcome_of,
     percent,
 )
 from lora_export.verification.parity.whole_set import frozen_input
@@ -70,6 +71,7 @@ __all__ = [
     "is_float",
     "judge",
     "multiple",
+    "outcome_of",
     "percent",
     "ratio_limit",
     "rms",

@@ -1,0 +1,157 @@
+"""What no weight shows: the config, generation config, tokenizer and chat template of a merged folder.
+
+They are compared with those of the base. What a merge itself changes is expected. A value that both have and that is
+another makes the folder different. A value that only one of them has is noted: it may be the default of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import InputRefused, one_line
+from lora_export.lora import Adapter
+from lora_export.storage import json_files
+from lora_export.weights.task_head import config_with_heads
+
+# Fields that say how and by what a file was written, and not what the model computes
+UNIMPORTANT = frozenset(
+    {
+        *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "_from_model_config", "use_cache"),
+        *("_attn_implementation_autoset", "tokenizer_class", "processor_class", "name_or_path", "backend", "is_local"),
+    }
+)
+TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+SHOWN_VALUE = 60  # characters of a value in a message
+SHOWN_DIFFERENCES = 8  # of one file
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ComparedFiles:
+    """Sentences: what differs, and what was not judged because only one folder has it."""
+
+    differences: tuple[str, ...] = ()
+    unjudged: tuple[str, ...] = ()
+
+
+def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> ComparedFiles:
+    """Compare the files beside the weights of two Hugging Face folders; nothing where one of them is no folder.
+
+    Raises InputRefused for a file that is no JSON.
+    """
+    if not (base.is_dir() and merged.is_dir()):
+        return ComparedFiles()
+    differences: list[str] = []
+    unjudged: list[str] = []
+    for name, read in READERS.items():
+        if not ((base / name).exists() and (merged / name).exists()):
+            continue
+        before, after = read(base, name), read(merged, name)
+        expected = config_with_heads(before, adapters) if name == "config.json" else before
+        found = [f"{name}: {line}" for line in _differences(expected, after)]
+        differences += found[:SHOWN_DIFFERENCES]
+        if len(found) > SHOWN_DIFFERENCES:
+            differences.append(f"{name}: and {len(found) - SHOWN_DIFFERENCES} more values")
+        if only := sorted(_only_in_one(expected, after)):
+            more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
+            unjudged.append(f"not judged: {name} has in one folder only {', '.join(only[:SHOWN_DIFFERENCES])}{more}")
+    templates = [_chat_template(folder) for folder in (base, merged)]
+    if all(templates) and templates[0] != templates[1]:
+        differences.append("the chat template is another than the base's")
+    elif any(templates) and not all(templates):
+        unjudged.append("not judged: only one folder has a chat template")
+    return ComparedFiles(tuple(map(one_line, differences)), tuple(map(one_line, unjudged)))
+
+
+def _differences(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:
+    """The values that both have and that differ, one sentence each."""
+    for key in expected.keys() & found.keys():
+        one, other, name = expected[key], found[key], f"{prefix}{key}"
+        if key in UNIMPORTANT or one == other or None in (one, other):
+            continue
+        if key == "tie_word_embeddings" and one and not other:
+            continue  # a merge that adds a head of its own unties it; that this head is right, the weights show
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{name}.")
+        else:
+            yield f"{name} is {_shown(other)}, the base has {_shown(one)}"
+
+
+def _only_in_one(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:
+    for key in expected.keys() | found.keys():
+        one, other = expected.get(key), found.get(key)
+        if key in UNIMPORTANT or (one is None and other is None):
+            continue
+        if one is None or other is None:
+            yield f"{prefix}{key}"
+        elif isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _only_in_one(one, other, f"{prefix}{key}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
+
+
+# --- Readers: the values of a file that decide what a model or tokenizer computes ---
+
+
+def _json(folder: Path, name: str) -> Values:
+    return json_files.read_json(folder / name)
+
+
+def _tokenizer(folder: Path, name: str) -> Values:
+    """The vocabulary, merges, added tokens and steps of a tokenizer.json; not its padding and truncation."""
+    tokenizer = json_files.read_json(folder / name)
+    model = tokenizer.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    merges = model.get("merges")
+    if isinstance(merges, list):
+        merges = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in merges]
+    added = tokenizer.get("added_tokens")
+    tokens = {
+        str(token.get("id")): token.get("content")
+        for token in (added if isinstance(added, list) else ())
+        if isinstance(token, Mapping)
+    }
+    steps = {part: [tokenizer.get(part)] for part in TOKENIZER_PARTS if tokenizer.get(part) is not None}
+    return {"vocab": model.get("vocab"), "merges": merges, "added_tokens": tokens, **steps}
+
+
+def _special_tokens(folder: Path, name: str) -> Values:
+    """The special tokens of a tokenizer_config.json or special_tokens_map.json, and which of them are added."""
+    values = json_files.read_json(folder / name)
+    chosen = {
+        key: value for key, value in values.items() if key.endswith("_token") and not isinstance(value, list | bool)
+    }
+    added = {key: value for key, value in values.items() if key.startswith("add_") and isinstance(value, bool)}
+    contents = {key: value.get("content") if isinstance(value, Mapping) else value for key, value in chosen.items()}
+    return {**contents, **added}
+
+
+READERS: Mapping[str, Callable[[Path, str], Values]] = {
+    "config.json": _json,
+    "generation_config.json": _json,
+    "tokenizer.json": _tokenizer,
+    "tokenizer_config.json": _special_tokens,
+    "special_tokens_map.json": _special_tokens,
+    "preprocessor_config.json": _json,
+}
+
+
+def _chat_template(folder: Path) -> str:
+    """The chat template, which is a file of its own or in the tokenizer's config; empty where there is none."""
+    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text(encoding="utf-8", errors="replace").strip()
+    if not config.is_file():
+        return ""
+    try:
+        template = json_files.read_json(config).get("chat_template")
+    except InputRefused:
+        return ""
+    return template.strip() if isinstance(template, str) else repr(template) if template else ""

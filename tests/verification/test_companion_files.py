@@ -1,0 +1,134 @@
+"""What no weight shows: config, generation config, tokenizer and chat template of a merged folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.lora import Adapter
+from lora_export.verification.companion_files import compare_files
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "text": {"layers": 2},
+    "transformers_version": "5.24.0",
+}
+TOKENIZER = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
+    "added_tokens": [{"id": 2, "content": "<s>", "special": True}],
+    "pre_tokenizer": {"type": "ByteLevel"},
+    "truncation": None,
+}
+FILES: dict[str, dict[str, Any]] = {
+    "config.json": CONFIG,
+    "generation_config.json": {"eos_token_id": 2, "transformers_version": "5.24.0"},
+    "tokenizer.json": TOKENIZER,
+    "tokenizer_config.json": {"bos_token": "<s>", "add_bos_token": True, "model_max_length": 9},
+}
+
+
+def folder(path: Path, name: str = "", change: dict[str, Any] | None = None) -> Path:
+    """A folder with the files above; one of them with other values. None: without the value."""
+    path.mkdir()
+    for file, values in FILES.items():
+        changed = {**values, **(change or {} if file == name else {})}
+        (path / file).write_text(json.dumps({key: value for key, value in changed.items() if value != "absent"}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("config.json", {"hidden_act": "relu"}, "config.json: hidden_act is 'relu', the base has 'silu'"),
+        ("config.json", {"rope_theta": 1e6}, "config.json: rope_theta is 1000000.0, the base has 10000.0"),
+        ("config.json", {"rms_norm_eps": 1e-5}, "config.json: rms_norm_eps is 1e-05, the base has 1e-06"),
+        ("config.json", {"pad_token_id": 1}, "config.json: pad_token_id is 1, the base has 0"),
+        ("config.json", {"text": {"layers": 1}}, "config.json: text.layers is 1, the base has 2"),
+        ("generation_config.json", {"eos_token_id": 3}, "generation_config.json: eos_token_id is 3, the base has 2"),
+        (
+            "tokenizer.json",
+            {"model": {"vocab": {"a": 1, "b": 1}, "merges": [["a", "b"]]}},
+            "tokenizer.json: vocab.a is 1, the base has 0",
+        ),
+        (
+            "tokenizer.json",
+            {"added_tokens": [{"id": 2, "content": "<t>"}]},
+            "tokenizer.json: added_tokens.2 is '<t>', the base has '<s>'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"bos_token": "<t>"},
+            "tokenizer_config.json: bos_token is '<t>', the base has '<s>'",
+        ),
+        ("tokenizer_config.json", {"add_bos_token": False}, "add_bos_token is False, the base has True"),
+    ],
+)
+def test_value_that_both_have_and_that_is_another_differs(
+    tmp_path: Path, name: str, change: dict[str, Any], sentence: str
+) -> None:
+    found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", name, change), [])
+    assert len(found.differences) == 1 and sentence in found.differences[0] and not found.unjudged
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"transformers_version": "4.1", "dtype": "bfloat16", "_name_or_path": "x"}),
+        ("config.json", {"tie_word_embeddings": False}),
+        ("tokenizer.json", {"model": {"vocab": {"b": 1, "a": 0}, "merges": [["a", "b"]]}, "truncation": {"max": 1}}),
+        ("tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": False}, "model_max_length": 10}),
+    ],
+)
+def test_what_another_writer_or_a_merge_changes_is_expected(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", name, change), [])
+    assert not found.differences and not found.unjudged
+
+
+def test_value_that_one_folder_lacks_is_named_and_not_judged(tmp_path: Path) -> None:
+    change = {"rope_theta": "absent", "rope_parameters": {"rope_theta": 1e4}}
+    found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change), [])
+    assert found.differences == ()
+    assert found.unjudged == ("not judged: config.json has in one folder only rope_parameters, rope_theta",)
+
+
+def test_chat_template_may_move_to_a_file_of_its_own(tmp_path: Path) -> None:
+    base = folder(tmp_path / "base", "tokenizer_config.json", {"chat_template": "{{ messages }}"})
+    merged = folder(tmp_path / "merged")
+    assert compare_files(base, merged, []).unjudged == ("not judged: only one folder has a chat template",)
+    (merged / "chat_template.jinja").write_text("{{ messages }}\n")
+    assert compare_files(base, merged, []).differences == ()
+    (merged / "chat_template.jinja").write_text("{{ messages[:-1] }}")
+    assert compare_files(base, merged, []).differences == ("the chat template is another than the base's",)
+
+
+def test_head_of_an_adapter_changes_the_architecture(tmp_path: Path) -> None:
+    head = {"score.weight": np.ones((3, 4), np.float32)}
+    adapter = Adapter(name="a", format="test", pairs={}, replaced=head, sha256="0a", metadata={"task_type": "SEQ_CLS"})
+    change = {"architectures": ["LlamaForSequenceClassification"]}
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change)
+    assert compare_files(base, merged, []).differences
+    assert compare_files(base, merged, [adapter]).differences == ()
+
+
+def test_many_differences_are_counted_and_printable(tmp_path: Path) -> None:
+    vocab = {f"{number}\n": number + 1 for number in range(100)}
+    base = folder(tmp_path / "base", "tokenizer.json", {"model": {"vocab": dict.fromkeys(vocab, 0)}})
+    merged = folder(tmp_path / "merged", "tokenizer.json", {"model": {"vocab": vocab}})
+    found = compare_files(base, merged, []).differences
+    assert len(found) == 9 and found[-1] == "tokenizer.json: and 92 more values"
+    assert all("\n" not in line for line in found)
+
+
+def test_files_without_a_folder_have_no_companions(tmp_path: Path) -> None:
+    (tmp_path / "merged.safetensors").touch()
+    assert compare_files(folder(tmp_path / "base"), tmp_path / "merged.safetensors", []).differences == ()
