@@ -13,7 +13,15 @@ import numpy as np
 
 from lora_export import __version__, plan, report
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes, in_stages
-from lora_export.api.load import AdapterSources, ModelSource, load_adapters, refuse_weights_alone, resolve_model
+from lora_export.api.load import (
+    AdapterSources,
+    ModelSource,
+    adapter_paths,
+    load_adapters,
+    model_paths,
+    refuse_weights_alone,
+    resolve_model,
+)
 from lora_export.errors import (
     Different,
     EnvironmentLacking,
@@ -162,8 +170,9 @@ def verify(
     _check_usage(candidate, model, origin, how)
     if layout and model is not None:
         raise WrongUsage("--layout is for --base without --model: a model determines the layout of its weights")
+    sources = [candidate, origin, how.onnx_adapter, how.inputs, *model_paths(model or ""), *adapter_paths(adapters)]
     for path in reports:
-        report.check_path(Path(path))
+        report.check_path(Path(path), [source for source in sources if source is not None])
     proof: Proof | Audit
     error = None
     if model is None:

@@ -7,7 +7,7 @@ every figure.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lora_export.report.terminal import (
 )
 from lora_export.runtime.runner import Placement
 from lora_export.storage import atomic_output
+from lora_export.storage.manifest import MANIFEST
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import Verdict
@@ -56,17 +57,29 @@ __all__ = [
 ]
 
 
-def check_path(path: Path) -> None:
-    """Check a report's path before the work begins.
+def check_path(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check a report's path before the work begins. `inputs` are the files and folders that the command reads.
 
-    Raises InputRefused where `write` could not write it, and EnvironmentLacking where it is HTML and jinja2 is missing.
+    Raises InputRefused where `write` could not write it or would overwrite an input, and EnvironmentLacking where it is
+    HTML and jinja2 is missing.
     """
     if path.suffix not in (".json", ".xml", ".html"):
         raise InputRefused(
             f"{path}: unknown report format. Name it .json (every figure), .xml (JUnit, for CI) or .html (to read)"
         )
+    for source in inputs:
+        is_inside = path.exists() and path.resolve().is_relative_to(source.resolve())
+        if is_inside and not (source.is_dir() and _is_report(path)):
+            raise InputRefused(f"{path} is an input, or a file of {source}. Write the report elsewhere")
     if path.suffix == ".html":
         require_jinja2()
+
+
+def _is_report(path: Path) -> bool:
+    """Whether an existing file is a report of this program: a manifest and a config are none."""
+    with path.open("rb") as file:
+        beginning = file.read(4096)
+    return path.name != MANIFEST and b"lora-export" in beginning
 
 
 def write(

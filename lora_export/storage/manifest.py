@@ -43,7 +43,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def damage(folder: Path) -> list[str]:
     """Compare a folder with its manifest. Returns a line for each file that differs; reads every file named in it.
 
-    Raises InputRefused where there is no manifest, or where it records no known hash of a file.
+    Raises InputRefused where there is no manifest, where it records no known hash of a file, and where it names a file
+    outside the folder, which is not read.
     """
     recorded = read_manifest(folder).get("files")
     if not recorded:
@@ -54,6 +55,8 @@ def damage(folder: Path) -> list[str]:
         if not known:
             raise InputRefused(f"{folder / MANIFEST} records no hash of {name} that this version knows")
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputRefused(f"{folder / MANIFEST} names {name!r}, which is outside the folder")
         if not path.is_file():
             found.append(f"{name} is missing")
         elif path.stat().st_size != facts.get("bytes"):

@@ -15,7 +15,7 @@ from lora_export.storage.input_files import open_regular
 
 # An .npz file that grows beyond MAX_INFLATED, and by more than MAX_RATIO, is a zip bomb. Masks and padding among other
 # arrays are compressed less.
-MAX_INFLATED, MAX_RATIO = 1 << 30, 100  # bytes, times
+MAX_INFLATED, MAX_RATIO = 1 << 26, 100  # bytes, times
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

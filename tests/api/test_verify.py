@@ -173,3 +173,16 @@ def test_config_that_another_changed_is_different_and_named(folders: Path, tmp_p
     sentence = "config.json: pad_token_id is 7, the base has 0"
     assert result.exit_code == 4 and sentence in str(result)
     assert all(sentence in path.read_text() for path in reports)
+
+
+def test_report_never_overwrites_an_input(folders: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(folders / "merged", merged)
+    given = {"base": folders / "base", "adapters": folders / "adapter"}
+    for name in ("config.json", "lora_export.json"):
+        before = (merged / name).read_bytes()
+        with pytest.raises(InputRefused, match=rf"{name} is an input, or a file of .*merged"):
+            le.verify(merged, **given, reports=[merged / name])
+        assert (merged / name).read_bytes() == before
+    for _ in range(2):  # the report of the run before may be replaced
+        assert le.verify(merged, **given, reports=[merged / "verdict.json"])

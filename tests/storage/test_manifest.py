@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -71,4 +72,15 @@ def test_a_folder_without_known_hashes_cannot_be_checked(tmp_path, manifest, mes
     if manifest:
         (folder / MANIFEST).write_text(manifest)
     with pytest.raises(InputRefused, match=message):
+        damage(folder)
+
+
+@pytest.mark.parametrize("name", ["/proc/version", "../secret", "sub/../../secret", "link"])
+def test_files_outside_the_folder_are_not_read(tmp_path, name):
+    folder = with_manifest(tmp_path / "out")
+    (tmp_path / "secret").write_bytes(b"abc")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    digest = hashlib.sha256(b"abc").hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({"files": {name: {"bytes": 3, "sha256": digest}}}))
+    with pytest.raises(InputRefused, match=f"names '{name}', which is outside the folder"):
         damage(folder)
