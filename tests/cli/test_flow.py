@@ -291,5 +291,5 @@ def test_inspect_shows_an_adapter_a_checkpoint_and_a_graph(
     assert "head.weight  3 x 16 float32" in capsys.readouterr().out
     assert call("onnx", MODEL, "-o", tmp_path / "base.onnx") == 0
     capsys.readouterr()
-    assert call("inspect", tmp_path / "base.onnx") == 0
+    assert call("inspect", tmp_path / "base.onnx", "--all") == 0
     assert "encoder.layers.0.self_attn.in_proj_weight" in capsys.readouterr().out

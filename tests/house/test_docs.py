@@ -21,6 +21,7 @@ from support.pages import GUIDE, PageRun, blocks, forget_modules, page_text
 # Page -> what is in its folder before its first block runs.
 NEEDS = {
     "README": ("base", "texts.jsonl", "adapter"),
+    "install": (),
     "training": ("base", "texts.jsonl", "net.py", "numbers.npz"),
     "models": ("net-adapter",),
     "adapters": ("adapter",),
@@ -145,8 +146,23 @@ def test_the_table_of_extras_is_complete() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    documented = re.findall(r"^\| `([a-z]+)` \| \S", README, re.M)
+    documented = re.findall(r"^\| `([a-z]+)` \| \S", page_text("install"), re.M)
     assert sorted(documented) == sorted(project["optional-dependencies"])
+
+
+def test_the_readme_begins_with_three_commands() -> None:
+    first = "\n".join(README.splitlines()[:10])
+    assert re.findall(r"^lora-export ([a-z]+)", first, re.M) == ["train", "merge", "verify"]
+
+
+def test_the_installation_of_the_readme_works_from_a_clone() -> None:
+    import tomllib
+
+    lines = [line.split("#")[0].strip() for block in blocks("README") for line in block.text.splitlines()]
+    (line,) = [line for line in lines if line.startswith("pip install")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = re.fullmatch(r"pip install '\.\[([a-z,]+)\]'", line)
+    assert extras and set(extras[1].split(",")) <= set(project["optional-dependencies"])
 
 
 def test_the_readme_is_short() -> None:

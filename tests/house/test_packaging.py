@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,12 +13,15 @@ from collections.abc import Iterator
 from email import message_from_bytes
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from safetensors.numpy import load_file
 
 from lora_export import __version__
 from lora_export.cli.guide import TOPICS
 from support import ROOT
+from support.handmade import base_file, graph_file, peft_adapter
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -98,6 +102,97 @@ def test_the_doctor_lists_what_a_bare_environment_lacks(bare):
     wanted = {Requirement(line) for line in PROJECT["dependencies"]}
     here = {each.name.replace("_", "-") for each in wanted if each.marker is None or each.marker.evaluate()}
     assert lacking == here - {"click", "packaging", "rich"}
+
+
+# --- the core ---
+
+CORE = tomllib.loads((ROOT / "core" / "pyproject.toml").read_text())["project"]
+ONNXRUNTIME = "onnxruntime-gpu"  # of the project; the core takes the build for the CPU
+
+
+def test_the_core_is_the_project_without_pytorch():
+    own, whole = ({Requirement(line).name: line for line in table["dependencies"]} for table in (CORE, PROJECT))
+    assert whole.keys() - own.keys() == {"torch", "onnxscript", ONNXRUNTIME}
+    assert all(own[name] == whole[name] for name in own if name != "onnxruntime")
+    assert CORE["name"] == PROJECT["name"]  # one replaces the other: two would own the same files
+    same = ("license", "requires-python", "scripts")
+    assert all(CORE[key] == PROJECT[key] for key in same)
+    assert all(
+        PROJECT["optional-dependencies"][extra] == lines for extra, lines in CORE["optional-dependencies"].items()
+    )
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The programs of a fresh environment in which `pip install ./core` ran in a clean clone."""
+    folder = tmp_path_factory.mktemp("core")
+    listed = run_well("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, listed.split("\0")):
+        if name.startswith(("lora_export/", "core/")) or "/" not in name:
+            target = folder / "clone" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target)
+    venv.create(folder / "venv", with_pip=True)
+    programs = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    run_well(programs / "python", "-m", "pip", "install", "--quiet", "./core", cwd=folder / "clone")
+    yield programs
+
+
+@pytest.mark.slow
+def test_the_core_merges_and_changes_graphs_without_torch(core, tmp_path):
+    assert run(core / "python", "-c", "import torch").returncode == 1
+    assert run_well(core / "lora-export", "--version") == f"lora-export, version {__version__}\n"
+    matrix, pair = np.arange(6, dtype=np.float32).reshape(2, 3), ([[1, 2, 3]], [[1], [10]])
+    base_file(tmp_path / "base.safetensors", {"up.weight": matrix})
+    graph_file(tmp_path / "base.onnx", {"up.weight": matrix.T})
+    peft_adapter(tmp_path / "fr", {"up": pair})
+
+    def succeeds(*words: str) -> str:
+        return run_well(core / "lora-export", *words, cwd=tmp_path)
+
+    succeeds("merge", "base.safetensors", "fr", "-o", "merged.safetensors")
+    assert load_file(tmp_path / "merged.safetensors")["up.weight"].tolist() == [[1, 3, 5], [13, 24, 35]]
+    assert succeeds("verify", "merged.safetensors", "--base", "base.safetensors", "-a", "fr").startswith("same: ")
+    succeeds("merge", "base.onnx", "fr", "-o", "merged.onnx")
+    for mode in ("merged", "nodes", "inputs", "rows"):
+        assert "same: " in succeeds(
+            "onnx", "base.onnx", "-a", "fr", "--lora", mode, "-o", f"{mode}.onnx", "--overwrite"
+        )
+    succeeds("convert", "fr", "--for", "inputs.onnx", "-o", "next.onnx_adapter")
+    assert "fr (id 1)" in succeeds("inspect", "rows.onnx")
+    assert "Nothing is wrong" in succeeds("doctor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["onnx", "model.py:make", "-o", "m.onnx"],
+        ["torchscript", "model.py:make", "-o", "m.pt"],
+        ["verify", "m.onnx", "--model", "model.py:make"],
+        ["train", "model.py:make", "--data", "data.npz", "-o", "out"],
+    ],
+)
+def test_a_command_that_needs_pytorch_names_it_in_one_line(core, tmp_path, words):
+    (tmp_path / "model.py").write_text("def make(): ...")
+    graph_file(tmp_path / "m.onnx", {"up.weight": np.eye(2, dtype=np.float32)})
+    np.savez(tmp_path / "data.npz", x=np.ones((4, 2), np.float32), labels=np.ones((4, 2), np.float32))
+    done = run(core / "lora-export", *words, "--overwrite" if words[0] != "verify" else "--json", cwd=tmp_path)
+    assert done.returncode == 6, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "needs the package torch" in line and "pip install torch onnxscript" in line
+
+
+@pytest.mark.slow
+def test_core_and_full_replace_each_other(core):
+    clone = core.parents[1] / "clone"
+    pip = (core / "python", "-m", "pip", "install", "--quiet", "--no-deps")
+    for path, version in ((".", __version__), ("./core", f"{__version__}+core")):
+        run_well(*pip, path, cwd=clone)
+        assert f"lora-export {version}\n" in run_well(core / "python", "-m", "pip", "list", "--format=freeze").replace(
+            "==", " "
+        )
+        assert run_well(core / "lora-export", "guide", "-q").startswith("install\n")
 
 
 # --- the project file ---
