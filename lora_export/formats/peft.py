@@ -482,8 +482,8 @@ def _pair(
         )
     if module in keys[PARAMETER] and a.shape[0] == b.shape[1] != rank and a.shape[0] % rank == 0:
         raise InputRefused(
-            f"A {a.shape}, B {b.shape}: these are the pairs of {a.shape[0] // rank} experts. LoRA on experts "
-            "(target_parameters of three dimensions) is not supported yet"
+            f"A {a.shape}, B {b.shape}: these are {a.shape[0] // rank} pairs. LoRA on parameters of three dimensions, "
+            "such as experts (target_parameters), is not supported yet"
         )
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")

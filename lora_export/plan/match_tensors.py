@@ -51,6 +51,8 @@ def match_adapter(
         repeated_by = tuple(f"{prefix.to_base(head) or head}.weight" for head in adapter.tied_to(module))
         sort(module, weight, problem, term=Term(adapter.name, module, pair, strength), repeated_by=repeated_by)
     for module, change in adapter.biases.items():
+        if _is_packed(prefix.to_base(module), base) and not change.any():
+            continue  # PEFT saves it, and never trains it
         bias = f"{prefix.to_base(module) or module}.bias"
         sort(f"{module}.bias", bias, _bias_problem(bias, change, base), shift=np.float32(strength) * change)
     for tensor, value in adapter.replaced.items():
@@ -116,7 +118,17 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
     return ""
 
 
+def _is_packed(module: str | None, base: Mapping[str, TensorSpec]) -> bool:
+    """Whether the weight of a module is the packed projection of nn.MultiheadAttention."""
+    return (weight_of(module, base) or "").endswith(".in_proj_weight")
+
+
 def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, TensorSpec]) -> str:
+    if _is_packed(bias.removesuffix(".bias"), base):
+        return (
+            "PEFT up to 0.21 does not use the bias of B at the packed projection of nn.MultiheadAttention, and here it "
+            "is not zero: whether it belongs to the result is unknown"
+        )
     if bias not in base:
         return f"the base has no {bias}, which the adapter changes"
     if base[bias].shape != change.shape:

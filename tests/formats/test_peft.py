@@ -771,8 +771,8 @@ def test_several_parameters_of_one_module_are_refused(tmp_path, keys, targets):
 def test_pairs_of_experts_are_refused_by_name(tmp_path):
     text = refusal(parameters(tmp_path, ["experts"], ["experts.up"], a=[[1, 2]] * 4))
     assert text.endswith(
-        "  experts.up: A (4, 2), B (3, 4): these are the pairs of 4 experts. LoRA on experts (target_parameters of "
-        "three dimensions) is not supported yet"
+        "  experts.up: A (4, 2), B (3, 4): these are 4 pairs. LoRA on parameters of three dimensions, such as experts "
+        "(target_parameters), is not supported yet"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,22 @@ def test_a_square_in_out_weight_gets_the_transposed_change():
         assert sums.stored_delta(step, slice(None)).tolist() == stored
         assert sums.stored_delta(step, slice(1, 2)).tolist() == stored[1:]
         assert sums.delta(step).tolist() == [[1, 2], [10, 20]]  # always (out, in)
+
+
+@pytest.mark.parametrize("layout", [Layout.OUT_IN, Layout.IN_OUT, Layout.EMBEDDING, Layout.MATRIX])
+def test_the_pair_of_a_bare_parameter_changes_it_as_it_is_stored(layout):
+    mine = adapter(fc=replace(pair(a=[[1, 2]], b=[[1], [10]]), as_stored=True))
+    (step,) = plan.make([mine], [matrix("fc.weight", 2, 2, layout=layout)]).steps
+    assert sums.stored_delta(step, slice(None)).tolist() == [[1, 2], [10, 20]]
+
+
+def test_a_zero_bias_at_a_packed_projection_is_left_out():
+    """PEFT saves it, and neither trains nor uses it."""
+    base = [matrix("attn.in_proj_weight"), vector("attn.in_proj_bias")]
+    zero, other = (holding(pairs={"attn": pair()}, biases={"attn": np.full(2, value, np.float32)}) for value in (0, 1))
+    assert [step.weight for step in plan.make([zero], base).steps] == ["attn.in_proj_weight"]
+    (misfit,) = misfits([other], base)
+    assert "PEFT up to 0.21 does not use the bias of B at the packed projection" in misfit
 
 
 def test_an_in_out_weight_is_matched_by_its_out_in_view():
