@@ -1,5 +1,6 @@
 """A plan over an nn.Module: attach its adapters as branches, or fold them into the weights."""
 
+from lora_export.layers.adapted_layers import recorded_branches
 from lora_export.layers.attaching import attach, detach, scale_adapters
 from lora_export.layers.folding import fold
 from lora_export.layers.materialising import Rounding, materialise
@@ -23,6 +24,7 @@ __all__ = [
     "has_changed_ties",
     "materialise",
     "read_back",
+    "recorded_branches",
     "refuse_tied",
     "scale_adapters",
     "specs",

@@ -11,7 +11,9 @@ is rounded once to the dtype of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import cast
 
@@ -113,6 +115,7 @@ def _weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) ->
     """W + ΔW as (out, in, ...), in the dtype of A, before DoRA rescales it."""
     changes = []
     for branch in branches:
+        _record(branch)
         a, b = low_rank_factors(owner, branch)
         product = b.flatten(1) @ a.flatten(1)
         changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (attachment_of(owner).factor * branch.scale))
@@ -125,6 +128,26 @@ def _dora_factor(owner: nn.Module, branch: Branch, total: Tensor) -> Tensor:
     """DoRA's factor for each output (out,): m / ‖W + ΔW‖. No gradient flows through the norm."""
     norm: Tensor = torch.linalg.vector_norm(total.detach().flatten(1), dim=1)
     return branch_parameter(owner, "lora_magnitude", branch) / norm
+
+
+# Where a context asks for it, the branches that are computed. A proof must know which pairs its inputs reach.
+_RECORDED: ContextVar[set[Branch] | None] = ContextVar("_RECORDED", default=None)
+
+
+@contextlib.contextmanager
+def recorded_branches() -> Iterator[set[Branch]]:
+    """The branches that are computed while the context is active, for at least one row of input."""
+    branches: set[Branch] = set()
+    token = _RECORDED.set(branches)
+    try:
+        yield branches
+    finally:
+        _RECORDED.reset(token)
+
+
+def _record(branch: Branch) -> None:
+    if (recorded := _RECORDED.get()) is not None:
+        recorded.add(branch)
 
 
 def per_output(values: Tensor, dimensions: int) -> Tensor:
@@ -162,6 +185,8 @@ def _forward_with_branches(
     y = layer(None if dora else bias)
     total = y
     for branch in attachment.branches:
+        if x.numel():
+            _record(branch)
         a, b = low_rank_factors(owner, branch)
         total = total + pair(x.to(a.dtype) if x.is_floating_point() else x, a, b) * (attachment.factor * branch.scale)
     if dora:

@@ -34,6 +34,7 @@ from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.inputs import REDRAWS, Inputs
 from lora_export.verification.inputs.model_inputs import case_inputs, doubts_on_sizes, draw, notes_on_sizes
+from lora_export.verification.inputs.pair_coverage import doubts_on_pairs
 from lora_export.verification.inputs.row_coverage import RowCoverage
 from lora_export.verification.references import (
     STEPS,
@@ -204,9 +205,15 @@ class PreparedPyTorch:
         step("PyTorch")
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
         coverage = RowCoverage(deployed.module, model, self.references.adapters)
-        own = {name: deployed.run(arrays) for name, arrays in cases.items()}
+        with layers.recorded_branches() as computed:
+            own = {name: deployed.run(arrays) for name, arrays in cases.items()}
         doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
-        doubts = [*doubts, *doubts_on_sizes(self.candidate, model, self.references.fixed), *self.inputs.doubts]
+        doubts = [
+            *doubts,
+            *doubts_on_pairs(self.attached.module, cases, computed),
+            *doubts_on_sizes(self.candidate, model, self.references.fixed),
+            *self.inputs.doubts,
+        ]
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
         by_role, narrow_operators = self._in_fp64(own, step)
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does

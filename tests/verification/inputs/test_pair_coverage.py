@@ -1,0 +1,93 @@
+"""Pairs that no input reaches make a verdict undecided: a fault in them could not show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.layers.adapted_layers import attachment_of
+from lora_export.lora import Adapter, LoraPair
+from lora_export.models import model
+from lora_export.verification import parity
+from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.inputs import pair_coverage
+from lora_export.verification.proof import prove
+from support.proofs import bf16_merge, folded
+
+
+class Routed(nn.Module):
+    """Each row goes through one of two experts, by its sign; long batches also through a third layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.long = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, result = self.dense(x), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (x[:, 0] > 0).long() == number
+            result[rows] = expert(hidden[rows])
+        return self.long(result) if len(x) > 64 else result
+
+
+def routed(*, both: bool) -> model.Model:
+    def make(sizes: model.Sizes, generator: torch.Generator) -> model.Inputs:
+        x = torch.randn(sizes["batch"], 8, generator=generator)
+        x[:, 0] = x[:, 0].abs()
+        x[::2, 0] *= -1 if both else 1
+        return {"x": x}
+
+    torch.manual_seed(0)
+    return model.Model("routed", Routed().eval(), {"x": {0: "batch"}}, make_inputs=make, traced_sizes={"batch": 4})
+
+
+def an_adapter(*modules: str) -> Adapter:
+    rng = np.random.default_rng(0)
+    pairs = {
+        module: LoraPair(a=rng.standard_normal((2, 8)), b=rng.standard_normal((8, 2)), scale=1.0) for module in modules
+    }
+    return Adapter(name="a", format="test", pairs=pairs, sha256="0a")
+
+
+EXPERTS = ("dense", "experts.0", "experts.1")
+
+
+def test_expert_without_rows_is_undecided_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = routed(both=False), an_adapter(*EXPERTS)
+    verdict = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict
+    assert verdict.outcome is parity.Outcome.UNDECIDED
+    assert "no input reaches experts.0: 1 of the 3 pairs of the adapters were not computed" in str(verdict)
+    monkeypatch.setattr("lora_export.verification.against_pytorch.doubts_on_pairs", lambda *_: [])
+    assert prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.same
+
+
+def test_every_expert_with_rows_is_decided() -> None:
+    base, adapter = routed(both=True), an_adapter(*EXPERTS)
+    assert prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.same
+
+
+def test_layer_for_long_inputs_alone_is_undecided() -> None:
+    base, adapter = routed(both=True), an_adapter("dense", "long")
+    verdict = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict
+    assert verdict.outcome is parity.Outcome.UNDECIDED and "no input reaches long: 1 of the 2 pairs" in str(verdict)
+
+
+def test_pairs_of_a_rounded_merge_are_watched_too() -> None:
+    base, adapter = routed(both=False), an_adapter(*EXPERTS)
+    verdict = prove(bf16_merge(base, adapter), PyTorchReferences(base, [adapter])).verdict
+    assert any("no input reaches experts.0" in reason.text for reason in verdict.reasons)
+
+
+def test_long_lists_of_pairs_are_cut() -> None:
+    base = routed(both=False)
+    module = nn.ModuleList(nn.Linear(8, 8) for _ in range(9))
+    layers.attach(module, plan.make([an_adapter(*map(str, range(9)))], layers.specs(module)))
+    computed = {attachment_of(module[0]).branches[0]}
+    (doubt,) = pair_coverage.doubts_on_pairs(module, {}, computed)
+    assert "no input reaches 1, 2, 3, 4, 5 and 3 more: 8 of the 9 pairs" in doubt
+    assert pair_coverage.doubts_on_pairs(base.module, {}, ()) == []
