@@ -18,6 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.models.image_shape import image_shape
 from lora_export.models.model import TRACED_SIZES, Axes, MakeInputs, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
+from lora_export.storage import json_files
 
 Make = Callable[[Sizes, torch.Generator], ModelInputs]
 
@@ -25,6 +26,7 @@ Make = Callable[[Sizes, torch.Generator], ModelInputs]
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 MEDIA = {"pixel_values", "input_features", "input_values"}
 TRACED_FRAMES = 9  # of a sound, after the convolutions that read it
+SPECIAL_EVERY = 8  # places, of which one holds a special token
 SAMPLES, FRAMES = "samples", "frames"  # symbols of a sound's length
 
 
@@ -87,7 +89,7 @@ def _made_by(parts: list[Part], names: list[str]) -> MakeInputs:
 # --- Texts ---
 
 
-def _text(module: Any, takes: list[str], _: Path) -> Part | None:
+def _text(module: Any, takes: list[str], folder: Path) -> Part | None:
     """Token ids, a mask with padding, token types and, on a page, the boxes of the tokens."""
     text = module.config.get_text_config()
     if "input_ids" not in takes or not getattr(text, "vocab_size", None):
@@ -95,6 +97,8 @@ def _text(module: Any, takes: list[str], _: Path) -> Part | None:
     token_types = getattr(text, "type_vocab_size", 0) or 0
     positions = getattr(text, "max_2d_position_embeddings", 0) or 0
     avoided = _placeholders(module.config)
+    specials = [token for token in _special_tokens(text, folder) if token not in avoided]
+    padding = _token(text, "pad_token_id")
     ends = _summary_token(module, text)
 
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
@@ -103,6 +107,9 @@ def _text(module: Any, takes: list[str], _: Path) -> Part | None:
         mask = padding_mask(shape, generator)
         for token in avoided:
             ids = torch.where(ids == token, (token + 1) % text.vocab_size, ids)
+        ids = _with_special_tokens(ids, specials, generator)
+        if padding is not None:
+            ids = torch.where(mask == 0, padding, ids)
         if ends is not None:
             ids = _with_end(ids, mask, ends)
         made = {"input_ids": ids, "attention_mask": mask}
@@ -120,6 +127,33 @@ def _text(module: Any, takes: list[str], _: Path) -> Part | None:
         make,
         note=f"{type(module).__name__}: {note}" if avoided and not MEDIA.isdisjoint(takes) else "",
     )
+
+
+def _token(text: Any, name: str) -> int | None:
+    token = getattr(text, name, None)
+    return token if isinstance(token, int) and 0 <= token < text.vocab_size else None
+
+
+def _special_tokens(text: Any, folder: Path) -> list[int]:
+    """The ids of the tokens that a tokenizer adds: those in the config, and those of a tokenizer.json in the folder."""
+    known = {_token(text, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep", "mask", "unk")}
+    if (path := folder / "tokenizer.json").is_file():
+        added = json_files.read_json(path).get("added_tokens")
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        ids = [token.get("id") for token in tokens if token.get("special") is True]
+        known |= {number for number in ids if isinstance(number, int) and 0 <= number < text.vocab_size}
+    return sorted(token for token in known if token is not None)
+
+
+def _with_special_tokens(ids: torch.Tensor, specials: list[int], generator: torch.Generator) -> torch.Tensor:
+    """The ids with a special token in about every eighth place. At random, one of 50,000 would hardly be drawn.
+
+    A fault in the row of such a token, or in its adapter, could not show without it.
+    """
+    if not specials:
+        return ids
+    chosen = torch.tensor(specials)[torch.randint(0, len(specials), ids.shape, generator=generator)]
+    return torch.where(torch.rand(ids.shape, generator=generator) < 1 / SPECIAL_EVERY, chosen, ids)
 
 
 def _placeholders(config: Any) -> list[int]:

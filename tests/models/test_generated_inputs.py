@@ -89,6 +89,28 @@ def test_a_classifier_of_an_encoder_decoder_gets_texts_with_one_end(tmp_path: Pa
         assert model.module(**inputs).logits.shape == (5, 3)
 
 
+def test_special_tokens_are_drawn_and_padding_holds_its_token(tmp_path: Path) -> None:
+    """A fault in the row of [MASK] or [PAD] could not show: in a large vocabulary they would never be drawn."""
+    config = transformers.BertConfig(
+        vocab_size=30_000,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        pad_token_id=3,
+        bos_token_id=11,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    tokens = [{"id": 101, "content": "[CLS]", "special": True}, {"id": 103, "content": "[MASK]", "special": True}]
+    tokens += [{"id": 500, "content": "word", "special": False}, {"id": 10**6, "content": "far", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    model = load_model(str(tmp_path))
+    cases = [model.inputs(sizes, seed=seed) for seed, sizes in enumerate(model.checked_sizes({}))]
+    drawn = {token for case in cases for token in case["input_ids"][case["attention_mask"] == 1].tolist()}
+    assert {3, 11, 101, 103} <= drawn and 500 not in drawn and max(drawn) < 30_000
+    assert {token for case in cases for token in case["input_ids"][case["attention_mask"] == 0].tolist()} == {3}
+
+
 def test_images_among_tokens_are_left_out_with_a_note(tmp_path: Path) -> None:
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION, image_size=8, patch_size=4),
