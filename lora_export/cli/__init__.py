@@ -49,6 +49,12 @@ COMMANDS = {name: line for commands in JOBS.values() for name, line in commands.
 PATIENCE = 1.0  # seconds
 
 
+def command_named(name: str) -> click.Command:
+    """Import the command of this name."""
+    command: click.Command = importlib.import_module(f"lora_export.cli.{name}").command
+    return command
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, each from its own file."""
 
@@ -56,10 +62,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"lora_export.cli.{cmd_name}").command
-        return command
+        return command_named(cmd_name) if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         for job, commands in JOBS.items():
@@ -67,7 +70,14 @@ class LazyGroup(click.Group):
                 formatter.write_dl(list(commands.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "auto_envvar_prefix": "LORA_EXPORT",  # LORA_EXPORT_VERIFY_PROVIDER
+}
+
+
+@click.group(cls=LazyGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="lora-export")
 def cli() -> None:
     """Put LoRA adapters into production: merge them, export them, and prove that nothing was lost.

@@ -8,11 +8,16 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
-from lora_export.cli import failures, verbosity
+from lora_export.cli import configuration, failures, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.errors import WrongUsage, one_line
+
+CONFIGURATION = "lora_export.configuration"  # in the context's `meta`: the pyproject.toml that has the defaults
+# Where a value comes from that is not an option's own default.
+CHOSEN = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 
 adapter_weights = click.option(
     "--weight",
@@ -22,6 +27,13 @@ adapter_weights = click.option(
     metavar="W",
     help="Factor on an adapter's scale. Once per adapter, in the same order (default: 1.0).",
 )
+
+
+def complete_path(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a path."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one step.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 adapters_option = click.option(
@@ -29,6 +41,7 @@ adapters_option = click.option(
     "--adapter",
     "adapters",
     multiple=True,
+    shell_complete=complete_path,
     metavar="[NAME=]ADAPTER",
     help="Adapter to apply. May be repeated.",
 )
@@ -106,13 +119,32 @@ class Command(click.Command):
         self.params += verbosity.options()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does. A failure from here on is that of this command."""
+        """As click does, with defaults from the environment and from pyproject.toml.
+
+        A failure from here on is that of this command.
+        """
         if (invocation := ctx.find_object(Invocation)) is not None:
             invocation.context = ctx
+        if not ctx.resilient_parsing:  # which is completion, and must not fail
+            self._take_defaults(ctx)
         return super().parse_args(ctx, args)
 
+    def _take_defaults(self, ctx: click.Context) -> None:
+        if ctx.auto_envvar_prefix is None:  # not called through `lora-export`
+            return
+        for name, option in configuration.options_of(self).items():
+            option.envvar = f"{ctx.auto_envvar_prefix}_{name.replace('-', '_').upper()}"
+        ctx.default_map, ctx.meta[CONFIGURATION] = configuration.defaults_of(self, str(ctx.info_name))
+
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does."""
+        """As click does. A note names the defaults that pyproject.toml changed."""
+        changed = [
+            f"{name} = {ctx.default_map[option.name]}"
+            for name, option in configuration.options_of(self).items()
+            if ctx.default_map and ctx.get_parameter_source(str(option.name)) is ParameterSource.DEFAULT_MAP
+        ]
+        if changed:
+            print_message(f"note: from {ctx.meta[CONFIGURATION]}: {', '.join(changed)}")
         try:
             return super().invoke(ctx)
         except WrongUsage as error:
@@ -168,13 +200,16 @@ def wrote(path: Path, more: str = "") -> None:
 
 
 def command_line() -> list[str]:
-    """The command as it was given, defaults left out, to be given again. -q and -v change no result."""
+    """The command as it was given, to be given again; with what the environment and pyproject.toml added.
+
+    -q and -v change no result.
+    """
     context = click.get_current_context()
     words = ["lora-export", str(context.info_name)]
     for parameter in context.command.params:
         if str(parameter.name) not in context.params:
             continue
-        if context.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
+        if context.get_parameter_source(str(parameter.name)) not in CHOSEN:
             continue
         value = context.params[str(parameter.name)]
         if isinstance(value, dict):

@@ -26,6 +26,7 @@ TOPICS = {
     "verdict": "What `verify` runs, and how it decides.",
     "ci": "Verify in CI: exit codes, reports, pytest.",
     "python": "All commands as Python functions.",
+    "configuration": "Defaults in pyproject.toml and the environment; shell completion.",
     "limits": "What this version does not do.",
 }
 

@@ -11,6 +11,7 @@ from lora_export.cli import startup
 from lora_export.cli.arguments import (
     Command,
     adapter_weights,
+    complete_path,
     json_option,
     layout_option,
     overwrite_option,
@@ -30,7 +31,7 @@ Example:
 
 @click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapters", nargs=-1, required=True, metavar="[NAME=]ADAPTER...")
+@click.argument("adapters", nargs=-1, required=True, shell_complete=complete_path, metavar="[NAME=]ADAPTER...")
 @click.option(
     "-o",
     "--output",

@@ -8,6 +8,7 @@ import click
 
 from lora_export.cli.arguments import (
     TakesAdapters,
+    complete_path,
     dtype_option,
     print_document,
     print_message,
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option(
     "-o",
     "--output",
@@ -69,6 +70,7 @@ Examples:
     "--model",
     "reference",
     metavar="MODEL",
+    shell_complete=complete_path,
     help="PyTorch model that an .onnx MODEL was exported from: the proof compares with it, not with the graph.",
 )
 @dtype_option

@@ -15,7 +15,7 @@ Example:
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option(
     "-o",
     "--output",

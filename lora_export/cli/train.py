@@ -25,7 +25,7 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option(
     "--data",
     "data_path",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from enum import IntEnum
 
 import click
+from click.core import ParameterSource
 
+SOURCE_KEY = "lora_export.verbosity.source"  # command line, environment or pyproject.toml
 VERBOSITY_KEY = "lora_export.verbosity"  # in the context's `meta`
 NOTES = "lora_export.notes"  # how many notes were printed
 MOST_NOTES = 4  # of the short screen
@@ -46,9 +48,14 @@ def options() -> list[click.Option]:
 def _choose(context: click.Context, parameter: click.Parameter, chosen: bool) -> None:
     if not chosen:
         return
+    source = context.get_parameter_source(str(parameter.name))
     if VERBOSITY_KEY in context.meta:
-        raise click.UsageError("-q and -v exclude each other", context)
+        if context.meta[SOURCE_KEY] is source:
+            raise click.UsageError("-q and -v exclude each other", context)
+        if source is not ParameterSource.COMMANDLINE:  # the command line counts more than what was set elsewhere
+            return
     context.meta[VERBOSITY_KEY] = Verbosity.QUIET if parameter.name == "quiet" else Verbosity.FULL
+    context.meta[SOURCE_KEY] = source
 
 
 def message_to_print(message: str) -> str | None:

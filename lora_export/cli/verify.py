@@ -11,6 +11,7 @@ from lora_export.cli.arguments import (
     adapter_weights,
     adapters_option,
     command_line,
+    complete_path,
     dtype_option,
     fixed_option,
     inputs_option,
@@ -30,7 +31,9 @@ Examples:
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
 @click.argument("candidate", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="PyTorch model that CANDIDATE was made from.")
+@click.option(
+    "--model", metavar="MODEL", shell_complete=complete_path, help="PyTorch model that CANDIDATE was made from."
+)
 @click.option(
     "--base",
     type=click.Path(path_type=Path),

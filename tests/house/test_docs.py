@@ -34,6 +34,7 @@ NEEDS = {
     "verdict": ("base", "adapter", "model.onnx", "merged"),
     "ci": ("base", "adapter", "model.onnx"),
     "python": ("base", "adapter", "fr", "base.onnx"),
+    "configuration": (),
     "limits": (),
 }
 FOLDERS = ("samples", "tests", "tests/benchmarks")  # with a README of their own
@@ -97,7 +98,15 @@ def test_every_page_of_the_guide_is_run() -> None:
 
 @pytest.mark.parametrize("page", NEEDS)
 def test_a_block_that_is_not_run_gives_a_reason(page: str) -> None:
-    known = {("sh", ""), ("sh", "no-test"), ("python", ""), ("text", ""), ("text", "output"), ("json", "")}
+    known = {
+        ("sh", ""),
+        ("sh", "no-test"),
+        ("python", ""),
+        ("text", ""),
+        ("text", "output"),
+        ("json", ""),
+        ("toml", ""),
+    }
     for block in blocks(page):
         assert (block.language, block.info) in known or (block.language == "python" and block.info.endswith(".py"))
         assert block.has_reason is (block.info == "no-test"), f"{page}, line {block.line}"
