@@ -73,10 +73,10 @@ class Inspection:
     def linear(self) -> tuple[Site, ...]:
         """The linear layers and convolutions of a graph, without those that multiply by an adapter's A or B."""
         sites = (*self.graph.linear, *self.graph.unnamed) if self.graph else ()
-        return tuple(site for site in sites if not is_adapter_tensor(site))
+        return tuple(site for site in sites if not reads_adapter(site))
 
 
-def is_adapter_tensor(site: Site) -> bool:
+def reads_adapter(site: Site) -> bool:
     """Whether a site of a graph reads an adapter's A or B."""
     from lora_export.graph import interface
 

@@ -48,7 +48,7 @@ FAILURE_KINDS = {
 
 # Packages that commands import. A missing one ends with a message, not with a traceback.
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
-PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
+INSTALL_PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
 NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
@@ -165,7 +165,7 @@ def _known(error: BaseException) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError) and _package(error) in PACKAGES:
         package = _package(error)
-        way = f"Install it: {PYTORCH}" if package in ("torch", "onnxscript") else f"{doctor} missing"
+        way = f"Install it: {INSTALL_PYTORCH}" if package in ("torch", "onnxscript") else f"{doctor} missing"
         what = f"this command needs the package {package}, which is not installed. {way}"
         return what, EnvironmentLacking.exit_code
     if isinstance(error, ImportError) and _package(error) in PACKAGES:

@@ -12,6 +12,7 @@ from lora_export.plan import TensorSpec
 from lora_export.report.json_document import plain
 from lora_export.report.layer_kinds import by_kind, title
 from lora_export.report.terminal import contents_of, kind_of_pair, norm_of_delta
+from lora_export.storage.hashes import SHORT_HASH
 from lora_export.verification.parity import count
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lora_export.weights.checkpoint import Checkpoint
 
 PORTS = 6  # kinds of inputs or outputs that are listed
-SHORT = 12  # characters of a hash
 
 
 def inspection_lines(found: Inspection, *, every: bool) -> Iterator[str]:
@@ -214,7 +214,7 @@ def record_lines(found: Inspection) -> Iterator[str]:
         return
     adapters = [
         f"{adapter.name}{'' if adapter.id is None else f' (id {adapter.id})'}"
-        f"{'' if adapter.weight in (None, 1) else f' × {adapter.weight:g}'} {adapter.sha256[:SHORT]}…"
+        f"{'' if adapter.weight in (None, 1) else f' × {adapter.weight:g}'} {adapter.sha256[:SHORT_HASH]}…"
         for adapter in found.adapters
     ]
     base = "; id 0 is the base" if found.mode == "rows" else ""
@@ -238,7 +238,7 @@ _HOW = {
 
 def _short_hash(value: Any) -> str:
     hashes = value if isinstance(value, dict) else {"": value}
-    return ", ".join(f"{algorithm} {str(digest)[:SHORT]}…".strip() for algorithm, digest in hashes.items())
+    return ", ".join(f"{algorithm} {str(digest)[:SHORT_HASH]}…".strip() for algorithm, digest in hashes.items())
 
 
 def _verdict(verdict: Any) -> str:

@@ -14,7 +14,7 @@ from lora_export.graph.site import Site
 from lora_export.graph.values import is_stored, stored_dtype
 from lora_export.plan import Layout, TensorSpec
 
-ADAPTER_TENSOR = re.compile(r"(^|\.)lora_([AB]|zeros)\b")  # in the name of an adapter's tensor beside a layer
+ADAPTER_NAME = re.compile(r"(^|\.)lora_([AB]|zeros)\b")  # in the name of an adapter's tensor beside a layer
 PRODUCT_NAMES = frozenset(name for _, name in MATRIX_PRODUCTS)
 
 
@@ -43,7 +43,7 @@ def _other_readers(model: ir.Model, sites: Iterable[Site]) -> Iterator[str]:
     for site in sites:
         if site.layout is not Layout.OTHER or len(site.shape) != 2 or site.node.op_type in QUANTISED_INPUTS:
             continue
-        if ADAPTER_TENSOR.search(site.value.name or ""):
+        if ADAPTER_NAME.search(site.value.name or ""):
             continue
         is_call = site.inner_node is not None or site.node.op_identifier() in model.functions
         operand = " as its first operand" if site.node.op_type in PRODUCT_NAMES and site.index == 0 else ""

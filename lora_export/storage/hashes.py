@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from xxhash import xxh3_128
 
+SHORT_HASH = 12  # characters of a hash that a message shows
 HASH_BLOCK = 1 << 20  # bytes read at a time
 
 

@@ -14,10 +14,9 @@ from typing import Any
 from lora_export.formats.onnx_adapter import version_of
 from lora_export.lora import Adapter
 from lora_export.runtime.written_record import WrittenRecord
-from lora_export.storage.hashes import ALGORITHMS, file_hash
+from lora_export.storage.hashes import ALGORITHMS, SHORT_HASH, file_hash
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SHORT = 12  # characters of a hash that are shown
 SHOWN_ADAPTERS = 8  # adapters that a sentence names
 
 Record = Mapping[str, Any]  # of one adapter: name, sha256, weight
@@ -107,7 +106,7 @@ def _names(adapters: Sequence[Record], with_hash: Collection[Any] = ()) -> str:
     """`fr` and `de`; with the first characters of the hash of those whose names do not distinguish them."""
     names = []
     for adapter in adapters[:SHOWN_ADAPTERS]:
-        digest = f" (SHA-256 {str(adapter.get('sha256'))[:SHORT]}…)" if adapter.get("name") in with_hash else ""
+        digest = f" (SHA-256 {str(adapter.get('sha256'))[:SHORT_HASH]}…)" if adapter.get("name") in with_hash else ""
         names.append(f"`{adapter.get('name')}`{digest}")
     if len(names) < 2:
         return names[0] if names else "no adapter"
@@ -124,8 +123,8 @@ def _base_lines(record: WrittenRecord, given: ComparedWith, *, adapters_agree: b
         same_precision = record.settings.get("dtype", given.dtype) == given.dtype
         if given.fingerprint and adapters_agree and not has_head and same_precision and digest != given.fingerprint:
             yield (
-                f"This file was made from another base: its weights have the SHA-256 {digest[:SHORT]}…, those of the "
-                f"model that you gave {given.fingerprint[:SHORT]}…."
+                f"This file was made from another base: its weights have the SHA-256 {digest[:SHORT_HASH]}…, those of "
+                f"the model that you gave {given.fingerprint[:SHORT_HASH]}…."
             )
         return
     for name, recorded, path in _files_to_compare(record, given):
@@ -133,7 +132,7 @@ def _base_lines(record: WrittenRecord, given: ComparedWith, *, adapters_agree: b
         if algorithm and file_hash(path, algorithm) != recorded[algorithm]:
             yield (
                 f"This file was made from another base: its {name} has the {algorithm} "
-                f"{str(recorded[algorithm])[:SHORT]}…, {path} has another."
+                f"{str(recorded[algorithm])[:SHORT_HASH]}…, {path} has another."
             )
             return
 

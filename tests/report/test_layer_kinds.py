@@ -1,0 +1,28 @@
+"""The layers of a model by kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_export.report.layer_kinds import by_kind, kind_of, title
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("encoder.layer.11.attention.query", "encoder.layer.*.attention.query"),
+        ("0.weight", "*.weight"),
+        ("h.0.1", "h.*.*"),
+        ("layer1.conv2", "layer1.conv2"),
+        ("fc", "fc"),
+    ],
+)
+def test_numbers_between_dots_are_those_of_layers(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_items_of_one_kind_and_look_are_a_group() -> None:
+    shapes = {"h.0.fc": 3, "h.0.out": 3, "h.1.fc": 3, "h.2.fc": 4}
+    groups = by_kind(shapes, str, lambda name: shapes[name])
+    assert groups == [["h.0.fc", "h.1.fc"], ["h.0.out"], ["h.2.fc"]]
+    assert [title(group) for group in groups] == ["h.*.fc", "h.0.out", "h.2.fc"]
