@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters
+from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
@@ -105,8 +106,9 @@ def merge(
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype
+    target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)
     options = _Options(
-        base, loaded, paths, Path(output), weights, min_retention, hashing, device, dict(layout or {}), dry_run,
+        base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), dry_run,
         overwrite, on_message, on_progress,
     )  # fmt: skip
     if base.suffix == ".onnx":

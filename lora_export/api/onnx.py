@@ -15,6 +15,7 @@ from lora_export.api.load import (
     refuse_weights_alone,
 )
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
+from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
 
@@ -59,6 +60,8 @@ def export_onnx(
     With "inputs" and "rows", `ignore_head` leaves out a task head that the adapters save whole, where it is equal to
     the model's own.
 
+    `output` is an .onnx: a name without this suffix gets it.
+
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
 
     Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
@@ -69,7 +72,7 @@ def export_onnx(
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
     options = OnnxOptions(
-        output=Path(output),
+        output=with_suffix(output, ".onnx"),
         lora=lora,
         adapters=load_adapters(adapters),
         weights=tuple(weights),

@@ -20,6 +20,7 @@ from lora_export.api.load import (
     refuse_weights_alone,
     resolve_model,
 )
+from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.runtime.torchscript.runner import ScriptRunner
@@ -63,7 +64,7 @@ def export_torchscript(
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
-    output, stage = Path(output), in_stages(on_progress)
+    output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
     loaded = load_adapters(adapters)
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
-from lora_export.cli import configuration, failures, verbosity
+from lora_export.cli import configuration, failures, foreign_options, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
+from lora_export.cli.paths import FilePath, Source
 from lora_export.errors import WrongUsage, one_line
 
 CONFIGURATION = "lora_export.configuration"  # in the context's `meta`: the pyproject.toml that has the defaults
@@ -29,19 +29,14 @@ adapter_weights = click.option(
 )
 
 
-def complete_path(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Let the shell complete a path."""
-    return [CompletionItem(incomplete, type="file")]
-
-
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one step.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 adapters_option = click.option(
     "-a",
     "--adapter",
     "adapters",
+    type=Source(),
     multiple=True,
-    shell_complete=complete_path,
     metavar="[NAME=]ADAPTER",
     help="Adapter to apply. May be repeated.",
 )
@@ -104,7 +99,7 @@ dtype_option = click.option(
 inputs_option = click.option(
     "--inputs",
     "inputs_file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="FILE.npz",
     help="Further inputs for the proof: one array for each input of the model, by its name. They are the example where "
     "the inputs of a Hugging Face model cannot be generated.",
@@ -127,7 +122,10 @@ class Command(click.Command):
             invocation.context = ctx
         if not ctx.resilient_parsing:  # which is completion, and must not fail
             self._take_defaults(ctx)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise foreign_options.renamed(error, ctx) from error
 
     def _take_defaults(self, ctx: click.Context) -> None:
         if ctx.auto_envvar_prefix is None:  # not called through `lora-export`

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message, wrote
+from lora_export.cli.paths import FilePath, Source
 
 EXAMPLE = """\b
 Example:
@@ -14,12 +15,12 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("adapter", metavar="[NAME=]ADAPTER")
+@click.argument("adapter", type=Source(), metavar="[NAME=]ADAPTER")
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="OUT.onnx_adapter",
     help="File to write.",
 )
@@ -35,7 +36,7 @@ Example:
     "--for",
     "graph",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="MODEL.onnx",
     help="Graph that will run the adapter, made by `onnx --lora inputs`.",
 )

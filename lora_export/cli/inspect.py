@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_export.cli.arguments import Command, json_option, print_document
+from lora_export.cli.paths import FilePath
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
 
@@ -16,11 +17,11 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=FilePath())
 @click.option(
     "--base",
     "checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Checkpoint that an .onnx was exported from. Names its weights by content, and checks other names.",
 )
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")

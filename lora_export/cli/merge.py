@@ -11,13 +11,13 @@ from lora_export.cli import startup
 from lora_export.cli.arguments import (
     Command,
     adapter_weights,
-    complete_path,
     json_option,
     layout_option,
     overwrite_option,
     print_document,
     print_message,
 )
+from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
@@ -30,13 +30,22 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapters", nargs=-1, required=True, shell_complete=complete_path, metavar="[NAME=]ADAPTER...")
+@click.argument("base", type=FilePath())
+@click.argument("adapters", nargs=-1, type=Source(), metavar="[NAME=]ADAPTER...")
+@click.option(
+    "-a",
+    "--adapter",
+    "further",
+    type=Source(),
+    multiple=True,
+    metavar="[NAME=]ADAPTER",
+    help="Adapter to merge, in place of an argument. May be repeated.",
+)
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Folder or file for the merged weights: the same kind as BASE.",
 )
 @adapter_weights
@@ -65,7 +74,7 @@ Example:
 @click.option(
     "--base",
     "checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="CHECKPOINT",
     help="Checkpoint that an .onnx BASE was exported from. Names the weights whose names were lost, by content.",
 )
@@ -93,6 +102,7 @@ Example:
 def command(
     base: Path,
     adapters: tuple[str, ...],
+    further: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
     dtype: str,
@@ -119,7 +129,7 @@ def command(
 
         result = merge(
             base,
-            adapters,
+            _one_way(adapters, further),
             output,
             weights=weights,
             dtype=dtype,
@@ -136,14 +146,23 @@ def command(
             on_progress=on_progress,
         )
     if as_json:
-        facts = {} if result.report is None else {"output": str(output)}
+        facts = {} if result.report is None else {"output": str(result.output)}
         print_document(facts | report.as_dict(result.report or result.plan))
     elif result.report is None:
         most = {Verbosity.QUIET: 0, Verbosity.SHORT: PLANNED, Verbosity.FULL: None}[verbosity()]
         report.print_plan(report.console(), result.plan, most)
     elif verbosity() is Verbosity.QUIET:
-        click.echo(f"wrote {one_line(str(output))}")
+        click.echo(f"wrote {one_line(str(result.output))}")
     elif verbosity() is Verbosity.FULL:
-        report.print_merge_report(report.console(), result.report, output)
+        report.print_merge_report(report.console(), result.report, result.output)
     else:
-        report.print_merge_summary(report.console(), result.report, output)
+        report.print_merge_summary(report.console(), result.report, result.output)
+
+
+def _one_way(arguments: tuple[str, ...], options: tuple[str, ...]) -> tuple[str, ...]:
+    """The adapters, which are given as arguments or by -a. Both together would leave the order of --weight open."""
+    if arguments and options:
+        raise click.UsageError("give the adapters as arguments or by -a, not in both ways")
+    if not arguments and not options:
+        raise click.UsageError("Missing argument '[NAME=]ADAPTER...'.")
+    return arguments or options

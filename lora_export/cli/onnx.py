@@ -8,13 +8,13 @@ import click
 
 from lora_export.cli.arguments import (
     TakesAdapters,
-    complete_path,
     dtype_option,
     print_document,
     print_message,
     provider_option,
     publishing_options,
 )
+from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
@@ -24,12 +24,12 @@ Examples:
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
-@click.argument("model", type=click.Path())
+@click.argument("model", type=Source())
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="OUT.onnx",
     help="File to publish after its proof.",
 )
@@ -62,15 +62,15 @@ Examples:
 @click.option(
     "--base",
     "checkpoint",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="CHECKPOINT",
     help="Checkpoint that an .onnx MODEL was exported from. Names the weights whose names were lost, by content.",
 )
 @click.option(
     "--model",
     "reference",
+    type=Source(),
     metavar="MODEL",
-    shell_complete=complete_path,
     help="PyTorch model that an .onnx MODEL was exported from: the proof compares with it, not with the graph.",
 )
 @dtype_option
@@ -131,7 +131,7 @@ def command(
         )
     if as_json:
         files = {"files": [str(path) for path in result.files]} if len(result.files) > 1 else {}
-        print_document({"output": str(output), **onnx_proofs_document(result.proofs), **files})
+        print_document({"output": str(result.output), **onnx_proofs_document(result.proofs), **files})
         return
     show_onnx_proofs(result.proofs)
     show_files(result.files)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_export.cli.arguments import TakesAdapters, print_document, print_message, publishing_options, wrote
+from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
@@ -15,12 +16,12 @@ Example:
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
-@click.argument("model", type=click.Path())
+@click.argument("model", type=Source())
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="OUT.pt",
     help="File to publish after its proof.",
 )
@@ -58,7 +59,7 @@ def command(
             on_progress=on_progress,
         )
     if as_json:
-        print_document({"output": str(output), "proof": proof_document(result.proof)})
+        print_document({"output": str(result.output), "proof": proof_document(result.proof)})
     else:
         show_proof(result.proof)
-        wrote(output)
+        wrote(result.output)

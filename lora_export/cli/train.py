@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message
+from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
@@ -25,15 +26,15 @@ Example:
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
-@click.argument("model", type=click.Path())
+@click.argument("model", type=Source())
 @click.option(
     "--data",
     "data_path",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Training data: a .jsonl, .csv or .npz file.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
+@click.option("-o", "--output", required=True, type=FilePath(), help="Folder for the adapter.")
 @click.option(
     "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rank: rows of A and columns of B."
 )

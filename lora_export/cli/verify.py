@@ -11,7 +11,6 @@ from lora_export.cli.arguments import (
     adapter_weights,
     adapters_option,
     command_line,
-    complete_path,
     dtype_option,
     fixed_option,
     inputs_option,
@@ -21,6 +20,7 @@ from lora_export.cli.arguments import (
     print_message,
     provider_option,
 )
+from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 
 EXAMPLE = """\b
@@ -30,13 +30,11 @@ Examples:
 
 
 @click.command(cls=TakesAdapters, epilog=EXAMPLE)
-@click.argument("candidate", type=click.Path(path_type=Path))
-@click.option(
-    "--model", metavar="MODEL", shell_complete=complete_path, help="PyTorch model that CANDIDATE was made from."
-)
+@click.argument("candidate", type=FilePath())
+@click.option("--model", type=Source(), metavar="MODEL", help="PyTorch model that CANDIDATE was made from.")
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="CHECKPOINT",
     help="Without --model: compare a merged checkpoint with this base and the adapters, weight by weight. With "
     "--model: the quantised .onnx that CANDIDATE was made from, by `merge --requantize` or `onnx --lora`.",
@@ -46,7 +44,7 @@ Examples:
 @adapter_weights
 @click.option(
     "--onnx-adapter",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="FILE",
     help="Adapter file to run CANDIDATE with. For a graph made by `onnx --lora inputs`.",
 )
@@ -69,13 +67,13 @@ Examples:
     "--report",
     "reports",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="FILE.json|.xml|.html",
     help="Write the verdict as JSON (every figure), JUnit XML (for CI) or HTML (to read). May be repeated.",
 )
 @click.option(
     "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     metavar="FOLDER",
     help="Store the outputs of the fp64 reference here, and reuse them for the same model, adapters and inputs.",
 )

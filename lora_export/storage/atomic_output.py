@@ -1,9 +1,9 @@
 """Outputs that are either whole or absent.
 
-Everything is written into a stage: a hidden folder beside the target, on the same file system. Only when the work has
-succeeded are the stage's files flushed to the disk and renamed into place. On any other way out, Ctrl-C and SIGTERM
-included, the stage is removed. The next run on the same target removes the stage of a run that was killed: a stage
-without a lock belongs to no live run.
+Everything is written into a stage: a hidden folder beside the target, on the same file system. Missing folders above
+it are created first. Only when the work has succeeded are the stage's files flushed to the disk and renamed into
+place. On any other way out, Ctrl-C and SIGTERM included, the stage and the new folders are removed. The next run on the
+same target removes the stage of a run that was killed: a stage without a lock belongs to no live run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import filecmp
 import hashlib
 import os
 import re
@@ -89,9 +90,12 @@ def stage_file(
     def publish(stage: Path, target: Path) -> None:
         companions = sorted(path.name for path in stage.iterdir() if path.name != target.name)
         former = set(_data_files(target))  # one of the same name has the same content, and may be replaced
-        foreign = [target.parent / name for name in companions if target.parent / name not in former]
-        _refuse_taken([*foreign, target], overwrite=overwrite)
-        for name in companions:
+        _refuse_taken([target], overwrite=overwrite)
+        foreign = [name for name in companions if target.parent / name not in former]
+        equal = [] if overwrite else _equal_companions(stage, target.parent, foreign)
+        for name in equal:
+            on_message(f"{one_line(name)} exists already, with the same contents")
+        for name in (name for name in companions if name not in equal):
             (stage / name).replace(target.parent / name)
         if companions:
             _flush_folder(target.parent)  # a disk may keep the second of two renames and lose the first
@@ -108,6 +112,21 @@ def stage_file(
         if _absolute(target).is_dir():
             raise OutputFailed(f"{target} is a folder; name a file")
         yield stage
+
+
+def _equal_companions(stage: Path, folder: Path, names: Iterable[str]) -> list[str]:
+    """The files of the stage that the folder has already. Raises OutputFailed where a file there is another one."""
+    equal = []
+    for name in names:
+        path = folder / name
+        if not path.is_symlink() and path.is_file() and filecmp.cmp(stage / name, path, shallow=False):
+            equal.append(name)
+        elif path.is_symlink() or path.exists():
+            raise OutputFailed(
+                f"{path} exists already, with other contents, and may belong to another output. Give the adapter "
+                "another name (-a NAME=ADAPTER), choose another folder, or add --overwrite to replace the file"
+            )
+    return equal
 
 
 def data_name(target: str, digest: str) -> str:
@@ -149,7 +168,7 @@ def _staged(
     _check_target(target, inputs, required_bytes)
     _refuse_taken([target], overwrite=overwrite)
     lock = target.parent / _hidden_name(target, "lock")
-    with contextlib.ExitStack() as to_the_end, output_lock(lock, target):
+    with contextlib.ExitStack() as to_the_end, _folder(target.parent), output_lock(lock, target):
         _remove_orphans(target, on_message)
         _refuse_taken([target], overwrite=overwrite)  # again: an output that was set aside may be back
         stage = target.parent / _hidden_name(target, f"{os.getpid()}.partial")
@@ -163,6 +182,27 @@ def _staged(
         finally:
             with deferred_signals():
                 shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Create a folder with those above it for the block, and remove again what is empty where the block fails."""
+    created: list[Path] = []
+    try:
+        for folder in reversed([path, *path.parents]):
+            with deferred_signals():
+                if not folder.is_dir():
+                    folder.mkdir()
+                    created.append(folder)
+        yield
+        for folder in created:
+            _flush_folder(folder.parent)
+    except BaseException:
+        with deferred_signals():
+            for folder in reversed(created):
+                with contextlib.suppress(OSError):  # another run has put something into it
+                    folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -189,22 +229,21 @@ def byte_size(count: int) -> str:
 def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> None:
     if len(os.fsencode(target.name)) > LONGEST_NAME:
         raise OutputFailed(f"the output's name is longer than {LONGEST_NAME} bytes")
-    if not target.parent.is_dir():
-        if target.parent.exists():
-            raise OutputFailed(f"{target.parent} is not a folder, so nothing can be written into it")
-        raise OutputFailed(f"the folder {target.parent} does not exist; create it first")
+    above = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise OutputFailed(f"{above} is not a folder, so nothing can be written into it")
     for path in inputs:
         _refuse_overlap(target, _real(path))
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(above).free
     if required_bytes > free:
-        raise OutputFailed(f"{target.parent} has {byte_size(free)} free, {byte_size(required_bytes)} needed")
+        raise OutputFailed(f"{above} has {byte_size(free)} free, {byte_size(required_bytes)} needed")
 
 
 def _refuse_overlap(target: Path, source: Path) -> None:
     # Files and folders are compared, not their names: a file system may take BASE for base, or show base twice.
     if target.exists() and target.samefile(source):
         raise OutputFailed(f"the output {target} is the input {source}")
-    if source.is_dir() and any(folder.samefile(source) for folder in target.parents):
+    if source.is_dir() and any(folder.samefile(source) for folder in target.parents if folder.exists()):
         raise OutputFailed(f"the output {target} is inside the input {source}")
     links = (_real(path) for path in source.rglob("*") if path.is_symlink())  # none, where the source is a file
     for path in (source, *links):

@@ -168,14 +168,15 @@ def test_names_in_an_error_stay_text_in_the_page(place: Path, tmp_path: Path) ->
 def test_a_report_that_cannot_be_written_hides_no_error(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "file").touch()
     written, unknown = tmp_path / "verdict.xml", tmp_path / "verdict.txt"
-    paths = [word for path in (unknown, tmp_path / "no/verdict.xml", written) for word in ("--report", path)]
+    paths = [word for path in (unknown, tmp_path / "file/verdict.xml", written) for word in ("--report", path)]
     assert call("verify", place / "nowhere.onnx", "--model", MODEL, *paths) == 3
     message = capsys.readouterr().err
     assert "verdict.txt: unknown report format" in message
-    assert f"the report {tmp_path / 'no/verdict.xml'} was not written" in message
+    assert f"the report {tmp_path / 'file/verdict.xml'} was not written" in message
     assert "unknown report format" in written.read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["verdict.xml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "verdict.xml"]
 
 
 # --- GitHub ---

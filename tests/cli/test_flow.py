@@ -166,8 +166,14 @@ def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: 
     [
         (["onnx", "nowhere.py:make", "-o", "{out}"], 3, "there is no file nowhere.py"),
         (["onnx", MODEL, "-a", "{place}/missing", "-o", "{out}"], 3, "missing"),
-        (["onnx", MODEL, "-a", "{place}/adapter", "-o", "{place}/no/such/folder/x.onnx"], 7, "does not exist"),
-        (["onnx", MODEL, "-a", "{place}/adapter", "-o", "{place}/base.safetensors"], 7, "exists already"),
+        (["onnx", MODEL, "-a", "{place}/adapter", "-o", "{place}/signals.npz/x.onnx"], 7, "is not a folder"),
+        (["onnx", MODEL, "-a", "{place}/adapter", "-o", "{place}/base.safetensors"], 2, "name it {place}/base.onnx"),
+        (["torchscript", MODEL, "-a", "{place}/adapter", "-o", "{place}/base.onnx"], 2, "name it {place}/base.pt"),
+        (
+            ["merge", "{place}/base.safetensors", "{place}/adapter", "-o", "{place}/base"],
+            7,
+            "base.safetensors is the input",
+        ),
         (["onnx", MODEL, "-a", "{place}/adapter"], 2, "Missing option '-o'"),
         (["torchscript", MODEL, "-a", "{place}/adapter", "--lora", "rows", "-o", "{out}"], 2, "'rows'"),
         (["verify", "{place}/missing.onnx", "--model", MODEL], 3, "missing.onnx"),
@@ -193,7 +199,7 @@ def test_what_cannot_be_done_is_told_with_its_code_and_leaves_nothing(
     capsys.readouterr()
     assert call(*(part.format(place=place, out=tmp_path / "out") for part in arguments)) == code
     told = capsys.readouterr()
-    assert message in told.err
+    assert message.format(place=place) in told.err
     assert told.out == ""
     assert "Traceback" not in told.err
     assert list(tmp_path.iterdir()) == []

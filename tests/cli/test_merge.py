@@ -300,7 +300,7 @@ def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(place, capsy
         ("base", "the output {place}/base is the input {place}/base"),
         ("base/merged", "the output {place}/base/merged is inside the input {place}/base"),
         ("adapter/merged", "the output {place}/adapter/merged is inside the input {place}/adapter"),
-        ("no/such", "the folder {place}/no does not exist; create it first"),
+        ("base/no/such", "the output {place}/base/no/such is inside the input {place}/base"),
     ],
 )
 def test_an_output_in_the_wrong_place_ends_with_7(place, capsys, output, message):

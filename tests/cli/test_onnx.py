@@ -159,6 +159,20 @@ def test_a_graph_that_is_not_the_base_to_the_bit_says_so(
     assert "not to the last bit" in capsys.readouterr().err
 
 
+def test_graphs_in_one_folder_share_an_equal_adapter_file(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("onnx", MODEL, "-a", place / "fr", "--lora", "inputs", "--no-verify", "-o")
+    assert call(*words, tmp_path / "new/one.onnx") == call(*words, tmp_path / "new/two.onnx") == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["fr.onnx_adapter", "one.onnx", "two.onnx"]
+    capsys.readouterr()
+    assert call(*words, tmp_path / "new/three", "--weight", "2") == 7
+    message = capsys.readouterr().err
+    assert "fr.onnx_adapter exists already, with other contents" in message and "(-a NAME=ADAPTER)" in message
+    assert call(*words[:2], "-a", f"louder={place / 'fr'}", *words[4:], tmp_path / "new/three", "--weight", "2") == 0
+    assert "louder.onnx_adapter" in {path.name for path in (tmp_path / "new").iterdir()}
+
+
 def test_files_of_adapters_that_exist_are_kept_until_overwrite_is_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -668,8 +668,8 @@ def alone(place: Path, mounting: str, *line: object) -> subprocess.CompletedProc
         ("merge", "locked/out", r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"),
         ("onnx", "locked/out", r"could not be written: (Permission denied|Read-only file system) \(.*\.lock\)"),
         ("merge", "file/out", "file is not a folder, so nothing can be written into it"),
-        ("merge", "none/out", "none does not exist; create it first"),
-        ("merge", "loop/out", "loop does not exist; create it first"),
+        ("merge", "file/none/out", "file is not a folder, so nothing can be written into it"),
+        ("merge", "loop/out", "loop is not a folder, so nothing can be written into it"),
     ],
 )
 def test_a_place_that_cannot_be_written_to_is_told_before_any_work(place, command, spot, message):

@@ -32,9 +32,15 @@ def test_unknown_suffix_is_refused_before_and_after_the_work(tmp_path: Path, nam
     assert list(tmp_path.iterdir()) == []
 
 
-def test_report_in_a_missing_folder_is_an_output_failure(tmp_path: Path) -> None:
-    with pytest.raises(OutputFailed, match="does not exist"):
-        report.write(tmp_path / "nowhere" / "report.json", SAME)
+def test_folder_of_a_report_is_created(tmp_path: Path) -> None:
+    report.write(tmp_path / "no" / "such" / "report.json", SAME)
+    assert (tmp_path / "no/such/report.json").is_file()
+
+
+def test_report_below_a_file_is_an_output_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFailed, match="is not a folder"):
+        report.write(tmp_path / "file" / "report.json", SAME)
 
 
 def test_html_without_jinja2_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -265,6 +265,34 @@ def test_a_companion_never_replaces_a_foreign_file(tmp_path):
 
 
 @pytest.mark.fault(34)
+def test_an_equal_companion_is_left_as_it_is(tmp_path):
+    (tmp_path / "a.data").write_text("same")
+    before, messages = (tmp_path / "a.data").stat(), []
+    with atomic_output.stage_file(tmp_path / "a", inputs=(), on_message=messages.append) as stage:
+        (stage / "a").touch()
+        (stage / "a.data").write_text("same")
+    after = (tmp_path / "a.data").stat()
+    assert names(tmp_path) == {"a", "a.data"} and (after.st_ino, after.st_mtime_ns) == (
+        before.st_ino,
+        before.st_mtime_ns,
+    )
+    assert messages == ["a.data exists already, with the same contents"]
+
+
+@pytest.mark.fault(32, 34)
+def test_a_link_to_an_equal_companion_is_refused(tmp_path):
+    (tmp_path / "elsewhere").write_text("same")
+    (tmp_path / "a.data").symlink_to("elsewhere")
+    with (
+        pytest.raises(OutputFailed, match=r"a\.data exists"),
+        atomic_output.stage_file(tmp_path / "a", inputs=()) as stage,
+    ):
+        (stage / "a").touch()
+        (stage / "a.data").write_text("same")
+    assert names(tmp_path) == {"elsewhere", "a.data"}
+
+
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("stage", [atomic_output.stage_folder, atomic_output.stage_file])
 def test_a_target_created_during_the_run_is_not_touched(tmp_path, stage):
     with pytest.raises(OutputFailed, match="out exists already"), stage(tmp_path / "out", inputs=()) as folder:
@@ -369,9 +397,49 @@ def test_a_symbolic_link_created_during_the_run_is_not_followed(tmp_path):
 
 @pytest.mark.fault(30)
 @WRITERS
-def test_a_missing_parent_is_named(tmp_path, write):
-    with pytest.raises(OutputFailed, match=r"the folder .*/no/such does not exist; create it first"):
-        write(tmp_path / "no/such/out")
+def test_missing_folders_above_the_output_are_created(tmp_path, write):
+    write(tmp_path / "no/such/out")
+    assert names(tmp_path / "no/such") == {"out"}
+    assert content(tmp_path / "no/such/out") == "new"
+
+
+@pytest.mark.fault(28, 30)
+@pytest.mark.parametrize("stage", [atomic_output.stage_folder, atomic_output.stage_file])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_folders_that_a_failed_run_created_are_removed(tmp_path, stage, failure):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(failure), stage(tmp_path / "mine/no/such/out", inputs=()) as folder:
+        (folder / "out").write_text("half")
+        raise failure
+    assert names(tmp_path) == {"mine"} and names(tmp_path / "mine") == set()
+
+
+@pytest.mark.fault(30)
+def test_created_folders_with_files_of_another_run_stay(tmp_path):
+    with pytest.raises(RuntimeError), atomic_output.stage_file(tmp_path / "no/such/out", inputs=()):
+        (tmp_path / "no/theirs").touch()
+        raise RuntimeError
+    assert names(tmp_path / "no") == {"theirs"}
+
+
+@pytest.mark.fault(30)
+@WRITERS
+@pytest.mark.parametrize("above", ["file", "loop", "dangling"])
+def test_a_file_or_broken_link_above_the_output_is_named(tmp_path, write, above):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file/x")
+    with pytest.raises(OutputFailed, match=r"(file|loop) is not a folder, so nothing can be written into it"):
+        write(tmp_path / above / "such/out")
+    assert names(tmp_path) == {"file", "loop", "dangling"}
+
+
+@pytest.mark.fault(31)
+def test_an_output_in_a_new_folder_of_an_input_is_refused(tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(OutputFailed, match="is inside the input"):
+        write_file(tmp_path / "base/no/such/out", inputs=[tmp_path / "base"])
+    assert names(tmp_path / "base") == set()
 
 
 @pytest.mark.fault(30)

@@ -1,0 +1,51 @@
+"""Models and adapters of the Hugging Face Hub by their names, in the local cache. Nothing is downloaded.
+
+`owner/name` or `owner/name@revision` is looked up by huggingface_hub itself, which follows HF_HOME and HF_HUB_CACHE.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lora_export.errors import InputRefused, one_line
+
+HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+# A missing file of these kinds is a missing file.
+FILES = frozenset(
+    {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors"}
+)
+
+
+def locate(source: str | Path) -> Path:
+    """The path itself; or, where nothing is there and it is a name of the Hub, its snapshot in the cache.
+
+    Raises InputRefused for a name of which the cache has no snapshot, with the command that downloads it.
+    """
+    text = str(source)
+    match = HUB_NAME.fullmatch(text)
+    if match is None or os.path.lexists(text) or Path(text).suffix in FILES:
+        return Path(source)
+    name, revision = match["name"], match["revision"]
+    snapshot = _snapshot(name, revision)
+    if snapshot is not None:
+        return snapshot
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    raise InputRefused(
+        f"there is no file or folder {one_line(text)}, and the Hugging Face cache has no snapshot of that name. "
+        f"lora-export downloads nothing. To get it: {command}"
+    )
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a snapshot; None where there is none, or no huggingface_hub, which makes the cache."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):  # ValueError: no name of the Hub
+        return None

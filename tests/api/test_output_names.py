@@ -1,0 +1,35 @@
+"""The name of an output gets the suffix of its kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_export.api.output_names import with_suffix
+from lora_export.errors import WrongUsage
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("out/model", "out/model.onnx"),
+        ("llama-3.2", "llama-3.2.onnx"),
+        ("model.onnx", "model.onnx"),
+        ("model.v2.onnx", "model.v2.onnx"),
+        (".hidden", ".hidden.onnx"),
+        ("..", ".."),
+    ],
+)
+def test_a_name_without_the_suffix_gets_it(name: str, expected: str) -> None:
+    assert with_suffix(name, ".onnx") == Path(expected)
+
+
+def test_further_suffixes_of_the_kind_are_left_alone() -> None:
+    assert with_suffix("x.ts", ".pt", ".ts") == Path("x.ts")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "model.onnx_adapter"])
+def test_the_suffix_of_another_kind_is_refused(name: str) -> None:
+    with pytest.raises(WrongUsage, match=rf"the output is a .onnx file: name it model.onnx, not {name}"):
+        with_suffix(name, ".onnx")
