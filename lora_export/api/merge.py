@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
+from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
@@ -188,6 +189,7 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
             backend=backend,
         )
         _refuse_no_change(report)
+        copy_generation_files(options.base, options.output, folder, options.on_message)
     _warn_of_rounding(report, NODES, options.on_message)
     return MergeResult(options.output, steps, report, notes)
 

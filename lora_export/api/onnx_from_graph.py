@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import provenance
+from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import ModelSource, resolve_model
 from lora_export.api.onnx_insert import insert_and_save, locate
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
@@ -57,6 +58,7 @@ def export_from_graph(
         else:
             targets = _targets(located.sites, options)
             hashes, companions = {}, insert_and_save(program, located, options, targets, folder)
+        companions += copy_generation_files(path, options.output, folder, options.on_message)
         plan = located.plan
         del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof

@@ -240,6 +240,41 @@ def test_the_api_sample_publishes_no_graph_that_is_not_proven(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
 
 
+def test_the_generation_sample_generates_what_pytorch_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    import peft
+
+    import generate_with_adapter as sample
+    from support.exporters import a_llama, save_tokenizer
+
+    torch.manual_seed(0)
+    base = a_llama()
+    for weight in base.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.3)
+    base.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    adapted = peft.get_peft_model(a_llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(weight, std=0.25)
+    adapted.save_pretrained(tmp_path / "pirate")
+    tokens = sample.main(tmp_path / "base", tmp_path / "pirate", tmp_path / "out", "w11")
+    printed = capsys.readouterr().out
+    assert "model.onnx: same\n" in printed and "\npirate: w" in printed
+
+    def expected(module: nn.Module) -> list[int]:
+        ids = torch.tensor([[11]])
+        new = module.generate(input_ids=ids, do_sample=False, max_new_tokens=32, pad_token_id=0)[0, 1:].tolist()
+        return new[:-1] if new[-1] == module.config.eos_token_id else new  # genai leaves the end token out
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert tokens["base"] == expected(loaded)
+    assert tokens["pirate"] == expected(peft.PeftModel.from_pretrained(loaded, tmp_path / "pirate"))
+    assert tokens["pirate"] != tokens["base"] and len(set(tokens["pirate"])) > 5
+    assert {"genai_config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out" / "served").iterdir()}
+
+
 def test_the_parity_test_passes(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SAMPLES / "parity_test.py")]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -322,5 +357,5 @@ def test_a_failed_step_fails_the_job_and_reports_are_uploaded() -> None:
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 10
+    assert len(names) == 11
     assert [name for name in names if f"[{name}]({name})" not in listed] == []

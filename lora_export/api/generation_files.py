@@ -1,0 +1,53 @@
+"""The files that onnxruntime-genai reads beside a graph: its own config, and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from lora_export.api.callbacks import OnMessage
+from lora_export.storage import json_files
+
+GENAI_CONFIG = "genai_config.json"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
+
+
+def copy_generation_files(graph: Path, output: Path, folder: Path, on_message: OnMessage) -> list[str]:
+    """Copy what is needed to generate from the folder of a graph into `folder`; return the names.
+
+    `folder` holds what is published beside `output`. The config is copied if it names `graph`, and then names
+    `output`. A file that is beside `output` already is not replaced, and a note names it.
+    """
+    home = output.absolute().parent
+    if home.is_dir() and home.samefile(graph.parent):
+        return []
+    texts = _config_of(graph, output)
+    present = [name for name in TOKENIZER if (graph.parent / name).is_file()]
+    taken = [name for name in (*texts, *present) if (home / name).exists()]
+    if taken:
+        on_message(f"note: beside {output} these files exist already and stay as they are: {', '.join(taken)}")
+    for name, text in texts.items():
+        if name not in taken:
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    for name in present:
+        if name not in taken:
+            shutil.copyfile(graph.parent / name, folder / name)
+    return [name for name in (*texts, *present) if name not in taken]
+
+
+def _config_of(graph: Path, output: Path) -> dict[str, str]:
+    """The config of onnxruntime-genai for the output; nothing where there is none, or none that names the graph."""
+    path = graph.parent / GENAI_CONFIG
+    if not path.is_file():
+        return {}
+    config = json_files.read_json(path)
+    model = config.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not isinstance(decoder, dict) or decoder.get("filename") != graph.name:
+        return {}
+    decoder["filename"] = output.name
+    return {GENAI_CONFIG: json.dumps(config, indent=4) + "\n"}

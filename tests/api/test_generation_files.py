@@ -1,0 +1,75 @@
+"""What onnxruntime-genai reads beside a graph is copied beside the graph that is made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from support.api import Recorder
+from support.folder_contents import folder_contents
+from support.handmade import graph_file, peft_adapter
+
+W = np.arange(6, dtype=np.float32).reshape(3, 2)  # (in, out)
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A folder such as that of the model builder, and beside it an adapter and an empty folder."""
+    folder = tmp_path / "built"
+    folder.mkdir()
+    graph_file(folder / "model.onnx", {"up.weight": W})
+    (folder / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model.onnx"}, "type": "llama"}}')
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "notes.txt").write_text("not needed")
+    peft_adapter(tmp_path / "fr", {"up": ([[1, 2, 3]], [[1], [10]])})
+    (tmp_path / "served").mkdir()
+    return folder
+
+
+def config_in(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "genai_config.json").read_text())["model"])
+
+
+@pytest.mark.parametrize("command", ["merge", "merged", "nodes", "inputs"])
+def test_config_and_tokenizer_are_copied_and_name_the_graph(built: Path, tmp_path: Path, command: str) -> None:
+    source, adapter, output = built / "model.onnx", tmp_path / "fr", tmp_path / "served" / "new.onnx"
+    if command == "merge":
+        le.merge(source, adapter, output)
+    else:
+        result = le.export_onnx(source, output, adapters=adapter, lora=command, verify=False)
+        assert {output.parent / name for name in ("genai_config.json", "tokenizer.json")} <= set(result.files)
+    assert config_in(tmp_path / "served") == {"decoder": {"filename": "new.onnx"}, "type": "llama"}
+    assert (tmp_path / "served" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    assert not (tmp_path / "served" / "notes.txt").exists()
+
+
+def test_files_that_are_there_stay_and_a_note_names_them(built: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    (tmp_path / "served" / "tokenizer.json").write_text("mine")
+    le.export_onnx(
+        built / "model.onnx",
+        tmp_path / "served" / "model.onnx",
+        adapters=tmp_path / "fr",
+        lora="nodes",
+        verify=False,
+        **recorder.callbacks,
+    )
+    assert (tmp_path / "served" / "tokenizer.json").read_text() == "mine"
+    assert config_in(tmp_path / "served")["decoder"] == {"filename": "model.onnx"}
+    assert any("exist already and stay as they are: tokenizer.json" in line for line in recorder.messages)
+
+
+def test_beside_its_source_nothing_is_copied(built: Path, tmp_path: Path) -> None:
+    before = folder_contents(built)
+    le.merge(built / "model.onnx", tmp_path / "fr", built / "merged.onnx")
+    assert {name: text for name, text in folder_contents(built).items() if "merged.onnx" not in name} == before
+
+
+def test_config_of_another_graph_is_not_copied(built: Path, tmp_path: Path) -> None:
+    (built / "genai_config.json").write_text('{"model": {"decoder": {"filename": "other.onnx"}}}')
+    le.merge(built / "model.onnx", tmp_path / "fr", tmp_path / "served" / "m.onnx")
+    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["m.onnx", "tokenizer.json"]
