@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, ignore
-from lora_export.api.load import AdapterSource, adapter_paths, load_adapters
+from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
@@ -49,6 +49,7 @@ def convert(
     graph has changed since it was made; OutputFailed where the file cannot be written. Nothing is left behind then.
     """
     output, graph = Path(output), Path(graph)
+    (adapter,) = locate_adapters(adapter, on_message)
     (loaded,) = load_adapters(adapter)
     onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if ignore_head else loaded])
     input_files.must_exist(graph, "graph")

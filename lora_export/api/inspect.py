@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import formats
+from lora_export.api.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.lora import Adapter
 from lora_export.runtime.written_record import WrittenRecord, read_record
+from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import damage
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -94,7 +96,7 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
 
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
-    path = Path(path)
+    path = locate(path, ignore)
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
     if checkpoint is not None and path.suffix != ".onnx":
@@ -112,7 +114,7 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
         from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
 
-        names = None if checkpoint is None else open_checkpoint(Path(checkpoint))
+        names = None if checkpoint is None else open_checkpoint(locate(checkpoint, ignore))
         model = load_graph(path)
         return Inspection(
             path, graph=find_sites(model, names), interface=read_interface(model), record=read_record(path)

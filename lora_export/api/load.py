@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_export import formats
+from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
+from lora_export.storage.hub_cache import locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +28,23 @@ def split_name(argument: str) -> tuple[str | None, Path]:
     if not separator or Path(argument).exists() or "/" in name:
         return None, Path(argument)
     return name, Path(path)
+
+
+def locate_adapters(sources: AdapterSources, on_message: OnMessage) -> list[AdapterSource]:
+    """The same sources, where names of the Hugging Face Hub are their snapshots in the cache (see `locate`)."""
+    return [source if isinstance(source, Adapter) else _located(source, on_message) for source in _as_list(sources)]
+
+
+def _located(source: str | Path, on_message: OnMessage) -> str | Path:
+    name, path = split_name(source) if isinstance(source, str) else (None, source)
+    located = locate(path, on_message)
+    # A snapshot's folder is named after its commit, which is no name for an adapter.
+    return source if located == path else f"{name or str(path).partition('@')[0].rpartition('/')[2]}={located}"
+
+
+def locate_model(source: ModelSource, on_message: OnMessage) -> ModelSource:
+    """The same source, where a name of the Hugging Face Hub is its snapshot in the cache (see `locate`)."""
+    return str(locate(source, on_message)) if isinstance(source, str | Path) else source
 
 
 def load_adapters(sources: AdapterSources) -> list[Adapter]:

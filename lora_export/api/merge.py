@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,20 +12,19 @@ from typing import Any, TypeGuard
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
 from lora_export.api.generation_files import copy_generation_files
-from lora_export.api.load import AdapterSources, adapter_paths, load_adapters
+from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.storage import atomic_output, input_files
+from lora_export.storage.hub_cache import HUB_NAME, hub_name, locate
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/model
-CACHED = "models--"  # a model's folder in the hub's cache: models--owner--model
 FLOAT32 = "--dtype float32 keeps it"
 NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
 
@@ -98,7 +96,7 @@ def merge(
     OutputFailed where the output cannot be written; EnvironmentLacking where CUDA is missing; WrongUsage for options
     that do not go together. After an error an existing output is unchanged, and nothing new is left behind.
     """
-    base = Path(base)
+    base, adapters = locate(base, on_message), locate_adapters(adapters, on_message)
     if device == "cuda":
         from lora_export.weights import cuda
 
@@ -117,7 +115,8 @@ def merge(
             raise WrongUsage("--dtype is for checkpoints: the weights of a graph keep the types that its nodes expect")
         if options.layout:
             raise WrongUsage("--layout is for checkpoints: a graph's operators determine the layout of its weights")
-        return _into_graph(options, None if checkpoint is None else Path(checkpoint), requantize=requantize)
+        names_from = None if checkpoint is None else locate(checkpoint, on_message)
+        return _into_graph(options, names_from, requantize=requantize)
     if checkpoint is not None:
         raise WrongUsage("--base is for an .onnx BASE: the weights of a checkpoint have their names")
     if requantize:
@@ -249,10 +248,8 @@ def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]
 
     A local path in an adapter's config means nothing on this machine.
     """
-    folders = base.path.absolute().parts
-    cached = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))
-    own = [name for name in (*cached, base.config.get("_name_or_path")) if _is_hub_name(name)]
-    known = {_without_owner(name) for name in (*own, *folders)}
+    own = [name for name in (hub_name(base.path), base.config.get("_name_or_path")) if _is_hub_name(name)]
+    known = {_without_owner(name) for name in (*own, *base.path.absolute().parts)}
     for adapter in adapters:
         named = adapter.metadata.get("base_model_name_or_path")
         if own and _is_hub_name(named) and _without_owner(named) not in known:

@@ -11,6 +11,8 @@ from lora_export.api.load import (
     ModelSource,
     adapter_paths,
     load_adapters,
+    locate_adapters,
+    locate_model,
     refuse_pt2,
     refuse_weights_alone,
 )
@@ -18,6 +20,7 @@ from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
+from lora_export.storage.hub_cache import locate
 
 
 def export_onnx(
@@ -71,6 +74,7 @@ def export_onnx(
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
+    model, adapters = locate_model(model, on_message), locate_adapters(adapters, on_message)
     options = OnnxOptions(
         output=with_suffix(output, ".onnx"),
         lora=lora,
@@ -99,7 +103,8 @@ def export_onnx(
         return export_from_model(model, options, dtype=dtype, opset=opset)
     from lora_export.api.onnx_from_graph import export_from_graph
 
-    names_from = None if checkpoint is None else Path(checkpoint)
+    names_from = None if checkpoint is None else locate(checkpoint, on_message)
+    reference = None if reference is None else locate_model(reference, on_message)
     return export_from_graph(Path(str(model)), options, checkpoint=names_from, reference=reference, dtype=dtype)
 
 

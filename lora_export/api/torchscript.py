@@ -15,6 +15,8 @@ from lora_export.api.load import (
     ModelSource,
     adapter_paths,
     load_adapters,
+    locate_adapters,
+    locate_model,
     model_paths,
     refuse_pt2,
     refuse_weights_alone,
@@ -64,6 +66,7 @@ def export_torchscript(
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
+    model, adapters = locate_model(model, on_message), locate_adapters(adapters, on_message)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
     loaded = load_adapters(adapters)
     sources = [*model_paths(model), *adapter_paths(adapters)]

@@ -21,6 +21,7 @@ from lora_export.models.huggingface import load_tokenizer, set_padding_token
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
 from lora_export.storage import atomic_output
+from lora_export.storage.hub_cache import hub_name, locate
 from lora_export.storage.manifest import write_manifest
 from lora_export.training.batches import Data, array_data, token_data
 from lora_export.training.data import Examples, read_examples, split
@@ -96,6 +97,7 @@ def train(
     OutputFailed where `output` cannot be written. After an error nothing new is left behind.
     """
     refuse_pt2(model)
+    model = locate(model, on_message)
     data, output = Path(data), Path(output)
     settings = _Settings(epochs, batch_size, learning_rate, seed, device)
     examples = read_examples(data)
@@ -229,7 +231,8 @@ def _with_and_without(module: nn.Module, held_out: Data, device: str) -> dict[st
 
 
 def _config(loaded: Model, *, rslora: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"use_rslora": rslora, "base_model_name_or_path": loaded.source}
+    base = hub_name(Path(loaded.source)) or loaded.source
+    fields: dict[str, Any] = {"use_rslora": rslora, "base_model_name_or_path": base}
     return fields | ({"task_type": "SEQ_CLS"} if _heads_of(loaded) else {})
 
 

@@ -18,6 +18,8 @@ from lora_export.api.load import (
     ModelSource,
     adapter_paths,
     load_adapters,
+    locate_adapters,
+    locate_model,
     model_paths,
     refuse_weights_alone,
     resolve_model,
@@ -33,6 +35,7 @@ from lora_export.errors import (
 from lora_export.provenance import adapter_records
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
+from lora_export.storage.hub_cache import locate
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.companion_files import compare_files
@@ -151,7 +154,8 @@ def verify(
     that do not go together.
     """
     begun = time.perf_counter()
-    candidate, origin = Path(candidate), None if base is None else Path(base)
+    candidate, origin = Path(candidate), None if base is None else locate(base, on_message)
+    model, adapters = None if model is None else locate_model(model, on_message), locate_adapters(adapters, on_message)
     how = _How(
         provider=provider,
         dtype=dtype,

@@ -7,35 +7,45 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_export.errors import InputRefused, one_line
 
-HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
+WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
 # A missing file of these kinds is a missing file.
-FILES = frozenset(
-    {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors"}
-)
+FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".ts"}
+CACHED = "models--"  # a model's folder in the cache: models--owner--name
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, on_message: Callable[[str], None]) -> Path:
     """The path itself; or, where nothing is there and it is a name of the Hub, its snapshot in the cache.
 
-    Raises InputRefused for a name of which the cache has no snapshot, with the command that downloads it.
+    `on_message` receives a line that names the snapshot. Raises InputRefused for a name of which the cache has no
+    snapshot, with the command that downloads it.
     """
     text = str(source)
-    match = HUB_NAME.fullmatch(text)
+    match = WITH_REVISION.fullmatch(text)
     if match is None or os.path.lexists(text) or Path(text).suffix in FILES:
         return Path(source)
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
     if snapshot is not None:
+        on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
         return snapshot
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     raise InputRefused(
         f"there is no file or folder {one_line(text)}, and the Hugging Face cache has no snapshot of that name. "
         f"lora-export downloads nothing. To get it: {command}"
     )
+
+
+def hub_name(path: Path) -> str | None:
+    """The name on the Hub of what is stored in a cache; None for every other path."""
+    folders = path.absolute().parts
+    names = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))
+    return next(names, None)
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
