@@ -83,6 +83,9 @@ def test_a_pair_on_a_tied_weight_is_refused() -> None:
     one = pairs_of({"one": LoraPair(a=np.ones((1, 3)), b=np.ones((3, 1)), scale=1.0)})
     with pytest.raises(InputRefused, match=r"one tensor under several names: one\.weight and two\.weight"):
         check_fit(tied, options("merged", one), [])
+    wanted = options("inputs", target="one")
+    with pytest.raises(InputRefused, match="one tensor under several names"):
+        check_fit(tied, wanted, future_adapters(tied, wanted))
 
 
 def test_a_changed_tie_gets_a_tensor_of_its_own() -> None:
