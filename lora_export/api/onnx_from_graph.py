@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lora_export import provenance
 from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import ModelSource, resolve_model
-from lora_export.api.onnx_insert import insert_and_save, locate
+from lora_export.api.onnx_insert import insert_and_save, locate_steps
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.shared_head import stored_in_graph
@@ -48,7 +48,7 @@ def export_from_graph(
         references = _references(graph, names, options, reference, dtype) if options.verify else None
         options = _without_head(program, names, options)
         before = base_outputs(program, references, options) if references else {}
-        located = locate(program, options, names, is_existing=True)
+        located = locate_steps(program, options, names, is_existing=True)
         if located.plan:
             provenance.refuse_second_merge(located.plan, graph.path, graph.history)
         if options.lora == "merged":

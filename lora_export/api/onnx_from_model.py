@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lora_export import layers, plan
 from lora_export.api.load import ModelSource, model_paths, resolve_model
-from lora_export.api.onnx_insert import Located, insert_and_save, locate, write_graph
+from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.publish import record_of_model
@@ -87,7 +87,7 @@ def write_with_adapters(
     """Write the graph with its adapters; return where they landed, and the names of the files beside it."""
     if not options.adapters and not future:
         return None, write_graph(program, options, folder)
-    located = locate(program, options, None)
+    located = locate_steps(program, options, None)
     if options.lora == "merged":
         assert located.plan is not None
         options.stage("folding the adapters in")

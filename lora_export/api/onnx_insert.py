@@ -30,7 +30,7 @@ class Located(NamedTuple):
     plan: Plan | None
 
 
-def locate(
+def locate_steps(
     program: ir.Model, options: OnnxOptions, checkpoint: Checkpoint | None, *, is_existing: bool = False
 ) -> Located:
     """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit.

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_export.api.onnx_insert import insert_and_save, locate, write_graph
+from lora_export.api.onnx_insert import insert_and_save, locate_steps, write_graph
 from lora_export.api.onnx_options import OnnxOptions
 from lora_export.errors import MatchError
 from lora_export.graph.onnx_file.reading import load_graph
@@ -32,7 +32,7 @@ def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxOptions:
 def written(lora: str, folder: Path, *adapters: Adapter, targets: tuple[str, ...] = (), **fields: Any) -> list[str]:
     """The names of the files beside the graph."""
     program, wanted = a_graph(LINEAR), options(lora, *adapters, **fields)
-    return insert_and_save(program, locate(program, wanted, None), wanted, list(targets), folder)
+    return insert_and_save(program, locate_steps(program, wanted, None), wanted, list(targets), folder)
 
 
 def test_nodes_compute_the_sum(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_stages_and_notes_are_reported(tmp_path: Path) -> None:
     seen = Recorder()
     noted = an_adapter({"base_model.m": PAIR}, name="fr")
     program, wanted = a_graph(LINEAR), options("nodes", noted, **seen.callbacks)
-    located = locate(program, wanted, None)
+    located = locate_steps(program, wanted, None)
     insert_and_save(program, located, wanted, [], tmp_path)
     assert seen.stages == ["finding its weights", "inserting the adapters", "writing"]
     assert seen.messages and all(message.startswith("note: ") for message in seen.messages)
@@ -75,8 +75,8 @@ def test_stages_and_notes_are_reported(tmp_path: Path) -> None:
 
 def test_an_adapter_that_does_not_fit_is_refused() -> None:
     with pytest.raises(MatchError, match="elsewhere"):
-        locate(a_graph(LINEAR), options("nodes", an_adapter({"elsewhere": PAIR})), None)
-    assert locate(a_graph(LINEAR), options("inputs"), None).plan is None
+        locate_steps(a_graph(LINEAR), options("nodes", an_adapter({"elsewhere": PAIR})), None)
+    assert locate_steps(a_graph(LINEAR), options("inputs"), None).plan is None
 
 
 def test_large_weights_are_stored_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

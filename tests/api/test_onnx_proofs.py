@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from lora_export.api.onnx_insert import insert_and_save, locate
+from lora_export.api.onnx_insert import insert_and_save, locate_steps
 from lora_export.api.onnx_options import OnnxOptions, OnnxProofs
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.errors import Different
@@ -34,7 +34,7 @@ def options(lora: str, *adapters: Adapter, **fields: Any) -> OnnxOptions:
 
 def written(folder: Path, wanted: OnnxOptions, text: str = LINEAR) -> Path:
     program = a_graph(text)
-    insert_and_save(program, locate(program, wanted, None), wanted, [], folder)
+    insert_and_save(program, locate_steps(program, wanted, None), wanted, [], folder)
     return folder / "m.onnx"
 
 

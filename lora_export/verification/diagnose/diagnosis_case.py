@@ -64,10 +64,10 @@ class DiagnosisCase:
 
     def aligned(self, outputs: Arrays) -> Arrays:
         """The candidate's outputs under the names that the case gives them."""
-        return renamed(outputs, self.outputs.candidate)
+        return outputs_renamed(outputs, self.outputs.candidate)
 
 
-def renamed(outputs: Arrays, others: Mapping[str, Array]) -> Arrays:
+def outputs_renamed(outputs: Arrays, others: Mapping[str, Array]) -> Arrays:
     """Outputs under the names of others, by order; unchanged where their numbers differ."""
     if outputs.keys() == others.keys() or len(outputs) != len(others):
         return outputs

@@ -19,7 +19,7 @@ from lora_export.runtime.kv_cache import IDS, CacheRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.compare_calls import MODULE_FACTOR, ComparedCall, compare_calls
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase, renamed
+from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase, outputs_renamed
 from lora_export.verification.diagnose.first_difference import FirstDifference, find_first_difference
 from lora_export.verification.diagnose.module_calls import ModuleCall, observing_calls
 from lora_export.verification.diagnose.traced_candidate import TracedCandidate, trace
@@ -55,7 +55,7 @@ def _at_prompt(case: DiagnosisCase, candidate: CacheRunner) -> DiagnosisCase:
         case.outputs,
         reference=reference,
         deployed=case.deployed.run(inputs),
-        candidate=renamed(candidate.run_prompt(inputs), reference),
+        candidate=outputs_renamed(candidate.run_prompt(inputs), reference),
         base=None,
         scaled=None,
         attached=None,

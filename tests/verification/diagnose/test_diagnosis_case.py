@@ -10,7 +10,7 @@ import torch
 
 from lora_export import layers
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
-from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase, renamed
+from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase, outputs_renamed
 from lora_export.verification.diagnose.module_calls import ModuleCall
 from lora_export.verification.parity import Case
 from lora_export.verification.references.attached_module import attach_adapters
@@ -80,4 +80,4 @@ def test_weights_are_found_by_name() -> None:
 )
 def test_outputs_get_the_names_of_the_case_by_order(names: list[str], expected: list[str]) -> None:
     outputs = dict.fromkeys(names, ROWS)
-    assert list(a_case().aligned(outputs)) == list(renamed(outputs, {"logits": ROWS})) == expected
+    assert list(a_case().aligned(outputs)) == list(outputs_renamed(outputs, {"logits": ROWS})) == expected
