@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
 from support.api import MODEL, Recorder, base_weights
+from support.small_models import MODELS, small_model, words_tokenizer
 
 
 @pytest.fixture
@@ -53,3 +58,25 @@ def test_the_adapter_records_layouts_so_that_a_merge_needs_no_option(data: Path,
     made = le.merge(base, tmp_path / "ad", tmp_path / "out.safetensors")
     assert [(step.spec.layout, step.spec.layout_source) for step in made.plan.steps] == [("out_in", "adapter")]
     assert le.verify(tmp_path / "out.safetensors", base=base, adapters=[tmp_path / "ad"])
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"), [("distilbert", {"classifier", "pre_classifier"}), ("bert", {"classifier", "bert.pooler.dense"})]
+)
+def test_peft_reads_every_module_that_the_base_lacked(name: str, saved: set[str], tmp_path: Path) -> None:
+    base = small_model(name, tmp_path / "base")
+    if name == "bert":  # a model of masked words has no pooler, which a classifier needs
+        torch.manual_seed(0)
+        transformers.BertForMaskedLM(MODELS["bert"][1]()).save_pretrained(base)
+    words_tokenizer(base)
+    lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2)
+    assert set(json.loads((tmp_path / "ad/adapter_config.json").read_text())["modules_to_save"]) == saved
+    le.merge(base, tmp_path / "ad", tmp_path / "merged")
+    auto = transformers.AutoModelForSequenceClassification
+    merged = auto.from_pretrained(tmp_path / "merged").eval()
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(base, num_labels=2), tmp_path / "ad").eval()
+    ids = torch.arange(24).reshape(3, 8) % 9
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-6)
