@@ -579,7 +579,7 @@ def test_every_field_that_peft_writes_is_understood_or_refused():
 @pytest.mark.parametrize("field", reader.REFUSED_FIELDS)
 def test_what_is_not_supported_is_refused_by_its_name(place, field):
     place.set_config(**{field: [1]})
-    place.both_refuse(f"{place.adapter / CONFIG}: {field}: {reader.REFUSED[field]}")
+    place.both_refuse(f"{place.adapter / CONFIG}: {field}: {reader.REFUSED_FIELDS[field]}")
 
 
 @pytest.mark.fault(18)
