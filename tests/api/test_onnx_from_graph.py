@@ -328,7 +328,7 @@ def test_a_fused_int8_base_must_be_close_to_its_origin(
     folder, factory = rounded
     out, right = tmp_path / "out.onnx", OnnxRunner.run
     assert call("onnx", folder / "base.onnx", "--target", "up", "--lora", "inputs", "-o", out) == 0
-    words = ("verify", out, "--model", factory, "--base", folder / "base.onnx")
+    words = ("verify", out, "--model", factory, "--base", folder / "base.onnx", "-v")
 
     def off_by(factor: float) -> int:
         def run(runner: OnnxRunner, *arguments: Any) -> Any:
