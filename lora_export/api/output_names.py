@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lora_export.errors import WrongUsage
@@ -15,10 +16,11 @@ KINDS = frozenset(
 def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
     """`out/model` as `out/model.onnx`. `others` are further suffixes that the kind has.
 
+    What exists under the name keeps it: a file that is to be replaced, or a folder, which the command then refuses.
     Raises WrongUsage for the suffix of another kind of file.
     """
     path = Path(output)
-    if path.suffix in (suffix, *others) or path.name in ("", ".."):
+    if path.suffix in (suffix, *others) or path.name in ("", "..") or os.path.lexists(path):
         return path
     if path.suffix in KINDS:
         raise WrongUsage(f"the output is a {suffix} file: name it {path.with_suffix(suffix)}, not {path.name}")

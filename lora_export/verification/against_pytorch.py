@@ -119,13 +119,13 @@ class PyTorchReferences:
         perturbed = self._perturbed(candidate, varied)
         constant = [name for name in self.model.input_names if name not in perturbed]
         # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.
-        unknown = () if self.model.is_huggingface else constant
+        single, unknown = (constant, []) if self.model.is_huggingface else ([], constant)
         return Inputs(
             cases,
             varied,
             perturbed,
             unjudged=_unjudged(cases) if self.model.is_huggingface else {},
-            notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in constant),
+            notes=tuple(f"the input {name} has a single value: its effect was not tested" for name in single),
             doubts=tuple(
                 f"the input {name} is the same in every draw, so that it is not known whether the candidate reads it. "
                 "Give it other values with --inputs FILE.npz, or in the example inputs of the factory"

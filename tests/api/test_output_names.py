@@ -33,3 +33,11 @@ def test_further_suffixes_of_the_kind_are_left_alone() -> None:
 def test_the_suffix_of_another_kind_is_refused(name: str) -> None:
     with pytest.raises(WrongUsage, match=rf"the output is a .onnx file: name it model.onnx, not {name}"):
         with_suffix(name, ".onnx")
+
+
+def test_what_exists_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("folder", "file", "link"):
+        assert with_suffix(tmp_path / name, ".onnx") == tmp_path / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ def test_change_of_a_file_while_it_is_judged_is_refused(tmp_path, change):
     file.write_bytes(b"1234")
     os.utime(file, ns=(0, 0))
 
+    time.sleep(0.02)  # more than one tick of the clock of a file system
+
     def change_it():
         if change == "written":
             with file.open("r+b") as opened:
@@ -50,11 +53,11 @@ def test_change_of_a_file_while_it_is_judged_is_refused(tmp_path, change):
         elif change == "added":
             (tmp_path / "other").touch()
         else:
-            file.rename(tmp_path.parent / "aside")
+            file.rename(tmp_path.parent / f"{tmp_path.name}.aside")
             if change == "replaced":
                 file.write_bytes(b"1234")
             else:
-                (tmp_path.parent / "aside").rename(file)
+                (tmp_path.parent / f"{tmp_path.name}.aside").rename(file)
 
     refused = pytest.raises(InputRefused, match="model changed while it was judged")
     with refused, input_files.unchanged(file, lambda: input_files.regular_files(tmp_path)):
