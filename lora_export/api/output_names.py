@@ -17,11 +17,12 @@ def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
     """`out/model` as `out/model.onnx`. `others` are further suffixes that the kind has.
 
     What exists under the name keeps it: a file that is to be replaced, or a folder, which the command then refuses.
+
     Raises WrongUsage for the suffix of another kind of file.
     """
     path = Path(output)
-    if path.suffix in (suffix, *others) or path.name in ("", "..") or os.path.lexists(path):
+    if path.suffix in (suffix, *others) or path.name in ("", ".."):
         return path
     if path.suffix in KINDS:
         raise WrongUsage(f"the output is a {suffix} file: name it {path.with_suffix(suffix)}, not {path.name}")
-    return path.with_name(path.name + suffix)
+    return path if os.path.lexists(path) else path.with_name(path.name + suffix)
