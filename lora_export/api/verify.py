@@ -33,6 +33,7 @@ from lora_export.errors import (
     WrongUsage,
 )
 from lora_export.provenance import adapter_records
+from lora_export.runtime.runner import TIMEOUT
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
@@ -123,7 +124,7 @@ def verify(
     seed: int | None = None,
     cache: str | Path | None = None,
     trace: bool = False,
-    timeout: float = 600.0,
+    timeout: float = TIMEOUT,
     fixed: Mapping[str, int] | None = None,
     reports: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
@@ -144,11 +145,10 @@ def verify(
     every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
     "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
     `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a folder for the
-    outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of
-    an .onnx or TorchScript file is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as
-    {"sequence": 128}, that the file was made for on purpose; another axis that it fixes and the model does not makes
-    the verdict `undecided`. Each path in `reports` gets a
-    report (.json, .xml or .html); `about` adds facts.
+    outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of an .onnx or TorchScript
+    file is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as {"sequence": 128}, that the file was
+    made for on purpose; another axis that it fixes and the model does not makes the verdict `undecided`. Each path in
+    `reports` gets a report (.json, .xml or .html); `about` adds facts.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
     that do not go together.
@@ -208,7 +208,7 @@ class _How:
     seed: int | None = None
     cache: Path | None = None
     trace: bool = False
-    timeout: float = 600.0
+    timeout: float = TIMEOUT
     fixed: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -382,8 +382,7 @@ def _compare_weights(
     if not loaded:
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
     input_files.must_exist(candidate, "candidate")
-    files = input_files.regular_files(candidate) if candidate.is_dir() else [candidate]
-    with input_files.unchanged(candidate, lambda: files):
+    with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
         origin, merged = open_checkpoint(base), open_checkpoint(candidate)
         if origin.path.resolve() == merged.path.resolve():
             raise InputRefused(f"{candidate} is the base itself")
@@ -392,8 +391,7 @@ def _compare_weights(
             on_message(f"note: {note}")
         audit = against_checkpoint.audit(
             steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
-        )
-    audit = audit.with_files(compare_files(base, candidate, loaded))
+        ).with_files(compare_files(base, candidate, loaded))
     recorded = _explain_by_record(audit, candidate, loaded, weights, base, _How())
     return replace(audit, recorded=recorded), {
         "candidate": str(candidate),

@@ -5,14 +5,12 @@ Needs no PyTorch.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import platform
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from lora_export import __version__
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import import_onnxruntime
+from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, too_slow
@@ -177,32 +176,19 @@ class OnnxRunner:
         if self._adapter_ids is not None:
             batch = len(next(iter(inputs.values())))
             inputs = {**inputs, onnx_adapter.ADAPTER_IDS: np.resize(self._adapter_ids, batch)}
-        with _deadline(self._run_options, self.timeout) as expired:
-            try:
+        try:
+            with deadline(self.timeout, self._stop) as expired:
                 return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
-            except Exception as error:  # onnxruntime's exceptions share no base class but this one
-                if expired.is_set():
-                    raise RuntimeRefused(too_slow(self.path, self.timeout)) from error
-                raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
+        except Exception as error:  # onnxruntime's exceptions share no base class but this one
+            if expired.is_set():
+                raise RuntimeRefused(too_slow(self.path, self.timeout)) from error
+            raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
+        finally:
+            self._run_options.terminate = False
 
-
-@contextlib.contextmanager
-def _deadline(run_options: Any, seconds: float) -> Iterator[threading.Event]:
-    """Make onnxruntime stop the run after so many seconds, and set the event then."""
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        run_options.terminate = True
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield expired
-    finally:
-        timer.cancel()
-        run_options.terminate = False
+    def _stop(self) -> None:
+        """Make onnxruntime end the run before its next node."""
+        self._run_options.terminate = True
 
 
 def _session_options(*, optimise: bool = True, low_memory: bool = False) -> Any:

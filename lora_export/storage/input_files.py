@@ -50,6 +50,11 @@ def regular_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def files_of(path: Path) -> list[Path]:
+    """The regular files below a folder; or the file itself."""
+    return regular_files(path) if path.is_dir() else [path]
+
+
 def file_states(paths: Iterable[Path]) -> list[tuple[int, ...]]:
     """Device, inode, size and times of change of files.
 

@@ -11,7 +11,6 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -73,7 +72,7 @@ def load_script(path: Path) -> tuple[torch.jit.ScriptModule, str]:
     return torch.jit.load(str(path), map_location="cpu"), record
 
 
-def _answer(answers: BinaryIO, script: torch.jit.ScriptModule, tensors: list[torch.Tensor]) -> None:
+def _answer(answers: io.BufferedIOBase, script: torch.jit.ScriptModule, tensors: list[torch.Tensor]) -> None:
     with torch.no_grad():
         try:
             outputs = named_outputs(script(*tensors))
@@ -93,7 +92,7 @@ def _answer(answers: BinaryIO, script: torch.jit.ScriptModule, tensors: list[tor
     write_message(answers, {"names_known": have_names(outputs)}, arrays)
 
 
-def _private_streams() -> tuple[BinaryIO, BinaryIO]:
+def _private_streams() -> tuple[io.BufferedIOBase, io.BufferedIOBase]:
     """stdin and stdout for messages alone: descriptors 0, 1 and 2 lead to nowhere from now on."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -114,7 +113,3 @@ def _bound(memory: int) -> None:
         status = Path("/proc/self/status").read_text()
         used = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmData:"))
         resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ MESSAGE_DTYPES = {
 }
 
 
-def write_message(stream: BinaryIO, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_message(stream: io.BufferedIOBase, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write a header and arrays, of the dtypes above. Raises TypeError for another dtype."""
     for name, array in arrays.items():
         if array.dtype.name not in MESSAGE_DTYPES:
@@ -34,7 +35,7 @@ def write_message(stream: BinaryIO, header: Mapping[str, Any], arrays: Mapping[s
     stream.flush()
 
 
-def read_message(stream: BinaryIO, *, most: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def read_message(stream: io.BufferedIOBase, *, most: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Read a header and arrays. The sender is not trusted.
 
     Raises EOFError where the sender has ended, and ValueError for another message, or one with more than `most` bytes
@@ -54,11 +55,11 @@ def read_message(stream: BinaryIO, *, most: int) -> tuple[dict[str, Any], dict[s
     return header, arrays
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytearray:
+def _exactly(stream: io.BufferedIOBase, size: int) -> bytearray:
     content = bytearray(size)
     view, done = memoryview(content), 0
     while done < size:
-        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        count = stream.readinto(view[done:])
         if not count:
             raise EOFError("the other process has ended")
         done += count

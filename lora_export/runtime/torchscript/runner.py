@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import lora_export
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
+from lora_export.runtime.deadline import deadline
 from lora_export.runtime.runner import TIMEOUT, Arrays, too_slow
 from lora_export.runtime.torchscript.messages import read_message, write_message
 from lora_export.storage import input_files
 
 MEMORY = 2 << 30  # bytes beyond PyTorch itself, and MEMORY_OF_FILE times the file
 MEMORY_OF_FILE = 4
+# This package's folder comes last in the child's search path: before the standard library, it could hide parts of that.
+START = "import sys; sys.path.append(sys.argv.pop(1)); from lora_export.runtime.torchscript.child import main; main()"
 
 
 class ScriptRunner:
@@ -45,6 +47,7 @@ class ScriptRunner:
         self.axes: Mapping[str, tuple[int | None, ...]] = {}
         self.names_known = False
         self._process = _start(path, self.memory)
+        self._requests, self._answers = _streams(self._process)
         self._end = weakref.finalize(self, _end, self._process)
         header, _ = self._answer()
         if refusal := header.get("refused"):
@@ -77,12 +80,12 @@ class ScriptRunner:
 
     def _ask(self, request: Mapping[str, Any], arrays: Arrays) -> None:
         with contextlib.suppress(BrokenPipeError):  # `_answer` then finds how the child ended
-            write_message(self._process.stdin, request, arrays)  # type: ignore[arg-type]
+            write_message(self._requests, request, arrays)
 
     def _answer(self) -> tuple[dict[str, Any], Arrays]:
-        with _deadline(self._process, self.timeout) as expired:
+        with deadline(self.timeout, self._process.kill) as expired:
             try:
-                return read_message(self._process.stdout, most=self.memory)  # type: ignore[arg-type]
+                return read_message(self._answers, most=self.memory)
             except EOFError:
                 code = self._process.wait()
             except (ValueError, KeyError, TypeError) as error:
@@ -95,41 +98,20 @@ class ScriptRunner:
 
 def _start(path: Path, memory: int) -> subprocess.Popen[bytes]:
     root = str(Path(lora_export.__file__).resolve().parent.parent)
-    search = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-P", "-m", "lora_export.runtime.torchscript.child"]
-    return subprocess.Popen(
-        [*command, str(path), str(memory), str(torch.get_num_threads())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": search},
-    )
+    command = [sys.executable, "-P", "-c", START, root, str(path), str(memory), str(torch.get_num_threads())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def _streams(process: subprocess.Popen[bytes]) -> tuple[io.BufferedIOBase, io.BufferedIOBase]:
+    return cast(io.BufferedIOBase, process.stdin), cast(io.BufferedIOBase, process.stdout)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    for stream in (process.stdin, process.stdout):
+    for stream in _streams(process):
         with contextlib.suppress(OSError):  # what is left in a buffer cannot be sent any more
-            stream.close()  # type: ignore[union-attr]
+            stream.close()
     process.wait()
-
-
-@contextlib.contextmanager
-def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
-    """Kill the process after so many seconds, and set the event then."""
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        process.kill()
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield expired
-    finally:
-        timer.cancel()
 
 
 def _reason(code: int, memory: int) -> str:
