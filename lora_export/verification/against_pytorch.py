@@ -65,7 +65,6 @@ EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input
 # PyTorch's own error, relative to the output, that rounding can explain: so many eps, and never more than half. Deep
 # models have 10 to 100 eps; chains of adapters that outweigh their weights have some thousands.
 EPS_OF_ROUNDING, LARGEST_ROUNDING = 2**14, 0.5
-PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 # What ends a diagnosis without one: our errors, and those of PyTorch and NumPy for an unusual model.
 CANNOT_FOLLOW = (LoraExportError, RuntimeError, ValueError, MemoryError)
 
@@ -229,7 +228,6 @@ class PreparedPyTorch:
             *outputs.notes,
             *rows,
             *([HALF] if self.dtype is torch.float32 and _has_halves(outputs, own, names_known=names_known) else []),
-            *([PADDED] if self.inputs.unjudged else []),
             *quantised_weights.notes_on(self.quantised),
         ]
         return ReferenceOutputs(

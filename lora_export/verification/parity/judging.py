@@ -78,6 +78,7 @@ from lora_export.verification.parity.verdict import (
 )
 from lora_export.verification.parity.whole_set import input_reasons, notes_on_scope, power_reasons
 
+PADDED = "outputs before a row's first token were not judged: these positions attend to nothing"
 DEPLOYED_DTYPES = ("float32", "float16", "bfloat16")  # a reference in fp64 is finer than each of these
 
 
@@ -132,6 +133,7 @@ def judge(
         dtype=dtype,
         notes=(
             *notes,
+            *([PADDED] if any(case.positions for case in cases) else []),
             *(note for each in prepared for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
