@@ -324,7 +324,7 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     module = SUBJECTS["moe"].base.module
     config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     peft.get_peft_model(copy.deepcopy(module), config).save_pretrained(tmp_path)
-    with pytest.raises(InputRefused, match=r"target_parameters: .*mixture-of-experts.* not supported"):
+    with pytest.raises(InputRefused, match=r"experts \(target_parameters\), is not supported"):
         formats.load(tmp_path)
 
 
