@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before."""
+    """Call `stop` in another thread after so many seconds, unless the context has ended, and set the event before.
+
+    `stop` is never called after the context, and nothing refers to it then.
+    """
     expired = threading.Event()
 
     def expire() -> None:
@@ -23,3 +26,4 @@ def deadline(seconds: float, stop: Callable[[], None]) -> Iterator[threading.Eve
         yield expired
     finally:
         timer.cancel()
+        timer.join()

@@ -6,6 +6,7 @@ Needs no PyTorch.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import platform
@@ -177,7 +178,7 @@ class OnnxRunner:
             batch = len(next(iter(inputs.values())))
             inputs = {**inputs, onnx_adapter.ADAPTER_IDS: np.resize(self._adapter_ids, batch)}
         try:
-            with deadline(self.timeout, self._stop) as expired:
+            with deadline(self.timeout, functools.partial(_terminate, self._run_options)) as expired:
                 return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             if expired.is_set():
@@ -186,9 +187,10 @@ class OnnxRunner:
         finally:
             self._run_options.terminate = False
 
-    def _stop(self) -> None:
-        """Make onnxruntime end the run before its next node."""
-        self._run_options.terminate = True
+
+def _terminate(run_options: Any) -> None:
+    """Make onnxruntime end a run before its next node."""
+    run_options.terminate = True
 
 
 def _session_options(*, optimise: bool = True, low_memory: bool = False) -> Any:
