@@ -26,10 +26,21 @@ def one_line(text: str) -> str:
     return _no_command(text) if "GITHUB_ACTIONS" in os.environ else text
 
 
-def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str = "  ") -> str:
+class EscapedLines(str):
+    """A text of several lines. Each was escaped on its own, so every line break in it is this program's."""
+
+    __slots__ = ()
+
+
+def escaped_lines(*parts: object) -> EscapedLines:
+    """Join the lines of a message. Each part is one line, whatever names it contains, or EscapedLines."""
+    return EscapedLines("\n".join(part if isinstance(part, EscapedLines) else one_line(str(part)) for part in parts))
+
+
+def listed(problems: Sequence[object], most: int = SHOWN_PROBLEMS, indent: str = "  ") -> EscapedLines:
     """The first problems, one a line and indented, and the number of the others. For a message."""
-    lines = [one_line(f"{indent}{problem}") for problem in problems[:most]]
-    return "\n".join([*lines, *([f"{indent}and {len(problems) - most} more"] if len(problems) > most else [])])
+    more = [f"{indent}and {len(problems) - most} more"] if len(problems) > most else []
+    return escaped_lines(*(f"{indent}{problem}" for problem in problems[:most]), *more)
 
 
 def _no_command(line: str) -> str:
@@ -39,9 +50,20 @@ def _no_command(line: str) -> str:
 
 
 class LoraExportError(Exception):
-    """An expected failure. `exit_code` is the exit code of the command line."""
+    """An expected failure. `exit_code` is the exit code of the command line.
+
+    Each argument is one line of the message, or EscapedLines: a line break in a name is shown as an escape.
+    """
 
     exit_code = 1
+
+    def __init__(self, *lines: object):
+        super().__init__(escaped_lines(*lines))
+
+    @property
+    def lines(self) -> EscapedLines:
+        """The message, to be a part of another one."""
+        return EscapedLines(self)
 
 
 class WrongUsage(LoraExportError):
@@ -59,8 +81,8 @@ class InputRefused(LoraExportError):
 class NotTheSame(LoraExportError):
     """Parity is not proven. `proof` has every figure, where there are any."""
 
-    def __init__(self, message: str, proof: Any = None):
-        super().__init__(message)
+    def __init__(self, *lines: object, proof: Any = None):
+        super().__init__(*lines)
         self.proof = proof
 
 
@@ -133,12 +155,12 @@ class MatchError(InputRefused):
         by_adapter: dict[str, list[Misfit]] = {}
         for misfit in self.misfits:
             by_adapter.setdefault(misfit.adapter, []).append(misfit)
-        lines = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
+        lines: list[str] = [f"{len(self.misfits)} of {targets} targets do not fit the base. Nothing was written."]
         for adapter, own_misfits in by_adapter.items():
-            lines += [f"  in {one_line(adapter)}:", listed(own_misfits, indent="    ")]
+            lines += [f"  in {adapter}:", listed(own_misfits, indent="    ")]
             if base := made_for.get(adapter):
-                lines.append(one_line(f"    it was trained for {base} (base_model_name_or_path in its config)"))
-        super().__init__("\n".join([*lines, *filter(None, [remedy])]))
+                lines.append(f"    it was trained for {base} (base_model_name_or_path in its config)")
+        super().__init__(*lines, *filter(None, [remedy]))
 
     def with_remedy(self, remedy: str) -> MatchError:
         """The same error, whose message ends with what may help."""

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from lora_export import errors
-from lora_export.errors import InputRefused, MatchError, Misfit, one_line, printable, refuse_unprintable
+from lora_export.errors import (
+    InputRefused,
+    MatchError,
+    Misfit,
+    escaped_lines,
+    listed,
+    one_line,
+    printable,
+    refuse_unprintable,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +73,10 @@ def test_only_the_first_misfits_are_listed_and_all_are_kept():
         "    x: too wide",
     ]
     assert len(error.misfits) == 225
+
+
+def test_only_the_lines_of_a_message_break_it():
+    error = InputRefused("a\nb\u2028c", listed(["d\ne", "f"], 1), escaped_lines("g", "h\x1b"))
+    assert str(error).split("\n") == [r"a\nb\u2028c", r"  d\ne", "  and 1 more", "g", r"h\x1b"]
+    assert str(InputRefused("before:", error.lines)) == f"before:\n{error}"
+    assert str(InputRefused(f"before: {error}")) == r"before: " + str(error).replace("\n", r"\n")

@@ -102,7 +102,7 @@ def inspect(path: str | Path, *, checkpoint: str | Path | None = None, check: bo
     if checkpoint is not None and path.suffix != ".onnx":
         raise WrongUsage("--base names the weights of an .onnx file")
     if check and (damaged := damage(path)):
-        raise InputRefused(f"{path} is not what was written:\n{listed(damaged)}")
+        raise InputRefused(f"{path} is not what was written:", listed(damaged))
     if formats.recognised(path):
         return Inspection(path, adapter=formats.load(path))
     if path.suffix == ".onnx_adapter":

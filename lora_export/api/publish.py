@@ -68,10 +68,13 @@ def require_same(proof: Proof, what: str = "") -> Proof:
     if proof.verdict.same:
         return proof
     kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
-    message = f"{what}: {proof.verdict.summary}" if what else proof.verdict.summary
-    if proof.diagnosis:
-        message += f"\n{proof.diagnosis}"
-    raise kind(f"{message}\nNothing was written. --no-verify would publish the file without a proof.", proof)
+    raise kind(
+        *([f"{what}:"] if what else []),
+        proof.verdict.summary,
+        *([proof.diagnosis.text] if proof.diagnosis else []),
+        "Nothing was written. --no-verify would publish the file without a proof.",
+        proof=proof,
+    )
 
 
 def proof_without_figures(error: LoraExportError, placement: Placement | None = None) -> Proof:

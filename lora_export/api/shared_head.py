@@ -31,9 +31,10 @@ def without_shared_head(adapters: Sequence[Adapter], specs: Iterable[TensorSpec]
     own = [f"{adapter.name}, {name}" for adapter in adapters for name in _own_tensors(adapter, specs, stored)]
     if own:
         raise InputRefused(
-            f"these tensors of adapters are not the model's own (--ignore-head):\n{listed(own)}\n"
+            "these tensors of adapters are not the model's own (--ignore-head):",
+            listed(own),
             "Merge the head into the model first, and export that: lora-export merge BASE ADAPTER -o with-head "
-            "--only-head. Adapters whose heads differ need a graph each (--lora merged)."
+            "--only-head. Adapters whose heads differ need a graph each (--lora merged).",
         )
     return [replace(adapter, replaced={}) for adapter in adapters]
 

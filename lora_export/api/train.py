@@ -183,7 +183,7 @@ def _with_new_modules(loaded: Model, heads: Sequence[str]) -> tuple[str, ...]:
         if tensors and tensors <= new and not any(path.startswith(f"{outer}.") for outer in found):
             found.append(path)
     if lost := [name for name in sorted(new) if not name.startswith(tuple(f"{path}." for path in found))]:
-        raise InputRefused(f"{loaded.source} lacks weights that no head contains:\n" + listed(lost, 10))
+        raise InputRefused(f"{loaded.source} lacks weights that no head contains:", listed(lost, 10))
     return (*heads, *(path for path in found if not any(f".{path}.".startswith(f".{head}.") for head in heads)))
 
 

@@ -117,21 +117,28 @@ def failure_of(error: BaseException) -> Failure | None:
         return _stopped(terminated=isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
     if isinstance(error, click.ClickException):
         return Failure(error.format_message(), error.exit_code, _usage(error))
+    if isinstance(error, LoraExportError):
+        return Failure(str(error), error.exit_code, f"Error: {error}", _facts(error), _details(error))
     known = _known(error)
     if known is None:
         return None
-    return Failure(known[0], known[1], f"Error: {known[0]}", _facts(error), _details(error))
+    message = one_line(known[0])
+    return Failure(message, known[1], f"Error: {message}", details=_details(error))
 
 
 def _details(error: BaseException) -> str:
+    """More on an error, in lines. Those of a traceback are indented: they are not this program's."""
     proof = getattr(error, "proof", None)
     original = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     parts = [] if proof is None else [str(proof.verdict)]
     if original is not None:
         import traceback
 
-        parts += ["The original error:", *traceback.format_exception(original)]
-    return "\n".join(part.rstrip("\n") for part in parts)
+        parts += [
+            "The original error:",
+            *(f"  {line}" for line in "".join(traceback.format_exception(original)).splitlines()),
+        ]
+    return "\n".join(parts)
 
 
 def bug(error: BaseException) -> Failure:
@@ -161,8 +168,6 @@ def _stopped(*, terminated: bool) -> Failure:
 
 def _known(error: BaseException) -> tuple[str, int] | None:
     doctor = "`lora-export doctor` shows what is"
-    if isinstance(error, LoraExportError):
-        return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError) and _package(error) in PACKAGES:
         package = _package(error)
         way = f"Install it: {INSTALL_PYTORCH}" if package in ("torch", "onnxscript") else f"{doctor} missing"

@@ -34,7 +34,7 @@ CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `--lora rows`
 SHARE_ONE_HEAD = (
     "If all adapters share one head, merge it into the model once (lora-export merge BASE ADAPTER -o with-head "
-    "--only-head), and export with-head with --ignore-head.\n"
+    "--only-head), and export with-head with --ignore-head."
 )
 ADAPTER_IDS = "adapter_ids"  # the input of such a graph: one adapter per row of the batch
 SUFFIX = ".onnx_adapter"
@@ -173,9 +173,11 @@ def refuse_beyond_low_rank(adapters: Sequence[Adapter]) -> None:
         problems += [f"{adapter.name}, {line}" for line in found]
     if problems:
         raise InputRefused(
-            f"only low-rank pairs can be swapped while a graph runs; these cannot:\n{listed(problems)}\n"
-            "Merge such an adapter into a graph of its own (--lora merged).\n"
-            f"{SHARE_ONE_HEAD if any(adapter.replaced for adapter in adapters) else ''}Nothing was written."
+            "only low-rank pairs can be swapped while a graph runs; these cannot:",
+            listed(problems),
+            "Merge such an adapter into a graph of its own (--lora merged).",
+            *([SHARE_ONE_HEAD] if any(adapter.replaced for adapter in adapters) else []),
+            "Nothing was written.",
         )
 
 
@@ -188,8 +190,9 @@ def refuse_new_tables(plan: Plan) -> None:
     tables = [f"{step.terms[0].adapter}, {step.weight}" for step in plan.low_rank if step.replace is not None]
     if tables:
         raise InputRefused(
-            f"only low-rank pairs can be swapped while a graph runs; these whole tensors differ from the base's:\n"
-            f"{listed(tables)}\nMerge such an adapter into a graph of its own (--lora merged). Nothing was written."
+            "only low-rank pairs can be swapped while a graph runs; these whole tensors differ from the base's:",
+            listed(tables),
+            "Merge such an adapter into a graph of its own (--lora merged). Nothing was written.",
         )
 
 
@@ -204,8 +207,9 @@ def refuse_dora_without_factor(contract: Contract, plan: Plan) -> None:
     ]
     if lacking:
         raise InputRefused(
-            f"the graph has no input for DoRA's factor at these weights:\n{listed(lacking)}\n"
-            "Make the graph with an adapter that has DoRA, or with `onnx --lora inputs --dora`. Nothing was written."
+            "the graph has no input for DoRA's factor at these weights:",
+            listed(lacking),
+            "Make the graph with an adapter that has DoRA, or with `onnx --lora inputs --dora`. Nothing was written.",
         )
 
 
@@ -302,8 +306,9 @@ def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | s
     misfits = list(_misfits(adapter, contract))
     if misfits:
         raise InputRefused(
-            f"{source} does not fit {graph}:\n{listed(misfits)}\n"
-            "Make one that does from the trained adapter: `lora-export convert --for MODEL.onnx`"
+            f"{source} does not fit {graph}:",
+            listed(misfits),
+            "Make one that does from the trained adapter: `lora-export convert --for MODEL.onnx`",
         )
 
 

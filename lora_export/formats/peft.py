@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.formats.patterns import Patterns
 from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
 from lora_export.storage import json_files, safetensors_file
@@ -392,7 +392,7 @@ def _read_pairs(
     if not file.entries:
         problems.append("it contains no tensor")
     if problems:
-        raise InputRefused(f"{file.path} is refused:\n  " + "\n  ".join(sorted(problems)))
+        raise InputRefused(f"{file.path} is refused:", listed(sorted(problems), len(problems)))
     biases = {
         module: np.float32(pairs[module].scale) * file.read(key).astype(np.float32)
         for module, key in keys[B_BIAS].items()
@@ -431,7 +431,7 @@ def _read_token_rows(
             except InputRefused as error:
                 problems.append(f"{tensor}: {error}")
     if problems:
-        raise InputRefused(f"{file.path} is refused:\n  " + "\n  ".join(sorted(problems)))
+        raise InputRefused(f"{file.path} is refused:", listed(sorted(problems), len(problems)))
     return found
 
 

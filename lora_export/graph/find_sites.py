@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.errors import escaped_lines
 from lora_export.graph.find_readers import find_readers
 from lora_export.graph.names.base_names import name_by_base
 from lora_export.graph.names.exporter_names import (
@@ -69,7 +70,7 @@ class Sites:
         for site in self.unnamed:
             lines.append(f"  {site.location}: no certain name (tried {', '.join(naming_attempts(site))})")
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return escaped_lines(*lines)
 
 
 def find_sites(model: ir.Model, base: Checkpoint | None = None) -> Sites:

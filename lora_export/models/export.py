@@ -299,7 +299,7 @@ def _refusals(module: nn.Module) -> Iterator[None]:
         yield
     except Exception as error:
         raise RuntimeRefused(
-            f"the exporter refused {type(module).__name__}: {innermost_cause(error)}\n"
+            f"the exporter refused {type(module).__name__}: {innermost_cause(error)}",
             "Change that line of the model's code (a graph cannot contain Python code that depends on values), or "
-            "export only the part of the model that a graph can contain."
+            "export only the part of the model that a graph can contain.",
         ) from error

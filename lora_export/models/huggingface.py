@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import EnvironmentLacking, InputRefused, listed
+from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, escaped_lines, listed
 from lora_export.lora import Adapter
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
@@ -168,7 +168,8 @@ def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapte
         adding = ", and no adapter brings them" if adapters else ""
         raise InputRefused(
             f"{folder} lacks weights of {type(module).__name__}{adding}. They would be random, and different each "
-            f"time:\n{listed(missing, 10)}"
+            "time:",
+            listed(missing, 10),
         )
 
 
@@ -197,7 +198,9 @@ def _pretrained(
         raise
     except Exception as error:  # values that do not fit together raise any type
         why = _other_shapes(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
-        raise InputRefused(f"{folder}: transformers cannot load it as {architecture}: {why or error}") from error
+        raise InputRefused(
+            f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -205,7 +208,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _other_shapes(cls: Any, config: Any, folder: Path) -> str:
+def _other_shapes(cls: Any, config: Any, folder: Path) -> EscapedLines:
     """The tensors whose shapes in the folder are not those that the config describes; empty where none is found."""
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
@@ -215,7 +218,7 @@ def _other_shapes(cls: Any, config: Any, folder: Path) -> str:
         for name, shape in wanted.items()
         if found.get(name, shape) != shape
     ]
-    return "tensors have other shapes\n" + listed(differing, 5) if differing else ""
+    return escaped_lines("  tensors have other shapes", listed(differing, 5, "    ")) if differing else EscapedLines()
 
 
 def _transformers() -> Any:

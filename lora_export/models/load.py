@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.huggingface import from_folder
@@ -83,5 +83,5 @@ def module_with_weights(model: Model, path: Path) -> nn.Module:
     try:
         module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
-        raise InputRefused(f"{path} does not fit {model.source}: {error}") from error
+        raise InputRefused(f"{path} does not fit {model.source}:", listed(str(error).splitlines())) from error
     return module

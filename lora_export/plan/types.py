@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import one_line
+from lora_export.errors import escaped_lines
 from lora_export.lora import Adapter, LoraPair, TokenRows
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -215,7 +215,7 @@ class Plan:
         lines = [self._counts(), *(f"note: {note}" for note in self.notes)]
         for step in self.steps:
             lines.append(f"  {self.output_name(step)}  [{_described(step.spec)}]  {step}")
-        return "\n".join(map(one_line, lines))
+        return escaped_lines(*lines)
 
     def _counts(self) -> str:
         kinds = Counter(map(_kind, self.steps))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.storage.npz import read_arrays
 
 IGNORED = -100  # the label that cross-entropy ignores
@@ -181,8 +181,7 @@ def _array_problems(arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any]) ->
 
 def _refuse(path: Path, problems: Sequence[str]) -> None:
     if problems:
-        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        raise InputRefused(f"{path}:\n  " + "\n  ".join(problems[:MAX_PROBLEMS]) + more)
+        raise InputRefused(f"{path}:", listed(problems, MAX_PROBLEMS))
 
 
 def split(examples: Examples, holdout: float, *, seed: int) -> tuple[Examples, Examples]:

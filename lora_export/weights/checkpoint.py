@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import provenance
-from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.plan import Layout, TensorSpec
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
@@ -210,7 +210,7 @@ def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:
             if table.get(name) != file
         ]
     if problems:
-        raise InputRefused(f"{index} disagrees with the shards:\n  " + "\n  ".join(problems))
+        raise InputRefused(f"{index} disagrees with the shards:", listed(problems, len(problems)))
 
 
 def tensor_aliases(shards: Iterable[TensorFile]) -> dict[str, str]:

@@ -62,8 +62,9 @@ def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, w
         lines = [f"{r.weight}: {r.retention:.1%} of the change kept, noise {r.noise:.0%}" for r in lost]
         raise InputRefused(
             f"{len(lost)} of {len(results)} weights would lose most of their change to rounding "
-            f"(--min-retention {min_retention:g}):\n{listed(lines)}\n"
-            f"{ways_out}. Nothing was written."
+            f"(--min-retention {min_retention:g}):",
+            listed(lines),
+            f"{ways_out}. Nothing was written.",
         )
 
 

@@ -140,7 +140,7 @@ def test_verbose_shows_the_original_of_an_error(tmp_path: Path, capsys: pytest.C
     assert len(short.splitlines()) == 1
     assert call(*words, "-v") == 3
     full = capsys.readouterr().err
-    assert full.startswith(short) and "The original error:\nTraceback (most recent call last):" in full
+    assert full.startswith(short) and "The original error:\n  Traceback (most recent call last):" in full
 
 
 def test_notes_beyond_the_first_are_left_to_verbose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

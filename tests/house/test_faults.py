@@ -892,11 +892,11 @@ def test_a_misfits_names_are_one_line():
 
 def test_an_error_keeps_its_lines_and_no_other_control_characters(place, monkeypatch):
     def fail(_: object) -> None:
-        raise InputRefused("first\n  second\x1b[A\x07\x9b\u202e")
+        raise InputRefused("first", "  second\x1b[A\x07\x9b\u202e\nx")
 
     monkeypatch.setattr("lora_export.api.merge.open_checkpoint", fail)
     code, _, told = place.run("merge", place.base, place.adapter, "-o", place.folder / "new")
-    assert (code, told) == (3, "Error: first\n  second\\x1b[A\\x07\\x9b\\u202e\n")
+    assert (code, told) == (3, "Error: first\n  second\\x1b[A\\x07\\x9b\\u202e\\nx\n")
 
 
 def test_inspect_shows_names_escaped(place, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_export.errors import escaped_lines
 from lora_export.report.sentences import diagnosis_lines, explanation, headline, placement_lines
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
@@ -29,7 +30,7 @@ def test_nodes_that_ran_elsewhere_are_listed_up_to_five() -> None:
 
 
 def test_an_explanation_begins_with_the_record_of_the_candidate() -> None:
-    why = "its scale is applied twice\n\n3 of 3 modules were compared"
+    why = escaped_lines("its scale is applied twice", "", "3 of 3 modules were compared")
     assert explanation(["It contains another adapter."], Diagnosis("encoder.1", why)) == [
         "It contains another adapter.",
         "The first module that differs is encoder.1.",

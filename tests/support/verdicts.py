@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_export.errors import escaped_lines
 from lora_export.runtime.runner import Placement
 from lora_export.verification.diagnose.diagnosis import Diagnosis, LayerError
 from lora_export.verification.parity import Case, Sensitivity, judge
@@ -73,6 +74,6 @@ LAYERS = [
     {"name": "encoder.1", "error": 0.01, "deployed_error": 1e-7, "effect": 0.1},
     {"name": "head", "error": None, "deployed_error": None, "effect": None},
 ]
-WHY = "its adapter's scale, 2, is applied twice\n3 of 3 modules were compared"
+WHY = escaped_lines("its adapter's scale, 2, is applied twice", "3 of 3 modules were compared")
 DIAGNOSIS = Diagnosis("encoder.1", WHY, tuple(LayerError(**layer) for layer in LAYERS[:2]))
 AS_DOCUMENT = {"first": "encoder.1", "why": WHY, "layers": LAYERS}

@@ -69,8 +69,9 @@ def batch_axes(layers: Sequence[tuple[str, Site]], batch: str) -> dict[tuple[ir.
             axes[site.node_input] = axis
     if problems:
         raise InputRefused(
-            f"{len(problems)} layers cannot have an adapter for each row of the batch, `{batch}`:\n{listed(problems)}"
-            "\nRemove them from the adapter, or switch whole adapters instead (--lora inputs). Nothing was written."
+            f"{len(problems)} layers cannot have an adapter for each row of the batch, `{batch}`:",
+            listed(problems),
+            "Remove them from the adapter, or switch whole adapters instead (--lora inputs). Nothing was written.",
         )
     return axes
 

@@ -45,7 +45,7 @@ def checked_contract(model: ir.Model, source: Path) -> Contract:
     if not problems and same_dtype and same_names and fingerprint(digests) != contract.base:
         problems.append("weights without an adapter differ from those when the inputs were added")
     if problems:
-        raise InputRefused(f"{source} does not agree with its own record of inputs for adapters:\n{listed(problems)}")
+        raise InputRefused(f"{source} does not agree with its own record of inputs for adapters:", listed(problems))
     return replace(contract, slots=tuple(slots))
 
 

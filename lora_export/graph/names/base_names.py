@@ -91,7 +91,8 @@ def _refuse_contradictions(pairs: Iterable[_SiteNames], base: ContentIndex) -> N
     if problems:
         raise InputRefused(
             f"{base.path} is not the base of this graph, or the weights of one of them have changed. {len(problems)} "
-            f"weights of the graph differ from the tensors of the same name in the base:\n{listed(problems, 10)}"
+            f"weights of the graph differ from the tensors of the same name in the base:",
+            listed(problems, 10),
         )
 
 

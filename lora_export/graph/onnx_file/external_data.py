@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.graph.values import attribute_tensors, initializers
 
 MAX_LISTED = 10  # problems that an error lists
@@ -37,8 +37,8 @@ def refuse_misplaced_data(model: ir.Model, path: Path, inline: set[ir.Value]) ->
             problems.append(_location_problem(path.parent, tensor))
     problems = [problem for problem in problems if problem]
     if problems:
-        listed = "\n  ".join(problems[:MAX_LISTED])
-        raise InputRefused(f"{path}: {len(problems)} tensors cannot be read from its external data:\n  {listed}")
+        what = f"{path}: {len(problems)} tensors cannot be read from its external data:"
+        raise InputRefused(what, listed(problems, MAX_LISTED))
 
 
 def moved_to(tensor: ir.ExternalTensor, path: Path) -> ir.ExternalTensor:

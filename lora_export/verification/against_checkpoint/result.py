@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from lora_export.errors import one_line
+from lora_export.errors import escaped_lines, one_line
 from lora_export.plan import Step
 from lora_export.verification.companion_files import ComparedFiles
 from lora_export.verification.parity import Outcome, WorstElement, count
@@ -105,7 +105,7 @@ class Audit:
     def __str__(self) -> str:
         recorded, weights = self.summary_lines
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([self.headline, *recorded, *weights, *(self._margins() if self else ()), *notes])
+        return escaped_lines(self.headline, *recorded, *weights, *(self._margins() if self else ()), *notes)
 
     def _margins(self) -> list[str]:
         """How close the changed weights of a right checkpoint are to their bounds, and how many controls failed."""

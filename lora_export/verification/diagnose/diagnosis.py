@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_export.errors import EscapedLines, escaped_lines
+
 
 @dataclass(frozen=True)
 class LayerError:
@@ -20,9 +22,17 @@ class Diagnosis:
     """The first module whose output differs, and why. `layers` are in the order in which they run."""
 
     first: str | None  # None where no module differs
-    why: str
+    why: str  # one line; several where it is EscapedLines
     layers: tuple[LayerError, ...] = ()
 
-    def __str__(self) -> str:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "why", escaped_lines(self.why))
+
+    @property
+    def text(self) -> EscapedLines:
+        """The first module that differs, and why, in lines."""
         title = "no module differs" if self.first is None else f"first module that differs: {self.first}"
-        return "\n".join([title, *(f"  {line}" for line in self.why.split("\n") if line)])
+        return escaped_lines(title, *(f"  {line}" for line in self.why.split("\n") if line))
+
+    def __str__(self) -> str:
+        return self.text

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_export.errors import escaped_lines
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.verification.diagnose.compare_calls import INTEGERS, ComparedCall, ErrorFigures, figures_of
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
@@ -64,7 +65,7 @@ def _why_input_differs(
     lines = [f"its input differs already ({error}); {before}"]
     reason = next(_ignored_inputs(case, call, values.x), "") if values.x is not None else ""
     lines.append(reason or "the fault is between the two, in no such layer: attention, mask, norm or activation")
-    return "\n".join(lines)
+    return escaped_lines(*lines)
 
 
 def _ignored_inputs(case: DiagnosisCase, call: ModuleCall, x: Array) -> Iterator[str]:
@@ -99,16 +100,16 @@ def _why_output_differs(
     lines = [f"{error}; {_about_input(compared[call].input, values[call].x)}"]
     observed = observe_layer(case, traced, call, values[call], compared[call].allowed, with_stored_weight=True)
     if observed is None:
-        return "\n".join([*lines, f"{NOT_EXPLAINED}: this kind of layer is not analysed"])
+        return escaped_lines(*lines, f"{NOT_EXPLAINED}: this kind of layer is not analysed")
     if observed.agrees:
-        return "\n".join([*lines, "its output is correct for its own input: the difference grew before it"])
+        return escaped_lines(*lines, "its output is correct for its own input: the difference grew before it")
     cause = find_root_cause(observed, _other_modules(case, values, call, observed))
     lines.append(str(cause) if cause else NOT_EXPLAINED)
     if cause and cause.kind == "missing" and isinstance(traced, TracedGraph) and traced.lacks_adapter:
         lines.append("the graph takes an adapter's file, and ran without one (--onnx-adapter)")
     lines += _correct_with_other_adapters(case, traced, call)
     lines.append(_about_other_calls(case, traced, call, cause, compared, values))
-    return "\n".join(lines)
+    return escaped_lines(*lines)
 
 
 def _about_input(figures: ErrorFigures | None, x: Array | None) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lora_export.errors import InputRefused
+from lora_export.errors import EscapedLines, InputRefused, escaped_lines
 from lora_export.runtime.kv_cache import IDS, CacheRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.compare_calls import MODULE_FACTOR, ComparedCall, compare_calls
@@ -42,7 +42,7 @@ def diagnose(case: DiagnosisCase, *, every: bool = False) -> Diagnosis:
     note = f"compared at the prompt, {at_prompt.inputs[IDS].shape[1]} tokens, with an empty cache"
     if found.first is None and _differs(case.outputs) and not _differs(at_prompt.outputs):
         note += ": the fault is where the cache is written, or read again"
-    return replace(found, why=f"{found.why}\n{note}")
+    return replace(found, why=escaped_lines(found.why, note))
 
 
 def _at_prompt(case: DiagnosisCase, candidate: CacheRunner) -> DiagnosisCase:
@@ -86,7 +86,7 @@ def _diagnose(case: DiagnosisCase, *, every: bool) -> Diagnosis:
     count = f"{len({call.weight for call in compared})} of {len(case.base_weights)} modules were compared"
     if first is None:
         return Diagnosis(None, f"{_why_none_differs(case, traced, calls)}; {count}", errors)
-    return Diagnosis(str(first.call), f"{first.why}; {count}", errors)
+    return Diagnosis(str(first.call), EscapedLines(f"{escaped_lines(first.why)}; {count}"), errors)
 
 
 def _sizes(case: DiagnosisCase) -> dict[ModuleCall, int]:

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from lora_export.errors import Different, Undecided
+from lora_export.errors import Different, EscapedLines, Undecided, escaped_lines, one_line
 
 PYTORCH = "PyTorch"
 DECIDES = "what would decide it"  # introduces a remedy
@@ -146,7 +146,7 @@ class Reason:
 
     def __str__(self) -> str:
         where = " in ".join(part for part in (self.output, self.case and f"case {self.case}") if part)
-        return f"{where}: {self.text}" if where else self.text
+        return one_line(f"{where}: {self.text}" if where else self.text)
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,18 @@ class Comparison:
     figures: Figures | None = None
     reasons: tuple[Reason, ...] = ()
 
-    def __str__(self) -> str:
-        title = f"{self.output} in case {self.case}"
+    @property
+    def text(self) -> EscapedLines:
+        """The figures of this output, in lines."""
+        title = one_line(f"{self.output} in case {self.case}")
         if self.figures is None:
-            return f"{title}: not measured"
+            return escaped_lines(f"{title}: not measured")
         f = self.figures
         passed = "within" if all(gate.passed for gate in f.gates) else "NOT within"
-        return "\n".join([f"{title}: {f.dtype} {list(f.shape)}, {passed} its limits", *_figure_lines(f)])
+        return escaped_lines(f"{title}: {f.dtype} {list(f.shape)}, {passed} its limits", *_figure_lines(f))
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def _figure_lines(f: Figures) -> Iterator[str]:
@@ -272,22 +277,22 @@ class Verdict:
     @property
     def summary_lines(self) -> tuple[list[str], list[str]]:
         """Why the verdict is not `same`, in lines: what the candidate records; the reasons and the notes."""
-        notes = () if self.same else (f"note: {note}" for note in self.notes)
-        return [f"  - {line}" for line in self.recorded], [*self._reason_lines(), *notes]
+        notes = () if self.same else (one_line(f"note: {note}") for note in self.notes)
+        return [one_line(f"  - {line}") for line in self.recorded], [*self._reason_lines(), *notes]
 
     @property
-    def summary(self) -> str:
+    def summary(self) -> EscapedLines:
         """The headline and, where the verdict is not `same`, why: no figures of single outputs."""
         recorded, reasons = self.summary_lines
-        return "\n".join([self.headline, *recorded, *reasons])
+        return escaped_lines(self.headline, *recorded, *reasons)
 
     def __str__(self) -> str:
         lines = [self.headline, *(f"  - {line}" for line in self.recorded), *self._reason_lines()]
         closest = self.nearest_to_failing
-        lines += map(str, closest[:SHOWN])
+        lines += (comparison.text for comparison in closest[:SHOWN])
         if len(closest) > SHOWN:
             lines.append(f"{count(len(closest) - SHOWN, 'output')} more, each farther from its limits than these")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return escaped_lines(*lines, *(f"note: {note}" for note in self.notes))
 
     def _reason_lines(self) -> Iterator[str]:
         shown = self.distinct_reasons[:SHOWN]

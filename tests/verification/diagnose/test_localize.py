@@ -80,7 +80,7 @@ def test_difference_that_vanishes_when_traced_is_the_optimisers(
 
 def test_failed_diagnosis_leaves_the_verdict_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> None:
-        raise RuntimeRefused("onnxruntime: no\nmore")
+        raise RuntimeRefused("onnxruntime: no", "more")
 
     monkeypatch.setattr(traced_candidate, "expose", failing)
     result = proven(half_value(make("merged", tmp_path, the_adapter())), the_adapter())
