@@ -95,7 +95,7 @@ def _parameters(adapter: OnnxAdapter) -> dict[str, dict[str, Any]]:
 
 def _onnx_adapter_as_document(adapter: OnnxAdapter) -> dict[str, Any]:
     versions = {"model_version": adapter.model_version, "adapter_version": adapter.adapter_version}
-    return {"format": "onnx_adapter", **versions, "parameters": _parameters(adapter)}
+    return {"format": "onnx_adapter", **versions, "has_hash": adapter.has_hash, "parameters": _parameters(adapter)}
 
 
 def _lines_of_onnx_adapter(adapter: OnnxAdapter, *, every: bool) -> Iterator[str]:
@@ -110,6 +110,8 @@ def _lines_of_onnx_adapter(adapter: OnnxAdapter, *, every: bool) -> Iterator[str
     for names in [[name] for name in parameters] if every else by_kind(parameters, str, look):
         one, several = parameters[names[0]], f", {len(names)} of them" if len(names) > 1 else ""
         yield f"  {title(names)}  {' x '.join(map(str, one['shape']))} {one['type']}{several}"
+    if not adapter.has_hash:
+        yield "note: the file has no hash of its contents, so it is not known whether they are those that were written"
 
 
 def _lines_of_graph(found: Sites) -> Iterator[str]:

@@ -3,7 +3,8 @@
 A graph made with `--lora inputs` takes A (in, rank) and B (rank, out) of each layer as optional inputs. A graph made
 for DoRA also takes a factor for each output. An `.onnx_adapter` is a FlatBuffer of tensors under the names of those
 inputs (onnxruntime/lora/adapter_format/adapter_schema.fbs). It also holds two integers that onnxruntime does not
-read: here, `model_version` is the base's fingerprint, and `adapter_version` the adapter's.
+read: here, `model_version` is the base's fingerprint, and `adapter_version` the adapter's. After the FlatBuffer, where
+onnxruntime does not read, a file of this package ends with a hash of all bytes before it.
 
 This is an output format: it is written for one graph, so it is not in the table of formats that can be loaded.
 """
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed, listed
 from lora_export.lora import Adapter
 from lora_export.plan import Layout, Plan, TensorSpec
-from lora_export.storage import input_files, json_files
+from lora_export.storage import hash_ending, input_files, json_files
 
 CONTRACT_KEY = "lora_export.inputs"  # of the contract, in a graph's metadata
 ROW_ADAPTERS_KEY = "lora_export.rows"  # of the adapters' names, in the metadata of a graph made with `--lora rows`
@@ -265,6 +266,7 @@ class OnnxAdapter:
     values: Mapping[str, Any]  # OrtValue by input; its memory is the file's
     model_version: int
     adapter_version: int
+    has_hash: bool  # of its contents, which then agrees with them. Other tools write none: damage is not detected
     file: Any = field(repr=False)  # onnxruntime's AdapterFormat, which owns that memory
 
 
@@ -287,18 +289,36 @@ def write(path: Path, values: AdapterArrays, contract: Contract, *, sha256: str)
         file.export_adapter(str(path))
     except (RuntimeError, UnicodeError) as error:
         raise OutputFailed(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    hash_ending.append_hash(path)
 
 
 def read(path: Path) -> OnnxAdapter:
-    """Read a whole adapter file. Raises InputRefused for a file that is not one, or is damaged."""
+    """Read a whole adapter file.
+
+    Raises InputRefused for a file that is not one, does not have the contents that its hash was made of, or holds
+    values that are not finite.
+    """
     input_files.must_be_regular(path)
+    has_hash = hash_ending.agrees_with_hash(path)
     try:
         file = import_onnxruntime().AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
         versions = file.get_model_version(), file.get_adapter_version()
     except (RuntimeError, UnicodeError) as error:
         raise InputRefused(f"{path} is not an adapter in onnxruntime's format, or it is damaged") from error
-    return OnnxAdapter(values, *versions, file=file)
+    _refuse_not_finite(path, values)
+    return OnnxAdapter(values, *versions, has_hash=has_hash, file=file)
+
+
+def _refuse_not_finite(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise InputRefused for values that are NaN or infinite. Lists every tensor that has them."""
+    problems = []
+    for name, value in values.items():
+        array = array_of_ort_value(value)
+        if bad := array.size - np.count_nonzero(np.isfinite(array)):
+            problems.append(f"{name}: {bad} of {array.size} values are not finite (NaN or infinity)")
+    if problems:
+        raise InputRefused(f"{path} is refused:", listed(problems))
 
 
 def refuse_misfits(adapter: OnnxAdapter, contract: Contract, *, source: Path | str, graph: Path | str) -> None:

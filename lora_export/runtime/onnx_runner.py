@@ -121,9 +121,10 @@ class OnnxRunner:
 
         Raises InputRefused where the file is no adapter, or does not fit the graph's declared inputs.
         """
+        file = onnx_adapter.read(path)
         if onnx_adapter.CONTRACT_KEY in self._metadata:
             contract = onnx_adapter.read_contract(self._metadata, self.path)
-            onnx_adapter.refuse_misfits(onnx_adapter.read(path), contract, source=path, graph=self.path)
+            onnx_adapter.refuse_misfits(file, contract, source=path, graph=self.path)
         adapter = import_onnxruntime().LoraAdapter()
         try:
             adapter.Load(str(path))

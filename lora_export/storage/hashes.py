@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +26,14 @@ class Hash(Protocol):
 ALGORITHMS: dict[str, Callable[[], Hash]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
 
 
-def file_hash(path: Path, algorithm: str) -> str:
-    """Return the hash of a file's bytes as hex. `algorithm` is a key of ALGORITHMS."""
+def file_hash(path: Path, algorithm: str, most: int | None = None) -> str:
+    """Return the hash of a file's bytes as hex, or of the first `most` of them. `algorithm` is a key of ALGORITHMS."""
     value = ALGORITHMS[algorithm]()
+    left = sys.maxsize if most is None else most
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
+        while block := file.read(min(HASH_BLOCK, left)):
             value.update(block)
+            left -= len(block)
     return value.hexdigest()
 
 

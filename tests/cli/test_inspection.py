@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 import lora_export as le
+from lora_export.storage import hash_ending
 from support import FACTORIES
 from support.cli import answer, call
 from support.handmade import base_file, graph_file, peft_adapter
@@ -95,7 +96,11 @@ def test_adapters_and_checkpoints_have_a_line_a_kind(
     le.merge(tmp_path / "base.safetensors", place / "fr", tmp_path / "m.safetensors")
     shown = lines(capsys, tmp_path / "m.safetensors")
     assert shown[1].startswith("adapters merged into the weights: fr ") and shown[2].startswith("made from: base.saf")
-    assert len(lines(capsys, place / "fr.onnx_adapter")) == 3
+    adapter = place / "fr.onnx_adapter"
+    assert len(lines(capsys, adapter)) == 3 and answer(capsys, "inspect", adapter)[1]["has_hash"]
+    (place / "old.onnx_adapter").write_bytes(adapter.read_bytes()[: -hash_ending.ENDING])
+    assert lines(capsys, place / "old.onnx_adapter")[3].startswith("note: the file has no hash of its contents")
+    assert not answer(capsys, "inspect", place / "old.onnx_adapter")[1]["has_hash"]
 
 
 def test_a_hostile_record_is_shown_and_does_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

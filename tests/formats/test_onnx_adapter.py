@@ -14,6 +14,7 @@ import pytest
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import AdapterSlot, Contract
+from lora_export.storage import hash_ending
 from support.onnx_adapters import shortened
 
 A, B = np.float32([[1, 2], [0, 1], [5, 0]]), np.float32([[1, 2, 3, 4], [0, 0, 1, 0]])
@@ -102,7 +103,7 @@ def with_false_sizes(data: bytes) -> bytes:
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()[: -hash_ending.ENDING]))
     with pytest.raises(InputRefused, match=r"x.onnx_adapter is not an adapter in onnxruntime's format, or it is dam"):
         onnx_adapter.read(path)
     with pytest.raises(InputRefused, match="missing"):
@@ -118,3 +119,41 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputRefused, match="has 56 bytes"):
         a_file(tmp_path / "x", {"a": A, "b": B})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["first", "value", "name", "hash"])
+def test_one_flipped_bit_is_refused(tmp_path: Path, place: str) -> None:
+    path = a_file(tmp_path / "x.onnx_adapter", {"first": A, "b": B})
+    data = bytearray(path.read_bytes())
+    index = {"first": 0, "value": data.index(A.tobytes()), "name": data.index(b"first"), "hash": len(data) - 1}[place]
+    data[index] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(InputRefused, match=r"x\.onnx_adapter is damaged: its contents are not those that were written"):
+        onnx_adapter.read(path)
+
+
+def a_file_of_onnxruntime(path: Path, values: dict[str, Any]) -> Path:
+    """A file as onnxruntime writes it, without a hash."""
+    file = onnxruntime.AdapterFormat()
+    file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()})
+    file.export_adapter(str(path))
+    return path
+
+
+def test_files_of_other_tools_are_read_and_have_no_hash(tmp_path: Path) -> None:
+    assert onnx_adapter.read(a_file(tmp_path / "own", {"a": A})).has_hash
+    read = onnx_adapter.read(a_file_of_onnxruntime(tmp_path / "other", {"a": A}))
+    assert not read.has_hash and read.values["a"].numpy().tolist() == A.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_and_counted(tmp_path: Path, dtype: str, value: float) -> None:
+    bad = np.array([[1, value], [value, 0]], dtype)
+    with pytest.raises(InputRefused, match=r"is refused:\n  a: 2 of 4 values are not finite \(NaN or infinity\)$"):
+        onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": bad, "b": B.astype(dtype)}))
+
+
+def test_onnxruntime_runs_a_file_with_a_hash(tmp_path: Path) -> None:
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})))

@@ -29,6 +29,7 @@ from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.lora import LoraPair
+from lora_export.storage import hash_ending
 from lora_export.weights.checkpoint import open_checkpoint
 from support.graphs import a_graph, an_adapter, quantised
 from support.handmade import base_file
@@ -198,6 +199,28 @@ def test_damaged_file_is_refused(session: Session, tmp_path: Path) -> None:
     path.write_bytes(shortened(path.read_bytes()))
     with pytest.raises(InputRefused, match="damaged"):
         session.load("x", path)
+
+
+def test_flipped_bit_and_infinite_factor_are_refused(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx_adapter"
+    before = session.run({"x": X}, adapter="one")["y"]
+    data = bytearray(path.read_bytes())
+    data[data.index(ONE["m.lora_B.weight"].tobytes()) + 2] ^= 1  # the lowest bits of a factor's fraction
+    path.write_bytes(data)
+    with pytest.raises(InputRefused, match="is damaged: its contents are not those that were written"):
+        session.load("one", path)
+    infinite = {**ONE, "m.lora_B.weight": np.float32([[2, np.inf]])}
+    onnx_adapter.write(path, infinite, session.contract, sha256="1")
+    with pytest.raises(InputRefused, match=r"m\.lora_B\.weight: 1 of 2 values are not finite"):
+        session.load("one", path)
+    assert np.array_equal(session.run({"x": X}, adapter="one")["y"], before)
+
+
+def test_file_without_a_hash_is_loaded(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "one.onnx_adapter"
+    path.write_bytes(path.read_bytes()[: -hash_ending.ENDING])  # as earlier versions wrote it
+    session.load("old", path)
+    assert np.array_equal(session.run({"x": X}, adapter="old")["y"], expected(ONE))
 
 
 def test_float16_adapters_are_switched_and_mixed(tmp_path: Path) -> None:
