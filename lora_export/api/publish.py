@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_export.errors import Different, EnvironmentLacking, LoraExportError, Undecided
+from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
 from lora_export.lora import Adapter
 from lora_export.provenance import record
 from lora_export.runtime import environment, providers
@@ -68,9 +68,9 @@ def require_same(proof: Proof, what: str = "") -> Proof:
     if proof.verdict.same:
         return proof
     kind = Different if proof.verdict.outcome is Outcome.DIFFERENT else Undecided
+    summary = proof.verdict.summary
     raise kind(
-        *([f"{what}:"] if what else []),
-        proof.verdict.summary,
+        EscapedLines(f"{one_line(what)}: {summary}") if what else summary,
         *([proof.diagnosis.text] if proof.diagnosis else []),
         "Nothing was written. --no-verify would publish the file without a proof.",
         proof=proof,
