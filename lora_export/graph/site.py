@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.graph.operators import FUSED_PRODUCTS, MICROSOFT, ONNX, operator_id, transposed_layout
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, QuantisedWeight
+from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, QuantisedWeight, Steps
 from lora_export.graph.values import stored_shape, tensor_of
 from lora_export.plan import Layout
 
@@ -107,14 +107,27 @@ class Site:
     def nearest(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round `matrix` (out, in) to the nearest values that the scales of the quantised weight can represent."""
         assert self.quantised is not None
+        return self._as_matrix(self.quantised.nearest(self._as_stored(matrix)))
+
+    def steps(self, matrix: NDArray[np.float64]) -> Steps:
+        """The steps of the quantised weight, beside those that `matrix` (out, in) needs."""
+        assert self.quantised is not None
+        own, largest, levels = self.quantised.steps(self._as_stored(matrix))
+        return Steps(self._as_matrix(own), self._as_matrix(largest), levels)
+
+    def _as_stored(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`matrix` (out, in) in the layout of the stored array, beside the neighbouring blocks."""
         array = matrix.T if self.layout is Layout.IN_OUT else matrix
         if self.block is None:
-            rounded = self.quantised.nearest(array)
-        else:
-            whole = self.stored_array.astype(np.float64)
-            whole[self.block_slices] = array
-            rounded = self.quantised.nearest(whole)[self.block_slices]
-        return rounded.T if self.layout is Layout.IN_OUT else rounded
+            return array
+        whole = self.stored_array.astype(np.float64)
+        whole[self.block_slices] = array
+        return whole
+
+    def _as_matrix(self, whole: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The site's own entries of an array in the stored layout, as (out, in)."""
+        array = whole[self.block_slices] if self.block is not None else whole
+        return array.T if self.layout is Layout.IN_OUT else array
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ from lora_export.verification.references import (
     ReferenceOutputs,
     cached_outputs,
     note_on_fp64,
+    quantisation_error,
     quantised_weights,
 )
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
@@ -204,7 +205,8 @@ class PreparedPyTorch:
         step("PyTorch")
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
         coverage = RowCoverage(deployed.module, model, self.references.adapters)
-        with layers.recorded_branches() as computed:
+        errors = {name: weight.error for name, weight in self.quantised.items() if weight.error is not None}
+        with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
             own = {name: deployed.run(arrays) for name, arrays in cases.items()}
         doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
         doubts = [
@@ -212,6 +214,7 @@ class PreparedPyTorch:
             *doubts_on_pairs(self.attached.module, cases, computed),
             *doubts_on_sizes(self.candidate, model, self.references.fixed),
             *self.inputs.doubts,
+            *(findings := quantisation_error.findings_on(errors, layer)).doubts,
         ]
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
         by_role, narrow_operators = self._in_fp64(own, step)
@@ -229,6 +232,7 @@ class PreparedPyTorch:
             *rows,
             *([HALF] if self.dtype is torch.float32 and _has_halves(outputs, own, names_known=names_known) else []),
             *quantised_weights.notes_on(self.quantised),
+            *findings.notes,
         ]
         return ReferenceOutputs(
             own,
@@ -239,7 +243,7 @@ class PreparedPyTorch:
             is_quantised=bool(self.quantised),
             notes=tuple(notes),
             doubts=tuple(doubts),
-            faults=tuple(quantised_weights.merge_faults(self.quantised)),
+            faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),
         )
 
     def _in_fp64(self, deployed: Mapping[str, Arrays], step: OnProofStep) -> CachedOutputs:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
@@ -93,3 +94,41 @@ def quantised(
     )  # fmt: skip
     tool.process()
     return ir.from_proto(tool.model.model)
+
+
+def in_int8(model: ir.Model, *, axis: int | None = 1, zeros: bool = False) -> ir.Model:
+    """The graph with its MatMul weights (in, out) as bytes behind DequantizeLinear, the products in fp32.
+
+    One scale for each index of `axis`, or one for all (None). With `zeros`, uint8 with zero points; otherwise int8.
+    """
+    model.opset_imports[""] = max(21, model.opset_imports[""])
+    for node in list(model.graph):
+        tensor = ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "MatMul" else None
+        if tensor is None:
+            continue
+        weight, old = tensor.numpy(), node.inputs[1]
+        others = None if axis is None else 1 - axis
+        low, high = (np.asarray(part(weight, axis=others, keepdims=True)) for part in (np.min, np.max))
+        scale = (high - low) / 255 if zeros else np.maximum(high, -low) / 127
+        zero = np.rint(-low / scale) if zeros else np.zeros_like(scale)
+        levels = np.clip(np.rint(weight / scale) + zero, 0 if zeros else -127, 255 if zeros else 127)
+        integer = np.uint8 if zeros else np.int8
+        shape = () if axis is None else (-1,)
+        arrays = {
+            f"{old.name}_quantized": levels.astype(integer),
+            f"{old.name}_scale": scale.reshape(shape).astype(np.float32),
+            **({f"{old.name}_zero_point": zero.reshape(shape).astype(integer)} if zeros else {}),
+        }
+        values = []
+        for name, array in arrays.items():
+            tensor = ir.Tensor(array, name=name)
+            values.append(ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape))
+            model.graph.initializers[name] = values[-1]
+        pair = ir.node("DequantizeLinear", values, {"axis": axis or 0}, name=f"{old.name}_DequantizeLinear")
+        pair.outputs[0].name = f"{old.name}_DequantizeLinear_Output"
+        pair.outputs[0].type, pair.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), old.shape
+        model.graph.insert_before(node, pair)
+        node.replace_input_with(1, pair.outputs[0])
+        if not old.uses() and old.is_initializer():
+            del model.graph.initializers[old.name]
+    return model

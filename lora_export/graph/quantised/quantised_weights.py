@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,19 @@ INVALID = -(1 << 40)  # in place of an attribute that is no whole number; no axi
 SCALE_TYPES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 BYTE_TYPES = (ir.DataType.UINT8, ir.DataType.INT8)
 Rows = slice | NDArray[np.int64]
+
+
+class Steps(NamedTuple):
+    """How fine a quantised weight is, entry by entry."""
+
+    own: NDArray[np.float64]  # the distance between two neighbouring numbers: the magnitude of the entry's scale
+    largest: NDArray[np.float64]  # the largest magnitude of all entries that share this scale
+    levels: int  # the integers on either side of zero in a symmetric range
+
+    @property
+    def needed(self) -> NDArray[np.float64]:
+        """The distance between neighbouring numbers at which a symmetric range just reaches the largest entry."""
+        return self.largest / self.levels
 
 
 class QuantisedWeight(Protocol):
@@ -42,6 +55,15 @@ class QuantisedWeight(Protocol):
     def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Round `values` to the nearest numbers that the stored scales and zero points can represent."""
         ...
+
+    def steps(self, values: NDArray[np.float64]) -> Steps:
+        """The steps between the numbers that the stored scales can represent, beside those that `values` need."""
+        ...
+
+    @property
+    def scale_dtype(self) -> str: ...  # as it is stored
+    @property
+    def has_float_zeros(self) -> bool: ...  # whether zero points are rounded floats, not integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +97,38 @@ class NBitsWeight:
         return weight.reshape(len(packed), -1)[:, :inner]
 
     def nearest(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        zeros = self._zero_points(slice(None))
+        return self._joined(_round_to_levels(self._split(values), self._scales, zeros, 0, (1 << self.bits) - 1))
+
+    def steps(self, values: NDArray[np.float64]) -> Steps:
+        blocks = self._split(values)
+        largest = np.abs(blocks).max(-1, keepdims=True)
+        every = np.ones_like(blocks)
+        own = self._joined(every * np.abs(self._scales.astype(np.float64)))
+        return Steps(own, self._joined(every * largest), _levels_on_a_side(self.bits))
+
+    @property
+    def scale_dtype(self) -> str:
+        return str(self._scales.dtype)
+
+    @property
+    def has_float_zeros(self) -> bool:
+        tensor = tensor_at(self.node, 3)
+        return tensor is not None and tensor.dtype not in BYTE_TYPES
+
+    @property
+    def _scales(self) -> NDArray[Any]:
+        return _array_at(self.node, 2).reshape(self.shape[0], self.blocks, 1)
+
+    def _split(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(out, blocks, block_size), padded with zeros."""
         out, inner = self.shape
         padded = np.pad(values, [(0, 0), (0, self.blocks * self.block_size - inner)])
-        blocks = padded.reshape(out, self.blocks, self.block_size)
-        scales = _array_at(self.node, 2).reshape(out, self.blocks, 1)
-        rounded = _round_to_levels(blocks, scales, self._zero_points(slice(None)), 0, (1 << self.bits) - 1)
-        return rounded.reshape(out, -1)[:, :inner]
+        return padded.reshape(out, self.blocks, self.block_size)
+
+    def _joined(self, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+        out, inner = self.shape
+        return blocks.reshape(out, -1)[:, :inner]
 
     def _zero_points(self, part: Rows) -> NDArray[np.float32] | np.float32:
         """The zero points of some rows (rows, blocks, 1), or their default."""
@@ -133,6 +181,33 @@ class DequantizeLinearWeight:
         scales = self._broadcast(_array_at(self.node, 1), all_rows)
         zeros = np.float32(0) if zero_points is None else self._broadcast(zero_points.numpy(), all_rows)
         return _round_to_levels(values, scales, zeros, lowest, lowest + (1 << bits) - 1)
+
+    def steps(self, values: NDArray[np.float64]) -> Steps:
+        integers = tensor_at(self.node, 0)
+        assert integers is not None
+        scales = np.abs(self._broadcast(_array_at(self.node, 1), slice(None)).astype(np.float64))
+        largest = np.broadcast_to(self._largest(np.abs(values)), self.shape)
+        return Steps(np.broadcast_to(scales, self.shape), largest, _levels_on_a_side(integers.dtype.bitwidth))
+
+    @property
+    def scale_dtype(self) -> str:
+        return str(_array_at(self.node, 1).dtype)
+
+    @property
+    def has_float_zeros(self) -> bool:
+        return False
+
+    def _largest(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The largest magnitude under each scale, in a shape that broadcasts over the weight."""
+        if _array_at(self.node, 1).size == 1:
+            return np.asarray(magnitudes.max(initial=0.0, keepdims=True))
+        if not self.block_size:
+            others = tuple(axis for axis in range(len(self.shape)) if axis != self.axis)
+            return np.asarray(magnitudes.max(others, initial=0.0, keepdims=True))
+        starts = np.arange(0, self.shape[self.axis], self.block_size)
+        by_block = np.maximum.reduceat(magnitudes, starts, axis=self.axis)
+        repeated = np.repeat(by_block, self.block_size, axis=self.axis)
+        return repeated[tuple(map(slice, self.shape))]
 
     def _broadcast(self, parameters: NDArray[Any], part: Rows) -> NDArray[np.float32]:
         """Scales or zero points, in a shape that broadcasts over the rows."""
@@ -210,6 +285,11 @@ def unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     unpacked = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return unpacked.reshape(*packed.shape[:-1], math.prod(unpacked.shape[-2:]))
+
+
+def _levels_on_a_side(bits: int) -> int:
+    """The integers on either side of zero in a symmetric range."""
+    return max(1, (1 << (bits - 1)) - 1)
 
 
 def _round_to_levels(

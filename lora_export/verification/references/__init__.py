@@ -8,6 +8,8 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
     deployed_module.py     PyTorch as deployed, and with its adapters merged
     candidate_weights.py   how a candidate rounds or quantises its weights
     quantised_weights.py   the weights that a quantised graph computes with
+    quantisation_error.py  whether these are the model's weights, rounded
+    int8_products.py       PyTorch with the error of products in int8
     cached_outputs.py      outputs of PyTorch's references, stored for the next candidate
     base_graph.py          the graph that candidates were made from, its inputs and its outputs in fp64
     graph_with_adapter.py  adapters in a graph, in other forms than the candidate's

@@ -16,8 +16,8 @@ from lora_export.plan import Plan
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification import parity
-from lora_export.verification.references import quantised_weights
 from lora_export.verification.references.attached_module import AttachedModule
+from lora_export.verification.references.int8_products import round_activations
 from lora_export.verification.references.module_copies import (
     converted_copy,
     parameters_and_buffers,
@@ -50,7 +50,7 @@ def deployed_module(attached: AttachedModule, quantised: Mapping[str, Dequantise
             tensor.data = tensor.data.to(own.get(name, tensor.dtype))  # what the model has in half precision stays so
     else:
         module = shared_copy(attached.module) if device == "cpu" else copy.deepcopy(attached.module).to(device)
-    quantised_weights.round_activations(module, quantised)
+    round_activations(module, quantised)
     return module
 
 

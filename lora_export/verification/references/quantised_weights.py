@@ -3,7 +3,7 @@
 A graph of few bits is as far from its model as its rounding, and an adapter beside it is not to blame for that.
 To tell the two apart, the reference, PyTorch as deployed and the controls all compute with the graph's own weights,
 dequantised. This module has its own reader of the format. The gates stay as tight as for floats. The verdict's
-notes give the distance of the weights from the model's. A weight that is no rounding of the model's is `different`.
+notes give the distance of the weights from the model's. `quantisation_error.py` judges whether they are its rounding.
 
 Where adapters were merged into the quantised weights, the reference merges them too, in fp64: W + s·BA, each entry
 at the nearest number that the graph's own scales allow. W is the graph's weight before the merge (`origin`), or the
@@ -23,18 +23,23 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from lora_export import layers, sums
 from lora_export.errors import Different, InputRefused, Undecided
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.names.content_match import MAX_QUANTISATION_ERROR
 from lora_export.graph.onnx_file.reading import open_graph
-from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS
+from lora_export.graph.quantised.quantised_weights import MATMUL_NBITS, Steps
 from lora_export.graph.site import Site
 from lora_export.models.model import Model
 from lora_export.plan import Layout, Plan, Step
+from lora_export.verification import parity
 from lora_export.verification.parity import DECIDES, Wide
+from lora_export.verification.references.quantisation_error import (
+    NearestNumbers,
+    QuantisationError,
+    quantisation_error_of,
+)
 from lora_export.weights.checkpoint import open_checkpoint
 
 QUANTISED_OPERATORS = frozenset({MATMUL_NBITS, "DequantizeLinear"})
@@ -43,7 +48,6 @@ FUSED_BLOCK_SIZE = 32  # onnxruntime's session.qdq_matmulnbits_block_size
 MERGED_FRACTION = 0.5  # a weight that contains more of an adapter's change was merged before it was quantised
 MERGED_DEVIATIONS = 5.0  # so was one whose fraction is this many standard errors above zero
 MISROUNDED_FRACTION = 0.05  # of the entries: more of them, and the weight is not one sum that was quantised once
-TIE_TOLERANCE = 2.0**-16  # of the largest entry: a sum in fp32 is that inexact about the middle of two integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +58,13 @@ class DequantisedWeight:
     values: NDArray[np.float32]  # in the layout of the model's parameter
     distance: float  # ‖values − W‖ / ‖W‖; relative to W + ΔW where adapters were merged into the weight
     activation_block: int  # inputs that are rounded to int8 with one scale; 0 where they are not rounded
-    nearest: Callable[[Wide], Wide] = field(repr=False)  # a weight in this layout -> the nearest that the scales allow
+    rounding: Callable[[Wide], NearestNumbers] = field(repr=False)  # of a weight in this layout
     merge: QuantisedMerge | None = None  # where adapters were merged into the weight and the sum was quantised
+    error: QuantisationError | None = None  # relative to what was quantised; of the origin's weight where it is known
+
+    def nearest(self, weight: Wide) -> Wide:
+        """A weight in this layout, at the nearest numbers that the scales allow."""
+        return self.rounding(weight).nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +75,7 @@ class QuantisedMerge:
     fraction: float  # <values − base, ΔW> / ‖ΔW‖²
     standard_error: float  # of `fraction`, from what rounding left beside the change
     distance: float  # ‖values − V‖ / ‖V‖, V = base + ΔW
-    misrounded: int  # entries that are not the nearest to V that the scales allow
+    error: QuantisationError  # of the weight relative to V
 
     @property
     def is_likely(self) -> bool:
@@ -76,7 +85,7 @@ class QuantisedMerge:
     @property
     def is_one_sum(self) -> bool:
         """Whether the weight is `base` + ΔW, quantised once, but for a few entries."""
-        return self.misrounded <= MISROUNDED_FRACTION * self.base.size
+        return self.error.misrounded <= MISROUNDED_FRACTION * self.base.size
 
 
 # --- read from the graph ------------------------------------------------------------------------
@@ -166,19 +175,27 @@ def _dequantised(
         original = tensors[name].detach().float().numpy()
         is_transposed = parameters[name].layout is Layout.IN_OUT
         values = site.matrix.T if is_transposed else site.matrix
-        found[name] = DequantisedWeight(
+        weight = DequantisedWeight(
             _kind(site),
             np.ascontiguousarray(values, np.float32),
             _norm(values - original) / (_norm(original) or 1.0),
             _activation_block(site, executed),
-            functools.partial(_nearest, site, is_transposed),
+            functools.partial(_rounding, site, is_transposed, str(tensors[name].dtype).removeprefix("torch.")),
         )
+        found[name] = replace(weight, error=quantisation_error_of(weight.values, original, weight.rounding(original)))
     return found
 
 
-def _nearest(site: Site, is_transposed: bool, values: Wide) -> Wide:
-    found = site.nearest(values.T if is_transposed else values)
-    return np.ascontiguousarray(found.T if is_transposed else found)
+def _rounding(site: Site, is_transposed: bool, dtype: str, values: Wide) -> NearestNumbers:
+    assert site.quantised is not None
+    matrix = values.T if is_transposed else values
+    nearest, (own, largest, levels) = site.nearest(matrix), site.steps(matrix)
+    if is_transposed:
+        nearest, own, largest = nearest.T, own.T, largest.T
+    eps = max(parity.EPS[site.quantised.scale_dtype], parity.EPS[dtype])
+    return NearestNumbers(
+        np.ascontiguousarray(nearest), Steps(own, largest, levels), eps, site.quantised.has_float_zeros
+    )
 
 
 def _kind(site: Site) -> str:
@@ -228,43 +245,6 @@ def with_dequantised_weights(model: Model, weights: Mapping[str, DequantisedWeig
     return replace(model, module=module)
 
 
-def round_activations(module: nn.Module, weights: Mapping[str, DequantisedWeight]) -> None:
-    """Give layers of the module the error of a product whose input is rounded to int8.
-
-    The rounding is symmetric, with one scale for each block of the input, as onnxruntime does for `accuracy_level` 4.
-    An adapter beside a weight takes the input unrounded. The hooks stay on the module. Raises Undecided for a weight
-    of nn.MultiheadAttention, whose products no hook sees.
-    """
-    specs = {spec.name: spec for spec in layers.specs(module)}
-    for name, weight in weights.items():
-        if weight.activation_block:
-            is_transposed = specs[name].layout is Layout.IN_OUT
-            matrix = torch.from_numpy(weight.values.T if is_transposed else weight.values)  # (out, in)
-            path = name.rpartition(".")[0]
-            owners = [module.get_submodule(at) for at in (path, path.rpartition(".")[0])]
-            if any(isinstance(owner, nn.MultiheadAttention) for owner in owners):  # it reads its output's weight, too
-                raise Undecided(
-                    f"{name} is multiplied in int8, and no hook sees the products of nn.MultiheadAttention: how far "
-                    f"int8 is from fp64 there is unknown. {DECIDES}: the same graph of an accuracy_level below 4"
-                )
-            owners[0].register_forward_hook(functools.partial(_add_int8_error, matrix, weight.activation_block))
-
-
-def _add_int8_error(weight: torch.Tensor, block_size: int, _: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
-    (values,) = inputs
-    error = _rounded_to_int8(values, block_size) - values
-    return output + nn.functional.linear(error, weight.to(error))
-
-
-def _rounded_to_int8(values: torch.Tensor, block_size: int) -> torch.Tensor:
-    features = values.shape[-1]
-    blocks = nn.functional.pad(values, (0, -features % block_size)).unflatten(-1, (-1, block_size))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    levels = torch.where(scale > 0, blocks / scale, blocks).round()
-    rounded: torch.Tensor = (levels * scale).flatten(-2)[..., :features]
-    return rounded
-
-
 # --- reported -----------------------------------------------------------------------------------
 
 
@@ -296,10 +276,10 @@ def notes_on(weights: Mapping[str, DequantisedWeight]) -> list[str]:
 def merge_faults(weights: Mapping[str, DequantisedWeight]) -> list[str]:
     """What is wrong with weights whose correct values are known. Outputs may hide it: their inputs are rounded."""
     return [
-        f"{name}: {weight.merge.misrounded:,} of {weight.values.size:,} integers are not the nearest to W + s·BA that "
+        f"{name}: {weight.merge.error} are not the nearest to W + s·BA that "
         f"their scales allow ({weight.merge.fraction:.3f} ± {weight.merge.standard_error:.2g} of the change is in it)"
         for name, weight in weights.items()
-        if weight.merge is not None and weight.merge.misrounded
+        if weight.merge is not None and weight.merge.error.misrounded
     ]
 
 
@@ -329,8 +309,13 @@ def _with_merges(
         _refuse_unknown_bases(merges)
     elif all(np.array_equal(weight.values, before[name].values) for name, weight in weights.items() if name in before):
         merges = {}  # the adapters are beside the very weights of the origin
-    merged = {name: replace(weights[name], merge=merge, distance=merge.distance) for name, merge in merges.items()}
-    return {**weights, **merged}
+    return {**weights, **{name: _merged(weights[name], merge, before.get(name)) for name, merge in merges.items()}}
+
+
+def _merged(weight: DequantisedWeight, merge: QuantisedMerge, before: DequantisedWeight | None) -> DequantisedWeight:
+    # `merge_faults` reports wrong integers of the sum.
+    error = replace(merge.error, misrounded=0) if before is None else before.error
+    return replace(weight, merge=merge, distance=merge.distance, error=error)
 
 
 def _merges(
@@ -352,10 +337,10 @@ def _merge(weight: DequantisedWeight, base: NDArray[np.float32], step: Step) -> 
     energy = float((change**2).sum()) or 1.0
     fraction = float((moved * change).sum()) / energy
     standard_error = float(np.sqrt(np.mean((moved - fraction * change) ** 2) / energy))
-    tie = TIE_TOLERANCE * float(np.abs(total).max(initial=0.0))
-    misrounded = np.abs(weight.values - total) > np.abs(weight.nearest(total) - total) + tie
     distance = _norm(weight.values - total) / (_norm(total) or 1.0)
-    return QuantisedMerge(base, fraction, standard_error, distance, int(misrounded.sum()))
+    return QuantisedMerge(
+        base, fraction, standard_error, distance, quantisation_error_of(weight.values, total, weight.rounding(total))
+    )
 
 
 def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:
@@ -363,7 +348,7 @@ def _refuse_unknown_bases(merges: Mapping[str, QuantisedMerge]) -> None:
     if unknown:
         found = [
             f"{name}: {merge.fraction:.2f} ± {merge.standard_error:.2g} of the adapter's change is in it, and "
-            f"{merge.misrounded / merge.base.size:.0%} of its integers are not the nearest to W + s·BA"
+            f"{merge.error.misrounded / merge.base.size:.0%} of its integers are not the nearest to W + s·BA"
             for name, merge in list(unknown.items())[:3]
         ]
         raise Undecided(

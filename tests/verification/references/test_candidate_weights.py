@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
+from lora_export.graph.quantised.quantised_weights import Steps
 from lora_export.models.factory import from_module
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.parity import Wide
 from lora_export.verification.references.candidate_weights import quantised_weights_of, rounding_of
+from lora_export.verification.references.quantisation_error import NearestNumbers, quantisation_error_of
 from lora_export.verification.references.quantised_weights import DequantisedWeight, QuantisedMerge
 from support.graphs import a_graph, quantised
 from support.small_layers import a_linear, a_model
@@ -95,10 +98,18 @@ def test_quantised_weights_are_found_and_their_nodes_are_executed(tmp_path: Path
 
 def test_a_merged_quantised_weight_is_rounded_as_the_graph_rounds_it(tmp_path: Path) -> None:
     values = np.float32([[1, 2], [3, 4]])
-    merge = QuantisedMerge(values, fraction=1.0, standard_error=0.1, distance=0.1, misrounded=0)
-    plain = DequantisedWeight("4 bits", values, 0.1, 0, np.round)
-    merged = DequantisedWeight("4 bits", values, 0.1, 0, np.floor, merge)
+
+    def down(weight: Wide) -> NearestNumbers:
+        ones = np.ones_like(weight)
+        return NearestNumbers(np.floor(weight), Steps(ones, ones, 7), eps=0.0, has_float_zeros=False)
+
+    merge = QuantisedMerge(
+        values, 1.0, standard_error=0.1, distance=0.1, error=quantisation_error_of(values, values, down(values))
+    )
+    plain = DequantisedWeight("4 bits", values, 0.1, 0, down)
+    merged = DequantisedWeight("4 bits", values, 0.1, 0, down, merge)
     runner = OnnxRunner(a_quantised_graph(tmp_path))
     rounding, preferred = rounding_of(runner, a_model(), {"plain": plain, "merged": merged})
-    assert rounding == {"merged": np.floor} and list(preferred) == ["merged"]
+    assert list(rounding) == list(preferred) == ["merged"]
+    assert callable(rounding["merged"]) and rounding["merged"](np.array([[1.7, 2.2]])).tolist() == [[1, 2]]
     assert preferred["merged"].tolist() == values.tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import json
 import re
@@ -504,32 +503,3 @@ def test_pytorchs_error_includes_int8_rounding(wide: Model, graph: ir.Model, tmp
     assert any("in int8" in note for note in verdict.notes)
     ratios = [each.figures.ratio for each in verdict.comparisons if each.figures and each.figures.ratio]
     assert ratios == pytest.approx([1.0] * 3, rel=0.1)
-
-
-def test_activations_round_to_127_levels_of_each_block() -> None:
-    module = nn.Module()
-    module.layer = nn.Linear(4, 4, bias=False)
-    nn.init.eye_(module.layer.weight)
-    weight = np.eye(4, dtype=np.float32)
-    quantised_weights.round_activations(
-        module,
-        {
-            "layer.weight": quantised_weights.DequantisedWeight(
-                "4 bits", weight, 0.0, activation_block=2, nearest=np.rint
-            )
-        },
-    )
-    answer = module.layer(torch.tensor([[127.0, 3.4, 0.0, 0.0], [1.0, 0.5, -12.7, 0.34]]))
-    expected = [[127, 3, 0, 0], [1, 64 / 127, -12.7, 0.3]]
-    np.testing.assert_allclose(answer.detach().numpy(), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["attn.in_proj_weight", "attn.out_proj.weight"])
-def test_multihead_attention_in_int8_is_undecided(name: str) -> None:
-    module = nn.Module()
-    module.attn = nn.MultiheadAttention(4, 2)
-    weight = module.get_parameter(name).detach().numpy()
-    weights = {name: quantised_weights.DequantisedWeight("4 bits", weight, 0.0, activation_block=2, nearest=np.rint)}
-    with pytest.raises(Undecided, match=rf"{name} is multiplied in int8, .*an accuracy_level below 4"):
-        quantised_weights.round_activations(module, weights)
-    quantised_weights.round_activations(module, {name: dataclasses.replace(weights[name], activation_block=0)})
