@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from lora_export.api.callbacks import OnMessage
-from lora_export.storage import json_files
+from lora_export.storage import atomic_output, input_files, json_files
 
 GENAI_CONFIG = "genai_config.json"
 TOKENIZER = (
@@ -20,7 +20,8 @@ def copy_generation_files(graph: Path, output: Path, folder: Path, on_message: O
     """Copy what is needed to generate from the folder of a graph into `folder`; return the names.
 
     `folder` holds what is published beside `output`. The config is copied if it names `graph`, and then names
-    `output`. A file that is beside `output` already is not replaced, and a note names it.
+    `output`. A file that is beside `output` already is not replaced, and a note names it. Raises InputRefused for what
+    is no file, and OutputFailed where it does not fit on the disk.
     """
     home = output.absolute().parent
     if home.is_dir() and home.samefile(graph.parent):
@@ -30,13 +31,21 @@ def copy_generation_files(graph: Path, output: Path, folder: Path, on_message: O
     taken = [name for name in (*texts, *present) if (home / name).exists()]
     if taken:
         on_message(f"note: beside {output} these files exist already and stay as they are: {', '.join(taken)}")
+    copied = [name for name in present if name not in taken]
+    atomic_output.refuse_lack_of_space(folder, sum((graph.parent / name).stat().st_size for name in copied))
     for name, text in texts.items():
         if name not in taken:
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    for name in present:
-        if name not in taken:
-            shutil.copyfile(graph.parent / name, folder / name)
+    for name in copied:
+        with input_files.open_regular(graph.parent / name) as source, (folder / name).open("xb") as copy:
+            shutil.copyfileobj(source, copy)
     return [name for name in (*texts, *present) if name not in taken]
+
+
+def size_of_generation_files(graph: Path) -> int:
+    """The bytes that `copy_generation_files` copies at most."""
+    files = [graph.parent / name for name in TOKENIZER]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _config_of(graph: Path, output: Path) -> dict[str, str]:

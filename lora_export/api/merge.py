@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from lora_export import plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
-from lora_export.api.generation_files import copy_generation_files
+from lora_export.api.generation_files import copy_generation_files, size_of_generation_files
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
@@ -126,7 +126,8 @@ def merge(
 
 def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
     checkpoint = open_checkpoint(options.base)
-    list(checkpoint.other_files())  # raises for links that lead out of the folder: before the work, not after it
+    # Raises for links that lead out of the folder: before the work, not after it.
+    companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
     steps = plan.make(
         options.adapters, checkpoint.specs, strengths=options.weights, may_add=True, layout=options.layout
     )
@@ -136,7 +137,7 @@ def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
         return MergeResult(options.output, steps, None, notes)
     stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
     size = output_size(steps, checkpoint, dtype)
-    with _backend(options.device) as backend, _staged(options, stage, size) as folder:
+    with _backend(options.device) as backend, _staged(options, stage, size + companions) as folder:
         report = merge_checkpoint(
             steps,
             checkpoint,
@@ -173,7 +174,7 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
         return MergeResult(options.output, steps, None, notes)
     with (
         _backend(options.device) as backend,
-        _staged(options, atomic_output.stage_file, graph.nbytes) as folder,
+        _staged(options, atomic_output.stage_file, graph.nbytes + size_of_generation_files(options.base)) as folder,
     ):
         report = merge_graph(
             steps,

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from lora_export.storage import input_files
+
 TABLE = "tool.lora-export"
 NOT_OPTIONS = frozenset({"help", "version"})
 
@@ -61,7 +63,12 @@ def long_name(option: click.Option) -> str:
 
 
 def _table_in(path: Path) -> dict[str, Any] | None:
-    text = path.read_bytes()
+    from lora_export.storage.json_files import MAX_JSON
+
+    with input_files.open_regular(path) as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise click.UsageError(f"{path} has more than {MAX_JSON:,} bytes")
     if b"lora-export" not in text:  # the parser is imported where there is something to parse
         return None
     import tomllib

@@ -299,6 +299,8 @@ def read(path: Path) -> OnnxAdapter:
     values that are not finite.
     """
     input_files.must_be_regular(path)
+    if path.stat().st_size > LIMIT + hash_ending.ENDING:
+        raise InputRefused(f"{path} has {path.stat().st_size:,} bytes, and onnxruntime's format ends at {LIMIT:,}")
     has_hash = hash_ending.agrees_with_hash(path)
     try:
         file = import_onnxruntime().AdapterFormat.read_adapter(str(path))

@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
+from lora_export.storage import input_files
 
 # --- Find and call the factory ---
 
@@ -42,8 +43,9 @@ def find_factory(location: str, name: str) -> Callable[[], Any]:
 
 
 def _run_file(path: Path) -> Any:
-    if not path.is_file():
+    if not path.exists():
         raise InputRefused(f"there is no file {path}")
+    input_files.must_be_regular(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

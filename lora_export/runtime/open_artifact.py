@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ADAPTER_IDS
+from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
@@ -76,6 +77,7 @@ def candidate_files(path: Path) -> dict[str, Path]:
 def _external_data(path: Path) -> list[Path]:
     if path.suffix != ".onnx" or not path.stat().st_size:
         return []
+    refuse_no_message(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(LOCATION) < 0:  # and onnx need not be imported
             return []

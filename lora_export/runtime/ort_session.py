@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import EnvironmentLacking, InputRefused, RuntimeRefused
 from lora_export.formats.onnx_adapter import import_onnxruntime
+from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.runtime.providers import PROVIDERS
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's log severity levels
@@ -36,10 +37,12 @@ def open_session(
     """An onnxruntime InferenceSession on `provider` (`cpu` or `cuda`).
 
     `options` are onnxruntime's SessionOptions; the tensors of an in-memory graph are added to them, and must live as
-    long as the session. Raises InputRefused for an unknown provider, EnvironmentLacking where the provider is missing
-    or does not load, and RuntimeRefused where onnxruntime refuses the graph.
+    long as the session. Raises InputRefused for an unknown provider and for what is no file, EnvironmentLacking where
+    the provider is missing or does not load, and RuntimeRefused where onnxruntime refuses the graph.
     """
     ort, full_name = import_onnxruntime(), _available(provider)
+    if isinstance(graph, Path):
+        refuse_no_message(graph)
     if provider == "cuda" and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
             ort.preload_dlls()  # finds the CUDA and cuDNN libraries of torch's wheels

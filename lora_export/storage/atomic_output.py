@@ -234,9 +234,14 @@ def _check_target(target: Path, inputs: Iterable[Path], required_bytes: int) -> 
         raise OutputFailed(f"{above} is not a folder, so nothing can be written into it")
     for path in inputs:
         _refuse_overlap(target, _real(path))
-    free = shutil.disk_usage(above).free
+    refuse_lack_of_space(above, required_bytes)
+
+
+def refuse_lack_of_space(folder: Path, required_bytes: int) -> None:
+    """Raise OutputFailed where the disk of a folder has less space."""
+    free = shutil.disk_usage(folder).free
     if required_bytes > free:
-        raise OutputFailed(f"{above} has {byte_size(free)} free, {byte_size(required_bytes)} needed")
+        raise OutputFailed(f"{folder} has {byte_size(free)} free, {byte_size(required_bytes)} needed")
 
 
 def _refuse_overlap(target: Path, source: Path) -> None:

@@ -39,10 +39,28 @@ def open_regular(path: Path) -> BinaryIO:
         descriptor = os.open(path, flags)
     except OSError as error:
         raise InputRefused(f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or (not status.st_size and _is_generated(descriptor)):
         os.close(descriptor)
         raise InputRefused(f"{path} is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def _is_generated(descriptor: int) -> bool:
+    """Whether a file without a size has contents: those of /proc are made when they are read, perhaps without end."""
+    try:
+        return bool(os.read(descriptor, 1))
+    except OSError:  # there is nothing to read at present, or it cannot be read
+        return True
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a file in UTF-8, with a mark for each byte that is none. Raises InputRefused beyond `most` bytes."""
+    with open_regular(path) as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise InputRefused(f"{path} has more than {most:,} bytes, which no such file needs")
+    return text.decode("utf-8", errors="replace")
 
 
 def regular_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused, one_line
 from lora_export.lora import Adapter
-from lora_export.storage import json_files
+from lora_export.storage import input_files, json_files
 from lora_export.weights.task_head import config_with_heads
 
 # Fields that say how and by what a file was written, and not what the model computes
@@ -147,7 +147,7 @@ def _chat_template(folder: Path) -> str:
     """The chat template, which is a file of its own or in the tokenizer's config; empty where there is none."""
     own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if own.is_file():
-        return own.read_text(encoding="utf-8", errors="replace").strip()
+        return input_files.read_text(own, json_files.MAX_JSON).strip()
     if not config.is_file():
         return ""
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lora_export.errors import InputRefused
+from lora_export.storage import input_files
 
 MAX_MESSAGE_BYTES = 1 << 31  # protobuf neither writes nor reads longer messages
 LARGE_TENSOR_BYTES = 1024  # data from this size on stays in the file
@@ -42,6 +43,17 @@ class Extent(NamedTuple):
 
     start: int
     stop: int
+
+
+def refuse_no_message(path: Path) -> None:
+    """Raise InputRefused for a file that is not regular, or too long for protobuf."""
+    input_files.must_be_regular(path)
+    size = path.stat().st_size
+    if size >= MAX_MESSAGE_BYTES:
+        raise InputRefused(
+            f"{path} has {size:,} bytes. An ONNX graph must have less than {MAX_MESSAGE_BYTES:,}: save it "
+            "with its weights in a file beside it (external data)"
+        )
 
 
 # --- reading -------------------------------------------------------------------------------------

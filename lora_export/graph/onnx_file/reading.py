@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from lora_export.graph.exporter_metadata import texts
 from lora_export.graph.onnx_file import protobuf_wire
 from lora_export.graph.onnx_file.check_model import check_message, innermost_error
 from lora_export.graph.onnx_file.external_data import MAX_LISTED, moved_to, refuse_misplaced_data
-from lora_export.graph.onnx_file.protobuf_wire import MAX_MESSAGE_BYTES
 from lora_export.graph.values import attribute_tensors, initializer_tensors, initializers
 from lora_export.provenance import History
 
@@ -63,7 +61,7 @@ def open_graph(path: Path) -> GraphFile:
     is accepted too.
     """
     path = path.absolute()  # onnx_ir skips its own containment check for a bare file name
-    _refuse_irregular(path)
+    protobuf_wire.refuse_no_message(path)
     own_file = Path(os.path.realpath(path))
     own_stamp = _stamp(own_file)
     location = secrets.token_hex(8)  # of data in the graph's own file; no graph can contain this name
@@ -127,20 +125,6 @@ def _history(path: Path, model: ir.Model) -> History:
 def _stamp(path: Path) -> Stamp:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _refuse_irregular(path: Path) -> None:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would wait for a writer
-        raise InputRefused(f"{path} is not a regular file")
-    if status.st_size >= MAX_MESSAGE_BYTES:
-        raise InputRefused(
-            f"{path} has {status.st_size:,} bytes. An ONNX graph must have less than {MAX_MESSAGE_BYTES:,}: save it "
-            "with its weights in a file beside it (external data)"
-        )
 
 
 @contextlib.contextmanager
