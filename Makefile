@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-optimum soak defects check bench clean
+.PHONY: help demo test test-slow test-optimum soak defects names check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
 
 defects: $(VENV)/dev.stamp ## break right exports in every way known; needs polygraphy and optimum-onnx for their columns
 	$(BIN)/python -m pytest -s -m slow --keep tests/defects/test_defects.py
+
+# The table lets `merge` match names without transformers. Tests compare it with the installed transformers.
+names: $(VENV)/dev.stamp ## read the names of weights in the installed transformers into the package
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m support.transformers_names
 
 check: $(VENV)/dev.stamp ## lint, format, types
 	$(BIN)/ruff check .

@@ -129,7 +129,12 @@ def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
     steps = plan.make(
-        options.adapters, checkpoint.specs, strengths=options.weights, may_add=True, layout=options.layout
+        options.adapters,
+        checkpoint.specs,
+        strengths=options.weights,
+        may_add=True,
+        layout=options.layout,
+        rules=checkpoint.rules,
     )
     refuse_before_merge(steps, checkpoint)
     notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))

@@ -192,7 +192,8 @@ def _misfit(loaded: Model, new: Adapter) -> str:
     if not loaded.is_huggingface:
         return ""
     try:
-        plan.make([new], open_checkpoint(Path(loaded.source)).specs, identity_ok=True, may_add=True)
+        checkpoint = open_checkpoint(Path(loaded.source))
+        plan.make([new], checkpoint.specs, identity_ok=True, may_add=True, rules=checkpoint.rules)
     except MatchError as error:
         example = min(misfit.key for misfit in error.misfits)
         return (

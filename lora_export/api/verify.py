@@ -386,7 +386,15 @@ def _compare_weights(
         origin, merged = open_checkpoint(base), open_checkpoint(candidate)
         if origin.path.resolve() == merged.path.resolve():
             raise InputRefused(f"{candidate} is the base itself")
-        steps = plan.make(loaded, origin.specs, strengths=weights, may_add=True, layout=layout, unknown_layout_ok=True)
+        steps = plan.make(
+            loaded,
+            origin.specs,
+            strengths=weights,
+            may_add=True,
+            layout=layout,
+            unknown_layout_ok=True,
+            rules=origin.rules,
+        )
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             on_message(f"note: {note}")
         audit = against_checkpoint.audit(

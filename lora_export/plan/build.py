@@ -10,10 +10,12 @@ import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
-from lora_export.plan.conflicts import broken_ties, conflicts
+from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
+from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
-from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets
+from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
+from lora_export.plan.spelling import SpelledAdapter, spell
 from lora_export.plan.types import Plan, Step, TensorSpec
 
 SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
@@ -29,6 +31,7 @@ def make(
     one_at_a_time: bool = False,
     layout: Mapping[str, str] | None = None,
     unknown_layout_ok: bool = False,
+    rules: ArchitectureRules | None = None,
 ) -> Plan:
     """Match adapters with the names and shapes of a base.
 
@@ -40,6 +43,9 @@ def make(
     "out_in" or "in_out". The last entry that matches a name counts. A layout that is neither stated, nor recorded by
     an adapter, nor shown by the shape is refused, unless `unknown_layout_ok`: such a step has `Layout.UNKNOWN`.
 
+    `rules` are those by which transformers renames and converts the weights of this base while it loads them: an
+    adapter may have either generation of names (see `spelling.py`). The plan has the adapters under the base's names.
+
     Every adapter tensor is used exactly once, or MatchError lists all misfits. Raises InputRefused for an adapter that
     would change nothing, unless `identity_ok` (training starts from one), for the same adapter given twice, and for
     layouts that are unknown or contradict the base.
@@ -47,35 +53,34 @@ def make(
     strengths = _check_adapters(adapters, strengths, identity_ok=identity_ok)
     base = BaseTensors(specs)
     check_stated(layout or {}, base)
-    prefixes = [find_prefix(adapter, base) for adapter in adapters]
+    spelled = [spell(adapter, base, rules) for adapter in adapters]
+    adapters, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
+    base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(adapters, prefixes, base, layout or {})
-    by_weight = _match_all(adapters, strengths, prefixes, base, may_add=may_add, one_at_a_time=one_at_a_time)
+    by_weight = _match_all(spelled, strengths, base, may_add=may_add, one_at_a_time=one_at_a_time)
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
     if not unknown_layout_ok:
         refuse_unknown(steps)
     order = {name: position for position, name in enumerate(base)}
-    steps.sort(key=lambda step: order.get(step.weight, len(order)))
+    steps.sort(key=lambda step: (order.get(step.spec.stored_name, len(order)), order.get(step.weight, 0)))
+    changed = {step.spec.stored_name for step in steps}
     return Plan(
         adapters=tuple(adapters),
         strengths=strengths,
         steps=tuple(steps),
-        kept=tuple(name for name in base if name not in by_weight),
-        notes=tuple(_notes(adapters, prefixes, steps, name_prefix, base.aliases)),
+        kept=tuple(name for name, spec in base.items() if spec.region is None and name not in changed),
+        notes=tuple(_notes(spelled, steps, name_prefix, base.aliases)),
         name_prefix=name_prefix,
+        spellings=tuple(one.spelling.value for one in spelled),
     )
 
 
 def _notes(
-    adapters: Sequence[Adapter],
-    prefixes: Sequence[Prefix],
-    steps: Sequence[Step],
-    name_prefix: str,
-    aliases: Mapping[str, str],
+    spelled: Sequence[SpelledAdapter], steps: Sequence[Step], name_prefix: str, aliases: Mapping[str, str]
 ) -> Iterator[str]:
-    for adapter, prefix in zip(adapters, prefixes, strict=True):
-        if prefix:
-            yield f"{adapter.name}: {prefix}; resolved."
+    for adapter in spelled:
+        yield from adapter.notes
     for step in steps:
         if step.added:
             tie = f", and no longer tied to {aliases[step.weight]}" if step.weight in aliases else ""
@@ -135,9 +140,8 @@ def _refuse_duplicates(adapters: Sequence[Adapter]) -> None:
 
 
 def _match_all(
-    adapters: Sequence[Adapter],
+    spelled: Sequence[SpelledAdapter],
     strengths: Sequence[float],
-    prefixes: Sequence[Prefix],
     base: BaseTensors,
     *,
     may_add: bool,
@@ -147,9 +151,9 @@ def _match_all(
     by_weight: dict[str, list[Match]] = {}
     misfits: list[Misfit] = []
     count = 0
-    for adapter, strength, prefix in zip(adapters, strengths, prefixes, strict=True):
-        matches, without_match = match_adapter(adapter, strength, prefix, base, may_add=may_add)
-        misfits += [*without_match, *missing_targets(adapter, prefix, base)]
+    for one, strength in zip(spelled, strengths, strict=True):
+        matches, without_match = match_adapter(one.adapter, strength, one.prefix, base, may_add=may_add)
+        misfits += [*without_match, *one.misfits]
         count += len(matches)
         for match in matches:
             by_weight.setdefault(match.weight, []).append(match)
@@ -157,9 +161,9 @@ def _match_all(
     for matches in by_weight.values():
         for together in _by_adapter(matches) if one_at_a_time else [matches]:
             misfits += conflicts(together)
-    misfits += broken_ties(by_weight, base)
+    misfits += [*broken_ties(by_weight, base), *overlapping_parts(by_weight, base)]
     if misfits:
-        named = {adapter.name: adapter.metadata.get("base_model_name_or_path") for adapter in adapters}
+        named = {one.adapter.name: one.adapter.metadata.get("base_model_name_or_path") for one in spelled}
         made_for = {name: base for name, base in named.items() if isinstance(base, str)}
         raise MatchError(misfits, targets=targets, made_for=made_for)
     return by_weight

@@ -41,6 +41,32 @@ def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, Ten
             yield Misfit(matches[0].adapter, weight, why)
 
 
+def overlapping_parts(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, TensorSpec]) -> Iterator[Misfit]:
+    """Changes of parts of a stored tensor that are changes of the whole, or of an overlapping part, too.
+
+    They are spelled differently: one adapter has q, k and v, another one a fused q|k|v.
+    """
+    parts: dict[str, list[str]] = {}
+    for weight in by_weight:
+        if weight in base and base[weight].region is not None:
+            parts.setdefault(base[weight].stored_name, []).append(weight)
+    for tensor, weights in parts.items():
+        for number, weight in enumerate(weights):
+            region = base[weight].region
+            others = [tensor] if tensor in by_weight else []
+            others += [
+                other
+                for other in weights[number + 1 :]
+                if region is not None and (own := base[other].region) is not None and region.overlaps(own)
+            ]
+            for other in others:
+                why = (
+                    f"{by_weight[weight][0].adapter} changes {weight}, and {by_weight[other][0].adapter} changes "
+                    f"{other}, which has entries of it. Merge one adapter, then the other into the result"
+                )
+                yield Misfit(by_weight[weight][0].adapter, weight, why)
+
+
 def _of_wholes(matches: Sequence[Match]) -> Iterator[Misfit]:
     owner, whole = next(((match, match.whole) for match in matches if match.whole is not None), (None, None))
     if owner is None or whole is None:

@@ -53,7 +53,7 @@ def match_adapter(
     for module, change in adapter.biases.items():
         if _is_packed(prefix.to_base(module), base) and not change.any():
             continue  # PEFT saves it, and never trains it
-        bias = f"{prefix.to_base(module) or module}.bias"
+        bias = _bias_of(prefix.to_base(module) or module, base)
         sort(f"{module}.bias", bias, _bias_problem(bias, change, base), shift=np.float32(strength) * change)
     for tensor, value in adapter.replaced.items():
         name = prefix.to_base(tensor) or tensor
@@ -121,6 +121,11 @@ def _pair_problem(module: str, weight: str | None, pair: LoraPair, base: BaseTen
 def _is_packed(module: str | None, base: Mapping[str, TensorSpec]) -> bool:
     """Whether the weight of a module is the packed projection of nn.MultiheadAttention."""
     return (weight_of(module, base) or "").endswith(".in_proj_weight")
+
+
+def _bias_of(module: str, base: Mapping[str, TensorSpec]) -> str:
+    """The bias of a module; the name itself, where it is that of a part of a stored bias."""
+    return module if module in base and base[module].region is not None else f"{module}.bias"
 
 
 def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, TensorSpec]) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import escaped_lines
 from lora_export.lora import Adapter, LoraPair, TokenRows
+from lora_export.plan.stored_region import StoredRegion
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
@@ -54,6 +55,12 @@ class TensorSpec:
     nbytes: int = 0
     layout_source: LayoutSource = LayoutSource.BASE
     aliases: tuple[str, ...] = ()  # other names of the same stored tensor: tied parameters
+    region: StoredRegion | None = None  # where the tensor is a part of a stored one
+
+    @property
+    def stored_name(self) -> str:
+        """The name of the stored tensor that this is, or is a part of."""
+        return self.name if self.region is None else self.region.tensor
 
     @property
     def is_float(self) -> bool:
@@ -190,10 +197,17 @@ class Plan:
     kept: tuple[str, ...]  # names of the tensors that no step changes
     notes: tuple[str, ...] = ()  # decisions that the user should know
     name_prefix: str = ""  # added to the name of every base tensor in the output, so that a new head finds its model
+    spellings: tuple[str, ...] = ()  # of each adapter: how its names relate to the base's, see `spelling.Spelling`
     by_weight: Mapping[str, Step] = field(init=False, repr=False)
+    by_part: Mapping[str, tuple[Step, ...]] = field(init=False, repr=False)  # stored tensor -> the steps on parts of it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_weight", {step.weight: step for step in self.steps})
+        parts: dict[str, tuple[Step, ...]] = {}
+        for step in self.steps:
+            if step.spec.region is not None:
+                parts[step.spec.stored_name] = (*parts.get(step.spec.stored_name, ()), step)
+        object.__setattr__(self, "by_part", parts)
 
     @property
     def low_rank(self) -> tuple[Step, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.plan import Layout, TensorSpec
+from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
@@ -61,6 +63,11 @@ class Checkpoint:
     @property
     def is_folder(self) -> bool:
         return self.path.is_dir()
+
+    @functools.cached_property
+    def rules(self) -> ArchitectureRules | None:
+        """How transformers renames these weights while it loads them; None where the config names no model of it."""
+        return rules_of(self.config)
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from lora_export.weights.merge_report import (
     refuse_below_rounding,
 )
 from lora_export.weights.task_head import config_with_heads
-from lora_export.weights.tensor_blocks import OutputTensor
+from lora_export.weights.tensor_blocks import OutputTensor, Patch
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -180,10 +180,7 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
         return np.dtype(dtype) if dtype and str(own) in FLOATS else own
 
     tensors = {
-        name: [
-            OutputTensor(entry, plan.by_weight.get(entry.name), plan.output_name(entry.name), output_dtype(entry.dtype))
-            for entry in source.entries.values()
-        ]
+        name: [_output_tensor(entry, plan, output_dtype(entry.dtype)) for entry in source.entries.values()]
         for name, source in base.shards.items()
     }
     for step in plan.steps:
@@ -192,6 +189,17 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
             added = OutputTensor(no_bytes, step, plan.output_name(step), output_dtype(no_bytes.dtype))
             tensors[list(tensors)[-1]].append(added)
     return tensors
+
+
+def _output_tensor(entry: Entry, plan: Plan, dtype: np.dtype[Any]) -> OutputTensor:
+    """A tensor of the base on its way into the output, with the step on it, or with the steps on its parts."""
+    name, parts = plan.output_name(entry.name), plan.by_part.get(entry.name, ())
+    if not parts:
+        return OutputTensor(entry, plan.by_weight.get(entry.name), name, dtype)
+    regions = [step.spec.region for step in parts if step.spec.region is not None]
+    patches = (Patch(step, region.rows, region.columns) for step, region in zip(parts, regions, strict=True))
+    cut = replace(entry, shape=regions[0].shape)  # parts that are cut in different shapes are refused
+    return OutputTensor(cut, None, name, dtype, tuple(patches), entry.shape)
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,7 @@ def _write_shard(
     hashes = block_copy.RunningHashes(hashing)
 
     def layout() -> tuple[bytes, list[Entry]]:
-        described = [(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors]
+        described = [(tensor.name, tensor.dtype, tensor.output_shape) for tensor in tensors]
         return safetensors_file.layout(described, metadata(hashes.source.hexdigest()), beside=source.data_start)
 
     header, entries = layout()

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ class OutputTensor:
     name: str
     dtype: np.dtype[Any]
     patches: tuple[Patch, ...] = ()  # instead of a step; entries outside of them stay as they are
+    shape: tuple[int, ...] | None = None  # in the output, where `source` has the same entries in another shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.source.shape if self.shape is None else self.shape
 
     @property
     def is_copy(self) -> bool:
@@ -97,6 +102,7 @@ def changed_blocks(
 
     Where DoRA's outputs are columns, the tensor is read once more, before its first block.
     """
+    target = replace(target, shape=tensor.source.shape)
     old, count = tensor.source, max(1, block_copy.BLOCK // max(1, tensor.largest_row_bytes))
     cuts = [*range(0, target.rows, count), target.rows]
     pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from lora_export.plan import FLOATS, Layout, Plan, Step
 from lora_export.storage import block_copy
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
-from lora_export.verification.against_checkpoint.judge_rounded import judge_rounded
+from lora_export.verification.against_checkpoint.judge_rounded import judge_rest, judge_rounded
 from lora_export.verification.against_checkpoint.result import Audit, AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_layout import StoredLayouts
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
@@ -36,20 +36,25 @@ def audit(
     before, after = _tensors(base), _tensors(merged)
     expected: dict[str, tuple[str, Step | None]] = {plan.output_name(name): (name, None) for name in before}
     layouts = StoredLayouts.of(plan, base, layout or {})
-    expected |= {plan.output_name(step): (step.weight, layouts.stored_as(step)) for step in plan.steps}
+    steps = [layouts.stored_as(step) for step in plan.steps]
+    expected |= {plan.output_name(step): (step.weight, step) for step in steps if step.spec.region is None}
+    parts = _steps_on_parts(steps)
     dtype = _common_dtype(after)
 
-    def judge(name: str) -> AuditedWeight:
+    def judge(name: str) -> list[AuditedWeight]:
         base_name, step = expected[name]
         candidate = after.get(name)
         if candidate is None:
-            return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")
-        weight = _judge(name, step, before.get(base_name), candidate, dtype)
+            return [AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")]
+        if base_name in parts:
+            weights = _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)
+        else:
+            weights = [_judge(name, step, before.get(base_name), candidate, dtype)]
         progress(candidate.entry.nbytes)
-        return weight
+        return weights
 
     with ThreadPoolExecutor(block_copy.default_threads()) as pool:
-        weights = list(pool.map(judge, expected))
+        weights = [weight for found in pool.map(judge, expected) for weight in found]
     weights += [
         AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, "is in neither the base nor the adapters")
         for name in after
@@ -58,6 +63,31 @@ def audit(
     outcomes = {weight.outcome for weight in weights}
     outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
     return Audit(outcome, tuple(weights))
+
+
+def _steps_on_parts(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """The steps on parts of stored tensors, by the name of the tensor."""
+    found: dict[str, list[Step]] = {}
+    for step in steps:
+        if step.spec.region is not None:
+            found.setdefault(step.spec.stored_name, []).append(step)
+    return found
+
+
+def _judge_parts(
+    name: str, steps: Sequence[Step], base: StoredTensor, candidate: StoredTensor, common_dtype: np.dtype[Any] | None
+) -> list[AuditedWeight]:
+    """Each part that a step changes, and the entries outside of them."""
+    problem = _wrong_shape(None, base, candidate) or _wrong_dtype(base, candidate, common_dtype)
+    if problem:
+        return [AuditedWeight(name, Fate.CHANGED, Outcome.DIFFERENT, problem)]
+    regions = [step.spec.region for step in steps if step.spec.region is not None]
+    parts = [
+        _judge(step.weight, step, base.part(region), candidate.part(region), common_dtype)
+        for step, region in zip(steps, regions, strict=True)
+    ]
+    rest = judge_rest(name, regions, base, candidate)
+    return [*parts, rest] if rest.elements else parts
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

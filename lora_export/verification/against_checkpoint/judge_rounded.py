@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.plan import Step
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
 from lora_export.verification.parity import Outcome
@@ -31,6 +33,27 @@ def judge_rounded(name: str, step: Step | None, base: StoredTensor | None, candi
         return AuditedWeight(name, Fate.of(step), Outcome.SAME, elements=elements, controls=controls)
     why = f"{off:,} of {elements:,} entries are not the {'base' if step is None else 'adapter'}'s"
     return AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, why, elements, off)
+
+
+def judge_rest(name: str, parts: Sequence[StoredRegion], base: StoredTensor, candidate: StoredTensor) -> AuditedWeight:
+    """Compare bit by bit what is outside of these parts of a tensor with the base."""
+    shape = parts[0].shape
+    whole = StoredRegion(name, shape, slice(0, shape[0]))
+    before, after = base.part(whole), candidate.part(whole)
+    off = elements = 0
+    for rows in after.pieces():
+        with np.errstate(over="ignore"):
+            expected = before.rows(rows).astype(after.dtype, copy=False)
+        is_outside = np.ones(expected.shape, bool)
+        for part in parts:
+            first, last = (min(max(edge - rows.start, 0), len(expected)) for edge in (part.rows.start, part.rows.stop))
+            is_outside[first:last, *(() if len(shape) == 1 else (part.columns,))] = False
+        same = _equal_bits(after.rows(rows), expected)
+        off += int(np.count_nonzero(~same & is_outside))
+        elements += int(np.count_nonzero(is_outside))
+    outcome = Outcome.DIFFERENT if off else Outcome.SAME
+    why = f"{off:,} of the {elements:,} entries outside of the parts that change are not the base's" if off else ""
+    return AuditedWeight(f"{name} (other entries)", Fate.KEPT, outcome, why, elements, off)
 
 
 def _replacement(step: Step, rows: slice, old: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,15 +1,16 @@
-"""A tensor in its file, read in pieces."""
+"""A tensor in its file, or a part of one, read in pieces."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 
@@ -18,10 +19,11 @@ PIECE_BYTES = 1 << 22  # of a tensor in fp64 that is compared at once
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in its file."""
+    """A tensor in its file; with `region`, the rows and columns of it that are the weight of a module."""
 
     file: TensorFile
     entry: Entry
+    region: StoredRegion | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -29,19 +31,34 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
+        return self.entry.shape if self.region is None else self.region.cut_shape
 
     def rows(self, rows: slice) -> NDArray[Any]:
         """Some rows, as they are stored; a scalar is one row. Raises InputRefused where the file became shorter."""
-        start, count = self.entry.start + rows.start * self.entry.row_bytes, rows.stop - rows.start
-        found = np.empty(count * self.entry.row_bytes, np.uint8)
+        if self.region is None:
+            return self._read(rows, self.entry.shape)
+        first = self.region.rows.start
+        return self._read(slice(first + rows.start, first + rows.stop), self.region.shape)[:, *self._columns()]
+
+    def _columns(self) -> tuple[slice, ...]:
+        assert self.region is not None
+        return () if len(self.region.shape) == 1 else (self.region.columns,)
+
+    def _read(self, rows: slice, shape: Sequence[int]) -> NDArray[Any]:
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        found = np.empty((rows.stop - rows.start) * row_bytes, np.uint8)
         with self.file.path.open("rb") as file:
-            block_copy.read(self.file.path, file.fileno(), found, start)
-        return found.view(self.dtype).reshape(count, *self.shape[1:])
+            block_copy.read(self.file.path, file.fileno(), found, self.entry.start + rows.start * row_bytes)
+        return found.view(self.dtype).reshape(rows.stop - rows.start, *shape[1:])
 
     def pieces(self) -> Iterator[slice]:
         """The rows, in pieces of PIECE_BYTES."""
+        rows = self.shape[0] if self.shape else 1
         row_bytes = max(np.dtype(np.float64).itemsize * math.prod(self.shape[1:]), 1)
         count = max(1, PIECE_BYTES // row_bytes)
-        for first in range(0, self.entry.rows, count):
-            yield slice(first, min(first + count, self.entry.rows))
+        for first in range(0, rows, count):
+            yield slice(first, min(first + count, rows))
+
+    def part(self, region: StoredRegion) -> StoredTensor:
+        """A part of this tensor."""
+        return replace(self, region=region)

@@ -1,0 +1,143 @@
+"""Adapters that PEFT trained on a loaded model, merged into checkpoints of both generations of names.
+
+The expected model is PEFT's own merge. transformers loads ours: it does the renaming that the merge must have undone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import lora_export
+from lora_export.errors import MatchError
+from support.architectures import Trained, different, names_in, reloaded, trained
+
+SAMPLE = (
+    *("ViTForImageClassification", "DeiTForImageClassification", "Dinov2Model", "BeitModel"),
+    *("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "LlavaForConditionalGeneration"),
+    *("PaliGemmaForConditionalGeneration", "MixtralForCausalLM", "NomicBertModel", "JinaEmbeddingsV3Model"),
+)
+FUSED = "NomicBertModel"  # its q, k and v are one tensor on disk
+GENERATIONS = ("original", "loaded")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    return {name: trained(name, tmp_path_factory.mktemp(name)) for name in SAMPLE}
+
+
+def assert_is_peft_merge(model: Trained, merged: Path, base: Path) -> None:
+    assert len(model.changed) >= 4
+    assert different(model.merged, reloaded(model.cls, merged).state_dict(), tolerance=1e-6) == set()
+    assert names_in(merged) == names_in(base)
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert {name: value.shape for name, value in after.items()} == {name: one.shape for name, one in before.items()}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_merge_is_pefts_in_both_generations(models, name, generation, tmp_path):
+    model = models[name]
+    base = getattr(model, generation)
+    result = lora_export.merge(base, model.adapter, tmp_path / "merged")
+    assert_is_peft_merge(model, tmp_path / "merged", base)
+    same = generation == "loaded" or name == "MixtralForCausalLM"  # whose attention has one name
+    assert result.plan.spellings == ("same" if same else "loaded",)
+    assert names_in(model.original) != names_in(model.loaded)
+    assert lora_export.verify(tmp_path / "merged", base=base, adapters=[model.adapter])
+
+
+@pytest.mark.parametrize(
+    "config", [{"use_dora": True}, {"bias": "all"}, {"lora_bias": True}, {"r": 3, "use_rslora": True}]
+)
+def test_parts_of_a_fused_weight_take_every_kind_of_pair(config, tmp_path):
+    model = trained("JinaEmbeddingsV3Model", tmp_path, **config)
+    lora_export.merge(model.original, model.adapter, tmp_path / "merged")
+    assert_is_peft_merge(model, tmp_path / "merged", model.original)
+    assert lora_export.verify(tmp_path / "merged", base=model.original, adapters=[model.adapter])
+    assert ("layers.0.self_attn.q_proj.bias" in model.changed) is ("lora_bias" in config)
+
+
+def test_a_saved_module_replaces_its_part_of_a_fused_weight(tmp_path):
+    model = trained(FUSED, tmp_path, target_modules=["q_proj"], modules_to_save=["v_proj"])
+    lora_export.merge(model.original, model.adapter, tmp_path / "merged")
+    assert different(model.merged, reloaded(model.cls, tmp_path / "merged").state_dict(), tolerance=1e-6) == set()
+    assert lora_export.verify(tmp_path / "merged", base=model.original, adapters=[model.adapter])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_fused_weight_of_half_precision_is_rounded_once(models, dtype, tmp_path):
+    model = models[FUSED]
+    base = shutil.copytree(model.original, tmp_path / "half")
+    import ml_dtypes
+
+    tensors = load_file(base / "model.safetensors")
+    halves = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    save_file(halves, base / "model.safetensors", {"format": "pt"})
+    lora_export.merge(base, model.adapter, tmp_path / "merged", dtype=dtype)
+    assert lora_export.verify(tmp_path / "merged", base=base, adapters=[model.adapter])
+    name = "encoder.layers.0.attn.Wqkv.weight"
+    adapter = load_file(model.adapter / "adapter_model.safetensors")
+    at = "base_model.model.layers.0.self_attn"
+    deltas = [1.5 * adapter[f"{at}.{q}_proj.lora_B.weight"] @ adapter[f"{at}.{q}_proj.lora_A.weight"] for q in "qkv"]
+    expected = halves[name].astype(np.float32) + np.concatenate(deltas)
+    found = load_file(tmp_path / "merged" / "model.safetensors")[name]
+    assert str(found.dtype) == dtype
+    off = found != expected.astype(found.dtype)
+    assert off.mean() < (0.001 if dtype == "bfloat16" else 1)
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-7, atol=1e-6)
+
+
+def damaged(merged: Path, name: str, change) -> None:
+    tensors = load_file(merged / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+
+
+def swap_q_and_k(fused: np.ndarray) -> None:
+    q, k, _ = np.split(fused, 3)
+    q[:], k[:] = k.copy(), q.copy()
+
+
+def test_wrong_parts_of_a_fused_weight_are_detected(models, tmp_path):
+    model, name = models[FUSED], "encoder.layers.0.attn.Wqkv.weight"
+    lora_export.merge(model.original, model.adapter, tmp_path / "merged")
+    damaged(tmp_path / "merged", name, swap_q_and_k)
+    found = lora_export.verify(tmp_path / "merged", base=model.original, adapters=[model.adapter])
+    assert not found and "Wqkv.weight[0:64]" in str(found) and "Wqkv.weight[128:192]" not in str(found)
+
+
+def test_other_entries_of_a_fused_weight_must_be_the_bases(tmp_path):
+    model, name = trained(FUSED, tmp_path, target_modules=["q_proj"]), "encoder.layers.1.attn.Wqkv.weight"
+    lora_export.merge(model.original, model.adapter, tmp_path / "merged")
+    assert lora_export.verify(tmp_path / "merged", base=model.original, adapters=[model.adapter])
+    damaged(tmp_path / "merged", name, lambda fused: fused.__setitem__((100, 3), 7.0))
+    found = lora_export.verify(tmp_path / "merged", base=model.original, adapters=[model.adapter])
+    assert not found and "1 of the 8,192 entries outside of the parts that change" in str(found)
+
+
+def test_an_original_adapter_of_a_fused_layer_changes_the_loaded_names(models, tmp_path):
+    model, at = models[FUSED], "layers.0.self_attn"
+    adapter = shutil.copytree(model.adapter, tmp_path / "old")
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 64), (192, 2)))
+    key = "base_model.model.encoder.layers.0.attn.Wqkv"
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    config = (adapter / "adapter_config.json").read_text()
+    start, stop = config.index('"target_modules"'), config.index("]", config.index('"target_modules"'))
+    (adapter / "adapter_config.json").write_text(f'{config[:start]}"target_modules": ["Wqkv"{config[stop:]}')
+    with pytest.raises(MatchError, match=r"layers\.1\.self_attn\.q_proj"):  # the second layer has no tensors
+        lora_export.merge(model.loaded, adapter, tmp_path / "merged")
+    again = {f"{key.replace('0', '1', 1)}.lora_{side}.weight": value for side, value in (("A", a), ("B", b))}
+    both = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b, **again}
+    save_file(both, adapter / "adapter_model.safetensors")
+    result = lora_export.merge(model.loaded, adapter, tmp_path / "merged")
+    assert result.plan.spellings == ("original",)
+    before, after = (reloaded(model.cls, each).state_dict() for each in (model.loaded, tmp_path / "merged"))
+    change = torch.cat([after[f"{at}.{q}_proj.weight"] - before[f"{at}.{q}_proj.weight"] for q in "qkv"])
+    torch.testing.assert_close(change, torch.tensor(1.5 * b @ a), rtol=0, atol=1e-5)

@@ -1,0 +1,97 @@
+"""Where the entries of an adapter's tensor are in the base: the change is the same entry by entry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_export.lora import LoraPair
+from lora_export.plan import Layout
+from lora_export.plan.conversion.rename_rules import RenameRule
+from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible, converted
+from lora_export.plan.placing import places_in_result, places_in_sources
+from support.plans import matrix
+
+CONVERTERS = {
+    "chunk": (["a"], ["q", "k"], [("Chunk", {"dim": 0})], (8, 4)),
+    "chunk of columns": (["a"], ["q", "k"], [("Chunk", {"dim": 1})], (4, 8)),
+    "transpose": (["a"], ["b"], [("Transpose", {"dim0": 0, "dim1": 1})], (4, 6)),
+    "interleave and chunk": (["a"], ["g", "u"], [("Interleave", {"dim": 0}), ("Chunk", {"dim": 0})], (8, 4)),
+    "interleaved columns": (["a"], ["g", "u"], [("Interleave", {"dim": 1}), ("Chunk", {"dim": 1})], (4, 8)),
+    "rope": (["a"], ["b"], [("PermuteForRope", {})], (8, 4)),
+    "chunk and rope": (["a"], ["q", "k"], [("Chunk", {"dim": 0}), ("PermuteForRope", {})], (16, 4)),
+}
+
+
+def a_pair(out: int, in_: int) -> LoraPair:
+    rng = np.random.default_rng(out * in_)
+    a, b = rng.integers(-4, 5, (2, in_)), rng.integers(-4, 5, (out, 2))
+    return LoraPair(a=a.astype(np.float32), b=b.astype(np.float32), scale=1.0)
+
+
+def results_of(case: str) -> tuple[tuple[int, ...], dict[str, AssembledTensor]]:
+    sources, targets, operations, shape = CONVERTERS[case]
+    rule = RenameRule(sources, targets, [{"name": name, **fields} for name, fields in operations])
+    return shape, converted(rule, {"a": [AssembledTensor.stored("a", shape)]}, {"num_attention_heads": 2})
+
+
+def entries(tensor: AssembledTensor, values: np.ndarray) -> np.ndarray:
+    """The converted tensor with values."""
+    result = np.zeros(tensor.shape)
+    for piece in tensor.pieces:
+        chosen = [piece.indices[piece.axes.index(axis)] for axis in range(len(piece.axes))]
+        result[np.ix_(*piece.positions)] = values[np.ix_(*chosen)].transpose(piece.axes)
+    return result
+
+
+@pytest.mark.parametrize("case", CONVERTERS)
+def test_a_change_of_the_loaded_weight_is_that_of_its_sources(case):
+    shape, results = results_of(case)
+    change = np.zeros(shape, np.float32)  # of the stored tensor
+    pairs = {name: a_pair(*tensor.shape) for name, tensor in results.items()}
+    for name, tensor in results.items():
+        for place in places_in_sources(tensor, lambda _: shape):
+            delta = place.of_pair(pairs[name]).delta()
+            np.testing.assert_array_equal(place.of_array(pairs[name].delta()), delta.T if place.transposed else delta)
+            if place.region is None:
+                change += delta
+                continue
+            view = place.view(matrix("a", *shape))
+            assert view.layout is (Layout.IN_OUT if place.transposed else Layout.OUT_IN)
+            assert view.shape == place.region.cut_shape
+            cut = change.reshape(place.region.shape)[place.region.rows][:, place.region.columns]
+            cut += delta.T if place.transposed else delta
+    for name, tensor in results.items():
+        np.testing.assert_array_equal(entries(tensor, change), pairs[name].delta())
+
+
+@pytest.mark.parametrize("case", CONVERTERS)
+def test_a_change_of_a_source_is_that_of_the_loaded_weights(case):
+    shape, results = results_of(case)
+    own = a_pair(*shape)
+    for name, tensor in results.items():
+        change = np.zeros(tensor.shape, np.float32)
+        for piece in tensor.pieces:
+            place = places_in_result(tensor, name, piece, lambda _: shape)
+            delta = place.of_pair(own).delta()
+            if place.region is None:
+                change += delta
+            else:
+                cut = change.reshape(place.region.shape)[place.region.rows][:, place.region.columns]
+                cut += delta.T if place.transposed else delta
+        np.testing.assert_array_equal(change, entries(tensor, own.delta()))
+
+
+def test_dora_over_a_part_of_the_inputs_is_not_expressible():
+    shape, results = results_of("chunk of columns")
+    own = LoraPair(a=np.ones((1, 8)), b=np.ones((4, 1)), scale=1.0, magnitude=np.ones(4))
+    place = places_in_result(results["q"], "q", results["q"].pieces[0], lambda _: shape)
+    with pytest.raises(NotExpressible, match="DoRA"):
+        place.of_pair(own)
+
+
+def test_a_stack_is_not_expressible_as_one_pair():
+    rule = RenameRule(["e"], ["s"], [{"name": "MergeModulelist", "dim": 0}])
+    stack = converted(rule, {"e": [AssembledTensor.stored(f"e{n}", (2, 3)) for n in range(2)]}, {})["s"]
+    with pytest.raises(NotExpressible, match="stacks tensors"):
+        places_in_sources(stack, lambda _: (2, 3))
