@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,6 +10,7 @@ from lora_export import formats
 from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
+from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
 
 if TYPE_CHECKING:
@@ -47,9 +48,13 @@ def locate_model(source: ModelSource, on_message: OnMessage) -> ModelSource:
     return str(locate(source, on_message)) if isinstance(source, str | Path) else source
 
 
-def load_adapters(sources: AdapterSources) -> list[Adapter]:
-    """Return the adapters in the order of their sources. Raises InputRefused where one cannot be read."""
-    return [source if isinstance(source, Adapter) else _load_adapter(source) for source in _as_list(sources)]
+def load_adapters(sources: AdapterSources, prefixes: Mapping[str, str] | None = None) -> list[Adapter]:
+    """Return the adapters in the order of their sources, with other prefixes in their names (FROM -> TO).
+
+    Raises InputRefused where one cannot be read, and as `with_prefixes`.
+    """
+    loaded = [source if isinstance(source, Adapter) else _load_adapter(source) for source in _as_list(sources)]
+    return with_prefixes(loaded, prefixes or {})
 
 
 def _load_adapter(source: str | Path) -> Adapter:

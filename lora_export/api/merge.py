@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,6 +18,7 @@ from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
+from lora_export.plan.spelling import respelled
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import HUB_NAME, hub_name, locate
 from lora_export.weights.apply_step import Backend
@@ -70,6 +71,7 @@ def merge(
     checkpoint: str | Path | None = None,
     requantize: bool = False,
     layout: Mapping[str, str] | None = None,
+    prefixes: Mapping[str, str] | None = None,
     only_head: bool = False,
     device: str = "cpu",
     dry_run: bool = False,
@@ -87,6 +89,7 @@ def merge(
     whose names were lost; `requantize` merges into quantised weights too. `device` is "cpu" or "cuda".
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
 
@@ -101,7 +104,7 @@ def merge(
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    loaded, paths = load_adapters(adapters), adapter_paths(adapters)
+    loaded, paths = load_adapters(adapters, prefixes), adapter_paths(adapters)
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype
@@ -169,7 +172,10 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
 
     input_files.must_exist(options.base, "base model")
     graph = open_graph(options.base)
-    sites = find_sites(graph.model, None if origin is None else open_checkpoint(origin))
+    checkpoint = None if origin is None else open_checkpoint(origin)
+    sites = find_sites(graph.model, checkpoint)
+    if checkpoint is not None:
+        options = replace(options, adapters=respelled(options.adapters, sites.specs, checkpoint.rules))
     with base_as_remedy(sites) if origin is None else contextlib.nullcontext():
         steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
     refuse_before_graph_merge(steps, graph, sites, requantise=requantize)

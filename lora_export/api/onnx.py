@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
@@ -20,7 +20,6 @@ from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
-from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hub_cache import locate
 
 
@@ -30,6 +29,7 @@ def export_onnx(
     *,
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
+    prefixes: Mapping[str, str] | None = None,
     lora: str = "merged",
     target: str | Sequence[str] | None = None,
     dora: bool = False,
@@ -41,7 +41,6 @@ def export_onnx(
     inputs: str | Path | None = None,
     provider: str = "cpu",
     ignore_head: bool = False,
-    timeout: float = TIMEOUT,
     verify: bool = True,
     overwrite: bool = False,
     on_message: OnMessage = ignore,
@@ -54,6 +53,8 @@ def export_onnx(
     quantised ones included: then PyTorch is not needed, and the graph itself is the reference of the proof unless
     `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights
     whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
+
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters.
 
     `lora` is "merged" (folded into the weights), "nodes" (A and B as nodes beside the weights), "inputs" (A and B are
     optional inputs, and each adapter becomes a file NAME.onnx_adapter beside the graph) or "rows" (the input
@@ -68,7 +69,6 @@ def export_onnx(
     `output` is an .onnx: a name without this suffix gets it.
 
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
-    A run of a graph is stopped after `timeout` seconds.
 
     Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
     where a proof fails; EnvironmentLacking where the provider does not run; RuntimeRefused where the exporter or
@@ -81,7 +81,7 @@ def export_onnx(
     options = OnnxOptions(
         output=with_suffix(output, ".onnx"),
         lora=lora,
-        adapters=load_adapters(adapters),
+        adapters=load_adapters(adapters, prefixes),
         weights=tuple(weights),
         sources=tuple(adapter_paths(adapters)),
         target=target,
@@ -90,7 +90,6 @@ def export_onnx(
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
         ignore_head=ignore_head,
-        timeout=timeout,
         verify=verify,
         overwrite=overwrite,
         on_message=on_message,

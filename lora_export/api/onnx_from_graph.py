@@ -26,6 +26,7 @@ from lora_export.graph.onnx_file.reading import GraphFile, open_graph
 from lora_export.graph.onnx_file.writing import MIN_EXTERNAL_BYTES
 from lora_export.graph.values import initializers
 from lora_export.plan import Plan
+from lora_export.plan.spelling import respelled
 from lora_export.storage import input_files
 from lora_export.storage.hashes import file_hash
 from lora_export.verification.against_graph import GraphReferences
@@ -45,6 +46,7 @@ def export_from_graph(
         options.stage("reading the graph")
         graph, names = _open(path, checkpoint)
         program = _copy_of(graph)
+        options = _respelled(options, program, names)
         references = _references(graph, names, options, reference, dtype) if options.verify else None
         options = _without_head(program, names, options)
         before = base_outputs(program, references, options) if references else {}
@@ -67,6 +69,13 @@ def export_from_graph(
         record_in(written, _record(graph, hashes, options), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
     return OnnxResult(options.output, files, plan, proofs)
+
+
+def _respelled(options: OnnxOptions, program: ir.Model, names: Checkpoint | None) -> OnnxOptions:
+    """The adapters under the names of the graph, where a checkpoint tells of which model it is."""
+    if names is None or not options.adapters:
+        return options
+    return replace(options, adapters=respelled(options.adapters, find_sites(program, names).specs, names.rules))
 
 
 def _without_head(program: ir.Model, names: Checkpoint | None, options: OnnxOptions) -> OnnxOptions:
@@ -101,7 +110,7 @@ def _references(
     """What the result is compared with: the PyTorch model, or where none was named, the graph itself."""
     if reference is None:
         options.stage("running the base")
-        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
+        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs)
         references = GraphReferences(base, options.lora)
         references.check()
         return references

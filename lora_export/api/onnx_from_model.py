@@ -31,6 +31,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs)
+        options = replace(options, adapters=layers.respelled_for(base.module, options.adapters))
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)

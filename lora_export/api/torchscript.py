@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def export_torchscript(
     *,
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
+    prefixes: Mapping[str, str] | None = None,
     lora: str = "merged",
     inputs: str | Path | None = None,
     verify: bool = True,
@@ -57,7 +58,8 @@ def export_torchscript(
 
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`.
     `lora` is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each
-    adapter. `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of where the file
+    adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `inputs` is an .npz of further
+    inputs to check on. The names of the inputs and the record of where the file
     comes from are stored in its extra file `lora_export.json`.
 
     Raises InputRefused for what does not fit; Different or Undecided, with `.proof`, where the proof fails;
@@ -68,11 +70,12 @@ def export_torchscript(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message), locate_adapters(adapters, on_message)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
-    loaded = load_adapters(adapters)
+    loaded = load_adapters(adapters, prefixes)
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")
         base = resolve_model(model, loaded, inputs=inputs)
+        loaded = layers.respelled_for(base.module, loaded)
         module, notes = copy.deepcopy(base.module), []
         if loaded:
             steps = plan.make(loaded, layers.specs(module), strengths=weights)

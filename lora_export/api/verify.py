@@ -114,6 +114,7 @@ def verify(
     weights: Sequence[float] = (),
     base: str | Path | None = None,
     layout: Mapping[str, str] | None = None,
+    prefixes: Mapping[str, str] | None = None,
     onnx_adapter: str | Path | None = None,
     adapter_id: int | None = None,
     provider: str = "cpu",
@@ -140,7 +141,8 @@ def verify(
     weight whose layout is unknown is `undecided`. Beside a model, `base` is the quantised .onnx that an .onnx candidate
     was made from.
 
-    `weights` has one factor for each adapter. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
+    `weights` has one factor for each adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters,
+    as for `merge`. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
     with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None proves the base,
     every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
     "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
@@ -177,6 +179,8 @@ def verify(
     sources = [candidate, origin, how.onnx_adapter, how.inputs, *model_paths(model or ""), *adapter_paths(adapters)]
     for path in reports:
         report.check_path(Path(path), [source for source in sources if source is not None])
+    if prefixes:
+        adapters = load_adapters(adapters, prefixes)
     proof: Proof | Audit
     error = None
     if model is None:
@@ -406,6 +410,7 @@ def _compare_weights(
         "base": str(base),
         **({"layout": dict(layout)} if layout else {}),
         "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
+        "spellings": {adapter.name: one for adapter, one in zip(loaded, steps.spellings, strict=True)},
         "lora_export": __version__,
         "numpy": np.__version__,
     }

@@ -54,6 +54,18 @@ def _read_layouts(_context: click.Context, _parameter: click.Parameter, texts: t
     return layouts
 
 
+def _read_prefixes(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """FROM=TO... as a table."""
+    prefixes: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or old == new:
+            raise click.BadParameter(f"{text} is not FROM=TO, such as model.=model.language_model.")
+        if prefixes.setdefault(old, new) != new:
+            raise click.BadParameter(f"{old} is given twice")
+    return prefixes
+
+
 def _read_sizes(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, int]:
     """AXIS=SIZE... as a table."""
     sizes = {}
@@ -82,6 +94,15 @@ layout_option = click.option(
     "tensor, a module or a glob such as '*'. Needed only where neither config.json nor the adapter determines it. May "
     "be repeated: the last match counts.",
 )
+prefix_option = click.option(
+    "--prefix",
+    "prefixes",
+    multiple=True,
+    callback=_read_prefixes,
+    metavar="FROM=TO",
+    help="Replace the beginning FROM of names in the adapters by TO: for an adapter of a text model on a multimodal "
+    "base. May be repeated.",
+)
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
@@ -95,14 +116,6 @@ dtype_option = click.option(
     default="float32",
     show_default=True,
     help="Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
-)
-timeout_option = click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Stop a run of an .onnx or TorchScript file that takes longer than this.",
 )
 inputs_option = click.option(
     "--inputs",
@@ -184,7 +197,16 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         "--lora", "mode", type=click.Choice(modes), default=modes[0], show_default=True, help=f"{explained}."
     )
     no_verify = click.option("--no-verify", is_flag=True, help="Publish without a proof. The file records that.")
-    options = [adapters_option, adapter_weights, mode, inputs_option, no_verify, overwrite_option, json_option]
+    options = [
+        adapters_option,
+        adapter_weights,
+        prefix_option,
+        mode,
+        inputs_option,
+        no_verify,
+        overwrite_option,
+        json_option,
+    ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for option in reversed(options):

@@ -14,6 +14,7 @@ from lora_export.cli.arguments import (
     json_option,
     layout_option,
     overwrite_option,
+    prefix_option,
     print_document,
     print_message,
 )
@@ -49,6 +50,7 @@ Example:
     help="Folder or file for the merged weights: the same kind as BASE.",
 )
 @adapter_weights
+@prefix_option
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
@@ -105,6 +107,7 @@ def command(
     further: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
+    prefixes: dict[str, str],
     dtype: str,
     min_retention: float,
     hashing: str,
@@ -132,6 +135,7 @@ def command(
             _one_way(adapters, further),
             output,
             weights=weights,
+            prefixes=prefixes,
             dtype=dtype,
             min_retention=min_retention,
             hashing=hashing,

@@ -13,7 +13,6 @@ from lora_export.cli.arguments import (
     print_message,
     provider_option,
     publishing_options,
-    timeout_option,
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
@@ -76,12 +75,12 @@ Examples:
 )
 @dtype_option
 @provider_option
-@timeout_option
 def command(
     model: str,
     output: Path,
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
+    prefixes: dict[str, str],
     mode: str,
     inputs_file: Path | None,
     target: str | None,
@@ -93,7 +92,6 @@ def command(
     reference: str | None,
     dtype: str,
     provider: str,
-    timeout: float,
     no_verify: bool,
     overwrite: bool,
     as_json: bool,
@@ -116,6 +114,7 @@ def command(
             output,
             adapters=adapters,
             weights=weights,
+            prefixes=prefixes,
             lora=mode,
             target=target,
             dora=dora,
@@ -127,7 +126,6 @@ def command(
             inputs=inputs_file,
             provider=provider,
             ignore_head=ignore_head,
-            timeout=timeout,
             verify=not no_verify,
             overwrite=overwrite,
             on_message=print_message,

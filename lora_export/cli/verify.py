@@ -16,10 +16,10 @@ from lora_export.cli.arguments import (
     inputs_option,
     json_option,
     layout_option,
+    prefix_option,
     print_document,
     print_message,
     provider_option,
-    timeout_option,
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
@@ -43,6 +43,7 @@ Examples:
 @layout_option
 @adapters_option
 @adapter_weights
+@prefix_option
 @click.option(
     "--onnx-adapter",
     type=FilePath(),
@@ -80,7 +81,14 @@ Examples:
 )
 @click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
 @fixed_option
-@timeout_option
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a run of an .onnx or TorchScript file that takes longer than this.",
+)
 @json_option
 def command(
     candidate: Path,
@@ -89,6 +97,7 @@ def command(
     layout: dict[str, str],
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
+    prefixes: dict[str, str],
     onnx_adapter: Path | None,
     adapter_id: int | None,
     provider: str,
@@ -127,6 +136,7 @@ def command(
             model,
             adapters=adapters,
             weights=weights,
+            prefixes=prefixes,
             base=base,
             layout=layout,
             onnx_adapter=onnx_adapter,

@@ -5,6 +5,7 @@ from lora_export.layers.attaching import attach, detach, scale_adapters
 from lora_export.layers.folding import fold
 from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
+from lora_export.layers.module_spelling import respelled_for
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
 from lora_export.layers.new_adapter import create_adapter
 from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie
@@ -26,6 +27,7 @@ __all__ = [
     "read_back",
     "recorded_branches",
     "refuse_tied",
+    "respelled_for",
     "scale_adapters",
     "specs",
     "untie",

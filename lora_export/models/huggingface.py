@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import itertools
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +24,8 @@ from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
 
 PEFT_CONFIG = "adapter_config.json"
-MODULE_COUNT = re.compile(r"(layer|depth|block|expert|stage)s?$")  # of the names in a config that count modules
-SHARED_MODULES = 1000  # modules may share their weights
-# A model may have more numbers than its folder: shared weights, tables that are computed, a new head.
-MOST_NUMBERS, LARGER = 1 << 26, 2
+LAYER_COUNT = re.compile(r"layers?$|depths?$|blocks?$")  # of the names in a config that count layers
+SHARED_LAYERS = 1000  # layers may share their weights
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -77,7 +74,7 @@ def from_folder(
     checkpoint = open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built
     fields = _config_fields(folder, adapters, labels)
     _refuse_other_weights(folder, fields)
-    _refuse_more_modules(folder, fields, len(checkpoint.specs))
+    _refuse_more_layers(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
         module, new = _pretrained(transformers, folder, fields, dtype)
@@ -142,30 +139,13 @@ def _refuse_other_weights(folder: Path, fields: dict[str, Any]) -> None:
         )
 
 
-def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) -> None:
+def _refuse_more_layers(folder: Path, fields: Mapping[str, Any], tensors: int) -> None:
     """Raise InputRefused for a config with far more layers than the folder has tensors: building them has no end."""
     for name, value in fields.items():
-        counts = [count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int)]
         if isinstance(value, dict):
-            _refuse_more_modules(folder, value, tensors)
-        elif MODULE_COUNT.search(name) and sum(counts) > SHARED_MODULES + tensors:
-            raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}, and the folder has {tensors:,} tensors")
-
-
-def _refuse_larger_model(cls: Any, config: Any, folder: Path) -> None:
-    """Raise InputRefused where a config describes a far larger model than the folder has: before it takes memory."""
-    module = None
-    with torch.device("meta"), contextlib.suppress(Exception):  # what cannot be built fails when it is loaded, too
-        module = _built(cls, config)
-    if module is None:
-        return
-    described = sum(tensor.numel() for tensor in itertools.chain(module.parameters(), module.buffers()))
-    stored = sum(math.prod(spec.shape) for spec in open_checkpoint(folder).specs)
-    if described > MOST_NUMBERS + LARGER * stored:
-        raise InputRefused(
-            f"{folder / CONFIG} describes a {cls.__name__} of {described:,} numbers, and the folder has {stored:,}",
-            _other_shapes(module, folder),
-        )
+            _refuse_more_layers(folder, value, tensors)
+        elif LAYER_COUNT.search(name) and isinstance(value, int) and value > SHARED_LAYERS + tensors:
+            raise InputRefused(f"{folder / CONFIG}: {name} is {value:,}, and the folder has {tensors:,} tensors")
 
 
 def _refuse_other_head(folder: Path, fields: dict[str, Any], labels: Sequence[str]) -> None:
@@ -209,7 +189,6 @@ def _pretrained(
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) and architecture != "AutoModel":
         raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
-    _refuse_larger_model(cls, config, folder)
     try:
         module, loading = cls.from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -218,7 +197,7 @@ def _pretrained(
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
-        why = _shapes_by_config(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
+        why = _other_shapes(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error
@@ -229,18 +208,10 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _shapes_by_config(cls: Any, config: Any, folder: Path) -> EscapedLines:
-    with torch.device("meta"):
-        return _other_shapes(_built(cls, config), folder)
-
-
-def _built(cls: Any, config: Any) -> Any:
-    return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-
-
-def _other_shapes(module: Any, folder: Path) -> EscapedLines:
+def _other_shapes(cls: Any, config: Any, folder: Path) -> EscapedLines:
     """The tensors whose shapes in the folder are not those that the config describes; empty where none is found."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
     found = {spec.name: spec.shape for spec in open_checkpoint(folder).specs}
     differing = [
         f"{name} is {found[name]} in the folder, and {shape} by the config and the adapters"

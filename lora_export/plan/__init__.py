@@ -5,6 +5,12 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
 
     types.py          Layout, LayoutSource, TensorSpec, Term, Step, Plan
     build.py          make: adapters and specs in, a Plan out, or one error with every misfit
+    spelling.py       in which generation of names an adapter is spelled: those of the files, or of the loaded model
+    attempts.py       the ways to read its names
+    respelling.py     its tensors under the names of the base
+    placing.py        where the entries of its tensors are in the base
+    stored_region.py  a part of a stored tensor
+    conversion/       how transformers renames and converts weights while it loads them
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
     layouts.py        how a matrix is stored where the base does not state it: by option, adapter or shape
     match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor

@@ -10,12 +10,14 @@ import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
+from lora_export.plan.attempts import SpelledAdapter
 from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
 from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
-from lora_export.plan.match_names import BaseTensors
+from lora_export.plan.match_names import BaseTensors, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
-from lora_export.plan.spelling import SpelledAdapter, spell
+from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
+from lora_export.plan.spelling import spell, unknown_names
 from lora_export.plan.types import Plan, Step, TensorSpec
 
 SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
@@ -57,7 +59,10 @@ def make(
     adapters, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(adapters, prefixes, base, layout or {})
-    by_weight = _match_all(spelled, strengths, base, may_add=may_add, one_at_a_time=one_at_a_time)
+    try:
+        by_weight = _match_all(spelled, strengths, base, may_add=may_add, one_at_a_time=one_at_a_time)
+    except MatchError as error:
+        raise error.with_remedy(_prefix_remedy(spelled, base, rules) or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
     if not unknown_layout_ok:
@@ -167,6 +172,26 @@ def _match_all(
         made_for = {name: base for name, base in named.items() if isinstance(base, str)}
         raise MatchError(misfits, targets=targets, made_for=made_for)
     return by_weight
+
+
+def _prefix_remedy(spelled: Sequence[SpelledAdapter], base: BaseTensors, rules: ArchitectureRules | None) -> str:
+    """The option by which an adapter would fit; empty where there is none."""
+    proposals: list[tuple[str, str]] = []
+    for one in spelled:
+        modules = [module for module in one.adapter.pairs if module not in one.adapter.tied]
+        if any(weight_of(one.prefix.to_base(module), base) for module in modules):
+            continue  # some names fit: the others have another reason
+        names = [*base, *(base.loaded or ())] if rules is not None else list(base)
+        proposals += fitting_prefixes(one.adapter, names, lambda adapter: _fits(adapter, base, rules))
+    return prefix_remedy(list(dict.fromkeys(proposals)))
+
+
+def _fits(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> bool:
+    try:
+        make([adapter], base.values(), may_add=True, identity_ok=True, unknown_layout_ok=True, rules=rules)
+    except InputRefused:
+        return False
+    return True
 
 
 def _by_adapter(matches: Sequence[Match]) -> Iterator[list[Match]]:

@@ -7,55 +7,35 @@ loaded model. All combinations are tried. If two of them lead to different tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from lora_export.errors import InputRefused, Misfit
-from lora_export.lora import Adapter, LoraPair
+from packaging.version import InvalidVersion, Version
+
+from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.lora import Adapter
+from lora_export.plan.attempts import AsLoaded, AsOriginal, AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
 from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.conversion.loaded_names import LoadedNames, LoadedTensor
-from lora_export.plan.conversion.tensor_parts import NotExpressible
-from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
-from lora_export.plan.placing import Place, places_in_result, places_in_sources
-from lora_export.plan.types import Layout, TensorSpec
-
-OF_MODULES = (".weight", ".in_proj_weight")
-
-
-class Spelling(StrEnum):
-    """How the names of an adapter relate to those of its base."""
-
-    SAME = "same"  # the names of both are of one generation, or the model has only one
-    LOADED = "loaded"  # the adapter has the names of the loaded model, the base has the original ones
-    ORIGINAL = "original"  # the adapter has the original names, the base has those of the loaded model
-
-
-@dataclass(frozen=True, eq=False)
-class SpelledAdapter:
-    """An adapter under the names of the base."""
-
-    adapter: Adapter
-    prefix: Prefix
-    spelling: Spelling = Spelling.SAME
-    views: Mapping[str, TensorSpec] = field(default_factory=dict)  # parts of base tensors that it changes, by name
-    misfits: Sequence[Misfit] = ()  # layers without tensors, and tensors that a converter keeps from the base
-    notes: Sequence[str] = ()
+from lora_export.plan.match_names import BaseTensors
+from lora_export.plan.respelling import Respelling
+from lora_export.plan.types import TensorSpec
 
 
 def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> SpelledAdapter:
     """The adapter under the names of the base. Raises InputRefused where two generations of names fit differently."""
-    attempts: list[_Attempt] = [_AsSpelled(adapter, base)]
-    if rules is not None:
-        attempts += [_AsLoaded(adapter, base, rules), _AsOriginal(adapter, base, rules)]
+    as_spelled = AsSpelled(adapter, base)
+    attempts: list[Attempt] = [as_spelled]
+    fits = as_spelled.matched == len(as_spelled.modules)
+    if rules is not None and (rules.own or not fits):
+        attempts += [AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
     best = max(attempts, key=lambda attempt: attempt.matched)  # the first, where several match as many
     for other in attempts:
         if other is not best and other.matched == best.matched == len(best.modules):
             _refuse_two_answers(adapter, best, other)
-    return best.spelled()
+    return Respelling(best).result() if isinstance(best, ConvertedNames) else as_spelled.spelled()
 
 
-def _refuse_two_answers(adapter: Adapter, one: _Attempt, other: _Attempt) -> None:
+def _refuse_two_answers(adapter: Adapter, one: Attempt, other: Attempt) -> None:
     for module in one.modules:
         first, second = one.weights_of(module), other.weights_of(module)
         if first != second:
@@ -66,356 +46,52 @@ def _refuse_two_answers(adapter: Adapter, one: _Attempt, other: _Attempt) -> Non
             )
 
 
-def considered_modules(adapter: Adapter) -> list[str]:
-    """The modules whose names decide how an adapter is spelled."""
-    return [module for module in adapter.pairs if module not in adapter.tied] or [
-        name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)
-    ]
-
-
-class _Attempt:
-    """One way to read the names of an adapter."""
-
-    meaning = ""
-
-    def __init__(self, adapter: Adapter, base: BaseTensors):
-        self.adapter, self.base = adapter, base
-        self.modules = considered_modules(adapter)
-        self.matched = 0
-
-    def weights_of(self, module: str) -> list[str]:
-        """The base tensors, or parts of these, that a module's pair changes."""
-        raise NotImplementedError
-
-    def spelled(self) -> SpelledAdapter:
-        raise NotImplementedError
-
-
-class _AsSpelled(_Attempt):
-    meaning = "its own spelling"
-
-    def __init__(self, adapter: Adapter, base: BaseTensors):
-        super().__init__(adapter, base)
-        self.prefix = find_prefix(adapter, base)
-        self.matched = sum(bool(self.weights_of(module)) for module in self.modules)
-
-    def weights_of(self, module: str) -> list[str]:
-        weight = weight_of(self.prefix.to_base(module), self.base)
-        return [] if weight is None else [weight]
-
-    def spelled(self) -> SpelledAdapter:
-        missing = missing_targets(self.adapter, self.prefix, self.base)
-        return SpelledAdapter(
-            self.adapter, self.prefix, misfits=missing, notes=_prefix_notes(self.adapter, self.prefix)
+def unknown_names(rules: ArchitectureRules | None) -> str:
+    """What is not known about the names of a base, for a message; empty where all is known."""
+    if rules is None:
+        return ""
+    if not rules.is_known:
+        return (
+            f"The names that transformers {rules.version} gives the parts of {rules.architecture} are not in the table "
+            "of this package."
         )
-
-
-class _Converted(_Attempt):
-    """An adapter whose names are those of another generation than the base's."""
-
-    spelling: Spelling
-
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
-        super().__init__(adapter, base)
-        self.rules = rules
-        self.prefix = Prefix()
-        self._places: dict[str, list[Place]] = {}
-
-    def tensor_of(self, module: str) -> str | None:
-        """The name of a module's weight, as far as this spelling knows it."""
-        raise NotImplementedError
-
-    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:
-        """The places of a tensor, given its name in the adapter. Empty where there are none. Raises NotExpressible."""
-        raise NotImplementedError
-
-    def misfits(self, spelled: Adapter) -> list[Misfit]:
-        """The layers that the adapter targets, and has no tensors for."""
-        raise NotImplementedError
-
-    @property
-    def own_prefix(self) -> Prefix:
-        """The prefix of the names that `spelled` gives."""
-        raise NotImplementedError
-
-    def places(self, tensor: str, shape: Sequence[int]) -> list[Place]:
-        if tensor not in self._places:
-            self._places[tensor] = self.find(tensor, shape)
-        return self._places[tensor]
-
-    def weights_of(self, module: str) -> list[str]:
-        tensor, pair = self.tensor_of(module), self.adapter.pairs.get(module)
-        if tensor is None:
-            return []
-        try:
-            return [place.name for place in self.places(tensor, () if pair is None else _stored_shape(pair))]
-        except NotExpressible as problem:
-            return [f"a part of what {problem}"]
-
-    def spelled(self) -> SpelledAdapter:
-        return _Respelling(self).result()
-
-
-class _AsLoaded(_Converted):
-    spelling = Spelling.LOADED
-    meaning = "the names of the loaded model"
-
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
-        super().__init__(adapter, base, rules)
-        self.loaded = loaded_names(base, rules)
-        self.names = BaseTensors(_loaded_spec(tensor, base) for tensor in self.loaded.values())
-        # transformers keeps the name of a tensor that has no place under its new one.
-        self.unchanged = {name: spec for name, spec in base.items() if name not in self.names}
-        self.every_name = BaseTensors([*self.names.values(), *self.unchanged.values()])
-        self.prefix = _prefix_or_none(adapter, self.every_name)
-        self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
-
-    @property
-    def own_prefix(self) -> Prefix:
-        return Prefix(adapter=self.prefix.adapter)
-
-    def tensor_of(self, module: str) -> str | None:
-        weight = weight_of(self.prefix.to_base(module), self.every_name)
-        return None if weight is None else self.prefix.adapter + weight.removeprefix(self.prefix.base)
-
-    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:
-        name = self.prefix.to_base(tensor) or tensor
-        found = self.loaded.get(name)
-        if found is None:
-            return [Place(name)] if name in self.unchanged else []
-        if found.conversion is None:
-            return [Place(found.stored)]
-        assembled = found.conversion.assembled(lambda stored: self.base[stored].shape)[name]
-        if shape and tuple(shape) != assembled.shape:
-            raise NotExpressible(
-                f"makes a tensor of {assembled.shape} of them, and the adapter was trained on {tuple(shape)}"
-            )
-        return places_in_sources(assembled, lambda stored: self.base[stored].shape)
-
-    def misfits(self, spelled: Adapter) -> list[Misfit]:  # noqa: ARG002
-        return missing_targets(self.adapter, self.prefix, self.names)
-
-
-class _AsOriginal(_Converted):
-    spelling = Spelling.ORIGINAL
-    meaning = "the names before transformers renames them"
-
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
-        super().__init__(adapter, base, rules)
-        self.shapes = dict(_tensor_shapes(adapter))
-        self.by_stored = LoadedNames(rules, self.shapes).by_stored
-        self.prefix = _prefix_or_none(self._renamed(), base)
-        self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
-
-    def _renamed(self) -> Adapter:
-        """The adapter with the modules of the loaded model. Its pairs are used for their names only."""
-        pairs: dict[str, LoraPair] = {}
-        for module, pair in self.adapter.pairs.items():
-            if module not in self.adapter.tied:
-                pairs |= {_module(tensor.name): pair for tensor in self.by_stored.get(_weight(module, pair), ())}
-        return replace(self.adapter, pairs=pairs or self.adapter.pairs, tied={})
-
-    @property
-    def own_prefix(self) -> Prefix:
-        return self.prefix
-
-    def tensor_of(self, module: str) -> str | None:
-        pair = self.adapter.pairs.get(module)
-        name = f"{module}.weight" if pair is None else _weight(module, pair)
-        found = self.by_stored.get(name, ())
-        return name if found and all(self.prefix.to_base(each.name) in self.base for each in found) else None
-
-    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:  # noqa: ARG002
-        places = []
-        for found in self.by_stored.get(tensor, ()):
-            name = self.prefix.to_base(found.name)
-            if name is None or name not in self.base:
-                return []
-            if found.conversion is None:
-                places.append(Place(name))
-                continue
-            assembled = found.conversion.assembled(self.shapes.__getitem__)[found.name]
-            if assembled.shape != self.base[name].shape:
-                raise NotExpressible(f"makes {name} {self.base[name].shape} of tensors that the adapter lacks in part")
-            places += [
-                places_in_result(assembled, name, piece, self.shapes.__getitem__)
-                for piece in assembled.pieces
-                if piece.source == tensor
-            ]
-        return places
-
-    def misfits(self, spelled: Adapter) -> list[Misfit]:
-        targets = set(self.adapter.targets)
-        new = {
-            name.rpartition(".")[2]
-            for module in self.adapter.pairs
-            if any(f".{module}".endswith(f".{target}") for target in targets)
-            for name in (_module(tensor) for tensor in self.weights_of(module))
-        }
-        return missing_targets(replace(spelled, targets=tuple(sorted(new))), self.prefix, self.base)
-
-
-class _Respelling:
-    """The tensors of an adapter, one after another, under the names of the base."""
-
-    def __init__(self, attempt: _Converted):
-        self.attempt, self.adapter = attempt, attempt.adapter
-        self.views: dict[str, TensorSpec] = {}
-        self.misfits: list[Misfit] = []
-        self.spelling = dict(self.adapter.spelling)
-        self.modules: dict[str, str] = {}  # module of the adapter -> its new name, where it has one
-
-    def result(self) -> SpelledAdapter:
-        attempt, adapter = self.attempt, self.adapter
-        pairs = {name: pair for module, pair in adapter.pairs.items() for name, pair in self._pairs(module, pair)}
-        biases = {
-            name.removesuffix(".bias"): place.of_array(change)
-            for module, change in adapter.biases.items()
-            for name, place in self._tensor(f"{module}.bias", change.shape)
-        }
-        replaced = {
-            name: place.of_array(value)
-            for tensor, value in adapter.replaced.items()
-            for name, place in self._tensor(tensor, value.shape)
-        }
-        token_rows = {
-            name: rows
-            for tensor, rows in adapter.token_rows.items()
-            for name, place in self._tensor(tensor, ())
-            if self._is_whole(place, tensor)
-        }
-        spelled = replace(
-            adapter,
-            pairs=pairs,
-            biases=biases,
-            replaced=replaced,
-            token_rows=token_rows,
-            layouts={self._renamed(module): layout for module, layout in adapter.layouts.items()},
-            tied={self._renamed(head): self._renamed(table) for head, table in adapter.tied.items()},
-            spelling=self.spelling,
+    saved_by = str(rules.config.get("transformers_version", ""))
+    if _is_newer(saved_by, rules.version):
+        return (
+            f"The base was saved by transformers {saved_by}. This package has the names of transformers "
+            f"{rules.version}: a newer one may rename more weights."
         )
-        return SpelledAdapter(
-            spelled,
-            attempt.own_prefix,
-            attempt.spelling,
-            self.views,
-            [*self.misfits, *attempt.misfits(spelled)],
-            [*_prefix_notes(adapter, attempt.prefix), _note(attempt)],
-        )
+    return ""
 
-    def _pairs(self, module: str, pair: LoraPair) -> Iterable[tuple[str, LoraPair]]:
-        tensor = self.attempt.tensor_of(module)
-        if tensor is None:
-            return [(module, pair)]
-        found = self._tensor(tensor, _stored_shape(pair), spelled=self.adapter.spelled(module))
-        parts = []
-        for name, place in found:
-            new = name if place.region is not None else _module(name)
-            self.spelling[new] = self.adapter.spelled(module)
-            try:
-                if place.region is not None and pair.embedding:
-                    raise NotExpressible("splits a table of embeddings")
-                parts.append((new, place.of_pair(pair)))
-            except NotExpressible as problem:
-                self._refuse(self.adapter.spelled(module), place.tensor, problem)
-        if len(parts) == 1:
-            self.modules[module] = parts[0][0]
-        return parts
 
-    def _tensor(self, tensor: str, shape: Sequence[int], spelled: str = "") -> list[tuple[str, Place]]:
-        """The new names of a tensor of the adapter, with the places that they mean."""
-        spelled = spelled or self.adapter.spelled(tensor)
-        try:
-            places = self.attempt.places(tensor, shape)
-        except NotExpressible as problem:
-            self._refuse(spelled, tensor, problem)
-            return []
-        if not places:
-            return [(tensor, Place(tensor))]
-        named = []
-        for place in places:
-            prefix = self.attempt.own_prefix
-            if place.region is not None:
-                self.views.setdefault(place.name, place.view(self.attempt.base[place.tensor]))
-            name = prefix.adapter + place.name.removeprefix(prefix.base)
-            self.spelling[name] = spelled
-            named.append((name, place))
-        return named
-
-    def _is_whole(self, place: Place, tensor: str) -> bool:
-        if place.region is None:
-            return True
-        self._refuse(self.adapter.spelled(tensor), place.tensor, NotExpressible("splits a table of embeddings"))
+def _is_newer(one: str, other: str) -> bool:
+    try:
+        return Version(one).release[:2] > Version(other).release[:2]
+    except InvalidVersion:
         return False
 
-    def _refuse(self, key: str, tensor: str, problem: NotExpressible) -> None:
-        why = f"transformers {self.attempt.rules.version} converts {tensor} while it loads the model: it {problem}"
-        self.misfits.append(Misfit(self.adapter.name, key, why))
 
-    def _renamed(self, module: str) -> str:
-        return self.modules.get(module, module)
+def respelled(
+    adapters: Sequence[Adapter], specs: Iterable[TensorSpec], rules: ArchitectureRules | None
+) -> list[Adapter]:
+    """The adapters under the names of a module or graph; those that have these names already are the same objects.
 
-
-# --- Names ---
-
-
-def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:
-    """The names of the base's tensors in the loaded model, computed once for a base."""
-    if base.loaded is None or base.loaded.rules is not rules:
-        base.loaded = LoadedNames(rules, base)
-    return base.loaded
-
-
-def _loaded_spec(tensor: LoadedTensor, base: BaseTensors) -> TensorSpec:
-    spec = replace(base[tensor.sources[0]], name=tensor.name)
-    stacks = tensor.conversion is not None and any(
-        operation["name"] == "MergeModulelist" for operation in tensor.conversion.rule.operations
-    )
-    return replace(spec, layout=Layout.OTHER) if stacks else spec
-
-
-def _prefix_or_none(adapter: Adapter, names: BaseTensors) -> Prefix:
-    """As `find_prefix`, for names that may not be the adapter's: two prefixes that fit are no error then."""
-    try:
-        return find_prefix(adapter, names)
-    except InputRefused:
-        return Prefix()
-
-
-def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Every tensor that an adapter changes, with the shape that it has in the model."""
-    for module, pair in adapter.pairs.items():
-        yield _weight(module, pair), _stored_shape(pair)
-    for module, change in adapter.biases.items():
-        yield f"{module}.bias", change.shape
-    for tensor, value in adapter.replaced.items():
-        yield tensor, value.shape
-    for tensor in adapter.token_rows:
-        yield tensor, ()
-
-
-def _stored_shape(pair: LoraPair) -> tuple[int, ...]:
-    return pair.shape[::-1] if pair.embedding else pair.shape
-
-
-def _weight(module: str, pair: LoraPair) -> str:
-    return module if pair.as_stored else f"{module}.weight"
-
-
-def _module(tensor: str) -> str:
-    suffix = next((each for each in OF_MODULES if tensor.endswith(each)), "")
-    return tensor.removesuffix(suffix)
-
-
-def _prefix_notes(adapter: Adapter, prefix: Prefix) -> list[str]:
-    return [f"{adapter.name}: {prefix}; resolved."] if prefix else []
-
-
-def _note(attempt: _Converted) -> str:
-    rules, name = attempt.rules, attempt.adapter.name
-    of_loaded, original = "those of the loaded model", "the original ones"
-    own, other = (of_loaded, original) if attempt.spelling is Spelling.LOADED else (original, of_loaded)
-    return (
-        f"{name}: its names are {own}, the base has {other}; matched by the conversion mapping of transformers "
-        f"{rules.version} for {rules.architecture}."
-    )
+    Raises MatchError for a layer without tensors, and where a pair belongs to a part of a tensor: only a merge into a
+    checkpoint changes parts. Raises InputRefused as `spell`.
+    """
+    if rules is None or not adapters:
+        return list(adapters)
+    base, found = BaseTensors(specs), []
+    for adapter in adapters:
+        one = spell(adapter, base, rules)
+        if one.spelling is Spelling.SAME:
+            found.append(adapter)
+            continue
+        parts = [
+            Misfit(adapter.name, name, "is a part of a tensor here; only a merge into a checkpoint can change it")
+            for name in one.views
+        ]
+        if problems := [*one.misfits, *parts]:
+            raise MatchError(problems, targets=len(adapter.pairs))
+        found.append(replace(one.adapter, targets=(), notes=(*adapter.notes, *one.notes)))
+    return found

@@ -78,7 +78,8 @@ def _no_message(_: str) -> None:
 class PyTorchReferences:
     """A model with its adapters attached as branches, as the references of a proof.
 
-    The references merge no adapter, so that they share no arithmetic with what they judge. `strengths` has one factor
+    The adapters may have the names of the loaded model or the original ones (see `plan.spelling`). The references merge
+    no adapter, so that they share no arithmetic with what they judge. `strengths` has one factor
     for each adapter; None is 1 for all. `user_inputs` (.npz) are one more case beside three seeded ones. `device` is
     where PyTorch runs as deployed; the references in fp64 run on the CPU. `cache` is a folder for the outputs of the
     references; `say` receives a message where it cannot be used.
@@ -100,6 +101,9 @@ class PyTorchReferences:
     origin: Path | None = None
     fixed: Mapping[str, int] | None = None
     say: Callable[[str], None] = _no_message
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", layers.respelled_for(self.model.module, self.adapters))
 
     def with_adapters(self, adapters: Sequence[Adapter], strengths: Sequence[float] | None = None) -> PyTorchReferences:
         """The same references with other adapters."""

@@ -103,6 +103,7 @@ def merge_checkpoint(
         replaced=len(replaced),
         replaced_weights=replaced,
         seconds=time.perf_counter() - begun,
+        spellings={one.name: spelling for one, spelling in zip(plan.adapters, plan.spellings, strict=False)},
     )
 
 

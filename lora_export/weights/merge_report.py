@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class MergeReport:
     replaced: int  # tensors that adapters replaced, whole or in some rows
     replaced_weights: tuple[str, ...]  # the names of these
     seconds: float
+    spellings: Mapping[str, str] = field(default_factory=dict)  # adapter -> how its names relate to the base's
 
     @property
     def below_rounding(self) -> tuple[StepResult, ...]:

@@ -5,6 +5,7 @@ The expected model is PEFT's own merge. transformers loads ours: it does the ren
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_export
 from lora_export.errors import MatchError
+from support import TESTS, architecture_outcomes, tables
 from support.architectures import Trained, different, names_in, reloaded, trained
 
 SAMPLE = (
@@ -24,6 +26,7 @@ SAMPLE = (
 )
 FUSED = "NomicBertModel"  # its q, k and v are one tensor on disk
 GENERATIONS = ("original", "loaded")
+README, TABLE = TESTS / "README.md", "architectures that transformers renames"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def test_a_merge_is_pefts_in_both_generations(models, name, generation, tmp_path
     assert_is_peft_merge(model, tmp_path / "merged", base)
     same = generation == "loaded" or name == "MixtralForCausalLM"  # whose attention has one name
     assert result.plan.spellings == ("same" if same else "loaded",)
+    assert result.report.spellings == {"adapter": result.plan.spellings[0]}
     assert names_in(model.original) != names_in(model.loaded)
     assert lora_export.verify(tmp_path / "merged", base=base, adapters=[model.adapter])
 
@@ -141,3 +145,71 @@ def test_an_original_adapter_of_a_fused_layer_changes_the_loaded_names(models, t
     before, after = (reloaded(model.cls, each).state_dict() for each in (model.loaded, tmp_path / "merged"))
     change = torch.cat([after[f"{at}.{q}_proj.weight"] - before[f"{at}.{q}_proj.weight"] for q in "qkv"])
     torch.testing.assert_close(change, torch.tensor(1.5 * b @ a), rtol=0, atol=1e-5)
+
+
+def renamed_as_original(adapter: Path, folder: Path) -> Path:
+    """ViT's adapter under the names of transformers 4."""
+    copy = shutil.copytree(adapter, folder)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = {"layers.": "encoder.layer.", ".q_proj": ".attention.query", ".k_proj": ".attention.key"}
+    names |= {".v_proj": ".attention.value", ".o_proj": ".output.dense"}
+    old = {}
+    for key, value in tensors.items():
+        old[functools.reduce(lambda name, pair: name.replace(*pair), names.items(), key)] = value
+    save_file(old, copy / "adapter_model.safetensors")
+    config = (copy / "adapter_config.json").read_text()
+    for new, original in {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output.dense"}.items():
+        config = config.replace(f'"{new}"', f'"{original}"')
+    (copy / "adapter_config.json").write_text(config)
+    return copy
+
+
+@pytest.fixture
+def vit_attention(tmp_path) -> Trained:
+    return trained("ViTForImageClassification", tmp_path, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+def test_an_original_adapter_fits_the_module_and_the_graph(vit_attention, tmp_path):
+    model, old = vit_attention, renamed_as_original(vit_attention.adapter, tmp_path / "old")
+    # In the module: exported and proven against PyTorch with the adapter attached.
+    lora_export.export_onnx(model.original, tmp_path / "m.onnx", adapters=[old], lora="merged")
+    # Both spellings are one adapter: a file that was merged with one is that of the other.
+    assert lora_export.verify(tmp_path / "m.onnx", model.original, adapters=[model.adapter])
+    lora_export.merge(model.original, model.adapter, tmp_path / "merged")
+    assert lora_export.verify(tmp_path / "merged", model.original, adapters=[old])
+    assert not lora_export.verify(tmp_path / "merged", model.original)
+
+
+@pytest.mark.parametrize("spelling", ["original", "loaded"])
+def test_a_graph_named_by_a_checkpoint_takes_either_spelling(vit_attention, spelling, tmp_path):
+    model = vit_attention
+    adapter = model.adapter if spelling == "loaded" else renamed_as_original(model.adapter, tmp_path / "old")
+    lora_export.export_onnx(model.original, tmp_path / "base.onnx")
+    lora_export.merge(tmp_path / "base.onnx", adapter, tmp_path / "m.onnx", checkpoint=model.original)
+    assert lora_export.verify(tmp_path / "m.onnx", model.original, adapters=[model.adapter])
+
+
+def test_a_text_model_adapter_needs_the_prefix_that_is_proposed(tmp_path):
+    """Qwen3-VL has one generation of names: only the option tells that the adapter is of its text model."""
+    model = trained("Qwen3VLForConditionalGeneration", tmp_path, target_modules=["q_proj", "v_proj"])
+    adapter = shutil.copytree(model.adapter, tmp_path / "text")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    text = {key.replace("model.language_model.", "model.", 1): value for key, value in tensors.items()}
+    assert set(text).isdisjoint(tensors)
+    save_file(text, adapter / "adapter_model.safetensors")
+    with pytest.raises(MatchError, match=r"With --prefix model\.=model\.language_model\. the adapter's names fit"):
+        lora_export.merge(model.original, adapter, tmp_path / "merged")
+    prefixes = {"model.": "model.language_model."}
+    lora_export.merge(model.original, adapter, tmp_path / "merged", prefixes=prefixes)
+    assert_is_peft_merge(model, tmp_path / "merged", model.original)
+    assert lora_export.verify(tmp_path / "merged", base=model.original, adapters=[adapter], prefixes=prefixes)
+
+
+@pytest.mark.slow  # some minutes
+def test_every_architecture_is_right_or_refused(pytestconfig):
+    found = list(architecture_outcomes.outcomes())
+    text = architecture_outcomes.as_text(found)
+    if pytestconfig.getoption("--keep"):
+        tables.put(README, TABLE, text)
+    assert [one for one in found if one.what == architecture_outcomes.WRONG] == []
+    assert tables.rows(text) == tables.rows(tables.text(README, TABLE))

@@ -19,7 +19,8 @@ class ArchitectureRules:
     renames: Sequence[RenameRule]
     converters: Sequence[RenameRule]
     config: Mapping[str, Any]
-    is_known: bool = True  # whether the table has this architecture, or its type
+    own: int  # how many of them are of this architecture; the others apply to every model
+    is_known: bool  # whether the parts of this architecture are known
 
 
 def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:
@@ -37,6 +38,7 @@ def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:
     parts = list(_parts(table, architecture, model_type, config))
     prefix = table.prefixes.get(architecture, "")
     rules = [rule for part in _claimed(table, parts) for rule in _rules_of_part(table, part, prefix)]
+    own = len(rules)
     rules += [RenameRule.of(rule, None, "") for rule in table.rules.get(LEGACY, ())]
     return ArchitectureRules(
         architecture=architecture,
@@ -44,7 +46,8 @@ def rules_of(config: Mapping[str, Any]) -> ArchitectureRules | None:
         renames=[rule for rule in rules if not rule.is_converter],
         converters=[rule for rule in rules if rule.is_converter],
         config=config,
-        is_known=architecture in table.parts or architecture not in table.unbuilt,
+        own=own,
+        is_known=architecture not in table.unbuilt,
     )
 
 

@@ -1,0 +1,26 @@
+"""Adapters under the names of a module: transformers may have renamed its weights when it loaded them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_export.layers.module_tensors import specs
+from lora_export.lora import Adapter
+from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
+from lora_export.plan.spelling import respelled
+
+
+def respelled_for(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters under the names of a module. Raises as `plan.spelling.respelled`."""
+    rules = _conversion_rules(module) if adapters else None
+    return list(adapters) if rules is None else respelled(adapters, specs(module), rules)
+
+
+def _conversion_rules(module: nn.Module) -> ArchitectureRules | None:
+    """How transformers renames the weights of one of its models while it loads them; None for other modules."""
+    config = getattr(module, "config", None)
+    if config is None or not type(module).__module__.startswith("transformers."):
+        return None
+    return rules_of({**config.to_dict(), "architectures": [type(module).__name__]})

@@ -1,0 +1,131 @@
+"""The tensors of an adapter under the names of its base, where the two are of different generations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from lora_export.errors import Misfit
+from lora_export.lora import LoraPair
+from lora_export.plan.attempts import (
+    ConvertedNames,
+    SpelledAdapter,
+    Spelling,
+    module_of_tensor,
+    prefix_notes,
+    shape_in_model,
+)
+from lora_export.plan.conversion.tensor_parts import NotExpressible
+from lora_export.plan.placing import Place
+from lora_export.plan.types import TensorSpec
+
+
+class Respelling:
+    """The tensors of an adapter, one after another, under the names of the base."""
+
+    def __init__(self, attempt: ConvertedNames):
+        self.attempt, self.adapter = attempt, attempt.adapter
+        self.views: dict[str, TensorSpec] = {}
+        self.misfits: list[Misfit] = []
+        self.spelling = dict(self.adapter.spelling)
+        self.modules: dict[str, str] = {}  # module of the adapter -> its new name, where it has one
+
+    def result(self) -> SpelledAdapter:
+        attempt, adapter = self.attempt, self.adapter
+        pairs = {name: pair for module, pair in adapter.pairs.items() for name, pair in self._pairs(module, pair)}
+        biases = {
+            name.removesuffix(".bias"): place.of_array(change)
+            for module, change in adapter.biases.items()
+            for name, place in self._tensor(f"{module}.bias", change.shape)
+        }
+        replaced = {
+            name: place.of_array(value)
+            for tensor, value in adapter.replaced.items()
+            for name, place in self._tensor(tensor, value.shape)
+        }
+        token_rows = {
+            name: rows
+            for tensor, rows in adapter.token_rows.items()
+            for name, place in self._tensor(tensor, ())
+            if self._is_whole(place, tensor)
+        }
+        spelled = replace(
+            adapter,
+            pairs=pairs,
+            biases=biases,
+            replaced=replaced,
+            token_rows=token_rows,
+            layouts={self._renamed(module): layout for module, layout in adapter.layouts.items()},
+            tied={self._renamed(head): self._renamed(table) for head, table in adapter.tied.items()},
+            spelling=self.spelling,
+        )
+        return SpelledAdapter(
+            spelled,
+            attempt.own_prefix,
+            attempt.spelling,
+            self.views,
+            [*self.misfits, *attempt.misfits(spelled)],
+            [*prefix_notes(adapter, attempt.prefix), _note(attempt)],
+        )
+
+    def _pairs(self, module: str, pair: LoraPair) -> Iterable[tuple[str, LoraPair]]:
+        tensor = self.attempt.tensor_of(module)
+        if tensor is None:
+            return [(module, pair)]
+        found = self._tensor(tensor, shape_in_model(pair), spelled=self.adapter.spelled(module))
+        parts = []
+        for name, place in found:
+            new = name if place.region is not None else module_of_tensor(name)
+            self.spelling[new] = self.adapter.spelled(module)
+            try:
+                if place.region is not None and pair.embedding:
+                    raise NotExpressible("splits a table of embeddings")
+                parts.append((new, place.of_pair(pair)))
+            except NotExpressible as problem:
+                self._refuse(self.adapter.spelled(module), place.tensor, problem)
+        if len(parts) == 1:
+            self.modules[module] = parts[0][0]
+        return parts
+
+    def _tensor(self, tensor: str, shape: Sequence[int], spelled: str = "") -> list[tuple[str, Place]]:
+        """The new names of a tensor of the adapter, with the places that they mean."""
+        spelled = spelled or self.adapter.spelled(tensor)
+        try:
+            places = self.attempt.places(tensor, shape)
+        except NotExpressible as problem:
+            self._refuse(spelled, tensor, problem)
+            return []
+        if not places:
+            return [(tensor, Place(tensor))]
+        named = []
+        for place in places:
+            prefix = self.attempt.own_prefix
+            if place.region is not None:
+                self.views.setdefault(place.name, place.view(self.attempt.base[place.tensor]))
+            name = prefix.adapter + place.name.removeprefix(prefix.base)
+            self.spelling[name] = spelled
+            named.append((name, place))
+        return named
+
+    def _is_whole(self, place: Place, tensor: str) -> bool:
+        if place.region is None:
+            return True
+        self._refuse(self.adapter.spelled(tensor), place.tensor, NotExpressible("splits a table of embeddings"))
+        return False
+
+    def _refuse(self, key: str, tensor: str, problem: NotExpressible) -> None:
+        why = f"transformers {self.attempt.rules.version} converts {tensor} while it loads the model: it {problem}"
+        self.misfits.append(Misfit(self.adapter.name, key, why))
+
+    def _renamed(self, module: str) -> str:
+        return self.modules.get(module, module)
+
+
+def _note(attempt: ConvertedNames) -> str:
+    rules, name = attempt.rules, attempt.adapter.name
+    of_loaded, original = "those of the loaded model", "the original ones"
+    own, other = (of_loaded, original) if attempt.spelling is Spelling.LOADED else (original, of_loaded)
+    return (
+        f"{name}: its names are {own}, the base has {other}; matched by the conversion mapping of transformers "
+        f"{rules.version} for {rules.architecture}."
+    )
