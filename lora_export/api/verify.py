@@ -39,8 +39,9 @@ from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.companion_files import compare_files
+from lora_export.verification.companion_files import ComparedFiles, compare_files
 from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
+from lora_export.verification.loaded_files import loaded_files
 from lora_export.verification.parity import Outcome, Reason, outcome_of
 from lora_export.weights.checkpoint import open_checkpoint
 
@@ -271,10 +272,12 @@ def _compare_outputs(
                 timeout=how.timeout,
             )
             proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
-            if isinstance(model, str | Path):
-                proof = replace(proof, verdict=_with_files(proof.verdict, Path(model), candidate, loaded))
+            files = loaded_files(candidate) if candidate.is_dir() else None
+            found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
+            for each in (*found, *([files.others] if files else [])):
+                proof = replace(proof, verdict=_with_files(proof.verdict, each))
             stage("hashing the candidate")
-            hashes = file_hashes(candidate)
+            hashes = file_hashes(candidate if files is None else files.judged)
         if origin is not None:
             facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
     except (Different, Undecided, EnvironmentLacking) as ended:
@@ -365,11 +368,10 @@ def _prove(
     return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
 
 
-def _with_files(verdict: Verdict, model: Path, candidate: Path, adapters: Sequence[Adapter]) -> Verdict:
+def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:
     """The verdict, and what was found of the files beside the weights of a folder."""
-    files = compare_files(model, candidate, adapters)
-    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in files.differences), *verdict.reasons)
-    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, notes=(*verdict.notes, *files.unjudged))
+    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in found.differences), *verdict.reasons)
+    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, notes=(*verdict.notes, *found.unjudged))
 
 
 def _compare_weights(
@@ -401,12 +403,16 @@ def _compare_weights(
         )
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             on_message(f"note: {note}")
+        files = loaded_files(candidate)
         audit = against_checkpoint.audit(
             steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
-        ).with_files(compare_files(base, candidate, loaded))
+        )
+        for found in (compare_files(base, candidate, loaded), files.others):
+            audit = audit.with_files(found)
     recorded = _explain_by_record(audit, candidate, loaded, weights, base, _How())
     return replace(audit, recorded=recorded), {
         "candidate": str(candidate),
+        "judged_files": sorted(files.judged),
         "base": str(base),
         **({"layout": dict(layout)} if layout else {}),
         "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),

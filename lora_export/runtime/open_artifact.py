@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.errors import InputRefused
@@ -61,9 +62,10 @@ def _open_graph(runner: OnnxRunner, onnx_adapter: Path | None, adapter_id: int |
     return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
 
 
-def file_hashes(path: Path) -> dict[str, str]:
-    """File name -> SHA-256 of every file of a candidate: a folder's files, or a graph and its external data."""
-    return {name: file_sha256(file) for name, file in candidate_files(path).items()}
+def file_hashes(candidate: Path | Mapping[str, Path]) -> dict[str, str]:
+    """File name -> SHA-256 of every file of a candidate, or of these of its files."""
+    files = candidate_files(candidate) if isinstance(candidate, Path) else candidate
+    return {name: file_sha256(file) for name, file in files.items()}
 
 
 def candidate_files(path: Path) -> dict[str, Path]:

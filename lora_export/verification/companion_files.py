@@ -24,6 +24,7 @@ UNIMPORTANT = frozenset(
     }
 )
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+CHAT_TEMPLATE = "chat_template.jinja"
 SHOWN_VALUE = 60  # characters of a value in a message
 SHOWN_DIFFERENCES = 8  # of one file
 
@@ -145,7 +146,7 @@ READERS: Mapping[str, Callable[[Path, str], Values]] = {
 
 def _chat_template(folder: Path) -> str:
     """The chat template, which is a file of its own or in the tokenizer's config; empty where there is none."""
-    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    own, config = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
     if own.is_file():
         return input_files.read_text(own, json_files.MAX_JSON).strip()
     if not config.is_file():

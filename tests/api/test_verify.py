@@ -175,6 +175,23 @@ def test_config_that_another_changed_is_different_and_named(folders: Path, tmp_p
     assert all(sentence in path.read_text() for path in reports)
 
 
+@pytest.mark.parametrize("against", ["base", "model"])
+def test_second_set_of_weights_is_different_and_the_judged_files_are_listed(
+    folders: Path, tmp_path: Path, against: str
+) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(folders / "merged", merged)
+    (merged / "training_args.bin").write_bytes(b"")
+    given = {"base": folders / "base"} if against == "base" else {"model": str(folders / "base")}
+    right = le.verify(merged, **given, adapters=folders / "adapter")
+    about = right.as_document()["about"]
+    judged = about["judged_files"] if against == "base" else about["candidate"]["sha256"]
+    assert right and sorted(judged) == ["config.json", "model.safetensors"]
+    (merged / "pytorch_model.bin").write_bytes(b"PK")
+    wrong = le.verify(merged, **given, adapters=folders / "adapter")
+    assert wrong.exit_code == 4 and "pytorch_model.bin is not what was judged" in str(wrong)
+
+
 def test_report_never_overwrites_an_input(folders: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     shutil.copytree(folders / "merged", merged)

@@ -71,7 +71,9 @@ class Audit:
     def with_files(self, files: ComparedFiles) -> Audit:
         """The audit and what was found of the files beside the weights; one difference in them makes it different."""
         outcome = Outcome.DIFFERENT if files.differences else self.outcome
-        return replace(self, outcome=outcome, files=files.differences, notes=(*self.notes, *files.unjudged))
+        return replace(
+            self, outcome=outcome, files=(*self.files, *files.differences), notes=(*self.notes, *files.unjudged)
+        )
 
     @property
     def worst(self) -> tuple[AuditedWeight, ...]:

@@ -1,0 +1,80 @@
+"""Which files of a folder were judged, and which others a loader might take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lora_export.verification.loaded_files import loaded_files
+from support.cli import answer, call
+from support.handmade import base_file, peft_adapter
+
+W = np.arange(6).reshape(2, 3)
+LEFTOVERS = [
+    *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5"),
+    *("flax_model.msgpack", "adapter_config.json", "adapter_model.bin", "model.bin", "model.ckpt.index"),
+    *("consolidated.00.pth", "pytorch_model.fp16.bin"),
+]
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", {"fc.weight": W, "norm.weight": [1, 1]})
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
+    assert call("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "merged") == 0
+    return tmp_path / "merged"
+
+
+def audit(merged: Path) -> list[str | Path]:
+    return ["verify", merged, "--base", merged.parent / "base", "-a", merged.parent / "adapter"]
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_other_weights_that_a_loader_may_take_are_different(
+    merged: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*audit(merged)) == 0
+    (merged / name).write_bytes(b"{}")
+    capsys.readouterr()
+    assert call(*audit(merged)) == 4
+    assert f"{name} is not what was judged, and a loader may take it. Remove it" in capsys.readouterr().out
+
+
+def test_the_report_lists_what_was_judged(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "vocab.txt", "README.md", "sub/model.safetensors"):
+        (merged / name).parent.mkdir(exist_ok=True)
+        (merged / name).write_bytes(b"")
+    code, document = answer(capsys, *audit(merged))
+    assert code == 0 and document["about"]["judged_files"] == ["config.json", "model.safetensors"]
+    assert "not judged: optimizer.pt, sub/model.safetensors, training_args.bin, vocab.txt" in document["notes"]
+
+
+def test_a_config_that_names_other_weights_is_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"transformers_weights": "other\n.bin"}))
+    assert call(*audit(merged)) == 4
+    assert r"config.json names the weights 'other\n.bin' (transformers_weights)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "x.safetensors"])
+def test_a_second_set_of_safetensors_is_refused_by_name(
+    merged: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"fc.weight": np.float32(W)}, merged / name)
+    assert call(*audit(merged)) == 3
+    assert name in capsys.readouterr().err
+    table = {"weight_map": dict.fromkeys(("fc.weight", "norm.weight"), "model.safetensors")}
+    (merged / "model.safetensors.index.json").write_text(json.dumps(table))
+    assert call(*audit(merged)) == 3
+    assert f"has an index and, besides its shards, {name}" in capsys.readouterr().err
+
+
+def test_a_single_file_is_its_own(tmp_path: Path) -> None:
+    path = base_file(tmp_path / "m.safetensors", {"fc.weight": W})
+    assert loaded_files(path).judged == {"m.safetensors": path} and not loaded_files(path).others.unjudged
