@@ -20,6 +20,7 @@ from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
+from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hub_cache import locate
 
 
@@ -41,6 +42,7 @@ def export_onnx(
     inputs: str | Path | None = None,
     provider: str = "cpu",
     ignore_head: bool = False,
+    timeout: float = TIMEOUT,
     verify: bool = True,
     overwrite: bool = False,
     on_message: OnMessage = ignore,
@@ -69,6 +71,7 @@ def export_onnx(
     `output` is an .onnx: a name without this suffix gets it.
 
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
+    A run of a graph is stopped after `timeout` seconds.
 
     Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
     where a proof fails; EnvironmentLacking where the provider does not run; RuntimeRefused where the exporter or
@@ -90,6 +93,7 @@ def export_onnx(
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
         ignore_head=ignore_head,
+        timeout=timeout,
         verify=verify,
         overwrite=overwrite,
         on_message=on_message,

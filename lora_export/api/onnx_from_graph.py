@@ -110,7 +110,7 @@ def _references(
     """What the result is compared with: the PyTorch model, or where none was named, the graph itself."""
     if reference is None:
         options.stage("running the base")
-        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs)
+        base = BaseGraph(graph.path, graph.model, names, options.provider, options.inputs, timeout=options.timeout)
         references = GraphReferences(base, options.lora)
         references.check()
         return references

@@ -14,6 +14,7 @@ from lora_export.errors import InputRefused
 from lora_export.formats import onnx_adapter
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
+from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
@@ -35,6 +36,7 @@ class OnnxOptions:
     inputs: Path | None = None
     provider: str = "cpu"
     ignore_head: bool = False
+    timeout: float = TIMEOUT  # seconds for one run of a graph
     verify: bool = True
     overwrite: bool = False
     on_message: OnMessage = field(default=ignore, repr=False)

@@ -27,7 +27,8 @@ def base_outputs(program: ir.Model, references: References, options: OnnxOptions
     if not options.verify or not options.is_swapped:
         return {}
     options.stage("running the base")
-    return _outputs(OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider), references)
+    runner = OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.timeout)
+    return _outputs(runner, references)
 
 
 def prove_all(
@@ -37,7 +38,7 @@ def prove_all(
 
     Raises Different or Undecided unless every proof is `same`.
     """
-    runner = OnnxRunner(path, options.provider)
+    runner = OnnxRunner(path, options.provider, timeout=options.timeout)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
         return OnnxProofs(require_same(_prove(runner, own, options, "")))

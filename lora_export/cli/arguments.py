@@ -117,6 +117,14 @@ dtype_option = click.option(
     show_default=True,
     help="Precision of the deployed model. Tolerances follow PyTorch's own error in that precision.",
 )
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a run of an .onnx or TorchScript file that takes longer than this.",
+)
 inputs_option = click.option(
     "--inputs",
     "inputs_file",

@@ -13,6 +13,7 @@ from lora_export.cli.arguments import (
     print_message,
     provider_option,
     publishing_options,
+    timeout_option,
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
@@ -75,6 +76,7 @@ Examples:
 )
 @dtype_option
 @provider_option
+@timeout_option
 def command(
     model: str,
     output: Path,
@@ -92,6 +94,7 @@ def command(
     reference: str | None,
     dtype: str,
     provider: str,
+    timeout: float,
     no_verify: bool,
     overwrite: bool,
     as_json: bool,
@@ -126,6 +129,7 @@ def command(
             inputs=inputs_file,
             provider=provider,
             ignore_head=ignore_head,
+            timeout=timeout,
             verify=not no_verify,
             overwrite=overwrite,
             on_message=print_message,

@@ -20,6 +20,7 @@ from lora_export.cli.arguments import (
     print_document,
     print_message,
     provider_option,
+    timeout_option,
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
@@ -81,14 +82,7 @@ Examples:
 )
 @click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
 @fixed_option
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Stop a run of an .onnx or TorchScript file that takes longer than this.",
-)
+@timeout_option
 @json_option
 def command(
     candidate: Path,

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +19,17 @@ from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, e
 from lora_export.lora import Adapter
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
-from lora_export.models.model import Model, ModelInputs, Sizes
+from lora_export.models.model import Limits, Model, ModelInputs, Sizes
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
 
 PEFT_CONFIG = "adapter_config.json"
-LAYER_COUNT = re.compile(r"layers?$|depths?$|blocks?$")  # of the names in a config that count layers
-SHARED_LAYERS = 1000  # layers may share their weights
+MODULE_COUNT = re.compile(r"(layer|depth|block|expert|stage)s?$")  # of the names in a config that count modules
+SHARED_MODULES = 1000  # modules may share their weights
+LABEL_COUNT, MOST_LABELS = "num_labels", json_files.MAX_OBJECTS
+# A model may have more numbers than its folder: shared weights, tables that are computed, a new head.
+MOST_NUMBERS, LARGER = 1 << 26, 2
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -74,7 +78,7 @@ def from_folder(
     checkpoint = open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built
     fields = _config_fields(folder, adapters, labels)
     _refuse_other_weights(folder, fields)
-    _refuse_more_layers(folder, fields, len(checkpoint.specs))
+    _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
         module, new = _pretrained(transformers, folder, fields, dtype)
@@ -86,10 +90,26 @@ def from_folder(
         tensor.data = tensor.data.clone()
     module.eval()
     inputs = _inputs_of(module, folder)
+    limits = _limits_by_positions(module, inputs.sizes)
+    sizes = {
+        symbol: min(size, limits[symbol][1] or size) if symbol in limits else size
+        for symbol, size in inputs.sizes.items()
+    }
     return Model(
-        str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, steps=inputs.steps,
+        str(folder), module, inputs.axes, inputs.make, sizes, is_huggingface=True, limits=limits, steps=inputs.steps,
         notes=inputs.notes, new_weights=new,
     )  # fmt: skip
+
+
+def _limits_by_positions(module: Any, sizes: Sizes) -> Limits:
+    """The sizes of texts that a model has positions for."""
+    most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return {}
+    tables = [table for name, table in module.named_modules() if name.endswith("position_embeddings")]
+    # Where the table has a padding row, positions are counted from the row after it (RoBERTa).
+    offsets = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return {symbol: (1, max(1, most - max(offsets, default=0))) for symbol in ("sequence", "target") if symbol in sizes}
 
 
 def _inputs_of(module: Any, folder: Path) -> GeneratedInputs:
@@ -139,13 +159,32 @@ def _refuse_other_weights(folder: Path, fields: dict[str, Any]) -> None:
         )
 
 
-def _refuse_more_layers(folder: Path, fields: Mapping[str, Any], tensors: int) -> None:
+def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) -> None:
     """Raise InputRefused for a config with far more layers than the folder has tensors: building them has no end."""
     for name, value in fields.items():
+        counts = [count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int)]
         if isinstance(value, dict):
-            _refuse_more_layers(folder, value, tensors)
-        elif LAYER_COUNT.search(name) and isinstance(value, int) and value > SHARED_LAYERS + tensors:
-            raise InputRefused(f"{folder / CONFIG}: {name} is {value:,}, and the folder has {tensors:,} tensors")
+            _refuse_more_modules(folder, value, tensors)
+        elif MODULE_COUNT.search(name) and sum(counts) > SHARED_MODULES + tensors:
+            raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}, and the folder has {tensors:,} tensors")
+        elif name == LABEL_COUNT and sum(counts) > MOST_LABELS:  # transformers makes a name for each
+            raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}; at most {MOST_LABELS:,} are supported")
+
+
+def _refuse_larger_model(cls: Any, config: Any, folder: Path) -> None:
+    """Raise InputRefused where a config describes a far larger model than the folder has: before it takes memory."""
+    module = None
+    with torch.device("meta"), contextlib.suppress(Exception):  # what cannot be built fails when it is loaded, too
+        module = _built(cls, config)
+    if module is None:
+        return
+    described = sum(tensor.numel() for tensor in itertools.chain(module.parameters(), module.buffers()))
+    stored = sum(math.prod(spec.shape) for spec in open_checkpoint(folder).specs)
+    if described > MOST_NUMBERS + LARGER * stored:
+        raise InputRefused(
+            f"{folder / CONFIG} describes a {cls.__name__} of {described:,} numbers, and the folder has {stored:,}",
+            _other_shapes(module, folder),
+        )
 
 
 def _refuse_other_head(folder: Path, fields: dict[str, Any], labels: Sequence[str]) -> None:
@@ -189,6 +228,7 @@ def _pretrained(
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) and architecture != "AutoModel":
         raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
+    _refuse_larger_model(cls, config, folder)
     try:
         module, loading = cls.from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -197,7 +237,7 @@ def _pretrained(
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
-        why = _other_shapes(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
+        why = _shapes_by_config(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error
@@ -208,10 +248,18 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _other_shapes(cls: Any, config: Any, folder: Path) -> EscapedLines:
-    """The tensors whose shapes in the folder are not those that the config describes; empty where none is found."""
+def _shapes_by_config(cls: Any, config: Any, folder: Path) -> EscapedLines:
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        return _other_shapes(_built(cls, config), folder)
+
+
+def _built(cls: Any, config: Any) -> Any:
+    return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def _other_shapes(module: Any, folder: Path) -> EscapedLines:
+    """The tensors whose shapes in the folder are not those that the config describes; empty where none is found."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {spec.name: spec.shape for spec in open_checkpoint(folder).specs}
     differing = [
         f"{name} is {found[name]} in the folder, and {shape} by the config and the adapters"

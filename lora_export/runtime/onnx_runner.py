@@ -25,7 +25,7 @@ from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.runtime.deadline import deadline
 from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
-from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, too_slow
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
 from lora_export.storage.json_files import parse_json
 
 # A verdict on CUDA is decided in fp32: onnxruntime's own default is TF32.
@@ -183,7 +183,7 @@ class OnnxRunner:
                 return dict(zip(names, self.session.run(names, inputs, self._run_options), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             if expired.is_set():
-                raise RuntimeRefused(too_slow(self.path, self.timeout)) from error
+                raise TooSlow(self.path, self.timeout) from error
             raise RuntimeRefused(f"onnxruntime: {str(error).strip()}") from error
         finally:
             self._run_options.terminate = False

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from lora_export.errors import EnvironmentLacking
+from lora_export.errors import EnvironmentLacking, RuntimeRefused
 from lora_export.runtime.providers import CPU
 
 Arrays = dict[str, NDArray[Any]]
@@ -82,6 +82,8 @@ class Placement:
             )
 
 
-def too_slow(path: Path, seconds: float) -> str:
-    """The error message for a run that was stopped."""
-    return f"{path} did not finish within {seconds:g} seconds. Allow more with --timeout"
+class TooSlow(RuntimeRefused):
+    """A run was stopped, because it took longer than its time limit."""
+
+    def __init__(self, path: Path, seconds: float):
+        super().__init__(f"{path} did not finish within {seconds:g} seconds. Allow more with --timeout")

@@ -166,7 +166,7 @@ class PreparedGraphReferences:
             return None
         step("the other graph, merged")
         model, _ = self._with_adapters(_sums)
-        peer = open_graph_session(model, PEER, self.references.base.provider)
+        peer = open_graph_session(model, PEER, self.references.base.provider, timeout=self.references.base.timeout)
         del model
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
 
@@ -183,7 +183,7 @@ class PreparedGraphReferences:
             form, description = self._form_of_peer()
             model, more = self._with_adapters(form)
             notes = [f"{GRAPHS}, in which {description}", *more]
-        peer = open_graph_session(model, PEER, references.base.provider)
+        peer = open_graph_session(model, PEER, references.base.provider, timeout=references.base.timeout)
         del model  # the session has its weights
         deployed = {name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}
         return deployed, sensitivity_of(outputs, peer, self.inputs), notes
@@ -203,7 +203,7 @@ class PreparedGraphReferences:
         for role, form, factor in self._roles_with_adapters():
             step(STEPS[role])
             model, _ = self._with_adapters(form, factor)
-            by_role[role], narrow = run_in_fp64(model, self.inputs.cases)
+            by_role[role], narrow = run_in_fp64(model, self.inputs.cases, timeout=self.references.base.timeout)
             del model
             narrow_operators |= narrow
         role = "base" if self.references.adapters else "reference"

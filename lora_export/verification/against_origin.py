@@ -46,14 +46,16 @@ def judge_by_origin(
     own = run(candidate)
     if not candidate.takes_adapters or bits_that_differ(own, run(candidate)):
         return None
-    before = _run_origin(OnnxRunner(origin, candidate.provider), run, own)
+    before = _run_origin(OnnxRunner(origin, candidate.provider, timeout=candidate.timeout), run, own)
     note = UNCHANGED
     if difference := bits_that_differ(own, before):
         if not all(_is_near(case, own, before) for case in cases):
             return None
         note = f"{NODE_BY_NODE} ({difference[0]})"
         own = run(candidate.unoptimised())
-        before = _run_origin(OnnxRunner(origin, candidate.provider, optimise=False), run, own)
+        before = _run_origin(
+            OnnxRunner(origin, candidate.provider, optimise=False, timeout=candidate.timeout), run, own
+        )
         if bits_that_differ(own, before):
             return None
     judged = tuple(_beside_origin(case, own, before) for case in cases)

@@ -753,3 +753,29 @@ def test_a_merge_that_rounding_takes_away_is_refused(tmp_path: Path, capsys: pyt
     adapter = peft_adapter(tmp_path / "a", pairs)
     assert call("onnx", path, "-a", adapter, "-o", tmp_path / "out.onnx") == 3
     assert "up.weight" in capsys.readouterr().err and not (tmp_path / "out.onnx").exists()
+
+
+ENDLESS = """
+<ir_version: 8, opset_import: ["" : 17]>
+endless (float[batch, 3] x) => (float[batch, 2] y)
+<float[3, 2] "fc.weight" = {1, 2, 3, 4, 5, 6}, bool true = {1}> {
+    most = Constant <value_int: int = 9223372036854775807> ()
+    h = MatMul (x, "fc.weight")
+    y = Loop <body: graph = once (int64 i, bool go, float[batch, 2] before) => (bool again, float[batch, 2] after) {
+        again = Identity (go)
+        after = Neg (before)
+    }> (most, true, h)
+}
+"""
+
+
+@pytest.mark.parametrize("mode", ["merged", "rows"])
+def test_loop_without_end_is_stopped_by_the_time_limit(
+    tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(onnx.parser.parse_model(ENDLESS), tmp_path / "endless.onnx")
+    peft_adapter(tmp_path / "adapter", {"fc": ([[1, 2, 3]], [[1], [10]])})
+    words = ["onnx", tmp_path / "endless.onnx", "-a", tmp_path / "adapter", "-o", tmp_path / "o.onnx", "--lora", mode]
+    assert call(*words, "--timeout", "0.5") == 8
+    assert "the base graph did not finish within 0.5 seconds. Allow more with --timeout" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*o.onnx*"))

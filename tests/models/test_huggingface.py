@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
@@ -142,6 +143,53 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(tiny_bert: P
     for change in ({"num_hidden_layers": 10**6}, {"encoder": {"num_layers": 10**6}}):
         with pytest.raises(InputRefused, match=r"layers is 1,000,000, and the folder has \d+ tensors"):
             load_model(changed_config(tiny_bert, tmp_path, **change))
+
+
+def test_far_larger_model_than_its_folder_takes_no_memory(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)  # nothing is loaded
+    for field in ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
+        with pytest.raises(
+            InputRefused, match=r"describes a Bert\w+ of [\d,]{10,} numbers, and the folder has [\d,]{5,7}\n"
+        ):
+            load_model(changed_config(tiny_bert, tmp_path, **{field: 8 * 10**6}))
+    with pytest.raises(InputRefused, match=r"num_local_experts is 1,000,000, and the folder has \d+ tensors"):
+        load_model(changed_config(tiny_bert, tmp_path, num_local_experts=10**6))
+    with pytest.raises(InputRefused, match=r"depths is 1,000,002, and the folder has \d+ tensors"):
+        load_model(changed_config(tiny_bert, tmp_path, depths=[2, 10**6]))
+
+
+@pytest.mark.parametrize("count", [10**6, 10**30])
+def test_labels_without_end_are_refused(tiny_bert: Path, tmp_path: Path, count: int) -> None:
+    with pytest.raises(InputRefused, match=r"num_labels is 1[,0]+; at most 250,000 are supported"):
+        load_model(changed_config(tiny_bert, tmp_path, num_labels=count))
+
+
+@pytest.mark.parametrize("positions", [16, 5])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "CLIP", "Bart"])
+def test_texts_are_no_longer_than_the_models_positions(tmp_path: Path, kind: str, positions: int) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "max_position_embeddings": positions, "eos_token_id": 2, "bos_token_id": 0}
+    if kind == "CLIP":
+        vision = {**sizes, "image_size": 16, "patch_size": 8}
+        config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        transformers.CLIPModel(config).save_pretrained(tmp_path)
+    elif kind == "Bart":
+        parts = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+        config = transformers.BartConfig(d_model=16, vocab_size=64, max_position_embeddings=positions, **parts)
+        transformers.BartForSequenceClassification(config).save_pretrained(tmp_path)
+    else:
+        config = getattr(transformers, f"{kind}Config")(**text)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    usable = positions - 2 if kind == "Roberta" else positions
+    assert model.example_inputs()["input_ids"].shape[1] == min(usable, 11)
+    lengths = [sizes["sequence"] for sizes in model.checked_sizes({})]
+    assert lengths == [min(usable, length) for length in (7, 16, 29)]
+    for number, sizes in enumerate(model.checked_sizes({})):
+        with torch.no_grad():
+            model.module(**model.inputs(sizes, seed=number))  # raises for a position that is not there
 
 
 @pytest.mark.parametrize("value", [None, "a", -1, 0, 1.5, [], {}, True, 10**30, [None]], ids=str)

@@ -18,7 +18,7 @@ import torch
 import lora_export
 from lora_export.errors import InputRefused, RuntimeRefused, one_line
 from lora_export.runtime.deadline import deadline
-from lora_export.runtime.runner import TIMEOUT, Arrays, too_slow
+from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
 from lora_export.runtime.torchscript.messages import read_message, write_message
 from lora_export.storage import input_files
 
@@ -92,7 +92,7 @@ class ScriptRunner:
                 self.close()
                 raise RuntimeRefused(f"the process that runs {self.path} sent no outputs: {error}") from error
         if expired.is_set():
-            raise RuntimeRefused(too_slow(self.path, self.timeout))
+            raise TooSlow(self.path, self.timeout)
         raise RuntimeRefused(f"the process that runs {self.path} ended: {_reason(code, self.memory)}")
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lora_export.errors import RuntimeRefused
 from lora_export.runtime.onnx_runner import OnnxRunner
-from lora_export.runtime.runner import Arrays
+from lora_export.runtime.runner import TIMEOUT, Arrays, TooSlow
 from lora_export.storage.hashes import file_sha256
 from lora_export.verification.inputs import Inputs, graph_inputs
 from lora_export.verification.inputs.graph_inputs import GraphSizes, InputGenerator, NoGeneratedInputs
@@ -35,6 +35,7 @@ class BaseGraph:
     provider: str = "cpu"
     user_inputs: Path | None = None
     seed: int = 0
+    timeout: float = TIMEOUT  # seconds for one run
 
     @property
     def dtype(self) -> str:
@@ -50,7 +51,7 @@ class BaseGraph:
     @cached_property
     def fp64(self) -> Fp64Outputs:
         """The graph's outputs in fp64."""
-        return run_in_fp64(self.model.clone(), self.inputs.cases)
+        return run_in_fp64(self.model.clone(), self.inputs.cases, timeout=self.timeout)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -71,7 +72,7 @@ class BaseGraph:
 
     def _generated_inputs(self) -> Inputs:
         generator = InputGenerator(self.model, str(self.path))
-        runner = open_graph_session(self.model, "the base graph", self.provider)
+        runner = open_graph_session(self.model, "the base graph", self.provider, timeout=self.timeout)
         cases: dict[str, Arrays] = {}
         for number, wanted in enumerate(graph_inputs.CASES):
             sizes, arrays = self._accepted(generator, runner, wanted, self.seed + number + 1)
@@ -90,6 +91,8 @@ class BaseGraph:
             arrays = generator.make(sizes, seed=seed)
             try:
                 runner.run(arrays)
+            except TooSlow:  # other sizes would be, too
+                raise
             except RuntimeRefused as error:
                 refusal = refusal or error
                 continue

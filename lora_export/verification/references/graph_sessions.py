@@ -11,7 +11,7 @@ import onnx_ir as ir
 from lora_export.graph.onnx_file.writing import in_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
-from lora_export.runtime.runner import Arrays
+from lora_export.runtime.runner import TIMEOUT, Arrays
 from lora_export.verification.references.graph_fp64 import compute_weights_late, widen
 
 FLOAT_OUTPUTS = {
@@ -28,18 +28,19 @@ class Fp64Outputs(NamedTuple):
     narrow_operators: frozenset[str]
 
 
-def open_graph_session(model: ir.Model, name: str, provider: str) -> OnnxRunner:
+def open_graph_session(model: ir.Model, name: str, provider: str, *, timeout: float = TIMEOUT) -> OnnxRunner:
     """Open a session of a graph, optimised. It gives memory back as soon as it is free."""
     compute_weights_late(model)
-    return OnnxRunner(InMemoryGraph(name, *in_memory(model)), provider, low_memory=True)
+    return OnnxRunner(InMemoryGraph(name, *in_memory(model)), provider, low_memory=True, timeout=timeout)
 
 
-def run_in_fp64(model: ir.Model, cases: Mapping[str, Arrays]) -> Fp64Outputs:
+def run_in_fp64(model: ir.Model, cases: Mapping[str, Arrays], *, timeout: float = TIMEOUT) -> Fp64Outputs:
     """Run a graph in fp64 on the CPU, without optimisations. The graph is changed and of no further use."""
     gc.collect()  # graphs are cyclic: without this the previous one, with the weights made for it, stays in memory
     narrow_operators = frozenset(widen(model, inferred_types))
     compute_weights_late(model)
-    runner = OnnxRunner(InMemoryGraph("the graph in fp64", *in_memory(model)), optimise=False, low_memory=True)
+    graph = InMemoryGraph("the graph in fp64", *in_memory(model))
+    runner = OnnxRunner(graph, optimise=False, low_memory=True, timeout=timeout)
     return Fp64Outputs({name: runner.run(arrays) for name, arrays in cases.items()}, narrow_operators)
 
 
