@@ -16,8 +16,10 @@ import torch
 
 from lora_export.errors import InputRefused
 from lora_export.models.image_shape import image_shape
-from lora_export.models.model import TRACED_SIZES, Axes, MakeInputs, ModelInputs, Sizes
+from lora_export.models.image_values import draw_pixels, pixel_range
+from lora_export.models.model import TRACED_SIZES, Axes, Limits, MakeInputs, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
+from lora_export.models.text_lengths import text_lengths
 from lora_export.storage import json_files
 
 Make = Callable[[Sizes, torch.Generator], ModelInputs]
@@ -25,6 +27,9 @@ Make = Callable[[Sizes, torch.Generator], ModelInputs]
 # Fields of a config with the token that stands for an image, a video or a sound among the tokens of a text
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 MEDIA = {"pixel_values", "input_features", "input_values"}
+# Mean and standard deviation of CLAP's spectrograms, in decibels. Those of others are about 0 and 1: Whisper's values
+# are from -1.5 to 2, and others are divided by their own standard deviation, as the samples of a sound are.
+DECIBELS = (-35.0, 30.0)
 TRACED_FRAMES = 9  # of a sound, after the convolutions that read it
 SPECIAL_EVERY = 8  # places, of which one holds a special token
 SAMPLES, FRAMES = "samples", "frames"  # symbols of a sound's length
@@ -50,6 +55,8 @@ class GeneratedInputs:
     sizes: Sizes
     steps: Sizes
     notes: tuple[str, ...]
+    limits: Limits = field(default_factory=dict)
+    long: Sizes = field(default_factory=dict)  # of one long text
 
 
 def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
@@ -67,12 +74,15 @@ def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
         )
     symbols = {symbol for names in axes.values() for symbol in names.values()}
     sizes = {symbol: size for part in parts for symbol, size in part.sizes.items()}
+    lengths = text_lengths(module, symbols)
     return GeneratedInputs(
         axes,
         _made_by(parts, list(axes)),
-        {symbol: sizes.get(symbol) or TRACED_SIZES[symbol] for symbol in symbols},
+        {symbol: min(sizes.get(symbol) or TRACED_SIZES[symbol], lengths.most(symbol)) for symbol in symbols},
         {symbol: step for part in parts for symbol, step in part.steps.items()},
-        tuple(part.note for part in parts if part.note),
+        tuple(note for note in (*(part.note for part in parts), lengths.note) if note),
+        lengths.limits,
+        lengths.long,
     )
 
 
@@ -204,15 +214,16 @@ def _decoder(module: Any, takes: list[str], _: Path) -> Part | None:
 
 
 def _image(module: Any, takes: list[str], folder: Path) -> Part | None:
-    """Images or videos of the model's size, with values from -1 to 1."""
+    """Images or videos of the model's size, with the values that its image processor gives, and some beyond."""
     if "pixel_values" not in takes or _placeholders(module.config):
         return None
     shape, note = image_shape(module.config, folder)
     frames = getattr(module.config, "num_frames", None)
     shape_of_one = (frames, *shape) if isinstance(frames, int) and frames else shape
+    values = pixel_range(folder, shape[0])
 
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        return {"pixel_values": torch.rand((sizes["batch"], *shape_of_one), generator=generator) * 2 - 1}
+        return {"pixel_values": draw_pixels((sizes["batch"], *shape_of_one), values, generator)}
 
     return Part({"pixel_values": {0: "batch"}}, make, note=note)
 
@@ -246,7 +257,8 @@ def _spectrogram(module: Any, takes: list[str], _: Path) -> Part | None:
     bins = getattr(audio, "num_mel_bins", None)
     if getattr(audio, "spec_size", None) and bins:  # CLAP: as wide as its image is high and wide
         fused = getattr(audio, "enable_fusion", False)
-        return None if fused else _normal("input_features", (1, audio.spec_size * (audio.spec_size // bins), bins))
+        shape = (1, audio.spec_size * (audio.spec_size // bins), bins)
+        return None if fused else _normal("input_features", shape, values=DECIBELS)
     if width := getattr(audio, "feature_projection_input_dim", None):  # Wav2Vec2-BERT
         return _normal("input_features", (FRAMES, width), {FRAMES: 24})
     if width := getattr(audio, "input_feat_per_channel", None):  # Speech2Text
@@ -261,13 +273,15 @@ def _normal(
     shape: tuple[int | str, ...],
     sizes: Mapping[str, int] | None = None,
     steps: Mapping[str, int] | None = None,
+    values: tuple[float, float] = (0.0, 1.0),
 ) -> Part:
-    """Normally distributed values; a string in the shape is an axis that varies."""
+    """Normally distributed values of this mean and standard deviation; a string in the shape is an axis that varies."""
     axes = {0: "batch"} | {axis: size for axis, size in enumerate(shape, 1) if isinstance(size, str)}
 
     def make(wanted: Sizes, generator: torch.Generator) -> ModelInputs:
         sized = [wanted[size] if isinstance(size, str) else size for size in shape]
-        return {name: torch.randn((wanted["batch"], *sized), generator=generator)}
+        mean, deviation = values
+        return {name: mean + deviation * torch.randn((wanted["batch"], *sized), generator=generator)}
 
     return Part({name: axes}, make, dict(sizes or {}), dict(steps or {}))
 

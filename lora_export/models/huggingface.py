@@ -19,7 +19,7 @@ from lora_export.errors import EnvironmentLacking, EscapedLines, InputRefused, e
 from lora_export.lora import Adapter
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
-from lora_export.models.model import Limits, Model, ModelInputs, Sizes
+from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
@@ -90,26 +90,11 @@ def from_folder(
         tensor.data = tensor.data.clone()
     module.eval()
     inputs = _inputs_of(module, folder)
-    limits = _limits_by_positions(module, inputs.sizes)
-    sizes = {
-        symbol: min(size, limits[symbol][1] or size) if symbol in limits else size
-        for symbol, size in inputs.sizes.items()
-    }
     return Model(
-        str(folder), module, inputs.axes, inputs.make, sizes, is_huggingface=True, limits=limits, steps=inputs.steps,
+        str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, limits=inputs.limits,
+        steps=inputs.steps, long=inputs.long,
         notes=inputs.notes, new_weights=new,
     )  # fmt: skip
-
-
-def _limits_by_positions(module: Any, sizes: Sizes) -> Limits:
-    """The sizes of texts that a model has positions for."""
-    most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return {}
-    tables = [table for name, table in module.named_modules() if name.endswith("position_embeddings")]
-    # Where the table has a padding row, positions are counted from the row after it (RoBERTa).
-    offsets = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return {symbol: (1, max(1, most - max(offsets, default=0))) for symbol in ("sequence", "target") if symbol in sizes}
 
 
 def _inputs_of(module: Any, folder: Path) -> GeneratedInputs:

@@ -22,11 +22,11 @@ MakeInputs = Callable[[Sizes, torch.Generator], ModelInputs]
 # Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
 TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7}
 
-# Sizes to verify at: none of them is the traced one, and one batch has a single row.
+# Sizes to verify at: none of them is the traced one, one batch has a single row, and one an even number of them.
 CHECKED_SIZES = (
     {"batch": 1, "sequence": 7, "target": 5},
     {"batch": 3, "sequence": 16, "target": 9},
-    {"batch": 5, "sequence": 29, "target": 13},
+    {"batch": 4, "sequence": 29, "target": 13},
 )
 
 
@@ -45,6 +45,7 @@ class Model:
     is_huggingface: bool = False
     limits: Limits = field(default_factory=dict)  # the sizes that a symbol may have, if not all
     steps: Sizes = field(default_factory=dict)  # by how much a size has to change to make a difference, if not by 1
+    long: Sizes = field(default_factory=dict)  # the sizes of one more case, of one long text
     new_weights: tuple[str, ...] = ()  # weights that the folder lacks: they have random values, or an adapter's
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
 
@@ -69,13 +70,14 @@ class Model:
         return digest.hexdigest()
 
     def checked_sizes(self, fixed: Mapping[str, int], limits: Limits | None = None) -> list[Sizes]:
-        """Three sets of sizes to verify at, which differ from the traced ones in every varying axis.
+        """Sets of sizes to verify at: three that differ from the traced ones in every varying axis, and the long text.
 
         The sizes in `fixed` are taken as they are. The others stay within the model's own `limits` and those passed.
+        The long text is left out where these leave it no longer than the others.
         """
         symbols = sorted({symbol for axes in self.axes.values() for symbol in axes.values()})
-        sets = []
-        for number, chosen in enumerate(CHECKED_SIZES):
+        sets: list[Sizes] = []
+        for number, chosen in enumerate([*CHECKED_SIZES, *([{**CHECKED_SIZES[0], **self.long}] if self.long else [])]):
             more = {symbol: 1 + 2 * number * self.steps.get(symbol, 1) for symbol in symbols}
             sizes = {symbol: chosen.get(symbol, self.traced_sizes[symbol] + more[symbol]) for symbol in symbols}
             for ranges in (self.limits, limits or {}):
@@ -84,4 +86,8 @@ class Model:
                         least = max(sizes[symbol], low)
                         sizes[symbol] = least if high is None else min(least, high)
             sets.append({**sizes, **fixed})
-        return sets
+        others, long = sets[: len(CHECKED_SIZES)], sets[len(CHECKED_SIZES) :]
+        is_longer = all(
+            any(size > other[symbol] for symbol, size in sizes.items()) for sizes in long for other in others
+        )
+        return sets if is_longer else others

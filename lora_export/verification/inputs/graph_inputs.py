@@ -31,8 +31,9 @@ class GraphSizes(NamedTuple):
     past: int  # the length of the cache
 
 
-# All lengths differ, and one batch has a single row. The cache is empty in two cases, and filled in one.
-CASES = (GraphSizes(1, 7, 0), GraphSizes(3, 16, 5), GraphSizes(5, 29, 0))
+# All lengths differ, one batch has a single row, and one an even number of them. The cache is empty in two cases, and
+# filled in one.
+CASES = (GraphSizes(1, 7, 0), GraphSizes(3, 16, 5), GraphSizes(4, 29, 0))
 CACHE = re.compile(r"past|cache", re.IGNORECASE)
 MASK_NAME = re.compile(r"mask", re.IGNORECASE)
 POSITION_NAME = re.compile(r"position", re.IGNORECASE)
