@@ -36,6 +36,7 @@ class ModuleRunner:
     names_known: bool = True
     stored_dtypes: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype in its file, where known
     limits: Mapping[str, tuple[tuple[int, int | None], ...]] = field(default_factory=dict)  # least and greatest sizes
+    has_fp32_outputs: bool = False  # whether float outputs are cast to fp32, whatever the module computes in
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,6 +51,8 @@ class ModuleRunner:
         with torch.no_grad(), _tf32_off(), named_failures(self.module, inputs):
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
+        if self.has_fp32_outputs:
+            outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
         return {name: to_numpy(value) for name, value in outputs.items()}
 
 

@@ -56,6 +56,7 @@ from lora_export.verification.references.deployed_module import (
     in_candidate_dtype,
     merged_module,
 )
+from lora_export.verification.references.half_graphs import as_declared, is_half_inside
 from lora_export.verification.references.module_copies import converted_copy, shared_copy, to_double, widened
 
 MERGED_MODULE = (
@@ -119,6 +120,7 @@ class PyTorchReferences:
     def inputs(self, candidate: Runner) -> Inputs:
         """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
         cases = case_inputs(self.model, candidate, seed=self.seed, user_inputs=self.user_inputs, adapters=self.adapters)
+        cases = {name: as_declared(candidate, arrays) for name, arrays in cases.items()}
         varied = cases[self.user_inputs.name] if self.user_inputs else list(cases.values())[min(2, len(cases) - 1)]
         perturbed = self._perturbed(candidate, varied)
         constant = [name for name in self.model.input_names if name not in perturbed]
@@ -141,7 +143,10 @@ class PyTorchReferences:
         """Input -> the arrays with another draw of it; none for an input that is the same in every draw."""
         axes = self.model.axes.items()
         sizes = {symbol: before[name].shape[axis] for name, own in axes for axis, symbol in own.items()}
-        draws = [draw(self.model, candidate, sizes, self.seed + 1000 + number) for number in range(REDRAWS)]
+        draws = [
+            as_declared(candidate, draw(self.model, candidate, sizes, self.seed + 1000 + number))
+            for number in range(REDRAWS)
+        ]
         perturbed = {}
         for name in self.model.input_names:
             fresh = next((drawn[name] for drawn in draws if not np.array_equal(drawn[name], before[name])), None)
@@ -202,7 +207,14 @@ class PreparedPyTorch:
         """PyTorch as it would be deployed."""
         device = self.references.device
         module = deployed_module(self.attached, self.quantised, device)
-        return ModuleRunner(in_candidate_dtype(module, self.candidate, self.references.model), device)
+        module = in_candidate_dtype(module, self.candidate, self.references.model)
+        is_half = self.dtype is not torch.float32
+        return ModuleRunner(module, device, has_fp32_outputs=is_half and self.is_half_inside)
+
+    @cached_property
+    def is_half_inside(self) -> bool:
+        """Whether the candidate computes in half precision and returns fp32."""
+        return is_half_inside(self.candidate)
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run PyTorch as deployed, then the references in fp64."""
@@ -234,7 +246,7 @@ class PreparedPyTorch:
             *([] if outputs.refusals else self.inputs.notes),
             *outputs.notes,
             *rows,
-            *([HALF] if self.dtype is torch.float32 and _has_halves(outputs, own, names_known=names_known) else []),
+            *([HALF] if self._is_unstated_half(outputs, own) else []),
             *quantised_weights.notes_on(self.quantised),
             *findings.notes,
         ]
@@ -249,6 +261,12 @@ class PreparedPyTorch:
             doubts=tuple(doubts),
             faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),
         )
+
+    def _is_unstated_half(self, outputs: CandidateOutputs, deployed: Mapping[str, Arrays]) -> bool:
+        """Whether the candidate is in half precision and the model is not."""
+        names_known = self.candidate.names_known and self.deployed.names_known
+        is_half = self.is_half_inside or _has_halves(outputs, deployed, names_known=names_known)
+        return is_half and self.dtype is torch.float32
 
     def _in_fp64(self, deployed: Mapping[str, Arrays], step: OnProofStep) -> CachedOutputs:
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
@@ -332,7 +350,8 @@ def _beyond_rounding(deployed: Mapping[str, Arrays], reference: Mapping[str, Arr
             own = deployed[case].get(name)
             if own is None or own.shape != truth.shape or not parity.is_float(own):
                 continue
-            error, size = error_of(truth, own), parity.rms(truth)
+            is_value = ~parity.fill_mask(truth, own)  # the least float of fp64 is not that of fp32
+            error, size = error_of(truth[is_value], own[is_value]), parity.rms(truth[is_value])
             if error > limit * size:
                 yield (
                     f"{name} in case {case}: PyTorch's own error is {error:.3g}, and rounding in {dtype} explains at "

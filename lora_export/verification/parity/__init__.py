@@ -2,6 +2,7 @@
 
 from lora_export.verification.parity.case import Case
 from lora_export.verification.parity.figures import EPS, FEW_EPS, Array, Outputs, Wide, histogram, is_float, rms
+from lora_export.verification.parity.fill_values import fill_mask
 from lora_export.verification.parity.gates import (
     CONTROL_SCALE,
     CONTROLS,
@@ -66,6 +67,7 @@ __all__ = [
     "combine",
     "count",
     "error_gate",
+    "fill_mask",
     "frozen_input",
     "histogram",
     "is_float",

@@ -20,6 +20,7 @@ from lora_export.verification.parity.verdict import Outcome, Reason, count
 
 LEAST_FILL = 1e3  # the smallest magnitude of a fill value
 GAP = 100  # times as large as the largest other value
+SAME_FILL = 0.1  # relative to a fill value: what scores that are added to it may change
 
 Mask = NDArray[np.bool_]
 
@@ -67,24 +68,33 @@ def _fill_mask(case: Case, output: str) -> Mask | None:
     reference, deployed = case.reference[output], case.deployed.get(output)
     if deployed is None or not all(is_float(array) and array.shape == reference.shape for array in arrays):
         return None
+    mask = fill_mask(reference, deployed)
+    return mask if mask.any() and not mask.all() else None
+
+
+def fill_mask(reference: Array, deployed: Array) -> Mask:
+    """Where an output of floats has fill values: finite ones beyond a gap, and infinities that both runs have."""
     magnitude = np.abs(wide(reference))
     infinite = np.isinf(magnitude) & (wide(reference) == wide(deployed))
     mask: Mask = infinite | (np.isfinite(magnitude) & (magnitude >= _least_fill(magnitude)))
-    return mask if mask.any() and not mask.all() else None
+    return mask
 
 
 def _least_fill(magnitude: NDArray[np.float64]) -> float:
     """The smallest fill value: from 1,000 on, beyond a gap of two decades. Infinity where there is no such gap."""
     finite = magnitude[np.isfinite(magnitude) & (magnitude > 0)]
-    if not finite.size or finite.max() < LEAST_FILL or finite.max() < GAP * finite.min():
+    if not finite.size or finite.max() < LEAST_FILL or finite.max() / GAP < finite.min():
         return np.inf
     ordered = np.sort(finite)
-    is_gap = (ordered[1:] >= GAP * ordered[:-1]) & (ordered[1:] >= LEAST_FILL)
+    is_gap = (ordered[1:] / GAP >= ordered[:-1]) & (ordered[1:] >= LEAST_FILL)
     return float(ordered[1:][is_gap][0]) if is_gap.any() else np.inf
 
 
 def _reasons(case: Case, output: str, fill: Mask, dtype: str) -> Sequence[Reason]:
-    """Each fill value is the reference's or the deployed model's, as nearly as the deployed model's are."""
+    """Each fill value is the reference's or the deployed model's, as nearly as the deployed model's are.
+
+    The least float of fp16 is another than that of fp64: such a fill value is compared with the deployed model's alone.
+    """
     candidate = case.candidate.get(output)
     if candidate is None:
         return []
@@ -92,9 +102,11 @@ def _reasons(case: Case, output: str, fill: Mask, dtype: str) -> Sequence[Reason
     own, truth, deployed = (wide(run[output])[fill] for run in (case.candidate, case.reference, case.deployed))
     with np.errstate(invalid="ignore"):  # inf - inf
         peer_errors = np.abs(deployed - truth)
-        known = peer_errors[np.isfinite(peer_errors)]
-        limit = ratio_limit(own.size, finest) * known.max(initial=0.0) + FEW_EPS * EPS[finest] * np.abs(truth)
-        near = np.isfinite(truth) & np.isfinite(own) & (np.abs(own - truth) <= limit)
+        is_shared = np.isfinite(truth) & (peer_errors <= SAME_FILL * np.abs(truth))
+        rounding = FEW_EPS * EPS[finest]
+        limit = ratio_limit(own.size, finest) * peer_errors[is_shared].max(initial=0.0) + rounding * np.abs(truth)
+        near = is_shared & np.isfinite(own) & (np.abs(own - truth) <= limit)
+        near |= np.isfinite(deployed) & (np.abs(own - deployed) <= rounding * np.abs(deployed))
     equal = near | (own == truth) | (own == deployed)
     wrong = np.argwhere(fill)[~equal]
     if not len(wrong):

@@ -10,6 +10,7 @@ verdict uses up to five arrays for each output, all computed from the same input
     B  the base: the reference without its adapters
     S  the reference with every adapter scale × 1.1
 
+    exact      integers are R's or P's, or indices whose scores tie within the limits; else different
     fill       the fill values of a mask (-1e9, an infinity) are P's; else different
     structure  all have the same names, count, dtypes and shapes, and are finite; else different
     error      rmse(O, R) <= k · rmse(P, R), or eps · rms(R) where P happens to be exact; else different
@@ -65,6 +66,7 @@ from lora_export.verification.parity.gates import (
 from lora_export.verification.parity.reasons import reasons_of
 from lora_export.verification.parity.small_features import small_feature_reasons
 from lora_export.verification.parity.structure import structure_reasons
+from lora_export.verification.parity.tied_indices import without_ties
 from lora_export.verification.parity.verdict import (
     PYTORCH,
     Comparison,
@@ -107,7 +109,8 @@ def judge(
             f"parity in {dtype} cannot be judged by a float64 reference; deploy in {', '.join(DEPLOYED_DTYPES)}"
         )
     prepared = [without_fill(case.judged(), dtype) for case in cases]
-    cases = [each.case for each in prepared]
+    untied = [without_ties(each.case, dtype) for each in prepared]
+    cases = [each.case for each in untied]
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     peer = cases[0].peer if cases else PYTORCH
     adapted = any(case.base is not None or case.scaled is not None for case in cases)
@@ -135,6 +138,7 @@ def judge(
             *notes,
             *([PADDED] if any(case.positions for case in cases) else []),
             *(note for each in prepared for note in each.notes),
+            *(note for each in untied for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
         peer=peer,

@@ -43,6 +43,8 @@ def _differences(f: Figures) -> dict[str, str]:
     if gate := failed.get("exact"):
         wrong = f"{gate.value:.0f} of {count(math.prod(f.shape), 'value')}"
         texts["exact"] = f"{wrong} are neither the reference's nor {f.peer}'s; {_worst_element(f)}"
+        if "int" in f.dtype:
+            texts["exact"] += ". If these are indices of scores that tie, only an output with the scores can show it"
     if gate := failed.get("tolerance"):
         texts["tolerance"] = (
             f"outside the tolerance: max(|candidate - reference| - rtol · |reference|) is {gate.value:.3g}, "

@@ -6,6 +6,7 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
     module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
     deployed_module.py     PyTorch as deployed, and with its adapters merged
+    half_graphs.py         graphs that compute in half precision and return fp32
     candidate_weights.py   how a candidate rounds or quantises its weights
     quantised_weights.py   the weights that a quantised graph computes with
     quantisation_error.py  whether these are the model's weights, rounded

@@ -9,7 +9,7 @@ import pytest
 
 from lora_export.verification.parity import Case, Outcome, judge, judging
 from lora_export.verification.parity.fill_values import WithoutFill
-from support.parity_cases import TRIED
+from support.parity_cases import COUNT, EFFECT, ERROR, OWN, TRIED, make
 
 FILLS = [-1e4, -1e9, float(np.finfo(np.float32).min), -np.inf, np.inf]
 
@@ -95,3 +95,34 @@ def test_large_outputs_without_a_gap_have_no_fill_values() -> None:
 
 
 RUNS = {"reference": "the reference", "deployed": "the deployed model", "candidate": "the candidate"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "half"),
+    [
+        (np.finfo(np.float64).min, np.finfo(np.float16).min),  # `finfo(dtype).min` is another number in each dtype
+        (np.finfo(np.float16).min, np.finfo(np.float16).min),
+        (-1e9, -np.inf),  # what fp16 makes of it
+        (-1e4, -1e4),
+        (-np.inf, -np.inf),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_fill_values_of_half_precision_are_compared_by_themselves(reference: float, half: float, dtype: str) -> None:
+    """Of a model in fp16, whose outputs a graph may return in fp32."""
+    is_masked = COUNT % 7 == 0
+    case = make(2**-11 * OWN, 2**-11 * ERROR, np.where(is_masked, 0, EFFECT), dtype="float16")
+    case = replace(
+        case, candidate={"y": case.candidate["y"].astype(dtype)}, deployed={"y": case.deployed["y"].astype(dtype)}
+    )
+    for run in ("reference", "base", "scaled"):
+        getattr(case, run)["y"][is_masked] = reference
+    for run in ("deployed", "candidate"):
+        getattr(case, run)["y"][is_masked] = half
+    verdict = judge([case], dtype="float16", sensitivity=TRIED)
+    assert verdict.same, str(verdict)
+    case.candidate["y"][7] = -2000.0
+    assert judge([case], dtype="float16", sensitivity=TRIED).outcome is Outcome.DIFFERENT
+    case.candidate["y"][7] = half
+    case.candidate["y"][1] += 0.1
+    assert judge([case], dtype="float16", sensitivity=TRIED).outcome is Outcome.DIFFERENT
