@@ -6,6 +6,7 @@ A defect makes a candidate for a column (a model in a mode), or None where the c
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -486,7 +487,12 @@ def at_run_time(name: str, *, needs: str = "") -> Callable[[Callable[[], Tamper]
         def make(column: Column) -> Runner | None:
             if needs and needs not in column.base.input_names:
                 return None
-            return Tampered(column.candidate(subjects.adapter(column.subject, column.kind)), tamper)
+            right: Any = column.candidate(subjects.adapter(column.subject, column.kind))
+            if not column.form:
+                return Tampered(right, tamper)
+            # It stays a graph: what its weights are stored in decides how it is judged.
+            right.run = functools.partial(tamper, right.run)
+            return right  # type: ignore[no-any-return]
 
         DEFECTS[name] = Defect(name, make)
         return tamper

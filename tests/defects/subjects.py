@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 import transformers
 from numpy.typing import NDArray
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
 from lora_export import layers, plan
@@ -38,11 +39,13 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.runtime.torchscript.runner import ScriptRunner
+from support.graphs import quantised
 
 RANK, ALPHA = 4, 8.0
 HERE = Path(__file__)
 GRAPHS = ("merged", "nodes", "inputs", "rows")
 MODES = (*GRAPHS, "checkpoint", "torchscript")
+FOUR_BITS, HALF, FILLED = "4 bits", "fp16", "fill values"
 
 
 class Net(nn.Module):
@@ -66,6 +69,22 @@ class Net(nn.Module):
 def net() -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(1)
     return Net().eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
+
+
+class MaskedNet(Net):
+    """The net with two outputs that are masked, by fill values of two kinds."""
+
+    def forward(self, signal: Tensor, loudness: Tensor) -> dict[str, Tensor]:
+        outputs = super().forward(signal, loudness)
+        is_quiet, lowest = loudness < 0.8, torch.finfo(signal.dtype).min
+        outputs["hidden"] = outputs["hidden"].masked_fill(is_quiet[..., None], lowest)
+        outputs["logits"] = outputs["logits"].masked_fill(is_quiet[:, :3], -1e9)
+        return outputs
+
+
+def maskednet() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    return MaskedNet().eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
 
 
 def deepnet() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -137,7 +156,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **TINY, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, architectures=["OPTForCausalLM"]
     ),
 }  # fmt: skip
-OWN = ("net", "deepnet", "trainednet", "cnn")
+OWN = ("net", "maskednet", "deepnet", "trainednet", "cnn")
 # The adapted layers, by the end of their names.
 TARGETS = {
     "net": ("self_attn", "out_proj", "linear1", "linear2", "mix", "conv"),
@@ -149,7 +168,12 @@ TARGETS = {
     "distilbert": ("q_lin", "v_lin", "out_lin", "lin1"),
     "opt": ("q_proj", "v_proj", "out_proj", "fc1"),
 }
-TARGETS |= {"deepnet": TARGETS["net"], "trainednet": TARGETS["net"], "deepllama": TARGETS["llama"]}
+TARGETS |= {
+    "deepnet": TARGETS["net"],
+    "maskednet": TARGETS["net"],
+    "trainednet": TARGETS["net"],
+    "deepllama": TARGETS["llama"],
+}
 TARGETS |= {"qwen2": TARGETS["llama"], "deepbert": TARGETS["bert"], "roberta": TARGETS["bert"]}
 HEADS = {"net": "head", "bert": "classifier"}  # what `modules_to_save` replaces
 
@@ -182,6 +206,12 @@ def loaded(name: str) -> Model:
             parameter.normal_(std=0.15) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     module.save_pretrained(folder() / name)
     return load_model(str(folder() / name))
+
+
+@functools.cache
+def in_fp16(name: str) -> Model:
+    """The model in half precision."""
+    return load_model(loaded(name).source, dtype=torch.float16)
 
 
 @functools.cache
@@ -270,9 +300,13 @@ class Column:
     subject: str
     mode: str
     storage: str = "float32"  # of a checkpoint
+    # Of a graph: FOUR_BITS, HALF (with inputs and outputs in fp32) or FILLED (outputs with fill values).
+    form: str = ""
 
     def __str__(self) -> str:
-        return f"{self.subject}, {self.mode}" + ("" if self.storage == "float32" else f" in {self.storage}")
+        return ", ".join(filter(None, (self.subject, self.mode, self.form))) + (
+            "" if self.storage == "float32" else f" in {self.storage}"
+        )
 
     @property
     def kind(self) -> str:
@@ -281,11 +315,21 @@ class Column:
 
     @property
     def base(self) -> Model:
-        return loaded(self.subject)
+        return in_fp16(self.subject) if self.form == HALF else loaded(self._source)
+
+    @property
+    def _source(self) -> str:
+        """The subject whose graph is exported: its weights have the same names."""
+        return f"masked{self.subject}" if self.form == FILLED else self.subject
 
     def graph(self, made_of: Adapter) -> ir.Model:
         """The graph of the base with an adapter in it, or with inputs for adapters."""
-        program = _exported(self.subject).clone()
+        program = _exported(self._source).clone()
+        if self.form == FOUR_BITS:
+            program = quantised(program)
+            for node in program.graph:
+                if node.op_type == "MatMulNBits":
+                    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)  # no products in int8
         found = find_sites(program)
         steps = plan.make([made_of], found.specs) if made_of.pairs or made_of.replaced else None
         if self.mode == "merged" and steps:
@@ -339,6 +383,9 @@ class Column:
 
     def runner(self, program: ir.Model, made_of: Adapter) -> OnnxRunner:
         folder = new_folder()
+        if self.form == HALF:
+            program = ir.from_proto(convert_float_to_float16(ir.to_proto(program), keep_io_types=True))
+            program.graph.sort()  # the converter appends its casts of the inputs at the end
         save_graph(program, folder, "model.onnx")
         runner = OnnxRunner(folder / "model.onnx")
         if self.mode == "rows":

@@ -28,7 +28,30 @@ COLUMNS = [
     *(*QUICK, Column("bert", "checkpoint"), Column("gpt2", "checkpoint")),
     *(Column("net", "nodes"), Column("llama", "nodes"), Column("net", "torchscript"), Column("bert", "torchscript")),
 ]
+# Graphs that are judged in another way: by the limits of fp16, with the graph's own weights, without fill values.
+OTHER_FORMS = [
+    Column("llama", "nodes", form=subjects.HALF),
+    Column("llama", "nodes", form=subjects.FOUR_BITS),
+    Column("net", "merged", form=subjects.FILLED),
+]
 NOT_BROKEN = "–"
+# What a graph in fp16 does by itself, or rounds away: no defects there. Dropout has no effect in fp16, and the
+# converter clamps the constants that an overflow needs.
+BELOW_FP16 = frozenset(
+    {
+        "adapter rounded to fp16",
+        "weights rounded to fp16",
+        "weights rounded to TF32",
+        "weights quantised to 16 bits",
+        "outputs rounded to fp16",
+        "one element of A off by a thousandth",
+        "Cast to fp16 and back at the end",
+        "outputs rounded to bf16",
+        "one element off by a thousandth of the largest",
+        "Dropout in training mode",
+        "fp16 overflow inside",
+    }
+)
 # onnxruntime reads freed memory: usually it computes the base, sometimes it crashes. In the slow run only.
 UNDEFINED = frozenset({"adapter object released"})
 
@@ -118,6 +141,50 @@ def misses(cells: dict[str, dict[str, str]]) -> str:
         lines.append(f"| {name} | {sum(passed)} of {len(ours)}, in {sum(map(bool, passed))} of {len(cells)} ways |")
     head = "| | broken candidates that passed |\n|---|---|\n"
     return f"{head}{chr(10).join(lines)}\n\n{other_tools.versions()}"
+
+
+# --- graphs of other forms ---
+
+
+def test_table_of_other_forms_has_all_defects() -> None:
+    stored = tables.rows(tables.text(README, "other forms"))
+    assert list(stored) == list(DEFECTS)
+    for column in map(str, OTHER_FORMS):
+        verdicts = [row[column] for row in stored.values()]
+        assert SAME not in verdicts and verdicts.count(NOT_BROKEN) < len(verdicts) / 3
+
+
+@pytest.mark.parametrize("column", OTHER_FORMS, ids=str)
+def test_other_forms_without_defect_are_judged_same(column: Column) -> None:
+    adapter = subjects.adapter(column.subject, column.kind)
+    result = judging.judged(column.candidate(adapter), column, adapter)
+    assert result.verdict == SAME, result.proof and str(result.proof.verdict)
+
+
+@pytest.mark.parametrize("column", OTHER_FORMS, ids=str)
+@pytest.mark.parametrize("name", ["adapter missing on one kind of layer", "NaN in one element"])
+def test_defects_of_other_forms_are_judged_as_stored(column: Column, name: str) -> None:
+    found = judging.judged_defect(DEFECTS[name], column)
+    assert (found.verdict if found else NOT_BROKEN) == tables.rows(tables.text(README, "other forms"))[name][
+        str(column)
+    ]
+
+
+@pytest.mark.slow
+def test_every_defect_in_other_forms(request: pytest.FixtureRequest) -> None:
+    cells = {name: {str(column): judged_in(name, column) for column in OTHER_FORMS} for name in DEFECTS}
+    if request.config.getoption("--keep"):
+        tables.put(README, "other forms", tables.table(cells, "defect"))
+    assert [f"{name}: {column}" for name, row in cells.items() for column in row if row[column] == SAME] == []
+    assert tables.rows(tables.text(README, "other forms")) == cells
+
+
+def judged_in(name: str, column: Column) -> str:
+    if column.form == subjects.HALF and name in BELOW_FP16:
+        return NOT_BROKEN
+    found = judging.judged_defect(DEFECTS[name], column)
+    print(f"{column}, {name}: {found.verdict if found else NOT_BROKEN}", flush=True)
+    return found.verdict if found else NOT_BROKEN
 
 
 # --- no false alarms -----------------------------------------------------------------------------
