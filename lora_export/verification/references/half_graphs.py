@@ -18,7 +18,7 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 
 HALVES = frozenset({"float16", "bfloat16"})
-ONNX_HALVES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
+HALF_TYPES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
 
 
 def _graph_of(candidate: Runner) -> OnnxRunner | None:
@@ -32,7 +32,7 @@ def is_half_inside(candidate: Runner) -> bool:
     False for everything but a graph. Reads no tensor data.
     """
     graph = _graph_of(candidate)
-    if graph is None or any(output.type in ONNX_HALVES for output in graph.session.get_outputs()):
+    if graph is None or any(output.type in HALF_TYPES for output in graph.session.get_outputs()):
         return False
     model = open_graph(graph.path).model
     if not any(stored_dtype(value) in HALVES for value in model.graph.initializers.values()):
