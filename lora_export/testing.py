@@ -43,13 +43,15 @@ def assert_parity(
     adapter_id: int | None = None,
     cache: File | None = None,
     fixed: Mapping[str, int] | None = None,
+    strict: bool = False,
 ) -> Proof:
     """Raise ParityFailed unless the candidate computes what the model computes with its adapters attached.
 
     `candidate` is a file as `lora-export verify` takes it, an nn.Module or a runner. `model` is a Hugging Face folder,
     `file.py:factory`, a .pt2, or `(module, example_inputs)`. `inputs` is an .npz of further inputs. `cache` is a folder
-    for the outputs of the fp64 reference. `fixed` are sizes of axes that the candidate was made for on purpose. The
-    other arguments are those of `lora_export.verify`.
+    for the outputs of the fp64 reference. `fixed` are sizes of axes that the candidate was made for on purpose. With
+    `strict`, a part of the candidate that was not judged fails too. The other arguments are those of
+    `lora_export.verify`.
 
     Returns the proof. Raises InputRefused for inputs that cannot be used, and EnvironmentLacking for a provider that
     does not do the work: neither is a verdict on the candidate.
@@ -69,6 +71,7 @@ def assert_parity(
     )
     runner = _runner(candidate, base, provider, onnx_adapter, adapter_id)
     proof = prove(runner, references, atol=atol, rtol=rtol)
+    proof = proof.strictly() if strict else proof
     if not proof.verdict:
         raise ParityFailed(proof)
     return proof

@@ -128,6 +128,7 @@ def verify(
     trace: bool = False,
     timeout: float = TIMEOUT,
     fixed: Mapping[str, int] | None = None,
+    strict: bool = False,
     reports: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
     on_message: OnMessage = ignore,
@@ -150,8 +151,9 @@ def verify(
     `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a folder for the
     outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of an .onnx or TorchScript
     file is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as {"sequence": 128}, that the file was
-    made for on purpose; another axis that it fixes and the model does not makes the verdict `undecided`. Each path in
-    `reports` gets a report (.json, .xml or .html); `about` adds facts.
+    made for on purpose; another axis that it fixes and the model does not makes the verdict `undecided`. With
+    `strict`, a part of the candidate that was not judged does so too. Each path in `reports` gets a report (.json, .xml
+    or .html); `about` adds facts.
 
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
     that do not go together.
@@ -191,8 +193,10 @@ def verify(
         proof, facts, error = _compare_outputs(
             candidate, model, adapters, weights, origin, how, on_message, on_progress
         )
+    if strict:
+        proof = proof.strictly()
     seconds = time.perf_counter() - begun
-    when = {"seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+    when = {"strict": strict, "seconds": round(seconds, 1), "created": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
     result = Verification(proof, {**facts, **when, **(about or {})}, seconds, error)
     for path in reports:
         result.write_report(path)
@@ -371,7 +375,9 @@ def _prove(
 def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:
     """The verdict, and what was found of the files beside the weights of a folder."""
     reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in found.differences), *verdict.reasons)
-    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, notes=(*verdict.notes, *found.unjudged))
+    not_judged = (*verdict.not_judged, *found.not_judged)
+    notes = (*verdict.notes, *found.notes)
+    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, not_judged=not_judged, notes=notes)
 
 
 def _compare_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,11 @@ def print_document(document: Any, indent: int | None = None) -> None:
 def wrote(path: Path, more: str = "") -> None:
     """Print that a file was written, with its size."""
     click.echo(f"wrote {one_line(str(path))} ({path.stat().st_size:,} bytes){more}")
+
+
+def runs_in_ci() -> bool:
+    """Whether this is a job of CI, by the environment: GitHub, GitLab, CircleCI and others set CI=true."""
+    return os.environ.get("CI", "").lower() in ("true", "1")
 
 
 def command_line() -> list[str]:

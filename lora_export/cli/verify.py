@@ -20,6 +20,7 @@ from lora_export.cli.arguments import (
     print_document,
     print_message,
     provider_option,
+    runs_in_ci,
     timeout_option,
 )
 from lora_export.cli.paths import FilePath, Source
@@ -83,6 +84,11 @@ Examples:
 @click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
 @fixed_option
 @timeout_option
+@click.option(
+    "--strict/--no-strict",
+    default=runs_in_ci,
+    help="Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
+)
 @json_option
 def command(
     candidate: Path,
@@ -105,6 +111,7 @@ def command(
     trace: bool,
     fixed: dict[str, int],
     timeout: float,
+    strict: bool,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -119,6 +126,9 @@ def command(
 
     With --base and without --model, nothing is run: each changed tensor of a merged folder or file is compared with
     W + s·BA in fp64, and every other tensor with the bytes of the base. PyTorch is not needed.
+
+    What was not judged, such as a pair whose effect is smaller than the allowed error, is listed below the verdict.
+    With --strict it makes the verdict `undecided`.
     """
     from lora_export.api.verify import verify
     from lora_export.cli.failures import answered
@@ -145,6 +155,7 @@ def command(
             trace=trace,
             timeout=timeout,
             fixed=fixed,
+            strict=strict,
             reports=reports,
             about={"command": command_line()},
             on_message=print_message,

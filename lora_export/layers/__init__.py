@@ -1,7 +1,7 @@
 """A plan over an nn.Module: attach its adapters as branches, or fold them into the weights."""
 
 from lora_export.layers.adapted_layers import recorded_branches
-from lora_export.layers.attaching import attach, detach, scale_adapters
+from lora_export.layers.attaching import attach, detach, scale_adapters, without_branches
 from lora_export.layers.folding import fold
 from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
@@ -31,4 +31,5 @@ __all__ = [
     "scale_adapters",
     "specs",
     "untie",
+    "without_branches",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -222,6 +222,22 @@ def scale_adapters(
             attachment_of(owner).factor = factor_before
         for registry, attribute, tensor in reversed(tensors_before):
             registry[attribute] = tensor
+
+
+@contextlib.contextmanager
+def without_branches(module: nn.Module, off: Collection[Branch]) -> Iterator[None]:
+    """Leave these branches out while the context is active. All others, and the replaced tensors, stay.
+
+    Raises InputRefused where nothing is attached.
+    """
+    before = [(attachment_of(owner), attachment_of(owner).branches) for owner in attached_modules(module)]
+    for attachment, branches in before:
+        attachment.branches = tuple(branch for branch in branches if branch not in off)
+    try:
+        yield
+    finally:
+        for attachment, branches in before:
+            attachment.branches = branches
 
 
 def scaled_replacement(replaced: ReplacedTensor, current: Tensor, factor: float) -> Tensor:

@@ -15,7 +15,7 @@ from lora_export.report.sentences import explanation, headline, placement_lines
 from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
-from lora_export.verification.parity import DECIDES, SHOWN, Comparison, Outcome, Verdict, count, percent
+from lora_export.verification.parity import DECIDES, NOT_JUDGED, SHOWN, Comparison, Outcome, Verdict, count, percent
 
 ICONS = {Outcome.SAME: "✅", Outcome.DIFFERENT: "❌", Outcome.UNDECIDED: "❓"}
 MAX_OUTPUTS = 20  # of the summary's table; GitHub accepts a megabyte
@@ -27,7 +27,7 @@ MAX_OUTPUTS = 20  # of the summary's table; GitHub accepts a megabyte
 def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None = None) -> Iterator[str]:
     """A workflow command for the diagnosis and for each reason (GitHub shows ten a step), or a notice of success."""
     if verdict.same:
-        yield _command("notice", title, verdict.headline)
+        yield _command("notice", title, "\n".join([verdict.headline, *verdict.summary_lines[1]]))
         return
     title_of_outcome = f"{title}: {verdict.outcome}"
     if lines := explanation(verdict.recorded, diagnosis):
@@ -43,7 +43,7 @@ def workflow_commands(verdict: Verdict, title: str, diagnosis: Diagnosis | None 
 def annotation_of_weights(audit: Audit, title: str) -> str:
     """A workflow command for the verdict on a checkpoint: its first line, and the weights that are wrong."""
     if audit:
-        return _command("notice", title, str(audit).partition("\n")[0])
+        return _command("notice", title, "\n".join([audit.headline, *audit.summary_lines[1]]))
     return _command("error", f"{title}: {audit.outcome}", str(audit))
 
 
@@ -118,6 +118,8 @@ def _row(comparison: Comparison) -> str:
 def _remarks(verdict: Verdict, placement: Placement | None) -> Iterator[str]:
     for line in placement_lines(placement) if placement else ():
         yield _safe(line) + "  "
+    for part in verdict.not_judged:
+        yield f"**{NOT_JUDGED}:** {_safe(part)}  "
     for note in verdict.notes:
         yield f"_{_safe(note)}_  "
 

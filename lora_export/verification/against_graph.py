@@ -157,7 +157,8 @@ class PreparedGraphReferences:
             sensitivity,
             dtype=self.references.base.dtype,
             peer=PEER,
-            notes=(*notes, *outputs.refusals, *outputs.notes, *self.inputs.notes),
+            notes=(*notes, *outputs.notes, *self.inputs.notes),
+            not_judged=outputs.not_judged,
         )
 
     def run_merged(self, step: OnProofStep) -> MergedPeer | None:
@@ -169,6 +170,9 @@ class PreparedGraphReferences:
         peer = open_graph_session(model, PEER, self.references.base.provider, timeout=self.references.base.timeout)
         del model
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
+
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> None:
+        """None: a graph for each pair would have to be made and run."""
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
         """None: two graphs are not compared module by module."""

@@ -6,6 +6,7 @@ references run in fp64, one after the other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,8 +35,9 @@ from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.inputs import REDRAWS, Inputs
 from lora_export.verification.inputs.model_inputs import case_inputs, doubts_on_sizes, draw, notes_on_sizes
-from lora_export.verification.inputs.pair_coverage import doubts_on_pairs
+from lora_export.verification.inputs.pair_coverage import coverage_of_pairs
 from lora_export.verification.inputs.row_coverage import RowCoverage
+from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import (
     STEPS,
     Diagnosed,
@@ -58,6 +60,7 @@ from lora_export.verification.references.deployed_module import (
 )
 from lora_export.verification.references.half_graphs import as_declared, is_half_inside
 from lora_export.verification.references.module_copies import converted_copy, shared_copy, to_double, widened
+from lora_export.verification.references.single_pairs import control_pairs
 
 MERGED_MODULE = (
     "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
@@ -224,31 +227,29 @@ class PreparedPyTorch:
         errors = {name: weight.error for name, weight in self.quantised.items() if weight.error is not None}
         with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
             own = {name: deployed.run(arrays) for name, arrays in cases.items()}
-        doubts, rows = coverage.doubts, coverage.notes  # read here: runs on other inputs would add to them
+        doubts, rows = coverage.doubts, coverage.not_judged  # read here: runs on other inputs would add to them
+        pairs = coverage_of_pairs(self.attached.module, cases, computed)
         doubts = [
             *doubts,
-            *doubts_on_pairs(self.attached.module, cases, computed),
+            *pairs.doubts,
             *doubts_on_sizes(self.candidate, model, self.references.fixed),
             *self.inputs.doubts,
             *(findings := quantisation_error.findings_on(errors, layer)).doubts,
         ]
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
-        by_role, narrow_operators = self._in_fp64(own, step)
+        by_role, narrow_operators, _ = self._in_fp64(own, step)
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does
             doubts = [*doubts, *_beyond_rounding(own, by_role["reference"], dtype_name(self.dtype))]
         names_known = self.candidate.names_known and deployed.names_known
         notes = [
-            *outputs.refusals,
             note_on_fp64(narrow_operators),
             *model.notes,
             *notes_on_sizes(self.candidate, model),
             *_about_cache(self.candidate),
             *([] if outputs.refusals else self.inputs.notes),
             *outputs.notes,
-            *rows,
             *([HALF] if self._is_unstated_half(outputs, own) else []),
             *quantised_weights.notes_on(self.quantised),
-            *findings.notes,
         ]
         return ReferenceOutputs(
             own,
@@ -258,6 +259,8 @@ class PreparedPyTorch:
             names_known=names_known,
             is_quantised=bool(self.quantised),
             notes=tuple(notes),
+            not_judged=(*outputs.not_judged, *rows, *findings.not_judged),
+            unreached=pairs.unreached,
             doubts=tuple(doubts),
             faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),
         )
@@ -271,7 +274,7 @@ class PreparedPyTorch:
     def _in_fp64(self, deployed: Mapping[str, Arrays], step: OnProofStep) -> CachedOutputs:
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
         given, key = self.references, self._cache_key(deployed)
-        if given.cache is not None and key is not None and (cached := cached_outputs.read(given.cache, key, given.say)):
+        if cached := self._read_cache(key):
             return cached
         narrow_operators: set[str] = set()
         by_role = {}
@@ -280,12 +283,22 @@ class PreparedPyTorch:
                 step(STEPS[role])
                 by_role[role] = self.attached.run(role, self.inputs.cases, narrow_operators)
         outputs = CachedOutputs(by_role, frozenset(narrow_operators))
-        if given.cache is not None and key is not None:
-            cached_outputs.write(given.cache, key, outputs, given.say)
+        self._write_cache(key, outputs)
+        if given.cache is not None and key is None:
+            given.say("cache: not used: an adapter came from no file, or was merged into quantised weights")
         return outputs
 
+    def _read_cache(self, key: cached_outputs.CacheKey | None) -> CachedOutputs | None:
+        given = self.references
+        return None if given.cache is None or key is None else cached_outputs.read(given.cache, key, given.say)
+
+    def _write_cache(self, key: cached_outputs.CacheKey | None, outputs: CachedOutputs) -> None:
+        given = self.references
+        if given.cache is not None and key is not None:
+            cached_outputs.write(given.cache, key, outputs, given.say)
+
     def _cache_key(self, deployed: Mapping[str, Arrays]) -> cached_outputs.CacheKey | None:
-        """The hashes of all that the references depend on; None where they cannot be cached, which is warned of."""
+        """The hashes of all that the references depend on; None where they cannot be cached."""
         given, rounding = self.references, self.attached.rounding
         if given.cache is None:
             return None
@@ -296,8 +309,6 @@ class PreparedPyTorch:
             key = cached_outputs.cache_key(
                 self.judged, given.adapters, given.strengths, cases, deployed, dtypes, module
             )
-        if key is None:
-            given.say("cache: not used: an adapter came from no file, or was merged into quantised weights")
         return key
 
     def run_merged(self, step: OnProofStep) -> MergedPeer | None:
@@ -309,6 +320,22 @@ class PreparedPyTorch:
         device = self.references.device
         peer = ModuleRunner(merged_module(self.attached.module, self.changes).to(device), device)
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_MODULE)
+
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
+        """Run the module in fp64 without single pairs, and judge what it returns."""
+        judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
+        key = None
+        if self.references.cache is not None and all(case.deployed is expected.deployed[case.name] for case in cases):
+            key = self._cache_key(expected.deployed)
+        cached = self._read_cache(key)
+        detected = cached.detected if cached else frozenset()
+        with widened(self.attached.module):
+            controls = control_pairs(
+                self.attached.module, self.inputs.cases, cases, judge, skip=expected.unreached, detected=detected
+            )
+        if cached and controls.detected - detected:
+            self._write_cache(key, cached._replace(detected=controls.detected))
+        return controls
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         """Compare the candidate with PyTorch module by module, in one case."""

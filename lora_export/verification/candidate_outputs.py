@@ -13,6 +13,8 @@ from lora_export.verification.inputs import Inputs
 
 OutputsByCase = Mapping[str, Arrays]
 
+INPUTS_NOT_CHANGED = "whether each input affects the outputs"
+
 OnProofStep = Callable[[str], None]  # is called with the name of each step of a proof
 
 
@@ -31,6 +33,11 @@ class CandidateOutputs:
     repeated: Arrays | None = None  # of the first case, run again after all others; None where every bit is the same
     notes: tuple[str, ...] = ()
 
+    @property
+    def not_judged(self) -> tuple[str, ...]:
+        """The refused cases, and what was not tried for that reason."""
+        return self.refusals if self.changed else (*self.refusals, INPUTS_NOT_CHANGED)
+
 
 def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> CandidateOutputs:
     """Run every case, then each input drawn again, then the first case once more.
@@ -44,7 +51,7 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
         try:
             by_case[name] = candidate.run(arrays)
         except RuntimeRefused as refusal:
-            refusals.append(f"the candidate refused case {name}: {refusal}")
+            refusals.append(f"case {name}, which the candidate refused: {refusal}")
     if refusals:
         return CandidateOutputs(by_case, tuple(refusals))
     step("inputs, one by one")

@@ -36,7 +36,8 @@ class ComparedFiles:
     """Sentences: what differs, and what was not judged because only one folder has it."""
 
     differences: tuple[str, ...] = ()
-    unjudged: tuple[str, ...] = ()
+    not_judged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> ComparedFiles:
@@ -47,7 +48,7 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
     if not (base.is_dir() and merged.is_dir()):
         return ComparedFiles()
     differences: list[str] = []
-    unjudged: list[str] = []
+    not_judged: list[str] = []
     for name, read in READERS.items():
         if not ((base / name).exists() and (merged / name).exists()):
             continue
@@ -59,13 +60,13 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
             differences.append(f"{name}: and {len(found) - SHOWN_DIFFERENCES} more values")
         if only := sorted(_only_in_one(expected, after)):
             more = f" and {len(only) - SHOWN_DIFFERENCES} more" if len(only) > SHOWN_DIFFERENCES else ""
-            unjudged.append(f"not judged: {name} has in one folder only {', '.join(only[:SHOWN_DIFFERENCES])}{more}")
+            not_judged.append(f"values in {name} that only one folder has: {', '.join(only[:SHOWN_DIFFERENCES])}{more}")
     templates = [_chat_template(folder) for folder in (base, merged)]
     if all(templates) and templates[0] != templates[1]:
         differences.append("the chat template is another than the base's")
     elif any(templates) and not all(templates):
-        unjudged.append("not judged: only one folder has a chat template")
-    return ComparedFiles(tuple(map(one_line, differences)), tuple(map(one_line, unjudged)))
+        not_judged.append("the chat template, which only one folder has")
+    return ComparedFiles(tuple(map(one_line, differences)), tuple(map(one_line, not_judged)))
 
 
 def _differences(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:

@@ -56,16 +56,15 @@ def loaded_files(candidate: Path) -> LoadedFiles:
             f"{CONFIG} names the weights {named!r} ({OTHER_FILE}), which transformers loads in place of those that "
             "were judged. Remove this entry"
         )
-    unjudged = _unjudged(name for name in others if name not in leftovers)
-    return LoadedFiles(
-        {name: files[name] for name in sorted(judged)}, ComparedFiles(tuple(map(one_line, differences)), unjudged)
-    )
+    notes = _notes_on(name for name in others if name not in leftovers)
+    found = ComparedFiles(tuple(map(one_line, differences)), notes=notes)
+    return LoadedFiles({name: files[name] for name in sorted(judged)}, found)
 
 
-def _unjudged(names: Iterable[str]) -> tuple[str, ...]:
+def _notes_on(names: Iterable[str]) -> tuple[str, ...]:
     """A note on other weights, which no loader takes by their names, and on texts."""
     weights, texts = (".safetensors", *OTHER_WEIGHTS), TEXTS
     shown = sorted((not name.endswith(weights), name) for name in names if name.endswith((*weights, *texts)))
     more = f" and {len(shown) - SHOWN_FILES} more" if len(shown) > SHOWN_FILES else ""
-    text = f"not judged: {', '.join(name for _, name in shown[:SHOWN_FILES])}{more}"
+    text = f"not compared: {', '.join(name for _, name in shown[:SHOWN_FILES])}{more}"
     return (one_line(text),) if shown else ()

@@ -33,6 +33,7 @@ from lora_export.verification.compare_outputs import (
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs, describe_arrays
 from lora_export.verification.mixed_batches import mixed_cases
+from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import ReferenceOutputs, References
 
 BASE = "the base"
@@ -51,6 +52,10 @@ class Proof:
     cases: tuple[parity.Case, ...] = field(default=(), repr=False)  # the outputs of all runs
     ended_with: int | None = None  # the exit code of an error that ended the proof before anything was measured
     diagnosis: Diagnosis | None = None  # where the candidate goes wrong, and why; or that it nowhere does
+
+    def strictly(self) -> Proof:
+        """The proof whose verdict is undecided where a part of the candidate was not judged."""
+        return replace(self, verdict=self.verdict.strictly())
 
     @property
     def exit_code(self) -> int:
@@ -92,6 +97,10 @@ def prove(
         second = judge(measured, merged.note)
         if second.outcome is not parity.Outcome.DIFFERENT:
             verdict, cases = second, measured
+    if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
+        step("single pairs")
+        controls = prepared.control_pairs([case for case in cases if case.candidate], expected)
+        verdict = _with_pair_controls(verdict, controls) if controls else verdict
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
@@ -152,6 +161,7 @@ def _judge(
         atol=atol,
         rtol=rtol,
         notes=[*expected.notes, *notes],
+        not_judged=expected.not_judged,
         doubts=expected.doubts,
         faults=expected.faults,
     )
@@ -164,6 +174,13 @@ def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays]) -> list
 
 def _noted(verdict: parity.Verdict, notes: Sequence[str]) -> parity.Verdict:
     return replace(verdict, notes=(*verdict.notes, *notes))
+
+
+def _with_pair_controls(verdict: parity.Verdict, controls: PairControls) -> parity.Verdict:
+    faults = (parity.Reason(parity.Outcome.DIFFERENT, "pairs", fault) for fault in controls.faults)
+    doubts = (parity.Reason(parity.Outcome.UNDECIDED, "pairs", doubt) for doubt in controls.doubts)
+    verdict = replace(verdict, not_judged=(*verdict.not_judged, *controls.not_judged))
+    return parity.with_reasons(_noted(verdict, controls.notes), *faults, *doubts)
 
 
 def _with_remedy(verdict: parity.Verdict, remedy: str) -> parity.Verdict:

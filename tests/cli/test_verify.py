@@ -68,3 +68,36 @@ def test_time_limit_of_the_help_is_that_of_the_function() -> None:
     """The command line imports nothing heavy for its help, so it states the number itself."""
     (option,) = [option for option in command.params if option.name == "timeout"]
     assert option.default == TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "code"),
+    [
+        ({}, (), 0),
+        ({}, ("--strict",), 5),
+        ({"CI": "true"}, (), 5),
+        ({"CI": "true"}, ("--no-strict",), 0),
+        ({"CI": "false"}, (), 0),
+    ],
+)
+def test_part_that_was_not_judged_is_undecided_where_strict(
+    environment: dict[str, str],
+    options: tuple[str, ...],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, adapter, out = tmp_path / "base", plain(tmp_path / "ad"), tmp_path / "merged"
+    base.mkdir()
+    the_base(base / "model.safetensors")
+    assert run("merge", base, adapter, "-o", out) == 0
+    (base / "config.json").write_text('{"hidden_size": 16, "extra": 1}')
+    (out / "config.json").write_text('{"hidden_size": 16}')
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    assert run("verify", out, "--base", base, "-a", adapter, *options) == code
+    shown = capsys.readouterr().out
+    assert shown.startswith("undecided: " if code else "same: ")
+    assert "not judged: values in config.json that only one folder has: extra" in shown

@@ -200,7 +200,12 @@ def spans_of(page: str) -> list[str]:
 @pytest.mark.parametrize("page", NEEDS)
 def test_every_option_that_a_page_names_exists(page: str) -> None:
     named = {word for span in spans_of(page) for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
-    known = {spelling for name in COMMANDS for option in options_of(name) for spelling in option.opts}
+    known = {
+        spelling
+        for name in COMMANDS
+        for option in options_of(name)
+        for spelling in (*option.opts, *option.secondary_opts)
+    }
     assert named <= known | {"--help", "--version"}
 
 

@@ -333,8 +333,10 @@ def a_large_adapter(std: float) -> tuple[model.Model, Adapter]:
 
 def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = a_large_adapter(1.0)
-    # The error of the merge is 1.3 to 2.2 times that of PyTorch, depending on the processor, and 1 once PyTorch merges.
-    comparisons = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.comparisons
+    # The error of the merge is 1.3 to 3 times that of PyTorch, depending on the processor, and 1 once PyTorch merges.
+    with monkeypatch.context() as unmerged:
+        unmerged.setattr(proof, "differs_in_precision_alone", lambda _: False)
+        comparisons = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.comparisons
     apart = max(comparison.figures.ratio for comparison in comparisons)
     assert apart > 1.1
     monkeypatch.setattr(judging, "ratio_limit", lambda *_: (1 + apart) / 2)

@@ -85,7 +85,7 @@ def test_refused_cases_end_the_run_with_their_names() -> None:
 
     found = run_candidate(FakeRunner(refuse_two), INPUTS, no_step)
     assert list(found.by_case) == ["one"] and found.changed == {}
-    assert found.refusals == ("the candidate refused case two: no batch of 2",)
+    assert found.refusals == ("case two, which the candidate refused: no batch of 2",)
 
 
 @pytest.mark.parametrize("last", [{"y": OTHER}, {"z": X}, {"y": X.astype(np.float64)}])
@@ -112,7 +112,7 @@ def test_the_error_with_the_providers_own_settings_is_noted() -> None:
 
 def test_a_refusal_with_the_providers_own_settings_is_noted() -> None:
     def refuse(*_: object) -> Arrays:
-        raise RuntimeRefused("out of memory\nand more")
+        raise RuntimeRefused("out of memory", "and more")
 
     runner = FakeRunner(lambda *_: {}, placement=placement(a="1"), shipped=FakeRunner(refuse))
     (note,) = notes_on_provider_defaults(runner, [make()], Inputs({"first": {}}), names_known=True)

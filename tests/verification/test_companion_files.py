@@ -77,7 +77,7 @@ def test_value_that_both_have_and_that_is_another_differs(
     tmp_path: Path, name: str, change: dict[str, Any], sentence: str
 ) -> None:
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", name, change), [])
-    assert len(found.differences) == 1 and sentence in found.differences[0] and not found.unjudged
+    assert len(found.differences) == 1 and sentence in found.differences[0] and not found.not_judged
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,20 @@ def test_value_that_both_have_and_that_is_another_differs(
 )
 def test_what_another_writer_or_a_merge_changes_is_expected(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", name, change), [])
-    assert not found.differences and not found.unjudged
+    assert not found.differences and not found.not_judged
 
 
 def test_value_that_one_folder_lacks_is_named_and_not_judged(tmp_path: Path) -> None:
     change = {"rope_theta": "absent", "rope_parameters": {"rope_theta": 1e4}}
     found = compare_files(folder(tmp_path / "base"), folder(tmp_path / "merged", "config.json", change), [])
     assert found.differences == ()
-    assert found.unjudged == ("not judged: config.json has in one folder only rope_parameters, rope_theta",)
+    assert found.not_judged == ("values in config.json that only one folder has: rope_parameters, rope_theta",)
 
 
 def test_chat_template_may_move_to_a_file_of_its_own(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", "tokenizer_config.json", {"chat_template": "{{ messages }}"})
     merged = folder(tmp_path / "merged")
-    assert compare_files(base, merged, []).unjudged == ("not judged: only one folder has a chat template",)
+    assert compare_files(base, merged, []).not_judged == ("the chat template, which only one folder has",)
     (merged / "chat_template.jinja").write_text("{{ messages }}\n")
     assert compare_files(base, merged, []).differences == ()
     (merged / "chat_template.jinja").write_text("{{ messages[:-1] }}")

@@ -52,7 +52,7 @@ def test_the_report_lists_what_was_judged(merged: Path, capsys: pytest.CaptureFi
         (merged / name).write_bytes(b"")
     code, document = answer(capsys, *audit(merged))
     assert code == 0 and document["about"]["judged_files"] == ["config.json", "model.safetensors"]
-    assert "not judged: optimizer.pt, sub/model.safetensors, training_args.bin, vocab.txt" in document["notes"]
+    assert "not compared: optimizer.pt, sub/model.safetensors, training_args.bin, vocab.txt" in document["notes"]
 
 
 def test_a_config_that_names_other_weights_is_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,4 +77,4 @@ def test_a_second_set_of_safetensors_is_refused_by_name(
 
 def test_a_single_file_is_its_own(tmp_path: Path) -> None:
     path = base_file(tmp_path / "m.safetensors", {"fc.weight": W})
-    assert loaded_files(path).judged == {"m.safetensors": path} and not loaded_files(path).others.unjudged
+    assert loaded_files(path).judged == {"m.safetensors": path} and not loaded_files(path).others.notes

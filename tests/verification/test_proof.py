@@ -92,7 +92,7 @@ class FixedBatch(torch_runners.ModuleRunner):
 def test_candidate_that_refuses_a_batch_size_is_different(scaled: model.Model) -> None:
     result = prove(FixedBatch(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.outcome is parity.Outcome.DIFFERENT
-    assert any("the batch size must be 3" in note for note in result.verdict.notes)
+    assert any("the batch size must be 3" in part for part in result.verdict.not_judged)
 
 
 class Refusing(torch_runners.ModuleRunner):
@@ -194,7 +194,7 @@ class Coarse(torch_runners.ModuleRunner):
 
 class OutOfMemory(torch_runners.ModuleRunner):
     def run(self, inputs: Arrays) -> Arrays:
-        raise RuntimeRefused("out of memory\nsomewhere")
+        raise RuntimeRefused("out of memory", "somewhere")
 
 
 def test_error_with_the_providers_own_settings_is_a_note(scaled: model.Model, monkeypatch: pytest.MonkeyPatch) -> None:

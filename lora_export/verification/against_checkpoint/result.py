@@ -9,7 +9,7 @@ from enum import StrEnum
 from lora_export.errors import escaped_lines, one_line
 from lora_export.plan import Step
 from lora_export.verification.companion_files import ComparedFiles
-from lora_export.verification.parity import Outcome, WorstElement, count
+from lora_export.verification.parity import NOT_JUDGED, Outcome, WorstElement, count
 
 SHOWN_WEIGHTS = 8  # weights that are printed; the object holds all of them
 
@@ -59,7 +59,8 @@ class Audit:
     weights: tuple[AuditedWeight, ...]
     recorded: tuple[str, ...] = ()  # where the candidate's record disagrees with what it was compared with
     files: tuple[str, ...] = ()  # how config, tokenizer and the like differ from the base's, see `companion_files`
-    notes: tuple[str, ...] = ()  # what was not judged
+    not_judged: tuple[str, ...] = ()  # parts in which a fault could be
+    notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -72,8 +73,16 @@ class Audit:
         """The audit and what was found of the files beside the weights; one difference in them makes it different."""
         outcome = Outcome.DIFFERENT if files.differences else self.outcome
         return replace(
-            self, outcome=outcome, files=(*self.files, *files.differences), notes=(*self.notes, *files.unjudged)
+            self,
+            outcome=outcome,
+            files=(*self.files, *files.differences),
+            not_judged=(*self.not_judged, *files.not_judged),
+            notes=(*self.notes, *files.notes),
         )
+
+    def strictly(self) -> Audit:
+        """The audit in which anything that was not judged makes `same` undecided."""
+        return replace(self, outcome=Outcome.UNDECIDED) if self and self.not_judged else self
 
     @property
     def worst(self) -> tuple[AuditedWeight, ...]:
@@ -99,10 +108,12 @@ class Audit:
 
     @property
     def summary_lines(self) -> tuple[list[str], list[str]]:
-        """Why the verdict is not `same`, in lines: what the candidate records, and the weights that are not right."""
+        """Lines below the headline: what the candidate records; weights that are not right, what was not judged."""
         weights = [f"  {weight}" for weight in self.worst[:SHOWN_WEIGHTS]]
         more = len(self.worst) - len(weights)
-        return [f"  {one_line(line)}" for line in self.explanation], weights + ([f"  and {more} more"] if more else [])
+        weights += [f"  and {more} more"] if more else []
+        not_judged = [one_line(f"{NOT_JUDGED}: {part}") for part in self.not_judged]
+        return [f"  {one_line(line)}" for line in self.explanation], [*weights, *not_judged]
 
     def __str__(self) -> str:
         recorded, weights = self.summary_lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -10,12 +11,29 @@ from lora_export import layers
 from lora_export.layers.adapted_layers import Branch, attachment_of, is_attached
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
+from lora_export.verification.pair_controls import first_names
 
-SHOWN_PAIRS = 5
+
+@dataclass(frozen=True)
+class PairCoverage:
+    """The pairs of the adapters, and those that were computed in no case: of an image tower, or of a rare expert."""
+
+    pairs: int = 0
+    unreached: tuple[str, ...] = ()  # the adapter's names of their modules
+
+    @property
+    def doubts(self) -> list[str]:
+        """One message on the pairs that no input reaches."""
+        if not self.unreached:
+            return []
+        return [
+            f"no input reaches {first_names(self.unreached)}: {len(self.unreached)} of the "
+            f"{self.pairs} pairs of the adapters were not computed. Give inputs that reach them (--inputs)"
+        ]
 
 
-def doubts_on_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed: Collection[Branch]) -> list[str]:
-    """One message where pairs were computed in no case: those of an image tower without images, or of a rare expert.
+def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed: Collection[Branch]) -> PairCoverage:
+    """Which pairs the inputs reach.
 
     `attached` is the module with its adapters. `computed` are the branches that a run of it computed. Where it is
     empty (PyTorch ran with merged weights), `attached` itself runs all cases.
@@ -26,11 +44,4 @@ def doubts_on_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed: 
             for arrays in cases.values():
                 ModuleRunner(attached).run(arrays)
         computed = found
-    unreached = [branch.module for branch in every if branch not in computed]
-    if not unreached:
-        return []
-    more = f" and {len(unreached) - SHOWN_PAIRS} more" if len(unreached) > SHOWN_PAIRS else ""
-    return [
-        f"no input reaches {', '.join(unreached[:SHOWN_PAIRS])}{more}: {len(unreached)} of the {len(every)} pairs of "
-        "the adapters were not computed. Give inputs that reach them (--inputs)"
-    ]
+    return PairCoverage(len(every), tuple(branch.module for branch in every if branch not in computed))

@@ -45,10 +45,11 @@ class RowCoverage:
         ]
 
     @property
-    def notes(self) -> list[str]:
+    def not_judged(self) -> list[str]:
         """One message for each table of whose rows some were looked up, but not all."""
         return [
-            f"{table}: {len(rows & self.seen[table])} of the {len(rows)} rows that the adapter brings were looked up"
+            f"{table}: {len(rows - self.seen[table])} of the {len(rows)} rows that the adapter brings. They were not "
+            "looked up"
             for table, rows in self.wanted.items()
             if 0 < len(rows & self.seen[table]) < len(rows)
         ]

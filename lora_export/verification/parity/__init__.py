@@ -15,8 +15,10 @@ from lora_export.verification.parity.gates import (
     tail_gate,
 )
 from lora_export.verification.parity.judging import DEPLOYED_DTYPES, judge
+from lora_export.verification.parity.missing_part import LARGEST_SHARE, EffectShare, MissingPart, judge_missing_part
 from lora_export.verification.parity.verdict import (
     DECIDES,
+    NOT_JUDGED,
     PYTORCH,
     SHOWN,
     Comparison,
@@ -34,6 +36,7 @@ from lora_export.verification.parity.verdict import (
     multiple,
     outcome_of,
     percent,
+    with_reasons,
 )
 from lora_export.verification.parity.whole_set import frozen_input
 
@@ -45,6 +48,8 @@ __all__ = [
     "EPS",
     "FEW_ELEMENTS",
     "FEW_EPS",
+    "LARGEST_SHARE",
+    "NOT_JUDGED",
     "PYTORCH",
     "SHOWN",
     "Allowance",
@@ -52,9 +57,11 @@ __all__ = [
     "Case",
     "Comparison",
     "Control",
+    "EffectShare",
     "Figures",
     "Gate",
     "Histogram",
+    "MissingPart",
     "Outcome",
     "Outputs",
     "Reason",
@@ -72,10 +79,12 @@ __all__ = [
     "histogram",
     "is_float",
     "judge",
+    "judge_missing_part",
     "multiple",
     "outcome_of",
     "percent",
     "ratio_limit",
     "rms",
     "tail_gate",
+    "with_reasons",
 ]

@@ -92,15 +92,16 @@ def judge(
     atol: float | None = None,
     rtol: float | None = None,
     notes: Sequence[str] = (),
+    not_judged: Sequence[str] = (),
     doubts: Sequence[str] = (),
     faults: Sequence[str] = (),
 ) -> Verdict:
     """Apply every gate and control to every output of every case.
 
     `dtype` is the precision in which the model is deployed. An output of a coarser dtype is measured by its own.
-    `atol` and `rtol` are an additional requirement and never relax a gate. `notes` become notes of the verdict.
-    `doubts` are parts of the model that the inputs do not exercise; each makes the verdict undecided. `faults` are
-    errors in the candidate's weights; each makes it different, however little of it reaches an output.
+    `atol` and `rtol` are an additional requirement and never relax a gate. `notes` and `not_judged` become the
+    verdict's. `doubts` are parts of the model that the inputs do not exercise; each makes the verdict undecided.
+    `faults` are errors in the candidate's weights; each makes it different, however little of it reaches an output.
 
     Raises InputRefused for a dtype that is not in DEPLOYED_DTYPES, and for a tolerance that is negative or not finite.
     """
@@ -141,6 +142,7 @@ def judge(
             *(note for each in untied for note in each.notes),
             *notes_on_scope(comparisons, sensitivity, peer, adapted=adapted),
         ),
+        not_judged=tuple(not_judged),
         peer=peer,
     )
 

@@ -14,6 +14,7 @@ from lora_export.errors import Different, EscapedLines, Undecided, escaped_lines
 
 PYTORCH = "PyTorch"
 DECIDES = "what would decide it"  # introduces a remedy
+NOT_JUDGED = "not judged"  # introduces a part of the candidate in which a fault could be
 SHOWN = 5  # outputs, and reasons, that a verdict prints; it holds all of them
 
 
@@ -202,7 +203,8 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     sensitivity: tuple[Sensitivity, ...]
     dtype: str  # the precision in which the candidate is deployed
-    notes: tuple[str, ...] = ()  # what was not judged, and how the reference was computed
+    notes: tuple[str, ...] = ()  # how the reference was computed, and what to know about the run
+    not_judged: tuple[str, ...] = ()  # parts of the candidate in which a fault could be
     peer: str = PYTORCH  # the implementation whose own error sets the limits
     recorded: tuple[str, ...] = ()  # where the candidate's record disagrees with what it was compared with
 
@@ -271,18 +273,30 @@ class Verdict:
         else:
             yield f"{multiple(f.ratio)} × {f.peer}'s own rounding (limit {f.ratio_limit:g} ×)"
 
+    def strictly(self) -> Verdict:
+        """The verdict in which each part that was not judged is a reason for `undecided`."""
+        parts = (
+            Reason(Outcome.UNDECIDED, NOT_JUDGED, f"{NOT_JUDGED}: {part}. --no-strict accepts that")
+            for part in self.not_judged
+        )
+        return with_reasons(self, *parts)
+
     def __bool__(self) -> bool:
         return self.same
 
     @property
     def summary_lines(self) -> tuple[list[str], list[str]]:
-        """Why the verdict is not `same`, in lines: what the candidate records; the reasons and the notes."""
+        """Lines below the headline: what the candidate records; the reasons, what was not judged, and the notes.
+
+        There are notes only where the verdict is not `same`.
+        """
         notes = () if self.same else (one_line(f"note: {note}") for note in self.notes)
-        return [one_line(f"  - {line}") for line in self.recorded], [*self._reason_lines(), *notes]
+        recorded = [one_line(f"  - {line}") for line in self.recorded]
+        return recorded, [*self._reason_lines(), *self._not_judged_lines(), *notes]
 
     @property
     def summary(self) -> EscapedLines:
-        """The headline and, where the verdict is not `same`, why: no figures of single outputs."""
+        """The headline, what was not judged and, where the verdict is not `same`, why: no figures of single outputs."""
         recorded, reasons = self.summary_lines
         return escaped_lines(self.headline, *recorded, *reasons)
 
@@ -292,7 +306,12 @@ class Verdict:
         lines += (comparison.text for comparison in closest[:SHOWN])
         if len(closest) > SHOWN:
             lines.append(f"{count(len(closest) - SHOWN, 'output')} more, each farther from its limits than these")
-        return escaped_lines(*lines, *(f"note: {note}" for note in self.notes))
+        return escaped_lines(*lines, *self._not_judged_lines(), *(f"note: {note}" for note in self.notes))
+
+    def _not_judged_lines(self) -> Iterator[str]:
+        """None where these are reasons already."""
+        is_strict = any(reason.gate == NOT_JUDGED for reason in self.reasons)
+        return iter(()) if is_strict else (one_line(f"{NOT_JUDGED}: {part}") for part in self.not_judged)
 
     def _reason_lines(self) -> Iterator[str]:
         shown = self.distinct_reasons[:SHOWN]
@@ -326,24 +345,32 @@ def combine(verdicts: Mapping[str, Verdict]) -> Verdict:
         ),
         sensitivity=tuple(dict.fromkeys(each for verdict in verdicts.values() for each in verdict.sensitivity)),
         dtype=last.dtype,
-        notes=tuple(_combined_notes(verdicts)),
+        notes=tuple(_combined({role: verdict.notes for role, verdict in verdicts.items()})),
+        not_judged=tuple(_combined({role: verdict.not_judged for role, verdict in verdicts.items()})),
         peer=last.peer,
     )
 
 
-def _combined_notes(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+def _combined(lines_of: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The lines of all roles, each once. It begins with its roles, unless all have it."""
     roles_of: dict[str, list[str]] = {}
-    for role, verdict in verdicts.items():
-        for note in dict.fromkeys(verdict.notes):
-            roles_of.setdefault(note, []).append(role)
-    for note, roles in roles_of.items():
-        yield note if len(roles) == len(verdicts) else f"{', '.join(roles)}: {note}"
+    for role, lines in lines_of.items():
+        for line in dict.fromkeys(lines):
+            roles_of.setdefault(line, []).append(role)
+    for line, roles in roles_of.items():
+        yield line if len(roles) == len(lines_of) else f"{', '.join(roles)}: {line}"
 
 
 def _in_role(role: str, reason: Reason) -> Reason:
     if reason.case:
         return replace(reason, case=f"{role}, {reason.case}")
     return replace(reason, text=f"{role}: {reason.text}")
+
+
+def with_reasons(verdict: Verdict, *more: Reason) -> Verdict:
+    """The verdict with more reasons against it."""
+    reasons = (*verdict.reasons, *more)
+    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons)
 
 
 def outcome_of(reasons: Sequence[Reason]) -> Outcome:

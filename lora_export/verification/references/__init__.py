@@ -5,6 +5,7 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
 
     module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
+    single_pairs.py        PyTorch in fp64 without single pairs: whether their absence would be detected
     deployed_module.py     PyTorch as deployed, and with its adapters merged
     half_graphs.py         graphs that compute in half precision and return fp32
     candidate_weights.py   how a candidate rounds or quantises its weights
@@ -32,6 +33,7 @@ from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs
+from lora_export.verification.pair_controls import PairControls
 
 Diagnosed = tuple[Diagnosis | None, list[str]]  # and notes
 
@@ -89,6 +91,9 @@ class PreparedReferences(Protocol):
     def run_merged(self, step: OnProofStep) -> MergedPeer | None:
         """Run the deployed model with its adapters merged; None where that is no other computation."""
 
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls | None:
+        """Switch single pairs of the adapters off, which `run` has run; None where these references cannot."""
+
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         """Find the first module that differs in a case. Returns notes, too, and None where nothing is compared.
 
@@ -108,6 +113,8 @@ class ReferenceOutputs:
     names_known: bool = True  # False: only the order of the outputs identifies them
     is_quantised: bool = False  # the candidate has quantised weights, which fp64 may be unable to decide
     notes: tuple[str, ...] = ()
+    not_judged: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()  # pairs that no input reaches, by the adapter's names of their modules
     doubts: tuple[str, ...] = ()  # each makes the verdict undecided
     faults: tuple[str, ...] = ()  # each makes the verdict different
 

@@ -51,6 +51,7 @@ class CachedOutputs(NamedTuple):
 
     by_role: Mapping[str, Mapping[str, Arrays]]  # role -> case -> output -> values
     narrow_operators: frozenset[str]
+    detected: frozenset[str] = frozenset()  # pairs whose absence the gates detect
 
 
 def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
@@ -71,7 +72,7 @@ def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
             return None
         for (case, role, output), values in flat:
             by_role.setdefault(role, {}).setdefault(case, {})[output] = values
-        return CachedOutputs(by_role, frozenset(record["stayed"]))
+        return CachedOutputs(by_role, frozenset(record["stayed"]), frozenset(record.get("detected", ())))
     except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
         warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
         return None
@@ -86,7 +87,12 @@ def write(folder: Path, key: CacheKey, outputs: CachedOutputs, warn: Warn) -> No
         for case, arrays in by_case.items()
         for output, values in arrays.items()
     ]
-    record = {"made_with": key.made_with, "stayed": sorted(outputs.narrow_operators), "digest": _digest(flat)}
+    record = {
+        "made_with": key.made_with,
+        "stayed": sorted(outputs.narrow_operators),
+        "detected": sorted(outputs.detected),
+        "digest": _digest(flat),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_output.stage_file(path, inputs=[], overwrite=True) as stage:

@@ -163,7 +163,7 @@ class Findings(NamedTuple):
 
     faults: list[str]
     doubts: list[str]
-    notes: list[str]
+    not_judged: list[str]
 
 
 def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) -> Findings:
@@ -196,8 +196,8 @@ def findings_on(errors: Mapping[str, QuantisationError], outputs: OutputErrors) 
             )
     if unjudged:
         more = f" and {len(unjudged) - parity.SHOWN} more" if len(unjudged) > parity.SHOWN else ""
-        findings.notes.append(
-            f"not judged: each integer of {', '.join(unjudged[: parity.SHOWN])}{more}. Many are not the nearest to the "
+        findings.not_judged.append(
+            f"each integer of {', '.join(unjudged[: parity.SHOWN])}{more}. Many are not the nearest to the "
             "right weight, and the layers' outputs are as near as with the nearest. GPTQ leaves such integers"
         )
     return findings

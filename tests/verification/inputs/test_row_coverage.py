@@ -22,19 +22,19 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("ids", "doubts", "notes"),
+    ("ids", "doubts", "not_judged"),
     [
         ([0, 1], ["words.weight: none of the 2 rows that the adapter brings was looked up"], []),
-        ([0, 3], [], ["words.weight: 1 of the 2 rows that the adapter brings were looked up"]),
+        ([0, 3], [], ["words.weight: 1 of the 2 rows that the adapter brings. They were not looked up"]),
         ([7, 3], [], []),
     ],
     ids=["none", "some", "all"],
 )
-def test_rows_that_were_not_looked_up_are_reported(ids: list[int], doubts: list[str], notes: list[str]) -> None:
+def test_rows_that_were_not_looked_up_are_reported(ids: list[int], doubts: list[str], not_judged: list[str]) -> None:
     model = factory.from_module(Words(), {"ids": torch.zeros(2, 2, dtype=torch.int64)})
     rows = TokenRows(np.array([3, 7]), np.ones((2, 2)))
     adapter = Adapter(name="rows", format="test", pairs={}, token_rows={"words.weight": rows}, sha256="00")
     coverage = RowCoverage(model.module, model, [adapter])
     model.module(torch.tensor([ids]))
     assert [doubt.partition(". ")[0] for doubt in coverage.doubts] == doubts
-    assert coverage.notes == notes
+    assert coverage.not_judged == not_judged

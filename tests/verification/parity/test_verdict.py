@@ -63,7 +63,25 @@ def test_combined_verdict_is_same_where_all_are() -> None:
     both = parity.combine({"base": right, "en": wrong})
     assert both.outcome is Outcome.DIFFERENT
     assert {reason.case for reason in both.reasons} == {"en, first"}
-    assert both.notes == ("it was not checked whether each input affects the outputs", "en: slow")
+    assert both.notes == ("en: slow",)
+
+
+def test_strict_verdict_is_undecided_where_a_part_was_not_judged() -> None:
+    verdict = judge([make()], sensitivity=TRIED, not_judged=["a rare expert"])
+    assert verdict.same and verdict.not_judged == ("a rare expert",)
+    assert verdict.summary.splitlines()[1:] == ["not judged: a rare expert"]
+    strict = verdict.strictly()
+    assert strict.outcome is Outcome.UNDECIDED and not strict and strict.exit_code == 5
+    assert strict.summary.splitlines()[1] == "  - not judged: a rare expert. --no-strict accepts that"
+    assert str(strict).count("a rare expert") == 1, "once, and not below the reasons again"
+    assert judge([make()], sensitivity=TRIED).strictly().same
+    wrong = judge([make(error=1e-3 * ERROR)], not_judged=["a rare expert"]).strictly()
+    assert wrong.outcome is Outcome.DIFFERENT
+
+
+def test_combined_verdict_names_the_role_of_what_was_not_judged() -> None:
+    verdicts = {"base": judge([make()]), "en": judge([make()], not_judged=["a rare expert"])}
+    assert parity.combine(verdicts).not_judged == ("en: a rare expert",)
 
 
 def test_verdict_prints_a_screen_and_holds_everything() -> None:

@@ -23,6 +23,8 @@ from lora_export.verification.references import cached_outputs
 from support import FACTORIES
 from support.proofs import an_adapter, bf16_merge, folded
 
+PROOF = 3 * 3 + 1  # runs: three roles of three cases, and the control of the only pair
+
 
 @pytest.fixture
 def scaled() -> model.Model:
@@ -60,9 +62,9 @@ def entry(folder: Path) -> Path:
 
 def test_second_proof_runs_no_reference_and_gives_the_same_verdict(scaled, runs, tmp_path):
     first, warnings = proven(scaled, tmp_path / "new" / "cache")
-    assert len(runs) == 9 and warnings == []
+    assert len(runs) == PROOF and warnings == []
     second, warnings = proven(scaled, tmp_path / "new" / "cache")
-    assert len(runs) == 9 and warnings == []
+    assert len(runs) == PROOF and warnings == []
     assert second.verdict == first.verdict and second.verdict.same
     wrong, _ = proven(scaled, tmp_path / "new" / "cache", candidate=folded(scaled, an_adapter(), strength=1.1))
     assert wrong.verdict.outcome is parity.Outcome.DIFFERENT
@@ -81,7 +83,7 @@ def test_other_seed_strengths_or_adapter_miss_the_cache(scaled, runs, tmp_path, 
     proven(scaled, tmp_path)
     before = len(runs)
     _, warnings = proven(scaled, tmp_path, **change)
-    assert len(runs) >= before + 9 and warnings == []
+    assert len(runs) >= before + PROOF and warnings == []
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -99,9 +101,9 @@ def test_outputs_of_other_code_are_stale(scaled, runs, tmp_path, monkeypatch, na
     assert name in made_with(scaled.module)
     monkeypatch.setattr(cached_outputs, "_made_with", lambda module: {**made_with(module), name: "another"})
     result, warnings = proven(scaled, tmp_path)
-    assert result.verdict.same and len(runs) == 18
+    assert result.verdict.same and len(runs) == 2 * PROOF
     assert f"is stale ({name} " in warnings[0] and "another now" in warnings[0]
-    assert proven(scaled, tmp_path)[1] == [] and len(runs) == 18, "the new outputs were saved in its place"
+    assert proven(scaled, tmp_path)[1] == [] and len(runs) == 2 * PROOF, "the new outputs were saved in its place"
 
 
 def test_damaged_entry_is_reported_and_replaced(scaled, runs, tmp_path):
@@ -111,7 +113,7 @@ def test_damaged_entry_is_reported_and_replaced(scaled, runs, tmp_path):
         entry(tmp_path).write_bytes(damage)
         before = len(runs)
         result, warnings = proven(scaled, tmp_path)
-        assert result.verdict.same and len(runs) == before + 9
+        assert result.verdict.same and len(runs) == before + PROOF
         assert len(warnings) == 1 and "is damaged" in warnings[0]
         assert entry(tmp_path).read_bytes() == whole
 
@@ -124,7 +126,7 @@ def test_changed_values_are_detected_by_their_hash(scaled, runs, tmp_path):
     tensors[name] = tensors[name] + 1e-3
     safetensors_file.write(entry(tmp_path), tensors, file.metadata)
     _, warnings = proven(scaled, tmp_path)
-    assert "not those that were written" in warnings[0] and len(runs) == 18
+    assert "not those that were written" in warnings[0] and len(runs) == 2 * PROOF
 
 
 def test_unusable_cache_is_reported_and_the_proof_goes_on(scaled, tmp_path):
@@ -138,9 +140,9 @@ def test_unusable_cache_is_reported_and_the_proof_goes_on(scaled, tmp_path):
 
 def test_low_precision_merge_is_cached(scaled, runs, tmp_path):
     first, warnings = proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter()))
-    assert len(runs) == 12 and warnings == []  # the unrounded adapters too, for the merge loss
+    assert len(runs) == 3 + PROOF and warnings == []  # the unrounded adapters too, for the merge loss
     second, warnings = proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter()))
-    assert len(runs) == 12 and warnings == []
+    assert len(runs) == 3 + PROOF and warnings == []
     assert second.verdict == first.verdict and second.verdict.same
     assert all(each.figures.merge_loss for each in second.verdict.comparisons)
     wrong, _ = proven(scaled, tmp_path, candidate=bf16_merge(scaled, an_adapter(), strength=1.1))

@@ -120,7 +120,7 @@ def limits(array: NDArray[Any]) -> tuple[int, int]:
 def test_right_rounding_is_same(scheme: str, wide: Model, floats: ir.Model, tmp_path: Path) -> None:
     verdict = verdict_of(SCHEMES[scheme](floats.clone()), wide, tmp_path)
     assert verdict.same, str(verdict)
-    assert not any("not judged: each integer" in note for note in verdict.notes)
+    assert not any("each integer" in part for part in verdict.not_judged)
 
 
 @EVERY_SCHEME
@@ -266,7 +266,7 @@ def test_quantisers_are_judged_by_the_layers_outputs(quantise: Callable[..., NDA
     with output_errors(module, errors) as found:
         module.fc(torch.from_numpy((rng.normal(size=(2, 60, 64)) @ mix.T).astype(np.float32)))
     findings = findings_on(errors, found)
-    assert {"note": findings.notes, "doubt": findings.doubts, "fault": findings.faults}[outcome], findings
+    assert {"note": findings.not_judged, "doubt": findings.doubts, "fault": findings.faults}[outcome], findings
     assert sum(map(len, findings)) == 1
     module.fc(torch.zeros(1, 64))
     assert found.relative("fc.weight") is not None and not module.fc._forward_pre_hooks

@@ -1,0 +1,164 @@
+"""Single pairs that are switched off: which of them would be missed, and which the candidate lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.lora import Adapter, LoraPair
+from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.parity import Case, EffectShare, MissingPart, Outputs
+from lora_export.verification.references import single_pairs
+from lora_export.verification.references.single_pairs import control_pairs
+
+INPUTS = {"long": {"x": np.ones((4, 2))}, "short": {"x": np.ones((1, 2))}}
+
+
+class Chain(nn.Module):
+    """Two layers in a row, and one whose result is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
+        for layer in self.layers:
+            nn.init.eye_(layer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layers[2](x)
+        return self.layers[1](self.layers[0](x))
+
+
+def adapter(name: str = "a", **scales: float) -> Adapter:
+    pairs = {f"layers.{key[1:]}": LoraPair(np.ones((1, 2)), np.ones((2, 1)), scale) for key, scale in scales.items()}
+    return Adapter(name=name, format="test", pairs=pairs)
+
+
+def chain(*adapters: Adapter) -> nn.Module:
+    module = Chain().double()
+    layers.attach(module, plan.make(adapters, layers.specs(module)))
+    return module.eval()
+
+
+def cases(module: nn.Module) -> list[Case]:
+    made = []
+    for name, arrays in INPUTS.items():
+        with torch.no_grad():
+            y = module(torch.from_numpy(arrays["x"])).numpy()
+        made.append(Case(name, "", reference={"output_0": y}, deployed={"output_0": y}, candidate={"output_0": y}))
+    return made
+
+
+class Judge:
+    """Detects an output that is off by at least `limit`; each call is recorded as (case, largest difference)."""
+
+    def __init__(self, limit: float, share: EffectShare = EffectShare()):  # noqa: B008 - it is frozen
+        self.limit, self.share = limit, share
+        self.calls: list[tuple[str, float]] = []
+
+    def __call__(self, case: Case, without: Outputs) -> MissingPart:
+        (reference,), (value,) = case.reference.values(), without.values()
+        difference = float(np.abs(value - reference).max())
+        self.calls.append((case.name, round(difference, 9)))
+        return MissingPart(difference > 0, difference >= self.limit, self.share)
+
+
+def controlled(module: nn.Module, judge: Judge, **options: Sequence[str]) -> PairControls:
+    return control_pairs(module, INPUTS, cases(module), judge, **options)
+
+
+def test_each_pair_is_off_by_itself_in_the_smallest_case() -> None:
+    judge = Judge(limit=0.1)
+    module = chain(adapter(_0=0.5, _1=1.0))
+    found = controlled(module, judge)
+    # x = [1, 1]: W + s·BA multiplies it by 1 + 2 s, by 2 in layer 0 and by 3 in layer 1.
+    assert judge.calls == [("short", 3.0), ("short", 4.0)]
+    assert found == PairControls(("layers.0", "layers.1"))
+    assert not [*found.doubts, *found.faults, *found.not_judged, *found.notes]
+    with torch.no_grad():
+        assert module(torch.ones(1, 2, dtype=torch.float64)).tolist() == [[6, 6]], "all pairs are on again"
+
+
+def test_undetected_pair_is_tried_in_all_cases_and_listed() -> None:
+    judge = Judge(limit=3.5)
+    found = controlled(chain(adapter(_0=0.5, _1=1.0)), judge)
+    assert judge.calls == [("short", 3.0), ("short", 4.0), ("long", 3.0)]
+    assert found.missed == ("layers.0",) and not found.shares
+    assert found.not_judged == [
+        "1 of the 2 pairs of the adapters, whose effect is much smaller than rounding: layers.0. A candidate without "
+        "one of them would pass"
+    ]
+
+
+def test_pair_on_which_no_output_depends_is_a_doubt() -> None:
+    found = controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1))
+    assert found.without_effect == ("layers.2",) and not found.missed
+    assert found.doubts == [
+        "no output depends on 1 of the 2 pairs of the adapters: layers.2. A fault in them could not show. Give inputs "
+        "on which one does (--inputs)"
+    ]
+    assert not controlled(chain(adapter(_0=0.5, _2=1.0)), Judge(limit=0.1), skip=["layers.2"]).doubts
+
+
+@pytest.mark.parametrize(
+    ("missing", "fault"),
+    [
+        (1.0, "layers.0: the candidate lacks 100 % of what this pair changes"),
+        (0.7, "layers.0: the candidate lacks 70 % of what this pair changes"),
+        (-1.0, "layers.0: the candidate has 2 times what this pair changes"),
+        (0.2, None),
+    ],
+)
+def test_candidate_that_lacks_a_pair_below_rounding_is_named(missing: float, fault: str | None) -> None:
+    share = EffectShare(candidate=50 * missing, peer=0.0, effect=50.0, variance=0.01, rows=50)
+    found = controlled(chain(adapter(_0=0.5)), Judge(limit=99, share=share))
+    assert found.faults == ([fault] if fault else []) and not found.missed
+
+
+def test_pair_of_zeros_is_left_out() -> None:
+    zero = LoraPair(np.ones((1, 2)), np.zeros((2, 1)), 1.0)
+    given = Adapter(name="a", format="test", pairs={"layers.0": zero, **adapter(_1=1.0).pairs})
+    assert controlled(chain(given), Judge(limit=0.1)).names == ("layers.1",)
+    assert controlled(chain(adapter(_0=0.0, _1=1.0)), Judge(limit=0.1)).names == ("layers.1",)
+
+
+def test_pairs_of_several_adapters_on_one_weight_are_told_apart() -> None:
+    judge = Judge(limit=0.1)
+    found = controlled(chain(adapter("en", _0=0.5), adapter("fr", _0=1.0)), judge)
+    assert found.names == ("layers.0 of en", "layers.0 of fr") and judge.calls == [("short", 1.0), ("short", 2.0)]
+
+
+def test_pairs_of_a_layer_are_off_together_where_the_model_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Module()
+    module.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    module.forward = lambda x: module.blocks[1](module.blocks[0](x))  # type: ignore[method-assign, operator]
+    pair = LoraPair(np.ones((1, 2)), np.ones((2, 1)), 1.0)
+    given = Adapter(name="a", format="test", pairs={f"blocks.{i}.{j}": pair for i in range(2) for j in range(2)})
+    layers.attach(module.double().eval(), plan.make([given], layers.specs(module)))
+    monkeypatch.setattr(single_pairs, "LARGEST_EFFORT", 4)
+    found = controlled(module, Judge(limit=1e9))
+    assert found.names == ("blocks.0", "blocks.1") and found.by_layer
+    assert found.notes == ["the pairs of one layer were switched off together: the model is large"]
+    assert found.not_judged[0].startswith("the pairs of 2 of the 2 layers, whose effect is much smaller than rounding")
+
+
+def test_rounded_reference_without_a_pair_differs_by_the_effect_alone() -> None:
+    judge = Judge(limit=0.1)
+    module = chain(adapter(_0=0.5))
+    rounded = [
+        Case(
+            case.name,
+            "",
+            reference={"output_0": case.reference["output_0"] + 7},
+            deployed=case.deployed,
+            candidate=case.candidate,
+            attached=case.reference,
+        )
+        for case in cases(module)
+    ]
+    control_pairs(module, INPUTS, rounded, judge)
+    assert judge.calls == [("short", 1.0)]
