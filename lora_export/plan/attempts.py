@@ -132,6 +132,7 @@ class AsLoaded(ConvertedNames):
         self.unchanged = {name: spec for name, spec in base.items() if name not in self.names}
         self.every_name = BaseTensors([*self.names.values(), *self.unchanged.values()])
         self.prefix = _prefix_or_none(adapter, self.every_name)
+        self.shapes = {self.prefix.to_base(name) or name: shape for name, shape in _tensor_shapes(adapter)}
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
 
     @property
@@ -149,7 +150,7 @@ class AsLoaded(ConvertedNames):
             return [Place(name)] if name in self.unchanged else []
         if found.conversion is None:
             return [Place(found.stored)]
-        assembled = found.conversion.assembled(lambda stored: self.base[stored].shape)[name]
+        assembled = found.conversion.assembled(lambda stored: self.base[stored].shape, self.shapes.get)[name]
         if shape and tuple(shape) != assembled.shape:
             raise NotExpressible(
                 f"makes a tensor of {assembled.shape} of them, and the adapter was trained on {tuple(shape)}"
@@ -200,7 +201,7 @@ class AsOriginal(ConvertedNames):
             if found.conversion is None:
                 places.append(Place(name))
                 continue
-            assembled = found.conversion.assembled(self.shapes.__getitem__)[found.name]
+            assembled = found.conversion.assembled(self.shapes.__getitem__, self._base_shape)[found.name]
             if assembled.shape != self.base[name].shape:
                 raise NotExpressible(f"makes {name} {self.base[name].shape} of tensors that the adapter lacks in part")
             places += [
@@ -209,6 +210,10 @@ class AsOriginal(ConvertedNames):
                 if piece.source == tensor
             ]
         return places
+
+    def _base_shape(self, name: str) -> tuple[int, ...] | None:
+        spec = self.base.get(self.prefix.to_base(name) or name)
+        return None if spec is None else spec.shape
 
     def misfits(self, spelled: Adapter) -> list[Misfit]:
         targets = set(self.adapter.targets)

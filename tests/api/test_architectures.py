@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -213,3 +214,35 @@ def test_every_architecture_is_right_or_refused(pytestconfig):
         tables.put(README, TABLE, text)
     assert [one for one in found if one.what == architecture_outcomes.WRONG] == []
     assert tables.rows(text) == tables.rows(tables.text(README, TABLE))
+
+
+def without_names(graph: Path, stripped: Path) -> Path:
+    """The graph with other names for all initializers, nodes and values."""
+    model = onnx.load(graph)
+    outputs = {each.name for each in model.graph.output}
+    new = {each.name: f"w{number}" for number, each in enumerate(model.graph.initializer)}
+    for number, node in enumerate(model.graph.node):
+        new |= {name: f"v{number}_{at}" for at, name in enumerate(node.output) if name not in outputs}
+    for each in model.graph.initializer:
+        each.name = new[each.name]
+    for number, node in enumerate(model.graph.node):
+        node.name = f"n{number}"
+        del node.metadata_props[:]
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    onnx.save(model, stripped)
+    return stripped
+
+
+def test_a_graph_without_names_gets_the_originals_by_content(vit_attention, tmp_path):
+    model = vit_attention
+    lora_export.export_onnx(model.original, tmp_path / "base.onnx")
+    stripped = without_names(tmp_path / "base.onnx", tmp_path / "stripped.onnx")
+    with pytest.raises(MatchError):
+        lora_export.merge(stripped, model.adapter, tmp_path / "m.onnx")
+    result = lora_export.merge(stripped, model.adapter, tmp_path / "m.onnx", checkpoint=model.original)
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in [step.weight for step in result.plan.steps]
+    assert any("conversion mapping" in note for note in result.notes)
+    assert lora_export.verify(tmp_path / "m.onnx", model.original, adapters=[model.adapter])

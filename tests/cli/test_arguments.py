@@ -37,6 +37,7 @@ def given_again(name: str, *words: str) -> list[str]:
         ("verify", "merged", "--base", "base", "--layout", "a=in_out", "--layout", "*=out_in", "--json"),
         ("verify", "m.onnx", "--model", "base", "--report", "a name.html", "--fixed", "sequence=128"),
         ("onnx", "base", "--output", "m.onnx", "--lora", "nodes", "--no-verify", "--overwrite"),
+        ("verify", "merged", "--base", "base", "--prefix", "model.=m.", "--prefix", "=x."),
     ],
 )
 def test_a_command_line_can_be_given_again(words: tuple[str, ...]) -> None:
@@ -55,6 +56,19 @@ def test_the_last_of_equal_layouts_counts_and_comes_last() -> None:
     layouts = read("verify", "m", "--base", "b", "--layout", "a=in_out", "--layout", "b=out_in", "--layout", "a=out_in")
     assert list(layouts["layout"].items()) == [("b", "out_in"), ("a", "out_in")]
     assert read("verify", "m", "--base", "b", "--layout", "odd=name=in_out")["layout"] == {"odd=name": "in_out"}
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx", "torchscript", "verify"])
+def test_prefixes_are_read_as_a_table(command):
+    words = {"merge": ("base", "a", "-o", "o"), "verify": ("m", "--base", "b")}.get(command, ("base", "-o", "o"))
+    read_prefixes = read(command, *words, "--prefix", "model.=model.language_model.", "--prefix", "=a=b")["prefixes"]
+    assert read_prefixes == {"model.": "model.language_model.", "": "a=b"}
+
+
+@pytest.mark.parametrize("texts", [["model."], ["a=a"], ["a=b", "a=c"]])
+def test_a_prefix_that_replaces_nothing_is_refused(texts):
+    with pytest.raises(click.BadParameter):
+        read("merge", "base", "a", "-o", "o", *(word for text in texts for word in ("--prefix", text)))
 
 
 @pytest.mark.parametrize("text", ["a", "a=", "=in_out", "a=conv"])

@@ -81,7 +81,9 @@ def test_the_whole_and_a_part_do_not_change_together():
 def test_a_split_by_sizes_of_the_model_is_refused_by_name():
     stored = [matrix("model.layers.0.linear_attn.in_proj.weight", 6, 4)]
     own = holding(pairs={"model.layers.0.linear_attn.in_proj_z": filled(1, 2, 4)})
-    with pytest.raises(MatchError, match=r"in_proj_z.*: transformers .* it uses the operation Split"):
+    with pytest.raises(
+        MatchError, match=r"in_proj_z.*: transformers .* it splits 6 rows, and the sizes of .*in_proj_qkv"
+    ):
         plan.make([own], stored, rules=LARA)
 
 

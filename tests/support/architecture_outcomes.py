@@ -44,7 +44,7 @@ def outcomes(names: Iterable[str] = ()) -> Iterator[Outcome]:
 def _of(name: str, folder: Path) -> Iterator[Outcome]:
     try:
         model = trained(name, folder)
-    except (NotBuilt, NotImplementedError) as why:  # the second: PEFT does not take the model
+    except NotBuilt as why:
         yield from (Outcome(name, each, NO_MODEL, str(why)) for each in GENERATIONS)
         return
     for generation in GENERATIONS:

@@ -157,7 +157,10 @@ def trained(name: str, folder: Path, **config: Any) -> Trained:
     settings = {"r": 2, "lora_alpha": 3, "target_modules": linear_names(model), "init_lora_weights": False} | config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft = get_peft_model(model, LoraConfig(**settings))
+        try:
+            peft = get_peft_model(model, LoraConfig(**settings))
+        except (ValueError, NotImplementedError) as error:
+            raise NotBuilt(f"PEFT does not take the model: {error}") from error
         peft.save_pretrained(adapter)
         merged = peft.merge_and_unload().state_dict()
     return Trained(cls, original, loaded, adapter, merged, different(before, merged))
@@ -166,14 +169,16 @@ def trained(name: str, folder: Path, **config: Any) -> Trained:
 def linear_names(model: PreTrainedModel) -> list[str]:
     """The last parts of the names of the linear layers; whole names where another layer has the same last part.
 
-    Of a model with experts, the layers of its MLPs are left out: PEFT would also train the stacked experts.
+    Of a model with experts, the layers of its MLPs are left out: PEFT would also train the stacked experts. Of a model
+    with Mamba layers, PEFT refuses their output projections.
     """
-    head, has_experts = model.get_output_embeddings(), "expert" in model.config.to_json_string()
+    head, config = model.get_output_embeddings(), model.config.to_json_string()
+    left_out = {*(OF_EXPERTS if "expert" in config else ()), *(("out_proj",) if "mamba" in config else ())}
     linear, others = [], set()
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if type(module) is torch.nn.Linear and module is not head and 0 not in module.weight.shape:
-            if not (has_experts and last in OF_EXPERTS):
+            if last not in left_out:
                 linear.append(name)
         else:
             others.add(last)

@@ -11,6 +11,7 @@ from lora_export.plan.conversion.rename_rules import RenameRule, loading_order
 from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible, converted
 
 ShapeOf = Callable[[str], tuple[int, ...]]
+LoadedShapeOf = Callable[[str], tuple[int, ...] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +32,21 @@ class Conversion:
     def name_of(self, target: str) -> str:
         return self.before + target + self.after
 
-    def assembled(self, shape_of: ShapeOf) -> dict[str, AssembledTensor]:
-        """The results, by their names in the loaded model. Raises NotExpressible."""
+    def assembled(self, shape_of: ShapeOf, loaded_shape_of: LoadedShapeOf | None = None) -> dict[str, AssembledTensor]:
+        """The results, by their names in the loaded model. Raises NotExpressible.
+
+        `loaded_shape_of` has the shape of a result by its name, where it is known.
+        """
+
+        def size_of(target: str, axis: int) -> int | None:
+            shape = None if loaded_shape_of is None else loaded_shape_of(self.name_of(target))
+            return shape[axis] if shape else None
+
         collected = {
             pattern: [AssembledTensor.stored(name, shape_of(name)) for name in names]
             for pattern, names in self.collected.items()
         }
-        results = converted(self.rule, collected, self.rules.config)
+        results = converted(self.rule, collected, self.rules.config, size_of)
         return {self.name_of(target): tensor for target, tensor in results.items()}
 
     def __str__(self) -> str:

@@ -115,12 +115,22 @@ def stacked(tensors: Sequence[AssembledTensor]) -> AssembledTensor:
 Collected = dict[str, list[AssembledTensor]]  # by the pattern of the rule
 
 
-def converted(rule: RenameRule, collected: Collected, config: Mapping[str, Any]) -> dict[str, AssembledTensor]:
+SizeOf = Callable[[str, int], int | None]
+
+
+def no_size(_target: str, _axis: int) -> None:
+    """The size of a target, where nothing is known of the targets."""
+
+
+def converted(
+    rule: RenameRule, collected: Collected, config: Mapping[str, Any], size_of: SizeOf = no_size
+) -> dict[str, AssembledTensor]:
     """What the operations of a converter make of the tensors that each of its patterns collected, by target.
 
-    Raises NotExpressible for an operation that is not a rearrangement, or that needs the sizes of the model.
+    `size_of` has the size of a target along an axis, where it is known. Raises NotExpressible for an operation that is
+    not a rearrangement, or that needs sizes which are not known.
     """
-    operations = _Operations(rule, config)
+    operations = _Operations(rule, config, size_of)
     for operation in rule.operations:
         name, fields = operation["name"], {key: value for key, value in operation.items() if key != "name"}
         if name not in OPERATIONS:
@@ -140,6 +150,27 @@ class _Operations:
 
     rule: RenameRule
     config: Mapping[str, Any]
+    size_of: SizeOf
+
+    def split(self, collected: Collected, dim: int = 0) -> Collected:
+        tensor = _only_tensor(collected)
+        sizes = {target: self.size_of(target, dim) for target in self.rule.targets}
+        unknown = [target for target, size in sizes.items() if size is None]
+        known = sum(size for size in sizes.values() if size is not None)
+        if len(unknown) > 1:
+            raise NotExpressible(
+                f"splits {tensor.shape[dim]} rows, and the sizes of {', '.join(unknown)} are not known"
+            )
+        sizes |= dict.fromkeys(unknown, tensor.shape[dim] - known)  # the rest
+        total = sum(size for size in sizes.values() if size is not None)
+        if total != tensor.shape[dim] or any(size is None or size < 1 for size in sizes.values()):
+            raise NotExpressible(f"splits {tensor.shape[dim]} rows, and the adapter was trained on {known}")
+        result, start = Collected(), 0
+        for target, size in sizes.items():
+            assert size is not None
+            result[target] = [tensor.part(dim, start, start + size)]
+            start += size
+        return result
 
     def chunk(self, collected: Collected, dim: int = 0, num_shards_attribute: str = "") -> Collected:
         tensor = _only_tensor(collected)
@@ -214,6 +245,7 @@ def _only_tensor(collected: Collected) -> AssembledTensor:
 
 OPERATIONS: dict[str, Callable[..., Collected]] = {
     "Chunk": _Operations.chunk,
+    "Split": _Operations.split,
     "Concatenate": _Operations.concatenate,
     "MergeModulelist": _Operations.merge_modules,
     "Transpose": _Operations.transpose,

@@ -99,3 +99,11 @@ def test_an_unknown_architecture_has_only_the_rules_for_all():
     assert rules is not None and not rules.converters
     assert {rule.scope for rule in rules.renames} == {None}
     assert len(rules.renames) == len(table.read_table().rules["legacy"])
+
+
+def test_a_part_inside_a_part_of_its_class_has_the_same_rules():
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    nested = rules_of({**config, "text_config": {"model_type": "llava"}})
+    assert nested is not None
+    # The outer LlavaModel is at `model`, the inner one at `model.language_model`.
+    assert [rule.scope for rule in nested.renames if list(rule.sources) == ["^language_model.model"]] == [""]

@@ -86,8 +86,8 @@ def test_a_converted_tensor_has_the_entries_of_transformers(case):
 
 
 def test_an_operation_that_computes_is_not_expressible():
-    rule = RenameRule(["a"], ["b"], [{"name": "Split", "dim": 0}])
-    with pytest.raises(NotExpressible, match="the operation Split"):
+    rule = RenameRule(["a"], ["b"], [{"name": "Inkling2UnpadVocab"}])
+    with pytest.raises(NotExpressible, match="the operation Inkling2UnpadVocab"):
         converted(rule, {"a": [AssembledTensor.stored("a", (4, 2))]}, {})
 
 
@@ -107,6 +107,31 @@ def test_what_the_stored_tensors_do_not_determine_is_refused(operation, shape, w
     rule = RenameRule(["a"], ["b", "c"], [operation])
     with pytest.raises(NotExpressible, match=why):
         converted(rule, {"a": [AssembledTensor.stored("a", shape)]}, config)
+
+
+SPLIT = RenameRule(["a"], ["q", "k", "v"], [{"name": "Split", "dim": 0}])
+
+
+@pytest.mark.parametrize("known", [{"q": 3, "k": 1, "v": 2}, {"q": 3, "v": 2}, {"k": 1, "v": 2}])
+def test_a_split_needs_all_sizes_but_one(known):
+    found = converted(SPLIT, {"a": [AssembledTensor.stored("a", (6, 2))]}, {}, lambda name, _: known.get(name))
+    values = {"a": np.arange(12).reshape(6, 2)}
+    parts = [evaluated(found[name], values) for name in ("q", "k", "v")]
+    for part, expected in zip(parts, np.split(values["a"], [3, 4]), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        ({"q": 3}, "the sizes of k, v are not known"),
+        ({"q": 3, "k": 3}, "6 rows, and the adapter was trained on 6"),
+        ({"q": 3, "k": 3, "v": 3}, "6 rows, and the adapter was trained on 9"),
+    ],
+)
+def test_a_split_of_unknown_or_other_sizes_is_refused(known, why):
+    with pytest.raises(NotExpressible, match=why):
+        converted(SPLIT, {"a": [AssembledTensor.stored("a", (6, 2))]}, {}, lambda name, _: known.get(name))
 
 
 def test_tensors_of_different_widths_are_not_joined():
