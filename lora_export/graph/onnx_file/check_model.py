@@ -8,11 +8,20 @@ from pathlib import Path
 import onnx
 from onnx import defs
 
+from lora_export.errors import OutputFailed
+
 FLOAT_TYPES = ["tensor(bfloat16)", "tensor(double)", "tensor(float)", "tensor(float16)"]
 
 
 def check_file(path: Path) -> None:
-    """Check an ONNX file with `onnx.checker`. Accepts graphs that onnxruntime or its tools have fused."""
+    """Check an ONNX file with `onnx.checker`. Accepts graphs that onnxruntime or its tools have fused.
+
+    Raises OutputFailed for a path that is not UTF-8, which neither the checker nor onnxruntime takes.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputFailed(f"{path} is not UTF-8, and ONNX's libraries take no such path. Name it otherwise") from error
     _register_schemas()
     onnx.checker.check_model(str(path))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import pytest
 
+from lora_export.errors import OutputFailed
 from lora_export.graph.onnx_file.check_model import check_file, check_message, innermost_error
+from lora_export.graph.onnx_file.writing import save_graph
 from support.graphs import a_graph
 from support.small_graphs import LINEAR, graph_with_external_data
 
@@ -21,6 +24,12 @@ g (float[N,2] x) => (float[N,2] y)
 
 def message_of(body: str) -> bytes:
     return ir.to_proto(a_graph(body)).SerializeToString()
+
+
+def test_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"m\xff.onnx")
+    with pytest.raises(OutputFailed, match=r"m\\udcff\.onnx is not UTF-8"):
+        save_graph(a_graph(LINEAR), tmp_path, path.name)
 
 
 @pytest.mark.parametrize("body", [LINEAR, NORM])
