@@ -70,6 +70,7 @@ def merge(
     hashing: str = "xxh3_128",
     checkpoint: str | Path | None = None,
     requantize: bool = False,
+    dequantize: bool = False,
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
     only_head: bool = False,
@@ -86,7 +87,9 @@ def merge(
     `dtype` is the type in which floats of a checkpoint are stored: "keep", "float32", "bfloat16" or "float16".
     `min_retention` (0 to 1) is the least part of a weight's change that has to survive rounding.
     `hashing` is "xxh3_128" or "sha256". For an .onnx base, `checkpoint` is what it was exported from: it names weights
-    whose names were lost; `requantize` merges into quantised weights too. `device` is "cpu" or "cuda".
+    whose names were lost; `requantize` merges into quantised weights too. With `dequantize`, a base that is
+    quantised (bitsandbytes, fp8) becomes a float model: each weight is what the base's library makes of it. Without, it
+    is refused. `device` is "cpu" or "cuda".
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
@@ -118,17 +121,23 @@ def merge(
             raise WrongUsage("--dtype is for checkpoints: the weights of a graph keep the types that its nodes expect")
         if options.layout:
             raise WrongUsage("--layout is for checkpoints: a graph's operators determine the layout of its weights")
+        if dequantize:
+            raise WrongUsage(
+                "--dequantize is for checkpoints. --requantize merges into the quantised weights of a graph"
+            )
         names_from = None if checkpoint is None else locate(checkpoint, on_message)
         return _into_graph(options, names_from, requantize=requantize)
     if checkpoint is not None:
         raise WrongUsage("--base is for an .onnx BASE: the weights of a checkpoint have their names")
     if requantize:
         raise WrongUsage("--requantize is for an .onnx BASE: merging into a quantised checkpoint is not supported")
-    return _into_checkpoint(options, stored)
+    return _into_checkpoint(options, stored, dequantise=dequantize)
 
 
-def _into_checkpoint(options: _Options, dtype: str | None) -> MergeResult:
-    checkpoint = open_checkpoint(options.base)
+def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) -> MergeResult:
+    checkpoint = open_checkpoint(options.base, dequantise=dequantise)
+    if dequantise and not checkpoint.quantised:
+        raise InputRefused(f"{options.base} is not quantised. Leave --dequantize out")
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
     steps = plan.make(
@@ -250,6 +259,13 @@ def _notes_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
     notes = list(_other_bases(adapters, checkpoint))
     if code := custom_code(checkpoint.config):
         notes.append(f"the base's config names code of its own ({code}): it is copied, and was not run")
+    if checkpoint.quantised:
+        schemes = ", ".join(sorted({tensor.scheme for tensor in checkpoint.quantised.values()}))
+        number = len(checkpoint.quantised)
+        notes.append(
+            f"{number} quantised weights ({schemes}) are stored as floats. An adapter that was trained beside them "
+            "fits them; their distance from the original float weights stays in the output"
+        )
     return notes + [
         f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.unmerged_weights()
     ]

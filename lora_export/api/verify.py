@@ -395,7 +395,7 @@ def _compare_weights(
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
     input_files.must_exist(candidate, "candidate")
     with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
-        origin, merged = open_checkpoint(base), open_checkpoint(candidate)
+        origin, merged = open_checkpoint(base, dequantise=True), open_checkpoint(candidate)
         if origin.path.resolve() == merged.path.resolve():
             raise InputRefused(f"{candidate} is the base itself")
         steps = plan.make(

@@ -85,6 +85,11 @@ Example:
     is_flag=True,
     help="Also merge into quantised weights of an .onnx BASE, and quantise the sum in the same scheme.",
 )
+@click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Make a quantised BASE (bitsandbytes nf4, fp4 or int8; fp8 in blocks) a float model, and merge into that.",
+)
 @layout_option
 @click.option(
     "--only-head",
@@ -113,6 +118,7 @@ def command(
     hashing: str,
     checkpoint: Path | None,
     requantize: bool,
+    dequantize: bool,
     layout: dict[str, str],
     only_head: bool,
     device: str,
@@ -141,6 +147,7 @@ def command(
             hashing=hashing,
             checkpoint=checkpoint,
             requantize=requantize,
+            dequantize=dequantize,
             layout=layout,
             only_head=only_head,
             device=device,

@@ -14,6 +14,7 @@ from typing import Any
 from lora_export.errors import InputRefused, one_line
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
+from lora_export.weights.quantised import QUANTIZATION, without_quantisation
 from lora_export.weights.task_head import config_with_heads
 
 # Fields that say how and by what a file was written, and not what the model computes
@@ -53,7 +54,7 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
         if not ((base / name).exists() and (merged / name).exists()):
             continue
         before, after = read(base, name), read(merged, name)
-        expected = config_with_heads(before, adapters) if name == "config.json" else before
+        expected = _expected_config(before, after, adapters) if name == "config.json" else before
         found = [f"{name}: {line}" for line in _differences(expected, after)]
         differences += found[:SHOWN_DIFFERENCES]
         if len(found) > SHOWN_DIFFERENCES:
@@ -67,6 +68,12 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
     elif any(templates) and not all(templates):
         not_judged.append("the chat template, which only one folder has")
     return ComparedFiles(tuple(map(one_line, differences)), tuple(map(one_line, not_judged)))
+
+
+def _expected_config(before: Values, after: Values, adapters: Sequence[Adapter]) -> Values:
+    """The base's config with what a merge changes: new heads, and no quantisation where the weights are floats."""
+    expected = config_with_heads(before, adapters)
+    return expected if QUANTIZATION in after else without_quantisation(expected)
 
 
 def _differences(expected: Values, found: Values, prefix: str = "") -> Iterator[str]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from lora_export import provenance
 from lora_export.errors import InputRefused, listed, refuse_unprintable
-from lora_export.plan import Layout, TensorSpec
+from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
 from lora_export.provenance import History
 from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
-from lora_export.storage.safetensors_file import TensorFile
+from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
+from lora_export.weights.quantised import QUANTIZATION, QuantisedTensor, find_quantised, method_of, remedy_for
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -59,6 +60,11 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)  # empty for a bare file
     index: str = ""  # the index's file name, where the weights are in several files
     history: History = ()  # the adapters of earlier merges
+    quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)  # weights that are read as floats
+
+    def entries(self, shard: str) -> dict[str, Entry]:
+        """The tensors of a file, in the order of their bytes. A quantised weight is one tensor of floats."""
+        return _logical_entries(self.shards[shard], self.quantised)
 
     @property
     def is_folder(self) -> bool:
@@ -107,16 +113,17 @@ class Checkpoint:
         return path.name.endswith((".safetensors", *OTHER_WEIGHTS))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, dequantise: bool = False) -> Checkpoint:
     """Read the headers, config and index of a base. Reads no weights.
 
-    Raises InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, and
-    quantised or pickled weights.
+    With `dequantise`, the weights of a quantised folder are read as floats (`Checkpoint.quantised`). Raises
+    InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, pickled weights,
+    and quantised weights that are not to be dequantised, or whose scheme is not known.
     """
     path = Path(path)
     input_files.must_exist(path, "base model")
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, dequantise=dequantise)
     if path.suffix != ".safetensors":
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)
@@ -136,22 +143,42 @@ def custom_code(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _logical_entries(shard: TensorFile, quantised: Mapping[str, QuantisedTensor]) -> dict[str, Entry]:
+    parts = {part for tensor in quantised.values() for part in tensor.parts}
+    packed = {tensor.packed: tensor for tensor in quantised.values()}
+    tensors = [
+        packed[name].entry(entry) if name in packed else entry
+        for name, entry in shard.entries.items()
+        if name not in parts
+    ]
+    return {entry.name: entry for entry in tensors}
+
+
+def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
     config = json_files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    quantization = next(filter(None, _values(config, "quantization_config")), None)
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    quantization = next(filter(None, _values(config, QUANTIZATION)), None)
+    if quantization and not dequantise:
         raise InputRefused(
-            f"{folder} is quantised ({method}): its weights are never merged or quantised again silently. "
-            "Merge into the original float model, or dequantise this one first"
+            f"{folder} is quantised ({method_of(quantization)}): its weights are never merged or quantised again "
+            f"silently. Merge into the original float model, or {remedy_for(quantization)}"
         )
     index, names = _weight_files(folder)
     shards = {name: safetensors_file.open_file(folder / name) for name in names}
     if index:
         _check_index(folder / index, shards)
-    specs = tuple(_specs(shards.values(), config))
+    quantised: Mapping[str, QuantisedTensor] = {}
+    if quantization:
+        quantised = find_quantised(shards, quantization if isinstance(quantization, dict) else {}, _float_dtype(config))
+    specs = tuple(_specs(shards.values(), config, quantised))
     first = next(iter(shards.values()))
-    return Checkpoint(folder, shards, specs, config, index, _history(folder, read_manifest(folder), first))
+    history = _history(folder, read_manifest(folder), first)
+    return Checkpoint(folder, shards, specs, config, index, history, quantised)
+
+
+def _float_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of the model, as its config names it; bfloat16 where it names none."""
+    named = next((str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)), "bfloat16")
+    return named if named in FLOATS else "bfloat16"
 
 
 def _weight_files(folder: Path) -> tuple[str, list[str]]:
@@ -235,7 +262,11 @@ def tensor_aliases(shards: Iterable[TensorFile]) -> dict[str, str]:
     }
 
 
-def _specs(shards: Collection[TensorFile], config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+def _specs(
+    shards: Collection[TensorFile],
+    config: Mapping[str, Any],
+    quantised: Mapping[str, QuantisedTensor] | None = None,
+) -> Iterator[TensorSpec]:
     model_types = _known_model_types(config)
     aliases: dict[str, list[str]] = {}
     for alias, name in tensor_aliases(shards).items():
@@ -243,7 +274,7 @@ def _specs(shards: Collection[TensorFile], config: Mapping[str, Any]) -> Iterato
         refuse_unprintable([alias], "the header's metadata")
     for shard in shards:
         refuse_unprintable(shard.entries, f"the header of {shard.path}")
-        for entry in shard.entries.values():
+        for entry in _logical_entries(shard, quantised or {}).values():
             yield TensorSpec(
                 name=entry.name,
                 shape=entry.shape,

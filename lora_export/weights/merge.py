@@ -38,6 +38,7 @@ from lora_export.weights.merge_report import (
     StepResult,
     refuse_below_rounding,
 )
+from lora_export.weights.quantised import QuantisedTensor, without_quantisation
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
 
@@ -72,6 +73,7 @@ def merge_checkpoint(
     refuse_before_merge(plan, base)
     backend = backend or Backend()
     settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
+    settings |= {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         by_file = {name: {hashing: value} for name, value in hashes.items()}
@@ -181,8 +183,11 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
         return np.dtype(dtype) if dtype and str(own) in FLOATS else own
 
     tensors = {
-        name: [_output_tensor(entry, plan, output_dtype(entry.dtype)) for entry in source.entries.values()]
-        for name, source in base.shards.items()
+        name: [
+            _output_tensor(entry, plan, output_dtype(entry.dtype), base.quantised.get(entry.name))
+            for entry in base.entries(name).values()
+        ]
+        for name in base.shards
     }
     for step in plan.steps:
         if step.added and step.replace is not None:
@@ -192,15 +197,20 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
     return tensors
 
 
-def _output_tensor(entry: Entry, plan: Plan, dtype: np.dtype[Any]) -> OutputTensor:
+def _output_tensor(
+    entry: Entry, plan: Plan, dtype: np.dtype[Any], quantised: QuantisedTensor | None = None
+) -> OutputTensor:
     """A tensor of the base on its way into the output, with the step on it, or with the steps on its parts."""
     name, parts = plan.output_name(entry.name), plan.by_part.get(entry.name, ())
+    decode = None if quantised is None else quantised.decode
     if not parts:
-        return OutputTensor(entry, plan.by_weight.get(entry.name), name, dtype)
+        return OutputTensor(entry, plan.by_weight.get(entry.name), name, dtype, decode=decode)
     regions = [step.spec.region for step in parts if step.spec.region is not None]
     patches = (Patch(step, region.rows, region.columns) for step, region in zip(parts, regions, strict=True))
+    if decode is not None:
+        raise InputRefused(f"{entry.name}: a quantised weight of which an adapter changes a part is not supported")
     cut = replace(entry, shape=regions[0].shape)  # parts that are cut in different shapes are refused
-    return OutputTensor(cut, None, name, dtype, tuple(patches), entry.shape)
+    return OutputTensor(cut, None, name, dtype, tuple(patches), shape=entry.shape)
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def _write_shard(
     hashes.target.update(header)
     with source.path.open("rb") as reader, path.open("xb") as writer:
         hashes.source.update(reader.read(source.data_start))
-        blocks = _blocks(source.path, reader.fileno(), writer.fileno(), tensors, entries, backend)
+        blocks = _blocks(source, reader.fileno(), writer.fileno(), tensors, entries, backend)
         by_weight: dict[str, Statistics] = {}
         size = tensor_blocks.block_size(tensors)
         for block, found in backend.transfer(source.path, writer.fileno(), blocks, hashes, buffer_bytes=size):
@@ -249,7 +259,7 @@ def _write_shard(
 
 
 def _blocks(
-    source: Path,
+    source: TensorFile,
     read_fd: int,
     write_fd: int,
     tensors: Sequence[OutputTensor],
@@ -257,16 +267,31 @@ def _blocks(
     backend: Backend,
 ) -> Iterator[Block]:
     """All data of the source, in its order, then the added tensors."""
+    position = source.data_start
     for is_copy, group in itertools.groupby(zip(tensors, entries, strict=True), key=lambda pair: pair[0].is_copy):
-        run = list(group)
-        if is_copy:  # neighbours in both files: one range
-            (first, entry), (_, last) = run[0], run[-1]
-            yield from tensor_blocks.copied_blocks(
-                read_fd, write_fd, first.source.start, entry.start, last.stop - entry.start
-            )
-        else:
-            for tensor, entry in run:
-                yield from tensor_blocks.changed_blocks(source, read_fd, tensor, entry, backend)
+        for run in _neighbours(list(group)) if is_copy else ([pair] for pair in group):
+            (first, entry), (last, _) = run[0], run[-1]
+            if first.source.nbytes:  # the parts of quantised weights are read for the hash of the file
+                yield from tensor_blocks.skipped_blocks(position, entry.start, first.source.start - position)
+                position = last.source.stop
+            if is_copy:
+                count = last.source.stop - first.source.start
+                yield from tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
+            else:
+                yield from tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)
+    yield from tensor_blocks.skipped_blocks(position, 0, source.size - position)
+
+
+def _neighbours(pairs: Sequence[tuple[OutputTensor, Entry]]) -> Iterator[list[tuple[OutputTensor, Entry]]]:
+    """Runs of tensors that follow each other in both files without a gap: each is copied as one range."""
+    run: list[tuple[OutputTensor, Entry]] = []
+    for pair in pairs:
+        if run and pair[0].source.start != run[-1][0].source.stop:
+            yield run
+            run = []
+        run.append(pair)
+    if run:
+        yield run
 
 
 def _write_other_files(
@@ -291,6 +316,8 @@ def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str,
     replaced = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
     if any(step.added for step in replaced) and not (len(replaced) == 2 and _are_equal(*replaced)):
         config["tie_word_embeddings"] = False  # otherwise a loader would drop the added table
+    if base.quantised:
+        config = without_quantisation(config)
     if dtype and config:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)

@@ -25,6 +25,7 @@ from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import ApplyStep, Backend, StepRows, refuse_overflow, squared_column_norms
 from lora_export.weights.merge_report import Statistics
+from lora_export.weights.quantised.stored_parts import Decode
 
 LEAST_MEASURED = 1 << 20  # entries of a weight that its statistics count, at least
 
@@ -46,6 +47,7 @@ class OutputTensor:
     name: str
     dtype: np.dtype[Any]
     patches: tuple[Patch, ...] = ()  # instead of a step; entries outside of them stay as they are
+    decode: Decode | None = None  # of a quantised weight: `source` has its packed bytes, its shape and float dtype
     shape: tuple[int, ...] | None = None  # in the output, where `source` has the same entries in another shape
 
     @property
@@ -54,7 +56,8 @@ class OutputTensor:
 
     @property
     def is_copy(self) -> bool:
-        return self.step is None and not self.patches and self.source.dtype == self.dtype
+        is_changed = self.step is not None or self.patches or self.decode is not None
+        return not is_changed and self.source.dtype == self.dtype
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +98,17 @@ def copied_blocks(read_fd: int, write_fd: int, start: int, target_start: int, co
             yield Block(first, last, first + offset, last + offset, shared=first in shared)
 
 
+def skipped_blocks(start: int, target_start: int, count: int) -> Iterator[Block]:
+    """Blocks that read a range of the source for its hash, and write nothing."""
+    for first in range(start, start + count, block_copy.BLOCK):
+        last = min(first + block_copy.BLOCK, start + count)
+        yield Block(first, last, target_start, target_start, work=_write_nothing)
+
+
+def _write_nothing(_source: Bytes, _target: Bytes, _scratch: Bytes) -> None:
+    """The work of a block of which nothing is in the output."""
+
+
 def changed_blocks(
     source: Path, read_fd: int, tensor: OutputTensor, target: Entry, backend: Backend
 ) -> Iterator[Block]:
@@ -128,9 +142,16 @@ def _column_norms(
         rows = slice(own.start + offset, own.stop + offset)
         stored = np.empty((rows.stop - rows.start) * old.row_bytes, np.uint8)
         block_copy.read(source, read_fd, stored, old.start + rows.start * old.row_bytes)
-        return _columns(stored.view(old.dtype).reshape(tensor.shape_of(rows)), patch)
+        return _columns(_stored_rows(tensor, rows, stored), patch)
 
     return squared_column_norms(patch.step, [own for rows in pieces if (own := _within(patch, rows)) is not None], read)
+
+
+def _stored_rows(tensor: OutputTensor, rows: slice, stored: Bytes) -> NDArray[Any]:
+    """Rows of the base's tensor, from their bytes in its file."""
+    if tensor.decode is not None:
+        return tensor.decode(rows, stored)
+    return stored.view(tensor.source.dtype).reshape(tensor.shape_of(rows))
 
 
 def _within(patch: Patch, rows: slice) -> slice | None:
@@ -157,7 +178,7 @@ class _RowChange:
         """Fill `target`, some rows of the output, from `source`. Returns the statistics of each change."""
         shape, old = self.tensor.shape_of(rows), self.tensor.source
         output = target.view(self.target.dtype).reshape(shape)
-        stored = source.view(old.dtype).reshape(shape) if old.nbytes else output  # an added tensor has no stored rows
+        stored = _stored_rows(self.tensor, rows, source) if old.nbytes else output  # an added tensor has no stored rows
         statistics = []
         with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
             if self.tensor.step is None:

@@ -293,7 +293,7 @@ def test_a_quantised_base_is_refused_with_remedies(tmp_path, quantization, metho
     single(tmp_path, {"quantization_config": quantization}, fc__weight=[[1]])
     assert refusal(tmp_path) == (
         f"BASE is quantised ({method}): its weights are never merged or quantised again silently. "
-        "Merge into the original float model, or dequantise this one first"
+        "Merge into the original float model, or dequantise this one first, with its own library"
     )
 
 

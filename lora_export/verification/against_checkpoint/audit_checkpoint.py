@@ -91,8 +91,12 @@ def _judge_parts(
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    shards = checkpoint.shards.values()
-    return {entry.name: StoredTensor(shard, entry) for shard in shards for entry in shard.entries.values()}
+    return {
+        name: StoredTensor(shard, entry, decode=quantised.decode if quantised else None)
+        for file, shard in checkpoint.shards.items()
+        for name, entry in checkpoint.entries(file).items()
+        for quantised in [checkpoint.quantised.get(name)]
+    }
 
 
 def _common_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype[Any] | None:

@@ -29,7 +29,7 @@ class StoredLayouts:
         """Decide the layout of each weight with terms. Reads the headers and the config of the base only."""
         changed = [step for step in plan.steps if step.terms]
         shown = {step.weight: _shown_by_pair(step) for step in changed}
-        shapes = {name: entry.shape for shard in base.shards.values() for name, entry in shard.entries.items()}
+        shapes = {name: entry.shape for shard in base.shards for name, entry in base.entries(shard).items()}
         model_types = _model_types(base.config)
         unreliable = {adapter for step in changed for adapter in _contradicted(step, plan, shown[step.weight], stated)}
         layouts = {}

@@ -1,0 +1,78 @@
+"""8-bit floats with a scale for each block, as floats: PyTorch's own conversion times the scale, rounded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_export.errors import InputRefused
+from lora_export.storage import safetensors_file
+from lora_export.weights.quantised.block_fp8 import block_fp8_weights
+from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+
+BLOCK = (4, 8)
+SHAPE = (10, 20)  # the last blocks are smaller, in both directions
+GRID = (3, 3)
+
+
+def stored(scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "x.weight": (torch.randn(SHAPE) * 100).to(torch.float8_e4m3fn),
+        "x.weight_scale_inv": (torch.rand(GRID) + 0.01).to(scale_dtype),
+        "norm.weight": torch.ones(20),
+    }
+
+
+def by_hand(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    scales = tensors["x.weight_scale_inv"].float()
+    whole = scales.repeat_interleave(BLOCK[0], 0)[: SHAPE[0]].repeat_interleave(BLOCK[1], 1)[:, : SHAPE[1]]
+    return (tensors["x.weight"].float() * whole).to(dtype)
+
+
+def found(tensors: dict[str, torch.Tensor], path: Path, dtype: str = "bfloat16", **fields: object) -> QuantisedTensor:
+    save_file(tensors, path)
+    parts = StoredParts({path.name: safetensors_file.open_file(path)})
+    (tensor,) = block_fp8_weights(parts, {"weight_block_size": list(BLOCK)} | fields, dtype).values()
+    return tensor
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_are_the_product_in_fp32_rounded_once(dtype: str, scale_dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = stored(scale_dtype)
+    tensor = found(tensors, tmp_path / "m.safetensors", dtype)
+    assert (tensor.name, tensor.shape, tensor.parts) == ("x.weight", SHAPE, ("x.weight_scale_inv",))
+    expected = by_hand(tensors, getattr(torch, dtype))
+    packed = tensors["x.weight"].view(torch.uint8).numpy()
+    for rows in (slice(0, 10), slice(3, 5), slice(9, 10)):
+        own = tensor.decode(rows, packed[rows].reshape(-1))
+        assert own.tobytes() == expected[rows].view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        ({"x.weight_scale_inv": torch.ones(2, 3)}, {}, r"the shape is \[2, 3\], and \[10, 20\] in blocks of \[4, 8\]"),
+        ({"x.weight_scale_inv": torch.ones(4, 3)}, {}, "12 elements, and x.weight needs 9"),
+        ({"x.weight_scale_inv": torch.ones(3, 3, dtype=torch.int32)}, {}, "its dtype is int32"),
+        ({}, {"weight_block_size": [4]}, "not two positive numbers"),
+        ({}, {"weight_block_size": [0, 8]}, "not two positive numbers"),
+        ({"y.bias": torch.ones(4).to(torch.float8_e4m3fn)}, {}, "no weight of a linear layer"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(
+    change: dict[str, torch.Tensor], fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputRefused, match=message):
+        found(stored() | change, tmp_path / "m.safetensors", **fields)
+
+
+def test_weight_without_scales_is_refused(tmp_path: Path) -> None:
+    tensors = stored()
+    del tensors["x.weight_scale_inv"]
+    with pytest.raises(InputRefused, match=r"x\.weight is quantised, and x\.weight_scale_inv, which belongs to it, is"):
+        found(tensors, tmp_path / "m.safetensors")

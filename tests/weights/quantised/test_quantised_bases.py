@@ -1,0 +1,185 @@
+"""A merge into a quantised base, which becomes a float model; against bitsandbytes' weights, and against PEFT's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from bitsandbytes import functional
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+import lora_export
+from lora_export.errors import InputRefused, WrongUsage
+from support.cli import answer, call
+
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`float`, the model in bf16; `nf4`, as transformers quantises and saves it; `adapter`, trained beside it."""
+    folder = tmp_path_factory.mktemp("qlora")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).bfloat16().save_pretrained(folder / "float")
+    scheme = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    quantised = LlamaForCausalLM.from_pretrained(folder / "float", quantization_config=scheme, device_map="cpu")
+    quantised.save_pretrained(folder / "nf4")
+    adapted = peft.get_peft_model(quantised, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def dequantised(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a folder in nf4, as bitsandbytes makes them."""
+    stored = load_file(folder / "model.safetensors")
+    floats = {name: tensor for name, tensor in stored.items() if name.endswith("weight") and tensor.is_floating_point()}
+    for key in [name for name in stored if ".quant_state." in name]:
+        name = key.partition(".quant_state.")[0]
+        parts = {part.removeprefix(f"{name}."): value for part, value in stored.items() if part.startswith(f"{name}.")}
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        floats[name] = functional.dequantize_4bit(stored[name], state)
+    return floats
+
+
+def by_hand(base: torch.Tensor, adapter: Path, module: str) -> torch.Tensor:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{module}.lora_{factor}.weight"].float() for factor in "AB")
+    return base.float() + 2 * (b @ a)
+
+
+def test_every_weight_is_the_library_s_plus_the_change(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    result = lora_export.merge(place / "nf4", [place / "adapter"], out, dequantize=True)
+    assert any("14 quantised weights (nf4) are stored as floats" in note for note in result.notes)
+    merged, base = load_file(out / "model.safetensors"), dequantised(place / "nf4")
+    assert merged.keys() == base.keys() and all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
+    for name, weight in base.items():
+        if "_proj." not in name:
+            assert torch.equal(merged[name], weight)
+            continue
+        expected = by_hand(weight, place / "adapter", name.removesuffix(".weight")).bfloat16()
+        off = merged[name].view(torch.int16).int() - expected.view(torch.int16).int()
+        assert off.abs().max() <= 1 and (off != 0).float().mean() < 1e-3  # sums in another order, at a tie
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    LlamaForCausalLM.from_pretrained(out)
+
+
+def test_weights_without_an_adapter_are_the_library_s_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    only_q = tmp_path / "q"
+    shutil.copytree(place / "adapter", only_q)
+    tensors = load_file(only_q / "adapter_model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "q_proj" in name}
+    save_file(kept, only_q / "adapter_model.safetensors")
+    config = json.loads((only_q / "adapter_config.json").read_text())
+    (only_q / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    out = tmp_path / "merged"
+    lora_export.merge(place / "nf4", [only_q], out, dequantize=True)
+    merged, base = load_file(out / "model.safetensors"), dequantised(place / "nf4")
+    unchanged = [name for name in base if "q_proj" not in name]
+    assert len(unchanged) == len(base) - 2
+    assert all(torch.equal(merged[name].view(torch.int16), base[name].view(torch.int16)) for name in unchanged)
+
+
+def test_merged_model_computes_what_peft_computes_beside_nf4(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    lora_export.merge(place / "nf4", [place / "adapter"], out, dequantize=True, dtype="float32")
+    base = LlamaForCausalLM.from_pretrained(place / "float", dtype=torch.float32)
+    base.load_state_dict({name: tensor.float() for name, tensor in dequantised(place / "nf4").items()}, strict=False)
+    reference = peft.PeftModel.from_pretrained(base, place / "adapter").eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        ours = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits
+        theirs = reference(ids).logits
+    assert (ours - theirs).abs().max() < 1e-5 < 1e-2 < (ours - base(ids).logits).abs().max() + 1
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_audit_judges_such_a_merge(dtype: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "merged"
+    assert call("merge", place / "nf4", place / "adapter", "-o", out, "--dequantize", "--dtype", dtype) == 0
+    line = ("verify", out, "--base", place / "nf4", "-a", place / "adapter", "--strict")
+    assert answer(capsys, *line)[0] == 0
+    tensors = load_file(out / "model.safetensors")
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    weight[3, 5] += weight.abs().max() / 50
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    code, document = answer(capsys, *line)
+    assert code == 4
+    assert [one["name"] for one in document["weights"] if one["outcome"] == "different"] == [
+        "model.layers.0.mlp.up_proj.weight"
+    ]
+
+
+def test_quantised_base_is_refused_with_both_ways_out(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused) as refused:
+        lora_export.merge(place / "nf4", [place / "adapter"], tmp_path / "m")
+    assert "is quantised (bitsandbytes)" in str(refused.value)
+    assert "original float model" in str(refused.value) and "--dequantize" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_option_without_a_quantised_base_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"is not quantised\. Leave --dequantize out"):
+        lora_export.merge(place / "float", [place / "adapter"], tmp_path / "m", dequantize=True)
+    with pytest.raises(WrongUsage, match="--dequantize is for checkpoints"):
+        lora_export.merge(tmp_path / "m.onnx", [place / "adapter"], tmp_path / "o.onnx", dequantize=True)
+
+
+def test_unknown_scheme_is_refused_by_name(place: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(place / "nf4", base)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq"
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRefused, match=r"--dequantize knows bitsandbytes .* quantised by gptq"):
+        lora_export.merge(base, [place / "adapter"], tmp_path / "m", dequantize=True)
+    config["quantization_config"]["quant_method"] = "fp8"
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRefused, match="the config names fp8, and no weight is stored so"):
+        lora_export.merge(base, [place / "adapter"], tmp_path / "m", dequantize=True)
+
+
+def test_parts_in_other_shards_and_hashes_of_whole_files(place: Path, tmp_path: Path) -> None:
+    """Scales in a file before that of their weights; the record has the hash of each file of the base."""
+    from lora_export.storage.hashes import file_sha256
+
+    base, out = tmp_path / "base", tmp_path / "m"
+    shutil.copytree(place / "nf4", base)
+    stored = load_file(base / "model.safetensors")
+    names = sorted(stored, key=lambda name: (name.count(".weight.") == 0, name))
+    files = {"a.safetensors": names[: len(names) // 2 - 1], "b.safetensors": names[len(names) // 2 - 1 :]}
+    for file, own in files.items():
+        save_file({name: stored[name] for name in own}, base / file, {"format": "pt"})
+    (base / "model.safetensors").unlink()
+    table = {name: file for file, own in files.items() for name in own}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    lora_export.merge(base, [place / "adapter"], out, dequantize=True, hashing="sha256")
+    lora_export.merge(place / "nf4", [place / "adapter"], tmp_path / "one", dequantize=True)
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    several = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert several.keys() == one.keys() and all(torch.equal(several[name], one[name]) for name in one)
+    manifest = (out / "lora_export.json").read_text()
+    assert all(file_sha256(base / file) in manifest for file in files)
+    assert np.all([file_sha256(file) in manifest for file in out.glob("*.safetensors")])
