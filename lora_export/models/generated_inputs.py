@@ -44,6 +44,7 @@ class Part:
     sizes: Sizes = field(default_factory=dict)  # of symbols that TRACED_SIZES lacks
     steps: Sizes = field(default_factory=dict)  # by how much such a size has to change to make a difference
     note: str = ""
+    not_judged: str = ""  # what these inputs leave out
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class GeneratedInputs:
     sizes: Sizes
     steps: Sizes
     notes: tuple[str, ...]
+    not_judged: tuple[str, ...] = ()
     limits: Limits = field(default_factory=dict)
     long: Sizes = field(default_factory=dict)  # of one long text
 
@@ -80,7 +82,8 @@ def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
         _made_by(parts, list(axes)),
         {symbol: min(sizes.get(symbol) or TRACED_SIZES[symbol], lengths.most(symbol)) for symbol in symbols},
         {symbol: step for part in parts for symbol, step in part.steps.items()},
-        tuple(note for note in (*(part.note for part in parts), lengths.note) if note),
+        tuple(part.note for part in parts if part.note),
+        tuple(text for text in (*(part.not_judged for part in parts), lengths.not_judged) if text),
         lengths.limits,
         lengths.long,
     )
@@ -131,11 +134,13 @@ def _text(module: Any, takes: list[str], folder: Path) -> Part | None:
 
     names = ["input_ids", "attention_mask"]
     names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions else [])
-    note = "images, videos and sounds among its tokens are not part of the generated inputs: give them by --inputs"
+    media = (
+        "images, videos and sounds among its tokens. They are no part of the generated inputs: give them by --inputs"
+    )
     return Part(
         {name: {0: "batch", 1: "sequence"} for name in names if name in takes},
         make,
-        note=f"{type(module).__name__}: {note}" if avoided and not MEDIA.isdisjoint(takes) else "",
+        not_judged=f"{type(module).__name__} with {media}" if avoided and not MEDIA.isdisjoint(takes) else "",
     )
 
 

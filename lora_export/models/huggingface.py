@@ -93,7 +93,7 @@ def from_folder(
     return Model(
         str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, limits=inputs.limits,
         steps=inputs.steps, long=inputs.long,
-        notes=inputs.notes, new_weights=new,
+        notes=inputs.notes, not_judged=inputs.not_judged, new_weights=new,
     )  # fmt: skip
 
 

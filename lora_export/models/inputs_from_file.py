@@ -41,6 +41,7 @@ def with_inputs_from(path: Path, model: Model) -> Model:
         traced_sizes=sizes,
         steps={},
         notes=(*model.notes, note),
+        not_judged=(),
     )
 
 

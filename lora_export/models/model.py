@@ -48,6 +48,7 @@ class Model:
     long: Sizes = field(default_factory=dict)  # the sizes of one more case, of one long text
     new_weights: tuple[str, ...] = ()  # weights that the folder lacks: they have random values, or an adapter's
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
+    not_judged: tuple[str, ...] = ()  # what the generated inputs leave out
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class TextLengths(NamedTuple):
 
     limits: Limits  # up to the end of the position tables
     long: Sizes  # of one long text; empty where the model takes none, or would take too long for it
-    note: str = ""  # what no generated text reaches
+    not_judged: str = ""  # what no generated text reaches
 
     def most(self, symbol: str) -> int:
         """The greatest size of a symbol."""
@@ -46,12 +46,12 @@ def text_lengths(module: Any, symbols: set[str]) -> TextLengths:
     long = {symbol: min(chosen, found.most(symbol)) for symbol in own}
     long = {symbol: length for symbol, length in long.items() if length > lengths[symbol]}
     reached = long.get("sequence", min(lengths["sequence"], found.most("sequence")))
-    note = ""
+    rest = ""
     if window and reached <= window < found.most("sequence"):
-        note = f"what its sliding window of {window:,} tokens leaves out. Generated texts have up to {reached:,} tokens"
+        rest = f"what its sliding window of {window:,} tokens leaves out. Generated texts have up to {reached:,} tokens"
     elif not chosen and reached < found.most("sequence"):
-        note = f"texts of more than {reached} tokens, which would take long with a model of this size"
-    return TextLengths(found.limits, long, f"not judged: {note}. Give a longer one by --inputs" if note else "")
+        rest = f"texts of more than {reached} tokens, which would take long with a model of this size"
+    return TextLengths(found.limits, long, f"{rest}. Give a longer one by --inputs" if rest else "")
 
 
 def _window(text: Any) -> int:

@@ -259,7 +259,7 @@ class PreparedPyTorch:
             names_known=names_known,
             is_quantised=bool(self.quantised),
             notes=tuple(notes),
-            not_judged=(*outputs.not_judged, *rows, *findings.not_judged),
+            not_judged=(*outputs.not_judged, *model.not_judged, *rows, *findings.not_judged),
             unreached=pairs.unreached,
             doubts=tuple(doubts),
             faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),

@@ -121,7 +121,10 @@ def test_images_among_tokens_are_left_out_with_a_note(tmp_path: Path) -> None:
     model = load_model(str(tmp_path))
     assert model.input_names == ("input_ids", "attention_mask")
     assert not any((model.inputs({"batch": 9, "sequence": 50}, seed=seed)["input_ids"] == 5).any() for seed in range(3))
-    assert "images, videos and sounds among its tokens are not part of the generated inputs" in model.notes[0]
+    assert (
+        "with images, videos and sounds among its tokens. They are no part of the generated inputs"
+        in model.not_judged[0]
+    )
 
 
 class Strange(nn.Module):

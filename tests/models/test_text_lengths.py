@@ -56,7 +56,7 @@ def test_encoder_and_decoder_have_limits_of_their_own() -> None:
 @pytest.mark.parametrize(("window", "length"), [(None, LONG), (32, LONG), (200, 200 + PAST_WINDOW)])
 def test_long_text_passes_the_sliding_window(window: int | None, length: int) -> None:
     found = lengths_of(mistral(window, max_position_embeddings=512))
-    assert (found.long, found.note) == ({"sequence": length}, "")
+    assert (found.long, found.not_judged) == ({"sequence": length}, "")
 
 
 def test_large_models_get_shorter_texts_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,18 +65,18 @@ def test_large_models_get_shorter_texts_and_a_note(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(text_lengths, "MOST_WORK", 100.0 * parameters)
     found = lengths_of(config)
     assert found.long == {"sequence": LONG}
-    assert found.note == (
-        "not judged: what its sliding window of 200 tokens leaves out. Generated texts have up to 96 tokens. Give a "
+    assert found.not_judged == (
+        "what its sliding window of 200 tokens leaves out. Generated texts have up to 96 tokens. Give a "
         "longer one by --inputs"
     )
     monkeypatch.setattr(text_lengths, "MOST_WORK", 10.0 * parameters)
     found = lengths_of(mistral(None, max_position_embeddings=512))
-    assert not found.long and found.note.startswith("not judged: texts of more than 29 tokens")
+    assert not found.long and found.not_judged.startswith("texts of more than 29 tokens")
 
 
 def test_window_beyond_the_position_table_is_not_noted() -> None:
     found = lengths_of(mistral(200, max_position_embeddings=100))
-    assert (found.long, found.note) == ({"sequence": 100}, "")
+    assert (found.long, found.not_judged) == ({"sequence": 100}, "")
 
 
 def test_models_without_texts_have_no_long_text() -> None:
