@@ -13,7 +13,7 @@ GiB; with as many layers in 4 bits, which are dequantised whole, 3.2 GiB. `test_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,9 @@ class GraphReferences:
     def inputs(self, candidate: Runner) -> Inputs:  # noqa: ARG002 - they come from the base graph
         """The base graph's inputs."""
         return self.base.inputs
+
+    def reaching(self, candidate: Runner, unreached: Collection[str]) -> None:
+        """None: which pairs a graph computes is not known."""
 
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedGraphReferences:  # noqa: ARG002
         """The references for one candidate. Nothing is computed yet."""

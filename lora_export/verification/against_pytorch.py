@@ -7,7 +7,7 @@ references run in fp64, one after the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,14 @@ from lora_export.verification.compare_outputs import aligned, before_first_token
 from lora_export.verification.diagnose.diagnosis_case import DiagnosisCase
 from lora_export.verification.diagnose.localize import diagnose
 from lora_export.verification.inputs import REDRAWS, Inputs
-from lora_export.verification.inputs.model_inputs import case_inputs, doubts_on_sizes, draw, notes_on_sizes
-from lora_export.verification.inputs.pair_coverage import coverage_of_pairs
+from lora_export.verification.inputs.model_inputs import (
+    case_inputs,
+    doubts_on_sizes,
+    draw,
+    further_draw,
+    notes_on_sizes,
+)
+from lora_export.verification.inputs.pair_coverage import coverage_of_pairs, seeds_that_reach
 from lora_export.verification.inputs.row_coverage import RowCoverage
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import (
@@ -67,6 +73,7 @@ MERGED_MODULE = (
 )
 HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
+FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
 # PyTorch's own error, relative to the output, that rounding can explain: so many eps, and never more than half. Deep
 # models have 10 to 100 eps; chains of adapters that outweigh their weights have some thousands.
 EPS_OF_ROUNDING, LARGEST_ROUNDING = 2**14, 0.5
@@ -89,7 +96,8 @@ class PyTorchReferences:
     references; `say` receives a message where it cannot be used.
 
     `fixed` are the sizes of axes that the candidate was made for on purpose, by the axis' name; None: all that it has.
-    Where it takes one size of another axis that the model has free, nothing is decided.
+    Where it takes one size of another axis that the model has free, nothing is decided. `further_seeds` are those of
+    further generated inputs.
 
     `origin` is the quantised graph that an ONNX candidate was made from. Adapters may have been merged into its
     weights. Its bits decide about a candidate without an adapter where fp64 cannot.
@@ -104,6 +112,7 @@ class PyTorchReferences:
     cache: Path | None = None
     origin: Path | None = None
     fixed: Mapping[str, int] | None = None
+    further_seeds: Sequence[int] = ()
     say: Callable[[str], None] = _no_message
 
     def __post_init__(self) -> None:
@@ -122,7 +131,14 @@ class PyTorchReferences:
 
     def inputs(self, candidate: Runner) -> Inputs:
         """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
-        cases = case_inputs(self.model, candidate, seed=self.seed, user_inputs=self.user_inputs, adapters=self.adapters)
+        cases = case_inputs(
+            self.model,
+            candidate,
+            seed=self.seed,
+            user_inputs=self.user_inputs,
+            adapters=self.adapters,
+            further_seeds=self.further_seeds,
+        )
         cases = {name: as_declared(candidate, arrays) for name, arrays in cases.items()}
         varied = cases[self.user_inputs.name] if self.user_inputs else list(cases.values())[min(2, len(cases) - 1)]
         perturbed = self._perturbed(candidate, varied)
@@ -141,6 +157,15 @@ class PyTorchReferences:
                 for name in unknown
             ),
         )
+
+    def reaching(self, candidate: Runner, unreached: Collection[str]) -> PyTorchReferences | None:
+        """The references with further inputs that reach some of these pairs; None where none is found."""
+        if self.further_seeds:
+            return None
+        module = attach_adapters(shared_copy(self.model.module), self.adapters, self.strengths)
+        make_inputs = functools.partial(further_draw, self.model, candidate)
+        seeds = seeds_that_reach(module, unreached, make_inputs, self.seed + FURTHER_SEEDS)
+        return replace(self, further_seeds=seeds) if seeds else None
 
     def _perturbed(self, candidate: Runner, before: Arrays) -> dict[str, Arrays]:
         """Input -> the arrays with another draw of it; none for an input that is the same in every draw."""

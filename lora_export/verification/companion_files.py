@@ -14,6 +14,7 @@ from typing import Any
 from lora_export.errors import InputRefused, one_line
 from lora_export.lora import Adapter
 from lora_export.storage import input_files, json_files
+from lora_export.storage.hashes import file_sha256
 from lora_export.weights.quantised import QUANTIZATION, without_quantisation
 from lora_export.weights.task_head import config_with_heads
 
@@ -23,6 +24,11 @@ UNIMPORTANT = frozenset(
         *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "_from_model_config", "use_cache"),
         *("_attn_implementation_autoset", "tokenizer_class", "processor_class", "name_or_path", "backend", "is_local"),
     }
+)
+# Files of tokenizers that are no JSON of fields: compared by their bytes
+VOCABULARIES = (
+    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("added_tokens.json", "tekken.json", "source.spm", "target.spm", "bpe.codes"),
 )
 TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -67,6 +73,13 @@ def compare_files(base: Path, merged: Path, adapters: Sequence[Adapter]) -> Comp
         differences.append("the chat template is another than the base's")
     elif any(templates) and not all(templates):
         not_judged.append("the chat template, which only one folder has")
+    for name in VOCABULARIES:
+        if not (merged / name).is_file():
+            continue
+        if not (base / name).is_file():
+            not_judged.append(f"{name}, which the base does not have")
+        elif file_sha256(base / name) != file_sha256(merged / name):
+            differences.append(f"{name} is not the base's")
     return ComparedFiles(tuple(map(one_line, differences)), tuple(map(one_line, not_judged)))
 
 

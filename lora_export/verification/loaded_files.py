@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_export.errors import one_line
 from lora_export.storage import input_files
 from lora_export.storage.manifest import MANIFEST
-from lora_export.verification.companion_files import CHAT_TEMPLATE, READERS, ComparedFiles
+from lora_export.verification.companion_files import CHAT_TEMPLATE, READERS, VOCABULARIES, ComparedFiles
 from lora_export.weights.checkpoint import CONFIG, OTHER_WEIGHTS, open_checkpoint
 
 # Names under which loaders look for weights in a model's folder, or for an adapter to attach.
@@ -47,7 +47,7 @@ def loaded_files(candidate: Path) -> LoadedFiles:
     if not checkpoint.is_folder:
         return LoadedFiles({candidate.name: candidate})
     files = {path.relative_to(candidate).as_posix(): path for path in input_files.regular_files(candidate)}
-    judged = {*checkpoint.shards, checkpoint.index, *READERS, CHAT_TEMPLATE} & set(files)
+    judged = {*checkpoint.shards, checkpoint.index, *READERS, *VOCABULARIES, CHAT_TEMPLATE} & set(files)
     others = sorted(set(files) - judged - {MANIFEST})
     leftovers = [name for name in others if NAMES_OF_LOADERS.fullmatch(name)]
     differences = [f"{name} is not what was judged, and a loader may take it. Remove it" for name in leftovers]

@@ -88,6 +88,10 @@ def prove(
     if not outputs.by_case:
         raise RuntimeRefused(references.explain(outputs.refusals[0]))
     expected = prepared.run(outputs, step)
+    if expected.unreached:
+        step("inputs that reach more pairs")
+        if further := references.reaching(candidate, expected.unreached):
+            return prove(candidate, further, atol=atol, rtol=rtol, trace=trace, step=step)
     judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
     cases = _cases(inputs, outputs, expected)
     verdict = judge(cases)

@@ -101,6 +101,19 @@ def test_value_that_one_folder_lacks_is_named_and_not_judged(tmp_path: Path) -> 
     assert found.not_judged == ("values in config.json that only one folder has: rope_parameters, rope_theta",)
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "tokenizer.model"])
+def test_vocabularies_are_compared_by_their_bytes(tmp_path: Path, name: str) -> None:
+    base, merged = folder(tmp_path / "base"), folder(tmp_path / "merged")
+    (base / name).write_bytes(b"a\nb\n")
+    assert compare_files(base, merged, []).differences == (), "a loader of the merged folder takes tokenizer.json"
+    (merged / name).write_bytes(b"a\nb\n")
+    assert compare_files(base, merged, []).differences == ()
+    (merged / name).write_bytes(b"b\na\n")
+    assert compare_files(base, merged, []).differences == (f"{name} is not the base's",)
+    (base / name).unlink()
+    assert compare_files(base, merged, []).not_judged == (f"{name}, which the base does not have",)
+
+
 def test_chat_template_may_move_to_a_file_of_its_own(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", "tokenizer_config.json", {"chat_template": "{{ messages }}"})
     merged = folder(tmp_path / "merged")

@@ -47,12 +47,12 @@ def test_other_weights_that_a_loader_may_take_are_different(
 
 
 def test_the_report_lists_what_was_judged(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("training_args.bin", "optimizer.pt", "vocab.txt", "README.md", "sub/model.safetensors"):
+    for name in ("training_args.bin", "optimizer.pt", "notes.txt", "README.md", "sub/model.safetensors"):
         (merged / name).parent.mkdir(exist_ok=True)
         (merged / name).write_bytes(b"")
     code, document = answer(capsys, *audit(merged))
     assert code == 0 and document["about"]["judged_files"] == ["config.json", "model.safetensors"]
-    assert "not compared: optimizer.pt, sub/model.safetensors, training_args.bin, vocab.txt" in document["notes"]
+    assert "not compared: optimizer.pt, sub/model.safetensors, training_args.bin, notes.txt" in document["notes"]
 
 
 def test_a_config_that_names_other_weights_is_different(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.models.model import Limits, Model, Sizes
+from lora_export.models.model import CHECKED_SIZES, Limits, Model, Sizes
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import ModuleRunner
@@ -24,26 +24,40 @@ def case_inputs(
     seed: int = 0,
     user_inputs: Path | None = None,
     adapters: Sequence[Adapter] = (),
+    further_seeds: Sequence[int] = (),
 ) -> dict[str, Arrays]:
-    """The inputs of every run of a proof, by case: three seeded sets, and the user's own.
+    """The inputs of every run of a proof, by case: seeded sets, one more for each further seed, and the user's own.
 
     The seeded token ids of a Hugging Face model include those whose rows the adapters bring. Raises InputRefused
     where the arrays of `user_inputs` are not the model's inputs.
     """
     rows = [index for adapter in adapters for rows in adapter.token_rows.values() for index in rows.indices.tolist()]
     tokens = np.array(sorted(set(rows)) if model.is_huggingface else [], np.int64)
-    return dict(_inputs(model, candidate, seed, user_inputs, tokens))
+    return dict(_inputs(model, candidate, seed, user_inputs, tokens, further_seeds))
 
 
 def _inputs(
-    model: Model, candidate: Runner, seed: int, user_inputs: Path | None, tokens: NDArray[np.int64]
+    model: Model,
+    candidate: Runner,
+    seed: int,
+    user_inputs: Path | None,
+    tokens: NDArray[np.int64],
+    further_seeds: Sequence[int],
 ) -> Iterator[tuple[str, Arrays]]:
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
         arrays = draw(model, candidate, sizes, seed + number + 1)
         yield label, _with_tokens(arrays, tokens) if tokens.size else arrays
+    for further in further_seeds:
+        yield f"seed {further}", further_draw(model, candidate, further)
     if user_inputs is not None:
         yield user_inputs.name, _read_inputs(user_inputs, model)
+
+
+def further_draw(model: Model, candidate: Runner, seed: int) -> Arrays:
+    """Seeded inputs of the largest usual sizes."""
+    usual = model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))[: len(CHECKED_SIZES)]
+    return draw(model, candidate, usual[-1], seed)
 
 
 def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:

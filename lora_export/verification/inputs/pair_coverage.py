@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,6 +12,8 @@ from lora_export.layers.adapted_layers import Branch, attachment_of, is_attached
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.pair_controls import first_names
+
+MOST_DRAWS = 32  # that are tried for pairs which no case reaches
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,22 @@ def coverage_of_pairs(attached: nn.Module, cases: Mapping[str, Arrays], computed
                 ModuleRunner(attached).run(arrays)
         computed = found
     return PairCoverage(len(every), tuple(branch.module for branch in every if branch not in computed))
+
+
+def seeds_that_reach(
+    attached: nn.Module, unreached: Collection[str], make_inputs: Callable[[int], Arrays], first_seed: int
+) -> tuple[int, ...]:
+    """Seeds of inputs that reach more of the pairs, which no case has reached: those of a rare expert.
+
+    Each of MOST_DRAWS inputs is run by the module with its adapters. Inputs that reach nothing new are left out.
+    """
+    missing, seeds = set(unreached), []
+    for seed in range(first_seed, first_seed + MOST_DRAWS):
+        with layers.recorded_branches() as computed:
+            ModuleRunner(attached).run(make_inputs(seed))
+        if reached := missing & {branch.module for branch in computed}:
+            seeds.append(seed)
+            missing -= reached
+        if not missing:
+            break
+    return tuple(seeds)

@@ -72,6 +72,9 @@ class References(Protocol):
     def inputs(self, candidate: Runner) -> Inputs:
         """The inputs for candidate and references. Raises InputRefused where none can be made."""
 
+    def reaching(self, candidate: Runner, unreached: Collection[str]) -> Self | None:
+        """The references with further inputs that reach some of these pairs; None where none is found."""
+
     def prepare(self, candidate: Runner, inputs: Inputs) -> PreparedReferences:
         """The references for one candidate. Raises MatchError where the adapters do not fit the model."""
 

@@ -13,6 +13,7 @@ from lora_export.lora import Adapter, LoraPair
 from lora_export.models import model
 from lora_export.verification import parity
 from lora_export.verification.against_pytorch import PyTorchReferences
+from lora_export.verification.inputs import pair_coverage
 from lora_export.verification.inputs.pair_coverage import PairCoverage, coverage_of_pairs
 from lora_export.verification.proof import prove
 from support.proofs import bf16_merge, folded
@@ -65,6 +66,31 @@ def test_expert_without_rows_is_undecided_and_named(monkeypatch: pytest.MonkeyPa
     assert "no output depends on" not in str(verdict), "one message for a pair is enough"
     monkeypatch.setattr(PairCoverage, "doubts", [])
     assert prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict.same
+
+
+def rare() -> model.Model:
+    """Only a row that begins with more than 2.3, one in 93, goes through the second expert."""
+
+    class Rare(Routed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([x[:, :1] - 2.3, x[:, 1:]], 1))
+
+    def make(sizes: model.Sizes, generator: torch.Generator) -> model.ModelInputs:
+        return {"x": torch.randn(sizes["batch"], 8, generator=generator)}
+
+    torch.manual_seed(0)
+    return model.Model("rare", Rare().eval(), {"x": {0: "batch"}}, make_inputs=make, traced_sizes={"batch": 4})
+
+
+def test_further_inputs_reach_a_rare_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = rare(), an_adapter(*EXPERTS)
+    proof = prove(folded(base, adapter), PyTorchReferences(base, [adapter]))
+    assert proof.verdict.same and any(name.startswith("seed 20") for name in proof.inputs)
+    wrong = prove(folded(base, an_adapter(*EXPERTS[:2])), PyTorchReferences(base, [adapter])).verdict
+    assert wrong.outcome is parity.Outcome.DIFFERENT
+    monkeypatch.setattr(pair_coverage, "MOST_DRAWS", 0)
+    verdict = prove(folded(base, adapter), PyTorchReferences(base, [adapter])).verdict
+    assert verdict.outcome is parity.Outcome.UNDECIDED and "no input reaches experts.1" in str(verdict)
 
 
 def test_every_expert_with_rows_is_decided() -> None:
