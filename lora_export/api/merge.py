@@ -88,8 +88,8 @@ def merge(
     `min_retention` (0 to 1) is the least part of a weight's change that has to survive rounding.
     `hashing` is "xxh3_128" or "sha256". For an .onnx base, `checkpoint` is what it was exported from: it names weights
     whose names were lost; `requantize` merges into quantised weights too. With `dequantize`, a base that is
-    quantised (bitsandbytes, fp8) becomes a float model: each weight is what the base's library makes of it. Without, it
-    is refused. `device` is "cpu" or "cuda".
+    quantised (bitsandbytes, fp8, compressed-tensors) becomes a float model: each weight is what the base's library
+    makes of it. Without, it is refused. `device` is "cpu" or "cuda".
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.

@@ -88,7 +88,7 @@ Example:
 @click.option(
     "--dequantize",
     is_flag=True,
-    help="Make a quantised BASE (bitsandbytes nf4, fp4 or int8; fp8 in blocks) a float model, and merge into that.",
+    help="Make a quantised BASE (bitsandbytes; fp8 in blocks; compressed-tensors) a float model, and merge into that.",
 )
 @layout_option
 @click.option(

@@ -1,8 +1,9 @@
 """The weights of a quantised checkpoint, read as the floats that its own library makes of them.
 
-    stored_parts.py    the tensors that a quantised weight is stored in
-    bitsandbytes.py    nf4, fp4 (double quantisation too) and int8
-    block_fp8.py       8-bit floats with a scale for each block (DeepSeek)
+    stored_parts.py        the tensors that a quantised weight is stored in
+    bitsandbytes.py        nf4, fp4 (double quantisation too) and int8
+    block_fp8.py           8-bit floats with a scale for each block (DeepSeek)
+    compressed_tensors.py  integers of 4 and 8 bits, 8-bit floats
 
 A scheme is added as one file, and one line in `SCHEMES`.
 """
@@ -16,6 +17,7 @@ from lora_export.errors import InputRefused
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
+from lora_export.weights.quantised.compressed_tensors import compressed_weights
 from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
 
 __all__ = ["QUANTIZATION", "QuantisedTensor", "find_quantised", "method_of", "remedy_for", "without_quantisation"]
@@ -25,8 +27,12 @@ QUANTIZATION = "quantization_config"  # of a config
 ReadWeights = Callable[[StoredParts, Mapping[str, Any], str], dict[str, QuantisedTensor]]
 
 # `quant_method` of a config -> the reader of its weights
-SCHEMES: dict[str, ReadWeights] = {"bitsandbytes": bitsandbytes_weights, "fp8": block_fp8_weights}
-METHODS = {"bitsandbytes": "bitsandbytes (nf4, fp4, int8)", "fp8": "fp8 in blocks"}
+SCHEMES: dict[str, ReadWeights] = {
+    "bitsandbytes": bitsandbytes_weights,
+    "fp8": block_fp8_weights,
+    "compressed-tensors": compressed_weights,
+}
+KNOWN = "bitsandbytes (nf4, fp4, int8), fp8 in blocks and compressed-tensors"
 
 
 def method_of(quantization: Any) -> str:
@@ -53,8 +59,8 @@ def find_quantised(
     method = method_of(quantization)
     if method not in SCHEMES:
         raise InputRefused(
-            f"--dequantize knows {' and '.join(METHODS.values())}, and this base is quantised by {method}. Merge into "
-            "the original float model, or dequantise this one with its own library"
+            f"--dequantize knows {KNOWN}, and this base is quantised by {method}. Merge into the original float model, "
+            "or dequantise this one with its own library"
         )
     found = SCHEMES[method](StoredParts(shards), quantization, dtype)
     if not found:

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import lora_export
 from lora_export.errors import InputRefused, WrongUsage
 from support.cli import answer, call
+from support.handmade import peft_adapter
 
 CONFIG = {
     "vocab_size": 64,
@@ -183,3 +184,39 @@ def test_parts_in_other_shards_and_hashes_of_whole_files(place: Path, tmp_path: 
     manifest = (out / "lora_export.json").read_text()
     assert all(file_sha256(base / file) in manifest for file in files)
     assert np.all([file_sha256(file) in manifest for file in out.glob("*.safetensors")])
+
+
+def of_one_layer(scheme: str) -> tuple[dict[str, torch.Tensor], dict[str, object], torch.Tensor]:
+    """The stored tensors of a layer of 8 x 64, its `quantization_config`, and its weight as floats."""
+    torch.manual_seed(0)
+    scales = torch.rand(8, 1) / 8
+    if scheme == "fp8":
+        weight = torch.randn(8, 64).to(torch.float8_e4m3fn)
+        config = {"quant_method": "fp8", "weight_block_size": [1, 64]}
+        return {"fc.weight": weight, "fc.weight_scale_inv": scales}, config, weight.float() * scales
+    numbers = torch.randint(-8, 8, (8, 64))
+    nibbles = (numbers + 8).to(torch.uint8)
+    stored = {
+        "fc.weight_packed": (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32),
+        "fc.weight_scale": scales,
+        "fc.weight_shape": torch.tensor([8, 64]),
+    }
+    return stored, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, numbers * scales
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "compressed-tensors"])
+def test_other_schemes_are_merged_and_judged(scheme: str, tmp_path: Path) -> None:
+    stored, quantization, weight = of_one_layer(scheme)
+    base, out = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    save_file(stored | {"norm.weight": torch.ones(64)}, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+    a, b = np.ones((1, 64)), np.arange(8.0)[:, None]
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (a, b)})
+    lora_export.merge(base, [adapter], out, dequantize=True)
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == {"fc.weight", "norm.weight"}
+    assert torch.equal(merged["fc.weight"], weight + torch.from_numpy(b @ a).float())
+    assert lora_export.verify(out, adapters=[adapter], base=base)
+    save_file(merged | {"fc.weight": weight}, out / "model.safetensors", {"format": "pt"})
+    assert not lora_export.verify(out, adapters=[adapter], base=base)
