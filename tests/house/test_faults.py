@@ -294,13 +294,21 @@ def test_two_sets_of_weights(place):
 
 @pytest.mark.fault(20)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
-def test_a_base_whose_config_says_that_it_is_quantised(place, method, nested):
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("bitsandbytes", "make this one a float model: merge --dequantize"),
+        ("fp8", "make this one a float model: merge --dequantize"),
+        ("gptq", "dequantise this one first, with its own library"),
+        ("awq", "dequantise this one first, with its own library"),
+    ],
+)
+def test_a_base_whose_config_says_that_it_is_quantised(place, method, remedy, nested):
     quantised = {"quantization_config": {"quant_method": method}}
     config = {"model_type": "llama", **({"text_config": quantised} if nested else quantised)}
     (place.base / "config.json").write_text(json.dumps(config))
     place.neither_takes_the_base(
-        f"{place.base} is quantised ({method})", "Merge into the original float model, or dequantise this one first"
+        f"{place.base} is quantised ({method})", f"Merge into the original float model, or {remedy}"
     )
 
 
@@ -823,8 +831,8 @@ def test_the_class_that_an_adapter_names_is_not_imported(place, evil, payload):
 def test_a_base_that_changes_after_it_was_looked_at(place, monkeypatch, change):
     opened = checkpoint.open_checkpoint
 
-    def then_changed(path: Path) -> Checkpoint:
-        base = opened(path)
+    def then_changed(path: Path, **options: bool) -> Checkpoint:
+        base = opened(path, **options)
         change(place.base / "model.safetensors")
         return base
 
@@ -891,7 +899,7 @@ def test_a_misfits_names_are_one_line():
 
 
 def test_an_error_keeps_its_lines_and_no_other_control_characters(place, monkeypatch):
-    def fail(_: object) -> None:
+    def fail(_: object, **__: bool) -> None:
         raise InputRefused("first", "  second\x1b[A\x07\x9b\u202e\nx")
 
     monkeypatch.setattr("lora_export.api.merge.open_checkpoint", fail)

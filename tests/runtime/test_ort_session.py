@@ -54,5 +54,8 @@ def test_provider_that_falls_back_is_lacking(monkeypatch: pytest.MonkeyPatch) ->
 def test_refused_graph_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeRefused, match="onnxruntime refused a graph: "):
         open_session(InMemoryGraph("a graph", b"noise"), "cpu", options())
-    with pytest.raises(RuntimeRefused, match=r"onnxruntime refused .*none\.onnx: "):
+    (tmp_path / "noise.onnx").write_bytes(b"noise")
+    with pytest.raises(RuntimeRefused, match=r"onnxruntime refused .*noise\.onnx: "):
+        open_session(tmp_path / "noise.onnx", "cpu", options())
+    with pytest.raises(InputRefused, match=r"none\.onnx: No such file"):
         open_session(tmp_path / "none.onnx", "cpu", options())
