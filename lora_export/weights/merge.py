@@ -271,7 +271,7 @@ def _blocks(
     for is_copy, group in itertools.groupby(zip(tensors, entries, strict=True), key=lambda pair: pair[0].is_copy):
         for run in _neighbours(list(group)) if is_copy else ([pair] for pair in group):
             (first, entry), (last, _) = run[0], run[-1]
-            if first.source.nbytes:  # the parts of quantised weights are read for the hash of the file
+            if last.source.stop > position:  # the parts of quantised weights are read for the hash of the file
                 yield from tensor_blocks.skipped_blocks(position, entry.start, first.source.start - position)
                 position = last.source.stop
             if is_copy:

@@ -37,11 +37,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lora_export import formats, plan, sums
+from lora_export import formats, plan, provenance, sums
+from lora_export import merge as merge_files
 from lora_export.errors import InputRefused, MatchError
 from lora_export.lora import Adapter, LoraPair
 from lora_export.storage import block_copy, safetensors_file
-from lora_export.storage.hashes import ALGORITHMS
+from lora_export.storage.hashes import ALGORITHMS, file_sha256
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.sums import add_into
 from lora_export.weights import merge, tensor_blocks
@@ -1048,3 +1049,15 @@ def test_a_base_truncated_during_the_merge_is_refused(tmp_path, sharded, adapter
     size = shard.stat().st_size
     with pytest.raises(InputRefused, match=f"{shard} (changed while|became shorter while)"):
         merged(sharded, adapter, tmp_path / "out", progress=lambda _: os.truncate(shard, int(left * size)))
+
+
+def test_empty_tensors_leave_the_hash_of_the_base_right(tmp_path):
+    """An empty tensor begins a range that is copied; behind it, each byte of the base is hashed once."""
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    empty, whole = np.zeros((0, 4), np.float32), np.ones((4, 4), np.float32)
+    safetensors_file.write(base, {"a": empty, "b": whole, "fc.weight": whole, "y": empty, "z": whole})
+    adapter = peft_adapter(tmp_path / "adapter", {"fc": (np.ones((1, 4)), np.ones((4, 1)))})
+    merge_files(base, [adapter], out, hashing="sha256")
+    record = safetensors_file.open_file(out).metadata[provenance.KEY]
+    assert file_sha256(base) in record
+    assert np.array_equal(safetensors_file.open_file(out).read("z"), whole)
