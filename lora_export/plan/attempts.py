@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -45,7 +46,7 @@ def considered_modules(adapter: Adapter) -> list[str]:
     ]
 
 
-class Attempt:
+class Attempt(ABC):
     """One way to read the names of an adapter."""
 
     meaning = ""
@@ -55,9 +56,9 @@ class Attempt:
         self.modules = considered_modules(adapter)
         self.matched = 0
 
+    @abstractmethod
     def weights_of(self, module: str) -> list[str]:
         """The base tensors, or parts of these, that a module's pair changes."""
-        raise NotImplementedError
 
 
 class AsSpelled(Attempt):
@@ -88,22 +89,22 @@ class ConvertedNames(Attempt):
         self.prefix = Prefix()
         self._places: dict[str, list[Place]] = {}
 
+    @abstractmethod
     def tensor_of(self, module: str) -> str | None:
         """The name of a module's weight, as far as this spelling knows it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:
         """The places of a tensor, given its name in the adapter. Empty where there are none. Raises NotExpressible."""
-        raise NotImplementedError
 
+    @abstractmethod
     def misfits(self, spelled: Adapter) -> list[Misfit]:
         """The layers that the adapter targets, and has no tensors for."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def own_prefix(self) -> Prefix:
         """The prefix of the names that `spelled` gives."""
-        raise NotImplementedError
 
     def places(self, tensor: str, shape: Sequence[int]) -> list[Place]:
         if tensor not in self._places:

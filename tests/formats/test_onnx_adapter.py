@@ -154,6 +154,9 @@ def test_values_that_are_not_finite_are_refused_and_counted(tmp_path: Path, dtyp
         onnx_adapter.read(a_file(tmp_path / "x.onnx_adapter", {"a": bad, "b": B.astype(dtype)}))
 
 
-def test_onnxruntime_runs_a_file_with_a_hash(tmp_path: Path) -> None:
-    adapter = onnxruntime.LoraAdapter()
-    adapter.Load(str(a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})))
+def test_onnxruntime_reads_a_file_with_a_hash(tmp_path: Path) -> None:
+    path = a_file(tmp_path / "x.onnx_adapter", {"a": A, "b": B})
+    onnxruntime.LoraAdapter().Load(str(path))
+    values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+    assert values.keys() == {"a", "b"}
+    assert np.array_equal(values["a"].numpy(), A) and np.array_equal(values["b"].numpy(), B)
