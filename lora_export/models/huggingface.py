@@ -21,7 +21,7 @@ from lora_export.models.generated_inputs import GeneratedInputs, generated_input
 from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.storage import json_files
-from lora_export.weights.checkpoint import CONFIG, custom_code, open_checkpoint
+from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
 
 PEFT_CONFIG = "adapter_config.json"
@@ -81,7 +81,7 @@ def from_folder(
     _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
-        module, new = _pretrained(transformers, folder, fields, dtype)
+        module, new = _pretrained(transformers, checkpoint, fields, dtype)
     if not (may_add or labels):
         _refuse_random_weights(folder, module, new, adapters)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -156,7 +156,7 @@ def _refuse_more_modules(folder: Path, fields: Mapping[str, Any], tensors: int) 
             raise InputRefused(f"{folder / CONFIG}: {name} is {sum(counts):,}; at most {MOST_LABELS:,} are supported")
 
 
-def _refuse_larger_model(cls: Any, config: Any, folder: Path) -> None:
+def _refuse_larger_model(cls: Any, config: Any, checkpoint: Checkpoint) -> None:
     """Raise InputRefused where a config describes a far larger model than the folder has: before it takes memory."""
     module = None
     with torch.device("meta"), contextlib.suppress(Exception):  # what cannot be built fails when it is loaded, too
@@ -164,11 +164,12 @@ def _refuse_larger_model(cls: Any, config: Any, folder: Path) -> None:
     if module is None:
         return
     described = sum(tensor.numel() for tensor in itertools.chain(module.parameters(), module.buffers()))
-    stored = sum(math.prod(spec.shape) for spec in open_checkpoint(folder).specs)
+    stored = sum(math.prod(spec.shape) for spec in checkpoint.specs)
     if described > MOST_NUMBERS + LARGER * stored:
         raise InputRefused(
-            f"{folder / CONFIG} describes a {cls.__name__} of {described:,} numbers, and the folder has {stored:,}",
-            _other_shapes(module, folder),
+            f"{checkpoint.path / CONFIG} describes a {cls.__name__} of {described:,} numbers, and the folder has "
+            f"{stored:,}",
+            _other_shapes(module, checkpoint),
         )
 
 
@@ -198,9 +199,10 @@ def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapte
 
 
 def _pretrained(
-    transformers: Any, folder: Path, fields: dict[str, Any], dtype: torch.dtype
+    transformers: Any, checkpoint: Checkpoint, fields: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Any, tuple[str, ...]]:
     """The module, and the names of its weights that the folder lacks."""
+    folder = checkpoint.path
     path = folder / CONFIG
     try:
         config = transformers.AutoConfig.for_model(**fields)
@@ -213,7 +215,7 @@ def _pretrained(
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) and architecture != "AutoModel":
         raise InputRefused(f"{path}: {architecture} is no model of transformers")
     disable_cache(config)  # the exported graph takes and returns no key-value cache
-    _refuse_larger_model(cls, config, folder)
+    _refuse_larger_model(cls, config, checkpoint)
     try:
         module, loading = cls.from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -222,7 +224,7 @@ def _pretrained(
     except MemoryError:
         raise
     except Exception as error:  # values that do not fit together raise any type
-        why = _shapes_by_config(cls, config, folder) if "ignore_mismatched_sizes" in str(error) else ""
+        why = _shapes_by_config(cls, config, checkpoint) if "ignore_mismatched_sizes" in str(error) else ""
         raise InputRefused(
             f"{folder}: transformers cannot load it as {architecture}:", why or listed(str(error).splitlines())
         ) from error
@@ -233,19 +235,19 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _shapes_by_config(cls: Any, config: Any, folder: Path) -> EscapedLines:
+def _shapes_by_config(cls: Any, config: Any, checkpoint: Checkpoint) -> EscapedLines:
     with torch.device("meta"):
-        return _other_shapes(_built(cls, config), folder)
+        return _other_shapes(_built(cls, config), checkpoint)
 
 
 def _built(cls: Any, config: Any) -> Any:
     return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
-def _other_shapes(module: Any, folder: Path) -> EscapedLines:
+def _other_shapes(module: Any, checkpoint: Checkpoint) -> EscapedLines:
     """The tensors whose shapes in the folder are not those that the config describes; empty where none is found."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {spec.name: spec.shape for spec in open_checkpoint(folder).specs}
+    found = {spec.name: spec.shape for spec in checkpoint.specs}
     differing = [
         f"{name} is {found[name]} in the folder, and {shape} by the config and the adapters"
         for name, shape in wanted.items()
