@@ -15,6 +15,7 @@ from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import (
     CONTROLS,
     DECIDES,
+    NOT_JUDGED,
     Comparison,
     Control,
     Outcome,
@@ -71,7 +72,10 @@ def junit_of_weights(audit: Audit, about: Mapping[str, Any] | None = None, *, se
     files = [Reason(Outcome.DIFFERENT, "files", line) for line in audit.files]
     if files:
         _test(suite, "files", "config and tokenizer", files, output="\n".join(audit.files))
-    test = _test(suite, "verdict", "same", [*files, *wrong], output=str(audit), explanation=audit.explanation)
+    reasons = [*files, *wrong]
+    if audit.outcome is Outcome.UNDECIDED and not reasons:  # a strict verdict
+        reasons = [Reason(Outcome.UNDECIDED, NOT_JUDGED, f"{NOT_JUDGED}: {part}") for part in audit.not_judged]
+    test = _test(suite, "verdict", "same", reasons, output=str(audit), explanation=audit.explanation)
     test.set("time", f"{seconds:.3f}")
     return _finished(suite, seconds)
 

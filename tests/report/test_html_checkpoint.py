@@ -61,3 +61,10 @@ def test_fates_are_counted() -> None:
     assert changed == {
         "name": "changed by adapters", "all": 2, "right": 1, "elements": 20, "outcome": "different",
     }  # fmt: skip
+
+
+def test_what_was_not_judged_is_on_the_page() -> None:
+    audit = Audit(Outcome.SAME, (KEPT,), not_judged=("the <chat> template",), notes=("not compared: notes.txt",))
+    about = {"candidate": "merged", "base": "base", "adapters": [], "seconds": 1.0, "created": "today"}
+    page = report.page(report.document(audit, about=about))
+    assert "<b>Not judged:</b> the &lt;chat&gt; template" in page and "<li>not compared: notes.txt</li>" in page

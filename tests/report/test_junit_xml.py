@@ -172,3 +172,13 @@ def test_checkpoint_has_a_test_for_each_tensor_and_the_verdict() -> None:
         ("verdict", "same"): "failure",
     }
     assert [root.attrib[name] for name in ("tests", "failures", "time")] == ["3", "2", "2.000"]
+
+
+def test_strict_checkpoint_has_no_test_that_passes_as_the_verdict() -> None:
+    audit = Audit(
+        Outcome.SAME, (AuditedWeight("a.weight", Fate.CHANGED, Outcome.SAME),), not_judged=("the chat template",)
+    )
+    assert outcomes(checked(junit_of_weights(audit)))["verdict", "same"] == "passed"
+    root = checked(junit_of_weights(audit.strictly()))
+    assert outcomes(root)["verdict", "same"] == "error"
+    assert "not judged: the chat template" in ElementTree.tostring(root, encoding="unicode")
