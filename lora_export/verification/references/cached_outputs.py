@@ -64,7 +64,7 @@ def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
         file = safetensors_file.open_file(path)
         record = json_files.parse_json(file.metadata.get(METADATA, "{}").encode(), f"the record in {path}")
         flat = [(tuple(json.loads(name)), file.read(name)) for name in file.entries]
-        if record.get("digest") != _digest(flat):
+        if record.get("digest") != _digest(flat, record["detected"]):
             raise InputRefused("its values are not those that were written")
         if record["made_with"] != key.made_with:
             changes = _changes(record["made_with"], key.made_with)
@@ -72,7 +72,7 @@ def read(folder: Path, key: CacheKey, warn: Warn) -> CachedOutputs | None:
             return None
         for (case, role, output), values in flat:
             by_role.setdefault(role, {}).setdefault(case, {})[output] = values
-        return CachedOutputs(by_role, frozenset(record["stayed"]), frozenset(record.get("detected", ())))
+        return CachedOutputs(by_role, frozenset(record["stayed"]), frozenset(record["detected"]))
     except (InputRefused, ValueError, TypeError, KeyError, AttributeError) as error:
         warn(f"cache: {path.name} is damaged ({error}): the reference runs again")
         return None
@@ -87,11 +87,12 @@ def write(folder: Path, key: CacheKey, outputs: CachedOutputs, warn: Warn) -> No
         for case, arrays in by_case.items()
         for output, values in arrays.items()
     ]
+    detected = sorted(outputs.detected)
     record = {
         "made_with": key.made_with,
         "stayed": sorted(outputs.narrow_operators),
-        "detected": sorted(outputs.detected),
-        "digest": _digest(flat),
+        "detected": detected,
+        "digest": _digest(flat, detected),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,8 +173,8 @@ def _sources(layer: type) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _digest(flat: Sequence[tuple[Sequence[str], NDArray[Any]]]) -> str:
-    digest = xxhash.xxh3_128()
+def _digest(flat: Sequence[tuple[Sequence[str], NDArray[Any]]], detected: Sequence[str]) -> str:
+    digest = xxhash.xxh3_128(json.dumps(detected).encode())
     for name, array in sorted(flat, key=lambda item: list(item[0])):
         _update(digest, json.dumps([*name, str(array.dtype), list(array.shape)]), array)
     return digest.hexdigest()

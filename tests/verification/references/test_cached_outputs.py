@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_changed_values_are_detected_by_their_hash(scaled, runs, tmp_path):
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1e-3
     safetensors_file.write(entry(tmp_path), tensors, file.metadata)
+    _, warnings = proven(scaled, tmp_path)
+    assert "not those that were written" in warnings[0] and len(runs) == 2 * PROOF
+
+
+def test_changed_list_of_detected_pairs_is_noticed_by_the_hash(scaled, runs, tmp_path):
+    """With another list, a pair that the candidate lacks would not be looked for."""
+    proven(scaled, tmp_path)
+    file = safetensors_file.open_file(entry(tmp_path))
+    record = json.loads(file.metadata[cached_outputs.METADATA])
+    assert record["detected"] == ["dense"]
+    metadata = {cached_outputs.METADATA: json.dumps(record | {"detected": ["another"]})}
+    safetensors_file.write(entry(tmp_path), {name: file.read(name) for name in file.entries}, metadata)
     _, warnings = proven(scaled, tmp_path)
     assert "not those that were written" in warnings[0] and len(runs) == 2 * PROOF
 
