@@ -20,7 +20,6 @@ from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.quantised.quantised_weights import Steps, unpack_bits
-from lora_export.lora import Adapter, LoraPair
 from lora_export.models.export import to_onnx
 from lora_export.models.load import load_model
 from lora_export.models.model import Model
@@ -37,18 +36,9 @@ from lora_export.verification.references.quantisation_error import (
 )
 from support import FACTORIES
 from support.graphs import in_int8, quantised
+from support.wide_model import adapter_for_wide
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
-
-
-def an_adapter() -> Adapter:
-    rng = np.random.default_rng(0)
-    shapes = {"up": (96, 64), "down": (64, 96)}
-    pairs = {
-        name: LoraPair(a=rng.normal(size=(4, inner)) / 8, b=rng.normal(size=(out, 4)) / 8, scale=4.0)
-        for name, (out, inner) in shapes.items()
-    }
-    return Adapter(name="a", format="test", pairs=pairs, sha256="0a")
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +75,9 @@ def verdict_of(graph: ir.Model, model: Model, folder: Path) -> parity.Verdict:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     found = find_sites(graph)
-    insert_nodes(graph, found, plan.make([an_adapter()], found.specs))
+    insert_nodes(graph, found, plan.make([adapter_for_wide(4.0)], found.specs))
     save_graph(graph, folder, "m.onnx")
-    return prove(OnnxRunner(folder / "m.onnx"), PyTorchReferences(model, [an_adapter()])).verdict
+    return prove(OnnxRunner(folder / "m.onnx"), PyTorchReferences(model, [adapter_for_wide(4.0)])).verdict
 
 
 def change(graph: ir.Model, part: str, change: Change, *, of: str = "down") -> None:

@@ -42,16 +42,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 from support import FACTORIES
 from support.graphs import quantised
 from support.handmade import peft_adapter
-
-
-def an_adapter(scale: float = 1.0) -> Adapter:
-    rng = np.random.default_rng(0)
-    shapes = {"up": (96, 64), "down": (64, 96)}
-    pairs = {
-        name: LoraPair(a=rng.normal(size=(4, inner)) / 8, b=rng.normal(size=(out, 4)) / 8, scale=scale)
-        for name, (out, inner) in shapes.items()
-    }
-    return Adapter(name="a", format="test", pairs=pairs, sha256="0a")
+from support.wide_model import adapter_for_wide
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +77,8 @@ def exact(graph: ir.Model, level: int) -> ir.Model:
 def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
     as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
-    path = beside(exact(quantised(graph.clone(), as_pairs=as_pairs), 0), an_adapter(4.0), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(4.0)])).verdict
+    path = beside(exact(quantised(graph.clone(), as_pairs=as_pairs), 0), adapter_for_wide(4.0), tmp_path)
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(4.0)])).verdict
     assert verdict.same, str(verdict)
     (note,) = [note for note in verdict.notes if "quantised" in note]
     weights = quantised_weights.find(path, wide)
@@ -101,14 +92,20 @@ def test_adapter_beside_quantised_weights_is_same_and_distance_noted(
 
 def test_gates_stay_tight_beside_quantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone()), 0)
-    path = beside(few, an_adapter(1.01), tmp_path)  # far less than the weights' rounding
-    assert prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()])).verdict.outcome is parity.Outcome.DIFFERENT
+    path = beside(few, adapter_for_wide(1.01), tmp_path)  # far less than the weights' rounding
+    assert (
+        prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict.outcome
+        is parity.Outcome.DIFFERENT
+    )
 
 
 def test_quantised_graph_without_the_adapter_is_different(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     path = saved(exact(quantised(graph.clone()), 0), tmp_path)
     assert prove(OnnxRunner(path), PyTorchReferences(wide)).verdict.same
-    assert prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()])).verdict.outcome is parity.Outcome.DIFFERENT
+    assert (
+        prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict.outcome
+        is parity.Outcome.DIFFERENT
+    )
 
 
 def test_float_graph_has_no_dequantised_weights(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
@@ -170,8 +167,8 @@ def test_correct_requantised_merge_is_same(
     scheme: dict[str, Any], wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
-    path = requantised(base, an_adapter(), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
+    path = requantised(base, adapter_for_wide(), tmp_path / "merged")
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
     assert verdict.same, str(verdict)
     costs = [each.figures.merge_loss for each in verdict.comparisons if each.figures]
     assert all(cost is not None and 0.001 < cost < 0.3 for cost in costs)
@@ -185,8 +182,8 @@ def test_wrong_requantised_merge_is_different(
     fault: str, scheme: dict[str, Any], wide: Model, graph: ir.Model, tmp_path: Path
 ) -> None:
     base = saved(exact(quantised(graph.clone(), **scheme), 0), tmp_path)
-    right = an_adapter()
-    wrong = an_adapter(1.1) if fault == "scale x 1.1" else right
+    right = adapter_for_wide()
+    wrong = adapter_for_wide(1.1) if fault == "scale x 1.1" else right
     if fault == "missing in one":
         wrong = replace(right, pairs={"up": right.pairs["up"]})
     if fault == "one row of B lost":
@@ -207,18 +204,18 @@ def test_wrong_requantised_merge_is_different(
 
 def test_requantised_merge_multiplied_in_int8_is_decided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 4), tmp_path)
-    path = requantised(base, an_adapter(), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
+    path = requantised(base, adapter_for_wide(), tmp_path / "merged")
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
     assert verdict.same, str(verdict)
-    wrong = requantised(base, an_adapter(1.5), tmp_path / "wrong")
-    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
+    wrong = requantised(base, adapter_for_wide(1.5), tmp_path / "wrong")
+    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    path = requantised(base, an_adapter(0.05), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(0.05)], origin=base)).verdict
+    path = requantised(base, adapter_for_wide(0.05), tmp_path / "merged")
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(0.05)], origin=base)).verdict
     assert verdict.outcome is parity.Outcome.UNDECIDED, str(verdict)
     (reason,) = verdict.distinct_reasons
     assert reason.gate == "loss" and "a graph of more bits" in reason.remedy
@@ -226,10 +223,10 @@ def test_adapter_below_the_second_rounding_is_undecided(wide: Model, graph: ir.M
 
 def test_requantised_merge_without_its_origin_is_undecided(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    path = requantised(base, an_adapter(), tmp_path / "merged")
+    path = requantised(base, adapter_for_wide(), tmp_path / "merged")
     message = r"up.weight: 1.00 ± 0.0\d+ of the adapter's change is in it, and \d\d% .*would decide it: .*--base BASE"
     with pytest.raises(Undecided, match=rf"{message}\.onnx"):
-        prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()]))
+        prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()]))
 
 
 def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
@@ -239,10 +236,10 @@ def merged_before(wide: Model, adapter: Adapter) -> ir.Model:
 
 
 def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> None:
-    path = saved(merged_before(wide, an_adapter()), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()])).verdict
+    path = saved(merged_before(wide, adapter_for_wide()), tmp_path)
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()])).verdict
     assert verdict.same, str(verdict)
-    weights = quantised_weights.find(path, wide, plan.make([an_adapter()], layers.specs(wide.module)))
+    weights = quantised_weights.find(path, wide, plan.make([adapter_for_wide()], layers.specs(wide.module)))
     for name, weight in weights.items():
         assert weight.merge is not None and weight.merge.fraction == pytest.approx(1, abs=0.02)
         assert np.array_equal(weight.merge.base, wide.module.state_dict()[name].numpy())
@@ -252,14 +249,16 @@ def test_merge_quantised_once_needs_no_origin(wide: Model, tmp_path: Path) -> No
 
 def test_strength_of_a_merged_adapter_is_applied(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    path = requantised(base, an_adapter(0.5), tmp_path / "merged")
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], strengths=[0.5], origin=base)).verdict
+    path = requantised(base, adapter_for_wide(0.5), tmp_path / "merged")
+    verdict = prove(
+        OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], strengths=[0.5], origin=base)
+    ).verdict
     assert verdict.same, str(verdict)
     assert any(re.search(r"They contain (99|100)% of the change", note) for note in verdict.notes)
 
 
 def test_one_wrong_integer_of_a_merge_quantised_once_is_different(wide: Model, tmp_path: Path) -> None:
-    path = saved(merged_before(wide, an_adapter()), tmp_path)
+    path = saved(merged_before(wide, adapter_for_wide()), tmp_path)
 
     def off(name: str, array: NDArray[Any]) -> NDArray[Any]:
         if array.dtype == np.uint8 and "down.weight" in name:
@@ -267,16 +266,16 @@ def test_one_wrong_integer_of_a_merge_quantised_once_is_different(wide: Model, t
         return array
 
     wrong = with_other(path, off, tmp_path / "off")
-    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [an_adapter()])).verdict
+    verdict = prove(OnnxRunner(wrong), PyTorchReferences(wide, [adapter_for_wide()])).verdict
     assert verdict.outcome is parity.Outcome.DIFFERENT
 
 
 def test_weights_without_an_adapter_must_equal_the_origins(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    alone = replace(an_adapter(), pairs={"up": an_adapter().pairs["up"]})
+    alone = replace(adapter_for_wide(), pairs={"up": adapter_for_wide().pairs["up"]})
     one = requantised(base, alone, tmp_path / "one")
     assert prove(OnnxRunner(one), PyTorchReferences(wide, [alone], origin=base)).verdict.same
-    both = requantised(base, an_adapter(), tmp_path / "both")
+    both = requantised(base, adapter_for_wide(), tmp_path / "both")
     with pytest.raises(Different, match=r"no adapter changes are not those of .*m.onnx: down.weight"):
         prove(OnnxRunner(both), PyTorchReferences(wide, [alone], origin=base))
 
@@ -285,20 +284,20 @@ def test_adapter_beside_the_origins_weights_is_no_merge(wide: Model, graph: ir.M
     few = exact(quantised(graph.clone()), 0)
     (tmp_path / "base").mkdir()
     base = saved(few.clone(), tmp_path / "base")
-    path = beside(few, an_adapter(), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base)).verdict
+    path = beside(few, adapter_for_wide(), tmp_path)
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).verdict
     assert verdict.same and not any("merged into" in note for note in verdict.notes)
 
 
 def test_origin_and_candidate_must_both_be_quantised(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    path = requantised(base, an_adapter(), tmp_path / "merged")
+    path = requantised(base, adapter_for_wide(), tmp_path / "merged")
     (tmp_path / "floats").mkdir()
     floats = saved(graph.clone(), tmp_path / "floats")
     with pytest.raises(InputRefused, match=r"floats/m.onnx has no quantised weights of the model"):
-        prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=floats))
+        prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=floats))
     with pytest.raises(InputRefused, match="the candidate has no quantised weights"):
-        prove(OnnxRunner(floats), PyTorchReferences(wide, [an_adapter()], origin=base))
+        prove(OnnxRunner(floats), PyTorchReferences(wide, [adapter_for_wide()], origin=base))
 
 
 class Turned(nn.Module):
@@ -451,26 +450,26 @@ def test_nearest_value_of_a_block_in_packed_weights() -> None:
 @pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
 def test_quantised_graph_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     few = exact(quantised(graph.clone(), as_pairs=as_pairs), 4)
-    path = beside(few.clone(), an_adapter(4.0), tmp_path)
-    right = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(4.0)]), trace=True).diagnosis
+    path = beside(few.clone(), adapter_for_wide(4.0), tmp_path)
+    right = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(4.0)]), trace=True).diagnosis
     assert right is not None and right.first is None
     assert [layer.name for layer in right.layers] == ["up", "down"]
     assert all(0 < layer.error < 1.2 * layer.deployed_error for layer in right.layers)
-    lost = replace(an_adapter(4.0), pairs={"up": an_adapter(4.0).pairs["up"]})
+    lost = replace(adapter_for_wide(4.0), pairs={"up": adapter_for_wide(4.0).pairs["up"]})
     (tmp_path / "lost").mkdir()
     candidate = OnnxRunner(beside(few, lost, tmp_path / "lost"))
-    wrong = prove(candidate, PyTorchReferences(wide, [an_adapter(4.0)])).diagnosis
+    wrong = prove(candidate, PyTorchReferences(wide, [adapter_for_wide(4.0)])).diagnosis
     assert wrong is not None and wrong.first == "down" and "its adapter is missing" in wrong.why
 
 
 @pytest.mark.parametrize("as_pairs", [False, True], ids=["MatMulNBits", "DequantizeLinear"])
 def test_requantised_merge_is_diagnosed(as_pairs: bool, wide: Model, graph: ir.Model, tmp_path: Path) -> None:
     base = saved(exact(quantised(graph.clone(), as_pairs=as_pairs), 4), tmp_path)
-    path = requantised(base, an_adapter(), tmp_path / "merged")
-    right = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter()], origin=base), trace=True).diagnosis
+    path = requantised(base, adapter_for_wide(), tmp_path / "merged")
+    right = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide()], origin=base), trace=True).diagnosis
     assert right is not None and right.first is None and len(right.layers) == 2
-    scaled = requantised(base, an_adapter(1.5), tmp_path / "scaled")
-    wrong = prove(OnnxRunner(scaled), PyTorchReferences(wide, [an_adapter()], origin=base)).diagnosis
+    scaled = requantised(base, adapter_for_wide(1.5), tmp_path / "scaled")
+    wrong = prove(OnnxRunner(scaled), PyTorchReferences(wide, [adapter_for_wide()], origin=base)).diagnosis
     assert wrong is not None and wrong.first == "up"
     assert re.search(r"has 1\.(4[6-9]|5\d*) times the correct .* is no more than rounding error", wrong.why), wrong.why
 
@@ -479,7 +478,7 @@ def test_verify_command_takes_the_origin_of_a_requantised_merge(
     wide: Model, graph: ir.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = saved(exact(quantised(graph.clone()), 0), tmp_path)
-    pairs = {name: (pair.a.tolist(), pair.b.tolist()) for name, pair in an_adapter().pairs.items()}
+    pairs = {name: (pair.a.tolist(), pair.b.tolist()) for name, pair in adapter_for_wide().pairs.items()}
     adapter, merged = peft_adapter(tmp_path / "adapter", pairs), tmp_path / "merged.onnx"
     assert cli.run(["merge", str(base), str(adapter), "-o", str(merged), "--requantize"]) == 0
     verify = ["verify", str(merged), "--model", f"{FACTORIES}:wide", "-a", str(adapter)]
@@ -497,8 +496,8 @@ def test_verify_command_takes_the_origin_of_a_requantised_merge(
 
 
 def test_pytorchs_error_includes_int8_rounding(wide: Model, graph: ir.Model, tmp_path: Path) -> None:
-    path = beside(exact(quantised(graph.clone()), 4), an_adapter(4.0), tmp_path)
-    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [an_adapter(4.0)])).verdict
+    path = beside(exact(quantised(graph.clone()), 4), adapter_for_wide(4.0), tmp_path)
+    verdict = prove(OnnxRunner(path), PyTorchReferences(wide, [adapter_for_wide(4.0)])).verdict
     assert verdict.same, str(verdict)
     assert any("in int8" in note for note in verdict.notes)
     ratios = [each.figures.ratio for each in verdict.comparisons if each.figures and each.figures.ratio]
