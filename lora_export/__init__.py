@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora_export.adapters.combination import Combination
+    from lora_export.api.combine import combine
     from lora_export.api.convert import convert
     from lora_export.api.inspect import inspect
     from lora_export.api.merge import merge
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 # public name -> where it lives
 _HOMES = {
     "Adapter": "lora:Adapter",
+    "Combination": "adapters.combination:Combination",
     "GraphReferences": "verification.against_graph:GraphReferences",
     "LoraPair": "lora:LoraPair",
     "ModuleRunner": "runtime.torch_runners:ModuleRunner",
@@ -50,6 +53,7 @@ _HOMES = {
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
     "attach": "layers:attach",
+    "combine": "api.combine:combine",
     "convert": "api.convert:convert",
     "count_parameters": "layers:count_parameters",
     "create_adapter": "layers:create_adapter",
@@ -74,6 +78,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "Combination",
     "GraphReferences",
     "LoraPair",
     "ModuleRunner",
@@ -84,6 +89,7 @@ __all__ = [
     "Session",
     "TensorSpec",
     "attach",
+    "combine",
     "convert",
     "count_parameters",
     "create_adapter",

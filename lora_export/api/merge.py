@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_export import plan
+from lora_export.adapters.combination import Combination
+from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
 from lora_export.api.generation_files import copy_generation_files, size_of_generation_files
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
@@ -53,6 +55,7 @@ class _Options:
     hashing: str
     device: str
     layout: Mapping[str, str]
+    combination: Combination
     dry_run: bool
     overwrite: bool
     on_message: OnMessage = field(repr=False)
@@ -73,6 +76,7 @@ def merge(
     dequantize: bool = False,
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
+    combination: str | Combination = "cat",
     only_head: bool = False,
     device: str = "cpu",
     dry_run: bool = False,
@@ -93,6 +97,8 @@ def merge(
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
+    `combination` is how the pairs of several adapters on one weight are combined: "cat", the exact sum, or another
+    method of PEFT's `add_weighted_adapter`, by its name or as a `Combination`.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
 
@@ -102,6 +108,7 @@ def merge(
     OutputFailed where the output cannot be written; EnvironmentLacking where CUDA is missing; WrongUsage for options
     that do not go together. After an error an existing output is unchanged, and nothing new is left behind.
     """
+    combination = Combination(combination) if isinstance(combination, str) else combination
     base, adapters = locate(base, on_message), locate_adapters(adapters, on_message)
     if device == "cuda":
         from lora_export.weights import cuda
@@ -113,8 +120,8 @@ def merge(
     stored = None if dtype == "keep" else dtype
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)
     options = _Options(
-        base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), dry_run,
-        overwrite, on_message, on_progress,
+        base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), combination,
+        dry_run, overwrite, on_message, on_progress,
     )  # fmt: skip
     if base.suffix == ".onnx":
         if stored:
@@ -148,6 +155,7 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
         layout=options.layout,
         rules=checkpoint.rules,
     )
+    steps = combine_in_plan(steps, options.combination)
     refuse_before_merge(steps, checkpoint)
     notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))
     if options.dry_run:
@@ -165,6 +173,7 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
             hashing=options.hashing,
             progress=in_bytes(options.on_progress, "merging", size),
             backend=backend,
+            more_settings=options.combination.settings,
         )
         _refuse_no_change(report)
     _warn_of_rounding(report, FLOAT32, options.on_message)
@@ -187,6 +196,7 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
         options = replace(options, adapters=respelled(options.adapters, sites.specs, checkpoint.rules))
     with base_as_remedy(sites) if origin is None else contextlib.nullcontext():
         steps = plan.make(options.adapters, sites.specs, strengths=options.weights)
+    steps = combine_in_plan(steps, options.combination)
     refuse_before_graph_merge(steps, graph, sites, requantise=requantize)
     quantised = requantise_notes(steps, graph.model, sites) if requantize else ()
     notes = _report_notes(options, steps, [*sites.notes, *quantised])
@@ -207,6 +217,7 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
             progress=in_bytes(options.on_progress, "merging", graph.nbytes),
             requantise=requantize,
             backend=backend,
+            more_settings=options.combination.settings,
         )
         _refuse_no_change(report)
         copy_generation_files(options.base, options.output, folder, options.on_message)

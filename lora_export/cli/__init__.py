@@ -30,6 +30,7 @@ JOBS = {
         "train": "Train a LoRA adapter and save it in PEFT's format.",
         "inspect": "Show what an adapter, a checkpoint or a graph contains.",
         "convert": "Convert an adapter for an existing ONNX graph.",
+        "combine": "Combine adapters into one adapter.",
     },
     "Deployment": {
         "merge": "Merge adapters into the weights of a checkpoint or a graph.",

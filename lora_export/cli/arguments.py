@@ -32,6 +32,51 @@ adapter_weights = click.option(
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one step.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+# PEFT's names (`adapters.combination.METHODS`), which are imported only where they are used.
+COMBINATIONS = (
+    *("cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
+    *("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"),
+)
+
+
+def combination_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """How several adapters are combined. `names` are the spellings of the method's option."""
+    options = [
+        click.option(
+            *names,
+            "method",
+            type=click.Choice(COMBINATIONS),
+            default="cat",
+            show_default=True,
+            help="How the pairs of several adapters on one weight are combined, by PEFT's names. cat is the exact sum.",
+        ),
+        click.option(
+            "--density",
+            type=float,
+            metavar="D",
+            help="Share of entries that ties, dare_* and magnitude_prune keep: above 0, at most 1.",
+        ),
+        click.option(
+            "--majority-sign",
+            type=click.Choice(["total", "frequency"]),
+            help="Sign that ties and dare_ties elect: that of the sum, or of most values (default: total).",
+        ),
+        click.option(
+            "--svd-rank", type=int, metavar="R", help="Rank after an SVD (default: the largest of the adapters)."
+        ),
+        click.option(
+            "--seed", type=int, metavar="N", help="Random seed for the entries that dare_* keeps (default: 0)."
+        ),
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 adapters_option = click.option(
     "-a",
     "--adapter",

@@ -11,6 +11,7 @@ from lora_export.cli import startup
 from lora_export.cli.arguments import (
     Command,
     adapter_weights,
+    combination_options,
     json_option,
     layout_option,
     overwrite_option,
@@ -50,6 +51,7 @@ Example:
     help="Folder or file for the merged weights: the same kind as BASE.",
 )
 @adapter_weights
+@combination_options("--combine")
 @prefix_option
 @click.option(
     "--dtype",
@@ -112,6 +114,11 @@ def command(
     further: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
+    method: str,
+    density: float | None,
+    majority_sign: str | None,
+    svd_rank: int | None,
+    seed: int | None,
     prefixes: dict[str, str],
     dtype: str,
     min_retention: float,
@@ -134,6 +141,7 @@ def command(
     # A process that imports torch is not made faster by what `brisk` does.
     with startup.brisk() if device == "cpu" else contextlib.nullcontext(), shown() as on_progress:
         from lora_export import report
+        from lora_export.adapters.combination import Combination
         from lora_export.api.merge import merge
 
         result = merge(
@@ -141,6 +149,7 @@ def command(
             _one_way(adapters, further),
             output,
             weights=weights,
+            combination=Combination(method, density, majority_sign, svd_rank, seed),
             prefixes=prefixes,
             dtype=dtype,
             min_retention=min_retention,

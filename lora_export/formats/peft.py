@@ -191,21 +191,27 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
         **config,
     }
     layouts = {LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
-    safetensors_file.write(folder / WEIGHTS, dict(sorted(_tensors(adapter).items())), {"format": "pt", **layouts})
-    json_files.write_json(folder / ADAPTER_CONFIG, fields, sort_keys=True)
+    write_files(folder, pair_tensors(adapter) | {WRAPPER + k: v for k, v in adapter.replaced.items()}, fields, layouts)
 
 
-def _tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
-    """The tensors of a file of weights, under PEFT's keys."""
+def write_files(
+    folder: Path, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files of a PEFT adapter. `metadata` is added to the header of the tensors' file."""
+    safetensors_file.write(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", **metadata})
+    json_files.write_json(folder / ADAPTER_CONFIG, config, sort_keys=True)
+
+
+def pair_tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
+    """The pairs of an adapter as tensors, under PEFT's keys."""
     tensors: dict[str, NDArray[Any]] = {}
-    for module, pair in adapter.pairs.items():
+    for name, pair in adapter.pairs.items():
+        module = name.removesuffix(".out_proj") + OUT_PROJ if OUT_PROJ in adapter.spelled(name) else name
         a, b = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{WRAPPER}{module}.{a}": pair.a, f"{WRAPPER}{module}.{b}": pair.b}
         if pair.magnitude is not None:
             key = f"{WRAPPER}{module}.lora_magnitude_vector"
             tensors[key] = pair.magnitude.reshape(_magnitude_shape(pair.b))
-    for name, value in adapter.replaced.items():
-        tensors[WRAPPER + name] = value
     return tensors
 
 

@@ -301,7 +301,7 @@ def prove_rows(
     about = {**alone[-1].about, "adapters": [record for proof in alone for record in proof.about["adapters"]]}
     return replace(
         alone[0],
-        verdict=parity.combine(verdicts | {MIXED: mixed.verdict}),
+        verdict=parity.joint_verdict(verdicts | {MIXED: mixed.verdict}),
         about=about,
         diagnosis=next((proof.diagnosis for proof in alone if proof.diagnosis), None),
     )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,15 @@ def merge_checkpoint(
     hashing: str = "xxh3_128",
     progress: OnBytesWritten = lambda _: None,
     backend: Backend | None = None,
+    more_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> MergeReport:
     """Carry out a plan over a checkpoint, into the folder `stage` (see `atomic_output`).
 
     A folder becomes a folder with the same shards, config and tokenizer, and a manifest. A bare file becomes one file
     called `file_name`, with its provenance in the header. `dtype` converts every float tensor. `hashing` names the
-    hash that records base and output (see `hashes.ALGORITHMS`). `backend` computes the changes, by default NumPy. Peak
-    memory is a few blocks, whatever the size of the model.
+    hash that records base and output (see `hashes.ALGORITHMS`). `backend` computes the changes, by default NumPy.
+    `more_settings` are recorded beside those of this function. Peak memory is a few blocks, whatever the size of the
+    model.
 
     Raises InputRefused when an adapter is already merged in the base, the merge would break tied embeddings, a value
     is not finite, the base changes meanwhile, or a weight keeps less than `min_retention` of its change. Files that
@@ -73,6 +76,7 @@ def merge_checkpoint(
     refuse_before_merge(plan, base)
     backend = backend or Backend()
     settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
+    settings |= more_settings
     settings |= {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -63,6 +65,7 @@ def merge_graph(
     progress: OnBytesWritten = lambda _: None,
     requantise: bool = False,
     backend: Backend | None = None,
+    more_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> MergeReport:
     """Merge a plan into the graph of a file. Writes into the folder `stage` (see `atomic_output.stage_file`).
 
@@ -70,7 +73,8 @@ def merge_graph(
     content. Only the plan's weights change: other readers of a changed tensor keep the old one. The graph's properties
     stay, and get a record of this merge; exporter notes are removed. With `requantise`, quantised weights are quantised
     again in their own scheme; otherwise they are refused. `backend` changes float weights in files, by default with
-    NumPy. Peak memory is the graph without its weights and a few blocks. `graph.model` must not be used afterwards.
+    NumPy. `more_settings` are recorded too. Peak memory is the graph without its weights and a few blocks.
+    `graph.model` must not be used afterwards.
 
     Raises InputRefused where an adapter is merged already, a value is not finite, a file changes during the merge, or
     a weight retains less than `min_retention` of its change.
@@ -89,7 +93,7 @@ def merge_graph(
         backend=backend,
     )
     settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
-    settings |= backend.settings
+    settings |= {**backend.settings, **more_settings}
     record = provenance.record(plan.adapters, plan.strengths, merged.sources, graph.history, settings)
     append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():

@@ -324,7 +324,7 @@ class Verdict:
             yield f"  - and {count(more, 'reason')} more"
 
 
-def combine(verdicts: Mapping[str, Verdict]) -> Verdict:
+def joint_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
     """One verdict of several on the same candidate, by role. It is `same` if and only if all of them are.
 
     The name of a case begins with its role, and so does a note that does not concern all roles.

@@ -59,8 +59,8 @@ def test_headline_has_no_error_where_another_gate_failed() -> None:
 
 def test_combined_verdict_is_same_where_all_are() -> None:
     right, wrong = judge([make()]), judge([make(error=1e-3 * ERROR)], notes=["slow"])
-    assert parity.combine({"base": right, "en": right}).same
-    both = parity.combine({"base": right, "en": wrong})
+    assert parity.joint_verdict({"base": right, "en": right}).same
+    both = parity.joint_verdict({"base": right, "en": wrong})
     assert both.outcome is Outcome.DIFFERENT
     assert {reason.case for reason in both.reasons} == {"en, first"}
     assert both.notes == ("en: slow",)
@@ -81,7 +81,7 @@ def test_strict_verdict_is_undecided_where_a_part_was_not_judged() -> None:
 
 def test_combined_verdict_names_the_role_of_what_was_not_judged() -> None:
     verdicts = {"base": judge([make()]), "en": judge([make()], not_judged=["a rare expert"])}
-    assert parity.combine(verdicts).not_judged == ("en: a rare expert",)
+    assert parity.joint_verdict(verdicts).not_judged == ("en: a rare expert",)
 
 
 def test_verdict_prints_a_screen_and_holds_everything() -> None:

@@ -1,0 +1,1 @@
+"""Adapters from adapters: several combined into one, and one of another rank."""

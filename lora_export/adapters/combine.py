@@ -1,0 +1,182 @@
+"""Combine adapters: within a plan, where all pairs of a weight meet, or by name into one adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_export.adapters.combination import Combination
+from lora_export.errors import InputRefused, listed
+from lora_export.lora import Adapter
+from lora_export.plan import Plan, Step, Term
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedTerm(Term):
+    """The pair that takes the place of several. Its adapter is the first of them."""
+
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def combine_in_plan(plan: Plan, combination: Combination) -> Plan:
+    """The plan with one pair on each weight, combined from the pairs of all adapters. The exact sum is the plan itself.
+
+    Raises InputRefused for adapters that change more than pairs can express, and for pairs that the method cannot
+    combine, with the names of the weights.
+    """
+    if combination.is_exact:
+        return plan
+    _refuse_beyond_pairs(plan.adapters, f"--combine {combination.method}")
+    if len(plan.adapters) < 2:
+        raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
+    terms = {step.weight: step.terms for step in plan.steps}
+    combined = _combined(terms, combination, plan.adapters)
+    steps = tuple(dataclasses.replace(step, terms=(combined[step.weight],)) for step in plan.steps)
+    note = f"the pairs of each weight are combined by {combination}, as PEFT does: not the exact sum"
+    return dataclasses.replace(plan, steps=_with_texts(steps, terms, combination), notes=(*plan.notes, note))
+
+
+def combine_adapters(
+    adapters: Sequence[Adapter], strengths: Sequence[float], combination: Combination, name: str
+) -> Adapter:
+    """One adapter of several, called `name`: one pair of scale 1 for each module that any of them has.
+
+    Modules are the same where their names are. Raises InputRefused as `combine_in_plan`, for one that has no effect,
+    and where an adapter is given twice.
+    """
+    strengths = _checked(adapters, strengths)
+    _refuse_beyond_pairs(adapters, "a combined adapter")
+    if len(adapters) < 2 and not combination.is_exact:
+        raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
+    terms: dict[str, tuple[Term, ...]] = {}
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        for module, pair in adapter.pairs.items():
+            terms[module] = (*terms.get(module, ()), Term(adapter.name, module, pair, strength))
+    combined = _combined(terms, combination, adapters)
+    named = [adapter.metadata for adapter in adapters]
+    shared = {key: value for key, value in named[0].items() if all(other.get(key) == value for other in named)}
+    kept = ("task_type", "base_model_name_or_path")
+    return Adapter(
+        name=name,
+        format="combined",
+        pairs={module: term.pair for module, term in combined.items()},
+        layouts=_layouts(adapters),
+        targets=_targets(adapters),
+        spelling={module: adapter.spelled(module) for adapter in adapters[::-1] for module in adapter.pairs},
+        metadata={key: shared[key] for key in kept if key in shared},
+    )
+
+
+def _combined(
+    terms: Mapping[str, Sequence[Term]], combination: Combination, adapters: Sequence[Adapter]
+) -> dict[str, Term]:
+    numbers = {adapter.name: number for number, adapter in enumerate(adapters)}
+    largest = max(term.pair.rank for own in terms.values() for term in own)
+    combined: dict[str, Term] = {}
+    problems = []
+    for name, own in terms.items():
+        try:
+            combined[name] = Term(own[0].adapter, own[0].module, combination.pair(own, numbers, largest))
+        except InputRefused as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise InputRefused(
+            f"{len(problems)} of {len(terms)} weights cannot be combined by {combination.method}. Nothing was written.",
+            listed(problems),
+        )
+    return combined
+
+
+def _with_texts(
+    steps: Iterable[Step], terms: Mapping[str, Sequence[Term]], combination: Combination
+) -> tuple[Step, ...]:
+    """The steps, whose terms print what they were made of."""
+    return tuple(
+        dataclasses.replace(
+            step,
+            terms=tuple(
+                CombinedTerm(
+                    term.adapter, term.module, term.pair, text=_described(term, terms[step.weight], combination)
+                )
+                for term in step.terms
+            ),
+        )
+        for step in steps
+    )
+
+
+def _described(term: Term, sources: Sequence[Term], combination: Combination) -> str:
+    return f"B A (rank {term.pair.rank}), {combination.method} of {' and '.join(map(str, sources))}"
+
+
+def _refuse_beyond_pairs(adapters: Sequence[Adapter], what: str) -> None:
+    """Raise InputRefused for what no pair of plain LoRA expresses. The message names all of it."""
+    problems = [f"{adapter.name}: {problem}" for adapter in adapters for problem in _beyond_pairs(adapter)]
+    if problems:
+        raise InputRefused(f"{what} can contain pairs of A and B alone. Nothing was written.", listed(problems))
+
+
+def _beyond_pairs(adapter: Adapter) -> Iterable[str]:
+    dora = [module for module, pair in adapter.pairs.items() if pair.magnitude is not None]
+    bare = [module for module, pair in adapter.pairs.items() if pair.as_stored]
+    for names, why in (
+        (dora, "has DoRA's magnitude, which rescales the whole weight"),
+        (bare, "is a bare parameter (target_parameters), which PEFT does not combine either"),
+        (list(adapter.replaced), "is saved whole"),
+        (list(adapter.biases), "has a bias of B"),
+        (list(adapter.token_rows), "has trained rows of tokens"),
+        (list(adapter.tied), "is tied to the input embeddings (ensure_weight_tying)"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            yield f"{names[0]}{more} {why}"
+    if not adapter.pairs:
+        yield "it has no pair"
+
+
+def _checked(adapters: Sequence[Adapter], strengths: Sequence[float]) -> tuple[float, ...]:
+    """One strength for each adapter. Raises InputRefused where they disagree, or an adapter is there twice."""
+    strengths = tuple(strengths) or (1.0,) * len(adapters)
+    if len(strengths) != len(adapters):
+        raise InputRefused(f"{len(adapters)} adapters but {len(strengths)} weights; give one --weight per adapter")
+    seen: dict[str, str] = {}
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        if not math.isfinite(strength):
+            raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number")
+        if strength == 0 or adapter.is_identity:
+            why = "its weight is 0" if strength == 0 else "every B (or A, or scale) is zero, as before training"
+            raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
+        if adapter.sha256 and seen.setdefault(adapter.sha256, adapter.name) != adapter.name:
+            raise InputRefused(
+                f"{adapter.name} is the same adapter as {seen[adapter.sha256]} (sha256 {adapter.sha256[:12]}). Give "
+                "each adapter once"
+            )
+    names = [adapter.name for adapter in adapters]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputRefused(f"several adapters are called {', '.join(twice)}; give them different names (NAME=ADAPTER)")
+    return strengths
+
+
+def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """How the weights are stored, where an adapter records it. Raises InputRefused where two contradict each other."""
+    layouts: dict[str, str] = {}
+    for adapter in adapters:
+        for module, layout in adapter.layouts.items():
+            if layouts.setdefault(module, layout) != layout:
+                raise InputRefused(
+                    f"{module}: {adapter.name} was trained on a weight that is stored as {layout}, another adapter on "
+                    f"one that is stored as {layouts[module]}"
+                )
+    return layouts
+
+
+def _targets(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The endings of all adapters; empty where those of one are not fully known."""
+    if not all(adapter.targets for adapter in adapters):
+        return ()
+    return tuple(sorted({target for adapter in adapters for target in adapter.targets}))

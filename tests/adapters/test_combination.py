@@ -1,0 +1,99 @@
+"""One pair of several: by hand for the exact sum and for `linear`, and what does not go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.adapters.combination import METHODS, Combination
+from lora_export.cli.arguments import COMBINATIONS
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import LoraPair
+from lora_export.plan import Term
+
+NUMBERS = {"one": 0, "two": 1}
+
+
+def term(adapter: str, a: Any, b: Any, scale: float = 1.0, strength: float = 1.0, **kind: bool) -> Term:
+    return Term(adapter, "fc", LoraPair(np.array(a), np.array(b), scale, **kind), strength)
+
+
+ONE = term("one", [[1, 2]], [[1], [3]], scale=4.0)
+TWO = term("two", [[5, 0]], [[0], [2]], scale=2.0, strength=-2.0)
+
+
+def test_cat_is_the_sum_of_the_changes() -> None:
+    pair = Combination("cat").pair([ONE, TWO], NUMBERS, 1)
+    assert (pair.a.tolist(), pair.b.tolist(), pair.scale) == ([[4, 8], [-20, 0]], [[1, 0], [3, 2]], 1.0)
+    assert pair.delta().tolist() == [[4, 8], [12 - 40, 24]]
+
+
+def test_linear_sums_the_factors_and_has_cross_terms() -> None:
+    pair = Combination("linear").pair([ONE, TWO], NUMBERS, 1)  # roots of weight · scale: 2, and 2 with A negative
+    assert (pair.a.tolist(), pair.b.tolist()) == ([[-8, 4]], [[2], [10]])
+    assert pair.delta().tolist() == [[-16, 8], [-80, 40]]
+
+
+def test_svd_cuts_the_exact_sum_to_the_largest_rank() -> None:
+    pair = Combination("svd").pair([ONE, TWO], NUMBERS, 1)
+    exact = np.array([[4, 8], [-28, 24]])
+    left = np.linalg.svd(exact)[1][1]
+    assert pair.rank == 1 and np.linalg.norm(pair.delta() - exact) == pytest.approx(left, rel=1e-5)
+    whole = Combination("svd", svd_rank=2).pair([ONE, TWO], NUMBERS, 1)
+    np.testing.assert_allclose(whole.delta(), exact, atol=1e-5)
+
+
+def test_a_seed_determines_what_dare_keeps() -> None:
+    wide = [term(name, np.ones((2, 40)), np.ones((30, 2))) for name in NUMBERS]
+    pairs = [Combination("dare_linear", 0.5, seed=seed).pair(wide, NUMBERS, 2) for seed in (0, 0, 1)]
+    assert np.array_equal(pairs[0].a, pairs[1].a) and not np.array_equal(pairs[0].a, pairs[2].a)
+    assert np.array_equal(pairs[0].a, Combination("dare_linear", 0.5).pair(wide, NUMBERS, 2).a)
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "message"),
+    [
+        ("linear", term("two", [[1, 2], [0, 1]], [[1, 0], [0, 1]]), r"different ranks: 1 \(one\), 2 \(two\)"),
+        ("cat", term("two", [[1, 2, 3]], [[1], [0]]), "different kinds or shapes"),
+        ("svd", term("two", [[1, 2]], [[1], [0]], embedding=True), "different kinds or shapes"),
+        ("magnitude_prune_svd", term("two", [[1, 2]], [[1], [0]], scale=3e38, strength=10), "float32 cannot hold"),
+        ("linear", term("two", [[3e38, 2]], [[1], [0]], scale=1e6), "not finite"),
+    ],
+)
+def test_pairs_that_do_not_go_together_are_refused(method: str, others: Term, message: str) -> None:
+    combination = Combination(method, 0.5 if "prune" in method else None)
+    with pytest.raises(InputRefused, match=message):
+        combination.pair([ONE, others], NUMBERS, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "sum"}, "--combine must be one of cat, linear"),
+        ({"method": "ties"}, "needs --density"),
+        ({"method": "ties", "density": 0.0}, "above 0 and at most 1"),
+        ({"method": "ties", "density": float("nan")}, "above 0 and at most 1"),
+        ({"method": "linear", "density": 0.5}, "--density: --combine linear does not use it"),
+        ({"method": "dare_linear", "density": 0.5, "majority_sign": "total"}, "--majority-sign: "),
+        ({"method": "ties", "density": 0.5, "majority_sign": "all"}, "must be total or frequency"),
+        ({"method": "ties", "density": 0.5, "seed": 1, "svd_rank": 2}, "--svd-rank and --seed: "),
+        ({"method": "svd", "svd_rank": 0}, "at least 1"),
+    ],
+)
+def test_options_that_a_method_does_not_use_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        Combination(**values)
+
+
+def test_the_record_has_what_was_used() -> None:
+    assert Combination().settings == {}
+    assert Combination("dare_ties", 0.5).settings == {
+        "combine": {"method": "dare_ties", "density": 0.5, "majority_sign": "total", "seed": 0}
+    }
+    assert str(Combination("dare_ties", 0.5, seed=3)) == "dare_ties (majority_sign total, seed 3, density 0.5)"
+
+
+def test_the_command_line_has_all_methods() -> None:
+    assert sorted(COMBINATIONS) == sorted(METHODS)

@@ -1,0 +1,48 @@
+"""The best factors of a lower rank, against the SVD of the whole product."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_export.adapters import low_rank
+
+RNG = np.random.default_rng(2)
+A, B = RNG.normal(size=(3, 9)).astype(np.float32), RNG.normal(size=(7, 3)).astype(np.float32)
+
+
+def test_the_values_of_a_product_are_those_of_the_whole_matrix() -> None:
+    found = low_rank.of_product(B, A, -2.0)
+    whole = -2.0 * (B.astype(np.float64) @ A)
+    np.testing.assert_allclose(found.s, np.linalg.svd(whole)[1][:3], rtol=1e-12)
+    np.testing.assert_allclose((found.u * found.s) @ found.vt, whole, atol=1e-12)
+    assert found.energy == pytest.approx(np.sum(whole**2), rel=1e-12)
+
+
+def test_factors_of_a_lower_rank_are_the_best() -> None:
+    found = low_rank.of_product(B, A)
+    a, b = found.factors(2)
+    left = B.astype(np.float64) @ A - b.astype(np.float64) @ a
+    assert (a.shape, b.shape, a.dtype) == ((2, 9), (7, 2), np.float32)
+    assert np.linalg.norm(left) == pytest.approx(found.s[2], rel=1e-6)
+    assert found.captured(2) == pytest.approx(1 - found.s[2] ** 2 / found.energy, rel=1e-12)
+
+
+def test_factors_share_the_singular_values() -> None:
+    a, b = low_rank.of_product(1000 * B, A / 1000).factors(3)
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), rtol=1e-6)
+
+
+def test_the_least_rank_that_captures_a_share() -> None:
+    found = low_rank.of_matrix(np.diag([3.0, 2.0, 1.0]))  # shares 9/14, 13/14, 1
+    assert [found.rank_for(share) for share in (0.1, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3]
+    assert low_rank.SingularValues(found.u, found.s[:1], found.vt, found.energy).rank_for(0.9) is None
+
+
+def test_a_wide_rank_is_no_obstacle() -> None:
+    found = low_rank.of_product(np.ones((2, 5), np.float32), np.ones((5, 3), np.float32))
+    np.testing.assert_allclose((found.u * found.s) @ found.vt, np.full((2, 3), 5.0), atol=1e-12)
+
+
+def test_nothing_is_lost_of_a_zero_matrix() -> None:
+    assert low_rank.of_product(np.zeros((2, 1), np.float32), np.ones((1, 2), np.float32)).captured(1) == 1.0
