@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from lora_export.storage import input_files, json_files, safetensors_file
 from lora_export.storage.manifest import MANIFEST, read_manifest
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.model_types import CONV1D_MODULES, KNOWN_MODEL_TYPES, LINEAR_MODULES
-from lora_export.weights.quantised import QUANTIZATION, QuantisedTensor, find_quantised, method_of, remedy_for
+from lora_export.weights.quantised import (
+    QUANTIZATION,
+    QUANTIZATION_FILES,
+    QuantisedTensor,
+    find_quantised,
+    method_of,
+    remedy_for,
+)
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -94,6 +101,8 @@ class Checkpoint:
             hidden = any(part.startswith(".") for part in relative.parts)
             if hidden or relative.as_posix() in ours or self._is_weights(path):
                 continue
+            if self.quantised and relative.as_posix() in QUANTIZATION_FILES:
+                continue
             target = path.resolve()
             if not target.is_relative_to(home) and target.parent.name != BLOBS:
                 raise InputRefused(
@@ -168,11 +177,23 @@ def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
         _check_index(folder / index, shards)
     quantised: Mapping[str, QuantisedTensor] = {}
     if quantization:
-        quantised = find_quantised(shards, quantization if isinstance(quantization, dict) else {}, _float_dtype(config))
+        known = quantization if isinstance(quantization, dict) else {}
+        quantised = find_quantised(shards, known, _float_dtype(config), _conv1d_weights(config))
     specs = tuple(_specs(shards.values(), config, quantised))
     first = next(iter(shards.values()))
     history = _history(folder, read_manifest(folder), first)
     return Checkpoint(folder, shards, specs, config, index, history, quantised)
+
+
+def _conv1d_weights(config: Mapping[str, Any]) -> Callable[[str], bool | None]:
+    """Whether a weight of a model with this config belongs to a Conv1D; None where two parts of it disagree."""
+    model_types = _known_model_types(config)
+
+    def is_conv1d(name: str) -> bool | None:
+        layout = _layout(name, 2, model_types) if model_types else Layout.MATRIX
+        return None if layout is Layout.UNKNOWN else layout is Layout.IN_OUT
+
+    return is_conv1d
 
 
 def _float_dtype(config: Mapping[str, Any]) -> str:

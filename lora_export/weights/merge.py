@@ -98,8 +98,10 @@ def merge_checkpoint(
     refuse_below_rounding(results, min_retention)
     _refuse_changed_files(base)
     if base.is_folder:
-        _write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
         origin = record({name: shard.source_hash for name, shard in written.items()})
+        for name in [name for name in written if not tensors[name]]:  # it had only scales of weights in other files
+            written.pop(name).file.path.unlink()
+        _write_other_files(plan, base, stage, {name: shard.file for name, shard in written.items()}, dtype)
         write_manifest(stage, origin, {name: {hashing: shard.target_hash} for name, shard in written.items()})
     replaced = tuple(step.weight for step in plan.steps if step.is_replacement)
     return MergeReport(
@@ -206,15 +208,17 @@ def _output_tensor(
 ) -> OutputTensor:
     """A tensor of the base on its way into the output, with the step on it, or with the steps on its parts."""
     name, parts = plan.output_name(entry.name), plan.by_part.get(entry.name, ())
-    decode = None if quantised is None else quantised.decode
+    step, shape = plan.by_weight.get(entry.name), entry.shape
+    if quantised is not None and step is None:
+        entry = replace(entry, shape=quantised.row_shape)
     if not parts:
-        return OutputTensor(entry, plan.by_weight.get(entry.name), name, dtype, decode=decode)
+        return OutputTensor(entry, step, name, dtype, quantised=quantised, shape=shape)
     regions = [step.spec.region for step in parts if step.spec.region is not None]
     patches = (Patch(step, region.rows, region.columns) for step, region in zip(parts, regions, strict=True))
-    if decode is not None:
-        raise InputRefused(f"{entry.name}: a quantised weight of which an adapter changes a part is not supported")
+    if quantised is not None and quantised.row_shape[0] % regions[0].shape[0]:
+        raise InputRefused(f"{entry.name}: a quantised weight of which an adapter changes such a part is not supported")
     cut = replace(entry, shape=regions[0].shape)  # parts that are cut in different shapes are refused
-    return OutputTensor(cut, None, name, dtype, tuple(patches), shape=entry.shape)
+    return OutputTensor(cut, None, name, dtype, tuple(patches), quantised, shape)
 
 
 @dataclass(frozen=True)

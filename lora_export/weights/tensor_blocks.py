@@ -25,7 +25,7 @@ from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.apply_step import ApplyStep, Backend, StepRows, refuse_overflow, squared_column_norms
 from lora_export.weights.merge_report import Statistics
-from lora_export.weights.quantised.stored_parts import Decode
+from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 LEAST_MEASURED = 1 << 20  # entries of a weight that its statistics count, at least
 
@@ -47,7 +47,7 @@ class OutputTensor:
     name: str
     dtype: np.dtype[Any]
     patches: tuple[Patch, ...] = ()  # instead of a step; entries outside of them stay as they are
-    decode: Decode | None = None  # of a quantised weight: `source` has its packed bytes, its shape and float dtype
+    quantised: QuantisedTensor | None = None  # `source` has its packed bytes, the shape of its rows, its float dtype
     shape: tuple[int, ...] | None = None  # in the output, where `source` has the same entries in another shape
 
     @property
@@ -56,12 +56,19 @@ class OutputTensor:
 
     @property
     def is_copy(self) -> bool:
-        is_changed = self.step is not None or self.patches or self.decode is not None
+        is_changed = self.step is not None or self.patches or self.quantised is not None
         return not is_changed and self.source.dtype == self.dtype
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.source.shape) * self.dtype.itemsize
+
+    @property
+    def rows_at_once(self) -> int:
+        """The least rows of a block."""
+        if self.quantised is None or not self.source.rows:
+            return 1
+        return max(1, self.quantised.rows_at_once * self.source.rows // self.quantised.row_shape[0])
 
     @property
     def largest_row_bytes(self) -> int:
@@ -84,7 +91,8 @@ class OutputTensor:
 
 def block_size(tensors: Iterable[OutputTensor]) -> int:
     """The bytes of the largest block that these tensors need."""
-    return max((block_copy.BLOCK, *(tensor.largest_row_bytes for tensor in tensors if not tensor.is_copy)))
+    sizes = (tensor.largest_row_bytes * tensor.rows_at_once for tensor in tensors if not tensor.is_copy)
+    return max((block_copy.BLOCK, *sizes))
 
 
 def copied_blocks(read_fd: int, write_fd: int, start: int, target_start: int, count: int) -> Iterator[Block]:
@@ -117,15 +125,17 @@ def changed_blocks(
     Where DoRA's outputs are columns, the tensor is read once more, before its first block.
     """
     target = replace(target, shape=tensor.source.shape)
-    old, count = tensor.source, max(1, block_copy.BLOCK // max(1, tensor.largest_row_bytes))
+    old, count = tensor.source, max(tensor.rows_at_once, block_copy.BLOCK // max(1, tensor.largest_row_bytes))
     cuts = [*range(0, target.rows, count), target.rows]
     pieces = [slice(first, last) for first, last in itertools.pairwise(cuts)]
     norms = [_column_norms(source, read_fd, tensor, patch, pieces) for patch in tensor.all_patches]
-    change = _RowChange(tensor, target, backend.apply, norms)
+    change = _RowChange(tensor, target, backend.apply, norms, source, read_fd)
+    if change.reads_itself:  # the packed bytes of some rows are in many places
+        yield from skipped_blocks(old.start, target.start, old.nbytes)
     for rows, measured in zip(pieces, blocks_to_measure(tensor.step, pieces), strict=True):
         yield Block(
-            old.start + rows.start * old.row_bytes,
-            old.start + rows.stop * old.row_bytes,
+            old.stop if change.reads_itself else old.start + rows.start * old.row_bytes,
+            old.stop if change.reads_itself else old.start + rows.stop * old.row_bytes,
             target.start + rows.start * target.row_bytes,
             target.start + rows.stop * target.row_bytes,
             work=functools.partial(change.make, rows, measured),
@@ -140,6 +150,8 @@ def _column_norms(
 
     def read(own: slice) -> NDArray[Any]:
         rows = slice(own.start + offset, own.stop + offset)
+        if tensor.quantised is not None:
+            return _columns(_read_quantised(tensor, tensor.quantised, rows, source, read_fd), patch)
         stored = np.empty((rows.stop - rows.start) * old.row_bytes, np.uint8)
         block_copy.read(source, read_fd, stored, old.start + rows.start * old.row_bytes)
         return _columns(_stored_rows(tensor, rows, stored), patch)
@@ -147,10 +159,18 @@ def _column_norms(
     return squared_column_norms(patch.step, [own for rows in pieces if (own := _within(patch, rows)) is not None], read)
 
 
+def _read_quantised(
+    tensor: OutputTensor, quantised: QuantisedTensor, rows: slice, source: Path, read_fd: int
+) -> NDArray[Any]:
+    own, old = quantised.rows_in(tensor.source.shape, rows), tensor.source
+    return quantised.read(source, read_fd, old.start, old.nbytes, own).reshape(tensor.shape_of(rows))
+
+
 def _stored_rows(tensor: OutputTensor, rows: slice, stored: Bytes) -> NDArray[Any]:
     """Rows of the base's tensor, from their bytes in its file."""
-    if tensor.decode is not None:
-        return tensor.decode(rows, stored)
+    if tensor.quantised is not None:
+        own = tensor.quantised.rows_in(tensor.source.shape, rows)
+        return tensor.quantised.decode(own, stored).reshape(tensor.shape_of(rows))
     return stored.view(tensor.source.dtype).reshape(tensor.shape_of(rows))
 
 
@@ -173,12 +193,19 @@ class _RowChange:
     target: Entry
     apply: ApplyStep
     column_norms: Sequence[NDArray[np.float64] | None]  # of each patch
+    source: Path
+    read_fd: int  # of the source
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the packed bytes of some rows are not one range, so that a block cannot have them."""
+        return self.tensor.quantised is not None and self.tensor.quantised.pieces is not None
 
     def make(self, rows: slice, measured: bool, source: Bytes, target: Bytes, scratch: Bytes) -> list[Statistics]:
         """Fill `target`, some rows of the output, from `source`. Returns the statistics of each change."""
         shape, old = self.tensor.shape_of(rows), self.tensor.source
         output = target.view(self.target.dtype).reshape(shape)
-        stored = _stored_rows(self.tensor, rows, source) if old.nbytes else output  # an added tensor has no stored rows
+        stored = self._stored(rows, source) if old.nbytes else output  # an added tensor has no stored rows
         statistics = []
         with np.errstate(over="ignore", invalid="ignore"):  # refuse_overflow checks, and names the tensor
             if self.tensor.step is None:
@@ -196,6 +223,13 @@ class _RowChange:
                 found = self.apply(StepRows(patch.step, name, own, before, after, scratch, norms, measured))
                 statistics += [] if found is None else [found]
         return statistics
+
+    def _stored(self, rows: slice, block: Bytes) -> NDArray[Any]:
+        """Rows of the base's tensor, from the bytes of a block or from the file."""
+        quantised = self.tensor.quantised
+        if quantised is not None and self.reads_itself:
+            return _read_quantised(self.tensor, quantised, rows, self.source, self.read_fd)
+        return _stored_rows(self.tensor, rows, block)
 
 
 def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
+from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor
 from lora_export.weights.tensor_blocks import OutputTensor, Patch, block_size, blocks_to_measure, changed_blocks
 
 FLOAT32 = np.dtype(np.float32)
@@ -34,7 +36,8 @@ def changed(path: Path, tensor: OutputTensor, target: Entry) -> np.ndarray:
             before = np.empty(block.stop - block.start, np.uint8)
             block_copy.read(path, file.fileno(), before, block.start)
             assert block.work is not None
-            block.work(before, after[block.target_start : block.target_stop], np.empty(8 * before.size, np.uint8))
+            own = after[block.target_start : block.target_stop]
+            block.work(before, own, np.empty(8 * max(before.size, own.size), np.uint8))
     return after[target.start :].view(np.float32)
 
 
@@ -59,6 +62,53 @@ def test_a_patch_changes_its_block_of_a_matrix_only(tmp_path, monkeypatch):
     after = changed(path, OutputTensor(entry, None, "packed", FLOAT32, (patch,)), entry).reshape(6, 4)
     assert after[2:5, 1:3].tolist() == [[1, 1], [2, 2], [3, 3]]
     assert after.sum() == 12
+
+
+def transposed(rows: int, columns: int) -> QuantisedTensor:
+    """A matrix whose packed bytes are the numbers of its transpose."""
+
+    def pieces(own: slice) -> list[Pieces]:
+        return [Pieces(own.start, own.stop - own.start, number=columns, step=rows)]
+
+    def load() -> Decode:
+        return lambda own, packed: packed.reshape(columns, -1).T.astype(np.float32)
+
+    return QuantisedTensor("packed", (rows, columns), FLOAT32, "packed", (), "x", load, pieces, rows_at_once=2)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 5, 6])
+def test_packed_bytes_in_many_places_are_hashed_once_and_changed(tmp_path, monkeypatch, rows_at_once):
+    monkeypatch.setattr(block_copy, "BLOCK", 8)
+    path, weight = tmp_path / "weights", np.arange(24, dtype=np.uint8).reshape(6, 4)
+    path.write_bytes(b"head" + weight.T.tobytes())
+    quantised = replace(transposed(6, 4), rows_at_once=rows_at_once)
+    entry = quantised.entry(Entry("packed", np.dtype(np.uint8), (4, 6), 4, 28))
+    patch = Patch(step(3, 2, np.array([1, 2, 3])), slice(2, 5), slice(1, 3))
+    tensor = OutputTensor(entry, None, "packed", FLOAT32, (patch,), quantised)
+    after = changed(path, tensor, Entry("packed", FLOAT32, (6, 4), 0, 96)).reshape(6, 4)
+    change = np.zeros((6, 4))
+    change[2:5, 1:3] = [[1, 1], [2, 2], [3, 3]]
+    assert (after == weight + change).all()
+    with path.open("rb") as file:
+        blocks = list(changed_blocks(path, file.fileno(), tensor, replace(entry, start=0, stop=96), Backend()))
+    assert [position for block in blocks for position in range(block.start, block.stop)] == list(range(4, 28))
+    written = [block for block in blocks if block.target_stop > block.target_start]
+    assert len(written) == -(-6 // rows_at_once)
+    assert block_size([tensor]) == max(8, 16 * rows_at_once)
+
+
+def test_norms_of_outputs_are_those_of_decoded_rows(tmp_path):
+    """DoRA on a quantised matrix stored as (in, out): every column is an output."""
+    path, weight = tmp_path / "weights", np.arange(1, 25, dtype=np.uint8).reshape(6, 4)
+    path.write_bytes(weight.T.tobytes())
+    quantised = transposed(6, 4)
+    entry = quantised.entry(Entry("packed", np.dtype(np.uint8), (4, 6), 0, 24))
+    pair = LoraPair(a=np.ones((1, 6)), b=np.ones((4, 1)), scale=1.0, magnitude=np.float32([1, 2, 3, 4]))
+    spec = TensorSpec("packed", (6, 4), "float32", Layout.IN_OUT)
+    one = OutputTensor(entry, Step(spec, (Term("mine", "fc", pair),)), "packed", FLOAT32, quantised=quantised)
+    after = changed(path, one, Entry("packed", FLOAT32, (6, 4), 0, 96)).reshape(6, 4)
+    total = weight + 1.0
+    np.testing.assert_allclose(after, total / np.linalg.norm(total, axis=0) * [1, 2, 3, 4], rtol=1e-6)
 
 
 def test_a_copy_is_one_range_in_blocks(tmp_path, monkeypatch):

@@ -92,10 +92,9 @@ def _judge_parts(
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(shard, entry, decode=quantised.decode if quantised else None)
+        name: StoredTensor(shard, entry, quantised=checkpoint.quantised.get(name))
         for file, shard in checkpoint.shards.items()
         for name, entry in checkpoint.entries(file).items()
-        for quantised in [checkpoint.quantised.get(name)]
     }
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
-from lora_export.weights.quantised.stored_parts import Decode
+from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 PIECE_BYTES = 1 << 22  # of a tensor in fp64 that is compared at once
 
@@ -25,7 +25,7 @@ class StoredTensor:
     file: TensorFile
     entry: Entry
     region: StoredRegion | None = None
-    decode: Decode | None = None  # of a quantised weight: `entry` has its packed bytes, its shape and float dtype
+    quantised: QuantisedTensor | None = None  # `entry` has its packed bytes, its shape and float dtype
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -47,12 +47,15 @@ class StoredTensor:
         return () if len(self.region.shape) == 1 else (self.region.columns,)
 
     def _read(self, rows: slice, shape: Sequence[int]) -> NDArray[Any]:
-        row_bytes = self.entry.row_bytes if self.decode is not None else math.prod(shape[1:]) * self.dtype.itemsize
-        found = np.empty((rows.stop - rows.start) * row_bytes, np.uint8)
         with self.file.path.open("rb") as file:
+            if self.quantised is not None:
+                own = self.quantised.rows_in(shape or (1,), rows)
+                entry, fd = self.entry, file.fileno()
+                packed = self.quantised.read(self.file.path, fd, entry.start, entry.nbytes, own)
+                return packed.reshape(rows.stop - rows.start, *shape[1:])
+            row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+            found = np.empty((rows.stop - rows.start) * row_bytes, np.uint8)
             block_copy.read(self.file.path, file.fileno(), found, self.entry.start + rows.start * row_bytes)
-        if self.decode is not None:
-            return self.decode(rows, found)
         return found.view(self.dtype).reshape(rows.stop - rows.start, *shape[1:])
 
     def pieces(self) -> Iterator[slice]:

@@ -3,41 +3,85 @@
     stored_parts.py        the tensors that a quantised weight is stored in
     bitsandbytes.py        nf4, fp4 (double quantisation too) and int8
     block_fp8.py           8-bit floats with a scale for each block (DeepSeek)
-    compressed_tensors.py  integers of 4 and 8 bits, 8-bit floats
+    mxfp4.py               experts of 4-bit floats (gpt-oss)
+    compressed_tensors.py  integers of 1 to 8 bits, floats of 4, 6 and 8 bits
+    linear_order.py        weights of Conv1D that a library stores as those of nn.Linear
+    packed_integers.py, float4.py  numbers of a few bits
 
-A scheme is added as one file, and one line in `SCHEMES`.
+A scheme is added as one file, and one entry in `SCHEMES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
 from lora_export.weights.quantised.compressed_tensors import compressed_weights
+from lora_export.weights.quantised.linear_order import as_conv1d
+from lora_export.weights.quantised.mxfp4 import mxfp4_weights
 from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
 
-__all__ = ["QUANTIZATION", "QuantisedTensor", "find_quantised", "method_of", "remedy_for", "without_quantisation"]
+__all__ = [
+    "QUANTIZATION",
+    "QUANTIZATION_FILES",
+    "QuantisedTensor",
+    "find_quantised",
+    "method_of",
+    "remedy_for",
+    "without_quantisation",
+]
 
 QUANTIZATION = "quantization_config"  # of a config
+# Files in which quantisers repeat it. Beside float weights they would make a loader read these as quantised.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
+CACHE_SCALES = tuple(f"{what}_{kind}" for what in "qkv" for kind in ("scale", "zero_point"))
 
 ReadWeights = Callable[[StoredParts, Mapping[str, Any], str], dict[str, QuantisedTensor]]
 
-# `quant_method` of a config -> the reader of its weights
-SCHEMES: dict[str, ReadWeights] = {
-    "bitsandbytes": bitsandbytes_weights,
-    "fp8": block_fp8_weights,
-    "compressed-tensors": compressed_weights,
+
+@dataclass(frozen=True)
+class _Scheme:
+    read: ReadWeights
+    description: str
+    parts: Sequence[str]  # endings of the names of parts: one that belongs to no weight is refused
+    conv1d_as_linear: bool = False  # the library stores a weight of a Conv1D as (outputs, inputs)
+
+
+# `quant_method` of a config -> how its weights are read
+SCHEMES: dict[str, _Scheme] = {
+    "bitsandbytes": _Scheme(
+        bitsandbytes_weights,
+        "bitsandbytes (nf4, fp4, int8)",
+        (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB"),
+        conv1d_as_linear=True,
+    ),
+    "fp8": _Scheme(block_fp8_weights, "fp8 in blocks", (".weight_scale_inv",)),
+    "mxfp4": _Scheme(mxfp4_weights, "mxfp4", ("_blocks", "_scales")),
+    "compressed-tensors": _Scheme(
+        compressed_weights,
+        "compressed-tensors",
+        (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"),
+    ),
 }
-KNOWN = "bitsandbytes (nf4, fp4, int8), fp8 in blocks and compressed-tensors"
 
 
 def method_of(quantization: Any) -> str:
-    """The `quant_method` of a config's `quantization_config`."""
-    return str(quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization)
+    """The `quant_method` of a config's `quantization_config`.
+
+    Configs of bitsandbytes from before 2023 have none, and are recognised by `load_in_4bit` or `load_in_8bit`.
+    """
+    if not isinstance(quantization, dict):
+        return str(quantization)
+    if "quant_method" not in quantization and any(quantization.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        return "bitsandbytes"
+    return str(quantization.get("quant_method", "unknown"))
 
 
 def remedy_for(quantization: Any) -> str:
@@ -48,24 +92,64 @@ def remedy_for(quantization: Any) -> str:
 
 
 def find_quantised(
-    shards: Mapping[str, TensorFile], quantization: Mapping[str, Any], dtype: str
+    shards: Mapping[str, TensorFile],
+    quantization: Mapping[str, Any],
+    dtype: str,
+    is_conv1d: Callable[[str], bool | None] = lambda _: False,
 ) -> dict[str, QuantisedTensor]:
     """The quantised weights of a checkpoint, by name. `quantization` is the config's `quantization_config`.
 
-    `dtype` is the float dtype of the model, for schemes that do not store it with each weight. Reads the small tensors
-    that describe a weight, and no weight. Raises InputRefused for a scheme that is not known, and for a weight whose
-    parts are missing or do not fit.
+    `dtype` is the float dtype of the model, for schemes that do not store it with each weight. `is_conv1d` returns
+    whether a weight belongs to a Conv1D, whose float weight is (inputs, outputs), and None where that is unknown.
+    Reads the small tensors that describe a weight, and no weight. Raises InputRefused for a scheme that is not known,
+    and for a weight whose parts are missing or do not fit.
     """
     method = method_of(quantization)
     if method not in SCHEMES:
+        known = ", ".join(scheme.description for scheme in SCHEMES.values())
         raise InputRefused(
-            f"--dequantize knows {KNOWN}, and this base is quantised by {method}. Merge into the original float model, "
+            f"--dequantize knows {known}, and this base is quantised by {method}. Merge into the original float model, "
             "or dequantise this one with its own library"
         )
-    found = SCHEMES[method](StoredParts(shards), quantization, dtype)
+    scheme, parts = SCHEMES[method], StoredParts(shards)
+    found = scheme.read(parts, quantization, dtype)
     if not found:
         raise InputRefused(f"the config names {method}, and no weight is stored so: remove its quantization_config")
-    return found
+    _refuse_orphans(parts, scheme, found, method)
+    cache_scales = _cache_scales(parts, quantization, found)
+    return {
+        name: as_conv1d(
+            replace(tensor, parts=(*tensor.parts, *cache_scales.get(name, ()))),
+            parts.expect(tensor.packed, name).nbytes,
+            is_conv1d(name),
+            scheme.conv1d_as_linear,
+        )
+        for name, tensor in found.items()
+    }
+
+
+def _cache_scales(
+    parts: StoredParts, quantization: Mapping[str, Any], found: Mapping[str, QuantisedTensor]
+) -> dict[str, list[str]]:
+    """The scales of a quantised cache of keys and values, by a quantised weight of the same attention."""
+    if not any(quantization.get(key) for key in CACHE_KEYS):
+        return {}
+    by_module = {name.rpartition(".")[0]: name for name in found}
+    by_module |= {module.rpartition(".")[0]: name for module, name in by_module.items()}
+    scales: dict[str, list[str]] = {}
+    for name in parts.names():
+        module, _, kind = name.rpartition(".")
+        if kind in CACHE_SCALES and module in by_module:
+            scales.setdefault(by_module[module], []).append(name)
+    return scales
+
+
+def _refuse_orphans(parts: StoredParts, scheme: _Scheme, found: Mapping[str, QuantisedTensor], method: str) -> None:
+    """Raise InputRefused for parts of a quantised weight whose numbers are missing: they would be copied as weights."""
+    used = {name for tensor in found.values() for name in (tensor.packed, *tensor.parts)}
+    orphans = [name for name in parts.names() if name.endswith(tuple(scheme.parts)) and name not in used]
+    if orphans:
+        raise InputRefused(f"parts of weights in {method} belong to no quantised weight:", listed(orphans))
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts, refuse_other_size
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
 MOST_STATE_BYTES = 1 << 16
 TABLE_OF_4_BITS, TABLE_OF_8_BITS = 16, 256
+STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32")  # of packed bytes: `bnb_4bit_quant_storage`
 ROW_SCALES = "SCB"
 OF_INT8 = np.float32(7.874015718698502e-3)  # 1 / 127, as the library rounds it
 
@@ -94,26 +94,35 @@ class _Blocks:
 
 def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
     state_name = f"{weight}.{STATE}{kind}"
-    text = parts.read(state_name, weight, "uint8", most=MOST_STATE_BYTES).tobytes()
-    state = json_files.parse_json(text, state_name)
+    parts.expect(state_name, weight, "uint8", most=MOST_STATE_BYTES)
+    state = json_files.parse_json(parts.read(state_name).tobytes(), state_name)
     shape, dtype, block = _stated(state, state_name)
-    count = math.prod(shape)
-    packed = _packed(parts, weight, "uint8", "int8", nbytes=-(-count // 2))
+    packed = parts.expect(weight, weight, *STORAGE)
+    if packed.nbytes != -(-math.prod(shape) // 2):
+        raise InputRefused(f"{weight}: {packed.nbytes} bytes, and {list(shape)} numbers of 4 bits need another number")
     if shape[1] % 2:
         raise InputRefused(f"{weight}: rows of {shape[1]} numbers of 4 bits do not end with a byte: not supported")
-    blocks = -(-count // block)
+    blocks, is_nested = -(-math.prod(shape) // block), "nested_offset" in state
+    nested = _nested(state, state_name) if is_nested else None
+    parts.expect(f"{weight}.quant_map", weight, "float32", count=TABLE_OF_4_BITS)
+    parts.expect(f"{weight}.absmax", weight, "uint8" if is_nested else "float32", count=blocks)
     names = ["absmax", "quant_map"]
-    table = parts.read(f"{weight}.quant_map", weight, "float32", most=TABLE_OF_4_BITS)
-    refuse_other_size(f"{weight}.quant_map", table.size, TABLE_OF_4_BITS, "the table of values")
-    is_nested = "nested_offset" in state
-    scales = parts.read(f"{weight}.absmax", weight, "uint8" if is_nested else "float32", most=blocks)
-    refuse_other_size(f"{weight}.absmax", scales.size, blocks, "the scales")
-    values = _Blocks(shape, dtype, block, table, scales)
-    if is_nested:
+    if nested is not None:
+        parts.expect(f"{weight}.nested_quant_map", weight, "float32", count=TABLE_OF_8_BITS)
+        parts.expect(f"{weight}.nested_absmax", weight, "float32", count=-(-blocks // nested[0]))
         names += ["nested_absmax", "nested_quant_map"]
-        values = _with_nested_scales(parts, weight, values, state, state_name)
-    names = [f"{weight}.{name}" for name in names]
-    return QuantisedTensor(weight, shape, dtype, packed.name, (*names, state_name), kind, values.decode)
+
+    def load() -> Decode:
+        table, scales = parts.read(f"{weight}.quant_map"), parts.read(f"{weight}.absmax").reshape(-1)
+        if nested is None:
+            refuse_not_finite(f"{weight}.absmax", scales)
+            return _Blocks(shape, dtype, block, table.reshape(-1), scales).decode
+        outer_table, outer = (parts.read(f"{weight}.nested_{name}").reshape(-1) for name in ("quant_map", "absmax"))
+        refuse_not_finite(f"{weight}.nested_absmax", outer)
+        return _Blocks(shape, dtype, block, table.reshape(-1), scales, outer_table, outer, *nested).decode
+
+    all_parts = (*(f"{weight}.{name}" for name in names), state_name)
+    return QuantisedTensor(weight, shape, dtype, packed.name, all_parts, kind, load)
 
 
 def _stated(state: Mapping[str, Any], name: str) -> tuple[tuple[int, int], np.dtype[Any], int]:
@@ -128,29 +137,12 @@ def _stated(state: Mapping[str, Any], name: str) -> tuple[tuple[int, int], np.dt
     return (shape[0], shape[1]), np.dtype(dtype), block
 
 
-def _packed(parts: StoredParts, weight: str, *dtypes: str, nbytes: int) -> Entry:
-    """The entry of the packed numbers. Raises InputRefused where it is missing or has another size."""
-    found = parts.find(weight)
-    if found is None or str(found[1].dtype) not in dtypes:
-        raise InputRefused(f"{weight}: its quantised numbers are missing")
-    refuse_other_size(weight, found[1].nbytes, nbytes, "the packed weight")
-    return found[1]
-
-
-def _with_nested_scales(
-    parts: StoredParts, weight: str, values: _Blocks, state: Mapping[str, Any], state_name: str
-) -> _Blocks:
+def _nested(state: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """The size of the blocks of scales, and the offset of these."""
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if type(block) is not int or block < 1 or not isinstance(offset, int | float) or not math.isfinite(offset):
-        raise InputRefused(f"{state_name}: the nested scales are described by {block!r} and {offset!r}")
-    table = parts.read(f"{weight}.nested_quant_map", weight, "float32", most=TABLE_OF_8_BITS)
-    refuse_other_size(f"{weight}.nested_quant_map", table.size, TABLE_OF_8_BITS, "the table of scales")
-    count = -(-values.scales.size // block)
-    scales = parts.read(f"{weight}.nested_absmax", weight, "float32", most=count)
-    refuse_other_size(f"{weight}.nested_absmax", scales.size, count, "the scales of scales")
-    return _Blocks(
-        values.shape, values.dtype, values.block, values.table, values.scales, table, scales, block, float(offset)
-    )
+        raise InputRefused(f"{name}: the nested scales are described by {block!r} and {offset!r}")
+    return block, float(offset)
 
 
 # --- int8 ---
@@ -158,17 +150,22 @@ def _with_nested_scales(
 
 def _in_rows(parts: StoredParts, weight: str, scales_name: str, dtype: str) -> QuantisedTensor:
     found = parts.find(weight)
-    if found is None or str(found[1].dtype) != "int8" or len(found[1].shape) != 2:
+    if found is None or str(found.dtype) != "int8" or len(found.shape) != 2:
         raise InputRefused(f"{weight}: {scales_name} scales a matrix of int8, which is missing")
-    shape = found[1].shape
-    scales = parts.read(scales_name, weight, "float32", most=shape[0]).reshape(-1)
-    refuse_other_size(scales_name, scales.size, shape[0], "the scales of the rows")
-    marker = f"{weight}_format"
-    names = (scales_name, *([marker] if parts.find(marker) else []))
-    if names[1:] and parts.read(marker, weight, "uint8", most=1).any():
-        raise InputRefused(f"{marker}: only the row-major format (0) is known")
-    decode = functools.partial(_decode_rows, scales=scales, columns=shape[1], dtype=np.dtype(dtype))
-    return QuantisedTensor(weight, (shape[0], shape[1]), np.dtype(dtype), weight, names, "int8", decode)
+    shape = (found.shape[0], found.shape[1])
+    parts.expect(scales_name, weight, "float32", count=shape[0])
+    markers = parts.present(f"{weight}_format")
+    for marker in markers:
+        parts.expect(marker, weight, "uint8", most=1)
+        if parts.read(marker).any():
+            raise InputRefused(f"{marker}: only the row-major format (0) is known")
+
+    def load() -> Decode:
+        scales = parts.read(scales_name).reshape(-1)
+        refuse_not_finite(scales_name, scales)
+        return functools.partial(_decode_rows, scales=scales, columns=shape[1], dtype=np.dtype(dtype))
+
+    return QuantisedTensor(weight, shape, np.dtype(dtype), weight, (scales_name, *markers), "int8", load)
 
 
 def _decode_rows(

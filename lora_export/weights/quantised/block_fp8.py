@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
 
 FP8 = "float8_e4m3fn"
 SCALES = "weight_scale_inv"
+ACTIVATIONS = ("activation_scale", "input_scale")  # of the layer's inputs: a float model has no use for them
 DEFAULT_BLOCK = [128, 128]
 
 
@@ -42,16 +43,21 @@ def _quantised(
     if not name.endswith("weight") or len(shape) != 2:
         raise InputRefused(f"{name}: an 8-bit float of the shape {list(shape)} is no weight of a linear layer")
     grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-    scales = parts.read(scales_name, name, "float32", "bfloat16", most=grid[0] * grid[1])
+    scales = parts.expect(scales_name, name, "float32", "bfloat16", most=grid[0] * grid[1])
     if scales.shape != grid:
         raise InputRefused(
             f"{scales_name}: the shape is {list(scales.shape)}, and {list(shape)} in blocks of {list(block)} needs "
             f"{list(grid)}"
         )
-    decode = functools.partial(
-        _decode, scales=scales.astype(np.float32), block=block, columns=shape[1], dtype=np.dtype(dtype)
-    )
-    return QuantisedTensor(name, shape, np.dtype(dtype), name, (scales_name,), "fp8", decode)
+
+    def load() -> Decode:
+        stored = parts.read(scales_name).astype(np.float32)
+        refuse_not_finite(scales_name, stored)
+        return functools.partial(_decode, scales=stored, block=block, columns=shape[1], dtype=np.dtype(dtype))
+
+    module = name.removesuffix("weight")
+    every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATIONS)))
+    return QuantisedTensor(name, shape, np.dtype(dtype), name, every, "fp8", load)
 
 
 def _decode(

@@ -1,20 +1,38 @@
-"""The tensors that a quantised weight is stored in: the packed numbers, their scales, and what describes them."""
+"""The tensors that a quantised weight is stored in: the packed numbers, their scales, and what describes them.
+
+Headers decide which weights are quantised, and whether their parts fit. The parts themselves are read when the first
+rows of a weight are: memory does not grow with the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry, TensorFile
 
-# (rows, the packed bytes of these rows) -> these rows of the weight, in its float dtype
+# (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
+LOADED_AT_ONCE = block_copy.MOST_THREADS  # weights whose scales are in memory
+
+
+class Pieces(NamedTuple):
+    """Bytes of a stored tensor: `number` pieces of `size` bytes, `step` bytes apart. The first is at `start`."""
+
+    start: int
+    size: int
+    number: int = 1
+    step: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +42,55 @@ class QuantisedTensor:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # a float: what the weight becomes
-    packed: str  # the stored tensor with its numbers, row after row
+    packed: str  # the stored tensor with its numbers
     parts: tuple[str, ...]  # all other stored tensors that belong to it
     scheme: str  # such as nf4
-    decode: Decode
+    load: Callable[[], Decode]  # reads the scales. Raises InputRefused for parts that do not fit
+    # The packed bytes that some rows are decoded from; None: those of one row are stored after those of the other.
+    pieces: Callable[[slice], Sequence[Pieces]] | None = None
+    rows_at_once: int = 1  # so many rows cost little more than one
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape whose rows are decoded: experts of (rows, columns) are one matrix."""
+        return (math.prod(self.shape[:-1]), self.shape[-1])
 
     def entry(self, packed: Entry) -> Entry:
         """The weight as a tensor of the file that has its packed numbers: their bytes, its shape and dtype."""
         return Entry(self.name, self.dtype, self.shape, packed.start, packed.stop)
+
+    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
+        """Some rows of `row_shape`, from their packed bytes. Reads the scales where they are not in memory."""
+        return _loaded(self)(rows, packed)
+
+    def rows_in(self, shape: Sequence[int], rows: slice) -> slice:
+        """Rows of the weight in another shape of the same entries, as rows of `row_shape`."""
+        per_row = self.row_shape[0] // shape[0]
+        return slice(rows.start * per_row, rows.stop * per_row)
+
+    def read(self, path: Path, fd: int, start: int, nbytes: int, rows: slice) -> NDArray[Any]:
+        """Some rows of `row_shape`, from the file that has the packed numbers in `nbytes` bytes from `start` on.
+
+        Raises InputRefused where the file became shorter.
+        """
+        if self.pieces is None:
+            row_bytes = nbytes // self.row_shape[0]
+            pieces: Sequence[Pieces] = [Pieces(rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)]
+        else:
+            pieces = self.pieces(rows)
+        packed = np.empty(sum(part.number * part.size for part in pieces), np.uint8)
+        filled = 0
+        for part in pieces:
+            for own in range(part.number):
+                piece = packed[filled : filled + part.size]
+                block_copy.read(path, fd, piece, start + part.start + own * part.step)
+                filled += part.size
+        return self.decode(rows, packed)
+
+
+@functools.lru_cache(LOADED_AT_ONCE)
+def _loaded(tensor: QuantisedTensor) -> Decode:
+    return tensor.load()
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,33 +100,55 @@ class StoredParts:
     shards: Mapping[str, TensorFile]
 
     def names(self) -> Iterator[str]:
-        for shard in self.shards.values():
-            yield from shard.entries
+        yield from self._shard_of
 
-    def find(self, name: str) -> tuple[TensorFile, Entry] | None:
-        """The file and the entry of a stored tensor; None where there is none."""
-        for shard in self.shards.values():
-            if name in shard.entries:
-                return shard, shard.entries[name]
-        return None
+    @functools.cached_property
+    def _shard_of(self) -> Mapping[str, TensorFile]:
+        return {name: shard for shard in self.shards.values() for name in shard.entries}
 
-    def read(self, name: str, weight: str, *dtypes: str, most: int | None = None) -> NDArray[Any]:
-        """Read a part of a weight. `most` is the largest number of its elements.
+    def find(self, name: str) -> Entry | None:
+        """The entry of a stored tensor; None where there is none."""
+        shard = self._shard_of.get(name)
+        return None if shard is None else shard.entries[name]
 
-        Raises InputRefused where it is missing, larger, or of none of these dtypes.
+    def present(self, *names: str) -> tuple[str, ...]:
+        """Those of the names that are stored."""
+        return tuple(name for name in names if name in self._shard_of)
+
+    def expect(self, name: str, weight: str, *dtypes: str, count: int | None = None, most: int | None = None) -> Entry:
+        """The entry of a part of a weight, from its header. `count` is the number of its elements, `most` the largest.
+
+        Without `dtypes`, any is allowed. Raises InputRefused where the part is missing, of another size, or of none of
+        these dtypes.
         """
-        found = self.find(name)
-        if found is None:
+        entry = self.find(name)
+        if entry is None and name == weight:
+            raise InputRefused(f"{weight} is quantised, and its packed numbers are missing")
+        if entry is None:
             raise InputRefused(f"{weight} is quantised, and {name}, which belongs to it, is missing")
-        shard, entry = found
-        if str(entry.dtype) not in dtypes:
+        if dtypes and str(entry.dtype) not in dtypes:
             raise InputRefused(f"{name}: its dtype is {entry.dtype}, and {weight} needs {' or '.join(dtypes)}")
-        if most is not None and entry.nbytes > most * entry.dtype.itemsize:
-            raise InputRefused(f"{name}: {entry.nbytes // entry.dtype.itemsize} elements, and {weight} needs {most}")
-        return shard.read(name)
+        found = entry.nbytes // entry.dtype.itemsize
+        if (count is not None and found != count) or (most is not None and found > most):
+            raise InputRefused(f"{name}: {found} elements, and {weight} needs {most if count is None else count}")
+        return entry
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Read a part whose entry fits (see `expect`)."""
+        return self._shard_of[name].read(name)
+
+    def read_rows(self, name: str, rows: slice) -> NDArray[Any]:
+        """Read some rows of a part whose entry fits. Raises InputRefused where the file became shorter."""
+        shard = self._shard_of[name]
+        entry = shard.entries[name]
+        found = np.empty((rows.stop - rows.start) * entry.row_bytes, np.uint8)
+        with shard.path.open("rb") as file:
+            block_copy.read(shard.path, file.fileno(), found, entry.start + rows.start * entry.row_bytes)
+        return found.view(entry.dtype).reshape(rows.stop - rows.start, *entry.shape[1:])
 
 
-def refuse_other_size(name: str, found: int, expected: int, what: str) -> None:
-    """Raise InputRefused where a part has another number of elements than the weight needs."""
-    if found != expected:
-        raise InputRefused(f"{name}: {what} has {found} elements, and the weight needs {expected}")
+def refuse_not_finite(name: str, scales: NDArray[Any]) -> None:
+    """Raise InputRefused where a scale is not a finite number."""
+    bad = scales.size - np.count_nonzero(np.isfinite(scales))
+    if bad:
+        raise InputRefused(f"{name}: {bad} scales are not finite numbers. The file is damaged")

@@ -44,7 +44,7 @@ def found(stored: Tensors, path: Path, dtype: str = "float32") -> tuple[Quantise
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path)
     file = safetensors_file.open_file(path)
     (tensor,) = bitsandbytes_weights(StoredParts({path.name: file}), {}, dtype).values()
-    packed = file.read("x.weight").reshape(-1).view(np.uint8)
+    packed = np.frombuffer(file.read("x.weight").tobytes(), np.uint8)
     row = packed.size // SHAPE[0]
     return tensor, lambda rows: tensor.decode(rows, packed[rows.start * row : rows.stop * row])
 
@@ -86,15 +86,15 @@ def with_state(stored: Tensors, **fields: Any) -> Tensors:
     ("damage", "message"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "x.weight.absmax"}, "x.weight.absmax, which belongs to it, is"),
-        (lambda s: {k: v for k, v in s.items() if k != "x.weight"}, "its quantised numbers are missing"),
-        (lambda s: s | {"x.weight": s["x.weight"][:-1]}, "the packed weight has 1199 elements"),
-        (lambda s: s | {"x.weight.absmax": s["x.weight.absmax"][1:]}, "the scales has 37 elements"),
+        (lambda s: {k: v for k, v in s.items() if k != "x.weight"}, "its packed numbers are missing"),
+        (lambda s: s | {"x.weight": s["x.weight"][:-1]}, "1199 bytes, and"),
+        (lambda s: s | {"x.weight.absmax": s["x.weight.absmax"][1:]}, "37 elements, and x.weight needs 38"),
         (lambda s: s | {"x.weight.absmax": s["x.weight.absmax"].float()}, "its dtype is float32"),
         (lambda s: s | {"x.weight.quant_map": torch.zeros(17)}, "17 elements, and x.weight needs 16"),
-        (lambda s: s | {"x.weight.nested_quant_map": torch.zeros(255)}, "the table of scales has 255 elements"),
+        (lambda s: s | {"x.weight.nested_quant_map": torch.zeros(255)}, "255 elements, and x.weight needs 256"),
         (lambda s: s | {STATE: torch.zeros(4, dtype=torch.uint8)}, "JSON"),
         (lambda s: with_state(s, shape=[24, "100"]), "is not that of a matrix"),
-        (lambda s: with_state(s, shape=[1 << 40, 100]), "the packed weight has 1200 elements"),
+        (lambda s: with_state(s, shape=[1 << 40, 100]), "1200 bytes, and"),
         (lambda s: with_state(s, shape=[2400, 1]), "do not end with a byte"),
         (lambda s: with_state(s, dtype="int8"), "is no float"),
         (lambda s: with_state(s, blocksize=0), "the block size 0 is no positive number"),
@@ -110,12 +110,33 @@ def test_damaged_parts_are_refused_by_name(damage: Callable[[Tensors], Tensors],
 
 def test_damaged_int8_is_refused_by_name(tmp_path: Path) -> None:
     stored, _ = in_8_bits()
-    with pytest.raises(InputRefused, match="the scales of the rows has 23 elements, and the weight needs 24"):
+    with pytest.raises(InputRefused, match=r"23 elements, and x\.weight needs 24"):
         found(stored | {"x.SCB": stored["x.SCB"][1:]}, tmp_path / "a.safetensors")
     with pytest.raises(InputRefused, match=r"x\.SCB scales a matrix of int8, which is missing"):
         found({"x.SCB": stored["x.SCB"]}, tmp_path / "b.safetensors")
     with pytest.raises(InputRefused, match="only the row-major format"):
         found(stored | {"x.weight_format": torch.tensor(1, dtype=torch.uint8)}, tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_scales_that_are_no_numbers_are_refused(double: bool, tmp_path: Path) -> None:
+    stored, _ = in_4_bits(double=double)
+    name = "x.weight.nested_absmax" if double else "x.weight.absmax"
+    damaged = stored[name].clone()
+    damaged[0] = float("nan")
+    _, rows = found(stored | {name: damaged}, tmp_path / "m.safetensors")
+    with pytest.raises(InputRefused, match=f"{name}: 1 scales are not finite numbers"):
+        rows(slice(0, 1))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_packed_bytes_may_be_stored_as_floats(storage: torch.dtype, tmp_path: Path) -> None:
+    """As `bnb_4bit_quant_storage` stores them, so that FSDP can shard them."""
+    stored, expected = in_4_bits()
+    _, rows = found(
+        stored | {"x.weight": stored["x.weight"].reshape(-1).view(storage)[:, None]}, tmp_path / "m.safetensors"
+    )
+    assert rows(slice(2, 9)).tobytes() == bits(expected[2:9])
 
 
 def test_parts_may_lie_in_another_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,6 +70,18 @@ def test_scales_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputRefused, match=message):
         found(stored() | change, tmp_path / "m.safetensors", **fields)
+
+
+def test_scales_of_activations_belong_to_the_weight(tmp_path: Path) -> None:
+    tensor = found(stored() | {"x.activation_scale": torch.ones(1)}, tmp_path / "m.safetensors")
+    assert tensor.parts == ("x.weight_scale_inv", "x.activation_scale")
+
+
+def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    scales = torch.full(GRID, float("nan"))
+    tensor = found(stored() | {"x.weight_scale_inv": scales}, tmp_path / "m.safetensors")
+    with pytest.raises(InputRefused, match="9 scales are not finite numbers"):
+        tensor.decode(slice(0, 1), np.zeros(20, np.uint8))
 
 
 def test_weight_without_scales_is_refused(tmp_path: Path) -> None:

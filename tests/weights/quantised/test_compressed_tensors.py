@@ -1,128 +1,69 @@
-"""Weights of compressed-tensors as floats: bit for bit what the library makes of them."""
+"""Which format of compressed-tensors each module is stored in; formats that are refused by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from safetensors.torch import save_file
 
 from lora_export.errors import InputRefused
-from lora_export.storage import safetensors_file
-from lora_export.weights.quantised.compressed_tensors import compressed_weights
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
+from lora_export.weights.quantised.compressed_tensors import ACTIVATIONS, FORMATS, compressed_weights
+from support.quantised import Tensors, parts_in
 
-ROWS, COLUMNS, GROUP = 12, 64, 16
-Tensors = dict[str, torch.Tensor]
-
-
-def compressed(
-    bits: int, strategy: str, *, symmetric: bool = True, kind: str = "int", dtype: torch.dtype = torch.bfloat16
-) -> tuple[Tensors, torch.Tensor]:
-    """The stored tensors of a weight, and what the library makes of them."""
-    torch.manual_seed(0)
-    scales = {"tensor": (1,), "channel": (ROWS, 1), "group": (ROWS, COLUMNS // GROUP)}[strategy]
-    group = {"group_size": GROUP} if strategy == "group" else {}
-    args = QuantizationArgs(num_bits=bits, type=kind, strategy=strategy, symmetric=symmetric, **group)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    state = {
-        "weight": torch.randn(ROWS, COLUMNS).to(dtype),
-        "weight_scale": (torch.rand(scales) / 2 ** (bits - 2) + 0.01).to(dtype),
-    }
-    if not symmetric:
-        low = -(2 ** (bits - 1))
-        state["weight_zero_point"] = torch.randint(low, -low, scales, dtype=torch.int8)
-    name = "pack-quantized" if bits < 8 or strategy == "group" else f"{kind}-quantized"
-    compressor = BaseCompressor.get_value_from_registry(name)
-    stored = compressor.compress(state, scheme)
-    floats = compressor.decompress(stored, scheme)["weight"]
-    return {f"x.{key}": value.contiguous() for key, value in stored.items()}, floats
+# One module of each kind; what they become is tested with each format.
+MODULES: dict[str, Tensors] = {
+    "4-bit integers": {
+        "weight_packed": torch.zeros(4, 4, dtype=torch.int32),
+        "weight_shape": torch.tensor([4, 32]),
+        "weight_scale": torch.ones(4, 1),
+    },
+    "8-bit integers": {"weight": torch.zeros(4, 32, dtype=torch.int8), "weight_scale": torch.ones(4, 1)},
+    "8-bit floats": {"weight": torch.zeros(4, 32).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1)},
+    "nvfp4": {
+        "weight_packed": torch.zeros(4, 16, dtype=torch.uint8),
+        "weight_scale": torch.ones(4, 2).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.ones(1),
+    },
+    "mxfp8": {
+        "weight": torch.zeros(4, 32).to(torch.float8_e4m3fn),
+        "weight_scale": torch.ones(4, 1, dtype=torch.uint8),
+    },
+}
 
 
-def found(stored: Tensors, path: Path, **fields: Any) -> QuantisedTensor:
-    save_file(stored, path)
-    parts = StoredParts({path.name: safetensors_file.open_file(path)})
-    (tensor,) = compressed_weights(parts, fields, "float32").values()
-    return tensor
+def stored(*kinds: str) -> Tensors:
+    return {f"{kind}.{name}": value for kind in kinds for name, value in MODULES[kind].items()}
 
 
-def rows_of(tensor: QuantisedTensor, stored: Tensors, rows: slice) -> bytes:
-    packed = stored[tensor.packed].view(torch.uint8).numpy()
-    return tensor.decode(rows, packed[rows].reshape(-1)).tobytes()
+def test_one_model_may_have_several_formats(tmp_path: Path) -> None:
+    parts = parts_in(tmp_path / "m.safetensors", stored(*MODULES) | {"norm.weight": torch.ones(4)})
+    found = compressed_weights(parts, {"format": "mixed-precision"}, "bfloat16")
+    assert {name: tensor.scheme for name, tensor in found.items()} == {f"{kind}.weight": kind for kind in MODULES}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    ("bits", "strategy", "symmetric", "kind"),
-    [
-        (4, "group", True, "int"),
-        (4, "group", False, "int"),
-        (4, "channel", True, "int"),
-        (8, "group", True, "int"),
-        (8, "group", False, "int"),
-        (8, "channel", True, "int"),
-        (8, "channel", False, "int"),
-        (8, "tensor", True, "int"),
-        (8, "channel", True, "float"),
-        (8, "tensor", True, "float"),
-    ],
-)
-def test_weights_are_the_library_s_bit_for_bit(
-    bits: int, strategy: str, symmetric: bool, kind: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    stored, expected = compressed(bits, strategy, symmetric=symmetric, kind=kind, dtype=dtype)
-    tensor = found(stored, tmp_path / "m.safetensors")
-    assert (tensor.name, tensor.shape) == ("x.weight", (ROWS, COLUMNS))
-    assert {*tensor.parts, tensor.packed} == stored.keys()
-    assert expected.dtype == dtype
-    for rows in (slice(0, ROWS), slice(3, 5), slice(ROWS - 1, ROWS)):
-        # The sign of a zero: a number minus its zero point is -0 nowhere, in the library's integers or in our floats.
-        assert rows_of(tensor, stored, rows) == expected[rows].contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def test_columns_may_be_in_any_group(tmp_path: Path) -> None:
-    stored, expected = compressed(4, "group", dtype=torch.float32)
-    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
-    groups = (torch.arange(COLUMNS) // GROUP)[order].int()
-    tensor = found(stored | {"x.weight_g_idx": groups}, tmp_path / "m.safetensors")
-    scales = stored["x.weight_scale"]
-    numbers = expected / scales.repeat_interleave(GROUP, 1)
-    by_hand = (numbers.round() * scales[:, groups.long()]).numpy().tobytes()
-    assert rows_of(tensor, stored, slice(0, ROWS)) == by_hand
+def test_scales_of_activations_belong_to_the_weight(tmp_path: Path) -> None:
+    more = {f"{kind}.{name}": torch.ones(1) for kind in MODULES for name in ("input_scale", "output_scale")}
+    parts = parts_in(tmp_path / "m.safetensors", stored(*MODULES) | more)
+    found = compressed_weights(parts, {}, "bfloat16")
+    assert set(more) == {name for tensor in found.values() for name in tensor.parts if name in more}
+    assert "input_global_scale" in ACTIVATIONS
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("fields", "name"),
     [
-        ({"x.weight_shape": torch.tensor([ROWS, 999])}, "rows of 8 words are not 999 numbers of 4 or 8 bits"),
-        ({"x.weight_shape": torch.tensor([ROWS + 1, COLUMNS])}, "rows of 8 words are not"),
-        ({"x.weight_packed": torch.zeros(ROWS, 8)}, "is no packed matrix"),
-        ({"x.weight_scale": torch.ones(ROWS - 1, 4)}, r"the shape \[11, 4\] does not fit a weight of \[12, 64\]"),
-        ({"x.weight_scale": torch.ones(ROWS, 5)}, "does not fit"),
-        ({"x.weight_scale": torch.ones(ROWS, 0)}, "does not fit"),
-        ({"x.weight_g_idx": torch.zeros(3, dtype=torch.int32)}, "the groups of the columns has 3 elements"),
-        ({"x.weight_g_idx": torch.full((COLUMNS,), 4, dtype=torch.int32)}, "a column is in none of the 4 groups"),
-        ({"x.weight_zero_point": torch.zeros(1, 4, dtype=torch.int32)}, "the packed zero points has 4 elements"),
-        (
-            {"y.weight_scale": torch.ones(1)},
-            r"y\.weight_scale scales a matrix of int8 or 8-bit floats, which is missing",
-        ),
+        ({"format": "marlin-24"}, "marlin-24"),
+        ({"format": "mixed-precision", "config_groups": {"a": {"format": "sparse-bitmask"}}}, "sparse-bitmask"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(change: Tensors, message: str, tmp_path: Path) -> None:
-    stored, _ = compressed(4, "group")
-    with pytest.raises(InputRefused, match=message):
-        found(stored | change, tmp_path / "m.safetensors")
+def test_other_formats_are_refused_by_name(fields: dict[str, object], name: str, tmp_path: Path) -> None:
+    parts = parts_in(tmp_path / "m.safetensors", stored("nvfp4"))
+    with pytest.raises(InputRefused, match=f"pack-quantized, .*mxfp8-quantized of .* this base has {name}"):
+        compressed_weights(parts, fields, "bfloat16")
 
 
-def test_other_formats_are_refused_by_name(tmp_path: Path) -> None:
-    stored, _ = compressed(4, "group")
-    with pytest.raises(InputRefused, match=r"pack-quantized.* and this base has nvfp4-pack-quantized"):
-        found(stored, tmp_path / "m.safetensors", format="nvfp4-pack-quantized")
-    groups = {"group_0": {"format": "mxfp4-pack-quantized"}}
-    with pytest.raises(InputRefused, match="this base has mxfp4-pack-quantized"):
-        found(stored, tmp_path / "m.safetensors", format="mixed-precision", config_groups=groups)
+def test_every_format_that_the_library_writes_is_read() -> None:
+    from compressed_tensors.compressors import BaseCompressor
+
+    assert {*FORMATS, "dense"} == set(BaseCompressor.registered_names())

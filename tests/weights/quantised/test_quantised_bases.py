@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lora_export
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.weights.quantised import method_of
 from support.cli import answer, call
 from support.handmade import peft_adapter
 
@@ -152,9 +153,9 @@ def test_unknown_scheme_is_refused_by_name(place: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(place / "nf4", base)
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "gptq"
+    config["quantization_config"]["quant_method"] = "aqlm"
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputRefused, match=r"--dequantize knows bitsandbytes .* quantised by gptq"):
+    with pytest.raises(InputRefused, match=r"--dequantize knows bitsandbytes .* quantised by aqlm"):
         lora_export.merge(base, [place / "adapter"], tmp_path / "m", dequantize=True)
     config["quantization_config"]["quant_method"] = "fp8"
     (base / "config.json").write_text(json.dumps(config))
@@ -202,6 +203,49 @@ def of_one_layer(scheme: str) -> tuple[dict[str, torch.Tensor], dict[str, object
         "fc.weight_shape": torch.tensor([8, 64]),
     }
     return stored, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, numbers * scales
+
+
+def one_layer(folder: Path, more: dict[str, torch.Tensor], **fields: object) -> Path:
+    """A base of one layer in fp8, with more tensors and more fields in its quantization_config."""
+    stored, quantization, _ = of_one_layer("fp8")
+    folder.mkdir()
+    save_file(stored | more, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization | fields}))
+    return folder
+
+
+def of_fc(folder: Path) -> Path:
+    return peft_adapter(folder, {"fc": (np.ones((1, 64)), np.arange(8.0)[:, None])})
+
+
+def test_parts_of_no_weight_are_refused_by_name(tmp_path: Path) -> None:
+    base = one_layer(tmp_path / "base", {"gone.weight_scale_inv": torch.ones(1, 1)})
+    with pytest.raises(
+        InputRefused, match=r"parts of weights in fp8 belong to no quantised weight:\n.*gone\.weight_sc"
+    ):
+        lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m", dequantize=True)
+
+
+def test_scales_of_a_quantised_cache_are_left_out(tmp_path: Path) -> None:
+    more = {"k_scale": torch.ones(1), "fc.v_scale": torch.ones(1), "norm.q_scale": torch.ones(1)}
+    base = one_layer(tmp_path / "base", more, kv_cache_scheme={"num_bits": 8})
+    lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m", dequantize=True)
+    assert load_file(tmp_path / "m" / "model.safetensors").keys() == {"fc.weight", "norm.q_scale"}
+
+
+def test_files_that_repeat_the_quantisation_are_not_copied(tmp_path: Path) -> None:
+    base = one_layer(tmp_path / "base", {})
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "generation_config.json"):
+        (base / name).write_text("{}")
+    lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m", dequantize=True)
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"config.json", "generation_config.json", "lora_export.json", "model.safetensors"}
+
+
+def test_config_from_before_methods_had_names_is_read() -> None:
+    assert method_of({"load_in_4bit": True}) == method_of({"load_in_8bit": True}) == "bitsandbytes"
+    assert method_of({"load_in_4bit": False}) == method_of({}) == "unknown"
+    assert (method_of({"quant_method": "fp8", "load_in_4bit": True}), method_of("exl2")) == ("fp8", "exl2")
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "compressed-tensors"])

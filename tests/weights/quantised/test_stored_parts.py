@@ -1,7 +1,8 @@
-"""The stored tensors of a quantised weight: found in any file, read within bounds."""
+"""The stored tensors of a quantised weight: found in any file, read within bounds, and no sooner than needed."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,38 +11,106 @@ import pytest
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.storage.safetensors_file import Entry
-from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts, refuse_other_size
+from lora_export.weights.quantised.stored_parts import (
+    LOADED_AT_ONCE,
+    Decode,
+    Pieces,
+    QuantisedTensor,
+    StoredParts,
+    refuse_not_finite,
+)
 
 
 def parts_of(folder: Path) -> StoredParts:
-    files = {"a.safetensors": {"x": np.uint8([1, 2])}, "b.safetensors": {"s": np.float32([0.5])}}
+    files = {"a.safetensors": {"x": np.uint8([1, 2])}, "b.safetensors": {"s": np.float32([[0.5], [2], [4]])}}
     for name, tensors in files.items():
         safetensors_file.write(folder / name, tensors)
     return StoredParts({name: safetensors_file.open_file(folder / name) for name in files})
+
+
+def unchanged_bytes() -> Decode:
+    return lambda rows, packed: packed
 
 
 def test_parts_are_found_in_any_file(tmp_path: Path) -> None:
     parts = parts_of(tmp_path)
     assert list(parts.names()) == ["x", "s"] and parts.find("y") is None
     found = parts.find("s")
-    assert found is not None and found[0].path == tmp_path / "b.safetensors"
-    assert parts.read("s", "x", "float32", most=1).tolist() == [0.5]
+    assert found is not None and found.shape == (3, 1)
+    assert parts.present("s", "y", "x") == ("s", "x")
+    assert parts.expect("s", "x", "float32", count=3) == found == parts.expect("s", "x", most=3)
+    assert parts.read("s").tolist() == [[0.5], [2], [4]]
+    assert parts.read_rows("s", slice(1, 3)).tolist() == [[2], [4]]
 
 
-def test_part_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_part_that_does_not_fit_is_refused_by_its_header(tmp_path: Path) -> None:
     parts = parts_of(tmp_path)
     with pytest.raises(InputRefused, match="x is quantised, and y, which belongs to it, is missing"):
-        parts.read("y", "x", "float32")
+        parts.expect("y", "x", "float32")
     with pytest.raises(InputRefused, match="s: its dtype is float32, and x needs uint8 or int8"):
-        parts.read("s", "x", "uint8", "int8")
+        parts.expect("s", "x", "uint8", "int8")
     with pytest.raises(InputRefused, match="x: 2 elements, and w needs 1"):
-        parts.read("x", "w", "uint8", most=1)
-    with pytest.raises(InputRefused, match="x: the table has 2 elements, and the weight needs 3"):
-        refuse_other_size("x", 2, 3, "the table")
+        parts.expect("x", "w", "uint8", most=1)
+    with pytest.raises(InputRefused, match="x: 2 elements, and w needs 3"):
+        parts.expect("x", "w", "uint8", count=3)
+
+
+def test_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path)
+    os.truncate(tmp_path / "b.safetensors", (tmp_path / "b.safetensors").stat().st_size - 4)
+    with pytest.raises(InputRefused, match="became shorter"):
+        parts.read_rows("s", slice(2, 3))
+
+
+def test_scales_that_are_no_numbers_are_refused() -> None:
+    refuse_not_finite("s", np.float32([1, 2]))
+    with pytest.raises(InputRefused, match="s: 2 scales are not finite numbers"):
+        refuse_not_finite("s", np.float32([np.nan, 1, np.inf]))
 
 
 def test_weight_has_the_bytes_of_its_packed_numbers() -> None:
     dtype = np.dtype(np.float16)
-    tensor = QuantisedTensor("w", (4, 6), dtype, "w", (), "nf4", decode=lambda rows, packed: packed)
+    tensor = QuantisedTensor("w", (4, 6), dtype, "w", (), "nf4", unchanged_bytes)
     entry = tensor.entry(Entry("w", np.dtype(np.uint8), (12, 1), 100, 112))
     assert entry == Entry("w", dtype, (4, 6), 100, 112) and entry.row_bytes == 3
+
+
+def test_experts_are_the_rows_of_one_matrix() -> None:
+    tensor = QuantisedTensor("w", (2, 3, 5), np.dtype(np.float16), "w", (), "mxfp4", unchanged_bytes)
+    assert tensor.row_shape == (6, 5)
+    assert tensor.rows_in((2, 3, 5), slice(1, 2)) == slice(3, 6)
+    assert tensor.rows_in((6, 5), slice(1, 2)) == slice(1, 2)
+
+
+def test_packed_bytes_are_read_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(100)))
+    own = QuantisedTensor("w", (4, 6), np.dtype(np.float16), "w", (), "x", unchanged_bytes)
+    columns = QuantisedTensor(
+        "w", (4, 6), np.dtype(np.float16), "w", (), "x", unchanged_bytes,
+        pieces=lambda rows: [Pieces(rows.start, 2, number=3, step=10), Pieces(50, 1)],
+    )  # fmt: skip
+    with path.open("rb") as file:
+        assert own.read(path, file.fileno(), 8, 24, slice(1, 3)).tolist() == list(range(14, 26))
+        found = columns.read(path, file.fileno(), 8, 24, slice(1, 3)).tolist()
+    assert found == [9, 10, 19, 20, 29, 30, 58]
+
+
+def test_scales_of_few_weights_are_in_memory() -> None:
+    loads: list[str] = []
+
+    def tensor(name: str) -> QuantisedTensor:
+        def load() -> Decode:
+            loads.append(name)
+            return unchanged_bytes()
+
+        return QuantisedTensor(name, (1, 1), np.dtype(np.float16), name, (), "x", load)
+
+    weights = [tensor(str(number)) for number in range(LOADED_AT_ONCE + 1)]
+    assert not loads
+    for weight in weights:
+        weight.decode(slice(0, 1), np.uint8([1]))
+        weight.decode(slice(0, 1), np.uint8([1]))
+    assert loads == [str(number) for number in range(LOADED_AT_ONCE + 1)]
+    weights[0].decode(slice(0, 1), np.uint8([1]))  # its scales had to make room
+    assert loads[-1] == "0"

@@ -1,0 +1,112 @@
+"""compressed-tensors' floats of 4, 6 and 8 bits in groups: nvfp4, mxfp4, mxfp6 and mxfp8.
+
+    nvfp4  4-bit floats, two in a byte; groups of 16 columns with scales in e4m3, all divided by `weight_global_scale`
+    mxfp4  the same floats; groups of 32 with powers of two
+    mxfp6  6-bit floats (E2M3), four in three bytes; groups of 32 with powers of two
+    mxfp8  e4m3; groups of 32 with powers of two
+
+The library makes bfloat16 of all four.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.storage.block_copy import Bytes
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.quantised.float4 import powers_of_two, unpack_floats
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+# (dtype of the numbers, dtype of the scales, bytes of a group) -> name, columns of a group
+KINDS = {
+    ("uint8", "float8_e4m3fn", 8): ("nvfp4", 16),
+    ("uint8", "uint8", 16): ("mxfp4", 32),
+    ("uint8", "uint8", 24): ("mxfp6", 32),
+    ("float8_e4m3fn", "uint8", 32): ("mxfp8", 32),
+}
+
+
+def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[str, ...]) -> QuantisedTensor:
+    """A weight of floats in groups. The dtypes and the shapes of its numbers and scales decide its format."""
+    numbers, scales = parts.find(packed), parts.expect(f"{name}_scale", name, "uint8", "float8_e4m3fn")
+    if numbers is None:
+        raise InputRefused(f"{name} is quantised, and its numbers are missing")
+    kind, columns = _kind(name, numbers, scales)
+    if parts.present(f"{name}_zero_point"):
+        raise InputRefused(f"{name}_zero_point: {kind} has no zero points, and the library does not use them")
+    every = (f"{name}_scale", *others)
+    if kind == "nvfp4":
+        parts.expect(f"{name}_global_scale", name, "float32", count=1)
+        every = (f"{name}_global_scale", *every)
+
+    def load() -> Decode:
+        stored = parts.read(f"{name}_scale")
+        if kind != "nvfp4":
+            return _Groups(kind, powers_of_two(f"{name}_scale", stored)).decode
+        refuse_not_finite(f"{name}_scale", stored)
+        whole = parts.read(f"{name}_global_scale").reshape(-1)
+        if not (np.isfinite(whole).all() and whole.all()):
+            raise InputRefused(f"{name}_global_scale: {whole[0]} is no divisor. The file is damaged")
+        return _Groups(kind, stored.astype(np.float32) / whole).decode
+
+    return QuantisedTensor(name, (numbers.shape[0], columns), BFLOAT16, packed, every, kind, load)
+
+
+def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int]:
+    """The name of the format, and the columns of the weight."""
+    if len(numbers.shape) == len(scales.shape) == 2 and scales.shape[0] == numbers.shape[0] and scales.nbytes:
+        groups = scales.shape[1]
+        found = KINDS.get((str(numbers.dtype), str(scales.dtype), numbers.shape[1] // groups))
+        if found is not None and numbers.shape[1] % groups == 0:
+            return found[0], found[1] * groups
+    raise InputRefused(
+        f"{name}: numbers of {numbers.dtype} {list(numbers.shape)} with scales of {scales.dtype} {list(scales.shape)} "
+        f"are none of {', '.join(kind for kind, _ in KINDS.values())}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Rows of floats with a scale for each group of columns."""
+
+    kind: str
+    scales: NDArray[np.float32]  # (rows, groups)
+
+    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
+        """Some rows of the weight, from their packed bytes."""
+        scales = self.scales[rows]
+        values = self._floats(packed).reshape(*scales.shape, -1)
+        values *= scales[:, :, None]
+        return values.astype(BFLOAT16).reshape(len(scales), -1)
+
+    def _floats(self, packed: Bytes) -> NDArray[np.float32]:
+        if self.kind == "mxfp8":
+            wide: NDArray[np.float32] = packed.view(E4M3).astype(np.float32)
+            return wide
+        return _six_bit_floats(packed) if self.kind == "mxfp6" else unpack_floats(packed)
+
+
+def _e2m3() -> NDArray[np.float32]:
+    eighths = np.arange(8, dtype=np.float32) / 8
+    positive = np.concatenate([eighths, *((1 + eighths) * 2**exponent for exponent in range(3))])
+    return np.concatenate([positive, -positive])
+
+
+SIX_BIT_VALUES = _e2m3()
+
+
+def _six_bit_floats(packed: Bytes) -> NDArray[np.float32]:
+    """Four numbers of 6 bits in each three bytes, from the lowest bit on."""
+    octets = packed.reshape(-1, 3).astype(np.uint32)
+    words = octets[:, 0] | octets[:, 1] << 8 | octets[:, 2] << 16
+    codes = (words[:, None] >> np.arange(0, 24, 6, dtype=np.uint32)) & 0x3F
+    values: NDArray[np.float32] = SIX_BIT_VALUES.take(codes.reshape(-1))
+    return values

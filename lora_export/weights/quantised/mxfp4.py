@@ -1,0 +1,116 @@
+"""Experts in mxfp4, as OpenAI publishes gpt-oss: 4-bit floats in blocks of 32 with a power of two for each.
+
+The file has `NAME_blocks` (experts, outputs, blocks, 16 bytes) and `NAME_scales` (experts, outputs, blocks). A float
+checkpoint has NAME, (experts, inputs, outputs): the transpose. The product of a number and its scale is made in fp32,
+and rounded once to the dtype of the model.
+
+Source: transformers' own functions on a CPU, which the tests compare with bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.float4 import powers_of_two, unpack_floats
+from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor, StoredParts
+
+BLOCKS, SCALES = "_blocks", "_scales"
+BLOCK, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes
+INPUTS_AT_ONCE = 16 * BLOCK  # each output's bytes are read for so many inputs at once
+
+
+def mxfp4_weights(parts: StoredParts, _: Mapping[str, Any], dtype: str) -> dict[str, QuantisedTensor]:
+    """The experts in mxfp4, by name. Raises InputRefused for blocks without scales, and for other shapes."""
+    found = {}
+    for packed in parts.names():
+        name = packed.removesuffix(BLOCKS)
+        if name != packed:
+            found[name] = _quantised(parts, name, dtype)
+    return found
+
+
+def _quantised(parts: StoredParts, name: str, dtype: str) -> QuantisedTensor:
+    blocks = parts.expect(f"{name}{BLOCKS}", name, "uint8")
+    if len(blocks.shape) != 4 or blocks.shape[-1] != BLOCK_BYTES or not math.prod(blocks.shape):
+        raise InputRefused(
+            f"{name}{BLOCKS}: the shape is {list(blocks.shape)}, and mxfp4 needs (experts, outputs, blocks, "
+            f"{BLOCK_BYTES})"
+        )
+    scales = parts.expect(f"{name}{SCALES}", name, "uint8", count=math.prod(blocks.shape[:-1]))
+    if scales.shape != blocks.shape[:-1]:
+        raise InputRefused(
+            f"{name}{SCALES}: the shape is {list(scales.shape)}, and the blocks need {list(blocks.shape[:-1])}"
+        )
+    experts, outputs, count, _ = blocks.shape
+    layout = _Experts(name, parts, outputs, count, np.dtype(dtype))
+    return QuantisedTensor(
+        name, (experts, count * BLOCK, outputs), np.dtype(dtype), f"{name}{BLOCKS}", (f"{name}{SCALES}",), "mxfp4",
+        load=layout.load, pieces=layout.pieces, rows_at_once=min(INPUTS_AT_ONCE, count * BLOCK),
+    )  # fmt: skip
+
+
+class _Run(NamedTuple):
+    """Consecutive rows, which are inputs of one expert, and the blocks that have them."""
+
+    expert: int
+    inputs: slice
+    blocks: slice
+
+
+@dataclass(frozen=True, eq=False)
+class _Experts:
+    """Experts of (blocks * 32 inputs, outputs), of which the file has the transposes."""
+
+    name: str
+    parts: StoredParts
+    outputs: int
+    blocks: int
+    dtype: np.dtype[Any]
+
+    def pieces(self, rows: slice) -> Sequence[Pieces]:
+        """Where the blocks of some inputs are: of each expert, the same range of each output's bytes."""
+        row_bytes = self.blocks * BLOCK_BYTES
+        return [
+            Pieces(
+                run.expert * self.outputs * row_bytes + run.blocks.start * BLOCK_BYTES,
+                (run.blocks.stop - run.blocks.start) * BLOCK_BYTES,
+                self.outputs,
+                row_bytes,
+            )
+            for run in self._runs(rows)
+        ]
+
+    def load(self) -> Decode:
+        return self._decode
+
+    def _decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
+        out = np.empty((rows.stop - rows.start, self.outputs), self.dtype)
+        filled, used = 0, 0
+        for run in self._runs(rows):
+            width = run.blocks.stop - run.blocks.start
+            size = self.outputs * width * BLOCK_BYTES
+            values = unpack_floats(packed[used : used + size]).reshape(self.outputs, width, BLOCK)
+            stored = self.parts.read_rows(f"{self.name}{SCALES}", slice(run.expert, run.expert + 1))[0]
+            values *= powers_of_two(f"{self.name}{SCALES}", stored[:, run.blocks])[:, :, None]
+            first = run.inputs.start - run.blocks.start * BLOCK
+            count = run.inputs.stop - run.inputs.start
+            out[filled : filled + count] = values.reshape(self.outputs, -1)[:, first : first + count].T
+            filled, used = filled + count, used + size
+        return out
+
+    def _runs(self, rows: slice) -> Iterator[_Run]:
+        """The rows, expert by expert."""
+        inputs, start = self.blocks * BLOCK, rows.start
+        while start < rows.stop:
+            expert = start // inputs
+            own = slice(start - expert * inputs, min(rows.stop - expert * inputs, inputs))
+            yield _Run(expert, own, slice(own.start // BLOCK, -(-own.stop // BLOCK)))
+            start = expert * inputs + own.stop

@@ -1,0 +1,92 @@
+"""gpt-oss in mxfp4 becomes a float model: every weight is what transformers makes of the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+
+import lora_export
+from lora_export.errors import InputRefused
+from support.cli import answer, call
+from support.handmade import peft_adapter
+
+EXPERTS = ("gate_up_proj", "down_proj")
+TARGET = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mxfp4`, a gpt-oss as it is published, in two files; `adapter`, on its attention."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GptOssForCausalLM(config).bfloat16().save_pretrained(folder / "float")
+    tensors = load_file(folder / "float" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(EXPERTS)]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(115, 123, shape, dtype=torch.uint8)
+    base = folder / "mxfp4"
+    base.mkdir()
+    files = {"a.safetensors": "_scales", "b.safetensors": ""}
+    table: dict[str, str] = {}
+    for file, ending in files.items():
+        own = {name: value for name, value in tensors.items() if name.endswith(ending) and name not in table}
+        table |= dict.fromkeys(own, file)
+        save_file(own, base / file, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    stated = json.loads((folder / "float" / "config.json").read_text())
+    stated["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (base / "config.json").write_text(json.dumps(stated))
+    rng = np.random.default_rng(0)
+    peft_adapter(folder / "adapter", {TARGET: (rng.normal(size=(2, 64)), rng.normal(size=(64, 2)))})
+    return folder
+
+
+def test_merged_model_is_the_library_s_dequantised_one(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    result = lora_export.merge(place / "mxfp4", [place / "adapter"], out, dequantize=True)
+    assert any("4 quantised weights (mxfp4) are stored as floats" in note for note in result.notes)
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    theirs = AutoModelForCausalLM.from_pretrained(place / "mxfp4", dtype=torch.bfloat16).state_dict()
+    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(loading.values())
+    ours = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == {f"{TARGET}.weight"}
+    stored = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert not [name for name in stored if name.endswith(("_blocks", "_scales"))]
+    assert not (out / "a.safetensors").exists()  # it had nothing but scales
+    assert lora_export.verify(out, adapters=[place / "adapter"], base=place / "mxfp4")
+
+
+def test_one_wrong_entry_of_an_expert_is_different(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert call("merge", place / "mxfp4", place / "adapter", "-o", out, "--dequantize") == 0
+    name = "model.layers.1.mlp.experts.down_proj"
+    file, tensors = next((file, load_file(file)) for file in out.glob("*.safetensors") if name in load_file(file))
+    tensors[name][3, 31, 5] *= 2
+    assert tensors[name][3, 31, 5] != 0
+    save_file(tensors, file, {"format": "pt"})
+    code, document = answer(capsys, "verify", out, "--base", place / "mxfp4", "-a", place / "adapter")
+    assert code == 4
+    assert [one["name"] for one in document["weights"] if one["outcome"] == "different"] == [name]
+
+
+def test_quantised_base_is_refused_with_both_ways_out(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"\(mxfp4\).*original float model.*merge --dequantize"):
+        lora_export.merge(place / "mxfp4", [place / "adapter"], tmp_path / "m")
+    assert not list(tmp_path.iterdir())
