@@ -23,7 +23,7 @@ from lora_export.errors import InputRefused
 from lora_export.plan import FLOATS
 from lora_export.storage import json_files
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
 
 STATE = "quant_state.bitsandbytes__"  # and nf4 or fp4
 MOST_STATE_BYTES = 1 << 16
@@ -115,10 +115,10 @@ def _in_blocks(parts: StoredParts, weight: str, kind: str) -> QuantisedTensor:
     def load() -> Decode:
         table, scales = parts.read(f"{weight}.quant_map"), parts.read(f"{weight}.absmax").reshape(-1)
         if nested is None:
-            refuse_not_finite(f"{weight}.absmax", scales)
+            refuse_damaged_scales(f"{weight}.absmax", scales)
             return _Blocks(shape, dtype, block, table.reshape(-1), scales).decode
         outer_table, outer = (parts.read(f"{weight}.nested_{name}").reshape(-1) for name in ("quant_map", "absmax"))
-        refuse_not_finite(f"{weight}.nested_absmax", outer)
+        refuse_damaged_scales(f"{weight}.nested_absmax", outer)
         return _Blocks(shape, dtype, block, table.reshape(-1), scales, outer_table, outer, *nested).decode
 
     all_parts = (*(f"{weight}.{name}" for name in names), state_name)
@@ -162,7 +162,7 @@ def _in_rows(parts: StoredParts, weight: str, scales_name: str, dtype: str) -> Q
 
     def load() -> Decode:
         scales = parts.read(scales_name).reshape(-1)
-        refuse_not_finite(scales_name, scales)
+        refuse_damaged_scales(scales_name, scales)
         return functools.partial(_decode_rows, scales=scales, columns=shape[1], dtype=np.dtype(dtype))
 
     return QuantisedTensor(weight, shape, np.dtype(dtype), weight, (scales_name, *markers), "int8", load)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
 
 FP8 = "float8_e4m3fn"
 SCALES = "weight_scale_inv"
-ACTIVATIONS = ("activation_scale", "input_scale")  # of the layer's inputs: a float model has no use for them
+ACTIVATION_SCALES = ("activation_scale", "input_scale")  # of the layer's inputs: a float model has no use for them
 DEFAULT_BLOCK = [128, 128]
 
 
@@ -52,11 +52,11 @@ def _quantised(
 
     def load() -> Decode:
         stored = parts.read(scales_name).astype(np.float32)
-        refuse_not_finite(scales_name, stored)
+        refuse_damaged_scales(scales_name, stored)
         return functools.partial(_decode, scales=stored, block=block, columns=shape[1], dtype=np.dtype(dtype))
 
     module = name.removesuffix("weight")
-    every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATIONS)))
+    every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATION_SCALES)))
     return QuantisedTensor(name, shape, np.dtype(dtype), name, every, "fp8", load)
 
 

@@ -21,12 +21,12 @@ from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.quantised.float4 import powers_of_two, unpack_floats
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # (dtype of the numbers, dtype of the scales, bytes of a group) -> name, columns of a group
-KINDS = {
+GROUP_FORMATS = {
     ("uint8", "float8_e4m3fn", 8): ("nvfp4", 16),
     ("uint8", "uint8", 16): ("mxfp4", 32),
     ("uint8", "uint8", 24): ("mxfp6", 32),
@@ -51,7 +51,7 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
         stored = parts.read(f"{name}_scale")
         if kind != "nvfp4":
             return _Groups(kind, powers_of_two(f"{name}_scale", stored)).decode
-        refuse_not_finite(f"{name}_scale", stored)
+        refuse_damaged_scales(f"{name}_scale", stored)
         whole = parts.read(f"{name}_global_scale").reshape(-1)
         if not (np.isfinite(whole).all() and whole.all()):
             raise InputRefused(f"{name}_global_scale: {whole[0]} is no divisor. The file is damaged")
@@ -64,12 +64,12 @@ def _kind(name: str, numbers: Entry, scales: Entry) -> tuple[str, int]:
     """The name of the format, and the columns of the weight."""
     if len(numbers.shape) == len(scales.shape) == 2 and scales.shape[0] == numbers.shape[0] and scales.nbytes:
         groups = scales.shape[1]
-        found = KINDS.get((str(numbers.dtype), str(scales.dtype), numbers.shape[1] // groups))
+        found = GROUP_FORMATS.get((str(numbers.dtype), str(scales.dtype), numbers.shape[1] // groups))
         if found is not None and numbers.shape[1] % groups == 0:
             return found[0], found[1] * groups
     raise InputRefused(
         f"{name}: numbers of {numbers.dtype} {list(numbers.shape)} with scales of {scales.dtype} {list(scales.shape)} "
-        f"are none of {', '.join(kind for kind, _ in KINDS.values())}"
+        f"are none of {', '.join(kind for kind, _ in GROUP_FORMATS.values())}"
     )
 
 
@@ -89,7 +89,7 @@ class _Groups:
 
     def _floats(self, packed: Bytes) -> NDArray[np.float32]:
         if self.kind == "mxfp8":
-            wide: NDArray[np.float32] = packed.view(E4M3).astype(np.float32)
+            wide: NDArray[np.float32] = packed.view(FLOAT8).astype(np.float32)
             return wide
         return _six_bit_floats(packed) if self.kind == "mxfp6" else unpack_floats(packed)
 

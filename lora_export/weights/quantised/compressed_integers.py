@@ -18,9 +18,14 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.packed_integers import MOST_BITS, unpack, words_of
-from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_not_finite
+from lora_export.weights.quantised.stored_parts import (
+    FLOAT_SCALES,
+    Decode,
+    QuantisedTensor,
+    StoredParts,
+    refuse_damaged_scales,
+)
 
-FLOAT_SCALES = ("float32", "bfloat16", "float16")
 USUAL_BITS = (4, 8)  # where the config states none
 MOST_COLUMNS = 1 << 24
 
@@ -40,7 +45,7 @@ def packed_integers(
             f"{name}_packed: {words.shape[0]} rows of {words.shape[1]} words are not {shape[0]} rows of {shape[1]} "
             f"numbers of {' or '.join(map(str, _stated_bits(arguments)))} bits"
         )
-    stored = _Stored(parts, name, shape, words.dtype, bits[0], _block(arguments, shape))
+    stored = _StoredNumbers(parts, name, shape, words.dtype, bits[0], _block(arguments, shape))
     return stored.tensor(f"{name}_packed", (f"{name}_shape", *others))
 
 
@@ -51,7 +56,7 @@ def plain_numbers(
     found = parts.find(name)
     if found is None or str(found.dtype) not in ("int8", "float8_e4m3fn") or len(found.shape) != 2:
         raise InputRefused(f"{name}: {name}_scale scales a matrix of int8 or 8-bit floats, which is missing")
-    stored = _Stored(parts, name, found.shape, found.dtype, 0, _block(arguments, found.shape))
+    stored = _StoredNumbers(parts, name, found.shape, found.dtype, 0, _block(arguments, found.shape))
     return stored.tensor(name, others)
 
 
@@ -72,7 +77,7 @@ def _block(arguments: Sequence[Mapping[str, Any]], shape: Sequence[int]) -> tupl
 
 
 @dataclass(frozen=True, eq=False)
-class _Numbers:
+class _ScaledNumbers:
     """Rows of numbers with their scales: (scales of rows, scales of columns)."""
 
     columns: int
@@ -106,7 +111,7 @@ class _Numbers:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stored:
+class _StoredNumbers:
     """A weight whose numbers are found; its scales and zero points."""
 
     parts: StoredParts
@@ -136,11 +141,11 @@ class _Stored:
 
         def load() -> Decode:
             values = self.parts.read(f"{name}_scale").reshape(grid)
-            refuse_not_finite(f"{name}_scale", values)
+            refuse_damaged_scales(f"{name}_scale", values)
             points = self._zero_points(grid) if zero_points else None
             of_column = self._stated_groups(grid[1]) if groups else self._groups(grid[1], is_block=is_block)
             share = self.block[0] if is_block and self.block else int(grid[0] > 1)
-            return _Numbers(columns, self.bits, self.stored, values, points, share, of_column).decode
+            return _ScaledNumbers(columns, self.bits, self.stored, values, points, share, of_column).decode
 
         every = (*others, f"{name}_scale", *groups, *zero_points)
         return QuantisedTensor(name, (rows, columns), scales.dtype, packed, every, scheme, load)

@@ -16,13 +16,13 @@ from lora_export.weights.quantised.compressed_floats import floats_in_groups
 from lora_export.weights.quantised.compressed_integers import packed_integers, plain_numbers
 from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
 
-FORMATS = (
+COMPRESSED_FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"),
 )
 NO_FORMATS = ("dense", "mixed-precision")
 # What the library stores of a module's inputs and outputs. A float model has no use for it.
-ACTIVATIONS = tuple(
+ACTIVATION_PARTS = tuple(
     f"{what}_{kind}" for what in ("input", "output") for kind in ("scale", "zero_point", "global_scale", "g_idx")
 )
 
@@ -31,9 +31,9 @@ def compressed_weights(parts: StoredParts, quantization: Mapping[str, Any], _: s
     """The weights that compressed-tensors stores, by name. Raises InputRefused for a format that is not known."""
     groups = _groups(quantization)
     formats = {str(name) for name in (*(group.get("format") for group in groups), quantization.get("format")) if name}
-    if unknown := formats - {*FORMATS, *NO_FORMATS}:
+    if unknown := formats - {*COMPRESSED_FORMATS, *NO_FORMATS}:
         raise InputRefused(
-            f"--dequantize reads {', '.join(FORMATS)} of compressed-tensors, and this base has "
+            f"--dequantize reads {', '.join(COMPRESSED_FORMATS)} of compressed-tensors, and this base has "
             f"{', '.join(sorted(unknown))}. Merge into the original float model"
         )
     return {tensor.name: tensor for tensor in _found(parts, _arguments(groups))}
@@ -52,7 +52,7 @@ def _arguments(groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any
 def _found(parts: StoredParts, arguments: Sequence[Mapping[str, Any]]) -> Iterator[QuantisedTensor]:
     for name in parts.names():
         module, _, kind = name.rpartition(".")
-        others = parts.present(*(f"{module}.{activation}" for activation in ACTIVATIONS))
+        others = parts.present(*(f"{module}.{activation}" for activation in ACTIVATION_PARTS))
         if kind == "weight_packed":
             words = parts.find(name)
             if words is not None and str(words.dtype) == "uint8":

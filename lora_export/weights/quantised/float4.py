@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
 
-POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-VALUES = np.concatenate([POSITIVE, -POSITIVE])
+POSITIVE_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+FLOAT4_VALUES = np.concatenate([POSITIVE_FLOAT4, -POSITIVE_FLOAT4])
 NOT_A_NUMBER = 255
 
 
 def _pairs() -> NDArray[np.complex64]:
     """The two values of each byte, as one element: one look-up for both."""
     both = np.arange(256)
-    return np.stack([VALUES[both & 0xF], VALUES[both >> 4]], axis=1).view(np.complex64).reshape(-1)
+    return np.stack([FLOAT4_VALUES[both & 0xF], FLOAT4_VALUES[both >> 4]], axis=1).view(np.complex64).reshape(-1)
 
 
-PAIRS = _pairs()
+FLOAT4_PAIRS = _pairs()
 
 
 def unpack_floats(packed: Bytes) -> NDArray[np.float32]:
     """The floats in some bytes, two for each."""
-    return PAIRS.take(packed).view(np.float32)
+    return FLOAT4_PAIRS.take(packed).view(np.float32)
 
 
 def powers_of_two(name: str, stored: NDArray[Any]) -> NDArray[np.float32]:

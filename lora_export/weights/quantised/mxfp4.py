@@ -22,42 +22,49 @@ from lora_export.storage.block_copy import Bytes
 from lora_export.weights.quantised.float4 import powers_of_two, unpack_floats
 from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor, StoredParts
 
-BLOCKS, SCALES = "_blocks", "_scales"
-BLOCK, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes
-INPUTS_AT_ONCE = 16 * BLOCK  # each output's bytes are read for so many inputs at once
+BLOCKS_SUFFIX, SCALES_SUFFIX = "_blocks", "_scales"
+BLOCK_NUMBERS, BLOCK_BYTES = 32, 16  # numbers that share a scale, and their bytes
+INPUTS_AT_ONCE = 16 * BLOCK_NUMBERS  # each output's bytes are read for so many inputs at once
 
 
 def mxfp4_weights(parts: StoredParts, _: Mapping[str, Any], dtype: str) -> dict[str, QuantisedTensor]:
     """The experts in mxfp4, by name. Raises InputRefused for blocks without scales, and for other shapes."""
     found = {}
     for packed in parts.names():
-        name = packed.removesuffix(BLOCKS)
+        name = packed.removesuffix(BLOCKS_SUFFIX)
         if name != packed:
             found[name] = _quantised(parts, name, dtype)
     return found
 
 
 def _quantised(parts: StoredParts, name: str, dtype: str) -> QuantisedTensor:
-    blocks = parts.expect(f"{name}{BLOCKS}", name, "uint8")
+    blocks = parts.expect(f"{name}{BLOCKS_SUFFIX}", name, "uint8")
     if len(blocks.shape) != 4 or blocks.shape[-1] != BLOCK_BYTES or not math.prod(blocks.shape):
         raise InputRefused(
-            f"{name}{BLOCKS}: the shape is {list(blocks.shape)}, and mxfp4 needs (experts, outputs, blocks, "
+            f"{name}{BLOCKS_SUFFIX}: the shape is {list(blocks.shape)}, and mxfp4 needs (experts, outputs, blocks, "
             f"{BLOCK_BYTES})"
         )
-    scales = parts.expect(f"{name}{SCALES}", name, "uint8", count=math.prod(blocks.shape[:-1]))
+    scales = parts.expect(f"{name}{SCALES_SUFFIX}", name, "uint8", count=math.prod(blocks.shape[:-1]))
     if scales.shape != blocks.shape[:-1]:
         raise InputRefused(
-            f"{name}{SCALES}: the shape is {list(scales.shape)}, and the blocks need {list(blocks.shape[:-1])}"
+            f"{name}{SCALES_SUFFIX}: the shape is {list(scales.shape)}, and the blocks need {list(blocks.shape[:-1])}"
         )
     experts, outputs, count, _ = blocks.shape
     layout = _Experts(name, parts, outputs, count, np.dtype(dtype))
     return QuantisedTensor(
-        name, (experts, count * BLOCK, outputs), np.dtype(dtype), f"{name}{BLOCKS}", (f"{name}{SCALES}",), "mxfp4",
-        load=layout.load, pieces=layout.pieces, rows_at_once=min(INPUTS_AT_ONCE, count * BLOCK),
-    )  # fmt: skip
+        name=name,
+        shape=(experts, count * BLOCK_NUMBERS, outputs),
+        dtype=np.dtype(dtype),
+        packed=f"{name}{BLOCKS_SUFFIX}",
+        parts=(f"{name}{SCALES_SUFFIX}",),
+        scheme="mxfp4",
+        load=layout.load,
+        pieces=layout.pieces,
+        rows_at_once=min(INPUTS_AT_ONCE, count * BLOCK_NUMBERS),
+    )
 
 
-class _Run(NamedTuple):
+class _RowsOfExpert(NamedTuple):
     """Consecutive rows, which are inputs of one expert, and the blocks that have them."""
 
     expert: int
@@ -97,20 +104,20 @@ class _Experts:
         for run in self._runs(rows):
             width = run.blocks.stop - run.blocks.start
             size = self.outputs * width * BLOCK_BYTES
-            values = unpack_floats(packed[used : used + size]).reshape(self.outputs, width, BLOCK)
-            stored = self.parts.read_rows(f"{self.name}{SCALES}", slice(run.expert, run.expert + 1))[0]
-            values *= powers_of_two(f"{self.name}{SCALES}", stored[:, run.blocks])[:, :, None]
-            first = run.inputs.start - run.blocks.start * BLOCK
+            values = unpack_floats(packed[used : used + size]).reshape(self.outputs, width, BLOCK_NUMBERS)
+            stored = self.parts.read_rows(f"{self.name}{SCALES_SUFFIX}", slice(run.expert, run.expert + 1))[0]
+            values *= powers_of_two(f"{self.name}{SCALES_SUFFIX}", stored[:, run.blocks])[:, :, None]
+            first = run.inputs.start - run.blocks.start * BLOCK_NUMBERS
             count = run.inputs.stop - run.inputs.start
             out[filled : filled + count] = values.reshape(self.outputs, -1)[:, first : first + count].T
             filled, used = filled + count, used + size
         return out
 
-    def _runs(self, rows: slice) -> Iterator[_Run]:
+    def _runs(self, rows: slice) -> Iterator[_RowsOfExpert]:
         """The rows, expert by expert."""
-        inputs, start = self.blocks * BLOCK, rows.start
+        inputs, start = self.blocks * BLOCK_NUMBERS, rows.start
         while start < rows.stop:
             expert = start // inputs
             own = slice(start - expert * inputs, min(rows.stop - expert * inputs, inputs))
-            yield _Run(expert, own, slice(own.start // BLOCK, -(-own.stop // BLOCK)))
+            yield _RowsOfExpert(expert, own, slice(own.start // BLOCK_NUMBERS, -(-own.stop // BLOCK_NUMBERS)))
             start = expert * inputs + own.stop

@@ -23,6 +23,7 @@ from lora_export.storage.safetensors_file import Entry, TensorFile
 
 # (rows of `row_shape`, their packed bytes) -> these rows of the weight, in its float dtype
 Decode = Callable[[slice, Bytes], NDArray[Any]]
+FLOAT_SCALES = ("float32", "bfloat16", "float16")
 LOADED_AT_ONCE = block_copy.MOST_THREADS  # weights whose scales are in memory
 
 
@@ -147,7 +148,7 @@ class StoredParts:
         return found.view(entry.dtype).reshape(rows.stop - rows.start, *entry.shape[1:])
 
 
-def refuse_not_finite(name: str, scales: NDArray[Any]) -> None:
+def refuse_damaged_scales(name: str, scales: NDArray[Any]) -> None:
     """Raise InputRefused where a scale is not a finite number."""
     bad = scales.size - np.count_nonzero(np.isfinite(scales))
     if bad:

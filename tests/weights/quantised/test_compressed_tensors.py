@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
-from lora_export.weights.quantised.compressed_tensors import ACTIVATIONS, FORMATS, compressed_weights
+from lora_export.weights.quantised.compressed_tensors import ACTIVATION_PARTS, COMPRESSED_FORMATS, compressed_weights
 from support.quantised import Tensors, parts_in
 
 # One module of each kind; what they become is tested with each format.
@@ -47,7 +47,7 @@ def test_scales_of_activations_belong_to_the_weight(tmp_path: Path) -> None:
     parts = parts_in(tmp_path / "m.safetensors", stored(*MODULES) | more)
     found = compressed_weights(parts, {}, "bfloat16")
     assert set(more) == {name for tensor in found.values() for name in tensor.parts if name in more}
-    assert "input_global_scale" in ACTIVATIONS
+    assert "input_global_scale" in ACTIVATION_PARTS
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_other_formats_are_refused_by_name(fields: dict[str, object], name: str,
 def test_every_format_that_the_library_writes_is_read() -> None:
     from compressed_tensors.compressors import BaseCompressor
 
-    assert {*FORMATS, "dense"} == set(BaseCompressor.registered_names())
+    assert {*COMPRESSED_FORMATS, "dense"} == set(BaseCompressor.registered_names())

@@ -17,7 +17,7 @@ from lora_export.weights.quantised.stored_parts import (
     Pieces,
     QuantisedTensor,
     StoredParts,
-    refuse_not_finite,
+    refuse_damaged_scales,
 )
 
 
@@ -63,9 +63,9 @@ def test_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
 
 
 def test_scales_that_are_no_numbers_are_refused() -> None:
-    refuse_not_finite("s", np.float32([1, 2]))
+    refuse_damaged_scales("s", np.float32([1, 2]))
     with pytest.raises(InputRefused, match="s: 2 scales are not finite numbers"):
-        refuse_not_finite("s", np.float32([np.nan, 1, np.inf]))
+        refuse_damaged_scales("s", np.float32([np.nan, 1, np.inf]))
 
 
 def test_weight_has_the_bytes_of_its_packed_numbers() -> None:
