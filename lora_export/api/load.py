@@ -84,10 +84,12 @@ def resolve_model(
     *,
     dtype: str = "float32",
     inputs: str | Path | None = None,
+    export: bool = False,
 ) -> Model:
     """Return the PyTorch model, with fresh heads where the adapters bring a task head.
 
-    `inputs` (.npz) are the example where the inputs of a Hugging Face model cannot be generated.
+    `inputs` (.npz) are the example where the inputs of a Hugging Face model cannot be generated. To `export`, their
+    names decide whether its texts contain images.
     Raises InputRefused where it cannot be loaded, and for a `dtype` that a model in memory does not have.
     """
     import torch
@@ -96,10 +98,14 @@ def resolve_model(
     from lora_export.models.inputs_from_file import with_inputs_from
     from lora_export.models.load import load_model
     from lora_export.models.model import Model
+    from lora_export.storage.npz import read_arrays
 
     if isinstance(source, str | Path):
         loaded = load_model(str(source), adapters, dtype=getattr(torch, dtype))
-        return loaded if inputs is None or not loaded.is_huggingface else with_inputs_from(Path(inputs), loaded)
+        if inputs is None or not loaded.is_huggingface:
+            return loaded
+        loaded = with_inputs_from(Path(inputs), loaded)
+        return loaded.taking(read_arrays(Path(inputs))) if export else loaded
     if dtype != "float32":
         raise InputRefused(f"a model in memory is used in its own precision, not in {dtype}")
     return source if isinstance(source, Model) else from_module(*source)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
 from lora_export.api.publish import record_of_model
 from lora_export.api.shared_head import stored_in_module
+from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import Adapter
 from lora_export.models import export
@@ -30,17 +33,18 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     """See `export_onnx`."""
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
-        base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs)
+        base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
         options = replace(options, adapters=layers.respelled_for(base.module, options.adapters))
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)
         base = without_changed_ties(base, options)
         options.stage("exporting the base")
-        program = export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)
+        base, program, why_text_only = _exported(base, options, opset)
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(program, references, options)
-        located, companions = write_with_adapters(program, options, future, folder)
+        with _naming(why_text_only):
+            located, companions = write_with_adapters(program, options, future, folder)
         plan = located.plan if located else None
         del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
@@ -50,6 +54,34 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         record_in(path, record_of_model(base, options.adapters, options.weights, settings), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
     return OnnxResult(options.output, files, plan, proofs)
+
+
+def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Model, ir.Model, str]:
+    """The model with the inputs of its graph, and the graph. Where the exporter refuses the images of texts, they have
+    none, and the third value is the reason.
+    """
+    try:
+        return base, export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset), ""
+    except RuntimeRefused as error:
+        if base.text_only is None:
+            raise
+        why = str(error).splitlines()[0]
+        base = base.without_images(why)
+        options.on_message(f"note: the graph takes texts without images. With images, {why}")
+    return base, export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset), why
+
+
+@contextlib.contextmanager
+def _naming(why_text_only: str) -> Iterator[None]:
+    """Add to a MatchError why the graph has no weights for images."""
+    try:
+        yield
+    except MatchError as error:
+        if not why_text_only:
+            raise
+        raise error.with_remedy(
+            f"The graph takes texts without images, and lacks the weights for them: {why_text_only}"
+        ) from error
 
 
 def future_adapters(base: Model, options: OnnxOptions) -> list[Adapter]:

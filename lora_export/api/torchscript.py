@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from lora_export import layers, plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_stages
 from lora_export.api.load import (
@@ -24,11 +27,17 @@ from lora_export.api.load import (
 )
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
+from lora_export.errors import RuntimeRefused
 from lora_export.models.export import save_torchscript, to_torchscript
+from lora_export.models.key_value_cache import cache_disabled
+from lora_export.models.model import Model
+from lora_export.models.output_names import named_outputs
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import atomic_output
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.verification.proof import Proof, prove
+
+TRACE_TOLERANCE = 1e-2  # the proof decides; this finds a trace that repeats the layout of its example
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +83,7 @@ def export_torchscript(
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")
-        base = resolve_model(model, loaded, inputs=inputs)
+        base = resolve_model(model, loaded, inputs=inputs, export=True)
         loaded = layers.respelled_for(base.module, loaded)
         module, notes = copy.deepcopy(base.module), []
         if loaded:
@@ -84,7 +93,7 @@ def export_torchscript(
                 on_message(f"note: {note}")
             (layers.fold if lora == "merged" else layers.attach)(module, steps)
         stage("tracing")
-        script = to_torchscript(module, base.example_inputs())
+        base, script = _traced(base, module, on_message)
         record = record_of_model(base, loaded, weights, {"lora": lora})
         record["inputs"] = list(base.input_names)
         stage("writing")
@@ -98,3 +107,37 @@ def export_torchscript(
         record["verdict"] = recorded_verdict(proof)
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
     return TorchScriptResult(output, proof, tuple(notes))
+
+
+def _traced(base: Model, module: nn.Module, on_message: OnMessage) -> tuple[Model, torch.jit.ScriptModule]:
+    """The trace, and the model with its inputs: without the images of its texts where the trace fixes their number."""
+    why = ""
+    try:
+        script = to_torchscript(module, base.example_inputs())
+        if base.text_only is None or _follows(script, module, base):
+            return base, script
+        why = "the trace is right for one number and one size of images alone"
+    except RuntimeRefused as error:
+        if base.text_only is None:
+            raise
+        why = str(error).splitlines()[0]
+    base = base.without_images(why)
+    on_message(f"note: the file takes texts without images. With images, {why}")
+    return base, to_torchscript(module, base.example_inputs())
+
+
+def _follows(script: torch.jit.ScriptModule, module: nn.Module, base: Model) -> bool:
+    """Whether a trace returns nearly what the module does, for other sizes than it was traced with."""
+    inputs = base.inputs(base.checked_sizes({})[0], seed=1)
+    with torch.no_grad(), cache_disabled(module):
+        wanted = named_outputs(module(**inputs))
+        try:
+            found = named_outputs(script(**inputs))
+        except RuntimeError:
+            return False
+    return all(
+        name in found
+        and found[name].shape == value.shape
+        and torch.allclose(found[name], value, rtol=TRACE_TOLERANCE, atol=TRACE_TOLERANCE)
+        for name, value in wanted.items()
+    )

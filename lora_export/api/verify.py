@@ -275,6 +275,7 @@ def _compare_outputs(
                 adapter_id=how.adapter_id,
                 timeout=how.timeout,
             )
+            base = base.taking(runner.axes or getattr(runner, "input_names", ()))
             proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
             files = loaded_files(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []

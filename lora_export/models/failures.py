@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_export.errors import LoraExportError, RuntimeRefused
 
+LONGEST = 400  # characters of a cause: some contain tensors
 # Of PyTorch and Python, where memory is short: a failure of the machine
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread")
 
@@ -42,5 +43,6 @@ def innermost_cause(error: BaseException) -> str:
     message = str(error).strip()
     first = " ".join(message.partition("\n\n")[0].split())
     line = re.search(r"The following call raised this error:\s+File \"[^\"]*?([^\"/\\]+)\", (.+)\n\s*(.+)", message)
+    first = f"{first[:LONGEST]} ..." if len(first) > LONGEST else first
     where = f" ({line[1]}, {line[2].strip()}: `{line[3].strip()}`)" if line else ""
     return f"{first or type(error).__name__}{where}"

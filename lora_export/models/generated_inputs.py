@@ -7,44 +7,37 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.errors import InputRefused
-from lora_export.models.image_shape import image_shape
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.models.failures import named_failures
+from lora_export.models.image_forms import IMAGES
+from lora_export.models.image_shape import image_shape, refuse_huge
 from lora_export.models.image_values import draw_pixels, pixel_range
-from lora_export.models.model import TRACED_SIZES, Axes, Limits, MakeInputs, ModelInputs, Sizes
-from lora_export.models.padding_mask import padding_mask
+from lora_export.models.images_in_text import LEAST_TEXT, PROBED, ImagesInText, images_in_text
+from lora_export.models.model import (
+    CHECKED_SIZES,
+    TRACED_SIZES,
+    Axes,
+    Limits,
+    MakeInputs,
+    ModelInputs,
+    Sizes,
+    in_dtype_of,
+)
+from lora_export.models.text_inputs import Part, decoder_part, placeholders, text_part
 from lora_export.models.text_lengths import text_lengths
-from lora_export.storage import json_files
 
-Make = Callable[[Sizes, torch.Generator], ModelInputs]
-
-# Fields of a config with the token that stands for an image, a video or a sound among the tokens of a text
-PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
-MEDIA = {"pixel_values", "input_features", "input_values"}
 # Mean and standard deviation of CLAP's spectrograms, in decibels. Those of others are about 0 and 1: Whisper's values
 # are from -1.5 to 2, and others are divided by their own standard deviation, as the samples of a sound are.
 DECIBELS = (-35.0, 30.0)
 TRACED_FRAMES = 9  # of a sound, after the convolutions that read it
-SPECIAL_EVERY = 8  # places, of which one holds a special token
 SAMPLES, FRAMES = "samples", "frames"  # symbols of a sound's length
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of a model's inputs, which belong together."""
-
-    axes: Axes
-    make: Make
-    sizes: Sizes = field(default_factory=dict)  # of symbols that TRACED_SIZES lacks
-    steps: Sizes = field(default_factory=dict)  # by how much such a size has to change to make a difference
-    note: str = ""
-    not_judged: str = ""  # what these inputs leave out
 
 
 @dataclass(frozen=True)
@@ -59,15 +52,48 @@ class GeneratedInputs:
     not_judged: tuple[str, ...] = ()
     limits: Limits = field(default_factory=dict)
     long: Sizes = field(default_factory=dict)  # of one long text
+    images: ImagesInText | None = None
 
 
-def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
-    """How to generate the inputs of a Hugging Face model. Runs nothing.
+def generated_inputs(module: Any, folder: Path, *, with_images: bool = True) -> GeneratedInputs:
+    """How to generate the inputs of a Hugging Face model.
 
-    Raises InputRefused where the config does not determine them.
+    Texts contain images where the model takes them, unless `with_images` is false or it fails on them. It runs once on
+    a short text to find that out. No other model is run.
+    Raises InputRefused where the config does not determine the inputs.
     """
     takes = list(inspect.signature(module.forward).parameters)
-    parts = [part for kind in INPUT_KINDS if (part := kind(module, takes, folder)) is not None]
+    images, why = images_in_text(module, takes, folder) if with_images else (None, "")
+    if images is not None:
+        found = _inputs_with(module, takes, folder, images, "")
+        why = _failure_on_images(module, found)
+        if not why:
+            return found
+    return _inputs_with(module, takes, folder, None, why)
+
+
+def _failure_on_images(module: Any, inputs: GeneratedInputs) -> str:
+    """Why the model takes no texts with images; empty where it does."""
+    assert inputs.images is not None
+    smallest = inputs.images.derived({**inputs.sizes, "batch": 1, IMAGES: PROBED, "sequence": LEAST_TEXT})
+    longest = inputs.limits.get("sequence", (0, None))[1]
+    needed = max(inputs.images.derived(dict(sizes))["sequence"] for sizes in CHECKED_SIZES)
+    if longest is not None and longest < needed:
+        return f"a text with its images takes {needed} tokens, and the model has positions for {longest}"
+    made = in_dtype_of(module, inputs.make(smallest, torch.Generator().manual_seed(0)))
+    try:
+        with named_failures(module, made), torch.no_grad():
+            module(**made)
+    except RuntimeRefused as error:
+        return str(error)
+    return ""
+
+
+def _inputs_with(module: Any, takes: list[str], folder: Path, images: ImagesInText | None, why: str) -> GeneratedInputs:
+    """The inputs with images in their texts, or with none; `why` is the reason for the latter."""
+    parts = [part for kind in OTHER_KINDS if (part := kind(module, takes, folder)) is not None]
+    if text := text_part(module, takes, folder, images, why):
+        parts.insert(0, text)
     axes = {name: dict(part.axes[name]) for name in takes for part in parts if name in part.axes}
     if module.main_input_name not in axes:
         raise InputRefused(
@@ -77,15 +103,17 @@ def generated_inputs(module: Any, folder: Path) -> GeneratedInputs:
     symbols = {symbol for names in axes.values() for symbol in names.values()}
     sizes = {symbol: size for part in parts for symbol, size in part.sizes.items()}
     lengths = text_lengths(module, symbols)
+    traced = {symbol: min(sizes.get(symbol) or TRACED_SIZES[symbol], lengths.most(symbol)) for symbol in symbols}
     return GeneratedInputs(
         axes,
         _made_by(parts, list(axes)),
-        {symbol: min(sizes.get(symbol) or TRACED_SIZES[symbol], lengths.most(symbol)) for symbol in symbols},
+        images.derived(traced) if images else traced,
         {symbol: step for part in parts for symbol, step in part.steps.items()},
         tuple(part.note for part in parts if part.note),
         tuple(text for text in (*(part.not_judged for part in parts), lengths.not_judged) if text),
         lengths.limits,
         lengths.long,
+        images,
     )
 
 
@@ -99,132 +127,17 @@ def _made_by(parts: list[Part], names: list[str]) -> MakeInputs:
     return make
 
 
-# --- Texts ---
-
-
-def _text(module: Any, takes: list[str], folder: Path) -> Part | None:
-    """Token ids, a mask with padding, token types and, on a page, the boxes of the tokens."""
-    text = module.config.get_text_config()
-    if "input_ids" not in takes or not getattr(text, "vocab_size", None):
-        return None
-    token_types = getattr(text, "type_vocab_size", 0) or 0
-    positions = getattr(text, "max_2d_position_embeddings", 0) or 0
-    avoided = _placeholders(module.config)
-    specials = [token for token in _special_tokens(text, folder) if token not in avoided]
-    padding = _token(text, "pad_token_id")
-    ends = _summary_token(module, text)
-
-    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        shape = (sizes["batch"], sizes["sequence"])
-        ids = torch.randint(0, text.vocab_size, shape, generator=generator)
-        mask = padding_mask(shape, generator)
-        for token in avoided:
-            ids = torch.where(ids == token, (token + 1) % text.vocab_size, ids)
-        ids = _with_special_tokens(ids, specials, generator)
-        if padding is not None:
-            ids = torch.where(mask == 0, padding, ids)
-        if ends is not None:
-            ids = _with_end(ids, mask, ends)
-        made = {"input_ids": ids, "attention_mask": mask}
-        if token_types > 1:
-            made["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
-        if positions:
-            made["bbox"] = _boxes(shape, positions, generator)
-        return made
-
-    names = ["input_ids", "attention_mask"]
-    names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions else [])
-    media = (
-        "images, videos and sounds among its tokens. They are no part of the generated inputs: give them by --inputs"
-    )
-    return Part(
-        {name: {0: "batch", 1: "sequence"} for name in names if name in takes},
-        make,
-        not_judged=f"{type(module).__name__} with {media}" if avoided and not MEDIA.isdisjoint(takes) else "",
-    )
-
-
-def _token(text: Any, name: str) -> int | None:
-    token = getattr(text, name, None)
-    return token if isinstance(token, int) and 0 <= token < text.vocab_size else None
-
-
-def _special_tokens(text: Any, folder: Path) -> list[int]:
-    """The ids of the tokens that a tokenizer adds: those in the config, and those of a tokenizer.json in the folder."""
-    known = {_token(text, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep", "mask", "unk")}
-    if (path := folder / "tokenizer.json").is_file():
-        added = json_files.read_json(path).get("added_tokens")
-        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-        ids = [token.get("id") for token in tokens if token.get("special") is True]
-        known |= {number for number in ids if isinstance(number, int) and 0 <= number < text.vocab_size}
-    return sorted(token for token in known if token is not None)
-
-
-def _with_special_tokens(ids: torch.Tensor, specials: list[int], generator: torch.Generator) -> torch.Tensor:
-    """The ids with a special token in about every eighth place. At random, one of 50,000 would hardly be drawn.
-
-    A fault in the row of such a token, or in its adapter, could not show without it.
-    """
-    if not specials:
-        return ids
-    chosen = torch.tensor(specials)[torch.randint(0, len(specials), ids.shape, generator=generator)]
-    return torch.where(torch.rand(ids.shape, generator=generator) < 1 / SPECIAL_EVERY, chosen, ids)
-
-
-def _placeholders(config: Any) -> list[int]:
-    found = [getattr(config, name, None) for name in PLACEHOLDERS]
-    return [token for token in found if isinstance(token, int)]
-
-
-def _summary_token(module: Any, text: Any) -> int | None:
-    """The end token, where a model reads its summary of a text at it: CLIP's family, and classifiers such as BART's."""
-    end = getattr(text, "eos_token_id", None)
-    of_clip = "clip" in str(getattr(text, "model_type", "")) and hasattr(text, "projection_dim")
-    return end if (of_clip or _classifies_both(module)) and isinstance(end, int) and 0 < end < text.vocab_size else None
-
-
-def _classifies_both(module: Any) -> bool:
-    """Whether an encoder-decoder classifies a text, which is the input of both."""
-    is_classifier = type(module).__name__.endswith("ForSequenceClassification")
-    return is_classifier and bool(getattr(module.config, "is_encoder_decoder", False))
-
-
-def _with_end(ids: torch.Tensor, mask: torch.Tensor, end: int) -> torch.Tensor:
-    """The ids with the end token at the last token of each row, and nowhere else."""
-    last = (mask * torch.arange(mask.shape[1])).argmax(1)
-    ids = torch.where(ids == end, end - 1, ids)
-    return ids.scatter(1, last[:, None], end)
-
-
-def _boxes(shape: tuple[int, int], positions: int, generator: torch.Generator) -> torch.Tensor:
-    """Boxes (left, top, right, bottom) on a page, (batch, sequence, 4)."""
-    corners = torch.randint(0, positions, (2, *shape, 2), generator=generator)
-    return torch.cat([corners.amin(0), corners.amax(0)], dim=-1)
-
-
-def _decoder(module: Any, takes: list[str], _: Path) -> Part | None:
-    """Token ids of the decoder of an encoder-decoder."""
-    text = module.config.get_text_config(decoder=True)
-    if "decoder_input_ids" not in takes or not getattr(text, "vocab_size", None) or _classifies_both(module):
-        return None
-
-    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
-        shape = (sizes["batch"], sizes["target"])
-        return {"decoder_input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
-
-    return Part({"decoder_input_ids": {0: "batch", 1: "target"}}, make)
-
-
 # --- Images ---
 
 
 def _image(module: Any, takes: list[str], folder: Path) -> Part | None:
     """Images or videos of the model's size, with the values that its image processor gives, and some beyond."""
-    if "pixel_values" not in takes or _placeholders(module.config):
+    if "pixel_values" not in takes or placeholders(module.config):
         return None
     shape, note = image_shape(module.config, folder)
     frames = getattr(module.config, "num_frames", None)
     shape_of_one = (frames, *shape) if isinstance(frames, int) and frames else shape
+    refuse_huge(folder, "a video", shape_of_one)
     values = pixel_range(folder, shape[0])
 
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
@@ -239,7 +152,7 @@ def _image(module: Any, takes: list[str], folder: Path) -> Part | None:
 def _waveform(module: Any, takes: list[str], _: Path) -> Part | None:
     """A sound as samples (batch, samples) of any length, or a spectrogram of the model's size (batch, time, bins)."""
     config = module.config
-    if "input_values" not in takes or _placeholders(config):
+    if "input_values" not in takes or placeholders(config):
         return None
     if isinstance(getattr(config, "num_mel_bins", None), int) and isinstance(getattr(config, "max_length", None), int):
         return _normal("input_values", (config.max_length, config.num_mel_bins))
@@ -257,7 +170,7 @@ def _waveform(module: Any, takes: list[str], _: Path) -> Part | None:
 def _spectrogram(module: Any, takes: list[str], _: Path) -> Part | None:
     """A spectrogram in the layout of the model's family."""
     audio = getattr(module.config, "audio_config", module.config)
-    if "input_features" not in takes or _placeholders(module.config):
+    if "input_features" not in takes or placeholders(module.config):
         return None
     bins = getattr(audio, "num_mel_bins", None)
     if getattr(audio, "spec_size", None) and bins:  # CLAP: as wide as its image is high and wide
@@ -291,4 +204,4 @@ def _normal(
     return Part({name: axes}, make, dict(sizes or {}), dict(steps or {}))
 
 
-INPUT_KINDS = (_text, _decoder, _image, _waveform, _spectrogram)
+OTHER_KINDS = (decoder_part, _image, _waveform, _spectrogram)

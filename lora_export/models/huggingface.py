@@ -89,18 +89,25 @@ def from_folder(
         # model tensor by tensor would hold all of both.
         tensor.data = tensor.data.clone()
     module.eval()
-    inputs = _inputs_of(module, folder)
+    return _with_inputs(module, folder, new)
+
+
+def _with_inputs(module: Any, folder: Path, new: tuple[str, ...], *, with_images: bool = True) -> Model:
+    inputs = _inputs_of(module, folder, with_images=with_images)
+    images = inputs.images
     return Model(
         str(folder), module, inputs.axes, inputs.make, inputs.sizes, is_huggingface=True, limits=inputs.limits,
-        steps=inputs.steps, long=inputs.long,
+        steps=inputs.steps, long=inputs.long, derive=images.derived if images else None,
         notes=inputs.notes, not_judged=inputs.not_judged, new_weights=new,
+        placeholders=(images.placeholder,) if images else (),
+        text_only=_with_inputs(module, folder, new, with_images=False) if images else None,
     )  # fmt: skip
 
 
-def _inputs_of(module: Any, folder: Path) -> GeneratedInputs:
+def _inputs_of(module: Any, folder: Path, *, with_images: bool) -> GeneratedInputs:
     """The inputs of a model. Where they cannot be generated, that is an error when they are first needed."""
     try:
-        return generated_inputs(module, folder)
+        return generated_inputs(module, folder, with_images=with_images)
     except InputRefused as error:
         reason = error
 

@@ -6,7 +6,8 @@ folder, names the one that they are used with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from lora_export.storage import json_files
 PROCESSOR = "preprocessor_config.json"
 CHANNELS = 3
 USUAL_SIZE = 224  # pixels, of ImageNet's networks
-LARGEST_IMAGE = 8192
+LARGEST_IMAGE = 4096  # pixels of a side
+MOST_DRAWN = 1 << 25  # of one example of an input: 128 MiB
+# Attention over all patches of an image takes time and memory by their square. Windows of it do not.
+MOST_PATCHES = 1 << 14
 
 
 def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
@@ -33,7 +37,31 @@ def image_shape(config: Any, folder: Path) -> tuple[tuple[int, int, int], str]:
     height, width = named if isinstance(named, list | tuple) and len(named) == 2 else (named, named)
     if any(type(size) is not int or not 0 < size <= LARGEST_IMAGE for size in (height, width)):
         raise InputRefused(f"{folder / source}: the size of an image is {named!r}; it must be 1 to {LARGEST_IMAGE}")
+    refuse_huge(folder, "an image", (channels, height, width))
+    _refuse_many_patches(config, folder / source, height, width)
     return (channels, height, width), ""
+
+
+def refuse_huge(folder: Path, what: str, shape: Sequence[Any]) -> None:
+    """Raise InputRefused for an example of an input whose shape is no shape, or has more than MOST_DRAWN."""
+    if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) > MOST_DRAWN:
+        raise InputRefused(
+            f"{folder / 'config.json'}: {what} has the shape {' x '.join(map(str, shape))}. At most "
+            f"{MOST_DRAWN:,} numbers are generated: give an example of your own (--inputs FILE.npz)"
+        )
+
+
+def _refuse_many_patches(config: Any, path: Path, height: int, width: int) -> None:
+    """Raise InputRefused for an image of more patches than attention can take at once."""
+    size = next(filter(None, _fields(config, "patch_size")), None)
+    windows = next(filter(None, _fields(config, "window_size")), None)
+    if type(size) is not int or size < 1 or windows:
+        return
+    if (patches := (height // size) * (width // size)) > MOST_PATCHES:
+        raise InputRefused(
+            f"{path}: an image of {height} x {width} has {patches:,} patches of {size} x {size}. At most "
+            f"{MOST_PATCHES:,} are generated: give an example of your own (--inputs FILE.npz)"
+        )
 
 
 def _fields(config: Any, field: str) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import torch
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.models.factory import resampled, varying_axes
 from lora_export.models.failures import named_failures
-from lora_export.models.model import Model, ModelInputs
+from lora_export.models.model import Model, in_dtype_of
 from lora_export.storage.npz import read_arrays
 
 
@@ -29,7 +29,7 @@ def with_inputs_from(path: Path, model: Model) -> Model:
         return model
     if unknown or not arrays:
         raise InputRefused(f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(takes)}")
-    example = _tensors({name: torch.from_numpy(arrays[name]) for name in takes if name in arrays}, model)
+    example = in_dtype_of(model.module, {name: torch.from_numpy(arrays[name]) for name in takes if name in arrays})
     with named_failures(model.module, example, f"inputs in {path}"), torch.no_grad():
         model.module(**example)
     axes, sizes = varying_axes(str(path), model.module, example)
@@ -42,13 +42,9 @@ def with_inputs_from(path: Path, model: Model) -> Model:
         steps={},
         notes=(*model.notes, note),
         not_judged=(),
+        derive=None,
+        text_only=None,
     )
-
-
-def _tensors(example: ModelInputs, model: Model) -> ModelInputs:
-    """The inputs with floats in the model's own precision."""
-    dtype = next((p.dtype for p in model.module.parameters() if p.is_floating_point()), torch.float32)
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
 
 
 def _runs(model: Model) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,14 +19,17 @@ Limits = dict[str, tuple[int, int | None]]  # symbol -> least and greatest size
 
 MakeInputs = Callable[[Sizes, torch.Generator], ModelInputs]
 
-# Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
-TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7}
+Derive = Callable[[Sizes], Sizes]
 
-# Sizes to verify at: none of them is the traced one, one batch has a single row, and one an even number of them.
+# Sizes to trace with. None is 1, since an exporter takes a size of 1 for a constant.
+TRACED_SIZES = {"batch": 2, "sequence": 11, "target": 7, "images": 3}
+
+# Sizes to verify at: none of them is the traced one, one batch has a single row, and one an even number of them. Of the
+# images among the tokens of a text, one row has two, and one none.
 CHECKED_SIZES = (
-    {"batch": 1, "sequence": 7, "target": 5},
-    {"batch": 3, "sequence": 16, "target": 9},
-    {"batch": 4, "sequence": 29, "target": 13},
+    {"batch": 1, "sequence": 7, "target": 5, "images": 2},
+    {"batch": 3, "sequence": 16, "target": 9, "images": 2},
+    {"batch": 4, "sequence": 29, "target": 13, "images": 5},
 )
 
 
@@ -49,6 +52,9 @@ class Model:
     new_weights: tuple[str, ...] = ()  # weights that the folder lacks: they have random values, or an adapter's
     notes: tuple[str, ...] = ()  # remarks that a verdict on this model repeats
     not_judged: tuple[str, ...] = ()  # what the generated inputs leave out
+    derive: Derive | None = None  # makes the sizes of all inputs from CHECKED_SIZES, where texts contain images
+    placeholders: tuple[int, ...] = ()  # the tokens of the images in a text
+    text_only: Model | None = None  # the same model, without the images of its texts
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -61,6 +67,20 @@ class Model:
     def inputs(self, sizes: Mapping[str, int], *, seed: int) -> ModelInputs:
         """Generate inputs of these sizes from a seed. Symbols that `sizes` lacks keep their traced size."""
         return self.make_inputs({**self.traced_sizes, **sizes}, torch.Generator().manual_seed(seed))
+
+    def taking(self, names: Collection[str]) -> Model:
+        """The model for a candidate with these inputs: without the images of its texts, where it takes none.
+
+        A candidate whose inputs are not known has no names, and gets all of them.
+        """
+        takes_all = not names or set(self.axes) <= set(names)
+        return self if takes_all or self.text_only is None else replace(self.text_only, module=self.module)
+
+    def without_images(self, why: str) -> Model:
+        """The model without the images of its texts. Its verdicts list them, and why they are not judged."""
+        assert self.text_only is not None
+        not_judged = tuple(f"{text} ({why})" for text in self.text_only.not_judged)
+        return replace(self.text_only, module=self.module, not_judged=not_judged)
 
     def fingerprint(self) -> str:
         """The SHA-256 of all weights with their names."""
@@ -81,6 +101,8 @@ class Model:
         for number, chosen in enumerate([*CHECKED_SIZES, *([{**CHECKED_SIZES[0], **self.long}] if self.long else [])]):
             more = {symbol: 1 + 2 * number * self.steps.get(symbol, 1) for symbol in symbols}
             sizes = {symbol: chosen.get(symbol, self.traced_sizes[symbol] + more[symbol]) for symbol in symbols}
+            sizes |= {symbol: size for symbol, size in fixed.items() if symbol != "sequence"}
+            sizes = self.derive(sizes) if self.derive else sizes
             for ranges in (self.limits, limits or {}):
                 for symbol, (low, high) in ranges.items():
                     if symbol in sizes:
@@ -92,3 +114,9 @@ class Model:
             any(size > other[symbol] for symbol, size in sizes.items()) for sizes in long for other in others
         )
         return sets if is_longer else others
+
+
+def in_dtype_of(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> ModelInputs:
+    """The inputs with floats in the dtype of the module's first float parameter."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}

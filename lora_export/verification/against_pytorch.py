@@ -140,7 +140,9 @@ class PyTorchReferences:
             further_seeds=self.further_seeds,
         )
         cases = {name: as_declared(candidate, arrays) for name, arrays in cases.items()}
-        varied = cases[self.user_inputs.name] if self.user_inputs else list(cases.values())[min(2, len(cases) - 1)]
+        seeded = list(cases.values())[min(2, len(cases) - 1)]
+        varied = cases[self.user_inputs.name] if self.user_inputs else seeded
+        varied = varied if varied.keys() == seeded.keys() else seeded  # the user's are texts without images
         perturbed = self._perturbed(candidate, varied)
         constant = [name for name in self.model.input_names if name not in perturbed]
         # Every value that a Hugging Face model takes can be drawn: one that never varies has a single value.

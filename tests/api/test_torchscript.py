@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lora_export as le
 from lora_export.api import torchscript
 from lora_export.errors import Different
+from lora_export.models.model import Model
 from support.api import MODEL, A, B, Recorder, an_adapter
+from support.small_models import small_adapter, small_model
 
 
 @pytest.mark.parametrize("lora", ["merged", "nodes"])
@@ -35,3 +39,42 @@ def test_a_wrong_script_is_not_published(tmp_path: Path, monkeypatch: pytest.Mon
         le.export_torchscript(MODEL, tmp_path / "m.pt", adapters=an_adapter(tmp_path / "adapter"))
     assert refused.value.proof.verdict.outcome == "different"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_trace_takes_texts_alone_where_it_fixes_the_images(tmp_path: Path) -> None:
+    """LLaVA's code lists the images of its example one by one."""
+    base = small_model("llava", tmp_path / "base")
+    adapter = small_adapter("llava", base, tmp_path / "adapter", inside=r"language_model.*layers")
+    recorder = Recorder()
+    result = le.export_torchscript(base, tmp_path / "model.pt", adapters=adapter, **recorder.callbacks)
+    assert result.proof and result.proof.verdict.same
+    assert "with images among its tokens" in result.proof.verdict.not_judged[0]
+    assert any("the file takes texts without images. With images, the" in text for text in recorder.messages)
+    assert le.verify(tmp_path / "model.pt", base, adapters=adapter)  # its record names its inputs
+
+
+class Counting(nn.Module):
+    """A layer, whose trace repeats the number of rows of its example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + len(list(x))
+
+
+def test_a_trace_that_repeats_its_example_is_noticed() -> None:
+    def make(sizes: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(sizes["batch"], 3)}
+
+    model = Model("counting", nn.Identity(), {"x": {0: "batch"}}, make, {"batch": 2})
+    for module, follows in ((Counting(), False), (nn.Linear(3, 3), True)):
+        named = module if follows is False else Named(module)
+        script = torch.jit.trace(named, example_kwarg_inputs={"x": torch.ones(2, 3)}, strict=False)
+        assert torchscript._follows(script, named, model) is follows
+
+
+class Named(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)

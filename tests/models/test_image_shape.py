@@ -49,8 +49,27 @@ def test_a_size_that_nothing_names_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [-3, 10**9, "large", {"height": 2.5, "width": 4}, [1, 2, 3], True])
 def test_a_size_that_is_none_is_refused(tmp_path: Path, size: Any) -> None:
-    with pytest.raises(InputRefused, match=r"preprocessor_config.json: the size of an image is .*it must be 1 to 8192"):
+    with pytest.raises(InputRefused, match=r"preprocessor_config.json: the size of an image is .*it must be 1 to 4096"):
         shape(tmp_path, {"size": size})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_size": 4096}, "an image has the shape 3 x 4096 x 4096. At most 33,554,432 numbers are generated"),
+        ({"image_size": 64, "num_channels": 10**7}, "an image has the shape 10000000 x 64 x 64"),
+        ({"image_size": 64, "num_channels": "3"}, "an image has the shape 3 x 64 x 64"),
+        ({"image_size": 2048, "patch_size": 8}, "an image of 2048 x 2048 has 65,536 patches of 8 x 8. At most 16,384"),
+    ],
+)
+def test_images_too_large_for_an_example_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputRefused, match=message):
+        shape(tmp_path, **config)
+
+
+def test_large_images_of_windowed_attention_are_generated(tmp_path: Path) -> None:
+    found, _ = shape(tmp_path, image_size=[2560, 1920], patch_size=4, window_size=10)  # Donut's
+    assert found == (3, 2560, 1920)
 
 
 def test_a_resnet_gets_images(tmp_path: Path) -> None:

@@ -58,6 +58,45 @@ def _detr() -> Any:
     )  # fmt: skip
 
 
+# Of the language models with images among their tokens; the 5 is an image's token.
+LANGUAGE = {**TEXT, "hidden_size": 32, "num_key_value_heads": 2, "head_dim": 16}
+GRID = {"depth": 2, "num_heads": 2, "patch_size": 4, "in_channels": 3}
+
+
+def _llava() -> Any:
+    return hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION, **IMAGE), text_config=hf.LlamaConfig(**LANGUAGE),
+        image_token_index=5,
+    )  # fmt: skip
+
+
+def _paligemma() -> Any:
+    vision = {**VISION, **IMAGE, "model_type": "siglip_vision_model"}
+    return hf.PaliGemmaConfig(
+        vision_config=vision, text_config={**LANGUAGE, "model_type": "gemma"}, image_token_index=5, projection_dim=32
+    )
+
+
+def _gemma3() -> Any:
+    return hf.Gemma3Config(
+        text_config={**LANGUAGE, "sliding_window": 64}, vision_config={**VISION, **IMAGE}, mm_tokens_per_image=4,
+        image_token_index=5, boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+
+
+def _internvl() -> Any:
+    vision = {**VISION, "image_size": [16, 16], "patch_size": [4, 4]}
+    text = {**LANGUAGE, "model_type": "qwen2"}
+    return hf.InternVLConfig(text_config=text, vision_config=vision, image_token_id=5)
+
+
+def _qwen_vl(name: str, vision: dict[str, Any]) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = {**LANGUAGE, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}
+    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    return getattr(hf, f"{name}Config")(text_config=text, vision_config={**GRID, **vision}, **tokens)
+
+
 # name -> class, and a function that makes its config
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     # Texts
@@ -143,20 +182,41 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "siglip": ("SiglipModel", lambda: _clip("Siglip")),
     "blip": ("BlipForConditionalGeneration", _blip),
     "clap": ("ClapModel", _clap),
+    # Texts with images among their tokens
+    "llava": ("LlavaForConditionalGeneration", _llava),
+    "paligemma": ("PaliGemmaForConditionalGeneration", _paligemma),
+    "gemma3": ("Gemma3ForConditionalGeneration", _gemma3),
+    "internvl": ("InternVLForConditionalGeneration", _internvl),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        lambda: _qwen_vl("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        lambda: _qwen_vl(
+            "Qwen2_5_VL",
+            {
+                "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+        ),
+    ),
 }  # fmt: skip
 
 
-def small_adapter(name: str, base: Path, folder: Path, *, seed: int = 1) -> Path:
+INSIDE = r"layer|block|stage|decoder|projector|merger|\bh\b"  # a part of the names of adapted layers
+
+
+def small_adapter(name: str, base: Path, folder: Path, *, seed: int = 1, inside: str = INSIDE) -> Path:
     """Save an adapter, as PEFT writes it, for all linear layers inside the blocks of a small model."""
     torch.manual_seed(seed)
     model = getattr(hf, MODELS[name][0]).from_pretrained(base)
-    inside = re.compile(r"layer|block|stage|decoder|\bh\b")
     outside = re.compile(r"head|predictions")
     targets = [
         module_name
         for module_name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and inside.search(module_name)
+        and re.search(inside, module_name)
         and not outside.search(module_name)
     ]
     options = peft.LoraConfig(

@@ -47,7 +47,7 @@ def _inputs(
     for number, sizes in enumerate(model.checked_sizes(_fixed_sizes(candidate, model), _limits(candidate, model))):
         label = " x ".join(f"{symbol} {size}" for symbol, size in sizes.items()) or f"draw {number + 1}"
         arrays = draw(model, candidate, sizes, seed + number + 1)
-        yield label, _with_tokens(arrays, tokens) if tokens.size else arrays
+        yield label, _with_tokens(arrays, tokens, model.placeholders) if tokens.size else arrays
     for further in further_seeds:
         yield f"seed {further}", further_draw(model, candidate, further)
     if user_inputs is not None:
@@ -68,22 +68,25 @@ def draw(model: Model, candidate: Runner, sizes: Sizes, seed: int) -> Arrays:
     return arrays
 
 
-def _with_tokens(arrays: Arrays, tokens: NDArray[np.int64]) -> Arrays:
+def _with_tokens(arrays: Arrays, tokens: NDArray[np.int64], placeholders: Sequence[int] = ()) -> Arrays:
     """The arrays with these tokens, the last one first, at every second position of `input_ids`.
 
-    At random, one token of 50,000 would never be among 200.
+    At random, one token of 50,000 would never be among 200. The placeholders of images stay where they are.
     """
     changed = {}
     for name, array in arrays.items():
         changed[name] = array.copy()
         if name.endswith("input_ids"):
             every_second = changed[name].reshape(-1)[::2]
-            every_second[:] = np.resize(np.roll(tokens, len(every_second)), len(every_second))
+            wanted = np.resize(np.roll(tokens, len(every_second)), len(every_second))
+            is_fixed = np.isin(every_second, placeholders) | np.isin(wanted, placeholders)
+            every_second[:] = np.where(is_fixed, every_second, wanted)
     return changed
 
 
 def _read_inputs(path: Path, model: Model) -> Arrays:
     arrays = read_arrays(path)
+    model = model.taking(arrays)
     if set(arrays) != set(model.input_names):
         raise InputRefused(
             f"{path} contains {', '.join(arrays) or 'nothing'}; the model takes {', '.join(model.input_names)}"

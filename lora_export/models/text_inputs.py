@@ -1,0 +1,171 @@
+"""Inputs of texts: token ids, a mask, token types, the boxes of a page's tokens, and images among the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_export.models.image_forms import PATCHES
+from lora_export.models.images_in_text import ImagesInText
+from lora_export.models.model import Axes, ModelInputs, Sizes
+from lora_export.models.padding_mask import padding_mask
+from lora_export.storage import json_files
+
+Make = Callable[[Sizes, torch.Generator], ModelInputs]
+
+# Fields of a config with the token that stands for an image, a video or a sound among the tokens of a text
+PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+# Inputs of each kind
+MEDIA = {
+    "images": {"pixel_values"},
+    "videos": {"pixel_values_videos"},
+    "sounds": {"input_features", "input_values"},
+}
+SPECIAL_EVERY = 8  # places, of which one holds a special token
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a model's inputs, which belong together."""
+
+    axes: Axes
+    make: Make
+    sizes: Sizes = field(default_factory=dict)  # of symbols that TRACED_SIZES lacks
+    steps: Sizes = field(default_factory=dict)  # by how much such a size has to change to make a difference
+    note: str = ""
+    not_judged: str = ""  # what these inputs leave out
+
+
+def text_part(
+    module: Any, takes: list[str], folder: Path, images: ImagesInText | None = None, why: str = ""
+) -> Part | None:
+    """Token ids, a mask with padding, token types and, on a page, the boxes of the tokens; and `images` among them.
+
+    `why` is the reason why there are none where the model takes some.
+    """
+    text = module.config.get_text_config()
+    if "input_ids" not in takes or not getattr(text, "vocab_size", None):
+        return None
+    token_types = getattr(text, "type_vocab_size", 0) or 0
+    positions = getattr(text, "max_2d_position_embeddings", 0) or 0
+    avoided = placeholders(module.config)
+    specials = [token for token in _special_tokens(text, folder) if token not in avoided]
+    padding = _token(text, "pad_token_id")
+    ends = _summary_token(module, text)
+
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        shape = (sizes["batch"], images.text_length(sizes) if images else sizes["sequence"])
+        ids = torch.randint(0, text.vocab_size, shape, generator=generator)
+        mask = padding_mask(shape, generator)
+        for token in avoided:
+            ids = torch.where(ids == token, (token + 1) % text.vocab_size, ids)
+        ids = _with_special_tokens(ids, specials, generator)
+        if padding is not None:
+            ids = torch.where(mask == 0, padding, ids)
+        if ends is not None:
+            ids = _with_end(ids, mask, ends)
+        made = {"input_ids": ids, "attention_mask": mask}
+        if token_types > 1:
+            made["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
+        if positions:
+            made["bbox"] = _boxes(shape, positions, generator)
+        return images.put_into(made, sizes, padding or 0, generator) if images else made
+
+    names = ["input_ids", "attention_mask"]
+    names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions else [])
+    axes: Axes = {name: {0: "batch", 1: "sequence"} for name in names if name in takes}
+    left_out = _left_out(module, takes, has_images=images is not None, why=why) if avoided else ""
+    if images is None:
+        return Part(axes, make, not_judged=left_out)
+    sizes = {PATCHES: images.form.patches(0)}  # until the number of images determines it
+    return Part(axes | images.axes, make, sizes, note=images.form.note, not_judged=left_out)
+
+
+def _left_out(module: Any, takes: list[str], *, has_images: bool, why: str) -> str:
+    """What a model takes among its tokens and the generated texts do not have; empty where they have all of it."""
+    taken = [kind for kind, names in MEDIA.items() if not names.isdisjoint(takes)]
+    missing = [kind for kind in taken if kind != "images" or not has_images]
+    if not missing:
+        return ""
+    reason = f" ({why})" if why else ""
+    return (
+        f"{type(module).__name__} with {' and '.join(missing)} among its tokens{reason}. They are no part of the "
+        "generated inputs: give them by --inputs"
+    )
+
+
+def _token(text: Any, name: str) -> int | None:
+    token = getattr(text, name, None)
+    return token if isinstance(token, int) and 0 <= token < text.vocab_size else None
+
+
+def _special_tokens(text: Any, folder: Path) -> list[int]:
+    """The ids of the tokens that a tokenizer adds: those in the config, and those of a tokenizer.json in the folder."""
+    known = {_token(text, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep", "mask", "unk")}
+    if (path := folder / "tokenizer.json").is_file():
+        added = json_files.read_json(path).get("added_tokens")
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        ids = [token.get("id") for token in tokens if token.get("special") is True]
+        known |= {number for number in ids if isinstance(number, int) and 0 <= number < text.vocab_size}
+    return sorted(token for token in known if token is not None)
+
+
+def _with_special_tokens(ids: torch.Tensor, specials: list[int], generator: torch.Generator) -> torch.Tensor:
+    """The ids with a special token in about every eighth place. At random, one of 50,000 would hardly be drawn.
+
+    A fault in the row of such a token, or in its adapter, could not show without it.
+    """
+    if not specials:
+        return ids
+    chosen = torch.tensor(specials)[torch.randint(0, len(specials), ids.shape, generator=generator)]
+    return torch.where(torch.rand(ids.shape, generator=generator) < 1 / SPECIAL_EVERY, chosen, ids)
+
+
+def placeholders(config: Any) -> list[int]:
+    found = [getattr(config, name, None) for name in PLACEHOLDERS]
+    return [token for token in found if isinstance(token, int)]
+
+
+def _summary_token(module: Any, text: Any) -> int | None:
+    """The end token, where a model reads its summary of a text at it: CLIP's family, and classifiers such as BART's."""
+    end = getattr(text, "eos_token_id", None)
+    of_clip = "clip" in str(getattr(text, "model_type", "")) and hasattr(text, "projection_dim")
+    return end if (of_clip or _classifies_both(module)) and isinstance(end, int) and 0 < end < text.vocab_size else None
+
+
+def _classifies_both(module: Any) -> bool:
+    """Whether an encoder-decoder classifies a text, which is the input of both."""
+    is_classifier = type(module).__name__.endswith("ForSequenceClassification")
+    return is_classifier and bool(getattr(module.config, "is_encoder_decoder", False))
+
+
+def _with_end(ids: torch.Tensor, mask: torch.Tensor, end: int) -> torch.Tensor:
+    """The ids with the end token at the last token of each row, and nowhere else."""
+    last = (mask * torch.arange(mask.shape[1])).argmax(1)
+    ids = torch.where(ids == end, end - 1, ids)
+    return ids.scatter(1, last[:, None], end)
+
+
+def _boxes(shape: tuple[int, int], positions: int, generator: torch.Generator) -> torch.Tensor:
+    """Boxes (left, top, right, bottom) on a page, (batch, sequence, 4)."""
+    corners = torch.randint(0, positions, (2, *shape, 2), generator=generator)
+    return torch.cat([corners.amin(0), corners.amax(0)], dim=-1)
+
+
+def decoder_part(module: Any, takes: list[str], _: Path) -> Part | None:
+    """Token ids of the decoder of an encoder-decoder."""
+    text = module.config.get_text_config(decoder=True)
+    if "decoder_input_ids" not in takes or not getattr(text, "vocab_size", None) or _classifies_both(module):
+        return None
+    if placeholders(module.config) and not getattr(text, "is_encoder_decoder", False):
+        return None  # BLIP-2 takes them for the language models that are no decoders alone
+
+    def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
+        shape = (sizes["batch"], sizes["target"])
+        return {"decoder_input_ids": torch.randint(0, text.vocab_size, shape, generator=generator)}
+
+    return Part({"decoder_input_ids": {0: "batch", 1: "target"}}, make)

@@ -1,0 +1,101 @@
+"""The generated texts: special tokens, padding, ends, boxes, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from lora_export.models.load import load_model
+from support.small_models import MODELS, TEXT, VISION, small_model
+
+
+def test_boxes_have_their_corners_in_order(tmp_path: Path) -> None:
+    boxes = load_model(str(small_model("layoutlm", tmp_path))).example_inputs()["bbox"]
+    assert (boxes[..., :2] <= boxes[..., 2:]).all()
+    assert boxes.min() >= 0 and 50 < boxes.max() < 100
+
+
+def test_a_text_of_clip_ends_where_its_padding_begins(tmp_path: Path) -> None:
+    base = small_model("clip", tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 7
+    (base / "config.json").write_text(json.dumps(config))
+    inputs = load_model(str(base)).inputs({"batch": 3, "sequence": 9}, seed=2)
+    for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
+        assert [position for position, token in enumerate(ids) if token == 7] == [
+            max(position for position, seen in enumerate(mask) if seen)
+        ]
+
+
+def test_a_classifier_of_an_encoder_decoder_gets_texts_with_one_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.BartForSequenceClassification(MODELS["bart"][1]()).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.input_names == ("input_ids", "attention_mask")
+    inputs = model.inputs({"batch": 5, "sequence": 29}, seed=0)
+    assert (inputs["input_ids"] == 2).sum(1).tolist() == [1] * 5
+    with torch.no_grad():
+        assert model.module(**inputs).logits.shape == (5, 3)
+
+
+def test_special_tokens_are_drawn_and_padding_holds_its_token(tmp_path: Path) -> None:
+    """A fault in the row of [MASK] or [PAD] could not show: in a large vocabulary they would never be drawn."""
+    config = transformers.BertConfig(
+        vocab_size=30_000,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        pad_token_id=3,
+        bos_token_id=11,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    tokens = [{"id": 101, "content": "[CLS]", "special": True}, {"id": 103, "content": "[MASK]", "special": True}]
+    tokens += [{"id": 500, "content": "word", "special": False}, {"id": 10**6, "content": "far", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    model = load_model(str(tmp_path))
+    cases = [model.inputs(sizes, seed=seed) for seed, sizes in enumerate(model.checked_sizes({}))]
+    drawn = {token for case in cases for token in case["input_ids"][case["attention_mask"] == 1].tolist()}
+    assert {3, 11, 101, 103} <= drawn and 500 not in drawn and max(drawn) < 30_000
+    assert {token for case in cases for token in case["input_ids"][case["attention_mask"] == 0].tolist()} == {3}
+
+
+def test_sounds_among_tokens_are_left_out_and_listed(tmp_path: Path) -> None:
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    config = transformers.Qwen2AudioConfig(
+        audio_config={**audio, "num_mel_bins": 8, "max_source_positions": 20},
+        text_config=transformers.Qwen2Config(**TEXT, num_key_value_heads=2),
+        audio_token_index=5,
+    )
+    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.input_names == ("input_ids", "attention_mask") and model.text_only is None
+    assert not any((model.inputs({"batch": 9, "sequence": 50}, seed=seed)["input_ids"] == 5).any() for seed in range(3))
+    assert model.not_judged == (
+        "Qwen2AudioForConditionalGeneration with sounds among its tokens. They are no part of the generated inputs: "
+        "give them by --inputs",
+    )
+
+
+def test_images_of_an_unknown_form_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    config = transformers.Idefics3Config(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**VISION, "image_size": 16, "patch_size": 4},
+        image_token_id=5,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.input_names == ("input_ids", "attention_mask")
+    (left_out,) = model.not_judged
+    assert left_out.startswith("Idefics3ForConditionalGeneration with images among its tokens (not enough values")
+
+
+def test_videos_are_listed_where_images_are_drawn(tmp_path: Path) -> None:
+    model = load_model(str(small_model("qwen2_vl", tmp_path)))
+    assert "pixel_values" in model.input_names
+    assert [text.partition(" among")[0] for text in model.not_judged] == ["Qwen2VLForConditionalGeneration with videos"]
