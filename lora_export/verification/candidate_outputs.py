@@ -84,20 +84,32 @@ def _same_bits(one: Arrays, other: Arrays) -> bool:
     return one.keys() == other.keys() and all(bits(value) == bits(other[name]) for name, value in one.items())
 
 
-def notes_on_provider_defaults(
-    candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, names_known: bool
-) -> list[str]:
-    """A note on the candidate's error with its provider's own settings; none where the proof runs with these."""
+@dataclass(frozen=True)
+class ProviderDefaults:
+    """What a candidate returns with its provider's own settings, where the proof runs with more exact ones."""
+
+    not_judged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def run_with_provider_defaults(
+    candidate: Runner, cases: Sequence[parity.Case], inputs: Inputs, *, dtype: str, names_known: bool
+) -> ProviderDefaults:
+    """Run the cases with the provider's own settings; nothing where the proof runs with these.
+
+    Outputs within the limits of `dtype` are a note. Others are not judged: a program that leaves the settings as they
+    are returns them, and the settings are not the candidate's.
+    """
     placement: Placement | None = getattr(candidate, "placement", None)
     if placement is None or not placement.options:
-        return []
+        return ProviderDefaults()
     settings = ", ".join(f"{name}={value}" for name, value in placement.options.items())
-    begin = f"not judged: with {placement.requested_provider}'s own settings, in place of {settings}, "
+    begin = f"{placement.requested_provider}'s own settings in place of {settings}, as judged"
     try:
         shipped: Runner = candidate.with_provider_defaults()  # type: ignore[attr-defined]
         outputs = {case.name: shipped.run(inputs.cases[case.name]) for case in cases}
     except LoraExportError as refusal:
-        return [f"{begin}it did not run: {str(refusal).splitlines()[0]}"]
+        return ProviderDefaults(not_judged=(f"{begin}: it did not run: {str(refusal).splitlines()[0]}",))
     own = [
         replace(case, candidate=aligned(outputs[case.name], case.reference, names_known=names_known)) for case in cases
     ]
@@ -105,4 +117,7 @@ def notes_on_provider_defaults(
     for output, (error, relative) in candidate_errors(own).items():
         of_effect = "" if relative is None else f", {parity.percent(relative)} of the adapter effect"
         errors.append(f"the error of {output} is {error:.3g} ({judged[output][0]:.3g} as judged){of_effect}")
-    return [begin + "; ".join(errors)]
+    measured = f"{begin}: {'; '.join(errors)}"
+    if parity.judge(own, dtype=dtype).outcome is parity.Outcome.SAME:
+        return ProviderDefaults(notes=(f"{measured}. These outputs are within the limits, too",))
+    return ProviderDefaults(not_judged=(measured,))

@@ -22,8 +22,8 @@ from lora_export.verification.candidate_outputs import (
     CandidateOutputs,
     OnProofStep,
     no_step,
-    notes_on_provider_defaults,
     run_candidate,
+    run_with_provider_defaults,
 )
 from lora_export.verification.compare_outputs import (
     aligned,
@@ -108,8 +108,9 @@ def prove(
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")
-        notes = notes_on_provider_defaults(candidate, cases, inputs, names_known=expected.names_known)
-        verdict = _noted(verdict, notes)
+        names_known = expected.names_known
+        found = run_with_provider_defaults(candidate, cases, inputs, dtype=expected.dtype, names_known=names_known)
+        verdict = replace(_noted(verdict, found.notes), not_judged=(*verdict.not_judged, *found.not_judged))
     diagnosis = None
     has_outputs = any(case.candidate for case in cases)
     if has_outputs and (trace or verdict.outcome is parity.Outcome.DIFFERENT):

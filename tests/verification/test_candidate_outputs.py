@@ -11,14 +11,15 @@ import pytest
 from lora_export.errors import RuntimeRefused
 from lora_export.runtime.runner import Arrays, Placement
 from lora_export.verification.candidate_outputs import (
+    ProviderDefaults,
     changed_outputs,
     no_step,
-    notes_on_provider_defaults,
     run_candidate,
+    run_with_provider_defaults,
     sensitivity_of,
 )
 from lora_export.verification.inputs import Inputs
-from lora_export.verification.parity import Sensitivity
+from lora_export.verification.parity import Case, Sensitivity
 from support.parity_cases import EFFECT, ERROR, make
 
 X, Z, OTHER = np.float32([1, 2]), np.float32([3, 4]), np.float32([5, 6])
@@ -99,26 +100,41 @@ def placement(**options: str) -> Placement:
     return Placement("CUDAExecutionProvider", {}, options, "1.31")
 
 
-def test_the_error_with_the_providers_own_settings_is_noted() -> None:
-    case = make(error=0.5 * ERROR, effect=4.0 * EFFECT)
-    shipped = FakeRunner(lambda *_: {"y": (case.reference["y"] + 2.0 * ERROR).astype(np.float32)})
-    runner = FakeRunner(lambda *_: {}, placement=placement(use_tf32="0"), shipped=shipped)
+def with_shipped(shipped: Callable[[Arrays, int], Arrays], case: Case) -> ProviderDefaults:
+    runner = FakeRunner(lambda *_: {}, placement=placement(use_tf32="0"), shipped=FakeRunner(shipped))
     inputs = Inputs({"first": {"x": X}})
-    assert notes_on_provider_defaults(runner, [case], inputs, names_known=True) == [
-        "not judged: with CUDAExecutionProvider's own settings, in place of use_tf32=0, the error of y is 2 (0.5 as "
-        "judged), 50 % of the adapter effect"
-    ]
+    return run_with_provider_defaults(runner, [case], inputs, dtype="float32", names_known=True)
 
 
-def test_a_refusal_with_the_providers_own_settings_is_noted() -> None:
+def test_an_error_with_the_providers_own_settings_is_not_judged() -> None:
+    case = make(error=0.5 * ERROR, effect=4.0 * EFFECT)
+    found = with_shipped(lambda *_: {"y": (case.reference["y"] + 2e4 * ERROR).astype(np.float32)}, case)
+    (text,) = found.not_judged
+    assert found.notes == ()
+    assert text.startswith(
+        "CUDAExecutionProvider's own settings in place of use_tf32=0, as judged: the error of y is 2e+04 "
+        "(0.5 as judged)"
+    )
+    assert text.endswith("% of the adapter effect")
+
+
+def test_outputs_within_the_limits_with_the_providers_own_settings_are_a_note() -> None:
+    case = make()
+    found = with_shipped(lambda *_: dict(case.candidate), case)
+    assert found.not_judged == ()
+    (note,) = found.notes
+    assert note.startswith("CUDAExecutionProvider's own settings") and note.endswith("are within the limits, too")
+
+
+def test_a_refusal_with_the_providers_own_settings_is_not_judged() -> None:
     def refuse(*_: object) -> Arrays:
         raise RuntimeRefused("out of memory", "and more")
 
-    runner = FakeRunner(lambda *_: {}, placement=placement(a="1"), shipped=FakeRunner(refuse))
-    (note,) = notes_on_provider_defaults(runner, [make()], Inputs({"first": {}}), names_known=True)
-    assert note.endswith("in place of a=1, it did not run: out of memory")
+    found = with_shipped(refuse, make())
+    assert found.notes == () and found.not_judged[0].endswith("use_tf32=0, as judged: it did not run: out of memory")
 
 
-def test_settings_that_are_the_providers_own_need_no_note() -> None:
+def test_settings_that_are_the_providers_own_need_no_second_run() -> None:
     for runner in (sums(), FakeRunner(lambda *_: {}, placement=placement())):
-        assert notes_on_provider_defaults(runner, [make()], INPUTS, names_known=True) == []
+        found = run_with_provider_defaults(runner, [make()], INPUTS, dtype="float32", names_known=True)
+        assert found == ProviderDefaults()

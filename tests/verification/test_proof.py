@@ -197,13 +197,16 @@ class OutOfMemory(torch_runners.ModuleRunner):
         raise RuntimeRefused("out of memory", "somewhere")
 
 
-def test_error_with_the_providers_own_settings_is_a_note(scaled: model.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_with_the_providers_own_settings_is_not_judged(
+    scaled: model.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = prove(OnCuda(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
     assert result.verdict.same, str(result.verdict)
-    (note,) = [note for note in result.verdict.notes if note.startswith("not judged: with CUDAExecutionProvider's own")]
+    (note,) = [text for text in result.verdict.not_judged if text.startswith("CUDAExecutionProvider's own settings")]
+    assert result.strictly().exit_code == 5
     pattern = r"the error of output_1 is (\S+) \((\S+) as judged\), (\S+) % of the adapter effect"
     match = re.search(pattern, note)
-    assert match and "in place of use_tf32=0, the error of output_0 is" in note, note
+    assert match and "in place of use_tf32=0, as judged: the error of output_0 is" in note, note
     error, judged, relative = map(float, match.groups())
     reference = np.concatenate([case.reference["output_1"].ravel() for case in result.cases])
     base = np.concatenate([case.base["output_1"].ravel() for case in result.cases if case.base])
@@ -212,4 +215,6 @@ def test_error_with_the_providers_own_settings_is_a_note(scaled: model.Model, mo
 
     monkeypatch.setattr(OnCuda, "with_provider_defaults", lambda self: OutOfMemory(self.module))
     result = prove(OnCuda(folded(scaled, an_adapter()).module), PyTorchReferences(scaled, [an_adapter()]))
-    assert result.verdict.same and any(note.endswith("it did not run: out of memory") for note in result.verdict.notes)
+    assert result.verdict.same and any(
+        text.endswith("it did not run: out of memory") for text in result.verdict.not_judged
+    )
