@@ -27,6 +27,7 @@ from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
+from lora_export.weights.quantised import QUANTIZATION, caution_for
 
 FLOAT32 = "--dtype float32 keeps it"
 NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
@@ -92,8 +93,8 @@ def merge(
     `min_retention` (0 to 1) is the least part of a weight's change that has to survive rounding.
     `hashing` is "xxh3_128" or "sha256". For an .onnx base, `checkpoint` is what it was exported from: it names weights
     whose names were lost; `requantize` merges into quantised weights too. With `dequantize`, a base that is
-    quantised (bitsandbytes, fp8, compressed-tensors) becomes a float model: each weight is what the base's library
-    makes of it. Without, it is refused. `device` is "cpu" or "cuda".
+    quantised (bitsandbytes, fp8, mxfp4, compressed-tensors, modelopt, GPTQ, AWQ) becomes a float model: each weight is
+    what the base's library makes of it. Without, it is refused. `device` is "cpu" or "cuda".
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
@@ -277,6 +278,8 @@ def _notes_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
             f"{number} quantised weights ({schemes}) are stored as floats. An adapter that was trained beside them "
             "fits them; their distance from the original float weights stays in the output"
         )
+        if caution := caution_for(checkpoint.config.get(QUANTIZATION)):
+            notes.append(caution)
     return notes + [
         f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.unmerged_weights()
     ]

@@ -90,7 +90,7 @@ Example:
 @click.option(
     "--dequantize",
     is_flag=True,
-    help="Make a quantised BASE (bitsandbytes; fp8 in blocks; compressed-tensors) a float model, and merge into that.",
+    help="Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
 )
 @layout_option
 @click.option(

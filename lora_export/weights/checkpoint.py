@@ -165,7 +165,7 @@ def _logical_entries(shard: TensorFile, quantised: Mapping[str, QuantisedTensor]
 
 def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
     config = json_files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    quantization = next(filter(None, _values(config, QUANTIZATION)), None)
+    quantization = next(filter(None, _values(config, QUANTIZATION)), None) or _quantization_of_modelopt(folder)
     if quantization and not dequantise:
         raise InputRefused(
             f"{folder} is quantised ({method_of(quantization)}): its weights are never merged or quantised again "
@@ -183,6 +183,14 @@ def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
     first = next(iter(shards.values()))
     history = _history(folder, read_manifest(folder), first)
     return Checkpoint(folder, shards, specs, config, index, history, quantised)
+
+
+def _quantization_of_modelopt(folder: Path) -> dict[str, Any] | None:
+    """What modelopt states in a file of its own, where the config states nothing."""
+    if not (folder / QUANTIZATION_FILES[-1]).is_file():
+        return None
+    stated = json_files.read_json(folder / QUANTIZATION_FILES[-1]).get("quantization")
+    return {"quant_method": "modelopt"} | (stated if isinstance(stated, dict) else {})
 
 
 def _conv1d_weights(config: Mapping[str, Any]) -> Callable[[str], bool | None]:

@@ -299,8 +299,9 @@ def test_two_sets_of_weights(place):
     [
         ("bitsandbytes", "make this one a float model: merge --dequantize"),
         ("fp8", "make this one a float model: merge --dequantize"),
-        ("gptq", "dequantise this one first, with its own library"),
-        ("awq", "dequantise this one first, with its own library"),
+        *((one, "make this one a float model: merge --dequantize") for one in ("mxfp4", "gptq", "awq", "modelopt")),
+        ("aqlm", "dequantise this one first, with its own library"),
+        ("hqq", "dequantise this one first, with its own library"),
     ],
 )
 def test_a_base_whose_config_says_that_it_is_quantised(place, method, remedy, nested):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from lora_export.storage import safetensors_file
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
 
+EXAMPLES = Path(__file__).with_name("quantised_examples.json")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -61,3 +64,16 @@ def bits_of(values: torch.Tensor | NDArray[Any]) -> bytes:
     if isinstance(values, torch.Tensor):
         return bytes(values.contiguous().view(torch.uint8).numpy().tobytes())
     return np.ascontiguousarray(values).tobytes()
+
+
+def example(name: str) -> tuple[Tensors, torch.Tensor]:
+    """The stored tensors of a weight, and the weight, both made by the format's own library.
+
+    `quantised_examples.json` states which. These libraries are not installed beside the current PyTorch.
+    """
+    found = json.loads(EXAMPLES.read_text())[name]
+    return {part: _decoded(*own) for part, own in found["stored"].items()}, _decoded(*found["weight"])
+
+
+def _decoded(dtype: str, shape: list[int], text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=getattr(torch, dtype)).reshape(shape)

@@ -5,6 +5,8 @@
     block_fp8.py           8-bit floats with a scale for each block (DeepSeek)
     mxfp4.py               experts of 4-bit floats (gpt-oss)
     compressed_tensors.py  integers of 1 to 8 bits, floats of 4, 6 and 8 bits
+    modelopt.py            nvfp4 of NVIDIA's library
+    gptq.py, awq.py        integers of 2 to 8 bits, packed along inputs or outputs
     linear_order.py        weights of Conv1D that a library stores as those of nn.Linear
     packed_integers.py, float4.py  numbers of a few bits
 
@@ -19,10 +21,13 @@ from typing import Any
 
 from lora_export.errors import InputRefused, listed
 from lora_export.storage.safetensors_file import TensorFile
+from lora_export.weights.quantised.awq import awq_weights
 from lora_export.weights.quantised.bitsandbytes import bitsandbytes_weights
 from lora_export.weights.quantised.block_fp8 import block_fp8_weights
 from lora_export.weights.quantised.compressed_tensors import compressed_weights
+from lora_export.weights.quantised.gptq import gptq_weights
 from lora_export.weights.quantised.linear_order import as_conv1d
+from lora_export.weights.quantised.modelopt import modelopt_weights
 from lora_export.weights.quantised.mxfp4 import mxfp4_weights
 from lora_export.weights.quantised.stored_parts import QuantisedTensor, StoredParts
 
@@ -30,6 +35,7 @@ __all__ = [
     "QUANTIZATION",
     "QUANTIZATION_FILES",
     "QuantisedTensor",
+    "caution_for",
     "find_quantised",
     "method_of",
     "remedy_for",
@@ -46,12 +52,19 @@ CACHE_SCALES = tuple(f"{what}_{kind}" for what in "qkv" for kind in ("scale", "z
 ReadWeights = Callable[[StoredParts, Mapping[str, Any], str], dict[str, QuantisedTensor]]
 
 
+OF_AWQ = (
+    "AWQ scales weights and the inputs of their layers: an adapter fits only the model beside which it was trained, "
+    "this one or the original"
+)
+
+
 @dataclass(frozen=True)
 class _Scheme:
     read: ReadWeights
     description: str
     parts: Sequence[str]  # endings of the names of parts: one that belongs to no weight is refused
     conv1d_as_linear: bool = False  # the library stores a weight of a Conv1D as (outputs, inputs)
+    caution: str = ""  # what a user must know of adapters beside such weights
 
 
 # `quant_method` of a config -> how its weights are read
@@ -69,6 +82,9 @@ SCHEMES: dict[str, _Scheme] = {
         "compressed-tensors",
         (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"),
     ),
+    "modelopt": _Scheme(modelopt_weights, "modelopt (NVFP4)", (".weight_scale", ".weight_scale_2")),
+    "gptq": _Scheme(gptq_weights, "GPTQ", (".qweight", ".qzeros", ".scales", ".g_idx"), conv1d_as_linear=True),
+    "awq": _Scheme(awq_weights, "AWQ (gemm)", (".qweight", ".qzeros", ".scales"), caution=OF_AWQ),
 }
 
 
@@ -86,9 +102,16 @@ def method_of(quantization: Any) -> str:
 
 def remedy_for(quantization: Any) -> str:
     """How a quantised base becomes a float model, as the end of a message."""
-    if method_of(quantization) in SCHEMES:
-        return "make this one a float model: merge --dequantize"
+    scheme = SCHEMES.get(method_of(quantization))
+    if scheme is not None:
+        return f"make this one a float model: merge --dequantize{f'. {scheme.caution}' if scheme.caution else ''}"
     return "dequantise this one first, with its own library"
+
+
+def caution_for(quantization: Any) -> str:
+    """What a user must know of adapters beside such weights; empty where there is nothing."""
+    scheme = SCHEMES.get(method_of(quantization))
+    return "" if scheme is None else scheme.caution
 
 
 def find_quantised(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-WORD = 32  # bits
+WORD, WORD_BYTES = 32, 4  # bits, bytes
 MOST_BITS = 8
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import lora_export
@@ -15,6 +16,7 @@ from lora_export.errors import InputRefused
 from lora_export.weights.quantised.linear_order import as_conv1d
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor
 from support.handmade import peft_adapter
+from support.quantised import example
 
 CONFIG = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 0}
 SCHEMES = {
@@ -56,6 +58,25 @@ def test_every_weight_of_gpt2_is_in_out_again(place: Path, tmp_path: Path) -> No
         assert close(merged[other], before[other]), other
     assert lora_export.verify(out, adapters=[adapter], base=place / "base")
     GPT2LMHeadModel.from_pretrained(out)
+
+
+def test_conv1d_in_gptq_is_in_out_again(tmp_path: Path) -> None:
+    stored, weight = example("gptq 4")
+    base, out = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    module = "h.0.mlp.c_fc"
+    save_file(
+        {f"{module}.{name.removeprefix('x.')}": part for name, part in stored.items()}, base / "model.safetensors"
+    )
+    config = {"model_type": "gpt2", "dtype": "float16", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (base / "config.json").write_text(json.dumps(config))
+    outputs, inputs = weight.shape
+    a, b = np.ones((1, inputs), np.float32), np.arange(outputs, dtype=np.float32)[:, None]
+    adapter = peft_adapter(tmp_path / "adapter", {module: (a, b)})
+    lora_export.merge(base, [adapter], out, dequantize=True)
+    merged = load_file(out / "model.safetensors")[f"{module}.weight"]
+    assert torch.equal(merged, (weight.float() + torch.from_numpy(b @ a)).half().T)
+    assert lora_export.verify(out, adapters=[adapter], base=base)
 
 
 def tensor_of(path: Path) -> QuantisedTensor:

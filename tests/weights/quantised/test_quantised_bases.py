@@ -187,6 +187,9 @@ def test_parts_in_other_shards_and_hashes_of_whole_files(place: Path, tmp_path: 
     assert np.all([file_sha256(file) in manifest for file in out.glob("*.safetensors")])
 
 
+SCHEMES = ["fp8", "compressed-tensors", "gptq", "awq", "modelopt"]
+
+
 def of_one_layer(scheme: str) -> tuple[dict[str, torch.Tensor], dict[str, object], torch.Tensor]:
     """The stored tensors of a layer of 8 x 64, its `quantization_config`, and its weight as floats."""
     torch.manual_seed(0)
@@ -197,12 +200,42 @@ def of_one_layer(scheme: str) -> tuple[dict[str, torch.Tensor], dict[str, object
         return {"fc.weight": weight, "fc.weight_scale_inv": scales}, config, weight.float() * scales
     numbers = torch.randint(-8, 8, (8, 64))
     nibbles = (numbers + 8).to(torch.uint8)
+    if scheme == "gptq":
+        stored = {
+            "fc.qweight": packed(nibbles).T.contiguous(),
+            "fc.qzeros": torch.full((1, 1), 0x77777777, dtype=torch.int32),  # version 1 stores 8 - 1
+            "fc.scales": scales.T.contiguous(),
+            "fc.g_idx": torch.zeros(64, dtype=torch.int32),
+        }
+        return stored, {"quant_method": "gptq", "bits": 4, "group_size": 64}, numbers * scales
+    if scheme == "awq":
+        stored = {
+            "fc.qweight": packed(nibbles.T[:, [0, 2, 4, 6, 1, 3, 5, 7]]),
+            "fc.qzeros": torch.full((1, 1), -0x77777778, dtype=torch.int32),
+            "fc.scales": scales.T.contiguous(),
+        }
+        return stored, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, numbers * scales
+    if scheme == "modelopt":
+        stored = {
+            "fc.weight": packed(nibbles).view(torch.uint8),
+            "fc.weight_scale": torch.full((8, 4), 2.0).to(torch.float8_e4m3fn),
+            "fc.weight_scale_2": torch.tensor(0.125),
+            "fc.input_scale": torch.tensor(1.0),
+        }
+        of_code = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        weight = of_code[(nibbles & 7).long()] * torch.where(nibbles < 8, 1, -1) / 4
+        return stored, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, weight
     stored = {
-        "fc.weight_packed": (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32),
+        "fc.weight_packed": packed(nibbles),
         "fc.weight_scale": scales,
         "fc.weight_shape": torch.tensor([8, 64]),
     }
     return stored, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, numbers * scales
+
+
+def packed(nibbles: torch.Tensor) -> torch.Tensor:
+    """Numbers of 4 bits in words of 32, the first in the lowest bits: (rows, columns) -> (rows, columns / 8)."""
+    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
 
 
 def one_layer(folder: Path, more: dict[str, torch.Tensor], **fields: object) -> Path:
@@ -248,7 +281,7 @@ def test_config_from_before_methods_had_names_is_read() -> None:
     assert (method_of({"quant_method": "fp8", "load_in_4bit": True}), method_of("exl2")) == ("fp8", "exl2")
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "compressed-tensors"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_other_schemes_are_merged_and_judged(scheme: str, tmp_path: Path) -> None:
     stored, quantization, weight = of_one_layer(scheme)
     base, out = tmp_path / "base", tmp_path / "merged"
@@ -264,3 +297,72 @@ def test_other_schemes_are_merged_and_judged(scheme: str, tmp_path: Path) -> Non
     assert lora_export.verify(out, adapters=[adapter], base=base)
     save_file(merged | {"fc.weight": weight}, out / "model.safetensors", {"format": "pt"})
     assert not lora_export.verify(out, adapters=[adapter], base=base)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_scheme_is_refused_with_both_ways_out(scheme: str, tmp_path: Path) -> None:
+    stored, quantization, _ = of_one_layer(scheme)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+    with pytest.raises(InputRefused) as refused:
+        lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m")
+    assert f"is quantised ({scheme})" in str(refused.value)
+    assert "Merge into the original float model, or make this one a float model: merge --dequ" in str(refused.value)
+    assert ("an adapter fits only the model beside which it was trained" in str(refused.value)) == (scheme == "awq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_modelopt_may_state_its_scheme_in_a_file_of_its_own(tmp_path: Path) -> None:
+    stored, _, weight = of_one_layer("modelopt")
+    base, out = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"dtype": "float32"}))
+    (base / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(InputRefused, match=r"is quantised \(modelopt\)"):
+        lora_export.merge(base, [of_fc(tmp_path / "adapter")], out)
+    lora_export.merge(base, [of_fc(tmp_path / "adapter")], out, dequantize=True)
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == {"fc.weight"}
+    assert torch.equal(merged["fc.weight"], weight + torch.arange(8.0)[:, None])
+    assert not (out / "hf_quant_config.json").exists()
+
+
+def test_note_says_which_adapters_fit_weights_of_awq(tmp_path: Path) -> None:
+    stored, quantization, _ = of_one_layer("awq")
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+    result = lora_export.merge(base, [of_fc(tmp_path / "adapter")], tmp_path / "m", dequantize=True)
+    assert any("AWQ scales weights and the inputs of their layers" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("part", ["scales", "qweight", "qzeros", "g_idx"])
+@pytest.mark.parametrize("fault", ["nan", "huge", "missing", "empty"])
+def test_damaged_base_ends_with_exit_3_and_no_output(
+    part: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored, quantization, _ = of_one_layer("gptq")
+    name = f"fc.{part}"
+    if fault == "missing":
+        del stored[name]
+    elif fault == "nan":
+        stored[name] = torch.full(stored[name].shape, torch.nan)
+    else:
+        stored[name] = torch.zeros(
+            0 if fault == "empty" else 1 << 20, *stored[name].shape[1:], dtype=stored[name].dtype
+        )
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+    line = ("merge", base, of_fc(tmp_path / "adapter"), "-o", tmp_path / "m", "--dequantize")
+    if (part, fault) == ("g_idx", "missing"):
+        assert call(*line) == 0  # the config states the size of a group
+        return
+    assert call(*line) == 3
+    assert "Traceback" not in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

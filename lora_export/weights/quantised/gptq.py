@@ -1,0 +1,162 @@
+"""Weights of GPTQ: integers of 2, 3, 4 or 8 bits, packed along the inputs.
+
+    qweight  (words, outputs)  the numbers of an output below each other
+    scales   (groups, outputs)
+    qzeros   (groups, words)   zero points, packed along the outputs; in version 1 less 1
+    g_idx    (inputs,)         the group of each input (`desc_act` orders them by their activations)
+
+A float checkpoint has the transpose, (outputs, inputs). W = scale * (number - zero point), made in fp32 and rounded
+once to the dtype of the scales. Version 1 stores a zero point of 0 as the largest number, as gptqmodel reads it.
+
+Source: the publication's own packing, and gptqmodel 7.7 and auto-gptq 0.7.1, whose results are in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.storage.block_copy import Bytes
+from lora_export.storage.safetensors_file import Entry
+from lora_export.weights.quantised.packed_integers import WORD, WORD_BYTES, unpack, words_of
+from lora_export.weights.quantised.stored_parts import (
+    FLOAT_SCALES,
+    Decode,
+    Pieces,
+    QuantisedTensor,
+    StoredParts,
+    refuse_damaged_scales,
+)
+
+GPTQ_NUMBERS, GPTQ_ZEROS, GPTQ_SCALES, GPTQ_GROUPS = "qweight", "qzeros", "scales", "g_idx"
+GPTQ_BITS = (2, 3, 4, 8)
+FIRST, SECOND = "gptq", "gptq_v2"  # `checkpoint_format`
+GPTQ_OUTPUTS_AT_ONCE = 128  # one piece is read of each row of words
+
+
+def gptq_weights(parts: StoredParts, quantization: Mapping[str, Any], _: str) -> dict[str, QuantisedTensor]:
+    """The weights of GPTQ, by name. Raises InputRefused for a layout that is not known."""
+    layout = str(quantization.get("checkpoint_format") or quantization.get("format") or FIRST).lower()
+    if layout not in (FIRST, SECOND):
+        raise InputRefused(
+            f"--dequantize reads GPTQ of the checkpoint_format {FIRST} and {SECOND}, and this base has {layout}. Merge "
+            "into the original float model, or save this one as one of these with gptqmodel"
+        )
+    found = {}
+    for name in parts.names():
+        module, _, kind = name.rpartition(".")
+        if kind == GPTQ_NUMBERS:
+            found[f"{module}.weight"] = _GptqModule(parts, module, quantization, layout == FIRST).tensor()
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _GptqModule:
+    parts: StoredParts
+    module: str
+    quantization: Mapping[str, Any]
+    is_first_version: bool
+
+    def tensor(self) -> QuantisedTensor:
+        """The weight. Raises InputRefused where its parts do not fit, as far as their headers show it."""
+        name = f"{self.module}.weight"
+        numbers, scales, zeros = self._matrices(name)
+        groups, outputs = scales.shape
+        stated = self.parts.present(f"{self.module}.{GPTQ_GROUPS}")
+        bits, inputs = self._bits_and_inputs(numbers, scales, zeros, stated)
+        if stated:
+            self.parts.expect(*stated, name, "int32", "int64", count=inputs)
+        elif groups > 1 and not self._group_size(inputs):
+            raise InputRefused(f"{self.module}.{GPTQ_GROUPS} is missing, and the config states no group_size")
+        every = (scales.name, zeros.name, *stated)
+
+        def pieces(rows: slice) -> Sequence[Pieces]:
+            size = (rows.stop - rows.start) * WORD_BYTES
+            return [Pieces(rows.start * WORD_BYTES, size, numbers.shape[0], outputs * WORD_BYTES)]
+
+        def load() -> Decode:
+            values = self.parts.read(scales.name)
+            refuse_damaged_scales(scales.name, values)
+            points = unpack(np.ascontiguousarray(self.parts.read(zeros.name)).view(np.uint32), bits, outputs)
+            if self.is_first_version:
+                points = (points + np.uint8(1)) & np.uint8((1 << bits) - 1)
+            return _OutputRows(bits, inputs, values.T, points.T, self._group_of_input(inputs, groups, stated)).decode
+
+        return QuantisedTensor(
+            name=name,
+            shape=(outputs, inputs),
+            dtype=scales.dtype,
+            packed=numbers.name,
+            parts=every,
+            scheme=f"gptq {bits}-bit",
+            load=load,
+            pieces=pieces,
+            rows_at_once=GPTQ_OUTPUTS_AT_ONCE,
+        )
+
+    def _bits_and_inputs(self, numbers: Entry, scales: Entry, zeros: Entry, stated: Sequence[str]) -> tuple[int, int]:
+        """The bits of a number, and the inputs. The config states the bits of most weights; some may have others."""
+        outputs = scales.shape[1]
+        first = self.quantization.get("bits")
+        for bits in ([first] if first in GPTQ_BITS else []) + list(GPTQ_BITS):
+            inputs = numbers.shape[0] * WORD // bits
+            if stated and (group_of_input := self.parts.find(stated[0])) is not None:
+                inputs = math.prod(group_of_input.shape)
+            sizes = (words_of(inputs, bits), outputs), (scales.shape[0], words_of(outputs, bits))
+            if (numbers.shape, zeros.shape) == sizes:
+                return bits, inputs
+        raise InputRefused(
+            f"{self.module}.weight: {GPTQ_NUMBERS} {list(numbers.shape)}, {GPTQ_ZEROS} {list(zeros.shape)} and "
+            f"{GPTQ_SCALES} {list(scales.shape)} are no weight of {', '.join(map(str, GPTQ_BITS[:-1]))} or "
+            f"{GPTQ_BITS[-1]} bits"
+        )
+
+    def _group_size(self, inputs: int) -> int:
+        """How many inputs share a scale, where no file has the group of each; 0 where the config does not state it."""
+        size = self.quantization.get("group_size")
+        return min(size, inputs) if type(size) is int and size > 0 else 0
+
+    def _matrices(self, name: str) -> list[Entry]:
+        found = [
+            self.parts.expect(f"{self.module}.{GPTQ_NUMBERS}", name, "int32"),
+            self.parts.expect(f"{self.module}.{GPTQ_SCALES}", name, *FLOAT_SCALES),
+            self.parts.expect(f"{self.module}.{GPTQ_ZEROS}", name, "int32"),
+        ]
+        for entry in found:
+            if len(entry.shape) != 2 or not entry.nbytes:
+                raise InputRefused(f"{entry.name}: the shape {list(entry.shape)} is not that of a matrix")
+        return found
+
+    def _group_of_input(self, inputs: int, groups: int, stated: Sequence[str]) -> NDArray[np.intp]:
+        if stated:
+            found = self.parts.read(stated[0]).reshape(-1).astype(np.intp)
+        else:
+            found = np.arange(inputs) // self._group_size(inputs) if groups > 1 else np.zeros(inputs, np.intp)
+        if found.min() < 0 or found.max() >= groups:
+            raise InputRefused(f"{self.module}.{GPTQ_GROUPS}: an input is in none of the {groups} groups")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _OutputRows:
+    """Outputs as rows: a scale and a zero point for each group of inputs."""
+
+    bits: int
+    inputs: int
+    scales: NDArray[Any]  # (outputs, groups)
+    zero_points: NDArray[np.uint8]  # (outputs, groups)
+    group_of_input: NDArray[np.intp]
+
+    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
+        """Some rows of the weight, from the columns of the packed words."""
+        words = packed.view(np.uint32).reshape(-1, rows.stop - rows.start)
+        values = unpack(np.ascontiguousarray(words.T), self.bits, self.inputs).astype(np.float32)
+        values -= self.zero_points[rows].astype(np.float32)[:, self.group_of_input]
+        values *= self.scales[rows].astype(np.float32)[:, self.group_of_input]
+        return values.astype(self.scales.dtype)

@@ -1,0 +1,90 @@
+"""Weights of NVIDIA's modelopt in nvfp4: 4-bit floats, with scales of groups and one of the whole weight.
+
+    weight          u8, two numbers in a byte
+    weight_scale    e4m3, one for each group of 16 columns
+    weight_scale_2  fp32, one number, by which the scales are multiplied (compressed-tensors divides by its own)
+
+The product is made in fp32, and rounded once to the dtype of the model.
+
+Source: nvidia-modelopt 0.47, whose results are in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.float4 import unpack_floats
+from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
+
+MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
+SECOND_SCALE = "weight_scale_2"
+NVFP4_COLUMNS, NVFP4_BYTES = 16, 8  # columns that share a scale, and their bytes
+INPUT_SCALES = ("input_scale", "input_scale_2")  # a float model has no use for them
+CHANGED_INPUTS = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+
+
+def modelopt_weights(parts: StoredParts, quantization: Mapping[str, Any], dtype: str) -> dict[str, QuantisedTensor]:
+    """The weights in nvfp4, by name. Raises InputRefused for another algorithm, and where inputs are scaled too."""
+    algorithm = str(quantization.get("quant_algo", "unknown")).upper()
+    if algorithm not in MODELOPT_ALGORITHMS:
+        raise InputRefused(
+            f"--dequantize reads {' and '.join(MODELOPT_ALGORITHMS)} of modelopt, and this base has {algorithm}. "
+            "Merge into the original float model, or dequantise this one with its own library"
+        )
+    found = {}
+    for name in parts.names():
+        module, _, kind = name.rpartition(".")
+        if kind in CHANGED_INPUTS:
+            raise InputRefused(f"{name} changes the inputs of the layer: its weight alone is not its function")
+        if kind == SECOND_SCALE:
+            found[f"{module}.weight"] = _tensor(parts, module, np.dtype(dtype))
+    return found
+
+
+def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedTensor:
+    name = f"{module}.weight"
+    first, second = f"{module}.weight_scale", f"{module}.{SECOND_SCALE}"
+    numbers, scales = parts.expect(name, name, "uint8"), parts.expect(first, name, "float8_e4m3fn")
+    parts.expect(second, name, "float32", count=1)
+    groups = scales.shape[-1] if scales.shape else 0
+    if (
+        not math.prod(scales.shape)
+        or numbers.shape != (*scales.shape[:-1], NVFP4_BYTES * groups)
+        or len(scales.shape) != 2
+    ):
+        raise InputRefused(
+            f"{name}: the shape {list(numbers.shape)} does not fit scales of {list(scales.shape)} for "
+            f"{NVFP4_COLUMNS} columns"
+        )
+
+    def load() -> Decode:
+        whole = parts.read(second).reshape(-1)
+        refuse_damaged_scales(second, whole)
+        own = parts.read(first)
+        refuse_damaged_scales(first, own)
+        return _TwiceScaled(own.astype(np.float32) * whole, dtype).decode
+
+    every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
+    return QuantisedTensor(name, (scales.shape[0], NVFP4_COLUMNS * groups), dtype, name, every, "modelopt nvfp4", load)
+
+
+@dataclass(frozen=True, eq=False)
+class _TwiceScaled:
+    scales: NDArray[np.float32]  # (rows, groups)
+    dtype: np.dtype[Any]
+
+    def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
+        """Some rows of the weight, from their packed bytes."""
+        scales = self.scales[rows]
+        values = unpack_floats(packed).reshape(*scales.shape, NVFP4_COLUMNS)
+        values += np.float32(0)  # the library's table has no -0
+        values *= scales[:, :, None]
+        return values.astype(self.dtype).reshape(len(scales), -1)
