@@ -27,6 +27,12 @@ from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
+from lora_export.weights.quantisation_loss import (
+    bytes_to_measure,
+    measure_quantisation,
+    notes_on_quantisation,
+    refuse_other_shapes,
+)
 from lora_export.weights.quantised import QUANTIZATION, caution_for
 
 FLOAT32 = "--dtype float32 keeps it"
@@ -57,6 +63,7 @@ class _Options:
     device: str
     layout: Mapping[str, str]
     combination: Combination
+    float_base: Path | None
     dry_run: bool
     overwrite: bool
     on_message: OnMessage = field(repr=False)
@@ -75,6 +82,7 @@ def merge(
     checkpoint: str | Path | None = None,
     requantize: bool = False,
     dequantize: bool = False,
+    float_base: str | Path | None = None,
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
     combination: str | Combination = "cat",
@@ -94,7 +102,9 @@ def merge(
     `hashing` is "xxh3_128" or "sha256". For an .onnx base, `checkpoint` is what it was exported from: it names weights
     whose names were lost; `requantize` merges into quantised weights too. With `dequantize`, a base that is
     quantised (bitsandbytes, fp8, mxfp4, compressed-tensors, modelopt, GPTQ, AWQ) becomes a float model: each weight is
-    what the base's library makes of it. Without, it is refused. `device` is "cpu" or "cuda".
+    what the base's library makes of it. Without, it is refused. `float_base` is the float checkpoint that it was made
+    from: the report then has the quantisation error of each weight beside its change (`quantisation`).
+    `device` is "cpu" or "cuda".
     `layout` states how matrices of a checkpoint are stored, where neither its config nor an adapter does: the name of
     a tensor or module, or a glob, -> "out_in" (nn.Linear) or "in_out" (Conv1D). The last entry that matches counts.
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
@@ -122,8 +132,10 @@ def merge(
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)
     options = _Options(
         base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), combination,
-        dry_run, overwrite, on_message, on_progress,
+        None if float_base is None else locate(float_base, on_message), dry_run, overwrite, on_message, on_progress,
     )  # fmt: skip
+    if float_base is not None and not dequantize:
+        raise WrongUsage("--float-base needs --dequantize: it is compared with the weights of a quantised BASE")
     if base.suffix == ".onnx":
         if stored:
             raise WrongUsage("--dtype is for checkpoints: the weights of a graph keep the types that its nodes expect")
@@ -146,6 +158,9 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
     checkpoint = open_checkpoint(options.base, dequantise=dequantise)
     if dequantise and not checkpoint.quantised:
         raise InputRefused(f"{options.base} is not quantised. Leave --dequantize out")
+    floats = None if options.float_base is None else open_checkpoint(options.float_base)
+    if floats is not None:
+        refuse_other_shapes(checkpoint, floats)
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
     steps = plan.make(
@@ -177,8 +192,23 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
             more_settings=options.combination.settings,
         )
         _refuse_no_change(report)
+        if floats is not None:
+            report, more = _with_quantisation(report, checkpoint, floats, steps, options)
+            notes = (*notes, *more)
     _warn_of_rounding(report, FLOAT32, options.on_message)
     return MergeResult(options.output, steps, report, notes)
+
+
+def _with_quantisation(
+    report: MergeReport, base: Checkpoint, floats: Checkpoint, steps: Plan, options: _Options
+) -> tuple[MergeReport, list[str]]:
+    """The report with the quantisation error of each weight, and the notes on it."""
+    progress = in_bytes(options.on_progress, "measuring the quantisation", bytes_to_measure(base))
+    losses = measure_quantisation(base, floats, steps, report.results, progress)
+    notes = list(notes_on_quantisation(base, floats, losses))
+    for note in notes:
+        options.on_message(f"note: {note}")
+    return replace(report, quantisation=losses), notes
 
 
 def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> MergeResult:

@@ -92,6 +92,12 @@ Example:
     is_flag=True,
     help="Make a quantised BASE a float model, and merge into that. `lora-export guide merging` lists the schemes.",
 )
+@click.option(
+    "--float-base",
+    type=FilePath(),
+    metavar="CHECKPOINT",
+    help="Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation error.",
+)
 @layout_option
 @click.option(
     "--only-head",
@@ -126,6 +132,7 @@ def command(
     checkpoint: Path | None,
     requantize: bool,
     dequantize: bool,
+    float_base: Path | None,
     layout: dict[str, str],
     only_head: bool,
     device: str,
@@ -157,6 +164,7 @@ def command(
             checkpoint=checkpoint,
             requantize=requantize,
             dequantize=dequantize,
+            float_base=float_base,
             layout=layout,
             only_head=only_head,
             device=device,

@@ -21,7 +21,7 @@ from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.parity import DECIDES, Outcome, Verdict, count
-from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, StepResult
+from lora_export.weights.merge_report import LOW_RETENTION, MergeReport, QuantisationLoss, StepResult
 
 COLOURS = {Outcome.SAME: "green", Outcome.DIFFERENT: "red", Outcome.UNDECIDED: "yellow"}
 SHOWN_RESULTS = 5  # weights of a merge report
@@ -171,12 +171,16 @@ def print_merge_summary(to: Console, report: MergeReport, output: Path | None = 
     _print(to, _merge_summary(report, output), style="bold")
     if not all(result.retention >= LOW_RETENTION for result in report.results):
         _print_retention(to, report)
+    if report.quantisation:
+        _print(to, _quantisation_summary(report.quantisation))
 
 
 def print_merge_report(to: Console, report: MergeReport, output: Path | None = None) -> None:
     """Print what a merge did, and the weights that lost most of their change to rounding."""
     _print(to, _merge_summary(report, output), style="bold")
     _print_retention(to, report)
+    if report.quantisation:
+        _print_quantisation(to, report.quantisation)
 
 
 def _print_retention(to: Console, report: MergeReport) -> None:
@@ -188,6 +192,32 @@ def _print_retention(to: Console, report: MergeReport) -> None:
     _print_table(to, [header, *map(_result_row, shown)], marked)
     if len(results) > SHOWN_RESULTS:
         _print(to, f"{count(len(results) - SHOWN_RESULTS, 'more weight')}, with the same retention or a higher one")
+
+
+def _quantisation_summary(losses: Sequence[QuantisationLoss]) -> str:
+    """The range of the errors, and how they compare with the changes of the adapters."""
+    errors = [loss.relative_error for loss in losses]
+    ratios = [loss.error / loss.change for loss in losses if loss.change]
+    beside = f", ‖Q-W‖/‖ΔW‖ of {len(ratios)} of them: {min(ratios):.3g} to {max(ratios):.3g}" if ratios else ""
+    weights = count(len(losses), "dequantised weight")
+    return f"quantisation error ‖Q-W‖/‖W‖ of {weights}: {min(errors):.3g} to {max(errors):.3g}{beside}"
+
+
+def _print_quantisation(to: Console, losses: Sequence[QuantisationLoss]) -> None:
+    _print(to, _quantisation_summary(losses))
+    shown = sorted(losses, key=lambda loss: -loss.relative_error)[:SHOWN_RESULTS]
+    header = ["weights with the largest quantisation error", "scheme", "‖Q-W‖/‖W‖", "‖Q-W‖", "‖ΔW‖"]
+    rows = [
+        [loss.weight, loss.scheme, f"{loss.relative_error:.3g}", f"{loss.error:.3g}", _figure(loss.change)]
+        for loss in shown
+    ]
+    _print_table(to, [header, *rows])
+    if len(losses) > SHOWN_RESULTS:
+        _print(to, f"{count(len(losses) - SHOWN_RESULTS, 'more weight')}, with the same error or a smaller one")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _merge_summary(report: MergeReport, output: Path | None) -> str:

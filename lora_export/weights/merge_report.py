@@ -36,6 +36,18 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class QuantisationLoss:
+    """How far a dequantised weight Q is from the float weight W that it was made from."""
+
+    weight: str
+    scheme: str  # such as nf4
+    norm: float  # ‖W‖
+    error: float  # ‖Q - W‖
+    relative_error: float  # ‖Q - W‖ / ‖W‖
+    change: float | None  # ‖ΔW‖ of the adapters; None where they do not change the weight
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What a merge did, in numbers."""
 
@@ -46,6 +58,7 @@ class MergeReport:
     replaced_weights: tuple[str, ...]  # the names of these
     seconds: float
     spellings: Mapping[str, str] = field(default_factory=dict)  # adapter -> how its names relate to the base's
+    quantisation: tuple[QuantisationLoss, ...] = ()  # of each quantised weight, where the float base was given
 
     @property
     def below_rounding(self) -> tuple[StepResult, ...]:

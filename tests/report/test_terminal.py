@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from lora_export import report
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from lora_export.verification.parity import Verdict, judge
+from lora_export.weights.merge_report import QuantisationLoss
 from support.records import ADAPTER, a_merge_report, a_plan, a_result
 from support.verdicts import DIAGNOSIS, DIFFERENT, NOTHING, ON_CPU, SAME, STRAYED, UNDECIDED, a_placement, case
 
@@ -128,6 +130,22 @@ def test_new_adapter_is_said_to_change_nothing() -> None:
 
 
 # --- Plans and merges ---
+
+
+def test_quantisation_errors_are_a_range_and_the_largest_ones() -> None:
+    losses = tuple(
+        QuantisationLoss(f"w{number}", "nf4", 1.0, number / 100, number / 100, 0.5 if number == 4 else None)
+        for number in range(1, 31)
+    )
+    merged = replace(a_merge_report(), quantisation=losses)
+    (_, line) = printed(merged, with_=report.print_merge_summary).splitlines()
+    assert line == (
+        "quantisation error ‖Q-W‖/‖W‖ of 30 dequantised weights: 0.01 to 0.3, ‖Q-W‖/‖ΔW‖ of 1 of them: 0.08 to 0.08"
+    )
+    rows = printed(merged, with_=report.print_merge_report).splitlines()[1:]
+    assert rows[0] == line and rows[2].split() == ["w30", "nf4", "0.3", "0.3", "-"]
+    assert rows[-1].endswith("more weights, with the same error or a smaller one")
+    assert len(rows) < 30
 
 
 def test_plan_is_printed_as_its_text() -> None:
