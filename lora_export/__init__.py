@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lora_export.adapters.combination import Combination
     from lora_export.api.combine import combine
     from lora_export.api.convert import convert
+    from lora_export.api.extract import extract
     from lora_export.api.inspect import inspect
     from lora_export.api.merge import merge
     from lora_export.api.onnx import export_onnx
+    from lora_export.api.resize import resize
     from lora_export.api.torchscript import export_torchscript
     from lora_export.api.train import train
     from lora_export.api.verify import verify
@@ -60,6 +62,7 @@ _HOMES = {
     "detach": "layers:detach",
     "export_onnx": "api.onnx:export_onnx",
     "export_torchscript": "api.torchscript:export_torchscript",
+    "extract": "api.extract:extract",
     "fold_module": "layers:fold",
     "inspect": "api.inspect:inspect",
     "load_adapter": "formats:load",
@@ -70,6 +73,7 @@ _HOMES = {
     "module_specs": "layers:specs",
     "open_checkpoint": "weights.checkpoint:open_checkpoint",
     "prove": "verification.proof:prove",
+    "resize": "api.resize:resize",
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
     "train": "api.train:train",
@@ -96,6 +100,7 @@ __all__ = [
     "detach",
     "export_onnx",
     "export_torchscript",
+    "extract",
     "fold_module",
     "inspect",
     "load_adapter",
@@ -106,6 +111,7 @@ __all__ = [
     "module_specs",
     "open_checkpoint",
     "prove",
+    "resize",
     "stage_file",
     "stage_folder",
     "train",

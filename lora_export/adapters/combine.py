@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_export.adapters.combination import Combination
+from lora_export.adapters.plain_pairs import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.plan import Plan, Step, Term
@@ -31,7 +32,7 @@ def combine_in_plan(plan: Plan, combination: Combination) -> Plan:
     """
     if combination.is_exact:
         return plan
-    _refuse_beyond_pairs(plan.adapters, f"--combine {combination.method}")
+    refuse_beyond_pairs(plan.adapters, f"--combine {combination.method}")
     if len(plan.adapters) < 2:
         raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
     terms = {step.weight: step.terms for step in plan.steps}
@@ -50,7 +51,7 @@ def combine_adapters(
     and where an adapter is given twice.
     """
     strengths = _checked(adapters, strengths)
-    _refuse_beyond_pairs(adapters, "a combined adapter")
+    refuse_beyond_pairs(adapters, "a combined adapter")
     if len(adapters) < 2 and not combination.is_exact:
         raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
     terms: dict[str, tuple[Term, ...]] = {}
@@ -112,31 +113,6 @@ def _with_texts(
 
 def _described(term: Term, sources: Sequence[Term], combination: Combination) -> str:
     return f"B A (rank {term.pair.rank}), {combination.method} of {' and '.join(map(str, sources))}"
-
-
-def _refuse_beyond_pairs(adapters: Sequence[Adapter], what: str) -> None:
-    """Raise InputRefused for what no pair of plain LoRA expresses. The message names all of it."""
-    problems = [f"{adapter.name}: {problem}" for adapter in adapters for problem in _beyond_pairs(adapter)]
-    if problems:
-        raise InputRefused(f"{what} can contain pairs of A and B alone. Nothing was written.", listed(problems))
-
-
-def _beyond_pairs(adapter: Adapter) -> Iterable[str]:
-    dora = [module for module, pair in adapter.pairs.items() if pair.magnitude is not None]
-    bare = [module for module, pair in adapter.pairs.items() if pair.as_stored]
-    for names, why in (
-        (dora, "has DoRA's magnitude, which rescales the whole weight"),
-        (bare, "is a bare parameter (target_parameters), which PEFT does not combine either"),
-        (list(adapter.replaced), "is saved whole"),
-        (list(adapter.biases), "has a bias of B"),
-        (list(adapter.token_rows), "has trained rows of tokens"),
-        (list(adapter.tied), "is tied to the input embeddings (ensure_weight_tying)"),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            yield f"{names[0]}{more} {why}"
-    if not adapter.pairs:
-        yield "it has no pair"
 
 
 def _checked(adapters: Sequence[Adapter], strengths: Sequence[float]) -> tuple[float, ...]:

@@ -6,10 +6,13 @@ of the product (Eckart and Young 1936: the first singular values and vectors are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_export.errors import WrongUsage
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,50 @@ class SingularValues:
             (roots[:, None] * self.vt[:rank]).astype(np.float32),
             (self.u[:, :rank] * roots).astype(np.float32),
         )
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many singular values are kept: a rank, or the fewest that hold a share of ‖ΔW‖², or that but at most a rank.
+
+    Raises WrongUsage where neither is given, and for values out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None  # above 0, at most 1
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.energy is None:
+            raise WrongUsage("give --rank, or --energy: the share of each change that is kept")
+        if self.rank is not None and self.rank < 1:
+            raise WrongUsage(f"--rank is {self.rank}; it must be at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise WrongUsage(f"--energy is {self.energy:g}; it must be above 0 and at most 1")
+
+    def rank_of(self, values: SingularValues) -> int:
+        """The rank for a matrix of which all needed singular values are known."""
+        least = None if self.energy is None else values.rank_for(self.energy)
+        wanted = [len(values.s), *(rank for rank in (self.rank, least) if rank is not None)]
+        return min(wanted)
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """What a pair of a lower rank holds of a change of one weight."""
+
+    module: str
+    shape: tuple[int, ...]  # of the weight, (out, in, ...)
+    rank: int
+    of_rank: int  # the rank of the change before, or the largest possible one
+    share: float  # of ‖ΔW‖², 0 to 1
+    norm: float  # ‖ΔW‖
+
+
+def total_share(shares: Iterable[LayerShare]) -> float:
+    """The share of all changes together, by their ‖ΔW‖²; 1 where nothing changes."""
+    shares = list(shares)
+    total = sum(layer.norm**2 for layer in shares)
+    return sum(layer.share * layer.norm**2 for layer in shares) / total if total else 1.0
 
 
 def of_product(b: NDArray[np.float32], a: NDArray[np.float32], scale: float = 1.0) -> SingularValues:

@@ -31,6 +31,8 @@ JOBS = {
         "inspect": "Show what an adapter, a checkpoint or a graph contains.",
         "convert": "Convert an adapter for an existing ONNX graph.",
         "combine": "Combine adapters into one adapter.",
+        "extract": "Write the adapter of what training changed in a checkpoint.",
+        "resize": "Write an adapter with a lower rank.",
     },
     "Deployment": {
         "merge": "Merge adapters into the weights of a checkpoint or a graph.",

@@ -77,6 +77,18 @@ def combination_options(*names: str) -> Callable[[Callable[..., None]], Callable
     return decorate
 
 
+def truncation_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The rank of pairs that an SVD makes."""
+    rank = click.option("--rank", type=int, metavar="R", help="Rank of each pair. With --energy: at most this rank.")
+    energy = click.option(
+        "--energy",
+        type=float,
+        metavar="E",
+        help="Share of each change's ‖ΔW‖² that is kept, above 0 and at most 1: the least rank that holds it.",
+    )
+    return rank(energy(command))
+
+
 adapters_option = click.option(
     "-a",
     "--adapter",

@@ -59,11 +59,16 @@ def write_any_ranks(
     peft.write_files(folder, tensors, fields, {**layouts, **(metadata or {})})
 
 
+def name_in_patterns(adapter: Adapter, module: str) -> str:
+    """The name by which PEFT looks up the rank of a module: that of the attention for its output projection."""
+    return module.removesuffix(".out_proj") if peft.OUT_PROJ in adapter.spelled(module) else module
+
+
 def _ranks(adapter: Adapter) -> dict[str, int]:
-    """The rank of each name that PEFT looks up: an attention's output projection has that of its attention."""
+    """The rank of each name that PEFT looks up."""
     ranks: dict[str, int] = {}
     for module, pair in adapter.pairs.items():
-        name = module.removesuffix(".out_proj") if peft.OUT_PROJ in adapter.spelled(module) else module
+        name = name_in_patterns(adapter, module)
         if ranks.setdefault(name, pair.rank) != pair.rank:
             raise ValueError(f"{name} has pairs of rank {ranks[name]} and {pair.rank}; PEFT has one rank for both")
     return ranks

@@ -17,6 +17,7 @@ from lora_export.report.html import page, page_of_error, require_jinja2
 from lora_export.report.json_document import as_dict, document
 from lora_export.report.junit_xml import junit, junit_of_error, junit_of_weights
 from lora_export.report.sentences import placement_lines
+from lora_export.report.shares import print_shares
 from lora_export.report.terminal import (
     console,
     print_adapter,
@@ -49,6 +50,7 @@ __all__ = [
     "print_merge_report",
     "print_merge_summary",
     "print_plan",
+    "print_shares",
     "print_summary",
     "print_verdict",
     "screen",

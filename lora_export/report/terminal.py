@@ -114,7 +114,7 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
                 kind_of_pair(pair),
             ]
         )
-    _print_table(to, rows)
+    print_table(to, rows)
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
         _print(to, "DoRA rescales W + ΔW, so the whole change also depends on the base's weights")
     for name, tensor in adapter.replaced.items():
@@ -189,7 +189,7 @@ def _print_retention(to: Console, report: MergeReport) -> None:
     shown = results[:SHOWN_RESULTS]
     header = ["weights with the lowest retention", "‖ΔW‖/‖W‖", "retention", "noise", "entries changed"]
     marked = {number for number, result in enumerate(shown, 1) if not result.retention >= LOW_RETENTION}
-    _print_table(to, [header, *map(_result_row, shown)], marked)
+    print_table(to, [header, *map(_result_row, shown)], marked)
     if len(results) > SHOWN_RESULTS:
         _print(to, f"{count(len(results) - SHOWN_RESULTS, 'more weight')}, with the same retention or a higher one")
 
@@ -211,7 +211,7 @@ def _print_quantisation(to: Console, losses: Sequence[QuantisationLoss]) -> None
         [loss.weight, loss.scheme, f"{loss.relative_error:.3g}", f"{loss.error:.3g}", _figure(loss.change)]
         for loss in shown
     ]
-    _print_table(to, [header, *rows])
+    print_table(to, [header, *rows])
     if len(losses) > SHOWN_RESULTS:
         _print(to, f"{count(len(losses) - SHOWN_RESULTS, 'more weight')}, with the same error or a smaller one")
 
@@ -242,7 +242,8 @@ def _result_row(result: StepResult) -> list[str]:
 # --- Lines and tables ---
 
 
-def _print_table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:
+def print_table(to: Console, rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> None:
+    """Print rows of cells, of which the first is the header; none where there is no other row."""
     # Not rich's Table: it cuts cells on a narrow terminal and in a pipe, and a cut number is a wrong number.
     if len(rows) < 2:
         return

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_export.adapters import low_rank
+from lora_export.errors import WrongUsage
 
 RNG = np.random.default_rng(2)
 A, B = RNG.normal(size=(3, 9)).astype(np.float32), RNG.normal(size=(7, 3)).astype(np.float32)
@@ -46,3 +47,38 @@ def test_a_wide_rank_is_no_obstacle() -> None:
 
 def test_nothing_is_lost_of_a_zero_matrix() -> None:
     assert low_rank.of_product(np.zeros((2, 1), np.float32), np.ones((1, 2), np.float32)).captured(1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("truncation", "rank"),
+    [
+        (low_rank.Truncation(rank=2), 2),
+        (low_rank.Truncation(rank=9), 3),
+        (low_rank.Truncation(energy=0.9), 2),
+        (low_rank.Truncation(rank=1, energy=0.9), 1),
+        (low_rank.Truncation(rank=3, energy=0.1), 1),
+    ],
+)
+def test_a_truncation_is_a_rank_a_share_or_both(truncation: low_rank.Truncation, rank: int) -> None:
+    assert truncation.rank_of(low_rank.of_matrix(np.diag([3.0, 2.0, 1.0]))) == rank
+
+
+@pytest.mark.parametrize(
+    ("rank", "energy", "message"),
+    [
+        (None, None, "give --rank, or --energy"),
+        (0, None, "at least 1"),
+        (None, 0.0, "above 0"),
+        (2, 1.5, "at most 1"),
+        (2, float("nan"), "above 0"),
+    ],
+)
+def test_a_truncation_out_of_range_is_refused(rank: int | None, energy: float | None, message: str) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        low_rank.Truncation(rank, energy)
+
+
+def test_shares_add_up_by_their_squared_norms() -> None:
+    layers = [low_rank.LayerShare("a", (2, 2), 1, 2, 0.5, 2.0), low_rank.LayerShare("b", (2, 2), 1, 2, 1.0, 1.0)]
+    assert low_rank.total_share(layers) == pytest.approx((0.5 * 4 + 1) / 5)
+    assert low_rank.total_share([low_rank.LayerShare("a", (2, 2), 1, 1, 1.0, 0.0)]) == 1.0

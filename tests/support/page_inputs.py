@@ -79,6 +79,17 @@ def _adapter(inputs: PageInputs, path: Path) -> None:
     assert call("train", base, "--data", data, "-o", path, "--target", "query,value", "--learning-rate", "1e-2") == 0
 
 
+def _tuned(inputs: PageInputs, path: Path) -> None:
+    """The base with other values in every matrix."""
+    model = AutoModel.from_pretrained(inputs.path("base"))
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path)
+
+
 def _peft_adapter(seed: int, base: str = "base", targets: str | list[str] = "all-linear") -> Callable[..., None]:
     def make(inputs: PageInputs, path: Path) -> None:
         model = AutoModel.from_pretrained(inputs.path(base)) if base == "base" else _decoder_module()
@@ -154,6 +165,7 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "base": _base,
     "texts.jsonl": _texts,
     "adapter": _adapter,
+    "tuned": _tuned,
     "fr": _peft_adapter(1, targets=["query", "value"]),
     "de": _peft_adapter(2, targets=["query", "key", "value", "intermediate.dense"]),
     "base.onnx": _base_graph,

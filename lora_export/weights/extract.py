@@ -1,0 +1,262 @@
+"""The adapter that turns one checkpoint into another: pairs for matrices and convolutions, whole tensors for the rest.
+
+Every tensor that differs is in the adapter, or the pair of checkpoints is refused with a list of all that is not.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lora_export.adapters.low_rank import LayerShare, SingularValues, Truncation
+from lora_export.errors import InputRefused, listed
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import FLOATS, Layout, TensorSpec
+from lora_export.plan.conversion.loaded_names import LoadedNames
+from lora_export.plan.layouts import check_stated
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.difference import Difference, StoredTensor, have_equal_bits
+from lora_export.weights.embedding_names import is_embedding
+from lora_export.weights.merge import WORD_HEAD
+from lora_export.weights.merge_report import OnBytesWritten
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An adapter, what its pairs hold of each change, and the names of the tensors that were left out."""
+
+    adapter: Adapter
+    layers: tuple[LayerShare, ...]
+    whole: tuple[str, ...]  # tensors that are saved whole, as the adapter names them
+    excluded: tuple[str, ...]  # tensors that differ, and were to be left out
+
+
+def extract_adapter(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    truncation: Truncation,
+    *,
+    name: str,
+    layout: Mapping[str, str] | None = None,
+    exclude: Sequence[str] = (),
+    progress: OnBytesWritten = lambda _: None,
+) -> Extracted:
+    """Read both checkpoints, tensor by tensor, and return the adapter of their differences.
+
+    A matrix or convolution called `weight` gets a pair. Other tensors are saved whole, with the other tensors of their
+    module: norms, biases, buffers, and a head that only `tuned` has. `layout` states how matrices are stored where the
+    base does not. `exclude` are globs over the names of tensors: what differs there is left out. Names are those of the
+    model as transformers loads it.
+
+    Peak memory is the adapter and one block of a difference. Raises InputRefused, with all names, for tensors that only
+    the base has, or with other shapes; for changes that no PEFT adapter holds; and where nothing differs.
+    """
+    check_stated(layout or {}, {spec.name: spec for spec in base.specs})
+    return _Extraction(base, tuned, truncation, layout or {}, exclude, progress).result(name)
+
+
+class _Extraction:
+    """Tensors have their names in the loaded model, those of TUNED: where it has a head, the others have a prefix."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        tuned: Checkpoint,
+        truncation: Truncation,
+        layout: Mapping[str, str],
+        exclude: Sequence[str],
+        progress: OnBytesWritten,
+    ):
+        self.base, self.tuned, self.truncation, self.layout = base, tuned, truncation, layout
+        self.exclude, self.progress = exclude, progress
+        self.new, self.converted = _tensors(tuned)
+        old, _ = _tensors(base)
+        prefix = _prefix(old, self.new)
+        self.old = {prefix + name: tensor for name, tensor in old.items()}
+        self.specs = {spec.name: spec for spec in base.specs}
+        self.pairs: dict[str, LoraPair] = {}
+        self.layouts: dict[str, str] = {}
+        self.layers: list[LayerShare] = []
+        self.excluded: list[str] = []
+        self.others: list[str] = []  # tensors that differ and get no pair
+        self.problems: list[str] = []
+
+    def result(self, name: str) -> Extracted:
+        for tensor in {**self.old, **self.new}:
+            if self._is_excluded(tensor):
+                if self._differs(tensor):
+                    self.excluded.append(tensor)
+            else:
+                self._take(tensor)
+            self.progress(self.old[tensor].entry.nbytes if tensor in self.old else 0)
+        whole = dict(self._whole_tensors())
+        if self.problems:
+            raise InputRefused(
+                f"{len(self.problems)} differences between {self.base.path} and {self.tuned.path} are none of a PEFT "
+                "adapter:",
+                listed(self.problems),
+                "--exclude NAME (a tensor, a module or a glob) leaves them out of the adapter. Nothing was written.",
+            )
+        if not self.pairs and not whole:
+            raise InputRefused(f"{self.tuned.path} has the weights of {self.base.path}: there is nothing to extract")
+        if not self.pairs:
+            raise InputRefused(f"no matrix of {self.tuned.path} differs from {self.base.path}: a LoRA would be empty")
+        adapter = Adapter(name, "extracted", self.pairs, replaced=whole, layouts=self.layouts)
+        return Extracted(adapter, tuple(self.layers), tuple(whole), tuple(self.excluded))
+
+    def _is_excluded(self, tensor: str) -> bool:
+        return any(fnmatch.fnmatchcase(tensor, glob) or f"{glob}.weight" == tensor for glob in self.exclude)
+
+    def _differs(self, tensor: str) -> bool:
+        if tensor not in self.new or tensor not in self.old:
+            return True
+        old, new = self.old[tensor], self.new[tensor]
+        return old.entry.shape != new.entry.shape or not have_equal_bits(old, new)
+
+    # --- one tensor ---
+
+    def _take(self, tensor: str) -> None:
+        if tensor not in self.new:
+            self.problems.append(f"{tensor} {self.old[tensor].entry.shape}: only BASE has it")
+            return
+        if tensor not in self.old:  # of a new head
+            self.others.append(tensor)
+            return
+        old, new = self.old[tensor], self.new[tensor]
+        if old.entry.shape != new.entry.shape:
+            self.problems.append(f"{tensor}: BASE has {old.entry.shape}, TUNED {new.entry.shape}")
+        elif not math.prod(old.entry.shape):
+            return
+        elif not self._may_have_pair(tensor) or str(new.entry.dtype) not in FLOATS:
+            if not have_equal_bits(old, new):
+                self.others.append(tensor)
+        else:
+            difference = Difference(old, new)
+            if difference.energy and (problem := self._problem_of_pair(tensor)):
+                self.problems.append(f"{tensor}: {problem}")
+            elif difference.energy:
+                self._add_pair(tensor, difference)
+
+    def _spec(self, tensor: str) -> TensorSpec:
+        return self.specs[self.old[tensor].name]
+
+    def _may_have_pair(self, tensor: str) -> bool:
+        """Whether LoRA has a layer for this tensor.
+
+        A convolution with one channel for each group is left to PEFT as a whole: its LoRA mixes the channels.
+        """
+        spec = self._spec(tensor)
+        is_depthwise = len(spec.shape) > 2 and spec.shape[1] == 1 and spec.shape[0] > 1
+        return tensor.endswith(".weight") and 2 <= len(spec.shape) <= 5 and spec.is_float and not is_depthwise
+
+    def _problem_of_pair(self, tensor: str) -> str:
+        spec = self._spec(tensor)
+        if tensor in self.converted:
+            return "transformers joins it with other tensors, or splits it, when it loads the model"
+        if self._layout(spec) is Layout.UNKNOWN:
+            return f"how it is stored is unknown. State it by --layout {tensor}=out_in (nn.Linear) or =in_out (Conv1D)"
+        if spec.aliases:
+            return f"it is {' and '.join(spec.aliases)} too (the header of the file ties them)"
+        if is_embedding(tensor.removesuffix(".weight")) and self._is_tied():
+            return (
+                "the input embeddings are the output embeddings too (tie_word_embeddings), and a pair for the one does "
+                "not change the other"
+            )
+        return ""
+
+    def _layout(self, spec: TensorSpec) -> Layout:
+        if len(spec.shape) > 2:
+            return Layout.OUT_IN
+        if is_embedding(spec.name.removesuffix(".weight")):
+            return Layout.EMBEDDING
+        names = (spec.name, spec.name.removesuffix(".weight"))
+        if spec.layout is Layout.UNKNOWN:
+            matching = [each for glob, each in self.layout.items() if any(fnmatch.fnmatchcase(n, glob) for n in names)]
+            return Layout(matching[-1]) if matching else Layout.UNKNOWN
+        return Layout.IN_OUT if spec.layout is Layout.IN_OUT else Layout.OUT_IN
+
+    def _is_tied(self) -> bool:
+        words = _word_count(self.base)
+        tables = [spec for spec in self.specs.values() if len(spec.shape) == 2 and spec.shape[0] == words]
+        architecture = str((self.base.config.get("architectures") or [""])[0])
+        is_one = len(tables) == 1 and self.base.config.get("tie_word_embeddings", True)
+        return bool(is_one and WORD_HEAD.search(architecture))
+
+    def _add_pair(self, tensor: str, difference: Difference) -> None:
+        spec = self._spec(tensor)
+        values, layout = difference.singular_values(self.truncation), self._layout(spec)
+        rank = self.truncation.rank_of(values)
+        module = tensor.removesuffix(".weight")
+        shape = spec.shape[::-1] if layout.is_transposed else spec.shape
+        self.pairs[module] = _pair(values, rank, shape, layout)
+        if len(shape) == 2 and layout is not Layout.EMBEDDING:
+            self.layouts[module] = layout.value
+        norm = math.sqrt(difference.energy)
+        self.layers.append(LayerShare(module, shape, rank, min(difference.shape), values.captured(rank), norm))
+
+    # --- tensors that are saved whole ---
+
+    def _whole_tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The other tensors that differ or are new, with all those of their modules."""
+        seen: set[str] = set()
+        for tensor in self.others:
+            module, _, kind = tensor.rpartition(".")
+            if tensor in self.converted or not module:
+                why = "transformers joins or splits it" if module else "it is a parameter of the model itself"
+                self.problems.append(f"{tensor}: no module that PEFT could save has it ({why})")
+            elif module in self.pairs:
+                if kind == "bias":
+                    yield tensor, self._read(tensor)
+                else:
+                    self.problems.append(f"{tensor}: its module has a pair, and PEFT saves its bias alone beside that")
+            elif len(self.new[tensor].entry.shape) > 2 and kind != "weight":
+                self.problems.append(f"{tensor}: a parameter of {module}, such as experts, of which no pair is made")
+            elif any("." in name.removeprefix(f"{module}.") for name in self.new if name.startswith(f"{module}.")):
+                self.problems.append(f"{tensor}: a parameter of {module}, which has other modules: PEFT would save all")
+            elif module not in seen:
+                seen.add(module)
+                yield from ((name, self._read(name)) for name in self.new if name.rpartition(".")[0] == module)
+
+    def _read(self, tensor: str) -> NDArray[Any]:
+        return self.new[tensor].file.read(self.new[tensor].name)
+
+
+def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
+    """The tensors by their names in the loaded model; those that are joined or split there by the names in the file.
+
+    The second result is the names of the latter.
+    """
+    stored = {name: StoredTensor(file, name) for file in checkpoint.shards.values() for name in file.entries}
+    if checkpoint.rules is None:
+        return stored, set()
+    loaded = {tensor.stored: name for name, tensor in LoadedNames(checkpoint.rules, stored).items() if tensor.stored}
+    return {loaded.get(name, name): tensor for name, tensor in stored.items()}, set(stored) - set(loaded)
+
+
+def _prefix(old: Iterable[str], new: Collection[str]) -> str:
+    """What precedes all names of the base in the tuned model, which has a head; empty where that is nothing."""
+    first, *others = old
+    candidates = [name.removesuffix(first) for name in new if name.endswith(f".{first}")]
+    if first in new:
+        return ""
+    return next((p for p in candidates if all(p + name in new for name in others)), "")
+
+
+def _word_count(base: Checkpoint) -> int | None:
+    parts = [base.config, base.config.get("text_config")]
+    return next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
+
+
+def _pair(values: SingularValues, rank: int, shape: Sequence[int], layout: Layout) -> LoraPair:
+    a, b = values.factors(rank)
+    if layout.is_transposed:
+        a, b = b.T, a.T
+    kernel = [1] * (len(shape) - 2)
+    return LoraPair(
+        a.reshape(rank, *shape[1:]), b.reshape(-1, rank, *kernel), 1.0, embedding=layout is Layout.EMBEDDING
+    )
