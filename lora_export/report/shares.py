@@ -12,7 +12,7 @@ from lora_export.errors import one_line
 from lora_export.report.terminal import print_table
 from lora_export.verification.parity import count
 
-SHOWN_LAYERS = 5
+LISTED_LAYERS = 5
 
 
 def print_shares(
@@ -27,10 +27,10 @@ def print_shares(
     total = total_share(layers)
     to.print(f"wrote {one_line(str(output))}: {count(len(layers), 'pair')} of {rank}, {_percent(total)} of ‖ΔW‖²")
     if tensors:
-        names = ", ".join(tensors if whole else tensors[:SHOWN_LAYERS])
-        more = "" if whole or len(tensors) <= SHOWN_LAYERS else f" and {len(tensors) - SHOWN_LAYERS} more"
+        names = ", ".join(tensors if whole else tensors[:LISTED_LAYERS])
+        more = "" if whole or len(tensors) <= LISTED_LAYERS else f" and {len(tensors) - LISTED_LAYERS} more"
         to.print(one_line(f"{count(len(tensors), 'tensor')} saved whole: {names}{more}"))
-    least = sorted(layers, key=lambda layer: layer.share)[: None if whole else SHOWN_LAYERS]
+    least = sorted(layers, key=lambda layer: layer.share)[: None if whole else LISTED_LAYERS]
     if not whole and all(layer.share > 0.9995 for layer in least):
         return
     rows = [["layers with the least share" if not whole else "layer", "shape", "rank", "of", "‖ΔW‖", "share"]]

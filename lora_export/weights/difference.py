@@ -29,7 +29,7 @@ FIRST_RANK = 16  # that a search for a rank begins with
 GRAM_FROM = 4  # a rank above 1/4 of the largest one is found faster by the Gram matrix
 
 
-class StoredTensor(NamedTuple):
+class TensorInFile(NamedTuple):
     """One tensor in its file."""
 
     file: TensorFile
@@ -40,7 +40,7 @@ class StoredTensor(NamedTuple):
         return self.file.entries[self.name]
 
 
-def have_equal_bits(base: StoredTensor, tuned: StoredTensor) -> bool:
+def have_equal_bits(base: TensorInFile, tuned: TensorInFile) -> bool:
     """Whether two tensors of one shape have the same dtype and the same bits."""
     if base.entry.dtype != tuned.entry.dtype:
         return False
@@ -54,8 +54,8 @@ class Difference:
     Raises InputRefused where a value of either is not finite.
     """
 
-    base: StoredTensor
-    tuned: StoredTensor
+    base: TensorInFile
+    tuned: TensorInFile
     energy: float = field(init=False)  # ‖·‖²
     is_equal: bool = field(init=False)  # whether both have the same bits
 
@@ -171,7 +171,7 @@ def _from_basis(basis: NDArray[np.float64], products: NDArray[np.float64], energ
 _Rows = tuple[slice, NDArray[np.generic], NDArray[np.generic]]
 
 
-def _stored_rows(base: StoredTensor, tuned: StoredTensor) -> Iterator[_Rows]:
+def _stored_rows(base: TensorInFile, tuned: TensorInFile) -> Iterator[_Rows]:
     """Blocks of rows of a tensor in both files, (rows, columns)."""
     entry = base.entry
     step = max(1, BLOCK_ENTRIES // max(1, math.prod(entry.shape[1:])))
@@ -181,7 +181,7 @@ def _stored_rows(base: StoredTensor, tuned: StoredTensor) -> Iterator[_Rows]:
             yield rows, _rows(base, first.fileno(), rows), _rows(tuned, second.fileno(), rows)
 
 
-def _rows(tensor: StoredTensor, fd: int, rows: slice) -> NDArray[np.generic]:
+def _rows(tensor: TensorInFile, fd: int, rows: slice) -> NDArray[np.generic]:
     """Some rows of a tensor, (rows, columns), from its file."""
     entry = tensor.entry
     stored = np.empty((rows.stop - rows.start) * entry.row_bytes, np.uint8)

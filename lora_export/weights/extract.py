@@ -20,7 +20,7 @@ from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.plan.conversion.loaded_names import LoadedNames
 from lora_export.plan.layouts import check_stated
 from lora_export.weights.checkpoint import Checkpoint
-from lora_export.weights.difference import Difference, StoredTensor, have_equal_bits
+from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
 from lora_export.weights.embedding_names import is_embedding
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
@@ -226,12 +226,12 @@ class _Extraction:
         return self.new[tensor].file.read(self.new[tensor].name)
 
 
-def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
+def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, TensorInFile], set[str]]:
     """The tensors by their names in the loaded model; those that are joined or split there by the names in the file.
 
     The second result is the names of the latter.
     """
-    stored = {name: StoredTensor(file, name) for file in checkpoint.shards.values() for name in file.entries}
+    stored = {name: TensorInFile(file, name) for file in checkpoint.shards.values() for name in file.entries}
     if checkpoint.rules is None:
         return stored, set()
     loaded = {tensor.stored: name for name, tensor in LoadedNames(checkpoint.rules, stored).items() if tensor.stored}

@@ -12,16 +12,16 @@ from lora_export.adapters.low_rank import Truncation
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
 from lora_export.weights import difference
-from lora_export.weights.difference import Difference, StoredTensor, have_equal_bits
+from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
 
 RNG = np.random.default_rng(4)
 
 
-def stored(folder: Path, old: np.ndarray, new: np.ndarray) -> tuple[StoredTensor, StoredTensor]:
+def stored(folder: Path, old: np.ndarray, new: np.ndarray) -> tuple[TensorInFile, TensorInFile]:
     safetensors_file.write(folder / "old", {"w": old})
     safetensors_file.write(folder / "new", {"bert.w": new})
     one, other = (safetensors_file.open_file(folder / name) for name in ("old", "new"))
-    return StoredTensor(one, "w"), StoredTensor(other, "bert.w")
+    return TensorInFile(one, "w"), TensorInFile(other, "bert.w")
 
 
 def matrix(rows: int, columns: int, rank: int, noise: float, fall: float = 0.8) -> np.ndarray:
