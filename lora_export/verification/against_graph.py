@@ -13,6 +13,7 @@ GiB; with as many layers in 4 bits, which are dequantised whole, 3.2 GiB. `test_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +34,10 @@ from lora_export.verification.against_origin import AGAINST, UNCHANGED
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep, OutputsByCase, sensitivity_of
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
+from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import STEPS, Diagnosed, MergedPeer, ReferenceOutputs, note_on_fp64
 from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph
+from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_sessions import open_graph_session, run_in_fp64
 from lora_export.verification.references.graph_with_adapter import (
     at_strength,
@@ -174,8 +177,12 @@ class PreparedGraphReferences:
         del model
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
 
-    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> None:
-        """None: a graph for each pair would have to be made and run."""
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
+        """Run the base graph with W + ΔW in fp64, without single pairs, and judge what it returns."""
+        base = self.references.base
+        model, sites, steps = self._planned()
+        judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
+        return control_graph_pairs(model, sites, steps, self.inputs.cases, cases, judge, timeout=base.timeout)
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:  # noqa: ARG002
         """None: two graphs are not compared module by module."""
@@ -235,10 +242,14 @@ class PreparedGraphReferences:
 
     def _with_adapters(self, form: Form, factor: float = 1.0) -> tuple[ir.Model, list[str]]:
         """A copy of the base graph with the adapters in a form, and notes."""
+        model, sites, steps = self._planned()
+        return model, form(model, sites, at_strength(steps, factor))
+
+    def _planned(self) -> tuple[ir.Model, Sites, Plan]:
+        """A copy of the base graph, and where the adapters are in it."""
         model = self.references.base.model.clone()
         sites = find_sites(model, self.references.base.checkpoint)
-        steps = plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
-        return model, form(model, sites, at_strength(steps, factor))
+        return model, sites, plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
 
 
 # --- forms of adapters in a graph; each returns notes -----------------------------------------------

@@ -1,4 +1,4 @@
-"""What was found when single pairs of the adapters were switched off (references/single_pairs.py), in sentences."""
+"""What was found when single pairs of the adapters were switched off (references/switched_pairs.py), in sentences."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def prove(
     if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
         step("single pairs")
         controls = prepared.control_pairs([case for case in cases if case.candidate], expected)
-        verdict = _with_pair_controls(verdict, controls) if controls else verdict
+        verdict = _with_pair_controls(verdict, controls)
     verdict = _with_remedy(verdict, references.remedy)
     if all(comparison.figures for comparison in verdict.comparisons):
         step("the provider's own settings")

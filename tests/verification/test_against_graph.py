@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,13 +21,14 @@ from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays
 from lora_export.verification import against_graph, proof
 from lora_export.verification.against_graph import GraphReferences
-from lora_export.verification.parity import Outcome
+from lora_export.verification.pair_controls import PairControls
+from lora_export.verification.parity import Outcome, Verdict
 from lora_export.verification.proof import Proof, prove
 
 WIDTH, LAYERS, RANK = 256, 2, 2
 
 
-def tower(path: Path) -> Path:
+def tower(path: Path, shape: Sequence[Any] = ("batch", WIDTH)) -> Path:
     """Wide layers, each on the output of the one before."""
     rng = np.random.default_rng(0)
     nodes, tensors = [], []
@@ -34,7 +37,7 @@ def tower(path: Path) -> Path:
         tensors.append(numpy_helper.from_array(weight, f"l{layer}.weight"))
         names = [f"x{layer}", f"l{layer}.weight"], [f"x{layer + 1}"]
         nodes.append(helper.make_node("MatMul", *names, name=f"l{layer}"))
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", WIDTH]) for name in ("x0", f"x{LAYERS}")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x0", f"x{LAYERS}")]
     graph = helper.make_graph(nodes, "tower", ends[:1], ends[1:], tensors)
     imports = [helper.make_opsetid("", 21)]
     path.write_bytes(helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString())
@@ -65,6 +68,39 @@ def judged(folder: Path, std: float, strength: float = 1.0) -> Proof:
     """The proof of a merge with this strength, as of one with strength 1."""
     candidate = OnnxRunner(merged_graph(folder, std, strength))
     return prove(candidate, GraphReferences.open(folder / "tower.onnx", "merged", [an_adapter(std)]))
+
+
+def judged_without_second(folder: Path, scale: float, strength: float) -> Verdict:
+    """The verdict on a merge whose second pair has `scale`, and `strength` times it in the candidate."""
+    base = ir.load(tower(folder / "tower.onnx", ["batch", "sequence", WIDTH]))
+    whole = an_adapter(0.05)
+    first, second = whole.pairs.items()
+    right, own = (
+        replace(whole, pairs=dict([first, (second[0], replace(second[1], scale=factor))]))
+        for factor in (scale, scale * strength)
+    )
+    found = find_sites(base)
+    fold_graph(base, found, plan.make([own], found.specs))
+    save_graph(base, folder, "merged.onnx")
+    references = GraphReferences.open(folder / "tower.onnx", "merged", [right])
+    return prove(OnnxRunner(folder / "merged.onnx"), references).verdict
+
+
+@pytest.mark.parametrize("scale", [1e-5, 3e-6])
+def test_candidate_without_a_pair_below_the_gates_is_different(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    assert judged_without_second(tmp_path, scale, 1.0).same
+    verdict = judged_without_second(tmp_path, scale, 0.0)
+    assert [reason.text.partition(":")[0] for reason in verdict.reasons] == ["l1"]
+    assert verdict.outcome is Outcome.DIFFERENT and "the candidate lacks" in str(verdict)
+    monkeypatch.setattr(against_graph, "control_graph_pairs", lambda *_, **__: PairControls())
+    assert judged_without_second(tmp_path, scale, 0.0).same, "the gates see this pair: nothing else was tested"
+
+
+def test_a_pair_far_below_rounding_is_listed_as_not_judged(tmp_path: Path) -> None:
+    verdict = judged_without_second(tmp_path, 1e-8, 1.0)
+    assert verdict.same and "1 of the 2 pairs of the adapters, whose effect is much smaller" in verdict.not_judged[0]
 
 
 def test_a_doubt_names_the_pytorch_model_as_remedy(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
 
     module_copies.py       copies of a module that share or convert its tensors; a module widened to fp64 in place
     attached_module.py     PyTorch's references in fp64: adapters attached as branches
-    single_pairs.py        PyTorch in fp64 without single pairs: whether their absence would be detected
+    switched_pairs.py      single pairs switched off: whether their absence would be detected
+    single_pairs.py        PyTorch in fp64 without single pairs
     deployed_module.py     PyTorch as deployed, and with its adapters merged
     half_graphs.py         graphs that compute in half precision and return fp32
     candidate_weights.py   how a candidate rounds or quantises its weights
@@ -16,6 +17,7 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
     base_graph.py          the graph that candidates were made from, its inputs and its outputs in fp64
     graph_with_adapter.py  adapters in a graph, in other forms than the candidate's
     graph_fp64.py          a graph rewritten to compute in fp64
+    graph_pairs.py         a graph in fp64 without single pairs
     graph_sessions.py      sessions of graphs in memory
 """
 
@@ -94,8 +96,8 @@ class PreparedReferences(Protocol):
     def run_merged(self, step: OnProofStep) -> MergedPeer | None:
         """Run the deployed model with its adapters merged; None where that is no other computation."""
 
-    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls | None:
-        """Switch single pairs of the adapters off, which `run` has run; None where these references cannot."""
+    def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
+        """Switch off single pairs of the adapters, which `run` has run."""
 
     def diagnose(self, case: parity.Case, *, every: bool, step: OnProofStep) -> Diagnosed:
         """Find the first module that differs in a case. Returns notes, too, and None where nothing is compared.

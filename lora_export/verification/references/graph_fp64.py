@@ -7,7 +7,7 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -167,13 +167,15 @@ def _subgraphs(node: ir.Node) -> list[ir.Graph]:
     return graphs
 
 
-def compute_weights_late(model: ir.Model) -> None:
+def compute_weights_late(model: ir.Model, parts: Collection[ir.Value] = ()) -> None:
     """Let onnxruntime compute each layer's weight just before it is read, where nodes compute it from constants.
+
+    `parts` are inputs of the graph that weights are computed from, too.
 
     onnxruntime runs the inputs of a node one after the other, and first those whose nodes are later in the graph. Nodes
     at the beginning of the graph run last. Anywhere else, all computed weights would be in memory at once.
     """
-    constant_values: set[ir.Value] = set()
+    constant_values = set(parts)
     nodes = []
     for node in model.graph:
         is_constant = all(

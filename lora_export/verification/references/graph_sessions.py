@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -36,12 +36,22 @@ def open_graph_session(model: ir.Model, name: str, provider: str, *, timeout: fl
 
 def run_in_fp64(model: ir.Model, cases: Mapping[str, Arrays], *, timeout: float = TIMEOUT) -> Fp64Outputs:
     """Run a graph in fp64 on the CPU, without optimisations. The graph is changed and of no further use."""
+    runner, narrow_operators = open_in_fp64(model, timeout=timeout)
+    return Fp64Outputs({name: runner.run(arrays) for name, arrays in cases.items()}, narrow_operators)
+
+
+def open_in_fp64(
+    model: ir.Model, *, parts: Collection[ir.Value] = (), timeout: float = TIMEOUT
+) -> tuple[OnnxRunner, frozenset[str]]:
+    """A session of a graph in fp64 on the CPU, without optimisations, and the operators without a kernel in fp64.
+
+    `parts` are inputs that weights are computed from. The graph is changed and of no further use.
+    """
     gc.collect()  # graphs are cyclic: without this the previous one, with the weights made for it, stays in memory
     narrow_operators = frozenset(widen(model, inferred_types))
-    compute_weights_late(model)
+    compute_weights_late(model, parts)
     graph = InMemoryGraph("the graph in fp64", *in_memory(model))
-    runner = OnnxRunner(graph, optimise=False, low_memory=True, timeout=timeout)
-    return Fp64Outputs({name: runner.run(arrays) for name, arrays in cases.items()}, narrow_operators)
+    return OnnxRunner(graph, optimise=False, low_memory=True, timeout=timeout), narrow_operators
 
 
 def inferred_types(model: ir.Model) -> dict[str, ir.DataType]:

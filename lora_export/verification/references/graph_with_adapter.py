@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -29,21 +29,36 @@ from lora_export.plan import Layout, Plan, Step
 from lora_export.verification.parity import Wide
 from lora_export.verification.references.graph_fp64 import KEEPS_ROUNDING, dequantise
 
+PAIR_PARTS = ("A", "B", "magnitude")
 HALF_PRECISION = frozenset({"float16", "bfloat16"})
 
 
-def sum_at_weights(model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool = False) -> None:
+class RecordedConstant(NamedTuple):
+    """A tensor of the adapters in a graph, and where it is used."""
+
+    step: Step
+    site: Site
+    part: str  # A, B or magnitude
+    value: ir.Value  # the initializer
+    array: NDArray[Any]
+    is_transposed: bool  # the factors are A (in, rank) and B (rank, out)
+
+
+def sum_at_weights(
+    model: ir.Model, sites: Sites, plan: Plan, *, rounded: bool = False, record: list[RecordedConstant] | None = None
+) -> None:
     """Let every reader of a planned weight read W + ΔW, computed by nodes of the graph. Changes `model` in memory.
 
     ΔW = Σ strength·scale·B·A, as products of the adapter's own factors. DoRA's norms are computed from the sum by nodes
     too. Weights in half precision are summed in fp32 and rounded once. With `rounded`, `graph_fp64.widen` keeps that
-    rounding. A MatMulNBits becomes a MatMul by its dequantised weight. `sites` is invalid afterwards.
+    rounding. A MatMulNBits becomes a MatMul by its dequantised weight. `record` receives the tensors of the pairs.
+    `sites` is invalid afterwards.
     """
     refuse_unsupported_steps(plan)
     factory, products = NodeFactory(model), _DequantisedProducts(model)
     for step in plan.steps:
         for site in sites.by_name[step.weight]:
-            _WeightSum(factory, step, site, products.of(site), rounded=rounded).insert()
+            _WeightSum(factory, step, site, products.of(site), rounded=rounded, record=record).insert()
 
 
 def branches_where_possible(model: ir.Model, sites: Sites, plan: Plan) -> int:
@@ -194,8 +209,17 @@ class _DequantisedProducts:
 class _WeightSum:
     """W + ΔW for one reader of a weight, as nodes before the reader."""
 
-    def __init__(self, factory: NodeFactory, step: Step, site: Site, product: ir.Node | None, *, rounded: bool):
-        self.factory, self.step, self.site, self.rounded = factory, step, site, rounded
+    def __init__(
+        self,
+        factory: NodeFactory,
+        step: Step,
+        site: Site,
+        product: ir.Node | None,
+        *,
+        rounded: bool,
+        record: list[RecordedConstant] | None,
+    ):
+        self.factory, self.step, self.site, self.rounded, self.record = factory, step, site, rounded, record
         self.node = product or site.node
         self.index, self.layout = (1, Layout.IN_OUT) if product is not None else self._input_and_layout()
 
@@ -239,8 +263,8 @@ class _WeightSum:
     def _with_pairs(self, weight: ir.Value) -> ir.Value:
         b, a = _factors(self.step)
         b = _with_neighbours(self.site, b)
-        factors = (a.T, b.T) if self.is_transposed else (b, a)
-        delta = self._add("MatMul", *(self._constant(f"factor{n}", factor) for n, factor in enumerate(factors)))
+        factors = {"A": a.T, "B": b.T} if self.is_transposed else {"B": b, "A": a}
+        delta = self._add("MatMul", *(self._constant(part, factor) for part, factor in factors.items()))
         kernel = self.step.terms[0].pair.a.shape[2:]
         if not kernel:
             return self._with_dora(self._add("Add", weight, delta))
@@ -285,6 +309,8 @@ class _WeightSum:
     def _constant(self, part: str, array: NDArray[Any]) -> ir.Value:
         """An initializer. fp64 numbers are rounded to fp32 when the graph runs, and not at all in a widened graph."""
         value = _initializer(self.factory, self.step, part, array)
+        if self.record is not None and part in PAIR_PARTS:
+            self.record.append(RecordedConstant(self.step, self.site, part, value, array, self.is_transposed))
         return self._cast(value, ir.DataType.FLOAT) if array.dtype == np.float64 else value
 
     def _add(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
