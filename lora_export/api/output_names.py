@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_export.errors import WrongUsage
+from lora_export.errors import OutputFailed, WrongUsage
 
 # Suffixes of other files: such a name is a mistake, and no name with a dot in it
 KINDS = frozenset(
     {".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".ts", ".safetensors", ".bin", ".json", ".npz"}
 )
+
+# Suffix -> what reads and writes such files
+LIBRARIES = {".onnx": "ONNX's libraries", ".pt": "PyTorch's readers"}
 
 
 def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
@@ -18,11 +21,21 @@ def with_suffix(output: str | Path, suffix: str, *others: str) -> Path:
 
     What exists under the name keeps it: a file that is to be replaced, or a folder, which the command then refuses.
 
-    Raises WrongUsage for the suffix of another kind of file.
+    Raises WrongUsage for the suffix of another kind of file, and OutputFailed for a path that its library cannot open.
     """
     path = Path(output)
+    if library := LIBRARIES.get(suffix):
+        _require_utf8(path, library)
     if path.suffix in (suffix, *others) or path.name in ("", ".."):
         return path
     if path.suffix in KINDS:
         raise WrongUsage(f"the output is a {suffix} file: name it {path.with_suffix(suffix)}, not {path.name}")
     return path if os.path.lexists(path) else path.with_name(path.name + suffix)
+
+
+def _require_utf8(path: Path, library: str) -> None:
+    """Raise OutputFailed for a path that the library cannot open. Comes before any work is done."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise OutputFailed(f"{path} is not UTF-8, and {library} take no such path. Name it otherwise") from error

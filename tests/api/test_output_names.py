@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lora_export.api.output_names import with_suffix
-from lora_export.errors import WrongUsage
+from lora_export.errors import OutputFailed, WrongUsage
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,19 @@ from lora_export.errors import WrongUsage
 )
 def test_a_name_without_the_suffix_gets_it(name: str, expected: str) -> None:
     assert with_suffix(name, ".onnx") == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "library"),
+    [(b"m\xff.onnx", ".onnx", "ONNX's libraries"), (b"\xff/m.ts", ".pt", "PyTorch's readers")],
+)
+def test_a_path_that_a_library_cannot_open_is_refused(name: bytes, suffix: str, library: str) -> None:
+    with pytest.raises(OutputFailed, match=rf"\\udcff.* is not UTF-8, and {library} take no such path"):
+        with_suffix(os.fsdecode(name), suffix, ".ts")
+
+
+def test_safetensors_may_have_any_path() -> None:
+    assert with_suffix(os.fsdecode(b"m\xff"), ".safetensors").name == os.fsdecode(b"m\xff.safetensors")
 
 
 def test_further_suffixes_of_the_kind_are_left_alone() -> None:

@@ -36,12 +36,13 @@ class ScriptRunner:
     (default: 2 GiB and 4 times the file; where the system can bound it). Each run ends within `timeout` seconds.
 
     `input_names` are the names of its inputs in order, where the file has no record of them. Raises InputRefused
-    where the file is no TorchScript, or calls what is not run. `run` raises RuntimeRefused where the script fails, or
-    needs more time or memory.
+    where the file is no TorchScript, its path is not UTF-8, or it calls what is not run. `run` raises RuntimeRefused
+    where the script fails, or needs more time or memory.
     """
 
     def __init__(self, path: Path, input_names: Sequence[str], *, timeout: float = TIMEOUT, memory: int | None = None):
         input_files.must_be_regular(path)
+        _require_utf8(path)
         self.path, self.timeout = path, timeout
         self.memory = MEMORY + MEMORY_OF_FILE * path.stat().st_size if memory is None else memory
         self.axes: Mapping[str, tuple[int | None, ...]] = {}
@@ -94,6 +95,15 @@ class ScriptRunner:
         if expired.is_set():
             raise TooSlow(self.path, self.timeout)
         raise RuntimeRefused(f"the process that runs {self.path} ended: {_reason(code, self.memory)}")
+
+
+def _require_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputRefused(
+            f"{path} is not UTF-8, and PyTorch's reader takes no such path. Name it otherwise"
+        ) from error
 
 
 def _start(path: Path, memory: int) -> subprocess.Popen[bytes]:

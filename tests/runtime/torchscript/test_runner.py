@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_file_without_torchscript_is_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.pt").write_bytes(b"noise")
     with pytest.raises(InputRefused, match="no TorchScript"):
         ScriptRunner(tmp_path / "noise.pt", [])
+
+
+def test_path_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    (path := tmp_path / os.fsdecode(b"m\xff.pt")).write_bytes(b"")
+    with pytest.raises(InputRefused, match=r"m\\udcff\.pt is not UTF-8, and PyTorch's reader takes no such path"):
+        ScriptRunner(path, ["x"])
 
 
 def test_outputs_have_their_names_and_dtypes(tmp_path: Path) -> None:
