@@ -1,12 +1,14 @@
 """Weights in 8-bit floats with a scale for each block, as DeepSeek publishes them.
 
 A weight is float8_e4m3fn, and `weight_scale_inv` has a factor for each block of the config's `weight_block_size`; the
-last blocks may be smaller. Their product is made in fp32, and rounded once to the dtype of the model.
+last blocks may be smaller. Other blocks divide the weight evenly: one for all, or 32 columns with powers of two, which
+are stored as exponents. The product is made in fp32, and rounded once to the dtype of the model.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.storage.block_copy import Bytes
+from lora_export.weights.quantised.float4 import powers_of_two
 from lora_export.weights.quantised.stored_parts import Decode, QuantisedTensor, StoredParts, refuse_damaged_scales
 
 FP8 = "float8_e4m3fn"
@@ -42,22 +45,40 @@ def _quantised(
     scales_name = f"{name.removesuffix('weight')}{SCALES}"
     if not name.endswith("weight") or len(shape) != 2:
         raise InputRefused(f"{name}: an 8-bit float of the shape {list(shape)} is no weight of a linear layer")
-    grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-    scales = parts.expect(scales_name, name, "float32", "bfloat16", most=grid[0] * grid[1])
-    if scales.shape != grid:
+    scales = parts.expect(scales_name, name, "float32", "bfloat16", "uint8", most=math.prod(shape))
+    own = _block_of(scales.shape, (shape[0], shape[1]), block)
+    if own is None:
         raise InputRefused(
-            f"{scales_name}: the shape is {list(scales.shape)}, and {list(shape)} in blocks of {list(block)} needs "
-            f"{list(grid)}"
+            f"{scales_name}: the shape is {list(scales.shape)}, which divides {list(shape)} neither evenly nor into "
+            f"blocks of {list(block)}"
         )
 
     def load() -> Decode:
-        stored = parts.read(scales_name).astype(np.float32)
+        stored = parts.read(scales_name)
+        if stored.dtype == np.uint8:
+            stored = powers_of_two(scales_name, stored)
         refuse_damaged_scales(scales_name, stored)
-        return functools.partial(_decode, scales=stored, block=block, columns=shape[1], dtype=np.dtype(dtype))
+        grid = stored.astype(np.float32).reshape(-(-shape[0] // own[0]), -1)
+        return functools.partial(_decode, scales=grid, block=own, columns=shape[1], dtype=np.dtype(dtype))
 
     module = name.removesuffix("weight")
     every = (scales_name, *parts.present(*(f"{module}{what}" for what in ACTIVATION_SCALES)))
     return QuantisedTensor(name, shape, np.dtype(dtype), name, every, "fp8", load)
+
+
+def _block_of(grid: tuple[int, ...], shape: tuple[int, int], stated: tuple[int, int]) -> tuple[int, int] | None:
+    """The rows and columns that share a scale; None where such a grid of scales does not fit the shape.
+
+    The stated block may leave smaller blocks at the end. Another one divides the weight evenly, as transformers reads
+    it: one scale for all, or groups of columns. A weight may differ from what the config states of most.
+    """
+    if math.prod(grid) == 1:
+        return shape
+    if grid == (-(-shape[0] // stated[0]), -(-shape[1] // stated[1])):
+        return stated
+    if len(grid) != 2 or not math.prod(grid) or shape[0] % grid[0] or shape[1] % grid[1]:
+        return None
+    return shape[0] // grid[0], shape[1] // grid[1]
 
 
 def _decode(

@@ -50,12 +50,12 @@ def floats_in_groups(parts: StoredParts, name: str, packed: str, others: tuple[s
     def load() -> Decode:
         stored = parts.read(f"{name}_scale")
         if kind != "nvfp4":
-            return _Groups(kind, powers_of_two(f"{name}_scale", stored)).decode
+            return _Groups(kind, name, stored).decode
         refuse_damaged_scales(f"{name}_scale", stored)
         whole = parts.read(f"{name}_global_scale").reshape(-1)
         if not (np.isfinite(whole).all() and whole.all()):
             raise InputRefused(f"{name}_global_scale: {whole[0]} is no divisor. The file is damaged")
-        return _Groups(kind, stored.astype(np.float32) / whole).decode
+        return _Groups(kind, name, stored, whole).decode
 
     return QuantisedTensor(name, (numbers.shape[0], columns), BFLOAT16, packed, every, kind, load)
 
@@ -78,14 +78,22 @@ class _Groups:
     """Rows of floats with a scale for each group of columns."""
 
     kind: str
-    scales: NDArray[np.float32]  # (rows, groups)
+    name: str
+    stored: NDArray[Any]  # the scales as they are stored, (rows, groups)
+    divisor: NDArray[np.float32] | None = None  # (1,) of nvfp4
 
     def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
         """Some rows of the weight, from their packed bytes."""
-        scales = self.scales[rows]
+        scales = self._scales(self.stored[rows])
         values = self._floats(packed).reshape(*scales.shape, -1)
         values *= scales[:, :, None]
         return values.astype(BFLOAT16).reshape(len(scales), -1)
+
+    def _scales(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        if self.divisor is None:
+            return powers_of_two(f"{self.name}_scale", stored)
+        scales: NDArray[np.float32] = stored.astype(np.float32) / self.divisor
+        return scales
 
     def _floats(self, packed: Bytes) -> NDArray[np.float32]:
         if self.kind == "mxfp8":

@@ -13,6 +13,7 @@ Source: the publication's own packing, and gptqmodel 7.7 and auto-gptq 0.7.1, wh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,19 @@ class _OutputRows:
         """Some rows of the weight, from the columns of the packed words."""
         words = packed.view(np.uint32).reshape(-1, rows.stop - rows.start)
         values = unpack(np.ascontiguousarray(words.T), self.bits, self.inputs).astype(np.float32)
-        values -= self.zero_points[rows].astype(np.float32)[:, self.group_of_input]
-        values *= self.scales[rows].astype(np.float32)[:, self.group_of_input]
+        zero_points, scales = self.zero_points[rows].astype(np.float32), self.scales[rows].astype(np.float32)
+        if self.are_in_order:  # twice as fast as a look-up for each input
+            grouped = values.reshape(*scales.shape, -1)
+            grouped -= zero_points[:, :, None]
+            grouped *= scales[:, :, None]
+        else:
+            values -= zero_points[:, self.group_of_input]
+            values *= scales[:, self.group_of_input]
         return values.astype(self.scales.dtype)
+
+    @functools.cached_property
+    def are_in_order(self) -> bool:
+        """Whether the groups are equally many inputs that follow each other."""
+        groups = self.scales.shape[1]
+        expected = np.arange(self.inputs) // max(1, self.inputs // groups)
+        return self.inputs % groups == 0 and np.array_equal(self.group_of_input, expected)

@@ -70,7 +70,7 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
         refuse_damaged_scales(second, whole)
         own = parts.read(first)
         refuse_damaged_scales(first, own)
-        return _TwiceScaled(own.astype(np.float32) * whole, dtype).decode
+        return _TwiceScaled(own, whole, dtype).decode
 
     every = (first, second, *parts.present(*(f"{module}.{what}" for what in INPUT_SCALES)))
     return QuantisedTensor(name, (scales.shape[0], NVFP4_COLUMNS * groups), dtype, name, every, "modelopt nvfp4", load)
@@ -78,12 +78,13 @@ def _tensor(parts: StoredParts, module: str, dtype: np.dtype[Any]) -> QuantisedT
 
 @dataclass(frozen=True, eq=False)
 class _TwiceScaled:
-    scales: NDArray[np.float32]  # (rows, groups)
+    scales: NDArray[Any]  # (rows, groups), e4m3
+    second: NDArray[np.float32]  # (1,)
     dtype: np.dtype[Any]
 
     def decode(self, rows: slice, packed: Bytes) -> NDArray[Any]:
         """Some rows of the weight, from their packed bytes."""
-        scales = self.scales[rows]
+        scales = self.scales[rows].astype(np.float32) * self.second
         values = unpack_floats(packed).reshape(*scales.shape, NVFP4_COLUMNS)
         values += np.float32(0)  # the library's table has no -0
         values *= scales[:, :, None]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from lora_export.errors import InputRefused
 from lora_export.storage import safetensors_file
@@ -55,10 +56,40 @@ def test_rows_are_the_product_in_fp32_rounded_once(dtype: str, scale_dtype: torc
 
 
 @pytest.mark.parametrize(
+    "scales",
+    [
+        torch.tensor(0.3),
+        torch.tensor([0.3]),
+        torch.rand(2, 4) + 0.1,
+        (torch.rand(10, 1) + 0.1).bfloat16(),
+        torch.arange(100, 140, dtype=torch.uint8).reshape(10, 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_blocks_are_read_as_transformers_reads_them(scales: torch.Tensor, dtype: str, tmp_path: Path) -> None:
+    tensors = stored() | {"x.weight_scale_inv": scales}
+    expected = Fp8Dequantize(None)._dequantize_one(tensors["x.weight"], scales, getattr(torch, dtype))
+    tensor = found(tensors, tmp_path / "m.safetensors", dtype, weight_block_size=None)
+    packed = tensors["x.weight"].view(torch.uint8).numpy()
+    for rows in (slice(0, 10), slice(3, 5)):
+        own = tensor.decode(rows, packed[rows].reshape(-1))
+        assert own.tobytes() == expected[rows].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_exponent_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    tensors = stored() | {"x.weight_scale_inv": torch.full((10, 4), 255, dtype=torch.uint8)}
+    with pytest.raises(InputRefused, match="a scale of 255 is no number"):
+        found(tensors, tmp_path / "m.safetensors").decode(slice(0, 1), np.zeros(20, np.uint8))
+
+
+@pytest.mark.parametrize(
     ("change", "fields", "message"),
     [
-        ({"x.weight_scale_inv": torch.ones(2, 3)}, {}, r"the shape is \[2, 3\], and \[10, 20\] in blocks of \[4, 8\]"),
-        ({"x.weight_scale_inv": torch.ones(4, 3)}, {}, "12 elements, and x.weight needs 9"),
+        ({"x.weight_scale_inv": torch.ones(2, 3)}, {}, r"\[2, 3\], which divides \[10, 20\] neither evenly nor into"),
+        ({"x.weight_scale_inv": torch.ones(4, 3)}, {}, r"neither evenly nor into blocks of \[4, 8\]"),
+        ({"x.weight_scale_inv": torch.ones(5)}, {}, "neither evenly"),
+        ({"x.weight_scale_inv": torch.ones(0, 20)}, {}, "neither evenly"),
+        ({"x.weight_scale_inv": torch.ones(20, 20)}, {}, "400 elements, and x.weight needs 200"),
         ({"x.weight_scale_inv": torch.ones(3, 3, dtype=torch.int32)}, {}, "its dtype is int32"),
         ({}, {"weight_block_size": [4]}, "not two positive numbers"),
         ({}, {"weight_block_size": [0, 8]}, "not two positive numbers"),
