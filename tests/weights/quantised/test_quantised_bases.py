@@ -215,6 +215,16 @@ def of_one_layer(scheme: str) -> tuple[dict[str, torch.Tensor], dict[str, object
             "fc.scales": scales.T.contiguous(),
         }
         return stored, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, numbers * scales
+    if scheme == "mxfp4":
+        codes = torch.zeros(1, 8, 2, 16, dtype=torch.uint8)
+        stored = {"fc.weight": torch.ones(8, 64), "x_blocks": codes, "x_scales": torch.zeros(1, 8, 2).to(torch.uint8)}
+        return {**stored}, {"quant_method": "mxfp4"}, torch.ones(8, 64)
+    if scheme == "nf4":
+        weight = torch.randn(8, 64)
+        floats, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
+        parts = {f"fc.weight.{part}": value for part, value in state.as_dict(packed=True).items()}
+        scheme_of = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        return {"fc.weight": floats, **parts}, scheme_of, functional.dequantize_4bit(floats, state)
     if scheme == "modelopt":
         stored = {
             "fc.weight": packed(nibbles).view(torch.uint8),
@@ -340,29 +350,41 @@ def test_note_says_which_adapters_fit_weights_of_awq(tmp_path: Path) -> None:
     assert any("AWQ scales weights and the inputs of their layers" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("part", ["scales", "qweight", "qzeros", "g_idx"])
-@pytest.mark.parametrize("fault", ["nan", "huge", "missing", "empty"])
-def test_damaged_base_ends_with_exit_3_and_no_output(
-    part: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# The one fault that a base survives: the config of GPTQ states the size of a group too.
+HARMLESS = {("gptq", "fc.g_idx", "missing")}
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "empty", "huge", "other dtype"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "nf4", "mxfp4"])
+def test_each_damaged_part_ends_with_exit_3_and_no_output(
+    scheme: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored, quantization, _ = of_one_layer("gptq")
-    name = f"fc.{part}"
+    stored, quantization, _ = of_one_layer(scheme)
+    adapter = of_fc(tmp_path / "adapter")
+    for number, name in enumerate(name for name in stored if "input_scale" not in name):
+        base, out = tmp_path / f"base{number}", tmp_path / f"merged{number}"
+        base.mkdir()
+        tensors = damaged(stored, name, fault) | {"norm.weight": torch.ones(64)}
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
+        code = call("merge", base, adapter, "-o", out, "--dequantize")
+        error = capsys.readouterr().err
+        is_harmless = (scheme, name, fault) in HARMLESS
+        assert code == (0 if is_harmless else 3), (name, error)
+        assert "Traceback" not in error and out.exists() == is_harmless
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(("base", "adapter", "merged"))]
+
+
+def damaged(stored: dict[str, torch.Tensor], name: str, fault: str) -> dict[str, torch.Tensor]:
+    """The tensors, one of which is missing, or has another content, shape or dtype."""
+    tensors, own = dict(stored), stored[name]
     if fault == "missing":
-        del stored[name]
+        del tensors[name]
     elif fault == "nan":
-        stored[name] = torch.full(stored[name].shape, torch.nan)
+        is_float = own.dtype.is_floating_point
+        tensors[name] = torch.full(own.shape, torch.nan).to(own.dtype if is_float else torch.float64)
+    elif fault == "other dtype":
+        tensors[name] = own.to(torch.int16)
     else:
-        stored[name] = torch.zeros(
-            0 if fault == "empty" else 1 << 20, *stored[name].shape[1:], dtype=stored[name].dtype
-        )
-    base = tmp_path / "base"
-    base.mkdir()
-    save_file(stored, base / "model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": quantization}))
-    line = ("merge", base, of_fc(tmp_path / "adapter"), "-o", tmp_path / "m", "--dequantize")
-    if (part, fault) == ("g_idx", "missing"):
-        assert call(*line) == 0  # the config states the size of a group
-        return
-    assert call(*line) == 3
-    assert "Traceback" not in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+        tensors[name] = torch.zeros(0 if fault == "empty" else 1 << 20, *own.shape[1:]).to(own.dtype)
+    return tensors
