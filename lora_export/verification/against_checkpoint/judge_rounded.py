@@ -17,9 +17,11 @@ from lora_export.verification.parity import Outcome
 
 def judge_rounded(name: str, step: Step | None, base: StoredTensor | None, candidate: StoredTensor) -> AuditedWeight:
     """Compare a tensor bit by bit with that of the base, or with that of the adapter."""
+    if step is None and base is not None:
+        base, candidate = base.as_matrix, candidate.as_matrix
     off = elements = 0
     differs = step is None  # whether the tensor of the adapter differs from that of the base
-    for rows in candidate.pieces():
+    for rows in candidate.pieces(least=1 if base is None else base.rows_at_once):
         with np.errstate(over="ignore"):
             old = base.rows(rows).astype(candidate.dtype, copy=False) if base is not None else None
             expected = old if step is None else _replacement(step, rows, old, candidate.dtype)
@@ -41,7 +43,7 @@ def judge_rest(name: str, parts: Sequence[StoredRegion], base: StoredTensor, can
     whole = StoredRegion(name, shape, slice(0, shape[0]))
     before, after = base.part(whole), candidate.part(whole)
     off = elements = 0
-    for rows in after.pieces():
+    for rows in after.pieces(least=base.as_matrix.rows_at_once):
         with np.errstate(over="ignore"):
             expected = before.rows(rows).astype(after.dtype, copy=False)
         is_outside = np.ones(expected.shape, bool)

@@ -58,11 +58,26 @@ class StoredTensor:
             block_copy.read(self.file.path, file.fileno(), found, self.entry.start + rows.start * row_bytes)
         return found.view(self.dtype).reshape(rows.stop - rows.start, *shape[1:])
 
-    def pieces(self) -> Iterator[slice]:
-        """The rows, in pieces of PIECE_BYTES."""
+    @property
+    def as_matrix(self) -> StoredTensor:
+        """The same entries as rows of a matrix: one of many experts is too large a piece."""
+        if self.region is not None or len(self.entry.shape) < 3:
+            return self
+        shape = (math.prod(self.entry.shape[:-1]), self.entry.shape[-1])
+        return replace(self, entry=replace(self.entry, shape=shape))
+
+    @property
+    def rows_at_once(self) -> int:
+        """So many rows cost little more to read than one."""
+        if self.quantised is None or self.region is not None or not self.entry.rows:
+            return 1
+        return max(1, self.quantised.rows_at_once * self.entry.rows // self.quantised.row_shape[0])
+
+    def pieces(self, *, least: int = 1) -> Iterator[slice]:
+        """The rows, in pieces of PIECE_BYTES, or of `least` rows where these are more."""
         rows = self.shape[0] if self.shape else 1
         row_bytes = max(np.dtype(np.float64).itemsize * math.prod(self.shape[1:]), 1)
-        count = max(1, PIECE_BYTES // row_bytes)
+        count = max(least, PIECE_BYTES // row_bytes)
         for first in range(0, rows, count):
             yield slice(first, min(first + count, rows))
 
