@@ -33,7 +33,7 @@ from lora_export.weights.quantisation_loss import (
     notes_on_quantisation,
     refuse_other_shapes,
 )
-from lora_export.weights.quantised import QUANTIZATION, caution_for
+from lora_export.weights.quantised import caution_for
 
 FLOAT32 = "--dtype float32 keeps it"
 NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
@@ -308,8 +308,7 @@ def _notes_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
             f"{number} quantised weights ({schemes}) are stored as floats. An adapter that was trained beside them "
             "fits them; their distance from the original float weights stays in the output"
         )
-        if caution := caution_for(checkpoint.config.get(QUANTIZATION)):
-            notes.append(caution)
+        notes += sorted({caution for tensor in checkpoint.quantised.values() if (caution := caution_for(tensor))})
     return notes + [
         f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.unmerged_weights()
     ]

@@ -24,6 +24,7 @@ from lora_export.weights.quantised import (
     find_quantised,
     method_of,
     remedy_for,
+    stated_beside,
 )
 
 CONFIG = "config.json"
@@ -165,19 +166,19 @@ def _logical_entries(shard: TensorFile, quantised: Mapping[str, QuantisedTensor]
 
 def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
     config = json_files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    quantization = next(filter(None, _values(config, QUANTIZATION)), None) or _quantization_of_modelopt(folder)
+    quantization = next(filter(None, _values(config, QUANTIZATION)), None)
     if quantization and not dequantise:
-        raise InputRefused(
-            f"{folder} is quantised ({method_of(quantization)}): its weights are never merged or quantised again "
-            f"silently. Merge into the original float model, or {remedy_for(quantization)}"
-        )
+        raise _not_silently(folder, quantization)
     index, names = _weight_files(folder)
     shards = {name: safetensors_file.open_file(folder / name) for name in names}
     if index:
         _check_index(folder / index, shards)
+    quantization = quantization or _quantization_beside(folder, shards)
+    if quantization and not dequantise:
+        raise _not_silently(folder, quantization)
     quantised: Mapping[str, QuantisedTensor] = {}
     if quantization:
-        known = quantization if isinstance(quantization, dict) else {}
+        known = quantization if isinstance(quantization, dict) else {"quant_method": str(quantization)}
         quantised = find_quantised(shards, known, _float_dtype(config), _conv1d_weights(config))
     specs = tuple(_specs(shards.values(), config, quantised))
     first = next(iter(shards.values()))
@@ -185,12 +186,22 @@ def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
     return Checkpoint(folder, shards, specs, config, index, history, quantised)
 
 
-def _quantization_of_modelopt(folder: Path) -> dict[str, Any] | None:
-    """What modelopt states in a file of its own, where the config states nothing."""
-    if not (folder / QUANTIZATION_FILES[-1]).is_file():
-        return None
-    stated = json_files.read_json(folder / QUANTIZATION_FILES[-1]).get("quantization")
-    return {"quant_method": "modelopt"} | (stated if isinstance(stated, dict) else {})
+def _not_silently(folder: Path, quantization: Any) -> InputRefused:
+    return InputRefused(
+        f"{folder} is quantised ({method_of(quantization)}): its weights are never merged or quantised again silently. "
+        f"Merge into the original float model, or {remedy_for(quantization)}"
+    )
+
+
+def _quantization_beside(folder: Path, shards: Mapping[str, TensorFile]) -> dict[str, Any] | None:
+    """What a quantiser states in a file of its own, where the config states nothing and tensors are stored so."""
+    tensors = [name for shard in shards.values() for name in shard.entries]
+    for name in QUANTIZATION_FILES:
+        if (folder / name).is_file():
+            found = stated_beside(name, json_files.read_json(folder / name), tensors)
+            if found is not None:
+                return found
+    return None
 
 
 def _conv1d_weights(config: Mapping[str, Any]) -> Callable[[str], bool | None]:

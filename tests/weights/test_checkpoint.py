@@ -285,16 +285,32 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert refusal(tmp_path) == "BASE has no safetensors weights"
 
 
+DEQUANTISE = "make this one a float model: merge --dequantize"
+OTHER_LIBRARY = "dequantise this one first, with its own library"
+
+
 @pytest.mark.parametrize(
-    ("quantization", "method"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unknown"), ("awq", "awq")]
+    ("quantization", "method", "remedy"),
+    [
+        ({"quant_method": "gptq"}, "gptq", DEQUANTISE),
+        ("mxfp4", "mxfp4", DEQUANTISE),
+        ({"bits": 4}, "unknown", OTHER_LIBRARY),
+        ("hqq", "hqq", OTHER_LIBRARY),
+    ],
 )
 @pytest.mark.fault(20)
-def test_a_quantised_base_is_refused_with_remedies(tmp_path, quantization, method):
+def test_a_quantised_base_is_refused_with_remedies(tmp_path, quantization, method, remedy):
     single(tmp_path, {"quantization_config": quantization}, fc__weight=[[1]])
     assert refusal(tmp_path) == (
         f"BASE is quantised ({method}): its weights are never merged or quantised again silently. "
-        "Merge into the original float model, or dequantise this one first, with its own library"
+        f"Merge into the original float model, or {remedy}"
     )
+
+
+def test_method_alone_names_the_scheme(tmp_path):
+    single(tmp_path, {"quantization_config": "mxfp4"}, fc__weight=[[1]])
+    with pytest.raises(InputRefused, match="the config names mxfp4, and no weight is stored so"):
+        open_checkpoint(tmp_path, dequantise=True)
 
 
 def test_a_label_may_have_any_name(tmp_path):

@@ -15,7 +15,7 @@ A scheme is added as one file, and one entry in `SCHEMES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,12 +39,18 @@ __all__ = [
     "find_quantised",
     "method_of",
     "remedy_for",
+    "stated_beside",
     "without_quantisation",
 ]
 
 QUANTIZATION = "quantization_config"  # of a config
-# Files in which quantisers repeat it. Beside float weights they would make a loader read these as quantised.
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# Files in which quantisers repeat it, or state it alone: the method, and how the names of its tensors end. Beside float
+# weights such a file would make a loader read these as quantised.
+QUANTIZATION_FILES = {
+    "quantize_config.json": ("gptq", ".qweight"),
+    "quant_config.json": ("awq", ".qweight"),
+    "hf_quant_config.json": ("modelopt", ".weight_scale_2"),
+}
 
 CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
 CACHE_SCALES = tuple(f"{what}_{kind}" for what in "qkv" for kind in ("scale", "zero_point"))
@@ -108,10 +114,19 @@ def remedy_for(quantization: Any) -> str:
     return "dequantise this one first, with its own library"
 
 
-def caution_for(quantization: Any) -> str:
-    """What a user must know of adapters beside such weights; empty where there is nothing."""
-    scheme = SCHEMES.get(method_of(quantization))
+def caution_for(tensor: QuantisedTensor) -> str:
+    """What a user must know of adapters beside such a weight; empty where there is nothing."""
+    scheme = SCHEMES.get(tensor.scheme.partition(" ")[0])
     return "" if scheme is None else scheme.caution
+
+
+def stated_beside(name: str, stated: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any] | None:
+    """What a file of `QUANTIZATION_FILES` states, as a `quantization_config`; None where no tensor is stored so."""
+    method, ending = QUANTIZATION_FILES[name]
+    if not any(tensor.endswith(ending) for tensor in tensors):
+        return None
+    own = stated.get("quantization", stated)
+    return {"quant_method": method} | (own if isinstance(own, dict) else {})
 
 
 def find_quantised(

@@ -324,20 +324,40 @@ def test_each_scheme_is_refused_with_both_ways_out(scheme: str, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_modelopt_may_state_its_scheme_in_a_file_of_its_own(tmp_path: Path) -> None:
-    stored, _, weight = of_one_layer("modelopt")
+@pytest.mark.parametrize(
+    ("scheme", "name", "stated"),
+    [
+        ("modelopt", "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}),
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 64, "desc_act": False}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"}),
+    ],
+)
+def test_quantiser_may_state_its_scheme_in_its_own_file(
+    scheme: str, name: str, stated: dict[str, object], tmp_path: Path
+) -> None:
+    stored, _, weight = of_one_layer(scheme)
     base, out = tmp_path / "base", tmp_path / "merged"
     base.mkdir()
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     (base / "config.json").write_text(json.dumps({"dtype": "float32"}))
-    (base / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    with pytest.raises(InputRefused, match=r"is quantised \(modelopt\)"):
+    (base / name).write_text(json.dumps(stated))
+    with pytest.raises(InputRefused, match=rf"is quantised \({scheme}\)"):
         lora_export.merge(base, [of_fc(tmp_path / "adapter")], out)
-    lora_export.merge(base, [of_fc(tmp_path / "adapter")], out, dequantize=True)
+    result = lora_export.merge(base, [of_fc(tmp_path / "adapter")], out, dequantize=True)
     merged = load_file(out / "model.safetensors")
     assert merged.keys() == {"fc.weight"}
     assert torch.equal(merged["fc.weight"], weight + torch.arange(8.0)[:, None])
-    assert not (out / "hf_quant_config.json").exists()
+    assert not (out / name).exists()
+    assert any("AWQ scales" in note for note in result.notes) == (scheme == "awq")
+
+
+def test_float_weights_beside_such_a_file_are_floats(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    save_file({"fc.weight": torch.ones(8, 64)}, base / "model.safetensors", {"format": "pt"})
+    (base / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    lora_export.merge(base, [of_fc(tmp_path / "adapter")], out)
+    assert (out / "quantize_config.json").exists()
 
 
 def test_note_says_which_adapters_fit_weights_of_awq(tmp_path: Path) -> None:
