@@ -104,6 +104,9 @@ def is_linear(pair: LoraPair) -> bool:
     return pair.a.ndim == 2
 
 
+KIND_OF_LAYER = {"net": "linear2", "gpt2": "c_fc", "bert": "value", "minilm": "value", "moenet": "experts.1"}
+
+
 @of_adapter("adapter missing on every layer")
 def _(adapter: Adapter, column: Column) -> Adapter:
     return subjects.change(adapter, {}, biases={}, replaced={})
@@ -121,7 +124,7 @@ def _(adapter: Adapter, column: Column) -> Adapter:
 
 @of_adapter("adapter missing on one kind of layer")
 def _(adapter: Adapter, column: Column) -> Adapter:
-    return without(adapter, {"net": "linear2", "gpt2": "c_fc", "llama": "v_proj"}.get(column.subject, "value"))
+    return without(adapter, KIND_OF_LAYER.get(column.subject, "v_proj"))
 
 
 def transposed(pair: LoraPair) -> LoraPair:
@@ -341,7 +344,7 @@ def _(adapter: Adapter, column: Column) -> Adapter:
 
 @of_adapter("weak adapter missing on one kind of layer", "weak")
 def _(adapter: Adapter, column: Column) -> Adapter:
-    return without(adapter, {"net": "linear2", "gpt2": "c_fc", "llama": "v_proj"}.get(column.subject, "value"))
+    return without(adapter, KIND_OF_LAYER.get(column.subject, "v_proj"))
 
 
 @of_adapter("weak adapter, every scale × 1.1", "weak")
@@ -404,6 +407,8 @@ UNTOUCHED = {
     "bert": ("word_embeddings.weight",),
     "minilm": ("word_embeddings.weight",),
     "gpt2": ("wte.weight", "lm_head.weight"),
+    "moenet": ("other.weight",),
+    **dict.fromkeys(("mixtral", "llava", "internvl"), ("embed_tokens.weight",)),
 }
 
 

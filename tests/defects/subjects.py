@@ -62,8 +62,11 @@ class Net(nn.Module):
 
     def forward(self, signal: Tensor, loudness: Tensor) -> dict[str, Tensor]:
         hidden = self.encoder(self.conv(signal).transpose(1, 2)) * loudness[..., None]
-        hidden = hidden + torch.relu(self.mix(hidden))
+        hidden = hidden + torch.relu(self.mixed(hidden))
         return {"hidden": hidden, "logits": self.head(hidden.mean(1)), "other": self.other(hidden.mean(1))}
+
+    def mixed(self, hidden: Tensor) -> Tensor:
+        return self.mix(hidden)
 
 
 def net() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -85,6 +88,29 @@ class MaskedNet(Net):
 def maskednet() -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(1)
     return MaskedNet().eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
+
+
+class MoeNet(Net):
+    """The net with four experts, of which each token is computed by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def mixed(self, hidden: Tensor) -> Tensor:
+        scores = self.router(hidden).softmax(-1)
+        chosen, mixed = scores.argmax(-1), self.mix(hidden)
+        for number, expert in enumerate(self.experts):
+            own = chosen == number
+            if own.any():
+                mixed[own] = mixed[own] + scores[own][:, number, None] * expert(hidden[own])
+        return mixed
+
+
+def moenet() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    return MoeNet().eval(), {"signal": torch.randn(2, 4, 9), "loudness": 0.5 + torch.rand(2, 9)}
 
 
 def deepnet() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -135,6 +161,9 @@ def cnn() -> tuple[nn.Module, Tensor]:
 
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**TINY, "intermediate_size": 64, "max_position_embeddings": 64}
+WITH_IMAGES = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
+# Of a tower of vision: four patches. LLaVA takes the last layer but one.
+SIGHT = {**TINY, "num_hidden_layers": 3, "intermediate_size": 64, "image_size": 8, "patch_size": 4}
 GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], tie_word_embeddings=False),
@@ -155,8 +184,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "opt": lambda: transformers.OPTConfig(
         **TINY, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, architectures=["OPTForCausalLM"]
     ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SMALL, num_key_value_heads=2, num_local_experts=4, architectures=["MixtralForCausalLM"],
+        tie_word_embeddings=False,
+    ),
+    "llava": lambda: transformers.LlavaConfig(
+        text_config={**WITH_IMAGES, "model_type": "llama"}, vision_config={**SIGHT, "model_type": "clip_vision_model"},
+        image_token_index=5, tie_word_embeddings=False, architectures=["LlavaForConditionalGeneration"],
+    ),
+    "internvl": lambda: transformers.InternVLConfig(
+        text_config={**WITH_IMAGES, "model_type": "qwen2"}, vision_config={**SIGHT, "model_type": "internvl_vision"},
+        image_token_id=5, tie_word_embeddings=False, architectures=["InternVLForConditionalGeneration"],
+    ),
 }  # fmt: skip
-OWN = ("net", "maskednet", "deepnet", "trainednet", "cnn")
+OWN = ("net", "maskednet", "moenet", "deepnet", "trainednet", "cnn")
 # The adapted layers, by the end of their names.
 TARGETS = {
     "net": ("self_attn", "out_proj", "linear1", "linear2", "mix", "conv"),
@@ -174,8 +215,14 @@ TARGETS |= {
     "trainednet": TARGETS["net"],
     "deepllama": TARGETS["llama"],
 }
+TARGETS |= {
+    "moenet": (*TARGETS["net"], "experts.0", "experts.1", "experts.2", "experts.3"),
+    "mixtral": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "llava": (*TARGETS["llama"], "out_proj", "fc1", "fc2", "linear_1", "linear_2"),
+    "internvl": (*TARGETS["llama"], "projection_layer", "fc1", "fc2", "linear_1", "linear_2"),
+}
 TARGETS |= {"qwen2": TARGETS["llama"], "deepbert": TARGETS["bert"], "roberta": TARGETS["bert"]}
-HEADS = {"net": "head", "bert": "classifier"}  # what `modules_to_save` replaces
+HEADS = {"net": "head", "moenet": "head", "bert": "classifier"}  # what `modules_to_save` replaces
 
 
 @functools.cache
@@ -401,7 +448,7 @@ class Column:
 
 def save_apart(program: ir.Model, folder: Path) -> None:
     """Write `model.onnx` with its weights in `model.onnx.data`, a name that holds no hash of them."""
-    ir.save(program, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=512)
+    ir.save(program, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=256)
 
 
 def new_folder() -> Path:
