@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_export.errors import InputRefused
 from lora_export.models.image_shape import image_shape, refuse_huge
 from lora_export.models.image_values import draw_pixels, pixel_range
 from lora_export.models.model import Axes, ModelInputs
@@ -51,7 +52,7 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
         return
     axes: Axes = {PIXELS: {0: IMAGES}, IMAGE_SIZES: {0: IMAGES}}
     yield ImageForm(axes, whole_with_sizes, note=note)
-    if tiles := _most_tiles(config, shape):
+    if tiles := _most_tiles(config, folder, shape):
         refuse_huge(folder, "the tiles of an image", (tiles, *shape))
 
         def tiled(images: int, generator: torch.Generator) -> ModelInputs:
@@ -61,10 +62,17 @@ def image_forms(config: Any, takes: Sequence[str], folder: Path) -> Iterator[Ima
         yield ImageForm(axes, tiled, note=note)
 
 
-def _most_tiles(config: Any, shape: tuple[int, int, int]) -> int:
+def _most_tiles(config: Any, folder: Path, shape: tuple[int, int, int]) -> int:
     """The whole image and the tiles of the largest resolution, where a config lists resolutions (LLaVA-NeXT)."""
-    pinpoints = getattr(config, "image_grid_pinpoints", None) or []
-    return 1 + max((high * wide // (shape[1] * shape[2]) for high, wide in pinpoints), default=0) if pinpoints else 0
+    resolutions = getattr(config, "image_grid_pinpoints", None) or []
+    if not isinstance(resolutions, list | tuple) or not all(map(_is_resolution, resolutions)):
+        raise InputRefused(f"{folder / 'config.json'}: image_grid_pinpoints is no list of heights and widths")
+    tiles = [high * wide // (shape[1] * shape[2]) for high, wide in resolutions]
+    return 1 + max(tiles) if tiles else 0
+
+
+def _is_resolution(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
 
 
 def _patches(config: Any, folder: Path) -> ImageForm:
@@ -73,14 +81,17 @@ def _patches(config: Any, folder: Path) -> ImageForm:
     The second image is wider than a window of the tower's attention.
     """
     vision = getattr(config, "vision_config", config)
-    size, frames = vision.patch_size, getattr(vision, "temporal_patch_size", 1)
+    size, frames = getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", 1)
     merged = getattr(vision, "spatial_merge_size", 1)
     channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
-    window = getattr(vision, "window_size", None) or 0
-    across = (PATCHES_ACROSS[0], max(PATCHES_ACROSS[1], 1 + window // (size * merged)))
+    refuse_huge(folder, "a group of patches", (merged, merged, channels, frames, size, size))
+    assert isinstance(size, int)
+    window = getattr(vision, "window_size", None)
+    past_window = 1 + window // (size * merged) if type(window) is int else 0
+    across = (PATCHES_ACROSS[0], max(PATCHES_ACROSS[1], past_window))
+    refuse_huge(folder, "the patches of an image", (HIGH * merged, across[1] * merged, channels, frames, size, size))
     grids = torch.tensor([[1, HIGH * merged, wide * merged] for wide in across])
     values = pixel_range(folder, channels)
-    refuse_huge(folder, "the patches of an image", (int(grids[1].prod()), channels, frames, size, size))
 
     def patches(image: int) -> int:
         return int(grids[image % len(grids)].prod())

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lora_export.models.image_forms import IMAGES, PATCHES, ImageForm, image_for
 from lora_export.models.model import Axes, ModelInputs, Sizes, in_dtype_of
 
 PLACEHOLDER_NAMES = ("image_token_id", "image_token_index")  # fields of a config
+MOST_TOKENS = 1 << 31  # of any vocabulary
 LEAST_TEXT = 4  # tokens of a row beside its images
 PROBED = 2  # images: form and token counts of the others are those of the first and the second in turn
 OF_IMAGE, OF_PADDING = -1, -2  # in place of a token's number in its text
@@ -94,7 +95,7 @@ def images_in_text(module: Any, takes: Sequence[str], folder: Path) -> tuple[Ima
 
     Runs the model's image tower on two images.
     """
-    token = next(filter(_is_token, (getattr(module.config, name, None) for name in PLACEHOLDER_NAMES)), None)
+    token = next(filter(is_token, (getattr(module.config, name, None) for name in PLACEHOLDER_NAMES)), None)
     if token is None or "pixel_values" not in takes:
         return None, ""
     features = getattr(module, "get_image_features", None)
@@ -116,8 +117,9 @@ def images_in_text(module: Any, takes: Sequence[str], folder: Path) -> tuple[Ima
     return None, why
 
 
-def _is_token(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def is_token(value: Any) -> TypeGuard[int]:
+    """Whether a value of a config can be a token's id: a larger one is damage, and no integer of PyTorch's."""
+    return type(value) is int and 0 <= value < MOST_TOKENS
 
 
 def _tokens_of_images(module: Any, features: Any, form: ImageForm) -> tuple[int, ...]:

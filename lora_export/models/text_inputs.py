@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_export.models.image_forms import PATCHES
-from lora_export.models.images_in_text import ImagesInText
+from lora_export.models.images_in_text import ImagesInText, is_token
 from lora_export.models.model import Axes, ModelInputs, Sizes
 from lora_export.models.padding_mask import padding_mask
 from lora_export.storage import json_files
@@ -127,7 +127,7 @@ def _with_special_tokens(ids: torch.Tensor, specials: list[int], generator: torc
 
 def placeholders(config: Any) -> list[int]:
     found = [getattr(config, name, None) for name in PLACEHOLDERS]
-    return [token for token in found if isinstance(token, int)]
+    return [token for token in found if is_token(token)]
 
 
 def _summary_token(module: Any, text: Any) -> int | None:

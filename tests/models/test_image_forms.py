@@ -61,8 +61,29 @@ def test_an_image_passes_the_window_of_the_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"])
 def test_huge_patches_are_refused_before_they_are_drawn(tmp_path: Path, field: str) -> None:
-    with pytest.raises(InputRefused, match=r"the patches of an image has the shape .* 1000000000"):
+    with pytest.raises(InputRefused, match=r"a group of patches has the shape .*1000000000"):
         grid_form(tmp_path, **{field: 10**9})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": "a"}, "a group of patches has the shape 2 x 2 x 3 x 2 x a x a"),
+        ({"patch_size": None}, "a group of patches has the shape 2 x 2 x 3 x 2 x None x None"),
+        ({"window_size": 10**30}, "the patches of an image has the shape 4 x 2500"),
+    ],
+)
+def test_values_that_are_no_sizes_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputRefused, match=message):
+        grid_form(tmp_path, **changes)
+    assert grid_form(tmp_path, window_size="a").patches(1) == 24  # which the model itself refuses
+
+
+@pytest.mark.parametrize("resolutions", [-1, [1], [[1]], [["a", 2]], [[0, 2]], {"a": 1}])
+def test_resolutions_that_are_none_are_refused(tmp_path: Path, resolutions: Any) -> None:
+    config = SimpleNamespace(image_size=8, image_grid_pinpoints=resolutions)
+    with pytest.raises(InputRefused, match="image_grid_pinpoints is no list of heights and widths"):
+        list(image_forms(config, ["pixel_values", "image_sizes"], tmp_path))
 
 
 def test_many_tiles_are_refused_before_they_are_drawn(tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from lora_export.models.load import load_model
+from lora_export.models.text_inputs import placeholders
 from support.small_models import MODELS, TEXT, VISION, small_model
 
 
@@ -99,3 +103,8 @@ def test_videos_are_listed_where_images_are_drawn(tmp_path: Path) -> None:
     model = load_model(str(small_model("qwen2_vl", tmp_path)))
     assert "pixel_values" in model.input_names
     assert [text.partition(" among")[0] for text in model.not_judged] == ["Qwen2VLForConditionalGeneration with videos"]
+
+
+@pytest.mark.parametrize("value", [10**30, -1, True, "a", None])
+def test_a_placeholder_that_is_no_token_is_left_out(value: Any) -> None:
+    assert placeholders(SimpleNamespace(image_token_id=value, video_token_id=7)) == [7]
