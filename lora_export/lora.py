@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -214,11 +215,36 @@ def new_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.
     return LoraPair(a=a, b=np.zeros((out_features, rank), np.float32), scale=scale)
 
 
+FROZEN_TABLES = ("pairs", "replaced", "biases", "token_rows", "layouts", "experts", "tied", "spelling", "metadata")
+
+
+class ExpertAxes(StrEnum):
+    """How the product B A of one expert relates to the entries of that expert in its stacked parameter."""
+
+    STORED = "stored"  # it has the shape in which the expert is stored
+    TRANSPOSED = "transposed"  # its transpose has that shape
+    BY_CLASS = "by class"  # PEFT from 0.19: STORED, or TRANSPOSED where the class of the experts sets `is_transposed`
+    OUT_IN = "out_in"  # (out, in), however the expert is stored
+    UNKNOWN = "unknown"
+
+
+def expert_name(parameter: str, expert: int) -> str:
+    """The name of one expert's part of a stacked parameter (experts, ., .)."""
+    return f"{parameter}[{expert}]"
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """The name of a tensor, and the indices of the part of it that is meant; these are empty for a whole tensor."""
+    tensor, bracket, indices = name.partition("[")
+    return (tensor, indices[:-1]) if bracket and name.endswith("]") else (name, "")
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Everything that one adapter file changes, in canonical shape. Read-only.
 
-    Modules have the names of the adapter, without the wrapper prefixes of the trainer.
+    Modules have the names of the adapter, without the wrapper prefixes of the trainer. The pair of one expert of a
+    stacked parameter has the name that `expert_name` makes, and `as_stored`.
     """
 
     name: str
@@ -228,6 +254,7 @@ class Adapter:
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)  # tensor -> some of its rows
     layouts: Mapping[str, str] = field(default_factory=dict)  # module -> "out_in" or "in_out", where that is recorded
+    experts: Mapping[str, ExpertAxes] = field(default_factory=dict)  # stacked parameter -> axes; absent: STORED
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
@@ -236,12 +263,12 @@ class Adapter:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "replaced", "biases", "token_rows", "layouts", "tied", "spelling", "metadata"):
+        for name in FROZEN_TABLES:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def spelled(self, name: str) -> str:
-        """The key that a module or tensor has in the file of the adapter."""
-        return self.spelling.get(name, name)
+        """The key that a module or tensor has in the file of the adapter. All experts of a parameter have one key."""
+        return self.spelling.get(name, self.spelling.get(split_part(name)[0], name))
 
     def tied_to(self, module: str) -> list[str]:
         """The modules that repeat the pair of this one."""

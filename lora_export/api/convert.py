@@ -35,6 +35,7 @@ def convert(
     *,
     graph: str | Path,
     weight: float = 1.0,
+    moe_b_layout: str | None = None,
     ignore_head: bool = False,
     overwrite: bool = False,
     on_message: OnMessage = ignore,
@@ -42,15 +43,15 @@ def convert(
     """Convert an adapter for an existing graph: next week's adapter, without another export.
 
     `graph` is an .onnx that was made with `--lora inputs`; `output` is an .onnx_adapter, onnxruntime's own format.
-    `weight` multiplies the adapter's scale. `ignore_head` leaves out a task head that the adapter saves whole, where it
-    is equal to the graph's own. Needs no PyTorch.
+    `weight` multiplies the adapter's scale. `moe_b_layout` is that of `merge`. `ignore_head` leaves out a task head
+    that the adapter saves whole, where it is equal to the graph's own. Needs no PyTorch.
 
     Raises InputRefused where a tensor of the adapter has no input of its shape and type in the graph, or where the
     graph has changed since it was made; OutputFailed where the file cannot be written. Nothing is left behind then.
     """
     output, graph = Path(output), Path(graph)
     (adapter,) = locate_adapters(adapter, on_message)
-    (loaded,) = load_adapters(adapter)
+    (loaded,) = load_adapters(adapter, moe_b_layout=moe_b_layout)
     onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if ignore_head else loaded])
     input_files.must_exist(graph, "graph")
     model = load_graph(graph)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lora_export import formats
 from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
@@ -48,18 +49,21 @@ def locate_model(source: ModelSource, on_message: OnMessage) -> ModelSource:
     return str(locate(source, on_message)) if isinstance(source, str | Path) else source
 
 
-def load_adapters(sources: AdapterSources, prefixes: Mapping[str, str] | None = None) -> list[Adapter]:
+def load_adapters(
+    sources: AdapterSources, prefixes: Mapping[str, str] | None = None, *, moe_b_layout: str | None = None
+) -> list[Adapter]:
     """Return the adapters in the order of their sources, with other prefixes in their names (FROM -> TO).
 
-    Raises InputRefused where one cannot be read, and as `with_prefixes`.
+    `moe_b_layout` is that of `ReadOptions`. Raises InputRefused where one cannot be read, and as `with_prefixes`.
     """
-    loaded = [source if isinstance(source, Adapter) else _load_adapter(source) for source in _as_list(sources)]
+    options = ReadOptions(moe_b_layout=moe_b_layout or "")
+    loaded = [source if isinstance(source, Adapter) else _load_adapter(source, options) for source in _as_list(sources)]
     return with_prefixes(loaded, prefixes or {})
 
 
-def _load_adapter(source: str | Path) -> Adapter:
+def _load_adapter(source: str | Path, options: ReadOptions) -> Adapter:
     name, path = split_name(source) if isinstance(source, str) else (None, source)
-    return formats.load(path, name=name)
+    return formats.load(path, name=name, options=options)
 
 
 def adapter_paths(sources: AdapterSources) -> list[Path]:

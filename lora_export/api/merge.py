@@ -86,6 +86,7 @@ def merge(
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
     combination: str | Combination = "cat",
+    moe_b_layout: str | None = None,
     only_head: bool = False,
     device: str = "cpu",
     dry_run: bool = False,
@@ -110,6 +111,8 @@ def merge(
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
     `combination` is how the pairs of several adapters on one weight are combined: "cat", the exact sum, or another
     method of PEFT's `add_weighted_adapter`, by its name or as a `Combination`.
+    `moe_b_layout` is the order of the columns of B in adapters of experts (rank_major or grouped_by_expert), where they
+    do not record it.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
 
@@ -125,7 +128,7 @@ def merge(
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    loaded, paths = load_adapters(adapters, prefixes), adapter_paths(adapters)
+    loaded, paths = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout), adapter_paths(adapters)
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype

@@ -31,6 +31,7 @@ def export_onnx(
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
+    moe_b_layout: str | None = None,
     lora: str = "merged",
     target: str | Sequence[str] | None = None,
     dora: bool = False,
@@ -56,7 +57,8 @@ def export_onnx(
     `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights
     whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
 
-    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters.
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `moe_b_layout` is the order of the columns
+    of B in adapters of experts (rank_major or grouped_by_expert), where they do not record it.
 
     `lora` is "merged" (folded into the weights), "nodes" (A and B as nodes beside the weights), "inputs" (A and B are
     optional inputs, and each adapter becomes a file NAME.onnx_adapter beside the graph) or "rows" (the input
@@ -84,7 +86,7 @@ def export_onnx(
     options = OnnxOptions(
         output=with_suffix(output, ".onnx"),
         lora=lora,
-        adapters=load_adapters(adapters, prefixes),
+        adapters=load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout),
         weights=tuple(weights),
         sources=tuple(adapter_paths(adapters)),
         target=target,

@@ -56,6 +56,7 @@ def export_torchscript(
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
+    moe_b_layout: str | None = None,
     lora: str = "merged",
     inputs: str | Path | None = None,
     verify: bool = True,
@@ -65,11 +66,11 @@ def export_torchscript(
 ) -> TorchScriptResult:
     """Trace a model with its adapters to TorchScript, prove the file against PyTorch, and only then publish it.
 
-    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`.
-    `lora` is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each
-    adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `inputs` is an .npz of further
-    inputs to check on. The names of the inputs and the record of where the file
-    comes from are stored in its extra file `lora_export.json`.
+    `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`. `lora`
+    is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each adapter.
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `moe_b_layout` is that of `merge`.
+    `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of where the file comes
+    from are stored in its extra file `lora_export.json`.
 
     Raises InputRefused for what does not fit; Different or Undecided, with `.proof`, where the proof fails;
     RuntimeRefused where the model cannot be traced; OutputFailed where the file cannot be written. Nothing is published
@@ -79,7 +80,7 @@ def export_torchscript(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message), locate_adapters(adapters, on_message)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
-    loaded = load_adapters(adapters, prefixes)
+    loaded = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout)
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")

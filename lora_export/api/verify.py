@@ -116,6 +116,7 @@ def verify(
     base: str | Path | None = None,
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
+    moe_b_layout: str | None = None,
     onnx_adapter: str | Path | None = None,
     adapter_id: int | None = None,
     provider: str = "cpu",
@@ -144,7 +145,7 @@ def verify(
     was made from.
 
     `weights` has one factor for each adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters,
-    as for `merge`. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
+    as for `merge`; so is `moe_b_layout`. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
     with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None proves the base,
     every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
     "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
@@ -182,8 +183,8 @@ def verify(
     sources = [candidate, origin, how.onnx_adapter, how.inputs, *model_paths(model or ""), *adapter_paths(adapters)]
     for path in reports:
         report.check_path(Path(path), [source for source in sources if source is not None])
-    if prefixes:
-        adapters = load_adapters(adapters, prefixes)
+    if prefixes or moe_b_layout:
+        adapters = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout)
     proof: Proof | Audit
     error = None
     if model is None:

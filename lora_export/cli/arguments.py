@@ -161,6 +161,12 @@ prefix_option = click.option(
     help="Replace the beginning FROM of names in the adapters by TO: for an adapter of a text model on a multimodal "
     "base. May be repeated.",
 )
+moe_b_layout_option = click.option(
+    "--moe-b-layout",
+    type=click.Choice(["rank_major", "grouped_by_expert"]),
+    help="Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
+    "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
+)
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
@@ -267,6 +273,7 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         adapters_option,
         adapter_weights,
         prefix_option,
+        moe_b_layout_option,
         mode,
         inputs_option,
         no_verify,

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message, wrote
+from lora_export.cli.arguments import (
+    Command,
+    json_option,
+    moe_b_layout_option,
+    overwrite_option,
+    print_document,
+    print_message,
+    wrote,
+)
 from lora_export.cli.paths import FilePath, Source
 
 EXAMPLE = """\b
@@ -46,10 +54,18 @@ Example:
     is_flag=True,
     help="Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",
 )
+@moe_b_layout_option
 @overwrite_option
 @json_option
 def command(
-    adapter: str, output: Path, graph: Path, weight: float, ignore_head: bool, overwrite: bool, as_json: bool
+    adapter: str,
+    output: Path,
+    graph: Path,
+    weight: float,
+    moe_b_layout: str | None,
+    ignore_head: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Convert ADAPTER for an existing graph: next week's adapter, without another export.
 
@@ -63,6 +79,7 @@ def command(
         output,
         graph=graph,
         weight=weight,
+        moe_b_layout=moe_b_layout,
         ignore_head=ignore_head,
         overwrite=overwrite,
         on_message=print_message,

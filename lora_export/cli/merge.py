@@ -14,6 +14,7 @@ from lora_export.cli.arguments import (
     combination_options,
     json_option,
     layout_option,
+    moe_b_layout_option,
     overwrite_option,
     prefix_option,
     print_document,
@@ -53,6 +54,7 @@ Example:
 @adapter_weights
 @combination_options("--combine")
 @prefix_option
+@moe_b_layout_option
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
@@ -126,6 +128,7 @@ def command(
     svd_rank: int | None,
     seed: int | None,
     prefixes: dict[str, str],
+    moe_b_layout: str | None,
     dtype: str,
     min_retention: float,
     hashing: str,
@@ -158,6 +161,7 @@ def command(
             weights=weights,
             combination=Combination(method, density, majority_sign, svd_rank, seed),
             prefixes=prefixes,
+            moe_b_layout=moe_b_layout,
             dtype=dtype,
             min_retention=min_retention,
             hashing=hashing,

@@ -16,6 +16,7 @@ from lora_export.cli.arguments import (
     inputs_option,
     json_option,
     layout_option,
+    moe_b_layout_option,
     prefix_option,
     print_document,
     print_message,
@@ -46,6 +47,7 @@ Examples:
 @adapters_option
 @adapter_weights
 @prefix_option
+@moe_b_layout_option
 @click.option(
     "--onnx-adapter",
     type=FilePath(),
@@ -98,6 +100,7 @@ def command(
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     prefixes: dict[str, str],
+    moe_b_layout: str | None,
     onnx_adapter: Path | None,
     adapter_id: int | None,
     provider: str,
@@ -141,6 +144,7 @@ def command(
             adapters=adapters,
             weights=weights,
             prefixes=prefixes,
+            moe_b_layout=moe_b_layout,
             base=base,
             layout=layout,
             onnx_adapter=onnx_adapter,

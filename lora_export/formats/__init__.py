@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lora_export.errors import InputRefused
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.storage import input_files
 
@@ -36,7 +37,7 @@ class AdapterFormat(Protocol):
     def recognises(self, path: Path) -> bool:
         """Whether the adapter at `path` is in this format. Reads headers only, and raises nothing."""
 
-    def read(self, path: Path, name: str) -> Adapter:
+    def read(self, path: Path, name: str, options: ReadOptions) -> Adapter:
         """Read the adapter. Raises InputRefused with everything that is wrong with it."""
 
 
@@ -45,12 +46,14 @@ def recognised(path: Path) -> bool:
     return any(adapter_format.recognises(path) for adapter_format in _modules(FORMATS).values())
 
 
-def load(path: str | Path, *, name: str | None = None, format: str | None = None) -> Adapter:
+def load(
+    path: str | Path, *, name: str | None = None, format: str | None = None, options: ReadOptions = DEFAULTS
+) -> Adapter:
     """Read an adapter in any known format. Runs no code that came with it.
 
     `name` is the adapter's name in reports and graphs (default: the file's or folder's name). `format` is a key of
-    FORMATS, for an adapter that several formats recognise. Raises InputRefused for an adapter that is missing,
-    damaged, unknown or not supported.
+    FORMATS, for an adapter that several formats recognise. `options` state what its files do not record. Raises
+    InputRefused for an adapter that is missing, damaged, unknown or not supported.
     """
     path = Path(path)
     input_files.must_exist(path, "adapter")
@@ -64,7 +67,7 @@ def load(path: str | Path, *, name: str | None = None, format: str | None = None
     if len(matching) > 1:
         raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one with `format`")
     (module,) = matching.values()
-    return module.read(path, name or path.resolve().name)
+    return module.read(path, name or path.resolve().name, options)
 
 
 def _modules(names: Iterable[str]) -> dict[str, AdapterFormat]:

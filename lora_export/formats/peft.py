@@ -19,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.formats import expert_layouts
+from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS, nested_parameters
 from lora_export.formats.patterns import Patterns
-from lora_export.lora import Adapter, LoraPair, TokenRows, is_weight_of
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name, is_weight_of, split_part
 from lora_export.storage import json_files, safetensors_file
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
@@ -55,6 +58,8 @@ SUPPORTED = frozenset(
             "loftq_config",
             "corda_config",
             "lora_ga_config",
+            B_LAYOUT,
+            UNSLOTH_LAYOUTS,
         ),
     }
 )
@@ -110,6 +115,7 @@ OF_THE_TRAINER = {
     ),
     "modules_to_save": re.compile(r".+\.original_module\..+"),  # the base's own tensors, as they were
 }
+INNER = ".base_layer"  # where PEFT puts a pair of a parameter, inside of the pair of another one of the same module
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
 
 
@@ -121,7 +127,7 @@ def recognises(path: Path) -> bool:
         return (path / ADAPTER_CONFIG).exists()  # it is damaged; `read` reports how
 
 
-def read(path: Path, name: str) -> Adapter:
+def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
     config = _config(path / ADAPTER_CONFIG)
     if not (path / WEIGHTS).exists():
@@ -133,7 +139,7 @@ def read(path: Path, name: str) -> Adapter:
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = safetensors_file.open_file(path / WEIGHTS)
     keys = _keys_by_kind(file, config)
-    pairs, biases = _read_pairs(file, keys, config)
+    pairs, biases = _read_pairs(file, keys, config, options)
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = _tied(pairs, replaced, config)
@@ -148,6 +154,7 @@ def read(path: Path, name: str) -> Adapter:
         biases=biases,
         token_rows=rows,
         layouts=_layouts(file, pairs, config),
+        experts=_expert_axes(file, keys, config, pairs),
         tied=tied,
         targets=_targets(config),
         spelling={
@@ -325,22 +332,29 @@ def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any]
     """
     targets = config.get("target_parameters") or ()
     modules = config.get("target_modules")
-    for module in list(table[A]) if targets else ():
+    for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
         if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
             continue  # PEFT refuses to adapt a module and one of its parameters
-        owned = {f"{module}.{target.rpartition('.')[2]}" for target in targets}
-        named = [name for name in owned if any(f".{name}".endswith(f".{target}") for target in targets)]
-        if len(named) > 1 or module.endswith(".base_layer"):
+        owned = {target.rpartition(".")[2] for target in targets}
+        named = [name for name in owned if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
+        nested = [module]  # from outside to inside
+        while nested[-1] + INNER in table[A]:
+            nested.append(nested[-1] + INNER)
+        if not named and len(nested) == 1:
+            continue
+        names = nested_parameters(module, named, len(nested))
+        if names is None:
             raise InputRefused(
-                f"{path}: several parameters of {module.removesuffix('.base_layer')} are in target_parameters, and "
-                "the file does not record which pair is whose. Merge the adapter with PEFT (merge_and_unload)"
+                f"{path}: {len(named)} parameters of {module} are in target_parameters ({', '.join(sorted(named))}), "
+                f"the file has {len(nested)} {'pair' if len(nested) == 1 else 'pairs'} for it, and does not record "
+                "which pair is whose. Merge the adapter with PEFT (merge_and_unload)"
             )
-        for name in named:
+        for wrapped, name in zip(nested, reversed(names), strict=True):
             pair = name.removesuffix(".weight")
             table[PARAMETER][pair] = name
             for kind in (A, B):
-                if module in table[kind]:
-                    table[kind][pair] = table[kind].pop(module)
+                if wrapped in table[kind]:
+                    table[kind][pair] = table[kind].pop(wrapped)
 
 
 def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:
@@ -375,7 +389,10 @@ def _low_rank_kind(match: re.Match[str]) -> str:
 
 
 def _read_pairs(
-    file: safetensors_file.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
+    file: safetensors_file.TensorFile,
+    keys: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    options: ReadOptions,
 ) -> tuple[dict[str, LoraPair], dict[str, NDArray[np.float32]]]:
     """Return the pairs, and what is added to biases. Raises InputRefused with everything that is wrong with them."""
     problems = [f"{module}: lora_A without lora_B" for module in keys[A] if module not in keys[B]]
@@ -386,7 +403,7 @@ def _read_pairs(
     for module in keys[A]:
         if module in keys[B]:
             try:
-                pairs[module] = _pair(module, file, keys, config)
+                pairs |= _pairs_of(module, file, keys, config, options)
             except InputRefused as error:
                 problems.append(f"{module}: {error}")
     for name, key in [*keys[B_BIAS].items(), *keys[WHOLE].items()]:
@@ -469,13 +486,49 @@ def _targeted(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
     return keys[PARAMETER].get(module, module)
 
 
-def _pair(
-    module: str, file: safetensors_file.TensorFile, keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any]
-) -> LoraPair:
+def _pairs_of(
+    module: str,
+    file: safetensors_file.TensorFile,
+    keys: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    options: ReadOptions,
+) -> dict[str, LoraPair]:
+    """The pair of a module; of a stacked parameter, the pair of each expert."""
     a, b = file.read(keys[A][module]), file.read(keys[B][module])
     targeted = _targeted(module, keys)
     rank = _of_module(targeted, config, "rank_pattern", "r")
     alpha = _of_module(targeted, config, "alpha_pattern", "lora_alpha")
+    scale = _scale(rank, alpha, config)
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # the change would be zero or infinite
+        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
+    pairs = None
+    if module in keys[PARAMETER] and expert_layouts.is_flat(a, b, rank):
+        order = expert_layouts.b_layout(keys[PARAMETER][module], config, options.moe_b_layout)
+        pairs = expert_layouts.flat_pairs(a, b, rank, scale, order)
+    elif expert_layouts.is_stacked(module, a, b):
+        if a.shape[1] != rank:
+            raise InputRefused(
+                f"A {a.shape} and B {b.shape}: the rank of each expert is {a.shape[1]}, the config's is {rank}, and "
+                "nothing states which of them alpha was divided by. Correct r or rank_pattern in adapter_config.json"
+            )
+        pairs = expert_layouts.stacked_pairs(a, b, scale)
+    if pairs is None:
+        return {module: _pair(module, a, b, rank, scale, file, keys, config)}
+    if module in keys[MAGNITUDE] or module in keys[B_BIAS]:
+        raise InputRefused("a magnitude or a bias beside the pairs of experts is not supported")
+    return {expert_name(module, expert): pair for expert, pair in enumerate(pairs)}
+
+
+def _pair(
+    module: str,
+    a: NDArray[Any],
+    b: NDArray[Any],
+    rank: int,
+    scale: float,
+    file: safetensors_file.TensorFile,
+    keys: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+) -> LoraPair:
     embedding = module in keys[EMBEDDING]
     if embedding is not (".lora_embedding_B" in keys[B][module]):
         raise InputRefused("one of lora_A and lora_B is an embedding's, the other is not")
@@ -486,16 +539,8 @@ def _pair(
             f"A {a.shape}, B {b.shape}: the convolution has {rank // b.shape[1]} groups. PEFT's A mixes the channels "
             "of all groups, which no weight of a grouped convolution can do: it cannot be merged"
         )
-    if module in keys[PARAMETER] and a.shape[0] == b.shape[1] != rank and a.shape[0] % rank == 0:
-        raise InputRefused(
-            f"A {a.shape}, B {b.shape}: these are {a.shape[0] // rank} pairs. LoRA on parameters of three dimensions, "
-            "such as experts (target_parameters), is not supported yet"
-        )
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise InputRefused(f"A {a.shape} and B {b.shape} disagree with the config's rank {rank}")
-    scale = _scale(rank, alpha, config)
-    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # the change would be zero or infinite
-        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
     magnitude = _magnitude(module, file, keys, config, b)
     return LoraPair(
         a=a, b=b, scale=scale, magnitude=magnitude, embedding=embedding, as_stored=module in keys[PARAMETER]
@@ -589,10 +634,24 @@ def _layouts(
         if wrong:
             raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
         return layouts
-    layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored}
+    layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
     if config.get("fan_in_fan_out"):
         layouts |= {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
     return layouts
+
+
+def _expert_axes(
+    file: safetensors_file.TensorFile,
+    keys: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    pairs: Mapping[str, LoraPair],
+) -> dict[str, ExpertAxes]:
+    """How the pairs of experts relate to the stacked parameters of these."""
+    return {
+        module: ExpertAxes.OUT_IN if len(file.entries[key].shape) == 3 else expert_layouts.flat_axes(config)
+        for module, key in keys[A].items()
+        if expert_name(module, 0) in pairs
+    }
 
 
 def _tied(

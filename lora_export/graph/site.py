@@ -30,9 +30,10 @@ class NameSource(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One place where a node reads a weight, or a block of a packed weight.
+    """One place where a node reads a weight, a block of a packed weight, or one expert of a stacked weight.
 
-    A packed weight is one matrix that holds several parameters side by side (q, k and v; gate and up).
+    A packed weight is one matrix that holds several parameters side by side (q, k and v; gate and up). A stacked weight
+    (experts, ., .) holds one matrix for each expert.
     """
 
     node: ir.Node  # the reader; behind Transpose, Cast, Identity and DequantizeLinear nodes
@@ -44,6 +45,7 @@ class Site:
     named_by: NameSource = NameSource.NONE
     dtype: str = ""  # in which the reader computes; a Cast or DequantizeLinear can make it differ from the stored one
     block: range | None = None  # of the output features, where the matrix is packed
+    expert: int | None = None  # where the weight is stacked: which of its matrices
     quantised: QuantisedWeight | None = None
     transposed: bool | None = None  # whether the model's parameter is the transpose of `array`; None: unknown
     inner_node: ir.Node | None = None  # the reader in a function's body; `node` is the call
@@ -83,8 +85,11 @@ class Site:
 
     @property
     def stored_array(self) -> NDArray[Any]:
-        """The stored tensor, dequantised, neighbouring blocks included. Reads external data."""
-        return self.tensor.numpy() if self.quantised is None else self.quantised.rows(slice(None))
+        """The stored matrix, dequantised, neighbouring blocks included. Reads external data."""
+        if self.quantised is not None:
+            return self.quantised.rows(slice(None))
+        whole = self.tensor.numpy()
+        return whole if self.expert is None else whole[self.expert]
 
     @property
     def block_slices(self) -> tuple[slice, ...]:
@@ -132,7 +137,9 @@ class Site:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of `stored_array`. Reads no data."""
-        return self.quantised.shape if self.quantised is not None else stored_shape(self.value)
+        if self.quantised is not None:
+            return self.quantised.shape
+        return stored_shape(self.value) if self.expert is None else stored_shape(self.value)[1:]
 
     @property
     def node_outputs(self) -> int:

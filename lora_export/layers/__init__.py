@@ -5,7 +5,7 @@ from lora_export.layers.attaching import attach, detach, scale_adapters, without
 from lora_export.layers.folding import fold
 from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
-from lora_export.layers.module_spelling import respelled_for
+from lora_export.layers.module_spelling import respelled_for, with_loaded_names
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
 from lora_export.layers.new_adapter import create_adapter
 from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie
@@ -31,5 +31,6 @@ __all__ = [
     "scale_adapters",
     "specs",
     "untie",
+    "with_loaded_names",
     "without_branches",
 ]

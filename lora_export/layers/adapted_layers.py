@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, conv1d, oriented
-from lora_export.plan import Layout
+from lora_export.plan import Layout, StoredRegion
 
 ATTACHMENT = "_lora_export"  # the key of an Attachment in the __dict__ of its module
 BRANCH_PARTS = ("lora_A", "lora_B", "lora_magnitude")  # the nn.ParameterDicts that hold a layer's branches
@@ -41,6 +41,7 @@ class Branch:
     scale: float  # the pair's scale times the adapter's strength
     layout: Layout
     dora: bool
+    region: StoredRegion | None = field(default=None, compare=False)  # of the weight, where it changes a part alone
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     branches = [branch for branch in attachment.branches if branch.weight == attribute]
     if weight is None or not branches or not attachment.factor:
         return weight
+    if branches[0].region is not None:
+        return _sum_of_parts(owner, weight, branches).to(weight.dtype)
     total = _weight_sum(owner, weight, branches)  # (out, in, ...)
     for branch in branches:
         if branch.dora:
@@ -111,11 +114,28 @@ def adapted_weight(owner: nn.Module, attribute: str) -> Tensor | None:
     return oriented(total, branches[0].layout).to(weight.dtype)
 
 
+def _sum_of_parts(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """W + ΔW in the dtype of A, in the shape of W. Each branch changes a part of W."""
+    factor = attachment_of(owner).factor
+    dtype = low_rank_factors(owner, branches[0])[0].dtype
+    total = weight.to(dtype).clone(memory_format=torch.contiguous_format)
+    for branch in branches:
+        assert branch.region is not None
+        a, b = low_rank_factors(owner, branch)
+        part_of(total, branch.region).add_(oriented(b @ a, branch.layout), alpha=factor * branch.scale)
+    return total
+
+
+def part_of(tensor: Tensor, region: StoredRegion) -> Tensor:
+    """A view of a part of a contiguous tensor."""
+    return tensor.view(region.shape)[region.rows, region.columns]
+
+
 def _weight_sum(owner: nn.Module, weight: Tensor, branches: Sequence[Branch]) -> Tensor:
     """W + ΔW as (out, in, ...), in the dtype of A, before DoRA rescales it."""
     changes = []
     for branch in branches:
-        _record(branch)
+        record_branch(branch)
         a, b = low_rank_factors(owner, branch)
         product = b.flatten(1) @ a.flatten(1)
         changes.append(product.reshape(b.shape[0], *a.shape[1:]) * (attachment_of(owner).factor * branch.scale))
@@ -145,7 +165,13 @@ def recorded_branches() -> Iterator[set[Branch]]:
         _RECORDED.reset(token)
 
 
-def _record(branch: Branch) -> None:
+def is_recording() -> bool:
+    """Whether a context asks for the branches that are computed."""
+    return _RECORDED.get() is not None
+
+
+def record_branch(branch: Branch) -> None:
+    """Add a branch to the recorded ones, where a context asks for them."""
     if (recorded := _RECORDED.get()) is not None:
         recorded.add(branch)
 
@@ -186,7 +212,7 @@ def _forward_with_branches(
     total = y
     for branch in attachment.branches:
         if x.numel():
-            _record(branch)
+            record_branch(branch)
         a, b = low_rank_factors(owner, branch)
         total = total + pair(x.to(a.dtype) if x.is_floating_point() else x, a, b) * (attachment.factor * branch.scale)
     if dora:

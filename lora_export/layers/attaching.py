@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_export.errors import InputRefused
+from lora_export.layers.adapted_experts import adapted_experts_class
 from lora_export.layers.adapted_layers import (
     ATTACHMENT,
     BRANCH_PARTS,
@@ -39,6 +40,8 @@ from lora_export.layers.module_tensors import (
 from lora_export.layers.plan_targets import target_tensors
 from lora_export.plan import Plan, Step
 
+NO_WORD = re.compile(r"\W+", re.ASCII)
+
 # --- Attach ---
 
 
@@ -54,7 +57,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
     """
     targets = target_tensors(module, plan)
     for step in plan.steps:
-        _refuse_unattachable(step, targets[step.weight])
+        _refuse_unattachable(step, targets[step.spec.stored_name])
     replacements = {
         step.weight: replacement_tensor(step, targets[step.weight].tensor)
         for step in plan.steps
@@ -64,7 +67,7 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
         module.requires_grad_(False)
     names = _parameter_names(adapter.name for adapter in plan.adapters)
     for step in plan.steps:
-        target = targets[step.weight]
+        target = targets[step.spec.stored_name]
         _begin_attachment(target.owner)
         if step.replaces_only_rows:
             _replace_rows(module, target, replacements[step.weight])
@@ -74,12 +77,14 @@ def attach(module: nn.Module, plan: Plan, *, trainable: bool = False) -> None:
             _adapt_class(target.owner)
             target.owner.register_buffer("lora_shift", _adapter_tensor(target.tensor, step.shift))
         if step.terms:
-            _adapt_class(target.owner)
+            _adapt_class(target.owner, of_parts=step.spec.region is not None)
             _add_branches(target, step, names, trainable=trainable)
 
 
 def _refuse_unattachable(step: Step, target: ModuleTensor) -> None:
     owner = target.owner
+    if step.spec.region is not None and (target.tensor.ndim < 3 or isinstance(owner, CONVOLUTION_TYPES)):
+        raise InputRefused(f"{step.weight} is a part of a layer's weight; only a merge into a checkpoint can change it")
     if step.shift is not None and not isinstance(owner, (nn.Linear, *CONVOLUTION_TYPES, *conv1d())):
         raise InputRefused(
             f"{step.weight}: only the bias of a linear layer or a convolution can be shifted, not "
@@ -103,8 +108,13 @@ def _begin_attachment(owner: nn.Module) -> None:
     owner.__dict__.setdefault(ATTACHMENT, Attachment(type(owner)))
 
 
-def _adapt_class(owner: nn.Module) -> None:
-    owner.__class__ = adapted_class(attachment_of(owner).original)
+def _adapt_class(owner: nn.Module, *, of_parts: bool = False) -> None:
+    original = attachment_of(owner).original
+    if of_parts:
+        stacked = [name for name, value in owner._parameters.items() if value is not None and value.ndim >= 3]
+        owner.__class__ = adapted_experts_class(original, stacked)
+    else:
+        owner.__class__ = adapted_class(original)
 
 
 def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
@@ -114,8 +124,11 @@ def _adapter_tensor(base: Tensor, array: NDArray[np.float32]) -> Tensor:
 
 def _add_branches(target: ModuleTensor, step: Step, names: Mapping[str, str], *, trainable: bool) -> None:
     owner = target.owner
+    region = step.spec.region
     for term in step.terms:
         name = names[term.adapter]
+        if region is not None:
+            name = f"{NO_WORD.sub('_', region.written)}_{name}"
         if target.attribute not in ("weight", "in_proj_weight"):  # q, k and v of one attention
             name = f"{target.attribute}_{name}"
         for part, array in zip(BRANCH_PARTS, (term.pair.a, term.pair.b, term.pair.magnitude), strict=True):
@@ -126,7 +139,7 @@ def _add_branches(target: ModuleTensor, step: Step, names: Mapping[str, str], *,
             parameter = nn.Parameter(_adapter_tensor(target.tensor, array), requires_grad=trainable)
             cast(nn.ParameterDict, owner._modules[part])[name] = parameter
         scale, dora = term.scale, term.pair.magnitude is not None
-        branch = Branch(term.adapter, term.module, target.attribute, name, scale, step.spec.layout, dora)
+        branch = Branch(term.adapter, term.module, target.attribute, name, scale, step.spec.layout, dora, region)
         attachment_of(owner).branches += (branch,)
 
 

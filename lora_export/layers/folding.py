@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_export import sums
 from lora_export.errors import InputRefused
-from lora_export.layers.adapted_layers import per_output
+from lora_export.layers.adapted_layers import part_of, per_output
 from lora_export.layers.module_tensors import as_tensor, named_tensors, oriented, wide_dtype
 from lora_export.layers.plan_targets import target_tensors, untie
 from lora_export.plan import Plan, Step
@@ -23,12 +23,24 @@ def fold(module: nn.Module, plan: Plan) -> None:
     """
     targets = target_tensors(module, plan)
     for step in plan.steps:
-        folded_tensor(step, targets[step.weight].tensor)
+        folded_tensor(step, _changed_part(step, targets[step.spec.stored_name].tensor))
     untie(module, plan, keep_equal=True)
     tensors = {target.name: target.tensor for target in named_tensors(module)}
+    changes = ((tensors[step.spec.stored_name], step) for step in plan.steps)
+    by_tensor = {(id(tensor), step.spec.region and step.weight): (tensor, step) for tensor, step in changes}
     with torch.no_grad():
-        for tensor, step in {id(tensors[step.weight]): (tensors[step.weight], step) for step in plan.steps}.values():
-            tensor.copy_(folded_tensor(step, tensor))
+        for tensor, step in by_tensor.values():
+            part = _changed_part(step, tensor)
+            part.copy_(folded_tensor(step, part))
+
+
+def _changed_part(step: Step, tensor: Tensor) -> Tensor:
+    """The tensor, or a view of the part of it that the step changes. Raises InputRefused for a scattered one."""
+    if step.spec.region is None:
+        return tensor
+    if not tensor.is_contiguous():
+        raise InputRefused(f"{step.weight}: the tensor is not contiguous. Nothing was changed.")
+    return part_of(tensor, step.spec.region)
 
 
 def folded_tensor(step: Step, base: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""Adapters under the names of a module: transformers may have renamed its weights when it loaded them."""
+"""Names of a module: transformers may have renamed its weights when it loaded them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from lora_export.layers.module_tensors import specs
 from lora_export.lora import Adapter
 from lora_export.plan.conversion.architecture import ArchitectureRules, rules_of
+from lora_export.plan.conversion.loaded_names import LoadedNames
 from lora_export.plan.spelling import respelled
 
 
@@ -16,6 +17,22 @@ def respelled_for(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapte
     """The adapters under the names of a module. Raises as `plan.spelling.respelled`."""
     rules = _conversion_rules(module) if adapters else None
     return list(adapters) if rules is None else respelled(adapters, specs(module), rules)
+
+
+def with_loaded_names(module: nn.Module, dtypes: Mapping[str, str]) -> dict[str, str]:
+    """Dtypes of stored tensors, also under the names that these have in the module.
+
+    A tensor that was made of several stored ones has a dtype if all of these have it.
+    """
+    rules = _conversion_rules(module)
+    if rules is None:
+        return dict(dtypes)
+    found = dict(dtypes)
+    for tensor in LoadedNames(rules, dtypes).values():
+        kinds = {dtypes[name] for name in tensor.sources}
+        if len(kinds) == 1:
+            found[tensor.name] = kinds.pop()
+    return found
 
 
 def _conversion_rules(module: nn.Module) -> ArchitectureRules | None:

@@ -82,7 +82,7 @@ def _changed_ties(module: nn.Module, plan: Plan) -> list[list[ModuleTensor]]:
         tensor = target.tensor
         # The address also finds two parameters that share their memory; meta tensors have none.
         groups.setdefault(tensor.data_ptr() or id(tensor), []).append(target)
-    changed = {step.weight for step in plan.steps if not step.replaces_only_rows}
+    changed = {step.spec.stored_name for step in plan.steps if not step.replaces_only_rows}
     return [group for group in groups.values() if len(group) > 1 and any(target.name in changed for target in group)]
 
 

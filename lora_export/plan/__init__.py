@@ -9,6 +9,8 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     attempts.py       the ways to read its names
     respelling.py     its tensors under the names of the base
     placing.py        where the entries of its tensors are in the base
+    expert_axes.py    pairs of experts, turned so that their products have the shape in which experts are stored
+    expert_names.py   stacked pairs of one projection, under the names of the experts
     stored_region.py  a part of a stored tensor
     conversion/       how transformers renames and converts weights while it loads them
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
@@ -18,6 +20,18 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
 """
 
 from lora_export.plan.build import make
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.plan.types import FLOATS, Layout, LayoutSource, Plan, Step, TensorSpec, Term, are_same_change
 
-__all__ = ["FLOATS", "Layout", "LayoutSource", "Plan", "Step", "TensorSpec", "Term", "are_same_change", "make"]
+__all__ = [
+    "FLOATS",
+    "Layout",
+    "LayoutSource",
+    "Plan",
+    "Step",
+    "StoredRegion",
+    "TensorSpec",
+    "Term",
+    "are_same_change",
+    "make",
+]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from lora_export.errors import InputRefused, Misfit
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, expert_name, split_part
 from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.conversion.loaded_names import LoadedNames, LoadedTensor
-from lora_export.plan.conversion.tensor_parts import NotExpressible
-from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
+from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible
+from lora_export.plan.match_names import (
+    BaseTensors,
+    Prefix,
+    considered_modules,
+    find_prefix,
+    missing_targets,
+    weight_of,
+)
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
+from lora_export.plan.stored_region import parse
 from lora_export.plan.types import Layout, TensorSpec
 
 OF_MODULES = (".weight", ".in_proj_weight")
@@ -39,13 +49,6 @@ class SpelledAdapter:
     notes: Sequence[str] = ()
 
 
-def considered_modules(adapter: Adapter) -> list[str]:
-    """The modules whose names decide how an adapter is spelled."""
-    return [module for module in adapter.pairs if module not in adapter.tied] or [
-        name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)
-    ]
-
-
 class Attempt(ABC):
     """One way to read the names of an adapter."""
 
@@ -60,6 +63,19 @@ class Attempt(ABC):
     def weights_of(self, module: str) -> list[str]:
         """The base tensors, or parts of these, that a module's pair changes."""
 
+    @abstractmethod
+    def assembled(self, parameter: str) -> AssembledTensor | None:
+        """What a whole tensor of the adapter consists of in the base. None where it is unknown.
+
+        Raises NotExpressible.
+        """
+
+    def stack_of_parts(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of a stacked parameter of which the base has each expert as a tensor of its own, as graphs do."""
+        names = itertools.takewhile(self.base.__contains__, (expert_name(parameter, e) for e in itertools.count()))
+        shapes = [self.base[name].shape for name in names]
+        return (len(shapes), *shapes[0]) if shapes else None
+
 
 class AsSpelled(Attempt):
     meaning = "its own spelling"
@@ -73,9 +89,25 @@ class AsSpelled(Attempt):
         weight = weight_of(self.prefix.to_base(module), self.base)
         return [] if weight is None else [weight]
 
+    def assembled(self, parameter: str) -> AssembledTensor | None:
+        weight = weight_of(self.prefix.to_base(parameter), self.base)
+        return None if weight is None else AssembledTensor.stored(weight, self.base[weight].shape)
+
     def spelled(self) -> SpelledAdapter:
         missing = missing_targets(self.adapter, self.prefix, self.base)
-        return SpelledAdapter(self.adapter, self.prefix, misfits=missing, notes=prefix_notes(self.adapter, self.prefix))
+        notes = prefix_notes(self.adapter, self.prefix)
+        return SpelledAdapter(self.adapter, self.prefix, views=self._views(), misfits=missing, notes=notes)
+
+    def _views(self) -> dict[str, TensorSpec]:
+        """The parts of base tensors that the adapter names."""
+        views = {}
+        for module in self.adapter.pairs:
+            weight = weight_of(self.prefix.to_base(module), self.base)
+            if weight is not None and weight not in self.base:
+                stored = self.base[split_part(weight)[0]]
+                if (region := parse(weight, stored.shape)) is not None:
+                    views[weight] = Place(stored.name, region).view(stored)
+        return views
 
 
 class ConvertedNames(Attempt):
@@ -88,6 +120,7 @@ class ConvertedNames(Attempt):
         self.rules = rules
         self.prefix = Prefix()
         self._places: dict[str, list[Place]] = {}
+        self._slices: dict[str, list[AssembledTensor]] = {}  # a stacked tensor -> its experts
 
     @abstractmethod
     def tensor_of(self, module: str) -> str | None:
@@ -107,9 +140,37 @@ class ConvertedNames(Attempt):
         """The prefix of the names that `spelled` gives."""
 
     def places(self, tensor: str, shape: Sequence[int]) -> list[Place]:
+        """The places of a tensor of the adapter, or of a part of it, such as `experts.down_proj[3]`."""
         if tensor not in self._places:
-            self._places[tensor] = self.find(tensor, shape)
+            owner, indices = split_part(tensor)
+            is_part = indices and self.prefix.to_base(tensor) not in self.base
+            self._places[tensor] = self._of_slice(owner, indices) if is_part else self.find(tensor, shape)
         return self._places[tensor]
+
+    def _of_slice(self, tensor: str, index: str) -> list[Place]:
+        if tensor not in self._slices:
+            whole = self.assembled(tensor)
+            self._slices[tensor] = [] if whole is None else whole.along_first_axis()
+        slices = self._slices[tensor]
+        if not slices:
+            return []
+        if not index.isdecimal():
+            return [self._named_part(tensor, index)]
+        if int(index) >= len(slices):
+            raise NotExpressible(f"makes a tensor of {len(slices)} experts")
+        return places_in_sources(slices[int(index)], self._stored_shape)
+
+    def _named_part(self, tensor: str, indices: str) -> Place:
+        """A part of a stored tensor that has other names at most. Raises NotExpressible."""
+        whole = self.assembled(tensor)
+        stored = "" if whole is None or len(whole.pieces) != 1 else whole.pieces[0].source
+        region = parse(f"{stored}[{indices}]", self._stored_shape(stored)) if stored else None
+        if whole is None or region is None or whole.shape != self._stored_shape(stored):
+            raise NotExpressible("makes a tensor of which the adapter changes a part that is no expert")
+        return Place(stored, region)
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        return self.base[name].shape
 
     def weights_of(self, module: str) -> list[str]:
         tensor, pair = self.tensor_of(module), self.adapter.pairs.get(module)
@@ -151,12 +212,20 @@ class AsLoaded(ConvertedNames):
             return [Place(name)] if name in self.unchanged else []
         if found.conversion is None:
             return [Place(found.stored)]
-        assembled = found.conversion.assembled(lambda stored: self.base[stored].shape, self.shapes.get)[name]
+        assembled = found.conversion.assembled(self._stored_shape, self.shapes.get)[name]
         if shape and tuple(shape) != assembled.shape:
             raise NotExpressible(
                 f"makes a tensor of {assembled.shape} of them, and the adapter was trained on {tuple(shape)}"
             )
-        return places_in_sources(assembled, lambda stored: self.base[stored].shape)
+        return places_in_sources(assembled, self._stored_shape)
+
+    def assembled(self, parameter: str) -> AssembledTensor | None:
+        weight = weight_of(self.prefix.to_base(parameter), self.every_name)
+        found = self.loaded.get(weight) if weight is not None else None
+        if found is not None and found.conversion is not None:
+            return found.conversion.assembled(self._stored_shape, self.shapes.get)[found.name]
+        stored = weight if found is None else found.stored
+        return None if stored is None else AssembledTensor.stored(stored, self._stored_shape(stored))
 
     def misfits(self, spelled: Adapter) -> list[Misfit]:  # noqa: ARG002
         return missing_targets(self.adapter, self.prefix, self.names)
@@ -178,9 +247,8 @@ class AsOriginal(ConvertedNames):
         pairs: dict[str, LoraPair] = {}
         for module, pair in self.adapter.pairs.items():
             if module not in self.adapter.tied:
-                pairs |= {
-                    module_of_tensor(tensor.name): pair for tensor in self.by_stored.get(_weight(module, pair), ())
-                }
+                stored = split_part(_weight(module, pair))[0]
+                pairs |= {module_of_tensor(tensor.name): pair for tensor in self.by_stored.get(stored, ())}
         return replace(self.adapter, pairs=pairs or self.adapter.pairs, tied={})
 
     @property
@@ -190,7 +258,7 @@ class AsOriginal(ConvertedNames):
     def tensor_of(self, module: str) -> str | None:
         pair = self.adapter.pairs.get(module)
         name = f"{module}.weight" if pair is None else _weight(module, pair)
-        found = self.by_stored.get(name, ())
+        found = self.by_stored.get(split_part(name)[0], ())
         return name if found and all(self.prefix.to_base(each.name) in self.base for each in found) else None
 
     def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:  # noqa: ARG002
@@ -212,6 +280,15 @@ class AsOriginal(ConvertedNames):
             ]
         return places
 
+    def assembled(self, parameter: str) -> AssembledTensor | None:
+        (found,) = self.by_stored.get(parameter, ()) or (None,)
+        if found is None:
+            return None
+        if found.conversion is not None:
+            raise NotExpressible("converts a stacked tensor")
+        name = self.prefix.to_base(found.name) or found.name
+        return AssembledTensor.stored(name, self._stored_shape(name)) if name in self.base else None
+
     def _base_shape(self, name: str) -> tuple[int, ...] | None:
         spec = self.base.get(self.prefix.to_base(name) or name)
         return None if spec is None else spec.shape
@@ -222,7 +299,7 @@ class AsOriginal(ConvertedNames):
             name.rpartition(".")[2]
             for module in self.adapter.pairs
             if any(f".{module}".endswith(f".{target}") for target in targets)
-            for name in (module_of_tensor(tensor) for tensor in self.weights_of(module))
+            for name in (module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module))
         }
         return missing_targets(replace(spelled, targets=tuple(sorted(new))), self.prefix, self.base)
 
@@ -242,7 +319,8 @@ def _loaded_spec(tensor: LoadedTensor, base: BaseTensors) -> TensorSpec:
     stacks = tensor.conversion is not None and any(
         operation["name"] == "MergeModulelist" for operation in tensor.conversion.rule.operations
     )
-    return replace(spec, layout=Layout.OTHER) if stacks else spec
+    # `missing_targets` looks at the number of dimensions, which stacking raises.
+    return replace(spec, layout=Layout.OTHER, shape=(1, *spec.shape)) if stacks else spec
 
 
 def _prefix_or_none(adapter: Adapter, names: BaseTensors) -> Prefix:
@@ -255,8 +333,10 @@ def _prefix_or_none(adapter: Adapter, names: BaseTensors) -> Prefix:
 
 def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
     """Every tensor that an adapter changes, with the shape that it has in the model."""
+    experts = Counter(split_part(module)[0] for module in adapter.pairs if split_part(module)[1])
     for module, pair in adapter.pairs.items():
-        yield _weight(module, pair), shape_in_model(pair)
+        owner, indices = split_part(_weight(module, pair))
+        yield owner, (experts[owner], *shape_in_model(pair)) if indices else shape_in_model(pair)
     for module, change in adapter.biases.items():
         yield f"{module}.bias", change.shape
     for tensor, value in adapter.replaced.items():

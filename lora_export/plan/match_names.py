@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_export.errors import InputRefused, Misfit
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, split_part
 from lora_export.plan.conversion.loaded_names import LoadedNames
 from lora_export.plan.types import Layout, TensorSpec
 
@@ -88,10 +88,28 @@ class Prefix:
 
 
 def weight_of(module: str | None, base: Mapping[str, TensorSpec]) -> str | None:
-    """The base's name for the weight of a module: its `.weight`, packed attention's projection, or itself."""
+    """The base's name for the weight of a module: its `.weight`, packed attention's projection, or itself.
+
+    The name of a part, such as `experts.down_proj[3]`, is that of the part of the weight.
+    """
     if module is None:
         return None
-    return next((name for name in (f"{module}.weight", f"{module}.in_proj_weight", module) if name in base), None)
+    names = (f"{module}.weight", f"{module}.in_proj_weight", module)
+    found = next((name for name in names if name in base), None)
+    owner, indices = split_part(module)
+    if found is None and indices:
+        weight = weight_of(owner, base)
+        return None if weight is None else f"{weight}[{indices}]"
+    return found
+
+
+def considered_modules(adapter: Adapter) -> list[str]:
+    """The modules whose names decide how an adapter is spelled: of the parts of one tensor, the first."""
+    by_owner: dict[str, str] = {}
+    for module in adapter.pairs:
+        if module not in adapter.tied:
+            by_owner.setdefault(split_part(module)[0], module)
+    return list(by_owner.values()) or [name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)]
 
 
 def find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
@@ -100,9 +118,7 @@ def find_prefix(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Prefix:
     A prefix counts only where *every* pair then has its weight. Where none does, the prefix is one with which most
     pairs have, so that fewer misfits are listed. Raises InputRefused where two prefixes fit.
     """
-    modules = [module for module in adapter.pairs if module not in adapter.tied] or [
-        name.rpartition(".")[0] for name in (*adapter.replaced, *adapter.token_rows)
-    ]
+    modules = considered_modules(adapter)
     if not modules:
         return Prefix()
 
@@ -133,7 +149,8 @@ def _possible_prefixes(module: str, base: Mapping[str, TensorSpec]) -> Iterator[
     parts = module.split(".")
     for count in range(1, len(parts)):
         yield Prefix(adapter=".".join(parts[:count]) + ".")
-    for suffix in (f".{module}.weight", f".{module}.in_proj_weight"):
+    owner, indices = split_part(module)
+    for suffix in (f".{owner}.weight", f".{owner}.in_proj_weight", *([f".{owner}"] if indices else [])):
         for name in base:
             if name.endswith(suffix):
                 yield Prefix(base=name.removesuffix(suffix) + ".")
@@ -146,7 +163,7 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
     one of them in numbers alone: the `q_proj` of a vision tower is not missing from an adapter of the decoder, the
     decoder's next layer is.
     """
-    adapted = {prefix.to_base(module) or module for module in adapter.pairs}
+    adapted = {prefix.to_base(module) or module for module in map(_owner, adapter.pairs)}
     replaced = {prefix.to_base(tensor) or tensor for tensor in adapter.replaced}
     patterns = {_without_numbers(module) for module in adapted}
     adapted_endings = {ending for module in adapted for ending in _endings(module)}
@@ -155,13 +172,18 @@ def missing_targets(adapter: Adapter, prefix: Prefix, base: Mapping[str, TensorS
     for spec in base.values():
         module = spec.name.removesuffix(".weight")
         target = next((ending for ending in _endings(module) if ending in targets), None)
-        if target is None or module in adapted or spec.name in replaced or spec.layout is Layout.OTHER:
+        is_bias = spec.layout is Layout.OTHER and len(spec.shape) < 3  # or the weight of a norm
+        if target is None or module in adapted or spec.name in replaced or is_bias:
             continue
         if _without_numbers(module) in patterns or target not in adapted_endings:
             missing.append(
                 Misfit(adapter.name, module, "targeted by the adapter's config, but its file has no tensors for it")
             )
     return missing
+
+
+def _owner(module: str) -> str:
+    return split_part(module)[0].removesuffix(".weight")
 
 
 def _endings(module: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lora_export.errors import InputRefused
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, split_part
 
 PerName = TypeVar("PerName")
 
@@ -57,6 +57,7 @@ def _renamed(adapter: Adapter, renamed: Callable[[str], str]) -> Adapter:
         biases=keys(adapter.biases),
         token_rows=keys(adapter.token_rows),
         layouts=keys(adapter.layouts),
+        experts=keys(adapter.experts),
         tied={renamed(head): renamed(table) for head, table in adapter.tied.items()},
         spelling={**keys(adapter.spelling), **{renamed(name): adapter.spelled(name) for name in names}},
     )
@@ -70,7 +71,7 @@ def fitting_prefixes(adapter: Adapter, names: Iterable[str], fits: Callable[[Ada
 
     `names` are the tensors of the base; `fits` tells whether an adapter fits.
     """
-    modules = [module for module in adapter.pairs if module not in adapter.tied]
+    modules = list(dict.fromkeys(split_part(module)[0] for module in adapter.pairs if module not in adapter.tied))
     if not modules:
         return []
     bases = [name.removesuffix(".weight") for name in names]

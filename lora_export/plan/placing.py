@@ -14,6 +14,8 @@ from lora_export.plan.conversion.tensor_parts import AssembledTensor, Indices, N
 from lora_export.plan.stored_region import StoredRegion, as_slice, cut
 from lora_export.plan.types import Layout, LayoutSource, TensorSpec
 
+ONLY = np.zeros(1, np.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -79,8 +81,14 @@ def places_in_sources(tensor: AssembledTensor, shape_of: Callable[[str], Sequenc
         own = {axis: number for number, axis in enumerate(piece.axes) if axis is not None}
         if len(own) != len(piece.axes):
             raise NotExpressible("stacks tensors, such as experts: a change of the stack is not supported")
-        base_axes = [(own[axis], piece.indices[own[axis]], piece.positions[own[axis]]) for axis in range(len(own))]
-        places.append(_place(piece.source, shape_of(piece.source), base_axes, tensor.shape))
+        base_shape = shape_of(piece.source)
+        base_axes: list[tuple[int | None, Indices, Indices]] = []
+        for axis in range(len(base_shape)):
+            if axis in piece.fixed:
+                base_axes.append((None, np.array([piece.fixed[axis]]), ONLY))
+            else:
+                base_axes.append((own[axis], piece.indices[own[axis]], piece.positions[own[axis]]))
+        places.append(_place(piece.source, base_shape, base_axes, tensor.shape))
     return places
 
 

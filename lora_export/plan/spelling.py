@@ -13,9 +13,12 @@ from dataclasses import replace
 from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused, MatchError, Misfit
-from lora_export.lora import Adapter
+from lora_export.lora import Adapter, LoraPair
 from lora_export.plan.attempts import AsLoaded, AsOriginal, AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
 from lora_export.plan.conversion.architecture import ArchitectureRules
+from lora_export.plan.conversion.tensor_parts import NotExpressible
+from lora_export.plan.expert_axes import model_types, turned
+from lora_export.plan.expert_names import per_expert
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.respelling import Respelling
 from lora_export.plan.types import TensorSpec
@@ -23,16 +26,38 @@ from lora_export.plan.types import TensorSpec
 
 def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> SpelledAdapter:
     """The adapter under the names of the base. Raises InputRefused where two generations of names fit differently."""
-    as_spelled = AsSpelled(adapter, base)
-    attempts: list[Attempt] = [as_spelled]
-    fits = as_spelled.matched == len(as_spelled.modules)
-    if rules is not None and (rules.own or not fits):
-        attempts += [AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
-    best = max(attempts, key=lambda attempt: attempt.matched)  # the first, where several match as many
+    attempts = _attempts(adapter, base, rules)
+    best = _best(attempts)
+    for variant in per_expert(adapter) if best.matched < len(best.modules) else ():
+        others = _attempts(variant, base, rules)
+        if (other := _best(others)).matched == len(other.modules):
+            adapter, attempts, best = variant, others, other
+            break
     for other in attempts:
         if other is not best and other.matched == best.matched == len(best.modules):
             _refuse_two_answers(adapter, best, other)
-    return Respelling(best).result() if isinstance(best, ConvertedNames) else as_spelled.spelled()
+    best.adapter, misfits = turned(adapter, lambda name: _shape(best, name), model_types(rules.config if rules else {}))
+    spelled = best.spelled() if isinstance(best, AsSpelled) else Respelling(best).result()
+    return replace(spelled, misfits=[*misfits, *spelled.misfits])
+
+
+def _attempts(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> list[AsSpelled | ConvertedNames]:
+    as_spelled = AsSpelled(adapter, base)
+    if rules is None or not (rules.own or as_spelled.matched < len(as_spelled.modules)):
+        return [as_spelled]
+    return [as_spelled, AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
+
+
+def _best(attempts: Sequence[AsSpelled | ConvertedNames]) -> AsSpelled | ConvertedNames:
+    return max(attempts, key=lambda attempt: attempt.matched)  # the first, where several match as many
+
+
+def _shape(attempt: Attempt, tensor: str) -> tuple[int, ...] | None:
+    try:
+        found = attempt.assembled(tensor)
+    except NotExpressible:
+        return None  # it is reported where the tensor is placed
+    return attempt.stack_of_parts(tensor) if found is None else found.shape
 
 
 def _refuse_two_answers(adapter: Adapter, one: Attempt, other: Attempt) -> None:
@@ -84,14 +109,29 @@ def respelled(
     base, found = BaseTensors(specs), []
     for adapter in adapters:
         one = spell(adapter, base, rules)
-        if one.spelling is Spelling.SAME:
-            found.append(adapter)
-            continue
         parts = [
             Misfit(adapter.name, name, "is a part of a tensor here; only a merge into a checkpoint can change it")
-            for name in one.views
+            for name, view in one.views.items()
+            if len(base[view.stored_name].shape) < 3  # not an expert
         ]
-        if problems := [*one.misfits, *parts]:
+        if one.spelling is Spelling.SAME:
+            parts = []  # reported where the adapter is attached or inserted
+        if problems := [*one.misfits, *parts] if one.spelling is not Spelling.SAME or adapter.experts else []:
             raise MatchError(problems, targets=len(adapter.pairs))
-        found.append(replace(one.adapter, targets=(), notes=(*adapter.notes, *one.notes)))
+        if one.spelling is Spelling.SAME:
+            found.append(one.adapter if adapter.experts else adapter)
+        else:
+            pairs = {name: _as_named(pair, name, one) for name, pair in one.adapter.pairs.items()}
+            notes = (*adapter.notes, *one.notes)
+            found.append(replace(one.adapter, pairs=pairs, targets=(), notes=notes))
     return found
+
+
+def _as_named(pair: LoraPair, name: str, spelled: SpelledAdapter) -> LoraPair:
+    """The pair for a part that is found by its name alone, and then has the shape in which it is stored."""
+    view = spelled.views.get(spelled.prefix.to_base(name) or name)
+    if view is None or not view.layout.is_transposed:
+        return pair
+    if pair.magnitude is not None:
+        raise InputRefused(f"{name}: DoRA on a part of a tensor that is stored transposed is not supported")
+    return pair.transposed

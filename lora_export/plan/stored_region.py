@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.lora import EVERY_ROW
+from lora_export.lora import EVERY_ROW, split_part
+
+INDEX = re.compile(r"(?P<number>\d{1,9})|:|(?P<start>\d{1,9}):(?P<stop>\d{1,9})(:(?P<step>\d{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,33 @@ def cut(tensor: str, shape: Sequence[int], selection: Sequence[slice | int]) -> 
     offset = rows.start * width
     column = slice(offset + columns[0].start, offset + columns[0].stop)
     return StoredRegion(tensor, flat, slice(first, first + count), column, written)
+
+
+def parse(name: str, shape: Sequence[int]) -> StoredRegion | None:
+    """The region of a tensor of this shape that has this name, such as `t[3, 0:16]`. None where no region has it."""
+    tensor, indices = split_part(name)
+    texts = indices.split(",") if indices else []
+    if not texts or len(texts) > len(shape):
+        return None
+    selection: list[slice | int] = []
+    for text, size in zip([*texts, *[":"] * (len(shape) - len(texts))], shape, strict=True):
+        found = INDEX.fullmatch(text.strip())
+        if found is None:
+            return None
+        if found["number"]:
+            selection.append(int(found["number"]))
+        elif found["start"]:
+            step = int(found["step"]) if found["step"] else None
+            selection.append(slice(int(found["start"]), int(found["stop"]), step))
+        else:
+            selection.append(slice(0, size))
+        chosen = selection[-1]
+        last = chosen if isinstance(chosen, int) else chosen.stop - 1
+        is_empty = isinstance(chosen, slice) and (chosen.start >= chosen.stop or chosen.step == 0)
+        if last >= size or (is_empty and chosen != slice(0, size)):
+            return None
+    region = cut(tensor, shape, selection)
+    return region if region is not None and region.name == name else None
 
 
 def as_slice(indices: NDArray[np.int64]) -> slice | None:

@@ -6,6 +6,9 @@ import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
+from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.formats.onnx_adapter import ADAPTER_IDS
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
@@ -44,14 +47,16 @@ def open_candidate(
     if path.suffix == ".onnx":
         return _open_graph(OnnxRunner(path, provider, timeout=timeout), onnx_adapter, adapter_id)
     if path.is_dir():
-        return ModuleRunner(load_model(str(path)).module, stored_dtypes=_stored_dtypes(path))
+        module = load_model(str(path)).module
+        return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module))
     if path.suffix == ".safetensors":
-        return ModuleRunner(module_with_weights(base, path), stored_dtypes=_stored_dtypes(path))
+        module = module_with_weights(base, path)
+        return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module))
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names, timeout=timeout)
     if path.suffix == ".pt2":
-        module = program.load_program(path)
-        return ModuleRunner(module, axes=module.axes, stored_dtypes=module.stored_dtypes, limits=module.limits)
+        loaded = program.load_program(path)
+        return ModuleRunner(loaded, axes=loaded.axes, stored_dtypes=loaded.stored_dtypes, limits=loaded.limits)
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 
 
@@ -89,5 +94,5 @@ def _external_data(path: Path) -> list[Path]:
     return [source for source in graph.sources if not source.samefile(path)]
 
 
-def _stored_dtypes(path: Path) -> dict[str, str]:
-    return {spec.name: spec.dtype for spec in open_checkpoint(path).specs}
+def _stored_dtypes(path: Path, module: nn.Module) -> dict[str, str]:
+    return layers.with_loaded_names(module, {spec.name: spec.dtype for spec in open_checkpoint(path).specs})

@@ -34,7 +34,7 @@ def text_format(monkeypatch: pytest.MonkeyPatch) -> None:
     module.DESCRIPTION = "a folder with adapter.txt"
     module.recognises = lambda path: (path / "adapter.txt").exists()
     pair = LoraPair(a=np.ones((1, 2)), b=np.ones((3, 1)), scale=2)
-    module.read = lambda path, name: Adapter(name, "text", {"fc": pair})
+    module.read = lambda path, name, _options: Adapter(name, "text", {"fc": pair})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(formats.FORMATS, "text", module.__name__)
 

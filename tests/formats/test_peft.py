@@ -761,18 +761,42 @@ def test_patterns_match_the_name_of_the_parameter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "targets"), [(["m", "m.base_layer"], ["m.up", "m.down"]), (["m"], ["m.up", "m.down"])]
+    ("keys", "targets", "why"),
+    [
+        (["m", "m.base_layer"], ["m.up", "m.down"], r"2 parameters of m are in .*\(down, up\), the file has 2 pairs"),
+        (["m"], ["m.up_proj", "m.down_proj"], r"2 parameters of m are in .*, the file has 1 pair for it"),
+        (["m", "m.base_layer"], ["m.up_proj"], r"1 parameters of m are in .*, the file has 2 pairs for it"),
+    ],
 )
-def test_several_parameters_of_one_module_are_refused(tmp_path, keys, targets):
+def test_pairs_whose_parameter_is_not_certain_are_refused(tmp_path, keys, targets, why):
     text = refusal(parameters(tmp_path, keys, targets))
-    assert "several parameters of m are in target_parameters, and the file does not record which pair is whose" in text
+    assert re.search(why, text) and "does not record which pair is whose" in text
 
 
-def test_pairs_of_experts_are_refused_by_name(tmp_path):
-    text = refusal(parameters(tmp_path, ["experts"], ["experts.up"], a=[[1, 2]] * 4))
-    assert text.endswith(
-        "  experts.up: A (4, 2), B (3, 4): these are 4 pairs. LoRA on parameters of three dimensions, such as experts "
-        "(target_parameters), is not supported yet"
+def test_nested_pairs_belong_to_the_parameters_in_order_of_registration(tmp_path):
+    folder = parameters(tmp_path, ["m", "m.base_layer"], ["m.down_proj", "m.up_proj"])
+    adapter = formats.load(folder)
+    keys = [adapter.spelled(f"m.{name}_proj") for name in ("up", "down")]
+    assert keys == ["base_model.model.m.base_layer.lora_A.weight", "base_model.model.m.lora_A.weight"]
+
+
+def test_a_flat_pair_is_that_of_every_expert(tmp_path):
+    folder = parameters(tmp_path, ["experts"], ["experts.up"], a=[[1, 2]] * 2, peft_version="0.18.1")
+    adapter = formats.load(folder)
+    assert sorted(adapter.pairs) == ["experts.up[0]", "experts.up[1]", "fc"]
+    assert adapter.pairs["experts.up[1]"].shape == (3, 2) and adapter.pairs["experts.up[1]"].as_stored
+    assert dict(adapter.experts) == {"experts.up": "transposed"}
+    assert adapter.spelled("experts.up[1]") == "base_model.model.experts.lora_A.weight"
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector", "lora_B.bias"])
+def test_a_magnitude_or_a_bias_beside_experts_is_refused(tmp_path, name):
+    tensors = {"base_model.model.experts.up.lora_A.weight": np.ones((2, 1, 3))}
+    tensors |= {"base_model.model.experts.up.lora_B.weight": np.ones((2, 4, 1))}
+    tensors |= {f"base_model.model.experts.up.{name}": np.ones(4)}
+    config = {"use_dora": True} if "magnitude" in name else {"lora_bias": True}
+    assert "a magnitude or a bias beside the pairs of experts is not supported" in refusal(
+        with_tensors(tmp_path, tensors, **config)
     )
 
 

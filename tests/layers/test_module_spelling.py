@@ -1,4 +1,4 @@
-"""Adapters under the names of a module that transformers renamed when it loaded it."""
+"""Adapters and dtypes under the names of a module that transformers renamed when it loaded it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lora_export import layers, plan
 from lora_export.errors import MatchError
+from support import experts
 from support.plans import holding
 from support.spellings import filled
 
@@ -48,3 +49,18 @@ def test_a_layer_of_the_original_names_without_tensors_is_missing():
     module = ViTForImageClassification(ViTConfig(num_hidden_layers=2, **SIZES))
     with pytest.raises(MatchError, match=r"vit\.layers\.1\.attention\.q_proj: targeted"):
         layers.respelled_for(module, [old])
+
+
+def test_dtypes_are_known_under_the_names_of_the_module():
+    stored = {"vit.encoder.layer.0.attention.attention.query.weight": "bfloat16", "classifier.weight": "float32"}
+    found = layers.with_loaded_names(vit(), stored)
+    assert found == {**stored, "vit.layers.0.attention.q_proj.weight": "bfloat16"}
+    assert layers.with_loaded_names(nn.Linear(2, 2), stored) == stored
+
+
+def test_a_stack_has_the_dtype_that_all_its_experts_have():
+    model = experts.tiny_model("mixtral")
+    names = [f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(experts.COUNT)]
+    stack = "model.layers.0.mlp.experts.down_proj"
+    assert layers.with_loaded_names(model, dict.fromkeys(names, "bfloat16"))[stack] == "bfloat16"
+    assert stack not in layers.with_loaded_names(model, {**dict.fromkeys(names, "bfloat16"), names[1]: "float32"})

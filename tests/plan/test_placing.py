@@ -95,3 +95,30 @@ def test_a_stack_is_not_expressible_as_one_pair():
     stack = converted(rule, {"e": [AssembledTensor.stored(f"e{n}", (2, 3)) for n in range(2)]}, {})["s"]
     with pytest.raises(NotExpressible, match="stacks tensors"):
         places_in_sources(stack, lambda _: (2, 3))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_of_a_stack_is_in_its_own_tensors(transposed):
+    """Two tensors for each expert, g and u, are stacked and joined, and transposed in one of the cases."""
+    operations = [{"name": "MergeModulelist", "dim": 0}, {"name": "Concatenate", "dim": 1}]
+    rule = RenameRule(["g", "u"], ["s"], operations)
+    collected = {
+        part: [AssembledTensor.stored(f"{part}{expert}", (2, 3)) for expert in range(3)] for part in ("g", "u")
+    }
+    stack = converted(rule, collected, {})["s"]
+    stack = stack.transposed(1, 2) if transposed else stack
+    own = a_pair(3, 4) if transposed else a_pair(4, 3)
+    for expert, part in enumerate(stack.along_first_axis()):
+        gate, up = places_in_sources(part, lambda _: (2, 3))
+        assert (gate.tensor, up.tensor) == (f"g{expert}", f"u{expert}")
+        change = own.delta().T if transposed else own.delta()
+        for place, expected in ((gate, change[:2]), (up, change[2:])):
+            delta = place.of_pair(own).delta()
+            np.testing.assert_array_equal(delta.T if place.transposed else delta, expected)
+
+
+def test_an_expert_of_a_stored_stack_is_a_region_of_it():
+    whole = AssembledTensor.stored("s", (3, 4, 2))
+    for expert, part in enumerate(whole.along_first_axis()):
+        (place,) = places_in_sources(part, lambda _: (3, 4, 2))
+        assert place.name == f"s[{expert}]" and place.view(matrix("s", 12, 2)).shape == (4, 2)

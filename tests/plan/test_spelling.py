@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_export import plan
+from lora_export import plan, sums
 from lora_export.errors import InputRefused, MatchError
 from lora_export.plan.conversion.architecture import rules_of
 from lora_export.plan.conversion.rename_rules import RenameRule
 from lora_export.plan.spelling import respelled, unknown_names
 from support.plans import adapter, holding, matrix, pair
 from support.spellings import (
+    EXPERTS,
     KIMI,
     MIXTRAL,
     NEW,
+    NOMIC,
     OLD,
     VIT,
     base,
     experts,
+    filled,
+    fused,
     numbered,
 )
 
@@ -136,7 +140,21 @@ def test_an_adapter_with_the_names_of_the_module_stays_as_it_is():
     assert respelled([own], base(OLD), None)[0] is own
 
 
-def test_a_part_of_a_tensor_of_a_module_is_refused():
-    pairs, stacked = experts()
+def test_a_part_of_a_matrix_of_a_module_is_refused():
+    split = {f"encoder.layers.0.self_attn.{name}_proj": filled(1, 2, 4) for name in "qkv"}
     with pytest.raises(MatchError, match="only a merge into a checkpoint"):
-        respelled([holding(pairs=pairs)], stacked, MIXTRAL)
+        respelled([holding(pairs=split)], fused(), NOMIC)
+
+
+def test_experts_of_a_module_are_parts_of_its_stacked_parameters():
+    pairs, stacked = experts()
+    (found,) = respelled([holding(pairs=pairs)], stacked, MIXTRAL)
+    made = plan.make([found], stacked)
+    for number in range(3):
+        changes = {
+            name: next(sums.delta(step) for step in made.steps if step.weight.endswith(f"{name}[{number}{rows}]"))
+            for name, rows in (("gate_up_proj", ", 0:2"), ("down_proj", ""))
+        }
+        np.testing.assert_array_equal(changes["gate_up_proj"], pairs[f"{EXPERTS}.{number}.w1"].delta())
+        np.testing.assert_array_equal(changes["down_proj"], pairs[f"{EXPERTS}.{number}.w2"].delta())
+    assert respelled([found], stacked, MIXTRAL)[0].pairs == found.pairs  # its names are those of the module now

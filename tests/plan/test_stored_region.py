@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_export.plan.stored_region import StoredRegion, as_slice, cut
+from lora_export.plan.stored_region import StoredRegion, as_slice, cut, parse
 
 CASES = {
     "rows": ((6, 4), (slice(2, 4), slice(0, 4)), "t[2:4]"),
@@ -64,3 +64,18 @@ def test_regions_that_share_an_entry_overlap():
     even, odd = (StoredRegion("t", (6, 4), slice(0, 6), slice(first, 4, 2)) for first in (0, 1))
     assert not even.overlaps(odd) and even.overlaps(q) and even.overlaps(even)
     assert q.overlaps(StoredRegion("t", (3, 8), slice(2, 3)))  # cut in another shape: not compared
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "all"])
+def test_the_name_of_a_region_is_read_back(case):
+    shape, selection, name = CASES[case]
+    assert parse(name, shape) == cut("t", shape, selection)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["t", "t[]", "t[3]", "t[0, 6]", "t[0, 2:9]", "t[0, 2:2]", "t[0, 4:2]", "t[-1]", "t[01]", "t[0,1:2]", "t[0, 1:3:0]",
+     "t[0, 0:1, 0:1, 0]", "t[x]", "t[0", "t[0, 0:6]", "t[99999999999]"],
+)  # fmt: skip
+def test_another_name_is_no_region(name):
+    assert parse(name, (3, 6, 4)) is None

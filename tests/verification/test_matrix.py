@@ -319,15 +319,6 @@ def test_reference_computes_what_peft_computes(name: str, variant: str) -> None:
         assert np.abs(value - without[key]).max() > 0.02 * np.abs(value).max()
 
 
-@slow
-def test_experts_are_refused_by_name(tmp_path: Path) -> None:
-    module = SUBJECTS["moe"].base.module
-    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    peft.get_peft_model(copy.deepcopy(module), config).save_pretrained(tmp_path)
-    with pytest.raises(InputRefused, match=r"experts \(target_parameters\), is not supported"):
-        formats.load(tmp_path)
-
-
 class Reader(nn.Module):
     """Attention of one signal to another."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -44,7 +46,7 @@ def change_in_memory(change: InitializerChange) -> Statistics:
     """
     tensor, step = change.value.const_value, change.step
     assert tensor is not None
-    before, statistics = tensor.numpy()[change.slices], Statistics(step.weight)
+    before, statistics = tensor.numpy()[change.entries], Statistics(step.weight)
     is_transposed = step.spec.layout.is_transposed
     start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # refuse_not_finite checks the result
@@ -58,8 +60,14 @@ def change_in_memory(change: InitializerChange) -> Statistics:
             after = after.T if is_transposed else after
     refuse_not_finite(step.weight, after, before=before)
     if change.is_block:  # the neighbours keep their bytes
-        whole = tensor.numpy().copy()
-        whole[change.slices] = after
-        after = whole
-    change.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=change.value.name)
+        if not isinstance(tensor, _ChangedTensor):  # one copy for all changes of a tensor: it may hold many experts
+            tensor = _ChangedTensor(tensor.numpy().copy(), name=change.value.name)
+        tensor.numpy()[change.entries] = after
+        change.value.const_value = tensor
+    else:
+        change.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=change.value.name)
     return statistics
+
+
+class _ChangedTensor(ir.Tensor[Any]):
+    """A tensor of a merge's own, which may be changed in place."""

@@ -28,18 +28,25 @@ class InitializerChange:
 
     value: ir.Value
     step: Step
-    slices: tuple[slice, ...] = (slice(None),)  # the weight's part of the initializer; the rest are its neighbours
+    slices: tuple[slice, ...] = (slice(None),)  # the weight's part of the matrix; the rest are its neighbours
+    expert: int | None = None  # the matrix, where the initializer stacks those of experts
+
+    @property
+    def entries(self) -> tuple[slice | int, ...]:
+        """The weight's entries in the initializer, as indices."""
+        return self.slices if self.expert is None else (self.expert, *self.slices)
 
     @property
     def is_block(self) -> bool:
         """Whether the initializer holds other weights too."""
-        return self.slices != (slice(None),)
+        return self.expert is not None or self.slices != (slice(None),)
 
     def patch(self, rows: int) -> Patch:
-        """The change as a patch of a stored matrix with this number of rows."""
+        """The change as a patch of a matrix with this number of rows, or of such matrices one below the other."""
         own_rows, *columns = self.slices
         first, last, _ = own_rows.indices(rows)
-        return Patch(self.step, slice(first, last), columns[0] if columns else EVERY_ROW)
+        above = (self.expert or 0) * rows
+        return Patch(self.step, slice(above + first, above + last), columns[0] if columns else EVERY_ROW)
 
 
 def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[InitializerChange]:
@@ -48,15 +55,18 @@ def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[Initializ
     Reads and copies no data: a new initializer holds the old one's tensor. Nodes between an initializer and its reader
     (Transpose, Cast) are copied. Raises InputRefused for a block of a packed initializer that has other readers.
     """
-    by_initializer: dict[tuple[ir.Value, range | None], list[Site]] = {}
+    by_initializer: dict[tuple[ir.Value, int | None, range | None], list[Site]] = {}
     for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
         # A linear reader comes first, because it determines the layout.
-        by_initializer.setdefault((site.value, site.block), []).append(site)
+        by_initializer.setdefault((site.value, site.expert, site.block), []).append(site)
     return [
         InitializerChange(
-            _isolate_weight(model, sites, value, readers, step), as_stored(step, readers[0]), readers[0].block_slices
+            _isolate_weight(model, sites, value, readers, step),
+            as_stored(step, readers[0]),
+            readers[0].block_slices,
+            expert,
         )
-        for (value, _), readers in by_initializer.items()
+        for (value, expert, _), readers in by_initializer.items()
     ]
 
 
@@ -87,14 +97,19 @@ def as_stored(step: Step, site: Site) -> Step:
 def _isolate_weight(model: ir.Model, sites: Sites, value: ir.Value, readers: Sequence[Site], step: Step) -> ir.Value:
     """The initializer that only these readers of the step's weight read: `value` itself, or a new one."""
     inputs = {site.node_input for site in readers}
-    others = [site for site in find_readers(value) if site.node_input not in inputs]
+    expert = readers[0].expert
+    others = [
+        site
+        for site in find_readers(value)
+        if site.node_input not in inputs and (expert is None or site.expert in (None, expert))
+    ]
     tensor = tensor_of(value)
     if tensor is None or (not others and value.is_initializer() and not value.is_graph_output()):
         return value
-    if readers[0].block is not None:
+    if readers[0].block is not None or expert is not None:
         other = others[0].node.op_type if others else "a Constant node or an output"
         raise InputRefused(
-            f"{step.weight} is a block of {value.name}, which {other} reads too: the block cannot change for one "
+            f"{step.weight} is a part of {value.name}, which {other} reads too: the part cannot change for one "
             "reader alone"
         )
     used = value_names(model)

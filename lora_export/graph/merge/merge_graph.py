@@ -7,10 +7,11 @@ old files to the new ones in blocks (`copy_parts`), and those that change are ch
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -225,4 +226,7 @@ def _output_tensor(tensor: ir.ExternalTensor, changes: Sequence[InitializerChang
     entry = Entry(name, tensor.dtype.numpy(), shape, start, start + tensor.nbytes)
     if not changes[0].is_block:
         return OutputTensor(entry, changes[0].step, name, entry.dtype)
-    return OutputTensor(entry, None, name, entry.dtype, tuple(change.patch(entry.rows) for change in changes))
+    rows, stacked = shape[-2] if len(shape) > 2 else entry.rows, entry
+    if len(shape) > 2:  # a stack of matrices, as one matrix
+        stacked = replace(entry, shape=(math.prod(shape[:-1]), shape[-1]))
+    return OutputTensor(stacked, None, name, entry.dtype, tuple(change.patch(rows) for change in changes))

@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 
 from lora_export.graph.names.matrices import FileMatrix, Matrix, Positions, Shape, TransposedMatrix, as_rows, matrix_of
 from lora_export.graph.site import Site
+from lora_export.lora import expert_name
 from lora_export.plan import FLOATS
+from lora_export.storage.safetensors_file import Entry
 from lora_export.weights.checkpoint import Checkpoint
 
 SAMPLE_SIZE = 128  # entries of a tensor
@@ -64,6 +67,8 @@ class ContentIndex:
                     self.matrices[entry.name] = FileMatrix(shard.path, entry.start, entry.dtype, rows)
                     self.shapes[entry.name] = entry.shape
                     self.views_by_shape.setdefault(rows, []).append(BaseView(entry.name, False))
+                    if len(entry.shape) == 3:
+                        self._add_experts(shard.path, entry)
                     if len(entry.shape) == 2:
                         self.views_by_shape.setdefault(rows[::-1], []).append(BaseView(entry.name, True))
         self.samples: dict[BaseView, NDArray[Any]] = {}
@@ -72,6 +77,14 @@ class ContentIndex:
         for name in self.matrices:
             for ending in _endings(name):
                 self.names_by_ending[ending] = "" if ending in self.names_by_ending else name
+
+    def _add_experts(self, path: Path, entry: Entry) -> None:
+        """The matrices of a tensor that may stack those of experts. They are found by name alone, not by content."""
+        count, *matrix = entry.shape
+        for expert in range(count):
+            name, start = expert_name(entry.name, expert), entry.start + expert * entry.row_bytes
+            self.matrices[name] = FileMatrix(path, start, entry.dtype, as_rows(matrix))
+            self.shapes[name] = tuple(matrix)
 
     def spelling_of(self, name: str) -> str:
         """The base's name for a parameter whose name may have or lack leading parts. Empty where the base lacks it."""

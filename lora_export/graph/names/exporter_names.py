@@ -18,6 +18,7 @@ import onnx_ir as ir
 from lora_export.graph.exporter_metadata import FOLDED_FROM, INPUT_KIND, NAME_SCOPES
 from lora_export.graph.site import NameSource, Site
 from lora_export.graph.values import stored_dtype
+from lora_export.lora import expert_name
 from lora_export.plan import FLOATS, Layout
 
 # What quantisers append to the name of a weight.
@@ -112,10 +113,11 @@ def naming_attempts(site: Site) -> Iterator[str]:
 
 
 def _by_parameter(sites: Iterable[Site]) -> Named:
-    """Sites by the parameter name of their initializer. The empty name holds those without one."""
+    """Sites by the parameter name of their initializer, or that of one expert. The empty name holds those without."""
     groups: Named = {}
     for site in sites:
         name, source = parameter_of(site.value)
+        name = expert_name(name, site.expert) if name and site.expert is not None else name
         groups.setdefault(name, []).append(replace(site, named_by=source))
     return groups
 
@@ -157,7 +159,13 @@ def _distinguish_readers(parameter: str, sites: list[Site]) -> list[Site]:
 def _name_by_node(site: Site) -> Site:
     """Name a linear layer whose initializer has lost its name after the module in which its node was traced."""
     module, source = module_of_node(site.node)
-    if not module or not site.is_linear or BUILDER_NAME.fullmatch(name_before_quantisation(site.value)):
+    # A module of experts has several stacked weights: its name does not tell which one is read.
+    if (
+        not module
+        or not site.is_linear
+        or site.expert is not None
+        or BUILDER_NAME.fullmatch(name_before_quantisation(site.value))
+    ):
         return site
     return replace(site, name=f"{module}.weight", named_by=source)
 

@@ -138,10 +138,11 @@ def matrix_of(site: Site) -> Matrix:
     if site.quantised is not None:
         matrix = DequantisedMatrix(site.quantised)
     elif isinstance(tensor, ir.ExternalTensor):
-        path, offset = Path(tensor.path), tensor.offset or 0
-        matrix = FileMatrix(path, offset, tensor.dtype.numpy(), as_rows(site.shape))
+        path, offset, dtype = Path(tensor.path), tensor.offset or 0, tensor.dtype.numpy()
+        before = (site.expert or 0) * math.prod(site.shape) * dtype.itemsize
+        matrix = FileMatrix(path, offset + before, dtype, as_rows(site.shape))
     else:
-        matrix = MemoryMatrix(tensor.numpy().reshape(as_rows(site.shape)))
+        matrix = MemoryMatrix(site.array.reshape(as_rows(site.shape)))
     return TransposedMatrix(matrix) if site.layout is Layout.IN_OUT else matrix
 
 

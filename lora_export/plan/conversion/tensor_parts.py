@@ -7,7 +7,7 @@ is such a result: each of its pieces is a set of entries of one stored tensor, w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,15 @@ class Piece:
     """Entries of one stored tensor within an assembled one.
 
     For each axis of the assembled tensor: which positions the piece has there, and from which axis of the stored tensor
-    they come (None where stacking made the axis), at which indices.
+    they come (None where stacking made the axis), at which indices. `fixed` has the index on every other axis of the
+    stored tensor, where the assembled tensor is a slice.
     """
 
     source: str
     positions: tuple[Indices, ...]
     axes: tuple[int | None, ...]
     indices: tuple[Indices, ...]
+    fixed: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,17 @@ class AssembledTensor:
                 )
         return AssembledTensor(_with(self.shape, axis, stop - start), tuple(pieces))
 
+    def along_first_axis(self) -> list[AssembledTensor]:
+        """The slices T[0], T[1], ... along the first axis."""
+        pieces: list[list[Piece]] = [[] for _ in range(self.shape[0])]
+        for piece in self.pieces:
+            for position, index in zip(piece.positions[0].tolist(), piece.indices[0].tolist(), strict=True):
+                fixed = piece.fixed if piece.axes[0] is None else {**piece.fixed, piece.axes[0]: index}
+                pieces[position].append(
+                    Piece(piece.source, piece.positions[1:], piece.axes[1:], piece.indices[1:], fixed)
+                )
+        return [AssembledTensor(self.shape[1:], tuple(each)) for each in pieces]
+
     def transposed(self, one: int, other: int) -> AssembledTensor:
         order = list(range(len(self.shape)))
         order[one], order[other] = order[other], order[one]
@@ -77,7 +90,10 @@ class AssembledTensor:
         def swap(values: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(values[axis] for axis in order)
 
-        pieces = (Piece(each.source, swap(each.positions), swap(each.axes), swap(each.indices)) for each in self.pieces)
+        pieces = (
+            replace(each, positions=swap(each.positions), axes=swap(each.axes), indices=swap(each.indices))
+            for each in self.pieces
+        )
         return AssembledTensor(swap(self.shape), tuple(pieces))
 
 
@@ -103,7 +119,7 @@ def stacked(tensors: Sequence[AssembledTensor]) -> AssembledTensor:
     for tensor in tensors:
         zero = np.zeros(1, np.int64)
         pieces = (
-            Piece(each.source, (zero, *each.positions), (None, *each.axes), (zero, *each.indices))
+            Piece(each.source, (zero, *each.positions), (None, *each.axes), (zero, *each.indices), each.fixed)
             for each in tensor.pieces
         )
         new.append(AssembledTensor((1, *tensor.shape), tuple(pieces)))

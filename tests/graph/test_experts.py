@@ -1,0 +1,184 @@
+"""Experts in graphs: a stacked weight that is split into one product for each expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lora_export
+from lora_export.api.convert import convert
+from lora_export.errors import InputRefused, MatchError
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.insert.adapter_nodes import insert_nodes
+from lora_export.graph.merge.fold import fold_graph
+from lora_export.graph.onnx_file.reading import load_graph
+from lora_export.lora import LoraPair, expert_name
+from lora_export.plan import Layout
+from support import experts
+from support.graphs import Arrays, a_graph, an_adapter, planned, run, stored
+
+UP = "m.experts.up_proj"
+COUNT, OUT, IN = 3, 2, 4
+WEIGHT = np.arange(COUNT * OUT * IN, dtype=np.float32).reshape(COUNT, OUT, IN) - 11
+X = np.array([[1, -2, 3, 1], [0, 2, -1, 2]], np.float32)
+
+
+def text(array: Any) -> str:
+    return ", ".join(map(str, np.ravel(array).tolist()))
+
+
+def splitting(axes: str = "0", *, transposed: bool = True) -> ir.Model:
+    """x·W[e]ᵀ for each expert e, as transformers' exporter writes it."""
+    shape = WEIGHT.shape if transposed else (COUNT, IN, OUT)
+    weight = WEIGHT if transposed else WEIGHT.transpose(0, 2, 1)
+    first = "t = Transpose <perm = [0, 2, 1]> (m.experts.up_proj)" if transposed else "t = Identity (m.experts.up_proj)"
+    body = " ".join(f"w{e} = Squeeze (p{e}, axes) y{e} = MatMul (x, w{e})" for e in range(COUNT))
+    outputs = ", ".join(f"float[2, {OUT}] y{e}" for e in range(COUNT))
+    return a_graph(
+        f"""g (float[2, {IN}] x) => ({outputs})
+        <float[{", ".join(map(str, shape))}] m.experts.up_proj = {{{text(weight)}}}, int64[1] axes = {{{axes}}}>
+        {{ {first} p0, p1, p2 = Split <axis = 0, num_outputs = 3> (t) {body} }}"""
+    )
+
+
+def pairs_of(*numbers: int, transposed: bool = True) -> dict[str, LoraPair]:
+    rng = np.random.default_rng(1)
+    found = {}
+    for expert in numbers:
+        a, b = (rng.integers(-3, 4, size).astype(np.float32) for size in ((1, IN), (OUT, 1)))
+        stored_a, stored_b = (a, b) if transposed else (b.T, a.T)
+        found[expert_name(UP, expert)] = LoraPair(a=stored_a, b=stored_b, scale=2.0, as_stored=True)
+    return found
+
+
+def expected(pairs: dict[str, LoraPair], *, transposed: bool = True) -> Arrays:
+    products = {}
+    for expert in range(COUNT):
+        weight = WEIGHT[expert].astype(np.float64)
+        if (pair := pairs.get(expert_name(UP, expert))) is not None:
+            weight = weight + (pair.delta() if transposed else pair.delta().T)
+        products[f"y{expert}"] = X @ weight.T
+    return products
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_each_expert_is_a_site_of_its_own(transposed):
+    found = find_sites(splitting(transposed=transposed))
+    assert list(found.by_name) == [expert_name(UP, expert) for expert in range(COUNT)]
+    for expert, (site,) in enumerate(found.by_name.values()):
+        assert (site.expert, site.node.outputs[0].name, site.is_linear) == (expert, f"y{expert}", True)
+        assert site.layout is (Layout.OUT_IN if transposed else Layout.IN_OUT)
+        np.testing.assert_array_equal(site.matrix, WEIGHT[expert])
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("change", [fold_graph, insert_nodes])
+def test_pairs_of_some_experts_change_their_products_alone(change, transposed):
+    model, pairs = splitting(transposed=transposed), pairs_of(0, 2, transposed=transposed)
+    change(model, *planned(model, an_adapter(pairs)))
+    for name, value in run(model, x=X).items():
+        np.testing.assert_array_equal(value, expected(pairs, transposed=transposed)[name])
+    kept = stored(model, UP)
+    np.testing.assert_array_equal(kept[1], WEIGHT[1] if transposed else WEIGHT[1].T)
+
+
+def test_a_split_whose_parts_are_not_squeezed_is_no_expert():
+    model = splitting()
+    for node in list(model.graph):
+        if node.op_type == "Squeeze" and node.outputs[0].name == "w1":
+            node.replace_input_with(1, None)
+    assert expert_name(UP, 1) not in find_sites(model).by_name
+    with pytest.raises(MatchError):
+        planned(model, an_adapter(pairs_of(0, 1)))
+
+
+def test_an_expert_that_is_gathered_is_a_site():
+    model = a_graph(
+        f"""g (float[2, {IN}] x) => (float[2, {OUT}] y)
+        <float[{COUNT}, {OUT}, {IN}] m.experts.up_proj = {{{text(WEIGHT)}}}, int64 two = {{2}}>
+        {{ w = Gather <axis = 0> (m.experts.up_proj, two) t = Transpose <perm = [1, 0]> (w) y = MatMul (x, t) }}"""
+    )
+    pairs = pairs_of(2)
+    fold_graph(model, *planned(model, an_adapter(pairs)))
+    np.testing.assert_array_equal(run(model, x=X)["y"], expected(pairs)["y2"])
+
+
+# --- Exported models ---
+
+
+class Exported:
+    """A model with experts, its adapter, and the graph of the model alone."""
+
+    def __init__(self, folder: Path, name: str):
+        self.paths = experts.save(folder, name)
+        self.graph = folder / "base.onnx"
+        lora_export.export_onnx(self.paths["old"], self.graph, verify=False)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+def test_inputs_of_experts_are_proven_and_take_another_adapter(exported, tmp_path):
+    adapter, graph = exported.paths["adapter"], tmp_path / "model.onnx"
+    found = lora_export.export_onnx(exported.paths["old"], graph, adapters=[adapter], lora="inputs")
+    assert [proof.verdict.outcome for proof in found.proofs.adapters.values()] == ["same"]
+    assert convert(adapter, tmp_path / "again.onnx_adapter", graph=graph).weights == 2 * experts.COUNT + 1
+
+
+@pytest.mark.parametrize("mode", ["merged", "nodes"])
+def test_experts_that_are_stored_transposed_are_proven(tmp_path, mode):
+    paths = experts.save(tmp_path / "saved", "gpt_oss")
+    found = lora_export.export_onnx(paths["old"], tmp_path / "model.onnx", adapters=[paths["adapter"]], lora=mode)
+    assert found.proof.verdict.outcome == "same"
+
+
+def test_experts_take_no_adapter_for_each_row(exported, tmp_path):
+    with pytest.raises(InputRefused, match=r"experts\.gate_up_proj\[0\] .* no single dimension is the batch"):
+        lora_export.export_onnx(
+            exported.paths["old"], tmp_path / "m.onnx", adapters=[exported.paths["adapter"]], lora="rows"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("origin", [None, "old", "new"])
+@pytest.mark.parametrize("mode", ["merged", "nodes"])
+def test_an_existing_graph_takes_experts(exported, tmp_path, mode, origin):
+    base = None if origin is None else exported.paths[origin]
+    output = tmp_path / "model.onnx"
+    found = lora_export.export_onnx(
+        exported.graph, output, adapters=[exported.paths["adapter"]], lora=mode, checkpoint=base, verify=origin is None
+    )
+    assert found.proof is None or found.proof.verdict.outcome == "same"
+    ids = np.array([[3, 9, 27], [5, 15, 45]])
+    merged = AutoModelForCausalLM.from_pretrained(exported.paths["merged_old"])
+    with torch.no_grad():
+        logits = merged(torch.from_numpy(ids)).logits.numpy()
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    names = {value.name for value in load_graph(output).graph.inputs}
+    (own, *_) = run(load_graph(output), **{name: value for name, value in feeds.items() if name in names}).values()
+    np.testing.assert_allclose(own, logits, atol=1e-5)
+
+
+def test_a_streamed_merge_has_the_bits_of_one_in_memory(exported, tmp_path):
+    model = load_graph(exported.graph)
+    data = tmp_path / "data"
+    data.mkdir()
+    ir.save(model, data / "base.onnx", external_data="base.onnx.data", size_threshold_bytes=0)
+    lora_export.merge(data / "base.onnx", exported.paths["adapter"], tmp_path / "streamed.onnx")
+    lora_export.merge(exported.graph, exported.paths["adapter"], tmp_path / "memory.onnx")
+    streamed, memory = (load_graph(tmp_path / f"{name}.onnx").graph.initializers for name in ("streamed", "memory"))
+    before = load_graph(exported.graph).graph.initializers
+    changed = [name for name in before if name.endswith("_proj") and "experts" in name]
+    assert len(changed) == 2
+    for name in changed:
+        values = [table[name].const_value.numpy() for table in (streamed, memory, before)]
+        np.testing.assert_array_equal(values[0], values[1])
+        assert all((values[0][expert] != values[2][expert]).any() for expert in range(experts.COUNT))

@@ -1,0 +1,124 @@
+"""Tiny models with experts, each with an adapter that PEFT trained on its stacked parameters."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedModel
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+COUNT, RANK = 4, 2
+
+# model type -> its class, its sizes, and the attention's module that the adapter changes too
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mixtral": ("Mixtral", {"intermediate_size": 24, "num_local_experts": COUNT}, "q_proj"),
+    "qwen3_moe": ("Qwen3Moe", {"moe_intermediate_size": 8, "num_experts": COUNT}, "q_proj"),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "moe_intermediate_size": 8,
+            "n_routed_experts": COUNT,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+        },
+        "o_proj",
+    ),
+    # Each expert's down_proj is a square matrix.
+    "gpt_oss": ("GptOss", {"intermediate_size": 16, "num_local_experts": COUNT}, "q_proj"),
+    "llama4_text": (
+        "Llama4",
+        {"intermediate_size": 16, "intermediate_size_mlp": 24, "num_local_experts": COUNT, "num_experts_per_tok": 1},
+        "q_proj",
+    ),
+    "olmoe": ("Olmoe", {"intermediate_size": 24, "num_experts": COUNT}, "q_proj"),
+    "granitemoe": ("GraniteMoe", {"intermediate_size": 24, "num_local_experts": COUNT}, "q_proj"),
+}
+
+
+def tiny_model(name: str, **sizes: Any) -> PreTrainedModel:
+    """A causal model of this type with random weights."""
+    prefix, own, _ = MODELS[name]
+    text = "Text" if name == "llama4_text" else ""
+    config = getattr(transformers, f"{prefix}{text}Config")(**{**SIZES, **own, **sizes})
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    return model.eval()
+
+
+def peft_model(name: str, model: PreTrainedModel, **options: Any) -> peft.PeftModel:
+    """A copy of the model with LoRA on its experts and its attention. No factor is zero."""
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(
+        target_modules=[MODELS[name][2]],
+        target_parameters=options.pop("target_parameters", parameters),
+        init_lora_weights=False,
+        **{"r": RANK, "lora_alpha": 6, **options},
+    )
+    torch.manual_seed(1)
+    return peft.get_peft_model(copy.deepcopy(model), config).eval()
+
+
+def save(folder: Path, name: str, **options: Any) -> Mapping[str, Path]:
+    """Save `old` and `new` (the base in both spellings), the adapter, and `merged_old` and `merged_new` by PEFT."""
+    model = tiny_model(name)
+    wrapped = peft_model(name, model, **options)
+    paths = {key: folder / key for key in ("old", "new", "adapter", "merged_old", "merged_new")}
+    model.save_pretrained(paths["old"])
+    model.save_pretrained(paths["new"], save_original_format=False)
+    wrapped.save_pretrained(paths["adapter"])
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(paths["merged_old"])
+    merged.save_pretrained(paths["merged_new"], save_original_format=False)
+    return paths
+
+
+def rewritten(adapter: Path, folder: Path, change: Any, **config: Any) -> Path:
+    """A copy of an adapter with changed tensors, and with these fields of its config. None removes a field."""
+    folder.mkdir()
+    save_file(change(load_file(adapter / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    fields = {key: value for key, value in (fields | config).items() if key not in config or value is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors of a folder with one file."""
+    return load_file(folder / "model.safetensors")
+
+
+def parts_of(tensors: Mapping[str, np.ndarray[Any, Any]], layer: str) -> dict[str, tuple[np.ndarray[Any, Any], ...]]:
+    """The flat A and B of gate_up_proj and down_proj of one module of experts, as A (E, r, in) and B (E, out, r)."""
+    found = {}
+    for name, inner in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+        a, b = (tensors[f"{layer}{inner}.lora_{side}.weight"] for side in "AB")
+        found[name] = (a.reshape(COUNT, RANK, -1), np.moveaxis(b.reshape(-1, RANK, COUNT), 2, 0))
+    return found

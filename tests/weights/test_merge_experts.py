@@ -1,0 +1,220 @@
+"""LoRA on stacked parameters, merged into checkpoints of both spellings, beside PEFT's merge of the loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lora_export
+from lora_export.errors import InputRefused, MatchError
+from support import experts
+from support.experts import COUNT, MODELS, RANK, parts_of, rewritten, weights
+
+LAYER = "base_model.model.model.layers.0.mlp.experts"
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return experts.save(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return experts.save(tmp_path_factory.mktemp("mixtral"), "mixtral")
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return experts.save(tmp_path_factory.mktemp("gpt_oss"), "gpt_oss")
+
+
+def merged(base: Path, adapter: Path, output: Path, **options: Any) -> dict[str, np.ndarray[Any, Any]]:
+    lora_export.merge(base, adapter, output, **options)
+    return weights(output)
+
+
+def assert_equal(found: Mapping[str, np.ndarray[Any, Any]], expected: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_a_merge_equals_that_of_peft(saved, tmp_path, spelling):
+    found = merged(saved[spelling], saved["adapter"], tmp_path / "out")
+    assert_equal(found, weights(saved[f"merged_{spelling}"]))
+    base = weights(saved[spelling])
+    changed = {name for name, value in base.items() if not np.array_equal(value, found[name])}
+    assert {name for name in base if "experts" in name and "bias" not in name and "shared" not in name} < changed or {
+        name for name in base if "linear.weight" in name
+    } < changed  # Granite's experts
+    audit = lora_export.verify(tmp_path / "out", base=saved[spelling], adapters=saved["adapter"])
+    assert audit.verdict.outcome == "same"
+
+
+def test_an_adapter_of_single_experts_merges_into_both_spellings(mixtral, tmp_path):
+    """Layout 1: as transformers 4 named the experts. The factors are those of the stacked adapter."""
+    names = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+    def apart(tensors: dict[str, Any]) -> dict[str, Any]:
+        found = {key: value for key, value in tensors.items() if "experts" not in key}
+        for parameter, (a, b) in parts_of(tensors, LAYER).items():
+            rows = b.shape[1] // len(names[parameter])
+            for expert in range(COUNT):
+                for number, name in enumerate(names[parameter]):
+                    owner = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
+                    found[f"{owner}.lora_A.weight"] = a[expert].copy()
+                    found[f"{owner}.lora_B.weight"] = b[expert, number * rows : (number + 1) * rows].copy()
+        return found
+
+    targets = {"target_modules": ["q_proj", "w1", "w2", "w3"], "target_parameters": None}
+    adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", apart, **targets)
+    for spelling in ("old", "new"):
+        found = merged(mixtral[spelling], adapter, tmp_path / spelling)
+        assert_equal(found, weights(mixtral[f"merged_{spelling}"]))
+
+
+def test_an_adapter_of_an_older_peft_has_its_axes_swapped(mixtral, tmp_path):
+    """PEFT 0.18: A (experts * rank, out), B (in, experts * rank), and the product is transposed."""
+
+    def swapped(tensors: dict[str, Any]) -> dict[str, Any]:
+        found = dict(tensors)
+        for parameter, (a, b) in parts_of(tensors, LAYER).items():
+            owner = f"{LAYER}{'.base_layer' if parameter == 'gate_up_proj' else ''}"
+            found[f"{owner}.lora_A.weight"] = np.moveaxis(b, 2, 1).reshape(COUNT * RANK, -1).copy()
+            found[f"{owner}.lora_B.weight"] = np.moveaxis(a, 0, 2).transpose(1, 0, 2).reshape(-1, RANK * COUNT).copy()
+        return found
+
+    adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", swapped, peft_version="0.18.0")
+    found = merged(mixtral["old"], adapter, tmp_path / "out")
+    assert_equal(found, weights(mixtral["merged_old"]))
+
+
+def grouped(tensors: dict[str, Any]) -> dict[str, Any]:
+    """B ordered by expert first, as Unsloth wrote it before 2026.9.6."""
+    found = dict(tensors)
+    for parameter, (_, b) in parts_of(tensors, LAYER).items():
+        owner = f"{LAYER}{'.base_layer' if parameter == 'gate_up_proj' else ''}"
+        found[f"{owner}.lora_B.weight"] = np.moveaxis(b, 0, 1).reshape(-1, COUNT * RANK).copy()
+    return found
+
+
+UNSLOTH = {"unsloth_fixed": True, "parent_library": "transformers.models.mixtral.modeling_mixtral"}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({"lora_B_layout": "grouped_by_expert"}, {}),
+        ({"auto_mapping": UNSLOTH}, {"moe_b_layout": "grouped_by_expert"}),
+        ({}, {"moe_b_layout": "grouped_by_expert"}),
+    ],
+)
+def test_columns_of_b_that_are_grouped_by_expert(mixtral, tmp_path, config, options):
+    adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", grouped, **config)
+    found = merged(mixtral["old"], adapter, tmp_path / "out", **options)
+    assert_equal(found, weights(mixtral["merged_old"]))
+
+
+def test_an_order_that_the_file_does_not_record_is_asked_for(mixtral, tmp_path):
+    adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", grouped, auto_mapping=UNSLOTH)
+    with pytest.raises(InputRefused, match="--moe-b-layout grouped_by_expert or --moe-b-layout rank_major"):
+        lora_export.merge(mixtral["old"], adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def stacked(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Megatron-Bridge: A (experts, rank, in) and B (experts, out, rank) under the name of the parameter."""
+    found = {key: value for key, value in tensors.items() if "experts" not in key}
+    for parameter, (a, b) in parts_of(tensors, LAYER).items():
+        found |= {f"{LAYER}.{parameter}.lora_A.weight": a.copy(), f"{LAYER}.{parameter}.lora_B.weight": b.copy()}
+    return found
+
+
+def test_stacked_factors_merge_as_flat_ones(mixtral, gpt_oss, tmp_path):
+    for name, model in (("mixtral", mixtral), ("gpt_oss", gpt_oss)):
+        adapter = rewritten(model["adapter"], tmp_path / f"{name} adapter", stacked, target_parameters=None)
+        found = merged(model["old"], adapter, tmp_path / name)
+        assert_equal(found, weights(model["merged_old"]))
+
+
+def test_a_rank_of_stacked_factors_that_the_config_contradicts_is_refused(mixtral, tmp_path):
+    adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", stacked, target_parameters=None, r=4)
+    with pytest.raises(InputRefused, match="the rank of each expert is 2, the config's is 4, and nothing states which"):
+        lora_export.merge(mixtral["old"], adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj")])
+def test_shared_factors_of_single_projections(mixtral, tmp_path, names):
+    """SGLang and Tinker: one A for all experts of w1 and w3, one B for all experts of w2. Summed here by hand."""
+    rng = np.random.default_rng(0)
+    hidden, inner = 16, 24
+    shapes = {
+        names[0]: ((1, RANK, hidden), (COUNT, inner, RANK)),
+        names[1]: ((1, RANK, hidden), (COUNT, inner, RANK)),
+        names[2]: ((COUNT, RANK, inner), (1, hidden, RANK)),
+    }
+    factors = {name: [rng.normal(size=size).astype(np.float32) for size in own] for name, own in shapes.items()}
+
+    def shared(tensors: dict[str, Any]) -> dict[str, Any]:
+        owner = "base_model.model.model.layers.0.block_sparse_moe.experts"
+        return {
+            f"{owner}.{name}.lora_{side}.weight": factor
+            for name, pair in factors.items()
+            for side, factor in zip("AB", pair, strict=True)
+        }
+
+    adapter = rewritten(mixtral["adapter"], tmp_path / "adapter", shared, target_parameters=None, target_modules=[])
+    found, base = merged(mixtral["old"], adapter, tmp_path / "out"), weights(mixtral["old"])
+    for name, stored in zip(names, ("w1", "w3", "w2"), strict=True):
+        a, b = factors[name]
+        for expert in range(COUNT):
+            weight = f"model.layers.0.block_sparse_moe.experts.{expert}.{stored}.weight"
+            change = 3 * b[expert % len(b)].astype(np.float64) @ a[expert % len(a)]
+            np.testing.assert_allclose(found[weight], base[weight] + change, atol=1e-6)
+
+
+def test_an_adapter_of_other_experts_is_refused(mixtral, tmp_path):
+    config = experts.tiny_model("mixtral", num_local_experts=3)
+    config.save_pretrained(tmp_path / "base")
+    with pytest.raises(MatchError, match=r"the adapter was trained on 4 experts, and .*gate_up_proj is \(3, 48, 16\)"):
+        lora_export.merge(tmp_path / "base", mixtral["adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_whose_experts_the_adapter_lacks_is_a_misfit(mixtral, tmp_path):
+    experts.tiny_model("mixtral", num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    with pytest.raises(MatchError) as refused:
+        lora_export.merge(tmp_path / "base", mixtral["adapter"], tmp_path / "out")
+    assert "model.layers.1.mlp.experts.gate_up_proj: targeted by the adapter's config" in str(refused.value)
+
+
+def test_square_experts_of_a_bare_file_are_refused(gpt_oss, tmp_path):
+    """Without a config nothing tells how a square expert is stored. down_proj alone: gate_up_proj would show it."""
+
+    def down_alone(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in tensors.items() if "base_layer" not in key}
+
+    targets = {"target_parameters": ["experts.down_proj"]}
+    adapter = rewritten(gpt_oss["adapter"], tmp_path / "adapter", down_alone, **targets)
+    with pytest.raises(InputRefused, match="each expert is a square matrix, and the base has no config"):
+        lora_export.merge(gpt_oss["old"] / "model.safetensors", adapter, tmp_path / "out.safetensors")
+    found = merged(gpt_oss["old"], adapter, tmp_path / "out")
+    expected, name = weights(gpt_oss["merged_old"]), "model.layers.0.mlp.experts.down_proj"
+    np.testing.assert_allclose(found[name], expected[name], atol=2e-7)
+
+
+def test_rank_and_alpha_patterns_of_a_parameter(tmp_path):
+    saved = experts.save(
+        tmp_path / "saved",
+        "qwen3_moe",
+        rank_pattern={"gate_up_proj": 4},
+        alpha_pattern={"down_proj": 5},
+        use_rslora=True,
+    )
+    found = merged(saved["old"], saved["adapter"], tmp_path / "out")
+    assert_equal(found, weights(saved["merged_old"]))
