@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ FAILURE_KINDS = {
 # Packages that commands import. A missing one ends with a message, not with a traceback.
 PACKAGES = frozenset({"ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"})
 INSTALL_PYTORCH = "pip install torch onnxscript (`lora-export guide install`)"  # what the core lacks
+ALLOCATION_FAILED = "can't allocate memory"  # of PyTorch's allocator on the CPU
 NO_THREAD = "can't start new thread"  # Python's message where there is no memory for the stack of a thread
 
 
@@ -179,6 +181,10 @@ def _known(error: BaseException) -> tuple[str, int] | None:
         return f"there is not enough memory: {error}".rstrip(": "), EnvironmentLacking.exit_code
     if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
         return "there is not enough memory for one more thread", EnvironmentLacking.exit_code
+    if isinstance(error, RuntimeError) and ALLOCATION_FAILED in str(error):
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        size = f" for {int(asked[1]):,} bytes at once" if asked else ""
+        return f"there is not enough memory{size}", EnvironmentLacking.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the output could not be written'}: {error.strerror}", OutputFailed.exit_code
     if isinstance(error, OSError) and "shared object" in str(error):  # torch loads its libraries by itself

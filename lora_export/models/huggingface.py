@@ -243,8 +243,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _shapes_by_config(cls: Any, config: Any, checkpoint: Checkpoint) -> EscapedLines:
-    with torch.device("meta"):
+    """As `_other_shapes`; empty, too, where the model cannot be built from this config."""
+    with torch.device("meta"), contextlib.suppress(Exception):
         return _other_shapes(_built(cls, config), checkpoint)
+    return EscapedLines()
 
 
 def _built(cls: Any, config: Any) -> Any:

@@ -11,6 +11,7 @@ from lora_export.models.model import CHECKED_SIZES, Limits, Sizes
 
 LONG = 96  # tokens: more than a mask or a table of 64, the usual length of an example
 PAST_WINDOW = 32  # tokens beyond a sliding window
+LONGEST_TEXT = 4096 + PAST_WINDOW  # tokens: a mask holds their square, which is 136 MB in fp64
 MOST_WORK = 1.5e11  # parameters times tokens of the long text: a model of 1.5 B takes 96 tokens, one of 0.2 B 750
 WINDOWS = ("sliding_window", "local_attention", "window_size", "attention_window")  # fields of a config
 POSITION_TABLES = frozenset(
@@ -42,7 +43,9 @@ def text_lengths(module: Any, symbols: set[str]) -> TextLengths:
     window = _window(config.get_text_config())
     parameters = sum(parameter.numel() for parameter in module.parameters())
     wanted = max(LONG, window + PAST_WINDOW if window else 0)
-    chosen = next((length for length in (wanted, LONG) if length * parameters <= MOST_WORK), 0)
+    chosen = next(
+        (length for length in (wanted, LONG) if length * parameters <= MOST_WORK and length <= LONGEST_TEXT), 0
+    )
     long = {symbol: min(chosen, found.most(symbol)) for symbol in own}
     long = {symbol: length for symbol, length in long.items() if length > lengths[symbol]}
     reached = long.get("sequence", min(lengths["sequence"], found.most("sequence")))

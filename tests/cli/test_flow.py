@@ -256,6 +256,14 @@ def test_a_gpu_that_is_too_small_is_exit_6(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err.startswith("Error: there is not enough memory: CUDA out of memory.")
 
 
+def test_memory_that_pytorch_cannot_allocate_is_exit_6(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.cli, "main", lambda *_, **__: torch.empty(1 << 58))
+    assert call("inspect", "x") == 6
+    assert capsys.readouterr().err.startswith(f"Error: there is not enough memory for {4 << 58:,} bytes at once")
+
+
 @pytest.mark.cuda
 @pytest.mark.fault(43)
 def test_what_a_gpu_says_when_it_is_too_small_is_known() -> None:

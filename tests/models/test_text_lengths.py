@@ -59,6 +59,14 @@ def test_long_text_passes_the_sliding_window(window: int | None, length: int) ->
     assert (found.long, found.not_judged) == ({"sequence": length}, "")
 
 
+def test_window_too_long_for_a_mask_gets_a_shorter_text_and_a_note() -> None:
+    found = lengths_of(mistral(100_000, max_position_embeddings=200_000))
+    assert found.long == {"sequence": LONG}
+    assert found.not_judged.startswith(
+        "what its sliding window of 100,000 tokens leaves out. Generated texts have up to 96"
+    )
+
+
 def test_large_models_get_shorter_texts_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     config = mistral(200, max_position_embeddings=512)
     parameters = sum(each.numel() for each in transformers.AutoModel.from_config(config).parameters())
