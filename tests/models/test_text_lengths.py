@@ -59,7 +59,7 @@ def test_long_text_passes_the_sliding_window(window: int | None, length: int) ->
     assert (found.long, found.not_judged) == ({"sequence": length}, "")
 
 
-def test_window_too_long_for_a_mask_gets_a_shorter_text_and_a_note() -> None:
+def test_window_too_long_for_a_mask_is_noted() -> None:
     found = lengths_of(mistral(100_000, max_position_embeddings=200_000))
     assert found.long == {"sequence": LONG}
     assert found.not_judged.startswith(
