@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +70,37 @@ def test_merged_model_is_the_library_s_dequantised_one(place: Path, tmp_path: Pa
     assert not [name for name in stored if name.endswith(("_blocks", "_scales"))]
     assert not (out / "a.safetensors").exists()  # it had nothing but scales
     assert lora_export.verify(out, adapters=[place / "adapter"], base=place / "mxfp4")
+
+
+def test_adapter_on_experts_gives_pefts_weights(place: Path, tmp_path: Path) -> None:
+    """The steps are on parts of a weight that is stored as its transpose in 4 bits."""
+    model = AutoModelForCausalLM.from_pretrained(place / "mxfp4", dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = [f"mlp.experts.{name}" for name in EXPERTS]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=targets)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    adapted.save_pretrained(adapter)
+    result = lora_export.merge(
+        place / "mxfp4", [adapter], out, dequantize=True, dtype="float32", float_base=place / "float"
+    )
+    theirs = adapted.merge_and_unload().state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-6, atol=1e-5)
+    changed = {name for name in theirs if not torch.equal(theirs[name], before[name])}
+    assert len(changed) == 6 and not any(torch.equal(ours[name], before[name]) for name in changed)
+    assert lora_export.verify(out, adapters=[adapter], base=place / "mxfp4")
+    assert result.report is not None
+    floats = load_file(place / "float" / "model.safetensors")
+    for loss in result.report.quantisation:
+        error = (before[loss.weight] - floats[loss.weight].float()).norm()
+        change = (theirs[loss.weight] - before[loss.weight]).norm()
+        assert (loss.error, loss.change) == (pytest.approx(float(error)), pytest.approx(float(change), rel=1e-4))
 
 
 def test_one_wrong_entry_of_an_expert_is_different(
