@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_export.api.resize import resize
     from lora_export.api.torchscript import export_torchscript
     from lora_export.api.train import train
+    from lora_export.api.unmerge import unmerge
     from lora_export.api.verify import verify
     from lora_export.formats import load as load_adapter
     from lora_export.layers import attach, count_parameters, create_adapter, detach
@@ -77,6 +78,7 @@ _HOMES = {
     "stage_file": "storage.atomic_output:stage_file",
     "stage_folder": "storage.atomic_output:stage_folder",
     "train": "api.train:train",
+    "unmerge": "api.unmerge:unmerge",
     "verify": "api.verify:verify",
 }
 
@@ -115,6 +117,7 @@ __all__ = [
     "stage_file",
     "stage_folder",
     "train",
+    "unmerge",
     "verify",
 ]
 

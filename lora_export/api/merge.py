@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -34,6 +34,7 @@ from lora_export.weights.quantisation_loss import (
     refuse_other_shapes,
 )
 from lora_export.weights.quantised import caution_for
+from lora_export.weights.residuals.writing import refuse_without_hash, write_residual
 
 FLOAT32 = "--dtype float32 keeps it"
 NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
@@ -47,6 +48,7 @@ class MergeResult:
     plan: Plan
     report: MergeReport | None  # None after a dry run: nothing was written
     notes: tuple[str, ...]  # what the caller should know: on the adapters, the plan and the base
+    residual_bytes: int | None = None  # the size of the residual, where one was kept
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class _Options:
     layout: Mapping[str, str]
     combination: Combination
     float_base: Path | None
+    residual: Path | None
+    plan_settings: Mapping[str, Any]  # what `unmerge` needs to make the same plan
     dry_run: bool
     overwrite: bool
     on_message: OnMessage = field(repr=False)
@@ -88,6 +92,7 @@ def merge(
     combination: str | Combination = "cat",
     moe_b_layout: str | None = None,
     only_head: bool = False,
+    keep_residual: str | Path | None = None,
     device: str = "cpu",
     dry_run: bool = False,
     overwrite: bool = False,
@@ -113,6 +118,7 @@ def merge(
     method of PEFT's `add_weighted_adapter`, by its name or as a `Combination`.
     `moe_b_layout` is the order of the columns of B in adapters of experts (rank_major or grouped_by_expert), where they
     do not record it.
+    `keep_residual` is a file to write: with it, the output and the adapters, `unmerge` makes the base again.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
 
@@ -132,10 +138,18 @@ def merge(
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype
+    residual = None if keep_residual is None else Path(keep_residual)
+    plan_settings = {
+        "layout": dict(layout or {}),
+        "prefixes": dict(prefixes or {}),
+        "moe_b_layout": moe_b_layout,
+        "combination": asdict(combination),
+    }
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)
     options = _Options(
         base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), combination,
-        None if float_base is None else locate(float_base, on_message), dry_run, overwrite, on_message, on_progress,
+        None if float_base is None else locate(float_base, on_message), residual, plan_settings, dry_run, overwrite,
+        on_message, on_progress,
     )  # fmt: skip
     if float_base is not None and not dequantize:
         raise WrongUsage("--float-base needs --dequantize: it is compared with the weights of a quantised BASE")
@@ -148,12 +162,18 @@ def merge(
             raise WrongUsage(
                 "--dequantize is for checkpoints. --requantize merges into the quantised weights of a graph"
             )
+        if residual is not None:
+            raise WrongUsage("--keep-residual is for checkpoints. Keep the graph itself")
         names_from = None if checkpoint is None else locate(checkpoint, on_message)
         return _into_graph(options, names_from, requantize=requantize)
     if checkpoint is not None:
         raise WrongUsage("--base is for an .onnx BASE: the weights of a checkpoint have their names")
     if requantize:
         raise WrongUsage("--requantize is for an .onnx BASE: merging into a quantised checkpoint is not supported")
+    if residual is not None:
+        if dequantize:
+            raise WrongUsage("--keep-residual and --dequantize do not go together. Keep the quantised base itself")
+        _refuse_place(residual, target)
     return _into_checkpoint(options, stored, dequantise=dequantize)
 
 
@@ -176,6 +196,8 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
     )
     steps = combine_in_plan(steps, options.combination)
     refuse_before_merge(steps, checkpoint)
+    if options.residual is not None:
+        refuse_without_hash(steps)
     notes = _report_notes(options, steps, _notes_on(checkpoint, options.adapters))
     if options.dry_run:
         return MergeResult(options.output, steps, None, notes)
@@ -198,8 +220,44 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, options)
             notes = (*notes, *more)
+        residual_bytes = None if options.residual is None else _keep_residual(options, steps, checkpoint, folder)
     _warn_of_rounding(report, FLOAT32, options.on_message)
-    return MergeResult(options.output, steps, report, notes)
+    return MergeResult(options.output, steps, report, notes, residual_bytes)
+
+
+def _keep_residual(options: _Options, steps: Plan, base: Checkpoint, merged: Path) -> int:
+    """Write the residual of a merge that is not published yet. Returns its size in bytes."""
+    assert options.residual is not None
+    size = sum(step.spec.nbytes for step in steps.steps)
+    with atomic_output.stage_file(
+        options.residual,
+        inputs=[options.base, *options.sources],
+        overwrite=options.overwrite,
+        on_message=options.on_message,
+    ) as folder:
+        path = folder / options.residual.name
+        write_residual(
+            path,
+            steps,
+            base,
+            merged if base.is_folder else merged / options.output.name,
+            hashing=options.hashing,
+            settings=options.plan_settings,
+            progress=in_bytes(options.on_progress, "keeping the residual", size),
+        )
+        written = path.stat().st_size
+    options.on_message(
+        f"note: {options.residual} has {written:,} bytes, {written / base.nbytes:.2%} of the base: with it and the "
+        "adapters, `lora-export unmerge` makes the base again"
+    )
+    return written
+
+
+def _refuse_place(residual: Path, output: Path) -> None:
+    """Raise WrongUsage for a residual in the place of the output, or within it."""
+    one, other = residual.absolute(), output.absolute()
+    if one == other or other in one.parents:
+        raise WrongUsage(f"--keep-residual {residual} is the output or inside it. Name a file beside it")
 
 
 def _with_quantisation(

@@ -36,6 +36,7 @@ JOBS = {
     },
     "Deployment": {
         "merge": "Merge adapters into the weights of a checkpoint or a graph.",
+        "unmerge": "Make the base of a merge again, bit for bit.",
         "onnx": "Export to ONNX: adapters merged, as nodes, as inputs, or per row.",
         "torchscript": "Export to TorchScript: adapters merged or as nodes.",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -113,6 +114,12 @@ Example:
     show_default=True,
     help="Device for the arithmetic. cuda needs PyTorch, and was not measured to be faster.",
 )
+@click.option(
+    "--keep-residual",
+    type=FilePath(),
+    metavar="FILE",
+    help="Also write FILE: `unmerge` makes BASE again with it, the output and the adapters, bit for bit.",
+)
 @click.option("--dry-run", is_flag=True, help="Print which weights would change, and write nothing.")
 @overwrite_option
 @json_option
@@ -139,6 +146,7 @@ def command(
     layout: dict[str, str],
     only_head: bool,
     device: str,
+    keep_residual: Path | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -172,13 +180,16 @@ def command(
             layout=layout,
             only_head=only_head,
             device=device,
+            keep_residual=keep_residual,
             dry_run=dry_run,
             overwrite=overwrite,
             on_message=print_message,
             on_progress=on_progress,
         )
     if as_json:
-        facts = {} if result.report is None else {"output": str(result.output)}
+        facts: dict[str, Any] = {} if result.report is None else {"output": str(result.output)}
+        if result.residual_bytes is not None:
+            facts["residual"] = {"path": str(keep_residual), "bytes": result.residual_bytes}
         print_document(facts | report.as_dict(result.report or result.plan))
     elif result.report is None:
         most = {Verbosity.QUIET: 0, Verbosity.SHORT: PLANNED, Verbosity.FULL: None}[verbosity()]

@@ -115,9 +115,7 @@ def open_file(path: Path) -> TensorFile:
         status = os.fstat(file.fileno())
         header_size = _header_size(path, file.read(8), status.st_size)
         header = json_files.parse_json(file.read(header_size), f"the header of {path}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputRefused(f"{path}: the header's __metadata__ must map names to strings")
+    metadata = _metadata(path, header)
     entries = _entries(path, header, data_start=8 + header_size)
     expected = max((entry.stop for entry in entries), default=8 + header_size)
     if expected != status.st_size:
@@ -125,6 +123,30 @@ def open_file(path: Path) -> TensorFile:
         raise InputRefused(f"{path} is {what}: its header describes {expected} bytes, the file has {status.st_size}")
     _check_with_library(path)
     return TensorFile(path, {entry.name: entry for entry in entries}, metadata, status.st_size, status.st_mtime_ns)
+
+
+def file_of_header(path: Path, header: bytes, size: int) -> TensorFile:
+    """The description of a file of `size` bytes that begins with this header. Reads no file.
+
+    Raises InputRefused as `open_file` does.
+    """
+    header_size = _header_size(path, header[:8], size)
+    if len(header) != 8 + header_size:
+        raise InputRefused(f"the stored header of {path} has {len(header)} bytes, not {8 + header_size}")
+    table = json_files.parse_json(header[8:], f"the header of {path}")
+    metadata = _metadata(path, table)
+    entries = _entries(path, table, data_start=8 + header_size)
+    if max((entry.stop for entry in entries), default=8 + header_size) != size:
+        raise InputRefused(f"the stored header of {path} does not describe {size} bytes")
+    return TensorFile(path, {entry.name: entry for entry in entries}, metadata, size, 0)
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
+    """Take the metadata out of a header."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputRefused(f"{path}: the header's __metadata__ must map names to strings")
+    return metadata
 
 
 def _header_size(path: Path, prefix: bytes, file_size: int) -> int:

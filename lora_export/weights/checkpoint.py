@@ -140,6 +140,11 @@ def open_checkpoint(path: str | Path, *, dequantise: bool = False) -> Checkpoint
     return Checkpoint(path, {path.name: shard}, tuple(_specs([shard], {})), history=_history(path, {}, shard))
 
 
+def checkpoint_of_headers(path: Path, shards: Mapping[str, TensorFile], config: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint of which only headers and config are known: names, shapes and layouts, for a plan."""
+    return Checkpoint(path, shards, tuple(_specs(shards.values(), config)), config)
+
+
 def custom_code(config: Mapping[str, Any]) -> str:
     """The entry of a model's config that names code to load, as `key: value`; empty where there is none.
 

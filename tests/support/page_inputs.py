@@ -90,6 +90,12 @@ def _tuned(inputs: PageInputs, path: Path) -> None:
     model.save_pretrained(path)
 
 
+def _kept(inputs: PageInputs, path: Path) -> None:
+    """A merge of `fr` into the base; its residual is beside it."""
+    base, adapter = inputs.path("base"), inputs.path("fr")
+    assert call("merge", base, adapter, "-o", path, "--keep-residual", path.with_name("kept.residual")) == 0
+
+
 def _peft_adapter(seed: int, base: str = "base", targets: str | list[str] = "all-linear") -> Callable[..., None]:
     def make(inputs: PageInputs, path: Path) -> None:
         model = AutoModel.from_pretrained(inputs.path(base)) if base == "base" else _decoder_module()
@@ -166,6 +172,8 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "texts.jsonl": _texts,
     "adapter": _adapter,
     "tuned": _tuned,
+    "kept": _kept,
+    "kept.residual": lambda inputs, _: inputs.path("kept"),
     "fr": _peft_adapter(1, targets=["query", "value"]),
     "de": _peft_adapter(2, targets=["query", "key", "value", "intermediate.dense"]),
     "base.onnx": _base_graph,

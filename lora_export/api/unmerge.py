@@ -1,0 +1,124 @@
+"""`lora_export.unmerge`: the base again, bit for bit, from a merged checkpoint and what the merge kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from lora_export import plan
+from lora_export.adapters.combination import Combination
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
+from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
+from lora_export.api.output_names import with_suffix
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.read_options import ReadOptions
+from lora_export.lora import Adapter
+from lora_export.plan import Plan
+from lora_export.storage import atomic_output, input_files
+from lora_export.storage.hub_cache import locate
+from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.residuals.archive import Residual, open_residual
+from lora_export.weights.residuals.restoring import base_of, restore_base
+
+
+@dataclass(frozen=True)
+class UnmergeResult:
+    """What was written. Every file of it has the hash that the base had."""
+
+    output: Path
+    bytes: int  # of weights
+    restored: int  # tensors that the merge had changed
+    files: int  # weight files
+
+
+def unmerge(
+    merged: str | Path,
+    adapters: AdapterSources,
+    output: str | Path,
+    *,
+    base_from: str | Path,
+    overwrite: bool = False,
+    on_message: OnMessage = ignore,
+    on_progress: OnProgress = ignore,
+) -> UnmergeResult:
+    """Make the base of a merge again, bit for bit.
+
+    `merged` is the folder or .safetensors file that `merge` wrote with `keep_residual`, unchanged; `base_from` is that
+    residual. `adapters` are the adapters of that merge, the same files; their names and order do not matter. They may
+    be left out (an empty list) where the merge only replaced tensors or rescaled all weights by DoRA. Weights, config
+    and all other files that the merge carried over are restored. Needs no PyTorch. Memory is a few blocks.
+
+    Raises InputRefused for a residual of another merge, other or missing adapters, merged weights that changed since,
+    and where the result would differ from the base, by the hash of each file; OutputFailed where the output cannot be
+    written. Nothing is left behind then.
+    """
+    merged, adapters = locate(merged, on_message), locate_adapters(adapters, on_message)
+    base_from = Path(base_from)
+    input_files.must_exist(merged, "merged model")
+    input_files.must_exist(base_from, "residual")
+    target = with_suffix(output, ".safetensors") if merged.suffix == ".safetensors" else Path(output)
+    with open_residual(base_from) as residual:
+        if residual.facts.get("is_folder") is not merged.is_dir():
+            what = "a folder" if residual.facts.get("is_folder") else "one .safetensors file"
+            raise InputRefused(f"{base_from} was kept by a merge into {what}, and {merged} is another kind")
+        base = base_of(residual, merged)
+        settings = _PlanSettings.of(residual)
+        loaded = load_adapters(adapters, moe_b_layout=settings.moe_b_layout)
+        steps = _plan(residual, _in_order(residual, loaded), base, settings)
+        size = sum(spec.nbytes for spec in base.specs)
+        stage = atomic_output.stage_folder if merged.is_dir() else atomic_output.stage_file
+        inputs = [merged, base_from, *adapter_paths(adapters)]
+        with stage(target, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message) as folder:
+            progress = in_bytes(on_progress, "restoring", size)
+            restore_base(residual, steps, base, merged, folder, file_name=target.name, progress=progress)
+        restored = sum(len(facts["changed"]) for facts in residual.facts["shards"].values())
+        return UnmergeResult(target, size, restored, len(base.shards))
+
+
+def _in_order(residual: Residual, loaded: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters in the order of the merge, with their names there. Raises InputRefused where one is missing."""
+    by_hash = {adapter.sha256: adapter for adapter in loaded}
+    recorded = residual.facts["adapters"]
+    if not all(isinstance(one, dict) and {"sha256", "name", "weight"} <= one.keys() for one in recorded):
+        raise InputRefused(f"{residual.path} is damaged: its facts on the adapters are no records of a merge")
+    missing = [f"{one['name']} (sha256 {str(one['sha256'])[:12]})" for one in recorded if one["sha256"] not in by_hash]
+    if missing:
+        raise InputRefused(
+            f"{residual.path} needs the adapters of its merge: {', '.join(missing)} is not given. Give the same files"
+        )
+    known = {one["sha256"] for one in recorded}
+    if recorded and (others := [adapter.name for adapter in loaded if adapter.sha256 not in known]):
+        raise InputRefused(f"{', '.join(others)} was not in the merge that {residual.path} belongs to")
+    return [replace(by_hash[one["sha256"]], name=str(one["name"])) for one in recorded]
+
+
+@dataclass(frozen=True)
+class _PlanSettings:
+    """The options of the merge that its plan depends on."""
+
+    layout: dict[str, str]
+    prefixes: dict[str, str]
+    moe_b_layout: str | None
+    combination: Combination
+
+    @classmethod
+    def of(cls, residual: Residual) -> _PlanSettings:
+        """Those that the residual records. Raises InputRefused for what is none."""
+        try:
+            layout, prefixes, moe, chosen = (residual.facts["settings"][field.name] for field in fields(cls))
+            ReadOptions(moe_b_layout=moe or "")
+            return cls(dict(layout), dict(prefixes), moe, Combination(**chosen))
+        except (KeyError, TypeError, ValueError, WrongUsage) as error:
+            raise InputRefused(f"{residual.path} is damaged: its settings are not those of a merge") from error
+
+
+def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, settings: _PlanSettings) -> Plan | None:
+    """The plan of the merge; None where nothing of it is subtracted."""
+    if not adapters:
+        return None
+    weights = [one["weight"] for one in residual.facts["adapters"]]
+    renamed = load_adapters(adapters, settings.prefixes)
+    steps = plan.make(renamed, base.specs, strengths=weights, may_add=True, layout=settings.layout, rules=base.rules)
+    return combine_in_plan(steps, settings.combination)
