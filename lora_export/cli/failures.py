@@ -183,7 +183,7 @@ def _known(error: BaseException) -> tuple[str, int] | None:
         return "there is not enough memory for one more thread", EnvironmentLacking.exit_code
     if isinstance(error, RuntimeError) and ALLOCATION_FAILED in str(error):
         requested = re.search(r"allocate (\d+) bytes", str(error))
-        size = f" for {int(requested[1]):,} bytes at once" if asked else ""
+        size = f" for {int(requested[1]):,} bytes at once" if requested else ""
         return f"there is not enough memory{size}", EnvironmentLacking.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the output could not be written'}: {error.strerror}", OutputFailed.exit_code
