@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_export
@@ -20,6 +21,7 @@ from lora_export.graph.merge.fold import fold_graph
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.lora import LoraPair, expert_name
 from lora_export.plan import Layout
+from lora_export.weights.checkpoint import open_checkpoint
 from support import experts
 from support.graphs import Arrays, a_graph, an_adapter, planned, run, stored
 
@@ -165,6 +167,18 @@ def test_an_existing_graph_takes_experts(exported, tmp_path, mode, origin):
     names = {value.name for value in load_graph(output).graph.inputs}
     (own, *_) = run(load_graph(output), **{name: value for name, value in feeds.items() if name in names}).values()
     np.testing.assert_allclose(own, logits, atol=1e-5)
+
+
+def test_experts_of_a_checkpoint_are_compared_by_name(exported, tmp_path):
+    model = load_graph(exported.graph)
+    notes = find_sites(model, open_checkpoint(exported.paths["new"])).notes
+    assert not [note for note in notes if "_proj" in note]
+    tensors = load_file(exported.paths["new"] / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.down_proj"][2] += 1
+    (tmp_path / "config.json").write_bytes((exported.paths["new"] / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputRefused, match=r"experts\.down_proj\[2\] by initializer, no tensor by content"):
+        find_sites(model, open_checkpoint(tmp_path))
 
 
 def test_a_streamed_merge_has_the_bits_of_one_in_memory(exported, tmp_path):

@@ -13,6 +13,8 @@ from lora_export.report.layer_kinds import by_kind, kind_of, title
         ("encoder.layer.11.attention.query", "encoder.layer.*.attention.query"),
         ("0.weight", "*.weight"),
         ("h.0.1", "h.*.*"),
+        ("h.0.experts.up_proj[12]", "h.*.experts.up_proj[*]"),
+        ("h.0.experts.up_proj[3, 0:16]", "h.*.experts.up_proj[*, 0:16]"),
         ("layer1.conv2", "layer1.conv2"),
         ("fc", "fc"),
     ],
