@@ -24,7 +24,7 @@ from lora_export.graph.names.exporter_names import (
     naming_attempts,
     remove_contradictory_names,
 )
-from lora_export.graph.operators import QUANTISED_INPUTS, transposed_layout
+from lora_export.graph.operators import FUSED_EXPERTS, QUANTISED_INPUTS, operator_id, transposed_layout
 from lora_export.graph.site import Site
 from lora_export.graph.unread_weights import unread_notes, unsupported_specs
 from lora_export.graph.values import initializers, stored_dtype, tensor_of
@@ -45,6 +45,7 @@ class Sites:
     unnamed: tuple[Site, ...]  # linear layers whose weight has no certain name
     notes: tuple[str, ...]  # what was not read
     unsupported: tuple[TensorSpec, ...] = ()  # quantised weights in unsupported formats
+    fused_experts: tuple[str, ...] = ()  # operators that compute all experts of a layer, in a layout of their own
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -94,6 +95,11 @@ def find_sites(model: ir.Model, base: Checkpoint | None = None) -> Sites:
         by_name={name: tuple(group) for name, group in named.items()},
         unnamed=tuple(site for site in unnamed if site.is_linear),
         notes=tuple(notes),
+        fused_experts=tuple(
+            node.op_type
+            for node in ir.traversal.RecursiveGraphIterator(model.graph)
+            if operator_id(node) in FUSED_EXPERTS
+        ),
         unsupported=tuple(spec for spec in unsupported_specs(model, sites) if spec.name not in named),
     )
 

@@ -25,6 +25,8 @@ CONVOLUTIONS = frozenset({(ONNX, "Conv"), (MICROSOFT, "FusedConv")})
 # These multiply by a matrix at input 1 and compute more in the same node. A branch cannot be added to their product;
 # ΔW can be added to the matrix that they read.
 FUSED_PRODUCTS = ATTENTIONS | {(MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGemm")}
+# These compute all experts of a layer. Their weights have names and a layout of their own.
+FUSED_EXPERTS = frozenset({(MICROSOFT, "MoE"), (MICROSOFT, "QMoE")})
 # The input at which an operator adds a bias.
 BIAS_INPUTS: Mapping[str, int] = MappingProxyType({"Gemm": 2, "Conv": 2, MATMUL_NBITS: 5})
 # The input at which an operator reads quantised integers. Not all of them are supported.

@@ -41,10 +41,15 @@ def refuse_steps_without_branch(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def base_as_remedy(sites: Sites) -> Iterator[None]:
-    """Name `--base` in a MatchError, where layers of a graph without a checkpoint lack a certain name."""
+    """Name `--base` in a MatchError, where layers of a graph without a checkpoint lack a certain name.
+
+    Where one operator computes all experts of a layer, the error names that.
+    """
     try:
         yield
     except MatchError as error:
+        if sites.fused_experts:
+            raise error.with_remedy(_fused_experts(sites)) from error
         if not sites.unnamed:
             raise
         layers = "1 linear layer" if len(sites.unnamed) == 1 else f"{len(sites.unnamed)} linear layers"
@@ -54,9 +59,19 @@ def base_as_remedy(sites: Sites) -> Iterator[None]:
         ) from error
 
 
+def _fused_experts(sites: Sites) -> str:
+    kinds = " and ".join(f"com.microsoft::{kind}" for kind in sorted(set(sites.fused_experts)))
+    return (
+        f"{len(sites.fused_experts)} {kinds} nodes of the graph compute all experts of a layer at once, with weights "
+        "that have no names of the model: no adapter on experts is merged there or inserted beside them. Merge it into "
+        "the checkpoint, and export that. onnxruntime's CPU provider computes some of these nodes wrongly "
+        "(microsoft/onnxruntime#33866)"
+    )
+
+
 def refuse_quantised(step: Step, sites: Sites) -> None:
     """Raise InputRefused where the weight is quantised: W + ΔW would have to be quantised again."""
-    kinds = {site.quantised.kind for site in sites.by_name[step.weight] if site.quantised is not None}
+    kinds = {site.quantised.kind for site in sites.by_name[step.spec.stored_name] if site.quantised is not None}
     if kinds:
         raise InputRefused(
             f"{step.weight} is quantised ({', '.join(sorted(kinds))}), and quantised weights are not quantised again "

@@ -43,6 +43,7 @@ from lora_export.verification.references.graph_with_adapter import (
     at_strength,
     branches_at_quantised_weights,
     branches_where_possible,
+    refuse_parts,
     sum_at_weights,
 )
 from lora_export.weights.checkpoint import Checkpoint
@@ -249,7 +250,9 @@ class PreparedGraphReferences:
         """A copy of the base graph, and where the adapters are in it."""
         model = self.references.base.model.clone()
         sites = find_sites(model, self.references.base.checkpoint)
-        return model, sites, plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
+        steps = plan.make(self.references.adapters, sites.specs, strengths=self.references.strengths)
+        refuse_parts(steps)
+        return model, sites, steps
 
 
 # --- forms of adapters in a graph; each returns notes -----------------------------------------------

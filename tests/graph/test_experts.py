@@ -24,6 +24,7 @@ from lora_export.plan import Layout
 from lora_export.weights.checkpoint import open_checkpoint
 from support import experts
 from support.graphs import Arrays, a_graph, an_adapter, planned, run, stored
+from support.handmade import peft_adapter
 
 UP = "m.experts.up_proj"
 COUNT, OUT, IN = 3, 2, 4
@@ -109,6 +110,50 @@ def test_an_expert_that_is_gathered_is_a_site():
     pairs = pairs_of(2)
     fold_graph(model, *planned(model, an_adapter(pairs)))
     np.testing.assert_array_equal(run(model, x=X)["y"], expected(pairs)["y2"])
+
+
+def read_whole(weight: str = UP) -> ir.Model:
+    """x·W for all experts in one node, for weights of (experts, in, out)."""
+    return a_graph(
+        f"""g (float[{COUNT}, 2, {IN}] x) => (float[{COUNT}, 2, {OUT}] y)
+        <float[{COUNT}, {IN}, {OUT}] {weight} = {{{text(WEIGHT.transpose(0, 2, 1))}}}>
+        {{ y = MatMul (x, {weight}) }}"""
+    )
+
+
+def test_a_weight_read_as_a_whole_is_merged_by_name():
+    model, pairs = read_whole(), pairs_of(0, 2, transposed=False)
+    fold_graph(model, *planned(model, an_adapter(pairs)))
+    found, changes = run(model, x=np.stack([X] * COUNT))["y"], expected(pairs, transposed=False)
+    np.testing.assert_array_equal(found, np.stack([changes[f"y{expert}"] for expert in range(COUNT)]))
+
+
+def test_no_branch_is_inserted_beside_a_weight_read_as_a_whole():
+    model = read_whole()
+    with pytest.raises(InputRefused, match=f"{UP} is read by MatMul with the weights of all experts"):
+        insert_nodes(model, *planned(model, an_adapter(pairs_of(0, transposed=False))))
+
+
+def test_a_weight_that_an_exporter_changed_is_not_merged():
+    model = a_graph(
+        f"""g (float[{COUNT}, 2, {IN}] x) => (float[{COUNT}, 2, {OUT}] y)
+        <float[{COUNT}, {IN}, {OUT}] val_3 = {{{text(WEIGHT)}}}> {{ y = MatMul (x, val_3) }}""",
+        val_3=UP,
+    )
+    with pytest.raises(InputRefused, match=r"up_proj\[0\] is a part of val_3, and the exporter changed it"):
+        fold_graph(model, *planned(model, an_adapter(pairs_of(0, transposed=False))))
+
+
+def test_experts_in_one_operator_are_refused_by_its_name(tmp_path):
+    model = read_whole("val_1")
+    (node,) = model.graph
+    node.op_type, node.domain = "MoE", "com.microsoft"
+    model.opset_imports["com.microsoft"] = 1
+    ir.save(model, tmp_path / "moe.onnx")
+    adapter = peft_adapter(tmp_path / "adapter", {"m.fc": (np.ones((1, 4)), np.ones((4, 1)))})
+    with pytest.raises(MatchError, match=r"1 com\.microsoft::MoE nodes .* Merge it into the checkpoint"):
+        lora_export.merge(tmp_path / "moe.onnx", adapter, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
 
 
 # --- Exported models ---

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lora_export
 from lora_export.errors import InputRefused, MatchError
@@ -218,3 +222,35 @@ def test_rank_and_alpha_patterns_of_a_parameter(tmp_path):
     )
     found = merged(saved["old"], saved["adapter"], tmp_path / "out")
     assert_equal(found, weights(saved["merged_old"]))
+
+
+def test_experts_in_mxfp4_take_an_adapter_as_their_floats_do(tmp_path):
+    """gpt-oss as it is published: blocks of 32 numbers. The float base is what transformers makes of it."""
+    model = experts.tiny_model("gpt_oss", hidden_size=64, intermediate_size=64, head_dim=32)
+    experts.peft_model("gpt_oss", model).save_pretrained(tmp_path / "adapter")
+    generator = torch.Generator().manual_seed(3)
+    packed, floats = {}, {}
+    for name, value in model.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = floats[name] = value.to(torch.bfloat16)
+            continue
+        count, inputs, outputs = value.shape
+        sizes = (count, outputs, inputs // 32)
+        blocks = torch.randint(0, 256, (*sizes, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 125, sizes, dtype=torch.uint8, generator=generator)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        floats[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).contiguous()
+    for name, tensors in (("packed", packed), ("floats", floats)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        config = model.config.to_dict() | {"dtype": "bfloat16", "architectures": ["GptOssForCausalLM"]}
+        if name == "packed":
+            config["quantization_config"] = {"quant_method": "mxfp4"}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    lora_export.merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "one", dequantize=True)
+    lora_export.merge(tmp_path / "floats", tmp_path / "adapter", tmp_path / "other")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys() == floats.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["model.layers.0.mlp.experts.down_proj"], floats["model.layers.0.mlp.experts.down_proj"])
+    assert lora_export.verify(tmp_path / "one", base=tmp_path / "packed", adapters=tmp_path / "adapter")

@@ -16,6 +16,7 @@ from lora_export.graph.insert.branches import BranchNodes, Pairs, Rescaling, con
 from lora_export.graph.insert.node_factory import NO_ATTRIBUTES, NodeFactory
 from lora_export.graph.operators import BIAS_INPUTS
 from lora_export.graph.site import Site
+from lora_export.lora import split_part
 from lora_export.plan import Layout
 
 
@@ -53,6 +54,8 @@ class Inserter:
 
         `allow_changed_weight` accepts fused operators, which read W + A·B instead.
         """
+        if weight not in sites.by_name:
+            raise InputRefused(_unsplit(weight, sites))
         own_sites = sites.by_name[weight]
         beside = [site for site in own_sites if not (allow_changed_weight and site.accepts_changed_weight)]
         obstacles = sorted({branch_obstacle(site, is_embedding=is_embedding) for site in beside} - {""})
@@ -183,6 +186,16 @@ class Inserter:
             return []
         factor = self.factory.constant(path, "beta", np.array(beta, np.dtype(site.dtype)))
         return [self.factory.node("Mul", [bias, factor], path, bias.shape)]
+
+
+def _unsplit(weight: str, sites: Sites) -> str:
+    """Why no branch can be inserted beside a part of a stacked weight: no node multiplies by this part alone."""
+    stacked = split_part(weight)[0]
+    readers = " and ".join(sorted({site.node.op_type for site in sites.by_name[stacked]}))
+    return (
+        f"{stacked} is read by {readers} with the weights of all experts, beside which no branch can be inserted. "
+        "Merge the adapter into the weights instead, or export the model with one product for each expert"
+    )
 
 
 def _detach_bias(node: ir.Node) -> ir.Value | None:

@@ -46,7 +46,7 @@ def change_in_memory(change: InitializerChange) -> Statistics:
     """
     tensor, step = change.value.const_value, change.step
     assert tensor is not None
-    before, statistics = tensor.numpy()[change.entries], Statistics(step.weight)
+    before, statistics = change.indexed(tensor.numpy())[change.entries], Statistics(step.weight)
     is_transposed = step.spec.layout.is_transposed
     start = before if step.replace is None else step.replace
     with np.errstate(over="ignore", invalid="ignore"):  # refuse_not_finite checks the result
@@ -62,7 +62,7 @@ def change_in_memory(change: InitializerChange) -> Statistics:
     if change.is_block:  # the neighbours keep their bytes
         if not isinstance(tensor, _ChangedTensor):  # one copy for all changes of a tensor: it may hold many experts
             tensor = _ChangedTensor(tensor.numpy().copy(), name=change.value.name)
-        tensor.numpy()[change.entries] = after
+        change.indexed(tensor.numpy())[change.entries] = after
         change.value.const_value = tensor
     else:
         change.value.const_value = ir.Tensor(np.ascontiguousarray(after), name=change.value.name)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
 from lora_export.graph.exporter_metadata import FOLDED_FROM
 from lora_export.graph.find_readers import find_readers
 from lora_export.graph.find_sites import Sites
-from lora_export.graph.site import Site
+from lora_export.graph.site import NameSource, Site
 from lora_export.graph.values import new_initializer, tensor_of, unused_name, value_names
 from lora_export.lora import EVERY_ROW
-from lora_export.plan import Layout, Step
+from lora_export.plan import Layout, Step, StoredRegion
 from lora_export.weights.tensor_blocks import Patch
 
 
@@ -30,16 +32,21 @@ class InitializerChange:
     step: Step
     slices: tuple[slice, ...] = (slice(None),)  # the weight's part of the matrix; the rest are its neighbours
     expert: int | None = None  # the matrix, where the initializer stacks those of experts
+    cut_shape: tuple[int, ...] | None = None  # in which the initializer is indexed; None: its own
 
     @property
     def entries(self) -> tuple[slice | int, ...]:
         """The weight's entries in the initializer, as indices."""
         return self.slices if self.expert is None else (self.expert, *self.slices)
 
+    def indexed(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A view of the initializer's array in the shape that `entries` are indices of."""
+        return array if self.cut_shape is None else array.reshape(self.cut_shape)
+
     @property
     def is_block(self) -> bool:
         """Whether the initializer holds other weights too."""
-        return self.expert is not None or self.slices != (slice(None),)
+        return self.expert is not None or self.cut_shape is not None or self.slices != (slice(None),)
 
     def patch(self, rows: int) -> Patch:
         """The change as a patch of a matrix with this number of rows, or of such matrices one below the other."""
@@ -55,6 +62,8 @@ def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[Initializ
     Reads and copies no data: a new initializer holds the old one's tensor. Nodes between an initializer and its reader
     (Transpose, Cast) are copied. Raises InputRefused for a block of a packed initializer that has other readers.
     """
+    if step.spec.region is not None:
+        return _isolate_region(sites, step, step.spec.region)
     by_initializer: dict[tuple[ir.Value, int | None, range | None], list[Site]] = {}
     for site in sorted(sites.by_name[step.weight], key=lambda site: not site.is_linear):
         # A linear reader comes first, because it determines the layout.
@@ -67,6 +76,30 @@ def isolate_changes(model: ir.Model, sites: Sites, step: Step) -> list[Initializ
             expert,
         )
         for (value, expert, _), readers in by_initializer.items()
+    ]
+
+
+def _isolate_region(sites: Sites, step: Step, region: StoredRegion) -> list[InitializerChange]:
+    """The change of a part of a stacked weight, such as an expert, whatever nodes read the weight.
+
+    Raises InputRefused where the initializer may not be the model's parameter as it was, or holds other weights too.
+    """
+    values = {site.value: site for site in sites.by_name[region.tensor]}
+    for value, site in values.items():
+        inputs = {other.node_input for other in sites.by_name[region.tensor]}
+        is_changed = FOLDED_FROM in value.metadata_props or site.named_by is not NameSource.INITIALIZER
+        others = [other.node.op_type for other in find_readers(value) if other.node_input not in inputs]
+        if is_changed or others or site.block is not None or not isinstance(value.const_value, ir.TensorProtocol):
+            why = f"{others[0]} reads it as another weight" if others else "the exporter changed it"
+            raise InputRefused(f"{step.weight} is a part of {value.name}, and {why}: it cannot be merged there")
+    return [
+        InitializerChange(
+            value,
+            replace(step, spec=replace(step.spec, dtype=str(site.tensor.dtype.numpy()))),
+            (region.rows, region.columns),
+            cut_shape=region.shape,
+        )
+        for value, site in values.items()
     ]
 
 

@@ -169,7 +169,7 @@ def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, req
     for step in plan.steps:
         if not requantise:
             refuse_quantised(step, sites)
-        for site in sites.by_name[step.weight]:
+        for site in sites.by_name[step.spec.stored_name]:
             if site.quantised is not None:
                 refuse_unknown_scheme(site.quantised, step.weight)
 
@@ -227,6 +227,8 @@ def _output_tensor(tensor: ir.ExternalTensor, changes: Sequence[InitializerChang
     if not changes[0].is_block:
         return OutputTensor(entry, changes[0].step, name, entry.dtype)
     rows, stacked = shape[-2] if len(shape) > 2 else entry.rows, entry
-    if len(shape) > 2:  # a stack of matrices, as one matrix
+    if changes[0].cut_shape is not None:
+        stacked = replace(entry, shape=changes[0].cut_shape)
+    elif len(shape) > 2:  # a stack of matrices, as one matrix
         stacked = replace(entry, shape=(math.prod(shape[:-1]), shape[-1]))
     return OutputTensor(stacked, None, name, entry.dtype, tuple(change.patch(rows) for change in changes))

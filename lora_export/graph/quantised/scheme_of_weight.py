@@ -60,7 +60,7 @@ def refuse_unknown_scheme(stored: QuantisedWeight, name: str) -> None:
 
 def requantise_notes(plan: Plan, model: ir.Model, sites: Sites) -> Iterator[str]:
     """Notes for the user on a merge into quantised weights."""
-    weights = (site.quantised for step in plan.steps for site in sites.by_name[step.weight][:1])
+    weights = (site.quantised for step in plan.steps for site in sites.by_name[step.spec.stored_name][:1])
     kinds = Counter(weight.kind for weight in weights if weight is not None)
     if not kinds:
         yield "--requantize has no effect: no weight that changes is quantised"

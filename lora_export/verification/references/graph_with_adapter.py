@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lora_export.errors import Undecided
 from lora_export.graph.find_sites import Sites
 from lora_export.graph.insert.adapter_names import module_of
 from lora_export.graph.insert.adapter_nodes import insert_nodes
@@ -82,6 +83,16 @@ def branches_at_quantised_weights(model: ir.Model, sites: Sites, plan: Plan) -> 
     for step in quantised:
         for site in inserter.sites_of(step.weight, sites):
             inserter.add_to_product(site, [_delta_branch(inserter.factory, step, site)])
+
+
+def refuse_parts(plan: Plan) -> None:
+    """Raise Undecided for parts of stacked weights that no node reads by themselves: experts in one operator."""
+    parts = [step.weight for step in plan.steps if step.spec.region is not None]
+    if parts:
+        raise Undecided(
+            f"{parts[0]} and {len(parts) - 1} more are parts of weights that one node reads as a whole: the graph by "
+            "itself shows no reference for them. Prove it against PyTorch (--model)"
+        )
 
 
 def at_strength(plan: Plan, factor: float) -> Plan:
