@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, TokenRows
 from lora_export.models import factory
+from lora_export.models.load import load_model
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.inputs.model_inputs import case_inputs, notes_on_sizes
+from support.small_models import small_model
 
 LAYER = torch.nn.Linear(4, 2)
 MODEL = factory.from_module(LAYER, {"input": torch.ones(3, 7, 4)})
@@ -64,3 +67,24 @@ def test_user_inputs_are_one_more_case(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=array)
     with pytest.raises(InputRefused, match=r"other.npz contains x; the model takes input"):
         case_inputs(MODEL, ANY_SIZE, user_inputs=tmp_path / "other.npz")
+
+
+def test_rows_of_an_adapter_are_drawn_beside_the_images_of_a_text(tmp_path: Path) -> None:
+    """A model refuses a text with fewer placeholders than its images have features."""
+    model = load_model(str(small_model("llava", tmp_path)))
+    rows = TokenRows(np.array([5, 41, 42]), np.zeros((3, 32), np.float32))
+    adapter = Adapter(name="a", format="test", pairs={}, token_rows={"model.language_model.embed_tokens": rows})
+    cases = case_inputs(model, ModuleRunner(model.module), adapters=[adapter])
+    plain = case_inputs(model, ModuleRunner(model.module))
+    for name, arrays in cases.items():
+        is_image = arrays["input_ids"] == model.placeholders[0]
+        assert np.array_equal(is_image, plain[name]["input_ids"] == model.placeholders[0])
+        assert {41, 42} <= set(arrays["input_ids"][~is_image].tolist())
+
+
+def test_user_texts_without_images_are_a_case_of_a_model_with_images(tmp_path: Path) -> None:
+    model = load_model(str(small_model("llava", tmp_path / "base")))
+    np.savez(tmp_path / "texts.npz", input_ids=np.full((2, 6), 7), attention_mask=np.ones((2, 6), np.int64))
+    cases = case_inputs(model, ModuleRunner(model.module), user_inputs=tmp_path / "texts.npz")
+    assert list(cases["texts.npz"]) == ["input_ids", "attention_mask"]
+    assert all("pixel_values" in arrays for name, arrays in cases.items() if name != "texts.npz")
