@@ -25,7 +25,7 @@ def write_any_ranks(
     The caller stages `folder`. `metadata` is added to the header of the file of tensors. Raises ValueError for what
     such a file cannot hold: another scale, DoRA, bare parameters, additions to biases, or rows of tokens.
     """
-    beyond = adapter.biases or adapter.token_rows or adapter.tied
+    beyond = adapter.biases or adapter.token_rows
     if beyond or any(p.scale != 1 or p.magnitude is not None or p.as_stored for p in adapter.pairs.values()):
         raise ValueError(f"a PEFT adapter of scale 1 cannot hold everything in {adapter.name}")
     ranks = _ranks(adapter)
@@ -46,6 +46,7 @@ def write_any_ranks(
         "fan_in_fan_out": transposed,
         "use_rslora": False,
         "use_dora": False,
+        "ensure_weight_tying": bool(adapter.tied),
         "inference_mode": True,
         "init_lora_weights": True,
         **{key: value for key, value in adapter.metadata.items() if key in ("task_type", "base_model_name_or_path")},
@@ -75,8 +76,11 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 
 
 def _targets(adapter: Adapter) -> list[str]:
-    """The names for PEFT: endings where the adapter knows them and they name all its modules, else whole names."""
-    names = sorted(_ranks(adapter))
+    """The names for PEFT: endings where the adapter knows them and they name all its modules, else whole names.
+
+    PEFT finds a tied module by that to which it is tied.
+    """
+    names = sorted(name for name in _ranks(adapter) if name not in adapter.tied)
     endings = adapter.targets
     known = all(any(f".{name}".endswith(f".{ending}") for ending in endings) for name in names)
     return sorted(endings) if endings and known else names

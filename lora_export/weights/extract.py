@@ -24,6 +24,7 @@ from lora_export.weights.difference import Difference, TensorInFile, have_equal_
 from lora_export.weights.embedding_names import is_embedding
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
+from lora_export.weights.tied_heads import tied_head
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class _Extraction:
         self.specs = {spec.name: spec for spec in base.specs}
         self.pairs: dict[str, LoraPair] = {}
         self.layouts: dict[str, str] = {}
+        self.tied: dict[str, str] = {}  # output embeddings -> input embeddings
         self.layers: list[LayerShare] = []
         self.excluded: list[str] = []
         self.others: list[str] = []  # tensors that differ and get no pair
@@ -106,7 +108,7 @@ class _Extraction:
             raise InputRefused(f"{self.tuned.path} has the weights of {self.base.path}: there is nothing to extract")
         if not self.pairs:
             raise InputRefused(f"no matrix of {self.tuned.path} differs from {self.base.path}: a LoRA would be empty")
-        adapter = Adapter(name, "extracted", self.pairs, replaced=whole, layouts=self.layouts)
+        adapter = Adapter(name, "extracted", self.pairs, replaced=whole, layouts=self.layouts, tied=self.tied)
         return Extracted(adapter, tuple(self.layers), tuple(whole), tuple(self.excluded))
 
     def _is_excluded(self, tensor: str) -> bool:
@@ -162,10 +164,10 @@ class _Extraction:
             return f"how it is stored is unknown. State it by --layout {tensor}=out_in (nn.Linear) or =in_out (Conv1D)"
         if spec.aliases:
             return f"it is {' and '.join(spec.aliases)} too (the header of the file ties them)"
-        if is_embedding(tensor.removesuffix(".weight")) and self._is_tied():
+        if self._is_tied_table(tensor) and not tied_head(self._architecture):
             return (
-                "the input embeddings are the output embeddings too (tie_word_embeddings), and a pair for the one does "
-                "not change the other"
+                "the input embeddings are the output embeddings too (tie_word_embeddings), and the name of these in "
+                f"{self._architecture} is not known"
             )
         return ""
 
@@ -180,12 +182,19 @@ class _Extraction:
             return Layout(matching[-1]) if matching else Layout.UNKNOWN
         return Layout.IN_OUT if spec.layout is Layout.IN_OUT else Layout.OUT_IN
 
-    def _is_tied(self) -> bool:
+    @property
+    def _architecture(self) -> str:
+        return str((self.base.config.get("architectures") or [""])[0])
+
+    def _is_tied_table(self, tensor: str) -> bool:
+        """Whether a tensor is the input embeddings of a language model, which are the output embeddings too."""
         words = _word_count(self.base)
         tables = [spec for spec in self.specs.values() if len(spec.shape) == 2 and spec.shape[0] == words]
-        architecture = str((self.base.config.get("architectures") or [""])[0])
-        is_one = len(tables) == 1 and self.base.config.get("tie_word_embeddings", True)
-        return bool(is_one and WORD_HEAD.search(architecture))
+        is_tied = len(tables) == 1 and self.base.config.get("tie_word_embeddings", True)
+        has_head = WORD_HEAD.search(self._architecture) is not None
+        return bool(
+            is_tied and has_head and is_embedding(tensor.removesuffix(".weight")) and tables[0] == self._spec(tensor)
+        )
 
     def _add_pair(self, tensor: str, difference: Difference) -> None:
         spec = self._spec(tensor)
@@ -196,6 +205,9 @@ class _Extraction:
         self.pairs[module] = _pair(values, rank, shape, layout)
         if len(shape) == 2 and layout is not Layout.EMBEDDING:
             self.layouts[module] = layout.value
+        if self._is_tied_table(tensor):  # PEFT has the same pair for both, transposed (ensure_weight_tying)
+            head = tied_head(self._architecture)
+            self.pairs[head], self.tied[head] = self.pairs[module].transposed, module
         norm = math.sqrt(difference.energy)
         self.layers.append(LayerShare(module, shape, rank, min(difference.shape), values.captured(rank), norm))
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import lora_export as le
 from lora_export.errors import InputRefused, LoraExportError, OutputFailed, WrongUsage
+from support import experts
 from support.api import Recorder
 from support.combined import LAYERS, LAYOUT, adapted
 from support.fine_tuned import MODELS, made
@@ -140,6 +141,18 @@ def test_parts_of_a_stored_tensor_come_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "one")
     result = round_trip(tmp_path, "one")
     assert result.report is not None and len(result.report.results) == 4
+
+
+@pytest.mark.parametrize("model", sorted(experts.MODELS))
+def test_experts_come_back_in_both_spellings(tmp_path: Path, model: str) -> None:
+    (tmp_path / model).mkdir()
+    saved = experts.save(tmp_path / model, model)
+    for spelling in ("old", "new"):
+        out, residual, again = (tmp_path / f"{spelling} {name}" for name in ("out", "residual", "again"))
+        le.merge(saved[spelling], saved["adapter"], out, keep_residual=residual)
+        le.unmerge(out, saved["adapter"], again, base_from=residual)
+        assert files_of(again) == files_of(saved[spelling])
+        assert residual.stat().st_size < 0.3 * sum(map(len, files_of(again).values()))  # every change is subtracted
 
 
 def test_the_residual_is_small_and_its_size_is_reported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 LLAMA = transformers.LlamaConfig(
     **SIZES, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=False, attention_bias=True
 )
+TIED = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=True)
 BERT = transformers.BertConfig(**SIZES, intermediate_size=24, max_position_embeddings=32)
 GPT2 = transformers.GPT2Config(
     vocab_size=50,
@@ -29,6 +30,7 @@ VIT = transformers.ViTConfig(
 )
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaForCausalLM, LLAMA),
+    "tied": (transformers.LlamaForCausalLM, TIED),
     "bert": (transformers.BertForMaskedLM, BERT),
     "bert-classifier": (transformers.BertForSequenceClassification, BERT),
     "gpt2": (transformers.GPT2LMHeadModel, GPT2),

@@ -22,6 +22,7 @@ from support.handmade import base_file
 
 CHANGED = {
     "llama": ("",),
+    "tied": ("",),
     "bert": ("encoder", "LayerNorm", "predictions.transform"),
     "gpt2": ("",),
     "vit": ("encoder", "layers", "layernorm", "classifier", "patch_embeddings"),
@@ -130,10 +131,10 @@ def test_the_whole_module_of_a_changed_vector_is_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.adapter.replaced["norm.bias"], EYE[2])
 
 
-def test_tied_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+def test_tied_embeddings_of_an_unknown_head_are_refused(tmp_path: Path) -> None:
     table = np.ones((7, 4), np.float32)
     old, config = {"model.embed_tokens.weight": table, "fc.weight": EYE}, {"vocab_size": 7}
-    config |= {"architectures": ["LlamaForCausalLM"]}
+    config |= {"architectures": ["BioGptForCausalLM"]}
     with pytest.raises(
         InputRefused, match=r"model.embed_tokens.weight: the input embeddings are the output embeddings"
     ):
