@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_a_trace_that_repeats_its_example_is_noticed() -> None:
         named = module if follows is False else Named(module)
         script = torch.jit.trace(named, example_kwarg_inputs={"x": torch.ones(2, 3)}, strict=False)
         assert torchscript._follows(script, named, model) is follows
+
+
+def test_a_trace_that_repeats_its_example_leaves_out_the_images() -> None:
+    def make(sizes: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"x": torch.ones(sizes["batch"], 3)}
+
+    texts = Model("counting", nn.Identity(), {"x": {0: "batch"}}, make, {"batch": 2}, not_judged=("images",))
+    messages: list[str] = []
+    taken, _ = torchscript._traced(replace(texts, text_only=texts), Counting(), messages.append)
+    assert taken.not_judged == ("images (the trace is right for one number and one size of images alone)",)
+    assert messages and "takes texts without images" in messages[0]
+    assert torchscript._traced(texts, Counting(), messages.append)[0] is texts and len(messages) == 1
 
 
 class Named(nn.Module):
