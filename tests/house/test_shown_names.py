@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,6 +67,15 @@ RECORD = {
     "settings": {EVIL: EVIL},
     "verdict": {"outcome": EVIL, "why": EVIL, "against": EVIL, "provider": EVIL},
 }
+PLAIN_RESIDUAL = {"format": 1, "hashing": "sha256", "is_folder": True, "adapters": [], "settings": {}}
+PLAIN_RESIDUAL |= {"shards": {}, "files": {}}
+RESIDUALS: list[dict[str, Any]] = [
+    {"format": EVIL, "made_by": EVIL},
+    {"hashing": EVIL, "shards": {EVIL: {}}},
+    {"shards": {EVIL: {}}},
+    {"files": {f"../{EVIL}": {}, EVIL: {}}, "settings": {EVIL: EVIL}},
+    {"adapters": [{"name": EVIL, "sha256": EVIL, "weight": EVIL}], "settings": {"layout": {EVIL: EVIL}}},
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +105,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base_file(place / "indexed" / "a.safetensors", {"fc.weight": W.T})
     table = {"weight_map": {EVIL: "a.safetensors", "fc.weight": "a.safetensors"}}
     (place / "indexed" / "m.safetensors.index.json").write_text(json.dumps(table))
+    peft_adapter(place / "other", {"fc": ([[3, 2, 1]], [[1], [1]])}, base_model_name_or_path=EVIL)
+    for number, facts in enumerate(RESIDUALS):
+        with zipfile.ZipFile(place / f"{number}.residual", "w") as archive:
+            archive.writestr("residual.json", json.dumps(PLAIN_RESIDUAL | facts))
     (place / "f.py").write_text(f"NAME = {EVIL!r}{FACTORY}", encoding="utf-8")
     return place
 
@@ -120,6 +135,13 @@ COMMANDS = [
     ["torchscript", "f.py:named", "-a", "adapter", "-o", "o.pt", "--overwrite", "-v"],
     *(["onnx", path, "-o", "o.onnx", "--overwrite"] for path in ("base", "unknown", "class")),
     ["convert", "adapter", "-o", "o.onnx_adapter", "--for", "record.onnx"],
+    *(["combine", adapter, "other", "-o", "both", "--overwrite"] for adapter in ADAPTERS),
+    *(["resize", adapter, "-o", "small", "--rank", "1", "--overwrite"] for adapter in ADAPTERS),
+    *(
+        ["extract", base, "unknown", "-o", "x", "--rank", "1", "--layout", "*=in_out"]
+        for base in ("base", "class", "quantised", "indexed")
+    ),
+    *(["unmerge", "base", "adapter", "-o", "x", "--base-from", f"{n}.residual"] for n in range(len(RESIDUALS))),
     ["convert", "evil", "-o", "kohya.safetensors", "--to", "kohya"],
 ]
 
