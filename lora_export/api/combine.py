@@ -37,6 +37,7 @@ def combine(
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
 ) -> CombineResult:
     """Combine adapters into one PEFT adapter, a folder.
@@ -46,13 +47,16 @@ def combine(
     `prefixes` (FROM -> TO) replaces the beginnings of names, so that the same layers have the same names. Needs no
     base and no PyTorch. All adapters are in memory at once.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused for adapters with more than pairs of plain LoRA, for pairs that the method cannot combine, and
     as loading does; WrongUsage for options that do not go together; OutputFailed where the output cannot be written.
     Nothing is left behind then.
     """
     output = Path(output)
     combination = Combination(combination) if isinstance(combination, str) else combination
-    adapters = locate_adapters(adapters, on_message)
+    adapters = locate_adapters(adapters, on_message, download)
     loaded = load_adapters(adapters, prefixes)
     combined = combine_adapters(loaded, weights, combination, output.name)
     shared = [module for module in combined.pairs if sum(module in adapter.pairs for adapter in loaded) > 1]

@@ -38,6 +38,7 @@ def convert(
     moe_b_layout: str | None = None,
     ignore_head: bool = False,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
 ) -> ConvertResult:
     """Convert an adapter for an existing graph: next week's adapter, without another export.
@@ -46,11 +47,14 @@ def convert(
     `weight` multiplies the adapter's scale. `moe_b_layout` is that of `merge`. `ignore_head` leaves out a task head
     that the adapter saves whole, where it is equal to the graph's own. Needs no PyTorch.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused where a tensor of the adapter has no input of its shape and type in the graph, or where the
     graph has changed since it was made; OutputFailed where the file cannot be written. Nothing is left behind then.
     """
     output, graph = Path(output), Path(graph)
-    (adapter,) = locate_adapters(adapter, on_message)
+    (adapter,) = locate_adapters(adapter, on_message, download)
     (loaded,) = load_adapters(adapter, moe_b_layout=moe_b_layout)
     onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if ignore_head else loaded])
     input_files.must_exist(graph, "graph")

@@ -50,6 +50,7 @@ def extract(
     layout: Mapping[str, str] | None = None,
     exclude: Sequence[str] = (),
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> ExtractResult:
@@ -64,13 +65,16 @@ def extract(
 
     Needs no PyTorch. Peak memory is the adapter and one block of a difference, whatever the size of the model.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused with all names for tensors that no adapter can hold, that only the base has, or that have
     other shapes, and where nothing differs; WrongUsage for values out of range; OutputFailed where the output cannot be
     written. Nothing is left behind then.
     """
     base, tuned, output, truncation = (
-        locate(base, on_message),
-        locate(tuned, on_message),
+        locate(base, on_message, download),
+        locate(tuned, on_message, download),
         Path(output),
         Truncation(rank, energy),
     )

@@ -92,6 +92,7 @@ def inspect(
     checkpoint: str | Path | None = None,
     check: bool = False,
     moe_b_layout: str | None = None,
+    download: bool = False,
 ) -> Inspection:
     """Read the headers of a path, and the tensors of an adapter.
 
@@ -101,9 +102,12 @@ def inspect(
 
     Of a graph, the inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
-    path = locate(path, ignore)
+    path = locate(path, ignore, download)
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
     if checkpoint is not None and path.suffix != ".onnx":
@@ -121,7 +125,7 @@ def inspect(
         from lora_export.graph.interface import read_interface
         from lora_export.graph.onnx_file.reading import load_graph
 
-        names = None if checkpoint is None else open_checkpoint(locate(checkpoint, ignore))
+        names = None if checkpoint is None else open_checkpoint(locate(checkpoint, ignore, download))
         model = load_graph(path)
         return Inspection(
             path, graph=find_sites(model, names), interface=read_interface(model), record=read_record(path)

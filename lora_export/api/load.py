@@ -32,21 +32,24 @@ def split_name(argument: str) -> tuple[str | None, Path]:
     return name, Path(path)
 
 
-def locate_adapters(sources: AdapterSources, on_message: OnMessage) -> list[AdapterSource]:
+def locate_adapters(sources: AdapterSources, on_message: OnMessage, download: bool = False) -> list[AdapterSource]:
     """The same sources, where names of the Hugging Face Hub are their snapshots in the cache (see `locate`)."""
-    return [source if isinstance(source, Adapter) else _located(source, on_message) for source in _as_list(sources)]
+    return [
+        source if isinstance(source, Adapter) else _located(source, on_message, download)
+        for source in _as_list(sources)
+    ]
 
 
-def _located(source: str | Path, on_message: OnMessage) -> str | Path:
+def _located(source: str | Path, on_message: OnMessage, download: bool) -> str | Path:
     name, path = split_name(source) if isinstance(source, str) else (None, source)
-    located = locate(path, on_message)
+    located = locate(path, on_message, download)
     # A snapshot's folder is named after its commit, which is no name for an adapter.
     return source if located == path else f"{name or str(path).partition('@')[0].rpartition('/')[2]}={located}"
 
 
-def locate_model(source: ModelSource, on_message: OnMessage) -> ModelSource:
+def locate_model(source: ModelSource, on_message: OnMessage, download: bool = False) -> ModelSource:
     """The same source, where a name of the Hugging Face Hub is its snapshot in the cache (see `locate`)."""
-    return str(locate(source, on_message)) if isinstance(source, str | Path) else source
+    return str(locate(source, on_message, download)) if isinstance(source, str | Path) else source
 
 
 def load_adapters(

@@ -96,6 +96,7 @@ def merge(
     device: str = "cpu",
     dry_run: bool = False,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> MergeResult:
@@ -124,12 +125,15 @@ def merge(
 
     Needs no PyTorch unless `device` is "cuda". Peak memory is a few blocks, whatever the size of the model.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused (MatchError with every misfit) for what is damaged, does not fit or would lose too much;
     OutputFailed where the output cannot be written; EnvironmentLacking where CUDA is missing; WrongUsage for options
     that do not go together. After an error an existing output is unchanged, and nothing new is left behind.
     """
     combination = Combination(combination) if isinstance(combination, str) else combination
-    base, adapters = locate(base, on_message), locate_adapters(adapters, on_message)
+    base, adapters = locate(base, on_message, download), locate_adapters(adapters, on_message, download)
     if device == "cuda":
         from lora_export.weights import cuda
 
@@ -148,8 +152,8 @@ def merge(
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)
     options = _Options(
         base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), combination,
-        None if float_base is None else locate(float_base, on_message), residual, plan_settings, dry_run, overwrite,
-        on_message, on_progress,
+        None if float_base is None else locate(float_base, on_message, download), residual, plan_settings, dry_run,
+        overwrite, on_message, on_progress,
     )  # fmt: skip
     if float_base is not None and not dequantize:
         raise WrongUsage("--float-base needs --dequantize: it is compared with the weights of a quantised BASE")
@@ -164,7 +168,7 @@ def merge(
             )
         if residual is not None:
             raise WrongUsage("--keep-residual is for checkpoints. Keep the graph itself")
-        names_from = None if checkpoint is None else locate(checkpoint, on_message)
+        names_from = None if checkpoint is None else locate(checkpoint, on_message, download)
         return _into_graph(options, names_from, requantize=requantize)
     if checkpoint is not None:
         raise WrongUsage("--base is for an .onnx BASE: the weights of a checkpoint have their names")

@@ -46,6 +46,7 @@ def export_onnx(
     timeout: float = TIMEOUT,
     verify: bool = True,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> OnnxResult:
@@ -75,6 +76,9 @@ def export_onnx(
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
     A run of a graph is stopped after `timeout` seconds.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused (MatchError with every misfit) for what does not fit; Different or Undecided, with `.proof`,
     where a proof fails; EnvironmentLacking where the provider does not run; RuntimeRefused where the exporter or
     onnxruntime refuses the model; OutputFailed where a file cannot be written; WrongUsage for options that do not go
@@ -82,7 +86,7 @@ def export_onnx(
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
-    model, adapters = locate_model(model, on_message), locate_adapters(adapters, on_message)
+    model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     options = OnnxOptions(
         output=with_suffix(output, ".onnx"),
         lora=lora,
@@ -112,8 +116,8 @@ def export_onnx(
         return export_from_model(model, options, dtype=dtype, opset=opset)
     from lora_export.api.onnx_from_graph import export_from_graph
 
-    names_from = None if checkpoint is None else locate(checkpoint, on_message)
-    reference = None if reference is None else locate_model(reference, on_message)
+    names_from = None if checkpoint is None else locate(checkpoint, on_message, download)
+    reference = None if reference is None else locate_model(reference, on_message, download)
     return export_from_graph(Path(str(model)), options, checkpoint=names_from, reference=reference, dtype=dtype)
 
 

@@ -36,6 +36,7 @@ def resize(
     rank: int | None = None,
     energy: float | None = None,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
 ) -> ResizeResult:
     """Write an adapter with pairs of a lower rank: the best ones, by an exact SVD of each change.
@@ -44,12 +45,15 @@ def resize(
     at most `rank`. No rank grows. The SVD is that of A and B after a QR of each: no ΔW is computed. The output is a
     PEFT adapter, a folder, with scale 1. Tensors that are saved whole are copied. Needs no base and no PyTorch.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused for adapters with more than plain pairs and whole tensors, and as loading does; WrongUsage
     without `rank` and `energy`, and for values out of range; OutputFailed where the output cannot be written. Nothing
     is left behind then.
     """
     output, truncation = Path(output), Truncation(rank, energy)
-    (adapter,) = locate_adapters(adapter, on_message)
+    (adapter,) = locate_adapters(adapter, on_message, download)
     (loaded,) = load_adapters(adapter)
     resized, layers = resize_adapter(loaded, truncation, lambda module: name_in_patterns(loaded, module))
     for note in loaded.notes:

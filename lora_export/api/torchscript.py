@@ -61,6 +61,7 @@ def export_torchscript(
     inputs: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> TorchScriptResult:
@@ -72,13 +73,16 @@ def export_torchscript(
     `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of where the file comes
     from are stored in its extra file `lora_export.json`.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused for what does not fit; Different or Undecided, with `.proof`, where the proof fails;
     RuntimeRefused where the model cannot be traced; OutputFailed where the file cannot be written. Nothing is published
     then, and an existing output is unchanged.
     """
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
-    model, adapters = locate_model(model, on_message), locate_adapters(adapters, on_message)
+    model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
     loaded = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout)
     sources = [*model_paths(model), *adapter_paths(adapters)]

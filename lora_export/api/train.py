@@ -80,6 +80,7 @@ def train(
     seed: int = 0,
     device: Literal["cpu", "cuda"] = "cpu",
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> TrainResult:
@@ -93,11 +94,15 @@ def train(
     With `compare_frozen` the head alone is trained first, on the frozen base, for comparison.
 
     The base is frozen. The same arguments give the same adapter on the same machine.
+
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused for a model or data that cannot be used, EnvironmentLacking where a package is missing, and
     OutputFailed where `output` cannot be written. After an error nothing new is left behind.
     """
     refuse_pt2(model)
-    model = locate(model, on_message)
+    model = locate(model, on_message, download)
     data, output = Path(data), Path(output)
     settings = _Settings(epochs, batch_size, learning_rate, seed, device)
     examples = read_examples(data)

@@ -40,6 +40,7 @@ def unmerge(
     *,
     base_from: str | Path,
     overwrite: bool = False,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> UnmergeResult:
@@ -50,11 +51,14 @@ def unmerge(
     be left out (an empty list) where the merge only replaced tensors or rescaled all weights by DoRA. Weights, config
     and all other files that the merge carried over are restored. Needs no PyTorch. Memory is a few blocks.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Raises InputRefused for a residual of another merge, other or missing adapters, merged weights that changed since,
     and where the result would differ from the base, by the hash of each file; OutputFailed where the output cannot be
     written. Nothing is left behind then.
     """
-    merged, adapters = locate(merged, on_message), locate_adapters(adapters, on_message)
+    merged, adapters = locate(merged, on_message, download), locate_adapters(adapters, on_message, download)
     base_from = Path(base_from)
     input_files.must_exist(merged, "merged model")
     input_files.must_exist(base_from, "residual")

@@ -132,6 +132,7 @@ def verify(
     strict: bool = False,
     reports: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
+    download: bool = False,
     on_message: OnMessage = ignore,
     on_progress: OnProgress = ignore,
 ) -> Verification:
@@ -156,12 +157,18 @@ def verify(
     `strict`, a part of the candidate that was not judged does so too. Each path in `reports` gets a report (.json, .xml
     or .html); `about` adds facts.
 
+    With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
+    Then EnvironmentLacking is raised without a connection.
+
     Returns the verdict, whichever it is. Raises InputRefused for inputs that cannot be used, and WrongUsage for options
     that do not go together.
     """
     begun = time.perf_counter()
-    candidate, origin = Path(candidate), None if base is None else locate(base, on_message)
-    model, adapters = None if model is None else locate_model(model, on_message), locate_adapters(adapters, on_message)
+    candidate, origin = Path(candidate), None if base is None else locate(base, on_message, download)
+    model, adapters = (
+        None if model is None else locate_model(model, on_message, download),
+        locate_adapters(adapters, on_message, download),
+    )
     how = _How(
         provider=provider,
         dtype=dtype,

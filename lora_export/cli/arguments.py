@@ -31,6 +31,9 @@ adapter_weights = click.option(
 
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output, in one step.")
+download_option = click.option(
+    "--download", is_flag=True, help="Download models and adapters named as on the Hugging Face Hub, if not cached."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 # PEFT's names (`adapters.combination.METHODS`), which are imported only where they are used.
 COMBINATIONS = (
@@ -278,6 +281,7 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         inputs_option,
         no_verify,
         overwrite_option,
+        download_option,
         json_option,
     ]
 

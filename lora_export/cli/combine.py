@@ -10,6 +10,7 @@ from lora_export.cli.arguments import (
     Command,
     adapter_weights,
     combination_options,
+    download_option,
     json_option,
     overwrite_option,
     prefix_option,
@@ -31,6 +32,7 @@ Example:
 @combination_options("--method", "--combine")
 @prefix_option
 @overwrite_option
+@download_option
 @json_option
 def command(
     adapters: tuple[str, ...],
@@ -43,6 +45,7 @@ def command(
     seed: int | None,
     prefixes: dict[str, str],
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Combine adapters into one PEFT adapter, exactly or as PEFT's add_weighted_adapter does.
@@ -60,6 +63,7 @@ def command(
         weights=weights,
         prefixes=prefixes,
         overwrite=overwrite,
+        download=download,
         on_message=print_message,
     )
     if as_json:

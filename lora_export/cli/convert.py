@@ -8,6 +8,7 @@ import click
 
 from lora_export.cli.arguments import (
     Command,
+    download_option,
     json_option,
     moe_b_layout_option,
     overwrite_option,
@@ -56,6 +57,7 @@ Example:
 )
 @moe_b_layout_option
 @overwrite_option
+@download_option
 @json_option
 def command(
     adapter: str,
@@ -65,6 +67,7 @@ def command(
     moe_b_layout: str | None,
     ignore_head: bool,
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Convert ADAPTER for an existing graph: next week's adapter, without another export.
@@ -82,6 +85,7 @@ def command(
         moe_b_layout=moe_b_layout,
         ignore_head=ignore_head,
         overwrite=overwrite,
+        download=download,
         on_message=print_message,
     )
     if as_json:

@@ -8,6 +8,7 @@ import click
 
 from lora_export.cli.arguments import (
     Command,
+    download_option,
     json_option,
     layout_option,
     overwrite_option,
@@ -37,6 +38,7 @@ Example:
 )
 @layout_option
 @overwrite_option
+@download_option
 @json_option
 def command(
     base: Path,
@@ -47,6 +49,7 @@ def command(
     exclude: tuple[str, ...],
     layout: dict[str, str],
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Write the adapter of what TUNED changed in BASE: a pair for each matrix, by an SVD of the difference.
@@ -67,6 +70,7 @@ def command(
             layout=layout,
             exclude=exclude,
             overwrite=overwrite,
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

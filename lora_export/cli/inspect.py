@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, moe_b_layout_option, print_document
+from lora_export.cli.arguments import Command, download_option, json_option, moe_b_layout_option, print_document
 from lora_export.cli.paths import FilePath
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
@@ -27,9 +27,16 @@ Example:
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")
 @click.option("--check", is_flag=True, help="Read every file of a merged folder, and compare it with the manifest.")
 @moe_b_layout_option
+@download_option
 @json_option
 def command(
-    path: Path, checkpoint: Path | None, every: bool, check: bool, moe_b_layout: str | None, as_json: bool
+    path: Path,
+    checkpoint: Path | None,
+    every: bool,
+    check: bool,
+    moe_b_layout: str | None,
+    download: bool,
+    as_json: bool,
 ) -> None:
     """Show what PATH contains: an adapter, a checkpoint (folder or .safetensors), an .onnx or an .onnx_adapter.
 
@@ -41,7 +48,7 @@ def command(
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines
 
-    found = inspect(path, checkpoint=checkpoint, check=check, moe_b_layout=moe_b_layout)
+    found = inspect(path, checkpoint=checkpoint, check=check, moe_b_layout=moe_b_layout, download=download)
     every = every or verbosity() is Verbosity.FULL
     if as_json:
         print_document(inspection_document(found))

@@ -13,6 +13,7 @@ from lora_export.cli.arguments import (
     Command,
     adapter_weights,
     combination_options,
+    download_option,
     json_option,
     layout_option,
     moe_b_layout_option,
@@ -122,6 +123,7 @@ Example:
 )
 @click.option("--dry-run", is_flag=True, help="Print which weights would change, and write nothing.")
 @overwrite_option
+@download_option
 @json_option
 def command(
     base: Path,
@@ -149,6 +151,7 @@ def command(
     keep_residual: Path | None,
     dry_run: bool,
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Merge adapters into the weights of BASE: W' = W + Σ weight·scale·B·A, rounded once.
@@ -183,6 +186,7 @@ def command(
             keep_residual=keep_residual,
             dry_run=dry_run,
             overwrite=overwrite,
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

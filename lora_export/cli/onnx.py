@@ -98,6 +98,7 @@ def command(
     timeout: float,
     no_verify: bool,
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Put adapters into an ONNX graph of MODEL, prove the graph, and only then publish it.
@@ -134,6 +135,7 @@ def command(
             timeout=timeout,
             verify=not no_verify,
             overwrite=overwrite,
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

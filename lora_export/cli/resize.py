@@ -8,6 +8,7 @@ import click
 
 from lora_export.cli.arguments import (
     Command,
+    download_option,
     json_option,
     overwrite_option,
     print_document,
@@ -27,8 +28,11 @@ Example:
 @click.option("-o", "--output", required=True, type=FilePath(), help="Folder for the smaller adapter.")
 @truncation_options
 @overwrite_option
+@download_option
 @json_option
-def command(adapter: str, output: Path, rank: int | None, energy: float | None, overwrite: bool, as_json: bool) -> None:
+def command(
+    adapter: str, output: Path, rank: int | None, energy: float | None, overwrite: bool, download: bool, as_json: bool
+) -> None:
     """Write ADAPTER with a lower rank: the best pair of that rank for each layer, by an exact SVD.
 
     The share of each layer's change that is left is reported. The output is a PEFT adapter. No base and no PyTorch
@@ -37,7 +41,9 @@ def command(adapter: str, output: Path, rank: int | None, energy: float | None, 
     from lora_export import report
     from lora_export.api.resize import resize
 
-    result = resize(adapter, output, rank=rank, energy=energy, overwrite=overwrite, on_message=print_message)
+    result = resize(
+        adapter, output, rank=rank, energy=energy, overwrite=overwrite, download=download, on_message=print_message
+    )
     if as_json:
         print_document(report.as_dict(result))
     else:

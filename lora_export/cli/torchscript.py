@@ -37,6 +37,7 @@ def command(
     inputs_file: Path | None,
     no_verify: bool,
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Trace MODEL with its adapters to TorchScript, prove the file, and only then publish it.
@@ -59,6 +60,7 @@ def command(
             inputs=inputs_file,
             verify=not no_verify,
             overwrite=overwrite,
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

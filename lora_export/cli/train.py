@@ -7,7 +7,14 @@ from typing import Literal
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message
+from lora_export.cli.arguments import (
+    Command,
+    download_option,
+    json_option,
+    overwrite_option,
+    print_document,
+    print_message,
+)
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 from lora_export.cli.verbosity import Verbosity, verbosity
@@ -93,6 +100,7 @@ Example:
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to train on."
 )
 @overwrite_option
+@download_option
 @json_option
 def command(
     model: str,
@@ -112,6 +120,7 @@ def command(
     seed: int,
     device: Literal["cpu", "cuda"],
     overwrite: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter for MODEL and save it in PEFT's format.
@@ -141,6 +150,7 @@ def command(
             seed=seed,
             device=device,
             overwrite=overwrite,
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

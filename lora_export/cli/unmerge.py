@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, overwrite_option, print_document, print_message
+from lora_export.cli.arguments import (
+    Command,
+    download_option,
+    json_option,
+    overwrite_option,
+    print_document,
+    print_message,
+)
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 from lora_export.errors import one_line
@@ -28,9 +35,16 @@ Example:
     help="File that `merge --keep-residual` wrote.",
 )
 @overwrite_option
+@download_option
 @json_option
 def command(
-    merged: Path, adapters: tuple[str, ...], output: Path, base_from: Path, overwrite: bool, as_json: bool
+    merged: Path,
+    adapters: tuple[str, ...],
+    output: Path,
+    base_from: Path,
+    overwrite: bool,
+    download: bool,
+    as_json: bool,
 ) -> None:
     """Make the base of a merge again, bit for bit, from MERGED, its ADAPTERs and a residual.
 
@@ -46,6 +60,7 @@ def command(
             output,
             base_from=base_from,
             overwrite=overwrite,
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

@@ -11,6 +11,7 @@ from lora_export.cli.arguments import (
     adapter_weights,
     adapters_option,
     command_line,
+    download_option,
     dtype_option,
     fixed_option,
     inputs_option,
@@ -91,6 +92,7 @@ Examples:
     default=runs_in_ci,
     help="Call a candidate of which a part was not judged `undecided`.  [default: strict where CI=true]",
 )
+@download_option
 @json_option
 def command(
     candidate: Path,
@@ -115,6 +117,7 @@ def command(
     fixed: dict[str, int],
     timeout: float,
     strict: bool,
+    download: bool,
     as_json: bool,
 ) -> int:
     """Prove that CANDIDATE computes what MODEL with its adapters attached computes.
@@ -162,6 +165,7 @@ def command(
             strict=strict,
             reports=reports,
             about={"command": command_line()},
+            download=download,
             on_message=print_message,
             on_progress=on_progress,
         )

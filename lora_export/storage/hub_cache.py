@@ -1,4 +1,4 @@
-"""Models and adapters of the Hugging Face Hub by their names, in the local cache. Nothing is downloaded.
+"""Models and adapters of the Hugging Face Hub by their names, in the local cache, or downloaded into it.
 
 `owner/name` or `owner/name@revision` is looked up by huggingface_hub itself, which follows HF_HOME and HF_HUB_CACHE.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_export.errors import InputRefused, one_line
+from lora_export.storage import hub_download
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -19,11 +20,11 @@ FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
 
 
-def locate(source: str | Path, on_message: Callable[[str], None]) -> Path:
+def locate(source: str | Path, on_message: Callable[[str], None], download: bool = False) -> Path:
     """The path itself; or, where nothing is there and it is a name of the Hub, its snapshot in the cache.
 
-    `on_message` receives a line that names the snapshot. Raises InputRefused for a name of which the cache has no
-    snapshot, with the command that downloads it.
+    `on_message` receives a line that names the snapshot. With `download`, a snapshot that the cache lacks is
+    downloaded into it (see `hub_download.download`). Else InputRefused is raised, with the command that downloads it.
     """
     text = str(source)
     match = WITH_REVISION.fullmatch(text)
@@ -31,13 +32,15 @@ def locate(source: str | Path, on_message: Callable[[str], None]) -> Path:
         return Path(source)
     name, revision = match["name"], match["revision"]
     snapshot = _snapshot(name, revision)
+    if snapshot is None and download:
+        snapshot = hub_download.download(name, revision, on_message)
     if snapshot is not None:
         on_message(f"{text}: the snapshot {snapshot.name} in the Hugging Face cache")
         return snapshot
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
     raise InputRefused(
         f"there is no file or folder {one_line(text)}, and the Hugging Face cache has no snapshot of that name. "
-        f"lora-export downloads nothing. To get it: {command}"
+        f"To download it, add --download, or use: {command}"
     )
 
 
@@ -56,6 +59,13 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     except ImportError:
         return None
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+        found = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=list(hub_download.WANTED),  # a snapshot without the other files is complete
+            ignore_patterns=list(hub_download.UNWANTED),
+        )
     except (LocalEntryNotFoundError, ValueError):  # ValueError: no name of the Hub
         return None
+    return Path(found)

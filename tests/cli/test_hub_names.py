@@ -1,4 +1,4 @@
-"""Names of the Hugging Face Hub on the command line: from the local cache, or with the command that downloads."""
+"""Names of the Hugging Face Hub on the command line: from the local cache, or by --download."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from safetensors.numpy import load_file
 
 from support.cli import answer, call
 from support.hub import COMMIT, cached
+from support.hub_server import ask, hub_server
 from support.small_models import small_adapter, small_model, words_tokenizer
+
+COMMANDS = [
+    ("merge", "org/other", "someone/fr", "-o", "out"),
+    ("merge", "org/small", "org/other", "-o", "out"),
+    ("onnx", "org/other", "-o", "out.onnx"),
+    ("torchscript", "org/small", "-a", "x=org/other", "-o", "out.pt"),
+    ("verify", "out", "--model", "org/other"),
+    ("verify", "out", "--base", "org/other", "-a", "someone/fr"),
+    ("train", "org/other", "--data", "data.jsonl", "-o", "out"),
+    ("inspect", "org/other"),
+    ("convert", "org/other", "--for", "graph.onnx", "-o", "x.onnx_adapter"),
+    ("combine", "someone/fr", "org/other", "-o", "out"),
+    ("resize", "org/other", "-o", "out", "--rank", "1"),
+    ("extract", "org/small", "org/other", "-o", "out", "--rank", "1"),
+    ("unmerge", "org/other", "someone/fr", "-o", "out", "--base-from", "residual"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +72,51 @@ def test_an_adapter_records_the_name_of_its_base(work: Path) -> None:
     assert config["base_model_name_or_path"] == "org/small"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("merge", "org/other", "someone/fr", "-o", "out"),
-        ("merge", "org/small", "org/other", "-o", "out"),
-        ("onnx", "org/other", "-o", "out.onnx"),
-        ("torchscript", "org/small", "-a", "x=org/other", "-o", "out.pt"),
-        ("verify", "out", "--model", "org/other"),
-        ("verify", "out", "--base", "org/other", "-a", "someone/fr"),
-        ("train", "org/other", "--data", "data.jsonl", "-o", "out"),
-        ("inspect", "org/other"),
-        ("convert", "org/other", "--for", "graph.onnx", "-o", "x.onnx_adapter"),
-    ],
-)
+@pytest.mark.parametrize("words", COMMANDS)
 def test_a_name_that_is_not_in_the_cache_leads_to_the_download(
     work: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(*words) == 3
-    assert "lora-export downloads nothing. To get it: hf download org/other\n" in capsys.readouterr().err
+    assert "To download it, add --download, or use: hf download org/other\n" in capsys.readouterr().err
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_asks_the_hub_with_download(
+    work: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str], hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_server({}) as server:
+        ask(server, hub, monkeypatch)
+        assert call(*words, "--download") == 3
+    assert f"{server.endpoint} has no repository org/other, or it is private" in capsys.readouterr().err
+    assert list(work.iterdir()) == []
+
+
+def test_a_merge_of_downloads_is_that_of_the_files(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {"org/small": hub.parent / "base", "someone/fr": hub.parent / "adapter"}
+    files = {name: {file.name: file.read_bytes() for file in at.iterdir()} for name, at in folders.items()}
+    monkeypatch.chdir(tmp_path)
+    with hub_server(files) as server:
+        ask(server, tmp_path / "cache", monkeypatch)
+        code, _ = answer(capsys, "merge", "org/small", "fr=someone/fr", "-o", "merged", "--download")
+    assert code == 0
+    assert call("merge", folders["org/small"], folders["someone/fr"], "-o", "expected") == 0
+
+    base = load_file(folders["org/small"] / "model.safetensors")
+    tensors, expected = load_file("merged/model.safetensors"), load_file("expected/model.safetensors")
+    assert any(tensors[name].tobytes() != base[name].tobytes() for name in base)
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_a_cut_download_leaves_no_output(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {file.name: file.read_bytes() for file in (hub.parent / "base").iterdir()}
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with hub_server({"org/small": files}) as server:
+        ask(server, tmp_path / "cache", monkeypatch)
+        server.cut.add("model.safetensors")
+        assert call("merge", "org/small", hub.parent / "adapter", "-o", "merged", "--download") == 6
+    assert list(Path().iterdir()) == []
