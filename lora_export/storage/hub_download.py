@@ -56,7 +56,7 @@ def download(name: str, revision: str | None, on_message: Callable[[str], None])
 
 def _bars() -> type[Any] | None:
     """The class of the progress bars: huggingface_hub's own, and none where stderr is no terminal."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     class NoBar(tqdm):
         def __init__(self, *arguments: Any, **options: Any):
