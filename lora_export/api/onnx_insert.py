@@ -77,9 +77,9 @@ def _with_inputs(
     changed = {step.weight: step.has_dora for step in (steps.steps if steps else ())}
     wanted = changed.keys() | set(targets)
     dora = wanted if options.dora else {weight for weight, has_dora in changed.items() if has_dora}
-    contract = insert_inputs(
-        program, sites, [name for name in sites.by_name if name in wanted], names=options.names, dora=dora
-    )
+    parts = [name for name in changed if name not in sites.by_name]
+    weights = [*(name for name in sites.by_name if name in wanted), *parts]
+    contract = insert_inputs(program, sites, weights, names=options.names, dora=dora)
     for adapter in options.adapters:
         assert steps is not None
         factors = contract_dora_factors(program, contract, steps, adapter.name)

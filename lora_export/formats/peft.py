@@ -1,16 +1,13 @@
 """PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
 
-Everything that is special about PEFT stays in this file. Alpha and rank become one scale per pair, and wrapper prefixes
-are removed. Every field of the config that changes the weights is either supported or refused by name.
+Everything that is special about PEFT stays in this file, `peft_config.py`, `peft_keys.py` and `peft_ranks.py`. Alpha
+and rank become one scale per pair, and wrapper prefixes are removed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,105 +15,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.errors import InputRefused, listed
 from lora_export.formats import expert_layouts
-from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS, nested_parameters
-from lora_export.formats.patterns import Patterns
+from lora_export.formats.peft_config import (
+    adapter_scale,
+    read_config,
+    targets_of,
+    value_for_module,
+)
+from lora_export.formats.peft_keys import (
+    B_BIAS,
+    EMBEDDING,
+    MAGNITUDE,
+    OUT_PROJ,
+    PARAMETER,
+    ROWS,
+    WHOLE,
+    WRAPPER,
+    A,
+    B,
+    keys_by_kind,
+    targeted_name,
+)
+from lora_export.formats.peft_records import (
+    LAYOUTS,
+    axes_of_experts,
+    layouts_of,
+    metadata_of,
+    notes_of,
+    tied_heads,
+)
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name, is_weight_of, split_part
+from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
 from lora_export.storage import json_files, safetensors_file
 
 DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
-
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-WRAPPER = "base_model.model."
-SHOWN_TENSORS = 3  # names that a note lists
-LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" or "in_out"; PEFT ignores it
-
-# Fields that the reader uses, or that do not affect the weights.
-SUPPORTED = frozenset(
-    {
-        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
-        *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
-        *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
-        *(
-            "qalora_group_size",
-            "lora_bias",
-            "use_rslora",
-            "use_dora",
-            "init_lora_weights",
-            "eva_config",
-            "megatron_core",
-            "ensure_weight_tying",
-            "trainable_token_indices",
-            "target_parameters",
-            "velora_config",
-            "monteclora_config",
-            # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
-            "loftq_config",
-            "corda_config",
-            "lora_ga_config",
-            B_LAYOUT,
-            UNSLOTH_LAYOUTS,
-        ),
-    }
-)
-MERGE_IN_PEFT = (
-    "PEFT cannot convert such an adapter to plain LoRA: merge it there (merge_and_unload, which changes the base in "
-    "the same way), and use the merged model"
-)
-CONVERT_IN_PEFT = (
-    "Convert the adapter to plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-)
-# Fields that change the merged weights. A true value is refused: a wrong merge is worse than none.
-REFUSED_FIELDS = {
-    "use_qalora": "QA-LoRA is not supported",
-    "use_bdlora": "BD-LoRA is not supported",
-    "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
-    "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
-    "megatron_config": "Megatron layers are not supported",
-    "kasa_config": f"KaSA changes the base weights. {MERGE_IN_PEFT}",
-}
-SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
-
-# Fields of a model's config that describe a new head.
-HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
-# The types that PEFT writes. Another type would be misread.
-FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
-    **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
-    "target_parameters": (list,),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    "layers_to_transform": (int, list),
-    "trainable_token_indices": (list, dict),
-}
-BIASES = (None, "none", "all", "lora_only")
-
-SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-
-# Kinds of keys in the file of weights
-A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
-MAGNITUDE, EMBEDDING, ROWS, UNUSED = "magnitude", "embedding", "rows", "unused"
-PARAMETER = "parameter"
-LOW_RANK_KEY = re.compile(
-    r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
-    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
-)
-ROWS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
-# What a trainer saves for itself: the field of the config that explains it -> its keys. A merge does not use them.
-OF_THE_TRAINER = {
-    "velora_config": re.compile(r".+\.lora_velora_embed(\.[^.]+)?"),
-    "monteclora_config": re.compile(
-        r".+\.lora_monteclora_sampler\.([^.]+\.)?(std_prior|expert_weights_prior|gaussian_var_prior|expert_weights)"
-    ),
-    "modules_to_save": re.compile(r".+\.original_module\..+"),  # the base's own tensors, as they were
-}
-INNER = ".base_layer"  # where PEFT puts a pair of a parameter, inside of the pair of another one of the same module
-OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
 
 
 def recognises(path: Path) -> bool:
@@ -129,7 +65,7 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
-    config = _config(path / ADAPTER_CONFIG)
+    config = read_config(path / ADAPTER_CONFIG)
     if not (path / WEIGHTS).exists():
         if (path / PICKLE).exists():
             raise InputRefused(
@@ -138,11 +74,11 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             )
         raise InputRefused(f"{path} has no {WEIGHTS}")
     file = safetensors_file.open_file(path / WEIGHTS)
-    keys = _keys_by_kind(file, config)
+    keys = keys_by_kind(file, config)
     pairs, biases = _read_pairs(file, keys, config, options)
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
-    tied = _tied(pairs, replaced, config)
+    tied = tied_heads(pairs, replaced, config)
     sha256 = _sha256([path / ADAPTER_CONFIG, path / WEIGHTS])
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
@@ -153,10 +89,10 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         replaced=replaced,
         biases=biases,
         token_rows=rows,
-        layouts=_layouts(file, pairs, config),
-        experts=_expert_axes(file, keys, config, pairs),
+        layouts=layouts_of(file, pairs, config),
+        experts=axes_of_experts(file, keys, config, pairs),
         tied=tied,
-        targets=_targets(config),
+        targets=targets_of(config),
         spelling={
             **{f"{module}.bias": key for module, key in keys[B_BIAS].items()},
             **keys[ROWS],
@@ -164,8 +100,8 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             **keys[B],
             **keys[A],
         },
-        metadata=_metadata(path, config),
-        notes=_notes(keys, config, tied),
+        metadata=metadata_of(path, config),
+        notes=notes_of(keys, config, tied),
         sha256=sha256,
     )
 
@@ -176,7 +112,7 @@ def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: I
     The caller stages `folder`. `alpha` is the value that the scale of the pairs was computed from. Raises ValueError
     for an adapter that such a file cannot hold: another rank or scale, DoRA on some layers only, biases, or token rows.
     """
-    expected = (rank, _scale(rank, alpha, config))
+    expected = (rank, adapter_scale(rank, alpha, config))
     dora = {pair.magnitude is not None for pair in adapter.pairs.values()}
     if (
         adapter.biases
@@ -220,172 +156,6 @@ def pair_tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
             key = f"{WRAPPER}{module}.lora_magnitude_vector"
             tensors[key] = pair.magnitude.reshape(_magnitude_shape(pair.b))
     return tensors
-
-
-# --- the config ---------------------------------------------------------------------------------
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Read the config and refuse what is not supported. The tables of patterns become `Patterns`."""
-    config = json_files.read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    if refused := _refused_fields(config):
-        raise InputRefused(f"{path}: " + "; ".join(refused))
-    for name in ("r", "lora_alpha"):
-        _must_be_positive(path, name, config.get(name))
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        for pattern, value in patterns.items():
-            _must_be_positive(path, f"{name}[{pattern!r}]", value)
-        config[name] = Patterns(patterns, source=f"{path}: {name}")
-    return config
-
-
-def _refused_fields(config: Mapping[str, Any]) -> list[str]:
-    """Every field that is not supported, and why."""
-    refused = [f"{field}: {why}" for field, why in REFUSED_FIELDS.items() if config.get(field)]
-    unknown = [
-        field for field, value in config.items() if value and field not in SUPPORTED and field not in REFUSED_FIELDS
-    ]
-    if unknown:
-        refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
-    init = config.get("init_lora_weights", True)
-    if init not in SAFE_INITS:
-        remedy = MERGE_IN_PEFT if init == "loftq" else CONVERT_IN_PEFT
-        refused.append(
-            f"init_lora_weights is {init!r}, which changes the base weights: W + sBA on the original base is wrong. "
-            f"{remedy}"
-        )
-    if config.get("use_dora") and config.get("lora_bias"):
-        refused.append("use_dora and lora_bias: PEFT allows only one of them")
-    refused += [
-        f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
-        for field, types in FIELD_TYPES.items()
-        if config.get(field) is not None and not isinstance(config[field], types)
-    ]
-    if config.get("bias") not in BIASES:
-        refused.append(f"bias is {config['bias']!r}; it must be none, all or lora_only")
-    return refused
-
-
-def _must_be_positive(path: Path, name: str, value: Any) -> None:
-    # There is no default: a missing alpha would silently become another scale.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
-
-
-# --- the keys of the file of weights ------------------------------------------------------------
-
-
-def _keys_by_kind(file: safetensors_file.TensorFile, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Sort the file's keys by kind, and by the module or tensor that they belong to.
-
-    An embedding's A and B are under A and B like others. Its A is also under EMBEDDING. Those of a bare parameter
-    (`target_parameters`) are under the name of the parameter, which PARAMETER maps to its full name.
-    """
-    refuse_unprintable(file.entries, f"the header of {file.path}")
-    _refuse_mixed_wrapping(file)
-    kinds = (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE, UNUSED, PARAMETER)
-    table: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
-    adapters: set[str] = set()
-    unknown: list[str] = []
-    duplicates: list[str] = []
-    for key in file.entries:
-        name = key.removeprefix(WRAPPER)
-        low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
-        if any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items()):
-            kind, owner = UNUSED, name
-        elif rows:
-            kind, owner = ROWS, f"{rows['module']}.weight"
-        elif low_rank:
-            kind, owner = _low_rank_kind(low_rank), low_rank["module"].replace(OUT_PROJ, ".out_proj")
-        else:
-            kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        adapters |= {match["adapter"] or "" for match in (rows or low_rank,) if match and kind != UNUSED}
-        if kind not in table or (kind == WHOLE and _is_unknown(owner, config)):
-            unknown.append(key)
-        elif owner in table[kind]:
-            if kind != WHOLE or not _are_equal(file, key, table[kind][owner]):
-                duplicates.append(f"{table[kind][owner]} and {key}")
-        else:
-            table[kind][owner] = key
-            if low_rank and low_rank["side"] == "embedding_A":
-                table[EMBEDDING][owner] = key
-    if len(adapters) > 1:
-        names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
-        raise InputRefused(f"{file.path} contains several adapters: {names}")
-    if unknown:
-        raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
-    if duplicates:
-        raise InputRefused(
-            f"{file.path} contains one tensor under two names, with different values: {'; '.join(duplicates)}"
-        )
-    _name_parameters(table, config, file.path)
-    return table
-
-
-def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any], path: Path) -> None:
-    """Move the pairs of bare parameters from the name of their module to that of the parameter.
-
-    The file names the module alone. Raises InputRefused where it does not tell which parameter of it is meant.
-    """
-    targets = config.get("target_parameters") or ()
-    modules = config.get("target_modules")
-    for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
-        if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
-            continue  # PEFT refuses to adapt a module and one of its parameters
-        owned = {target.rpartition(".")[2] for target in targets}
-        named = [name for name in owned if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
-        nested = [module]  # from outside to inside
-        while nested[-1] + INNER in table[A]:
-            nested.append(nested[-1] + INNER)
-        if not named and len(nested) == 1:
-            continue
-        names = nested_parameters(module, named, len(nested))
-        if names is None:
-            raise InputRefused(
-                f"{path}: {len(named)} parameters of {module} are in target_parameters ({', '.join(sorted(named))}), "
-                f"the file has {len(nested)} {'pair' if len(nested) == 1 else 'pairs'} for it, and does not record "
-                "which pair is whose. Merge the adapter with PEFT (merge_and_unload)"
-            )
-        for wrapped, name in zip(nested, reversed(names), strict=True):
-            pair = name.removesuffix(".weight")
-            table[PARAMETER][pair] = name
-            for kind in (A, B):
-                if wrapped in table[kind]:
-                    table[kind][pair] = table[kind].pop(wrapped)
-
-
-def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:
-    """Whether a whole tensor has a name of LoRA's parameters, and is no part of a module that the config declares."""
-    parts = tensor.split(".")
-    of_lora = any(part.startswith("lora_") or part == "token_adapter" for part in parts)
-    return of_lora and not _declared(tensor, config)
-
-
-def _are_equal(file: safetensors_file.TensorFile, one: str, other: str) -> bool:
-    """PEFT saves a bias that `bias` and `modules_to_save` both name twice."""
-    return np.array_equal(file.read(one), file.read(other))
-
-
-def _refuse_mixed_wrapping(file: safetensors_file.TensorFile) -> None:
-    bare = sorted(key for key in file.entries if not key.startswith(WRAPPER))
-    if bare and len(bare) != len(file.entries):
-        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
-
-
-def _low_rank_kind(match: re.Match[str]) -> str:
-    """The kind of a key of LoRA's own. Empty where its parameter and its suffix do not belong together."""
-    side, what = match["side"], match["what"]
-    if side == "magnitude_vector":
-        return MAGNITUDE if what != "bias" else ""
-    if side.startswith("embedding_"):
-        return f"{side[-1]}.weight" if what is None else ""
-    return f"{side}.{what}"
-
-
-# --- its tensors --------------------------------------------------------------------------------
 
 
 def _read_pairs(
@@ -471,21 +241,6 @@ def _names_without_rows(indices: Any, tensors: Iterable[str]) -> list[str]:
     return [name for name in names if not any(is_weight_of(tensor, name) for tensor in tensors)]
 
 
-def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
-    """The value of the first pattern in the file that matches the module, as in PEFT; else the default."""
-    return next(iter(config[patterns].values(module)), config[default])
-
-
-def _targeted(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
-    """The name that PEFT matches patterns with.
-
-    For an attention's output projection, it is the attention's; for a bare parameter, it is the parameter's.
-    """
-    if OUT_PROJ in keys[A][module]:
-        return module.removesuffix(".out_proj")
-    return keys[PARAMETER].get(module, module)
-
-
 def _pairs_of(
     module: str,
     file: safetensors_file.TensorFile,
@@ -495,12 +250,10 @@ def _pairs_of(
 ) -> dict[str, LoraPair]:
     """The pair of a module; of a stacked parameter, the pair of each expert."""
     a, b = file.read(keys[A][module]), file.read(keys[B][module])
-    targeted = _targeted(module, keys)
-    rank = _of_module(targeted, config, "rank_pattern", "r")
-    alpha = _of_module(targeted, config, "alpha_pattern", "lora_alpha")
-    scale = _scale(rank, alpha, config)
-    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # the change would be zero or infinite
-        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
+    targeted = targeted_name(module, keys)
+    rank = value_for_module(targeted, config, "rank_pattern", "r")
+    alpha = value_for_module(targeted, config, "alpha_pattern", "lora_alpha")
+    scale = adapter_scale(rank, alpha, config)
     pairs = None
     if module in keys[PARAMETER] and expert_layouts.is_flat(a, b, rank):
         order = expert_layouts.b_layout(keys[PARAMETER][module], config, options.moe_b_layout)
@@ -572,131 +325,6 @@ def _magnitude(
 
 def _magnitude_shape(b: NDArray[Any]) -> tuple[int, ...]:
     return (b.shape[0],) if b.ndim == 2 else (1, b.shape[0], *b.shape[2:])
-
-
-def _scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-# --- what the adapter records beside its tensors ------------------------------------------------
-
-
-def _notes(
-    keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], tied: Mapping[str, str]
-) -> tuple[str, ...]:
-    """Choices of this reader that may surprise the user."""
-    notes = [
-        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges such an "
-        "attention; here it is added once"
-        for module, key in keys[A].items()
-        if OUT_PROJ in key
-    ]
-    # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
-    notes += [
-        f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"
-        for module in keys[A]
-        if len(set(config["alpha_pattern"].values(_targeted(module, keys)))) > 1
-    ]
-    notes += [
-        f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
-        for tensor in keys[WHOLE]
-        if not _declared(tensor, config) and tensor.removesuffix(".weight") not in keys[A]
-    ]
-    notes += [
-        f"{tensor} is saved whole beside the pair that changes it, as PEFT does with embeddings: it replaces the "
-        "base's tensor, and the pair is added to it"
-        for tensor in keys[WHOLE]
-        if tensor.removesuffix(".weight") in keys[A]
-    ]
-    notes += [
-        f"{head} and {table} are tied and have one pair: PEFT up to 0.21 adds its change twice when it merges; here it "
-        "is added once"
-        for head, table in tied.items()
-    ]
-    if keys[UNUSED]:
-        unused = list(keys[UNUSED])
-        more = f" and {len(unused) - SHOWN_TENSORS} more" if len(unused) > SHOWN_TENSORS else ""
-        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN_TENSORS])}{more}")
-    return tuple(notes)
-
-
-def _layouts(
-    file: safetensors_file.TensorFile, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]
-) -> dict[str, str]:
-    """How the weights that the adapter was trained on are stored, where that is recorded.
-
-    PEFT sets `fan_in_fan_out` at a Conv1D. False is no evidence: it is the default, and PEFT writes one value for all
-    modules.
-    """
-    if LAYOUTS in file.metadata:
-        layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
-        wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
-        if wrong:
-            raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
-        return layouts
-    layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
-    if config.get("fan_in_fan_out"):
-        layouts |= {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
-    return layouts
-
-
-def _expert_axes(
-    file: safetensors_file.TensorFile,
-    keys: Mapping[str, Mapping[str, str]],
-    config: Mapping[str, Any],
-    pairs: Mapping[str, LoraPair],
-) -> dict[str, ExpertAxes]:
-    """How the pairs of experts relate to the stacked parameters of these."""
-    return {
-        module: ExpertAxes.OUT_IN if len(file.entries[key].shape) == 3 else expert_layouts.flat_axes(config)
-        for module, key in keys[A].items()
-        if expert_name(module, 0) in pairs
-    }
-
-
-def _tied(
-    pairs: Mapping[str, LoraPair], replaced: Mapping[str, NDArray[Any]], config: Mapping[str, Any]
-) -> dict[str, str]:
-    """The output embeddings whose pair is that of the input embeddings: PEFT ties them with `ensure_weight_tying`."""
-    if not config.get("ensure_weight_tying"):
-        return {}
-
-    def are_tied(head: str, table: str) -> bool:
-        one, other = pairs[head], pairs[table].transposed
-        own, its = (replaced.get(f"{module}.weight") for module in (head, table))
-        has_equal_pair = one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
-        return has_equal_pair and (own is None or (its is not None and np.array_equal(own, its)))
-
-    tables = [module for module, pair in pairs.items() if pair.embedding and pair.magnitude is None]
-    heads = [module for module, pair in pairs.items() if not pair.embedding and pair.magnitude is None]
-    return {head: table for table in tables for head in heads if are_tied(head, table)}
-
-
-def _declared(tensor: str, config: Mapping[str, Any]) -> bool:
-    module, _, kind = tensor.rpartition(".")
-    if kind == "bias" and config.get("bias", "none") != "none":
-        return True
-    return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
-
-
-def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The targeted names, if the config is a plain list: no pattern, no chosen layers, no excluded modules."""
-    parameters = [target.removesuffix(".weight") for target in config.get("target_parameters") or ()]
-    targets = config.get("target_modules") or ([] if parameters else None)
-    if config.get("layers_to_transform") is not None or config.get("exclude_modules") or not isinstance(targets, list):
-        return ()
-    return tuple(map(str, [*targets, *parameters]))
-
-
-def _metadata(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("task_type", "base_model_name_or_path", "peft_version")
-    metadata = {name: config.get(name) for name in names if config.get(name)}
-    metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
-    model_config = path / "config.json"  # some trainers, ours too, save the model's config beside the adapter
-    if model_config.is_file():
-        model = json_files.read_model_config(model_config)
-        metadata["model_config"] = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
-    return metadata
 
 
 def _sha256(paths: Iterable[Path]) -> str:

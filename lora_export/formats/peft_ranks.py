@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.formats import peft
+from lora_export.formats.peft_keys import OUT_PROJ, WRAPPER
+from lora_export.formats.peft_records import LAYOUTS
 from lora_export.lora import Adapter
 
 
@@ -55,14 +57,14 @@ def write_any_ranks(
     tensors = peft.pair_tensors(adapter)
     for name, value in adapter.replaced.items():
         module, _, kind = name.rpartition(".")
-        tensors[f"{peft.WRAPPER}{module}.base_layer.{kind}" if name in of_layers else peft.WRAPPER + name] = value
-    layouts = {peft.LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
+        tensors[f"{WRAPPER}{module}.base_layer.{kind}" if name in of_layers else WRAPPER + name] = value
+    layouts = {LAYOUTS: json.dumps(dict(adapter.layouts), sort_keys=True)} if adapter.layouts else {}
     peft.write_files(folder, tensors, fields, {**layouts, **(metadata or {})})
 
 
 def name_in_patterns(adapter: Adapter, module: str) -> str:
     """The name by which PEFT looks up the rank of a module: that of the attention for its output projection."""
-    return module.removesuffix(".out_proj") if peft.OUT_PROJ in adapter.spelled(module) else module
+    return module.removesuffix(".out_proj") if OUT_PROJ in adapter.spelled(module) else module
 
 
 def _ranks(adapter: Adapter) -> dict[str, int]:

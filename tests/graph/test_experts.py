@@ -25,6 +25,7 @@ from lora_export.weights.checkpoint import open_checkpoint
 from support import experts
 from support.graphs import Arrays, a_graph, an_adapter, planned, run, stored
 from support.handmade import peft_adapter
+from support.peft_folders import A_KEY, B_KEY, with_tensors
 
 UP = "m.experts.up_proj"
 COUNT, OUT, IN = 3, 2, 4
@@ -132,6 +133,19 @@ def test_no_branch_is_inserted_beside_a_weight_read_as_a_whole():
     model = read_whole()
     with pytest.raises(InputRefused, match=f"{UP} is read by MatMul with the weights of all experts"):
         insert_nodes(model, *planned(model, an_adapter(pairs_of(0, transposed=False))))
+
+
+def test_no_input_is_added_beside_a_weight_read_as_a_whole(tmp_path):
+    ir.save(read_whole(), tmp_path / "base.onnx")
+    a, b = np.ones((COUNT, OUT)), np.ones((IN, COUNT))  # of rank 1: the product has the shape (in, out) of an expert
+    tensors = {"m.experts.lora_A.weight": a, "m.experts.lora_B.weight": b}
+    config = {"target_parameters": ["experts.up_proj"], "target_modules": [], "peft_version": "0.21.2", "r": 1}
+    adapter = with_tensors(tmp_path / "adapter", {f"base_model.model.{key}": value for key, value in tensors.items()}
+                           | {A_KEY: None, B_KEY: None}, **config)  # fmt: skip
+    for mode in ("nodes", "inputs", "rows"):
+        with pytest.raises(InputRefused, match=f"{UP} is read by MatMul with the weights of all experts"):
+            lora_export.export_onnx(tmp_path / "base.onnx", tmp_path / "m.onnx", adapters=[adapter], lora=mode)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_a_weight_that_an_exporter_changed_is_not_merged():

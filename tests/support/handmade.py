@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lora_export import sums
-from lora_export.formats.peft import LAYOUTS
+from lora_export.formats.peft_records import LAYOUTS
 
 
 def rounded_sum(weight: NDArray[Any], change: NDArray[np.float32], dtype: Any = None) -> NDArray[Any]:

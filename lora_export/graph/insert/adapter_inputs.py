@@ -54,7 +54,8 @@ def insert_inputs(
     digests, with_dora = weight_digests(sites), set(dora)
     inserter, slots = Inserter(model), []
     for weight in weights:
-        is_embedding = all(site.layout is Layout.EMBEDDING for site in sites.by_name[weight])
+        readers = sites.by_name.get(weight, ())  # none for a part of a weight, which `sites_of` refuses
+        is_embedding = bool(readers) and all(site.layout is Layout.EMBEDDING for site in readers)
         own_sites = inserter.sites_of(weight, sites, is_embedding=is_embedding, allow_changed_weight=True)
         slot = _slot(
             weight, own_sites, CONVENTIONS[names], digests[weight], embedding=is_embedding, dora=weight in with_dora

@@ -1,0 +1,154 @@
+"""The config of a PEFT adapter: every field that changes the weights is supported, or refused by name."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.errors import InputRefused
+from lora_export.formats.expert_layouts import B_LAYOUT, UNSLOTH_LAYOUTS
+from lora_export.formats.patterns import Patterns
+from lora_export.storage import json_files
+
+# Fields that the reader uses, or that do not affect the weights.
+SUPPORTED = frozenset(
+    {
+        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+        *("auto_mapping", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
+        *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
+        *(
+            "qalora_group_size",
+            "lora_bias",
+            "use_rslora",
+            "use_dora",
+            "init_lora_weights",
+            "eva_config",
+            "megatron_core",
+            "ensure_weight_tying",
+            "trainable_token_indices",
+            "target_parameters",
+            "velora_config",
+            "monteclora_config",
+            # These belong to `init_lora_weights`. PEFT leaves them beside `true` in an adapter that it has converted.
+            "loftq_config",
+            "corda_config",
+            "lora_ga_config",
+            B_LAYOUT,
+            UNSLOTH_LAYOUTS,
+        ),
+    }
+)
+MERGE_IN_PEFT = (
+    "PEFT cannot convert such an adapter to plain LoRA: merge it there (merge_and_unload, which changes the base in "
+    "the same way), and use the merged model"
+)
+CONVERT_IN_PEFT = (
+    "Convert the adapter to plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+)
+# Fields that change the merged weights. A true value is refused: a wrong merge is worse than none.
+REFUSED_FIELDS = {
+    "use_qalora": "QA-LoRA is not supported",
+    "use_bdlora": "BD-LoRA is not supported",
+    "layer_replication": "replicated layers share one base weight; they cannot be merged into it",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only; it cannot be merged",
+    "arrow_config": "Arrow routes between adapters at run time; it cannot be merged",
+    "megatron_config": "Megatron layers are not supported",
+    "kasa_config": f"KaSA changes the base weights. {MERGE_IN_PEFT}",
+}
+SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # do not change the base weights
+# The types that PEFT writes. Another type would be misread.
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"), (bool,)),
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "peft_version", "bias"), (str,)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), (str, list)),
+    "target_parameters": (list,),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    "layers_to_transform": (int, list),
+    "trainable_token_indices": (list, dict),
+}
+BIASES = (None, "none", "all", "lora_only")
+SMALLEST_SCALE, LARGEST_SCALE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the config and refuse what is not supported. The tables of patterns become `Patterns`."""
+    config = json_files.read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    if refused := _refused_fields(config):
+        raise InputRefused(f"{path}: " + "; ".join(refused))
+    for name in ("r", "lora_alpha"):
+        _must_be_positive(path, name, config.get(name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        for pattern, value in patterns.items():
+            _must_be_positive(path, f"{name}[{pattern!r}]", value)
+        config[name] = Patterns(patterns, source=f"{path}: {name}")
+    return config
+
+
+def _refused_fields(config: Mapping[str, Any]) -> list[str]:
+    """Every field that is not supported, and why."""
+    refused = [f"{field}: {why}" for field, why in REFUSED_FIELDS.items() if config.get(field)]
+    unknown = [
+        field for field, value in config.items() if value and field not in SUPPORTED and field not in REFUSED_FIELDS
+    ]
+    if unknown:
+        refused.append(f"unknown fields: {', '.join(sorted(unknown))}")
+    init = config.get("init_lora_weights", True)
+    if init not in SAFE_INITS:
+        remedy = MERGE_IN_PEFT if init == "loftq" else CONVERT_IN_PEFT
+        refused.append(
+            f"init_lora_weights is {init!r}, which changes the base weights: W + sBA on the original base is wrong. "
+            f"{remedy}"
+        )
+    if config.get("use_dora") and config.get("lora_bias"):
+        refused.append("use_dora and lora_bias: PEFT allows only one of them")
+    refused += [
+        f"{field} is {config[field]!r}; its type must be {' or '.join(kind.__name__ for kind in types)}"
+        for field, types in FIELD_TYPES.items()
+        if config.get(field) is not None and not isinstance(config[field], types)
+    ]
+    if config.get("bias") not in BIASES:
+        refused.append(f"bias is {config['bias']!r}; it must be none, all or lora_only")
+    return refused
+
+
+def _must_be_positive(path: Path, name: str, value: Any) -> None:
+    # There is no default: a missing alpha would silently become another scale.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
+
+
+def value_for_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
+    """The value of the first pattern in the file that matches the module, as in PEFT; else the default."""
+    return next(iter(config[patterns].values(module)), config[default])
+
+
+def adapter_scale(rank: int, alpha: float, config: Mapping[str, Any]) -> float:
+    """The factor of B A. Raises InputRefused where float32 cannot hold it: the change would be zero or infinite."""
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise InputRefused(f"lora_alpha {alpha:g} and rank {rank} make a scale of {scale:g}, which float32 cannot hold")
+    return scale
+
+
+def is_declared(tensor: str, config: Mapping[str, Any]) -> bool:
+    module, _, kind = tensor.rpartition(".")
+    if kind == "bias" and config.get("bias", "none") != "none":
+        return True
+    return any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ())
+
+
+def targets_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The targeted names, if the config is a plain list: no pattern, no chosen layers, no excluded modules."""
+    parameters = [target.removesuffix(".weight") for target in config.get("target_parameters") or ()]
+    targets = config.get("target_modules") or ([] if parameters else None)
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules") or not isinstance(targets, list):
+        return ()
+    return tuple(map(str, [*targets, *parameters]))

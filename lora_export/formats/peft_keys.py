@@ -1,0 +1,153 @@
+"""The keys of a PEFT adapter's tensors: their kinds, and the modules and parameters that they belong to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.formats.expert_layouts import nested_parameters
+from lora_export.formats.peft_config import is_declared
+from lora_export.storage import safetensors_file
+
+WRAPPER = "base_model.model."
+# Kinds of keys in the file of weights
+A, B, B_BIAS, WHOLE = "A.weight", "B.weight", "B.bias", "whole"
+MAGNITUDE, EMBEDDING, ROWS, UNUSED = "magnitude", "embedding", "rows", "unused"
+PARAMETER = "parameter"
+LOW_RANK_KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?P<side>[AB]|magnitude_vector|embedding_[AB])"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<what>weight|bias))?"
+)
+ROWS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
+# What a trainer saves for itself: the field of the config that explains it -> its keys. A merge does not use them.
+OF_THE_TRAINER = {
+    "velora_config": re.compile(r".+\.lora_velora_embed(\.[^.]+)?"),
+    "monteclora_config": re.compile(
+        r".+\.lora_monteclora_sampler\.([^.]+\.)?(std_prior|expert_weights_prior|gaussian_var_prior|expert_weights)"
+    ),
+    "modules_to_save": re.compile(r".+\.original_module\..+"),  # the base's own tensors, as they were
+}
+INNER = ".base_layer"  # where PEFT puts a pair of a parameter, inside of the pair of another one of the same module
+OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
+
+
+def keys_by_kind(file: safetensors_file.TensorFile, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Sort the file's keys by kind, and by the module or tensor that they belong to.
+
+    An embedding's A and B are under A and B like others. Its A is also under EMBEDDING. Those of a bare parameter
+    (`target_parameters`) are under the name of the parameter, which PARAMETER maps to its full name.
+    """
+    refuse_unprintable(file.entries, f"the header of {file.path}")
+    _refuse_mixed_wrapping(file)
+    kinds = (A, B, B_BIAS, MAGNITUDE, EMBEDDING, ROWS, WHOLE, UNUSED, PARAMETER)
+    table: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
+    adapters: set[str] = set()
+    unknown: list[str] = []
+    duplicates: list[str] = []
+    for key in file.entries:
+        name = key.removeprefix(WRAPPER)
+        low_rank, rows = LOW_RANK_KEY.fullmatch(name), ROWS_KEY.fullmatch(name)
+        if any(config.get(field) and pattern.fullmatch(name) for field, pattern in OF_THE_TRAINER.items()):
+            kind, owner = UNUSED, name
+        elif rows:
+            kind, owner = ROWS, f"{rows['module']}.weight"
+        elif low_rank:
+            kind, owner = _low_rank_kind(low_rank), low_rank["module"].replace(OUT_PROJ, ".out_proj")
+        else:
+            kind, owner = WHOLE, name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        adapters |= {match["adapter"] or "" for match in (rows or low_rank,) if match and kind != UNUSED}
+        if kind not in table or (kind == WHOLE and _is_unknown(owner, config)):
+            unknown.append(key)
+        elif owner in table[kind]:
+            if kind != WHOLE or not _are_equal(file, key, table[kind][owner]):
+                duplicates.append(f"{table[kind][owner]} and {key}")
+        else:
+            table[kind][owner] = key
+            if low_rank and low_rank["side"] == "embedding_A":
+                table[EMBEDDING][owner] = key
+    if len(adapters) > 1:
+        names = ", ".join(adapter or "one without a name" for adapter in sorted(adapters))
+        raise InputRefused(f"{file.path} contains several adapters: {names}")
+    if unknown:
+        raise InputRefused(f"{file.path}: unknown kinds of tensors: {', '.join(sorted(unknown))}")
+    if duplicates:
+        raise InputRefused(
+            f"{file.path} contains one tensor under two names, with different values: {'; '.join(duplicates)}"
+        )
+    _name_parameters(table, config, file.path)
+    return table
+
+
+def _name_parameters(table: dict[str, dict[str, str]], config: Mapping[str, Any], path: Path) -> None:
+    """Move the pairs of bare parameters from the name of their module to that of the parameter.
+
+    The file names the module alone. Raises InputRefused where it does not tell which parameter of it is meant.
+    """
+    targets = config.get("target_parameters") or ()
+    modules = config.get("target_modules")
+    for module in [name for name in table[A] if not name.endswith(INNER)] if targets else ():
+        if isinstance(modules, list) and any(f".{module}".endswith(f".{target}") for target in modules):
+            continue  # PEFT refuses to adapt a module and one of its parameters
+        owned = {target.rpartition(".")[2] for target in targets}
+        named = [name for name in owned if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
+        nested = [module]  # from outside to inside
+        while nested[-1] + INNER in table[A]:
+            nested.append(nested[-1] + INNER)
+        if not named and len(nested) == 1:
+            continue
+        names = nested_parameters(module, named, len(nested))
+        if names is None:
+            raise InputRefused(
+                f"{path}: {len(named)} parameters of {module} are in target_parameters ({', '.join(sorted(named))}), "
+                f"the file has {len(nested)} {'pair' if len(nested) == 1 else 'pairs'} for it, and does not record "
+                "which pair is whose. Merge the adapter with PEFT (merge_and_unload)"
+            )
+        for wrapped, name in zip(nested, reversed(names), strict=True):
+            pair = name.removesuffix(".weight")
+            table[PARAMETER][pair] = name
+            for kind in (A, B):
+                if wrapped in table[kind]:
+                    table[kind][pair] = table[kind].pop(wrapped)
+
+
+def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:
+    """Whether a whole tensor has a name of LoRA's parameters, and is no part of a module that the config declares."""
+    parts = tensor.split(".")
+    of_lora = any(part.startswith("lora_") or part == "token_adapter" for part in parts)
+    return of_lora and not is_declared(tensor, config)
+
+
+def _are_equal(file: safetensors_file.TensorFile, one: str, other: str) -> bool:
+    """PEFT saves a bias that `bias` and `modules_to_save` both name twice."""
+    return np.array_equal(file.read(one), file.read(other))
+
+
+def _refuse_mixed_wrapping(file: safetensors_file.TensorFile) -> None:
+    bare = sorted(key for key in file.entries if not key.startswith(WRAPPER))
+    if bare and len(bare) != len(file.entries):
+        raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")
+
+
+def _low_rank_kind(match: re.Match[str]) -> str:
+    """The kind of a key of LoRA's own. Empty where its parameter and its suffix do not belong together."""
+    side, what = match["side"], match["what"]
+    if side == "magnitude_vector":
+        return MAGNITUDE if what != "bias" else ""
+    if side.startswith("embedding_"):
+        return f"{side[-1]}.weight" if what is None else ""
+    return f"{side}.{what}"
+
+
+def targeted_name(module: str, keys: Mapping[str, Mapping[str, str]]) -> str:
+    """The name that PEFT matches patterns with.
+
+    For an attention's output projection, it is the attention's; for a bare parameter, it is the parameter's.
+    """
+    if OUT_PROJ in keys[A][module]:
+        return module.removesuffix(".out_proj")
+    return keys[PARAMETER].get(module, module)

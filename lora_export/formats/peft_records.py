@@ -1,0 +1,124 @@
+"""What a PEFT adapter records beside its tensors: layouts, ties, the model's head, and choices that may surprise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats import expert_layouts
+from lora_export.formats.peft_config import is_declared
+from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, targeted_name
+from lora_export.lora import ExpertAxes, LoraPair, expert_name, split_part
+from lora_export.storage import json_files, safetensors_file
+
+SHOWN_TENSORS = 3  # names that a note lists
+LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" or "in_out"; PEFT ignores it
+# Fields of a model's config that describe a new head.
+HEAD_FIELDS = ("architectures", "id2label", "label2id", "problem_type", "pad_token_id")
+
+
+def notes_of(
+    keys: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], tied: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Choices of this reader that may surprise the user."""
+    notes = [
+        f"{module}: PEFT up to 0.21 adds the output projection's change twice when it runs or merges such an "
+        "attention; here it is added once"
+        for module, key in keys[A].items()
+        if OUT_PROJ in key
+    ]
+    # PEFT saves its patterns sorted. Where several match, it may have trained with another one.
+    notes += [
+        f"{module}: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does"
+        for module in keys[A]
+        if len(set(config["alpha_pattern"].values(targeted_name(module, keys)))) > 1
+    ]
+    notes += [
+        f"{tensor} is saved whole, and the config does not declare it: it replaces the base's tensor"
+        for tensor in keys[WHOLE]
+        if not is_declared(tensor, config) and tensor.removesuffix(".weight") not in keys[A]
+    ]
+    notes += [
+        f"{tensor} is saved whole beside the pair that changes it, as PEFT does with embeddings: it replaces the "
+        "base's tensor, and the pair is added to it"
+        for tensor in keys[WHOLE]
+        if tensor.removesuffix(".weight") in keys[A]
+    ]
+    notes += [
+        f"{head} and {table} are tied and have one pair: PEFT up to 0.21 adds its change twice when it merges; here it "
+        "is added once"
+        for head, table in tied.items()
+    ]
+    if keys[UNUSED]:
+        unused = list(keys[UNUSED])
+        more = f" and {len(unused) - SHOWN_TENSORS} more" if len(unused) > SHOWN_TENSORS else ""
+        notes.append(f"tensors that only training uses are left out: {', '.join(unused[:SHOWN_TENSORS])}{more}")
+    return tuple(notes)
+
+
+def layouts_of(
+    file: safetensors_file.TensorFile, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """How the weights that the adapter was trained on are stored, where that is recorded.
+
+    PEFT sets `fan_in_fan_out` at a Conv1D. False is no evidence: it is the default, and PEFT writes one value for all
+    modules.
+    """
+    if LAYOUTS in file.metadata:
+        layouts = json_files.parse_json(file.metadata[LAYOUTS].encode(), f"{LAYOUTS} in the header of {file.path}")
+        wrong = [name for name, layout in layouts.items() if layout not in ("out_in", "in_out")]
+        if wrong:
+            raise InputRefused(f"{file.path}: {LAYOUTS} must map modules to out_in or in_out: {', '.join(wrong)}")
+        return layouts
+    layouts = {module: "out_in" for module, pair in pairs.items() if pair.as_stored and not split_part(module)[1]}
+    if config.get("fan_in_fan_out"):
+        layouts |= {module: "in_out" for module, pair in pairs.items() if pair.a.ndim == 2 and not pair.embedding}
+    return layouts
+
+
+def axes_of_experts(
+    file: safetensors_file.TensorFile,
+    keys: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+    pairs: Mapping[str, LoraPair],
+) -> dict[str, ExpertAxes]:
+    """How the pairs of experts relate to the stacked parameters of these."""
+    return {
+        module: ExpertAxes.OUT_IN if len(file.entries[key].shape) == 3 else expert_layouts.flat_axes(config)
+        for module, key in keys[A].items()
+        if expert_name(module, 0) in pairs
+    }
+
+
+def tied_heads(
+    pairs: Mapping[str, LoraPair], replaced: Mapping[str, NDArray[Any]], config: Mapping[str, Any]
+) -> dict[str, str]:
+    """The output embeddings whose pair is that of the input embeddings: PEFT ties them with `ensure_weight_tying`."""
+    if not config.get("ensure_weight_tying"):
+        return {}
+
+    def are_tied(head: str, table: str) -> bool:
+        one, other = pairs[head], pairs[table].transposed
+        own, its = (replaced.get(f"{module}.weight") for module in (head, table))
+        has_equal_pair = one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
+        return has_equal_pair and (own is None or (its is not None and np.array_equal(own, its)))
+
+    tables = [module for module, pair in pairs.items() if pair.embedding and pair.magnitude is None]
+    heads = [module for module, pair in pairs.items() if not pair.embedding and pair.magnitude is None]
+    return {head: table for table in tables for head in heads if are_tied(head, table)}
+
+
+def metadata_of(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("task_type", "base_model_name_or_path", "peft_version")
+    metadata = {name: config.get(name) for name in names if config.get(name)}
+    metadata |= {"r": config["r"], "lora_alpha": config["lora_alpha"], "use_rslora": bool(config.get("use_rslora"))}
+    model_config = path / "config.json"  # some trainers, ours too, save the model's config beside the adapter
+    if model_config.is_file():
+        model = json_files.read_model_config(model_config)
+        metadata["model_config"] = {key: model[key] for key in HEAD_FIELDS if model.get(key) is not None}
+    return metadata

@@ -1,0 +1,126 @@
+"""The config of a PEFT adapter: what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from lora_export import formats
+from support.peft_folders import refusal, simple
+from support.peft_models import Mlp, agrees, read_back, trained
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.fault(18)
+def test_the_first_matching_pattern_is_used_and_others_are_noted(mlp, tmp_path, order):
+    # PEFT saves its patterns sorted, whatever their order was when it trained: what it reads back is the truth.
+    trained(mlp, r=2, lora_alpha=4, target_modules=["up", "last"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["alpha_pattern"] = dict([("blocks.1.up", 5), (r"blocks\.\d\.up", 6)][::order])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = formats.load(tmp_path)
+    assert agrees(adapter, peft.PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path))
+    assert adapter.pairs["blocks.1.up"].scale == (2.5 if order == 1 else 3)
+    assert adapter.notes == (
+        "blocks.1.up: several patterns of alpha_pattern match it; the first one in the file is used, as PEFT does",
+    )
+
+
+def test_targets_are_read_from_a_plain_list_only(mlp, tmp_path):
+    configs: list[tuple[Any, tuple[str, ...]]] = [
+        ({"target_modules": ["first", "last"]}, ("first", "last")),
+        ({"target_modules": r".*up"}, ()),
+        ({"target_modules": ["up", "down"], "exclude_modules": ["blocks.0.up"]}, ()),
+        ({"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "blocks"}, ()),
+    ]
+    for number, (config, targets) in enumerate(configs):
+        assert tuple(sorted(read_back(trained(mlp, **config), tmp_path / str(number)).targets)) == targets
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": 1}, "use_dora is 1; its type must be bool"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias: PEFT allows only one of them"),
+        ({"use_qalora": True}, "use_qalora: QA-LoRA is not supported"),
+        ({"use_bdlora": {"a": 1}}, "use_bdlora: BD-LoRA is not supported"),
+        ({"target_parameters": "experts.up"}, "target_parameters is 'experts.up'; its type must be list"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices is '1'; its type must be list or dict"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication: replicated layers share one base weight"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: an activated LoRA acts on some tokens only"),
+        ({"arrow_config": {"a": 1}}, "arrow_config: Arrow routes between adapters"),
+        ({"megatron_config": {"a": 1}}, "megatron_config: Megatron layers are not supported"),
+        ({"kasa_config": {"a": 1}}, "kasa_config: KaSA changes the base weights. PEFT cannot convert such an adapter"),
+        ({"init_lora_weights": "loftq"}, "original base is wrong. PEFT cannot convert such an adapter to plain LoRA"),
+        ({"init_lora_weights": "corda"}, "original base is wrong. Convert the adapter to plain LoRA first"),
+        ({"init_lora_weights": "lora_ga"}, "original base is wrong. Convert the adapter to plain LoRA first"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base weights"),
+        ({"next_years_idea": 0.5, "and_another": [1]}, "unknown fields: and_another, next_years_idea"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is supported"),
+        ({"peft_type": None}, "peft_type is None; only LORA is supported"),
+        ({"rank_pattern": [1]}, "rank_pattern is [1]; its type must be dict"),
+        ({"rank_pattern": {"fc": 0}}, "rank_pattern['fc'] is 0; it must be a positive number"),
+        ({"alpha_pattern": {"fc": "8"}}, "alpha_pattern['fc'] is '8'; it must be a positive number"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern: the pattern '(' is not a regular expression"),
+    ],
+)
+@pytest.mark.fault(18, 48)
+def test_unsupported_fields_are_refused_by_name(tmp_path, config, message):
+    text = refusal(simple(tmp_path, **config))
+    assert message in text
+    assert ("unknown fields" in text) == ("next_years_idea" in config)
+
+
+def test_all_refused_fields_are_listed_at_once(tmp_path):
+    text = refusal(simple(tmp_path, use_qalora=True, layer_replication=[[0, 1]], surprise=1, init_lora_weights="loftq"))
+    assert all(name in text for name in ("use_qalora", "layer_replication", "surprise", "init_lora_weights"))
+
+
+@pytest.mark.parametrize("field", ["loftq_config", "corda_config", "lora_ga_config"])
+def test_the_config_of_an_init_beside_a_plain_one_is_accepted(tmp_path, field):
+    """PEFT leaves it in an adapter that it has converted, and ignores it."""
+    assert formats.load(simple(tmp_path, **{field: {"a": 1}})).pairs.keys() == {"fc"}
+
+
+@pytest.mark.parametrize("config", [{"use_dora": False}, {"next_years_idea": None}, {"target_parameters": []}])
+def test_disabled_fields_are_not_refused(tmp_path, config):
+    assert formats.load(simple(tmp_path, **config)).pairs.keys() == {"fc"}
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", [0, -8, "8", True, None, float("nan"), float("inf"), 10**400])
+@pytest.mark.fault(9, 10)
+def test_a_rank_or_alpha_that_is_not_positive_is_refused(tmp_path, field, value):
+    assert refusal(simple(tmp_path, **{field: value})) == (
+        f"ADAPTER/adapter_config.json: {field} is {value!r}; it must be a positive number"
+    )
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.fault(9)
+def test_a_missing_rank_or_alpha_has_no_default(tmp_path, field):
+    simple(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config[field]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert f"{field} is None" in refusal(tmp_path)
+
+
+@pytest.mark.fault(22)
+def test_a_config_that_names_a_key_twice_is_refused(tmp_path):
+    adapter = simple(tmp_path)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8, "r": 16}')
+    assert refusal(adapter) == "ADAPTER/adapter_config.json names r more than once"
