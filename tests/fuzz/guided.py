@@ -16,7 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # What is imported later, as commands import what they need, would not be seen.
 READERS = (
     *("api.merge", "api.inspect", "api.convert", "cli.merge", "cli.inspect", "cli.convert", "cli.progress"),
-    *("formats.peft", "formats.onnx_adapter", "storage.safetensors_file", "weights.task_head", "weights.merge"),
+    *(
+        "formats.peft",
+        "formats.peft_config",
+        "formats.peft_keys",
+        "formats.onnx_adapter",
+        "storage.safetensors_file",
+        "weights.task_head",
+        "weights.merge",
+    ),
     *("report", "runtime.session", "graph.merge.merge_graph", "graph.insert.check_contract"),
     *("models.pt2.program", "models.pt2.example_inputs"),
 )

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import cli
 from lora_export.errors import InputRefused, MatchError, Misfit
-from lora_export.formats import peft as reader
+from lora_export.formats import peft_config as reader
 from lora_export.plan import TensorSpec
 from lora_export.storage import safetensors_file
 from lora_export.storage.hashes import file_hash

@@ -27,6 +27,8 @@ LOADED = [
         "lora_export.graph.onnx_file.writing",
         "lora_export.graph.merge.merge_graph",
         "lora_export.formats.peft",
+        "lora_export.formats.peft_config",
+        "lora_export.formats.peft_keys",
         "safetensors",
         "onnx",
         "onnx_ir",
