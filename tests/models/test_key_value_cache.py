@@ -44,8 +44,10 @@ def test_a_nested_configs_cache_is_no_output(build: Any, tmp_path: Path) -> None
     torch.manual_seed(0)
     build().save_pretrained(tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
+    assert model.module(**model.example_inputs()).get("past_key_values") is None
+    if model.text_only is not None:  # the exporter refuses the images of Qwen2-VL
+        model = model.without_images("this test is about the cache")
     inputs = model.example_inputs()
-    assert model.module(**inputs).get("past_key_values") is None
     graph = export.to_onnx(model.module, inputs, axes=model.axes).graph
     assert [output.name for output in graph.outputs] == list(named_outputs(model.module(**inputs)))
 
