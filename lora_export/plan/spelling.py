@@ -109,17 +109,21 @@ def respelled(
     base, found = BaseTensors(specs), []
     for adapter in adapters:
         one = spell(adapter, base, rules)
+        is_same = one.spelling is Spelling.SAME
+        if is_same and not adapter.experts:
+            found.append(adapter)
+            continue
+        # Under the adapter's own names, a part is refused where it is attached or inserted. A part of three dimensions
+        # is an expert.
         parts = [
             Misfit(adapter.name, name, "is a part of a tensor here; only a merge into a checkpoint can change it")
             for name, view in one.views.items()
-            if len(base[view.stored_name].shape) < 3  # not an expert
+            if not is_same and len(base[view.stored_name].shape) < 3
         ]
-        if one.spelling is Spelling.SAME:
-            parts = []  # reported where the adapter is attached or inserted
-        if problems := [*one.misfits, *parts] if one.spelling is not Spelling.SAME or adapter.experts else []:
+        if problems := [*one.misfits, *parts]:
             raise MatchError(problems, targets=len(adapter.pairs))
-        if one.spelling is Spelling.SAME:
-            found.append(one.adapter if adapter.experts else adapter)
+        if is_same:
+            found.append(one.adapter)
         else:
             pairs = {name: _as_named(pair, name, one) for name, pair in one.adapter.pairs.items()}
             notes = (*adapter.notes, *one.notes)
