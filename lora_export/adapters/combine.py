@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from lora_export.adapters.plain_pairs import refuse_beyond_pairs
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter
 from lora_export.plan import Plan, Step, Term
+from lora_export.plan.build import checked_strengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def combine_adapters(
     Modules are the same where their names are. Raises InputRefused as `combine_in_plan`, for one that has no effect,
     and where an adapter is given twice.
     """
-    strengths = _checked(adapters, strengths)
+    strengths = checked_strengths(adapters, strengths)
     refuse_beyond_pairs(adapters, "a combined adapter")
     if len(adapters) < 2 and not combination.is_exact:
         raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
@@ -113,29 +113,6 @@ def _with_texts(
 
 def _described(term: Term, sources: Sequence[Term], combination: Combination) -> str:
     return f"B A (rank {term.pair.rank}), {combination.method} of {' and '.join(map(str, sources))}"
-
-
-def _checked(adapters: Sequence[Adapter], strengths: Sequence[float]) -> tuple[float, ...]:
-    """One strength for each adapter. Raises InputRefused where they disagree, or an adapter is there twice."""
-    strengths = tuple(strengths) or (1.0,) * len(adapters)
-    if len(strengths) != len(adapters):
-        raise InputRefused(f"{len(adapters)} adapters but {len(strengths)} weights; give one --weight per adapter")
-    seen: dict[str, str] = {}
-    for adapter, strength in zip(adapters, strengths, strict=True):
-        if not math.isfinite(strength):
-            raise InputRefused(f"the weight of {adapter.name} is {strength}; it must be a finite number")
-        if strength == 0 or adapter.is_identity:
-            why = "its weight is 0" if strength == 0 else "every B (or A, or scale) is zero, as before training"
-            raise InputRefused(f"the adapter {adapter.name} has no effect: {why}. Nothing was written.")
-        if adapter.sha256 and seen.setdefault(adapter.sha256, adapter.name) != adapter.name:
-            raise InputRefused(
-                f"{adapter.name} is the same adapter as {seen[adapter.sha256]} (sha256 {adapter.sha256[:12]}). Give "
-                "each adapter once"
-            )
-    names = [adapter.name for adapter in adapters]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputRefused(f"several adapters are called {', '.join(twice)}; give them different names (NAME=ADAPTER)")
-    return strengths
 
 
 def _layouts(adapters: Sequence[Adapter]) -> dict[str, str]:

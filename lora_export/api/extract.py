@@ -11,7 +11,6 @@ from typing import Any
 from lora_export import provenance
 from lora_export.adapters.low_rank import LayerShare, Truncation, total_share
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
-from lora_export.errors import InputRefused
 from lora_export.formats.peft_ranks import write_any_ranks
 from lora_export.storage import atomic_output
 from lora_export.storage.hub_cache import hub_name, locate
@@ -96,7 +95,8 @@ def extract(
         if task := _task(other):
             config["task_type"] = task
         write_any_ranks(found.adapter, stage, metadata={provenance.KEY: json.dumps(record)}, **config)
-        _refuse_changed(one, other)
+        for checkpoint in (one, other):
+            checkpoint.refuse_changed_files("read")
         write_manifest(stage, {"made_by": record["made_by"], "settings": record["settings"]})
     if found.excluded:
         names = ", ".join(found.excluded[:3]) + (f" and {len(found.excluded) - 3} more" if found.excluded[3:] else "")
@@ -107,10 +107,3 @@ def extract(
 def _task(tuned: Checkpoint) -> str:
     architecture = str((tuned.config.get("architectures") or [""])[0])
     return next((task for ending, task in TASKS.items() if architecture.endswith(ending)), "")
-
-
-def _refuse_changed(*checkpoints: Checkpoint) -> None:
-    for checkpoint in checkpoints:
-        for shard in checkpoint.shards.values():
-            if not shard.unchanged():
-                raise InputRefused(f"{shard.path} changed while it was being read. Nothing was written.")

@@ -52,7 +52,7 @@ def make(
     would change nothing, unless `identity_ok` (training starts from one), for the same adapter given twice, and for
     layouts that are unknown or contradict the base.
     """
-    strengths = _check_adapters(adapters, strengths, identity_ok=identity_ok)
+    strengths = checked_strengths(adapters, strengths, identity_ok=identity_ok)
     base = BaseTensors(specs)
     check_stated(layout or {}, base)
     spelled = [spell(adapter, base, rules) for adapter in adapters]
@@ -97,8 +97,8 @@ def _notes(
 # --- Before anything is matched ---
 
 
-def _check_adapters(
-    adapters: Sequence[Adapter], strengths: Sequence[float] | None, *, identity_ok: bool
+def checked_strengths(
+    adapters: Sequence[Adapter], strengths: Sequence[float] | None, *, identity_ok: bool = False
 ) -> tuple[float, ...]:
     """One strength per adapter. Raises InputRefused for adapters and strengths that no base could use."""
     if not adapters:

@@ -88,6 +88,18 @@ class Checkpoint:
         """The size of all weight files."""
         return sum(shard.size for shard in self.shards.values())
 
+    @property
+    def word_count(self) -> int | None:
+        """The size of the vocabulary, as the config states it."""
+        parts = [self.config, self.config.get("text_config")]
+        return next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
+
+    def refuse_changed_files(self, doing: str) -> None:
+        """Raise InputRefused where a file of weights changed since it was opened."""
+        for shard in self.shards.values():
+            if not shard.unchanged():
+                raise InputRefused(f"{shard.path} changed while it was being {doing}. Nothing was written.")
+
     def other_files(self) -> Iterator[Path]:
         """The other files of the folder (config, tokenizer, licence), without weights in other formats.
 

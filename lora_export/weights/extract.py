@@ -188,7 +188,7 @@ class _Extraction:
 
     def _is_tied_table(self, tensor: str) -> bool:
         """Whether a tensor is the input embeddings of a language model, which are the output embeddings too."""
-        words = _word_count(self.base)
+        words = self.base.word_count
         tables = [spec for spec in self.specs.values() if len(spec.shape) == 2 and spec.shape[0] == words]
         is_tied = len(tables) == 1 and self.base.config.get("tie_word_embeddings", True)
         has_head = WORD_HEAD.search(self._architecture) is not None
@@ -257,11 +257,6 @@ def _prefix(old: Iterable[str], new: Collection[str]) -> str:
     if first in new:
         return ""
     return next((p for p in candidates if all(p + name in new for name in others)), "")
-
-
-def _word_count(base: Checkpoint) -> int | None:
-    parts = [base.config, base.config.get("text_config")]
-    return next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
 
 
 def _pair(values: SingularValues, rank: int, shape: Sequence[int], layout: Layout) -> LoraPair:

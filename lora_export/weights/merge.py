@@ -96,7 +96,7 @@ def merge_checkpoint(
             written[name] = _write_shard(path, source, tensors[name], own, progress, backend, hashing=hashing)
     results = tuple(result for shard in written.values() for result in shard.results)
     refuse_below_rounding(results, min_retention)
-    _refuse_changed_files(base)
+    base.refuse_changed_files("merged")
     if base.is_folder:
         origin = record({name: shard.source_hash for name, shard in written.items()})
         for name in [name for name in written if not tensors[name]]:  # it had only scales of weights in other files
@@ -166,17 +166,9 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
 
 def _word_tables(plan: Plan, base: Checkpoint) -> dict[str, Step | None]:
     """The output's tensors with one row per word (input and output embeddings), and the step on each of them."""
-    parts = [base.config, base.config.get("text_config")]
-    words = next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
     specs = {spec.name: spec for spec in (*base.specs, *(step.spec for step in plan.steps))}
-    names = [name for name, spec in specs.items() if len(spec.shape) == 2 and spec.shape[0] == words]
+    names = [name for name, spec in specs.items() if len(spec.shape) == 2 and spec.shape[0] == base.word_count]
     return {name: plan.by_weight.get(name) for name in names}
-
-
-def _refuse_changed_files(base: Checkpoint) -> None:
-    for source in base.shards.values():
-        if not source.unchanged():
-            raise InputRefused(f"{source.path} changed while it was being merged. Nothing was written.")
 
 
 # --- Writing ---

@@ -87,7 +87,7 @@ def test_more_than_pairs_is_refused_by_name(first: Adapter, message: str) -> Non
         (TWO, [1.0, float("inf")], "must be a finite number"),
         (adapter("two", 0, "other"), [], None),
         (replace(TWO, sha256="one"), [], "two is the same adapter as one"),
-        (replace(TWO, name="one"), [], "several adapters are called one"),
+        (replace(TWO, name="one"), [], "2 adapters are called one"),
     ],
 )
 def test_adapters_that_cannot_be_meant_are_refused(second: Adapter, weights: list[float], message: str | None) -> None:
