@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lora_export.api.unmerge import unmerge
     from lora_export.api.verify import verify
     from lora_export.formats import load as load_adapter
+    from lora_export.formats.read_options import ReadOptions
     from lora_export.layers import attach, count_parameters, create_adapter, detach
     from lora_export.layers import fold as fold_module
     from lora_export.layers import specs as module_specs
@@ -52,6 +53,7 @@ _HOMES = {
     "OnnxRunner": "runtime.onnx_runner:OnnxRunner",
     "Plan": "plan:Plan",
     "PyTorchReferences": "verification.against_pytorch:PyTorchReferences",
+    "ReadOptions": "formats.read_options:ReadOptions",
     "ScriptRunner": "runtime.torchscript.runner:ScriptRunner",
     "Session": "runtime.session:Session",
     "TensorSpec": "plan:TensorSpec",
@@ -91,6 +93,7 @@ __all__ = [
     "OnnxRunner",
     "Plan",
     "PyTorchReferences",
+    "ReadOptions",
     "ScriptRunner",
     "Session",
     "TensorSpec",

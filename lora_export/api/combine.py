@@ -13,6 +13,7 @@ from lora_export.adapters.combine import combine_adapters
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
 from lora_export.formats.peft_ranks import write_any_ranks
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest
@@ -36,6 +37,7 @@ def combine(
     combination: str | Combination = "cat",
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
+    reading: ReadOptions = DEFAULTS,
     overwrite: bool = False,
     download: bool = False,
     on_message: OnMessage = ignore,
@@ -44,8 +46,8 @@ def combine(
 
     `combination` is the name of a method, or a `Combination`: "cat", the exact sum, whose rank is the sum of all ranks;
     or a method of PEFT's `add_weighted_adapter`. `weights` has one factor for each adapter (default 1.0).
-    `prefixes` (FROM -> TO) replaces the beginnings of names, so that the same layers have the same names. Needs no
-    base and no PyTorch. All adapters are in memory at once.
+    `prefixes` (FROM -> TO) replaces the beginnings of names, so that the same layers have the same names. `reading`
+    is that of `merge`. Needs no base and no PyTorch. All adapters are in memory at once.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
     Then EnvironmentLacking is raised without a connection.
@@ -57,7 +59,7 @@ def combine(
     output = Path(output)
     combination = Combination(combination) if isinstance(combination, str) else combination
     adapters = locate_adapters(adapters, on_message, download)
-    loaded = load_adapters(adapters, prefixes)
+    loaded = load_adapters(adapters, prefixes, reading=reading)
     combined = combine_adapters(loaded, weights, combination, output.name)
     shared = [module for module in combined.pairs if sum(module in adapter.pairs for adapter in loaded) > 1]
     notes = (*(note for adapter in loaded for note in adapter.notes), *_notes(loaded, shared))

@@ -11,6 +11,7 @@ from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, lo
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import MatchError
 from lora_export.formats import onnx_adapter
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
@@ -35,7 +36,7 @@ def convert(
     *,
     graph: str | Path,
     weight: float = 1.0,
-    moe_b_layout: str | None = None,
+    reading: ReadOptions = DEFAULTS,
     ignore_head: bool = False,
     overwrite: bool = False,
     download: bool = False,
@@ -44,7 +45,7 @@ def convert(
     """Convert an adapter for an existing graph: next week's adapter, without another export.
 
     `graph` is an .onnx that was made with `--lora inputs`; `output` is an .onnx_adapter, onnxruntime's own format.
-    `weight` multiplies the adapter's scale. `moe_b_layout` is that of `merge`. `ignore_head` leaves out a task head
+    `weight` multiplies the adapter's scale. `reading` is that of `merge`. `ignore_head` leaves out a task head
     that the adapter saves whole, where it is equal to the graph's own. Needs no PyTorch.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
@@ -55,7 +56,7 @@ def convert(
     """
     output, graph = Path(output), Path(graph)
     (adapter,) = locate_adapters(adapter, on_message, download)
-    (loaded,) = load_adapters(adapter, moe_b_layout=moe_b_layout)
+    (loaded,) = load_adapters(adapter, reading=reading)
     onnx_adapter.refuse_beyond_low_rank([replace(loaded, replaced={}) if ignore_head else loaded])
     input_files.must_exist(graph, "graph")
     model = load_graph(graph)

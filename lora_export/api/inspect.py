@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export import formats
 from lora_export.api.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
-from lora_export.formats.read_options import ReadOptions
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage.hub_cache import locate
@@ -91,14 +91,14 @@ def inspect(
     *,
     checkpoint: str | Path | None = None,
     check: bool = False,
-    moe_b_layout: str | None = None,
+    reading: ReadOptions = DEFAULTS,
     download: bool = False,
 ) -> Inspection:
     """Read the headers of a path, and the tensors of an adapter.
 
     `path` is an adapter, a Hugging Face folder, a .safetensors file, an .onnx or an .onnx_adapter. For an .onnx,
     `checkpoint` is what it was exported from: its tensors name the graph's weights by content. With `check`, every file
-    of a merged folder is read and compared with the hashes in its manifest. `moe_b_layout` is that of `merge`.
+    of a merged folder is read and compared with the hashes in its manifest. `reading` is that of `merge`.
 
     Of a graph, the inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
 
@@ -115,7 +115,7 @@ def inspect(
     if check and (damaged := damage(path)):
         raise InputRefused(f"{path} is not what was written:", listed(damaged))
     if formats.recognised(path):
-        return Inspection(path, adapter=formats.load(path, options=ReadOptions(moe_b_layout=moe_b_layout or "")))
+        return Inspection(path, adapter=formats.load(path, options=reading))
     if path.suffix == ".onnx_adapter":
         from lora_export.formats import onnx_adapter
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lora_export import formats
 from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.formats.read_options import ReadOptions
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
@@ -53,14 +53,13 @@ def locate_model(source: ModelSource, on_message: OnMessage, download: bool = Fa
 
 
 def load_adapters(
-    sources: AdapterSources, prefixes: Mapping[str, str] | None = None, *, moe_b_layout: str | None = None
+    sources: AdapterSources, prefixes: Mapping[str, str] | None = None, *, reading: ReadOptions = DEFAULTS
 ) -> list[Adapter]:
     """Return the adapters in the order of their sources, with other prefixes in their names (FROM -> TO).
 
-    `moe_b_layout` is that of `ReadOptions`. Raises InputRefused where one cannot be read, and as `with_prefixes`.
+    `reading` is about those that are paths. Raises InputRefused where one cannot be read, and as `with_prefixes`.
     """
-    options = ReadOptions(moe_b_layout=moe_b_layout or "")
-    loaded = [source if isinstance(source, Adapter) else _load_adapter(source, options) for source in _as_list(sources)]
+    loaded = [source if isinstance(source, Adapter) else _load_adapter(source, reading) for source in _as_list(sources)]
     return with_prefixes(loaded, prefixes or {})
 
 

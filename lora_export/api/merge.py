@@ -18,6 +18,7 @@ from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, l
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.plan.spelling import respelled
@@ -90,7 +91,7 @@ def merge(
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
     combination: str | Combination = "cat",
-    moe_b_layout: str | None = None,
+    reading: ReadOptions = DEFAULTS,
     only_head: bool = False,
     keep_residual: str | Path | None = None,
     device: str = "cpu",
@@ -117,8 +118,8 @@ def merge(
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters, before they are matched.
     `combination` is how the pairs of several adapters on one weight are combined: "cat", the exact sum, or another
     method of PEFT's `add_weighted_adapter`, by its name or as a `Combination`.
-    `moe_b_layout` is the order of the columns of B in adapters of experts (rank_major or grouped_by_expert), where they
-    do not record it.
+    `reading` states what the files of adapters do not record: a format where several fit, rank, alpha, the order of
+    the columns of B on experts; and whether pickles are read.
     `keep_residual` is a file to write: with it, the output and the adapters, `unmerge` makes the base again.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
@@ -138,7 +139,7 @@ def merge(
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    loaded, paths = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout), adapter_paths(adapters)
+    loaded, paths = load_adapters(adapters, prefixes, reading=reading), adapter_paths(adapters)
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype
@@ -146,7 +147,7 @@ def merge(
     plan_settings = {
         "layout": dict(layout or {}),
         "prefixes": dict(prefixes or {}),
-        "moe_b_layout": moe_b_layout,
+        "reading": {key: value for key, value in asdict(reading).items() if key != "allow_pickle"},
         "combination": asdict(combination),
     }
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)

@@ -20,6 +20,7 @@ from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hub_cache import locate
 
@@ -31,7 +32,7 @@ def export_onnx(
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
-    moe_b_layout: str | None = None,
+    reading: ReadOptions = DEFAULTS,
     lora: str = "merged",
     target: str | Sequence[str] | None = None,
     dora: bool = False,
@@ -58,8 +59,8 @@ def export_onnx(
     `reference` names the PyTorch model. `checkpoint` is what an existing graph was exported from: it names weights
     whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
 
-    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `moe_b_layout` is the order of the columns
-    of B in adapters of experts (rank_major or grouped_by_expert), where they do not record it.
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading` states what the files of
+    adapters do not record.
 
     `lora` is "merged" (folded into the weights), "nodes" (A and B as nodes beside the weights), "inputs" (A and B are
     optional inputs, and each adapter becomes a file NAME.onnx_adapter beside the graph) or "rows" (the input
@@ -90,7 +91,7 @@ def export_onnx(
     options = OnnxOptions(
         output=with_suffix(output, ".onnx"),
         lora=lora,
-        adapters=load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout),
+        adapters=load_adapters(adapters, prefixes, reading=reading),
         weights=tuple(weights),
         sources=tuple(adapter_paths(adapters)),
         target=target,

@@ -13,6 +13,7 @@ from lora_export.adapters.resize import resize_adapter
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
 from lora_export.formats.peft_ranks import name_in_patterns, write_any_ranks
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.storage import atomic_output
 from lora_export.storage.manifest import write_manifest
 
@@ -35,6 +36,7 @@ def resize(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    reading: ReadOptions = DEFAULTS,
     overwrite: bool = False,
     download: bool = False,
     on_message: OnMessage = ignore,
@@ -43,7 +45,8 @@ def resize(
 
     Each pair gets `rank`, or the least rank that holds the share `energy` (above 0, at most 1) of its ‖ΔW‖²; with both,
     at most `rank`. No rank grows. The SVD is that of A and B after a QR of each: no ΔW is computed. The output is a
-    PEFT adapter, a folder, with scale 1. Tensors that are saved whole are copied. Needs no base and no PyTorch.
+    PEFT adapter, a folder, with scale 1. Tensors that are saved whole are copied. `reading` is that of `merge`. Needs
+    no base and no PyTorch.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
     Then EnvironmentLacking is raised without a connection.
@@ -54,7 +57,7 @@ def resize(
     """
     output, truncation = Path(output), Truncation(rank, energy)
     (adapter,) = locate_adapters(adapter, on_message, download)
-    (loaded,) = load_adapters(adapter)
+    (loaded,) = load_adapters(adapter, reading=reading)
     resized, layers = resize_adapter(loaded, truncation, lambda module: name_in_patterns(loaded, module))
     for note in loaded.notes:
         on_message(f"note: {note}")

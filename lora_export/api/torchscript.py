@@ -28,6 +28,7 @@ from lora_export.api.load import (
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import record_of_model, recorded_verdict, require_same, stage_of_proof
 from lora_export.errors import RuntimeRefused
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.models.export import save_torchscript, to_torchscript
 from lora_export.models.key_value_cache import cache_disabled
 from lora_export.models.model import Model
@@ -56,7 +57,7 @@ def export_torchscript(
     adapters: AdapterSources = (),
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
-    moe_b_layout: str | None = None,
+    reading: ReadOptions = DEFAULTS,
     lora: str = "merged",
     inputs: str | Path | None = None,
     verify: bool = True,
@@ -69,7 +70,7 @@ def export_torchscript(
 
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`. `lora`
     is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each adapter.
-    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `moe_b_layout` is that of `merge`.
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading` is that of `merge`.
     `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of where the file comes
     from are stored in its extra file `lora_export.json`.
 
@@ -84,7 +85,7 @@ def export_torchscript(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
-    loaded = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout)
+    loaded = load_adapters(adapters, prefixes, reading=reading)
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")

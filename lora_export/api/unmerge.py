@@ -39,6 +39,7 @@ def unmerge(
     output: str | Path,
     *,
     base_from: str | Path,
+    allow_pickle: bool = False,
     overwrite: bool = False,
     download: bool = False,
     on_message: OnMessage = ignore,
@@ -69,7 +70,7 @@ def unmerge(
             raise InputRefused(f"{base_from} was kept by a merge into {what}, and {merged} is another kind")
         base = base_of(residual, merged)
         settings = _PlanSettings.of(residual)
-        loaded = load_adapters(adapters, moe_b_layout=settings.moe_b_layout)
+        loaded = load_adapters(adapters, reading=replace(settings.reading, allow_pickle=allow_pickle))
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
         stage = atomic_output.stage_folder if merged.is_dir() else atomic_output.stage_file
@@ -104,16 +105,15 @@ class _PlanSettings:
 
     layout: dict[str, str]
     prefixes: dict[str, str]
-    moe_b_layout: str | None
+    reading: ReadOptions
     combination: Combination
 
     @classmethod
     def of(cls, residual: Residual) -> _PlanSettings:
         """Those that the residual records. Raises InputRefused for what is none."""
         try:
-            layout, prefixes, moe, chosen = (residual.facts["settings"][field.name] for field in fields(cls))
-            ReadOptions(moe_b_layout=moe or "")
-            return cls(dict(layout), dict(prefixes), moe, Combination(**chosen))
+            layout, prefixes, reading, chosen = (residual.facts["settings"][field.name] for field in fields(cls))
+            return cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen))
         except (KeyError, TypeError, ValueError, WrongUsage) as error:
             raise InputRefused(f"{residual.path} is damaged: its settings are not those of a merge") from error
 

@@ -32,6 +32,7 @@ from lora_export.errors import (
     Undecided,
     WrongUsage,
 )
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.runtime.written_record import WrittenRecord, read_record
@@ -116,7 +117,7 @@ def verify(
     base: str | Path | None = None,
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
-    moe_b_layout: str | None = None,
+    reading: ReadOptions = DEFAULTS,
     onnx_adapter: str | Path | None = None,
     adapter_id: int | None = None,
     provider: str = "cpu",
@@ -146,7 +147,7 @@ def verify(
     was made from.
 
     `weights` has one factor for each adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters,
-    as for `merge`; so is `moe_b_layout`. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
+    as for `merge`; so is `reading`. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
     with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None proves the base,
     every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
     "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
@@ -190,8 +191,8 @@ def verify(
     sources = [candidate, origin, how.onnx_adapter, how.inputs, *model_paths(model or ""), *adapter_paths(adapters)]
     for path in reports:
         report.check_path(Path(path), [source for source in sources if source is not None])
-    if prefixes or moe_b_layout:
-        adapters = load_adapters(adapters, prefixes, moe_b_layout=moe_b_layout)
+    if prefixes or reading != DEFAULTS:
+        adapters = load_adapters(adapters, prefixes, reading=reading)
     proof: Proof | Audit
     error = None
     if model is None:

@@ -14,6 +14,7 @@ from lora_export.cli import configuration, failures, foreign_options, verbosity
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.cli.paths import FilePath, Source
+from lora_export.cli.reading import reading_options
 from lora_export.errors import WrongUsage, one_line
 
 CONFIGURATION = "lora_export.configuration"  # in the context's `meta`: the pyproject.toml that has the defaults
@@ -164,12 +165,6 @@ prefix_option = click.option(
     help="Replace the beginning FROM of names in the adapters by TO: for an adapter of a text model on a multimodal "
     "base. May be repeated.",
 )
-moe_b_layout_option = click.option(
-    "--moe-b-layout",
-    type=click.Choice(["rank_major", "grouped_by_expert"]),
-    help="Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
-    "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
-)
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
@@ -272,11 +267,11 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         "--lora", "mode", type=click.Choice(modes), default=modes[0], show_default=True, help=f"{explained}."
     )
     no_verify = click.option("--no-verify", is_flag=True, help="Publish without a proof. The file records that.")
-    options = [
+    options: list[Callable[..., Any]] = [
         adapters_option,
         adapter_weights,
         prefix_option,
-        moe_b_layout_option,
+        reading_options,
         mode,
         inputs_option,
         no_verify,

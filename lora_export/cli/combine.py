@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +19,7 @@ from lora_export.cli.arguments import (
     print_message,
 )
 from lora_export.cli.paths import FilePath, Source
+from lora_export.cli.reading import reading_options
 from lora_export.errors import one_line
 
 EXAMPLE = """\b
@@ -31,6 +33,7 @@ Example:
 @adapter_weights
 @combination_options("--method", "--combine")
 @prefix_option
+@reading_options
 @overwrite_option
 @download_option
 @json_option
@@ -44,6 +47,7 @@ def command(
     svd_rank: int | None,
     seed: int | None,
     prefixes: dict[str, str],
+    reading: dict[str, Any],
     overwrite: bool,
     download: bool,
     as_json: bool,
@@ -55,6 +59,7 @@ def command(
     """
     from lora_export.adapters.combination import Combination
     from lora_export.api.combine import combine
+    from lora_export.formats.read_options import ReadOptions
 
     result = combine(
         adapters,
@@ -62,6 +67,7 @@ def command(
         combination=Combination(method, density, majority_sign, svd_rank, seed),
         weights=weights,
         prefixes=prefixes,
+        reading=ReadOptions(**reading),
         overwrite=overwrite,
         download=download,
         on_message=print_message,

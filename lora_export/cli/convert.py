@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,13 +11,13 @@ from lora_export.cli.arguments import (
     Command,
     download_option,
     json_option,
-    moe_b_layout_option,
     overwrite_option,
     print_document,
     print_message,
     wrote,
 )
 from lora_export.cli.paths import FilePath, Source
+from lora_export.cli.reading import reading_options
 
 EXAMPLE = """\b
 Example:
@@ -55,7 +56,7 @@ Example:
     is_flag=True,
     help="Leave out the task head that the adapter saves whole. MODEL.onnx has to contain the same head.",
 )
-@moe_b_layout_option
+@reading_options
 @overwrite_option
 @download_option
 @json_option
@@ -64,7 +65,7 @@ def command(
     output: Path,
     graph: Path,
     weight: float,
-    moe_b_layout: str | None,
+    reading: dict[str, Any],
     ignore_head: bool,
     overwrite: bool,
     download: bool,
@@ -76,13 +77,14 @@ def command(
     since it was made. Both are checked before anything is written. PyTorch is not needed.
     """
     from lora_export.api.convert import convert
+    from lora_export.formats.read_options import ReadOptions
 
     result = convert(
         adapter,
         output,
         graph=graph,
         weight=weight,
-        moe_b_layout=moe_b_layout,
+        reading=ReadOptions(**reading),
         ignore_head=ignore_head,
         overwrite=overwrite,
         download=download,

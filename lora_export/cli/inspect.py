@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from lora_export.cli.arguments import Command, download_option, json_option, moe_b_layout_option, print_document
+from lora_export.cli.arguments import Command, download_option, json_option, print_document
 from lora_export.cli.paths import FilePath
+from lora_export.cli.reading import reading_options
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
 
@@ -26,7 +28,7 @@ Example:
 )
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")
 @click.option("--check", is_flag=True, help="Read every file of a merged folder, and compare it with the manifest.")
-@moe_b_layout_option
+@reading_options
 @download_option
 @json_option
 def command(
@@ -34,7 +36,7 @@ def command(
     checkpoint: Path | None,
     every: bool,
     check: bool,
-    moe_b_layout: str | None,
+    reading: dict[str, Any],
     download: bool,
     as_json: bool,
 ) -> None:
@@ -47,8 +49,9 @@ def command(
     from lora_export import report
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines
+    from lora_export.formats.read_options import ReadOptions
 
-    found = inspect(path, checkpoint=checkpoint, check=check, moe_b_layout=moe_b_layout, download=download)
+    found = inspect(path, checkpoint=checkpoint, check=check, reading=ReadOptions(**reading), download=download)
     every = every or verbosity() is Verbosity.FULL
     if as_json:
         print_document(inspection_document(found))

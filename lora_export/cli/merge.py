@@ -16,7 +16,6 @@ from lora_export.cli.arguments import (
     download_option,
     json_option,
     layout_option,
-    moe_b_layout_option,
     overwrite_option,
     prefix_option,
     print_document,
@@ -24,6 +23,7 @@ from lora_export.cli.arguments import (
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
+from lora_export.cli.reading import reading_options
 from lora_export.cli.verbosity import Verbosity, verbosity
 from lora_export.errors import one_line
 
@@ -56,7 +56,7 @@ Example:
 @adapter_weights
 @combination_options("--combine")
 @prefix_option
-@moe_b_layout_option
+@reading_options
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
@@ -137,7 +137,7 @@ def command(
     svd_rank: int | None,
     seed: int | None,
     prefixes: dict[str, str],
-    moe_b_layout: str | None,
+    reading: dict[str, Any],
     dtype: str,
     min_retention: float,
     hashing: str,
@@ -164,6 +164,7 @@ def command(
         from lora_export import report
         from lora_export.adapters.combination import Combination
         from lora_export.api.merge import merge
+        from lora_export.formats.read_options import ReadOptions
 
         result = merge(
             base,
@@ -172,7 +173,7 @@ def command(
             weights=weights,
             combination=Combination(method, density, majority_sign, svd_rank, seed),
             prefixes=prefixes,
-            moe_b_layout=moe_b_layout,
+            reading=ReadOptions(**reading),
             dtype=dtype,
             min_retention=min_retention,
             hashing=hashing,

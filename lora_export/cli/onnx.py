@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -83,7 +84,7 @@ def command(
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     prefixes: dict[str, str],
-    moe_b_layout: str | None,
+    reading: dict[str, Any],
     mode: str,
     inputs_file: Path | None,
     target: str | None,
@@ -112,6 +113,7 @@ def command(
     """
     from lora_export.api.onnx import export_onnx
     from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs
+    from lora_export.formats.read_options import ReadOptions
 
     with shown() as on_progress:
         result = export_onnx(
@@ -120,7 +122,7 @@ def command(
             adapters=adapters,
             weights=weights,
             prefixes=prefixes,
-            moe_b_layout=moe_b_layout,
+            reading=ReadOptions(**reading),
             lora=mode,
             target=target,
             dora=dora,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +17,7 @@ from lora_export.cli.arguments import (
     truncation_options,
 )
 from lora_export.cli.paths import FilePath, Source
+from lora_export.cli.reading import reading_options
 from lora_export.cli.verbosity import Verbosity, verbosity
 
 EXAMPLE = """\b
@@ -27,11 +29,19 @@ Example:
 @click.argument("adapter", type=Source(), metavar="ADAPTER")
 @click.option("-o", "--output", required=True, type=FilePath(), help="Folder for the smaller adapter.")
 @truncation_options
+@reading_options
 @overwrite_option
 @download_option
 @json_option
 def command(
-    adapter: str, output: Path, rank: int | None, energy: float | None, overwrite: bool, download: bool, as_json: bool
+    adapter: str,
+    output: Path,
+    rank: int | None,
+    energy: float | None,
+    reading: dict[str, Any],
+    overwrite: bool,
+    download: bool,
+    as_json: bool,
 ) -> None:
     """Write ADAPTER with a lower rank: the best pair of that rank for each layer, by an exact SVD.
 
@@ -40,9 +50,17 @@ def command(
     """
     from lora_export import report
     from lora_export.api.resize import resize
+    from lora_export.formats.read_options import ReadOptions
 
     result = resize(
-        adapter, output, rank=rank, energy=energy, overwrite=overwrite, download=download, on_message=print_message
+        adapter,
+        output,
+        rank=rank,
+        energy=energy,
+        reading=ReadOptions(**reading),
+        overwrite=overwrite,
+        download=download,
+        on_message=print_message,
     )
     if as_json:
         print_document(report.as_dict(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,7 +33,7 @@ def command(
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     prefixes: dict[str, str],
-    moe_b_layout: str | None,
+    reading: dict[str, Any],
     mode: str,
     inputs_file: Path | None,
     no_verify: bool,
@@ -47,6 +48,7 @@ def command(
     """
     from lora_export.api.torchscript import export_torchscript
     from lora_export.cli.verdicts import proof_document, show_proof
+    from lora_export.formats.read_options import ReadOptions
 
     with shown() as on_progress:
         result = export_torchscript(
@@ -55,7 +57,7 @@ def command(
             adapters=adapters,
             weights=weights,
             prefixes=prefixes,
-            moe_b_layout=moe_b_layout,
+            reading=ReadOptions(**reading),
             lora=mode,
             inputs=inputs_file,
             verify=not no_verify,

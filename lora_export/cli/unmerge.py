@@ -16,6 +16,7 @@ from lora_export.cli.arguments import (
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
+from lora_export.cli.reading import ALLOW_PICKLE
 from lora_export.errors import one_line
 
 EXAMPLE = """\b
@@ -34,6 +35,7 @@ Example:
     metavar="RESIDUAL",
     help="File that `merge --keep-residual` wrote.",
 )
+@ALLOW_PICKLE
 @overwrite_option
 @download_option
 @json_option
@@ -42,6 +44,7 @@ def command(
     adapters: tuple[str, ...],
     output: Path,
     base_from: Path,
+    allow_pickle: bool,
     overwrite: bool,
     download: bool,
     as_json: bool,
@@ -59,6 +62,7 @@ def command(
             adapters,
             output,
             base_from=base_from,
+            allow_pickle=allow_pickle,
             overwrite=overwrite,
             download=download,
             on_message=print_message,

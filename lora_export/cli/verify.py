@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,7 +18,6 @@ from lora_export.cli.arguments import (
     inputs_option,
     json_option,
     layout_option,
-    moe_b_layout_option,
     prefix_option,
     print_document,
     print_message,
@@ -27,6 +27,7 @@ from lora_export.cli.arguments import (
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
+from lora_export.cli.reading import reading_options
 
 EXAMPLE = """\b
 Examples:
@@ -48,7 +49,7 @@ Examples:
 @adapters_option
 @adapter_weights
 @prefix_option
-@moe_b_layout_option
+@reading_options
 @click.option(
     "--onnx-adapter",
     type=FilePath(),
@@ -102,7 +103,7 @@ def command(
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     prefixes: dict[str, str],
-    moe_b_layout: str | None,
+    reading: dict[str, Any],
     onnx_adapter: Path | None,
     adapter_id: int | None,
     provider: str,
@@ -139,6 +140,7 @@ def command(
     from lora_export.api.verify import verify
     from lora_export.cli.failures import answered
     from lora_export.cli.verdicts import annotate_github, show_verification
+    from lora_export.formats.read_options import ReadOptions
 
     with shown() as on_progress:
         result = verify(
@@ -147,7 +149,7 @@ def command(
             adapters=adapters,
             weights=weights,
             prefixes=prefixes,
-            moe_b_layout=moe_b_layout,
+            reading=ReadOptions(**reading),
             base=base,
             layout=layout,
             onnx_adapter=onnx_adapter,

@@ -27,6 +27,8 @@ from lora_export.storage import input_files
 FORMATS = {
     "peft": "lora_export.formats.peft",
 }
+# Names that trainers give to every adapter's file: that of the folder is the adapter's.
+SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
 
 
 class AdapterFormat(Protocol):
@@ -46,28 +48,37 @@ def recognised(path: Path) -> bool:
     return any(adapter_format.recognises(path) for adapter_format in _modules(FORMATS).values())
 
 
-def load(
-    path: str | Path, *, name: str | None = None, format: str | None = None, options: ReadOptions = DEFAULTS
-) -> Adapter:
-    """Read an adapter in any known format. Runs no code that came with it.
+def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DEFAULTS) -> Adapter:
+    """Read an adapter in any known format, from its folder or its one file. Runs no code that came with it.
 
-    `name` is the adapter's name in reports and graphs (default: the file's or folder's name). `format` is a key of
-    FORMATS, for an adapter that several formats recognise. `options` state what its files do not record. Raises
-    InputRefused for an adapter that is missing, damaged, unknown or not supported.
+    `name` is the adapter's name in reports and graphs (default: the folder's name, or the file's without its suffix,
+    where that is no name like `adapter_model`). `options` state what its files do not record, and choose a format where
+    several recognise the adapter. Raises InputRefused for an adapter that is missing, damaged, unknown or not
+    supported.
     """
     path = Path(path)
     input_files.must_exist(path, "adapter")
-    if format is not None and format not in FORMATS:
-        raise InputRefused(f"unknown adapter format {format!r}; known: {', '.join(FORMATS)}")
-    candidates = _modules([format] if format else FORMATS)
+    if options.format and options.format not in FORMATS:
+        raise InputRefused(f"unknown adapter format {options.format!r}; known: {', '.join(FORMATS)}")
+    candidates = _modules([options.format] if options.format else FORMATS)
     matching = {key: module for key, module in candidates.items() if module.recognises(path)}
     if not matching:
         known = "; ".join(f"{key}: {module.DESCRIPTION}" for key, module in candidates.items())
         raise InputRefused(f"{path} is not an adapter in a known format ({known})")
     if len(matching) > 1:
-        raise InputRefused(f"{path} may be in several formats: {', '.join(matching)}. Choose one with `format`")
+        raise InputRefused(
+            f"{path} may be in several formats: {', '.join(matching)}. Choose one: --format {next(iter(matching))}"
+        )
     (module,) = matching.values()
-    return module.read(path, name or path.resolve().name, options)
+    return module.read(path, name or _default_name(path), options)
+
+
+def _default_name(path: Path) -> str:
+    resolved = path.resolve()
+    if resolved.is_dir():
+        return resolved.name
+    stem = resolved.name.partition(".")[0]
+    return resolved.parent.name if stem in SAME_FOR_ALL else stem
 
 
 def _modules(names: Iterable[str]) -> dict[str, AdapterFormat]:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`.
+"""PEFT's LoRA adapters: `adapter_config.json` and `adapter_model.safetensors`, or a pickle `adapter_model.bin`.
 
 Everything that is special about PEFT stays in this file, `peft_config.py`, `peft_keys.py` and `peft_ranks.py`. Alpha
 and rank become one scale per pair, and wrapper prefixes are removed.
@@ -6,7 +6,6 @@ and rank become one scale per pair, and wrapper prefixes are removed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,6 +45,7 @@ from lora_export.formats.peft_records import (
     tied_heads,
 )
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.tensor_files import TensorSource, hash_of_files, open_tensors
 from lora_export.lora import Adapter, LoraPair, TokenRows, expert_name, is_weight_of
 from lora_export.storage import json_files, safetensors_file
 
@@ -57,29 +57,30 @@ PICKLE = "adapter_model.bin"
 
 def recognises(path: Path) -> bool:
     """Whether the folder contains PEFT's config. MLX's file of the same name has no `peft_type`."""
+    folder = _folder(path)
     try:
-        return "peft_type" in json_files.read_json(path / ADAPTER_CONFIG)
+        return "peft_type" in json_files.read_json(folder / ADAPTER_CONFIG)
     except InputRefused:
-        return (path / ADAPTER_CONFIG).exists()  # it is damaged; `read` reports how
+        return (folder / ADAPTER_CONFIG).exists()  # it is damaged; `read` reports how
 
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read a PEFT adapter. Raises InputRefused with everything that is wrong with it."""
-    config = read_config(path / ADAPTER_CONFIG)
-    if not (path / WEIGHTS).exists():
-        if (path / PICKLE).exists():
-            raise InputRefused(
-                f"{path / PICKLE} is a pickle, which can run code when it is opened. Load it with PEFT where you trust "
-                f"it and save it again with safe_serialization=True"
-            )
+    folder = _folder(path)
+    config = read_config(folder / ADAPTER_CONFIG)
+    options.refuse_rank_and_alpha(ADAPTER_CONFIG)
+    weights = path if path != folder else folder / WEIGHTS
+    if not weights.exists() and (folder / PICKLE).exists():
+        weights = folder / PICKLE
+    if not weights.exists():
         raise InputRefused(f"{path} has no {WEIGHTS}")
-    file = safetensors_file.open_file(path / WEIGHTS)
+    file = open_tensors(weights, options)
     keys = keys_by_kind(file, config)
     pairs, biases = _read_pairs(file, keys, config, options)
     rows = _read_token_rows(file, keys[ROWS], config)
     replaced = {tensor: file.read(key) for tensor, key in keys[WHOLE].items()}
     tied = tied_heads(pairs, replaced, config)
-    sha256 = _sha256([path / ADAPTER_CONFIG, path / WEIGHTS])
+    sha256 = hash_of_files([folder / ADAPTER_CONFIG, weights])
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
     return Adapter(
@@ -100,10 +101,15 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             **keys[B],
             **keys[A],
         },
-        metadata=metadata_of(path, config),
+        metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
         sha256=sha256,
     )
+
+
+def _folder(path: Path) -> Path:
+    """The folder of an adapter that is named by its folder or by its file of tensors."""
+    return path.parent if path.name in (WEIGHTS, PICKLE) else path
 
 
 def write(adapter: Adapter, folder: Path, *, rank: int, alpha: float, targets: Iterable[str], **config: Any) -> None:
@@ -159,7 +165,7 @@ def pair_tensors(adapter: Adapter) -> dict[str, NDArray[Any]]:
 
 
 def _read_pairs(
-    file: safetensors_file.TensorFile,
+    file: TensorSource,
     keys: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
     options: ReadOptions,
@@ -193,9 +199,7 @@ def _read_pairs(
     return pairs, biases
 
 
-def _read_token_rows(
-    file: safetensors_file.TensorFile, keys: Mapping[str, str], config: Mapping[str, Any]
-) -> dict[str, TokenRows]:
+def _read_token_rows(file: TensorSource, keys: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, TokenRows]:
     """Return the rows of trained tokens, by tensor. Only the config records which rows they are.
 
     Raises InputRefused with everything that is wrong with them.
@@ -243,7 +247,7 @@ def _names_without_rows(indices: Any, tensors: Iterable[str]) -> list[str]:
 
 def _pairs_of(
     module: str,
-    file: safetensors_file.TensorFile,
+    file: TensorSource,
     keys: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
     options: ReadOptions,
@@ -278,7 +282,7 @@ def _pair(
     b: NDArray[Any],
     rank: int,
     scale: float,
-    file: safetensors_file.TensorFile,
+    file: TensorSource,
     keys: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
 ) -> LoraPair:
@@ -302,7 +306,7 @@ def _pair(
 
 def _magnitude(
     module: str,
-    file: safetensors_file.TensorFile,
+    file: TensorSource,
     keys: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
     b: NDArray[Any],
@@ -325,11 +329,3 @@ def _magnitude(
 
 def _magnitude_shape(b: NDArray[Any]) -> tuple[int, ...]:
     return (b.shape[0],) if b.ndim == 2 else (1, b.shape[0], *b.shape[2:])
-
-
-def _sha256(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

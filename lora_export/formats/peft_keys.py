@@ -12,7 +12,7 @@ import numpy as np
 from lora_export.errors import InputRefused, refuse_unprintable
 from lora_export.formats.expert_layouts import nested_parameters
 from lora_export.formats.peft_config import is_declared
-from lora_export.storage import safetensors_file
+from lora_export.formats.tensor_files import TensorSource
 
 WRAPPER = "base_model.model."
 # Kinds of keys in the file of weights
@@ -36,7 +36,7 @@ INNER = ".base_layer"  # where PEFT puts a pair of a parameter, inside of the pa
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT puts the output projection of nn.MultiheadAttention
 
 
-def keys_by_kind(file: safetensors_file.TensorFile, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def keys_by_kind(file: TensorSource, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Sort the file's keys by kind, and by the module or tensor that they belong to.
 
     An embedding's A and B are under A and B like others. Its A is also under EMBEDDING. Those of a bare parameter
@@ -122,12 +122,12 @@ def _is_unknown(tensor: str, config: Mapping[str, Any]) -> bool:
     return of_lora and not is_declared(tensor, config)
 
 
-def _are_equal(file: safetensors_file.TensorFile, one: str, other: str) -> bool:
+def _are_equal(file: TensorSource, one: str, other: str) -> bool:
     """PEFT saves a bias that `bias` and `modules_to_save` both name twice."""
     return np.array_equal(file.read(one), file.read(other))
 
 
-def _refuse_mixed_wrapping(file: safetensors_file.TensorFile) -> None:
+def _refuse_mixed_wrapping(file: TensorSource) -> None:
     bare = sorted(key for key in file.entries if not key.startswith(WRAPPER))
     if bare and len(bare) != len(file.entries):
         raise InputRefused(f"{file.path}: some keys start with `{WRAPPER}`, these do not: {', '.join(bare)}")

@@ -13,8 +13,9 @@ from lora_export.errors import InputRefused
 from lora_export.formats import expert_layouts
 from lora_export.formats.peft_config import is_declared
 from lora_export.formats.peft_keys import OUT_PROJ, UNUSED, WHOLE, A, targeted_name
+from lora_export.formats.tensor_files import TensorSource
 from lora_export.lora import ExpertAxes, LoraPair, expert_name, split_part
-from lora_export.storage import json_files, safetensors_file
+from lora_export.storage import json_files
 
 SHOWN_TENSORS = 3  # names that a note lists
 LAYOUTS = "lora_export.layouts"  # in the header of WEIGHTS: module -> "out_in" or "in_out"; PEFT ignores it
@@ -61,9 +62,7 @@ def notes_of(
     return tuple(notes)
 
 
-def layouts_of(
-    file: safetensors_file.TensorFile, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]
-) -> dict[str, str]:
+def layouts_of(file: TensorSource, pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> dict[str, str]:
     """How the weights that the adapter was trained on are stored, where that is recorded.
 
     PEFT sets `fan_in_fan_out` at a Conv1D. False is no evidence: it is the default, and PEFT writes one value for all
@@ -82,7 +81,7 @@ def layouts_of(
 
 
 def axes_of_experts(
-    file: safetensors_file.TensorFile,
+    file: TensorSource,
     keys: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
     pairs: Mapping[str, LoraPair],

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.expert_layouts import BLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadOptions:
     """Statements about adapters that a command reads. Raises WrongUsage for a value that does not exist."""
 
+    format: str = ""  # a key of `formats.FORMATS`, where several formats recognise an adapter
+    allow_pickle: bool = False  # also read pickles of PyTorch, by `torch.load` with weights_only=True
+    lora_rank: int | None = None  # for formats that do not record it
+    lora_alpha: float | None = None  # for formats that do not record it
     moe_b_layout: str = ""  # the order of the columns of B on experts, a `BLayout`; empty: as the adapter records it
 
     def __post_init__(self) -> None:
         if self.moe_b_layout and self.moe_b_layout not in tuple(BLayout):
             raise WrongUsage(f"--moe-b-layout is {self.moe_b_layout!r}; it must be {' or '.join(BLayout)}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise WrongUsage(f"--lora-rank is {self.lora_rank}; it must be at least 1")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise WrongUsage(f"--lora-alpha is {self.lora_alpha}; it must be a positive number")
+
+    def refuse_rank_and_alpha(self, recorded_in: str) -> None:
+        """Raise InputRefused where rank or alpha are stated for an adapter that records them."""
+        stated = [("--lora-rank", self.lora_rank), ("--lora-alpha", self.lora_alpha)]
+        for option, value in stated:
+            if value is not None:
+                raise InputRefused(f"{option} is for adapters that do not record it; this one does, in {recorded_in}")
 
 
 DEFAULTS = ReadOptions()

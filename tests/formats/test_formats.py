@@ -6,12 +6,14 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lora_export import formats
 from lora_export.errors import InputRefused
+from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter, LoraPair
 from support import ROOT
 from support.handmade import peft_adapter
@@ -21,9 +23,9 @@ def simple(folder: Path) -> Path:
     return peft_adapter(folder, {"fc": ([[1, 2]], [[1], [2], [3]])})
 
 
-def refusal(path: Path, **options: str) -> str:
+def refusal(path: Path, **options: Any) -> str:
     with pytest.raises(InputRefused) as refused:
-        formats.load(path, **options)
+        formats.load(path, options=ReadOptions(**options))
     return str(refused.value).replace(str(path), "ADAPTER")
 
 
@@ -60,12 +62,15 @@ def test_a_new_format_needs_a_line_in_the_table(tmp_path):
 @pytest.mark.usefixtures("text_format")
 def test_an_adapter_in_several_formats_needs_a_choice(tmp_path):
     (simple(tmp_path) / "adapter.txt").touch()
-    assert refusal(tmp_path) == "ADAPTER may be in several formats: peft, text. Choose one with `format`"
-    assert [formats.load(tmp_path, format=name).format for name in ("peft", "text")] == ["peft", "text"]
+    assert refusal(tmp_path) == "ADAPTER may be in several formats: peft, text. Choose one: --format peft"
+    assert [formats.load(tmp_path, options=ReadOptions(format=name)).format for name in ("peft", "text")] == [
+        "peft",
+        "text",
+    ]
 
 
 def test_a_format_can_be_chosen(tmp_path):
-    assert formats.load(simple(tmp_path), format="peft").format == "peft"
+    assert formats.load(simple(tmp_path), options=ReadOptions(format="peft")).format == "peft"
     assert refusal(tmp_path, format="tarot") == "unknown adapter format 'tarot'; known: peft"
 
 
@@ -74,6 +79,7 @@ def test_an_adapter_has_the_name_of_its_folder_by_default(tmp_path):
     (tmp_path / "link").symlink_to("mine")
     one, two = formats.load(tmp_path / "link"), formats.load(tmp_path / "mine", name="other")
     assert (one.name, two.name) == ("mine", "other")
+    assert formats.load(tmp_path / "mine" / "adapter_model.safetensors").name == "mine"
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export import formats
 from lora_export.formats import peft as reader
+from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter, LoraPair, TokenRows
 from support.handmade import peft_adapter
 from support.peft_folders import A_KEY, B_KEY, refusal, simple, with_tensors
@@ -459,6 +460,18 @@ class Payload:
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.mkdir, (str(self.path),)  # type: ignore[return-value]
+
+
+def test_a_file_of_pickled_tensors_is_read_where_that_is_allowed(tmp_path):
+    adapter = simple(tmp_path / "adapter")
+    stored = formats.load(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    for path in (adapter, adapter / "adapter_model.bin"):
+        pickled = formats.load(path, options=ReadOptions(allow_pickle=True))
+        assert pickled.pairs["fc"].delta().tolist() == stored.pairs["fc"].delta().tolist()
+        assert pickled.sha256 != stored.sha256
 
 
 @pytest.mark.fault(25)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import ReadOptions
 
 
-def test_an_order_of_b_that_does_not_exist_is_wrong_usage():
-    assert ReadOptions("rank_major").moe_b_layout == "rank_major"
-    with pytest.raises(
-        WrongUsage, match="--moe-b-layout is 'expert_major'; it must be rank_major or grouped_by_expert"
-    ):
-        ReadOptions("expert_major")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"moe_b_layout": "expert_major"}, "--moe-b-layout is 'expert_major'; it must be rank_major or grouped_by"),
+        ({"lora_rank": 0}, "--lora-rank is 0; it must be at least 1"),
+        ({"lora_alpha": 0.0}, "--lora-alpha is 0.0; it must be a positive number"),
+        ({"lora_alpha": math.nan}, "--lora-alpha is nan; it must be a positive number"),
+    ],
+)
+def test_a_value_that_does_not_exist_is_wrong_usage(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        ReadOptions(**wrong)
+
+
+@pytest.mark.parametrize(("field", "value"), [("lora_rank", 4), ("lora_alpha", 8.0)])
+def test_stating_what_an_adapter_records_is_refused(field: str, value: float) -> None:
+    option = f"--{field.replace('_', '-')}"
+    with pytest.raises(InputRefused, match=f"{option} is for adapters that do not record it; this one does, in f.json"):
+        ReadOptions(**{field: value}).refuse_rank_and_alpha("f.json")
+    ReadOptions(moe_b_layout="rank_major").refuse_rank_and_alpha("f.json")

@@ -44,6 +44,7 @@ NUMPY_CORE = (
     *("verification.diagnose.layer_observation", "verification.diagnose.root_cause"),
 )
 TORCH_BY_REQUEST = {
+    "lora_export.storage.torch_pickle",  # reads a pickle, where --allow-pickle is given
     "lora_export.weights.cuda",  # a merge's arithmetic on a GPU, where that was asked for
     "lora_export.runtime.environment_probes",  # imports every package to see whether it works, each in its own process
 }

@@ -15,6 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lora_export
 from lora_export.errors import InputRefused, MatchError
+from lora_export.formats.read_options import ReadOptions
 from support import experts
 from support.experts import COUNT, MODELS, RANK, parts_of, rewritten, weights
 
@@ -114,8 +115,8 @@ UNSLOTH = {"unsloth_fixed": True, "parent_library": "transformers.models.mixtral
     ("config", "options"),
     [
         ({"lora_B_layout": "grouped_by_expert"}, {}),
-        ({"auto_mapping": UNSLOTH}, {"moe_b_layout": "grouped_by_expert"}),
-        ({}, {"moe_b_layout": "grouped_by_expert"}),
+        ({"auto_mapping": UNSLOTH}, {"reading": ReadOptions(moe_b_layout="grouped_by_expert")}),
+        ({}, {"reading": ReadOptions(moe_b_layout="grouped_by_expert")}),
     ],
 )
 def test_columns_of_b_that_are_grouped_by_expert(mixtral, tmp_path, config, options):

@@ -1,0 +1,157 @@
+"""Tensors in files of `torch.save`, which are pickles in a zip archive.
+
+Unpickling can run code. Names are read without it. Tensors are read by `torch.load` with weights_only=True, which
+accepts tensors and plain containers alone, and torch is imported only then. An archive whose entries are compressed
+is refused: torch writes none, and a small one could fill the memory.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.storage import input_files
+from lora_export.storage.safetensors_file import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PICKLE = 64 << 20  # bytes of an archive's pickle: it has names and shapes, and no values
+TEXT_OPCODES = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"})
+# What unpickling raises for files that are damaged, or that hold more than tensors.
+FAILURES = (
+    *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError),
+    *(AssertionError, OverflowError, OSError, zipfile.BadZipFile, NotImplementedError),
+)
+# NumPy has no such types: torch's bits are viewed as those of ml_dtypes.
+VIEWED = {
+    "torch.bfloat16": ("uint16", ml_dtypes.bfloat16),
+    "torch.float8_e4m3fn": ("uint8", ml_dtypes.float8_e4m3fn),
+    "torch.float8_e5m2": ("uint8", ml_dtypes.float8_e5m2),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PickledTensors:
+    """The tensors of a pickle, in memory."""
+
+    path: Path
+    entries: Mapping[str, Entry]  # their positions in the file are not known, and are zero
+    arrays: Mapping[str, NDArray[Any]]
+    metadata: Mapping[str, str]
+    state: tuple[int, ...]
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self.arrays[name]
+
+    def unchanged(self) -> bool:
+        """Whether the file is still the one that was read."""
+        try:
+            (now,) = input_files.file_states([self.path])
+        except OSError:
+            return False
+        return now == self.state
+
+
+def text_in_pickle(path: Path) -> frozenset[str]:
+    """Every text in the pickle of an archive, names of tensors among them. Unpickles nothing and raises nothing.
+
+    Empty where the file is no archive of `torch.save`.
+    """
+    try:
+        return frozenset(_texts(path))
+    except (InputRefused, *FAILURES):
+        return frozenset()
+
+
+def _texts(path: Path) -> Iterator[str]:
+    with input_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        (entry,) = (one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_PICKLE:
+            return
+        for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+            if opcode.name in TEXT_OPCODES and isinstance(argument, str):
+                yield argument
+
+
+def open_pickle(path: Path) -> PickledTensors:
+    """Read the tensors of an archive that `torch.save` wrote from a table of tensors.
+
+    Raises InputRefused for another file, for one that holds more than tensors, and for tensors that are larger than
+    their data.
+    """
+    import torch
+
+    with input_files.open_regular(path) as file:
+        (state,) = input_files.file_states([path])
+        _refuse_other_archives(path, file)
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except FAILURES as error:
+            raise InputRefused(
+                f"{path} cannot be read with weights_only=True: it is damaged, or it holds more than tensors "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from error
+    table = _table(path, content)
+    arrays = {name: _array(path, name, value) for name, value in table.items()}
+    entries = {name: Entry(name, array.dtype, array.shape, 0, array.nbytes) for name, array in arrays.items()}
+    return PickledTensors(path, entries, arrays, {}, state)
+
+
+def _refuse_other_archives(path: Path, file: Any) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except FAILURES as error:
+        raise InputRefused(
+            f"{path} is no archive of torch.save. If it is a pickle of PyTorch before 1.6, load it with PyTorch where "
+            "you trust it, and save it again"
+        ) from error
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    size = sum(entry.file_size for entry in entries)
+    if packed or size > path.stat().st_size:
+        raise InputRefused(f"{path} has compressed entries, which torch.save does not write")
+
+
+def _table(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The tensors by name. litgpt and others put the table under `model`."""
+    import torch
+
+    if isinstance(content, Mapping) and list(content) == ["model"]:
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise InputRefused(f"{path} holds no table of tensors, but {type(content).__name__}")
+    refuse_unprintable(content, f"the names in {path}")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise InputRefused(f"{path} holds more than tensors: {', '.join(others[:5])}")
+    return dict(content)
+
+
+def _array(path: Path, name: str, tensor: torch.Tensor) -> NDArray[Any]:
+    """A tensor as an array with the same bits."""
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise InputRefused(f"{path}: {name} is sparse or quantised; only plain tensors are read")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputRefused(f"{path}: {name} {tuple(tensor.shape)} is larger than its data")
+    tensor = tensor.detach().contiguous()
+    try:
+        if str(tensor.dtype) in VIEWED:
+            bits, dtype = VIEWED[str(tensor.dtype)]
+            return np.asarray(tensor.view(getattr(torch, bits)).numpy()).view(dtype)
+        return np.asarray(tensor.numpy())
+    except (TypeError, RuntimeError) as error:
+        raise InputRefused(f"{path}: {name} has the type {tensor.dtype}, which no adapter needs") from error
