@@ -139,7 +139,8 @@ def merge(
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    loaded, paths = load_adapters(adapters, prefixes, reading=reading), adapter_paths(adapters)
+    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or base))
+    paths = adapter_paths(adapters)
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
     stored = None if dtype == "keep" else dtype
@@ -147,7 +148,7 @@ def merge(
     plan_settings = {
         "layout": dict(layout or {}),
         "prefixes": dict(prefixes or {}),
-        "reading": {key: value for key, value in asdict(reading).items() if key != "allow_pickle"},
+        "reading": reading.recorded,
         "combination": asdict(combination),
     }
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)

@@ -91,7 +91,7 @@ def export_onnx(
     options = OnnxOptions(
         output=with_suffix(output, ".onnx"),
         lora=lora,
-        adapters=load_adapters(adapters, prefixes, reading=reading),
+        adapters=load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or reference or model)),
         weights=tuple(weights),
         sources=tuple(adapter_paths(adapters)),
         target=target,

@@ -85,7 +85,7 @@ def export_torchscript(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
-    loaded = load_adapters(adapters, prefixes, reading=reading)
+    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")

@@ -191,6 +191,7 @@ def verify(
     sources = [candidate, origin, how.onnx_adapter, how.inputs, *model_paths(model or ""), *adapter_paths(adapters)]
     for path in reports:
         report.check_path(Path(path), [source for source in sources if source is not None])
+    reading = reading.for_base(origin if model is None else model)
     if prefixes or reading != DEFAULTS:
         adapters = load_adapters(adapters, prefixes, reading=reading)
     proof: Proof | Audit

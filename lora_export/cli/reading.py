@@ -8,6 +8,19 @@ from typing import Any
 
 import click
 
+
+def _read_parts(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=1,0,1... as a table."""
+    table = {}
+    for text in texts:
+        name, _, digits = text.rpartition("=")
+        parts = digits.split(",")
+        if not name or not set(parts) <= {"0", "1"}:
+            raise click.BadParameter(f"{text} is not NAME=1,0,1")
+        table[name] = tuple(part == "1" for part in parts)
+    return table
+
+
 ALLOW_PICKLE = click.option(
     "--allow-pickle",
     is_flag=True,
@@ -24,13 +37,20 @@ OPTIONS = (
     click.option("--lora-rank", type=int, metavar="R", help="Rank, for formats that do not record it."),
     click.option("--lora-alpha", type=float, metavar="ALPHA", help="Alpha, for formats that do not record it."),
     click.option(
+        "--enable-lora",
+        multiple=True,
+        callback=_read_parts,
+        metavar="NAME=1,0,1",
+        help="Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
+    ),
+    click.option(
         "--moe-b-layout",
         type=click.Choice(["rank_major", "grouped_by_expert"]),
         help="Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
         "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
     ),
 )
-FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "moe_b_layout")
+FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "enable_lora", "moe_b_layout")
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:

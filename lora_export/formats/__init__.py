@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, cast
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.storage import input_files
@@ -26,6 +26,8 @@ from lora_export.storage import input_files
 # The name of a format and its module. Modules are imported when an adapter is loaded.
 FORMATS = {
     "peft": "lora_export.formats.peft",
+    "mlx": "lora_export.formats.mlx",
+    "loralib": "lora_export.formats.loralib",
 }
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
@@ -63,8 +65,12 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
     candidates = _modules([options.format] if options.format else FORMATS)
     matching = {key: module for key, module in candidates.items() if module.recognises(path)}
     if not matching:
-        known = "; ".join(f"{key}: {module.DESCRIPTION}" for key, module in candidates.items())
-        raise InputRefused(f"{path} is not an adapter in a known format ({known})")
+        if options.format:
+            raise InputRefused(
+                f"{path} is not in the format {options.format}: {candidates[options.format].DESCRIPTION}"
+            )
+        known = [f"{key}: {module.DESCRIPTION}" for key, module in candidates.items()]
+        raise InputRefused(f"{path} is not an adapter in a known format:", listed(known, len(known)))
     if len(matching) > 1:
         raise InputRefused(
             f"{path} may be in several formats: {', '.join(matching)}. Choose one: --format {next(iter(matching))}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.expert_layouts import BLayout
@@ -17,6 +20,8 @@ class ReadOptions:
     allow_pickle: bool = False  # also read pickles of PyTorch, by `torch.load` with weights_only=True
     lora_rank: int | None = None  # for formats that do not record it
     lora_alpha: float | None = None  # for formats that do not record it
+    enable_lora: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)  # end of a module's name -> its parts
+    base: Path | None = None  # the base, whose config.json has what a format does not record: a folder or that file
     moe_b_layout: str = ""  # the order of the columns of B on experts, a `BLayout`; empty: as the adapter records it
 
     def __post_init__(self) -> None:
@@ -26,6 +31,25 @@ class ReadOptions:
             raise WrongUsage(f"--lora-rank is {self.lora_rank}; it must be at least 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise WrongUsage(f"--lora-alpha is {self.lora_alpha}; it must be a positive number")
+
+        for name, parts in self.enable_lora.items():
+            if len(parts) < 2 or not any(parts):
+                raise WrongUsage(f"--enable-lora {name}: a fused layer has two parts or more, and one is enabled")
+
+    def for_base(self, base: object) -> ReadOptions:
+        """The same, with the base that a command has, where it is a path and none is stated."""
+        if self.base is not None or not isinstance(base, str | Path):
+            return self
+        return replace(self, base=Path(base))
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What decides how a file is read, for a record. Whether pickles are read is left to each command."""
+        return {key: value for key, value in asdict(self).items() if key not in ("allow_pickle", "base")}
+
+    def enabled_parts_of(self, module: str) -> tuple[bool, ...]:
+        """The parts of a fused layer that have a pair; empty where nothing is stated about the module."""
+        return next((parts for name, parts in self.enable_lora.items() if f".{module}".endswith(f".{name}")), ())
 
     def refuse_rank_and_alpha(self, recorded_in: str) -> None:
         """Raise InputRefused where rank or alpha are stated for an adapter that records them."""

@@ -18,10 +18,10 @@ from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import FLOATS, Layout, TensorSpec
 from lora_export.plan.conversion.loaded_names import LoadedNames
+from lora_export.plan.embedding_names import is_embedding
 from lora_export.plan.layouts import check_stated
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
-from lora_export.weights.embedding_names import is_embedding
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
 from lora_export.weights.tied_heads import tied_head

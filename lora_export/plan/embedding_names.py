@@ -1,7 +1,7 @@
 """Which modules are tables of embeddings, by the last part of their names.
 
 A file tells nn.Embedding from nn.Linear in no other way. The names are those of transformers 5.24.0:
-`tests/weights/test_embedding_names.py` derives them again from the installed transformers.
+`tests/plan/test_embedding_names.py` derives them again from the installed transformers.
 """
 
 from __future__ import annotations

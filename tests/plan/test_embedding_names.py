@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from lora_export.weights.embedding_names import EMBEDDING_MODULES, is_embedding
+from lora_export.plan.embedding_names import EMBEDDING_MODULES, is_embedding
 
 MODELS = Path(transformers.__file__).parent / "models"
 # Names of tables in some models, and of linear layers in others, BERT among them.

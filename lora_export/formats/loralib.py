@@ -1,0 +1,131 @@
+"""Files of Microsoft's loralib: what `torch.save(loralib.lora_state_dict(model))` writes.
+
+They record neither rank nor alpha, and `enable_lora` of a fused layer neither. With the rank r, the shapes show which
+layer a pair belongs to:
+
+- Linear and Embedding: A (r, in), B (out, r).
+- Conv2d with a kernel of k x k: A (r k, in k), B (out k, r k). B A, read in rows, has the entries of the weight.
+- MergedLinear with n of its parts enabled: A (n r, in), B (n part, r), one block of rows for each enabled part. The
+  rows of the other parts do not change.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
+from lora_export.formats.peft_config import adapter_scale
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.tensor_files import TensorSource, hash_of_files, names_in, open_tensors
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan.embedding_names import is_embedding
+
+DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])")
+HYPERPARAMETERS = "hyperparameters.yaml"  # beside a file of litgpt, which has keys of the same kind
+# Of diffusion models, whose trainers also write bare `lora_A`
+OTHERS = re.compile(r"(diffusion_model|unet|text_encoder(_\d)?)\.|(lora|lycoris)_")
+
+
+def recognises(path: Path) -> bool:
+    """Whether a file has a pair under loralib's names. A pickle is not unpickled for that."""
+    if not path.is_file() or (path.parent / HYPERPARAMETERS).exists():
+        return False
+    names = [name for name in names_in(path) if _KEY.fullmatch(name)]
+    return bool(names) and not any(OTHERS.match(name) for name in names)
+
+
+def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
+    """Read a file of loralib. Raises InputRefused with everything that is wrong with it."""
+    file = open_tensors(path, options)
+    rank, alpha = options.lora_rank, options.lora_alpha
+    if rank is None or alpha is None:
+        raise InputRefused(
+            f"{path}: loralib's files record neither rank nor alpha, and B A is multiplied by alpha / rank. State both "
+            "as in training: --lora-rank R --lora-alpha ALPHA"
+        )
+    scale = adapter_scale(rank, alpha, {})
+    modules, others = keys_by_module(file, _KEY)
+    biases = [key for key in others if key.endswith(".bias")]
+
+    def build(module: str, sides: Sides) -> dict[str, LoraPair]:
+        parts = options.enabled_parts_of(module)
+        return {module: _pair(module, file.read(sides["a"]), file.read(sides["b"]), rank, scale, parts)}
+
+    pairs, spelling = read_pairs(file, modules, build, others=[key for key in others if key not in biases])
+    sha256 = hash_of_files([path])
+    if not file.unchanged():
+        raise InputRefused(f"{file.path} changed while it was being read")
+    replaced = {key: _finite(file, key) for key in biases}
+    return Adapter(
+        name=name,
+        format="loralib",
+        pairs=pairs,
+        replaced=replaced,
+        spelling=spelling,
+        metadata={"r": rank, "lora_alpha": alpha},
+        notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in biases),
+        sha256=sha256,
+    )
+
+
+def _finite(file: TensorSource, key: str) -> NDArray[Any]:
+    value = file.read(key)
+    if not np.isfinite(value.astype(np.float64)).all():
+        raise InputRefused(f"{file.path}: {key} holds values that are not finite (NaN or infinity)")
+    return value
+
+
+def _pair(module: str, a: NDArray[Any], b: NDArray[Any], rank: int, scale: float, parts: tuple[bool, ...]) -> LoraPair:
+    if (a.ndim, b.ndim) != (2, 2):
+        raise InputRefused(f"A {a.shape} and B {b.shape} are no matrices")
+    rows, columns = a.shape[0], b.shape[1]
+    if parts or rows != columns:
+        return _merged_linear(a, b, rank, scale, parts)
+    if rows == rank:
+        return LoraPair(a=a, b=b, scale=scale, embedding=is_embedding(module))
+    if rows % rank == 0 and a.shape[1] % (rows // rank) == b.shape[0] % (rows // rank) == 0:
+        return _convolution(a, b, rows // rank, scale)
+    raise InputRefused(f"A {a.shape} and B {b.shape} do not have --lora-rank {rank}")
+
+
+def _convolution(a: NDArray[Any], b: NDArray[Any], kernel: int, scale: float) -> LoraPair:
+    """The pair of a convolution of kernel x kernel.
+
+    Row o k + i of B A holds the i-th k-th part of the weights of output o. So A is repeated k times, once for each part
+    of the columns (in k k), and the rows of B are sorted by part.
+    """
+    inner, outer = a.shape[1] // kernel, b.shape[0] // kernel
+    wide = np.zeros((kernel, a.shape[0], kernel, a.shape[1]), a.dtype)
+    for part in range(kernel):
+        wide[part, :, part] = a
+    return LoraPair(
+        a=wide.reshape(kernel * a.shape[0], inner, kernel, kernel),
+        b=b.reshape(outer, kernel * b.shape[1], 1, 1),
+        scale=scale,
+    )
+
+
+def _merged_linear(a: NDArray[Any], b: NDArray[Any], rank: int, scale: float, parts: tuple[bool, ...]) -> LoraPair:
+    """The pair of a fused layer, of which `parts` states the enabled ones. Its rank is that of all of them together."""
+    enabled, rest = divmod(a.shape[0], rank)
+    if b.shape[1] != rank or rest or not enabled:
+        raise InputRefused(f"A {a.shape} and B {b.shape} do not have --lora-rank {rank}")
+    if not parts:
+        raise InputRefused(
+            f"A {a.shape} and B {b.shape} belong to {enabled} parts of a fused layer (MergedLinear), and the file does "
+            "not record which. State enable_lora as in training, such as --enable-lora c_attn=1,0,1"
+        )
+    if sum(parts) != enabled or b.shape[0] % enabled:
+        raise InputRefused(f"A {a.shape} and B {b.shape} belong to {enabled} parts, --enable-lora has {sum(parts)}")
+    size = b.shape[0] // enabled
+    wide = np.zeros((len(parts), size, enabled, rank), b.dtype)
+    for number, part in enumerate(np.flatnonzero(parts)):
+        wide[part, :, number] = b[number * size : (number + 1) * size]
+    return LoraPair(a=a, b=wide.reshape(len(parts) * size, enabled * rank), scale=scale)

@@ -1,0 +1,41 @@
+"""The config of the model that an adapter was trained on: beside the adapter, or that of the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_export.errors import InputRefused
+from lora_export.formats.base_config import base_config, size_in_config
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
+
+
+def test_the_config_beside_the_adapter_comes_before_the_bases(tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    for folder in (adapter, base):
+        folder.mkdir()
+    stated = ReadOptions(base=base)
+    assert base_config(adapter, DEFAULTS) is base_config(adapter, stated) is None
+    (base / "config.json").write_text('{"model_type": "of the base"}')
+    (base / "model.safetensors").touch()
+    for path in (base, base / "config.json", base / "model.safetensors"):
+        assert base_config(adapter, ReadOptions(base=path)) == {"model_type": "of the base"}
+    (adapter / "config.json").write_text('{"model_type": "of the adapter"}')
+    assert base_config(adapter, stated) == {"model_type": "of the adapter"}
+
+
+def test_a_base_that_is_no_path_is_left_out(tmp_path: Path) -> None:
+    assert DEFAULTS.for_base(("module", 1)) == DEFAULTS
+    assert DEFAULTS.for_base("package.module:factory").base == Path("package.module:factory")
+    stated = ReadOptions(base=tmp_path)
+    assert stated.for_base("other") is stated
+    assert base_config(tmp_path, ReadOptions(base=Path("package.module:factory"))) is None
+
+
+def test_a_size_is_a_positive_integer() -> None:
+    assert size_in_config({"b": 3}, "a", "b") == 3
+    assert size_in_config({}, "a") is None
+    for wrong in (0, True, 2.0, "3", 1 << 40):
+        with pytest.raises(InputRefused, match=r"has a = .*; it must be a positive integer"):
+            size_in_config({"a": wrong}, "a")

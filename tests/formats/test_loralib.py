@@ -1,0 +1,141 @@
+"""Files of loralib, beside the weights that its own layers merge. What the files do not record has to be stated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import loralib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_export import formats
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.read_options import ReadOptions
+from support.cli import call
+
+STATED = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6)
+
+
+class Model(nn.Module):
+    """One layer of loralib, with small integers as values."""
+
+    def __init__(self, name: str, layer: nn.Module):
+        super().__init__()
+        self.add_module(name, layer)
+        torch.manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randint(-3, 4, parameter.shape).float()
+
+    @property
+    def layer(self) -> Any:
+        return next(iter(self.children()))
+
+
+def saved(path: Path, model: nn.Module, bias: str = "none") -> Path:
+    torch.save(loralib.lora_state_dict(model, bias=bias), path)
+    return path
+
+
+def weight_of(layer: Any) -> np.ndarray[Any, Any]:
+    inner = layer.conv if hasattr(layer, "conv") else layer
+    return np.array(inner.weight.detach().numpy())
+
+
+def change(model: Model) -> np.ndarray[Any, Any]:
+    """What loralib adds to the weight when it merges."""
+    model.train()
+    before = weight_of(model.layer)
+    model.eval()
+    return weight_of(model.layer) - before
+
+
+def refusal(path: Path, options: ReadOptions) -> str:
+    with pytest.raises(InputRefused) as refused:
+        formats.load(path, options=options)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("fc", lambda: loralib.Linear(4, 5, r=2, lora_alpha=6)),
+        ("embed_tokens", lambda: loralib.Embedding(7, 3, r=2, lora_alpha=6)),
+        ("conv", lambda: loralib.Conv2d(3, 4, 3, r=2, lora_alpha=6)),
+    ],
+)
+def test_a_layer_gets_the_change_that_loralib_merges(tmp_path: Path, name: str, make: Callable[[], nn.Module]) -> None:
+    model = Model(name, make())
+    adapter = formats.load(saved(tmp_path / "a.pt", model), options=STATED)
+    (pair,) = adapter.pairs.values()
+    expected = change(model)
+    assert expected.any()
+    assert (pair.delta().T if pair.embedding else pair.delta()).tolist() == expected.tolist()
+    assert (adapter.format, adapter.metadata) == ("loralib", {"r": 2, "lora_alpha": 6})
+
+
+@pytest.mark.parametrize("parts", [(True, False, True), (False, False, True), (True, True, True), (False, True)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_parts_of_a_fused_layer_are_padded_with_zeros(
+    tmp_path: Path, parts: tuple[bool, ...], transposed: bool
+) -> None:
+    layer = loralib.MergedLinear(4, 12, r=2, lora_alpha=6, enable_lora=list(parts), fan_in_fan_out=transposed)
+    model = Model("c_attn", layer)
+    path = saved(tmp_path / "a.pt", model)
+    stated = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6, enable_lora={"c_attn": parts})
+    delta = formats.load(path, options=stated).pairs["c_attn"].delta()
+    expected = change(model)
+    assert (delta.T if transposed else delta).tolist() == expected.tolist()
+    assert expected.any() and not delta.reshape(len(parts), -1)[~np.array(parts)].any()
+
+
+def test_biases_are_saved_whole(tmp_path: Path) -> None:
+    model = Model("fc", loralib.Linear(4, 5, r=2, lora_alpha=6))
+    adapter = formats.load(saved(tmp_path / "a.pt", model, "lora_only"), options=STATED)
+    assert adapter.replaced["fc.bias"].tolist() == model.layer.bias.tolist()
+    assert adapter.notes == ("fc.bias is saved whole: it replaces the base's tensor",)
+
+
+def test_what_the_file_does_not_record_is_asked_for(tmp_path: Path) -> None:
+    linear = saved(tmp_path / "a.pt", Model("fc", loralib.Linear(4, 5, r=2)))
+    alone = refusal(linear, ReadOptions(allow_pickle=True, lora_rank=2))
+    assert alone.endswith("State both as in training: --lora-rank R --lora-alpha ALPHA")
+    wrong = refusal(linear, ReadOptions(allow_pickle=True, lora_rank=3, lora_alpha=6))
+    assert "fc: A (2, 4) and B (5, 2) do not have --lora-rank 3" in wrong
+    fused = saved(tmp_path / "b.pt", Model("qkv", loralib.MergedLinear(4, 12, r=2, enable_lora=[True, False, True])))
+    assert "State enable_lora as in training, such as --enable-lora c_attn=1,0,1" in refusal(fused, STATED)
+    parts = ReadOptions(allow_pickle=True, lora_rank=2, lora_alpha=6, enable_lora={"qkv": (True, True, True)})
+    assert "A (4, 4) and B (8, 2) belong to 2 parts, --enable-lora has 3" in refusal(fused, parts)
+
+
+def test_damage_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
+    tensors = {"a.lora_A": torch.ones(2, 3), "b.lora_A": torch.ones(2, 3), "b.lora_B": torch.full((3, 2), torch.nan)}
+    torch.save({**tensors, "c.weight": torch.ones(2)}, tmp_path / "a.pt")
+    assert refusal(tmp_path / "a.pt", STATED).splitlines()[1:] == [
+        "  a: B is missing",
+        "  b: B holds 6 values that are not finite (NaN or infinity)",
+        "  c.weight: unknown kind of tensor",
+    ]
+    torch.save({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2), "a.bias": torch.tensor([torch.inf])},
+               tmp_path / "a.pt")  # fmt: skip
+    assert "a.bias holds values that are not finite" in refusal(tmp_path / "a.pt", STATED)
+
+
+def test_parts_are_stated_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path / "a.pt", Model("qkv", loralib.MergedLinear(4, 12, r=2, enable_lora=[True, False, True])))
+    stated = ("inspect", path, "--allow-pickle", "--lora-rank", "2", "--lora-alpha", "6")
+    assert call(*stated, "--enable-lora", "qkv=1,0,1") == 0
+    assert call(*stated, "--enable-lora", "qkv") == 2
+    assert "qkv is not NAME=1,0,1" in capsys.readouterr().err
+    with pytest.raises(WrongUsage, match="a fused layer has two parts or more, and one is enabled"):
+        ReadOptions(enable_lora={"qkv": (False, False)})
+
+
+def test_files_of_diffusion_models_are_not_loralibs(tmp_path: Path) -> None:
+    torch.save({"diffusion_model.a.lora_A": torch.ones(2, 3)}, tmp_path / "a.pt")
+    assert not formats.recognised(tmp_path / "a.pt")
+    torch.save({"a.lora_A": torch.ones(2, 3)}, tmp_path / "a.pt")
+    assert formats.recognised(tmp_path / "a.pt")
