@@ -13,25 +13,14 @@ import shutil
 import sys
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 
+from benchmarks.checkpoints import QUERY_VALUE, adapter, llama
 from benchmarks.measure import Run, keep, machine, ratio, run, settle, side_by_side, table
-from lora_export.storage import safetensors_file
 
 RUNS, RUNS_OF_PEERS = 5, 3
-HIDDEN, INNER, LAYERS, WORDS, KEYS = 2048, 5632, 22, 32000, 256
-LINEAR = {
-    **{
-        f"self_attn.{name}_proj": (size, HIDDEN)
-        for name, size in zip("qkvo", (HIDDEN, KEYS, KEYS, HIDDEN), strict=True)
-    },
-    **{f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-TARGETS = {"all linear": list(LINEAR), "q and v": ["self_attn.q_proj", "self_attn.v_proj"]}
+TARGETS = {"all linear": None, "q and v": QUERY_VALUE}
 PEFT_NAME = "PEFT merge_and_unload and save_pretrained"
 PEFT = """
 import sys, torch
@@ -41,52 +30,6 @@ base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
-
-
-def shapes() -> dict[str, tuple[int, ...]]:
-    layer = {f"{name}.weight": shape for name, shape in LINEAR.items()}
-    layer |= {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
-    layers = {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
-    ends = {"model.norm.weight": (HIDDEN,), "lm_head.weight": (WORDS, HIDDEN)}
-    return {"model.embed_tokens.weight": (WORDS, HIDDEN), **layers, **ends}
-
-
-def llama(folder: Path, shards: int = 4) -> Path:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    every, index = shapes(), {}
-    for number, names in enumerate(np.array_split(list(every), shards), 1):
-        file = f"model-{number:05}-of-{shards:05}.safetensors"
-        tensors = {
-            str(name): (0.02 * rng.standard_normal(every[name], np.float32)).astype(ml_dtypes.bfloat16)
-            for name in names
-        }
-        safetensors_file.write(folder / file, tensors, {"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": WORDS,
-        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def adapter(folder: Path, targets: list[str]) -> Path:
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    tensors = {}
-    for layer in range(LAYERS):
-        for target in targets:
-            rows, columns = LINEAR[target]
-            name = f"base_model.model.model.layers.{layer}.{target}"
-            tensors[f"{name}.lora_A.weight"] = 0.02 * rng.standard_normal((16, columns), np.float32)
-            tensors[f"{name}.lora_B.weight"] = 0.02 * rng.standard_normal((rows, 16), np.float32)
-    safetensors_file.write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": targets}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lora_export.plan import FLOATS, Layout, Plan, Step
+from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
 from lora_export.verification.against_checkpoint.judge_rounded import judge_rest, judge_rounded
@@ -41,20 +45,18 @@ def audit(
     parts = _steps_on_parts(steps)
     dtype = _common_dtype(after)
 
-    def judge(name: str) -> list[AuditedWeight]:
+    def judgements(name: str) -> list[_Judgement]:
         base_name, step = expected[name]
         candidate = after.get(name)
         if candidate is None:
-            return [AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")]
+            missing = AuditedWeight(name, Fate.of(step), Outcome.DIFFERENT, "is missing")
+            return [_Judgement(0, lambda: missing)]
         if base_name in parts:
-            weights = _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)
-        else:
-            weights = [_judge(name, step, before.get(base_name), candidate, dtype)]
-        progress(candidate.entry.nbytes)
-        return weights
+            return _judge_parts(name, parts[base_name], before[base_name], candidate, dtype)
+        judge = functools.partial(_judge, name, step, before.get(base_name), candidate, dtype)
+        return [_Judgement(candidate.entry.nbytes, judge)]
 
-    with ThreadPoolExecutor(block_copy.default_threads()) as pool:
-        weights = [weight for found in pool.map(judge, expected) for weight in found]
+    weights = [weight for weight in _judge_all(list(map(judgements, expected)), progress) if weight is not None]
     weights += [
         AuditedWeight(name, Fate.NONE, Outcome.DIFFERENT, "is in neither the base nor the adapters")
         for name in after
@@ -63,6 +65,34 @@ def audit(
     outcomes = {weight.outcome for weight in weights}
     outcome = next(one for one in (Outcome.DIFFERENT, Outcome.UNDECIDED, Outcome.SAME) if one in outcomes)
     return Audit(outcome, tuple(weights))
+
+
+@dataclass(frozen=True, eq=False)
+class _Judgement:
+    """What one thread does at a time: a tensor, or a part of one. It returns None where there is nothing to judge."""
+
+    nbytes: int
+    judge: Callable[[], AuditedWeight | None]
+
+
+def _judge_all(
+    by_tensor: Sequence[Sequence[_Judgement]], progress: Callable[[int], None]
+) -> Iterator[AuditedWeight | None]:
+    """The results in this order, computed by one thread for each core. The largest begin first: none is left alone."""
+
+    def run(one: _Judgement) -> AuditedWeight | None:
+        found = one.judge()
+        progress(one.nbytes)
+        return found
+
+    every = [one for judgements in by_tensor for one in judgements]
+    # Each thread multiplies by itself: those of a BLAS would wait for each other.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(block_copy.default_threads()) as pool:
+        futures = {one: pool.submit(run, one) for one in sorted(every, key=lambda one: -one.nbytes)}
+        try:
+            yield from [futures[one].result() for one in every]
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure
 
 
 def _steps_on_parts(steps: Sequence[Step]) -> dict[str, list[Step]]:
@@ -76,18 +106,24 @@ def _steps_on_parts(steps: Sequence[Step]) -> dict[str, list[Step]]:
 
 def _judge_parts(
     name: str, steps: Sequence[Step], base: StoredTensor, candidate: StoredTensor, common_dtype: np.dtype[Any] | None
-) -> list[AuditedWeight]:
+) -> list[_Judgement]:
     """Each part that a step changes, and the entries outside of them."""
     problem = _wrong_shape(None, base, candidate) or _wrong_dtype(base, candidate, common_dtype)
     if problem:
-        return [AuditedWeight(name, Fate.CHANGED, Outcome.DIFFERENT, problem)]
+        different = AuditedWeight(name, Fate.CHANGED, Outcome.DIFFERENT, problem)
+        return [_Judgement(candidate.entry.nbytes, lambda: different)]
     regions = [step.spec.region for step in steps if step.spec.region is not None]
-    parts = [
-        _judge(step.weight, step, base.part(region), candidate.part(region), common_dtype)
-        for step, region in zip(steps, regions, strict=True)
-    ]
-    rest = judge_rest(name, regions, base, candidate)
-    return [*parts, rest] if rest.elements else parts
+    share = candidate.entry.nbytes // len(regions)
+
+    def of_part(step: Step, region: StoredRegion) -> AuditedWeight:
+        return _judge(step.weight, step, base.part(region), candidate.part(region), common_dtype)
+
+    def of_rest() -> AuditedWeight | None:
+        rest = judge_rest(name, regions, base, candidate)
+        return rest if rest.elements else None
+
+    parts = [_Judgement(share, functools.partial(of_part, *each)) for each in zip(steps, regions, strict=True)]
+    return [*parts, _Judgement(candidate.entry.nbytes - share * len(regions), of_rest)]
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

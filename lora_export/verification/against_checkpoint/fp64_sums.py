@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
-from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step
+from lora_export.verification.against_checkpoint.scratch import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
 
+Entries = NDArray[np.intp] | slice  # indices of flattened rows, or EVERY_ENTRY
+BoundOf = Callable[[Entries], Wide]  # (flattened entries,) -> the bound of each, in one dimension
+EVERY_ENTRY = slice(None)
 FP32_ROUNDOFF = 2.0**-24
 
 OTHER_LAYOUT = {Layout.OUT_IN: Layout.IN_OUT, Layout.IN_OUT: Layout.OUT_IN}
@@ -27,6 +31,7 @@ class Fp64Sum:
     transposed_term: int = -1  # the term whose BA is transposed
     with_magnitude: bool = True
     column_norms: tuple[Wide, Wide] | None = None  # of DoRA's outputs, and their bounds, where outputs are columns
+    _rights: dict[tuple[int, bool], Wide] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def right(cls, step: Step) -> Fp64Sum:
@@ -38,26 +43,75 @@ class Fp64Sum:
 
     def rows(self, rows: slice, weight: Wide) -> tuple[Wide, Wide]:
         """These rows of the sum as they are stored, and how much a sum in fp32 may differ from each entry."""
-        total, bound = self._added(rows, weight)
-        if self.step.magnitude is None or not self.with_magnitude:
-            return total, bound
-        return self._rescaled(rows, total, bound)
+        value, bound_of = self.values(rows, weight, Scratch())
+        return value, bound_of(EVERY_ENTRY).reshape(value.shape)
 
-    def _added(self, rows: slice, weight: Wide) -> tuple[Wide, Wide]:
-        step, total, bound = self.step, weight.copy(), np.zeros_like(weight)
-        is_transposed = step.spec.layout.is_transposed
-        for number, (term, factor) in enumerate(zip(step.terms, self.factors, strict=step.shift is None)):
+    def values(self, rows: slice, weight: Wide, scratch: Scratch) -> tuple[Wide, BoundOf]:
+        """These rows of the sum, and how much a sum in fp32 may differ from entries, given their flattened indices.
+
+        Both are valid until `scratch` is used again.
+        """
+        total = self._added(rows, weight, scratch.array("sum", weight.shape))
+        if self.step.magnitude is None or not self.with_magnitude:
+            return total, lambda entries: self._bound(rows, total, entries)
+        value, bound = self._rescaled(rows, total, self._bound(rows, total, EVERY_ENTRY).reshape(total.shape))
+        return value, lambda entries: bound.reshape(-1)[entries]
+
+    def _added(self, rows: slice, weight: Wide, out: Wide) -> Wide:
+        """W and what is added to it, without DoRA's lengths."""
+        step, flat, is_filled = self.step, out.reshape(len(out), -1), False
+        for number, factor in enumerate(self.factors if step.terms else ()):
             if factor:
-                scale = term.scale * factor
-                transposed = is_transposed != (number == self.transposed_term)
-                total += scale * _product(term.pair, rows, transposed=transposed)
-                operations = term.pair.rank + 4 + len(step.terms)
-                bound += operations * abs(scale) * _norms(term.pair, rows, transposed=is_transposed)
+                transposed = step.spec.layout.is_transposed != (number == self.transposed_term)
+                left, right = self._left(number, rows, transposed=transposed), self._right(number, transposed)
+                left = step.terms[number].scale * factor * left
+                if is_filled:
+                    flat += left @ right
+                else:
+                    np.matmul(left, right, out=flat)
+                is_filled = True
         if step.shift is not None:
-            shift = self.factors[0] * step.shift[rows].astype(np.float64)
-            total += shift
-            bound += np.abs(shift)
-        return total, FP32_ROUNDOFF * (bound + 4 * np.abs(total))
+            np.multiply(self.factors[0], step.shift[rows], out=out)
+        elif not is_filled:
+            out[...] = 0
+        out += weight
+        return out
+
+    def _bound(self, rows: slice, total: Wide, entries: Entries) -> Wide:
+        """How much a sum in fp32 may differ from entries of W + Σ s·BA: no sum of |b| |a| is larger than ‖b‖ ‖a‖."""
+        step, bound = self.step, 4 * np.abs(total.reshape(-1)[entries])
+        if step.shift is not None:
+            bound += np.abs(self.factors[0] * step.shift[rows].astype(np.float64)[entries])
+        for number, factor in enumerate(self.factors if step.terms else ()):
+            if factor:
+                term, transposed = step.terms[number], step.spec.layout.is_transposed
+                left = np.linalg.norm(self._left(number, rows, transposed=transposed), axis=1)
+                right = self._right_norms(number)
+                operations = (term.pair.rank + 4 + len(step.terms)) * abs(term.scale * factor)
+                if isinstance(entries, slice):
+                    bound += operations * np.outer(left, right).reshape(-1)
+                else:
+                    row, column = np.divmod(entries, len(right))
+                    bound += operations * left[row] * right[column]
+        return FP32_ROUNDOFF * bound
+
+    def _left(self, number: int, rows: slice, *, transposed: bool) -> Wide:
+        """The left factor of a term for these stored rows, (rows, rank); `transposed`: of the transposed product."""
+        pair = self.step.terms[number].pair
+        left = pair.a.reshape(pair.rank, -1).T if transposed else pair.b.reshape(-1, pair.rank)
+        return left[rows].astype(np.float64)
+
+    def _right(self, number: int, transposed: bool) -> Wide:
+        """The right factor of a term, (rank, columns)."""
+        if (number, transposed) not in self._rights:
+            pair = self.step.terms[number].pair
+            right = pair.b.reshape(-1, pair.rank).T if transposed else pair.a.reshape(pair.rank, -1)
+            self._rights[number, transposed] = np.ascontiguousarray(right, np.float64)
+        return self._rights[number, transposed]
+
+    def _right_norms(self, number: int) -> Wide:
+        norms: Wide = np.linalg.norm(self._right(number, self.step.spec.layout.is_transposed), axis=0)
+        return norms
 
     def _rescaled(self, rows: slice, total: Wide, bound: Wide) -> tuple[Wide, Wide]:
         """The sum with DoRA's lengths."""
@@ -113,27 +167,6 @@ def half_step(values: Wide, dtype: np.dtype[Any]) -> Wide:
     _, exponents = np.frexp(np.maximum(values, float(kind.smallest_normal)))
     halves: Wide = np.ldexp(0.5, exponents - 1 - kind.nmant)
     return halves
-
-
-def _product(pair: LoraPair, rows: slice, *, transposed: bool) -> Wide:
-    """BA of these rows of the weight as it is stored; `transposed` where that is (in, out)."""
-    left, right = _factors(pair, rows, transposed=transposed)
-    product: Wide = left @ right
-    return product if transposed else product.reshape(-1, *pair.a.shape[1:])
-
-
-def _norms(pair: LoraPair, rows: slice, *, transposed: bool) -> Wide:
-    """‖b‖ ‖a‖ for each entry: no sum of |b| |a| is larger."""
-    left, right = _factors(pair, rows, transposed=transposed)
-    products: Wide = np.outer(np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=0))
-    return products if transposed else products.reshape(-1, *pair.a.shape[1:])
-
-
-def _factors(pair: LoraPair, rows: slice, *, transposed: bool) -> tuple[Wide, Wide]:
-    """The factors of these stored rows: (rows, rank), (rank, columns)."""
-    a, b = pair.a.reshape(pair.rank, -1), pair.b.reshape(-1, pair.rank)
-    left, right = (a.T[rows], b.T) if transposed else (b[rows], a)
-    return left.astype(np.float64), right.astype(np.float64)
 
 
 def _row_norms(rows: Wide) -> Wide:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from lora_export.plan import Step
 from lora_export.verification.against_checkpoint.changed_weight import ChangedWeight
+from lora_export.verification.against_checkpoint.compare_rows import ComparedRows, WeightRows, compare_rows
 from lora_export.verification.against_checkpoint.explain_difference import explain_difference
 from lora_export.verification.against_checkpoint.fp64_sums import (
     OTHER_LAYOUT,
     Fp64Sum,
-    allowed_error,
     wrong_sums,
 )
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
+from lora_export.verification.against_checkpoint.scratch import Scratch
 from lora_export.verification.against_checkpoint.stored_tensor import StoredTensor
 from lora_export.verification.parity import Outcome, Wide, WorstElement
 
@@ -28,13 +28,13 @@ def judge_changed(name: str, step: Step, base: StoredTensor, candidate: StoredTe
     weight = ChangedWeight(step, base, candidate, list(candidate.pieces()))
     right = weight.with_norms(Fp64Sum.right(step))
     controls = {what: _Control(weight.with_norms(wrong)) for what, wrong in wrong_sums(right)}
-    found = _Differences(candidate.dtype)
-    for rows in weight.pieces:
-        before, after = weight.before(rows), weight.after(rows)
-        value, bound = right.rows(rows, before)
-        found.add(rows, before, after, value, bound)
+    found = _Differences()
+    scratch, others = Scratch(), Scratch()
+    for block in weight.blocks():
+        compared = compare_rows(block, right, scratch, every_entry=not found.elements)
+        found.add(block, compared, scratch)
         for control in controls.values():
-            control.compare(rows, before, after, value, candidate.dtype)
+            control.compare(block, compared.value, others)
     result = found.result(name, {what: one.detected for what, one in controls.items() if one.is_wrong})
     if result.off:
         why = (
@@ -78,38 +78,43 @@ class _Control:
     is_wrong: bool = False  # a change that is its own transpose, or zero, makes no difference
     detected: bool = False
 
-    def compare(self, rows: slice, before: Wide, after: Wide, value: Wide, dtype: np.dtype[Any]) -> None:
+    def compare(self, block: WeightRows, value: Wide, scratch: Scratch) -> None:
         if self.detected:
             return
-        other, bound = self.wrong.rows(rows, before)
-        self.is_wrong = self.is_wrong or not np.array_equal(other, value)
-        self.detected = not (np.abs(after - other) <= allowed_error(other, bound, dtype)).all()
+        found = compare_rows(block, self.wrong, scratch)
+        self.is_wrong = self.is_wrong or not np.array_equal(found.value, value)
+        self.detected = found.off > 0
 
 
 class _Differences:
     """The differences between a candidate and its sum in fp64, over the pieces of one weight."""
 
-    def __init__(self, dtype: np.dtype[Any]):
-        self.dtype = dtype
+    def __init__(self) -> None:
         self.elements = self.off = 0
         self.error = -1.0
         self.worst: WorstElement | None = None
         self.sums = np.zeros(4)  # ‖W‖², ‖V − W‖², <M − W, V − W>, ‖M − V‖²
 
-    def add(self, rows: slice, before: Wide, after: Wide, value: Wide, bound: Wide) -> None:
-        distance, allowed = np.abs(after - value), allowed_error(value, bound, self.dtype)
-        self.off += distance.size - int(np.count_nonzero(distance <= allowed))  # NaN is off
-        self.elements += distance.size
-        relative = np.nan_to_num(distance / allowed, nan=np.inf, posinf=np.inf)
-        if relative.max(initial=-1.0) > self.error:
-            position = int(relative.argmax())
-            self.error, index = float(relative.max()), np.unravel_index(position, relative.shape)
-            in_tensor = (rows.start + int(index[0]), *map(int, index[1:]))
-            self.worst = WorstElement(in_tensor, float(after[index]), float(value[index]))
-        change = value - before
+    def add(self, block: WeightRows, compared: ComparedRows, scratch: Scratch) -> None:
+        self.off += compared.off
+        self.elements += compared.value.size
+        self._add_worst(block, compared)
+        value, difference = compared.value, compared.difference
+        change = np.subtract(value, block.before, out=scratch.array("change", value.shape))
         with np.errstate(over="ignore", invalid="ignore"):  # entries that are off may have any value
-            products = [np.vdot(x, y) for x, y in ((before, before), (change, change), (after - before, change))]
-            self.sums += [*products, np.square(distance).sum()]
+            pairs = (block.before,) * 2, (change,) * 2, (difference, change), (difference,) * 2
+            weight_sq, change_sq, added, noise_sq = (np.vdot(one, other) for one, other in pairs)
+            self.sums += [weight_sq, change_sq, added + change_sq, noise_sq]  # M - W = (M - V) + (V - W)
+
+    def _add_worst(self, block: WeightRows, compared: ComparedRows) -> None:
+        if compared.relative.max(initial=-1.0) <= self.error:
+            return
+        self.error, position = float(compared.relative.max()), int(compared.relative.argmax())
+        if not isinstance(compared.entries, slice):
+            position = int(compared.entries[position])
+        index = np.unravel_index(position, compared.value.shape)
+        in_tensor = (block.rows.start + int(index[0]), *map(int, index[1:]))
+        self.worst = WorstElement(in_tensor, float(block.after[index]), float(compared.value[index]))
 
     def result(self, name: str, controls: Mapping[str, bool]) -> AuditedWeight:
         """What was found, with the outcome `same`."""

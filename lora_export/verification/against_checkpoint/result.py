@@ -39,7 +39,9 @@ class AuditedWeight:
     why: str = ""  # empty where it is the same
     elements: int = 0
     off: int = 0  # entries that differ by more than what is allowed
-    error: float = 0.0  # the largest |M - V|, relative to what is allowed for that entry
+    # The largest |M - V| relative to what is allowed for that entry: of the first entries, and of those that their bits
+    # do not decide. It is 1 or less for every other entry.
+    error: float = 0.0
     controls: Mapping[str, bool] = field(default_factory=dict)  # a deliberate error -> whether it was detected
     # Of a changed weight, as a merge report has them (see StepResult), but with sums in fp64:
     relative_change: float | None = None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lora_export.plan.stored_region import StoredRegion
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
+from lora_export.verification.against_checkpoint.scratch import Scratch
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
 
 PIECE_BYTES = 1 << 22  # of a tensor in fp64 that is compared at once
@@ -35,18 +36,22 @@ class StoredTensor:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape if self.region is None else self.region.cut_shape
 
-    def rows(self, rows: slice) -> NDArray[Any]:
-        """Some rows, as they are stored; a scalar is one row. Raises InputRefused where the file became shorter."""
+    def rows(self, rows: slice, scratch: Scratch | None = None, name: str = "") -> NDArray[Any]:
+        """Some rows, as they are stored; a scalar is one row. Raises InputRefused where the file became shorter.
+
+        They may be in the memory that `scratch` keeps under this name, and are valid until it is used again.
+        """
         if self.region is None:
-            return self._read(rows, self.entry.shape)
+            return self._read(rows, self.entry.shape, scratch or Scratch(), name)
         first = self.region.rows.start
-        return self._read(slice(first + rows.start, first + rows.stop), self.region.shape)[:, *self._columns()]
+        own = slice(first + rows.start, first + rows.stop)
+        return self._read(own, self.region.shape, scratch or Scratch(), name)[:, *self._columns()]
 
     def _columns(self) -> tuple[slice, ...]:
         assert self.region is not None
         return () if len(self.region.shape) == 1 else (self.region.columns,)
 
-    def _read(self, rows: slice, shape: Sequence[int]) -> NDArray[Any]:
+    def _read(self, rows: slice, shape: Sequence[int], scratch: Scratch, name: str) -> NDArray[Any]:
         with self.file.path.open("rb") as file:
             if self.quantised is not None:
                 own = self.quantised.rows_in(shape or (1,), rows)
@@ -54,7 +59,7 @@ class StoredTensor:
                 packed = self.quantised.read(self.file.path, fd, entry.start, entry.nbytes, own)
                 return packed.reshape(rows.stop - rows.start, *shape[1:])
             row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-            found = np.empty((rows.stop - rows.start) * row_bytes, np.uint8)
+            found = scratch.array(name, [(rows.stop - rows.start) * row_bytes], np.uint8)
             block_copy.read(self.file.path, file.fileno(), found, self.entry.start + rows.start * row_bytes)
         return found.view(self.dtype).reshape(rows.stop - rows.start, *shape[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from lora_export.verification.against_checkpoint import stored_tensor
+from lora_export.storage import safetensors_file
+from lora_export.verification.against_checkpoint import audit_checkpoint, judge_rounded, stored_tensor
+from lora_export.verification.against_checkpoint.result import AuditedWeight
 from support import peak
 from support.audits import PAIRS, RANK, RNG, WEIGHTS, Tensors, normal, plain, run, the_base, verified
 from support.handmade import add_tensors, base_file, peft_adapter
@@ -327,6 +330,33 @@ def test_a_changed_weight_has_the_figures_of_the_merge_report(
         assert worst["candidate"] == held[index] != start[index]
         assert abs(worst["candidate"] - worst["reference"]) <= weight["error"] * 2**-8 * abs(held[index])
     assert document["about"]["adapters"][0]["sha256"] and document["about"]["command"][:2] == ["lora-export", "verify"]
+
+
+def test_results_have_the_order_of_the_base_whatever_their_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out) == 0
+    _, document = verified(capsys, out, base, adapter)
+    assert [weight["name"] for weight in document["weights"]] == list(safetensors_file.open_file(base).entries)
+
+
+def test_a_file_that_becomes_shorter_ends_the_audit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out) == 0
+    judged, begun = judge_rounded.judge_rounded, []
+
+    def shortened(name: str, *rest: Any) -> AuditedWeight:
+        begun.append(name)
+        os.truncate(out, safetensors_file.open_file(base).data_start)
+        return judged(name, *rest)
+
+    monkeypatch.setattr(audit_checkpoint, "judge_rounded", shortened)
+    capsys.readouterr()
+    assert run("verify", out, "--base", base, "-a", adapter) == 3
+    assert "became shorter while it was being read" in capsys.readouterr().err and begun
 
 
 def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:

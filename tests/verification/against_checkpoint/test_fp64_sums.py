@@ -12,12 +12,14 @@ from lora_export import sums
 from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step, Term
 from lora_export.verification.against_checkpoint.fp64_sums import (
+    EVERY_ENTRY,
     Fp64Sum,
     allowed_error,
     half_step,
     sum_in_other_layout,
     wrong_sums,
 )
+from lora_export.verification.against_checkpoint.scratch import Scratch
 from support.plans import BA, matrix, pair, square, table, vector
 
 W = np.float64([[100, 200, 300], [400, 500, 600]])
@@ -127,3 +129,18 @@ def test_half_a_step_is_half_the_distance_to_the_next_number(value: float, dtype
 def test_an_allowed_error_is_half_a_step_and_the_bound() -> None:
     allowed = allowed_error(np.float64([-1.5]), np.float64([0.25]), np.dtype(ml_dtypes.bfloat16))
     assert allowed.tolist() == [2**-8 + 0.25]
+
+
+@pytest.mark.parametrize("layout", [Layout.OUT_IN, Layout.IN_OUT])
+@pytest.mark.parametrize("magnitude", [None, [10, 15]])
+def test_the_bound_of_some_entries_is_that_of_every_entry(layout: Layout, magnitude: list[float] | None) -> None:
+    rng = np.random.default_rng(0)
+    one = LoraPair(a=rng.normal(size=(2, 3)), b=rng.normal(size=(2, 2)), scale=0.7, magnitude=magnitude)
+    terms = (one,) if magnitude else (one, pair(scale=0.5))
+    known = (np.float64([5, 6]), np.float64([1e-7, 2e-7])) if magnitude and layout.is_transposed else None
+    weight = W.T if layout.is_transposed else W
+    right = Fp64Sum(a_step(*terms, layout=layout), (1.0,) * len(terms), column_norms=known)
+    _, bound_of = right.values(slice(0, len(weight)), weight, Scratch())
+    every = bound_of(EVERY_ENTRY)
+    assert every.shape == (6,) and (every > 0).all() and len(set(every)) == 6
+    assert bound_of(np.array([4, 1])).tolist() == every[[4, 1]].tolist()

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step, Term
-from lora_export.verification.against_checkpoint import stored_tensor
+from lora_export.verification.against_checkpoint import changed_weight, stored_tensor
 from lora_export.verification.against_checkpoint.judge_changed import judge_changed, judge_unknown_layout
 from lora_export.verification.against_checkpoint.result import AuditedWeight, Fate
 from lora_export.verification.parity import Outcome
@@ -25,9 +25,13 @@ SQUARE = Step(matrix("fc.weight", 2, 2, layout=Layout.UNKNOWN), (Term("ad", "fc"
 SQUARE_CHANGE = np.float64([[1, 2], [10, 20]])
 
 
-@pytest.fixture(autouse=True, params=[1, 1 << 22], ids=["row by row", "whole"])
-def piece_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", request.param)
+@pytest.fixture(autouse=True, params=[(1, 1), (1 << 22, 1), (1 << 22, 1 << 16)], ids=["pieces", "blocks", "whole"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time read, or compared; or all."""
+    piece, block = request.param
+    monkeypatch.setattr(stored_tensor, "PIECE_BYTES", piece)
+    monkeypatch.setattr(changed_weight, "FIRST_ENTRIES", block)
+    monkeypatch.setattr(changed_weight, "MOST_ENTRIES", block)
 
 
 def judged(
