@@ -70,7 +70,9 @@ def unmerge(
             raise InputRefused(f"{base_from} was kept by a merge into {what}, and {merged} is another kind")
         base = base_of(residual, merged)
         settings = _PlanSettings.of(residual)
-        loaded = load_adapters(adapters, reading=replace(settings.reading, allow_pickle=allow_pickle, base=merged))
+        loaded = load_adapters(
+            adapters, reading=replace(settings.reading, allow_pickle=allow_pickle, base_config=merged)
+        )
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
         stage = atomic_output.stage_folder if merged.is_dir() else atomic_output.stage_file

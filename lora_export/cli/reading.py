@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from lora_export.cli.paths import FilePath
+
 
 def _read_parts(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
     """NAME=1,0,1... as a table."""
@@ -44,13 +46,20 @@ OPTIONS = (
         help="Parts of a fused layer that have a pair, for loralib's MergedLinear. NAME ends the layer's name.",
     ),
     click.option(
+        "--base-config",
+        type=FilePath(),
+        metavar="PATH",
+        help="config.json of the model that the adapters were trained on, or its folder, for formats that need it. Not "
+        "needed where the command has the base, or the adapter a config.json beside it.",
+    ),
+    click.option(
         "--moe-b-layout",
         type=click.Choice(["rank_major", "grouped_by_expert"]),
         help="Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
         "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
     ),
 )
-FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "enable_lora", "moe_b_layout")
+FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "enable_lora", "base_config", "moe_b_layout")
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:

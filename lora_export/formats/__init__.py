@@ -28,6 +28,8 @@ FORMATS = {
     "peft": "lora_export.formats.peft",
     "mlx": "lora_export.formats.mlx",
     "loralib": "lora_export.formats.loralib",
+    "litgpt": "lora_export.formats.litgpt",
+    "torchtune": "lora_export.formats.torchtune",
 }
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})

@@ -16,11 +16,11 @@ _CONFIG = "config.json"
 def base_config(folder: Path, options: ReadOptions) -> Mapping[str, Any] | None:
     """The config.json beside an adapter, else that of the base; None where there is neither.
 
-    `options.base` is a folder, or a file in it. Raises InputRefused for a damaged config.
+    `options.base_config` is a folder, or a file in it. Raises InputRefused for a damaged config.
     """
     places = [folder / _CONFIG]
-    if options.base is not None:
-        places.append(options.base.parent / _CONFIG if options.base.is_file() else options.base / _CONFIG)
+    if (base := options.base_config) is not None:
+        places.append((base.parent if base.is_file() else base) / _CONFIG)
     for path in places:
         if path.is_file():
             return json_files.read_model_config(path)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
+from lora_export.formats.fused_pairs import fuse_outputs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
@@ -28,14 +29,14 @@ from lora_export.plan.embedding_names import is_embedding
 
 DESCRIPTION = "a file with the tensors NAME.lora_A and NAME.lora_B of loralib"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])")
-HYPERPARAMETERS = "hyperparameters.yaml"  # beside a file of litgpt, which has keys of the same kind
+_OF_LITGPT = "hyperparameters.yaml"  # beside a file of litgpt, which has keys of the same kind
 # Of diffusion models, whose trainers also write bare `lora_A`
 OTHERS = re.compile(r"(diffusion_model|unet|text_encoder(_\d)?)\.|(lora|lycoris)_")
 
 
 def recognises(path: Path) -> bool:
     """Whether a file has a pair under loralib's names. A pickle is not unpickled for that."""
-    if not path.is_file() or (path.parent / HYPERPARAMETERS).exists():
+    if not path.is_file() or (path.parent / _OF_LITGPT).exists():
         return False
     names = [name for name in names_in(path) if _KEY.fullmatch(name)]
     return bool(names) and not any(OTHERS.match(name) for name in names)
@@ -124,8 +125,6 @@ def _merged_linear(a: NDArray[Any], b: NDArray[Any], rank: int, scale: float, pa
         )
     if sum(parts) != enabled or b.shape[0] % enabled:
         raise InputRefused(f"A {a.shape} and B {b.shape} belong to {enabled} parts, --enable-lora has {sum(parts)}")
-    size = b.shape[0] // enabled
-    wide = np.zeros((len(parts), size, enabled, rank), b.dtype)
-    for number, part in enumerate(np.flatnonzero(parts)):
-        wide[part, :, number] = b[number * size : (number + 1) * size]
-    return LoraPair(a=a, b=wide.reshape(len(parts) * size, enabled * rank), scale=scale)
+    by_part = zip(np.flatnonzero(parts).tolist(), np.split(a, enabled), np.split(b, enabled), strict=True)
+    pairs = {part: LoraPair(a=own_a, b=own_b, scale=scale) for part, own_a, own_b in by_part}
+    return fuse_outputs(pairs, [b.shape[0] // enabled] * len(parts))

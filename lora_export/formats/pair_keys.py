@@ -9,11 +9,11 @@ from lora_export.errors import InputRefused, listed, refuse_unprintable
 from lora_export.formats.tensor_files import TensorSource
 from lora_export.lora import LoraPair
 
-Sides = Mapping[str, str]  # the side of a pair ("a", "b", "m") -> the key of its tensor
+Sides = Mapping[str, str]  # the side of a pair ("a", "b", ...) -> the key of its tensor
 
 
-def keys_by_module(file: TensorSource, pattern: re.Pattern[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The keys that a pattern with the groups `module` and `side` matches, and the other keys.
+def keys_by_module(file: TensorSource, *patterns: re.Pattern[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The keys that one of the patterns, with the groups `module` and `side`, matches; and the other keys.
 
     Raises InputRefused for a file without tensors, for a module that has a side twice, and for names with control
     characters.
@@ -22,7 +22,7 @@ def keys_by_module(file: TensorSource, pattern: re.Pattern[str]) -> tuple[dict[s
     modules: dict[str, dict[str, str]] = {}
     others = []
     for key in file.entries:
-        match = pattern.fullmatch(key)
+        match = next(filter(None, (pattern.fullmatch(key) for pattern in patterns)), None)
         if match is None:
             others.append(key)
             continue

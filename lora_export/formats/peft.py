@@ -53,11 +53,14 @@ DESCRIPTION = "a folder with adapter_config.json and adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+OF_TORCHTUNE = "adapter_model.pt"  # beside a config for PEFT, and in place of PEFT's files
 
 
 def recognises(path: Path) -> bool:
     """Whether the folder contains PEFT's config. MLX's file of the same name has no `peft_type`."""
     folder = _folder(path)
+    if (folder / OF_TORCHTUNE).exists() and not any((folder / name).exists() for name in (WEIGHTS, PICKLE)):
+        return False
     try:
         return "peft_type" in json_files.read_json(folder / ADAPTER_CONFIG)
     except InputRefused:

@@ -21,7 +21,7 @@ class ReadOptions:
     lora_rank: int | None = None  # for formats that do not record it
     lora_alpha: float | None = None  # for formats that do not record it
     enable_lora: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)  # end of a module's name -> its parts
-    base: Path | None = None  # the base, whose config.json has what a format does not record: a folder or that file
+    base_config: Path | None = None  # the base's config.json or its folder: it has what some formats do not record
     moe_b_layout: str = ""  # the order of the columns of B on experts, a `BLayout`; empty: as the adapter records it
 
     def __post_init__(self) -> None:
@@ -38,14 +38,14 @@ class ReadOptions:
 
     def for_base(self, base: object) -> ReadOptions:
         """The same, with the base that a command has, where it is a path and none is stated."""
-        if self.base is not None or not isinstance(base, str | Path):
+        if self.base_config is not None or not isinstance(base, str | Path):
             return self
-        return replace(self, base=Path(base))
+        return replace(self, base_config=Path(base))
 
     @property
     def recorded(self) -> dict[str, Any]:
         """What decides how a file is read, for a record. Whether pickles are read is left to each command."""
-        return {key: value for key, value in asdict(self).items() if key not in ("allow_pickle", "base")}
+        return {key: value for key, value in asdict(self).items() if key not in ("allow_pickle", "base_config")}
 
     def enabled_parts_of(self, module: str) -> tuple[bool, ...]:
         """The parts of a fused layer that have a pair; empty where nothing is stated about the module."""

@@ -15,22 +15,22 @@ def test_the_config_beside_the_adapter_comes_before_the_bases(tmp_path: Path) ->
     adapter, base = tmp_path / "adapter", tmp_path / "base"
     for folder in (adapter, base):
         folder.mkdir()
-    stated = ReadOptions(base=base)
+    stated = ReadOptions(base_config=base)
     assert base_config(adapter, DEFAULTS) is base_config(adapter, stated) is None
     (base / "config.json").write_text('{"model_type": "of the base"}')
     (base / "model.safetensors").touch()
     for path in (base, base / "config.json", base / "model.safetensors"):
-        assert base_config(adapter, ReadOptions(base=path)) == {"model_type": "of the base"}
+        assert base_config(adapter, ReadOptions(base_config=path)) == {"model_type": "of the base"}
     (adapter / "config.json").write_text('{"model_type": "of the adapter"}')
     assert base_config(adapter, stated) == {"model_type": "of the adapter"}
 
 
 def test_a_base_that_is_no_path_is_left_out(tmp_path: Path) -> None:
     assert DEFAULTS.for_base(("module", 1)) == DEFAULTS
-    assert DEFAULTS.for_base("package.module:factory").base == Path("package.module:factory")
-    stated = ReadOptions(base=tmp_path)
+    assert DEFAULTS.for_base("package.module:factory").base_config == Path("package.module:factory")
+    stated = ReadOptions(base_config=tmp_path)
     assert stated.for_base("other") is stated
-    assert base_config(tmp_path, ReadOptions(base=Path("package.module:factory"))) is None
+    assert base_config(tmp_path, ReadOptions(base_config=Path("package.module:factory"))) is None
 
 
 def test_a_size_is_a_positive_integer() -> None:

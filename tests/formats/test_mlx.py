@@ -144,7 +144,7 @@ def test_tied_embeddings_change_the_output_too(tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path / "adapter", tensors)
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text('{"tie_word_embeddings": true}')
-    adapter = formats.load(folder, options=ReadOptions(base=tmp_path / "base"))
+    adapter = formats.load(folder, options=ReadOptions(base_config=tmp_path / "base"))
     assert adapter.tied == {"lm_head": "model.embed_tokens"}
     pairs = adapter.pairs
     assert pairs["lm_head"].delta().tolist() == pairs["model.embed_tokens"].delta().T.tolist()

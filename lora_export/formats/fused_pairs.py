@@ -1,0 +1,49 @@
+"""One pair for a layer that computes several outputs at once, such as q, k and v, of the pairs of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.lora import LoraPair
+
+
+def fuse_outputs(parts: Mapping[int, LoraPair], sizes: Sequence[int]) -> LoraPair:
+    """The pair of a fused layer of these output sizes. Outputs without a pair do not change.
+
+    A is all A below each other, B has each B on its diagonal: the rank is the sum of all, and the product is exactly
+    that of the parts. Raises InputRefused where a part has another size or scale than stated, and for DoRA on some
+    outputs only.
+    """
+    starts = np.cumsum([0, *sizes])
+    for number, pair in parts.items():
+        if pair.shape[0] != sizes[number]:
+            raise InputRefused(f"B is {pair.b.shape}, and the base has {sizes[number]} outputs there")
+    scales = {pair.scale for pair in parts.values()}
+    inputs = {pair.shape[1:] for pair in parts.values()}
+    if len(scales) != 1 or len(inputs) != 1:
+        raise InputRefused("the pairs of a fused layer have different scales or inputs")
+    with_magnitude = [pair.magnitude for pair in parts.values() if pair.magnitude is not None]
+    if with_magnitude and len(with_magnitude) != len(sizes):
+        raise InputRefused("DoRA on some outputs of a fused layer is not supported")
+    b = np.zeros((int(starts[-1]), sum(pair.rank for pair in parts.values())), np.float32)
+    column = 0
+    for number, pair in sorted(parts.items()):
+        b[starts[number] : starts[number + 1], column : column + pair.rank] = pair.b
+        column += pair.rank
+    ordered = [parts[number] for number in sorted(parts)]
+    return LoraPair(
+        a=np.concatenate([pair.a for pair in ordered]),
+        b=b,
+        scale=scales.pop(),
+        magnitude=np.concatenate([p.magnitude for p in ordered if p.magnitude is not None]) if with_magnitude else None,
+    )
+
+
+def with_outputs(pair: LoraPair, order: NDArray[np.int64]) -> LoraPair:
+    """The pair with its outputs in another order: output k is that of `order[k]` before."""
+    magnitude = None if pair.magnitude is None else pair.magnitude[order]
+    return LoraPair(a=pair.a, b=pair.b[order], scale=pair.scale, magnitude=magnitude)
