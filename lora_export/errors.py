@@ -151,7 +151,7 @@ class MatchError(InputRefused):
         made_for: Mapping[str, str] = MappingProxyType({}),
         remedy: str = "",
     ):
-        self.misfits, self.targets, self.made_for = tuple(misfits), targets, made_for
+        self.misfits, self.targets, self.made_for, self.remedy = tuple(misfits), targets, made_for, remedy
         by_adapter: dict[str, list[Misfit]] = {}
         for misfit in self.misfits:
             by_adapter.setdefault(misfit.adapter, []).append(misfit)

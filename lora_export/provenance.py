@@ -9,7 +9,6 @@ from typing import Any
 from lora_export import __version__
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
-from lora_export.plan import Plan
 from lora_export.storage import json_files
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
@@ -41,10 +40,10 @@ def adapter_records(adapters: Sequence[Adapter], strengths: Sequence[float]) -> 
     ]
 
 
-def refuse_second_merge(plan: Plan, base: Path, history: History) -> None:
-    """Raise InputRefused where an adapter of the plan is already merged in the base."""
+def refuse_second_merge(adapters: Sequence[Adapter], base: Path, history: History) -> None:
+    """Raise InputRefused where an adapter is already merged in the base."""
     merged = {adapter.get("sha256"): adapter.get("name") for adapter in history}
-    for adapter in plan.adapters:
+    for adapter in adapters:
         if adapter.sha256 and adapter.sha256 in merged:
             raise InputRefused(
                 f"{base} already contains the adapter {adapter.name} (merged as {merged[adapter.sha256]}, sha256 "

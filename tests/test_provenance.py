@@ -42,17 +42,17 @@ def test_a_record_contains_earlier_adapters_first():
 def test_a_recorded_adapter_is_refused_under_any_name():
     history = provenance.adapter_records([adapter("old", "11" * 32)], [1.0])
     with pytest.raises(InputRefused) as refused:
-        provenance.refuse_second_merge(made(adapter("new", "11" * 32)), BASE, history)
+        provenance.refuse_second_merge([adapter("new", "11" * 32)], BASE, history)
     assert str(refused.value) == (
         "base.safetensors already contains the adapter new (merged as old, sha256 111111111111). Merge into the "
         "original base instead"
     )
-    provenance.refuse_second_merge(made(adapter("old", "22" * 32)), BASE, history)
+    provenance.refuse_second_merge([adapter("old", "22" * 32)], BASE, history)
 
 
 def test_adapters_without_a_hash_are_not_recognised():
     history = provenance.adapter_records([adapter("old", "")], [1.0])
-    provenance.refuse_second_merge(made(adapter("old", "")), BASE, history)
+    provenance.refuse_second_merge([adapter("old", "")], BASE, history)
 
 
 def test_a_history_is_read_from_the_text_of_a_record():

@@ -73,16 +73,32 @@ def combine_adapters(
     )
 
 
+def combined_unless_exact(
+    adapters: Sequence[Adapter], strengths: Sequence[float], combination: Combination
+) -> tuple[list[Adapter], Sequence[float]]:
+    """Adapters that have the same names for the same layers, combined into one, with its strengths.
+
+    The exact sum needs no such adapter: they are returned as they are. Raises InputRefused as `combine_adapters`.
+    """
+    if combination.is_exact:
+        return list(adapters), strengths
+    name = "+".join(adapter.name for adapter in adapters)
+    return [combine_adapters(adapters, strengths, combination, name)], ()
+
+
 def _combined(
     terms: Mapping[str, Sequence[Term]], combination: Combination, adapters: Sequence[Adapter]
 ) -> dict[str, Term]:
     numbers = {adapter.name: number for number, adapter in enumerate(adapters)}
+    by_name = {adapter.name: adapter for adapter in adapters}
     largest = max(term.pair.rank for own in terms.values() for term in own)
     combined: dict[str, Term] = {}
     problems = []
     for name, own in terms.items():
+        # Random entries depend on the names in the files, not on those of the base.
+        in_files = [dataclasses.replace(one, module=by_name[one.adapter].spelled(one.module)) for one in own]
         try:
-            combined[name] = Term(own[0].adapter, own[0].module, combination.pair(own, numbers, largest))
+            combined[name] = Term(own[0].adapter, own[0].module, combination.pair(in_files, numbers, largest))
         except InputRefused as error:
             problems.append(f"{name}: {error}")
     if problems:

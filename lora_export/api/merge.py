@@ -20,7 +20,7 @@ from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
-from lora_export.plan import Plan
+from lora_export.plan import Plan, Tied
 from lora_export.plan.spelling import respelled
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import HUB_NAME, hub_name, locate
@@ -36,6 +36,7 @@ from lora_export.weights.quantisation_loss import (
 )
 from lora_export.weights.quantised import caution_for
 from lora_export.weights.residuals.writing import refuse_without_hash, write_residual
+from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 FLOAT32 = "--dtype float32 keeps it"
 NODES = "keep the adapter beside the weights (onnx MODEL.onnx --lora nodes)"
@@ -66,6 +67,7 @@ class _Options:
     device: str
     layout: Mapping[str, str]
     combination: Combination
+    tied: Tied
     float_base: Path | None
     residual: Path | None
     plan_settings: Mapping[str, Any]  # what `unmerge` needs to make the same plan
@@ -92,6 +94,7 @@ def merge(
     prefixes: Mapping[str, str] | None = None,
     combination: str | Combination = "cat",
     reading: ReadOptions = DEFAULTS,
+    tied: str = "error",
     only_head: bool = False,
     keep_residual: str | Path | None = None,
     device: str = "cpu",
@@ -120,6 +123,8 @@ def merge(
     method of PEFT's `add_weighted_adapter`, by its name or as a `Combination`.
     `reading` states what the files of adapters do not record: a format where several fit, rank, alpha, the order of
     the columns of B on experts; and whether pickles are read.
+    `tied` is what happens to tied embeddings of which an adapter changes one: "error" refuses it, "untie" gives each a
+    tensor of its own (and the config `tie_word_embeddings: false`), "both" changes both.
     `keep_residual` is a file to write: with it, the output and the adapters, `unmerge` makes the base again.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
@@ -150,12 +155,13 @@ def merge(
         "prefixes": dict(prefixes or {}),
         "reading": reading.recorded,
         "combination": asdict(combination),
+        "tied": str(Tied(tied)),
     }
     target = with_suffix(output, base.suffix) if base.suffix in (".onnx", ".safetensors") else Path(output)
     options = _Options(
         base, loaded, paths, target, weights, min_retention, hashing, device, dict(layout or {}), combination,
-        None if float_base is None else locate(float_base, on_message, download), residual, plan_settings, dry_run,
-        overwrite, on_message, on_progress,
+        Tied(tied), None if float_base is None else locate(float_base, on_message, download), residual, plan_settings,
+        dry_run, overwrite, on_message, on_progress,
     )  # fmt: skip
     if float_base is not None and not dequantize:
         raise WrongUsage("--float-base needs --dequantize: it is compared with the weights of a quantised BASE")
@@ -170,6 +176,10 @@ def merge(
             )
         if residual is not None:
             raise WrongUsage("--keep-residual is for checkpoints. Keep the graph itself")
+        if options.tied is not Tied.ERROR:
+            raise WrongUsage(
+                "--tied is for checkpoints: in a graph each layer gets a weight of its own where it changes"
+            )
         names_from = None if checkpoint is None else locate(checkpoint, on_message, download)
         return _into_graph(options, names_from, requantize=requantize)
     if checkpoint is not None:
@@ -192,14 +202,16 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
         refuse_other_shapes(checkpoint, floats)
     # Raises for links that lead out of the folder: before the work, not after it.
     companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
-    steps = plan.make(
-        options.adapters,
-        checkpoint.specs,
-        strengths=options.weights,
-        may_add=True,
-        layout=options.layout,
-        rules=checkpoint.rules,
-    )
+    with tied_as_remedy(checkpoint, options.tied):
+        steps = plan.make(
+            options.adapters,
+            checkpoint.specs,
+            strengths=options.weights,
+            may_add=True,
+            layout=options.layout,
+            rules=checkpoint.rules,
+            ties=ties_of(checkpoint, options.tied),
+        )
     steps = combine_in_plan(steps, options.combination)
     refuse_before_merge(steps, checkpoint)
     if options.residual is not None:

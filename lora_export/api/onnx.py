@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_export.adapters.combination import Combination
+from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
 from lora_export.api.load import (
     AdapterSources,
@@ -21,6 +23,7 @@ from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.plan import Tied
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hub_cache import locate
 
@@ -33,6 +36,8 @@ def export_onnx(
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
     reading: ReadOptions = DEFAULTS,
+    combination: str | Combination = "cat",
+    tied: str = "error",
     lora: str = "merged",
     target: str | Sequence[str] | None = None,
     dora: bool = False,
@@ -60,7 +65,7 @@ def export_onnx(
     whose names were lost. `opset` is the ONNX operator set (default: the exporter's).
 
     `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading` states what the files of
-    adapters do not record.
+    adapters do not record. `combination` and `tied` are those of `merge`.
 
     `lora` is "merged" (folded into the weights), "nodes" (A and B as nodes beside the weights), "inputs" (A and B are
     optional inputs, and each adapter becomes a file NAME.onnx_adapter beside the graph) or "rows" (the input
@@ -94,6 +99,7 @@ def export_onnx(
         adapters=load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or reference or model)),
         weights=tuple(weights),
         sources=tuple(adapter_paths(adapters)),
+        application=Application.of(combination, tied),
         target=target,
         dora=dora,
         names=names,
@@ -139,6 +145,12 @@ def _check_usage(
         raise WrongUsage("--target is for --lora inputs: other graphs contain the adapters of -a and no others")
     if options.ignore_head and not options.is_swapped:
         raise WrongUsage("--ignore-head is for --lora inputs and rows: other graphs contain the head of the adapter")
+    if options.is_swapped and not options.application.combination.is_exact:
+        raise WrongUsage(
+            f"--combine is for --lora merged and nodes: in a graph of --lora {lora} adapters run one by one"
+        )
+    if is_graph and options.application.tied is Tied.BOTH:
+        raise WrongUsage("--tied both is for models: in a graph each layer gets a weight of its own where it changes")
     if lora == "inputs" and not adapters and target is None:
         raise WrongUsage("--lora inputs needs an adapter (-a), or --target for future ones")
     if lora == "rows" and not adapters:

@@ -12,6 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import provenance
+from lora_export.adapters.combination import Combination
+from lora_export.adapters.combine import combined_unless_exact
 from lora_export.api.generation_files import copy_generation_files
 from lora_export.api.load import ModelSource, resolve_model
 from lora_export.api.onnx_insert import insert_and_save, locate_steps
@@ -46,13 +48,14 @@ def export_from_graph(
         options.stage("reading the graph")
         graph, names = _open(path, checkpoint)
         program = _copy_of(graph)
+        given = options
         options = _respelled(options, program, names)
         references = _references(graph, names, options, reference, dtype) if options.verify else None
         options = _without_head(program, names, options)
         before = base_outputs(program, references, options) if references else {}
         located = locate_steps(program, options, names, is_existing=True)
         if located.plan:
-            provenance.refuse_second_merge(located.plan, graph.path, graph.history)
+            provenance.refuse_second_merge(given.adapters, graph.path, graph.history)
         if options.lora == "merged":
             assert located.plan is not None
             options.stage("folding the adapters in")
@@ -66,16 +69,18 @@ def export_from_graph(
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         written = folder / options.output.name
         proofs = prove_all(written, references, options, before, existing=path) if references else None
-        record_in(written, _record(graph, hashes, options), proofs)
+        record_in(written, _record(graph, hashes, given), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
     return OnnxResult(options.output, files, plan, proofs)
 
 
 def _respelled(options: OnnxOptions, program: ir.Model, names: Checkpoint | None) -> OnnxOptions:
-    """The adapters under the names of the graph, where a checkpoint tells of which model it is."""
-    if names is None or not options.adapters:
-        return options
-    return replace(options, adapters=respelled(options.adapters, find_sites(program, names).specs, names.rules))
+    """The adapters under the names of the graph, where a checkpoint tells its model; combined, if that is an option."""
+    adapters = options.adapters
+    if names is not None and adapters:
+        adapters = respelled(adapters, find_sites(program, names).specs, names.rules)
+    adapters, weights = combined_unless_exact(adapters, options.weights, options.application.combination)
+    return replace(options, adapters=adapters, weights=weights)
 
 
 def _without_head(program: ir.Model, names: Checkpoint | None, options: OnnxOptions) -> OnnxOptions:
@@ -114,10 +119,13 @@ def _references(
         references = GraphReferences(base, options.lora)
         references.check()
         return references
+    from lora_export.api.adapted_model import adapted_model
     from lora_export.verification.against_pytorch import PyTorchReferences
 
     options.stage("loading the model")
     model = resolve_model(reference, options.adapters, dtype=dtype, inputs=options.inputs)
+    application = replace(options.application, combination=Combination())  # the adapters are combined already
+    model = adapted_model(model, options.adapters, options.weights, application, options.on_message).model
     return PyTorchReferences(model, user_inputs=options.inputs, device=options.provider)
 
 
@@ -178,4 +186,6 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
     base = {path.name: hashes.get(path.name) or {HASHING: file_hash(path, HASHING)} for path in graph.sources}
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
-    return provenance.record(options.adapters, options.strengths, base, graph.history, {"lora": options.lora})
+    return provenance.record(
+        options.adapters, options.strengths, base, graph.history, {"lora": options.lora, **options.application.settings}
+    )

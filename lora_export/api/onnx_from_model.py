@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export import layers, plan
+from lora_export.api.adapted_model import adapted_model
 from lora_export.api.load import ModelSource, model_paths, resolve_model
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
@@ -34,7 +35,10 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
     with options.staged(model_paths(source)) as folder:
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
-        options = replace(options, adapters=layers.respelled_for(base.module, options.adapters))
+        given = options
+        adapted = adapted_model(base, given.adapters, given.weights, given.application, given.on_message)
+        base = adapted.model
+        options = replace(options, adapters=adapted.adapters, weights=adapted.strengths)
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)
@@ -50,8 +54,8 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         path = folder / options.output.name
         proofs = prove_all(path, references, options, before) if options.verify else None
-        settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base)}
-        record_in(path, record_of_model(base, options.adapters, options.weights, settings), proofs)
+        settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
+        record_in(path, record_of_model(base, given.adapters, given.weights, settings), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
     return OnnxResult(options.output, files, plan, proofs)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export import plan
+from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, Progress, ignore
 from lora_export.api.shared_head import Stored, without_shared_head
 from lora_export.errors import InputRefused
@@ -30,6 +31,7 @@ class OnnxOptions:
     adapters: Sequence[Adapter]
     weights: Sequence[float] = ()
     sources: Sequence[Path] = ()  # the paths of the adapters
+    application: Application = field(default_factory=Application)
     target: str | Sequence[str] | None = None
     dora: bool = False
     names: str = "olive"

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from lora_export import layers, plan
+from lora_export.adapters.combination import Combination
+from lora_export.api.adapted_model import adapted_model
+from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_stages
 from lora_export.api.load import (
     AdapterSources,
@@ -58,6 +61,8 @@ def export_torchscript(
     weights: Sequence[float] = (),
     prefixes: Mapping[str, str] | None = None,
     reading: ReadOptions = DEFAULTS,
+    combination: str | Combination = "cat",
+    tied: str = "error",
     lora: str = "merged",
     inputs: str | Path | None = None,
     verify: bool = True,
@@ -70,9 +75,9 @@ def export_torchscript(
 
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, or `(module, example_inputs)`. `lora`
     is "merged" (folded into the weights) or "nodes" (A and B beside them). `weights` has one factor for each adapter.
-    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading` is that of `merge`.
-    `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of where the file comes
-    from are stored in its extra file `lora_export.json`.
+    `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters. `reading`, `combination` and `tied` are
+    those of `merge`. `inputs` is an .npz of further inputs to check on. The names of the inputs and the record of
+    where the file comes from are stored in its extra file `lora_export.json`.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
     Then EnvironmentLacking is raised without a connection.
@@ -84,23 +89,25 @@ def export_torchscript(
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
+    application = Application.of(combination, tied)
     output, stage = with_suffix(output, ".pt", ".ts", ".pth"), in_stages(on_progress)
     loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
     sources = [*model_paths(model), *adapter_paths(adapters)]
     with atomic_output.stage_file(output, inputs=sources, overwrite=overwrite, on_message=on_message) as folder:
         stage("loading the model")
         base = resolve_model(model, loaded, inputs=inputs, export=True)
-        loaded = layers.respelled_for(base.module, loaded)
+        adapted = adapted_model(base, loaded, weights, application, on_message)
+        base = adapted.model
         module, notes = copy.deepcopy(base.module), []
         if loaded:
-            steps = plan.make(loaded, layers.specs(module), strengths=weights)
-            notes = [*(note for adapter in loaded for note in adapter.notes), *steps.notes]
+            steps = plan.make(adapted.adapters, layers.specs(module), strengths=adapted.strengths)
+            notes = [*(note for adapter in adapted.adapters for note in adapter.notes), *steps.notes]
             for note in notes:
                 on_message(f"note: {note}")
             (layers.fold if lora == "merged" else layers.attach)(module, steps)
         stage("tracing")
         base, script = _traced(base, module, on_message)
-        record = record_of_model(base, loaded, weights, {"lora": lora})
+        record = record_of_model(base, loaded, weights, {"lora": lora, **application.settings})
         record["inputs"] = list(base.input_names)
         stage("writing")
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})
@@ -108,7 +115,7 @@ def export_torchscript(
         if verify:
             candidate = ScriptRunner(folder / output.name, base.input_names)
             further = None if inputs is None else Path(inputs)
-            references = PyTorchReferences(base, loaded, weights, user_inputs=further)
+            references = PyTorchReferences(base, adapted.adapters, adapted.strengths, user_inputs=further)
             proof = require_same(prove(candidate, references, step=stage_of_proof(stage)))
         record["verdict"] = recorded_verdict(proof)
         save_torchscript(script, folder / output.name, extra={"lora_export.json": json.dumps(record)})

@@ -15,12 +15,13 @@ from lora_export.api.output_names import with_suffix
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter
-from lora_export.plan import Plan
+from lora_export.plan import Plan, Tied
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.residuals.archive import Residual, open_residual
 from lora_export.weights.residuals.restoring import base_of, restore_base
+from lora_export.weights.tied_tensors import ties_of
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,14 @@ class _PlanSettings:
     prefixes: dict[str, str]
     reading: ReadOptions
     combination: Combination
+    tied: Tied
 
     @classmethod
     def of(cls, residual: Residual) -> _PlanSettings:
         """Those that the residual records. Raises InputRefused for what is none."""
         try:
-            layout, prefixes, reading, chosen = (residual.facts["settings"][field.name] for field in fields(cls))
-            return cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen))
+            layout, prefixes, reading, chosen, tied = (residual.facts["settings"][field.name] for field in fields(cls))
+            return cls(dict(layout), dict(prefixes), ReadOptions(**reading), Combination(**chosen), Tied(tied))
         except (KeyError, TypeError, ValueError, WrongUsage) as error:
             raise InputRefused(f"{residual.path} is damaged: its settings are not those of a merge") from error
 
@@ -126,5 +128,13 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
         return None
     weights = [one["weight"] for one in residual.facts["adapters"]]
     renamed = load_adapters(adapters, settings.prefixes)
-    steps = plan.make(renamed, base.specs, strengths=weights, may_add=True, layout=settings.layout, rules=base.rules)
+    steps = plan.make(
+        renamed,
+        base.specs,
+        strengths=weights,
+        may_add=True,
+        layout=settings.layout,
+        rules=base.rules,
+        ties=ties_of(base, settings.tied),
+    )
     return combine_in_plan(steps, settings.combination)

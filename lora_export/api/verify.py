@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_export import __version__, plan, report
+from lora_export.adapters.combination import Combination
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes, in_stages
 from lora_export.api.load import (
     AdapterSources,
@@ -45,6 +48,7 @@ from lora_export.verification.diagnose.recorded_origin import ComparedWith, expl
 from lora_export.verification.loaded_files import loaded_files
 from lora_export.verification.parity import Outcome, Reason, outcome_of
 from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 if TYPE_CHECKING:
     from lora_export.lora import Adapter
@@ -118,6 +122,8 @@ def verify(
     layout: Mapping[str, str] | None = None,
     prefixes: Mapping[str, str] | None = None,
     reading: ReadOptions = DEFAULTS,
+    combination: str | Combination = "cat",
+    tied: str = "error",
     onnx_adapter: str | Path | None = None,
     adapter_id: int | None = None,
     provider: str = "cpu",
@@ -147,16 +153,16 @@ def verify(
     was made from.
 
     `weights` has one factor for each adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters,
-    as for `merge`; so is `reading`. `onnx_adapter` is the adapter file to run a graph of `--lora inputs`
-    with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None proves the base,
-    every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the model, "float32" or
-    "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default 0). `atol` and
-    `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a folder for the
-    outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of an .onnx or TorchScript
-    file is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as {"sequence": 128}, that the file was
-    made for on purpose; another axis that it fixes and the model does not makes the verdict `undecided`. With
-    `strict`, a part of the candidate that was not judged does so too. Each path in `reports` gets a report (.json, .xml
-    or .html); `about` adds facts.
+    as for `merge`; so are `reading`, `combination` and `tied`. `onnx_adapter` is the adapter file to run a graph
+    of `--lora inputs` with; `adapter_id` the adapter of all rows of a graph of `--lora rows` (0: the base), where None
+    proves the base, every adapter and mixed batches. `provider` is "cpu" or "cuda". `dtype` is the precision of the
+    model, "float32" or "float16". `inputs` is an .npz of further inputs; `seed` is that of the generated ones (default
+    0). `atol` and `rtol` require |candidate - reference| <= atol + rtol·|reference| besides the gates. `cache` is a
+    folder for the outputs of the fp64 reference. `trace` compares every module, whatever the verdict. A run of an .onnx
+    or TorchScript file is stopped after `timeout` seconds. `fixed` has the sizes of axes, such as {"sequence": 128},
+    that the file was made for on purpose; another axis that it fixes and the model does not makes the verdict
+    `undecided`. With `strict`, a part of the candidate that was not judged does so too. Each path in `reports` gets a
+    report (.json, .xml or .html); `about` adds facts.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
     Then EnvironmentLacking is raised without a connection.
@@ -184,6 +190,7 @@ def verify(
         timeout=timeout,
         fixed=dict(fixed or {}),
     )
+    application = Application.of(combination, tied)
     refuse_weights_alone(adapters, weights)
     _check_usage(candidate, model, origin, how)
     if layout and model is not None:
@@ -198,10 +205,12 @@ def verify(
     error = None
     if model is None:
         assert origin is not None
-        proof, facts = _compare_weights(candidate, origin, adapters, weights, layout or {}, on_message, on_progress)
+        proof, facts = _compare_weights(
+            candidate, origin, adapters, weights, layout or {}, application, on_message, on_progress
+        )
     else:
         proof, facts, error = _compare_outputs(
-            candidate, model, adapters, weights, origin, how, on_message, on_progress
+            candidate, model, adapters, weights, origin, how, application, on_message, on_progress
         )
     if strict:
         proof = proof.strictly()
@@ -255,10 +264,12 @@ def _compare_outputs(
     weights: Sequence[float],
     origin: Path | None,
     how: _How,
+    application: Application,
     on_message: OnMessage,
     on_progress: OnProgress,
 ) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
     """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
+    from lora_export.api.adapted_model import adapted_model
     from lora_export.api.publish import proof_without_figures, require_provider
     from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
 
@@ -275,6 +286,8 @@ def _compare_outputs(
             on_message(f"note: {note}")
         stage("loading the model")
         base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
+        adapted = adapted_model(base, loaded, weights, application, on_message)
+        base = adapted.model
         stage("loading the candidate")
         with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):
             runner = open_candidate(
@@ -286,7 +299,7 @@ def _compare_outputs(
                 timeout=how.timeout,
             )
             base = base.taking(runner.axes or getattr(runner, "input_names", ()))
-            proof = _prove(runner, base, loaded, weights, origin, how, stage, on_message)
+            proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
             files = loaded_files(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
@@ -305,7 +318,8 @@ def _compare_outputs(
             proof.verdict, candidate, loaded, weights, weights_from, how, fingerprint=fingerprint
         )
         proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
-    return proof, {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **proof.about}, error
+    about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **application.settings, **proof.about}
+    return proof, about, error
 
 
 def _explain_by_record(
@@ -397,6 +411,7 @@ def _compare_weights(
     adapters: AdapterSources,
     weights: Sequence[float],
     layout: Mapping[str, str],
+    application: Application,
     on_message: OnMessage,
     on_progress: OnProgress,
 ) -> tuple[Audit, dict[str, Any]]:
@@ -409,15 +424,18 @@ def _compare_weights(
         origin, merged = open_checkpoint(base, dequantise=True), open_checkpoint(candidate)
         if origin.path.resolve() == merged.path.resolve():
             raise InputRefused(f"{candidate} is the base itself")
-        steps = plan.make(
-            loaded,
-            origin.specs,
-            strengths=weights,
-            may_add=True,
-            layout=layout,
-            unknown_layout_ok=True,
-            rules=origin.rules,
-        )
+        with tied_as_remedy(origin, application.tied):
+            steps = plan.make(
+                loaded,
+                origin.specs,
+                strengths=weights,
+                may_add=True,
+                layout=layout,
+                unknown_layout_ok=True,
+                rules=origin.rules,
+                ties=ties_of(origin, application.tied),
+            )
+        steps = combine_in_plan(steps, application.combination)
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             on_message(f"note: {note}")
         files = loaded_files(candidate)
@@ -432,6 +450,7 @@ def _compare_weights(
         "judged_files": sorted(files.judged),
         "base": str(base),
         **({"layout": dict(layout)} if layout else {}),
+        **application.settings,
         "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
         "spellings": {adapter.name: one for adapter, one in zip(loaded, steps.spellings, strict=True)},
         "lora_export": __version__,

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from lora_export.cli import configuration, failures, foreign_options, verbosity
+from lora_export.cli.application_options import combination_options, tied_option
 from lora_export.cli.failures import Invocation, answered
 from lora_export.cli.failures import print_message as print_message
 from lora_export.cli.paths import FilePath, Source
@@ -36,49 +37,6 @@ download_option = click.option(
     "--download", is_flag=True, help="Download models and adapters named as on the Hugging Face Hub, if not cached."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
-# PEFT's names (`adapters.combination.METHODS`), which are imported only where they are used.
-COMBINATIONS = (
-    *("cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
-    *("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"),
-)
-
-
-def combination_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """How several adapters are combined. `names` are the spellings of the method's option."""
-    options = [
-        click.option(
-            *names,
-            "method",
-            type=click.Choice(COMBINATIONS),
-            default="cat",
-            show_default=True,
-            help="How the pairs of several adapters on one weight are combined, by PEFT's names. cat is the exact sum.",
-        ),
-        click.option(
-            "--density",
-            type=float,
-            metavar="D",
-            help="Share of entries that ties, dare_* and magnitude_prune keep: above 0, at most 1.",
-        ),
-        click.option(
-            "--majority-sign",
-            type=click.Choice(["total", "frequency"]),
-            help="Sign that ties and dare_ties elect: that of the sum, or of most values (default: total).",
-        ),
-        click.option(
-            "--svd-rank", type=int, metavar="R", help="Rank after an SVD (default: the largest of the adapters)."
-        ),
-        click.option(
-            "--seed", type=int, metavar="N", help="Random seed for the entries that dare_* keeps (default: 0)."
-        ),
-    ]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 def truncation_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -272,6 +230,8 @@ def publishing_options(*modes: str) -> Callable[[Callable[..., None]], Callable[
         adapter_weights,
         prefix_option,
         reading_options,
+        combination_options("--combine"),
+        tied_option,
         mode,
         inputs_option,
         no_verify,

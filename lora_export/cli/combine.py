@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from lora_export.cli.application_options import combination_options
 from lora_export.cli.arguments import (
     Command,
     adapter_weights,
-    combination_options,
     download_option,
     json_option,
     overwrite_option,
@@ -41,11 +41,7 @@ def command(
     adapters: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
-    method: str,
-    density: float | None,
-    majority_sign: str | None,
-    svd_rank: int | None,
-    seed: int | None,
+    combination: dict[str, Any],
     prefixes: dict[str, str],
     reading: dict[str, Any],
     overwrite: bool,
@@ -64,7 +60,7 @@ def command(
     result = combine(
         adapters,
         output,
-        combination=Combination(method, density, majority_sign, svd_rank, seed),
+        combination=Combination(**combination),
         weights=weights,
         prefixes=prefixes,
         reading=ReadOptions(**reading),

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from lora_export.cli import startup
+from lora_export.cli.application_options import combination_options, tied_option
 from lora_export.cli.arguments import (
     Command,
     adapter_weights,
-    combination_options,
     download_option,
     json_option,
     layout_option,
@@ -57,6 +57,7 @@ Example:
 @combination_options("--combine")
 @prefix_option
 @reading_options
+@tied_option
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
@@ -131,13 +132,10 @@ def command(
     further: tuple[str, ...],
     output: Path,
     weights: tuple[float, ...],
-    method: str,
-    density: float | None,
-    majority_sign: str | None,
-    svd_rank: int | None,
-    seed: int | None,
+    combination: dict[str, Any],
     prefixes: dict[str, str],
     reading: dict[str, Any],
+    tied: str,
     dtype: str,
     min_retention: float,
     hashing: str,
@@ -171,9 +169,10 @@ def command(
             _one_way(adapters, further),
             output,
             weights=weights,
-            combination=Combination(method, density, majority_sign, svd_rank, seed),
+            combination=Combination(**combination),
             prefixes=prefixes,
             reading=ReadOptions(**reading),
+            tied=tied,
             dtype=dtype,
             min_retention=min_retention,
             hashing=hashing,

@@ -85,6 +85,8 @@ def command(
     weights: tuple[float, ...],
     prefixes: dict[str, str],
     reading: dict[str, Any],
+    combination: dict[str, Any],
+    tied: str,
     mode: str,
     inputs_file: Path | None,
     target: str | None,
@@ -111,6 +113,7 @@ def command(
     With --lora inputs, each adapter becomes a file NAME.onnx_adapter beside the graph. With --lora rows, the graph has
     the input `adapter_ids` (int64, one per batch row): 0 is the base, and n is the n-th adapter.
     """
+    from lora_export.adapters.combination import Combination
     from lora_export.api.onnx import export_onnx
     from lora_export.cli.verdicts import onnx_proofs_document, show_files, show_onnx_proofs
     from lora_export.formats.read_options import ReadOptions
@@ -123,6 +126,8 @@ def command(
             weights=weights,
             prefixes=prefixes,
             reading=ReadOptions(**reading),
+            combination=Combination(**combination),
+            tied=tied,
             lora=mode,
             target=target,
             dora=dora,

@@ -34,6 +34,8 @@ def command(
     weights: tuple[float, ...],
     prefixes: dict[str, str],
     reading: dict[str, Any],
+    combination: dict[str, Any],
+    tied: str,
     mode: str,
     inputs_file: Path | None,
     no_verify: bool,
@@ -46,6 +48,7 @@ def command(
     MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The extra file `lora_export.json` in
     the output has the names of the inputs.
     """
+    from lora_export.adapters.combination import Combination
     from lora_export.api.torchscript import export_torchscript
     from lora_export.cli.verdicts import proof_document, show_proof
     from lora_export.formats.read_options import ReadOptions
@@ -58,6 +61,8 @@ def command(
             weights=weights,
             prefixes=prefixes,
             reading=ReadOptions(**reading),
+            combination=Combination(**combination),
+            tied=tied,
             lora=mode,
             inputs=inputs_file,
             verify=not no_verify,

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lora_export.cli.application_options import combination_options, tied_option
 from lora_export.cli.arguments import (
     TakesAdapters,
     adapter_weights,
@@ -50,6 +51,8 @@ Examples:
 @adapter_weights
 @prefix_option
 @reading_options
+@combination_options("--combine", seed=("--combine-seed",))
+@tied_option
 @click.option(
     "--onnx-adapter",
     type=FilePath(),
@@ -104,6 +107,8 @@ def command(
     weights: tuple[float, ...],
     prefixes: dict[str, str],
     reading: dict[str, Any],
+    combination: dict[str, Any],
+    tied: str,
     onnx_adapter: Path | None,
     adapter_id: int | None,
     provider: str,
@@ -137,6 +142,7 @@ def command(
     What was not judged, such as a pair whose effect is smaller than the allowed error, is listed below the verdict.
     With --strict it makes the verdict `undecided`.
     """
+    from lora_export.adapters.combination import Combination
     from lora_export.api.verify import verify
     from lora_export.cli.failures import answered
     from lora_export.cli.verdicts import annotate_github, show_verification
@@ -150,6 +156,8 @@ def command(
             weights=weights,
             prefixes=prefixes,
             reading=ReadOptions(**reading),
+            combination=Combination(**combination),
+            tied=tied,
             base=base,
             layout=layout,
             onnx_adapter=onnx_adapter,

@@ -8,7 +8,7 @@ from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
 from lora_export.layers.module_spelling import respelled_for, with_loaded_names
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
 from lora_export.layers.new_adapter import create_adapter
-from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie
+from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie, with_shared_ties
 from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "specs",
     "untie",
     "with_loaded_names",
+    "with_shared_ties",
     "without_branches",
 ]

@@ -8,8 +8,11 @@ from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.layers.adapted_layers import attachment_of, is_attached
-from lora_export.layers.module_tensors import ModuleTensor, named_tensors, tensor_registry
-from lora_export.plan import Plan, are_same_change
+from lora_export.layers.module_tensors import ModuleTensor, named_tensors, specs, tensor_registry
+from lora_export.lora import Adapter
+from lora_export.plan import Layout, Plan, Tied, Ties, are_same_change
+from lora_export.plan.match_names import BaseTensors, find_prefix
+from lora_export.plan.ties import shared
 
 
 def target_tensors(module: nn.Module, plan: Plan) -> dict[str, ModuleTensor]:
@@ -50,8 +53,8 @@ def refuse_tied(module: nn.Module, plan: Plan) -> None:
         groups = "; ".join(" and ".join(target.name for target in group) for group in tied)
         raise InputRefused(
             f"one tensor under several names: {groups}. A change under one name would silently change the others. "
-            "Untie them explicitly (a copy for each; tie_word_embeddings: false in a Hugging Face config), or "
-            "leave the layer out of the adapter. Nothing was changed."
+            "--tied untie gives each a tensor of its own, as the adapter was trained; --tied both changes all of them. "
+            "Nothing was changed."
         )
 
 
@@ -70,6 +73,18 @@ def untie(module: nn.Module, plan: Plan, *, keep_equal: bool = False) -> list[st
     return untied
 
 
+def with_shared_ties(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters, under the names of the module, with the changes of one tied tensor for all its names.
+
+    Raises InputRefused as `plan.ties.shared`.
+    """
+    tensors = {target.name: group[0].name for group in _tie_groups(module) for target in group[1:]}
+    tables = {spec.name for spec in specs(module) if spec.layout is Layout.EMBEDDING}
+    names = BaseTensors(specs(module))
+    ties = Ties(Tied.BOTH, tensors)
+    return [shared(adapter, ties, find_prefix(adapter, names), tables) for adapter in adapters]
+
+
 def has_changed_ties(module: nn.Module, plan: Plan) -> bool:
     """Whether steps change tensors that the module has under several names."""
     return bool(_changed_ties(module, plan))
@@ -77,13 +92,18 @@ def has_changed_ties(module: nn.Module, plan: Plan) -> bool:
 
 def _changed_ties(module: nn.Module, plan: Plan) -> list[list[ModuleTensor]]:
     """The names of every tensor that has several, where a step other than rows of tokens changes one of them."""
+    changed = {step.spec.stored_name for step in plan.steps if not step.replaces_only_rows}
+    return [group for group in _tie_groups(module) if any(target.name in changed for target in group)]
+
+
+def _tie_groups(module: nn.Module) -> list[list[ModuleTensor]]:
+    """The names of every tensor that has several."""
     groups: dict[int, list[ModuleTensor]] = {}
     for target in named_tensors(module):
         tensor = target.tensor
         # The address also finds two parameters that share their memory; meta tensors have none.
         groups.setdefault(tensor.data_ptr() or id(tensor), []).append(target)
-    changed = {step.spec.stored_name for step in plan.steps if not step.replaces_only_rows}
-    return [group for group in groups.values() if len(group) > 1 and any(target.name in changed for target in group)]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _are_equal(group: Sequence[ModuleTensor], plan: Plan) -> bool:

@@ -16,11 +16,13 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors
     layouts.py        how a matrix is stored where the base does not state it: by option, adapter or shape
     match_tensors.py  shapes and dtypes: why a tensor of an adapter does not fit its base tensor
+    ties.py           tied tensors of which an adapter changes one: untied, or changed together
     conflicts.py      why two tensors of adapters cannot change the same base tensor, or one with two names
 """
 
 from lora_export.plan.build import make
 from lora_export.plan.stored_region import StoredRegion
+from lora_export.plan.ties import Tied, Ties
 from lora_export.plan.types import FLOATS, Layout, LayoutSource, Plan, Step, TensorSpec, Term, are_same_change
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "StoredRegion",
     "TensorSpec",
     "Term",
+    "Tied",
+    "Ties",
     "are_same_change",
     "make",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from lora_export.plan.match_names import BaseTensors, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
 from lora_export.plan.spelling import spell, unknown_names
+from lora_export.plan.ties import Tied, Ties, shared, untied, with_copies
 from lora_export.plan.types import Plan, Step, TensorSpec
 
 SMALLEST_NONZERO = float(np.finfo(np.float32).smallest_subnormal)
@@ -34,6 +36,7 @@ def make(
     layout: Mapping[str, str] | None = None,
     unknown_layout_ok: bool = False,
     rules: ArchitectureRules | None = None,
+    ties: Ties | None = None,
 ) -> Plan:
     """Match adapters with the names and shapes of a base.
 
@@ -48,14 +51,22 @@ def make(
     `rules` are those by which transformers renames and converts the weights of this base while it loads them: an
     adapter may have either generation of names (see `spelling.py`). The plan has the adapters under the base's names.
 
+    `ties` are tensors that the base stores under one of their names, to be untied or changed together: see `ties.py`.
+
     Every adapter tensor is used exactly once, or MatchError lists all misfits. Raises InputRefused for an adapter that
     would change nothing, unless `identity_ok` (training starts from one), for the same adapter given twice, and for
     layouts that are unknown or contradict the base.
     """
     strengths = checked_strengths(adapters, strengths, identity_ok=identity_ok)
+    ties = ties or Ties()
     base = BaseTensors(specs)
+    stored = frozenset(base)
+    base = BaseTensors(with_copies(base.values(), ties)) if ties.tensors else base
+    unstored = base.keys() - stored
     check_stated(layout or {}, base)
     spelled = [spell(adapter, base, rules) for adapter in adapters]
+    if ties.handling is Tied.BOTH:
+        spelled = [replace(one, adapter=shared(one.adapter, ties, one.prefix)) for one in spelled]
     adapters, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
     base = settle_layouts(adapters, prefixes, base, layout or {})
@@ -65,6 +76,8 @@ def make(
         raise error.with_remedy(_prefix_remedy(spelled, base, rules) or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
+    own_tensors = untied({step.weight: step for step in steps}, ties, stored)
+    steps = [step for step in steps if step.spec.stored_name in own_tensors or step.spec.stored_name not in unstored]
     if not unknown_layout_ok:
         refuse_unknown(steps)
     order = {name: position for position, name in enumerate(base)}
@@ -74,15 +87,23 @@ def make(
         adapters=tuple(adapters),
         strengths=strengths,
         steps=tuple(steps),
-        kept=tuple(name for name, spec in base.items() if spec.region is None and name not in changed),
-        notes=tuple(_notes(spelled, steps, name_prefix, base.aliases)),
+        kept=tuple(
+            name for name, spec in base.items() if spec.region is None and name not in changed and name not in unstored
+        ),
+        notes=tuple(_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
         name_prefix=name_prefix,
         spellings=tuple(one.spelling.value for one in spelled),
+        untied=own_tensors,
+        tied=ties.handling,
     )
 
 
 def _notes(
-    spelled: Sequence[SpelledAdapter], steps: Sequence[Step], name_prefix: str, aliases: Mapping[str, str]
+    spelled: Sequence[SpelledAdapter],
+    steps: Sequence[Step],
+    name_prefix: str,
+    aliases: Mapping[str, str],
+    untied: Mapping[str, str],
 ) -> Iterator[str]:
     for adapter in spelled:
         yield from adapter.notes
@@ -90,6 +111,8 @@ def _notes(
         if step.added:
             tie = f", and no longer tied to {aliases[step.weight]}" if step.weight in aliases else ""
             yield f"the base has no {step.weight}: it is added{tie}."
+    for name, source in untied.items():
+        yield f"{name} is no longer tied to {source}: it gets a tensor of its own."
     if name_prefix:
         yield f"the base's tensors gain the prefix `{name_prefix}`, so that the added head finds its model."
 

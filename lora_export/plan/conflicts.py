@@ -36,7 +36,7 @@ def broken_ties(by_weight: Mapping[str, Sequence[Match]], base: Mapping[str, Ten
         if unchanged and any(match.rows is None for match in matches):
             why = (
                 f"{weight} is {' and '.join(unchanged)} too (the header of the file ties them), which the adapter does "
-                "not change. Untie the base first (save each as a tensor of its own)"
+                "not change. --tied untie gives each a tensor of its own; --tied both changes both"
             )
             yield Misfit(matches[0].adapter, weight, why)
 

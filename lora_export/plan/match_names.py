@@ -44,8 +44,8 @@ class BaseTensors(dict[str, TensorSpec]):
         if name not in self.aliases:
             return ""
         return (
-            f"{name} is stored as {self.aliases[name]}: the two are tied, and a change of one would change both. Untie "
-            "the base first (save each as a tensor of its own)"
+            f"{name} is stored as {self.aliases[name]}: the two are tied, and a change of one would change both. "
+            "--tied untie gives each a tensor of its own; --tied both changes both"
         )
 
     def nearest(self, name: str) -> str:

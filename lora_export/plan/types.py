@@ -198,6 +198,8 @@ class Plan:
     notes: tuple[str, ...] = ()  # decisions that the user should know
     name_prefix: str = ""  # added to the name of every base tensor in the output, so that a new head finds its model
     spellings: tuple[str, ...] = ()  # of each adapter: how its names relate to the base's, see `spelling.Spelling`
+    untied: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the stored one whose values it starts from
+    tied: str = "error"  # what happens to tied tensors, see `ties.Tied`
     by_weight: Mapping[str, Step] = field(init=False, repr=False)
     by_part: Mapping[str, tuple[Step, ...]] = field(init=False, repr=False)  # stored tensor -> the steps on parts of it
 
@@ -222,8 +224,8 @@ class Plan:
     def output_name(self, step_or_name: Step | str) -> str:
         """The name that a tensor has in the merged checkpoint."""
         if isinstance(step_or_name, Step):
-            return step_or_name.weight if step_or_name.added else self.name_prefix + step_or_name.weight
-        return self.name_prefix + step_or_name
+            return step_or_name.weight if step_or_name.added else self.output_name(step_or_name.weight)
+        return step_or_name if step_or_name in self.untied else self.name_prefix + step_or_name
 
     def __str__(self) -> str:
         lines = [self._counts(), *(f"note: {note}" for note in self.notes)]

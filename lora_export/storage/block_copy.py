@@ -62,6 +62,7 @@ class Block:
     target_stop: int
     work: Work | None = None  # None: the bytes are copied unchanged
     shared: bool = False  # the target has the bytes already
+    repeated: bool = False  # the source's bytes were in another block already, and in its hash
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def transfer(
         def finish_first() -> tuple[Block, Any]:
             block, buffers, future = pending.popleft()
             found = future.result()
-            hashes.source.update(buffers.before(block))
+            if not block.repeated:
+                hashes.source.update(buffers.before(block))
             hashes.target.update(buffers.after(block))
             free.append(buffers)
             return block, found

@@ -24,7 +24,7 @@ from lora_export.weights.checkpoint import Checkpoint
 from lora_export.weights.difference import Difference, TensorInFile, have_equal_bits
 from lora_export.weights.merge import WORD_HEAD
 from lora_export.weights.merge_report import OnBytesWritten
-from lora_export.weights.tied_heads import tied_head
+from lora_export.weights.tied_tensors import tied_head
 
 
 @dataclass(frozen=True)

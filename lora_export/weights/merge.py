@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_export import provenance
 from lora_export.errors import InputRefused
-from lora_export.plan import FLOATS, Plan, Step
+from lora_export.plan import FLOATS, Plan, Step, Tied, are_same_change
 from lora_export.storage import block_copy, json_files, safetensors_file
 from lora_export.storage.block_copy import Block
 from lora_export.storage.manifest import write_manifest
@@ -42,6 +42,7 @@ from lora_export.weights.merge_report import (
 from lora_export.weights.quantised import QuantisedTensor, without_quantisation
 from lora_export.weights.task_head import config_with_heads
 from lora_export.weights.tensor_blocks import OutputTensor, Patch
+from lora_export.weights.tied_tensors import TIED, untied_config
 
 # Classes of transformers whose output embeddings predict words
 WORD_HEAD = re.compile(r"LMHead|For(CausalLM|MaskedLM|ConditionalGeneration|PreTraining)")
@@ -77,6 +78,7 @@ def merge_checkpoint(
     backend = backend or Backend()
     settings = {"dtype": dtype or "keep", "min_retention": min_retention} | _stated_layouts(plan) | backend.settings
     settings |= more_settings
+    settings |= {} if plan.tied == Tied.ERROR else {"tied": str(plan.tied)}
     settings |= {"dequantised": sorted({tensor.scheme for tensor in base.quantised.values()})} if base.quantised else {}
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -123,7 +125,8 @@ def _stated_layouts(plan: Plan) -> dict[str, Any]:
 
 def _header_metadata(plan: Plan, base: Checkpoint, shard: TensorFile) -> dict[str, str]:
     """The metadata of a file's header, with the aliases that are still ones, under the names of the output."""
-    aliases, added = tensor_aliases(base.shards.values()), {step.weight for step in plan.steps if step.added}
+    aliases = tensor_aliases(base.shards.values())
+    added = {step.weight for step in plan.steps if step.added} | plan.untied.keys()
     return {
         plan.output_name(key) if key in aliases else key: plan.output_name(value) if key in aliases else value
         for key, value in shard.metadata.items()
@@ -141,8 +144,9 @@ def output_size(plan: Plan, base: Checkpoint, dtype: str | None = None) -> int:
 
 def refuse_before_merge(plan: Plan, base: Checkpoint) -> None:
     """Raise InputRefused for a merge that is refused whatever the weights are. Reads no weights."""
-    provenance.refuse_second_merge(plan, base.path, base.history)
-    refuse_broken_tie(plan, base)
+    provenance.refuse_second_merge(plan.adapters, base.path, base.history)
+    if plan.tied == Tied.ERROR:
+        refuse_broken_tie(plan, base)
 
 
 def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
@@ -154,13 +158,13 @@ def refuse_broken_tie(plan: Plan, base: Checkpoint) -> None:
     """
     architecture = str((base.config.get("architectures") or [""])[0])
     tables = _word_tables(plan, base)
-    if len(tables) != 1 or not base.config.get("tie_word_embeddings", True) or not WORD_HEAD.search(architecture):
+    if len(tables) != 1 or not base.config.get(TIED, True) or not WORD_HEAD.search(architecture):
         return
     ((name, step),) = tables.items()
     if step is not None and not step.replaces_only_rows and not (step.terms and plan.changes_tied(name)):
         raise InputRefused(
-            f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. Untie the "
-            "base first (save it with tie_word_embeddings false), or train the adapter with ensure_weight_tying"
+            f"{name} is the output embeddings too (tie_word_embeddings), which the adapter does not change. "
+            "--tied untie gives these a tensor of their own, as the adapter was trained; --tied both changes them too"
         )
 
 
@@ -187,6 +191,11 @@ def _output_tensors(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str
         ]
         for name in base.shards
     }
+    for name, source in plan.untied.items():
+        own = next(shard for shard in base.shards if source in base.entries(shard))
+        entry = replace(base.entries(own)[source], name=name)
+        copied = _output_tensor(entry, plan, output_dtype(entry.dtype), base.quantised.get(source))
+        tensors[own].append(replace(copied, repeated=True))
     for step in plan.steps:
         if step.added and step.replace is not None:
             no_bytes = Entry(step.weight, step.replace.dtype, step.spec.shape, 0, 0)
@@ -266,7 +275,7 @@ def _blocks(
     entries: Sequence[Entry],
     backend: Backend,
 ) -> Iterator[Block]:
-    """All data of the source, in its order, then the added tensors."""
+    """All data of the source, in its order, then the untied and the added tensors."""
     position = source.data_start
     for is_copy, group in itertools.groupby(zip(tensors, entries, strict=True), key=lambda pair: pair[0].is_copy):
         for run in _neighbours(list(group)) if is_copy else ([pair] for pair in group):
@@ -276,9 +285,10 @@ def _blocks(
                 position = last.source.stop
             if is_copy:
                 count = last.source.stop - first.source.start
-                yield from tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
+                blocks = tensor_blocks.copied_blocks(read_fd, write_fd, first.source.start, entry.start, count)
             else:
-                yield from tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)
+                blocks = tensor_blocks.changed_blocks(source.path, read_fd, first, entry, backend)
+            yield from (replace(block, repeated=True) for block in blocks) if first.repeated else blocks
     yield from tensor_blocks.skipped_blocks(position, 0, source.size - position)
 
 
@@ -286,7 +296,7 @@ def _neighbours(pairs: Sequence[tuple[OutputTensor, Entry]]) -> Iterator[list[tu
     """Runs of tensors that follow each other in both files without a gap: each is copied as one range."""
     run: list[tuple[OutputTensor, Entry]] = []
     for pair in pairs:
-        if run and pair[0].source.start != run[-1][0].source.stop:
+        if run and (pair[0].repeated or pair[0].source.start != run[-1][0].source.stop):
             yield run
             run = []
         run.append(pair)
@@ -315,13 +325,24 @@ def _output_config(plan: Plan, base: Checkpoint, dtype: str | None) -> dict[str,
     config = config_with_heads(base.config, plan.adapters)
     replaced = [step for step in _word_tables(plan, base).values() if step is not None and step.replace is not None]
     if any(step.added for step in replaced) and not (len(replaced) == 2 and _are_equal(*replaced)):
-        config["tie_word_embeddings"] = False  # otherwise a loader would drop the added table
+        config[TIED] = False  # otherwise a loader would drop the added table
+    if config and (plan.untied or _are_untied(plan, base)):
+        config = untied_config(config)
     if base.quantised:
         config = without_quantisation(config)
     if dtype and config:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)
     return config
+
+
+def _are_untied(plan: Plan, base: Checkpoint) -> bool:
+    """Whether the base stores two word tables, its config ties them, and they change differently."""
+    tables = _word_tables(plan, base)
+    if len(tables) != 2 or not base.config.get(TIED) or not tables.keys() <= {spec.name for spec in base.specs}:
+        return False
+    one, other = tables.values()
+    return one is not other and (one is None or other is None or not are_same_change(one, other))
 
 
 def _are_equal(one: Step, other: Step) -> bool:

@@ -49,6 +49,7 @@ class OutputTensor:
     patches: tuple[Patch, ...] = ()  # instead of a step; entries outside of them stay as they are
     quantised: QuantisedTensor | None = None  # `source` has its packed bytes, the shape of its rows, its float dtype
     shape: tuple[int, ...] | None = None  # in the output, where `source` has the same entries in another shape
+    repeated: bool = False  # another tensor of the output has the same source
 
     @property
     def output_shape(self) -> tuple[int, ...]:

@@ -49,6 +49,15 @@ def test_a_merged_file_is_compared_without_a_model(place: Path) -> None:
     assert right and not wrong and wrong.verdict.outcome == "different"
 
 
+def test_a_combined_merge_is_compared_with_the_same_combination(place: Path, tmp_path: Path) -> None:
+    adapters, how = [place / "adapter", place / "stronger"], {"combination": "linear"}
+    le.merge(place / "base.safetensors", adapters, tmp_path / "out.safetensors", **how)
+    found = [le.verify(tmp_path / "out.safetensors", base=place / "base.safetensors", adapters=adapters, **one)
+             for one in (how, {})]  # fmt: skip
+    assert found[0] and found[0].about["combine"] == {"method": "linear"}
+    assert found[1].verdict.outcome == "different"
+
+
 def test_why_begins_with_what_the_file_records(place: Path, tmp_path: Path) -> None:
     reports = [tmp_path / f"v.{suffix}" for suffix in ("json", "xml", "html")]
     result = le.verify(place / "m.onnx", MODEL, reports=reports)

@@ -83,8 +83,11 @@ def combined_by_peft(model: peft.PeftModel, method: str, **options: Any) -> dict
 @contextmanager
 def our_masks(seed: int, *, whole: bool) -> Iterator[None]:
     """PEFT draws the random entries that `kept_at_random` draws: for A and B of each layer, or of whole changes."""
+    spelled = {
+        layer: f"base_model.model.{layer}.lora_{'embedding_A' if layer == 'table' else 'A.weight'}" for layer in LAYERS
+    }
     keys = iter([
-        (f"{seed}/{number}/{layer}" + ("" if whole else f"/{side}"), whole and layer in ("table", "conv1d"))
+        (f"{seed}/{number}/{spelled[layer]}" + ("" if whole else f"/{side}"), whole and layer in ("table", "conv1d"))
         for layer in LAYERS
         for side in ("A" if whole else "AB")
         for number in range(2)

@@ -46,7 +46,7 @@ TRANSIENT = {"num_shards_attribute": None, "check_dims": False, "inverse": False
 def derive_table() -> dict[str, Any]:
     """The table as it would be written from the installed transformers. Builds every model once, without memory."""
     rules = derive_rules()
-    classes, unbuilt = {}, []
+    classes, unbuilt, ties, bound = {}, [], {}, []
     for cls in model_classes():
         try:
             model = build(cls)
@@ -56,6 +56,9 @@ def derive_table() -> dict[str, Any]:
         found = describe(model, rules)
         if found is not None:
             classes[cls.__name__] = found
+        if tied := tied_names(model):
+            ties[cls.__name__] = tied
+            bound += [cls.__name__] if cannot_untie(model) else []
     used = {part["class"] for each in classes.values() for part in each["parts"]} | set(classes)
     auto = {name: {key: _only(value) for key, value in table.items()} for name, table in AUTO_TABLES.items()}
     auto = {
@@ -66,8 +69,36 @@ def derive_table() -> dict[str, Any]:
         "rules": rules,
         "classes": classes,
         "auto": auto,
+        "ties": ties,
+        "cannot_untie": bound,
         "unbuilt": unbuilt,
     }
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of a model that `tie_word_embeddings` ties, each with the one whose values it has.
+
+    Empty where layers are tied too: how many there are is up to a config.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.tie_word_embeddings = True
+    try:
+        found = model.get_expanded_tied_weights_keys(all_submodels=True)
+    except ValueError:  # the class ties what its default config lacks
+        return {}
+    is_numbered = any(part.isdecimal() for names in found.items() for name in names for part in name.split("."))
+    return {} if is_numbered else dict(sorted(found.items()))
+
+
+def cannot_untie(model: PreTrainedModel) -> bool:
+    """Whether a config without `tie_word_embeddings` is another model: T5 and others do not scale their outputs then.
+
+    Some of these ignore the value otherwise: the tensors stay tied.
+    """
+    parts = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    is_read = any("tie_word_embeddings" in inspect.getsource(part.forward) for part in parts)
+    return is_read or type(model.config)(tie_word_embeddings=False).tie_word_embeddings
 
 
 def derive_rules() -> dict[str, list[dict[str, Any]]]:
@@ -175,7 +206,9 @@ def encoded(table: Mapping[str, Any]) -> str:
     lines += [",\n".join(f"  {json.dumps(name)}: {_encoded_class(value)}" for name, value in table["classes"].items())]
     lines += [" },", ' "auto": {']
     lines += [",\n".join(f"  {json.dumps(name)}: {_wrapped(value)}" for name, value in table["auto"].items())]
-    lines += [" },", f' "unbuilt": {json.dumps(table["unbuilt"])}', "}"]
+    lines += [" },", ' "ties": [', ",\n".join(_encoded_ties(table["ties"])), " ],"]
+    lines += [f' "cannot_untie": {json.dumps(table["cannot_untie"])},']
+    lines += [f' "unbuilt": {json.dumps(table["unbuilt"])}', "}"]
     return "\n".join(lines) + "\n"
 
 
@@ -188,6 +221,15 @@ def _encoded_rule(rule: Mapping[str, Any]) -> str:
 def _encoded_class(value: Mapping[str, Any]) -> str:
     parts = [[part["path"], part["class"], part["type"], part["config"]] for part in value["parts"]]
     return json.dumps([value["prefix"], *parts])
+
+
+def _encoded_ties(ties: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """The classes by what they tie."""
+    classes: dict[str, list[str]] = {}
+    for name, tied in ties.items():
+        classes.setdefault(json.dumps(tied), []).append(name)
+    for tied, names in classes.items():
+        yield f"  [{tied},\n   {json.dumps(names)}]"
 
 
 def _wrapped(table: Mapping[str, str]) -> str:

@@ -134,7 +134,7 @@ def test_the_whole_module_of_a_changed_vector_is_saved(tmp_path: Path) -> None:
 def test_tied_embeddings_of_an_unknown_head_are_refused(tmp_path: Path) -> None:
     table = np.ones((7, 4), np.float32)
     old, config = {"model.embed_tokens.weight": table, "fc.weight": EYE}, {"vocab_size": 7}
-    config |= {"architectures": ["BioGptForCausalLM"]}
+    config |= {"architectures": ["MyForCausalLM"]}
     with pytest.raises(
         InputRefused, match=r"model.embed_tokens.weight: the input embeddings are the output embeddings"
     ):

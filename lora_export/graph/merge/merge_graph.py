@@ -164,7 +164,7 @@ def refuse_before_graph_merge(plan: Plan, graph: GraphFile, sites: Sites, *, req
             f"{graph.path} takes adapters as inputs, whose files contain fingerprints of its weights. Merge into the "
             "graph from which it was made"
         )
-    provenance.refuse_second_merge(plan, graph.path, graph.history)
+    provenance.refuse_second_merge(plan.adapters, graph.path, graph.history)
     refuse_unsupported_steps(plan)
     for step in plan.steps:
         if not requantise:

@@ -1,7 +1,7 @@
 """The frozen table of transformers' conversion mapping: `transformers.json`, which `make names` writes.
 
-A merge does not import transformers. The table holds its rules as data, and the classes that each architecture is made
-of. `tests/plan/conversion/test_table.py` compares it with the installed transformers.
+A merge does not import transformers. The table holds its rules as data, the classes that each architecture is made of,
+and the tensors that it ties. `tests/plan/conversion/test_table.py` compares it with the installed transformers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class ConversionTable:
     parts: Mapping[str, tuple[ModelPart, ...]]  # architecture -> its parts, the whole model first
     prefixes: Mapping[str, str]  # architecture -> the name of its inner model (`base_model_prefix`)
     auto: Mapping[str, Mapping[str, str]]  # head -> model type -> the class that a part of this type is built as
+    ties: Mapping[str, Mapping[str, str]]  # architecture -> tied tensor -> the tensor whose values it has, loaded names
+    cannot_untie: frozenset[str]  # architectures that are other models without `tie_word_embeddings`
     unbuilt: frozenset[str]  # architectures whose parts are unknown
 
 
@@ -51,6 +53,8 @@ def read_table() -> ConversionTable:
         parts={name: tuple(ModelPart(*part) for part in value[1:]) for name, value in raw["classes"].items()},
         prefixes={name: value[0] for name, value in raw["classes"].items()},
         auto=raw["auto"],
+        ties={name: tied for tied, names in raw["ties"] for name in names},
+        cannot_untie=frozenset(raw["cannot_untie"]),
         unbuilt=frozenset(raw["unbuilt"]),
     )
 

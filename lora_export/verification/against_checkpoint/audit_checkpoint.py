@@ -38,6 +38,7 @@ def audit(
     Raises InputRefused where a file becomes shorter meanwhile.
     """
     before, after = _tensors(base), _tensors(merged)
+    before |= {name: before[source] for name, source in plan.untied.items()}
     expected: dict[str, tuple[str, Step | None]] = {plan.output_name(name): (name, None) for name in before}
     layouts = StoredLayouts.of(plan, base, layout or {})
     steps = [layouts.stored_as(step) for step in plan.steps]

@@ -1,0 +1,55 @@
+"""A PyTorch model, and adapters as they are to be applied to it: combined, and tied tensors untied or changed alike.
+
+What a merge decides in its plan is decided here before there is a plan, for all that the model is used for: the export,
+and the references that judge it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lora_export import layers, plan
+from lora_export.adapters.combine import combined_unless_exact
+from lora_export.api.application import Application
+from lora_export.api.callbacks import OnMessage
+from lora_export.lora import Adapter
+from lora_export.models.model import Model
+from lora_export.plan import Tied
+from lora_export.verification.references.module_copies import shared_copy
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """A model, and the adapters to attach to it with their strengths."""
+
+    model: Model
+    adapters: list[Adapter]
+    strengths: Sequence[float]
+
+
+def adapted_model(
+    model: Model,
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    application: Application,
+    on_message: OnMessage,
+) -> AdaptedModel:
+    """The model and the adapters under its names, combined into one unless the combination is the exact sum.
+
+    The model that is given does not change. Raises InputRefused for pairs that cannot be combined and for tied tensors
+    that cannot be handled so; MatchError where an adapter to be untied does not fit.
+    """
+    adapters = layers.respelled_for(model.module, adapters)
+    if application.tied is Tied.BOTH:
+        adapters = layers.with_shared_ties(model.module, adapters)
+    adapters, strengths = combined_unless_exact(adapters, strengths, application.combination)
+    if application.tied is Tied.UNTIE and adapters:
+        steps = plan.make(adapters, layers.specs(model.module), strengths=strengths)
+        if layers.has_changed_ties(model.module, steps):
+            module = shared_copy(model.module)
+            names = layers.untie(module, steps, keep_equal=True)
+            for name in names:
+                on_message(f"note: {name} is no longer tied to another tensor of the model")
+            model = replace(model, module=module)
+    return AdaptedModel(model, adapters, strengths)

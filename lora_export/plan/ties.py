@@ -1,0 +1,138 @@
+"""Tensors that a model has under several names, such as input and output embeddings that are tied.
+
+A change under one name would silently change the others. Without a decision it is refused. `UNTIE` gives each name a
+tensor of its own: that is what PEFT's layers compute, as each adds its pair beside the shared weight. `BOTH` changes
+the shared tensor: that is what PEFT's `merge_and_unload` does to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan.match_names import Prefix
+from lora_export.plan.types import Step, TensorSpec, are_same_change
+
+
+class Tied(StrEnum):
+    """What happens to tied tensors of which an adapter changes one."""
+
+    ERROR = "error"  # the adapter is refused
+    UNTIE = "untie"  # each name gets a tensor of its own
+    BOTH = "both"  # all names change
+
+    @classmethod
+    def _missing_(cls, value: object) -> Tied:
+        raise WrongUsage(f"--tied must be error, untie or both, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Ties:
+    """The tied tensors of a base, and what happens to those of which an adapter changes one."""
+
+    handling: Tied = Tied.ERROR
+    tensors: Mapping[str, str] = field(default_factory=dict)  # tied tensor -> the one whose values it has
+    by_config: bool = False  # whether one value of the model's config ties all of them
+
+    def groups(self) -> Iterator[tuple[str, ...]]:
+        """The names of each tensor, the stored one first."""
+        for stored in dict.fromkeys(self.tensors.values()):
+            yield (stored, *(name for name, source in self.tensors.items() if source == stored))
+
+
+def with_copies(base: Iterable[TensorSpec], ties: Ties) -> list[TensorSpec]:
+    """The specs of a base, with one for each tied name that it lacks. To be untied."""
+    specs = {spec.name: spec for spec in base}
+    for stored in dict.fromkeys(ties.tensors.values()):
+        specs[stored] = replace(specs[stored], aliases=())
+    copies = (replace(specs[stored], name=name) for name, stored in ties.tensors.items() if name not in specs)
+    return [*specs.values(), *copies]
+
+
+def untied(steps: Mapping[str, Step], ties: Ties, stored: Collection[str]) -> dict[str, str]:
+    """The names that get a tensor of their own, with the stored tensor whose values they start from.
+
+    These are the names of tensors that do not all change alike; where the config ties them, all names then. `stored`
+    are the names that have a tensor of their own already.
+    """
+    groups = list(ties.groups())
+    apart = [group for group in groups if not _change_alike([steps.get(name) for name in group])]
+    if ties.by_config and apart:
+        apart = groups
+    return {name: group[0] for group in apart for name in group if name not in stored}
+
+
+def _change_alike(changes: Sequence[Step | None]) -> bool:
+    """Whether tied tensors stay tied. With rows of tokens they do: PEFT trains these for all names."""
+    first, *others = changes
+    if all(step is None or step.replaces_only_rows for step in changes):
+        return True
+    return first is not None and all(step is not None and are_same_change(first, step) for step in others)
+
+
+def shared(adapter: Adapter, ties: Ties, prefix: Prefix, embeddings: Collection[str] = ()) -> Adapter:
+    """The adapter, whose changes of one tied tensor are changes of all its names, as with PEFT's `ensure_weight_tying`.
+
+    Changes that it has under several names are summed. `embeddings` are the tensors that are tables of embeddings,
+    where that is known; otherwise all names get pairs of the kind that the adapter has.
+
+    Raises InputRefused for what no sum expresses: DoRA, and whole tensors beside pairs or other whole tensors.
+    """
+    for group in ties.groups():
+        tables = {name: tensor in embeddings for tensor in group if (name := _of_adapter(tensor, prefix)) is not None}
+        names = list(tables)
+        modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        pairs = [(name, adapter.pairs[name]) for name in modules if name in adapter.pairs and name not in adapter.tied]
+        wholes = [name for name in names if name in adapter.replaced]
+        if not pairs and not wholes:
+            continue
+        _refuse_beyond_sums(adapter, pairs, wholes)
+        total = _sum([pair for _, pair in pairs]) if pairs else None
+        kinds = {name: tables[f"{name}.weight"] if embeddings else None for name in modules}
+        changed = {} if total is None else {name: _of_kind(total, kinds[name]) for name in modules}
+        value = adapter.replaced[wholes[0]] if wholes else None
+        adapter = replace(
+            adapter,
+            pairs={**adapter.pairs, **changed},
+            replaced={**adapter.replaced, **({} if value is None else dict.fromkeys(names, value))},
+            tied={**adapter.tied, **dict.fromkeys(modules[1:], modules[0])},
+        )
+    return adapter
+
+
+def _of_adapter(tensor: str, prefix: Prefix) -> str | None:
+    """The adapter's name for a tensor of the base; None where its prefix leaves none."""
+    return prefix.adapter + tensor.removeprefix(prefix.base) if tensor.startswith(prefix.base) else None
+
+
+def _refuse_beyond_sums(adapter: Adapter, pairs: Sequence[tuple[str, LoraPair]], wholes: Sequence[str]) -> None:
+    names = ", ".join([*(name for name, _ in pairs), *wholes])
+    if any(pair.magnitude is not None for _, pair in pairs):
+        why = "DoRA rescales a weight by the outputs of one layer"
+    elif any(not np.array_equal(adapter.replaced[name], adapter.replaced[wholes[0]]) for name in wholes):
+        why = "it replaces them by different values"
+    elif wholes and any(f"{name}.weight" not in wholes for name, _ in pairs):
+        why = "it replaces one of them, and adds to another"
+    else:
+        return
+    raise InputRefused(f"{adapter.name}, {names}: tied tensors cannot change as one, because {why}. Use --tied untie")
+
+
+def _sum(pairs: Sequence[LoraPair]) -> LoraPair:
+    """One pair of several on the same tensor, in the kind of the first: A and B concatenated along the rank."""
+    first, *others = pairs
+    if not others:
+        return first
+    alike = [_of_kind(pair, first.embedding) for pair in pairs]
+    a = np.concatenate([pair.a * np.float32(pair.scale) for pair in alike])
+    return LoraPair(a=a, b=np.concatenate([pair.b for pair in alike], axis=1), scale=1.0, embedding=first.embedding)
+
+
+def _of_kind(pair: LoraPair, embedding: bool | None) -> LoraPair:
+    """The pair as that of a table of embeddings or of a linear layer with the same stored weight."""
+    return pair if embedding in (None, pair.embedding) else replace(pair.transposed, embedding=bool(embedding))

@@ -1,0 +1,122 @@
+"""The tensors of a checkpoint that its model ties, under the names that they have or would have in its files.
+
+transformers' `tie_word_embeddings` ties the output embeddings of most language models to the input embeddings. The file
+has one tensor then, and no name for the other. Which ones they are is in the frozen table of `plan.conversion`. Other
+files may name them in their headers, as safetensors' `save_model` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.plan import Tied, Ties
+from lora_export.plan.conversion.architecture import ArchitectureRules
+from lora_export.plan.conversion.loaded_names import LoadedNames
+from lora_export.plan.conversion.table import read_table
+from lora_export.weights.checkpoint import Checkpoint, tensor_aliases
+
+TIED = "tie_word_embeddings"
+
+
+def ties_of(base: Checkpoint, handling: Tied | str) -> Ties:
+    """The ties of a base, to be handled so. None where they are not to be handled, or where its config has none.
+
+    Raises InputRefused for a class whose ties are not known, and for one that its config cannot untie.
+    """
+    handling = Tied(handling)
+    if handling is Tied.ERROR or base.config.get(TIED) is False:
+        return Ties(handling)
+    rules = base.rules
+    if rules is None:
+        return Ties(handling, tensor_aliases(base.shards.values()))
+    table = read_table()
+    if rules.architecture not in table.ties:
+        raise InputRefused(
+            f"--tied {handling}: which tensors {rules.architecture} ties is not known (of transformers "
+            f"{table.version}). Leave --tied out, or store each of them as a tensor of its own first"
+        )
+    if handling is Tied.UNTIE and rules.architecture in table.cannot_untie:
+        raise InputRefused(
+            f"--tied untie: {rules.architecture} without {TIED} is another model in transformers {table.version}, "
+            "which does not scale its outputs, or stays tied. Use --tied both"
+        )
+    return _by_config(base, handling, rules, table.ties[rules.architecture])
+
+
+@contextlib.contextmanager
+def tied_as_remedy(base: Checkpoint, handling: Tied | str) -> Iterator[None]:
+    """Add to a MatchError about tied tensors that an option handles them."""
+    try:
+        yield
+    except MatchError as error:
+        if handling is not Tied.ERROR or error.remedy:
+            raise
+        rules = base.rules
+        names = read_table().ties.get(rules.architecture, {}) if rules is not None else {}
+        names = {**names, **tensor_aliases(base.shards.values())}
+        found = next((name for name in names if any(_is_about(misfit, name) for misfit in error.misfits)), None)
+        if found is None:
+            raise
+        raise error.with_remedy(
+            f"{found} is tied to {names[found]}. --tied untie gives it a tensor of its own, as the adapter was "
+            "trained; --tied both changes both"
+        ) from None
+
+
+def _is_about(misfit: Misfit, tensor: str) -> bool:
+    module = tensor.removesuffix(".weight")
+    return module in misfit.key or misfit.problem.startswith(module)
+
+
+def tied_head(architecture: str) -> str:
+    """The module whose weight a class of transformers ties to its input embeddings; empty unless it is just one."""
+    names = [name for name in read_table().ties.get(architecture, ()) if name.endswith(".weight")]
+    return names[0].removesuffix(".weight") if len(names) == 1 else ""
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with a tensor for each name. Its parts have the value too, where they had it."""
+    untied = {
+        key: untied_config(value) if isinstance(value, Mapping) and value.get(TIED) else value
+        for key, value in config.items()
+    }
+    return {**untied, TIED: False}
+
+
+def _by_config(base: Checkpoint, handling: Tied, rules: ArchitectureRules, tied: Mapping[str, str]) -> Ties:
+    names = [spec.name for spec in base.specs]
+    loaded = LoadedNames(rules, names)
+    stored = {name: found.stored for name, found in loaded.items() if found.conversion is None}
+    _refuse_missing_prefix(stored, tied)
+    tensors: dict[str, str] = {}
+    for source in dict.fromkeys(tied.values()):
+        group = [source, *(name for name, other in tied.items() if other == source)]
+        first = next((name for name in group if name in stored), None)
+        if first is not None:
+            others = (name for name in group if name != first)
+            spelled = ((stored.get(name) or _as_spelled(name, first, stored[first], rules)) for name in others)
+            tensors |= dict.fromkeys(spelled, stored[first])
+    return Ties(handling, tensors, by_config=True)
+
+
+def _refuse_missing_prefix(stored: Mapping[str, str], tied: Mapping[str, str]) -> None:
+    """Raise InputRefused for names without the prefix of the inner model: a head beside them would not be found."""
+    for name in tied.values():
+        for position, letter in enumerate(name):
+            if letter == "." and name[position + 1 :] in stored and name not in stored:
+                raise InputRefused(
+                    f"--tied: the base's names lack the prefix `{name[: position + 1]}` of its model, which tied "
+                    "tensors need. Load it and save it again (save_pretrained) first"
+                )
+
+
+def _as_spelled(name: str, first: str, stored: str, rules: ArchitectureRules) -> str:
+    """The name that a tensor of the loaded model has in files of the same generation of names as this base."""
+    if first == stored:
+        return name
+    dots = [position for position, letter in enumerate(stored) if letter == "."]
+    candidates = [stored[: dot + 1] + name for dot in reversed(dots)]
+    return next((each for each in candidates if name in LoadedNames(rules, [each])), name)

@@ -1,0 +1,189 @@
+"""Merges into models with tied embeddings: untied is what PEFT's layers compute, both is what PEFT's merge makes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lora_export as le
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan import Tied
+from lora_export.plan.conversion.table import read_table
+from lora_export.storage.hashes import file_hash
+from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.tied_tensors import tied_head, ties_of, untied_config
+from support import transformers_names
+from support.tied import TiedModel, tied_model
+
+HEAD, TABLE = "lm_head", "embed_tokens"
+LLAMA_TABLE = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TiedModel:
+    return tied_model(tmp_path_factory.mktemp("llama") / "base")
+
+
+def is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("targets", [(HEAD,), (TABLE,), (HEAD, TABLE)], ids="+".join)
+def test_both_options_are_what_peft_computes(llama, targets, tmp_path):
+    adapter = llama.adapter(tmp_path / "adapter", *targets)
+    peft_model = llama.trained(*targets)
+    attached = llama.outputs(peft_model)
+    merged = llama.outputs(peft_model.merge_and_unload())
+    assert not is_near(attached, merged)
+    for tied, expected, names in (("untie", attached, {f"{HEAD}.weight"}), ("both", merged, set())):
+        out = tmp_path / tied
+        le.merge(llama.base, adapter, out, tied=tied)
+        assert is_near(llama.outputs(llama.reloaded(out)), expected)
+        weights = load_file(out / "model.safetensors")
+        assert weights.keys() - load_file(llama.base / "model.safetensors").keys() == names
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is (tied == "both")
+        manifest = json.loads((out / "lora_export.json").read_text())
+        assert manifest["settings"]["tied"] == tied
+        assert manifest["base"]["model.safetensors"] == {
+            "xxh3_128": file_hash(llama.base / "model.safetensors", "xxh3_128")
+        }
+        assert le.verify(out, base=llama.base, adapters=adapter, tied=tied)
+
+
+def test_a_wrong_untied_head_is_different(llama, tmp_path):
+    adapter = llama.adapter(tmp_path / "adapter", TABLE)
+    le.merge(llama.base, adapter, tmp_path / "out", tied="untie")
+    file = tmp_path / "out" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights[LLAMA_TABLE]
+    save_file(weights, file, metadata={"format": "pt"})
+    verdict = le.verify(tmp_path / "out", base=llama.base, adapters=adapter, tied="untie").verdict
+    assert verdict.outcome == "different" and "lm_head.weight" in str(verdict)
+
+
+@pytest.mark.parametrize("target", [HEAD, TABLE])
+def test_without_the_option_the_refusal_names_it(llama, target, tmp_path):
+    adapter = llama.adapter(tmp_path / "adapter", target)
+    with pytest.raises(InputRefused) as refused:
+        le.merge(llama.base, adapter, tmp_path / "out")
+    assert "--tied untie" in str(refused.value) and "--tied both" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_tensors_of_a_bert_are_untied_with_its_head(tmp_path):
+    """The config ties the bias of the head too."""
+    model = tied_model(tmp_path / "base", "BertForMaskedLM")
+    adapter = model.adapter(tmp_path / "adapter", "decoder")
+    le.merge(model.base, adapter, tmp_path / "out", tied="untie")
+    assert is_near(model.outputs(model.reloaded(tmp_path / "out")), model.outputs(model.trained("decoder")))
+
+
+def test_a_model_that_its_config_cannot_untie_is_refused_by_name(tmp_path):
+    model = tied_model(tmp_path / "base", "T5ForConditionalGeneration")
+    adapter = model.adapter(tmp_path / "adapter", HEAD)
+    with pytest.raises(InputRefused, match="T5ForConditionalGeneration without tie_word_embeddings is another model"):
+        le.merge(model.base, adapter, tmp_path / "out", tied="untie")
+    le.merge(model.base, adapter, tmp_path / "both", tied="both")
+    merged = model.trained(HEAD).merge_and_unload()
+    assert is_near(model.outputs(model.reloaded(tmp_path / "both")), model.outputs(merged))
+
+
+@pytest.mark.parametrize("tied", ["untie", "both"])
+def test_a_base_without_the_prefix_of_its_model_is_refused(tied, tmp_path):
+    """A file of GPT-2 may have `wte` for `transformer.wte`: beside `lm_head` it would not be found."""
+    model = tied_model(tmp_path / "base", "GPT2LMHeadModel")
+    file = model.base / "model.safetensors"
+    save_file({n.removeprefix("transformer."): v for n, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    adapter = model.adapter(tmp_path / "adapter", HEAD)
+    with pytest.raises(InputRefused, match=r"lack the prefix `transformer\.` of its model"):
+        le.merge(model.base, adapter, tmp_path / "out", tied=tied)
+
+
+def test_an_untied_head_has_the_generation_of_names_of_its_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    config |= {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    table = np.arange(15, dtype=np.float32).reshape(5, 3)
+    for own, head in (
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ):
+        save_file({own: table}, tmp_path / "base" / "model.safetensors")
+        assert dict(ties_of(open_checkpoint(tmp_path / "base"), "untie").tensors) == {head: own}
+
+
+def test_names_that_the_header_of_a_file_ties_are_untied(tmp_path):
+    base = tmp_path / "base.safetensors"
+    table = np.arange(20, dtype=np.float32).reshape(5, 4)
+    save_file({"embed.weight": table, "b": table[0]}, base, metadata={"head.weight": "embed.weight", "x": "y"})
+    pair = LoraPair(np.ones((1, 4)), np.ones((5, 1)), 1.0)
+    le.merge(base, Adapter("one", "peft", {"head": pair}), tmp_path / "out.safetensors", tied="untie")
+    with safe_open(tmp_path / "out.safetensors", "np") as file:
+        assert "head.weight" not in file.metadata() and file.metadata()["x"] == "y"
+        np.testing.assert_array_equal(file.get_tensor("head.weight"), table + 1)
+        np.testing.assert_array_equal(file.get_tensor("embed.weight"), table)
+
+
+def test_two_tables_that_change_apart_are_not_tied_again(llama, tmp_path):
+    """A file may store both tables where the config ties them: transformers ties them if they are equal."""
+    base = tmp_path / "base"
+    llama.model.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights[LLAMA_TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = llama.adapter(tmp_path / "adapter", HEAD)
+    le.merge(base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert is_near(llama.outputs(llama.reloaded(tmp_path / "out")), llama.outputs(llama.trained(HEAD)))
+
+
+@pytest.mark.parametrize("tied", ["untie", "both"])
+def test_the_base_is_made_again_from_a_residual(llama, tied, tmp_path):
+    adapter = llama.adapter(tmp_path / "adapter", HEAD, TABLE)
+    le.merge(llama.base, adapter, tmp_path / "out", tied=tied, keep_residual=tmp_path / "residual")
+    le.unmerge(tmp_path / "out", adapter, tmp_path / "again", base_from=tmp_path / "residual")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (llama.base / name).read_bytes()
+
+
+def test_a_class_whose_ties_are_not_known_is_refused(llama, tmp_path):
+    config = json.loads((llama.base / "config.json").read_text()) | {"architectures": ["MyForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputRefused, match="which tensors MyForCausalLM ties is not known"):
+        ties_of(open_checkpoint(tmp_path), Tied.BOTH)
+
+
+def test_a_config_untied_config_has_none(llama, tmp_path):
+    config = json.loads((llama.base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(untied_config(config)))
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    assert not ties_of(open_checkpoint(tmp_path), Tied.UNTIE).tensors
+    assert untied_config({"a": {"tie_word_embeddings": True, "b": {"c": 1}}})["a"] == {
+        "tie_word_embeddings": False,
+        "b": {"c": 1},
+    }
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration", "MT5Model"])
+def test_the_table_has_the_ties_of_transformers(name):
+    table = read_table()
+    if transformers.__version__ != table.version:
+        pytest.skip("the table is that of another transformers")
+    model = transformers_names.build(getattr(transformers, name))
+    assert dict(table.ties[name]) == transformers_names.tied_names(model)
+    assert (name in table.cannot_untie) is transformers_names.cannot_untie(model)
+    assert (name in table.cannot_untie) is ("T5" in name)
+
+
+def test_a_head_is_known_where_one_weight_is_tied():
+    assert tied_head("LlamaForCausalLM") == tied_head("LlavaForConditionalGeneration") == "lm_head"
+    assert tied_head("BertLMHeadModel") == "cls.predictions.decoder"
+    assert [tied_head(name) for name in ("T5ForConditionalGeneration", "BertModel", "")] == ["", "", ""]
