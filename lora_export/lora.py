@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -54,7 +54,7 @@ class LoraPair:
         for name in ("a", "b", "magnitude"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _finite_fp32(name, value))
+                object.__setattr__(self, name, finite_fp32(name, value))
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -76,6 +76,11 @@ class LoraPair:
     @property
     def rank(self) -> int:
         return int(self.a.shape[0])
+
+    @property
+    def parameters(self) -> int:
+        """The number of values that are stored for the pair."""
+        return sum(each.size for each in (self.a, self.b, self.magnitude) if each is not None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,6 +107,26 @@ class LoraPair:
         a, b = (self.b.T, self.a.T) if transposed else (self.a, self.b)
         return LoraPair(a=a, b=b, scale=self.scale, embedding=embedding)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether A and B have fewer entries than the weight. Only then is a branch of its own worth its cost."""
+        out, *others = self.shape
+        return self.rank * (out + math.prod(others)) < out * math.prod(others)
+
+    def part(self, rows: NDArray[np.int64] | None, columns: NDArray[np.int64] | None) -> LoraPair:
+        """The pair for these outputs and inputs of the weight; None stands for all of them, in their order."""
+        return replace(
+            self,
+            a=self.a if columns is None else self.a[:, columns],
+            b=self.b if rows is None else self.b[rows],
+            magnitude=self.magnitude if rows is None or self.magnitude is None else self.magnitude[rows],
+        )
+
+    def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:
+        """The pair with its inputs split into channels and a kernel of this shape, () for those of a linear layer."""
+        a = self.a.reshape(self.rank, -1, *kernel)
+        return replace(self, a=a, b=self.b.reshape(*self.b.shape[:2], *[1] * len(kernel)))
+
     def delta(
         self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
@@ -121,7 +146,7 @@ class LoraPair:
         return product
 
 
-def _finite_fp32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
+def finite_fp32(name: str, value: NDArray[Any]) -> NDArray[np.float32]:
     """A read-only fp32 view; the array of the caller stays writable."""
     value = np.ascontiguousarray(value, dtype=np.float32).view()
     value.flags.writeable = False
@@ -215,7 +240,18 @@ def new_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.
     return LoraPair(a=a, b=np.zeros((out_features, rank), np.float32), scale=scale)
 
 
-FROZEN_TABLES = ("pairs", "replaced", "biases", "token_rows", "layouts", "experts", "tied", "spelling", "metadata")
+FROZEN_TABLES = (
+    "pairs",
+    "replaced",
+    "biases",
+    "added",
+    "token_rows",
+    "layouts",
+    "experts",
+    "tied",
+    "spelling",
+    "metadata",
+)
 
 
 class ExpertAxes(StrEnum):
@@ -239,12 +275,30 @@ def split_part(name: str) -> tuple[str, str]:
     return (tensor, indices[:-1]) if bracket and name.endswith("]") else (name, "")
 
 
+# The models of a diffusion pipeline that adapters change. What removes the noise is a UNet or a transformer.
+DENOISER, SECOND_DENOISER = "denoiser", "denoiser_2"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (DENOISER, SECOND_DENOISER, *TEXT_ENCODERS)
+
+
+def component_name(component: str, name: str) -> str:
+    """The name of a module or tensor in a component of a pipeline; the name itself without a component."""
+    return f"{component}/{name}" if component else name
+
+
+def split_component(name: str) -> tuple[str, str]:
+    """The component of a name, and the name within it. The component is empty where the name has none."""
+    component, slash, rest = name.partition("/")
+    return (component, rest) if slash and component in COMPONENTS else ("", name)
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Everything that one adapter file changes, in canonical shape. Read-only.
 
     Modules have the names of the adapter, without the wrapper prefixes of the trainer. The pair of one expert of a
-    stacked parameter has the name that `expert_name` makes, and `as_stored`.
+    stacked parameter has the name that `expert_name` makes, and `as_stored`. In an adapter for several models of a
+    pipeline, each name begins with its component (see `component_name`).
     """
 
     name: str
@@ -252,11 +306,13 @@ class Adapter:
     pairs: Mapping[str, LoraPair]  # module -> pair
     replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # tensor -> the whole tensor
     biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # module -> addition to its bias, scaled
+    added: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # tensor -> addition to it, for vectors
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)  # tensor -> some of its rows
     layouts: Mapping[str, str] = field(default_factory=dict)  # module -> "out_in" or "in_out", where that is recorded
     experts: Mapping[str, ExpertAxes] = field(default_factory=dict)  # stacked parameter -> axes; absent: STORED
     tied: Mapping[str, str] = field(default_factory=dict)  # module -> the module of which it repeats pair and table
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
+    flattened: bool = False  # whether `_` stands for the dots in the names of modules
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # decisions of the reader that the user should know
@@ -277,15 +333,17 @@ class Adapter:
     @property
     def is_identity(self) -> bool:
         """Whether merging the adapter would change nothing."""
-        if self.replaced or self.token_rows or any(change.any() for change in self.biases.values()):
+        if self.replaced or self.token_rows:
+            return False
+        if any(change.any() for change in (*self.biases.values(), *self.added.values())):
             return False
         return all(pair.is_identity for pair in self.pairs.values())
 
     @property
     def parameters(self) -> int:
         """The number of trained values in the adapter."""
-        factors = ((pair.a, pair.b, pair.magnitude) for pair in self.pairs.values())
-        low_rank = sum(factor.size for pair in factors for factor in pair if factor is not None)
-        whole = sum(tensor.size for tensor in (*self.replaced.values(), *self.biases.values()))
+        low_rank = sum(pair.parameters for pair in self.pairs.values())
+        vectors = (*self.biases.values(), *self.added.values())
+        whole = sum(tensor.size for tensor in (*self.replaced.values(), *vectors))
         whole += sum(rows.values.size for rows in self.token_rows.values())
         return int(low_rank + whole)

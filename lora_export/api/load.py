@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_export import formats
+from lora_export.adapters.components import chosen_component, only_component
 from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
@@ -53,13 +54,21 @@ def locate_model(source: ModelSource, on_message: OnMessage, download: bool = Fa
 
 
 def load_adapters(
-    sources: AdapterSources, prefixes: Mapping[str, str] | None = None, *, reading: ReadOptions = DEFAULTS
+    sources: AdapterSources,
+    prefixes: Mapping[str, str] | None = None,
+    *,
+    reading: ReadOptions = DEFAULTS,
+    of_pipeline: bool = False,
 ) -> list[Adapter]:
     """Return the adapters in the order of their sources, with other prefixes in their names (FROM -> TO).
 
-    `reading` is about those that are paths. Raises InputRefused where one cannot be read, and as `with_prefixes`.
+    `reading` is about those that are paths; its component is about all. Unless the adapters are for a diffusion
+    pipeline (`of_pipeline`), each may change one model only. Raises InputRefused where one cannot be read, and as
+    `with_prefixes`.
     """
     loaded = [source if isinstance(source, Adapter) else _load_adapter(source, reading) for source in _as_list(sources)]
+    loaded = [chosen_component(adapter, reading.component) for adapter in loaded]
+    loaded = loaded if of_pipeline else [only_component(adapter) for adapter in loaded]
     return with_prefixes(loaded, prefixes or {})
 
 

@@ -15,6 +15,7 @@ from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes
 from lora_export.api.generation_files import copy_generation_files, size_of_generation_files
 from lora_export.api.load import AdapterSources, adapter_paths, load_adapters, locate_adapters
+from lora_export.api.merge_pipeline import merge_into_pipeline, plan_of_all, plan_pipeline
 from lora_export.api.output_names import with_suffix
 from lora_export.api.shared_head import head_alone
 from lora_export.errors import InputRefused, WrongUsage
@@ -28,6 +29,7 @@ from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
+from lora_export.weights.pipeline import is_pipeline, open_pipeline
 from lora_export.weights.quantisation_loss import (
     bytes_to_measure,
     measure_quantisation,
@@ -125,6 +127,9 @@ def merge(
     the columns of B on experts; and whether pickles are read.
     `tied` is what happens to tied embeddings of which an adapter changes one: "error" refuses it, "untie" gives each a
     tensor of its own (and the config `tie_word_embeddings: false`), "both" changes both.
+    The folder of a diffusion pipeline is a base too: each model that an adapter changes is merged, the rest is copied.
+    An adapter with changes for several models needs the pipeline, or a component in `reading`: "unet", "transformer",
+    "text_encoder", ...
     `keep_residual` is a file to write: with it, the output and the adapters, `unmerge` makes the base again.
     With `only_head`, only the tensors that the adapters save whole are merged: a task head.
     With `dry_run` the plan is made and nothing is written.
@@ -144,7 +149,20 @@ def merge(
         from lora_export.weights import cuda
 
         cuda.require_cuda()
-    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or base))
+    of_pipeline = is_pipeline(base)
+    if of_pipeline:
+        _refuse_for_pipeline(
+            {
+                "--base": checkpoint is not None,
+                "--requantize": requantize,
+                "--dequantize": dequantize,
+                "--only-head": only_head,
+                "--keep-residual": keep_residual is not None,
+                "--tied": tied != "error",
+                "--device cuda": device != "cpu",
+            }
+        )
+    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or base), of_pipeline=of_pipeline)
     paths = adapter_paths(adapters)
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]
@@ -165,6 +183,8 @@ def merge(
     )  # fmt: skip
     if float_base is not None and not dequantize:
         raise WrongUsage("--float-base needs --dequantize: it is compared with the weights of a quantised BASE")
+    if of_pipeline:
+        return _into_pipeline(options, stored)
     if base.suffix == ".onnx":
         if stored:
             raise WrongUsage("--dtype is for checkpoints: the weights of a graph keep the types that its nodes expect")
@@ -191,6 +211,40 @@ def merge(
             raise WrongUsage("--keep-residual and --dequantize do not go together. Keep the quantised base itself")
         _refuse_place(residual, target)
     return _into_checkpoint(options, stored, dequantise=dequantize)
+
+
+def _refuse_for_pipeline(given: Mapping[str, bool]) -> None:
+    """Raise WrongUsage for options that do not apply to the folder of a pipeline."""
+    if wrong := [option for option, is_given in given.items() if is_given]:
+        raise WrongUsage(f"{', '.join(wrong)} is not for a pipeline. Give the folder of one of its models as BASE")
+
+
+def _into_pipeline(options: _Options, dtype: str | None) -> MergeResult:
+    pipeline = open_pipeline(options.base)
+    merges = plan_pipeline(pipeline, options.adapters, options.weights, options.layout, options.combination)
+    strengths = options.weights or [1.0] * len(options.adapters)
+    whole = plan_of_all(merges, options.adapters, strengths)
+    notes = [note for each in merges for note in _notes_on(each.checkpoint, options.adapters)]
+    notes = list(_report_notes(options, whole, list(dict.fromkeys(notes))))
+    if options.dry_run:
+        return MergeResult(options.output, whole, None, tuple(notes))
+    report = merge_into_pipeline(
+        options.base,
+        options.adapters,
+        merges,
+        options.output,
+        strengths=strengths,
+        inputs=[options.base, *options.sources],
+        dtype=dtype,
+        min_retention=options.min_retention,
+        hashing=options.hashing,
+        settings=options.combination.settings,
+        overwrite=options.overwrite,
+        on_message=options.on_message,
+        on_progress=options.on_progress,
+    )
+    _warn_of_rounding(report, FLOAT32, options.on_message)
+    return MergeResult(options.output, whole, report, tuple(notes))
 
 
 def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) -> MergeResult:

@@ -53,13 +53,18 @@ OPTIONS = (
         "needed where the command has the base, or the adapter a config.json beside it.",
     ),
     click.option(
+        "--component",
+        type=click.Choice(["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]),
+        help="Use only the changes of this model, of an adapter for several models of a diffusion pipeline.",
+    ),
+    click.option(
         "--moe-b-layout",
         type=click.Choice(["rank_major", "grouped_by_expert"]),
         help="Order of the columns of B in an adapter of experts, where the adapter does not record it. Unsloth before "
         "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
     ),
 )
-FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "enable_lora", "base_config", "moe_b_layout")
+FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "enable_lora", "base_config", "component", "moe_b_layout")
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:

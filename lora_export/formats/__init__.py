@@ -30,6 +30,9 @@ FORMATS = {
     "loralib": "lora_export.formats.loralib",
     "litgpt": "lora_export.formats.litgpt",
     "torchtune": "lora_export.formats.torchtune",
+    "kohya": "lora_export.formats.kohya",
+    "comfyui": "lora_export.formats.comfyui",
+    "diffusers": "lora_export.formats.diffusers",
 }
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})

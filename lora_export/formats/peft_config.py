@@ -80,15 +80,20 @@ def read_config(path: Path) -> dict[str, Any]:
     config = json_files.read_json(path)
     if config.get("peft_type") != "LORA":
         raise InputRefused(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    return checked_config(config, str(path))
+
+
+def checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig, checked. `source` is what contains them. Raises InputRefused."""
     if refused := _refused_fields(config):
-        raise InputRefused(f"{path}: " + "; ".join(refused))
+        raise InputRefused(f"{source}: " + "; ".join(refused))
     for name in ("r", "lora_alpha"):
-        _must_be_positive(path, name, config.get(name))
+        _must_be_positive(source, name, config.get(name))
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         for pattern, value in patterns.items():
-            _must_be_positive(path, f"{name}[{pattern!r}]", value)
-        config[name] = Patterns(patterns, source=f"{path}: {name}")
+            _must_be_positive(source, f"{name}[{pattern!r}]", value)
+        config[name] = Patterns(patterns, source=f"{source}: {name}")
     return config
 
 
@@ -119,10 +124,10 @@ def _refused_fields(config: Mapping[str, Any]) -> list[str]:
     return refused
 
 
-def _must_be_positive(path: Path, name: str, value: Any) -> None:
+def _must_be_positive(source: str, name: str, value: Any) -> None:
     # There is no default: a missing alpha would silently become another scale.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise InputRefused(f"{path}: {name} is {value!r}; it must be a positive number")
+        raise InputRefused(f"{source}: {name} is {value!r}; it must be a positive number")
 
 
 def value_for_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:

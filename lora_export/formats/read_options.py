@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.adapters.components import COMPONENT_OPTIONS
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.expert_layouts import BLayout
 
@@ -22,11 +23,14 @@ class ReadOptions:
     lora_alpha: float | None = None  # for formats that do not record it
     enable_lora: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)  # end of a module's name -> its parts
     base_config: Path | None = None  # the base's config.json or its folder: it has what some formats do not record
+    component: str = ""  # the only model of a diffusion pipeline whose changes are used: a key of COMPONENT_OPTIONS
     moe_b_layout: str = ""  # the order of the columns of B on experts, a `BLayout`; empty: as the adapter records it
 
     def __post_init__(self) -> None:
         if self.moe_b_layout and self.moe_b_layout not in tuple(BLayout):
             raise WrongUsage(f"--moe-b-layout is {self.moe_b_layout!r}; it must be {' or '.join(BLayout)}")
+        if self.component and self.component not in COMPONENT_OPTIONS:
+            raise WrongUsage(f"--component is {self.component!r}; it must be one of {', '.join(COMPONENT_OPTIONS)}")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise WrongUsage(f"--lora-rank is {self.lora_rank}; it must be at least 1")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from lora_export.errors import InputRefused, Misfit
+from lora_export.errors import Misfit
 from lora_export.lora import Adapter, LoraPair, expert_name, split_part
-from lora_export.plan.conversion.architecture import ArchitectureRules
-from lora_export.plan.conversion.loaded_names import LoadedNames, LoadedTensor
 from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.plan.match_names import (
     BaseTensors,
@@ -22,9 +19,9 @@ from lora_export.plan.match_names import (
     missing_targets,
     weight_of,
 )
-from lora_export.plan.placing import Place, places_in_result, places_in_sources
+from lora_export.plan.placing import Place, places_in_sources
 from lora_export.plan.stored_region import parse
-from lora_export.plan.types import Layout, TensorSpec
+from lora_export.plan.types import TensorSpec
 
 OF_MODULES = (".weight", ".in_proj_weight")
 
@@ -35,6 +32,9 @@ class Spelling(StrEnum):
     SAME = "same"  # the names of both are of one generation, or the model has only one
     LOADED = "loaded"  # the adapter has the names of the loaded model, the base has the original ones
     ORIGINAL = "original"  # the adapter has the original names, the base has those of the loaded model
+    OTHER_LAYOUT = (
+        "other layout"  # the adapter has the names of the model's authors, the base diffusers', or the reverse
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +115,8 @@ class ConvertedNames(Attempt):
 
     spelling: Spelling
 
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
+    def __init__(self, adapter: Adapter, base: BaseTensors):
         super().__init__(adapter, base)
-        self.rules = rules
         self.prefix = Prefix()
         self._places: dict[str, list[Place]] = {}
         self._slices: dict[str, list[AssembledTensor]] = {}  # a stacked tensor -> its experts
@@ -138,6 +137,15 @@ class ConvertedNames(Attempt):
     @abstractmethod
     def own_prefix(self) -> Prefix:
         """The prefix of the names that `spelled` gives."""
+
+    @abstractmethod
+    def converts(self, tensor: str) -> str:
+        """What converts a tensor, as the start of a sentence: `X converts tensor while it loads the model: it`."""
+
+    @property
+    @abstractmethod
+    def note(self) -> str:
+        """How the names were matched."""
 
     def places(self, tensor: str, shape: Sequence[int]) -> list[Place]:
         """The places of a tensor of the adapter, or of a part of it, such as `experts.down_proj[3]`."""
@@ -182,174 +190,14 @@ class ConvertedNames(Attempt):
             return [f"a part of what {problem}"]
 
 
-class AsLoaded(ConvertedNames):
-    spelling = Spelling.LOADED
-    meaning = "the names of the loaded model"
-
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
-        super().__init__(adapter, base, rules)
-        self.loaded = loaded_names(base, rules)
-        self.names = BaseTensors(_loaded_spec(tensor, base) for tensor in self.loaded.values())
-        # transformers keeps the name of a tensor that has no place under its new one.
-        self.unchanged = {name: spec for name, spec in base.items() if name not in self.names}
-        self.every_name = BaseTensors([*self.names.values(), *self.unchanged.values()])
-        self.prefix = _prefix_or_none(adapter, self.every_name)
-        self.shapes = {self.prefix.to_base(name) or name: shape for name, shape in _tensor_shapes(adapter)}
-        self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
-
-    @property
-    def own_prefix(self) -> Prefix:
-        return Prefix(adapter=self.prefix.adapter)
-
-    def tensor_of(self, module: str) -> str | None:
-        weight = weight_of(self.prefix.to_base(module), self.every_name)
-        return None if weight is None else self.prefix.adapter + weight.removeprefix(self.prefix.base)
-
-    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:
-        name = self.prefix.to_base(tensor) or tensor
-        found = self.loaded.get(name)
-        if found is None:
-            return [Place(name)] if name in self.unchanged else []
-        if found.conversion is None:
-            return [Place(found.stored)]
-        assembled = found.conversion.assembled(self._stored_shape, self.shapes.get)[name]
-        if shape and tuple(shape) != assembled.shape:
-            raise NotExpressible(
-                f"makes a tensor of {assembled.shape} of them, and the adapter was trained on {tuple(shape)}"
-            )
-        return places_in_sources(assembled, self._stored_shape)
-
-    def assembled(self, parameter: str) -> AssembledTensor | None:
-        weight = weight_of(self.prefix.to_base(parameter), self.every_name)
-        found = self.loaded.get(weight) if weight is not None else None
-        if found is not None and found.conversion is not None:
-            return found.conversion.assembled(self._stored_shape, self.shapes.get)[found.name]
-        stored = weight if found is None else found.stored
-        return None if stored is None else AssembledTensor.stored(stored, self._stored_shape(stored))
-
-    def misfits(self, spelled: Adapter) -> list[Misfit]:  # noqa: ARG002
-        return missing_targets(self.adapter, self.prefix, self.names)
-
-
-class AsOriginal(ConvertedNames):
-    spelling = Spelling.ORIGINAL
-    meaning = "the names before transformers renames them"
-
-    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
-        super().__init__(adapter, base, rules)
-        self.shapes = dict(_tensor_shapes(adapter))
-        self.by_stored = LoadedNames(rules, self.shapes).by_stored
-        self.prefix = _prefix_or_none(self._renamed(), base)
-        self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
-
-    def _renamed(self) -> Adapter:
-        """The adapter with the modules of the loaded model. Its pairs are used for their names only."""
-        pairs: dict[str, LoraPair] = {}
-        for module, pair in self.adapter.pairs.items():
-            if module not in self.adapter.tied:
-                stored = split_part(_weight(module, pair))[0]
-                pairs |= {module_of_tensor(tensor.name): pair for tensor in self.by_stored.get(stored, ())}
-        return replace(self.adapter, pairs=pairs or self.adapter.pairs, tied={})
-
-    @property
-    def own_prefix(self) -> Prefix:
-        return self.prefix
-
-    def tensor_of(self, module: str) -> str | None:
-        pair = self.adapter.pairs.get(module)
-        name = f"{module}.weight" if pair is None else _weight(module, pair)
-        found = self.by_stored.get(split_part(name)[0], ())
-        return name if found and all(self.prefix.to_base(each.name) in self.base for each in found) else None
-
-    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:  # noqa: ARG002
-        places = []
-        for found in self.by_stored.get(tensor, ()):
-            name = self.prefix.to_base(found.name)
-            if name is None or name not in self.base:
-                return []
-            if found.conversion is None:
-                places.append(Place(name))
-                continue
-            assembled = found.conversion.assembled(self.shapes.__getitem__, self._base_shape)[found.name]
-            if assembled.shape != self.base[name].shape:
-                raise NotExpressible(f"makes {name} {self.base[name].shape} of tensors that the adapter lacks in part")
-            places += [
-                places_in_result(assembled, name, piece, self.shapes.__getitem__)
-                for piece in assembled.pieces
-                if piece.source == tensor
-            ]
-        return places
-
-    def assembled(self, parameter: str) -> AssembledTensor | None:
-        (found,) = self.by_stored.get(parameter, ()) or (None,)
-        if found is None:
-            return None
-        if found.conversion is not None:
-            raise NotExpressible("converts a stacked tensor")
-        name = self.prefix.to_base(found.name) or found.name
-        return AssembledTensor.stored(name, self._stored_shape(name)) if name in self.base else None
-
-    def _base_shape(self, name: str) -> tuple[int, ...] | None:
-        spec = self.base.get(self.prefix.to_base(name) or name)
-        return None if spec is None else spec.shape
-
-    def misfits(self, spelled: Adapter) -> list[Misfit]:
-        targets = set(self.adapter.targets)
-        new = {
-            name.rpartition(".")[2]
-            for module in self.adapter.pairs
-            if any(f".{module}".endswith(f".{target}") for target in targets)
-            for name in (module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module))
-        }
-        return missing_targets(replace(spelled, targets=tuple(sorted(new))), self.prefix, self.base)
-
-
 # --- Names ---
-
-
-def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:
-    """The names of the base's tensors in the loaded model, computed once for a base."""
-    if base.loaded is None or base.loaded.rules is not rules:
-        base.loaded = LoadedNames(rules, base)
-    return base.loaded
-
-
-def _loaded_spec(tensor: LoadedTensor, base: BaseTensors) -> TensorSpec:
-    spec = replace(base[tensor.sources[0]], name=tensor.name)
-    stacks = tensor.conversion is not None and any(
-        operation["name"] == "MergeModulelist" for operation in tensor.conversion.rule.operations
-    )
-    # `missing_targets` looks at the number of dimensions, which stacking raises.
-    return replace(spec, layout=Layout.OTHER, shape=(1, *spec.shape)) if stacks else spec
-
-
-def _prefix_or_none(adapter: Adapter, names: BaseTensors) -> Prefix:
-    """As `find_prefix`, for names that may not be the adapter's: two prefixes that fit are no error then."""
-    try:
-        return find_prefix(adapter, names)
-    except InputRefused:
-        return Prefix()
-
-
-def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Every tensor that an adapter changes, with the shape that it has in the model."""
-    experts = Counter(split_part(module)[0] for module in adapter.pairs if split_part(module)[1])
-    for module, pair in adapter.pairs.items():
-        owner, indices = split_part(_weight(module, pair))
-        yield owner, (experts[owner], *shape_in_model(pair)) if indices else shape_in_model(pair)
-    for module, change in adapter.biases.items():
-        yield f"{module}.bias", change.shape
-    for tensor, value in adapter.replaced.items():
-        yield tensor, value.shape
-    for tensor in adapter.token_rows:
-        yield tensor, ()
 
 
 def shape_in_model(pair: LoraPair) -> tuple[int, ...]:
     return pair.shape[::-1] if pair.embedding else pair.shape
 
 
-def _weight(module: str, pair: LoraPair) -> str:
+def pair_weight(module: str, pair: LoraPair) -> str:
     return module if pair.as_stored else f"{module}.weight"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lora_export.errors import InputRefused, Misfit
 from lora_export.lora import Adapter, split_part
 from lora_export.plan.conversion.loaded_names import LoadedNames
+from lora_export.plan.diffusion.other_layout import OtherLayout
 from lora_export.plan.types import Layout, TensorSpec
 
 NUMBER = re.compile(r"\d+")
@@ -28,7 +29,8 @@ class BaseTensors(dict[str, TensorSpec]):
         self._comparisons = 0
         self._nearest: dict[str, str | None] = {}  # a name without its numbers -> the nearest of the base's
         self.aliases = {alias: spec.name for spec in self.values() for alias in spec.aliases}
-        self.loaded: LoadedNames | None = None  # set by `spelling.loaded_names`
+        self.loaded: LoadedNames | None = None  # set by `attempts.loaded_names`
+        self.layouts: list[OtherLayout] | None = None  # set by `spelling.spell`
 
     @functools.cached_property
     def _by_pattern(self) -> dict[str, dict[tuple[str, ...], str]]:

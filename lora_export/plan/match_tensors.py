@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,7 @@ def match_adapter(
         weight = weight_of(prefix.to_base(module), base)
         if weight is None and _repeats(module, adapter, prefix, base):
             continue
-        pair = stored if weight is None else _of_layer(stored, base[weight].layout)
+        pair = stored if weight is None else _with_kernel_of(base[weight], _of_layer(stored, base[weight].layout))
         problem = _pair_problem(prefix.to_base(module) or module, weight, pair, base)
         repeated_by = tuple(f"{prefix.to_base(head) or head}.weight" for head in adapter.tied_to(module))
         sort(module, weight, problem, term=Term(adapter.name, module, pair, strength), repeated_by=repeated_by)
@@ -55,6 +56,9 @@ def match_adapter(
             continue  # PEFT saves it, and never trains it
         bias = _bias_of(prefix.to_base(module) or module, base)
         sort(f"{module}.bias", bias, _bias_problem(bias, change, base), shift=np.float32(strength) * change)
+    for tensor, change in adapter.added.items():
+        name = prefix.to_base(tensor) or tensor
+        sort(tensor, name, _vector_problem(name, change, base), shift=np.float32(strength) * change)
     for tensor, value in adapter.replaced.items():
         name = prefix.to_base(tensor) or tensor
         target = name if name in base else tensor
@@ -71,6 +75,16 @@ def match_adapter(
 def _of_layer(pair: LoraPair, layout: Layout) -> LoraPair:
     """The pair of a bare parameter as that of the layer that owns the parameter; any other pair itself."""
     return pair.of_layer(transposed=layout.is_transposed, embedding=layout is Layout.EMBEDDING)
+
+
+def _with_kernel_of(spec: TensorSpec, pair: LoraPair) -> LoraPair:
+    """A pair whose file has no kernel, or one of size 1, with the kernel that the base has."""
+    if pair.embedding or pair.as_stored or pair.shape == spec.matrix or not spec.layout.is_matrix:
+        return pair
+    kernel = spec.matrix[2:]
+    is_flat = len(pair.shape) == 2 and math.prod(pair.shape[1:]) == math.prod(spec.matrix[1:])
+    is_point = all(size == 1 for size in (*kernel, *pair.shape[2:])) and pair.shape[:2] == spec.matrix[:2]
+    return pair.with_kernel(kernel) if is_flat or is_point else pair
 
 
 def _repeats(module: str, adapter: Adapter, prefix: Prefix, base: BaseTensors) -> bool:
@@ -138,6 +152,14 @@ def _bias_problem(bias: str, change: NDArray[np.float32], base: Mapping[str, Ten
         return f"the base has no {bias}, which the adapter changes"
     if base[bias].shape != change.shape:
         return f"the base's {bias} has shape {base[bias].shape}, the adapter adds {change.shape}"
+    return ""
+
+
+def _vector_problem(name: str, change: NDArray[np.float32], base: BaseTensors) -> str:
+    if name not in base:
+        return f"the base has no {name}, which the adapter changes{base.nearest(name)}"
+    if base[name].shape != change.shape or not base[name].is_float:
+        return f"{name} is {base[name].shape} {base[name].dtype}, the adapter adds {change.shape} to it"
     return ""
 
 

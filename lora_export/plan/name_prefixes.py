@@ -49,19 +49,20 @@ def _renamed(adapter: Adapter, renamed: Callable[[str], str]) -> Adapter:
     def keys(table: Mapping[str, PerName]) -> dict[str, PerName]:
         return {renamed(name): value for name, value in table.items()}
 
-    names = [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.token_rows]
+    names = [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
     new = replace(
         adapter,
         pairs=keys(adapter.pairs),
         replaced=keys(adapter.replaced),
         biases=keys(adapter.biases),
+        added=keys(adapter.added),
         token_rows=keys(adapter.token_rows),
         layouts=keys(adapter.layouts),
         experts=keys(adapter.experts),
         tied={renamed(head): renamed(table) for head, table in adapter.tied.items()},
         spelling={**keys(adapter.spelling), **{renamed(name): adapter.spelled(name) for name in names}},
     )
-    if len([*new.pairs, *new.replaced, *new.biases, *new.token_rows]) < len(names):
+    if len([*new.pairs, *new.replaced, *new.biases, *new.added, *new.token_rows]) < len(names):
         raise InputRefused(f"--prefix gives two tensors of adapter {adapter.name} the same name")
     return new
 

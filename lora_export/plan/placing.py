@@ -52,13 +52,8 @@ class Place:
             return pair
         if pair.magnitude is not None and columns is not None and len(columns) != pair.a.shape[1]:
             raise NotExpressible("splits the inputs of a layer, and DoRA's magnitude is over all of them")
-        return replace(
-            pair,
-            a=pair.a if columns is None else pair.a[:, columns],
-            b=pair.b if rows is None else pair.b[rows],
-            magnitude=pair.magnitude if rows is None or pair.magnitude is None else pair.magnitude[rows],
-            as_stored=pair.as_stored and self.region is None,
-        )
+        part = pair.part(rows, columns)
+        return replace(part, as_stored=False) if part.as_stored and self.region is not None else part
 
     def of_array(self, value: NDArray[Any]) -> NDArray[Any]:
         """The part of a whole tensor, or of a bias's change, for these entries, as the base stores it."""

@@ -10,7 +10,6 @@ from lora_export.lora import LoraPair
 from lora_export.plan.attempts import (
     ConvertedNames,
     SpelledAdapter,
-    Spelling,
     module_of_tensor,
     prefix_notes,
     shape_in_model,
@@ -29,6 +28,9 @@ class Respelling:
         self.misfits: list[Misfit] = []
         self.spelling = dict(self.adapter.spelling)
         self.modules: dict[str, str] = {}  # module of the adapter -> its new name, where it has one
+        self.whole: dict[
+            str, list[str]
+        ] = {}  # module of the adapter -> those whose weights have all entries of a tensor
 
     def result(self) -> SpelledAdapter:
         attempt, adapter = self.attempt, self.adapter
@@ -37,6 +39,11 @@ class Respelling:
             name.removesuffix(".bias"): place.of_array(change)
             for module, change in adapter.biases.items()
             for name, place in self._tensor(f"{module}.bias", change.shape)
+        }
+        added = {
+            name: place.of_array(change)
+            for tensor, change in adapter.added.items()
+            for name, place in self._tensor(tensor, change.shape)
         }
         replaced = {
             name: place.of_array(value)
@@ -53,9 +60,10 @@ class Respelling:
             adapter,
             pairs=pairs,
             biases=biases,
+            added=added,
             replaced=replaced,
             token_rows=token_rows,
-            layouts={self._renamed(module): layout for module, layout in adapter.layouts.items()},
+            layouts={new: layout for module, layout in adapter.layouts.items() for new in self._stored_alike(module)},
             tied={self._renamed(head): self._renamed(table) for head, table in adapter.tied.items()},
             spelling=self.spelling,
         )
@@ -65,7 +73,7 @@ class Respelling:
             attempt.spelling,
             self.views,
             [*self.misfits, *attempt.misfits(spelled)],
-            [*prefix_notes(adapter, attempt.prefix), _note(attempt)],
+            [*prefix_notes(adapter, attempt.prefix), attempt.note],
         )
 
     def _pairs(self, module: str, pair: LoraPair) -> Iterable[tuple[str, LoraPair]]:
@@ -74,6 +82,7 @@ class Respelling:
             return [(module, pair)]
         found = self._tensor(tensor, shape_in_model(pair), spelled=self.adapter.spelled(module))
         parts = []
+        self.whole[module] = []
         for name, place in found:
             new = name if place.region is not None else module_of_tensor(name)
             self.spelling[new] = self.adapter.spelled(module)
@@ -81,6 +90,7 @@ class Respelling:
                 if place.region is not None and pair.embedding:
                     raise NotExpressible("splits a table of embeddings")
                 parts.append((new, place.of_pair(pair)))
+                self.whole[module] += [new] if place.region is None else []
             except NotExpressible as problem:
                 self._refuse(self.adapter.spelled(module), place.tensor, problem)
         if len(parts) == 1:
@@ -114,18 +124,11 @@ class Respelling:
         return False
 
     def _refuse(self, key: str, tensor: str, problem: NotExpressible) -> None:
-        why = f"transformers {self.attempt.rules.version} converts {tensor} while it loads the model: it {problem}"
-        self.misfits.append(Misfit(self.adapter.name, key, why))
+        self.misfits.append(Misfit(self.adapter.name, key, f"{self.attempt.converts(tensor)} {problem}"))
+
+    def _stored_alike(self, module: str) -> list[str]:
+        """The new names under which the weight of a module is stored, or parts of its rows, and not transposed."""
+        return self.whole.get(module) or [self._renamed(module)]
 
     def _renamed(self, module: str) -> str:
         return self.modules.get(module, module)
-
-
-def _note(attempt: ConvertedNames) -> str:
-    rules, name = attempt.rules, attempt.adapter.name
-    of_loaded, original = "those of the loaded model", "the original ones"
-    own, other = (of_loaded, original) if attempt.spelling is Spelling.LOADED else (original, of_loaded)
-    return (
-        f"{name}: its names are {own}, the base has {other}; matched by the conversion mapping of transformers "
-        f"{rules.version} for {rules.architecture}."
-    )

@@ -14,11 +14,14 @@ from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, LoraPair
-from lora_export.plan.attempts import AsLoaded, AsOriginal, AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
+from lora_export.plan.attempts import AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
 from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.conversion.tensor_parts import NotExpressible
+from lora_export.plan.converted_attempts import AsLoaded, AsOriginal, AsOtherLayout, loaded_names
+from lora_export.plan.diffusion.other_layout import OtherLayout, other_layouts
 from lora_export.plan.expert_axes import model_types, turned
 from lora_export.plan.expert_names import per_expert
+from lora_export.plan.flattened_names import with_dots
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.respelling import Respelling
 from lora_export.plan.types import TensorSpec
@@ -26,6 +29,9 @@ from lora_export.plan.types import TensorSpec
 
 def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> SpelledAdapter:
     """The adapter under the names of the base. Raises InputRefused where two generations of names fit differently."""
+    if adapter.flattened:
+        loaded = [] if rules is None else [loaded_names(base, rules)]
+        adapter = with_dots(adapter, [base, *(layout.tensors for layout in _layouts(base)), *loaded])
     attempts = _attempts(adapter, base, rules)
     best = _best(attempts)
     for variant in per_expert(adapter) if best.matched < len(best.modules) else ():
@@ -43,9 +49,20 @@ def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) 
 
 def _attempts(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) -> list[AsSpelled | ConvertedNames]:
     as_spelled = AsSpelled(adapter, base)
-    if rules is None or not (rules.own or as_spelled.matched < len(as_spelled.modules)):
-        return [as_spelled]
-    return [as_spelled, AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
+    fits = as_spelled.matched == len(as_spelled.modules)
+    attempts: list[AsSpelled | ConvertedNames] = [as_spelled]
+    if not fits:
+        attempts += [AsOtherLayout(adapter, base, layout) for layout in _layouts(base)]
+    if rules is not None and (rules.own or not fits):
+        attempts += [AsLoaded(adapter, base, rules), AsOriginal(adapter, base, rules)]
+    return attempts
+
+
+def _layouts(base: BaseTensors) -> list[OtherLayout]:
+    """The other layouts of a base, computed once for it."""
+    if base.layouts is None:
+        base.layouts = other_layouts(base)
+    return base.layouts
 
 
 def _best(attempts: Sequence[AsSpelled | ConvertedNames]) -> AsSpelled | ConvertedNames:
@@ -104,12 +121,10 @@ def respelled(
     Raises MatchError for a layer without tensors, and where a pair belongs to a part of a tensor: only a merge into a
     checkpoint changes parts. Raises InputRefused as `spell`.
     """
-    if rules is None or not adapters:
-        return list(adapters)
     base, found = BaseTensors(specs), []
     for adapter in adapters:
         one = spell(adapter, base, rules)
-        is_same = one.spelling is Spelling.SAME
+        is_same = one.spelling is Spelling.SAME and not adapter.flattened
         if is_same and not adapter.experts:
             found.append(adapter)
             continue

@@ -33,6 +33,11 @@ class Layout(StrEnum):
         """Whether the weight is stored as the transpose of its (out, in) view."""
         return self in (Layout.IN_OUT, Layout.EMBEDDING)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is that of a linear layer or a convolution, stored (out, in, ...)."""
+        return self in (Layout.OUT_IN, Layout.MATRIX, Layout.UNKNOWN)
+
 
 class LayoutSource(StrEnum):
     """What decided the layout of a weight."""

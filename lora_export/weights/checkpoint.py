@@ -55,6 +55,7 @@ CODE = (
 )
 
 MODEL_TYPE = "model_type"
+OF_DIFFUSERS = "_diffusers_version"  # in a config of diffusers, none of whose models stores a matrix transposed
 OWN_METADATA = ("format", provenance.KEY)  # entries of a file's header that are no aliases
 
 
@@ -116,11 +117,7 @@ class Checkpoint:
                 continue
             if self.quantised and relative.as_posix() in QUANTIZATION_FILES:
                 continue
-            target = path.resolve()
-            if not target.is_relative_to(home) and target.parent.name != BLOBS:
-                raise InputRefused(
-                    f"{path} is a link to {target}, outside the model. Replace the link with a copy of the file"
-                )
+            refuse_link_outside(path, home)
             yield relative
 
     def unmerged_weights(self) -> list[str]:
@@ -133,6 +130,13 @@ class Checkpoint:
     @staticmethod
     def _is_weights(path: Path) -> bool:
         return path.name.endswith((".safetensors", *OTHER_WEIGHTS))
+
+
+def refuse_link_outside(path: Path, home: Path) -> None:
+    """Raise InputRefused for a link out of a model's resolved folder, except into a Hugging Face cache."""
+    target = path.resolve()
+    if not target.is_relative_to(home) and target.parent.name != BLOBS:
+        raise InputRefused(f"{path} is a link to {target}, outside the model. Replace the link with a copy of the file")
 
 
 def open_checkpoint(path: str | Path, *, dequantise: bool = False) -> Checkpoint:
@@ -349,6 +353,8 @@ def _layout(name: str, dimensions: int, model_types: Collection[str]) -> Layout:
         return Layout.OTHER if dimensions < 2 else Layout.OUT_IN  # a convolution, or a bare parameter
     if not model_types:
         return Layout.UNKNOWN
+    if OF_DIFFUSERS in model_types:
+        return Layout.MATRIX
     module = name.removesuffix(".weight").rpartition(".")[2]
     if all(module not in CONV1D_MODULES.get(model_type, ()) for model_type in model_types):
         return Layout.MATRIX
@@ -359,6 +365,8 @@ def _layout(name: str, dimensions: int, model_types: Collection[str]) -> Layout:
 
 def _known_model_types(config: Mapping[str, Any]) -> frozenset[str]:
     """The model types of a config and of its parts; empty unless all of them are types of transformers."""
+    if OF_DIFFUSERS in config:
+        return frozenset({OF_DIFFUSERS})
     model_types = frozenset(str(value) for value in _values(config, MODEL_TYPE) if value)
     return model_types if config.get(MODEL_TYPE) and model_types <= KNOWN_MODEL_TYPES else frozenset()
 

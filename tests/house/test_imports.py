@@ -20,7 +20,7 @@ PACKAGE = Path(lora_export.__file__).parent
 # From the ground up: an entry of the package imports only entries that stand before it. `plan` stands low because
 # every holder of weights (checkpoint, module, graph) describes them in its TensorSpecs.
 ORDER = (
-    *("errors", "lora", "plan", "sums", "adapters", "storage", "provenance", "formats"),
+    *("errors", "lora", "structured_pairs", "plan", "sums", "adapters", "storage", "provenance", "formats"),
     *("weights", "layers", "graph", "models", "training", "runtime"),
     *("verification", "report", "api", "testing", "cli"),
 )
@@ -30,7 +30,20 @@ DOERS = (
     *("runtime.torch_runners", "runtime.session", "verification.parity"),
 )
 NUMPY_CORE = (
-    *("errors", "lora", "plan", "sums", "adapters", "storage", "provenance", "formats", "weights", "graph", "report"),
+    *(
+        "errors",
+        "lora",
+        "structured_pairs",
+        "plan",
+        "sums",
+        "adapters",
+        "storage",
+        "provenance",
+        "formats",
+        "weights",
+        "graph",
+        "report",
+    ),
     *("training.data", "runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
     *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.against_origin"),

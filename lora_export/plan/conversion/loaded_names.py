@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.conversion.rename_rules import RenameRule, loading_order
@@ -12,6 +13,18 @@ from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpress
 
 ShapeOf = Callable[[str], tuple[int, ...]]
 LoadedShapeOf = Callable[[str], tuple[int, ...] | None]
+
+
+class TensorConversion(Protocol):
+    """How tensors of the other generation or layout are made of stored ones."""
+
+    @property
+    def sources(self) -> Sequence[str]: ...
+    @property
+    def stacks(self) -> bool: ...
+    def assembled(
+        self, shape_of: ShapeOf, loaded_shape_of: LoadedShapeOf | None = None
+    ) -> dict[str, AssembledTensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +36,16 @@ class Conversion:
     before: str  # what precedes a target in the names of the loaded model
     after: str
     rules: ArchitectureRules
+
+    @property
+    def sources(self) -> list[str]:
+        """The stored tensors that the converter collects."""
+        return [name for names in self.collected.values() for name in names]
+
+    @property
+    def stacks(self) -> bool:
+        """Whether it stacks tensors, which adds a dimension."""
+        return any(operation["name"] == "MergeModulelist" for operation in self.rule.operations)
 
     @property
     def names(self) -> list[str]:
@@ -60,14 +83,12 @@ class LoadedTensor:
 
     name: str
     stored: str = ""  # empty for a result of a converter
-    conversion: Conversion | None = None
+    conversion: TensorConversion | None = None
 
     @property
-    def sources(self) -> list[str]:
+    def sources(self) -> Sequence[str]:
         """The stored tensors that it is made of, or more than these: those of its converter."""
-        if self.conversion is None:
-            return [self.stored]
-        return [name for names in self.conversion.collected.values() for name in names]
+        return [self.stored] if self.conversion is None else self.conversion.sources
 
 
 class LoadedNames(Mapping[str, LoadedTensor]):

@@ -1,0 +1,190 @@
+"""Adapters into a diffusion pipeline: each model that they change is merged, the rest is copied."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export import plan, provenance
+from lora_export.adapters.combination import Combination
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.adapters.components import components_of, of_component
+from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
+from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.lora import Adapter
+from lora_export.plan import Plan
+from lora_export.plan.build import checked_strengths
+from lora_export.storage import atomic_output
+from lora_export.storage.hashes import ALGORITHMS
+from lora_export.storage.manifest import read_manifest, write_manifest
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
+from lora_export.weights.merge_report import MergeReport
+from lora_export.weights.pipeline import Pipeline, open_pipeline
+
+
+@dataclass(frozen=True, eq=False)
+class ModelMerge:
+    """One model of a pipeline, and what is merged into it."""
+
+    folder: str
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def plan_pipeline(
+    pipeline: Pipeline,
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    layout: Mapping[str, str],
+    combination: Combination,
+) -> list[ModelMerge]:
+    """A plan for each model that the adapters change.
+
+    Raises InputRefused for a component that the pipeline lacks, MatchError with the misfits of all models.
+    """
+    strengths = checked_strengths(adapters, strengths)
+    parts: dict[str, list[tuple[Adapter, float]]] = {}
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        components = components_of(adapter)
+        for component in components:
+            folder = pipeline.folder_of(component, components)
+            parts.setdefault(folder, []).append((of_component(adapter, component), strength))
+    merges: list[ModelMerge] = []
+    misfits: list[Misfit] = []
+    targets = 0
+    for folder, own in parts.items():
+        checkpoint = open_checkpoint(pipeline.models[folder])
+        try:
+            steps = plan.make(
+                [adapter for adapter, _ in own],
+                checkpoint.specs,
+                strengths=[strength for _, strength in own],
+                layout=layout,
+                rules=checkpoint.rules,
+                identity_ok=True,  # an adapter without effect on one of the models may change another
+            )
+        except MatchError as error:
+            misfits += [replace(misfit, problem=f"{folder}: {misfit.problem}") for misfit in error.misfits]
+            targets += error.targets
+            continue
+        steps = combine_in_plan(steps, combination)
+        refuse_before_merge(steps, checkpoint)
+        merges.append(ModelMerge(folder, checkpoint, steps))
+        targets += len(steps.steps)
+    if misfits:
+        raise MatchError(misfits, targets=targets)
+    return merges
+
+
+def plan_of_all(merges: Sequence[ModelMerge], adapters: Sequence[Adapter], strengths: Sequence[float]) -> Plan:
+    """The plans of all models as one, for a report: each tensor's name begins with the folder of its model."""
+    steps = [
+        replace(step, spec=replace(step.spec, name=f"{each.folder}/{step.weight}", region=None))
+        for each in merges
+        for step in each.plan.steps
+    ]
+    return Plan(
+        adapters=tuple(adapters),
+        strengths=tuple(strengths),
+        steps=tuple(steps),
+        kept=tuple(f"{each.folder}/{name}" for each in merges for name in each.plan.kept),
+        notes=tuple(f"{each.folder}: {note}" for each in merges for note in each.plan.notes),
+        spellings=tuple(_spelling_of(adapter, merges) for adapter in adapters),
+    )
+
+
+def _spelling_of(adapter: Adapter, merges: Sequence[ModelMerge]) -> str:
+    """How an adapter's names relate to those of the models: the one that is no equality, where there is one."""
+    found = [
+        spelling
+        for each in merges
+        for one, spelling in zip(each.plan.adapters, each.plan.spellings, strict=True)
+        if one.name == adapter.name
+    ]
+    return next((spelling for spelling in found if spelling != "same"), "same")
+
+
+def merge_into_pipeline(
+    base: Path,
+    adapters: Sequence[Adapter],
+    merges: Sequence[ModelMerge],
+    output: Path,
+    *,
+    strengths: Sequence[float],
+    inputs: Sequence[Path],
+    dtype: str | None,
+    min_retention: float,
+    hashing: str,
+    settings: Mapping[str, Any],
+    overwrite: bool,
+    on_message: OnMessage,
+    on_progress: OnProgress,
+) -> MergeReport:
+    """Write the merged pipeline. Every merged model has a manifest of its own. Raises as `merge_checkpoint`."""
+    pipeline = open_pipeline(base)
+    others = list(pipeline.other_files({each.folder for each in merges}))
+    size = sum((base / relative).stat().st_size for relative in others)
+    companions = [each.checkpoint.path / name for each in merges for name in each.checkpoint.other_files()]
+    size += sum(path.stat().st_size for path in companions)
+    size += sum(output_size(each.plan, each.checkpoint, dtype) for each in merges)
+    progress = in_bytes(on_progress, "merging", sum(each.checkpoint.nbytes for each in merges))
+    reports = {}
+    with atomic_output.stage_folder(
+        output, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message
+    ) as stage:
+        for each in merges:
+            (stage / each.folder).mkdir()
+            reports[each.folder] = merge_checkpoint(
+                each.plan,
+                each.checkpoint,
+                stage / each.folder,
+                dtype=dtype,
+                min_retention=min_retention,
+                hashing=hashing,
+                progress=progress,
+                more_settings=settings,
+            )
+        report = _report_of_all(reports)
+        if not report.replaced and not any(result.changed for result in report.results):
+            raise InputRefused("the merge would change no entry of any weight: the whole change is lost to rounding")
+        for relative in others:
+            (stage / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / relative, stage / relative)
+        record = provenance.record(adapters, strengths, {}, (), {"models": sorted(reports), **settings})
+        write_manifest(stage, record, _known_hashes(stage, reports))
+    return report
+
+
+def _known_hashes(stage: Path, models: Iterable[str]) -> dict[str, Mapping[str, str]]:
+    """The hashes of the merged models' files, from their manifests."""
+    known: dict[str, Mapping[str, str]] = {}
+    for folder in models:
+        files = read_manifest(stage / folder)["files"]
+        known |= {
+            f"{folder}/{name}": {kind: facts[kind] for kind in ALGORITHMS if kind in facts}
+            for name, facts in files.items()
+        }
+    return known
+
+
+def _report_of_all(reports: Mapping[str, MergeReport]) -> MergeReport:
+    """The reports of all models as one: each weight's name begins with the folder of its model."""
+    return MergeReport(
+        results=tuple(
+            replace(result, weight=f"{folder}/{result.weight}")
+            for folder, report in reports.items()
+            for result in report.results
+        ),
+        copied=sum(report.copied for report in reports.values()),
+        bytes=sum(report.bytes for report in reports.values()),
+        replaced=sum(report.replaced for report in reports.values()),
+        replaced_weights=tuple(
+            f"{folder}/{name}" for folder, report in reports.items() for name in report.replaced_weights
+        ),
+        seconds=sum(report.seconds for report in reports.values()),
+        spellings={name: spelling for report in reports.values() for name, spelling in report.spellings.items()},
+    )

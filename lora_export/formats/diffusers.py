@@ -1,0 +1,91 @@
+"""Adapters of diffusers: `unet.X.lora_A.weight` and the older spellings, with or without a component before the names.
+
+diffusers saves the LoraConfig of each component in the header (`lora_adapter_metadata`). Without it, alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import InputRefused
+from lora_export.formats import lora_file
+from lora_export.formats.lora_file import FileNames, Scales, scale_by_alpha
+from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
+from lora_export.storage import json_files, safetensors_file
+
+DESCRIPTION = "a .safetensors file of diffusers, with keys such as unet.X.lora_A.weight or X.lora.down.weight"
+COMPONENTS_OF_PIPELINES = {
+    "unet": DENOISER,
+    "transformer": DENOISER,
+    "transformer_2": SECOND_DENOISER,
+    **{name: name for name in TEXT_ENCODERS},
+}
+METADATA = "lora_adapter_metadata"
+# The oldest spelling gives the layers of every attention the names of a UNet's.
+OLD_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+OF_OTHER_FORMATS = re.compile(
+    r"(lora_|lycoris_|diffusion_model\.|text_encoders\.|base_model\.).*|model(\.model)?\.layers\..*"
+)
+
+
+def _module_of(name: str) -> str | None:
+    """The module for a name in a key, with its component; None for a name of another format."""
+    if OF_OTHER_FORMATS.fullmatch(name):
+        return None
+    first, _, rest = name.partition(".")
+    component = COMPONENTS_OF_PIPELINES.get(first, "") if rest else ""
+    if not component:
+        return name
+    if component in TEXT_ENCODERS:
+        for old, new in OLD_LAYERS.items():
+            if rest.endswith(f".self_attn.{old}"):
+                rest = rest.removesuffix(old) + new
+    return component_name(component, rest)
+
+
+def recognises(path: Path) -> bool:
+    """Whether the file has pairs, and no name of another format."""
+    return lora_file.names_fit(path, _module_of)
+
+
+def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
+    """Read an adapter. Raises InputRefused with everything that is wrong with it."""
+    options.refuse_rank_and_alpha("its tensors")
+    weights = lora_file.weights_of(path)
+    recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(METADATA, "")
+    scale_of = _scales(recorded, f"{METADATA} in the header of {weights}") if recorded else None
+    return lora_file.read_file(path, name, FileNames("diffusers", _module_of), scale_of)
+
+
+def _scales(recorded: str, source: str) -> Scales:
+    """The scales by the recorded LoraConfig of each component."""
+    table = json_files.parse_json(recorded.encode(errors="surrogatepass"), source)
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in table.items():
+        first, _, field = key.partition(".")
+        if field and first in COMPONENTS_OF_PIPELINES:
+            configs.setdefault(COMPONENTS_OF_PIPELINES[first], {})[field] = value
+        else:
+            configs.setdefault("", {})[key] = value
+    checked = {component: checked_config(config, source) for component, config in configs.items() if "r" in config}
+
+    def scale_of(module: str, rank: int, alpha: float | None) -> float:
+        component, name = split_component(module)
+        config = checked.get(component)
+        return scale_by_alpha(module, rank, alpha) if config is None else _recorded(name, rank, alpha, config, source)
+
+    return scale_of
+
+
+def _recorded(module: str, rank: int, alpha: float | None, config: Mapping[str, Any], source: str) -> float:
+    if alpha is not None:
+        raise InputRefused(f"it has an alpha of its own beside {source}, which states another one for it")
+    stated = value_for_module(module, config, "rank_pattern", "r")
+    if stated != rank:
+        raise InputRefused(f"its rank is {rank}, and {source} states {stated}")
+    return adapter_scale(rank, value_for_module(module, config, "alpha_pattern", "lora_alpha"), config)

@@ -1,0 +1,304 @@
+"""Adapters that are one `.safetensors` file, as trainers of image and video models write them: their tensors as pairs.
+
+A format states how its keys name modules (`FileNames`). What the tensors mean is here: LoRA, LoCon's Tucker
+decomposition, LoHa and LoKr (https://github.com/KohakuBlueleaf/LyCORIS), DoRA, whole changes of weights and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys
+from lora_export.lora import Adapter, LoraPair
+from lora_export.storage import safetensors_file
+from lora_export.storage.hashes import file_sha256
+from lora_export.storage.safetensors_file import TensorFile
+from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+
+SUFFIX = ".safetensors"
+OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
+LOHA_FACTORS = (KeyPart.LOHA_W1_A, KeyPart.LOHA_W1_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_W2_B)
+Tensors = Mapping[KeyPart, NDArray[Any]]  # of one module
+Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> the factor of the change
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """How a format spells modules."""
+
+    format: str
+    module_of: Callable[[str], str | None]  # what a key has before its ending -> the module; None where it has no place
+    flattened: bool = False  # `_` stands for the dots in the names
+
+
+def weights_of(path: Path) -> Path | None:
+    """The file of an adapter: the path itself, or the only `.safetensors` file of a folder without a config."""
+    if path.is_file():
+        return path if path.suffix == SUFFIX else None
+    if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
+        return None
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    return found[0] if len(found) == 1 else None
+
+
+def names_fit(path: Path, module_of: Callable[[str], str | None]) -> bool:
+    """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
+    weights = weights_of(path)
+    if weights is None:
+        return False
+    try:
+        entries = safetensors_file.open_file(weights).entries
+    except InputRefused:
+        return False
+    keys = sort_keys(entries, module_of)
+    return has_pairs(entries) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
+
+
+def read_file(path: Path, name: str, names: FileNames, scale_of: Scales | None = None) -> Adapter:
+    """Read an adapter of one file. Raises InputRefused with everything that is wrong with it.
+
+    `scale_of` is the factor of a module's change by its rank and its alpha, which is None where the file has none.
+    """
+    weights = weights_of(path)
+    if weights is None:
+        raise InputRefused(f"{path} is not an adapter of one {SUFFIX} file")
+    file = safetensors_file.open_file(weights)
+    refuse_unprintable(file.entries, f"the header of {weights}")
+    keys = sort_keys(file.entries, names.module_of)
+    if keys.unknown:
+        raise InputRefused(f"{weights}: unknown kinds of tensors: {', '.join(sorted(keys.unknown)[:10])}")
+    if keys.duplicates:
+        raise InputRefused(f"{weights} contains one tensor under two names: {'; '.join(keys.duplicates)}")
+    reader = _FileChanges(file, scale_of or scale_by_alpha)
+    for module, parts in keys.modules.items():
+        reader.add(module, parts)
+    reader.refuse_problems()
+    sha256 = file_sha256(weights)
+    if not file.unchanged():
+        raise InputRefused(f"{weights} changed while it was being read")
+    return Adapter(
+        name=name,
+        format=names.format,
+        pairs=reader.pairs,
+        biases=reader.biases,
+        added=reader.added,
+        layouts={module: "out_in" for module, pair in reader.pairs.items() if len(pair.shape) == 2},
+        flattened=names.flattened,
+        spelling=reader.spelling,
+        metadata=dict(file.metadata),
+        notes=reader.notes(),
+        sha256=sha256,
+    )
+
+
+def scale_by_alpha(_module: str, rank: int, alpha: float | None) -> float:
+    """alpha / rank; 1 where a file has no alpha. Raises InputRefused for an alpha of 0."""
+    if alpha == 0:
+        raise InputRefused("its alpha is 0: sd-scripts takes that for alpha = rank, other programs for no change")
+    return 1.0 if alpha is None else alpha / rank
+
+
+class _FileChanges:
+    """The changes of one file, module after module."""
+
+    def __init__(self, file: TensorFile, scale_of: Scales):
+        self.file, self.scale_of = file, scale_of
+        self.pairs: dict[str, LoraPair] = {}
+        self.biases: dict[str, NDArray[np.float32]] = {}  # module -> change of its bias
+        self.added: dict[str, NDArray[np.float32]] = {}  # tensor -> change of it, for vectors
+        self.spelling: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.without_alpha = 0
+        self.with_alpha = 0
+
+    def add(self, module: str, keys: Mapping[KeyPart, str]) -> None:
+        """Read what the file has for a module. What is wrong is added to the problems."""
+        first = next(iter(keys.values()))
+        try:
+            tensors = {part: self.file.read(key) for part, key in keys.items()}
+            if bad := [keys[part] for part, tensor in tensors.items() if not _is_finite(tensor)]:
+                raise InputRefused(f"{', '.join(bad)} holds values that are not finite (NaN or infinity)")
+            self._add(module, keys, tensors)
+        except InputRefused as error:
+            self.problems.append(f"{first}: {error}")
+
+    def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
+        kinds = [kind for kind in KINDS if not kind.own.isdisjoint(tensors)]
+        if len(kinds) > 1 or (kinds and KeyPart.CHANGE in tensors):
+            raise InputRefused(f"it has changes of several kinds: {', '.join(tensors)}")
+        for kind in kinds:
+            self._add_pair(module, kind, keys, tensors)
+        if KeyPart.CHANGE in tensors:
+            self._add_change(module, keys[KeyPart.CHANGE], _fp32(tensors[KeyPart.CHANGE]))
+        if not kinds and (alone := [part for part in OF_A_PAIR if part in tensors]):
+            raise InputRefused(f"it has {', '.join(alone)}, and no pair")
+        if KeyPart.BIAS_CHANGE in tensors:
+            self._add_bias(module, keys[KeyPart.BIAS_CHANGE], _fp32(tensors[KeyPart.BIAS_CHANGE]))
+        for part, tensor in ((KeyPart.NORM_CHANGE, "weight"), (KeyPart.NORM_BIAS_CHANGE, "bias")):
+            if part in tensors:
+                self.added[f"{module}.{tensor}"] = _fp32(tensors[part])
+                self.spelling[f"{module}.{tensor}"] = keys[part]
+
+    def _add_pair(self, module: str, kind: _ChangeKind, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
+        if missing := [part for part in kind.needed if part not in tensors]:
+            raise InputRefused(f"there is no {', '.join(missing)} for it")
+        if KeyPart.ALPHA in tensors and tensors[KeyPart.ALPHA].size != 1:
+            raise InputRefused(f"its alpha is {tensors[KeyPart.ALPHA].shape}; it must be one number")
+        alpha = float(tensors[KeyPart.ALPHA].reshape(-1)[0]) if KeyPart.ALPHA in tensors else None
+        self.with_alpha += alpha is not None
+        self.without_alpha += alpha is None
+        pair = kind.make(tensors, lambda rank: self.scale_of(module, rank, alpha))
+        self.pairs[module] = pair
+        self.spelling[module] = next(key for part, key in keys.items() if part in kind.own)
+        if KeyPart.B_BIAS in tensors:
+            self._add_bias(module, keys[KeyPart.B_BIAS], np.float32(pair.scale) * _fp32(tensors[KeyPart.B_BIAS]))
+
+    def _add_change(self, module: str, key: str, change: NDArray[np.float32]) -> None:
+        if change.ndim < 2:
+            self.added[f"{module}.weight"] = change
+            self.spelling[f"{module}.weight"] = key
+        else:
+            self.pairs[module] = WholePair({"change": change}, 1.0)
+            self.spelling[module] = key
+
+    def _add_bias(self, module: str, key: str, change: NDArray[np.float32]) -> None:
+        if module in self.biases:
+            raise InputRefused("it has two changes of one bias")
+        self.biases[module] = change.reshape(-1)
+        self.spelling[f"{module}.bias"] = key
+
+    def refuse_problems(self) -> None:
+        if not self.file.entries:
+            self.problems.append("it contains no tensor")
+        if self.problems:
+            raise InputRefused(f"{self.file.path} is refused:", listed(sorted(self.problems), len(self.problems)))
+
+    def notes(self) -> tuple[str, ...]:
+        if self.with_alpha and self.without_alpha:
+            return (f"{self.without_alpha} of {self.with_alpha + self.without_alpha} pairs have no alpha: scale 1.",)
+        return ()
+
+
+# --- What the tensors of a module mean ---
+
+
+@dataclass(frozen=True)
+class _ChangeKind:
+    """A kind of change: its own parts, those without which it is none, and how they become a pair."""
+
+    own: frozenset[KeyPart]
+    needed: tuple[KeyPart, ...]
+    make: Callable[[Tensors, Callable[[int], float]], LoraPair]
+
+
+def _lora(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
+    a, b = _fp32(tensors[KeyPart.A]), _fp32(tensors[KeyPart.B])
+    rank = a.shape[0] if a.ndim else 0
+    if a.ndim < 2 or b.ndim < 2:
+        raise InputRefused(f"A is {a.shape} and B is {b.shape}; both need at least two dimensions")
+    if KeyPart.MID in tensors:
+        mid = _fp32(tensors[KeyPart.MID])
+        if mid.ndim < 3 or mid.shape[:2] != (b.shape[1], rank) or a[0].size != a.shape[1] or b[0].size != b.shape[1]:
+            raise InputRefused(f"A {a.shape}, the core {mid.shape} and B {b.shape} make no convolution")
+        a = np.einsum("pq...,qi->pi...", mid, a.reshape(rank, -1))
+    if b.ndim > 2 and a.ndim == 2:
+        a = a.reshape(*a.shape, *[1] * (b.ndim - 2))
+    if a.ndim > 2 and b.ndim == 2:
+        b = b.reshape(*b.shape, *[1] * (a.ndim - 2))
+    return LoraPair(a=a, b=b, scale=scale(rank), magnitude=_magnitude(tensors, len(b)))
+
+
+def _loha(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
+    factors: dict[str, NDArray[np.float32]] = {}
+    for number, down, up, core in (
+        ("1", KeyPart.LOHA_W1_B, KeyPart.LOHA_W1_A, KeyPart.LOHA_T1),
+        ("2", KeyPart.LOHA_W2_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_T2),
+    ):
+        a, b = _matrix(tensors[down], down), _matrix(tensors[up], up)
+        rank = a.shape[0]
+        if core in tensors:
+            tucker = _fp32(tensors[core])
+            if tucker.shape[:2] != (b.shape[0], rank) or tucker.ndim < 3:
+                raise InputRefused(f"{down} {a.shape}, {core} {tucker.shape} and {up} {b.shape} make no convolution")
+            a, b = np.einsum("pq...,qi->pi...", tucker, a), b.T
+        factors |= {f"a{number}": a, f"b{number}": b}
+    return HadamardPair(factors, scale(rank), _magnitude(tensors, len(factors["b1"])))
+
+
+def _lokr(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
+    one, other = (
+        _kronecker_factor(tensors, whole, up, down, core)
+        for whole, up, down, core in (
+            (KeyPart.LOKR_W1, KeyPart.LOKR_W1_A, KeyPart.LOKR_W1_B, None),
+            (KeyPart.LOKR_W2, KeyPart.LOKR_W2_A, KeyPart.LOKR_W2_B, KeyPart.LOKR_T2),
+        )
+    )
+    ranks = {tensors[down].shape[0] for down in (KeyPart.LOKR_W1_B, KeyPart.LOKR_W2_B) if down in tensors}
+    if len(ranks) > 1:
+        raise InputRefused(f"its two factors have the ranks {', '.join(map(str, sorted(ranks)))}")
+    # Where no factor is decomposed there is no rank, and LyCORIS does not use alpha.
+    factor = scale(ranks.pop()) if ranks else 1.0
+    return KroneckerPair({"w1": one, "w2": other}, factor, _magnitude(tensors, len(one) * len(other)))
+
+
+def _kronecker_factor(
+    tensors: Tensors, whole: KeyPart, up: KeyPart, down: KeyPart, core: KeyPart | None
+) -> NDArray[np.float32]:
+    if whole in tensors:
+        if up in tensors or down in tensors:
+            raise InputRefused(f"it has {whole} and {up} or {down}")
+        return _fp32(tensors[whole])
+    if up not in tensors or down not in tensors:
+        raise InputRefused(f"there is neither {whole} nor {up} and {down} for it")
+    b, a = _matrix(tensors[up], up), _fp32(tensors[down])
+    if core is not None and core in tensors:
+        tucker = _fp32(tensors[core])
+        if tucker.ndim < 3 or a.ndim != 2 or tucker.shape[:2] != (b.shape[0], a.shape[0]):
+            raise InputRefused(f"{up} {b.shape}, {core} {tucker.shape} and {down} {a.shape} make no convolution")
+        product: NDArray[np.float32] = np.einsum("pq...,po,qi->oi...", tucker, b, a)
+        return product
+    if b.shape[1] != a.shape[0]:
+        raise InputRefused(f"{up} {b.shape} and {down} {a.shape} have different ranks")
+    return (b @ a.reshape(len(a), -1)).reshape(len(b), *a.shape[1:])
+
+
+KINDS = (
+    _ChangeKind(frozenset({KeyPart.A, KeyPart.B, KeyPart.MID}), (KeyPart.A, KeyPart.B), _lora),
+    _ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, _loha),
+    _ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), _lokr),
+)
+
+
+def _magnitude(tensors: Tensors, out: int) -> NDArray[np.float32] | None:
+    """DoRA's magnitude of each output (out,). PEFT stores (out,) or (1, out, 1, ...), LyCORIS (out, 1, ...)."""
+    stored = tensors.get(KeyPart.MAGNITUDE, tensors.get(KeyPart.DORA_SCALE))
+    if stored is None:
+        return None
+    axis = 0 if KeyPart.DORA_SCALE in tensors or stored.ndim < 3 else 1
+    if stored.size != out or stored.ndim <= axis or stored.shape[axis] != out:
+        raise InputRefused(
+            f"its DoRA magnitude is {stored.shape}, and the weight has {out} outputs. A magnitude of each input, which "
+            "LyCORIS writes without wd_on_output, is not supported"
+        )
+    return _fp32(stored).reshape(-1)
+
+
+def _matrix(tensor: NDArray[Any], part: KeyPart) -> NDArray[np.float32]:
+    if tensor.ndim != 2:
+        raise InputRefused(f"{part} is {tensor.shape}; a matrix is needed")
+    return _fp32(tensor)
+
+
+def _fp32(tensor: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(tensor, np.float32)
+
+
+def _is_finite(tensor: NDArray[Any]) -> bool:
+    return bool(np.isfinite(tensor.astype(np.float64)).all())

@@ -1,0 +1,230 @@
+"""The attempts in which the names of an adapter are those of converted tensors: another generation, another layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from lora_export.errors import InputRefused, Misfit
+from lora_export.lora import Adapter, LoraPair, split_part
+from lora_export.plan.attempts import ConvertedNames, Spelling, module_of_tensor, pair_weight, shape_in_model
+from lora_export.plan.conversion.architecture import ArchitectureRules
+from lora_export.plan.conversion.loaded_names import LoadedNames, LoadedTensor
+from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible
+from lora_export.plan.diffusion.other_layout import OtherLayout
+from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
+from lora_export.plan.placing import Place, places_in_result, places_in_sources
+from lora_export.plan.types import Layout, TensorSpec
+
+
+class NamesOfConvertedTensors(ConvertedNames):
+    """An adapter whose names are those of tensors that consist of the base's."""
+
+    def __init__(self, adapter: Adapter, base: BaseTensors, loaded: Mapping[str, LoadedTensor]):
+        super().__init__(adapter, base)
+        self.loaded = loaded
+        self.names = BaseTensors(_loaded_spec(tensor, base) for tensor in self.loaded.values())
+        # transformers keeps the name of a tensor that has no place under its new one.
+        self.unchanged = {name: spec for name, spec in base.items() if name not in self.names}
+        self.every_name = BaseTensors([*self.names.values(), *self.unchanged.values()])
+        self.prefix = _prefix_or_none(adapter, self.every_name)
+        self.shapes = {self.prefix.to_base(name) or name: shape for name, shape in _tensor_shapes(adapter)}
+        self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
+
+    @property
+    def own_prefix(self) -> Prefix:
+        return Prefix(adapter=self.prefix.adapter)
+
+    def tensor_of(self, module: str) -> str | None:
+        weight = weight_of(self.prefix.to_base(module), self.every_name)
+        return None if weight is None else self.prefix.adapter + weight.removeprefix(self.prefix.base)
+
+    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:
+        name = self.prefix.to_base(tensor) or tensor
+        found = self.loaded.get(name)
+        if found is None:
+            return [Place(name)] if name in self.unchanged else []
+        if found.conversion is None:
+            return [Place(found.stored)]
+        assembled = found.conversion.assembled(self._stored_shape, self.shapes.get)[name]
+        if shape and tuple(shape) != assembled.shape:
+            raise NotExpressible(
+                f"makes a tensor of {assembled.shape} of them, and the adapter was trained on {tuple(shape)}"
+            )
+        return places_in_sources(assembled, self._stored_shape)
+
+    def assembled(self, parameter: str) -> AssembledTensor | None:
+        weight = weight_of(self.prefix.to_base(parameter), self.every_name)
+        found = self.loaded.get(weight) if weight is not None else None
+        if found is not None and found.conversion is not None:
+            return found.conversion.assembled(self._stored_shape, self.shapes.get)[found.name]
+        stored = weight if found is None else found.stored
+        return None if stored is None else AssembledTensor.stored(stored, self._stored_shape(stored))
+
+    def misfits(self, spelled: Adapter) -> list[Misfit]:  # noqa: ARG002
+        return missing_targets(self.adapter, self.prefix, self.names)
+
+
+class AsLoaded(NamesOfConvertedTensors):
+    spelling = Spelling.LOADED
+    meaning = "the names of the loaded model"
+
+    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
+        super().__init__(adapter, base, loaded_names(base, rules))
+        self.rules = rules
+
+    def converts(self, tensor: str) -> str:
+        return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
+
+    @property
+    def note(self) -> str:
+        return (
+            f"{self.adapter.name}: its names are those of the loaded model, the base has the original ones; "
+            f"{_by_mapping(self.rules)}"
+        )
+
+
+class AsOtherLayout(NamesOfConvertedTensors):
+    spelling = Spelling.OTHER_LAYOUT
+
+    def __init__(self, adapter: Adapter, base: BaseTensors, layout: OtherLayout):
+        super().__init__(adapter, base, layout.tensors)
+        self.layout = layout
+        own, other = ("the original model", "diffusers") if layout.is_original else ("diffusers", "the original model")
+        self.meaning = f"the names of {layout.model} in {own}"
+        self.other = f"those of {other}"
+
+    def converts(self, tensor: str) -> str:
+        return f"the layout of {self.layout.model} in diffusers converts {tensor}: it"
+
+    @property
+    def note(self) -> str:
+        return f"{self.adapter.name}: it has {self.meaning}, the base has {self.other}; matched."
+
+
+class AsOriginal(ConvertedNames):
+    spelling = Spelling.ORIGINAL
+    meaning = "the names before transformers renames them"
+
+    def __init__(self, adapter: Adapter, base: BaseTensors, rules: ArchitectureRules):
+        super().__init__(adapter, base)
+        self.rules = rules
+        self.shapes = dict(_tensor_shapes(adapter))
+        self.by_stored = LoadedNames(rules, self.shapes).by_stored
+        self.prefix = _prefix_or_none(self._renamed(), base)
+        self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
+
+    def converts(self, tensor: str) -> str:
+        return f"transformers {self.rules.version} converts {tensor} while it loads the model: it"
+
+    @property
+    def note(self) -> str:
+        return (
+            f"{self.adapter.name}: its names are the original ones, the base has those of the loaded model; "
+            f"{_by_mapping(self.rules)}"
+        )
+
+    def _renamed(self) -> Adapter:
+        """The adapter with the modules of the loaded model. Its pairs are used for their names only."""
+        pairs: dict[str, LoraPair] = {}
+        for module, pair in self.adapter.pairs.items():
+            if module not in self.adapter.tied:
+                stored = split_part(pair_weight(module, pair))[0]
+                pairs |= {module_of_tensor(tensor.name): pair for tensor in self.by_stored.get(stored, ())}
+        return replace(self.adapter, pairs=pairs or self.adapter.pairs, tied={})
+
+    @property
+    def own_prefix(self) -> Prefix:
+        return self.prefix
+
+    def tensor_of(self, module: str) -> str | None:
+        pair = self.adapter.pairs.get(module)
+        name = f"{module}.weight" if pair is None else pair_weight(module, pair)
+        found = self.by_stored.get(split_part(name)[0], ())
+        return name if found and all(self.prefix.to_base(each.name) in self.base for each in found) else None
+
+    def find(self, tensor: str, shape: Sequence[int]) -> list[Place]:  # noqa: ARG002
+        places = []
+        for found in self.by_stored.get(tensor, ()):
+            name = self.prefix.to_base(found.name)
+            if name is None or name not in self.base:
+                return []
+            if found.conversion is None:
+                places.append(Place(name))
+                continue
+            assembled = found.conversion.assembled(self.shapes.__getitem__, self._base_shape)[found.name]
+            if assembled.shape != self.base[name].shape:
+                raise NotExpressible(f"makes {name} {self.base[name].shape} of tensors that the adapter lacks in part")
+            places += [
+                places_in_result(assembled, name, piece, self.shapes.__getitem__)
+                for piece in assembled.pieces
+                if piece.source == tensor
+            ]
+        return places
+
+    def assembled(self, parameter: str) -> AssembledTensor | None:
+        (found,) = self.by_stored.get(parameter, ()) or (None,)
+        if found is None:
+            return None
+        if found.conversion is not None:
+            raise NotExpressible("converts a stacked tensor")
+        name = self.prefix.to_base(found.name) or found.name
+        return AssembledTensor.stored(name, self._stored_shape(name)) if name in self.base else None
+
+    def _base_shape(self, name: str) -> tuple[int, ...] | None:
+        spec = self.base.get(self.prefix.to_base(name) or name)
+        return None if spec is None else spec.shape
+
+    def misfits(self, spelled: Adapter) -> list[Misfit]:
+        targets = set(self.adapter.targets)
+        new = {
+            name.rpartition(".")[2]
+            for module in self.adapter.pairs
+            if any(f".{module}".endswith(f".{target}") for target in targets)
+            for name in (module_of_tensor(split_part(tensor)[0]) for tensor in self.weights_of(module))
+        }
+        return missing_targets(replace(spelled, targets=tuple(sorted(new))), self.prefix, self.base)
+
+
+# --- Names ---
+
+
+def loaded_names(base: BaseTensors, rules: ArchitectureRules) -> LoadedNames:
+    """The names of the base's tensors in the loaded model, computed once for a base."""
+    if base.loaded is None or base.loaded.rules is not rules:
+        base.loaded = LoadedNames(rules, base)
+    return base.loaded
+
+
+def _by_mapping(rules: ArchitectureRules) -> str:
+    return f"matched by the conversion mapping of transformers {rules.version} for {rules.architecture}."
+
+
+def _loaded_spec(tensor: LoadedTensor, base: BaseTensors) -> TensorSpec:
+    spec = replace(base[tensor.sources[0]], name=tensor.name)
+    stacks = tensor.conversion is not None and tensor.conversion.stacks
+    # `missing_targets` looks at the number of dimensions, which stacking raises.
+    return replace(spec, layout=Layout.OTHER, shape=(1, *spec.shape)) if stacks else spec
+
+
+def _prefix_or_none(adapter: Adapter, names: BaseTensors) -> Prefix:
+    """As `find_prefix`, for names that may not be the adapter's: two prefixes that fit are no error then."""
+    try:
+        return find_prefix(adapter, names)
+    except InputRefused:
+        return Prefix()
+
+
+def _tensor_shapes(adapter: Adapter) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Every tensor that an adapter changes, with the shape that it has in the model."""
+    experts = Counter(split_part(module)[0] for module in adapter.pairs if split_part(module)[1])
+    for module, pair in adapter.pairs.items():
+        owner, indices = split_part(pair_weight(module, pair))
+        yield owner, (experts[owner], *shape_in_model(pair)) if indices else shape_in_model(pair)
+    for module, change in adapter.biases.items():
+        yield f"{module}.bias", change.shape
+    for tensor, value in adapter.replaced.items():
+        yield tensor, value.shape
+    for tensor in adapter.token_rows:
+        yield tensor, ()

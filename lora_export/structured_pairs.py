@@ -1,0 +1,217 @@
+"""Pairs whose A and B are not what a file stores: Hadamard products (LoHa), Kronecker products (LoKr), whole changes.
+
+Each is a `LoraPair`. Its A and B are made when they are needed, so that an adapter needs no more memory than its file.
+Where their product has a faster form, `delta` uses that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
+
+_Indices = NDArray[np.int64]
+_Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class StructuredPair(LoraPair):
+    """A pair that is stored in another form. Like every pair it is read-only.
+
+    `rows` and `columns` select a part of the whole product; None selects all. Raises InputRefused as LoraPair does.
+    """
+
+    shape_of_whole: tuple[int, ...]  # (out, in, ...)
+
+    def __init__(
+        self,
+        stored: Mapping[str, NDArray[Any]],
+        scale: float,
+        magnitude: NDArray[Any] | None = None,
+        *,
+        kernel: tuple[int, ...] | None = None,
+        rows: _Indices | None = None,
+        columns: _Indices | None = None,
+    ):
+        fields: dict[str, Any] = {name: finite_fp32(name, value) for name, value in stored.items()}
+        fields |= {"stored": fields.copy(), "scale": scale, "embedding": False, "as_stored": False, "kernel": kernel}
+        fields |= {"rows": rows, "columns": columns}
+        fields["magnitude"] = None if magnitude is None else finite_fp32("magnitude", magnitude)
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "shape_of_whole", self._shape_of_whole())
+        if not math.isfinite(scale):
+            raise InputRefused(f"the scale is {scale}; it must be finite")
+        if magnitude is not None and magnitude.shape != self.shape[:1]:
+            raise InputRefused(f"the magnitude is {magnitude.shape}, the change is {self.shape}")
+
+    stored: dict[str, NDArray[np.float32]]
+    kernel: tuple[int, ...] | None  # the shape of the convolution's kernel, where the factors are matrices
+    rows: _Indices | None
+    columns: _Indices | None
+
+    # --- What each form defines ---
+
+    def _shape_of_whole(self) -> tuple[int, ...]:
+        """(out, in, ...) of the whole product. Raises InputRefused where the factors do not fit each other."""
+        raise NotImplementedError
+
+    def _factors(self) -> _Factors:
+        """A and B of the whole product."""
+        raise NotImplementedError
+
+    def _product(self, rows: _Indices) -> NDArray[np.float32]:
+        """These rows of the whole product, without the scale: (rows, in, ...)."""
+        raise NotImplementedError
+
+    # --- LoraPair ---
+
+    @property
+    def a(self) -> NDArray[np.float32]:
+        a = self._factors()[0]
+        a = a if self.columns is None else a[:, self.columns]
+        return a if self.kernel is None else a.reshape(a.shape[0], -1, *self.kernel)
+
+    @property
+    def b(self) -> NDArray[np.float32]:
+        b = self._factors()[1]
+        b = b if self.rows is None else b[self.rows]
+        dimensions = len(self.shape)
+        return b.reshape(*b.shape[:2], *[1] * (dimensions - 2))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        out, columns, *rest = self.shape_of_whole
+        out = out if self.rows is None else len(self.rows)
+        columns = columns if self.columns is None else len(self.columns)
+        if self.kernel is not None:
+            return (out, columns // math.prod(self.kernel), *self.kernel)
+        return (out, columns, *rest)
+
+    @property
+    def parameters(self) -> int:
+        return sum(each.size for each in self.stored.values()) + (0 if self.magnitude is None else self.magnitude.size)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.magnitude is None and (self.scale == 0 or not all(each.any() for each in self.stored.values()))
+
+    def part(self, rows: _Indices | None, columns: _Indices | None) -> LoraPair:
+        if self.kernel is not None and columns is not None:
+            raise InputRefused("a part of the inputs of a convolution is not supported")
+        own_rows = np.arange(self.shape_of_whole[0]) if self.rows is None else self.rows
+        own_columns = np.arange(self.shape_of_whole[1]) if self.columns is None else self.columns
+        magnitude = self.magnitude if rows is None or self.magnitude is None else self.magnitude[rows]
+        return type(self)(
+            self.stored,
+            self.scale,
+            magnitude,
+            kernel=self.kernel,
+            rows=self.rows if rows is None else own_rows[rows],
+            columns=self.columns if columns is None else own_columns[columns],
+        )
+
+    def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:
+        if self.columns is not None or len(self.shape_of_whole) > 2:
+            return super().with_kernel(kernel)
+        return type(self)(self.stored, self.scale, self.magnitude, kernel=kernel or None, rows=self.rows)
+
+    def delta(
+        self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        every_row = np.arange(self.shape_of_whole[0]) if self.rows is None else self.rows
+        product = self._product(every_row[rows])
+        product = product if self.columns is None else product[:, self.columns]
+        product = product.reshape(len(product), *self.shape[1:])
+        return np.multiply(product, np.float32(strength * self.scale), out=out)
+
+
+class HadamardPair(StructuredPair):
+    """(B1 A1) ∘ (B2 A2), entry by entry, as LoHa stores it (Hyeon-Woo et al. 2022, eq. 2).
+
+    `stored` has a1 (rank 1, in, ...), b1 (out, rank 1), a2 (rank 2, in, ...) and b2 (out, rank 2). The rank of the
+    product is at most rank 1 * rank 2: B is the row-wise Kronecker product of B1 and B2, A that of the columns.
+    """
+
+    a1: NDArray[np.float32]
+    b1: NDArray[np.float32]
+    a2: NDArray[np.float32]
+    b2: NDArray[np.float32]
+
+    def _shape_of_whole(self) -> tuple[int, ...]:
+        shapes = [(self.b1.shape[0], *self.a1.shape[1:]), (self.b2.shape[0], *self.a2.shape[1:])]
+        ranks = [(self.a1.shape[0], self.b1.shape[1:]), (self.a2.shape[0], self.b2.shape[1:])]
+        if shapes[0] != shapes[1] or any(columns != (rank,) for rank, columns in ranks) or 0 in shapes[0]:
+            text = ", ".join(f"{name} {value.shape}" for name, value in self.stored.items())
+            raise InputRefused(f"the factors of a Hadamard product do not fit each other: {text}")
+        return shapes[0]
+
+    @property
+    def rank(self) -> int:
+        return int(self.a1.shape[0] * self.a2.shape[0])
+
+    def _factors(self) -> _Factors:
+        a = (self.a1[:, None] * self.a2[None]).reshape(-1, *self.a1.shape[1:])
+        b = (self.b1[:, :, None] * self.b2[:, None, :]).reshape(len(self.b1), -1)
+        return a, b
+
+    def _product(self, rows: _Indices) -> NDArray[np.float32]:
+        one = self.b1[rows] @ self.a1.reshape(self.a1.shape[0], -1)
+        other = self.b2[rows] @ self.a2.reshape(self.a2.shape[0], -1)
+        return (one * other).reshape(len(rows), *self.a1.shape[1:])
+
+
+class KroneckerPair(StructuredPair):
+    """kron(w1, w2), as LoKr stores it: `stored` has w1 (a, b) and w2 (c, d, ...); the product is (a c, b d, ...)."""
+
+    w1: NDArray[np.float32]
+    w2: NDArray[np.float32]
+
+    def _shape_of_whole(self) -> tuple[int, ...]:
+        if self.w1.ndim != 2 or self.w2.ndim < 2 or 0 in (*self.w1.shape, *self.w2.shape):
+            raise InputRefused(f"the factors of a Kronecker product are {self.w1.shape} and {self.w2.shape}")
+        (a, b), (c, d, *kernel) = self.w1.shape, self.w2.shape
+        return (a * c, b * d, *kernel)
+
+    @property
+    def rank(self) -> int:
+        return int(self.w1.shape[1] * self.w2.shape[0])
+
+    def _factors(self) -> _Factors:
+        (_, b), (c, *rest) = self.w1.shape, self.w2.shape
+        # kron(w1, w2) = kron(w1, I) kron(I, w2). Each entry of the product is one product of two stored numbers.
+        left = np.kron(self.w1, np.eye(c, dtype=np.float32))
+        right = np.einsum("jk,c...->jck...", np.eye(b, dtype=np.float32), self.w2)  # (b, c, b, d, ...)
+        return right.reshape(b * c, b * rest[0], *rest[1:]), left
+
+    def _product(self, rows: _Indices) -> NDArray[np.float32]:
+        outer, inner = np.divmod(rows, self.w2.shape[0])
+        shape = (len(rows), *self.shape_of_whole[1:])
+        product: NDArray[np.float32] = np.einsum("rb,r...->rb...", self.w1[outer], self.w2[inner])
+        return product.reshape(shape)
+
+
+class WholePair(StructuredPair):
+    """A change of a weight that is stored as a whole: `stored` has change (out, in, ...)."""
+
+    change: NDArray[np.float32]
+
+    def _shape_of_whole(self) -> tuple[int, ...]:
+        if self.change.ndim < 2 or 0 in self.change.shape:
+            raise InputRefused(f"the change is {self.change.shape}; a matrix or the weight of a convolution is needed")
+        return self.change.shape
+
+    @property
+    def rank(self) -> int:
+        return int(self.change.shape[0])
+
+    def _factors(self) -> _Factors:
+        return self.change, np.eye(len(self.change), dtype=np.float32)
+
+    def _product(self, rows: _Indices) -> NDArray[np.float32]:
+        return self.change[rows]

@@ -1,0 +1,212 @@
+"""What the tensors of a one-file adapter mean: LyCORIS's own modules are the oracle."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from lora_export import merge
+from lora_export.errors import InputRefused
+from lora_export.formats import kohya, lora_file
+
+LAYERS: dict[str, nn.Module] = {
+    "linear": nn.Linear(24, 36),
+    "convolution": nn.Conv2d(8, 12, 3, padding=1),
+    "point": nn.Conv2d(8, 12, 1),
+}
+INPUTS = {"linear": torch.randn(3, 24), "convolution": torch.randn(2, 8, 5, 5), "point": torch.randn(2, 8, 5, 5)}
+# Variant -> kind of LyCORIS's module, and its arguments.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "LoCon": ("locon", {}),
+    "LoCon, Tucker": ("locon", {"use_tucker": True}),
+    "LoCon, rs-LoRA": ("locon", {"rs_lora": True}),
+    "LoCon, DoRA": ("locon", {"weight_decompose": True, "wd_on_output": True}),
+    "LoHa": ("loha", {}),
+    "LoHa, Tucker": ("loha", {"use_tucker": True}),
+    "LoHa, DoRA": ("loha", {"weight_decompose": True, "wd_on_output": True}),
+    "LoKr": ("lokr", {"lora_dim": 2, "factor": 2}),
+    "LoKr, Tucker": ("lokr", {"lora_dim": 2, "factor": 2, "use_tucker": True}),
+    "LoKr, both decomposed": ("lokr", {"lora_dim": 1, "factor": 4, "decompose_both": True}),
+    "LoKr, whole factors": ("lokr", {"full_matrix": True, "factor": 4}),
+    "LoKr, DoRA": ("lokr", {"lora_dim": 2, "factor": 2, "weight_decompose": True, "wd_on_output": True}),
+}
+
+
+@functools.cache
+def lycoris_classes() -> dict[str, type]:
+    from lycoris.modules.locon import LoConModule
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    return {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+
+
+def trained(kind: str, arguments: dict[str, object], layer: nn.Module) -> nn.Module:
+    """A module of LyCORIS beside a layer, every parameter of which has random values."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module: nn.Module = lycoris_classes()[kind](
+            "lycoris_m_layer", layer, multiplier=1.0, **{"lora_dim": 4, "alpha": 2, **arguments}
+        )
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def saved(module: nn.Module, folder: Path) -> Path:
+    """The adapter's file, with the keys that LyCORIS writes."""
+    state = {name: value for name, value in module.state_dict().items() if "org_" not in name}
+    tensors = {f"lycoris_m_layer.{name}": value.detach().numpy().copy() for name, value in state.items()}
+    path = folder / "adapter.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def base_of(layer: nn.Module, folder: Path) -> Path:
+    path = folder / "base.safetensors"
+    save_file({f"m.layer.{name}": value.numpy().copy() for name, value in layer.state_dict().items()}, path)
+    return path
+
+
+def merged_weight(layer: nn.Module, adapter: Path, folder: Path) -> Tensor:
+    result = merge(base_of(layer, folder), adapter, folder / "merged.safetensors")
+    assert result.report is not None
+    return torch.from_numpy(load_file(folder / "merged.safetensors")["m.layer.weight"])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merge_computes_what_lycoris_computes(variant, layer, tmp_path):
+    kind, arguments = VARIANTS[variant]
+    base, x = LAYERS[layer], INPUTS[layer]
+    with torch.no_grad():
+        module = trained(kind, arguments, base)
+        path, expected = saved(module, tmp_path), module(x)
+        weight = merged_weight(base, path, tmp_path)
+        plain = (
+            nn.functional.linear if layer == "linear" else functools.partial(nn.functional.conv2d, padding=base.padding)
+        )
+        assert not torch.allclose(base(x), expected, atol=1e-3)
+        assert torch.allclose(plain(x, weight, base.bias), expected, atol=1e-5)
+
+
+def tensors_of(variant: str, folder: Path) -> dict[str, np.ndarray]:
+    kind, arguments = VARIANTS[variant]
+    return load_file(saved(trained(kind, arguments, LAYERS["linear"]), folder))
+
+
+def written(tensors: dict[str, np.ndarray], folder: Path) -> Path:
+    path = folder / "changed.safetensors"
+    save_file({f"lora_unet_layer.{name}": np.array(value) for name, value in tensors.items()}, path)
+    return path
+
+
+A, B = np.ones((2, 4), np.float32), np.ones((3, 2), np.float32)
+
+
+def test_alpha_divided_by_the_rank_is_the_scale(tmp_path):
+    scales = {
+        alpha: kohya.read(written({"lora_down.weight": A, "lora_up.weight": B} | extra, tmp_path), "x").pairs
+        for alpha, extra in ((None, {}), (8.0, {"alpha": np.float16(8)}), (3.0, {"alpha": np.ones(1) * 3}))
+    }
+    assert [pairs["denoiser/layer"].scale for pairs in scales.values()] == [1.0, 4.0, 1.5]
+
+
+def test_whole_changes_of_weights_biases_and_norms_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    change, bias, norm = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 4), (3,), (3,)))
+    tensors = {"lora_unet_a_fc.diff": change, "lora_unet_a_fc.diff_b": bias, "lora_unet_a_n.w_norm": norm}
+    tensors |= {"lora_unet_a_n.b_norm": norm * 2, "lora_unet_a_m.diff": norm * 3}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    base = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (
+            ("a.fc.weight", (3, 4)),
+            ("a.fc.bias", (3,)),
+            ("a.n.weight", (3,)),
+            ("a.n.bias", (3,)),
+            ("a.m.weight", (3,)),
+        )
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "out.safetensors", weights=[2.0])
+    added = {"a.fc.weight": change, "a.fc.bias": bias, "a.n.weight": norm, "a.n.bias": norm * 2, "a.m.weight": norm * 3}
+    for name, value in load_file(tmp_path / "out.safetensors").items():
+        assert value == pytest.approx(base[name] + 2 * added[name], rel=1e-6)
+
+
+def test_the_bias_of_b_is_scaled_with_the_pair(tmp_path):
+    tensors = {"lora_A.weight": A, "lora_B.weight": B, "lora_B.bias": np.arange(3.0), "alpha": np.ones(1) * 4}
+    adapter = kohya.read(written(tensors, tmp_path), "x")
+    assert adapter.biases["denoiser/layer"].tolist() == [0, 2, 4]
+
+
+def test_pairs_with_and_without_alpha_are_noted(tmp_path):
+    pair = {"lora_down.weight": A, "lora_up.weight": B}
+    tensors = {f"lora_unet_{module}.{name}": value for module in ("a", "b") for name, value in pair.items()}
+    save_file({**tensors, "lora_unet_a.alpha": np.ones(1)}, tmp_path / "mixed.safetensors")
+    assert kohya.read(tmp_path / "mixed.safetensors", "x").notes == ("1 of 2 pairs have no alpha: scale 1.",)
+
+
+LORA = {"lora_down.weight": A, "lora_up.weight": B}
+REFUSED = {
+    "no B": ({"lora_down.weight": A}, "there is no B for it"),
+    "alpha alone": ({"alpha": np.ones(1), "diff_b": np.ones(3)}, "it has alpha, and no pair"),
+    "alpha of several numbers": ({**LORA, "alpha": np.ones(2)}, "its alpha is .2,.; it must be one number"),
+    "alpha of zero": ({**LORA, "alpha": np.zeros(1)}, "its alpha is 0: sd-scripts takes that for alpha = rank"),
+    "two spellings": ({**LORA, "lora_A.weight": A}, "contains one tensor under two names"),
+    "two kinds": ({**LORA, "lokr_w1": A, "lokr_w2": B}, "it has changes of several kinds"),
+    "a pair and a whole change": ({**LORA, "diff": B @ A}, "it has changes of several kinds"),
+    "ranks that differ": ({"lora_down.weight": A, "lora_up.weight": B[:, :1]}, "different ranks"),
+    "vectors": ({"lora_down.weight": A[0], "lora_up.weight": B}, "both need at least two dimensions"),
+    "NaN": ({"lora_down.weight": A * np.nan, "lora_up.weight": B}, "holds values that are not finite"),
+    "another kind of key": ({**LORA, "oft_blocks": A}, "unknown kinds of tensors: lora_unet_layer.oft_blocks"),
+    "a core of another rank": ({**LORA, "lora_mid.weight": np.ones((3, 3, 3, 3))}, "make no convolution"),
+    "DoRA of the inputs": (
+        {**LORA, "dora_scale": np.ones((1, 4))},
+        "its DoRA magnitude is .1, 4., and the weight has 3",
+    ),
+    "DoRA without a pair": ({"dora_scale": np.ones((3, 1)), "diff_b": np.ones(3)}, "it has dora_scale, and no pair"),
+    "a LoHa factor is missing": ({"hada_w1_a": B, "hada_w1_b": A, "hada_w2_a": B}, "there is no hada_w2_b for it"),
+    "a LoKr factor is missing": ({"lokr_w1": A}, "there is neither lokr_w2 nor lokr_w2_a and lokr_w2_b"),
+    "a LoKr factor twice": ({"lokr_w1": A, "lokr_w2": A, "lokr_w2_a": B}, "it has lokr_w2 and lokr_w2_a or lokr_w2_b"),
+    "LoKr of two ranks": (
+        {"lokr_w1_a": B, "lokr_w1_b": A, "lokr_w2_a": B[:, :1], "lokr_w2_b": A[:1]},
+        "have the ranks 1, 2",
+    ),
+    "two biases": ({**LORA, "lora_B.bias": np.ones(3), "diff_b": np.ones(3)}, "two changes of one bias"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused_by_name(name, tmp_path):
+    tensors, message = REFUSED[name]
+    with pytest.raises(InputRefused, match=message):
+        kohya.read(written(tensors, tmp_path), "x")
+
+
+def test_the_file_is_the_only_one_of_its_folder(tmp_path):
+    path = written(LORA, tmp_path)
+    assert lora_file.weights_of(tmp_path) == lora_file.weights_of(path) == path
+    (tmp_path / "other.safetensors").write_bytes(path.read_bytes())
+    assert lora_file.weights_of(tmp_path) is None
+    with pytest.raises(InputRefused, match="is not an adapter of one"):
+        kohya.read(tmp_path, "x")
+    (tmp_path / "other.safetensors").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    assert lora_file.weights_of(tmp_path) is None  # the folder of a model
+
+
+def test_a_model_and_a_damaged_file_are_not_recognised(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"layer.weight": A}, path)
+    assert not lora_file.names_fit(path, lambda name: name)
+    path.write_bytes(b"damaged")
+    assert not lora_file.names_fit(path, lambda name: name)
+    assert not lora_file.names_fit(tmp_path / "none.safetensors", lambda name: name)

@@ -1,0 +1,286 @@
+"""Tiny models of diffusers, adapters for them in every spelling, and what diffusers makes of these."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import nn
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@functools.cache
+def unet(*, like_sdxl: bool = False) -> nn.Module:
+    """A UNet as Stable Diffusion has it; or as Stable Diffusion XL, with two layers a block."""
+    from diffusers import UNet2DConditionModel
+
+    own: dict[str, Any] = {"layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8}
+    if like_sdxl:
+        own = {
+            "layers_per_block": 2,
+            "cross_attention_dim": 64,
+            "attention_head_dim": (2, 4),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "transformer_layers_per_block": (1, 2),
+            "projection_class_embeddings_input_dim": 80,
+        }
+    return _seeded(
+        lambda: UNet2DConditionModel(
+            block_out_channels=(32, 64),
+            sample_size=8,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            **own,
+        )
+    )
+
+
+@functools.cache
+def clip_text_model() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=100,
+        bos_token_id=98,
+        eos_token_id=99,
+    )
+    return _seeded(lambda: CLIPTextModel(config))
+
+
+def _flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+
+
+def _flux_2() -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=[4, 4, 4, 4],
+    )
+
+
+def _sd_3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=24,
+        pooled_projection_dim=40,
+        out_channels=4,
+        dual_attention_layers=(0,),
+    )
+
+
+def _wan() -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=20,
+        freq_dim=32,
+        ffn_dim=28,
+        num_layers=2,
+        image_dim=8,
+        added_kv_proj_dim=24,
+        rope_max_seq_len=32,
+    )
+
+
+def _hunyuan_video() -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+
+
+def _qwen_image() -> nn.Module:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(8, 4, 4),
+    )
+
+
+def _z_image() -> nn.Module:
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[32, 32, 32],
+    )
+
+
+BUILDERS = {
+    "Flux": _flux,
+    "Flux 2": _flux_2,
+    "Stable Diffusion 3": _sd_3,
+    "Wan": _wan,
+    "HunyuanVideo": _hunyuan_video,
+    "Qwen-Image": _qwen_image,
+    "Z-Image": _z_image,
+}
+PIPELINES = {
+    "Flux": "FluxPipeline",
+    "Flux 2": "Flux2Pipeline",
+    "Wan": "WanPipeline",
+    "HunyuanVideo": "HunyuanVideoPipeline",
+    "Qwen-Image": "QwenImagePipeline",
+    "Z-Image": "ZImagePipeline",
+}
+
+
+@functools.cache
+def transformer(name: str) -> nn.Module:
+    """A tiny transformer of a family in BUILDERS. Callers must not change it."""
+    return _seeded(BUILDERS[name])
+
+
+def arrays_of(model: nn.Module) -> Arrays:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def folder_of(model: nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_pairs(shapes: Mapping[str, tuple[int, ...]], *, rank: int = 2, seed: int = 0) -> dict[str, tuple[Any, Any]]:
+    """A and B for weights of these (out, in, ...) shapes."""
+    rng = np.random.default_rng(seed)
+    return {
+        module: (
+            rng.standard_normal((rank, *shape[1:])).astype(np.float32),
+            rng.standard_normal((shape[0], rank, *[1] * (len(shape) - 2))).astype(np.float32),
+        )
+        for module, shape in shapes.items()
+    }
+
+
+def change(pair: tuple[Any, Any], scale: float) -> NDArray[np.float64]:
+    """scale * B A, in fp64."""
+    a, b = (factor.astype(np.float64) for factor in pair)
+    product: NDArray[np.float64] = scale * np.tensordot(b.reshape(len(b), -1), a, 1)
+    return product
+
+
+def adapter_file(
+    path: Path,
+    pairs: Mapping[str, tuple[Any, Any]],
+    *,
+    prefix: str = "",
+    flattened: bool = False,
+    spelling: tuple[str, str] = ("lora_down.weight", "lora_up.weight"),
+    alpha: float | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """An adapter of one file, whose keys begin with `prefix`."""
+    tensors: Arrays = {}
+    for module, factors in pairs.items():
+        name = prefix + (module.replace(".", "_") if flattened else module)
+        tensors |= {f"{name}.{part}": factor for part, factor in zip(spelling, factors, strict=True)}
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def linear_shapes(model: nn.Module, *, convolutions: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of linear layers, by module; with `convolutions`, of these too."""
+    kinds = (nn.Linear, nn.Conv2d) if convolutions else nn.Linear
+    return {name: tuple(layer.weight.shape) for name, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def fused_by_diffusers(model: nn.Module, pipeline: str, adapter: Path, part: str) -> Arrays:
+    """The weights of one part (unet, transformer) of a pipeline, after diffusers has loaded and fused the adapter."""
+    import diffusers
+
+    own = getattr(diffusers, pipeline)
+    arguments = {"unet_config": model.config} if part == "unet" else {}
+    found = own.lora_state_dict(str(adapter), **arguments)
+    state, alphas = found if isinstance(found, tuple) else (found, None)
+    copied = type(model).from_config(model.config)
+    copied.load_state_dict(model.state_dict())
+    load = getattr(own, f"load_lora_into_{part}")
+    if alphas:
+        load(state, alphas, copied)
+    else:
+        load(state, **{part: copied}, **({"network_alphas": None} if part == "unet" else {}))
+    copied.fuse_lora()
+    copied.unload_lora()
+    return arrays_of(copied)

@@ -1,0 +1,138 @@
+"""Pairs that are stored in another form: their products by the published formulas, in fp64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_export.errors import InputRefused
+from lora_export.lora import LoraPair
+from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+
+RNG = np.random.default_rng(0)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def hadamard(
+    out: int = 6, inner: tuple[int, ...] = (5,), ranks: tuple[int, int] = (2, 3)
+) -> tuple[LoraPair, np.ndarray]:
+    a1, b1, a2, b2 = (
+        numbers(ranks[0], *inner),
+        numbers(out, ranks[0]),
+        numbers(ranks[1], *inner),
+        numbers(out, ranks[1]),
+    )
+    one, other = (np.tensordot(b.astype(np.float64), a.astype(np.float64), 1) for b, a in ((b1, a1), (b2, a2)))
+    return HadamardPair({"a1": a1, "b1": b1, "a2": a2, "b2": b2}, 0.75), one * other * 0.75
+
+
+def kronecker(kernel: tuple[int, ...] = ()) -> tuple[LoraPair, np.ndarray]:
+    w1, w2 = numbers(2, 3), numbers(4, 5, *kernel)
+    product = np.einsum("ab,cd...->acbd...", w1.astype(np.float64), w2.astype(np.float64))
+    return KroneckerPair({"w1": w1, "w2": w2}, 0.75), product.reshape(8, 15, *kernel) * 0.75
+
+
+def whole(*shape: int) -> tuple[LoraPair, np.ndarray]:
+    change = numbers(*shape)
+    return WholePair({"change": change}, 0.75), change * np.float64(0.75)
+
+
+FORMS = {
+    "LoHa": hadamard(),
+    "LoHa of a convolution": hadamard(inner=(5, 3, 3)),
+    "LoKr": kronecker(),
+    "LoKr of a convolution": kronecker((3, 3)),
+    "whole matrix": whole(6, 5),
+    "whole kernel": whole(6, 5, 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+class TestForm:
+    def test_its_change_is_the_formula(self, name):
+        pair, expected = FORMS[name]
+        assert pair.shape == expected.shape
+        assert pair.delta() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert pair.delta(slice(1, 4), strength=-2) == pytest.approx(-2 * expected[1:4], rel=1e-5, abs=1e-6)
+
+    def test_its_factors_have_the_same_product(self, name):
+        pair, expected = FORMS[name]
+        a, b = pair.a.astype(np.float64), pair.b.reshape(len(pair.b), -1).astype(np.float64)
+        assert (len(a), a.dtype) == (pair.rank, np.float64) and pair.b.shape[2:] == (1,) * (len(pair.shape) - 2)
+        assert np.tensordot(b, a, 1) * pair.scale == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    def test_a_part_of_it_is_the_part_of_its_change(self, name):
+        pair, expected = FORMS[name]
+        rows, columns = np.array([4, 0, 5]), np.array([3, 1])
+        part = pair.part(rows, None).part(np.array([2, 0]), columns)
+        assert part.delta() == pytest.approx(expected[[5, 4]][:, columns], rel=1e-5, abs=1e-6)
+        b, a = part.b.reshape(len(part.b), -1), part.a
+        assert np.tensordot(b, a, 1) * part.scale == pytest.approx(part.delta(), rel=1e-4, abs=1e-5)
+
+    def test_it_is_written_into_given_memory(self, name):
+        pair, _ = FORMS[name]
+        memory = np.full(pair.shape, np.nan, np.float32)
+        assert pair.delta(out=memory) is memory and np.isfinite(memory).all()
+
+    def test_it_changes_something(self, name):
+        assert not FORMS[name][0].is_identity
+
+
+def test_a_flattened_kernel_gets_its_shape():
+    pair, expected = hadamard(inner=(45,))
+    shaped = pair.with_kernel((3, 3))
+    assert shaped.shape == (6, 5, 3, 3) == shaped.b.shape[:1] + shaped.a.shape[1:]
+    assert shaped.delta() == pytest.approx(expected.reshape(6, 5, 3, 3), rel=1e-5, abs=1e-6)
+    flat, expected = kronecker()
+    assert flat.with_kernel((1, 1)).part(np.array([3]), None).delta().shape == (1, 15, 1, 1)
+    with pytest.raises(InputRefused, match="a part of the inputs of a convolution is not supported"):
+        shaped.part(None, np.array([0]))
+
+
+def test_a_product_of_a_zero_factor_is_the_identity():
+    assert KroneckerPair({"w1": np.zeros((2, 2)), "w2": numbers(3, 3)}, 1).is_identity
+    assert WholePair({"change": numbers(2, 2)}, 0).is_identity
+    assert not WholePair({"change": np.zeros((2, 2))}, 1, np.ones(2)).is_identity
+
+
+def test_a_product_counts_the_values_that_are_stored():
+    assert KroneckerPair({"w1": numbers(2, 3), "w2": numbers(4, 5)}, 1, np.ones(8)).parameters == 6 + 20 + 8
+
+
+def test_only_a_small_rank_is_low_rank():
+    assert hadamard(out=64, inner=(64,), ranks=(2, 2))[0].is_low_rank
+    assert not kronecker()[0].is_low_rank
+    assert not whole(6, 5)[0].is_low_rank
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: HadamardPair(
+                {"a1": numbers(2, 5), "b1": numbers(6, 3), "a2": numbers(2, 5), "b2": numbers(6, 2)}, 1
+            ),
+            "do not fit each other: a1 .2, 5., b1 .6, 3.",
+        ),
+        (
+            lambda: HadamardPair(
+                {"a1": numbers(2, 5), "b1": numbers(6, 2), "a2": numbers(2, 4), "b2": numbers(6, 2)}, 1
+            ),
+            "do not fit each other",
+        ),
+        (
+            lambda: KroneckerPair({"w1": numbers(2), "w2": numbers(3, 3)}, 1),
+            "the factors of a Kronecker product are .2,. and .3, 3.",
+        ),
+        (lambda: WholePair({"change": numbers(4)}, 1), "the change is .4,.; a matrix or the weight of a convolution"),
+        (lambda: WholePair({"change": numbers(2, 2)}, np.inf), "the scale is inf"),
+        (lambda: WholePair({"change": np.full((2, 2), np.nan)}, 1), "CHANGE holds 4 values that are not finite"),
+        (lambda: WholePair({"change": numbers(2, 3)}, 1, np.ones(3)), "the magnitude is .3,., the change is .2, 3."),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(InputRefused, match=message):
+        make()
