@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +240,7 @@ def new_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.
     return LoraPair(a=a, b=np.zeros((out_features, rank), np.float32), scale=scale)
 
 
+PerName = TypeVar("PerName")
 FROZEN_TABLES = (
     "pairs",
     "replaced",
@@ -325,6 +326,28 @@ class Adapter:
     def spelled(self, name: str) -> str:
         """The key that a module or tensor has in the file of the adapter. All experts of a parameter have one key."""
         return self.spelling.get(name, self.spelling.get(split_part(name)[0], name))
+
+    def renamed(self, new_name: Callable[[str], str | None], **fields: Any) -> Adapter:
+        """The adapter with other names of modules and tensors, and other `fields`. None as a name leaves it out."""
+
+        def table(old: Mapping[str, PerName]) -> dict[str, PerName]:
+            return {new: value for name, value in old.items() if (new := new_name(name)) is not None}
+
+        names = (*self.pairs, *self.replaced, *self.biases, *self.added, *self.token_rows)
+        tied = {new_name(head): new_name(module) for head, module in self.tied.items()}
+        return replace(
+            self,
+            pairs=table(self.pairs),
+            replaced=table(self.replaced),
+            biases=table(self.biases),
+            added=table(self.added),
+            token_rows=table(self.token_rows),
+            layouts=table(self.layouts),
+            experts=table(self.experts),
+            tied={head: module for head, module in tied.items() if head is not None and module is not None},
+            spelling=table(self.spelling) | table({name: self.spelled(name) for name in names}),
+            **fields,
+        )
 
     def tied_to(self, module: str) -> list[str]:
         """The modules that repeat the pair of this one."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from lora_export.errors import InputRefused
 from lora_export.lora import COMPONENTS, DENOISER, SECOND_DENOISER, Adapter, split_component
-
-PerName = TypeVar("PerName")
 
 # The names that users know, for `--component`. What removes the noise is a UNet or a transformer.
 COMPONENT_OPTIONS = {
@@ -18,7 +14,7 @@ COMPONENT_OPTIONS = {
     "transformer_2": SECOND_DENOISER,
     **{name: name for name in COMPONENTS if name not in (DENOISER, SECOND_DENOISER)},
 }
-SHOWN = {DENOISER: "unet or transformer", SECOND_DENOISER: "transformer_2"}
+_SHOWN = {DENOISER: "unet or transformer", SECOND_DENOISER: "transformer_2"}
 
 
 def components_of(adapter: Adapter) -> list[str]:
@@ -31,18 +27,11 @@ def components_of(adapter: Adapter) -> list[str]:
 def of_component(adapter: Adapter, component: str, *, named: bool = False) -> Adapter:
     """What the adapter changes in one component. Only with `named`, the names still begin with the component."""
 
-    def part(table: Mapping[str, PerName]) -> dict[str, PerName]:
-        split = {name: split_component(name) for name in table}
-        return {name if named else own: table[name] for name, (owner, own) in split.items() if owner == component}
+    def of_it(name: str) -> str | None:
+        owner, own = split_component(name)
+        return None if owner != component else name if named else own
 
-    return replace(
-        adapter,
-        pairs=part(adapter.pairs),
-        biases=part(adapter.biases),
-        added=part(adapter.added),
-        layouts=part(adapter.layouts),
-        spelling=part(adapter.spelling),
-    )
+    return adapter.renamed(of_it)
 
 
 def only_component(adapter: Adapter) -> Adapter:
@@ -76,4 +65,4 @@ def chosen_component(adapter: Adapter, chosen: str) -> Adapter:
 
 def listed_components(components: list[str]) -> str:
     """Components as users know them, for a message."""
-    return ", ".join(SHOWN.get(component, component or "modules without a component") for component in components)
+    return ", ".join(_SHOWN.get(component, component or "modules without a component") for component in components)

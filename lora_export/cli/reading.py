@@ -64,7 +64,16 @@ OPTIONS = (
         "2026.9.6 wrote grouped_by_expert, PEFT writes rank_major.",
     ),
 )
-FIELDS = ("format", "allow_pickle", "lora_rank", "lora_alpha", "enable_lora", "base_config", "component", "moe_b_layout")
+FIELDS = (
+    "format",
+    "allow_pickle",
+    "lora_rank",
+    "lora_alpha",
+    "enable_lora",
+    "base_config",
+    "component",
+    "moe_b_layout",
+)
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:

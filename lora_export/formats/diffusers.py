@@ -15,6 +15,7 @@ from lora_export.formats import lora_file
 from lora_export.formats.lora_file import FileNames, Scales, scale_by_alpha
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
+from lora_export.formats.tensor_files import names_in
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
 from lora_export.storage import json_files, safetensors_file
 
@@ -25,7 +26,7 @@ COMPONENTS_OF_PIPELINES = {
     "transformer_2": SECOND_DENOISER,
     **{name: name for name in TEXT_ENCODERS},
 }
-METADATA = "lora_adapter_metadata"
+_METADATA = "lora_adapter_metadata"
 # The oldest spelling gives the layers of every attention the names of a UNet's.
 OLD_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 OF_OTHER_FORMATS = re.compile(
@@ -49,16 +50,18 @@ def _module_of(name: str) -> str | None:
 
 
 def recognises(path: Path) -> bool:
-    """Whether the file has pairs, and no name of another format."""
-    return lora_file.names_fit(path, _module_of)
+    """Whether the file has pairs, and no name of another format. `X.lora_A` without `.weight` is loralib's."""
+    weights = lora_file.weights_of(path)
+    is_bare = weights is not None and any(name.endswith((".lora_A", ".lora_B")) for name in names_in(weights))
+    return not is_bare and lora_file.names_fit(path, _module_of)
 
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
     options.refuse_rank_and_alpha("its tensors")
     weights = lora_file.weights_of(path)
-    recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(METADATA, "")
-    scale_of = _scales(recorded, f"{METADATA} in the header of {weights}") if recorded else None
+    recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(_METADATA, "")
+    scale_of = _scales(recorded, f"{_METADATA} in the header of {weights}") if recorded else None
     return lora_file.read_file(path, name, FileNames("diffusers", _module_of), scale_of)
 
 

@@ -22,7 +22,7 @@ from lora_export.storage.hashes import file_sha256
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 
-SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"
 OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
 LOHA_FACTORS = (KeyPart.LOHA_W1_A, KeyPart.LOHA_W1_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_W2_B)
 Tensors = Mapping[KeyPart, NDArray[Any]]  # of one module
@@ -41,10 +41,10 @@ class FileNames:
 def weights_of(path: Path) -> Path | None:
     """The file of an adapter: the path itself, or the only `.safetensors` file of a folder without a config."""
     if path.is_file():
-        return path if path.suffix == SUFFIX else None
+        return path if path.suffix == _SUFFIX else None
     if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
         return None
-    found = sorted(path.glob(f"*{SUFFIX}"))
+    found = sorted(path.glob(f"*{_SUFFIX}"))
     return found[0] if len(found) == 1 else None
 
 
@@ -68,7 +68,7 @@ def read_file(path: Path, name: str, names: FileNames, scale_of: Scales | None =
     """
     weights = weights_of(path)
     if weights is None:
-        raise InputRefused(f"{path} is not an adapter of one {SUFFIX} file")
+        raise InputRefused(f"{path} is not an adapter of one {_SUFFIX} file")
     file = safetensors_file.open_file(weights)
     refuse_unprintable(file.entries, f"the header of {weights}")
     keys = sort_keys(file.entries, names.module_of)
@@ -130,7 +130,7 @@ class _FileChanges:
             self.problems.append(f"{first}: {error}")
 
     def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
-        kinds = [kind for kind in KINDS if not kind.own.isdisjoint(tensors)]
+        kinds = [kind for kind in _KINDS if not kind.own.isdisjoint(tensors)]
         if len(kinds) > 1 or (kinds and KeyPart.CHANGE in tensors):
             raise InputRefused(f"it has changes of several kinds: {', '.join(tensors)}")
         for kind in kinds:
@@ -269,7 +269,7 @@ def _kronecker_factor(
     return (b @ a.reshape(len(a), -1)).reshape(len(b), *a.shape[1:])
 
 
-KINDS = (
+_KINDS = (
     _ChangeKind(frozenset({KeyPart.A, KeyPart.B, KeyPart.MID}), (KeyPart.A, KeyPart.B), _lora),
     _ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, _loha),
     _ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), _lokr),

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 
-PerName = TypeVar("PerName")
-TENSOR_SUFFIX = re.compile(r"\.(weight|bias|in_proj_weight|in_proj_bias)")
-SHOWN_NAMES = 3
-MOST_PREFIXES = 20
+_TENSOR_SUFFIX = re.compile(r"\.(weight|bias|in_proj_weight|in_proj_bias)")
+_SHOWN_NAMES = 3
+_MOST_PREFIXES = 20
 
 
 def with_dots(adapter: Adapter, layouts: Sequence[Iterable[str]]) -> Adapter:
@@ -38,16 +35,22 @@ def with_dots(adapter: Adapter, layouts: Sequence[Iterable[str]]) -> Adapter:
     if ambiguous := {name: real for name, real in best.items() if len(real) > 1}:
         name, real = next(iter(ambiguous.items()))
         raise InputRefused(
-            f"{adapter.name}: {adapter.spelled(name)} may mean {' and '.join(real[:SHOWN_NAMES])}: the names of the "
+            f"{adapter.name}: {adapter.spelled(name)} may mean {' and '.join(real[:_SHOWN_NAMES])}: the names of the "
             "base become one when `_` takes the place of the dots"
         )
-    return _renamed(adapter, {name: real[0] for name, real in best.items()})
+    dotted = {name: real[0] for name, real in best.items()}
+
+    def with_its_dots(name: str) -> str:
+        module, dot, what = name.rpartition(".")  # of a tensor: its weight or bias
+        return dotted.get(name) or dotted.get(module, module) + dot + what
+
+    return adapter.renamed(with_its_dots, flattened=False)
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:
     modules: dict[str, None] = {}
     for tensor in tensors:
-        suffix = TENSOR_SUFFIX.search(tensor, max(0, tensor.rfind(".")))
+        suffix = _TENSOR_SUFFIX.search(tensor, max(0, tensor.rfind(".")))
         modules[tensor[: suffix.start()] if suffix and suffix.end() == len(tensor) else tensor] = None
     return list(modules)
 
@@ -69,34 +72,11 @@ def _prefixes(flat: Sequence[str], flattened: Sequence[tuple[str, str]]) -> list
     The most frequent pair comes first. At least one of the two is empty. Without a prefix comes before all.
     """
     found: Counter[tuple[str, str]] = Counter()
-    for name in flat[:SHOWN_NAMES]:
+    for name in flat[:_SHOWN_NAMES]:
         for module, other in flattened:
             start = len(module) - len(name)
             if other.endswith(f"_{name}") and module[start - 1] == ".":
                 found["", module[:start]] += 1
             elif name.endswith(f"_{other}"):
                 found[name[: -len(other)], ""] += 1
-    return [("", ""), *(pair for pair, _ in found.most_common(MOST_PREFIXES))]
-
-
-def _renamed(adapter: Adapter, real: Mapping[str, str]) -> Adapter:
-    def keys(table: Mapping[str, PerName]) -> dict[str, PerName]:
-        return {real.get(name, name): value for name, value in table.items()}
-
-    def tensor_keys(table: Mapping[str, PerName]) -> dict[str, PerName]:
-        new = {}
-        for name, value in table.items():
-            module, dot, what = name.rpartition(".")
-            new[real.get(module, module) + dot + what] = value
-        return new
-
-    spelling = {**tensor_keys(adapter.spelling), **keys(adapter.spelling)}
-    return replace(
-        adapter,
-        pairs=keys(adapter.pairs),
-        biases=keys(adapter.biases),
-        added=tensor_keys(adapter.added),
-        layouts=keys(adapter.layouts),
-        spelling=spelling,
-        flattened=False,
-    )
+    return [("", ""), *(pair for pair, _ in found.most_common(_MOST_PREFIXES))]

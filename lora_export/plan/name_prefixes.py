@@ -7,13 +7,9 @@ has `model.language_model.layers.0`. Nothing but the user tells that the text mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
 
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter, split_part
-
-PerName = TypeVar("PerName")
 
 LEAST_SHARED = 2  # parts at the end of two names that must be equal
 MOST_PROPOSED = 3
@@ -46,22 +42,8 @@ def with_prefixes(adapters: Sequence[Adapter], prefixes: Mapping[str, str]) -> l
 
 
 def _renamed(adapter: Adapter, renamed: Callable[[str], str]) -> Adapter:
-    def keys(table: Mapping[str, PerName]) -> dict[str, PerName]:
-        return {renamed(name): value for name, value in table.items()}
-
     names = [*adapter.pairs, *adapter.replaced, *adapter.biases, *adapter.added, *adapter.token_rows]
-    new = replace(
-        adapter,
-        pairs=keys(adapter.pairs),
-        replaced=keys(adapter.replaced),
-        biases=keys(adapter.biases),
-        added=keys(adapter.added),
-        token_rows=keys(adapter.token_rows),
-        layouts=keys(adapter.layouts),
-        experts=keys(adapter.experts),
-        tied={renamed(head): renamed(table) for head, table in adapter.tied.items()},
-        spelling={**keys(adapter.spelling), **{renamed(name): adapter.spelled(name) for name in names}},
-    )
+    new = adapter.renamed(renamed)
     if len([*new.pairs, *new.replaced, *new.biases, *new.added, *new.token_rows]) < len(names):
         raise InputRefused(f"--prefix gives two tensors of adapter {adapter.name} the same name")
     return new

@@ -34,7 +34,13 @@ class Respelling:
 
     def result(self) -> SpelledAdapter:
         attempt, adapter = self.attempt, self.adapter
-        pairs = {name: pair for module, pair in adapter.pairs.items() for name, pair in self._pairs(module, pair)}
+        pairs: dict[str, LoraPair] = {}
+        owners: dict[str, str] = {}
+        for module, pair in adapter.pairs.items():
+            for name, part in self._pairs(module, pair):
+                if name in pairs:
+                    self._refuse_second(name, owners[name], module)
+                pairs[name], owners[name] = part, module
         biases = {
             name.removesuffix(".bias"): place.of_array(change)
             for module, change in adapter.biases.items()
@@ -125,6 +131,10 @@ class Respelling:
 
     def _refuse(self, key: str, tensor: str, problem: NotExpressible) -> None:
         self.misfits.append(Misfit(self.adapter.name, key, f"{self.attempt.converts(tensor)} {problem}"))
+
+    def _refuse_second(self, name: str, one: str, other: str) -> None:
+        why = f"{self.adapter.spelled(one)} changes {name} too: one may repeat the other. Remove one from the file"
+        self.misfits.append(Misfit(self.adapter.name, self.adapter.spelled(other), why))
 
     def _stored_alike(self, module: str) -> list[str]:
         """The new names under which the weight of a module is stored, or parts of its rows, and not transposed."""

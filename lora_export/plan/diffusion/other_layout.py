@@ -10,10 +10,10 @@ import numpy as np
 
 from lora_export.plan.conversion.loaded_names import LoadedShapeOf, LoadedTensor, ShapeOf
 from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible, joined
-from lora_export.plan.diffusion.tables import TABLES, Rows, TableRow
+from lora_export.plan.diffusion.tables import TABLES, RowOrder, TableRow
 from lora_export.plan.diffusion.unet_names import unet_table
 
-NUMBER = "{}"
+_NUMBER = "{}"
 SUFFIXES = (".weight", ".bias")
 PACKED = {".weight": ".in_proj_weight", ".bias": ".in_proj_bias"}  # of nn.MultiheadAttention
 
@@ -77,7 +77,7 @@ def _tensors(sides: Sequence[_Side], names: Sequence[str], prefix: str) -> Itera
     used: set[str] = set()
     for side in sides:
         for numbers in dict.fromkeys(_numbers(side, by_module)):
-            original, parts = (text.replace(NUMBER, "%s") for text in (side.row.original, "\n".join(side.row.parts)))
+            original, parts = (text.replace(_NUMBER, "%s") for text in (side.row.original, "\n".join(side.row.parts)))
             one = original % numbers
             many = [part % numbers for part in parts.split("\n")]
             owned = [one] if side.original_side else many
@@ -132,7 +132,7 @@ class _LayoutConversion:
     name: str
     sources: Sequence[str]
     weights: Sequence[str]  # the weights of the modules that own the sources; a bias is split as the weight is
-    rows: Rows
+    rows: RowOrder
     part: int | None = None
     parts: int = 1
 
@@ -152,8 +152,8 @@ class _LayoutConversion:
             start, stop = self._range(whole.shape[0], shape_of)
             whole = whole.part(0, start, stop)
         size = whole.shape[0]
-        swapped = self.rows is Rows.SWAPPED
-        if self.rows is Rows.SWAPPED_PAIR and self.weights[0]:
+        swapped = self.rows is RowOrder.SWAPPED
+        if self.rows is RowOrder.SWAPPED_PAIR and self.weights[0]:
             out, inputs = shape_of(self.weights[0])[:2]
             swapped = out == 2 * inputs
         if swapped:
@@ -165,7 +165,7 @@ class _LayoutConversion:
     def _range(self, size: int, shape_of: ShapeOf) -> tuple[int, int]:
         """The rows of the part."""
         assert self.part is not None
-        if self.rows is Rows.EQUAL:
+        if self.rows is RowOrder.EQUAL:
             if size % self.parts:
                 raise NotExpressible(f"splits {size} rows into {self.parts} equal parts")
             step = size // self.parts

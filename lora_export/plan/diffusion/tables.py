@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Rows(StrEnum):
+class RowOrder(StrEnum):
     """How the rows of an original weight relate to those of the modules of diffusers."""
 
     EQUAL = "equal"  # one after another, all of one size
@@ -26,19 +26,19 @@ class TableRow:
 
     original: str
     parts: tuple[str, ...]
-    rows: Rows = Rows.EQUAL
+    rows: RowOrder = RowOrder.EQUAL
 
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of one family of models. Rows with a number recognise it."""
+    """The names of one family of models. RowOrder with a number recognise it."""
 
     model: str
     rows: tuple[TableRow, ...]
 
 
-def _rows(original: str, diffusers: str, pairs: dict[str, str | tuple[str, ...]], rows: Rows) -> list[TableRow]:
-    """Rows with these prefixes before the names."""
+def _rows(original: str, diffusers: str, pairs: dict[str, str | tuple[str, ...]], rows: RowOrder) -> list[TableRow]:
+    """RowOrder with these prefixes before the names."""
     return [
         TableRow(original + one, tuple(diffusers + each for each in ((many,) if isinstance(many, str) else many)), rows)
         for one, many in pairs.items()
@@ -67,13 +67,13 @@ FLUX = NameTable(
                 "txt_mlp.2": "ff_context.net.2",
                 "txt_mod.lin": "norm1_context.linear",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         *_rows(
             "single_blocks.{}.",
             "single_transformer_blocks.{}.",
             {"linear1": (*QKV, "proj_mlp"), "linear2": "proj_out", "modulation.lin": "norm.linear"},
-            Rows.SQUARE_THEN_REST,
+            RowOrder.SQUARE_THEN_REST,
         ),
         *_rows(
             "",
@@ -89,9 +89,9 @@ FLUX = NameTable(
                 "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
                 "final_layer.linear": "proj_out",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
-        *_rows("", "", {**FINAL_SWAPPED}, Rows.SWAPPED),
+        *_rows("", "", {**FINAL_SWAPPED}, RowOrder.SWAPPED),
     ),
 )
 
@@ -111,13 +111,13 @@ FLUX_2 = NameTable(
                 "txt_mlp.0": "ff_context.linear_in",
                 "txt_mlp.2": "ff_context.linear_out",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         *_rows(
             "single_blocks.{}.",
             "single_transformer_blocks.{}.attn.",
             {"linear1": "to_qkv_mlp_proj", "linear2": "to_out"},
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         *_rows(
             "",
@@ -134,9 +134,9 @@ FLUX_2 = NameTable(
                 "single_stream_modulation.lin": "single_stream_modulation.linear",
                 "final_layer.linear": "proj_out",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
-        *_rows("", "", {**FINAL_SWAPPED}, Rows.SWAPPED),
+        *_rows("", "", {**FINAL_SWAPPED}, RowOrder.SWAPPED),
     ),
 )
 
@@ -159,13 +159,13 @@ SD_3 = NameTable(
                 "context_block.mlp.fc1": "ff_context.net.0.proj",
                 "context_block.mlp.fc2": "ff_context.net.2",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         # The last block's has no gates: only shift and scale.
         TableRow(
             "joint_blocks.{}.context_block.adaLN_modulation.1",
             ("transformer_blocks.{}.norm1_context.linear",),
-            Rows.SWAPPED_PAIR,
+            RowOrder.SWAPPED_PAIR,
         ),
         *_rows(
             "",
@@ -178,9 +178,9 @@ SD_3 = NameTable(
                 "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
                 "final_layer.linear": "proj_out",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
-        *_rows("", "", {**FINAL_SWAPPED}, Rows.SWAPPED),
+        *_rows("", "", {**FINAL_SWAPPED}, RowOrder.SWAPPED),
     ),
 )
 
@@ -210,7 +210,7 @@ WAN = NameTable(
                 "ffn.0": "ffn.net.0.proj",
                 "ffn.2": "ffn.net.2",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         *_rows(
             "",
@@ -227,7 +227,7 @@ WAN = NameTable(
                 "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
                 "head.head": "proj_out",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
     ),
 )
@@ -250,13 +250,13 @@ HUNYUAN_VIDEO = NameTable(
                 "txt_mlp.fc2": "ff_context.net.2",
                 "txt_mod.linear": "norm1_context.linear",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         *_rows(
             "single_blocks.{}.",
             "single_transformer_blocks.{}.",
             {"linear1": (*QKV, "proj_mlp"), "linear2": "proj_out", "modulation.linear": "norm.linear"},
-            Rows.SQUARE_THEN_REST,
+            RowOrder.SQUARE_THEN_REST,
         ),
         *_rows(
             "txt_in.individual_token_refiner.blocks.{}.",
@@ -268,7 +268,7 @@ HUNYUAN_VIDEO = NameTable(
                 "mlp.fc2": "ff.net.2",
                 "adaLN_modulation.1": "norm_out.linear",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
         *_rows(
             "",
@@ -288,9 +288,9 @@ HUNYUAN_VIDEO = NameTable(
                 "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
                 "final_layer.linear": "proj_out",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
-        *_rows("", "", {**FINAL_SWAPPED}, Rows.SWAPPED),
+        *_rows("", "", {**FINAL_SWAPPED}, RowOrder.SWAPPED),
     ),
 )
 
@@ -303,7 +303,7 @@ def _z_image_block(name: str) -> list[TableRow]:
         "attention.q_norm": "attention.norm_q",
         "attention.k_norm": "attention.norm_k",
     }
-    return _rows(f"{name}.{{}}.", f"{name}.{{}}.", pairs, Rows.EQUAL)
+    return _rows(f"{name}.{{}}.", f"{name}.{{}}.", pairs, RowOrder.EQUAL)
 
 
 Z_IMAGE = NameTable(
@@ -320,7 +320,7 @@ Z_IMAGE = NameTable(
                 "final_layer.linear": "all_final_layer.2-1.linear",
                 "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         ),
     ),
 )
@@ -340,7 +340,7 @@ OPEN_CLIP = NameTable(
                 "ln_1": "layer_norm1",
                 "ln_2": "layer_norm2",
             },
-            Rows.EQUAL,
+            RowOrder.EQUAL,
         )
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from lora_export.plan.diffusion.tables import NameTable, Rows, TableRow
+from lora_export.plan.diffusion.tables import NameTable, RowOrder, TableRow
 
 DOWN = re.compile(r"(?:.*\.)?down_blocks\.(?P<block>\d+)\.resnets\.(?P<layer>\d+)\..*")
 UP = re.compile(r"(?:.*\.)?up_blocks\.(?P<block>\d+)\.(?P<kind>resnets|attentions)\.(?P<layer>\d+)\..*")
@@ -44,7 +44,9 @@ def unet_table(names: Iterable[str]) -> NameTable | None:
     found = _blocks_of_diffusers(names) or _blocks_of_the_original(names)
     if found is None:
         return None
-    rows = [TableRow(original, (diffusers,), Rows.EQUAL) for original, diffusers in {**OUTSIDE, **dict(found)}.items()]
+    rows = [
+        TableRow(original, (diffusers,), RowOrder.EQUAL) for original, diffusers in {**OUTSIDE, **dict(found)}.items()
+    ]
     return NameTable("UNet", tuple(rows))
 
 

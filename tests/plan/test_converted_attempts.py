@@ -1,0 +1,94 @@
+"""What a spelling finds: layers that are missing, and tensors that are made of several of the adapter's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_export import plan, sums
+from lora_export.errors import MatchError
+from lora_export.lora import LoraPair
+from support.plans import holding
+from support.spellings import (
+    MIXTRAL,
+    NEW,
+    OLD,
+    VIT,
+    base,
+    experts,
+    numbered,
+)
+
+
+@pytest.mark.parametrize(("own", "stored"), [(NEW, OLD), (OLD, NEW)])
+def test_a_targeted_layer_without_tensors_is_missing(own, stored):
+    short = holding(pairs=numbered(own[:-1]), targets=(own[0].rpartition(".")[2], own[1].rpartition(".")[2]))
+    with pytest.raises(MatchError) as refused:
+        plan.make([short], base(stored), rules=VIT)
+    assert [misfit.problem for misfit in refused.value.misfits] == [
+        "targeted by the adapter's config, but its file has no tensors for it"
+    ]
+
+
+def test_pairs_of_single_experts_are_parts_of_the_stacked_tensor():
+    pairs, stacked = experts()
+    made = plan.make([holding(pairs=pairs)], stacked, rules=MIXTRAL)
+    for spec in stacked:
+        expected = np.zeros(spec.shape, np.float32)
+        rows = expected.reshape(-1, spec.shape[-1])
+        for step in made.by_part[spec.name]:
+            rows[step.spec.region.rows] += sums.delta(step)
+        for number in range(3):
+            own = {
+                name: pairs[f"model.layers.0.block_sparse_moe.experts.{number}.{name}"].delta()
+                for name in ("w1", "w2", "w3")
+            }
+            wanted = own["w2"] if "down" in spec.name else np.concatenate([own["w1"], own["w3"]])
+            np.testing.assert_array_equal(expected[number], wanted)
+    assert "model.layers.0.mlp.experts.gate_up_proj[1, 2:4]" in made.by_weight
+
+
+def test_pairs_of_some_experts_only_are_refused():
+    pairs, stacked = experts()
+    some = {name: each for name, each in pairs.items() if ".1." not in name}
+    with pytest.raises(MatchError, match="of tensors that the adapter lacks in part"):
+        plan.make([holding(pairs=some)], stacked, rules=MIXTRAL)
+
+
+def flux_specs(**shapes: tuple[int, ...]) -> list[plan.TensorSpec]:
+    return [plan.TensorSpec(f"{name}.weight", shape, "float32", plan.Layout.OUT_IN) for name, shape in shapes.items()]
+
+
+QKV = {f"transformer_blocks.0.attn.to_{part}": (4, 3) for part in "qkv"}
+
+
+def test_a_fused_pair_is_split_into_the_modules_of_diffusers():
+    pair = LoraPair(a=np.eye(2, 3), b=np.arange(24.0).reshape(12, 2), scale=0.5)
+    made = plan.make([holding(pairs={"double_blocks.0.img_attn.qkv": pair})], flux_specs(**QKV))
+    assert made.spellings == ("other layout",)
+    assert np.array_equal(np.concatenate([sums.delta(made.by_weight[f"{name}.weight"]) for name in QKV]), pair.delta())
+    assert "it has the names of Flux in the original model, the base has those of diffusers; matched." in made.notes[0]
+
+
+def test_a_pair_of_diffusers_is_a_part_of_the_fused_weight():
+    pair = LoraPair(a=np.eye(2, 3), b=np.arange(8.0).reshape(4, 2), scale=0.5)
+    specs = flux_specs(**{"model.diffusion_model.double_blocks.0.img_attn.qkv": (12, 3)})
+    made = plan.make([holding(pairs={"transformer_blocks.0.attn.to_k": pair})], specs)
+    (step,) = made.steps
+    assert step.weight == "model.diffusion_model.double_blocks.0.img_attn.qkv.weight[4:8]"
+    assert np.array_equal(sums.delta(step), pair.delta())
+
+
+def test_a_change_of_another_size_is_refused_by_name():
+    pair = LoraPair(a=np.ones((2, 3)), b=np.ones((9, 2)), scale=1)
+    with pytest.raises(
+        MatchError, match=r"the layout of Flux in diffusers converts .*qkv.weight: it makes a tensor of .12"
+    ):
+        plan.make([holding(pairs={"double_blocks.0.img_attn.qkv": pair})], flux_specs(**QKV))
+
+
+def test_a_change_of_both_layouts_in_one_adapter_is_refused():
+    pairs = {"double_blocks.0.img_attn.qkv": LoraPair(a=np.ones((2, 3)), b=np.ones((12, 2)), scale=1)}
+    pairs |= {"transformer_blocks.0.attn.to_q": LoraPair(a=np.ones((2, 3)), b=np.ones((4, 2)), scale=1)}
+    with pytest.raises(MatchError, match=r"img_attn.qkv changes .*to_q too: one may repeat the other"):
+        plan.make([holding(pairs=pairs)], flux_specs(**QKV))
