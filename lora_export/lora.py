@@ -252,6 +252,7 @@ FROZEN_TABLES = (
     "tied",
     "spelling",
     "metadata",
+    "hub",
 )
 
 
@@ -318,6 +319,7 @@ class Adapter:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # decisions of the reader that the user should know
     sha256: str = ""
+    hub: Mapping[str, str] = field(default_factory=dict)  # repository and revision, of the Hugging Face Hub
 
     def __post_init__(self) -> None:
         for name in FROZEN_TABLES:

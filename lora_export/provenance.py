@@ -10,6 +10,7 @@ from lora_export import __version__
 from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.storage import json_files
+from lora_export.storage.hub_cache import hub_source
 
 KEY = "lora_export"  # of the record, in a safetensors header and in a graph's properties
 
@@ -22,11 +23,18 @@ def record(
     base: Mapping[str, Any],
     history: History,
     settings: Mapping[str, Any],
+    *,
+    base_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Where an output comes from: the hashes of the base's files, and all adapters, those of earlier merges first."""
+    """Where an output comes from: the hashes of the base's files, and all adapters, those of earlier merges first.
+
+    For what is stored in a cache of the Hugging Face Hub, its repository and commit too.
+    """
+    base_hub = {} if base_path is None else hub_source(base_path)
     return {
         "made_by": f"lora-export {__version__}",
         "base": dict(base),
+        **({"base_hub": base_hub} if base_hub else {}),
         "adapters": [*history, *adapter_records(adapters, strengths)],
         "settings": dict(settings),
     }
@@ -35,7 +43,13 @@ def record(
 def adapter_records(adapters: Sequence[Adapter], strengths: Sequence[float]) -> list[dict[str, Any]]:
     """Adapters as a record contains them. `refuse_second_merge` compares their hashes."""
     return [
-        {"name": adapter.name, "format": adapter.format, "sha256": adapter.sha256, "weight": strength}
+        {
+            "name": adapter.name,
+            "format": adapter.format,
+            "sha256": adapter.sha256,
+            "weight": strength,
+            **({"hub": dict(adapter.hub)} if adapter.hub else {}),
+        }
         for adapter, strength in zip(adapters, strengths, strict=True)
     ]
 

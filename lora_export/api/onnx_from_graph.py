@@ -186,6 +186,5 @@ def _record(graph: GraphFile, hashes: Mapping[str, dict[str, str]], options: Onn
     base = {path.name: hashes.get(path.name) or {HASHING: file_hash(path, HASHING)} for path in graph.sources}
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being read. Nothing was written.")
-    return provenance.record(
-        options.adapters, options.strengths, base, graph.history, {"lora": options.lora, **options.application.settings}
-    )
+    settings = {"lora": options.lora, **options.application.settings}
+    return provenance.record(options.adapters, options.strengths, base, graph.history, settings, base_path=graph.path)

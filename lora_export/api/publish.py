@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import Different, EnvironmentLacking, EscapedLines, LoraExportError, Undecided, one_line
@@ -23,7 +24,8 @@ def record_of_model(
 ) -> dict[str, Any]:
     """Where a file that was exported from a PyTorch model comes from, by hashes."""
     fingerprint = {"sha256": base.fingerprint()}
-    return record(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings)
+    path = Path(base.source) if base.source else None
+    return record(adapters, strengths or (1.0,) * len(adapters), fingerprint, (), settings, base_path=path)
 
 
 def recorded_verdict(proof: Proof | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -22,6 +23,7 @@ from lora_export.errors import InputRefused, listed
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.storage import input_files
+from lora_export.storage.hub_cache import hub_source
 
 # The name of a format and its module. Modules are imported when an adapter is loaded.
 FORMATS = {
@@ -81,7 +83,7 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
             f"{path} may be in several formats: {', '.join(matching)}. Choose one: --format {next(iter(matching))}"
         )
     (module,) = matching.values()
-    return module.read(path, name or _default_name(path), options)
+    return replace(module.read(path, name or _default_name(path), options), hub=hub_source(path))
 
 
 def _default_name(path: Path) -> str:

@@ -18,6 +18,7 @@ from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layout
 from lora_export.plan.match_names import BaseTensors, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
+from lora_export.plan.resized_tables import resizing_remedy
 from lora_export.plan.spelling import spell, unknown_names
 from lora_export.plan.ties import Tied, Ties, shared, untied, with_copies
 from lora_export.plan.types import Plan, Step, TensorSpec
@@ -73,7 +74,8 @@ def make(
     try:
         by_weight = _match_all(spelled, strengths, base, may_add=may_add, one_at_a_time=one_at_a_time)
     except MatchError as error:
-        raise error.with_remedy(_prefix_remedy(spelled, base, rules) or unknown_names(rules)) from None
+        remedy = _prefix_remedy(spelled, base, rules) or resizing_remedy(adapters, prefixes, base)
+        raise error.with_remedy(remedy or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
     own_tensors = untied({step.weight: step for step in steps}, ties, stored)

@@ -14,6 +14,7 @@ from lora_export.plan.conversion.loaded_names import LoadedNames, LoadedTensor
 from lora_export.plan.conversion.tensor_parts import AssembledTensor, NotExpressible
 from lora_export.plan.diffusion.other_layout import OtherLayout
 from lora_export.plan.match_names import BaseTensors, Prefix, find_prefix, missing_targets, weight_of
+from lora_export.plan.missing_experts import with_missing_experts
 from lora_export.plan.placing import Place, places_in_result, places_in_sources
 from lora_export.plan.types import Layout, TensorSpec
 
@@ -113,6 +114,8 @@ class AsOriginal(ConvertedNames):
         self.shapes = dict(_tensor_shapes(adapter))
         self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.prefix = _prefix_or_none(self._renamed(), base)
+        self.shapes = with_missing_experts(self.shapes, rules, self._base_shape)
+        self.by_stored = LoadedNames(rules, self.shapes).by_stored
         self.matched = sum(self.tensor_of(module) is not None for module in self.modules)
 
     def converts(self, tensor: str) -> str:

@@ -18,6 +18,7 @@ WITH_REVISION = re.compile(rf"(?P<name>{HUB_NAME.pattern})(@(?P<revision>[\w./-]
 # A missing file of these kinds is a missing file.
 FILES = {".bin", ".json", ".npz", ".onnx", ".onnx_adapter", ".ort", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".ts"}
 CACHED = "models--"  # a model's folder in the cache: models--owner--name
+SNAPSHOTS = "snapshots"  # the folder in it that has one for each commit
 
 
 def locate(source: str | Path, on_message: Callable[[str], None], download: bool = False) -> Path:
@@ -49,6 +50,15 @@ def hub_name(path: Path) -> str | None:
     folders = path.absolute().parts
     names = (part.removeprefix(CACHED).replace("--", "/", 1) for part in folders if part.startswith(CACHED))
     return next(names, None)
+
+
+def hub_source(path: Path) -> dict[str, str]:
+    """Repository and commit of what is stored in a snapshot of a cache; empty for every other path."""
+    folders = path.absolute().parts
+    for number, folder in enumerate(folders[:-2]):
+        if folder.startswith(CACHED) and folders[number + 1] == SNAPSHOTS:
+            return {"repository": folder.removeprefix(CACHED).replace("--", "/", 1), "revision": folders[number + 2]}
+    return {}
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:

@@ -83,7 +83,7 @@ def merge_checkpoint(
 
     def record(hashes: Mapping[str, str]) -> dict[str, Any]:
         by_file = {name: {hashing: value} for name, value in hashes.items()}
-        return provenance.record(plan.adapters, plan.strengths, by_file, base.history, settings)
+        return provenance.record(plan.adapters, plan.strengths, by_file, base.history, settings, base_path=base.path)
 
     def metadata(name: str, source_hash: str) -> Mapping[str, str]:
         own = {} if base.is_folder else {provenance.KEY: json.dumps(record({name: source_hash}))}

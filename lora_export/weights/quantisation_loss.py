@@ -11,6 +11,7 @@ import numpy as np
 from lora_export import sums
 from lora_export.errors import InputRefused, listed
 from lora_export.plan import FLOATS, Plan
+from lora_export.plan.conversion.loaded_names import LoadedNames
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry, TensorFile
 from lora_export.weights.checkpoint import Checkpoint
@@ -22,8 +23,11 @@ SHOWN_NAMES = 3
 
 
 def refuse_other_shapes(base: Checkpoint, floats: Checkpoint) -> None:
-    """Raise InputRefused where `floats` lacks a quantised weight of the base, by its name, shape and dtype."""
-    entries = _entries(floats)
+    """Raise InputRefused where `floats` lacks a quantised weight of the base, by its name, shape and dtype.
+
+    The two may have names of different generations: see `plan.spelling`.
+    """
+    entries = _float_entries(base, floats)
     problems = []
     for name, tensor in base.quantised.items():
         found = entries.get(name)
@@ -56,7 +60,7 @@ def measure_quantisation(
     checkpoints once, in pieces. `progress` receives the bytes of the base that were measured since the last call.
     Raises InputRefused for values that are not finite.
     """
-    packed, entries = _entries(base), _entries(floats)
+    packed, entries = _entries(base), _float_entries(base, floats)
     relative = {result.weight: result.relative_change for result in results}
 
     def measure(tensor: QuantisedTensor) -> QuantisationLoss:
@@ -100,6 +104,19 @@ def _entries(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, Entry]]:
     return {name: (shard, entry) for shard in checkpoint.shards.values() for name, entry in shard.entries.items()}
 
 
+def _float_entries(base: Checkpoint, floats: Checkpoint) -> dict[str, tuple[TensorFile, Entry]]:
+    """The tensors of the float checkpoint, also under the names that they have in the base."""
+    entries, rules = _entries(floats), base.rules or floats.rules
+    if rules is None or not rules.own:
+        return entries
+    float_names = LoadedNames(rules, list(entries))
+    for tensor in LoadedNames(rules, [spec.name for spec in base.specs]).values():
+        other = float_names.get(tensor.name)
+        if tensor.conversion is None and other is not None and other.conversion is None:
+            entries.setdefault(tensor.stored, entries[other.stored])
+    return entries
+
+
 def _squares(
     tensor: QuantisedTensor, source: TensorFile, shard: TensorFile, entry: Entry
 ) -> tuple[float, float, float]:
@@ -139,7 +156,7 @@ def _norm_of_change(plan: Plan, name: str, relative: float | None, dequantised: 
 
 def _other_vectors(base: Checkpoint, floats: Checkpoint) -> list[str]:
     """The vectors (norms, biases) of the base that the float checkpoint has with other numbers."""
-    entries = _entries(floats)
+    entries = _float_entries(base, floats)
     differing = []
     for file in base.shards:
         for name, entry in base.entries(file).items():

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file
 
+from lora_export.runtime.written_record import read_record
 from support.cli import answer, call
 from support.hub import COMMIT, cached
 from support.hub_server import ask, hub_server
@@ -53,13 +54,18 @@ def work(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_command_takes_names_that_are_in_the_cache(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("merge", "org/small", "someone/fr", "-o", "merged") == 0
     assert f"org/small: the snapshot {COMMIT} in the Hugging Face cache" in capsys.readouterr().err
+    manifest = json.loads(Path("merged/lora_export.json").read_text())
+    assert manifest["base_hub"] == {"repository": "org/small", "revision": COMMIT}
+    assert [one["hub"] for one in manifest["adapters"]] == [{"repository": "someone/fr", "revision": COMMIT}]
     code, verdict = answer(capsys, "verify", "merged", "--base", "org/small", "-a", f"someone/fr@{COMMIT}")
     assert (code, verdict["outcome"]) == (0, "same")
+    assert verdict["about"]["adapters"][0]["hub"]["revision"] == COMMIT
     assert [adapter["name"] for adapter in verdict["about"]["adapters"]] == ["fr"]
     assert answer(capsys, "inspect", "someone/fr")[0] == 0
     words = ("onnx", "org/small", "-a", "en=someone/fr", "--lora", "inputs", "-o", "graph.onnx")
     code, document = answer(capsys, *words)
     assert (code, document["files"]) == (0, ["graph.onnx", "en.onnx_adapter"])
+    assert read_record(Path("graph.onnx")).content["base_hub"]["revision"] == COMMIT
     code, verdict = answer(capsys, "verify", "graph.onnx", "--model", "org/small")
     assert (code, verdict["outcome"]) == (0, "same")
 

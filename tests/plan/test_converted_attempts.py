@@ -48,11 +48,11 @@ def test_pairs_of_single_experts_are_parts_of_the_stacked_tensor():
     assert "model.layers.0.mlp.experts.gate_up_proj[1, 2:4]" in made.by_weight
 
 
-def test_pairs_of_some_experts_only_are_refused():
-    pairs, stacked = experts()
-    some = {name: each for name, each in pairs.items() if ".1." not in name}
+def test_pairs_of_more_experts_than_the_stack_has_are_refused():
+    pairs, _ = experts(4)
+    _, stacked = experts(3)
     with pytest.raises(MatchError, match="of tensors that the adapter lacks in part"):
-        plan.make([holding(pairs=some)], stacked, rules=MIXTRAL)
+        plan.make([holding(pairs=pairs)], stacked, rules=MIXTRAL)
 
 
 def flux_specs(**shapes: tuple[int, ...]) -> list[plan.TensorSpec]:

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from lora_export.errors import InputRefused
-from lora_export.storage.hub_cache import hub_name, locate
+from lora_export.storage.hub_cache import hub_name, hub_source, locate
 from support import ROOT
 from support.hub import COMMIT, cached
 
@@ -87,3 +87,11 @@ def test_the_environment_determines_where_the_cache_is(cache: Path, variable: st
     environment |= {variable: str(cache.parent / folder), "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == cache / "models--org--small/snapshots" / COMMIT
+
+
+def test_the_commit_of_a_snapshot_is_its_source(cache: Path) -> None:
+    snapshot = cache / "models--org--small/snapshots" / COMMIT
+    for path in (snapshot, snapshot / "model.onnx"):
+        assert hub_source(path) == {"repository": "org/small", "revision": COMMIT}
+    for path in (cache, cache / "models--org--small", cache / "models--org--small/refs/main", Path("org/small")):
+        assert hub_source(path) == {}

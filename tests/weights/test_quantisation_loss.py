@@ -68,6 +68,23 @@ def test_error_and_change_of_each_weight_by_hand(dtype: torch.dtype, tmp_path: P
     assert not any("differ" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("quantised_names", ["original", "loaded"])
+def test_a_float_base_may_have_the_other_generation_of_names(quantised_names: str, tmp_path: Path) -> None:
+    names = {"original": "vit.encoder.layer.0.attention.attention.query", "loaded": "vit.layers.0.attention.q_proj"}
+    (other,) = names.keys() - {quantised_names}
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    layer = names[quantised_names]
+    stored = {f"{layer}.weight": NUMBERS.to(torch.float8_e4m3fn), f"{layer}.weight_scale_inv": torch.full((1, 1), 0.5)}
+    fp8 = {"quant_method": "fp8", "weight_block_size": [4, 8]}
+    base = written(tmp_path / "base", stored, quantization_config=fp8, **config)
+    original = written(tmp_path / "float", {f"{names[other]}.weight": WEIGHT + 1}, **config)
+    change = peft_adapter(tmp_path / "adapter", {layer: (np.ones((1, 8)), np.full((4, 1), 2.0))})
+    result = lora_export.merge(base, [change], tmp_path / "m", dequantize=True, float_base=original)
+    assert result.report is not None
+    (loss,) = result.report.quantisation
+    assert (loss.weight, loss.error) == (f"{layer}.weight", pytest.approx(32**0.5))
+
+
 def test_change_with_dora_is_what_was_measured(tmp_path: Path) -> None:
     base, original = quantised(tmp_path / "base"), floats(tmp_path / "float")
     magnitude = {"a.lora_magnitude_vector": np.full(4, 9, np.float32)}

@@ -95,7 +95,9 @@ def merge_graph(
     )
     settings = {"lora": "merged", "min_retention": min_retention} | ({"requantize": True} if requantise else {})
     settings |= {**backend.settings, **more_settings}
-    record = provenance.record(plan.adapters, plan.strengths, merged.sources, graph.history, settings)
+    record = provenance.record(
+        plan.adapters, plan.strengths, merged.sources, graph.history, settings, base_path=graph.path
+    )
     append_metadata(stage / file_name, {provenance.KEY: json.dumps(record)})
     for path in graph.changed():
         raise InputRefused(f"{path} changed while it was being merged. Nothing was written.")
