@@ -209,13 +209,19 @@ def _converted(base: Tensor, like: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def scale_adapters(
-    module: nn.Module, factor: float, *, keep_replaced: bool = False, scale_replaced: bool = False
+    module: nn.Module,
+    factor: float,
+    *,
+    keep_replaced: bool = False,
+    scale_replaced: bool = False,
+    in_fp64: bool = False,
 ) -> Iterator[None]:
     """Multiply every branch and bias shift by `factor` while the context is active.
 
     At factor 0 the adapters are disabled, and the output is the base's, bit for bit. The replaced tensors are then
     the base's own too, unless `keep_replaced`. At any other factor they stay, since a replaced tensor has no
-    strength; with `scale_replaced`, their difference from the base is multiplied. Contexts nest.
+    strength; with `scale_replaced`, their difference from the base is multiplied. With `in_fp64` the product is in
+    fp64, whatever the module is in. Contexts nest.
     Raises InputRefused where nothing is attached.
     """
     owners = attached_modules(module)
@@ -227,7 +233,9 @@ def scale_adapters(
         for replaced in attachment.replaced if (factor == 0 and not keep_replaced) or scale_replaced else ():
             registry = tensor_registry(owner, replaced.attribute)
             tensors_before.append((registry, replaced.attribute, registry[replaced.attribute]))
-            registry[replaced.attribute] = scaled_replacement(replaced, registry[replaced.attribute], factor)
+            current = registry[replaced.attribute]
+            current = current.double() if in_fp64 and current.is_floating_point() else current
+            registry[replaced.attribute] = scaled_replacement(replaced, current, factor)
     try:
         yield
     finally:

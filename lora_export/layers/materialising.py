@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +34,15 @@ def materialise(
     *,
     factor: float = 1.0,
     scale_replaced: bool = False,
+    in_fp64: bool = False,
 ) -> None:
     """Turn every branch into a weight, in place: W + ΔW in the module's own precision, rounded once. Then detach.
 
     `rounding` maps names of tensors to NumPy dtypes or rounding functions. It may name tensors that no adapter
-    changes; a tensor that it lacks is not rounded. In a module in fp64, the result is what a merged file should hold,
-    computed without the arithmetic of a merge. A sum may be so near to the middle of two representable values that
-    fp32 could round it to either; then the value of `preferred` is taken, where that is one of the two.
+    changes; a tensor that it lacks is not rounded. In a module in fp64, or with `in_fp64`, the result is what a merged
+    file should hold, computed without the arithmetic of a merge. With `in_fp64`, one layer at a time is in fp64, and a
+    weight that is rounded to a dtype is stored in it. A sum may be so near to the middle of two representable values
+    that fp32 could round it to either; then the value of `preferred` is taken, where that is one of the two.
     `factor` and `scale_replaced` are those of `scale_adapters`. Replaced tensors stay in the module.
     Raises InputRefused where nothing is attached.
     """
@@ -46,16 +50,37 @@ def materialise(
     for owner in attached_modules(module):
         attachment = attachment_of(owner)
         attachment.factor *= factor
-        merged = _merged_tensors(owner, factor if scale_replaced else None)
+        with _widened_layer(owner) if in_fp64 else contextlib.nullcontext():
+            merged = _merged_tensors(owner, factor if scale_replaced else None)
         owner.__dict__[ATTACHMENT] = dataclasses.replace(attachment, replaced=())  # `detach` would remove them
         for attribute, value in merged.items():
             name, registry = tensor_name(paths[owner], attribute), tensor_registry(owner, attribute)
             stored = value.detach()
             if name in rounding:
-                stored = _rounded_sum(stored, registry[attribute], rounding[name], preferred.get(name))
+                how = rounding[name]
+                stored = _rounded_sum(stored, registry[attribute], how, preferred.get(name))
+                stored = stored.to(getattr(torch, how)) if in_fp64 and isinstance(how, str) else stored
             registry[attribute] = nn.Parameter(stored.detach(), requires_grad=False)
     detach(module)
     _round_tensors(module, rounding)
+
+
+@contextlib.contextmanager
+def _widened_layer(owner: nn.Module) -> Iterator[None]:
+    """The tensors of one layer and of its branches in fp64. The layer's own tensors are not touched."""
+    registries: list[MutableMapping[str, Any]] = []
+    for part in owner.modules():
+        registries += [part._parameters, part._buffers]
+    before = [dict(registry) for registry in registries]
+    for registry in registries:
+        for name, tensor in registry.items():
+            if tensor is not None and tensor.is_floating_point():
+                registry[name] = tensor.detach().double()
+    try:
+        yield
+    finally:
+        for registry, tensors in zip(registries, before, strict=True):
+            registry.update(tensors)
 
 
 def _merged_tensors(owner: nn.Module, replacement_factor: float | None) -> dict[str, Tensor]:

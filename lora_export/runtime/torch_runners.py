@@ -13,17 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_export.models.failures import named_failures
 from lora_export.models.output_names import have_names, named_outputs
 from lora_export.runtime import onnx_runner
+from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
 from lora_export.runtime.runner import Arrays
-
-NARROW_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-NARROWING_METHODS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
-GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
 
 
 @dataclass
@@ -58,12 +53,13 @@ class ModuleRunner:
 
 @dataclass
 class Fp64Runner:
-    """A module in fp64; its own casts to fp32 or a half are replaced by casts to fp64.
+    """A module computed in fp64; its own casts to fp32 or a half are replaced by casts to fp64.
 
+    Weights that the module has in a narrower dtype are widened where they are used (see `fp64_operators`).
     `narrow_operators` collects the operators that produced less than fp64 all the same, for the report.
     """
 
-    module: nn.Module  # in fp64 already
+    module: nn.Module
     narrow_operators: set[str] = field(default_factory=set)
 
     def run(self, inputs: Arrays) -> Arrays:
@@ -74,56 +70,12 @@ class Fp64Runner:
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            with torch.no_grad(), _NarrowOperators(self.narrow_operators), _CastsToFp64(), named_failures(module, wide):
+            narrow = NarrowOperators(self.narrow_operators)
+            with torch.no_grad(), narrow, Fp64Operators(module, narrow), named_failures(module, wide):
                 outputs = named_outputs(module(**wide))
         finally:
             torch.set_default_dtype(default)
         return {name: to_numpy(value) for name, value in outputs.items()}
-
-
-class _CastsToFp64(TorchFunctionMode):
-    """Replaces a model's own casts to a narrower float (norms, rotary tables, softmax) by casts to fp64.
-
-    PyTorch has no fp64 kernel for products of experts, so these are computed one expert after the other.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in NARROWING_METHODS:
-            return args[0].double()
-        if func is GROUPED_MM and (args[0].ndim, args[1].ndim) == (2, 3):
-            return _grouped_products(*args, **kwargs)
-        args = tuple(torch.float64 if _is_narrow(arg) else arg for arg in args)
-        kwargs = {name: torch.float64 if _is_narrow(value) else value for name, value in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def _is_narrow(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value in NARROW_DTYPES
-
-
-def _grouped_products(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, **_: None) -> torch.Tensor:
-    """Products of rows (rows, in) with the weights (experts, in, out); the rows of expert i end before `offs[i]`."""
-    products, begin = rows.new_zeros(len(rows), weights.shape[-1]), 0
-    for weight, end in zip(weights, offs.tolist(), strict=True):
-        products[begin:end] = rows[begin:end] @ weight
-        begin = end
-    return products
-
-
-class _NarrowOperators(TorchDispatchMode):
-    """Records which operators produce a narrower float although everything should be fp64."""
-
-    def __init__(self, seen: set[str]):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES:
-                self.seen.add(str(func))
-        return result
 
 
 @contextlib.contextmanager

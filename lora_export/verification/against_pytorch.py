@@ -1,7 +1,7 @@
 """PyTorch as the measure of a candidate: the model with its adapters attached, as deployed and in fp64.
 
-All runs share one set of weights. PyTorch runs as deployed first. Then the weights are widened in place, and the
-references run in fp64, one after the other.
+All runs share one set of weights. PyTorch runs as deployed first. Then the references run in fp64, one after the other:
+the weights of a small model are widened in place, those of a large one where they are used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The memory that a proof takes: the model in fp64, and one copy of the candidate."""
+"""The memory that a proof takes: a small model in fp64, a large one in its own dtype, and the candidate."""
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,11 +11,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lora_export
+from benchmarks.checkpoints import LlamaShape, llama
+from benchmarks.checkpoints import adapter as llama_adapter
 from lora_export import cli
+from lora_export.verification.references import module_copies
+from lora_export.verification.references.module_copies import MOST_WIDENED_WEIGHTS
 from support import peak
 from support.handmade import peft_adapter
 
 SLACK = 0.15  # of the model in fp32: activations and the like
+PROGRAM = 1300  # MiB: Python, PyTorch, activations, and what the allocator keeps
 OPEN_CANDIDATE = (
     "import sys, pathlib, lora_export.runtime.onnx_runner as runner; runner.OnnxRunner(pathlib.Path(sys.argv[1]))"
 )
@@ -61,3 +68,34 @@ def test_proof_takes_memory_for_one_fp64_model_and_the_candidate(kind: str, tmp_
     print(f"{kind}: {taken:.0f} MiB for a model of {size} MiB in fp32 and a candidate that takes {holds:.0f}")
     assert taken > 2 * size  # otherwise nothing was measured
     assert taken <= (2 + SLACK) * size + holds
+
+
+@pytest.mark.slow
+def test_proof_of_a_large_model_never_holds_it_in_fp64(tmp_path: Path) -> None:
+    """Base, candidate and PyTorch as deployed are in fp32, and the reference's weights in bf16: 14 bytes for each."""
+    shape = LlamaShape(hidden=1024, inner=2816, layers=16, heads=16)
+    base, adapter, merged = (
+        llama(tmp_path / "base", shape),
+        llama_adapter(tmp_path / "a", shape=shape),
+        tmp_path / "out",
+    )
+    assert cli.run(["merge", str(base), str(adapter), "-o", str(merged)]) == 0
+    count = sum(math.prod(shape) for shape in shape.tensors.values())
+    peak = measured("-m", "lora_export", "verify", merged, "--model", base, "-a", adapter)
+    print(f"{peak:.0f} MiB for {count / 1e6:.0f} million parameters")
+    assert count * 8 > MOST_WIDENED_WEIGHTS  # otherwise nothing was measured
+    assert peak <= 14 * count / 2**20 + PROGRAM
+
+
+def test_large_model_has_the_verdict_of_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_base(tmp_path, 32)
+    base, adapter, merged = (str(tmp_path / name) for name in ("base", "adapter", "merged"))
+    assert cli.run(["merge", base, adapter, "-o", merged, "--dtype", "bfloat16"]) == 0
+    small = lora_export.verify(merged, base, adapters=[adapter])
+    monkeypatch.setattr(module_copies, "MOST_WIDENED_WEIGHTS", 0)
+    large = lora_export.verify(merged, base, adapters=[adapter])
+    assert small and large
+    for one, other in zip(small.proof.cases, large.proof.cases, strict=True):
+        for role in ("reference", "base", "scaled", "attached"):
+            for name, values in getattr(one, role).items():
+                np.testing.assert_allclose(getattr(other, role)[name], values, rtol=1e-11, atol=1e-12)

@@ -58,7 +58,7 @@ class AttachedModule:
         return ("reference", "base", "scaled", *(["attached"] if self.rounding else []))
 
     def run(self, role: str, cases: Mapping[str, Arrays], narrow_operators: set[str]) -> dict[str, Arrays]:
-        """Run the cases in fp64, and return their outputs. The module must be `widened` meanwhile.
+        """Run the cases in fp64, and return their outputs. Fast where the module is `widened` meanwhile.
 
         Adds the operators that computed in less than fp64 to `narrow_operators`. Rounded weights are made for one role
         at a time.
@@ -71,16 +71,19 @@ class AttachedModule:
             return _run_all(runner, cases)
         # Where there are pairs, a replaced head stays: the control is about the effect of the pairs.
         by_pairs = self.has_pairs
-        with layers.scale_adapters(self.module, factor, keep_replaced=by_pairs, scale_replaced=not by_pairs):
+        with layers.scale_adapters(
+            self.module, factor, keep_replaced=by_pairs, scale_replaced=not by_pairs, in_fp64=True
+        ):
             return _run_all(runner, cases)
 
     def rounded_module(self, factor: float = 1.0) -> nn.Module:
-        """The module in fp64 with the weights that a candidate should store. All other tensors are shared."""
+        """The module with the weights that a candidate should store, summed in fp64. All other tensors are shared."""
         made = shared_copy(self.module)
         if factor == 1.0:
-            layers.materialise(made, self.rounding, self.preferred)
+            layers.materialise(made, self.rounding, self.preferred, in_fp64=True)
         else:
-            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=not self.has_pairs)
+            scale_replaced = not self.has_pairs
+            layers.materialise(made, self.rounding, {}, factor=factor, scale_replaced=scale_replaced, in_fp64=True)
         return made
 
 

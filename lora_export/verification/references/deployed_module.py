@@ -22,9 +22,7 @@ from lora_export.verification.references.module_copies import (
     converted_copy,
     parameters_and_buffers,
     shared_copy,
-    to_double,
     to_single,
-    widened,
 )
 from lora_export.verification.references.quantised_weights import DequantisedWeight
 
@@ -43,8 +41,7 @@ def deployed_module(attached: AttachedModule, quantised: Mapping[str, Dequantise
             for name, tensor in parameters_and_buffers(attached.module)
             if tensor.dtype in TORCH_HALVES
         }
-        with widened(attached.module):
-            module = converted_copy(attached.rounded_module(), to_single)
+        module = converted_copy(attached.rounded_module(), to_single)
         module.to(device)
         for name, tensor in parameters_and_buffers(module):
             tensor.data = tensor.data.to(own.get(name, tensor.dtype))  # what the model has in half precision stays so
@@ -56,9 +53,10 @@ def deployed_module(attached: AttachedModule, quantised: Mapping[str, Dequantise
 
 def merged_module(module: nn.Module, changes: Plan) -> nn.Module:
     """A copy with the adapters merged: W + s·BA in fp64, rounded to fp32 once. Shares no arithmetic with a merge."""
-    wide = converted_copy(module, to_double)
-    layers.materialise(wide, {step.weight: "float32" for step in changes.steps if step.terms}, {})
-    return converted_copy(wide, to_single)
+    made = shared_copy(module)
+    changed = {step.weight: "float32" for step in changes.steps if step.terms}
+    layers.materialise(made, changed, {}, in_fp64=True)
+    return converted_copy(made, to_single)
 
 
 def candidate_dtype(candidate: Runner) -> torch.dtype:

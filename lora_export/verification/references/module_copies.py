@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_export.runtime.torch_runners import NARROW_DTYPES
+from lora_export.runtime.fp64_operators import NARROW_DTYPES
+
+MOST_WIDENED_WEIGHTS = 1 << 30  # bytes in fp64; a module with more weights keeps them in their own dtype
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
@@ -47,17 +49,28 @@ def parameters_and_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tenso
 
 @contextlib.contextmanager
 def widened(module: nn.Module) -> Iterator[None]:
-    """Convert the module's floats to fp64 in place, and back at the end.
+    """Convert the module's floats to fp64 in place, and back at the end; those of a large module stay as they are.
 
-    A tensor takes memory in one precision at a time. Every module that shares it sees the change. fp64 represents all
-    numbers of the narrower floats, so nothing is lost on the way back.
+    `Fp64Runner` widens the weights of a large module where they are used, in every run again. A tensor takes memory in
+    one precision at a time. Every module that shares it sees the change. fp64 represents all numbers of the narrower
+    floats, so nothing is lost on the way back.
     """
-    before = [(tensor, tensor.dtype) for tensor in _tensors(module) if tensor.dtype in NARROW_DTYPES]
+    before = [] if is_large(module) else [(one, one.dtype) for one in _tensors(module) if one.dtype in NARROW_DTYPES]
     try:
         _convert_in_place([(tensor, torch.float64) for tensor, _ in before])
         yield
     finally:
         _convert_in_place(before)
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether the references leave the module's weights in their own dtype.
+
+    Operators of a compiled function cannot be followed, so a module that has one is never large.
+    """
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        return False
+    return sum(8 * tensor.numel() for tensor in _tensors(module)) > MOST_WIDENED_WEIGHTS
 
 
 def _convert_in_place(wanted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_export.verification.references.module_copies import shared_copy, widened
+from lora_export.verification.references import module_copies
+from lora_export.verification.references.module_copies import is_large, shared_copy, widened
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -28,3 +29,14 @@ def test_widening_keeps_shared_tensors_and_restores_every_bit(dtype: torch.dtype
         assert all(torch.equal(bits[name], value) for name, value in each.state_dict().items())
         assert {value.dtype for value in each.parameters()} == {dtype}
     assert module[0].weight.data_ptr() == module[2].weight.data_ptr()
+
+
+def test_a_large_module_keeps_its_weights_unless_a_part_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(3, 3)  # 12 numbers, 96 bytes in fp64
+    compiled = torch.nn.Sequential(linear, torch.jit.script(torch.nn.Linear(3, 3)))
+    assert not is_large(linear)
+    for most, large in [(95, True), (96, False)]:
+        monkeypatch.setattr(module_copies, "MOST_WIDENED_WEIGHTS", most)
+        assert (is_large(linear), is_large(compiled)) == (large, False)
+        with widened(linear):
+            assert linear.weight.dtype is (torch.float32 if large else torch.float64)
