@@ -18,10 +18,12 @@ from lora_export.cli.arguments import (
 )
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.reading import reading_options
+from lora_export.errors import one_line
 
 EXAMPLE = """\b
-Example:
-  lora-export convert de -o de.onnx_adapter --for served.onnx"""
+Examples:
+  lora-export convert de -o de.onnx_adapter --for served.onnx
+  lora-export convert de -o de-mlx --to mlx"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
@@ -31,24 +33,34 @@ Example:
     "--output",
     required=True,
     type=FilePath(),
-    metavar="OUT.onnx_adapter",
-    help="File to write.",
+    metavar="OUT",
+    help="File or folder to write.",
 )
 @click.option(
     "--to",
     default="onnx_adapter",
     show_default=True,
-    type=click.Choice(["onnx_adapter"]),
-    expose_value=False,
+    type=click.Choice(["onnx_adapter", "peft", "mlx", "gguf"]),
     help="Format to write.",
 )
 @click.option(
     "--for",
     "graph",
-    required=True,
     type=FilePath(),
     metavar="MODEL.onnx",
-    help="Graph that will run the adapter, made by `onnx --lora inputs`.",
+    help="With --to onnx_adapter: graph that will run the adapter, made by `onnx --lora inputs`.",
+)
+@click.option(
+    "--base",
+    type=FilePath(),
+    metavar="CHECKPOINT",
+    help="Model that the adapter was trained on: for --names, --to gguf, and formats that need its config.",
+)
+@click.option(
+    "--names",
+    type=click.Choice(["transformers4", "transformers5", "vllm", "sglang"]),
+    help="With --to peft: whose names the modules get. transformers4 and vllm: those of the original checkpoint; "
+    "sglang: the same, with all experts of a projection in one tensor; transformers5: those of the loaded model.",
 )
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Factor on the adapter's scale.")
 @click.option(
@@ -63,7 +75,10 @@ Example:
 def command(
     adapter: str,
     output: Path,
-    graph: Path,
+    to: str,
+    graph: Path | None,
+    base: Path | None,
+    names: str | None,
     weight: float,
     reading: dict[str, Any],
     ignore_head: bool,
@@ -71,10 +86,12 @@ def command(
     download: bool,
     as_json: bool,
 ) -> None:
-    """Convert ADAPTER for an existing graph: next week's adapter, without another export.
+    """Convert ADAPTER to another format, or for an existing graph: next week's adapter, without another export.
 
-    Every tensor of the adapter needs an input of its shape and type in the graph, and the graph has to be unchanged
-    since it was made. Both are checked before anything is written. PyTorch is not needed.
+    What the format cannot express is refused by name, and no value is rounded. PyTorch is not needed.
+
+    With --for, every tensor of the adapter needs an input of its shape and type in the graph, and the graph has to be
+    unchanged since it was made. Both are checked before anything is written.
     """
     from lora_export.api.convert import convert
     from lora_export.formats.read_options import ReadOptions
@@ -82,7 +99,10 @@ def command(
     result = convert(
         adapter,
         output,
+        to=to,
         graph=graph,
+        base=base,
+        names=names,
         weight=weight,
         reading=ReadOptions(**reading),
         ignore_head=ignore_head,
@@ -90,7 +110,11 @@ def command(
         download=download,
         on_message=print_message,
     )
-    if as_json:
+    if as_json and graph is None:
+        print_document({"output": str(result.output), "to": to, "pairs": result.weights, "notes": list(result.notes)})
+    elif as_json:
         print_document({"output": str(output), "weights": result.weights, "of": result.of, "base": result.base})
+    elif graph is None:
+        click.echo(f"wrote {one_line(str(result.output))}: {result.weights} pairs in the format {to}")
     else:
         wrote(output, f": an adapter for {result.weights} of {result.of} weights")

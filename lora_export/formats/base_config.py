@@ -13,12 +13,13 @@ from lora_export.storage import json_files
 _CONFIG = "config.json"
 
 
-def base_config(folder: Path, options: ReadOptions) -> Mapping[str, Any] | None:
+def base_config(folder: Path | None, options: ReadOptions) -> Mapping[str, Any] | None:
     """The config.json beside an adapter, else that of the base; None where there is neither.
 
-    `options.base_config` is a folder, or a file in it. Raises InputRefused for a damaged config.
+    `folder` is that of the adapter, if any. `options.base_config` is a folder, or a file in it. Raises InputRefused for
+    a damaged config.
     """
-    places = [folder / _CONFIG]
+    places = [] if folder is None else [folder / _CONFIG]
     if (base := options.base_config) is not None:
         places.append((base.parent if base.is_file() else base) / _CONFIG)
     for path in places:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.lora import LoraPair
+from lora_export.lora import LoraPair, split_part
+
+# Gate and up of all experts in one tensor: the end of its name -> those of its parts, see `fuse_layers`
+GATE_AND_UP = {"experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj")}
 
 
 def fuse_outputs(parts: Mapping[int, LoraPair], sizes: Sequence[int]) -> LoraPair:
@@ -47,3 +51,48 @@ def with_outputs(pair: LoraPair, order: NDArray[np.int64]) -> LoraPair:
     """The pair with its outputs in another order: output k is that of `order[k]` before."""
     magnitude = None if pair.magnitude is None else pair.magnitude[order]
     return LoraPair(a=pair.a, b=pair.b[order], scale=pair.scale, magnitude=magnitude)
+
+
+def alternating(pair: LoraPair) -> LoraPair:
+    """The pair of two outputs of one size, one after another, with their rows alternating."""
+    return with_outputs(pair, np.arange(pair.b.shape[0]).reshape(2, -1).T.reshape(-1))
+
+
+def fuse_layers(
+    pairs: Mapping[str, LoraPair],
+    spelling: Mapping[str, str],
+    layers: Mapping[str, tuple[str, ...]],
+    sizes: Mapping[str, Sequence[int]],
+    path: Path,
+    *,
+    alternates: bool = False,
+) -> tuple[dict[str, LoraPair], dict[str, str]]:
+    """The pairs and their keys, with the pairs of the parts of a fused layer as one.
+
+    `layers` is the end of a fused layer's name -> those of its parts, in order; both may be stacks of experts. `sizes`
+    has the outputs of the parts, which are equal without it. With `alternates`, their rows alternate. Raises
+    InputRefused as `fuse_outputs` does.
+    """
+    places = {part: (new, number) for new, parts in layers.items() for number, part in enumerate(parts)}
+    found: dict[str, tuple[str, dict[int, LoraPair]]] = {}
+    result, names = {}, {}
+    for name, pair in pairs.items():
+        owner, indices = split_part(name)
+        part = next((each for each in places if owner.endswith(f".{each}")), None)
+        if part is None:
+            result[name], names[name] = pair, spelling[name]
+            continue
+        layer, number = places[part]
+        new = f"{owner.removesuffix(part)}{layer}" + (f"[{indices}]" if indices else "")
+        found.setdefault(new, (layer, {}))[1][number] = pair
+        names.setdefault(new, spelling[name])
+    for new, (layer, parts) in found.items():
+        own = sizes.get(layer) or [next(iter(parts.values())).shape[0]] * len(layers[layer])
+        try:
+            fused = fuse_outputs(parts, own)
+        except InputRefused as error:
+            raise InputRefused(f"{path}: {names[new]}: {error}") from error
+        fused = alternating(fused) if alternates else fused
+        is_expert = bool(split_part(new)[1])
+        result[new] = LoraPair(a=fused.a, b=fused.b, scale=fused.scale, as_stored=True) if is_expert else fused
+    return result, names

@@ -18,7 +18,7 @@ import numpy as np
 from lora_export.errors import InputRefused
 from lora_export.formats.base_config import base_config, size_in_config
 from lora_export.formats.expert_layouts import stacked_pairs
-from lora_export.formats.fused_pairs import fuse_outputs, with_outputs
+from lora_export.formats.fused_pairs import GATE_AND_UP, fuse_layers, with_outputs
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
@@ -46,7 +46,7 @@ _NAMES = {
 # The types of models in which torchtune reorders the rows of q and k, and those in which it does not.
 REORDERED = frozenset({"llama", "mistral", "gemma", "gemma2"})
 SAME_ORDER = frozenset({"qwen2", "qwen3", "phi3", "llama4", "llama4_text", "qwen3_moe"})
-FUSED = {  # of phi3: the layer in Hugging Face's model -> torchtune's layers, in order
+_FUSED = {  # of phi3: the layer in Hugging Face's model -> torchtune's layers, in order
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
@@ -203,39 +203,7 @@ class _TorchtuneModel:
         """The pairs with those of one layer in Hugging Face's model as one pair: of phi3, and of Llama 4's experts."""
         if self.type == "phi3":
             sizes = {"self_attn.qkv_proj": [each * self.head_size for each in (self.heads, self.groups, self.groups)]}
-            return _fused(pairs, spelling, FUSED, sizes, path)
+            return fuse_layers(pairs, spelling, _FUSED, sizes, path)
         if self.type.startswith("llama4"):
-            return _fused(pairs, spelling, {"experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj")}, {}, path)
+            return fuse_layers(pairs, spelling, GATE_AND_UP, {}, path)
         return pairs, spelling
-
-
-def _fused(
-    pairs: Mapping[str, LoraPair],
-    spelling: Mapping[str, str],
-    layers: Mapping[str, tuple[str, ...]],
-    sizes: Mapping[str, list[int]],
-    path: Path,
-) -> tuple[dict[str, LoraPair], dict[str, str]]:
-    """The pairs with those of the parts of a fused layer as one. `sizes` has its outputs; without, all are equal."""
-    places = {part: (new, number) for new, parts in layers.items() for number, part in enumerate(parts)}
-    found: dict[str, tuple[str, dict[int, LoraPair]]] = {}
-    result, names = {}, {}
-    for name, pair in pairs.items():
-        owner, indices = split_part(name)
-        part = next((each for each in places if owner.endswith(f".{each}")), None)
-        if part is None:
-            result[name], names[name] = pair, spelling[name]
-            continue
-        layer, number = places[part]
-        new = f"{owner.removesuffix(part)}{layer}" + (f"[{indices}]" if indices else "")
-        found.setdefault(new, (layer, {}))[1][number] = pair
-        names.setdefault(new, spelling[name])
-    for new, (layer, parts) in found.items():
-        own = sizes.get(layer) or [next(iter(parts.values())).shape[0]] * len(layers[layer])
-        try:
-            fused = fuse_outputs(parts, own)
-        except InputRefused as error:
-            raise InputRefused(f"{path}: {names[new]}: {error}") from error
-        is_expert = bool(split_part(new)[1])
-        result[new] = LoraPair(a=fused.a, b=fused.b, scale=fused.scale, as_stored=True) if is_expert else fused
-    return result, names

@@ -17,6 +17,7 @@ from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_p
 # Model types of transformers whose class of experts sets `is_transposed`, and further ones that store (in, out) too.
 # `tests/plan/test_expert_axes.py` derives both again from the installed transformers.
 TRANSPOSED_CLASSES = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
+ALTERNATING = frozenset({"gpt_oss", "openai_privacy_filter"})  # rows of gate and up alternate in gate_up_proj
 STORED_IN_OUT = TRANSPOSED_CLASSES | {"llama4", "llama4_text"}
 
 StackShape = tuple[int, ...]

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import InputRefused, refuse_unprintable
+from lora_export.errors import EnvironmentLacking, InputRefused, refuse_unprintable
 from lora_export.storage import input_files
 from lora_export.storage.safetensors_file import Entry
 
@@ -88,10 +88,12 @@ def open_pickle(path: Path) -> PickledTensors:
     """Read the tensors of an archive that `torch.save` wrote from a table of tensors.
 
     Raises InputRefused for another file, for one that holds more than tensors, and for tensors that are larger than
-    their data.
+    their data; EnvironmentLacking without PyTorch.
     """
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise EnvironmentLacking(f"{path} is a pickle, and needs PyTorch ({error}): pip install torch") from error
     with input_files.open_regular(path) as file:
         (state,) = input_files.file_states([path])
         _refuse_other_archives(path, file)

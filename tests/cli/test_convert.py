@@ -47,7 +47,7 @@ def test_an_adapter_that_does_not_fit_ends_with_3(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-o", "x.onnx_adapter"), "Missing option '--for'"),
+        (("-o", "x.onnx_adapter"), "--to onnx_adapter needs --for MODEL.onnx, and no other format has it"),
         (("--for", "m.onnx"), "Missing option '-o'"),
         (("--for", "m.onnx", "-o", "x", "--to", "kohya"), "Invalid value for '--to'"),
     ],

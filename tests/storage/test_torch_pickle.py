@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.errors import InputRefused
+from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.storage.torch_pickle import open_pickle, text_in_pickle
 from support.handmade import Payload
 
@@ -93,6 +94,13 @@ def test_pickles_that_are_no_archive_are_refused(tmp_path: Path) -> None:
     old = saved(tmp_path / "old.pt", {"a": torch.ones(1)}, _use_new_zipfile_serialization=False)
     with pytest.raises(InputRefused, match=r"is no archive of torch\.save"):
         open_pickle(old)
+
+
+def test_without_pytorch_the_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "x.pt", {"a": torch.ones(1)})
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EnvironmentLacking, match="is a pickle, and needs PyTorch"):
+        open_pickle(path)
 
 
 def test_an_archive_that_is_cut_short_or_compressed_is_refused(tmp_path: Path) -> None:

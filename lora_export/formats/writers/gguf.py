@@ -1,0 +1,122 @@
+"""Adapters for llama.cpp: one `.gguf` file, by the `gguf` package.
+
+A file has one alpha, and llama.cpp multiplies B A by alpha / rank. The names are those of the package's own map for the
+base's architecture, so that the base's config is needed. For Llama's architecture llama.cpp stores the rows of q and k
+in Meta's order, and so those of B. Architectures whose weights llama.cpp rearranges in other ways are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.formats.base_config import base_config, size_in_config
+from lora_export.formats.fused_pairs import with_outputs
+from lora_export.formats.writers import WriteOptions
+from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs, refuse_inexpressible, smallest_dtype
+from lora_export.formats.writers.expert_stacks import expert_stacks
+from lora_export.lora import Adapter, LoraPair
+from lora_export.plan.expert_axes import model_types
+
+SUFFIX = ".gguf"
+# The type of a model -> llama.cpp's architecture, where weights keep their rows, or q and k alone change theirs.
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
+    **{kind: kind for kind in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "starcoder2")},
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "gemma3_text": "gemma3",
+}
+META_ORDER = frozenset({"llama", "mistral", "mixtral"})
+
+
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+    """Write an adapter for llama.cpp. All pairs have one alpha, which is scale x rank."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise EnvironmentLacking(
+            f"--to gguf needs the package gguf ({error}): pip install 'lora-export[gguf]'"
+        ) from error
+    config = base_config(None, options.reading)
+    if config is None:
+        raise InputRefused("llama.cpp's names depend on the base's architecture. State it: --base CHECKPOINT")
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise InputRefused(f"a GGUF adapter for models of the type {kind!r} is not supported; supported: {known}")
+    layers = size_in_config(config, "num_hidden_layers")
+    if layers is None or layers > 10_000:
+        raise InputRefused("the base's config has no usable num_hidden_layers")
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(architectures[ARCHITECTURES[kind]], layers)
+    experts = expert_stacks(adapter, model_types(config))
+    problems = beyond_pairs(adapter) + experts.problems
+    tensors: dict[str, NDArray[np.float32]] = {}
+    scales: dict[str, tuple[float, int]] = {}
+
+    def add(module: str, a: NDArray[np.float32], b: NDArray[np.float32], pair: LoraPair) -> None:
+        name = names.get_name(module)
+        if name is None:
+            problems.append(f"{module}: llama.cpp has no tensor for it in the architecture {ARCHITECTURES[kind]}")
+        else:
+            scales[module] = pair.scale, pair.rank
+            tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"] = a, b
+
+    for module, pair in experts.plain.items():
+        if pair.a.ndim != 2:
+            problems.append(f"{module}: a convolution")
+            continue
+        stored = _in_meta_order(module, pair, config) if kind in META_ORDER else pair
+        add(module, stored.a.T if stored.embedding else stored.a, stored.b, stored)
+    for (owner, projection), stack in experts.stacks.items():
+        arrays = experts.arrays((owner, projection))
+        if arrays is None or len({pair.scale for pair in stack.values()}) != 1:
+            problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
+            continue
+        module = f"{owner}.{experts.names[owner, projection]}"
+        add(module, *arrays, stack[0])
+    alphas = {alpha_of(scale, rank) for scale, rank in scales.values()}
+    if len(alphas) > 1:
+        shown = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:5])
+        problems.append(f"several alphas (scale x rank): {shown}; a GGUF adapter has one")
+    refuse_inexpressible(adapter, "gguf", problems)
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[kind])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(adapter.name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas.pop())
+    dtype = smallest_dtype(tensors.values())
+    for name, array in sorted(tensors.items()):
+        _add(writer, gguf, name, np.ascontiguousarray(array.astype(dtype)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return ()
+
+
+def _add(writer: Any, gguf: Any, name: str, array: NDArray[Any]) -> None:
+    if array.dtype in (np.float32, np.float16):
+        writer.add_tensor(name, array)
+    else:  # GGUF's writer takes other types as bytes
+        writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def _in_meta_order(module: str, pair: LoraPair, config: Mapping[str, Any]) -> LoraPair:
+    """The pair of q or k with the rows of each head alternating between its halves; any other pair itself."""
+    last = module.rpartition(".")[2]
+    if last not in ("q_proj", "k_proj"):
+        return pair
+    heads = size_in_config(config, *(("num_key_value_heads",) if last == "k_proj" else ()), "num_attention_heads")
+    rows = pair.b.shape[0]
+    if heads is None or rows % (2 * heads):
+        raise InputRefused(f"{module} has {rows} rows, which are not those of {heads} heads in the base's config")
+    order = np.arange(rows).reshape(heads, 2, rows // heads // 2)
+    return with_outputs(pair, order.transpose(0, 2, 1).reshape(-1))

@@ -1,0 +1,237 @@
+"""PEFT's folders, of adapters in any format: every pair with its own rank and alpha.
+
+Scales become `alpha / rank`. Stacked parameters are written as PEFT from 0.19 does (`target_parameters`); projections
+of experts that have a tensor for each expert in transformers 4 are written so, or stacked as SGLang reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats import peft
+from lora_export.formats.base_config import base_config
+from lora_export.formats.expert_layouts import REGISTRATION_ORDER
+from lora_export.formats.peft_keys import OUT_PROJ, WRAPPER
+from lora_export.formats.peft_records import LAYOUTS
+from lora_export.formats.writers import WriteOptions
+from lora_export.formats.writers.exact_values import (
+    alpha_of,
+    beyond_pairs,
+    pair_factors,
+    refuse_inexpressible,
+    smallest_dtype,
+)
+from lora_export.formats.writers.expert_stacks import expert_stacks
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, split_part
+from lora_export.plan.expert_axes import STORED_IN_OUT, TRANSPOSED_CLASSES, model_types
+
+SUFFIX = ""
+ALLOWED = frozenset({"magnitude", "replaced", "token_rows", "tied"})
+KEPT_FACTS = ("task_type", "base_model_name_or_path")
+SGLANG_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+NEW_PEFT = "0.19.0"  # the first whose axes of stacked parameters are those that are written
+
+
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+    """Write an adapter as PEFT does into a folder."""
+    types = model_types(base_config(None, options.reading) or {})
+    problems = beyond_pairs(adapter, ALLOWED)
+    plain, parameters = _split(adapter, types, problems)
+    stacks: dict[str, list[LoraPair]] = {}  # a projection -> the pairs of all experts
+    if options.stacked_experts:
+        plain, stacks = _stacked(replace(adapter, pairs=plain), problems)
+    if len({pair.magnitude is not None for pair in (*plain.values(), *_experts_of(parameters))}) > 1:
+        problems.append("DoRA on some layers; PEFT has it on all or none")
+    nested = _nested(parameters, problems)
+    refuse_inexpressible(adapter, "peft", problems)
+    one = replace(adapter, pairs=plain)
+    tensors: dict[str, NDArray[Any]] = dict(peft.pair_tensors(one))
+    for name, experts in stacks.items():
+        tensors[f"{WRAPPER}{name}.lora_A.weight"] = _shared(np.stack([pair.a for pair in experts]))
+        tensors[f"{WRAPPER}{name}.lora_B.weight"] = _shared(np.stack([pair.b for pair in experts]))
+    for name, key in nested.items():
+        tensors[f"{WRAPPER}{key}.lora_A.weight"] = np.concatenate([pair.a for pair in parameters[name]])
+        by_rank = np.stack([pair.b for pair in parameters[name]], axis=2)  # (out, rank, experts)
+        tensors[f"{WRAPPER}{key}.lora_B.weight"] = by_rank.reshape(by_rank.shape[0], -1)
+    dtype = smallest_dtype(pair_factors((*plain.values(), *_experts_of(parameters), *_experts_of(stacks))))
+    tensors = {key: value.astype(dtype) for key, value in tensors.items()}
+    firsts = {
+        **{_name_in_patterns(adapter, name): pair for name, pair in plain.items()},
+        **{name: experts[0] for name, experts in (parameters | stacks).items()},
+    }
+    fields = _config(adapter, firsts, sorted(parameters), dora=any(p.magnitude is not None for p in plain.values()))
+    of_peft = {ExpertAxes.BY_CLASS, ExpertAxes.TRANSPOSED} & set(adapter.experts.values())
+    version = adapter.metadata.get("peft_version")
+    if parameters or isinstance(version, str):
+        fields["peft_version"] = version if isinstance(version, str) and (of_peft or not parameters) else NEW_PEFT
+    tensors |= _whole_tensors(adapter, fields)
+    layouts = {name: layout for name, layout in adapter.layouts.items() if name in plain}
+    header = {LAYOUTS: json.dumps(layouts, sort_keys=True)} if layouts else {}
+    peft.write_files(path, tensors, fields, header)
+    return ()
+
+
+def _experts_of(parameters: Mapping[str, list[LoraPair]]) -> list[LoraPair]:
+    return [pair for pairs in parameters.values() for pair in pairs]
+
+
+def _split(
+    adapter: Adapter, types: set[str], problems: list[str]
+) -> tuple[dict[str, LoraPair], dict[str, list[LoraPair]]]:
+    """The pairs of modules, and those of all experts of a stacked parameter, with PEFT's axes."""
+    projections = {
+        name
+        for name, axes in adapter.experts.items()
+        if axes is ExpertAxes.OUT_IN and name.rpartition(".")[2] not in ("gate_up_proj",)
+    }
+    fused = {name for name in adapter.experts if name.endswith(".gate_up_proj")}
+    # down_proj beside gate_up_proj is a stacked parameter too; beside gate_proj and up_proj it has a tensor for each.
+    projections = {name for name in projections if f"{name.rpartition('.')[0]}.gate_up_proj" not in fused}
+    plain: dict[str, LoraPair] = {}
+    parameters: dict[str, dict[int, LoraPair]] = {}
+    for name, pair in adapter.pairs.items():
+        owner, index = split_part(name)
+        if not index:
+            if pair.as_stored:
+                problems.append(f"{name}: the pair of a bare parameter")
+            plain[name] = pair
+        elif not index.isdecimal():
+            problems.append(f"{name}: the pair of a part of a tensor")
+        elif owner in projections:
+            module, _, last = owner.rpartition(".")
+            plain[f"{module}.{index}.{last}"] = replace(pair, as_stored=False)
+        else:
+            turned = _turned_for_peft(adapter.experts.get(owner, ExpertAxes.STORED), types)
+            if turned is None:
+                problems.append(f"{name}: how the base stores its experts is not known. State it: --base CHECKPOINT")
+                continue
+            own = replace(pair, a=pair.b.T, b=pair.a.T) if turned else pair
+            parameters.setdefault(owner, {})[int(index)] = own
+    for name, pairs in parameters.items():
+        kinds = {(pair.rank, pair.scale, pair.shape) for pair in pairs.values()}
+        if sorted(pairs) != list(range(len(pairs))) or len(kinds) != 1:
+            problems.append(f"{name}: experts of different shapes, ranks or scales, or without a pair")
+    return plain, {name: [pairs[n] for n in sorted(pairs)] for name, pairs in parameters.items()}
+
+
+def _turned_for_peft(axes: ExpertAxes, types: set[str]) -> bool | None:
+    """Whether a pair is transposed for PEFT from 0.19; None where the type of the base decides it and is unknown."""
+    if axes in (ExpertAxes.BY_CLASS, ExpertAxes.TRANSPOSED):
+        return False  # PEFT's own, written with the version that trained it
+    if axes is ExpertAxes.UNKNOWN or not types:
+        return None
+    if axes is ExpertAxes.OUT_IN:
+        return not (STORED_IN_OUT - TRANSPOSED_CLASSES).isdisjoint(types)
+    return not TRANSPOSED_CLASSES.isdisjoint(types)
+
+
+def _nested(parameters: Mapping[str, list[LoraPair]], problems: list[str]) -> dict[str, str]:
+    """Parameter -> the module of its keys: the first that a module registers is the innermost."""
+    by_module: dict[str, list[str]] = {}
+    for name in parameters:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    keys = {}
+    for module, names in by_module.items():
+        unknown = [name for name in names if name.rpartition(".")[2] not in REGISTRATION_ORDER]
+        if unknown and len(names) > 1:
+            problems += [f"{name}: the order of the parameters of its module is not known" for name in unknown]
+            continue
+        ordered = sorted(names, key=lambda name: (*REGISTRATION_ORDER, "").index(_registered(name)))
+        for depth, name in enumerate(reversed(ordered)):
+            keys[name] = module + ".base_layer" * depth
+    return keys
+
+
+def _registered(name: str) -> str:
+    last = name.rpartition(".")[2]
+    return last if last in REGISTRATION_ORDER else ""
+
+
+def _stacked(adapter: Adapter, problems: list[str]) -> tuple[dict[str, LoraPair], dict[str, list[LoraPair]]]:
+    """The pairs without those of single experts, and these stacked by projection."""
+    found = expert_stacks(adapter, ())
+    stacks = {}
+    for (owner, kind), pairs in found.stacks.items():
+        if found.arrays((owner, kind)) is None or len({pair.scale for pair in pairs.values()}) != 1:
+            problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
+            continue
+        stacks[f"{owner}.{SGLANG_NAMES[kind]}"] = [pairs[number] for number in sorted(pairs)]
+    return found.plain, stacks
+
+
+def _shared(stack: NDArray[np.float32]) -> NDArray[np.float32]:
+    """One factor, where all experts have the same."""
+    return stack[:1] if len(stack) > 1 and (stack == stack[:1]).all() else stack
+
+
+def _name_in_patterns(adapter: Adapter, module: str) -> str:
+    return module.removesuffix(".out_proj") if OUT_PROJ in adapter.spelled(module) else module
+
+
+def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[str], *, dora: bool) -> dict[str, Any]:
+    """The config, with what the most pairs have as its rank and alpha, and patterns for the others."""
+    kinds = {name: (pair.rank, alpha_of(pair.scale, pair.rank)) for name, pair in pairs.items()}
+    rank, alpha = Counter(kinds.values()).most_common(1)[0][0] if kinds else (1, 1.0)
+    # A whole name, so that a pattern matches no other module.
+    patterns = {f"^{re.escape(name)}": kind for name, kind in sorted(kinds.items()) if kind != (rank, alpha)}
+    modules = sorted(name for name in pairs if name not in parameters and name not in adapter.tied)
+    known = modules and all(any(f".{name}".endswith(f".{ending}") for ending in adapter.targets) for name in modules)
+    ends = [target for target in adapter.targets if any(f".{name}".endswith(f".{target}") for name in modules)]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _integer(alpha),
+        "rank_pattern": {name: kind[0] for name, kind in patterns.items() if kind[0] != rank},
+        "alpha_pattern": {name: _integer(kind[1]) for name, kind in patterns.items() if kind[1] != alpha},
+        "target_modules": sorted(ends) if known else modules,
+        **({"target_parameters": parameters} if parameters else {}),
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": any(layout == "in_out" for layout in adapter.layouts.values()),
+        "use_rslora": False,
+        "use_dora": dora,
+        "ensure_weight_tying": bool(adapter.tied),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        **{key: adapter.metadata[key] for key in KEPT_FACTS if isinstance(adapter.metadata.get(key), str)},
+    }
+
+
+def _integer(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) and alpha < 1 << 53 else alpha
+
+
+def _whole_tensors(adapter: Adapter, fields: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Whole tensors and rows of tokens under PEFT's keys; what the config has to name of them is added to `fields`."""
+    tensors: dict[str, NDArray[Any]] = {}
+    saved = set()
+    for name, value in adapter.replaced.items():
+        module, _, kind = name.rpartition(".")
+        if module in adapter.pairs:
+            tensors[f"{WRAPPER}{module}.base_layer.{kind}"] = value
+            fields["bias"] = "lora_only" if kind == "bias" else fields["bias"]
+        else:
+            saved.add(module)
+            tensors[WRAPPER + name] = value
+    fields["modules_to_save"] = sorted(saved) or None
+    table: dict[str, list[int]] = {}
+    for name, rows in adapter.token_rows.items():
+        module = name.removesuffix(".weight")
+        tensors[f"{WRAPPER}{module}.token_adapter.trainable_tokens_delta"] = rows.values
+        table |= dict.fromkeys((module, *rows.tied), rows.indices.tolist())
+    if table:
+        fields["trainable_token_indices"] = table
+    unnamed = [name for name in adapter.replaced if "." not in name]
+    if unnamed:
+        raise InputRefused(f"{', '.join(unnamed)}: PEFT has no place for a parameter without a module")
+    return tensors

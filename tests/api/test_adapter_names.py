@@ -1,0 +1,71 @@
+"""Adapters under the names of a checkpoint or of the loaded model: each merges to what the original merges to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_export
+from lora_export.errors import InputRefused, MatchError
+from support import experts
+from support.experts import weights
+from support.handmade import base_file, peft_adapter
+
+LAYER = "base_model.model.model.layers.0"
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return experts.save(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize("names", ["transformers4", "transformers5", "vllm", "sglang"])
+def test_an_adapter_with_other_names_merges_to_the_same(saved: Mapping[str, Path], tmp_path: Path, names: str) -> None:
+    lora_export.convert(saved["adapter"], tmp_path / "out", to="peft", names=names, base=saved["old"])
+    for spelling in ("old", "new"):
+        lora_export.merge(saved[spelling], tmp_path / "out", tmp_path / spelling)
+        expected = weights(saved[f"merged_{spelling}"])
+        found = weights(tmp_path / spelling)
+        assert {name: found[name].shape for name in found} == {name: expected[name].shape for name in expected}
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-6)
+
+
+def test_the_names_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    saved = experts.save(tmp_path / "models", "mixtral")
+
+    def keys(names: str) -> set[str]:
+        lora_export.convert(saved["adapter"], tmp_path / names, to="peft", names=names, base=saved["old"])
+        return set(load_file(tmp_path / names / "adapter_model.safetensors"))
+
+    assert f"{LAYER}.block_sparse_moe.experts.3.w1.lora_A.weight" in keys("vllm")
+    assert keys("transformers4") == set(load_file(tmp_path / "vllm/adapter_model.safetensors"))
+    stacked = load_file(tmp_path / "sglang/adapter_model.safetensors") if keys("sglang") else {}
+    assert stacked[f"{LAYER}.block_sparse_moe.experts.w1.lora_B.weight"].shape == (experts.COUNT, 24, experts.RANK)
+    assert f"{LAYER}.mlp.experts.base_layer.lora_A.weight" in keys("transformers5")
+    # And from the old names to the new ones again
+    again = lora_export.convert(
+        tmp_path / "vllm", tmp_path / "again", to="peft", names="transformers5", base=saved["old"]
+    )
+    found = load_file(again.output / "adapter_model.safetensors")
+    first = load_file(tmp_path / "transformers5/adapter_model.safetensors")
+    assert set(found) == set(first)
+    assert all(np.array_equal(found[key], first[key]) for key in found)
+
+
+def test_a_base_that_has_not_the_names_is_refused(tmp_path: Path) -> None:
+    saved = experts.save(tmp_path / "models", "mixtral")
+    with pytest.raises(InputRefused, match="--names vllm needs those of the original checkpoint"):
+        lora_export.convert(saved["adapter"], tmp_path / "out", to="peft", names="vllm", base=saved["new"])
+    other = peft_adapter(tmp_path / "other", {"elsewhere": ([[1.0]], [[1.0]])})
+    with pytest.raises(MatchError, match="elsewhere"):
+        lora_export.convert(other, tmp_path / "out", to="peft", names="vllm", base=saved["old"])
+    base_file(tmp_path / "bare.safetensors", {"fc.weight": [[1.0, 2.0]]})
+    fitting = peft_adapter(tmp_path / "fitting", {"fc": ([[1.0, 2.0]], [[1.0]])})
+    with pytest.raises(InputRefused, match=r"has no config\.json with a model_type"):
+        lora_export.convert(fitting, tmp_path / "out", to="peft", names="vllm", base=tmp_path / "bare.safetensors")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,117 @@
+"""Adapters for llama.cpp, read back by the gguf package: names of its map, factors and alpha, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_export
+from lora_export.errors import EnvironmentLacking, InputRefused
+from lora_export.formats.read_options import ReadOptions
+from lora_export.lora import Adapter, LoraPair
+from support.written import DTYPES, adapter_of, low_rank
+
+CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+UP = "model.layers.1.mlp.up_proj"
+
+
+def written(adapter: Adapter, folder: Path, **config: Any) -> gguf.GGUFReader:
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    reading = ReadOptions(base_config=folder)
+    result = lora_export.convert(adapter, folder / "out", to="gguf", reading=reading, overwrite=True)
+    assert result.output == folder / "out.gguf"
+    return gguf.GGUFReader(result.output)
+
+
+def tensors_of(reader: gguf.GGUFReader) -> dict[str, np.ndarray[Any, Any]]:
+    found = {}
+    for tensor in reader.tensors:
+        data = tensor.data
+        if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+            data = data.view(ml_dtypes.bfloat16)
+        found[tensor.name] = np.asarray(data, np.float32).reshape(tuple(int(size) for size in tensor.shape[::-1]))
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.sampled_from(sorted(DTYPES)), st.integers(1, 64))
+def test_factors_and_alpha_come_back(rank: int, dtype: str, alpha: int) -> None:
+    pair = low_rank(6, 4, rank, dtype=DTYPES[dtype], scale=alpha / rank)
+    with tempfile.TemporaryDirectory() as folder:
+        reader = written(adapter_of({UP: pair}), Path(folder))
+        tensors = tensors_of(reader)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert np.array_equal(tensors["blk.1.ffn_up.weight.lora_a"], pair.a)
+    assert np.array_equal(tensors["blk.1.ffn_up.weight.lora_b"], pair.b)
+    assert len(tensors) == 2
+    assert fields["adapter.lora.alpha"] == alpha
+    names = ("general.type", "adapter.type", "general.architecture")
+    assert [fields[name] for name in names] == ["adapter", "lora", "qwen2"]
+
+
+def test_embeddings_have_a_transposed(tmp_path: Path) -> None:
+    pair = low_rank(4, 7, 2, embedding=True)
+    tensors = tensors_of(written(adapter_of({"model.embed_tokens": pair}), tmp_path))
+    assert np.array_equal(tensors["token_embd.weight.lora_a"], pair.a.T)
+    assert np.array_equal(tensors["token_embd.weight.lora_b"], pair.b)
+
+
+@pytest.mark.parametrize(("name", "heads"), [("q_proj", 2), ("k_proj", 1)])
+def test_rows_of_q_and_k_have_metas_order_in_llama(tmp_path: Path, name: str, heads: int) -> None:
+    pair = low_rank(4 * heads, 8, 2)
+    adapter = adapter_of({f"model.layers.0.self_attn.{name}": pair})
+    tensors = tensors_of(written(adapter, tmp_path, model_type="llama"))
+    # Row 2 k of a head is row k of its first half, row 2 k + 1 is row k of its second.
+    expected = [pair.b[head * 4 + half * 2 + k] for head in range(heads) for k in range(2) for half in range(2)]
+    assert np.array_equal(tensors[f"blk.0.attn_{name[0]}.weight.lora_b"], expected)
+
+
+def test_experts_are_stacked(tmp_path: Path) -> None:
+    pairs = {f"model.layers.0.mlp.experts.{n}.gate_proj": low_rank(4, 3, 2, seed=n) for n in range(3)}
+    tensors = tensors_of(written(adapter_of(pairs), tmp_path, model_type="qwen3_moe"))
+    assert np.array_equal(tensors["blk.0.ffn_gate_exps.weight.lora_a"], [pair.a for pair in pairs.values()])
+    assert np.array_equal(tensors["blk.0.ffn_gate_exps.weight.lora_b"], [pair.b for pair in pairs.values()])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "config", "problem"),
+    [
+        ({UP: low_rank(2, 2, 1)}, {"model_type": "falcon"}, "for models of the type 'falcon' is not supported"),
+        ({UP: low_rank(2, 2, 1)}, {"num_hidden_layers": None}, "has no usable num_hidden_layers"),
+        ({UP: low_rank(2, 2, 1), "model.layers.0.mlp.up_proj": low_rank(2, 2, 2)}, {}, "several alphas"),
+        ({UP: low_rank(2, 2, 1, magnitude=np.ones(2))}, {}, f"{UP}: DoRA's magnitude"),
+        ({"elsewhere": low_rank(2, 2, 1)}, {}, "elsewhere: llama.cpp has no tensor for it in the architecture qwen2"),
+        (
+            {"model.layers.0.self_attn.q_proj": low_rank(3, 2, 1)},
+            {"model_type": "llama"},
+            "q_proj has 3 rows, which are not those of 2 heads",
+        ),
+    ],
+)
+def test_what_gguf_cannot_express_is_refused_by_name(
+    tmp_path: Path, pairs: dict[str, LoraPair], config: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(InputRefused) as refused:
+        written(adapter_of(pairs), tmp_path, **config)
+    assert problem in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_base_and_the_package_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_of({UP: low_rank(2, 2, 1)})
+    with pytest.raises(InputRefused, match="State it: --base CHECKPOINT"):
+        lora_export.convert(adapter, tmp_path / "out", to="gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(EnvironmentLacking, match=r"--to gguf needs the package gguf .*'lora-export\[gguf\]'"):
+        lora_export.convert(adapter, tmp_path / "out", to="gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,131 @@
+"""PEFT's folders of adapters in any format: PEFT loads them, and they are read back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.numpy import load_file
+from torch import nn
+
+import lora_export
+from lora_export import formats
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter, ExpertAxes, LoraPair, TokenRows, expert_name
+from support.written import adapter_of, assert_same_pairs, converted, drawn_pairs, low_rank
+
+E = "model.layers.0.mlp.experts"
+
+
+@settings(deadline=None, max_examples=40)
+@given(drawn_pairs())
+def test_pairs_of_any_rank_and_scale_come_back(pairs: dict[str, LoraPair]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = adapter_of(pairs)
+        assert_same_pairs(converted(adapter, Path(folder), "peft"), adapter)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(5, 3), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc(self.embed(x)))  # type: ignore[no-any-return]
+
+
+def test_peft_loads_what_was_written(tmp_path: Path) -> None:
+    pairs = {
+        "embed": low_rank(3, 5, 2, embedding=True, scale=0.5),
+        "fc": low_rank(4, 3, 3, scale=7 / 3),
+    }
+    replaced = {"head.weight": np.ones((2, 4), np.float32), "head.bias": np.ones(2, np.float32)}
+    lora_export.convert(adapter_of(pairs, replaced=replaced), tmp_path / "out", to="peft")
+    net = Net()
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
+    merged = peft.PeftModel.from_pretrained(net, tmp_path / "out").merge_and_unload()
+    after = {name: value.detach() for name, value in merged.named_parameters()}
+    for name, change in (("embed", pairs["embed"].delta().T), ("fc", pairs["fc"].delta())):
+        np.testing.assert_allclose(after[f"{name}.weight"] - before[f"{name}.weight"], change, rtol=1e-5, atol=1e-6)
+    assert after["head.weight"].eq(1).all() and after["head.bias"].eq(1).all()
+
+
+def test_rows_of_tokens_and_biases_come_back(tmp_path: Path) -> None:
+    rows = TokenRows(np.array([4, 1]), np.array([[1, 2], [3, 4]], np.float32), ("lm_head",))
+    adapter = adapter_of(
+        {"fc": low_rank(3, 2, 1)},
+        replaced={"fc.bias": np.ones(3, np.float32)},
+        token_rows={"embed_tokens.weight": rows},
+    )
+    back = converted(adapter, tmp_path, "peft")
+    assert back.replaced["fc.bias"].tolist() == [1, 1, 1]
+    own = back.token_rows["embed_tokens.weight"]
+    assert (own.indices.tolist(), own.values.tolist(), own.tied) == ([4, 1], [[1, 2], [3, 4]], ("lm_head",))
+
+
+def stacks(*names: str, axes: ExpertAxes = ExpertAxes.BY_CLASS) -> Adapter:
+    pairs = {
+        expert_name(f"{E}.{name}", number): low_rank(4, 3, 2, seed=number, as_stored=True)
+        for name in names
+        for number in range(3)
+    }
+    return adapter_of(pairs, experts=dict.fromkeys((f"{E}.{name}" for name in names), axes))
+
+
+def test_stacked_parameters_come_back_in_pefts_order(tmp_path: Path) -> None:
+    adapter = stacks("down_proj", "gate_up_proj")
+    back = converted(adapter, tmp_path, "peft")
+    assert_same_pairs(back, adapter)
+    assert back.experts == adapter.experts
+    keys = set(load_file(tmp_path / "peft/adapter_model.safetensors"))
+    # The module registers gate_up_proj first, so that it is inside.
+    assert keys == {f"base_model.model.{E}.{inner}lora_{side}.weight" for inner in ("", "base_layer.") for side in "AB"}
+
+
+def test_projections_of_experts_become_modules(tmp_path: Path) -> None:
+    adapter = stacks("w1", "w2", axes=ExpertAxes.OUT_IN)
+    back = converted(adapter, tmp_path, "peft")
+    assert sorted(back.pairs) == [f"{E}.{number}.{name}" for number in range(3) for name in ("w1", "w2")]
+    for name, pair in adapter.pairs.items():
+        parameter, _, number = name.removesuffix("]").partition("[")
+        own = back.pairs[f"{E}.{number}.{parameter.rpartition('.')[2]}"]
+        assert np.array_equal(own.delta(), pair.delta())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "problem"),
+    [
+        (adapter_of({"fc": low_rank(2, 2, 1)}, biases={"fc": np.ones(2, np.float32)}), "fc: a change of a bias"),
+        (
+            adapter_of({"a": low_rank(2, 2, 1, magnitude=np.ones(2)), "b": low_rank(2, 2, 1)}),
+            "DoRA on some layers; PEFT has it on all or none",
+        ),
+        (adapter_of({"bare": low_rank(2, 2, 1, as_stored=True)}), "bare: the pair of a bare parameter"),
+        (adapter_of({"qkv.weight[0:2]": low_rank(2, 2, 1)}), "qkv.weight[0:2]: the pair of a part of a tensor"),
+        (stacks("gate_up_proj", axes=ExpertAxes.OUT_IN), "how the base stores its experts is not known. State it"),
+        (stacks("new_proj", "down_proj"), f"{E}.new_proj: the order of the parameters of its module is not known"),
+        (adapter_of({"a_b": low_rank(2, 2, 1)}, flattened=True), "the names of its modules, in which `_` stands for"),
+    ],
+)
+def test_what_peft_cannot_express_is_refused_by_name(tmp_path: Path, adapter: Adapter, problem: str) -> None:
+    with pytest.raises(InputRefused) as refused:
+        lora_export.convert(adapter, tmp_path / "out", to="peft")
+    assert problem in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_halves_stay_halves(tmp_path: Path) -> None:
+    adapter = adapter_of({"fc": low_rank(3, 2, 1, dtype=ml_dtypes.bfloat16)})
+    lora_export.convert(adapter, tmp_path / "out", to="peft")
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (1, 2, ["fc"])
+    assert_same_pairs(formats.load(tmp_path / "out"), adapter)
