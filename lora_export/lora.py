@@ -316,6 +316,7 @@ class Adapter:
     targets: tuple[str, ...] = ()  # module name endings that the trainer targeted; empty where not fully known
     flattened: bool = False  # whether `_` stands for the dots in the names of modules
     spelling: Mapping[str, str] = field(default_factory=dict)  # any name above -> the key in the file
+    scale_source: str = ""  # where the scales come from, in words
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # decisions of the reader that the user should know
     sha256: str = ""

@@ -13,6 +13,7 @@ from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
 from lora_export.runtime.written_record import WrittenRecord, read_record
+from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import damage
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -45,6 +46,11 @@ class Inspection:
     onnx_adapter: OnnxAdapter | None = None
     interface: Interface | None = None  # of a graph: inputs, outputs and operator sets
     record: WrittenRecord = field(default_factory=WrittenRecord)  # how the file was made; False where that is unknown
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The size of an adapter's files."""
+        return sum(path.stat().st_size for path in input_files.files_of(self.path)) if self.adapter else 0
 
     @property
     def mode(self) -> str:

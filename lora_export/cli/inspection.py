@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export import report
 from lora_export.graph.interface import Port
 from lora_export.plan import TensorSpec
+from lora_export.report.adapter_facts import adapter_facts
 from lora_export.report.json_document import plain
 from lora_export.report.layer_kinds import by_kind, title
 from lora_export.report.terminal import contents_of, kind_of_pair, norm_of_delta
@@ -29,7 +30,7 @@ PORTS = 6  # kinds of inputs or outputs that are listed
 def inspection_lines(found: Inspection, *, every: bool) -> Iterator[str]:
     """What a path contains, in lines: one for each kind of layer, or with `every` one for each weight."""
     if found.adapter is not None:
-        yield from adapter_lines(found.adapter)
+        yield from adapter_lines(found.adapter, found.adapter_bytes)
     elif found.onnx_adapter is not None:
         yield from _lines_of_onnx_adapter(found.onnx_adapter, every=every)
     elif found.graph is not None:
@@ -42,7 +43,11 @@ def inspection_lines(found: Inspection, *, every: bool) -> Iterator[str]:
 def inspection_document(found: Inspection) -> dict[str, Any]:
     """Everything that was found, as JSON."""
     if found.adapter is not None:
-        return report.as_dict(found.adapter)
+        return report.as_dict(found.adapter) | {
+            "bytes": found.adapter_bytes,
+            "parameters": found.adapter.parameters,
+            "facts": [list(fact) for fact in adapter_facts(found.adapter)],
+        }
     if found.onnx_adapter is not None:
         return _onnx_adapter_as_document(found.onnx_adapter)
     made = {
@@ -164,9 +169,10 @@ def _site(site: Site) -> dict[str, Any]:
 # --- An adapter ---
 
 
-def adapter_lines(adapter: Adapter) -> Iterator[str]:
+def adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
     """An adapter: a line for each kind of module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
-    yield f"{adapter.name}: {adapter.format}, {contents_of(adapter)}, {adapter.parameters:,} parameters"
+    contents = f"{contents_of(adapter)}, {adapter.parameters:,} parameters, {nbytes:,} bytes"
+    yield f"{adapter.name}: {adapter.format}, {contents}"
     for modules in by_kind(adapter.pairs, str, lambda module: _look_of_pair(adapter.pairs[module])):
         pair, norms = adapter.pairs[modules[0]], [norm_of_delta(adapter.pairs[module]) for module in modules]
         low, high = (f"{norm:.4g}" for norm in (min(norms), max(norms)))
@@ -177,6 +183,8 @@ def adapter_lines(adapter: Adapter) -> Iterator[str]:
     whole = [*adapter.replaced, *adapter.token_rows, *(f"{module}.bias" for module in adapter.biases)]
     if whole:
         yield f"  changed without a low-rank pair: {', '.join(whole[:PORTS])}{_more(len(whole) - PORTS)}"
+    for what, value in adapter_facts(adapter):
+        yield f"  {what}: {value}"
     if adapter.is_identity:
         yield "this adapter changes nothing: every B, A or scale is zero, as in a new adapter"
     for note in adapter.notes:

@@ -61,8 +61,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     options.refuse_rank_and_alpha("its tensors")
     weights = lora_file.weights_of(path)
     recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(_METADATA, "")
+    source = f"lora_alpha / r of {_METADATA} in the header" if recorded else lora_file.BY_ALPHA
     scale_of = _scales(recorded, f"{_METADATA} in the header of {weights}") if recorded else None
-    return lora_file.read_file(path, name, FileNames("diffusers", _module_of), scale_of)
+    return lora_file.read_file(path, name, FileNames("diffusers", _module_of), scale_of, source)
 
 
 def _scales(recorded: str, source: str) -> Scales:

@@ -70,6 +70,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         format="litgpt",
         pairs=pairs,
         spelling=spelling,
+        scale_source=f"lora_alpha / lora_r in {HYPERPARAMETERS}",
         metadata={"r": model.rank, "lora_alpha": model.alpha, "model": model.name},
         sha256=sha256,
     )

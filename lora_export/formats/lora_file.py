@@ -23,6 +23,7 @@ from lora_export.storage.safetensors_file import TensorFile
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 
 _SUFFIX = ".safetensors"
+BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
 OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
 LOHA_FACTORS = (KeyPart.LOHA_W1_A, KeyPart.LOHA_W1_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_W2_B)
 Tensors = Mapping[KeyPart, NDArray[Any]]  # of one module
@@ -61,10 +62,13 @@ def names_fit(path: Path, module_of: Callable[[str], str | None]) -> bool:
     return has_pairs(entries) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
 
 
-def read_file(path: Path, name: str, names: FileNames, scale_of: Scales | None = None) -> Adapter:
+def read_file(
+    path: Path, name: str, names: FileNames, scale_of: Scales | None = None, scale_source: str = BY_ALPHA
+) -> Adapter:
     """Read an adapter of one file. Raises InputRefused with everything that is wrong with it.
 
     `scale_of` is the factor of a module's change by its rank and its alpha, which is None where the file has none.
+    `scale_source` describes it.
     """
     weights = weights_of(path)
     if weights is None:
@@ -92,7 +96,8 @@ def read_file(path: Path, name: str, names: FileNames, scale_of: Scales | None =
         layouts={module: "out_in" for module, pair in reader.pairs.items() if len(pair.shape) == 2},
         flattened=names.flattened,
         spelling=reader.spelling,
-        metadata=dict(file.metadata),
+        scale_source=scale_source,
+        metadata={"header": dict(file.metadata)} if file.metadata else {},
         notes=reader.notes(),
         sha256=sha256,
     )

@@ -70,6 +70,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         pairs=pairs,
         replaced=replaced,
         spelling=spelling,
+        scale_source="--lora-alpha / --lora-rank",
         metadata={"r": rank, "lora_alpha": alpha},
         notes=tuple(f"{key} is saved whole: it replaces the base's tensor" for key in biases),
         sha256=sha256,

@@ -74,6 +74,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         experts=dict.fromkeys(stacked, ExpertAxes.OUT_IN),
         tied=tied,
         spelling=spelling | {head: spelling[table] for head, table in tied.items()},
+        scale_source=f"scale in {MLX_CONFIG}, as it is",
         metadata={"fine_tune_type": kind, "scale": scale}
         | {key: value for key in ("model", "num_layers") if isinstance(value := config.get(key), str | int)},
         sha256=sha256,

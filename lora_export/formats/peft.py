@@ -104,6 +104,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             **keys[B],
             **keys[A],
         },
+        scale_source=f"lora_alpha / {'√r' if config.get('use_rslora') else 'r'} in {ADAPTER_CONFIG}",
         metadata=metadata_of(folder, config),
         notes=notes_of(keys, config, tied),
         sha256=sha256,

@@ -85,6 +85,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
         pairs=pairs,
         experts=dict.fromkeys(stacked, ExpertAxes.OUT_IN),
         spelling=spelling,
+        scale_source=f"lora_alpha / r in {_CONFIG_BESIDE}" if files else "--lora-alpha / --lora-rank",
         metadata={"r": rank, "lora_alpha": alpha, "model_type": model.type},
         sha256=sha256,
     )

@@ -16,6 +16,7 @@ from rich.text import Text
 from lora_export.errors import one_line, printable
 from lora_export.lora import Adapter, LoraPair
 from lora_export.plan import Plan
+from lora_export.report.adapter_facts import adapter_facts
 from lora_export.report.sentences import headline, placement_lines
 from lora_export.runtime.runner import Placement
 from lora_export.verification.against_checkpoint import Audit
@@ -102,6 +103,8 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
     """Print the contents of an adapter, a row for each module. ‖ΔW‖ is the Frobenius norm of s·BA at weight 1."""
     contents = contents_of(adapter)
     _print(to, f"{adapter.name}: {adapter.format}, {contents}, {adapter.parameters:,} parameters", style="bold")
+    for what, value in adapter_facts(adapter):
+        _print(to, f"{what}: {value}")
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
         rows.append(

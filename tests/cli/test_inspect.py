@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lora_export import cli
 from lora_export.graph.onnx_file.writing import save_graph
@@ -70,6 +71,27 @@ def test_an_adapter_is_shown_with_rank_and_scale(tmp_path: Path, capsys: pytest.
     assert "fc" in capsys.readouterr().out
     code, document = answer(capsys, "inspect", adapter)
     assert (code, document["pairs"]["fc"]["scale"], document["name"]) == (0, 3.0, "fr")
+
+
+def test_an_adapter_of_another_format_is_shown_with_its_facts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {"lora_down": np.ones((2, 3), np.float32), "lora_up": np.ones((4, 2), np.float32)}
+    named = {f"lora_unet_fc.{name}.weight": value for name, value in tensors.items()}
+    path = tmp_path / "style.safetensors"
+    header = {"modelspec.trigger_phrase": "ohwx\n\x1b[2K"}
+    save_file({**named, "lora_unet_fc.alpha": np.array(1, np.float32)}, path, header)
+    for more in ((), ("--all",)):
+        assert cli.run(["inspect", str(path), *more]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("style: kohya, 1 low-rank pair, 14 parameters")
+        assert "scales: alpha / rank, by the alpha of each pair; 1 where the file has none" in shown
+        assert "trigger words: ohwx" in shown and "\x1b" not in shown
+    code, document = answer(capsys, "inspect", path)
+    assert (code, document["format"], document["bytes"]) == (0, "kohya", path.stat().st_size)
+    assert document["metadata"]["header"] == header
+    (pair,) = document["pairs"].values()
+    assert (pair["scale"], document["parameters"]) == (0.5, 14)
 
 
 def test_a_checkpoint_is_shown_with_shapes_and_unknown_layouts(

@@ -75,6 +75,7 @@ def test_a_layer_gets_the_change_that_loralib_merges(tmp_path: Path, name: str, 
     assert expected.any()
     assert (pair.delta().T if pair.embedding else pair.delta()).tolist() == expected.tolist()
     assert (adapter.format, adapter.metadata) == ("loralib", {"r": 2, "lora_alpha": 6})
+    assert adapter.scale_source == "--lora-alpha / --lora-rank"
 
 
 @pytest.mark.parametrize("parts", [(True, False, True), (False, False, True), (True, True, True), (False, True)])

@@ -24,7 +24,7 @@ NEEDS = {
     "install": (),
     "training": ("base", "texts.jsonl", "net.py", "numbers.npz"),
     "models": ("net-adapter",),
-    "adapters": ("base", "adapter"),
+    "adapters": ("base", "adapter", "fr"),
     "merging": ("base", "adapter", "fr", "de", "base.onnx"),
     "onnx": ("base", "adapter", "fr", "base.onnx"),
     "torchscript": ("base", "adapter"),
