@@ -17,7 +17,7 @@ from lora_export.graph.insert.adapter_nodes import insert_nodes
 from lora_export.graph.insert.adapter_rows import insert_rows
 from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.onnx_file.writing import save_graph
-from lora_export.graph.refusals import base_as_remedy
+from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
 from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.plan import Plan
 from lora_export.weights.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ def locate_steps(
         steps = options.plan(sites.specs) if options.adapters else None
     if steps and options.lora != "merged":
         steps = without_unchanged_tables(steps, sites)
+        refuse_full_rank(steps)
     if steps and options.is_swapped:
         onnx_adapter.refuse_new_tables(steps)
     notes = [note for adapter in options.adapters for note in adapter.notes]

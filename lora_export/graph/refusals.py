@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, MatchError
 from lora_export.graph.find_sites import Sites
 from lora_export.plan import Plan, Step
+from lora_export.structured_pairs import StructuredPair
 
 
 def refuse_unsupported_steps(plan: Plan) -> None:
@@ -37,6 +38,20 @@ def refuse_steps_without_branch(plan: Plan) -> None:
                 f"{step.terms[0].adapter}: {step.weight}: the adapter has a new table and a DoRA pair for this "
                 "weight, which cannot be inserted beside the graph's weights. Merge the adapter instead"
             )
+
+
+def refuse_full_rank(plan: Plan) -> None:
+    """Raise InputRefused for changes that are stored in another form, and whose A and B are no smaller than the weight.
+
+    Those of LoKr, and whole changes, are of this kind: beside a weight, their factors would cost more than the weight.
+    """
+    for step in plan.low_rank:
+        for term in step.terms:
+            if isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank:
+                raise InputRefused(
+                    f"{term.adapter}: the change of {step.weight} {term.pair.shape} has the rank {term.pair.rank} as A "
+                    "and B: beside the weight it would cost more than the weight itself. Merge it (--lora merged)"
+                )
 
 
 @contextlib.contextmanager

@@ -275,6 +275,28 @@ def test_the_generation_sample_generates_what_pytorch_does(tmp_path: Path, capsy
     assert {"genai_config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "out" / "served").iterdir()}
 
 
+@pytest.mark.slow
+def test_each_style_of_the_swapping_sample_is_what_pytorch_computes(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    import swap_image_styles as sample
+
+    noise = sample.main(tmp_path / "out")
+    torch.manual_seed(0)
+    model = sample.Denoiser().eval()
+    example = {name: torch.from_numpy(value) for name, value in np.load(tmp_path / "out" / "example.npz").items()}
+    weight = model.unet.get_submodule(sample.LAYER).weight
+    assert list(noise) == ["base", "ink", "oil", "pastel"]
+    with torch.no_grad():
+        base = weight.clone()
+        for name, found in noise.items():
+            pair = {} if name == "base" else load_file(tmp_path / "out" / f"{name}.safetensors")
+            down, up = ([value for key, value in pair.items() if side in key] for side in ("down", "up"))
+            weight.copy_(base + up[0] @ down[0] if pair else base)
+            assert np.abs(found - model(**example).numpy()).max() < 2e-5
+    assert all(np.abs(noise[name] - noise["base"]).max() > 0.1 for name in sample.STYLES)
+
+
 def test_the_parity_test_passes(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SAMPLES / "parity_test.py")]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -357,5 +379,5 @@ def test_a_failed_step_fails_the_job_and_reports_are_uploaded() -> None:
 def test_every_sample_is_in_the_readme() -> None:
     listed = (SAMPLES / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in SAMPLES.iterdir() if path.is_file() and path.name != "README.md"]
-    assert len(names) == 11
+    assert len(names) == 12
     assert [name for name in names if f"[{name}]({name})" not in listed] == []

@@ -16,12 +16,13 @@ from torch import nn
 Arrays = dict[str, NDArray[Any]]
 
 
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+def _seeded(build: Callable[[], nn.Module], std: float | None = 0.05) -> nn.Module:
+    """A model with random parameters: of this deviation, or as its class initialises them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build().eval()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.05)
+        for parameter in model.parameters() if std is not None else ():
+            nn.init.normal_(parameter, std=std)
     return model
 
 
@@ -50,7 +51,8 @@ def unet(*, like_sdxl: bool = False) -> nn.Module:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             **own,
-        )
+        ),
+        std=None,  # with smaller weights, attention would hardly depend on its queries
     )
 
 
