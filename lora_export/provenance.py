@@ -48,10 +48,20 @@ def adapter_records(adapters: Sequence[Adapter], strengths: Sequence[float]) -> 
             "format": adapter.format,
             "sha256": adapter.sha256,
             "weight": strength,
+            **_ranks_and_alphas(adapter),
             **({"hub": dict(adapter.hub)} if adapter.hub else {}),
         }
         for adapter, strength in zip(adapters, strengths, strict=True)
     ]
+
+
+def _ranks_and_alphas(adapter: Adapter) -> dict[str, list[Any]]:
+    """Those of its pairs, without repetitions. Alpha is the scale x the rank, with rsLoRA x its root."""
+    if not adapter.pairs:
+        return {}
+    power = 0.5 if adapter.metadata.get("use_rslora") else 1.0
+    alphas = {float(f"{pair.scale * pair.rank**power:.6g}") for pair in adapter.pairs.values()}
+    return {"ranks": sorted({pair.rank for pair in adapter.pairs.values()}), "alphas": sorted(alphas)}
 
 
 def refuse_second_merge(adapters: Sequence[Adapter], base: Path, history: History) -> None:

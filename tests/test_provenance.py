@@ -33,7 +33,7 @@ def test_a_record_contains_earlier_adapters_first():
         "base": {"m": {"sha256": "22"}},
         "adapters": [
             {"name": "old", "sha256": "00"},
-            {"name": "new", "format": "peft", "sha256": "11", "weight": 0.5},
+            {"name": "new", "format": "peft", "sha256": "11", "weight": 0.5, "ranks": [1], "alphas": [1.0]},
         ],
         "settings": {"dtype": "keep"},
     }
@@ -66,3 +66,18 @@ def test_a_history_is_read_from_the_text_of_a_record():
 def test_a_damaged_record_is_refused(adapters):
     with pytest.raises(InputRefused, match=r"^base\.safetensors: the record of an earlier merge is damaged"):
         provenance.history({"adapters": adapters}, BASE)
+
+
+def test_ranks_and_alphas_are_recorded_once_each() -> None:
+    pairs = {
+        str(number): LoraPair(a=np.ones((rank, 2)), b=np.ones((2, rank)), scale=scale)
+        for number, (rank, scale) in enumerate([(4, 2.0), (4, 2.0), (1, 0.1)])
+    }
+    adapter = Adapter("new", "peft", pairs)
+    stabilised = Adapter("new", "peft", pairs, metadata={"use_rslora": True})
+    records = provenance.adapter_records([adapter, stabilised, Adapter("whole", "peft", {})], [1.0, 1.0, 1.0])
+    assert [(one.get("ranks"), one.get("alphas")) for one in records] == [
+        ([1, 4], [0.1, 8.0]),
+        ([1, 4], [0.1, 4.0]),
+        (None, None),
+    ]

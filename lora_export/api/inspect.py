@@ -12,6 +12,13 @@ from lora_export.api.callbacks import ignore
 from lora_export.errors import InputRefused, WrongUsage, listed
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.provenance import adapter_records
+from lora_export.runtime.expectations import (
+    NOTHING_EXPECTED,
+    Expectations,
+    recorded_base,
+    refuse_unexpected,
+)
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
 from lora_export.storage.hub_cache import locate
@@ -97,6 +104,7 @@ def inspect(
     *,
     checkpoint: str | Path | None = None,
     check: bool = False,
+    expected: Expectations = NOTHING_EXPECTED,
     reading: ReadOptions = DEFAULTS,
     download: bool = False,
 ) -> Inspection:
@@ -106,6 +114,9 @@ def inspect(
     `checkpoint` is what it was exported from: its tensors name the graph's weights by content. With `check`, every file
     of a merged folder is read and compared with the hashes in its manifest. `reading` is that of `merge`.
 
+    `expected` is compared with an adapter, or with the adapters and the base that a file records. Raises Different
+    where they are others, and Undecided where the file records no such value.
+
     Of a graph, the inputs and outputs are read, too, and of what lora-export wrote the record: adapters, base, verdict.
 
     With `download`, what the cache lacks of a name of the Hugging Face Hub is downloaded (`owner/name[@revision]`).
@@ -113,7 +124,17 @@ def inspect(
 
     Raises InputRefused where the path is missing, damaged or of an unknown kind, or where `check` finds a difference.
     """
-    path = locate(path, ignore, download)
+    found = _inspect(path := locate(path, ignore, download), checkpoint, check, reading, download)
+    if expected:
+        own = found.adapter
+        adapters = found.record.adapters if own is None else adapter_records([own], [1.0])
+        refuse_unexpected(path, expected, adapters, recorded_base(found.record.base))
+    return found
+
+
+def _inspect(
+    path: Path, checkpoint: str | Path | None, check: bool, reading: ReadOptions, download: bool
+) -> Inspection:
     if not path.exists():
         raise InputRefused(f"there is nothing at {path}")
     if checkpoint is not None and path.suffix != ".onnx":

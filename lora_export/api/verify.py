@@ -37,9 +37,11 @@ from lora_export.errors import (
 )
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
+from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
+from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
 from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
@@ -136,6 +138,7 @@ def verify(
     trace: bool = False,
     timeout: float = TIMEOUT,
     fixed: Mapping[str, int] | None = None,
+    expected: Expectations = NOTHING_EXPECTED,
     strict: bool = False,
     reports: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
@@ -201,6 +204,11 @@ def verify(
     reading = reading.for_base(origin if model is None else model)
     if prefixes or reading != DEFAULTS:
         adapters = load_adapters(adapters, prefixes, reading=reading)
+    if expected:
+        adapters = load_adapters(adapters)
+        weights_from = origin if model is None else model
+        base_hashes = _weight_hashes(weights_from) if expected.base_sha256 else []
+        refuse_unexpected(candidate, expected, adapter_records(adapters, weights or [1.0] * len(adapters)), base_hashes)
     proof: Proof | Audit
     error = None
     if model is None:
@@ -220,6 +228,15 @@ def verify(
     for path in reports:
         result.write_report(path)
     return result
+
+
+def _weight_hashes(base: ModelSource | None) -> list[str | None]:
+    """The SHA-256 of each file with weights of a base, or of the model's file."""
+    if not isinstance(base, str | Path) or not Path(base).exists():
+        raise WrongUsage("--expect-base-sha256 is for a base that is a folder or a file")
+    if not Path(base).is_dir() and Path(base).suffix != ".safetensors":
+        return [file_sha256(Path(base))]
+    return [file_sha256(shard.path) for shard in open_checkpoint(Path(base)).shards.values()]
 
 
 @dataclass(frozen=True)

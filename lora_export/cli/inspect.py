@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lora_export.cli.arguments import Command, download_option, json_option, print_document
+from lora_export.cli.expecting import expectation_options
 from lora_export.cli.paths import FilePath
 from lora_export.cli.reading import reading_options
 from lora_export.cli.verbosity import Verbosity, verbosity
@@ -28,6 +29,7 @@ Example:
 )
 @click.option("--all", "every", is_flag=True, help="Show every weight, and each place where a graph reads it.")
 @click.option("--check", is_flag=True, help="Read every file of a merged folder, and compare it with the manifest.")
+@expectation_options
 @reading_options
 @download_option
 @json_option
@@ -36,6 +38,7 @@ def command(
     checkpoint: Path | None,
     every: bool,
     check: bool,
+    expected: dict[str, Any],
     reading: dict[str, Any],
     download: bool,
     as_json: bool,
@@ -50,8 +53,16 @@ def command(
     from lora_export.api.inspect import inspect
     from lora_export.cli.inspection import inspection_document, inspection_lines
     from lora_export.formats.read_options import ReadOptions
+    from lora_export.runtime.expectations import Expectations
 
-    found = inspect(path, checkpoint=checkpoint, check=check, reading=ReadOptions(**reading), download=download)
+    found = inspect(
+        path,
+        checkpoint=checkpoint,
+        check=check,
+        expected=Expectations(**expected),
+        reading=ReadOptions(**reading),
+        download=download,
+    )
     every = every or verbosity() is Verbosity.FULL
     if as_json:
         print_document(inspection_document(found))

@@ -26,6 +26,7 @@ from lora_export.cli.arguments import (
     runs_in_ci,
     timeout_option,
 )
+from lora_export.cli.expecting import expectation_options
 from lora_export.cli.paths import FilePath, Source
 from lora_export.cli.progress import shown
 from lora_export.cli.reading import reading_options
@@ -90,6 +91,7 @@ Examples:
 )
 @click.option("--trace", is_flag=True, help="Compare every module (always done when the verdict is `different`).")
 @fixed_option
+@expectation_options
 @timeout_option
 @click.option(
     "--strict/--no-strict",
@@ -121,6 +123,7 @@ def command(
     cache: Path | None,
     trace: bool,
     fixed: dict[str, int],
+    expected: dict[str, Any],
     timeout: float,
     strict: bool,
     download: bool,
@@ -147,6 +150,7 @@ def command(
     from lora_export.cli.failures import answered
     from lora_export.cli.verdicts import annotate_github, show_verification
     from lora_export.formats.read_options import ReadOptions
+    from lora_export.runtime.expectations import Expectations
 
     with shown() as on_progress:
         result = verify(
@@ -172,6 +176,7 @@ def command(
             trace=trace,
             timeout=timeout,
             fixed=fixed,
+            expected=Expectations(**expected),
             strict=strict,
             reports=reports,
             about={"command": command_line()},

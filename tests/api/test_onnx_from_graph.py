@@ -119,9 +119,9 @@ def test_adapters_in_a_graph_are_what_pytorch_computes(
     assert "torch" not in told["proof"]["about"]
     assert_is_pytorchs(OnnxRunner(out), place / "fr", 0.5)
     there = record(out)
-    assert there["adapters"] == [
-        {"name": "fr", "format": "peft", "sha256": formats.load(place / "fr").sha256, "weight": 0.5}
-    ]
+    (adapter,) = there["adapters"]
+    assert adapter.items() >= {"name": "fr", "format": "peft", "sha256": formats.load(place / "fr").sha256}.items()
+    assert (adapter["weight"], len(adapter["ranks"]), len(adapter["alphas"])) == (0.5, 1, 1)
     assert set(there["base"]) == {"base.onnx"} and there["verdict"]["against"] == "the base graph"
     kept = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert kept["maker"] == "somebody" and b"/home/somebody" not in out.read_bytes()

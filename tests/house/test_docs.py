@@ -32,7 +32,7 @@ NEEDS = {
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),
-    "ci": ("base", "adapter", "model.onnx"),
+    "ci": ("base", "adapter", "model.onnx", "merged"),
     "python": ("base", "adapter", "fr", "base.onnx"),
     "configuration": (),
     "limits": (),

@@ -17,6 +17,7 @@ from lora_export.verification.parity import CONTROL_SCALE, Wide
 Entries = NDArray[np.intp] | slice  # indices of flattened rows, or EVERY_ENTRY
 BoundOf = Callable[[Entries], Wide]  # (flattened entries,) -> the bound of each, in one dimension
 EVERY_ENTRY = slice(None)
+_Matrix = NDArray[np.float32]
 FP32_ROUNDOFF = 2.0**-24
 
 OTHER_LAYOUT = {Layout.OUT_IN: Layout.IN_OUT, Layout.IN_OUT: Layout.OUT_IN}
@@ -32,6 +33,7 @@ class Fp64Sum:
     with_magnitude: bool = True
     column_norms: tuple[Wide, Wide] | None = None  # of DoRA's outputs, and their bounds, where outputs are columns
     _rights: dict[tuple[int, bool], Wide] = field(default_factory=dict, init=False, repr=False)
+    _matrices: dict[int, tuple[_Matrix, _Matrix]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def right(cls, step: Step) -> Fp64Sum:
@@ -97,17 +99,22 @@ class Fp64Sum:
 
     def _left(self, number: int, rows: slice, *, transposed: bool) -> Wide:
         """The left factor of a term for these stored rows, (rows, rank); `transposed`: of the transposed product."""
-        pair = self.step.terms[number].pair
-        left = pair.a.reshape(pair.rank, -1).T if transposed else pair.b.reshape(-1, pair.rank)
-        return left[rows].astype(np.float64)
+        a, b = self._stored(number)
+        return (a.T if transposed else b)[rows].astype(np.float64)
 
     def _right(self, number: int, transposed: bool) -> Wide:
         """The right factor of a term, (rank, columns)."""
         if (number, transposed) not in self._rights:
-            pair = self.step.terms[number].pair
-            right = pair.b.reshape(-1, pair.rank).T if transposed else pair.a.reshape(pair.rank, -1)
-            self._rights[number, transposed] = np.ascontiguousarray(right, np.float64)
+            a, b = self._stored(number)
+            self._rights[number, transposed] = np.ascontiguousarray(b.T if transposed else a, np.float64)
         return self._rights[number, transposed]
+
+    def _stored(self, number: int) -> tuple[_Matrix, _Matrix]:
+        """A (rank, in) and B (out, rank) of a term; pairs that are stored in another form make them anew each time."""
+        if number not in self._matrices:
+            pair = self.step.terms[number].pair
+            self._matrices[number] = pair.a.reshape(pair.rank, -1), pair.b.reshape(-1, pair.rank)
+        return self._matrices[number]
 
     def _right_norms(self, number: int) -> Wide:
         norms: Wide = np.linalg.norm(self._right(number, self.step.spec.layout.is_transposed), axis=0)
