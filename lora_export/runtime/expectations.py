@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export.errors import Different, Undecided, WrongUsage, listed
 
-SHA256 = re.compile("[0-9a-f]{64}")
+SHA256_DIGITS = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Expectations:
             values = tuple(value.lower() for value in getattr(self, name))
             object.__setattr__(self, name, values)
             for value in values:
-                if not SHA256.fullmatch(value):
+                if not SHA256_DIGITS.fullmatch(value):
                     option = name.replace("_", "-")
                     raise WrongUsage(f"--expect-{option} {value!r} is no SHA-256: give its 64 hexadecimal digits")
 

@@ -199,7 +199,7 @@ def spans_of(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", NEEDS)
 def test_every_option_that_a_page_names_exists(page: str) -> None:
-    named = {word for span in spans_of(page) for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
+    named = {word for span in spans_of(page) for word in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", span)}
     known = {
         spelling
         for name in COMMANDS
