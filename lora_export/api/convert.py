@@ -12,11 +12,12 @@ from lora_export.api.adapter_names import NAMES_OF, named_for
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
+from lora_export.api.pipeline_names import named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import InputRefused, MatchError, WrongUsage
 from lora_export.formats import onnx_adapter
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.writers import WriteOptions, writer_of
+from lora_export.formats.writers import OF_PIPELINES, WriteOptions, writer_of
 from lora_export.graph.find_sites import find_sites
 from lora_export.graph.insert.check_contract import checked_contract, contract_dora_factors
 from lora_export.graph.onnx_file.reading import load_graph
@@ -55,14 +56,16 @@ def convert(
 ) -> ConvertResult:
     """Convert an adapter to another format. Needs no PyTorch.
 
-    `to` is "peft" or "mlx" (a folder), "gguf" (a file for llama.cpp, with the package gguf), or "onnx_adapter": next
-    week's adapter for an existing graph, without another export. `graph` is then that .onnx, made with `--lora inputs`.
-    Values keep the smallest type that holds them exactly, and what a format cannot express is refused by name.
+    `to` is "peft" or "mlx" (a folder), "kohya", "comfyui" or "diffusers" (a .safetensors file), "gguf" (a file for
+    llama.cpp, with the package gguf), or "onnx_adapter": next week's adapter for an existing graph, without another
+    export. `graph` is then that .onnx, made with `--lora inputs`. Values keep the smallest type that holds them
+    exactly, and what a format cannot express is refused by name.
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of
     a projection in one tensor ("sglang"), or the names of the model that transformers 5 loads ("transformers5").
     Adapters for mlx-lm and llama.cpp always get
-    those of `base`, where it is given; GGUF needs it.
+    those of `base`, where it is given; GGUF needs it. For diffusion models `base` is a pipeline or one of its models:
+    kohya's and diffusers' adapters get its names, ComfyUI's those of the original model. Flattened names need it.
 
     `weight` multiplies the adapter's scale. `reading` is that of `merge`.
     `ignore_head` leaves out a task head that the adapter saves whole, where it is equal to the graph's own.
@@ -80,11 +83,13 @@ def convert(
     (adapter,) = locate_adapters(adapter, on_message, download)
     base = None if base is None else locate(base, on_message, download)
     reading = _with_config_beside(reading.for_base(base), adapter)
-    (loaded,) = load_adapters(adapter, reading=reading)
+    (loaded,) = load_adapters(adapter, reading=reading, of_pipeline=to in OF_PIPELINES)
     if graph is not None:
         return _for_graph(adapter, loaded, output, Path(graph), weight, ignore_head, overwrite, on_message)
     loaded = _scaled(loaded, weight)
-    if base is not None and (names is not None or to != "peft"):
+    if base is not None and to in OF_PIPELINES:
+        loaded = named_for_pipeline(loaded, base, original=to == "comfyui")
+    elif base is not None and (names is not None or to != "peft"):
         # mlx-lm and llama.cpp have the names of the original checkpoint.
         loaded = named_for(loaded, names or "transformers4", base)
     writer = writer_of(to)

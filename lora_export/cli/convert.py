@@ -40,7 +40,7 @@ Examples:
     "--to",
     default="onnx_adapter",
     show_default=True,
-    type=click.Choice(["onnx_adapter", "peft", "mlx", "gguf"]),
+    type=click.Choice(["onnx_adapter", "peft", "mlx", "gguf", "kohya", "comfyui", "diffusers"]),
     help="Format to write.",
 )
 @click.option(

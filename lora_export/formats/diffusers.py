@@ -26,7 +26,7 @@ COMPONENTS_OF_PIPELINES = {
     "transformer_2": SECOND_DENOISER,
     **{name: name for name in TEXT_ENCODERS},
 }
-_METADATA = "lora_adapter_metadata"
+METADATA_KEY = "lora_adapter_metadata"
 # The oldest spelling gives the layers of every attention the names of a UNet's.
 OLD_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 OF_OTHER_FORMATS = re.compile(
@@ -60,9 +60,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
     options.refuse_rank_and_alpha("its tensors")
     weights = lora_file.weights_of(path)
-    recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(_METADATA, "")
-    source = f"lora_alpha / r of {_METADATA} in the header" if recorded else lora_file.BY_ALPHA
-    scale_of = _scales(recorded, f"{_METADATA} in the header of {weights}") if recorded else None
+    recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(METADATA_KEY, "")
+    source = f"lora_alpha / r of {METADATA_KEY} in the header" if recorded else lora_file.BY_ALPHA
+    scale_of = _scales(recorded, f"{METADATA_KEY} in the header of {weights}") if recorded else None
     return lora_file.read_file(path, name, FileNames("diffusers", _module_of), scale_of, source)
 
 

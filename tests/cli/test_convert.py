@@ -49,7 +49,7 @@ def test_an_adapter_that_does_not_fit_ends_with_3(
     [
         (("-o", "x.onnx_adapter"), "--to onnx_adapter needs --for MODEL.onnx, and no other format has it"),
         (("--for", "m.onnx"), "Missing option '-o'"),
-        (("--for", "m.onnx", "-o", "x", "--to", "kohya"), "Invalid value for '--to'"),
+        (("--for", "m.onnx", "-o", "x", "--to", "tarot"), "Invalid value for '--to'"),
     ],
 )
 def test_wrong_usage_ends_with_2(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -274,15 +274,11 @@ def fused_by_diffusers(model: nn.Module, pipeline: str, adapter: Path, part: str
 
     own = getattr(diffusers, pipeline)
     arguments = {"unet_config": model.config} if part == "unet" else {}
-    found = own.lora_state_dict(str(adapter), **arguments)
-    state, alphas = found if isinstance(found, tuple) else (found, None)
+    state, *alphas, metadata = own.lora_state_dict(str(adapter), return_lora_metadata=True, **arguments)
     copied = type(model).from_config(model.config)
     copied.load_state_dict(model.state_dict())
     load = getattr(own, f"load_lora_into_{part}")
-    if alphas:
-        load(state, alphas, copied)
-    else:
-        load(state, **{part: copied}, **({"network_alphas": None} if part == "unet" else {}))
+    load(state, **{part: copied}, metadata=metadata, **({"network_alphas": alphas[0]} if alphas else {}))
     copied.fuse_lora()
     copied.unload_lora()
     return arrays_of(copied)

@@ -25,7 +25,11 @@ TARGETS = {
     "peft": "lora_export.formats.writers.peft",
     "mlx": "lora_export.formats.writers.mlx",
     "gguf": "lora_export.formats.writers.gguf",
+    "kohya": "lora_export.formats.writers.kohya",
+    "comfyui": "lora_export.formats.writers.comfyui",
+    "diffusers": "lora_export.formats.writers.diffusers",
 }
+OF_PIPELINES = frozenset({"kohya", "comfyui", "diffusers"})  # the formats that have several models of a pipeline
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class OtherLayout:
     """The tensors of a base under the names of the other layout."""
 
     model: str  # the family, such as "Flux"
+    diffusers_class: str  # the class of its models in diffusers; empty where it has none
     is_original: bool  # whether the other layout is that of the model's authors
     tensors: Mapping[str, LoadedTensor]  # name in the other layout -> the base's tensors that it consists of
 
@@ -39,7 +40,7 @@ def other_layouts(names: Iterable[str]) -> list[OtherLayout]:
             if prefix is not None:
                 tensors = dict(_tensors(sides, [name for name in names if name.startswith(prefix)], prefix))
                 if any(tensor.conversion is not None for tensor in tensors.values()):
-                    found.append(OtherLayout(table.model, is_original, tensors))
+                    found.append(OtherLayout(table.model, table.diffusers_class, is_original, tensors))
     return found
 
 

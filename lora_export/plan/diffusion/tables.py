@@ -34,6 +34,7 @@ class NameTable:
     """The names of one family of models. RowOrder with a number recognise it."""
 
     model: str
+    diffusers_class: str  # the class of such a model in diffusers; empty where it has none
     rows: tuple[TableRow, ...]
 
 
@@ -51,6 +52,7 @@ FINAL_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
 
 FLUX = NameTable(
     "Flux",
+    "FluxTransformer2DModel",
     (
         *_rows(
             "double_blocks.{}.",
@@ -97,6 +99,7 @@ FLUX = NameTable(
 
 FLUX_2 = NameTable(
     "Flux 2",
+    "Flux2Transformer2DModel",
     (
         *_rows(
             "double_blocks.{}.",
@@ -142,6 +145,7 @@ FLUX_2 = NameTable(
 
 SD_3 = NameTable(
     "Stable Diffusion 3",
+    "SD3Transformer2DModel",
     (
         *_rows(
             "joint_blocks.{}.",
@@ -186,6 +190,7 @@ SD_3 = NameTable(
 
 WAN = NameTable(
     "Wan",
+    "WanTransformer3DModel",
     (
         *_rows(
             "blocks.{}.",
@@ -234,6 +239,7 @@ WAN = NameTable(
 
 HUNYUAN_VIDEO = NameTable(
     "HunyuanVideo",
+    "HunyuanVideoTransformer3DModel",
     (
         *_rows(
             "double_blocks.{}.",
@@ -308,6 +314,7 @@ def _z_image_block(name: str) -> list[TableRow]:
 
 Z_IMAGE = NameTable(
     "Z-Image",
+    "ZImageTransformer2DModel",
     (
         *_z_image_block("layers"),
         *_z_image_block("noise_refiner"),
@@ -328,6 +335,7 @@ Z_IMAGE = NameTable(
 # Stable Diffusion XL's second text encoder: OpenCLIP's names, and transformers'.
 OPEN_CLIP = NameTable(
     "OpenCLIP",
+    "",  # a class of transformers
     tuple(
         _rows(
             "transformer.resblocks.{}.",

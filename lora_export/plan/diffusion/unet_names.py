@@ -47,7 +47,7 @@ def unet_table(names: Iterable[str]) -> NameTable | None:
     rows = [
         TableRow(original, (diffusers,), RowOrder.EQUAL) for original, diffusers in {**OUTSIDE, **dict(found)}.items()
     ]
-    return NameTable("UNet", tuple(rows))
+    return NameTable("UNet", "UNet2DConditionModel", tuple(rows))
 
 
 def _blocks_of_diffusers(names: Iterable[str]) -> list[tuple[str, str]] | None:

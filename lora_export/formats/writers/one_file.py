@@ -1,0 +1,111 @@
+"""Adapters of one `.safetensors` file, for programs of image and video models: their tensors and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.formats.lora_keys import KeyPart
+from lora_export.formats.writers.exact_values import alpha_of, refuse_inexpressible, smallest_dtype
+from lora_export.lora import Adapter, LoraPair
+from lora_export.storage import safetensors_file
+from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+
+LOHA_PARTS = {
+    "a1": KeyPart.LOHA_W1_B,
+    "b1": KeyPart.LOHA_W1_A,
+    "a2": KeyPart.LOHA_W2_B,
+    "b2": KeyPart.LOHA_W2_A,
+}
+
+
+@dataclass
+class OneFile:
+    """The tensors of an adapter under the keys of one format. `key` makes one of a module and an ending."""
+
+    adapter: Adapter
+    target: str  # the format, for messages
+    key: Callable[[str, str], str]
+    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
+    alphas: dict[str, NDArray[Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add_changes(self, sides: tuple[str, str]) -> None:
+        """Every change of the adapter, each pair with its alpha. `sides` are the endings of A and B.
+
+        LoHa, LoKr and whole changes are written as LyCORIS does.
+        """
+        for module, pair in self.adapter.pairs.items():
+            if pair.embedding or pair.as_stored:
+                self.problems.append(f"{module}: a pair of an embedding or of a bare parameter")
+            elif isinstance(pair, HadamardPair):
+                self._add_hadamard(module, pair)
+            elif isinstance(pair, KroneckerPair):
+                self._add_unscaled(module, pair, {KeyPart.LOKR_W1: pair.w1, KeyPart.LOKR_W2: pair.w2})
+            elif isinstance(pair, WholePair):
+                self._add_unscaled(module, pair, {KeyPart.CHANGE: pair.change})
+            else:
+                self._put(module, {sides[0]: pair.a, sides[1]: pair.b})
+                self._put_scale(module, pair, pair.rank)
+        for module, change in self.adapter.biases.items():
+            self._put(module, {KeyPart.BIAS_CHANGE: change})
+        for tensor, change in self.adapter.added.items():
+            module, _, what = tensor.rpartition(".")
+            part = {"weight": KeyPart.NORM_CHANGE, "bias": KeyPart.NORM_BIAS_CHANGE}[what]
+            self._put(module, {part: change})
+
+    def _add_hadamard(self, module: str, pair: HadamardPair) -> None:
+        ranks = {len(pair.a1), len(pair.a2)}
+        if len(ranks) > 1 or pair.a1.ndim > 2 or pair.rows is not None or pair.columns is not None:
+            self.problems.append(f"{module}: a LoHa with a core, of two ranks or of a part of a weight")
+            return
+        self._put(module, {part: pair.stored[name] for name, part in LOHA_PARTS.items()})
+        self._put_scale(module, pair, ranks.pop())
+
+    def _add_unscaled(self, module: str, pair: KroneckerPair | WholePair, parts: dict[KeyPart, NDArray[Any]]) -> None:
+        if pair.scale != 1 or pair.rows is not None or pair.columns is not None:
+            self.problems.append(f"{module}: a LoKr or a whole change with a scale, or of a part of a weight")
+            return
+        self._put(module, dict(parts))
+        self._put_magnitude(module, pair)
+
+    def _put_scale(self, module: str, pair: LoraPair, rank: int) -> None:
+        alpha = alpha_of(pair.scale, rank)
+        if alpha / rank != pair.scale:
+            self.problems.append(f"{module}: its scale {pair.scale!r} is no number divided by its rank")
+        dtype = np.float32 if float(np.float32(alpha)) == alpha else np.float64
+        self.alphas[self.key(module, KeyPart.ALPHA)] = np.array(alpha, dtype)
+        self._put_magnitude(module, pair)
+
+    def _put_magnitude(self, module: str, pair: LoraPair) -> None:
+        if pair.magnitude is not None:
+            shape = (-1, *[1] * (len(pair.shape) - 1))
+            self._put(module, {KeyPart.DORA_SCALE: pair.magnitude.reshape(shape)})
+
+    def _put(self, module: str, parts: dict[Any, NDArray[Any]]) -> None:
+        for part, value in parts.items():
+            self.tensors[self.key(module, str(part))] = value
+
+    def write(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the file. Raises InputRefused with everything that the format cannot express."""
+        others = {
+            "replaced": "a whole tensor", "token_rows": "rows of tokens", "tied": "the pair of another module",
+        }  # fmt: skip
+        for table, what in others.items():
+            self.problems += [f"{name}: {what}" for name in getattr(self.adapter, table)]
+        refuse_inexpressible(self.adapter, self.target, self.problems)
+        dtype = smallest_dtype(self.tensors.values())
+        tensors = {key: value.astype(dtype) for key, value in self.tensors.items()} | self.alphas
+        safetensors_file.write(path, dict(sorted(tensors.items())), {"format": "pt", **(metadata or {})})
+
+
+def without_component(adapter: Adapter) -> tuple[str, ...]:
+    """What the user should know of names without a component: they are taken for those of the denoising model."""
+    if any("/" not in name for name in adapter.pairs):
+        return (f"{adapter.name}: names without a model are written as those of the UNet or transformer.",)
+    return ()
