@@ -143,7 +143,7 @@ timeout_option = click.option(
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="Stop a run of an .onnx or TorchScript file that takes longer than this.",
+    help="Stop a run of CANDIDATE or of a graph that takes longer than this.",
 )
 inputs_option = click.option(
     "--inputs",

@@ -39,8 +39,9 @@ def open_candidate(
     """A runner of a candidate: an .onnx, a .pt or .pt2, a Hugging Face folder, or weights (.safetensors) of `base`.
 
     `onnx_adapter` is run with an .onnx that takes it. `adapter_id` is the id of every row of a graph with adapters by
-    row; without it, the caller sets the ids. A run of an .onnx or a .pt is stopped after `timeout` seconds. Raises
-    InputRefused for another kind of file, and EnvironmentLacking where the provider does not load.
+    row; without it, the caller sets the ids. A run is stopped after `timeout` seconds, that of a folder or a .pt2 once
+    its operator has ended. Raises InputRefused for another kind of file, and EnvironmentLacking where the provider does
+    not load.
     """
     if not path.is_dir():
         input_files.must_be_regular(path)
@@ -48,15 +49,22 @@ def open_candidate(
         return _open_graph(OnnxRunner(path, provider, timeout=timeout), onnx_adapter, adapter_id)
     if path.is_dir():
         module = load_model(str(path)).module
-        return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module))
+        return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module), path=path, timeout=timeout)
     if path.suffix == ".safetensors":
         module = module_with_weights(base, path)
-        return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module))
+        return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module), path=path, timeout=timeout)
     if path.suffix in (".pt", ".ts", ".pth"):
         return ScriptRunner(path, base.input_names, timeout=timeout)
     if path.suffix == ".pt2":
         loaded = program.load_program(path)
-        return ModuleRunner(loaded, axes=loaded.axes, stored_dtypes=loaded.stored_dtypes, limits=loaded.limits)
+        return ModuleRunner(
+            loaded,
+            axes=loaded.axes,
+            stored_dtypes=loaded.stored_dtypes,
+            limits=loaded.limits,
+            path=path,
+            timeout=timeout,
+        )
     raise InputRefused(f"{path}: a candidate is an .onnx, .pt, .pt2 or .safetensors file, or a Hugging Face folder")
 
 

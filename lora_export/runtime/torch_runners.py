@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -13,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lora_export.models.failures import named_failures
 from lora_export.models.output_names import have_names, named_outputs
 from lora_export.runtime import onnx_runner
 from lora_export.runtime.fp64_operators import Fp64Operators, NarrowOperators
-from lora_export.runtime.runner import Arrays
+from lora_export.runtime.runner import Arrays, TooSlow
 
 
 @dataclass
@@ -32,6 +36,8 @@ class ModuleRunner:
     stored_dtypes: Mapping[str, str] = field(default_factory=dict)  # tensor -> dtype in its file, where known
     limits: Mapping[str, tuple[tuple[int, int | None], ...]] = field(default_factory=dict)  # least and greatest sizes
     has_fp32_outputs: bool = False  # whether float outputs are cast to fp32, whatever the module computes in
+    path: Path = Path()  # of the file that the module is from, for the message of TooSlow
+    timeout: float = math.inf  # seconds after which a run ends with TooSlow, once its operator has ended
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,12 +49,26 @@ class ModuleRunner:
         dtype = self.dtype
         tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        with torch.no_grad(), _tf32_off(), named_failures(self.module, inputs):
+        limit = contextlib.nullcontext() if math.isinf(self.timeout) else _TimeLimit(self.path, self.timeout)
+        with torch.no_grad(), _tf32_off(), named_failures(self.module, inputs), limit:
             outputs = named_outputs(self.module(**tensors))
         self.names_known = have_names(outputs)
         if self.has_fp32_outputs:
             outputs = {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
         return {name: to_numpy(value) for name, value in outputs.items()}
+
+
+class _TimeLimit(TorchFunctionMode):
+    """Raises TooSlow at the first operator after so many seconds. One that runs is not interrupted."""
+
+    def __init__(self, path: Path, seconds: float):
+        super().__init__()
+        self.path, self.seconds, self._end = path, seconds, time.monotonic() + seconds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self._end:
+            raise TooSlow(self.path, self.seconds)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass

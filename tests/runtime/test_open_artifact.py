@@ -8,12 +8,16 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_export.errors import InputRefused
 from lora_export.models import factory
+from lora_export.models.load import load_model
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.open_artifact import file_hashes, open_candidate
+from lora_export.runtime.runner import TooSlow
 from lora_export.runtime.torchscript.runner import ScriptRunner
+from support.small_models import small_model
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -34,6 +38,19 @@ def test_kind_of_file_decides_the_runner(tmp_path: Path) -> None:
     (tmp_path / "m.txt").write_text("words")
     with pytest.raises(InputRefused, match=r"a candidate is an \.onnx, \.pt, \.pt2 or \.safetensors file"):
         open_candidate(tmp_path / "m.txt", MODEL)
+
+
+def test_every_kind_of_candidate_has_a_time_limit(tmp_path: Path) -> None:
+    module, x = torch.nn.Linear(2, 2), torch.ones(3, 2)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "m.pt2")
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    model = small_model("llama", tmp_path / "folder")
+    bases = {"m.pt2": MODEL, "m.safetensors": MODEL, "folder": load_model(str(model))}
+    for name, base in bases.items():
+        inputs = {key: value.numpy() for key, value in base.example_inputs().items()}
+        assert open_candidate(tmp_path / name, base).run(inputs)
+        with pytest.raises(TooSlow, match=rf"{name} did not finish within 1e-09 seconds"):
+            open_candidate(tmp_path / name, base, timeout=1e-9).run(inputs)
 
 
 def test_hashes_include_external_data_and_all_files_of_a_folder(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from lora_export.errors import RuntimeRefused
 from lora_export.runtime import torch_runners
+from lora_export.runtime.runner import TooSlow
 
 
 class Casting(nn.Module):
@@ -108,3 +111,17 @@ def test_module_that_returns_no_tensor_is_refused() -> None:
 
     with pytest.raises(RuntimeRefused, match="returned str"):
         torch_runners.ModuleRunner(NoTensors()).run({"x": np.zeros(1, np.float32)})
+
+
+def test_a_run_ends_at_the_first_operator_after_its_time_limit() -> None:
+    class Endless(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            while True:
+                x = x + 1
+
+    runner = torch_runners.ModuleRunner(Endless(), path=Path("endless"), timeout=0.2)
+    with pytest.raises(TooSlow, match=r"endless did not finish within 0\.2 seconds. Allow more with --timeout"):
+        runner.run({"x": np.ones(3)})
+    right = torch_runners.ModuleRunner(Parts(), path=Path("parts"), timeout=30)
+    for _ in range(2):
+        assert right.run({"x": np.ones(1)}).keys() == torch_runners.ModuleRunner(Parts()).run({"x": np.ones(1)}).keys()
