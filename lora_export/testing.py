@@ -8,8 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from lora_export import report
+from lora_export.adapters.combination import Combination
+from lora_export.api.adapted_model import adapted_model
+from lora_export.api.application import Application
+from lora_export.api.callbacks import ignore
 from lora_export.api.load import AdapterSources, ModelSource, load_adapters, resolve_model
 from lora_export.errors import InputRefused
+from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.models.model import Model
 from lora_export.runtime.open_artifact import open_candidate
 from lora_export.runtime.runner import Runner
@@ -34,6 +39,10 @@ def assert_parity(
     adapters: AdapterSources = (),
     *,
     strengths: Sequence[float] | None = None,
+    prefixes: Mapping[str, str] | None = None,
+    reading: ReadOptions = DEFAULTS,
+    combination: str | Combination = "cat",
+    tied: str = "error",
     provider: str = "cpu",
     inputs: File | None = None,
     seed: int = 0,
@@ -51,18 +60,20 @@ def assert_parity(
     `file.py:factory`, a .pt2, or `(module, example_inputs)`. `inputs` is an .npz of further inputs. `cache` is a folder
     for the outputs of the fp64 reference. `fixed` are sizes of axes that the candidate was made for on purpose. With
     `strict`, a part of the candidate that was not judged fails too. The other arguments are those of
-    `lora_export.verify`.
+    `lora_export.verify`, where `strengths` are its `weights`.
 
     Returns the proof. Raises InputRefused for inputs that cannot be used, and EnvironmentLacking for a provider that
     does not do the work: neither is a verdict on the candidate.
     """
     __tracebackhide__ = True
-    loaded = load_adapters(adapters)
+    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(model))
     base = resolve_model(model, loaded)
+    adapted = adapted_model(base, loaded, strengths or (), Application.of(combination, tied), ignore)
+    base = adapted.model
     references = PyTorchReferences(
         base,
-        loaded,
-        strengths,
+        adapted.adapters,
+        adapted.strengths,
         seed=seed,
         user_inputs=None if inputs is None else Path(inputs),
         device=provider,

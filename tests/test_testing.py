@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import lora_export as le
 from lora_export import cli
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.read_options import ReadOptions
 from lora_export.models.load import load_model
 from lora_export.testing import ParityFailed, assert_parity
 from lora_export.verification.parity import Outcome
@@ -78,3 +80,16 @@ def test_what_was_asked_wrongly_is_no_failure_of_the_candidate(place: Path) -> N
         assert_parity(place / "absent.onnx", FACTORY)
     with pytest.raises(InputRefused, match="no adapters that they belong to"):
         assert_parity(place / "right.pt", FACTORY, strengths=[2.0])
+
+
+def test_adapters_are_applied_as_by_verify(place: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    other = peft_adapter(tmp_path / "other", {"renamed": (rng.standard_normal((2, 8)), rng.standard_normal((8, 2)))})
+    adapters = [str(place / "adapter"), str(other)]
+    how = {"prefixes": {"renamed": "dense"}, "combination": "linear"}
+    le.export_torchscript(FACTORY, tmp_path / "m.pt", adapters=adapters, weights=[1.0, -2.0], **how)
+    assert assert_parity(tmp_path / "m.pt", FACTORY, adapters, strengths=[1.0, -2.0], **how).verdict.same
+    with pytest.raises(ParityFailed):
+        assert_parity(tmp_path / "m.pt", FACTORY, adapters, strengths=[1.0, -2.0], prefixes=how["prefixes"])
+    with pytest.raises(WrongUsage, match="--moe-b-layout"):
+        assert_parity(tmp_path / "m.pt", FACTORY, adapters, reading=ReadOptions(moe_b_layout="rows"))
