@@ -68,6 +68,8 @@ def test_a_graph_is_merged_into_a_graph(tmp_path: Path) -> None:
     result = le.merge(tmp_path / "base.onnx", an_adapter(tmp_path / "adapter"), tmp_path / "out.onnx")
     assert result.report is not None and result.report.results[0].weight == "dense.weight"
     assert (tmp_path / "out.onnx").is_file()
+    with pytest.raises(WrongUsage, match="--tied is for checkpoints: in a graph each layer gets a weight of its own"):
+        le.merge(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "tied.onnx", tied="untie")
 
 
 @pytest.mark.parametrize(
