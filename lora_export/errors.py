@@ -99,7 +99,7 @@ class Undecided(NotTheSame):
 
 
 class EnvironmentLacking(LoraExportError):
-    """A package, provider or device is missing, or was not really used."""
+    """A package, provider, device or memory is missing, or was not really used."""
 
     exit_code = 6
 

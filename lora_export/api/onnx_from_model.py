@@ -15,6 +15,7 @@ import onnx_ir as ir
 from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
 from lora_export.api.load import ModelSource, model_paths, resolve_model
+from lora_export.api.memory_needs import require_memory_to_export
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
@@ -33,6 +34,7 @@ from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_roundin
 def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, opset: int | None) -> OnnxResult:
     """See `export_onnx`."""
     with options.staged(model_paths(source)) as folder:
+        require_memory_to_export(source)
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
         given = options

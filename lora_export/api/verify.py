@@ -27,6 +27,7 @@ from lora_export.api.load import (
     refuse_weights_alone,
     resolve_model,
 )
+from lora_export.api.memory_needs import require_memory_to_verify
 from lora_export.errors import (
     Different,
     EnvironmentLacking,
@@ -301,6 +302,7 @@ def _compare_outputs(
         loaded = load_adapters(adapters)
         for note in (note for adapter in loaded for note in adapter.notes):
             on_message(f"note: {note}")
+        require_memory_to_verify(model, candidate)
         stage("loading the model")
         base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
         adapted = adapted_model(base, loaded, weights, application, on_message)

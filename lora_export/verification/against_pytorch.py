@@ -25,6 +25,7 @@ from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
+from lora_export.runtime.memory import GIB, available_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
@@ -65,7 +66,13 @@ from lora_export.verification.references.deployed_module import (
     merged_module,
 )
 from lora_export.verification.references.half_graphs import as_declared, is_half_inside
-from lora_export.verification.references.module_copies import converted_copy, shared_copy, to_double, widened
+from lora_export.verification.references.module_copies import (
+    converted_copy,
+    fp64_bytes,
+    shared_copy,
+    to_double,
+    widened,
+)
 from lora_export.verification.references.single_pairs import control_pairs
 
 MERGED_MODULE = (
@@ -374,6 +381,10 @@ class PreparedPyTorch:
                 f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
                 "by operators that belong to no layer"
             ]
+        needed = fp64_bytes(self.attached.module) * (2 if self.attached.rounding else 1)
+        if (available := available_memory()) is not None and needed > available:
+            gib = f"{needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"
+            return None, [f"modules were not compared: this needs {gib}"]
         try:
             return diagnose(self._diagnosis_case(case), every=every), []
         except CANNOT_FOLLOW as error:

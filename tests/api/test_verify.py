@@ -13,6 +13,7 @@ import torch
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.runtime.memory import AVAILABLE
 from support.api import MODEL, an_adapter, base_weights
 from support.handmade import peft_adapter
 
@@ -212,3 +213,12 @@ def test_report_never_overwrites_an_input(folders: Path, tmp_path: Path) -> None
         assert (merged / name).read_bytes() == before
     for _ in range(2):  # the report of the run before may be replaced
         assert le.verify(merged, **given, reports=[merged / "verdict.json"])
+
+
+def test_modules_are_not_compared_where_memory_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = le.verify(place / "m.onnx", MODEL, adapters=place / "stronger")
+    monkeypatch.setenv(AVAILABLE, "1")
+    result = le.verify(place / "m.onnx", MODEL, adapters=place / "stronger")
+    assert compared.exit_code == result.exit_code == 4
+    note = "modules were not compared: this needs 0.0 GiB of memory, and 0.0 GiB are available"
+    assert note in result.verdict.notes and note not in compared.verdict.notes

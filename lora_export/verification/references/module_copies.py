@@ -70,7 +70,12 @@ def is_large(module: nn.Module) -> bool:
     """
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         return False
-    return sum(8 * tensor.numel() for tensor in _tensors(module)) > MOST_WIDENED_WEIGHTS
+    return fp64_bytes(module) > MOST_WIDENED_WEIGHTS
+
+
+def fp64_bytes(module: nn.Module) -> int:
+    """The memory that the module's parameters and buffers take in fp64."""
+    return sum(8 * tensor.numel() for tensor in _tensors(module))
 
 
 def _convert_in_place(wanted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:

@@ -1,0 +1,65 @@
+"""What a proof or an export of a model needs in memory, compared with what is available before anything is loaded.
+
+The figures are peaks of whole processes, measured on Llama shapes of 0.25 and 0.5 billion parameters with an adapter on
+every linear layer (`tests/verification/test_memory.py` holds the first). A Hugging Face folder tells its size in its
+headers. The size of any other model is known when it is loaded, so that nothing is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from lora_export.api.load import ModelSource
+from lora_export.errors import InputRefused
+from lora_export.runtime.memory import require_memory
+from lora_export.weights.checkpoint import open_checkpoint
+
+PROGRAM = 500 << 20  # bytes: Python, PyTorch and onnxruntime
+# Bytes for each parameter of the model:
+WIDENED, MOST_WIDENED_PARAMETERS = (
+    32,
+    1 << 27,
+)  # of a model that is widened to fp64 as a whole, and up to how many it is
+VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 17.5, 14.0, 20.0
+MERGE_INSTEAD = (
+    "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
+    "model."
+)
+BASE_INSTEAD = "`verify MERGED --base BASE` compares the weights of a merged checkpoint in 300 MiB."
+
+
+def require_memory_to_verify(model: ModelSource, candidate: Path) -> None:
+    """Raise EnvironmentLacking where the memory for a proof is missing. Reads headers."""
+    is_checkpoint = candidate.is_dir() or candidate.suffix == ".safetensors"
+    count = _parameters(model)
+    each = VERIFY_CHECKPOINT if is_checkpoint else VERIFY_FILE
+    ways_out = [BASE_INSTEAD] if is_checkpoint else []
+    require_memory(_needed(count, each), f"verify against a model of {_size(count)}", *ways_out)
+
+
+def require_memory_to_export(model: ModelSource) -> None:
+    """Raise EnvironmentLacking where the memory for an export is missing. Reads headers."""
+    count = _parameters(model)
+    require_memory(_needed(count, EXPORT), f"exporting a model of {_size(count)}", MERGE_INSTEAD)
+
+
+def _needed(parameters: int, each: float) -> int:
+    if not parameters:
+        return 0
+    return PROGRAM + int(parameters * (WIDENED if parameters <= MOST_WIDENED_PARAMETERS else each))
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} billion parameters"
+
+
+def _parameters(model: ModelSource) -> int:
+    """The number of floats in a Hugging Face folder; 0 where it is unknown."""
+    if not isinstance(model, str | Path) or not Path(model).is_dir():
+        return 0
+    try:
+        specs = open_checkpoint(Path(model)).specs
+    except InputRefused:  # loading it will refuse it with a better message
+        return 0
+    return sum(math.prod(spec.shape) for spec in specs if spec.is_float)

@@ -1,0 +1,73 @@
+"""A proof or an export that needs more memory than there is ends before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_export.api.memory_needs import require_memory_to_export, require_memory_to_verify
+from lora_export.errors import EnvironmentLacking
+from lora_export.models import load
+from lora_export.runtime.memory import AVAILABLE
+from lora_export.storage import safetensors_file
+from support.cli import call
+
+PARAMETERS = 1_100_000_000
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A model of 1.1 billion parameters; its weights are a hole in the file."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    header, _ = safetensors_file.layout([("w", np.dtype(np.float16), (1100, 1_000_000))], {"format": "pt"})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 2 * PARAMETERS)
+    return folder
+
+
+def missing(monkeypatch: pytest.MonkeyPatch, left: float, check: object, *arguments: object) -> str:
+    monkeypatch.setenv(AVAILABLE, str(int(left * 2**30)))
+    try:
+        check(*arguments)  # type: ignore[operator]
+    except EnvironmentLacking as refused:
+        return str(refused)
+    return ""
+
+
+def test_the_need_grows_with_the_model_and_depends_on_the_candidate(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for candidate, need in ((tmp_path, 18.4), (tmp_path / "m.safetensors", 18.4), (tmp_path / "m.onnx", 14.8)):
+        refused = missing(monkeypatch, need - 0.1, require_memory_to_verify, large, candidate)
+        assert f"1.10 billion parameters needs about {need} GiB" in refused
+        assert ("`verify MERGED --base BASE`" in refused) == (candidate.suffix != ".onnx")
+        assert not missing(monkeypatch, need + 0.1, require_memory_to_verify, large, candidate)
+    assert "`lora-export merge`" in missing(monkeypatch, 20.8, require_memory_to_export, large)
+    assert not missing(monkeypatch, 21.1, require_memory_to_export, large)
+
+
+def test_a_model_of_unknown_size_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    for model in ("some.module:factory", tmp_path / "empty", tmp_path / "m.pt2"):
+        assert not missing(monkeypatch, 0.001, require_memory_to_verify, model, tmp_path / "m.onnx")
+
+
+def test_commands_end_with_6_before_the_model_is_loaded(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(load, "load_model", never)
+    monkeypatch.setenv(AVAILABLE, str(8 << 30))
+    assert call("verify", large, "--model", large, "--report", tmp_path / "verdict.json") == 6
+    assert "needs about 18.4 GiB of memory, and 8.0 GiB are available" in capsys.readouterr().err
+    assert "18.4 GiB" in (tmp_path / "verdict.json").read_text()
+    assert call("onnx", large, "-o", tmp_path / "model.onnx") == 6
+    assert "needs about 21.0 GiB" in capsys.readouterr().err
+    assert not list(tmp_path.glob("model*"))
