@@ -28,6 +28,7 @@ from lora_export.api.load import (
     resolve_model,
 )
 from lora_export.api.memory_needs import require_memory_to_verify
+from lora_export.api.verify_pipeline import audit_pipeline
 from lora_export.errors import (
     Different,
     EnvironmentLacking,
@@ -51,6 +52,7 @@ from lora_export.verification.diagnose.recorded_origin import ComparedWith, expl
 from lora_export.verification.loaded_files import loaded_files
 from lora_export.verification.parity import Outcome, Reason, outcome_of
 from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.pipeline import is_pipeline
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 if TYPE_CHECKING:
@@ -152,8 +154,9 @@ def verify(
     `candidate` is an .onnx, a TorchScript .pt, a .pt2, a merged Hugging Face folder or a merged .safetensors file.
     `model` is a Hugging Face folder, `package.module:factory`, `file.py:factory`, a .pt2, or `(module, inputs)`.
     Without a model, `base` is a checkpoint: nothing is run, and every tensor of a merged folder or file is compared
-    with W + s·BA in fp64; PyTorch is not needed. `layout` states how its square matrices are stored, as for `merge`; a
-    weight whose layout is unknown is `undecided`. Beside a model, `base` is the quantised .onnx that an .onnx candidate
+    with W + s·BA in fp64; PyTorch is not needed. A merged diffusion pipeline is compared with
+    the base's folder. `layout` states how its square matrices are stored, as for `merge`; a weight whose layout is
+    unknown is `undecided`. Beside a model, `base` is the quantised .onnx that an .onnx candidate
     was made from.
 
     `weights` has one factor for each adapter. `prefixes` (FROM -> TO) replaces the beginnings of names in the adapters,
@@ -203,10 +206,11 @@ def verify(
     for path in reports:
         report.check_path(Path(path), [source for source in sources if source is not None])
     reading = reading.for_base(origin if model is None else model)
-    if prefixes or reading != DEFAULTS:
-        adapters = load_adapters(adapters, prefixes, reading=reading)
+    of_pipeline = model is None and origin is not None and is_pipeline(origin)
+    if prefixes or reading != DEFAULTS or of_pipeline:
+        adapters = load_adapters(adapters, prefixes, reading=reading, of_pipeline=of_pipeline)
     if expected:
-        adapters = load_adapters(adapters)
+        adapters = load_adapters(adapters, of_pipeline=of_pipeline)
         weights_from = origin if model is None else model
         base_hashes = _weight_hashes(weights_from) if expected.base_sha256 else []
         refuse_unexpected(candidate, expected, adapter_records(adapters, weights or [1.0] * len(adapters)), base_hashes)
@@ -214,9 +218,16 @@ def verify(
     error = None
     if model is None:
         assert origin is not None
-        proof, facts = _compare_weights(
-            candidate, origin, adapters, weights, layout or {}, application, on_message, on_progress
-        )
+
+        def judge(
+            merged: Path, base: Path, adapters: AdapterSources, weights: Sequence[float]
+        ) -> tuple[Audit, dict[str, Any]]:
+            return _compare_weights(merged, base, adapters, weights, layout or {}, application, on_message, on_progress)
+
+        if of_pipeline:
+            proof, facts = audit_pipeline(candidate, origin, load_adapters(adapters, of_pipeline=True), weights, judge)
+        else:
+            proof, facts = judge(candidate, origin, adapters, weights)
     else:
         proof, facts, error = _compare_outputs(
             candidate, model, adapters, weights, origin, how, application, on_message, on_progress

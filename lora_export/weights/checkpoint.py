@@ -29,6 +29,7 @@ from lora_export.weights.quantised import (
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline, whose models are in folders of their own
 BLOBS = "blobs"  # the folder of a Hugging Face cache to which its snapshots link
 # Weights in other formats in the folder of a model. They are not copied: they would contradict the merged weights.
 OTHER_WEIGHTS = (
@@ -258,6 +259,8 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
             "the file that you mean"
         )
     pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if (folder / PIPELINE_INDEX).is_file():
+        raise InputRefused(f"{folder} is a diffusion pipeline. Name the folder of one of its models")
     if pickles:
         raise InputRefused(
             f"{folder} has its weights in pickle files ({', '.join(pickles)}), which can run code when they are "

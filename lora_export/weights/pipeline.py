@@ -10,9 +10,8 @@ from lora_export.errors import InputRefused
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS
 from lora_export.storage import input_files, json_files
 from lora_export.storage.manifest import MANIFEST
-from lora_export.weights.checkpoint import refuse_link_outside
+from lora_export.weights.checkpoint import PIPELINE_INDEX, refuse_link_outside
 
-MODEL_INDEX = "model_index.json"
 # The folders in which a component may be, the first that the pipeline has.
 FOLDERS = {
     DENOISER: ("unet", "transformer"),
@@ -58,14 +57,14 @@ class Pipeline:
 
 def is_pipeline(path: Path) -> bool:
     """Whether the folder of a pipeline is at `path`."""
-    return (path / MODEL_INDEX).is_file()
+    return (path / PIPELINE_INDEX).is_file()
 
 
 def open_pipeline(path: Path) -> Pipeline:
     """Read the index of a pipeline. Raises InputRefused where it is damaged, or names no model that is there."""
-    index = json_files.read_json(path / MODEL_INDEX)
+    index = json_files.read_json(path / PIPELINE_INDEX)
     named = [name for name, value in index.items() if isinstance(value, list) and Path(name).name == name]
     models = {name: path / name for name in named if (path / name).is_dir()}
     if not models:
-        raise InputRefused(f"{path / MODEL_INDEX} names no model whose folder is there")
+        raise InputRefused(f"{path / PIPELINE_INDEX} names no model whose folder is there")
     return Pipeline(path, models)

@@ -1,0 +1,115 @@
+"""A merged pipeline against its base: every model, and every other file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_export import inspect, merge, verify
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats.read_options import ReadOptions
+from support.diffusion import adapter_file, random_pairs
+
+LAYERS = {"a.q": (6, 4), "b.q": (4, 4)}
+
+
+def model(folder: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tensors = {f"{name}.weight": rng.standard_normal(shape).astype(np.float32) for name, shape in LAYERS.items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "X", "_diffusers_version": "0.42.1"}))
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    folder = tmp_path / "base"
+    for seed, name in enumerate(("unet", "text_encoder", "vae")):
+        model(folder / name, seed)
+    index = {name: ["diffusers", "X"] for name in ("unet", "text_encoder", "vae")}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    pairs = random_pairs(
+        {f"{part}.{name}": shape for part in ("unet", "text_encoder") for name, shape in LAYERS.items()}
+    )
+    return adapter_file(tmp_path / "a.safetensors", pairs)
+
+
+@pytest.fixture
+def merged(base, adapter, tmp_path) -> Path:
+    return merge(base, adapter, tmp_path / "merged", weights=[0.5]).output
+
+
+def test_a_merged_pipeline_is_the_same(base, adapter, merged):
+    result = verify(merged, base=base, adapters=adapter, weights=[0.5])
+    assert result.verdict.outcome == "same"
+    assert {weight.name for weight in result.verdict.weights} == {
+        f"{part}/{name}.weight" for part in ("unet", "text_encoder") for name in LAYERS
+    }
+    assert set(result.about["models"]) == {"unet", "text_encoder"}
+    assert str(result).startswith("same: 4 tensors, of which 4 changed as they should be")
+
+
+def test_a_wrong_weight_in_one_model_is_different(base, adapter, merged):
+    path = merged / "text_encoder" / "model.safetensors"
+    tensors = {name: value.copy() for name, value in load_file(path).items()}
+    tensors["a.q.weight"][0, 0] += 0.01
+    save_file(tensors, path)
+    result = verify(merged, base=base, adapters=adapter, weights=[0.5])
+    assert result.verdict.outcome == "different"
+    assert [weight.name for weight in result.verdict.worst] == ["text_encoder/a.q.weight"]
+
+
+def test_another_strength_is_different(base, adapter, merged):
+    assert verify(merged, base=base, adapters=adapter).verdict.outcome == "different"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("vae/model.safetensors", b"other", "vae/model.safetensors has other bytes than the base's"),
+        ("vae/config.json", None, "vae/config.json is missing"),
+        ("vae/more.bin", b"x", "vae/more.bin is new"),
+        ("unet/config.json", b'{"_class_name": "Y"}', "unet: config.json"),
+    ],
+)
+def test_a_changed_file_is_different(file, content, line, base, adapter, merged):
+    if content is None:
+        (merged / file).unlink()
+    else:
+        (merged / file).write_bytes(content)
+    result = verify(merged, base=base, adapters=adapter, weights=[0.5])
+    assert result.verdict.outcome == "different"
+    assert any(each.startswith(line) for each in result.verdict.files)
+
+
+def test_a_model_that_is_missing_is_refused(base, adapter, merged):
+    shutil.rmtree(merged / "unet")
+    with pytest.raises(InputRefused, match=r"there is no candidate at .*unet"):
+        verify(merged, base=base, adapters=adapter)
+
+
+def test_one_component_is_judged_alone(base, adapter, tmp_path):
+    part = ReadOptions(component="unet")
+    merge(base, adapter, tmp_path / "merged", reading=part)
+    assert verify(tmp_path / "merged", base=base, adapters=adapter, reading=part).verdict.outcome == "same"
+    assert not verify(tmp_path / "merged", base=base, adapters=adapter)
+
+
+def test_a_pipeline_needs_its_adapters(base, merged):
+    with pytest.raises((InputRefused, WrongUsage), match="adapter"):
+        verify(merged, base=base)
+
+
+def test_a_pipeline_is_no_checkpoint(base):
+    with pytest.raises(InputRefused, match=r"is a diffusion pipeline\. Name the folder of one of its models"):
+        inspect(base)
