@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,22 +78,23 @@ class _Judgement:
 
 def _judge_all(
     by_tensor: Sequence[Sequence[_Judgement]], progress: Callable[[int], None]
-) -> Iterator[AuditedWeight | None]:
-    """The results in this order, computed by one thread for each core. The largest begin first: none is left alone."""
+) -> list[AuditedWeight | None]:
+    """The results in this order, computed by one thread for each core. The largest begin first: none is left alone.
 
-    def run(one: _Judgement) -> AuditedWeight | None:
-        found = one.judge()
-        progress(one.nbytes)
-        return found
-
+    `progress` is called by this thread alone.
+    """
     every = [one for judgements in by_tensor for one in judgements]
     # Each thread multiplies by itself: those of a BLAS would wait for each other.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(block_copy.default_threads()) as pool:
-        futures = {one: pool.submit(run, one) for one in sorted(every, key=lambda one: -one.nbytes)}
+        started = {pool.submit(one.judge): one for one in sorted(every, key=lambda one: -one.nbytes)}
+        found = {}
         try:
-            yield from [futures[one].result() for one in every]
+            for future in as_completed(started):
+                found[started[future]] = future.result()
+                progress(started[future].nbytes)
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure
+    return [found[one] for one in every]
 
 
 def _steps_on_parts(steps: Sequence[Step]) -> dict[str, list[Step]]:

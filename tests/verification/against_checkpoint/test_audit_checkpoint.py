@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+import lora_export
 from lora_export.storage import safetensors_file
 from lora_export.verification.against_checkpoint import audit_checkpoint, judge_rounded, stored_tensor
 from lora_export.verification.against_checkpoint.result import AuditedWeight
@@ -339,6 +341,20 @@ def test_results_have_the_order_of_the_base_whatever_their_sizes(
     assert run("merge", base, adapter, "-o", out) == 0
     _, document = verified(capsys, out, base, adapter)
     assert [weight["name"] for weight in document["weights"]] == list(safetensors_file.open_file(base).entries)
+
+
+def test_progress_comes_from_one_thread_and_covers_every_byte(tmp_path: Path) -> None:
+    base, adapter, out = the_base(tmp_path / "base.safetensors"), plain(tmp_path / "ad"), tmp_path / "m.safetensors"
+    assert run("merge", base, adapter, "-o", out) == 0
+    threads, done = set(), []
+
+    def shown(event: lora_export.Progress) -> None:
+        threads.add(threading.get_ident())
+        done.append(event.done)
+
+    lora_export.verify(out, base=base, adapters=[adapter], on_progress=shown)
+    assert threads == {threading.get_ident()}
+    assert done[-1] == sum(tensor.nbytes for tensor in safetensors_file.open_file(out).entries.values())
 
 
 def test_a_file_that_becomes_shorter_ends_the_audit(
