@@ -104,7 +104,7 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
     contents = contents_of(adapter)
     _print(to, f"{adapter.name}: {adapter.format}, {contents}, {adapter.parameters:,} parameters", style="bold")
     for what, value in adapter_facts(adapter):
-        _print(to, f"{what}: {value}")
+        _print(to, one_line(f"  {what}: {value}"))
     rows = [["module", "rank", "scale", "shape", "‖ΔW‖", ""]]
     for module, pair in adapter.pairs.items():
         rows.append(
