@@ -110,6 +110,58 @@ def keys() -> SearchStrategy[bytes]:
     return st.lists(key, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "replace"))
 
 
+def keys_of_formats() -> SearchStrategy[bytes]:
+    """Keys of files without a config, in any format, one a line."""
+    starts = ("", "diffusion_model.", "unet.", "lora_unet_", "lora_te1_", "lycoris_", "transformer.h.0.", "layers.0.")
+    owners = (
+        "fc",
+        "attn.q_proj",
+        "attn.qkv",
+        "mlp.experts",
+        "down_blocks_0",
+        "embed",
+        "blocks.0.switch_mlp.up_proj",
+        "",
+    )
+    ends = (
+        *(".lora_A", ".lora_B", ".lora_a", ".lora_b", ".m", ".lora_A.weight", ".lora_B.weight", ".lora_a.weight"),
+        *(
+            ".lora_b.weight",
+            ".magnitude",
+            ".lora_down.weight",
+            ".lora_up.weight",
+            ".alpha",
+            ".lora_mid.weight",
+            ".bias",
+        ),
+        *(".hada_w1_a", ".hada_w1_b", ".lokr_w1", ".lokr_w2", ".diff", ".dora_scale", ".lora_gate_a", "", "\x1b[2J"),
+    )
+    key = st.tuples(*map(st.sampled_from, (starts, owners, ends))).map("".join)
+    good = st.sampled_from(("fc.lora_A", "fc.lora_B", "lora_unet_fc.lora_down.weight", "lora_unet_fc.lora_up.weight"))
+    return st.lists(key | good, min_size=1, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "replace"))
+
+
+def yaml_settings() -> SearchStrategy[bytes]:
+    """litgpt's two files of settings, with odd values."""
+    names = (
+        "lora_r",
+        "lora_alpha",
+        "lora_query",
+        "lora_key",
+        "name",
+        "mlp_class_name",
+        "n_head",
+        "n_embd",
+        "head_size",
+    )
+    odd = ("", "1", "2", "-1", "0", "true", "null", ".inf", ".nan", "1e400", "Llama-3", "falcon", "phi-3", "LLaMAMoE")
+    more = ("[1]", "{a: 1}", "&a [*a]", "!!python/name:os.system", "2001-01-01", "'\x1b[2J'", "9" * 400, "[" * 300)
+    line = st.tuples(st.sampled_from(names), st.sampled_from((*odd, *more))).map(": ".join)
+    change = st.lists(line, max_size=2).map("\n".join)
+    settings, config = GOOD["litgpt_settings"].decode().split("\n---\n")
+    return st.tuples(change, change).map(lambda two: f"{settings}{two[0]}\n---\n{config}{two[1]}".encode())
+
+
 def records() -> SearchStrategy[bytes]:
     """External-data records, as `external_data` reads them."""
     locations = ("weights.data", "../model/w.data", "/etc/passwd", "", ".", "model.onnx", "weights.data/", "a\0b")
@@ -147,6 +199,7 @@ def fields() -> SearchStrategy[bytes]:
 
 HEADERS = ("adapter_header", "base_header")
 JSON_FILES = (
+    "mlx_config",
     *("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract"),
     *("exported_graph", "exported_weights"),
 )
@@ -157,6 +210,8 @@ def inputs(target: str) -> SearchStrategy[bytes]:
     good = GOOD[target]
     structured = {
         "adapter_keys": keys(),
+        "keys_of_a_file": keys_of_formats(),
+        "litgpt_settings": yaml_settings(),
         "external_data": records(),
         "quantised_fields": fields(),
         "examples_jsonl": json_lines(),

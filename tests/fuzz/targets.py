@@ -192,19 +192,29 @@ def a_place() -> Iterator[Path]:
         shutil.rmtree(place)
 
 
-def merge_is_all_or_nothing(place: Path, *options: str) -> bool:
+def merge_is_all_or_nothing(place: Path, *options: str, adapter: str = "adapter") -> bool:
     """Merge `adapter` into `base`: `out` is whole or as it was, and nothing else changes. Whether it was merged."""
     before = everything(place)
-    code = command("merge", place / "base", place / "adapter", "-o", place / "out", *options)
+    code = command("merge", place / "base", place / adapter, "-o", place / "out", *options)
     after = everything(place)
     if code == 0:
         assert open_checkpoint(place / "out").specs, "it said that it had succeeded"
         before, after = ({k: v for k, v in there.items() if not k.startswith("out/")} for there in (before, after))
     assert after == before, f"changed or left behind: {sorted(before.items() ^ after.items())}"
     assert code == 0 or (place / "out").exists() == any(name.startswith("out/") for name in before)
-    command("merge", place / "base", place / "adapter", "-o", place / "dry", "--dry-run")
+    command("merge", place / "base", place / adapter, "-o", place / "dry", "--dry-run", *options)
     assert not (place / "dry").exists()
     return code == 0
+
+
+def converted(place: Path, adapter: str, *options: str) -> bool:
+    """Convert `adapter`: each output is whole or not there. Whether one was written."""
+    written = []
+    for to in ("peft", "mlx"):
+        code = command("convert", place / adapter, "-o", place / f"as-{to}", "--to", to, *options)
+        assert (place / f"as-{to}").exists() is (code == 0)
+        written.append(code == 0)
+    return any(written)
 
 
 # --- inputs ----------------------------------------------------------------------------------------
@@ -294,6 +304,72 @@ def adapter_keys(data: bytes) -> bool:
         an_adapter(place, weights=struct.pack("<Q", len(header)) + header + content)
         command("inspect", place / "adapter")
         return merge_is_all_or_nothing(place)
+
+
+MLX_CONFIG = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 1, "scale": 2.0, "dropout": 0.0}}
+MLX_TENSORS = {"fc.lora_a": np.ascontiguousarray(A.T), "fc.lora_b": np.ascontiguousarray(B.T)}
+LITGPT = {
+    "settings": b"lora_r: 1\nlora_alpha: 2\nlora_query: true\nlora_projection: true\n",
+    "config": b"name: Llama-3\nmlp_class_name: LLaMAMLP\nn_head: 1\nn_embd: 2\n",
+}
+LITGPT_TENSORS = {
+    **{f"transformer.h.0.attn.{name}.lora_A": torch.ones(1, 2) for name in ("qkv", "proj")},
+    **{f"transformer.h.0.attn.{name}.lora_B": torch.ones(2, 1) for name in ("qkv", "proj")},
+}
+STATED = ("--allow-pickle", "--lora-rank", "1", "--lora-alpha", "2")
+
+
+def pickle_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(dict(tensors), file)
+    return file.getvalue()
+
+
+def mlx_config(data: bytes) -> bool:
+    """mlx-lm's adapter_config.json beside a good file."""
+    with a_place() as place:
+        a_base(place)
+        write(place / "adapter", {"adapter_config.json": data, "adapters.safetensors": save(MLX_TENSORS)})
+        command("inspect", place / "adapter")
+        converted(place, "adapter")
+        return merge_is_all_or_nothing(place)
+
+
+def litgpt_settings(data: bytes) -> bool:
+    """litgpt's hyperparameters.yaml and model_config.yaml, with a line of three dashes between them."""
+    settings, _, config = data.partition(b"\n---\n")
+    files = {"hyperparameters.yaml": settings, "model_config.yaml": config}
+    with a_place() as place:
+        write(place / "adapter", {**files, "lit_model.pth.lora": pickle_of(LITGPT_TENSORS)})
+        command("inspect", place / "adapter", "--allow-pickle")
+        return converted(place, "adapter", "--allow-pickle")
+
+
+def pickled_adapter(data: bytes) -> bool:
+    """A file of torch.save, where pickles are allowed."""
+    with a_place() as place:
+        a_base(place)
+        (place / "a.pt").write_bytes(data)
+        command("inspect", place / "a.pt", *STATED)
+        return merge_is_all_or_nothing(place, *STATED, adapter="a.pt")
+
+
+def keys_of_a_file(data: bytes) -> bool:
+    """The keys of a file without a config, one a line, each with a tensor that its name asks for."""
+    named = {"lora_A": A, "lora_a": A, "lora_down": A, "alpha": np.float32([2]), "magnitude": np.ones(2, np.float32)}
+    found = {}
+    for line in dict.fromkeys(data.split(b"\n")):
+        key = line.decode("utf-8", "replace")
+        found[key] = next((tensor for part, tensor in named.items() if part in key), B)
+    with a_place() as place:
+        a_base(place)
+        (place / "a.safetensors").write_bytes(save(found))
+        command("inspect", place / "a.safetensors", *STATED[1:])
+        for options in ((), STATED[1:]):
+            converted(place, "a.safetensors", *options, "--overwrite")
+            shutil.rmtree(place / "as-peft", ignore_errors=True)
+            shutil.rmtree(place / "as-mlx", ignore_errors=True)
+        return merge_is_all_or_nothing(place, *STATED[1:], adapter="a.safetensors")
 
 
 def base_header(data: bytes) -> bool:
@@ -651,6 +727,10 @@ TARGETS: dict[str, Target] = {
     "adapter_model_config": adapter_model_config,
     "adapter_header": adapter_header,
     "adapter_keys": adapter_keys,
+    "mlx_config": mlx_config,
+    "litgpt_settings": litgpt_settings,
+    "pickled_adapter": pickled_adapter,
+    "keys_of_a_file": keys_of_a_file,
     "base_header": base_header,
     "base_index": base_index,
     "base_config": base_config,
@@ -683,6 +763,10 @@ GOOD: dict[str, bytes] = {
     "adapter_model_config": as_json(BASE_CONFIG),
     "adapter_header": header_of(GOOD_ADAPTER),
     "adapter_keys": "\n".join(ADAPTER_TENSORS).encode(),
+    "mlx_config": as_json(MLX_CONFIG),
+    "litgpt_settings": b"\n---\n".join(LITGPT.values()),
+    "pickled_adapter": pickle_of({"fc.lora_A": torch.from_numpy(A), "fc.lora_B": torch.from_numpy(B)}),
+    "keys_of_a_file": b"fc.lora_A\nfc.lora_B",
     "base_header": header_of(GOOD_BASE),
     "base_index": as_json(INDEX),
     "base_config": as_json(BASE_CONFIG),

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from fuzz.targets import bounded, everything, run
@@ -494,3 +495,103 @@ def test_names_in_messages_cannot_steer_the_terminal(place: Path) -> None:
     base_file(place / "base/model.safetensors", {"\x1b[2J": W})
     code, said, told = run("inspect", place / "base")
     assert (code, said, "\\x1b[2J" in told, "\x1b" in told) == (3, "", True, False)
+
+
+# --- adapters of other formats ---------------------------------------------------------------------
+
+STATED = ("--allow-pickle", "--lora-rank", "1", "--lora-alpha", "1")
+# The file of a format -> the name of a tensor in it, and the options that it needs.
+PICKLES = {
+    "peft/adapter_model.bin": ("base_model.model.fc.lora_A.weight", STATED[:1]),
+    "litgpt/lit_model.pth.lora": ("transformer.h.0.attn.qkv.lora_A", STATED[:1]),
+    "torchtune/adapter_model.pt": ("layers.0.attn.q_proj.lora_a.weight", STATED),
+    "loralib.pt": ("fc.lora_A", STATED),
+}
+
+
+def merge_file(place: Path, name: str, *options: str) -> tuple[int, str, str]:
+    return run("merge", place / "base", place / name, "-o", place / "out", *options)
+
+
+def pickled_formats(place: Path, **more: Any) -> None:
+    """A file of each format, with a tensor and `more`."""
+    for name in ("litgpt", "torchtune", "peft"):
+        (place / name).mkdir()
+    shutil.copy(place / "adapter/adapter_config.json", place / "peft")
+    (place / "litgpt/hyperparameters.yaml").write_text("lora_r: 1\nlora_alpha: 1\nlora_query: true\n")
+    (place / "litgpt/model_config.yaml").write_text("name: L\nmlp_class_name: LLaMAMLP\nn_head: 1\nn_embd: 2\n")
+    for name, (tensor, _) in PICKLES.items():
+        torch.save({tensor: torch.ones(1, 3), **more}, place / name)
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_payload_in_an_allowed_pickle_does_not_run(place: Path, name: str) -> None:
+    pickled_formats(place, evil=Payload(place / "payload-ran"))
+    code, said, told = merge_file(place, name, *PICKLES[name][1])
+    assert (code, said, no_payload(place)) == (3, "", True), told
+    assert Path(name).name in told and "it is damaged, or it holds more than tensors" in told
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("name", PICKLES)
+def test_no_pickle_is_opened_without_the_option(place: Path, name: str) -> None:
+    pickled_formats(place, evil=Payload(place / "payload-ran"))
+    code, _, told = merge_file(place, name)
+    assert (code, no_payload(place)) == (3, True) and "--allow-pickle reads it" in told
+
+
+@pytest.mark.fault(23)
+def test_tensors_larger_than_their_files_take_no_memory(place: Path) -> None:
+    huge = torch.ones(1).expand(1 << 40, 1)
+    torch.save({"fc.lora_A": huge, "fc.lora_B": huge}, place / "a.pt")
+    code, _, told = merge_file(place, "a.pt", *STATED)
+    assert code == 3 and "is larger than its data" in told
+    with zipfile.ZipFile(place / "b.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(200_000_000))
+    code, _, told = merge_file(place, "b.pt", *STATED)
+    assert code == 3 and "is not an adapter in a known format" in told
+
+
+@pytest.mark.parametrize("name", ["hyperparameters.yaml", "model_config.yaml"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!python/object/apply:os.system ['touch payload-ran']",
+        "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)).replace("*a0", "x"),
+        "[" * 100_000,
+        "x" * 2_000_000,
+        "lora_r: " + "9" * 5000,
+    ],
+    ids=["code", "laughs", "deep", "long", "number"],
+)
+def test_settings_in_yaml_make_nothing_but_a_refusal(
+    place: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    pickled_formats(place)
+    (place / "litgpt" / name).write_text(text)
+    code, said, told = merge_file(place, "litgpt", "--allow-pickle")
+    assert (code, said, no_payload(place)) == (3, "", True) and len(told) < 1000, told
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "folder"])
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "lit_model.pth.lora", "config.json"])
+def test_what_is_no_file_is_refused_in_every_format(place: Path, name: str, kind: str) -> None:
+    (place / "other").mkdir()
+    (place / "other/adapter_config.json").write_text('{"lora_parameters": {"rank": 1, "scale": 1.0}}')
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": torch.ones(1, 1)}, place / "other/adapter_model.pt")
+    (place / "other" / name).unlink(missing_ok=True)
+    irregular(place / "other" / name, kind)
+    code, _, told = merge_file(place, "other", *STATED)
+    assert code == 3, told
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "gguf"])
+def test_a_conversion_of_a_damaged_adapter_leaves_nothing_behind(place: Path, to: str) -> None:
+    (place / "adapter/adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    before = sorted(place.rglob("*"))
+    code, _, told = run("convert", place / "adapter", "-o", place / "new", "--to", to, "--base", place / "base")
+    assert code == 3 and "is not a safetensors file" in told
+    assert sorted(place.rglob("*")) == before
