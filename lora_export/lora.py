@@ -122,6 +122,10 @@ class LoraPair:
             magnitude=self.magnitude if rows is None or self.magnitude is None else self.magnitude[rows],
         )
 
+    def times(self, weight: float) -> LoraPair:
+        """The pair with this factor on its scale."""
+        return replace(self, scale=weight * self.scale)
+
     def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:
         """The pair with its inputs split into channels and a kernel of this shape, () for those of a linear layer."""
         a = self.a.reshape(self.rank, -1, *kernel)

@@ -116,6 +116,10 @@ class StructuredPair(LoraPair):
             columns=self.columns if columns is None else own_columns[columns],
         )
 
+    def times(self, weight: float) -> LoraPair:
+        kernel, rows, columns = self.kernel, self.rows, self.columns
+        return type(self)(self.stored, weight * self.scale, self.magnitude, kernel=kernel, rows=rows, columns=columns)
+
     def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:
         if self.columns is not None or len(self.shape_of_whole) > 2:
             return super().with_kernel(kernel)

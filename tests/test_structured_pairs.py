@@ -35,6 +35,12 @@ def kronecker(kernel: tuple[int, ...] = ()) -> tuple[LoraPair, np.ndarray]:
     return KroneckerPair({"w1": w1, "w2": w2}, 0.75), product.reshape(8, 15, *kernel) * 0.75
 
 
+def test_a_factor_is_on_the_scale() -> None:
+    for pair, change in (hadamard(), kronecker(), whole(3, 2)):
+        part = pair.part(np.array([1, 0]), None).times(-2)
+        np.testing.assert_allclose(part.delta(), -2 * change[[1, 0]], rtol=1e-5)
+
+
 def whole(*shape: int) -> tuple[LoraPair, np.ndarray]:
     change = numbers(*shape)
     return WholePair({"change": change}, 0.75), change * np.float64(0.75)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,12 +102,21 @@ def convert(
     with stage(target, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message) as folder:
         notes = (*loaded.notes, *writer.write(loaded, folder / target.name if writer.SUFFIX else folder, options))
         if not writer.SUFFIX:
+            if to == "peft":
+                _copy_model_config(adapter, folder)
             origin = provenance.record([loaded], [weight], {}, (), {"to": to, "names": names})
             facts = {"made_by": origin["made_by"], "sources": origin["adapters"], "settings": origin["settings"]}
             write_manifest(folder, facts)
     for note in notes:
         on_message(f"note: {note}")
     return ConvertResult(target, len(loaded.pairs), len(loaded.pairs), "", notes)
+
+
+def _copy_model_config(adapter: AdapterSource, folder: Path) -> None:
+    """Copy the config.json beside an adapter, which has the labels of its task head."""
+    for path in adapter_paths(adapter):
+        if path.is_dir() and (path / "config.json").is_file():
+            shutil.copyfile(path / "config.json", folder / "config.json")
 
 
 def _check_usage(
@@ -142,8 +152,9 @@ def _scaled(adapter: Adapter, weight: float) -> Adapter:
         raise InputRefused(f"--weight is a factor on pairs, and {adapter.name} saves tensors whole: {whole}")
     return replace(
         adapter,
-        pairs={name: replace(pair, scale=weight * pair.scale) for name, pair in adapter.pairs.items()},
+        pairs={name: pair.times(weight) for name, pair in adapter.pairs.items()},
         biases={name: np.float32(weight) * change for name, change in adapter.biases.items()},
+        added={name: np.float32(weight) * change for name, change in adapter.added.items()},
     )
 
 
@@ -169,7 +180,7 @@ def _for_graph(
     except MatchError as error:
         raise error.with_remedy(
             f"{graph} takes adapters at {len(contract.slots)} layers. `lora-export onnx --lora inputs "
-            "--target NAMES_OF` makes a graph that takes them at others"
+            "--target NAMES` makes a graph that takes them at others"
         ) from error
     if any(step.replace is not None for step in steps.low_rank):
         steps = without_unchanged_tables(steps, find_sites(model))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lora_export as le
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, WrongUsage
 from support.api import MODEL, Recorder, an_adapter
 from support.handmade import peft_adapter
 
@@ -33,3 +34,38 @@ def test_a_layer_without_inputs_is_refused(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="elsewhere"):
         le.convert(adapter, tmp_path / "x.onnx_adapter", graph=graph)
     assert not (tmp_path / "x.onnx_adapter").exists()
+
+
+def test_a_weight_is_a_factor_on_pairs_and_biases(tmp_path: Path) -> None:
+    adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0, 2.0]], [[1.0], [3.0]])})
+    le.convert(adapter, tmp_path / "half", to="peft", weight=0.5)
+    (pair,) = le.load_adapter(tmp_path / "half").pairs.values()
+    assert pair.delta().tolist() == [[0.5, 1.0], [1.5, 3.0]]
+    whole = peft_adapter(tmp_path / "whole", {"fc": ([[1.0]], [[1.0]])}, {"head.weight": [[1.0]]})
+    with pytest.raises(InputRefused, match=r"whole saves tensors whole: head\.weight"):
+        le.convert(whole, tmp_path / "no", to="peft", weight=0.5)
+
+
+def test_the_models_config_beside_an_adapter_is_kept(tmp_path: Path) -> None:
+    adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0]], [[1.0]])}, {"head.weight": [[1.0]]})
+    (adapter / "config.json").write_text('{"id2label": {"0": "no"}}')
+    le.convert(adapter, tmp_path / "out", to="peft")
+    assert (tmp_path / "out/config.json").read_bytes() == (adapter / "config.json").read_bytes()
+    assert le.load_adapter(tmp_path / "out").metadata["model_config"] == {"id2label": {"0": "no"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "peft", "graph": "m.onnx"}, "--to onnx_adapter needs --for MODEL.onnx, and no other format has it"),
+        ({"to": "peft", "ignore_head": True}, "--ignore-head is for --to onnx_adapter"),
+        ({"to": "peft", "names": "vllm"}, "--names is for --to peft, and needs --base CHECKPOINT"),
+        ({"to": "peft", "names": "tarot", "base": "b"}, "--names is 'tarot'; it must be one of transformers4,"),
+        ({"to": "tarot"}, "--to is 'tarot'; it must be one of peft,"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    adapter = peft_adapter(tmp_path / "one", {"fc": ([[1.0]], [[1.0]])})
+    with pytest.raises(WrongUsage, match=message):
+        le.convert(adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

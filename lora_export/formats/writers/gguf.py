@@ -86,6 +86,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     if len(alphas) > 1:
         shown = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:5])
         problems.append(f"several alphas (scale x rank): {shown}; a GGUF adapter has one")
+    if not tensors:
+        problems.append("it has no low-rank pair")
     refuse_inexpressible(adapter, "gguf", problems)
     writer = gguf.GGUFWriter(str(path), ARCHITECTURES[kind])
     writer.add_type(gguf.GGUFType.ADAPTER)

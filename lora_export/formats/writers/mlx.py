@@ -51,6 +51,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
             continue
         module = owner if not types.isdisjoint(SAME_NAME) else re.sub(r"experts$", "switch_mlp", owner)
         tensors |= {f"{module}.{kind}_proj.lora_{side}": array for side, array in zip("ab", arrays, strict=True)}
+    if not tensors:
+        problems.append("it has no low-rank pair")
     refuse_inexpressible(adapter, "mlx", problems)
     dtype = smallest_dtype(tensors.values())
     rank, scale = kinds.pop()

@@ -52,6 +52,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
         plain, stacks = _stacked(replace(adapter, pairs=plain), problems)
     if len({pair.magnitude is not None for pair in (*plain.values(), *_experts_of(parameters))}) > 1:
         problems.append("DoRA on some layers; PEFT has it on all or none")
+    problems += _different_ranks(adapter, plain)
     nested = _nested(parameters, problems)
     refuse_inexpressible(adapter, "peft", problems)
     one = replace(adapter, pairs=plain)
@@ -176,6 +177,14 @@ def _shared(stack: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _name_in_patterns(adapter: Adapter, module: str) -> str:
     return module.removesuffix(".out_proj") if OUT_PROJ in adapter.spelled(module) else module
+
+
+def _different_ranks(adapter: Adapter, pairs: Mapping[str, LoraPair]) -> list[str]:
+    """The modules for which PEFT has one rank and alpha, and the adapter has several."""
+    kinds: dict[str, set[tuple[int, float]]] = {}
+    for name, pair in pairs.items():
+        kinds.setdefault(_name_in_patterns(adapter, name), set()).add((pair.rank, pair.scale))
+    return [f"{name}: pairs of different ranks or scales" for name, found in kinds.items() if len(found) > 1]
 
 
 def _config(adapter: Adapter, pairs: Mapping[str, LoraPair], parameters: list[str], *, dora: bool) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
         ({UP: low_rank(2, 2, 1)}, {"num_hidden_layers": None}, "has no usable num_hidden_layers"),
         ({UP: low_rank(2, 2, 1), "model.layers.0.mlp.up_proj": low_rank(2, 2, 2)}, {}, "several alphas"),
         ({UP: low_rank(2, 2, 1, magnitude=np.ones(2))}, {}, f"{UP}: DoRA's magnitude"),
+        ({}, {}, "it has no low-rank pair"),
         ({"elsewhere": low_rank(2, 2, 1)}, {}, "elsewhere: llama.cpp has no tensor for it in the architecture qwen2"),
         (
             {"model.layers.0.self_attn.q_proj": low_rank(3, 2, 1)},

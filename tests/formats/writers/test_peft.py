@@ -111,6 +111,13 @@ def test_projections_of_experts_become_modules(tmp_path: Path) -> None:
         (adapter_of({"qkv.weight[0:2]": low_rank(2, 2, 1)}), "qkv.weight[0:2]: the pair of a part of a tensor"),
         (stacks("gate_up_proj", axes=ExpertAxes.OUT_IN), "how the base stores its experts is not known. State it"),
         (stacks("new_proj", "down_proj"), f"{E}.new_proj: the order of the parameters of its module is not known"),
+        (
+            adapter_of(
+                {"attn": low_rank(6, 2, 1), "attn.out_proj": low_rank(2, 2, 2)},
+                spelling={"attn.out_proj": "base_model.model.attn.base_layer.out_proj.lora_A.weight"},
+            ),
+            "attn: pairs of different ranks or scales",
+        ),
         (adapter_of({"a_b": low_rank(2, 2, 1)}, flattened=True), "the names of its modules, in which `_` stands for"),
     ],
 )
