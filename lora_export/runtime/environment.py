@@ -22,6 +22,7 @@ from lora_export.runtime import environment_probes as probes
 from lora_export.runtime.environment_probes import ProbeResult
 from lora_export.runtime.providers import VARIABLES
 
+MODULES_OF = {"pyyaml": "yaml"}  # a distribution -> the module that it is imported by, where the names differ
 DEVELOPMENT_EXTRAS = frozenset({"demo", "dev"})  # no command needs them
 
 
@@ -38,7 +39,9 @@ class Package:
     @property
     def module(self) -> str:
         """The name by which it is imported."""
-        return "onnxruntime" if self.name.startswith("onnxruntime") else self.name.replace("-", "_")
+        if self.name.startswith("onnxruntime"):
+            return "onnxruntime"
+        return MODULES_OF.get(self.name, self.name.replace("-", "_"))
 
 
 @dataclass(frozen=True)

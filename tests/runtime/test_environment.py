@@ -55,6 +55,8 @@ def test_any_onnxruntime_distribution_meets_the_requirement(tmp_path):
     (package,) = environment.required_packages(["onnxruntime-gpu>=1.24"], [], installed(tmp_path))
     assert (package.name, package.installed, package.fault) == ("onnxruntime-directml", "1.26.0", "")
     assert package.module == "onnxruntime"
+    (package,) = environment.required_packages(["pyyaml>=6.0"], [], installed(tmp_path))
+    assert package.module == "yaml"
 
 
 def test_distribution_without_a_file_list_is_known_by_name(tmp_path):
