@@ -12,6 +12,7 @@ weights: a checkpoint, a module and a graph each offer `TensorSpec`s and carry o
     expert_axes.py    pairs of experts, turned so that their products have the shape in which experts are stored
     expert_names.py   stacked pairs of one projection, under the names of the experts
     missing_experts.py the experts of a stack that an adapter does not change
+    expert_rows.py    pairs of some rows of an expert, as pairs of the whole expert
     stored_region.py  a part of a stored tensor
     conversion/       how transformers renames and converts weights while it loads them
     match_names.py    the names of an adapter and of a base: prefixes, nearest names, layers without tensors

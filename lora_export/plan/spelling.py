@@ -13,7 +13,7 @@ from dataclasses import replace
 from packaging.version import InvalidVersion, Version
 
 from lora_export.errors import InputRefused, MatchError, Misfit
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, split_part
 from lora_export.plan.attempts import AsSpelled, Attempt, ConvertedNames, SpelledAdapter, Spelling
 from lora_export.plan.conversion.architecture import ArchitectureRules
 from lora_export.plan.conversion.tensor_parts import NotExpressible
@@ -21,6 +21,7 @@ from lora_export.plan.converted_attempts import AsLoaded, AsOriginal, AsOtherLay
 from lora_export.plan.diffusion.other_layout import OtherLayout, other_layouts
 from lora_export.plan.expert_axes import model_types, turned
 from lora_export.plan.expert_names import per_expert
+from lora_export.plan.expert_rows import with_stacks, with_whole_experts
 from lora_export.plan.flattened_names import with_dots
 from lora_export.plan.match_names import BaseTensors
 from lora_export.plan.respelling import Respelling
@@ -32,6 +33,7 @@ def spell(adapter: Adapter, base: BaseTensors, rules: ArchitectureRules | None) 
     if adapter.flattened:
         loaded = [] if rules is None else [loaded_names(base, rules)]
         adapter = with_dots(adapter, [base, *(layout.tensors for layout in _layouts(base)), *loaded])
+    adapter = with_whole_experts(adapter, base)
     attempts = _attempts(adapter, base, rules)
     best = _best(attempts)
     for variant in per_expert(adapter) if best.matched < len(best.modules) else ():
@@ -121,8 +123,11 @@ def respelled(
     Raises MatchError for a layer without tensors, and where a pair belongs to a part of a tensor: only a merge into a
     checkpoint changes parts. Raises InputRefused as `spell`.
     """
-    base, found = BaseTensors(specs), []
+    specs, found = list(specs), []
+    own, stacked = BaseTensors(specs), BaseTensors(with_stacks(specs))
     for adapter in adapters:
+        # An adapter of single experts has the names of their projections: a converter places these in the stack.
+        base = own if any(split_part(module)[1] for module in adapter.pairs) else stacked
         one = spell(adapter, base, rules)
         is_same = one.spelling is Spelling.SAME and not adapter.flattened
         if is_same and not adapter.experts:

@@ -228,6 +228,22 @@ def test_an_existing_graph_takes_experts(exported, tmp_path, mode, origin):
     np.testing.assert_allclose(own, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [("2.w1", "2.w3", "1.w1", "0.w2"), ()], ids=["some", "all"])
+def test_pairs_of_single_projections_land_on_experts(exported, tmp_path, kept):
+    """The graph has gate and up of an expert as one weight, and the adapter has a pair for each, or for one of them."""
+    adapter, output = experts.of_single_experts(exported.paths["adapter"], tmp_path / "a", kept), tmp_path / "m.onnx"
+    names_from = exported.paths["new"]
+    lora_export.export_onnx(exported.graph, output, adapters=[adapter], checkpoint=names_from, verify=False)
+    lora_export.merge(names_from, adapter, tmp_path / "merged")
+    before, after = (load_graph(path).graph.initializers for path in (exported.graph, output))
+    merged, changed = load_file(tmp_path / "merged" / "model.safetensors"), 0
+    for name, value in merged.items():
+        if "experts" in name:
+            np.testing.assert_allclose(after[name].const_value.numpy(), value, rtol=0, atol=1e-6)
+            changed += not np.array_equal(before[name].const_value.numpy(), value)
+    assert changed == 2
+
+
 def test_experts_of_a_checkpoint_are_compared_by_name(exported, tmp_path):
     model = load_graph(exported.graph)
     notes = find_sites(model, open_checkpoint(exported.paths["new"])).notes

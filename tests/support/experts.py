@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,31 @@ def parts_of(tensors: Mapping[str, np.ndarray[Any, Any]], layer: str) -> dict[st
         a, b = (tensors[f"{layer}{inner}.lora_{side}.weight"] for side in "AB")
         found[name] = (a.reshape(COUNT, RANK, -1), np.moveaxis(b.reshape(-1, RANK, COUNT), 2, 0))
     return found
+
+
+PROJECTIONS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # Mixtral's
+
+
+def of_single_experts(adapter: Path, folder: Path, kept: Collection[str] = ()) -> Path:
+    """An adapter of a Mixtral as transformers 4 named its experts. The factors are those of the stacked adapter.
+
+    `kept` are those that it has, such as `1.w3`; empty: all.
+    """
+    kept = kept or [f"{expert}.{name}" for expert in range(COUNT) for own in PROJECTIONS.values() for name in own]
+    moe = "layers.0.block_sparse_moe.experts"
+
+    def apart(tensors: dict[str, Any]) -> dict[str, Any]:
+        found = {key: value for key, value in tensors.items() if "experts" not in key}
+        for parameter, (a, b) in parts_of(tensors, "base_model.model.model.layers.0.mlp.experts").items():
+            rows = b.shape[1] // len(PROJECTIONS[parameter])
+            for name in kept:
+                expert, projection = name.split(".")
+                if projection in PROJECTIONS[parameter]:
+                    first = PROJECTIONS[parameter].index(projection) * rows
+                    owner = f"base_model.model.model.{moe}.{name}"
+                    found[f"{owner}.lora_A.weight"] = a[int(expert)].copy()
+                    found[f"{owner}.lora_B.weight"] = b[int(expert), first : first + rows].copy()
+        return found
+
+    targets = ["q_proj", *(f"{moe}.{name}" for name in kept)]
+    return rewritten(adapter, folder, apart, target_modules=targets, target_parameters=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import lora_export
 from lora_export.errors import InputRefused, MatchError
 from lora_export.formats.read_options import ReadOptions
 from support import experts
-from support.experts import COUNT, MODELS, RANK, parts_of, rewritten, weights
+from support.experts import (
+    COUNT,
+    MODELS,
+    PROJECTIONS,
+    RANK,
+    of_single_experts,
+    parts_of,
+    rewritten,
+    weights,
+)
 
 LAYER = "base_model.model.model.layers.0.mlp.experts"
 
@@ -61,33 +70,6 @@ def test_a_merge_equals_that_of_peft(saved, tmp_path, spelling):
     assert audit.verdict.outcome == "same"
 
 
-PROJECTIONS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-
-
-def of_single_experts(adapter: Path, folder: Path, kept: Callable[[str], bool] = lambda _: True) -> Path:
-    """Layout 1: as transformers 4 named the experts. The factors are those of the stacked adapter.
-
-    `kept` decides, by names such as `1.w3`, which of them the adapter has.
-    """
-    names = PROJECTIONS
-
-    def apart(tensors: dict[str, Any]) -> dict[str, Any]:
-        found = {key: value for key, value in tensors.items() if "experts" not in key}
-        for parameter, (a, b) in parts_of(tensors, LAYER).items():
-            rows = b.shape[1] // len(names[parameter])
-            for expert in range(COUNT):
-                for number, name in enumerate(names[parameter]):
-                    if not kept(f"{expert}.{name}"):
-                        continue
-                    owner = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
-                    found[f"{owner}.lora_A.weight"] = a[expert].copy()
-                    found[f"{owner}.lora_B.weight"] = b[expert, number * rows : (number + 1) * rows].copy()
-        return found
-
-    targets = {"target_modules": ["q_proj", *("w1", "w2", "w3")], "target_parameters": None}
-    return rewritten(adapter, folder, apart, **targets)
-
-
 def test_an_adapter_of_single_experts_merges_into_both_spellings(mixtral, tmp_path):
     adapter = of_single_experts(mixtral["adapter"], tmp_path / "adapter")
     for spelling in ("old", "new"):
@@ -99,10 +81,7 @@ def test_an_adapter_of_single_experts_merges_into_both_spellings(mixtral, tmp_pa
     "kept", [("2.w1", "2.w2", "2.w3"), ("0.w1", "1.w1", "2.w1", "3.w1"), ("1.w3",), ("3.w2", "0.w3")], ids="+".join
 )
 def test_experts_that_an_adapter_lacks_stay_in_a_stack(mixtral, tmp_path, kept):
-    adapter = of_single_experts(mixtral["adapter"], tmp_path / "adapter", kept.__contains__)
-    fields = json.loads((adapter / "adapter_config.json").read_text())
-    fields["target_modules"] = ["q_proj", *(f"layers.0.block_sparse_moe.experts.{name}" for name in kept)]
-    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    adapter = of_single_experts(mixtral["adapter"], tmp_path / "adapter", kept)
     before, after = weights(mixtral["old"]), weights(mixtral["merged_old"])
     moe = "model.layers.0.block_sparse_moe.experts"
     mixed = {name: before[name] if moe in name else value for name, value in after.items()}
