@@ -108,6 +108,13 @@ class LoraPair:
         return LoraPair(a=a, b=b, scale=self.scale, embedding=embedding)
 
     @property
+    def norm(self) -> float:
+        """‖scale * B A‖, without computing B A: ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
+        a = self.a.astype(np.float64).reshape(self.rank, -1)
+        b = self.b.astype(np.float64).reshape(-1, self.rank)
+        return abs(self.scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
+
+    @property
     def is_low_rank(self) -> bool:
         """Whether A and B have fewer entries than the weight. Only then is a branch of its own worth its cost."""
         out, *others = self.shape

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
 
+PRODUCT_BLOCK = 1 << 22  # entries of a product that are computed at a time
+MOST_MEASURED = 1 << 33  # entries of a product whose norm is computed: no layer has more, and a hostile file may
 _Indices = NDArray[np.int64]
 _Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -101,6 +103,16 @@ class StructuredPair(LoraPair):
     def is_identity(self) -> bool:
         return self.magnitude is None and (self.scale == 0 or not all(each.any() for each in self.stored.values()))
 
+    @property
+    def norm(self) -> float:
+        total, rows = 0.0, max(1, PRODUCT_BLOCK // math.prod(self.shape[1:]))
+        if math.prod(self.shape) > MOST_MEASURED:
+            return math.nan
+        for first in range(0, self.shape[0], rows):
+            block = self.delta(slice(first, first + rows)).astype(np.float64)
+            total += float(np.vdot(block, block))
+        return math.sqrt(total)
+
     def part(self, rows: _Indices | None, columns: _Indices | None) -> LoraPair:
         if self.kernel is not None and columns is not None:
             raise InputRefused("a part of the inputs of a convolution is not supported")
@@ -185,6 +197,13 @@ class KroneckerPair(StructuredPair):
     @property
     def rank(self) -> int:
         return int(self.w1.shape[1] * self.w2.shape[0])
+
+    @property
+    def norm(self) -> float:
+        if self.rows is not None or self.columns is not None:
+            return super().norm
+        one, other = (float(np.linalg.norm(factor.astype(np.float64))) for factor in (self.w1, self.w2))
+        return abs(self.scale) * one * other
 
     def _factors(self) -> _Factors:
         (_, b), (c, *rest) = self.w1.shape, self.w2.shape

@@ -142,3 +142,18 @@ def test_only_a_small_rank_is_low_rank():
 def test_factors_that_do_not_fit_are_refused(make, message):
     with pytest.raises(InputRefused, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_norm_is_that_of_the_change(name):
+    pair, expected = FORMS[name]
+    assert pair.norm == pytest.approx(np.linalg.norm(expected.ravel()), rel=1e-6)
+    part = pair.part(np.array([1, 3]), None)
+    assert part.norm == pytest.approx(np.linalg.norm(expected[[1, 3]].ravel()), rel=1e-6)
+
+
+def test_the_norm_of_a_huge_product_is_not_computed():
+    row, column = np.ones((1, 200_000), np.float32), np.ones((200_000, 1), np.float32)
+    huge = HadamardPair({"a1": row, "b1": column, "a2": row, "b2": column}, 1.0)
+    assert np.isnan(huge.norm)
+    assert KroneckerPair({"w1": np.ones((999, 999)), "w2": np.ones((999, 999))}, 2.0).norm == pytest.approx(2 * 999**2)

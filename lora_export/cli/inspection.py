@@ -12,7 +12,7 @@ from lora_export.plan import TensorSpec
 from lora_export.report.adapter_facts import adapter_facts
 from lora_export.report.json_document import plain
 from lora_export.report.layer_kinds import by_kind, title
-from lora_export.report.terminal import contents_of, kind_of_pair, norm_of_delta
+from lora_export.report.terminal import contents_of, kind_of_pair
 from lora_export.storage.hashes import SHORT_HASH
 from lora_export.verification.parity import count
 
@@ -174,7 +174,7 @@ def adapter_lines(adapter: Adapter, nbytes: int) -> Iterator[str]:
     contents = f"{contents_of(adapter)}, {adapter.parameters:,} parameters, {nbytes:,} bytes"
     yield f"{adapter.name}: {adapter.format}, {contents}"
     for modules in by_kind(adapter.pairs, str, lambda module: _look_of_pair(adapter.pairs[module])):
-        pair, norms = adapter.pairs[modules[0]], [norm_of_delta(adapter.pairs[module]) for module in modules]
+        pair, norms = adapter.pairs[modules[0]], [adapter.pairs[module].norm for module in modules]
         low, high = (f"{norm:.4g}" for norm in (min(norms), max(norms)))
         shape = " x ".join(map(str, pair.shape))
         facts = [f"rank {pair.rank}", f"scale {pair.scale:g}", f"‖ΔW‖ {low if low == high else f'{low} to {high}'}"]

@@ -54,12 +54,14 @@ ENDINGS = [
 PROCESSOR_ENDING = re.compile(
     r"(\.processor)?\.(?P<layer>to_\w+?)_lora\.(?:(?P<side>down|up)\.weight|(?P<alpha>alpha))"
 )
+MOST_DOTS = 5  # in an ending; a hostile key may have a million
 PARTS_OF_SIDES = {"down": KeyPart.A, "up": KeyPart.B, None: KeyPart.ALPHA}
 
 
 def split_key(key: str) -> tuple[str, KeyPart] | None:
     """The module and the part that a key names; None for a key of another kind."""
-    for start in (match.start() for match in re.finditer(r"\.", key)):
+    dots = [match.start() for match in re.finditer(r"\.", key)]
+    for start in dots[-MOST_DOTS:]:
         ending = key[start:]
         for pattern, part in ENDINGS:
             if start and pattern.fullmatch(ending):

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 from rich.text import Text
@@ -113,7 +112,7 @@ def print_adapter(to: Console, adapter: Adapter) -> None:
                 f"{pair.rank}",
                 f"{pair.scale:g}",
                 _shape(pair.shape),
-                f"{norm_of_delta(pair):.4g}",
+                f"{pair.norm:.4g}",
                 kind_of_pair(pair),
             ]
         )
@@ -147,13 +146,6 @@ def kind_of_pair(pair: LoraPair) -> str:
     """DoRA, and the kind of layer where it is not linear."""
     layer = "embedding" if pair.embedding else "convolution" if pair.a.ndim > 2 else ""
     return " ".join(filter(None, ["" if pair.magnitude is None else "DoRA", layer]))
-
-
-def norm_of_delta(pair: LoraPair) -> float:
-    """‖scale · BA‖, without computing BA: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), both (rank, rank)."""
-    a = pair.a.astype(np.float64).reshape(pair.rank, -1)
-    b = pair.b.astype(np.float64).reshape(-1, pair.rank)
-    return abs(pair.scale) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
 
 
 # --- A plan and a merge ---

@@ -15,6 +15,7 @@ from lora_export.plan.diffusion.unet_names import unet_table
 
 _NUMBER = "{}"
 SUFFIXES = (".weight", ".bias")
+LONGEST_MATCHED = 500  # characters of a name that may be one of a table's
 PACKED = {".weight": ".in_proj_weight", ".bias": ".in_proj_bias"}  # of nn.MultiheadAttention
 
 
@@ -30,7 +31,7 @@ class OtherLayout:
 
 def other_layouts(names: Iterable[str]) -> list[OtherLayout]:
     """The other layouts that a base with these tensor names may have. Most bases have none."""
-    names = list(names)
+    names = [name for name in names if len(name) <= LONGEST_MATCHED]
     found = []
     unet = unet_table(names)
     for table in TABLES if unet is None else (unet,):
