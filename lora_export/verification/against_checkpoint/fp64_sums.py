@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.plan import Layout, Step
+from lora_export.structured_pairs import KroneckerPair, StructuredPair, WholePair
 from lora_export.verification.against_checkpoint.scratch import Scratch
 from lora_export.verification.parity import CONTROL_SCALE, Wide
 
@@ -34,6 +35,7 @@ class Fp64Sum:
     column_norms: tuple[Wide, Wide] | None = None  # of DoRA's outputs, and their bounds, where outputs are columns
     _rights: dict[tuple[int, bool], Wide] = field(default_factory=dict, init=False, repr=False)
     _matrices: dict[int, tuple[_Matrix, _Matrix]] = field(default_factory=dict, init=False, repr=False)
+    _wholes: dict[int, Wide | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def right(cls, step: Step) -> Fp64Sum:
@@ -65,12 +67,17 @@ class Fp64Sum:
         for number, factor in enumerate(self.factors if step.terms else ()):
             if factor:
                 transposed = step.spec.layout.is_transposed != (number == self.transposed_term)
-                left, right = self._left(number, rows, transposed=transposed), self._right(number, transposed)
-                left = step.terms[number].scale * factor * left
-                if is_filled:
-                    flat += left @ right
+                scale, whole = step.terms[number].scale * factor, self._whole(number)
+                if whole is not None:
+                    part = scale * (whole.T if transposed else whole)[rows]
+                    np.add(flat, part, out=flat) if is_filled else np.copyto(flat, part)
                 else:
-                    np.matmul(left, right, out=flat)
+                    left, right = self._left(number, rows, transposed=transposed), self._right(number, transposed)
+                    left = scale * left
+                    if is_filled:
+                        flat += left @ right
+                    else:
+                        np.matmul(left, right, out=flat)
                 is_filled = True
         if step.shift is not None:
             np.multiply(self.factors[0], step.shift[rows], out=out)
@@ -87,6 +94,10 @@ class Fp64Sum:
         for number, factor in enumerate(self.factors if step.terms else ()):
             if factor:
                 term, transposed = step.terms[number], step.spec.layout.is_transposed
+                if (whole := self._whole(number)) is not None:
+                    part = (whole.T if transposed else whole)[rows].reshape(-1)[entries]
+                    bound += (4 + len(step.terms)) * abs(term.scale * factor) * np.abs(part)
+                    continue
                 left = np.linalg.norm(self._left(number, rows, transposed=transposed), axis=1)
                 right = self._right_norms(number)
                 operations = (term.pair.rank + 4 + len(step.terms)) * abs(term.scale * factor)
@@ -115,6 +126,21 @@ class Fp64Sum:
             pair = self.step.terms[number].pair
             self._matrices[number] = pair.a.reshape(pair.rank, -1), pair.b.reshape(-1, pair.rank)
         return self._matrices[number]
+
+    def _whole(self, number: int) -> Wide | None:
+        """The product (out, inputs) of a pair whose entries are single products, or stored as they are; else None."""
+        if number not in self._wholes:
+            pair = self.step.terms[number].pair
+            whole: Any = None
+            if isinstance(pair, KroneckerPair):
+                whole = np.kron(pair.w1.astype(np.float64), pair.w2.reshape(len(pair.w2), -1).astype(np.float64))
+            elif isinstance(pair, WholePair):
+                whole = pair.change.reshape(len(pair.change), -1).astype(np.float64)
+            if whole is not None and isinstance(pair, StructuredPair):
+                whole = whole if pair.rows is None else whole[pair.rows]
+                whole = whole if pair.columns is None else whole[:, pair.columns]
+            self._wholes[number] = whole
+        return self._wholes[number]
 
     def _right_norms(self, number: int) -> Wide:
         norms: Wide = np.linalg.norm(self._right(number, self.step.spec.layout.is_transposed), axis=0)
@@ -150,7 +176,7 @@ def wrong_sums(right: Fp64Sum) -> Iterator[tuple[str, Fp64Sum]]:
         before, after = right.factors[:number], right.factors[number + 1 :]
         yield f"{name} left out", Fp64Sum(step, (*before, 0.0, *after), with_magnitude=False)
         yield f"{name} x {CONTROL_SCALE}", Fp64Sum(step, (*before, CONTROL_SCALE * factor, *after))
-        if step.terms and step.terms[number].pair.a.ndim == 2 and len(set(step.terms[number].pair.shape)) == 1:
+        if step.terms and len(step.terms[number].pair.shape) == 2 and len(set(step.terms[number].pair.shape)) == 1:
             yield f"{name} transposed", Fp64Sum(step, right.factors, transposed_term=number)
 
 

@@ -54,7 +54,7 @@ def _shown_by_pair(step: Step) -> Layout | None:
         return Layout.OUT_IN
     if shape[0] == shape[1]:
         return None
-    return Layout.OUT_IN if shape[0] == pair.b.shape[0] else Layout.IN_OUT
+    return Layout.OUT_IN if shape[0] == pair.shape[0] else Layout.IN_OUT
 
 
 def _of_part(step: Step) -> Layout | None:
