@@ -9,7 +9,6 @@ Two views of a weight occur. `delta` and `summed` use the (out, in, ...) view th
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW
 from lora_export.plan import Step, Term
-from lora_export.structured_pairs import PRODUCT_BLOCK, StructuredPair
 
 ROWS_AT_ONCE = 4096
 
@@ -53,8 +51,6 @@ def squared_row_norms(step: Step) -> NDArray[np.float32]:
     """‖ΔW‖² of each row of the weight as it is stored, without computing ΔW: ‖bA‖² = b AAᵀ bᵀ."""
     if step.shift is not None:
         return np.square(step.shift)
-    if any(isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank for term in step.terms):
-        return _squared_rows_of_product(step)
     scaled = [(term.pair, np.float32(term.scale)) for term in step.stored_terms]
     a = np.concatenate([pair.a.reshape(pair.rank, -1) for pair, _ in scaled])  # (all ranks, in * kernel)
     gram, rows = a @ a.T, scaled[0][0].b.shape[0]
@@ -63,17 +59,6 @@ def squared_row_norms(step: Step) -> NDArray[np.float32]:
         part = slice(first, first + ROWS_AT_ONCE)
         b = np.concatenate([pair.b[part].reshape(-1, pair.rank) * scale for pair, scale in scaled], axis=1)
         np.einsum("or,or->o", b @ gram, b, out=norms[part])
-    return norms
-
-
-def _squared_rows_of_product(step: Step) -> NDArray[np.float32]:
-    """‖ΔW‖² of each row of the weight as it is stored. ΔW is computed, some rows at a time."""
-    rows, *others = step.spec.shape
-    norms, at_once = np.empty(rows, np.float32), max(1, PRODUCT_BLOCK // math.prod(others))
-    for first in range(0, rows, at_once):
-        part = slice(first, first + at_once)
-        change = stored_delta(step, part)
-        norms[part] = np.square(change).reshape(len(change), -1).sum(1)
     return norms
 
 

@@ -23,6 +23,7 @@ from lora_export.plan import Step
 from lora_export.storage import block_copy
 from lora_export.storage.block_copy import Block, Bytes
 from lora_export.storage.safetensors_file import Entry
+from lora_export.structured_pairs import StructuredPair
 from lora_export.weights.apply_step import ApplyStep, Backend, StepRows, refuse_overflow, squared_column_norms
 from lora_export.weights.merge_report import Statistics
 from lora_export.weights.quantised.stored_parts import QuantisedTensor
@@ -238,9 +239,14 @@ def blocks_to_measure(step: Step | None, rows: Sequence[slice]) -> Sequence[bool
 
     Measuring a block costs as much as changing it, and a million entries determine a retention to a thousandth. The
     sample is spread evenly over the rows. All blocks are measured where the sample would miss half or more of its part
-    of the change, and with DoRA, whose change is unknown before it is computed.
+    of the change; with DoRA, whose change is unknown before it is computed; and for changes whose factors are larger
+    than the weight.
     """
     everything = [True] * len(rows)
+    if step is not None and any(
+        isinstance(term.pair, StructuredPair) and not term.pair.is_low_rank for term in step.terms
+    ):
+        return everything
     stride = math.prod(step.spec.shape) // LEAST_MEASURED if step is not None and step.terms else 0
     if step is None or stride < 2 or step.magnitude is not None:
         return everything

@@ -13,6 +13,7 @@ from lora_export.lora import LoraPair
 from lora_export.plan import Layout, Step, TensorSpec, Term
 from lora_export.storage import block_copy
 from lora_export.storage.safetensors_file import Entry
+from lora_export.structured_pairs import KroneckerPair
 from lora_export.weights import tensor_blocks
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.quantised.stored_parts import Decode, Pieces, QuantisedTensor
@@ -143,3 +144,11 @@ def test_a_large_weight_is_measured_by_a_sample(monkeypatch):
     only_unsampled = np.zeros(20)
     only_unsampled[2:4] = 1
     assert all(blocks_to_measure(step(20, 2, only_unsampled), rows))
+
+
+def test_a_change_without_small_factors_is_measured_whole(monkeypatch):
+    monkeypatch.setattr(tensor_blocks, "LEAST_MEASURED", 20)
+    rows = [slice(first, first + 2) for first in range(0, 20, 2)]
+    change = KroneckerPair({"w1": np.ones((4, 1)), "w2": np.ones((5, 2))}, 1.0)
+    lokr = Step(TensorSpec("w", (20, 2), "float32", Layout.OUT_IN), (Term("a", "w", change),))
+    assert all(blocks_to_measure(lokr, rows))
