@@ -60,7 +60,10 @@ class ReadOptions:
         stated = [("--lora-rank", self.lora_rank), ("--lora-alpha", self.lora_alpha)]
         for option, value in stated:
             if value is not None:
-                raise InputRefused(f"{option} is for adapters that do not record it; this one does, in {recorded_in}")
+                raise InputRefused(
+                    f"{option} is for adapters that do not record it; this one does, in {recorded_in}. Where another "
+                    "one needs it, convert that one first: lora-export convert --to peft"
+                )
 
 
 DEFAULTS = ReadOptions()

@@ -10,10 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_export
+from lora_export.api.adapter_names import _placed
 from lora_export.errors import InputRefused, MatchError
+from lora_export.plan import Layout, TensorSpec
+from lora_export.plan.match_names import BaseTensors
 from support import experts
 from support.experts import weights
 from support.handmade import base_file, peft_adapter
+from support.written import low_rank
 
 LAYER = "base_model.model.model.layers.0"
 
@@ -69,3 +73,13 @@ def test_a_base_that_has_not_the_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match=r"has no config\.json with a model_type"):
         lora_export.convert(fitting, tmp_path / "out", to="peft", names="vllm", base=tmp_path / "bare.safetensors")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_that_is_stored_transposed_has_a_transposed_pair() -> None:
+    spec = TensorSpec("moe.up.weight[1]", (4, 3), "float32", Layout.IN_OUT)
+    pair = low_rank(3, 4, 2)
+    name, placed = _placed("moe.up.weight[1]", pair, BaseTensors([]), {spec.name: spec})
+    assert (name, placed.as_stored) == ("moe.up[1]", True)
+    np.testing.assert_array_equal(placed.delta(), pair.delta().T)
+    name, placed = _placed("moe.up.weight[1]", pair, BaseTensors([]), {})
+    np.testing.assert_array_equal(placed.delta(), pair.delta())
