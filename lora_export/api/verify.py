@@ -40,6 +40,7 @@ from lora_export.errors import (
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
 from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected
+from lora_export.runtime.memory import release_memory
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.storage import input_files
@@ -329,6 +330,7 @@ def _compare_outputs(
                 timeout=how.timeout,
             )
             base = base.taking(runner.axes or getattr(runner, "input_names", ()))
+            release_memory()
             proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
             files = loaded_files(candidate) if candidate.is_dir() else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_export.errors import EnvironmentLacking, WrongUsage
+from lora_export.storage.c_library import c_function
 
 AVAILABLE = "LORA_EXPORT_AVAILABLE_MEMORY"  # bytes: what the user states in place of what the system reports
 GIB = 1 << 30
@@ -30,6 +33,15 @@ def available_memory(root: Path = Path("/")) -> int | None:
         return None
     machine = 1024 * (fields["MemAvailable"] + fields.get("SwapFree", 0))
     return min([machine, *_left_in_groups(root)])
+
+
+def release_memory() -> None:
+    """Give the memory of what is no longer used back to the system, where that is possible."""
+    gc.collect()
+    trim = c_function("malloc_trim")  # of glibc
+    if trim is not None:
+        trim.argtypes = [ctypes.c_size_t]
+        trim(0)
 
 
 def require_memory(needed: int, purpose: str, *ways_out: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora_export.errors import EnvironmentLacking, WrongUsage
-from lora_export.runtime.memory import AVAILABLE, available_memory, require_memory
+from lora_export.runtime.memory import AVAILABLE, available_memory, release_memory, require_memory
+from lora_export.storage.c_library import c_function
 
 MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nSwapFree:   1000 kB\n"}
 STATISTICS = "anon 1\ninactive_file 200\nactive_file 100\ntotal_inactive_file 30\ntotal_active_file 20\n"
@@ -77,3 +80,19 @@ def test_more_than_is_left_is_refused_with_both_figures(monkeypatch: pytest.Monk
         "Use less.",
         f"{AVAILABLE}=BYTES replaces what the system reports.",
     ]
+
+
+@pytest.mark.skipif(c_function("malloc_trim") is None, reason="only glibc gives freed memory back on request")
+def test_freed_memory_is_given_back() -> None:
+    """Small blocks are freed below one that stays, which keeps the allocator from giving them back by itself."""
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    blocks = [np.ones(60_000, np.uint8) for _ in range(2000)]
+    last = np.ones(60_000, np.uint8)
+    del blocks
+    before = resident()
+    release_memory()
+    assert before - resident() > 60_000_000 and last.all()
