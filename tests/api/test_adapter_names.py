@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lora_export.plan.match_names import BaseTensors
 from support import experts
 from support.experts import weights
 from support.handmade import base_file, peft_adapter
-from support.written import low_rank
+from support.written import adapter_of, low_rank
 
 LAYER = "base_model.model.model.layers.0"
 
@@ -83,3 +84,47 @@ def test_an_expert_that_is_stored_transposed_has_a_transposed_pair() -> None:
     np.testing.assert_array_equal(placed.delta(), pair.delta().T)
     name, placed = _placed("moe.up.weight[1]", pair, BaseTensors([]), {})
     np.testing.assert_array_equal(placed.delta(), pair.delta())
+
+
+RENAMED = {
+    "Qwen2VLForConditionalGeneration": (
+        "qwen2_vl",
+        {
+            "model.layers.0.self_attn.q_proj": "model.language_model.layers.0.self_attn.q_proj",
+            "visual.blocks.0.attn.qkv": "model.visual.blocks.0.attn.qkv",
+        },
+    ),
+    "LlavaForConditionalGeneration": (
+        "llava",
+        {
+            "language_model.model.layers.0.self_attn.q_proj": "model.language_model.layers.0.self_attn.q_proj",
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1": "model.vision_tower.encoder.layers.0.mlp.fc1",
+        },
+    ),
+    "ViTForImageClassification": (
+        "vit",
+        {
+            "vit.encoder.layer.0.attention.attention.query": "vit.layers.0.attention.q_proj",
+            "vit.encoder.layer.0.attention.output.dense": "vit.layers.0.attention.o_proj",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", RENAMED)
+def test_renamed_modules_get_either_generation_of_names(tmp_path: Path, architecture: str) -> None:
+    model_type, names = RENAMED[architecture]
+    (tmp_path / "base").mkdir()
+    base_file(tmp_path / "base/model.safetensors", {f"{name}.weight": np.ones((3, 4)) for name in names})
+    config = {"model_type": model_type, "architectures": [architecture]}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    pairs = {name: low_rank(3, 4, 2, seed=number) for number, name in enumerate(names)}
+    for source in (pairs, {names[name]: pair for name, pair in pairs.items()}):
+        for wanted in ("vllm", "transformers5"):
+            options = {"to": "peft", "names": wanted, "base": tmp_path / "base", "overwrite": True}
+            back = lora_export.load_adapter(
+                lora_export.convert(adapter_of(source), tmp_path / wanted, **options).output
+            )
+            expected = {names[name] if wanted == "transformers5" else name: pair for name, pair in pairs.items()}
+            assert sorted(back.pairs) == sorted(expected)
+            assert all(np.array_equal(back.pairs[name].delta(), pair.delta()) for name, pair in expected.items())
