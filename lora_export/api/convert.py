@@ -84,7 +84,7 @@ def convert(
     (adapter,) = locate_adapters(adapter, on_message, download)
     base = None if base is None else locate(base, on_message, download)
     reading = _with_config_beside(reading.for_base(base), adapter)
-    (loaded,) = load_adapters(adapter, reading=reading, of_pipeline=to in OF_PIPELINES)
+    (loaded,) = load_adapters(adapter, reading=reading, of_models=to in OF_PIPELINES)
     if graph is not None:
         return _for_graph(adapter, loaded, output, Path(graph), weight, ignore_head, overwrite, on_message)
     loaded = _scaled(loaded, weight)

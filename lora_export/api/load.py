@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_export import formats
-from lora_export.adapters.components import chosen_component, only_component
 from lora_export.api.callbacks import OnMessage
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.plan.diffusion.components import chosen_component, only_component
 from lora_export.plan.name_prefixes import with_prefixes
 from lora_export.storage.hub_cache import locate
 
@@ -58,17 +58,17 @@ def load_adapters(
     prefixes: Mapping[str, str] | None = None,
     *,
     reading: ReadOptions = DEFAULTS,
-    of_pipeline: bool = False,
+    of_models: bool = False,
 ) -> list[Adapter]:
     """Return the adapters in the order of their sources, with other prefixes in their names (FROM -> TO).
 
-    `reading` is about those that are paths; its component is about all. Unless the adapters are for a diffusion
-    pipeline (`of_pipeline`), each may change one model only. Raises InputRefused where one cannot be read, and as
-    `with_prefixes`.
+    `reading` is about those that are paths; its component is about all. Unless the adapters are for several models of
+    a diffusion pipeline (`of_models`), each may change one model only. Raises InputRefused where one cannot be read,
+    and as `with_prefixes`.
     """
     loaded = [source if isinstance(source, Adapter) else _load_adapter(source, reading) for source in _as_list(sources)]
     loaded = [chosen_component(adapter, reading.component) for adapter in loaded]
-    loaded = loaded if of_pipeline else [only_component(adapter) for adapter in loaded]
+    loaded = loaded if of_models else [only_component(adapter) for adapter in loaded]
     return with_prefixes(loaded, prefixes or {})
 
 

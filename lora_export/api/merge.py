@@ -162,7 +162,8 @@ def merge(
                 "--device cuda": device != "cpu",
             }
         )
-    loaded = load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or base), of_pipeline=of_pipeline)
+    reading = reading.for_base(checkpoint or base)
+    loaded = load_adapters(adapters, prefixes, reading=reading, of_models=base.suffix != ".onnx")
     paths = adapter_paths(adapters)
     if only_head:
         loaded = [head_alone(adapter) for adapter in loaded]

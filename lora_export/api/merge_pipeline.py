@@ -11,12 +11,12 @@ from typing import Any
 from lora_export import plan, provenance
 from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.adapters.components import components_of, of_component
 from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.plan.build import checked_strengths
+from lora_export.plan.diffusion.components import components_of, of_component
 from lora_export.storage import atomic_output
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_export import plan
-from lora_export.adapters.components import components_of, of_component
 from lora_export.errors import InputRefused, listed
 from lora_export.lora import Adapter, component_name
 from lora_export.plan.conversion.loaded_names import TensorConversion
+from lora_export.plan.diffusion.components import components_of, joined_components, of_component
 from lora_export.plan.diffusion.other_layout import OtherLayout, other_layouts
 from lora_export.plan.spelling import respelled
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -34,8 +33,9 @@ def named_for_pipeline(adapter: Adapter, base: Path, *, original: bool) -> Adapt
         part = of_component(adapter, component)
         plan.make([part], checkpoint.specs, identity_ok=True, unknown_layout_ok=True, rules=checkpoint.rules)
         (named,) = respelled([part], checkpoint.specs, checkpoint.rules)
-        parts.append((component, _original(named, checkpoint) if original else named))
-    return _joined(adapter, parts)
+        own = _original(named, checkpoint) if original else named
+        parts.append(own.renamed(functools.partial(component_name, component)))
+    return joined_components(adapter, parts)
 
 
 def _folder_of(base: Path, component: str, components: list[str]) -> Path:
@@ -90,13 +90,3 @@ def _is_rename(name: str, conversion: TensorConversion, shapes: dict[str, tuple[
     return not more and all(
         np.array_equal(own, np.arange(size)) for own, size in zip(piece.indices, shapes[piece.source], strict=True)
     )
-
-
-def _joined(adapter: Adapter, parts: list[tuple[str, Adapter]]) -> Adapter:
-    """The parts as one adapter, with their components before the names."""
-    tables: dict[str, dict[str, Any]] = {name: {} for name in ("pairs", "biases", "added", "layouts", "spelling")}
-    for component, part in parts:
-        for name, values in tables.items():
-            values |= {component_name(component, key): value for key, value in getattr(part, name).items()}
-    fields: dict[str, Any] = {**tables, "flattened": False}
-    return replace(adapter, **fields)

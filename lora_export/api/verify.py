@@ -209,9 +209,9 @@ def verify(
     reading = reading.for_base(origin if model is None else model)
     of_pipeline = model is None and origin is not None and is_pipeline(origin)
     if prefixes or reading != DEFAULTS or of_pipeline:
-        adapters = load_adapters(adapters, prefixes, reading=reading, of_pipeline=of_pipeline)
+        adapters = load_adapters(adapters, prefixes, reading=reading, of_models=model is None)
     if expected:
-        adapters = load_adapters(adapters, of_pipeline=of_pipeline)
+        adapters = load_adapters(adapters, of_models=model is None)
         weights_from = origin if model is None else model
         base_hashes = _weight_hashes(weights_from) if expected.base_sha256 else []
         refuse_unexpected(candidate, expected, adapter_records(adapters, weights or [1.0] * len(adapters)), base_hashes)
@@ -226,7 +226,7 @@ def verify(
             return _compare_weights(merged, base, adapters, weights, layout or {}, application, on_message, on_progress)
 
         if of_pipeline:
-            proof, facts = audit_pipeline(candidate, origin, load_adapters(adapters, of_pipeline=True), weights, judge)
+            proof, facts = audit_pipeline(candidate, origin, load_adapters(adapters, of_models=True), weights, judge)
         else:
             proof, facts = judge(candidate, origin, adapters, weights)
     else:
@@ -448,7 +448,7 @@ def _compare_weights(
     on_progress: OnProgress,
 ) -> tuple[Audit, dict[str, Any]]:
     """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
-    loaded = load_adapters(adapters)
+    loaded = load_adapters(adapters, of_models=True)
     if not loaded:
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
     input_files.must_exist(candidate, "candidate")

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapters.components import components_of, of_component
 from lora_export.lora import Adapter
 from lora_export.plan.build import checked_strengths
+from lora_export.plan.diffusion.components import components_of, of_component
 from lora_export.provenance import adapter_records
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapters.components import COMPONENT_OPTIONS
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.expert_layouts import BLayout
+from lora_export.plan.diffusion.components import COMPONENT_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,19 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_export.errors import InputRefused, MatchError, Misfit
 from lora_export.lora import Adapter, TokenRows
-from lora_export.plan.attempts import SpelledAdapter
+from lora_export.plan.attempts import SpelledAdapter, Spelling
 from lora_export.plan.conflicts import broken_ties, conflicts, overlapping_parts
 from lora_export.plan.conversion.architecture import ArchitectureRules
+from lora_export.plan.diffusion.components import components_of, joined_components, of_component, only_component
+from lora_export.plan.diffusion.models_in_file import prefixes_of_models, tensors_of_model
 from lora_export.plan.layouts import check_stated, refuse_unknown, settle_layouts
-from lora_export.plan.match_names import BaseTensors, weight_of
+from lora_export.plan.match_names import BaseTensors, Prefix, weight_of
 from lora_export.plan.match_tensors import Match, match_adapter, resolved
 from lora_export.plan.name_prefixes import fitting_prefixes, prefix_remedy
 from lora_export.plan.resized_tables import resizing_remedy
@@ -65,16 +68,18 @@ def make(
     base = BaseTensors(with_copies(base.values(), ties)) if ties.tensors else base
     unstored = base.keys() - stored
     check_stated(layout or {}, base)
-    spelled = [spell(adapter, base, rules) for adapter in adapters]
+    parts = [part for number, adapter in enumerate(adapters) for part in _parts(adapter, number, base)]
+    spelled = [part.spelled(rules) for part in parts]
     if ties.handling is Tied.BOTH:
         spelled = [replace(one, adapter=shared(one.adapter, ties, one.prefix)) for one in spelled]
-    adapters, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
+    own, prefixes = [one.adapter for one in spelled], [one.prefix for one in spelled]
     base = BaseTensors([*base.values(), *{name: view for one in spelled for name, view in one.views.items()}.values()])
-    base = settle_layouts(adapters, prefixes, base, layout or {})
+    base = settle_layouts(own, prefixes, base, layout or {})
+    of_parts = [strengths[part.number] for part in parts]
     try:
-        by_weight = _match_all(spelled, strengths, base, may_add=may_add, one_at_a_time=one_at_a_time)
+        by_weight = _match_all(spelled, of_parts, base, may_add=may_add, one_at_a_time=one_at_a_time)
     except MatchError as error:
-        remedy = _prefix_remedy(spelled, base, rules) or resizing_remedy(adapters, prefixes, base)
+        remedy = _prefix_remedy(spelled, base, rules) or resizing_remedy(own, prefixes, base)
         raise error.with_remedy(remedy or unknown_names(rules)) from None
     name_prefix = _name_prefix(by_weight.values(), base)
     steps = [_step(matches, base) for matches in by_weight.values()]
@@ -85,8 +90,14 @@ def make(
     order = {name: position for position, name in enumerate(base)}
     steps.sort(key=lambda step: (order.get(step.spec.stored_name, len(order)), order.get(step.weight, 0)))
     changed = {step.spec.stored_name for step in steps}
+    by_number: list[list[SpelledAdapter]] = [[] for _ in adapters]
+    for one, part in zip(spelled, parts, strict=True):
+        by_number[part.number].append(one)
     return Plan(
-        adapters=tuple(adapters),
+        adapters=tuple(
+            joined_components(adapter, [one.adapter for one in found]) if len(found) > 1 else found[0].adapter
+            for adapter, found in zip(adapters, by_number, strict=True)
+        ),
         strengths=strengths,
         steps=tuple(steps),
         kept=tuple(
@@ -94,10 +105,40 @@ def make(
         ),
         notes=tuple(_notes(spelled, steps, name_prefix, base.aliases, own_tensors)),
         name_prefix=name_prefix,
-        spellings=tuple(one.spelling.value for one in spelled),
+        spellings=tuple(
+            next((one.spelling for one in found if one.spelling is not Spelling.SAME), Spelling.SAME).value
+            for found in by_number
+        ),
         untied=own_tensors,
         tied=ties.handling,
     )
+
+
+class _Part(NamedTuple):
+    """What an adapter changes in one model of the base: all of it, where the base is one model."""
+
+    adapter: Adapter
+    number: int  # of the whole adapter
+    base: BaseTensors
+    is_whole: bool
+
+    def spelled(self, rules: ArchitectureRules | None) -> SpelledAdapter:
+        """It under the names of the base; a part of an adapter under their full names."""
+        one = spell(self.adapter, self.base, rules)
+        if self.is_whole:
+            return one
+        named = one.adapter.renamed(lambda name: one.prefix.to_base(name) or name)
+        return replace(one, adapter=named, prefix=Prefix())
+
+
+def _parts(adapter: Adapter, number: int, base: BaseTensors) -> Iterator[_Part]:
+    components = components_of(adapter)
+    if len(components) < 2 or not prefixes_of_models(base):  # of several models that are not in the base: refused
+        yield _Part(only_component(adapter), number, base, is_whole=True)
+        return
+    for component in components:
+        own = BaseTensors(tensors_of_model(base, component, adapter.name))
+        yield _Part(of_component(adapter, component), number, own, is_whole=False)
 
 
 def _notes(

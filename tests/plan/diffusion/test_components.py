@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_export.adapters.components import (
+from lora_export.errors import InputRefused
+from lora_export.lora import COMPONENTS, Adapter, component_name, split_component
+from lora_export.plan.diffusion.components import (
     COMPONENT_OPTIONS,
     chosen_component,
     components_of,
@@ -13,8 +15,6 @@ from lora_export.adapters.components import (
     of_component,
     only_component,
 )
-from lora_export.errors import InputRefused
-from lora_export.lora import COMPONENTS, Adapter, component_name, split_component
 from support.small_layers import a_pair
 
 ONES = np.ones(4, np.float32)

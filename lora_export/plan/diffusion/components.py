@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.lora import COMPONENTS, DENOISER, SECOND_DENOISER, Adapter, split_component
@@ -32,6 +34,16 @@ def of_component(adapter: Adapter, component: str, *, named: bool = False) -> Ad
         return None if owner != component else name if named else own
 
     return adapter.renamed(of_it)
+
+
+def joined_components(adapter: Adapter, parts: Iterable[Adapter]) -> Adapter:
+    """The adapter with what its parts contain, under their names. No two parts may share a name."""
+    parts = list(parts)
+    tables: dict[str, Any] = {
+        table: {name: value for part in parts for name, value in getattr(part, table).items()}
+        for table in ("pairs", "biases", "added", "layouts", "spelling")
+    }
+    return replace(adapter, flattened=False, **tables)
 
 
 def only_component(adapter: Adapter) -> Adapter:
