@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lora_export import __version__, plan, report
+from lora_export import report
 from lora_export.adapters.combination import Combination
-from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.application import Application
-from lora_export.api.callbacks import OnMessage, OnProgress, ignore, in_bytes, in_stages
+from lora_export.api.callbacks import OnMessage, OnProgress, ignore
 from lora_export.api.load import (
     AdapterSources,
     ModelSource,
@@ -25,42 +22,26 @@ from lora_export.api.load import (
     locate_model,
     model_paths,
     refuse_weights_alone,
-    resolve_model,
 )
-from lora_export.api.memory_needs import require_memory_to_verify
+from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_pipeline import audit_pipeline
+from lora_export.api.verify_record import HowToRun
+from lora_export.api.verify_weights import judge_weights
 from lora_export.errors import (
-    Different,
-    EnvironmentLacking,
-    InputRefused,
     LoraExportError,
-    Undecided,
     WrongUsage,
 )
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
 from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected
-from lora_export.runtime.memory import release_memory
 from lora_export.runtime.runner import TIMEOUT
-from lora_export.runtime.written_record import WrittenRecord, read_record
-from lora_export.storage import input_files
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.hub_cache import locate
-from lora_export.verification import against_checkpoint
 from lora_export.verification.against_checkpoint import Audit
-from lora_export.verification.companion_files import ComparedFiles, compare_files
-from lora_export.verification.diagnose.recorded_origin import ComparedWith, explain_by_record
-from lora_export.verification.loaded_files import loaded_files
-from lora_export.verification.parity import Outcome, Reason, outcome_of
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.pipeline import is_pipeline
-from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
 
 if TYPE_CHECKING:
-    from lora_export.lora import Adapter
-    from lora_export.models.model import Model
-    from lora_export.runtime.runner import Runner
-    from lora_export.verification.parity import Verdict
     from lora_export.verification.proof import Proof
 
 
@@ -184,7 +165,7 @@ def verify(
         None if model is None else locate_model(model, on_message, download),
         locate_adapters(adapters, on_message, download),
     )
-    how = _How(
+    how = HowToRun(
         provider=provider,
         dtype=dtype,
         onnx_adapter=None if onnx_adapter is None else Path(onnx_adapter),
@@ -223,14 +204,14 @@ def verify(
         def judge(
             merged: Path, base: Path, adapters: AdapterSources, weights: Sequence[float]
         ) -> tuple[Audit, dict[str, Any]]:
-            return _compare_weights(merged, base, adapters, weights, layout or {}, application, on_message, on_progress)
+            return judge_weights(merged, base, adapters, weights, layout or {}, application, on_message, on_progress)
 
         if of_pipeline:
             proof, facts = audit_pipeline(candidate, origin, load_adapters(adapters, of_models=True), weights, judge)
         else:
             proof, facts = judge(candidate, origin, adapters, weights)
     else:
-        proof, facts, error = _compare_outputs(
+        proof, facts, error = judge_outputs(
             candidate, model, adapters, weights, origin, how, application, on_message, on_progress
         )
     if strict:
@@ -252,30 +233,12 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
     return [file_sha256(shard.path) for shard in open_checkpoint(Path(base)).shards.values()]
 
 
-@dataclass(frozen=True)
-class _How:
-    """How the candidate is run, and how its outputs are judged."""
-
-    provider: str = "cpu"
-    dtype: str = "float32"
-    onnx_adapter: Path | None = None
-    adapter_id: int | None = None
-    inputs: Path | None = None
-    atol: float | None = None
-    rtol: float | None = None
-    seed: int | None = None
-    cache: Path | None = None
-    trace: bool = False
-    timeout: float = TIMEOUT
-    fixed: Mapping[str, int] = field(default_factory=dict)
-
-
-def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: _How) -> None:
+def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: HowToRun) -> None:
     """Raise WrongUsage for options that do not go together."""
     is_graph = candidate.suffix == ".onnx"
     if model is None and origin is None:
         raise WrongUsage("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
-    if model is None and how != _How():
+    if model is None and how != HowToRun():
         raise WrongUsage("with --base nothing is run: options on how to run CANDIDATE belong to --model")
     if model is None and is_graph:
         raise WrongUsage("--base alone judges checkpoints; what an .onnx computes is judged with --model")
@@ -285,214 +248,3 @@ def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None
         raise WrongUsage(f"--provider {how.provider} is for .onnx files; PyTorch files are judged on the CPU")
     if not is_graph and (how.onnx_adapter, how.adapter_id, how.dtype) != (None, None, "float32"):
         raise WrongUsage("--onnx-adapter, --adapter-id and --dtype are for .onnx files")
-
-
-def _compare_outputs(
-    candidate: Path,
-    model: ModelSource,
-    adapters: AdapterSources,
-    weights: Sequence[float],
-    origin: Path | None,
-    how: _How,
-    application: Application,
-    on_message: OnMessage,
-    on_progress: OnProgress,
-) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
-    """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
-    from lora_export.api.adapted_model import adapted_model
-    from lora_export.api.publish import proof_without_figures, require_provider
-    from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
-
-    if not candidate.exists():
-        raise InputRefused(f"there is no candidate at {candidate}")
-    if origin is not None:
-        input_files.must_exist(origin, "base graph")
-    stage = in_stages(on_progress)
-    runner, error, hashes, facts = None, None, {}, {}
-    try:
-        require_provider(how.provider)
-        loaded = load_adapters(adapters)
-        for note in (note for adapter in loaded for note in adapter.notes):
-            on_message(f"note: {note}")
-        require_memory_to_verify(model, candidate)
-        stage("loading the model")
-        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
-        adapted = adapted_model(base, loaded, weights, application, on_message)
-        base = adapted.model
-        stage("loading the candidate")
-        with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):
-            runner = open_candidate(
-                candidate,
-                base,
-                provider=how.provider,
-                onnx_adapter=how.onnx_adapter,
-                adapter_id=how.adapter_id,
-                timeout=how.timeout,
-            )
-            base = base.taking(runner.axes or getattr(runner, "input_names", ()))
-            release_memory()
-            proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
-            files = loaded_files(candidate) if candidate.is_dir() else None
-            found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
-            for each in (*found, *([files.others] if files else [])):
-                proof = replace(proof, verdict=_with_files(proof.verdict, each))
-            stage("hashing the candidate")
-            hashes = file_hashes(candidate if files is None else files.judged)
-        if origin is not None:
-            facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
-    except (Different, Undecided, EnvironmentLacking) as ended:
-        error = ended
-        proof = proof_without_figures(ended, getattr(runner, "placement", None))
-    else:
-        fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
-        weights_from = origin or (Path(model) if isinstance(model, str | Path) else None)
-        recorded = _explain_by_record(
-            proof.verdict, candidate, loaded, weights, weights_from, how, fingerprint=fingerprint
-        )
-        proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
-    about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **application.settings, **proof.about}
-    return proof, about, error
-
-
-def _explain_by_record(
-    verdict: Verdict | Audit,
-    candidate: Path,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    base: Path | None,
-    how: _How,
-    *,
-    fingerprint: str = "",
-) -> tuple[str, ...]:
-    """What the candidate records about its adapters and base, where the verdict needs an explanation.
-
-    A damaged record explains nothing, and the verdict stands without it.
-    """
-    if verdict:
-        return ()
-    try:
-        record = read_record(candidate)
-        base_record = read_record(base) if base is not None and base.exists() else WrittenRecord()
-    except InputRefused:
-        return ()
-    file = None
-    if how.onnx_adapter is not None:
-        from lora_export.formats import onnx_adapter
-
-        file = onnx_adapter.read(how.onnx_adapter)
-    given = ComparedWith(
-        adapters=adapters,
-        weights=weights or (1.0,) * len(adapters),
-        base=base,
-        base_record=base_record,
-        fingerprint=fingerprint,
-        dtype=how.dtype,
-        adapter_file=how.onnx_adapter,
-        adapter_version=None if file is None else file.adapter_version,
-        adapter_id=how.adapter_id,
-    )
-    return explain_by_record(record, given)
-
-
-def _prove(
-    runner: Runner,
-    base: Model,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    origin: Path | None,
-    how: _How,
-    stage: Callable[[str], None],
-    on_message: OnMessage,
-) -> Proof:
-    """The proof of a candidate; of a graph whose rows choose their adapter, with every adapter and mixed batches."""
-    from lora_export.api.publish import stage_of_proof
-    from lora_export.formats.onnx_adapter import ADAPTER_IDS
-    from lora_export.runtime.onnx_runner import OnnxRunner
-    from lora_export.verification.against_pytorch import PyTorchReferences
-    from lora_export.verification.proof import prove, prove_rows
-
-    references = PyTorchReferences(
-        base,
-        adapters,
-        weights,
-        seed=how.seed or 0,
-        user_inputs=how.inputs,
-        device=how.provider,
-        cache=how.cache,
-        origin=origin,
-        fixed=how.fixed,
-        say=on_message,
-    )
-    step = stage_of_proof(stage)
-    if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
-        return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
-    return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
-
-
-def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:
-    """The verdict, and what was found of the files beside the weights of a folder."""
-    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in found.differences), *verdict.reasons)
-    not_judged = (*verdict.not_judged, *found.not_judged)
-    notes = (*verdict.notes, *found.notes)
-    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, not_judged=not_judged, notes=notes)
-
-
-def _compare_weights(
-    candidate: Path,
-    base: Path,
-    adapters: AdapterSources,
-    weights: Sequence[float],
-    layout: Mapping[str, str],
-    application: Application,
-    on_message: OnMessage,
-    on_progress: OnProgress,
-) -> tuple[Audit, dict[str, Any]]:
-    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
-    loaded = load_adapters(adapters, of_models=True)
-    if not loaded:
-        raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
-    input_files.must_exist(candidate, "candidate")
-    with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
-        origin, merged = open_checkpoint(base, dequantise=True), open_checkpoint(candidate)
-        if origin.path.resolve() == merged.path.resolve():
-            raise InputRefused(f"{candidate} is the base itself")
-        with tied_as_remedy(origin, application.tied):
-            steps = plan.make(
-                loaded,
-                origin.specs,
-                strengths=weights,
-                may_add=True,
-                layout=layout,
-                unknown_layout_ok=True,
-                rules=origin.rules,
-                ties=ties_of(origin, application.tied),
-            )
-        steps = combine_in_plan(steps, application.combination)
-        for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
-            on_message(f"note: {note}")
-        files = loaded_files(candidate)
-        audit = against_checkpoint.audit(
-            steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
-        )
-        for found in (compare_files(base, candidate, loaded), files.others):
-            audit = audit.with_files(found)
-    recorded = _explain_by_record(audit, candidate, loaded, weights, base, _How())
-    return replace(audit, recorded=recorded), {
-        "candidate": str(candidate),
-        "judged_files": sorted(files.judged),
-        "base": str(base),
-        **({"layout": dict(layout)} if layout else {}),
-        **application.settings,
-        "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
-        "spellings": {adapter.name: one for adapter, one in zip(loaded, steps.spellings, strict=True)},
-        "lora_export": __version__,
-        "numpy": np.__version__,
-    }
-
-
-def _contained(candidate: Path) -> str:
-    """Which adapters the candidate records, as the end of a message; empty where it records none."""
-    if not candidate.exists():
-        return ""
-    names = ", ".join(f"`{adapter.get('name')}`" for adapter in read_record(candidate).adapters)
-    return f". {candidate} contains {names}" if names else ""

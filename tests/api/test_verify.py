@@ -7,26 +7,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
-from lora_export.runtime.memory import AVAILABLE
-from support.api import MODEL, an_adapter, base_weights
+from support.api import MODEL
 from support.handmade import peft_adapter
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    an_adapter(folder / "adapter")
-    an_adapter(folder / "stronger", scale=2.0)
-    base_weights(folder / "base.safetensors")
-    le.merge(folder / "base.safetensors", folder / "adapter", folder / "merged.safetensors")
-    le.export_onnx(MODEL, folder / "m.onnx", adapters=folder / "adapter")
-    return folder
 
 
 def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,80 +24,6 @@ def test_a_right_graph_is_the_same(place: Path, tmp_path: Path, capsys: pytest.C
     document = json.loads((tmp_path / "v.json").read_text())
     assert document == json.loads(json.dumps(result.as_document()))
     assert capsys.readouterr().out == ""
-
-
-def test_another_adapter_is_different_and_returned(place: Path) -> None:
-    result = le.verify(place / "m.onnx", MODEL, adapters=place / "stronger")
-    assert not result and result.verdict.outcome == "different" and result.exit_code == 4
-
-
-def test_a_merged_file_is_compared_without_a_model(place: Path) -> None:
-    right = le.verify(place / "merged.safetensors", base=place / "base.safetensors", adapters=place / "adapter")
-    wrong = le.verify(place / "merged.safetensors", base=place / "base.safetensors", adapters=place / "stronger")
-    assert right and not wrong and wrong.verdict.outcome == "different"
-
-
-def test_a_combined_merge_is_compared_with_the_same_combination(place: Path, tmp_path: Path) -> None:
-    adapters, how = [place / "adapter", place / "stronger"], {"combination": "linear"}
-    le.merge(place / "base.safetensors", adapters, tmp_path / "out.safetensors", **how)
-    found = [le.verify(tmp_path / "out.safetensors", base=place / "base.safetensors", adapters=adapters, **one)
-             for one in (how, {})]  # fmt: skip
-    assert found[0] and found[0].about["combine"] == {"method": "linear"}
-    assert found[1].verdict.outcome == "different"
-
-
-def test_why_begins_with_what_the_file_records(place: Path, tmp_path: Path) -> None:
-    reports = [tmp_path / f"v.{suffix}" for suffix in ("json", "xml", "html")]
-    result = le.verify(place / "m.onnx", MODEL, reports=reports)
-    sentence = "You gave no -a; this file contains `adapter`."
-    assert result.exit_code == 4 and result.verdict.recorded == (sentence,)
-    assert str(result).splitlines()[1] == f"  - {sentence}"
-    assert json.loads(reports[0].read_text())["recorded"] == [sentence]
-    assert f'type="different">{sentence}\n' in reports[1].read_text()
-    why = reports[2].read_text().partition("<h2>Why</h2>")[2]
-    assert why.partition("<p")[2].startswith(f' class="first">{sentence}</p>')
-
-
-def test_a_wrong_weight_of_a_merged_file_is_named(place: Path, tmp_path: Path) -> None:
-    report = tmp_path / "v.xml"
-    result = le.verify(
-        place / "merged.safetensors",
-        base=place / "base.safetensors",
-        adapters=place / "adapter",
-        weights=[0.5],
-        reports=[report],
-    )
-    sentence = "You gave `adapter` the weight 0.5; this file contains it with the weight 1 (--weight 1)."
-    assert str(result).splitlines()[1] == f"  {sentence}" and sentence in report.read_text()
-
-
-def test_a_record_changes_no_verdict(place: Path, tmp_path: Path) -> None:
-    """A right graph with a record of another adapter is the same, and a wrong one without a record is different."""
-    graph = onnx.load(place / "m.onnx")
-    onnx.helper.set_model_props(graph, {"lora_export": '{"adapters": [{"name": "other", "sha256": "00"}]}'})
-    onnx.save(graph, tmp_path / "m.onnx")
-    right = le.verify(tmp_path / "m.onnx", MODEL, adapters=place / "adapter")
-    assert right and right.verdict.recorded == ()
-    del graph.metadata_props[:]
-    onnx.save(graph, tmp_path / "m.onnx")
-    wrong = le.verify(tmp_path / "m.onnx", MODEL)
-    assert wrong.exit_code == 4 and wrong.verdict.recorded == ()
-
-
-def test_a_damaged_record_explains_nothing(place: Path, tmp_path: Path) -> None:
-    le.export_torchscript(MODEL, tmp_path / "m.pt", adapters=place / "adapter", verify=False)
-    script = torch.jit.load(tmp_path / "m.pt")
-    inputs = {"inputs": ["rows", "weights"]}
-    for adapters, known in ((3, False), ([{"name": "fr", "sha256": "00"}], True)):
-        extra = {"lora_export.json": json.dumps(inputs | {"adapters": adapters})}
-        torch.jit.save(script, tmp_path / "m.pt", _extra_files=extra)
-        wrong = le.verify(tmp_path / "m.pt", MODEL)
-        assert wrong.exit_code == 4 and bool(wrong.verdict.recorded) is known
-
-
-def test_base_without_an_adapter_names_the_recorded_one(place: Path) -> None:
-    with pytest.raises(WrongUsage, match=r"merged\.safetensors contains `adapter`"):
-        le.verify(place / "merged.safetensors", base=place / "base.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -213,12 +126,3 @@ def test_report_never_overwrites_an_input(folders: Path, tmp_path: Path) -> None
         assert (merged / name).read_bytes() == before
     for _ in range(2):  # the report of the run before may be replaced
         assert le.verify(merged, **given, reports=[merged / "verdict.json"])
-
-
-def test_modules_are_not_compared_where_memory_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = le.verify(place / "m.onnx", MODEL, adapters=place / "stronger")
-    monkeypatch.setenv(AVAILABLE, "1")
-    result = le.verify(place / "m.onnx", MODEL, adapters=place / "stronger")
-    assert compared.exit_code == result.exit_code == 4
-    note = "modules were not compared: this needs 0.0 GiB of memory, and 0.0 GiB are available"
-    assert note in result.verdict.notes and note not in compared.verdict.notes

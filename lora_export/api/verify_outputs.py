@@ -1,0 +1,148 @@
+"""What a candidate computes, compared with PyTorch and its adapters attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export.api.application import Application
+from lora_export.api.callbacks import OnMessage, OnProgress, in_stages
+from lora_export.api.load import (
+    AdapterSources,
+    ModelSource,
+    load_adapters,
+    resolve_model,
+)
+from lora_export.api.memory_needs import require_memory_to_verify
+from lora_export.api.verify_record import HowToRun, recorded_explanation
+from lora_export.errors import (
+    Different,
+    EnvironmentLacking,
+    InputRefused,
+    LoraExportError,
+    Undecided,
+)
+from lora_export.runtime.memory import release_memory
+from lora_export.storage import input_files
+from lora_export.verification.companion_files import ComparedFiles, compare_files
+from lora_export.verification.loaded_files import loaded_files
+from lora_export.verification.parity import Outcome, Reason, outcome_of
+
+if TYPE_CHECKING:
+    from lora_export.lora import Adapter
+    from lora_export.models.model import Model
+    from lora_export.runtime.runner import Runner
+    from lora_export.verification.parity import Verdict
+    from lora_export.verification.proof import Proof
+
+
+def judge_outputs(
+    candidate: Path,
+    model: ModelSource,
+    adapters: AdapterSources,
+    weights: Sequence[float],
+    origin: Path | None,
+    how: HowToRun,
+    application: Application,
+    on_message: OnMessage,
+    on_progress: OnProgress,
+) -> tuple[Proof, dict[str, Any], LoraExportError | None]:
+    """The candidate against the PyTorch model: the proof, facts about it, and what ended it before it had figures."""
+    from lora_export.api.adapted_model import adapted_model
+    from lora_export.api.publish import proof_without_figures, require_provider
+    from lora_export.runtime.open_artifact import candidate_files, file_hashes, open_candidate
+
+    if not candidate.exists():
+        raise InputRefused(f"there is no candidate at {candidate}")
+    if origin is not None:
+        input_files.must_exist(origin, "base graph")
+    stage = in_stages(on_progress)
+    runner, error, hashes, facts = None, None, {}, {}
+    try:
+        require_provider(how.provider)
+        loaded = load_adapters(adapters)
+        for note in (note for adapter in loaded for note in adapter.notes):
+            on_message(f"note: {note}")
+        require_memory_to_verify(model, candidate)
+        stage("loading the model")
+        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
+        adapted = adapted_model(base, loaded, weights, application, on_message)
+        base = adapted.model
+        stage("loading the candidate")
+        with input_files.unchanged(candidate, lambda: candidate_files(candidate).values()):
+            runner = open_candidate(
+                candidate,
+                base,
+                provider=how.provider,
+                onnx_adapter=how.onnx_adapter,
+                adapter_id=how.adapter_id,
+                timeout=how.timeout,
+            )
+            base = base.taking(runner.axes or getattr(runner, "input_names", ()))
+            release_memory()
+            proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
+            files = loaded_files(candidate) if candidate.is_dir() else None
+            found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
+            for each in (*found, *([files.others] if files else [])):
+                proof = replace(proof, verdict=_with_files(proof.verdict, each))
+            stage("hashing the candidate")
+            hashes = file_hashes(candidate if files is None else files.judged)
+        if origin is not None:
+            facts["base"] = {"path": str(origin), "sha256": file_hashes(origin)}
+    except (Different, Undecided, EnvironmentLacking) as ended:
+        error = ended
+        proof = proof_without_figures(ended, getattr(runner, "placement", None))
+    else:
+        fingerprint = str(proof.about["model"].get("sha256", "")) if "model" in proof.about else ""
+        weights_from = origin or (Path(model) if isinstance(model, str | Path) else None)
+        recorded = recorded_explanation(
+            proof.verdict, candidate, loaded, weights, weights_from, how, fingerprint=fingerprint
+        )
+        proof = replace(proof, verdict=replace(proof.verdict, recorded=recorded))
+    about = {"candidate": {"path": str(candidate), "sha256": hashes}, **facts, **application.settings, **proof.about}
+    return proof, about, error
+
+
+def _prove(
+    runner: Runner,
+    base: Model,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    origin: Path | None,
+    how: HowToRun,
+    stage: Callable[[str], None],
+    on_message: OnMessage,
+) -> Proof:
+    """The proof of a candidate; of a graph whose rows choose their adapter, with every adapter and mixed batches."""
+    from lora_export.api.publish import stage_of_proof
+    from lora_export.formats.onnx_adapter import ADAPTER_IDS
+    from lora_export.runtime.onnx_runner import OnnxRunner
+    from lora_export.verification.against_pytorch import PyTorchReferences
+    from lora_export.verification.proof import prove, prove_rows
+
+    references = PyTorchReferences(
+        base,
+        adapters,
+        weights,
+        seed=how.seed or 0,
+        user_inputs=how.inputs,
+        device=how.provider,
+        cache=how.cache,
+        origin=origin,
+        fixed=how.fixed,
+        say=on_message,
+    )
+    step = stage_of_proof(stage)
+    if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
+        return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+    return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
+
+
+def _with_files(verdict: Verdict, found: ComparedFiles) -> Verdict:
+    """The verdict, and what was found of the files beside the weights of a folder."""
+    reasons = (*(Reason(Outcome.DIFFERENT, "files", line) for line in found.differences), *verdict.reasons)
+    not_judged = (*verdict.not_judged, *found.not_judged)
+    notes = (*verdict.notes, *found.notes)
+    return replace(verdict, outcome=outcome_of(reasons), reasons=reasons, not_judged=not_judged, notes=notes)

@@ -1,0 +1,97 @@
+"""The weights of a merged checkpoint, compared with W + s·BA. Nothing is run, and PyTorch is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export import __version__, plan
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.application import Application
+from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
+from lora_export.api.load import (
+    AdapterSources,
+    load_adapters,
+)
+from lora_export.api.verify_record import HowToRun, recorded_explanation
+from lora_export.errors import (
+    InputRefused,
+    WrongUsage,
+)
+from lora_export.provenance import adapter_records
+from lora_export.runtime.written_record import read_record
+from lora_export.storage import input_files
+from lora_export.verification import against_checkpoint
+from lora_export.verification.against_checkpoint import Audit
+from lora_export.verification.companion_files import compare_files
+from lora_export.verification.loaded_files import loaded_files
+from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
+
+if TYPE_CHECKING:
+    pass
+
+
+def judge_weights(
+    candidate: Path,
+    base: Path,
+    adapters: AdapterSources,
+    weights: Sequence[float],
+    layout: Mapping[str, str],
+    application: Application,
+    on_message: OnMessage,
+    on_progress: OnProgress,
+) -> tuple[Audit, dict[str, Any]]:
+    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
+    loaded = load_adapters(adapters, of_models=True)
+    if not loaded:
+        raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
+    input_files.must_exist(candidate, "candidate")
+    with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
+        origin, merged = open_checkpoint(base, dequantise=True), open_checkpoint(candidate)
+        if origin.path.resolve() == merged.path.resolve():
+            raise InputRefused(f"{candidate} is the base itself")
+        with tied_as_remedy(origin, application.tied):
+            steps = plan.make(
+                loaded,
+                origin.specs,
+                strengths=weights,
+                may_add=True,
+                layout=layout,
+                unknown_layout_ok=True,
+                rules=origin.rules,
+                ties=ties_of(origin, application.tied),
+            )
+        steps = combine_in_plan(steps, application.combination)
+        for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
+            on_message(f"note: {note}")
+        files = loaded_files(candidate)
+        audit = against_checkpoint.audit(
+            steps, origin, merged, layout=layout, progress=in_bytes(on_progress, "judging", merged.nbytes)
+        )
+        for found in (compare_files(base, candidate, loaded), files.others):
+            audit = audit.with_files(found)
+    recorded = recorded_explanation(audit, candidate, loaded, weights, base, HowToRun())
+    return replace(audit, recorded=recorded), {
+        "candidate": str(candidate),
+        "judged_files": sorted(files.judged),
+        "base": str(base),
+        **({"layout": dict(layout)} if layout else {}),
+        **application.settings,
+        "adapters": adapter_records(loaded, weights or (1.0,) * len(loaded)),
+        "spellings": {adapter.name: one for adapter, one in zip(loaded, steps.spellings, strict=True)},
+        "lora_export": __version__,
+        "numpy": np.__version__,
+    }
+
+
+def _contained(candidate: Path) -> str:
+    """Which adapters the candidate records, as the end of a message; empty where it records none."""
+    if not candidate.exists():
+        return ""
+    names = ", ".join(f"`{adapter.get('name')}`" for adapter in read_record(candidate).adapters)
+    return f". {candidate} contains {names}" if names else ""
