@@ -27,10 +27,7 @@ from lora_export.api.verify_outputs import judge_outputs
 from lora_export.api.verify_pipeline import audit_pipeline
 from lora_export.api.verify_record import HowToRun
 from lora_export.api.verify_weights import judge_weights
-from lora_export.errors import (
-    LoraExportError,
-    WrongUsage,
-)
+from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
 from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected

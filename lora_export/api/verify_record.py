@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export.errors import (
-    InputRefused,
-)
+from lora_export.errors import InputRefused
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.runtime.written_record import WrittenRecord, read_record
 from lora_export.verification.against_checkpoint import Audit

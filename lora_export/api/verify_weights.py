@@ -13,15 +13,9 @@ from lora_export import __version__, plan
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
-from lora_export.api.load import (
-    AdapterSources,
-    load_adapters,
-)
+from lora_export.api.load import AdapterSources, load_adapters
 from lora_export.api.verify_record import HowToRun, recorded_explanation
-from lora_export.errors import (
-    InputRefused,
-    WrongUsage,
-)
+from lora_export.errors import InputRefused, WrongUsage
 from lora_export.provenance import adapter_records
 from lora_export.runtime.written_record import read_record
 from lora_export.storage import input_files
