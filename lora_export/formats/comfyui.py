@@ -36,5 +36,4 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
-    options.refuse_rank_and_alpha("its tensors")
-    return lora_file.read_file(path, name, FileNames("comfyui", _module_of))
+    return lora_file.read_file(path, name, FileNames("comfyui", _module_of), options)

@@ -15,9 +15,9 @@ from lora_export.formats import lora_file
 from lora_export.formats.lora_file import FileNames, Scales, scale_by_alpha
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
-from lora_export.formats.tensor_files import names_in
+from lora_export.formats.tensor_files import names_in, open_tensors
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
-from lora_export.storage import json_files, safetensors_file
+from lora_export.storage import json_files
 
 DESCRIPTION = "a .safetensors file of diffusers, with keys such as unet.X.lora_A.weight or X.lora.down.weight"
 COMPONENTS_OF_PIPELINES = {
@@ -58,12 +58,12 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
-    options.refuse_rank_and_alpha("its tensors")
     weights = lora_file.weights_of(path)
-    recorded = "" if weights is None else safetensors_file.open_file(weights).metadata.get(METADATA_KEY, "")
+    recorded = "" if weights is None else open_tensors(weights, options).metadata.get(METADATA_KEY, "")
     source = f"lora_alpha / r of {METADATA_KEY} in the header" if recorded else lora_file.BY_ALPHA
     scale_of = _scales(recorded, f"{METADATA_KEY} in the header of {weights}") if recorded else None
-    return lora_file.read_file(path, name, FileNames("diffusers", _module_of), scale_of, source)
+    names = FileNames("diffusers", _module_of)
+    return lora_file.read_file(path, name, names, options, scale_of=scale_of, scale_source=source)
 
 
 def _scales(recorded: str, source: str) -> Scales:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
-from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys
+from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
+from lora_export.formats.read_options import ReadOptions
+from lora_export.formats.tensor_files import PICKLES, TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
-from lora_export.storage import safetensors_file
-from lora_export.storage.hashes import file_sha256
-from lora_export.storage.safetensors_file import TensorFile
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 
 _SUFFIX = ".safetensors"
@@ -40,30 +39,36 @@ class FileNames:
 
 
 def weights_of(path: Path) -> Path | None:
-    """The file of an adapter: the path itself, or the only `.safetensors` file of a folder without a config."""
+    """The file of an adapter: the path itself, or the only one of tensors in a folder without a config."""
     if path.is_file():
-        return path if path.suffix == _SUFFIX else None
+        return path if path.suffix in (_SUFFIX, *PICKLES) else None
     if not path.is_dir() or (path / "adapter_config.json").exists() or (path / "config.json").exists():
         return None
-    found = sorted(path.glob(f"*{_SUFFIX}"))
-    return found[0] if len(found) == 1 else None
+    for suffixes in ((_SUFFIX,), PICKLES):
+        found = sorted(each for each in path.iterdir() if each.suffix in suffixes and each.is_file())
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def names_fit(path: Path, module_of: Callable[[str], str | None]) -> bool:
     """Whether the keys of the file are those of an adapter, and every module has a place. Raises nothing."""
     weights = weights_of(path)
-    if weights is None:
-        return False
-    try:
-        entries = safetensors_file.open_file(weights).entries
-    except InputRefused:
-        return False
-    keys = sort_keys(entries, module_of)
-    return has_pairs(entries) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
+    names = frozenset() if weights is None else names_in(weights)
+    if weights is not None and weights.suffix in PICKLES:  # which contains other texts, too
+        names = frozenset(name for name in names if split_key(name) is not None)
+    keys = sort_keys(names, module_of)
+    return has_pairs(names) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
 
 
 def read_file(
-    path: Path, name: str, names: FileNames, scale_of: Scales | None = None, scale_source: str = BY_ALPHA
+    path: Path,
+    name: str,
+    names: FileNames,
+    options: ReadOptions,
+    *,
+    scale_of: Scales | None = None,
+    scale_source: str = BY_ALPHA,
 ) -> Adapter:
     """Read an adapter of one file. Raises InputRefused with everything that is wrong with it.
 
@@ -72,8 +77,9 @@ def read_file(
     """
     weights = weights_of(path)
     if weights is None:
-        raise InputRefused(f"{path} is not an adapter of one {_SUFFIX} file")
-    file = safetensors_file.open_file(weights)
+        raise InputRefused(f"{path} is not an adapter of one file")
+    options.refuse_rank_and_alpha("its tensors")
+    file = open_tensors(weights, options)
     refuse_unprintable(file.entries, f"the header of {weights}")
     keys = sort_keys(file.entries, names.module_of)
     if keys.unknown:
@@ -84,7 +90,7 @@ def read_file(
     for module, parts in keys.modules.items():
         reader.add(module, parts)
     reader.refuse_problems()
-    sha256 = file_sha256(weights)
+    sha256 = hash_of_files([weights])
     if not file.unchanged():
         raise InputRefused(f"{weights} changed while it was being read")
     return Adapter(
@@ -113,7 +119,7 @@ def scale_by_alpha(_module: str, rank: int, alpha: float | None) -> float:
 class _FileChanges:
     """The changes of one file, module after module."""
 
-    def __init__(self, file: TensorFile, scale_of: Scales):
+    def __init__(self, file: TensorSource, scale_of: Scales):
         self.file, self.scale_of = file, scale_of
         self.pairs: dict[str, LoraPair] = {}
         self.biases: dict[str, NDArray[np.float32]] = {}  # module -> change of its bias

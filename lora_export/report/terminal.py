@@ -144,7 +144,7 @@ def contents_of(adapter: Adapter) -> str:
 
 def kind_of_pair(pair: LoraPair) -> str:
     """DoRA, and the kind of layer where it is not linear."""
-    layer = "embedding" if pair.embedding else "convolution" if pair.a.ndim > 2 else ""
+    layer = "embedding" if pair.embedding else "convolution" if len(pair.shape) > 2 else ""
     return " ".join(filter(None, ["" if pair.magnitude is None else "DoRA", layer]))
 
 

@@ -63,7 +63,9 @@ def is_pipeline(path: Path) -> bool:
 def open_pipeline(path: Path) -> Pipeline:
     """Read the index of a pipeline. Raises InputRefused where it is damaged, or names no model that is there."""
     index = json_files.read_json(path / PIPELINE_INDEX)
-    named = [name for name, value in index.items() if isinstance(value, list) and Path(name).name == name != ".."]
+    named = [
+        name for name, value in index.items() if isinstance(value, list) and Path(name).name == name not in ("", "..")
+    ]
     models = {name: path / name for name in named if (path / name).is_dir()}
     if not models:
         raise InputRefused(f"{path / PIPELINE_INDEX} names no model whose folder is there")

@@ -11,9 +11,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from lora_export import merge
+from lora_export import formats, merge
 from lora_export.errors import InputRefused
 from lora_export.formats import kohya, lora_file
+from lora_export.formats.read_options import ReadOptions
 
 LAYERS: dict[str, nn.Module] = {
     "linear": nn.Linear(24, 36),
@@ -196,7 +197,7 @@ def test_the_file_is_the_only_one_of_its_folder(tmp_path):
     assert lora_file.weights_of(tmp_path) == lora_file.weights_of(path) == path
     (tmp_path / "other.safetensors").write_bytes(path.read_bytes())
     assert lora_file.weights_of(tmp_path) is None
-    with pytest.raises(InputRefused, match="is not an adapter of one"):
+    with pytest.raises(InputRefused, match="is not an adapter of one file"):
         kohya.read(tmp_path, "x")
     (tmp_path / "other.safetensors").unlink()
     (tmp_path / "config.json").write_text("{}")
@@ -210,3 +211,19 @@ def test_a_model_and_a_damaged_file_are_not_recognised(tmp_path):
     path.write_bytes(b"damaged")
     assert not lora_file.names_fit(path, lambda name: name)
     assert not lora_file.names_fit(tmp_path / "none.safetensors", lambda name: name)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "adapter.pt"])
+def test_a_pickle_is_read_where_it_is_allowed(name, tmp_path):
+    tensors = {f"unet.layer.{part}": torch.from_numpy(value) for part, value in LORA.items()}
+    torch.save(tensors, tmp_path / name)
+    with pytest.raises(InputRefused, match=r"is a pickle, which can run code when it is opened\. --allow-pickle"):
+        formats.load(tmp_path / name)
+    for source in (tmp_path / name, tmp_path):
+        adapter = formats.load(source, options=ReadOptions(allow_pickle=True))
+        assert adapter.format == "diffusers" and np.array_equal(adapter.pairs["denoiser/layer"].a, A)
+
+
+def test_an_alpha_that_is_not_finite_is_refused(tmp_path):
+    with pytest.raises(InputRefused, match=r"layer\.alpha holds values that are not finite"):
+        kohya.read(written({**LORA, "alpha": np.array([np.inf], np.float32)}, tmp_path), "x")
