@@ -10,8 +10,8 @@ Item = TypeVar("Item")
 
 
 def kind_of(name: str) -> str:
-    """A name without the numbers of its layers and experts."""
-    return re.sub(r"(^|(?<=[.\[]))\d+(?=[.\],]|$)", "*", name)
+    """A name without the numbers of its layers and experts. In flattened names, these are between two `_`."""
+    return re.sub(r"(^|(?<=[.\[]))\d+(?=[.\],]|$)|(?<=_)\d+(?=_)", "*", name)
 
 
 def by_kind(items: Iterable[Item], name: Callable[[Item], str], same: Callable[[Item], Hashable]) -> list[list[Item]]:

@@ -28,3 +28,11 @@ def test_items_of_one_kind_and_look_are_a_group() -> None:
     groups = by_kind(shapes, str, lambda name: shapes[name])
     assert groups == [["h.0.fc", "h.1.fc"], ["h.0.out"], ["h.2.fc"]]
     assert [title(group) for group in groups] == ["h.*.fc", "h.0.out", "h.2.fc"]
+
+
+def test_flattened_names_are_grouped_by_the_numbers_between_underscores():
+    assert (
+        kind_of("denoiser/down_blocks_1_attentions_0_attn1_to_out_0")
+        == "denoiser/down_blocks_*_attentions_*_attn1_to_out_0"
+    )
+    assert kind_of("time_embed.linear_1") == "time_embed.linear_1"
