@@ -17,7 +17,7 @@ from lora_export.errors import InputRefused
 from lora_export.lora import EVERY_ROW, LoraPair, finite_fp32
 
 PRODUCT_BLOCK = 1 << 22  # entries of a product that are computed at a time
-MOST_MEASURED = 1 << 33  # entries of a product whose norm is computed: no layer has more, and a hostile file may
+MOST_MEASURED = 1 << 28  # entries of a product whose norm is computed: no layer has more, and a hostile file may
 _Indices = NDArray[np.int64]
 _Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -92,7 +92,7 @@ class StructuredPair(LoraPair):
         out = out if self.rows is None else len(self.rows)
         columns = columns if self.columns is None else len(self.columns)
         if self.kernel is not None:
-            return (out, columns // math.prod(self.kernel), *self.kernel)
+            return (out, columns * math.prod(rest) // math.prod(self.kernel), *self.kernel)
         return (out, columns, *rest)
 
     @property
@@ -114,7 +114,7 @@ class StructuredPair(LoraPair):
         return math.sqrt(total)
 
     def part(self, rows: _Indices | None, columns: _Indices | None) -> LoraPair:
-        if self.kernel is not None and columns is not None:
+        if self.kernel and columns is not None:
             raise InputRefused("a part of the inputs of a convolution is not supported")
         own_rows = np.arange(self.shape_of_whole[0]) if self.rows is None else self.rows
         own_columns = np.arange(self.shape_of_whole[1]) if self.columns is None else self.columns
@@ -133,9 +133,7 @@ class StructuredPair(LoraPair):
         return type(self)(self.stored, weight * self.scale, self.magnitude, kernel=kernel, rows=rows, columns=columns)
 
     def with_kernel(self, kernel: tuple[int, ...]) -> LoraPair:
-        if self.columns is not None or len(self.shape_of_whole) > 2:
-            return super().with_kernel(kernel)
-        return type(self)(self.stored, self.scale, self.magnitude, kernel=kernel or None, rows=self.rows)
+        return type(self)(self.stored, self.scale, self.magnitude, kernel=kernel, rows=self.rows, columns=self.columns)
 
     def delta(
         self, rows: slice = EVERY_ROW, *, strength: float = 1.0, out: NDArray[np.float32] | None = None

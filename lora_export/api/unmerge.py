@@ -72,7 +72,9 @@ def unmerge(
         base = base_of(residual, merged)
         settings = _PlanSettings.of(residual)
         loaded = load_adapters(
-            adapters, reading=replace(settings.reading, allow_pickle=allow_pickle, base_config=merged)
+            adapters,
+            reading=replace(settings.reading, allow_pickle=allow_pickle, base_config=merged),
+            of_models=True,
         )
         steps = _plan(residual, _in_order(residual, loaded), base, settings)
         size = sum(spec.nbytes for spec in base.specs)
@@ -127,7 +129,7 @@ def _plan(residual: Residual, adapters: Sequence[Adapter], base: Checkpoint, set
     if not adapters:
         return None
     weights = [one["weight"] for one in residual.facts["adapters"]]
-    renamed = load_adapters(adapters, settings.prefixes)
+    renamed = load_adapters(adapters, settings.prefixes, of_models=True)
     steps = plan.make(
         renamed,
         base.specs,

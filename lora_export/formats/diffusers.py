@@ -5,6 +5,7 @@ diffusers saves the LoraConfig of each component in the header (`lora_adapter_me
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused
 from lora_export.formats import lora_file
-from lora_export.formats.lora_file import FileNames, Scales, scale_by_alpha
+from lora_export.formats.lora_file import FileNames, scale_by_alpha
 from lora_export.formats.peft_config import adapter_scale, checked_config, value_for_module
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import names_in, open_tensors
@@ -60,14 +61,32 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
     weights = lora_file.weights_of(path)
     recorded = "" if weights is None else open_tensors(weights, options).metadata.get(METADATA_KEY, "")
-    source = f"lora_alpha / r of {METADATA_KEY} in the header" if recorded else lora_file.BY_ALPHA
-    scale_of = _scales(recorded, f"{METADATA_KEY} in the header of {weights}") if recorded else None
     names = FileNames("diffusers", _module_of)
-    return lora_file.read_file(path, name, names, options, scale_of=scale_of, scale_source=source)
+    if not recorded:
+        return lora_file.read_file(path, name, names, options)
+    where = f"{METADATA_KEY} in the header of {weights}"
+    configs = _configs(recorded, where)
+    source = f"lora_alpha / r of {METADATA_KEY} in the header"
+    adapter = lora_file.read_file(
+        path, name, names, options, scale_of=functools.partial(_scale, configs, where), scale_source=source
+    )
+    for component, config in configs.items():
+        own = [pair for module, pair in adapter.pairs.items() if split_component(module)[0] == component]
+        with_dora = [pair for pair in own if pair.magnitude is not None]
+        if not own:
+            raise InputRefused(
+                f"{where} states ranks and alphas for {component or 'modules without a model'} that the file lacks"
+            )
+        if len(with_dora) != (len(own) if config.get("use_dora") else 0):
+            stated = bool(config.get("use_dora"))
+            raise InputRefused(
+                f"{where}: use_dora is {stated}, and {len(with_dora)} of {len(own)} pairs have magnitudes"
+            )
+    return adapter
 
 
-def _scales(recorded: str, source: str) -> Scales:
-    """The scales by the recorded LoraConfig of each component."""
+def _configs(recorded: str, source: str) -> dict[str, dict[str, Any]]:
+    """The recorded LoraConfig of each component. Raises InputRefused for one that is not supported."""
     table = json_files.parse_json(recorded.encode(errors="surrogatepass"), source)
     configs: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
@@ -76,14 +95,16 @@ def _scales(recorded: str, source: str) -> Scales:
             configs.setdefault(COMPONENTS_OF_PIPELINES[first], {})[field] = value
         else:
             configs.setdefault("", {})[key] = value
-    checked = {component: checked_config(config, source) for component, config in configs.items() if "r" in config}
+    for config in configs.values():
+        if config.get("peft_type", "LORA") != "LORA":
+            raise InputRefused(f"{source}: peft_type is {config['peft_type']!r}; only LORA is supported")
+    return {component: checked_config(config, source) for component, config in configs.items()}
 
-    def scale_of(module: str, rank: int, alpha: float | None) -> float:
-        component, name = split_component(module)
-        config = checked.get(component)
-        return scale_by_alpha(module, rank, alpha) if config is None else _recorded(name, rank, alpha, config, source)
 
-    return scale_of
+def _scale(configs: Mapping[str, Mapping[str, Any]], source: str, module: str, rank: int, alpha: float | None) -> float:
+    component, name = split_component(module)
+    config = configs.get(component)
+    return scale_by_alpha(module, rank, alpha) if config is None else _recorded(name, rank, alpha, config, source)
 
 
 def _recorded(module: str, rank: int, alpha: float | None, config: Mapping[str, Any], source: str) -> float:

@@ -24,6 +24,13 @@ from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 _SUFFIX = ".safetensors"
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
 OF_A_PAIR = (KeyPart.ALPHA, KeyPart.MAGNITUDE, KeyPart.DORA_SCALE, KeyPart.B_BIAS)
+# Parts of which a module has one: the other would be lost, or both be added.
+NOT_TOGETHER = (
+    (KeyPart.CHANGE, KeyPart.NORM_CHANGE),
+    (KeyPart.BIAS_CHANGE, KeyPart.NORM_BIAS_CHANGE),
+    (KeyPart.MAGNITUDE, KeyPart.DORA_SCALE),
+    (KeyPart.LOKR_W2, KeyPart.LOKR_T2),
+)
 LOHA_FACTORS = (KeyPart.LOHA_W1_A, KeyPart.LOHA_W1_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_W2_B)
 Tensors = Mapping[KeyPart, NDArray[Any]]  # of one module
 Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> the factor of the change
@@ -99,7 +106,7 @@ def read_file(
         pairs=reader.pairs,
         biases=reader.biases,
         added=reader.added,
-        layouts={module: "out_in" for module, pair in reader.pairs.items() if len(pair.shape) == 2},
+        layouts={module: "out_in" for module, pair in reader.pairs.items() if set(pair.shape[2:]) <= {1}},
         flattened=names.flattened,
         spelling=reader.spelling,
         scale_source=scale_source,
@@ -142,6 +149,9 @@ class _FileChanges:
 
     def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
         kinds = [kind for kind in _KINDS if not kind.own.isdisjoint(tensors)]
+        for one, other in NOT_TOGETHER:
+            if one in tensors and other in tensors:
+                raise InputRefused(f"it has both {one} and {other}")
         if len(kinds) > 1 or (kinds and KeyPart.CHANGE in tensors):
             raise InputRefused(f"it has changes of several kinds: {', '.join(tensors)}")
         for kind in kinds:
@@ -158,6 +168,10 @@ class _FileChanges:
                 self.spelling[f"{module}.{tensor}"] = keys[part]
 
     def _add_pair(self, module: str, kind: _ChangeKind, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
+        if empty := [
+            part for part, value in tensors.items() if value.size == 0 or (value.ndim == 0 and part in kind.own)
+        ]:
+            raise InputRefused(f"its {', '.join(empty)} has no entries, or no dimensions")
         if missing := [part for part in kind.needed if part not in tensors]:
             raise InputRefused(f"there is no {', '.join(missing)} for it")
         if KeyPart.ALPHA in tensors and tensors[KeyPart.ALPHA].size != 1:

@@ -133,7 +133,7 @@ class _Part(NamedTuple):
 
 def _parts(adapter: Adapter, number: int, base: BaseTensors) -> Iterator[_Part]:
     components = components_of(adapter)
-    if len(components) < 2 or not prefixes_of_models(base):  # of several models that are not in the base: refused
+    if components == [""] or not prefixes_of_models(base):  # of several models that are not in the base: refused
         yield _Part(only_component(adapter), number, base, is_whole=True)
         return
     for component in components:

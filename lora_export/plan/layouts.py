@@ -66,7 +66,10 @@ def _linear_pairs(
         for module, pair in adapter.pairs.items():
             weight = weight_of(prefix.to_base(module), base)
             if weight is not None and not pair.embedding and len(base[weight].shape) == 2:
-                yield weight, pair
+                is_point = len(pair.shape) > 2 and set(pair.shape[2:]) == {
+                    1
+                }  # a convolution of size 1 is a linear layer
+                yield weight, pair.with_kernel(()) if is_point else pair
 
 
 def _settled(spec: TensorSpec, pair: LoraPair, stated: Layout | None, recorded: set[Layout]) -> TensorSpec:

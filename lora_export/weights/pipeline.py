@@ -47,6 +47,9 @@ class Pipeline:
         Raises InputRefused for a link out of the folder.
         """
         home = self.path.resolve()
+        for path in self.path.iterdir():
+            if path.is_symlink() and path.is_dir():
+                raise InputRefused(f"{path} is a link to a folder. Replace it with a copy of the folder")
         for path in input_files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)

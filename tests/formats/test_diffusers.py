@@ -130,6 +130,14 @@ def recorded(**fields: object) -> dict[str, str]:
         (recorded(use_qalora=True), None, "use_qalora: QA-LoRA is not supported"),
         (recorded(lora_alpha=0), None, "lora_alpha is 0; it must be a positive number"),
         ({"lora_adapter_metadata": "["}, None, "lora_adapter_metadata in the header of .* is not JSON"),
+        (
+            {"lora_adapter_metadata": '{"r": 2, "lora_alpha": 16}'},
+            None,
+            "for modules without a model that the file lacks",
+        ),
+        (recorded(use_dora=True), None, "use_dora is True, and 0 of 1 pairs have magnitudes"),
+        (recorded(peft_type="LOHA"), None, "peft_type is 'LOHA'; only LORA is supported"),
+        ({"lora_adapter_metadata": '{"unet.lora_alpha": 32}'}, None, "r is None; it must be a positive number"),
     ],
 )
 def test_a_recorded_config_that_does_not_fit_is_refused(metadata, alpha, message, tmp_path):

@@ -185,6 +185,58 @@ REFUSED = {
 }
 
 
+ROW, COLUMN = np.ones((0, 4), np.float32), np.ones((3, 0), np.float32)
+EMPTY = {
+    "rank 0": {"lora_down.weight": ROW, "lora_up.weight": COLUMN, "alpha": np.ones(1)},
+    "a core of rank 0": {"lora_down.weight": ROW, "lora_up.weight": COLUMN, "lora_mid.weight": np.ones((0, 0, 3, 3))},
+    "LoHa of rank 0": {
+        "hada_w1_a": COLUMN,
+        "hada_w1_b": ROW,
+        "hada_w2_a": COLUMN,
+        "hada_w2_b": ROW,
+        "alpha": np.ones(1),
+    },
+    "LoKr of rank 0": {"lokr_w1_a": COLUMN, "lokr_w1_b": ROW, "lokr_w2": A},
+    "a LoKr factor without dimensions": {"lokr_w1": np.ones(()), "lokr_w2": A},
+}
+TWICE = {
+    "norm": {"diff": np.ones(3), "w_norm": np.ones(3)},
+    "bias": {"diff_b": np.ones(3), "b_norm": np.ones(3)},
+    "magnitude": {**LORA, "dora_scale": np.ones((3, 1)), "lora_magnitude_vector": np.ones(3)},
+    "LoKr factor and core": {"lokr_w1": A, "lokr_w2": B, "lokr_t2": np.ones((2, 2, 3, 3))},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_factors_without_entries_are_refused(name, tmp_path):
+    with pytest.raises(InputRefused, match="has no entries, or no dimensions"):
+        kohya.read(written(EMPTY[name], tmp_path), "x")
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_parts_of_which_one_would_be_lost_are_refused(name, tmp_path):
+    with pytest.raises(InputRefused, match="it has both"):
+        kohya.read(written(TWICE[name], tmp_path), "x")
+
+
+POINT = np.ones((4, 4, 1, 1), np.float32)
+POINTS = {
+    "a pair": {
+        "lora_down.weight": np.ones((2, 4, 1, 1), np.float32),
+        "lora_up.weight": np.ones((4, 2, 1, 1), np.float32),
+    },
+    "a whole change": {"diff": POINT * 2},
+    "LoKr": {"lokr_w1": np.ones((2, 2), np.float32), "lokr_w2": np.ones((2, 2, 1, 1), np.float32) * 2},
+}
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_a_convolution_of_size_1_fits_a_square_linear_layer(name, tmp_path):
+    save_file({"layer.weight": np.zeros((4, 4), np.float32)}, tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", written(POINTS[name], tmp_path), tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["layer.weight"].tolist() == [[2.0] * 4] * 4
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_understood_is_refused_by_name(name, tmp_path):
     tensors, message = REFUSED[name]

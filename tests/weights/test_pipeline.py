@@ -74,3 +74,9 @@ def test_a_damaged_index_is_refused(index, tmp_path: Path):
     (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(InputRefused, match="model_index"):
         open_pipeline(tmp_path)
+
+
+def test_a_link_to_a_folder_is_refused(folder):
+    (folder / "safety_checker").symlink_to(folder / "vae")
+    with pytest.raises(InputRefused, match="safety_checker is a link to a folder"):
+        list(open_pipeline(folder).other_files(()))

@@ -35,6 +35,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
             file.problems.append(f"{name}: no pair of a linear layer or a convolution")
             continue
         folder, _, module = named(name).partition(".")
+        if module in by_folder.get(folder, {}):
+            file.problems.append(f"{named(name)}: two modules have this name")
         by_folder.setdefault(folder, {})[module] = pair
         file.tensors |= {f"{named(name)}.lora_A.weight": pair.a, f"{named(name)}.lora_B.weight": pair.b}
         if pair.magnitude is not None:

@@ -89,7 +89,10 @@ class OneFile:
 
     def _put(self, module: str, parts: dict[Any, NDArray[Any]]) -> None:
         for part, value in parts.items():
-            self.tensors[self.key(module, str(part))] = value
+            key = self.key(module, str(part))
+            if key in self.tensors:
+                self.problems.append(f"{key}: two tensors would have this key")
+            self.tensors[key] = value
 
     def write(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the file. Raises InputRefused with everything that the format cannot express."""

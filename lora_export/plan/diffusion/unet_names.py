@@ -14,6 +14,7 @@ DOWN = re.compile(r"(?:.*\.)?down_blocks\.(?P<block>\d+)\.resnets\.(?P<layer>\d+
 UP = re.compile(r"(?:.*\.)?up_blocks\.(?P<block>\d+)\.(?P<kind>resnets|attentions)\.(?P<layer>\d+)\..*")
 INPUT = re.compile(r"(?:.*\.)?input_blocks\.(?P<number>\d+)\.(?P<inner>\d+)\.(?P<rest>.*)")
 OUTPUT = re.compile(r"(?:.*\.)?output_blocks\.(?P<number>\d+)\.(?P<inner>\d+)\.(?P<rest>.*)")
+MOST_BLOCKS = 64
 OF_A_RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -53,10 +54,11 @@ def unet_table(names: Iterable[str]) -> NameTable | None:
 def _blocks_of_diffusers(names: Iterable[str]) -> list[tuple[str, str]] | None:
     down = [(int(m["block"]), int(m["layer"])) for m in map(DOWN.fullmatch, names) if m]
     up = [(int(m["block"]), m["kind"]) for m in map(UP.fullmatch, names) if m]
-    if not down:
+    depth = 1 + max((layer for block, layer in down if block == 0), default=-1)
+    blocks = 1 + max((block for block, _ in down), default=-1)
+    if not _is_plausible(depth, blocks):
         return None
-    depth = 1 + max(layer for block, layer in down if block == 0)
-    return list(_blocks(depth, 1 + max(block for block, _ in down), {block for block, kind in up if kind != "resnets"}))
+    return list(_blocks(depth, blocks, {block for block, kind in up if kind != "resnets"}))
 
 
 def _blocks_of_the_original(names: Iterable[str]) -> list[tuple[str, str]] | None:
@@ -67,8 +69,15 @@ def _blocks_of_the_original(names: Iterable[str]) -> list[tuple[str, str]] | Non
     halving = sorted({number for number, rest in inputs if rest.startswith("op.")})
     depth = halving[0] - 1 if halving else max(number for number, _ in inputs)
     blocks = len(halving) + 1
+    if not _is_plausible(depth, blocks):
+        return None
     with_attention = {number // (depth + 1) for number, inner, rest in outputs if inner == 1 and "conv" not in rest}
     return list(_blocks(depth, blocks, with_attention))
+
+
+def _is_plausible(depth: int, blocks: int) -> bool:
+    """Whether a UNet has such blocks. The numbers are those of names, which a hostile file chooses."""
+    return 0 < depth <= MOST_BLOCKS and 0 < blocks <= MOST_BLOCKS
 
 
 def _blocks(depth: int, blocks: int, with_attention: set[int]) -> Iterator[tuple[str, str]]:

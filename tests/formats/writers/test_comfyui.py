@@ -46,3 +46,11 @@ def test_names_without_a_model_are_noted(tmp_path: Path) -> None:
     result = lora_export.convert(adapter_of({"a.b": low_rank(3, 2, 1)}), tmp_path / "out", to="comfyui")
     assert result.notes == ("mine: names without a model are written as those of the UNet or transformer.",)
     assert "diffusion_model.a.b.lora_A.weight" in load_file(result.output)
+
+
+def test_two_modules_of_one_name_are_refused(tmp_path: Path) -> None:
+    adapter = adapter_of({"a": low_rank(3, 2, 1), "denoiser/a": low_rank(3, 2, 1, seed=1)})
+    for to in ("comfyui", "diffusers", "kohya"):
+        with pytest.raises(InputRefused, match=r"two (tensors would|modules) have this"):
+            lora_export.convert(adapter, tmp_path / to, to=to)
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_export import merge, verify
+from lora_export import merge, unmerge, verify
 from lora_export.errors import InputRefused
 from lora_export.lora import component_name
 from lora_export.plan import Layout, TensorSpec, make
@@ -109,3 +109,22 @@ def test_an_adapter_of_several_models_needs_a_file_with_them():
     adapter = holding(pairs={name: a_pair(4, 4) for name in names})
     with pytest.raises(InputRefused, match="has changes for several models of a pipeline"):
         make([adapter], specs("a", "b"))
+
+
+def test_an_adapter_of_one_text_encoder_changes_that_one(tmp_path):
+    """Both text encoders have modules of the same names, and here of the same shapes."""
+    name = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+    pairs = random_pairs({name: (6, 4)})
+    base, adapter = base_file(tmp_path), adapter_file(tmp_path / "a.safetensors", pairs)
+    merge(base, adapter, tmp_path / "out.safetensors")
+    new, old = load_file(tmp_path / "out.safetensors"), load_file(base)
+    changed = [each for each in XL if not np.array_equal(new[each], old[each])]
+    assert changed == ["conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight"]
+    assert new[changed[0]] - old[changed[0]] == pytest.approx(change(pairs[name], 1), abs=1e-6)
+
+
+def test_a_merge_of_several_models_is_undone(tmp_path):
+    base, adapter = base_file(tmp_path), adapter_file(tmp_path / "a.safetensors", random_pairs(CHANGED))
+    merge(base, adapter, tmp_path / "out.safetensors", keep_residual=tmp_path / "residual")
+    unmerge(tmp_path / "out.safetensors", adapter, tmp_path / "back.safetensors", base_from=tmp_path / "residual")
+    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()

@@ -55,3 +55,17 @@ def test_a_unet_of_one_resolution_has_a_table():
     assert table is not None
     names = {row.original: row.parts for row in table.rows}
     assert names["input_blocks.1.0.in_layers.2"] == ("down_blocks.0.resnets.0.conv1",)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["down_blocks.0.resnets.99999999999.conv1.weight"],
+        ["down_blocks.99999999.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv1.weight"],
+        ["down_blocks.3.resnets.0.conv1.weight"],
+        ["input_blocks.0.0.op.weight", "output_blocks.0.1.proj.weight"],
+        ["input_blocks.99999999999.0.in_layers.0.weight"],
+    ],
+)
+def test_numbers_that_no_unet_has_make_no_table(names):
+    assert unet_table(names) is None
