@@ -15,7 +15,7 @@ def conflicts(matches: Sequence[Match]) -> list[Misfit]:
     """The conflicts among matches of one base tensor.
 
     Whole tensors conflict where they differ or others add to them, rows where two adapters replace the same one, pairs
-    where one rescales the sum, they were trained on different kinds of layers, or one adapter has them under two names.
+    where one rescales the sum or they were trained on different kinds of layers.
     """
     return [*_of_wholes(matches), *_of_rows(matches), *_of_pairs(matches)]
 
@@ -102,13 +102,9 @@ def _of_rows(matches: Sequence[Match]) -> Iterator[Misfit]:
 
 def _of_pairs(matches: Sequence[Match]) -> Iterator[Misfit]:
     terms = [match.term for match in matches if match.term is not None]
-    for number, term in enumerate(terms[1:], 1):
+    for term in terms[1:]:
         name, first = matches[0].weight, terms[0]
-        own = next((other for other in terms[:number] if other.adapter == term.adapter), None)
-        if own is not None:
-            why = f"{own.module} and {term.module} of one adapter both change {name}: one of them may repeat the other"
-            yield Misfit(term.adapter, name, f"{why}. Remove one from the file")
-        elif first.pair.embedding is not term.pair.embedding:
+        if first.pair.embedding is not term.pair.embedding:
             kinds = {True: "an embedding", False: "a linear layer"}
             why = (
                 f"{term.adapter} was trained with {name} as {kinds[term.pair.embedding]}, "

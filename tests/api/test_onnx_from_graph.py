@@ -246,7 +246,7 @@ def in_int8(graph: ir.Model) -> ir.Model:
     return graph
 
 
-@pytest.fixture(scope="module", params=["stacked", "stacked_with_biases"])
+@pytest.fixture(scope="module", params=[pytest.param("stacked", marks=pytest.mark.slow), "stacked_with_biases"])
 def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A graph that multiplies in int8, and two adapters; and the module that it was made from."""
     folder, factory = tmp_path_factory.mktemp(request.param), f"{SPOTTER.rpartition(':')[0]}:{request.param}"

@@ -25,7 +25,7 @@ def reviews(path: Path, classes: int = 2) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_decoder_without_padding_id_is_trained_merged_and_proven(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,6 +144,7 @@ def expected(adapters: dict[str, Path], inputs: dict[str, torch.Tensor]) -> dict
     return {**read, "": noise(unet(), inputs)}
 
 
+@pytest.mark.slow
 def test_nodes_beside_the_weights_compute_what_diffusers_computes(graph, adapters, inputs, tmp_path):
     export(graph, tmp_path / "nodes.onnx", [str(adapters["diffusers"])], "nodes")
     (found,) = ort.InferenceSession(tmp_path / "nodes.onnx").run(None, arrays(inputs))
@@ -164,6 +165,7 @@ def test_three_files_are_swapped_per_call(graph, adapters, inputs, tmp_path):
     assert min(np.abs(found[name] - found[""]).max() for name in adapters) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_batch_use_different_files(graph, adapters, inputs, tmp_path):
     export(graph, tmp_path / "rows.onnx", [f"{name}={path}" for name, path in adapters.items()], "rows")
     feeds = {**arrays(inputs), "adapter_ids": np.array([1, 0, 3])}

@@ -146,8 +146,13 @@ COMMANDS = [
 ]
 
 
+# An export that is proven takes seconds. Its screen in full (-v) is tested by `make test-slow`.
 @pytest.mark.parametrize("on_github", [False, True])
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(one, marks=pytest.mark.slow if one[0] == "onnx" and "-v" in one else ()) for one in COMMANDS],
+    ids=" ".join,
+)
 def test_no_name_forges_a_line_or_a_command(
     place: Path,
     command: list[str],

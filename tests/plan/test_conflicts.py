@@ -76,9 +76,3 @@ def test_a_replaced_tensor_conflicts_with_a_change(changed):
     assert lines == [
         f"{changed}: two replaces the whole {changed}, and one adds to it. Merge only one of these adapters"
     ]
-
-
-def test_one_adapter_may_not_change_a_weight_under_two_names():
-    two_names = holding(pairs={"fc": pair(), "fc.weight": pair()})
-    (line,) = misfits([two_names], [matrix("fc.weight")])
-    assert line.startswith("fc.weight: fc and fc.weight of one adapter both change fc.weight: one of them may repeat")

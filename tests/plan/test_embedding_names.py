@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
 import transformers
 
 from lora_export.plan.embedding_names import EMBEDDING_MODULES, is_embedding
@@ -33,6 +34,7 @@ def assigned() -> tuple[set[str], set[str]]:
     return tables, linear
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_transformers() -> None:
     tables, linear = assigned()
     assert tables - EMBEDDING_MODULES == LINEAR_ELSEWHERE

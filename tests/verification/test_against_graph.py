@@ -86,7 +86,7 @@ def judged_without_second(folder: Path, scale: float, strength: float) -> Verdic
     return prove(OnnxRunner(folder / "merged.onnx"), references).verdict
 
 
-@pytest.mark.parametrize("scale", [1e-5, 3e-6])
+@pytest.mark.parametrize("scale", [pytest.param(1e-5, marks=pytest.mark.slow), 3e-6])
 def test_candidate_without_a_pair_below_the_gates_is_different(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
@@ -112,6 +112,7 @@ def test_a_doubt_names_the_pytorch_model_as_remedy(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,9 @@ def without(module: str, adapter: str) -> Any:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("text", [LINEAR, LOOKUP, CONVOLUTION])
+@pytest.mark.parametrize(
+    "text", [LINEAR, *(pytest.param(text, marks=pytest.mark.slow) for text in (LOOKUP, CONVOLUTION))]
+)
 def test_each_pair_is_off_as_if_the_plan_lacked_it(text: str, dora: bool) -> None:
     model, x, given = filled(text), INPUTS[text], adapters(text, dora=dora)
     found, seen = controls(model, x, *given)
