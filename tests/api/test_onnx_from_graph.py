@@ -625,6 +625,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_adapter_is_inserted_once_and_a_second_is_recorded(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_export import formats
 from lora_export.errors import InputRefused, WrongUsage
+from lora_export.formats import loralib as loralib_format
 from lora_export.formats.read_options import ReadOptions
 from support.cli import call
 
@@ -137,6 +138,6 @@ def test_parts_are_stated_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
 
 def test_files_of_diffusion_models_are_not_loralibs(tmp_path: Path) -> None:
     torch.save({"diffusion_model.a.lora_A": torch.ones(2, 3)}, tmp_path / "a.pt")
-    assert not formats.recognised(tmp_path / "a.pt")
+    assert not loralib_format.recognises(tmp_path / "a.pt")
     torch.save({"a.lora_A": torch.ones(2, 3)}, tmp_path / "a.pt")
-    assert formats.recognised(tmp_path / "a.pt")
+    assert loralib_format.recognises(tmp_path / "a.pt")

@@ -178,6 +178,7 @@ def fuzz_record(place: Path, examples: int) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_damaged_records_of_torchscript_are_read_or_refused(tmp_path: Path) -> None:
     fuzz_record(tmp_path, 4)
 
