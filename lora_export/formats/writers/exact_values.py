@@ -55,7 +55,7 @@ def beyond_pairs(adapter: Adapter, allowed: Collection[str] = ()) -> list[str]:
         if type(pair) is not LoraPair
     ]
     if adapter.flattened:
-        problems.append("the names of its modules, in which `_` stands for the dots: merge it into its base instead")
+        problems.append("the names of its modules, in which `_` stands for the dots: state their model by --base")
     if "magnitude" not in allowed:
         problems += [f"{name}: DoRA's magnitude" for name, pair in adapter.pairs.items() if pair.magnitude is not None]
     for field, what in (
