@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def named_for(adapter: Adapter, names: str, base: Path) -> Adapter:
     specs = BaseTensors(checkpoint.specs)
     plan.make([adapter], specs.values(), may_add=True, identity_ok=True, unknown_layout_ok=True, rules=rules)
     spelled = spell(adapter, specs, rules)
-    renamed = _renamed(spelled.adapter, lambda name: spelled.prefix.to_base(name) or name)
+    renamed = spelled.adapter.renamed(lambda name: spelled.prefix.to_base(name) or name, targets=())
     renamed = replace(
         renamed, pairs=dict(_placed(name, pair, specs, spelled.views) for name, pair in renamed.pairs.items())
     )
@@ -65,21 +65,6 @@ def _placed(name: str, pair: LoraPair, base: BaseTensors, views: Mapping[str, Te
     if spec is None or index:
         return name, pair
     return name, pair.of_layer(transposed=spec.layout.is_transposed, embedding=False)
-
-
-def _renamed(adapter: Adapter, name_of: Callable[[str], str]) -> Adapter:
-    """The adapter with other names of its modules and tensors."""
-
-    def table(values: Mapping[str, _Value]) -> dict[str, _Value]:
-        return {name_of(name): value for name, value in values.items()}
-
-    fields: dict[str, Any] = {
-        field: table(getattr(adapter, field))
-        for field in ("pairs", "replaced", "biases", "added", "token_rows", "layouts")
-    }
-    spelling = {name_of(name): key for name, key in adapter.spelling.items()}
-    tied = {name_of(head): name_of(own) for head, own in adapter.tied.items()}
-    return replace(adapter, **fields, experts=table(adapter.experts), tied=tied, spelling=spelling, targets=())
 
 
 def _as_loaded(adapter: Adapter, loaded: LoadedNames, base: BaseTensors) -> Adapter:
@@ -115,8 +100,8 @@ def _as_loaded(adapter: Adapter, loaded: LoadedNames, base: BaseTensors) -> Adap
             return whole[0].name
         return new_names.get(name, name)
 
-    renamed = _renamed(replace(adapter, pairs={}), name_of)
-    return replace(renamed, pairs=pairs, experts=dict.fromkeys(stacks, ExpertAxes.STORED))
+    experts = dict.fromkeys(stacks, ExpertAxes.STORED)
+    return replace(replace(adapter, pairs={}).renamed(name_of, targets=()), pairs=pairs, experts=experts)
 
 
 def _stacked(

@@ -64,9 +64,9 @@ def convert(
 
     With `names`, a PEFT adapter gets the names of the checkpoint `base` ("transformers4", "vllm"), with all experts of
     a projection in one tensor ("sglang"), or the names of the model that transformers 5 loads ("transformers5").
-    Adapters for mlx-lm and llama.cpp always get
-    those of `base`, where it is given; GGUF needs it. For diffusion models `base` is a pipeline or one of its models:
-    kohya's and diffusers' adapters get its names, ComfyUI's those of the original model. Flattened names need it.
+    Adapters for mlx-lm and llama.cpp get the names of `base` where it is given; GGUF needs it. For diffusion models
+    `base` is a pipeline or one of its models: kohya's and diffusers' adapters get its names, ComfyUI's those of the
+    original model. Flattened names need it.
 
     `weight` multiplies the adapter's scale. `reading` is that of `merge`.
     `ignore_head` leaves out a task head that the adapter saves whole, where it is equal to the graph's own.

@@ -28,7 +28,7 @@ from lora_export.storage.hub_cache import HUB_NAME, hub_name, locate
 from lora_export.weights.apply_step import Backend
 from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
-from lora_export.weights.merge_report import MIN_RETENTION, MergeReport
+from lora_export.weights.merge_report import MIN_RETENTION, MergeReport, refuse_no_change
 from lora_export.weights.pipeline import is_pipeline, open_pipeline
 from lora_export.weights.quantisation_loss import (
     bytes_to_measure,
@@ -222,15 +222,15 @@ def _refuse_for_pipeline(given: Mapping[str, bool]) -> None:
 
 def _into_pipeline(options: _Options, dtype: str | None) -> MergeResult:
     pipeline = open_pipeline(options.base)
-    merges = plan_pipeline(pipeline, options.adapters, options.weights, options.layout, options.combination)
+    merges, unchanged = plan_pipeline(pipeline, options.adapters, options.weights, options.layout, options.combination)
     strengths = options.weights or [1.0] * len(options.adapters)
     whole = plan_of_all(merges, options.adapters, strengths)
     notes = [note for each in merges for note in _notes_on(each.checkpoint, options.adapters)]
-    notes = list(_report_notes(options, whole, list(dict.fromkeys(notes))))
+    notes = list(_report_notes(options, whole, list(dict.fromkeys((*unchanged, *notes)))))
     if options.dry_run:
         return MergeResult(options.output, whole, None, tuple(notes))
     report = merge_into_pipeline(
-        options.base,
+        pipeline,
         options.adapters,
         merges,
         options.output,
@@ -289,7 +289,7 @@ def _into_checkpoint(options: _Options, dtype: str | None, *, dequantise: bool) 
             backend=backend,
             more_settings=options.combination.settings,
         )
-        _refuse_no_change(report)
+        refuse_no_change(report)
         if floats is not None:
             report, more = _with_quantisation(report, checkpoint, floats, steps, options)
             notes = (*notes, *more)
@@ -384,7 +384,7 @@ def _into_graph(options: _Options, origin: Path | None, *, requantize: bool) -> 
             backend=backend,
             more_settings=options.combination.settings,
         )
-        _refuse_no_change(report)
+        refuse_no_change(report)
         copy_generation_files(options.base, options.output, folder, options.on_message)
     _warn_of_rounding(report, NODES, options.on_message)
     return MergeResult(options.output, steps, report, notes)
@@ -415,11 +415,6 @@ def _report_notes(options: _Options, steps: Plan, more: Sequence[str]) -> tuple[
     for note in notes:
         options.on_message(f"note: {note}")
     return notes
-
-
-def _refuse_no_change(report: MergeReport) -> None:
-    if not report.replaced and not any(result.changed for result in report.results):
-        raise InputRefused("the merge would change no entry of any weight: the whole change is lost to rounding")
 
 
 def _warn_of_rounding(report: MergeReport, remedy: str, on_message: OnMessage) -> None:

@@ -12,18 +12,17 @@ from lora_export import plan, provenance
 from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_in_plan
 from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
-from lora_export.errors import InputRefused, MatchError, Misfit
+from lora_export.api.pipeline_parts import parts_by_model
+from lora_export.errors import MatchError, Misfit
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
-from lora_export.plan.build import checked_strengths
-from lora_export.plan.diffusion.components import components_of, of_component
 from lora_export.storage import atomic_output
 from lora_export.storage.hashes import ALGORITHMS
 from lora_export.storage.manifest import read_manifest, write_manifest
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
-from lora_export.weights.merge_report import MergeReport
-from lora_export.weights.pipeline import Pipeline, open_pipeline
+from lora_export.weights.merge_report import MergeReport, refuse_no_change
+from lora_export.weights.pipeline import Pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +40,12 @@ def plan_pipeline(
     strengths: Sequence[float],
     layout: Mapping[str, str],
     combination: Combination,
-) -> list[ModelMerge]:
-    """A plan for each model that the adapters change.
+) -> tuple[list[ModelMerge], tuple[str, ...]]:
+    """A plan for each model that the adapters change, and notes on the models that they leave as they are.
 
     Raises InputRefused for a component that the pipeline lacks, MatchError with the misfits of all models.
     """
-    strengths = checked_strengths(adapters, strengths)
-    parts: dict[str, list[tuple[Adapter, float]]] = {}
-    for adapter, strength in zip(adapters, strengths, strict=True):
-        components = components_of(adapter)
-        for component in components:
-            folder = pipeline.folder_of(component, components)
-            parts.setdefault(folder, []).append((of_component(adapter, component), strength))
+    parts, notes = parts_by_model(pipeline, adapters, strengths)
     merges: list[ModelMerge] = []
     misfits: list[Misfit] = []
     targets = 0
@@ -60,12 +53,11 @@ def plan_pipeline(
         checkpoint = open_checkpoint(pipeline.models[folder])
         try:
             steps = plan.make(
-                [adapter for adapter, _ in own],
+                own.adapters,
                 checkpoint.specs,
-                strengths=[strength for _, strength in own],
+                strengths=own.strengths,
                 layout=layout,
                 rules=checkpoint.rules,
-                identity_ok=True,  # an adapter without effect on one of the models may change another
             )
         except MatchError as error:
             misfits += [replace(misfit, problem=f"{folder}: {misfit.problem}") for misfit in error.misfits]
@@ -77,7 +69,7 @@ def plan_pipeline(
         targets += len(steps.steps)
     if misfits:
         raise MatchError(misfits, targets=targets)
-    return merges
+    return merges, notes
 
 
 def plan_of_all(merges: Sequence[ModelMerge], adapters: Sequence[Adapter], strengths: Sequence[float]) -> Plan:
@@ -109,7 +101,7 @@ def _spelling_of(adapter: Adapter, merges: Sequence[ModelMerge]) -> str:
 
 
 def merge_into_pipeline(
-    base: Path,
+    pipeline: Pipeline,
     adapters: Sequence[Adapter],
     merges: Sequence[ModelMerge],
     output: Path,
@@ -125,9 +117,8 @@ def merge_into_pipeline(
     on_progress: OnProgress,
 ) -> MergeReport:
     """Write the merged pipeline. Every merged model has a manifest of its own. Raises as `merge_checkpoint`."""
-    pipeline = open_pipeline(base)
     others = list(pipeline.other_files({each.folder for each in merges}))
-    size = sum((base / relative).stat().st_size for relative in others)
+    size = sum((pipeline.path / relative).stat().st_size for relative in others)
     companions = [each.checkpoint.path / name for each in merges for name in each.checkpoint.other_files()]
     size += sum(path.stat().st_size for path in companions)
     size += sum(output_size(each.plan, each.checkpoint, dtype) for each in merges)
@@ -149,11 +140,10 @@ def merge_into_pipeline(
                 more_settings=settings,
             )
         report = _report_of_all(reports)
-        if not report.replaced and not any(result.changed for result in report.results):
-            raise InputRefused("the merge would change no entry of any weight: the whole change is lost to rounding")
+        refuse_no_change(report)
         for relative in others:
             (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / relative, stage / relative)
+            shutil.copyfile(pipeline.path / relative, stage / relative)
         record = provenance.record(adapters, strengths, {}, (), {"models": sorted(reports), **settings})
         write_manifest(stage, record, _known_hashes(stage, reports))
     return report

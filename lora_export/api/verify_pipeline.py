@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.api.pipeline_parts import parts_by_model
 from lora_export.lora import Adapter
-from lora_export.plan.build import checked_strengths
-from lora_export.plan.diffusion.components import components_of, of_component
 from lora_export.provenance import adapter_records
 from lora_export.storage.hashes import file_sha256
 from lora_export.storage.manifest import MANIFEST
@@ -30,28 +29,21 @@ def audit_pipeline(
     Every other file of the pipeline must be that of the base, byte for byte. Raises InputRefused as `judge`, and for a
     component that the pipeline lacks.
     """
-    strengths = checked_strengths(adapters, strengths)
     pipeline = open_pipeline(base)
-    parts: dict[str, list[tuple[Adapter, float]]] = {}
-    for adapter, strength in zip(adapters, strengths, strict=True):
-        components = components_of(adapter)
-        for component in components:
-            folder = pipeline.folder_of(component, components)
-            parts.setdefault(folder, []).append((of_component(adapter, component), strength))
+    parts, notes = parts_by_model(pipeline, adapters, strengths)
     audits, facts = {}, {}
     for folder, own in parts.items():
-        audits[folder], facts[folder] = judge(
-            candidate / folder, base / folder, [adapter for adapter, _ in own], [strength for _, strength in own]
-        )
+        audits[folder], facts[folder] = judge(candidate / folder, base / folder, own.adapters, own.strengths)
     other = tuple(_other_differences(pipeline, candidate, parts))
     whole = _joined(audits)
+    whole = replace(whole, notes=(*notes, *whole.notes))
     if other:
         whole = replace(whole, outcome=Outcome.DIFFERENT, files=(*whole.files, *other))
     about = {
         "candidate": str(candidate),
         "base": str(base),
         "models": {folder: dict(own) for folder, own in facts.items()},
-        "adapters": adapter_records(adapters, strengths),
+        "adapters": adapter_records(adapters, strengths or [1.0] * len(adapters)),
     }
     return whole, about
 

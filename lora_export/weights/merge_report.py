@@ -82,6 +82,12 @@ def refuse_below_rounding(results: Sequence[StepResult], min_retention: float, w
         )
 
 
+def refuse_no_change(report: MergeReport) -> None:
+    """Raise InputRefused where a merge changed no weight at all."""
+    if not report.replaced and not any(result.changed for result in report.results):
+        raise InputRefused("the merge would change no entry of any weight: the whole change is lost to rounding")
+
+
 class Statistics:
     """Sums over the blocks of one weight, in fp64."""
 

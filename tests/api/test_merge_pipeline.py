@@ -154,6 +154,17 @@ def test_a_component_that_the_pipeline_lacks_is_refused(pipeline, tmp_path):
         merge(pipeline, path, tmp_path / "out")
 
 
+def test_a_note_tells_of_a_model_that_stays_as_it_is(pipeline, tmp_path):
+    found = pairs()
+    text = {name: (a, np.zeros_like(b)) for name, (a, b) in found.items() if name.startswith("te.")}
+    path = adapter_file(tmp_path / "a.safetensors", found | text, prefix="lora_", flattened=True, alpha=2)
+    said: list[str] = []
+    result = merge(pipeline, path, tmp_path / "out", on_message=said.append)
+    assert "note: a changes nothing in text_encoder: its values there are those before training" in said
+    assert result.report is not None
+    assert {weight.weight.partition("/")[0] for weight in result.report.results} == {"unet"}
+
+
 def test_options_for_one_model_are_refused(pipeline, adapter, tmp_path):
     with pytest.raises(
         WrongUsage, match="--requantize, --only-head is not for a pipeline\\. Give the folder of one of"

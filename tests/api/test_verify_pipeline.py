@@ -69,6 +69,28 @@ def test_a_wrong_weight_in_one_model_is_different(base, adapter, merged):
     assert [weight.name for weight in result.verdict.worst] == ["text_encoder/a.q.weight"]
 
 
+def test_a_model_whose_pairs_are_not_trained_stays_as_it_is(base, tmp_path):
+    pairs = random_pairs({f"{part}.a.q": LAYERS["a.q"] for part in ("unet", "text_encoder")})
+    a, b = pairs["text_encoder.a.q"]
+    path = adapter_file(tmp_path / "a.safetensors", pairs | {"text_encoder.a.q": (a, np.zeros_like(b))})
+    merge(base, path, tmp_path / "merged")
+    own = "text_encoder/model.safetensors"
+    assert (tmp_path / "merged" / own).read_bytes() == (base / own).read_bytes()
+    assert sorted(file.name for file in (tmp_path / "merged" / "text_encoder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    result = verify(tmp_path / "merged", base=base, adapters=path)
+    assert result.verdict.outcome == "same"
+    assert set(result.about["models"]) == {"unet"}
+    assert "a changes nothing in text_encoder: its values there are those before training" in result.verdict.notes
+    model(tmp_path / "other", 7)
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", tmp_path / "merged" / own)
+    result = verify(tmp_path / "merged", base=base, adapters=path)
+    assert result.verdict.outcome == "different"
+    assert result.verdict.files == (f"{own} has other bytes than the base's",)
+
+
 def test_another_strength_is_different(base, adapter, merged):
     assert verify(merged, base=base, adapters=adapter).verdict.outcome == "different"
 

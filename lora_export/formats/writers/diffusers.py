@@ -31,7 +31,9 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     file.problems += beyond_pairs(adapter, {"magnitude"})
     by_folder: dict[str, dict[str, LoraPair]] = {}
     for name, pair in adapter.pairs.items():
-        if pair.embedding or pair.as_stored or not {type(pair)} <= {LoraPair}:
+        if type(pair) is not LoraPair:
+            continue  # `beyond_pairs` named it
+        if pair.embedding or pair.as_stored:
             file.problems.append(f"{name}: no pair of a linear layer or a convolution")
             continue
         folder, _, module = named(name).partition(".")

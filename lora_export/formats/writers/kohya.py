@@ -18,10 +18,10 @@ PREFIXES = {
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:  # noqa: ARG001
     """Write the file. A pipeline with one text encoder has `lora_te`, one with several `lora_te1` and so on."""
-    components = {split_component(name)[0] for name in (*adapter.pairs, *adapter.biases, *adapter.added)}
+    names = (*adapter.pairs, *adapter.biases, *adapter.added)
+    components = {split_component(name)[0] for name in names}
     prefixes = PREFIXES if components & set(TEXT_ENCODERS[1:]) else {**PREFIXES, TEXT_ENCODERS[0]: "lora_te"}
     file = OneFile(adapter, "kohya", lambda module, ending: f"{_flattened(module, prefixes)}.{ending}")
-    names = (*adapter.pairs, *adapter.biases, *adapter.added)
     file.problems += [f"{name}: a second transformer" for name in names if split_component(name)[0] not in prefixes]
     keys = [_flattened(module, prefixes) for module in adapter.pairs]
     file.problems += [f"{key}: two modules have this name without dots" for key in set(keys) if keys.count(key) > 1]
