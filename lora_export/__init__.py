@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_export.api.combine import combine
     from lora_export.api.convert import convert
     from lora_export.api.extract import extract
+    from lora_export.api.generate import generate
     from lora_export.api.inspect import inspect
     from lora_export.api.merge import merge
     from lora_export.api.onnx import export_onnx
@@ -67,6 +68,7 @@ _HOMES = {
     "export_torchscript": "api.torchscript:export_torchscript",
     "extract": "api.extract:extract",
     "fold_module": "layers:fold",
+    "generate": "api.generate:generate",
     "inspect": "api.inspect:inspect",
     "load_adapter": "formats:load",
     "load_model": "models.load:load_model",
@@ -107,6 +109,7 @@ __all__ = [
     "export_torchscript",
     "extract",
     "fold_module",
+    "generate",
     "inspect",
     "load_adapter",
     "load_model",

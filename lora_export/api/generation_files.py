@@ -1,10 +1,12 @@
-"""The files that onnxruntime-genai reads beside a graph: its own config, and the tokenizer."""
+"""The files beside a graph with which it generates: the tokenizer, configs of the model and of onnxruntime-genai."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_export.api.callbacks import OnMessage
 from lora_export.storage import atomic_output, input_files, json_files
@@ -12,8 +14,9 @@ from lora_export.storage import atomic_output, input_files, json_files
 GENAI_CONFIG = "genai_config.json"
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model", "preprocessor_config.json"),
 )
+MODEL_CONFIGS = ("config.json", "generation_config.json")
 
 
 def copy_generation_files(graph: Path, output: Path, folder: Path, on_message: OnMessage) -> list[str]:
@@ -26,20 +29,58 @@ def copy_generation_files(graph: Path, output: Path, folder: Path, on_message: O
     home = output.absolute().parent
     if home.is_dir() and home.samefile(graph.parent):
         return []
-    texts = _config_of(graph, output)
-    present = [name for name in TOKENIZER if (graph.parent / name).is_file()]
-    taken = [name for name in (*texts, *present) if (home / name).exists()]
+    present = [graph.parent / name for name in TOKENIZER if (graph.parent / name).is_file()]
+    return _publish_beside(output, folder, _config_of(graph, output), present, on_message)
+
+
+def write_generation_files(
+    model: Path,
+    output: Path,
+    folder: Path,
+    genai: Mapping[str, Any] | None,
+    on_message: OnMessage,
+    *,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write what is needed to generate with the graph of a model's folder into `folder`; return the names.
+
+    `genai` is the content of onnxruntime-genai's config; without it there is none. With `overwrite`, files beside
+    `output` are replaced. Otherwise as `copy_generation_files`.
+    """
+    texts = {} if genai is None else {GENAI_CONFIG: json.dumps(genai, indent=4) + "\n"}
+    home = output.absolute().parent
+    if home.is_dir() and model.is_dir() and home.samefile(model):
+        return _publish_beside(output, folder, texts, [], on_message, overwrite=overwrite)
+    present = [model / name for name in (*MODEL_CONFIGS, *TOKENIZER) if (model / name).is_file()]
+    return _publish_beside(output, folder, texts, present, on_message, overwrite=overwrite)
+
+
+def _publish_beside(
+    output: Path,
+    folder: Path,
+    texts: Mapping[str, str],
+    files: list[Path],
+    on_message: OnMessage,
+    *,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write texts and copy files into `folder`; return the names.
+
+    What is beside `output` already is left out, with a note, unless it is to be overwritten.
+    """
+    home = output.absolute().parent
+    taken = [name for name in (*texts, *(path.name for path in files)) if (home / name).exists() and not overwrite]
     if taken:
         on_message(f"note: beside {output} these files exist already and stay as they are: {', '.join(taken)}")
-    copied = [name for name in present if name not in taken]
-    atomic_output.refuse_lack_of_space(folder, sum((graph.parent / name).stat().st_size for name in copied))
+    texts = {name: text for name, text in texts.items() if name not in taken}
+    files = [path for path in files if path.name not in taken]
+    atomic_output.refuse_lack_of_space(folder, sum(path.stat().st_size for path in files))
     for name, text in texts.items():
-        if name not in taken:
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    for name in copied:
-        with input_files.open_regular(graph.parent / name) as source, (folder / name).open("xb") as copy:
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    for path in files:
+        with input_files.open_regular(path) as source, (folder / path.name).open("xb") as copy:
             shutil.copyfileobj(source, copy)
-    return [name for name in (*texts, *present) if name not in taken]
+    return [*texts, *(path.name for path in files)]
 
 
 def size_of_generation_files(graph: Path) -> int:

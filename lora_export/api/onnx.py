@@ -18,7 +18,7 @@ from lora_export.api.load import (
     refuse_pt2,
     refuse_weights_alone,
 )
-from lora_export.api.onnx_options import OnnxOptions, OnnxResult, check_adapters
+from lora_export.api.onnx_options import TEXT_GENERATION, OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
@@ -42,6 +42,9 @@ def export_onnx(
     target: str | Sequence[str] | None = None,
     dora: bool = False,
     names: str = "olive",
+    task: str | None = None,
+    with_cache: bool = False,
+    fuse: str | None = None,
     opset: int | None = None,
     dtype: str = "float32",
     checkpoint: str | Path | None = None,
@@ -74,10 +77,15 @@ def export_onnx(
     endings of layer names), `dora` lets these have DoRA, and `names` is the naming convention of the inputs: "olive",
     "genai" or "peft".
 
+    `task` "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for a
+    prompt and for every token after it. The tokenizer, the model's configs and `genai_config.json` are written beside
+    it. `with_cache` chooses the task by the model's class. `fuse` ("cpu", "cuda" or "webgpu") puts onnxruntime's own
+    operators for that provider into the graph, such as GroupQueryAttention; it then runs in onnxruntime only.
+
     With "inputs" and "rows", `ignore_head` leaves out a task head that the adapters save whole, where it is equal to
     the model's own.
 
-    `output` is an .onnx: a name without this suffix gets it.
+    `output` is an .onnx: a name without this suffix gets it. With a task it is a folder, which gets a `model.onnx`.
 
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
     A run of a graph is stopped after `timeout` seconds.
@@ -94,7 +102,7 @@ def export_onnx(
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
     options = OnnxOptions(
-        output=with_suffix(output, ".onnx"),
+        output=_file_of(output, task, with_cache=with_cache),
         lora=lora,
         adapters=load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or reference or model)),
         weights=tuple(weights),
@@ -103,6 +111,8 @@ def export_onnx(
         target=target,
         dora=dora,
         names=names,
+        task=TEXT_GENERATION if with_cache else task,
+        fuse=fuse,
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
         ignore_head=ignore_head,
@@ -126,6 +136,12 @@ def export_onnx(
     names_from = None if checkpoint is None else locate(checkpoint, on_message, download)
     reference = None if reference is None else locate_model(reference, on_message, download)
     return export_from_graph(Path(str(model)), options, checkpoint=names_from, reference=reference, dtype=dtype)
+
+
+def _file_of(output: str | Path, task: str | None, *, with_cache: bool) -> Path:
+    """The file to write. With a task, an output without a suffix is a folder: other programs look for model.onnx."""
+    path = Path(output)
+    return path / "model.onnx" if (task or with_cache) and not path.suffix else with_suffix(output, ".onnx")
 
 
 def _check_usage(
@@ -157,6 +173,12 @@ def _check_usage(
         raise WrongUsage("--lora rows needs the adapters that rows may choose from (-a)")
     if is_graph and not adapters and target is None:
         raise WrongUsage("MODEL is a graph already: name the adapters to put into it (-a)")
+    if options.task not in (None, TEXT_GENERATION):
+        raise WrongUsage(f"--task {options.task} is unknown; the task with a cache is {TEXT_GENERATION}")
+    if is_graph and options.task:
+        raise WrongUsage("--task and --with-cache are for models that are exported; MODEL is a graph already")
+    if is_graph and options.fuse:
+        raise WrongUsage("--fuse is for models that are exported; MODEL is a graph already")
     if is_graph and opset is not None:
         raise WrongUsage("--opset is for models that are exported; MODEL is a graph already")
     if not is_graph and (checkpoint, reference) != (None, None):

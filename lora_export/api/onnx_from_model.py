@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
+from lora_export.api.genai_config import genai_config
+from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
 from lora_export.api.load import ModelSource, model_paths, resolve_model
 from lora_export.api.memory_needs import require_memory_to_export
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
@@ -25,6 +27,7 @@ from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import Adapter
 from lora_export.models import export
+from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
 from lora_export.models.model import Model
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -37,6 +40,8 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         require_memory_to_export(source)
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
+        if options.task:
+            base = _as_decoder(base, options)
         given = options
         adapted = adapted_model(base, given.adapters, given.weights, given.application, given.on_message)
         base = adapted.model
@@ -51,12 +56,15 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         before = base_outputs(program, references, options)
         with _naming(why_text_only):
             located, companions = write_with_adapters(program, options, future, folder)
+        if options.task:
+            companions += _write_generation_files(base, program, options, folder)
         plan = located.plan if located else None
         del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         path = folder / options.output.name
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
+        settings |= {name: value for name, value in (("task", options.task), ("fuse", options.fuse)) if value}
         record_in(path, record_of_model(base, given.adapters, given.weights, settings), proofs)
     files = (options.output, *(options.output.parent / name for name in companions))
     return OnnxResult(options.output, files, plan, proofs)
@@ -66,6 +74,8 @@ def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Mod
     """The model with the inputs of its graph, and the graph. Where the exporter refuses the images of texts, they have
     none, and the third value is the reason.
     """
+    if options.task:
+        return base, export_decoder(base.module, opset=opset), ""
     try:
         return base, export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset), ""
     except RuntimeRefused as error:
@@ -75,6 +85,26 @@ def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Mod
         base = base.without_images(why)
         options.on_message(f"note: the graph takes texts without images. With images, {why}")
     return base, export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset), why
+
+
+def _as_decoder(base: Model, options: OnnxOptions) -> Model:
+    """The model as a graph with a cache takes it. Raises InputRefused for what is no causal language model."""
+    refuse_other_than_decoder(base.module, base.source)
+    options.on_message(f"task: {options.task}, {type(base.module).__name__} with its key/value cache")
+    return base if base.text_only is None else base.without_images("a graph with a cache takes texts alone")
+
+
+def _write_generation_files(base: Model, program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
+    """Write what is needed to generate with the graph; return the names."""
+    module: Any = base.module
+    genai = genai_config(program, module.config, module.generation_config, options.output.name)
+    if genai is None:
+        options.on_message(
+            f"note: no {GENAI_CONFIG} is written: the cache's tensors have different sizes, which it cannot state"
+        )
+    return write_generation_files(
+        Path(base.source), options.output, folder, genai, options.on_message, overwrite=options.overwrite
+    )
 
 
 @contextlib.contextmanager

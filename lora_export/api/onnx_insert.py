@@ -91,6 +91,11 @@ def _with_inputs(
 
 def write_graph(program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
     """Write the graph; return the names of the files beside it."""
+    if options.fuse:
+        from lora_export.models.fused_operators import fuse_operators  # a graph alone needs no PyTorch
+
+        options.stage(f"fusing operators for {options.fuse}")
+        fuse_operators(program, options.fuse)
     options.stage("writing")
     *beside, _ = save_graph(program, folder, options.output.name)
     return [path.name for path in beside]

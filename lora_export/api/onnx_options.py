@@ -20,6 +20,7 @@ from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
+TEXT_GENERATION = "text-generation"  # a causal language model with its key/value cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class OnnxOptions:
     target: str | Sequence[str] | None = None
     dora: bool = False
     names: str = "olive"
+    task: str | None = None  # None: forward as it is, without a cache
+    fuse: str | None = None  # the provider for whose own operators the graph is made; None: ONNX's operators alone
     inputs: Path | None = None
     provider: str = "cpu"
     ignore_head: bool = False

@@ -39,6 +39,7 @@ JOBS = {
         "unmerge": "Make the base of a merge again, bit for bit.",
         "onnx": "Export to ONNX: adapters merged, as nodes, as inputs, or per row.",
         "torchscript": "Export to TorchScript: adapters merged or as nodes.",
+        "generate": "Generate texts with the graph of a decoder.",
     },
     "Proof": {
         "verify": "Prove that a file computes what the PyTorch model computes.",

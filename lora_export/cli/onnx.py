@@ -22,6 +22,7 @@ from lora_export.cli.progress import shown
 EXAMPLE = """\b
 Examples:
   lora-export onnx base -a adapter -o model.onnx
+  lora-export onnx decoder -a adapter --with-cache -o served
   lora-export onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o served.onnx"""
 
 
@@ -60,6 +61,18 @@ Examples:
     help="With --lora inputs and rows: leave out the task head that the adapters save whole. MODEL has to contain the "
     "same head (merge --only-head).",
 )
+@click.option(
+    "--task",
+    type=click.Choice(["text-generation"]),
+    help="Make a graph with a key/value cache that generates texts, and a folder that onnxruntime-genai, optimum and "
+    "`lora-export generate` run.",
+)
+@click.option("--with-cache", is_flag=True, help="Choose --task by the model's class.")
+@click.option(
+    "--fuse",
+    type=click.Choice(["cpu", "cuda", "webgpu"]),
+    help="Use onnxruntime's own operators for this provider, such as GroupQueryAttention.",
+)
 @click.option("--opset", type=click.IntRange(min=18), help="ONNX operator set (default: the exporter's).")
 @click.option(
     "--base",
@@ -93,6 +106,9 @@ def command(
     dora: bool,
     names: str,
     ignore_head: bool,
+    task: str | None,
+    with_cache: bool,
+    fuse: str | None,
     opset: int | None,
     checkpoint: Path | None,
     reference: str | None,
@@ -132,6 +148,9 @@ def command(
             target=target,
             dora=dora,
             names=names,
+            task=task,
+            with_cache=with_cache,
+            fuse=fuse,
             opset=opset,
             dtype=dtype,
             checkpoint=checkpoint,

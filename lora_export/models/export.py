@@ -17,7 +17,7 @@ import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,7 @@ from torch.export import Dim
 
 from lora_export.errors import RuntimeRefused
 from lora_export.models.failures import innermost_cause, named_failures
-from lora_export.models.key_value_cache import cache_disabled
+from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
 
@@ -51,15 +51,14 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, torch.Tensor], *, axes: Axes
     _check_axes(inputs, axes)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), Dim.DYNAMIC) for name in inputs}
     _refuse_name_of_weight(module, inputs)
-    with _tracing(module), _without_cache(module):
+    with tracing(module), _without_cache(module):
         names = _output_names(module, inputs)
-        with _refusals(module):
+        with exporter_refusals(module):
             model = _run_exporter(module, inputs, dynamic, names, opset)
-            _simplify(model)
-    if opset is not None and model.opset_imports[""] != opset:
-        raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
-    _check_inputs(model, inputs)
-    _name_axes(model, axes)
+            simplify(model)
+    refuse_other_opset(model, opset)
+    refuse_unused_inputs(model, inputs)
+    name_axes(model, axes)
     return model
 
 
@@ -107,13 +106,9 @@ def _run_exporter(
     outputs: list[str],
     opset: int | None,
 ) -> ir.Model:
-    # Not optimised here: see _simplify.
+    # Not optimised here: see simplify.
     if is_hugging_face(module):
-        transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
-        config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dynamic, opset_version=opset)
-        program = transformers.OnnxExporter().export(module, {**inputs, "use_cache": False}, config=config).program
-        assert isinstance(program, ir.Model)
-        return program
+        return exported_by_transformers(module, {**inputs, USE_CACHE: False}, dynamic, opset)
     exported = torch.onnx.export(
         module,
         kwargs=dict(inputs),
@@ -129,7 +124,18 @@ def _run_exporter(
     return exported.model
 
 
-def _simplify(model: ir.Model) -> None:
+def exported_by_transformers(
+    module: nn.Module, inputs: Mapping[str, Any], dynamic: Mapping[str, Any], opset: int | None
+) -> ir.Model:
+    """The graph that transformers' exporter makes, not simplified yet. `inputs` may contain a cache."""
+    transformers: Any = importlib.import_module("transformers.exporters.exporter_onnx")
+    config = transformers.OnnxConfig(optimize=False, dynamic_shapes=dict(dynamic), opset_version=opset)
+    program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
+    assert isinstance(program, ir.Model)
+    return program
+
+
+def simplify(model: ir.Model) -> None:
     """Optimise the graph, with its weights hidden from the optimiser.
 
     The optimiser would fold batch norms into the weights before them, drop zero biases and merge equal tensors of
@@ -170,7 +176,14 @@ def _store_transposed(weight: ir.Value) -> None:
     weight.metadata_props[FOLDED_FROM_KEY] = repr([weight.name])
 
 
-def _check_inputs(model: ir.Model, inputs: Mapping[str, torch.Tensor]) -> None:
+def refuse_other_opset(model: ir.Model, opset: int | None) -> None:
+    """Raise RuntimeRefused where the exporter wrote another operator set than the requested one."""
+    if opset is not None and model.opset_imports[""] != opset:
+        raise RuntimeRefused(f"the exporter wrote opset {model.opset_imports['']} in place of the requested {opset}")
+
+
+def refuse_unused_inputs(model: ir.Model, inputs: Iterable[str]) -> None:
+    """Raise RuntimeRefused where the graph does not read an input that the module was given."""
     used = {value.name for value in model.graph.inputs if value.uses()}
     unused = [name for name in inputs if name not in used]
     if unused:
@@ -180,7 +193,7 @@ def _check_inputs(model: ir.Model, inputs: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _name_axes(model: ir.Model, axes: Axes) -> None:
+def name_axes(model: ir.Model, axes: Axes) -> None:
     """Rename the exporter's symbols (`s77`) to the user's, in the shapes of all values."""
     symbols: dict[str, str] = {}
     for value in model.graph.inputs:
@@ -216,9 +229,9 @@ def to_torchscript(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
 
     Raises RuntimeRefused when the module cannot be traced.
     """
-    with _refusals(module):
+    with exporter_refusals(module):
         traced = copy.deepcopy(module).requires_grad_(False)
-    with _tracing(traced), _without_cache(traced), _refusals(module):
+    with tracing(traced), _without_cache(traced), exporter_refusals(module):
         # Not strict: a Hugging Face model returns a dict, whose keys do not depend on the inputs.
         script = torch.jit.trace(traced, example_kwarg_inputs=dict(inputs), strict=False)
     assert isinstance(script, torch.jit.ScriptModule)
@@ -230,7 +243,7 @@ def save_torchscript(script: torch.jit.ScriptModule, path: Path, *, extra: Mappi
 
     PyTorch's debugging records are left out: they contain paths and source lines of this machine.
     """
-    with _silence():
+    with silence():
         # Through memory: on a disk that is full, PyTorch's own writer ends the whole process (std::terminate).
         content = io.BytesIO(script.save_to_buffer(_extra_files=dict(extra)))
     _copy_without_debug_records(content, path)
@@ -258,7 +271,7 @@ def _without_cache(module: nn.Module) -> contextlib.AbstractContextManager[None]
 
 
 @contextlib.contextmanager
-def _tracing(module: nn.Module) -> Iterator[None]:
+def tracing(module: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no output, and no fused attention kernels: a trace would capture them as opaque calls.
 
     The module's own modes are restored afterwards.
@@ -268,7 +281,7 @@ def _tracing(module: nn.Module) -> Iterator[None]:
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _silence():
+        with torch.no_grad(), silence():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -277,7 +290,7 @@ def _tracing(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Discard what the exporters print, warn and log. The exception that they raise has all that matters."""
     disabled, discarded = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.CRITICAL)
@@ -293,7 +306,7 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusals(module: nn.Module) -> Iterator[None]:
+def exporter_refusals(module: nn.Module) -> Iterator[None]:
     """Turn any exception of an exporter into RuntimeRefused, with its cause in one sentence."""
     try:
         yield

@@ -7,7 +7,7 @@ a model without a cache, so they also prove what the graph stores between its ru
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
+from lora_export.graph.cache_names import BRANCH, IDS, MASK, POSITIONS
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import head_size
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -25,11 +26,8 @@ from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.runtime.runner import Arrays, Placement
 
 DECODE_STEPS = 4  # tokens of a sequence that are decoded one by one, after the prompt
-IDS, MASK = "input_ids", "attention_mask"
-POSITIONS = ("position_ids", "cache_position")  # [batch, tokens] and [tokens]
-BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a prompt and one for a step
-# Reads as many positions of the cache as the mask has ones, wherever the ones are.
-COUNTS_THE_MASK = "GroupQueryAttention"
+# Without a bias it reads as many positions of the cache as the mask has ones, wherever the ones are.
+COUNTS_THE_MASK, BIAS = "GroupQueryAttention", 10  # the operator, and the place of its bias among its inputs
 CACHE_DTYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -41,6 +39,13 @@ class CacheTensor(NamedTuple):
     sizes: tuple[int | None, ...]  # [batch, heads, length, features] and the like; None where they vary
     dtype: Any
 
+    def empty_sizes(self, batch: int) -> list[int]:
+        """The shape without a position: the first varying dimension is the batch, the other ones are 0."""
+        varying = [axis for axis, size in enumerate(self.sizes) if size is None]
+        return [
+            size if size is not None else batch if axis == varying[0] else 0 for axis, size in enumerate(self.sizes)
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class CacheRunner:
@@ -48,6 +53,7 @@ class CacheRunner:
 
     inner: OnnxRunner
     cache: tuple[CacheTensor, ...]
+    counts_mask: bool = False  # an operator reads the number of ones in the mask, and not their places
     names_known: bool = True
 
     @property
@@ -64,7 +70,7 @@ class CacheRunner:
     @property
     def takes_padding(self) -> bool:
         """Whether positions of a sequence may be masked out."""
-        return MASK in self.inner.axes and COUNTS_THE_MASK not in self.inner.placement.operators
+        return MASK in self.inner.axes and not self.counts_mask
 
     @property
     def notes(self) -> list[str]:
@@ -151,7 +157,7 @@ class CacheRunner:
         return others | {name: value for name, value in derived.items() if name in self.inner.axes}
 
     def _empty_cache(self, batch: int) -> Arrays:
-        return {tensor.past: np.zeros(_empty_sizes(tensor, batch), tensor.dtype) for tensor in self.cache}
+        return {tensor.past: np.zeros(tensor.empty_sizes(batch), tensor.dtype) for tensor in self.cache}
 
 
 def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
@@ -170,18 +176,27 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
             cache.append(CacheTensor(value.name, present.name, sizes, CACHE_DTYPES[value.type]))
     if not cache or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
         return runner
-    if any(tensor.sizes[-1] is None for tensor in cache):
-        cache = _with_features(cache, runner.source)
-    return CacheRunner(runner, tuple(cache))
+    counts_mask = False
+    if any(tensor.sizes[-1] is None for tensor in cache) or COUNTS_THE_MASK in runner.placement.operators:
+        graph = _graph_of(runner.source)
+        features = {value.name: head_size(value) or None for value in graph.inputs}
+        # Where the graph leaves the size of a head to the operator that reads the cache
+        cache = [
+            tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache
+        ]
+        counts_mask = any(node.op_type == COUNTS_THE_MASK and not _has_bias(node) for node in graph)
+    return CacheRunner(runner, tuple(cache), counts_mask)
 
 
-def _with_features(cache: Sequence[CacheTensor], source: Path | InMemoryGraph) -> list[CacheTensor]:
-    """The cache with the size of a head where the graph leaves it to the operator that reads the cache."""
+def _graph_of(source: Path | InMemoryGraph) -> ir.Graph:
     model = (
         load_graph(source) if isinstance(source, Path) else ir.from_proto(onnx.ModelProto.FromString(source.message))
     )
-    features = {value.name: head_size(value) or None for value in model.graph.inputs}
-    return [tensor._replace(sizes=(*tensor.sizes[:-1], tensor.sizes[-1] or features[tensor.past])) for tensor in cache]
+    return model.graph
+
+
+def _has_bias(node: ir.Node) -> bool:
+    return len(node.inputs) > BIAS and node.inputs[BIAS] is not None
 
 
 def _without_first_part(name: str) -> str:
@@ -194,9 +209,3 @@ def _size(declared: int | str | None) -> int | None:
     if isinstance(declared, str):
         return int(declared) if declared.isdigit() else None
     return declared
-
-
-def _empty_sizes(tensor: CacheTensor, batch: int) -> list[int]:
-    """The shape of an empty cache tensor: the first varying dimension is the batch, the other ones are 0."""
-    varying = [axis for axis, size in enumerate(tensor.sizes) if size is None]
-    return [size if size is not None else batch if axis == varying[0] else 0 for axis, size in enumerate(tensor.sizes)]

@@ -50,7 +50,8 @@ class Session:
 
     `provider` is `cpu` or `cuda`. On `cuda`, adapters are stored on the GPU; bfloat16 ones are stored on the host, and
     onnxruntime copies them for each run. `options` are onnxruntime's SessionOptions. `session` is onnxruntime's
-    InferenceSession, for everything else. Runs may be started from several threads.
+    InferenceSession, for everything else; where one of this graph is open already, it can be passed. Runs may be
+    started from several threads.
 
     Raises InputRefused for a graph that was not made for adapters, and as `load` does; EnvironmentLacking where the
     provider is missing; RuntimeRefused where onnxruntime refuses the graph.
@@ -63,9 +64,12 @@ class Session:
         *,
         provider: str = "cpu",
         options: Any = None,
+        session: Any = None,
     ):
         self.model, self.provider = Path(model), provider
-        self.session = open_session(self.model, provider, _default_options() if options is None else options)
+        if session is None:
+            session = open_session(self.model, provider, _default_options() if options is None else options)
+        self.session = session
         contract = onnx_adapter.read_contract(self.session.get_modelmeta().custom_metadata_map, self.model)
         self.contract = _checked(contract, self.session, self.model)
         self._base_values = {

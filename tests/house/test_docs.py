@@ -29,6 +29,7 @@ NEEDS = {
     "onnx": ("base", "adapter", "fr", "base.onnx"),
     "torchscript": ("base", "adapter"),
     "many-adapters": ("base", "adapter", "fr", "de", "base.onnx"),
+    "generation": ("decoder", "pirate"),
     "genai": ("decoder", "pirate", "genai"),
     "quantised": ("base", "fr", "int4.onnx"),
     "verdict": ("base", "adapter", "model.onnx", "merged"),

@@ -46,6 +46,7 @@ NUMPY_CORE = (
     ),
     *("training.data", "runtime.environment", "runtime.environment_problems", "runtime.environment_probes"),
     *("runtime.providers", "runtime.ort_session", "runtime.runner", "runtime.onnx_runner", "runtime.session"),
+    *("runtime.generation.decoder", "runtime.generation.loop", "runtime.generation.sampling"),
     *("verification.parity", "verification.proof", "verification.compare_outputs", "verification.against_origin"),
     *("verification.candidate_outputs", "verification.mixed_batches"),
     *("verification.against_graph", "verification.against_checkpoint", "verification.inputs.graph_inputs"),

@@ -103,6 +103,13 @@ def test_each_run_uses_its_own_adapter_or_the_base(session: Session) -> None:
     assert not np.array_equal(expected(ONE), expected(TWO))
 
 
+def test_open_session_of_the_graph_is_used_as_it_is(model: Path) -> None:
+    opened = Session(model).session
+    session = Session(model, {"one": model.parent / "one.onnx_adapter"}, session=opened)
+    assert session.session is opened
+    assert np.array_equal(session.run({"x": X}, adapter="one")["y"], expected(ONE))
+
+
 def test_loaded_adapter_outlives_its_file(model: Path) -> None:
     # onnxruntime's own LoraAdapter, once its object is gone, makes run() compute the base.
     session = Session(model)

@@ -15,7 +15,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from lora_export.errors import EscapedLines, InputRefused, escaped_lines
-from lora_export.runtime.kv_cache import IDS, CacheRunner
+from lora_export.graph.cache_names import IDS
+from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.verification import parity
 from lora_export.verification.diagnose.compare_calls import MODULE_FACTOR, ComparedCall, compare_calls
 from lora_export.verification.diagnose.diagnosis import Diagnosis

@@ -1,0 +1,104 @@
+"""`lora-export generate`: texts from the graph of a decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_export.cli.arguments import Command, json_option, print_document, provider_option
+from lora_export.cli.paths import FilePath
+from lora_export.errors import one_line, printable
+
+EXAMPLE = """\b
+Examples:
+  lora-export generate served --prompt "Once upon a time"
+  lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1"""
+
+
+@click.command(cls=Command, epilog=EXAMPLE)
+@click.argument("source", type=FilePath(), metavar="FOLDER")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to go on from. Several run as one batch.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME",
+    help="Adapter to use: once for all prompts, or in a graph of --lora rows once for each. `base` is none.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most new tokens.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most probable token. More draws a token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw among the most probable tokens whose probabilities add up to this.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--chat", is_flag=True, help="Put each prompt into the tokenizer's chat template, as a user's message.")
+@provider_option
+@json_option
+def command(
+    source: Path,
+    prompts: tuple[str, ...],
+    adapters: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    provider: str,
+    as_json: bool,
+) -> None:
+    """Generate a text after each prompt with the graph in FOLDER, under onnxruntime.
+
+    FOLDER is an output of `lora-export onnx --with-cache`, with the tokenizer beside the graph, or an .onnx. A single
+    text is shown while it is generated. The same seed gives the same text.
+    """
+    from lora_export.api.generate import generate
+
+    streams = len(prompts) == 1 and not as_json
+    results = generate(
+        source,
+        prompts,
+        adapters=_by_prompt(adapters),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        provider=provider,
+        on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else lambda _, __: None,
+    )
+    if as_json:
+        names = list(adapters) if len(adapters) > 1 else [adapters[0] if adapters else None] * len(results)
+        print_document(
+            [
+                {"prompt": result.prompt, "adapter": name, "text": result.text, "tokens": list(result.tokens)}
+                for result, name in zip(results, names, strict=True)
+            ]
+        )
+    elif streams:
+        click.echo()
+    else:
+        for number, result in enumerate(results, 1):
+            click.echo(f"{number}. {one_line(str(result.prompt))}")
+            click.echo(shown_text(result.text or ""))
+
+
+def _by_prompt(adapters: tuple[str, ...]) -> str | list[str | None] | None:
+    """One name for all prompts, or one for each; `base` is none."""
+    names = [None if name == "base" else name for name in adapters]
+    return (names[0] if names else None) if len(names) < 2 else names
+
+
+def shown_text(text: str) -> str:
+    """A model's text for a terminal: its lines and tabs as they are, and other control characters escaped."""
+    return "\t".join(printable(part) for part in text.split("\t"))

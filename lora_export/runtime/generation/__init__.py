@@ -1,0 +1,1 @@
+"""Generate texts with a decoder's graph under onnxruntime."""

@@ -1,0 +1,105 @@
+"""A decoder's graph with its key/value cache, run step by step. The cache stays where onnxruntime made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused
+from lora_export.formats import onnx_adapter
+from lora_export.formats.onnx_adapter import ADAPTER_IDS, CONTRACT_KEY, array_of_ort_value, import_onnxruntime
+from lora_export.graph.cache_names import BRANCH, IDS, LOGITS, MASK, POSITIONS
+from lora_export.runtime.kv_cache import CacheRunner, with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.ort_session import raising_refusals
+from lora_export.runtime.session import Session
+
+
+class Decoder:
+    """A graph that `lora-export onnx --with-cache` made, or another one with the same inputs and outputs.
+
+    `provider` is `cpu` or `cuda`; on `cuda` the cache stays on the GPU. Raises InputRefused for a graph without a
+    cache, EnvironmentLacking where the provider does not run, and RuntimeRefused where onnxruntime refuses the graph.
+    """
+
+    def __init__(self, graph: Path, provider: str = "cpu"):
+        runner = with_cache(OnnxRunner(graph, provider))
+        if not isinstance(runner, CacheRunner):
+            raise InputRefused(
+                f"{graph} has no key/value cache as inputs and outputs. `lora-export onnx --with-cache` makes such a "
+                "graph of a decoder"
+            )
+        self.graph, self.provider, self.cache = graph, provider, runner.cache
+        self.takes = frozenset(runner.inner.axes)
+        unknown = self.takes - {IDS, MASK, *POSITIONS, BRANCH, ADAPTER_IDS, *(tensor.past for tensor in self.cache)}
+        self.takes_padding = runner.takes_padding
+        self.rows: list[str] = runner.inner.adapters_by_row or []
+        self.session = runner.inner.session
+        self.adapters: Session | None = None
+        if CONTRACT_KEY in self.session.get_modelmeta().custom_metadata_map:
+            self.adapters = Session(graph, provider=provider, session=self.session)
+            unknown -= {name for slot in self.adapters.contract.slots for name in slot.input_shapes}
+        outputs = [output.name for output in self.session.get_outputs()]
+        if unknown or LOGITS not in outputs:
+            lacking = f"also takes {', '.join(sorted(unknown))}" if unknown else f"has no output {LOGITS}"
+            raise InputRefused(f"{graph} {lacking}: it is no decoder of texts alone")
+
+    def load(self, name: str) -> None:
+        """Load the adapter NAME.onnx_adapter beside the graph. Raises InputRefused where there is none that fits."""
+        if self.adapters is None:
+            raise InputRefused(f"{self.graph} takes no adapter: it was not made with --lora inputs or rows")
+        path = self.graph.with_name(name + onnx_adapter.SUFFIX)
+        if not path.is_file():
+            found = sorted(other.stem for other in self.graph.parent.glob(f"*{onnx_adapter.SUFFIX}"))
+            raise InputRefused(f"there is no {path}; the adapters beside the graph: {', '.join(found) or 'none'}")
+        self.adapters.load(name, path)
+
+    def start(self, batch: int, adapter: str | None = None, adapter_ids: Sequence[int] | None = None) -> DecoderRun:
+        """A new run with an empty cache: of a loaded adapter, or with the adapter of each row by its id."""
+        return DecoderRun(self, batch, adapter, adapter_ids)
+
+
+class DecoderRun:
+    """The state of one batch: its cache, and how many positions it has."""
+
+    def __init__(self, decoder: Decoder, batch: int, adapter: str | None, adapter_ids: Sequence[int] | None):
+        ort = import_onnxruntime()
+        self.decoder, self.batch = decoder, batch
+        self.binding = decoder.session.io_binding()
+        if decoder.adapters is not None:
+            decoder.adapters.bind(self.binding, adapter=adapter)
+        if ADAPTER_IDS in decoder.takes:
+            self.binding.bind_cpu_input(ADAPTER_IDS, np.array(adapter_ids or [0] * batch, np.int64))
+        for tensor in decoder.cache:
+            empty = ort.OrtValue.ortvalue_from_shape_and_type(
+                tensor.empty_sizes(batch), tensor.dtype, decoder.provider, 0
+            )
+            self.binding.bind_ortvalue_input(tensor.past, empty)
+
+    def step(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.floating]:
+        """Run the next tokens; return the logits of the last one, [batch, vocabulary].
+
+        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far].
+        """
+        decoder, binding = self.decoder, self.binding
+        has_past = np.array([mask.shape[1] > ids.shape[1]])
+        feeds = {IDS: ids, MASK: mask, POSITIONS[0]: positions, POSITIONS[1]: positions[0], BRANCH: has_past}
+        for name, value in feeds.items():
+            if name in decoder.takes:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        binding.clear_binding_outputs()
+        binding.bind_output(LOGITS, "cpu")
+        for tensor in decoder.cache:
+            binding.bind_output(tensor.present, decoder.provider, 0)
+        with raising_refusals(decoder.graph):
+            decoder.session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        for tensor, value in zip(decoder.cache, present, strict=True):
+            binding.bind_ortvalue_input(tensor.past, value)
+        last: NDArray[np.floating] = array_of_ort_value(logits)[:, -1]
+        return last

@@ -1,0 +1,173 @@
+"""Texts from exported decoders: the tokens of transformers, with and without adapters, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lora_export as le
+from lora_export.errors import InputRefused, WrongUsage
+from support.generators import DECODERS, PROMPTS, decoder_adapter, expected_tokens, small_decoder
+
+MERGED = ("qwen3", "gemma3", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama `base` and its adapters `fr` and `de`."""
+    folder = tmp_path_factory.mktemp("llama")
+    base = small_decoder("llama", folder / "base")
+    for seed, name in enumerate(("fr", "de"), 1):
+        decoder_adapter(base, folder / name, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swapped(llama: Path) -> Path:
+    """Its graph that takes adapters as inputs, proven."""
+    adapters = [f"{name}={llama / name}" for name in ("fr", "de")]
+    le.export_onnx(llama / "base", llama / "swapped", adapters=adapters, lora="inputs", with_cache=True)
+    return llama / "swapped"
+
+
+def tokens(folder: Path, *, count: int = 64, **options: object) -> list[list[int]]:
+    results = le.generate(folder, PROMPTS, max_new_tokens=count, **options)  # type: ignore[arg-type]
+    return [list(result.tokens) for result in results]
+
+
+@pytest.mark.parametrize("adapter", [None, "fr", "de"])
+def test_batch_gives_the_tokens_of_transformers_with_each_adapter(
+    llama: Path, swapped: Path, adapter: str | None
+) -> None:
+    expected = expected_tokens(llama / "base", PROMPTS, llama / adapter if adapter else None)
+    assert tokens(swapped, adapters=adapter) == expected
+    assert any(len(set(text)) > 3 for text in expected)
+
+
+def test_adapters_change_the_texts(llama: Path) -> None:
+    texts = [expected_tokens(llama / "base", PROMPTS, adapter) for adapter in (None, llama / "fr", llama / "de")]
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_and_fused_graphs_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+    base = small_decoder(name, tmp_path / "base")
+    adapter = decoder_adapter(base, tmp_path / "fr")
+    le.export_onnx(base, tmp_path / "served", adapters=[adapter], with_cache=True, fuse="cpu", verify=False)
+    assert tokens(tmp_path / "served") == expected_tokens(base, PROMPTS, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {*MERGED, "llama", "mamba"}))
+def test_other_decoders_give_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+    base = small_decoder(name, tmp_path / "base")
+    le.export_onnx(base, tmp_path / "served", with_cache=True)
+    assert tokens(tmp_path / "served") == expected_tokens(base, PROMPTS)
+
+
+def test_rows_of_a_batch_have_adapters_of_their_own(llama: Path) -> None:
+    adapters = [f"{name}={llama / name}" for name in ("fr", "de")]
+    le.export_onnx(llama / "base", llama / "rows", adapters=adapters, lora="rows", with_cache=True, verify=False)
+    chosen = ["de", None, "fr"]
+    expected = [
+        expected_tokens(llama / "base", PROMPTS, llama / name if name else None)[row] for row, name in enumerate(chosen)
+    ]
+    assert tokens(llama / "rows", adapters=chosen) == expected
+    assert tokens(llama / "rows", adapters="de", count=8)[1] != expected[1][:8]
+    with pytest.raises(InputRefused, match="has no adapter es; it has fr, de"):
+        tokens(llama / "rows", adapters="es")
+
+
+def test_folder_runs_in_onnxruntime_genai_as_it_is(llama: Path, swapped: Path) -> None:
+    import onnxruntime_genai as og
+
+    base = og.Model(str(swapped))
+    adapters = og.Adapters(base)
+    adapters.load(str(swapped / "fr.onnx_adapter"), "fr")
+    for name in (None, "fr"):
+        parameters = og.GeneratorParams(base)
+        parameters.set_search_options(max_length=len(PROMPTS[0]) + 32)
+        generator = og.Generator(base, parameters)
+        if name:
+            generator.set_active_adapter(adapters, name)
+        generator.append_tokens(np.array([PROMPTS[0]], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        expected = expected_tokens(llama / "base", PROMPTS[:1], llama / name if name else None, count=32)
+        assert generator.get_sequence(0)[len(PROMPTS[0]) :].tolist() == expected[0]
+
+
+def test_texts_are_passed_on_piece_by_piece(swapped: Path) -> None:
+    pieces: list[tuple[int, str]] = []
+    results = le.generate(
+        swapped, ["w5 w9", "w7"], max_new_tokens=5, on_text=lambda row, text: pieces.append((row, text))
+    )
+    assert [result.prompt for result in results] == ["w5 w9", "w7"]
+    for row, result in enumerate(results):
+        own = [text for number, text in pieces if number == row]
+        assert "".join(own) == result.text
+        assert len(own) == 5
+        assert result.text is not None
+        assert [int(word[1:]) for word in result.text.split()] == list(result.tokens)
+
+
+def test_chat_puts_the_prompt_into_the_template(swapped: Path) -> None:
+    (plain,) = le.generate(swapped, ["w1 w5 w9 w2"], max_new_tokens=5)
+    (chat,) = le.generate(swapped, ["w5 w9"], max_new_tokens=5, chat=True)
+    assert chat.tokens == plain.tokens
+
+
+def test_text_ends_with_a_token_of_the_generation_config(llama: Path, swapped: Path, tmp_path: Path) -> None:
+    text = expected_tokens(llama / "base", PROMPTS[:1])[0]
+    folder = shutil.copytree(swapped, tmp_path / "served")
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [59, {text[3]}]}}')
+    (result,) = le.generate(folder, PROMPTS[:1])
+    assert list(result.tokens) == text[: text.index(text[3]) + 1]
+
+
+def test_seed_determines_the_draws(swapped: Path) -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        return tokens(swapped, temperature=1.5, top_p=0.9, seed=seed, count=16)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"adapters": "es"}, InputRefused, r"there is no .*es.onnx_adapter; the adapters beside the graph: de, fr"),
+        ({"adapters": ["fr", "de", None]}, InputRefused, "runs one adapter at a time"),
+        ({"adapters": ["fr", "de"]}, WrongUsage, "there are 2 adapters for 3 prompts"),
+        ({"max_new_tokens": 0}, WrongUsage, "the number of new tokens is 0"),
+        ({"temperature": -1}, WrongUsage, "the temperature is -1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    swapped: Path, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        le.generate(swapped, PROMPTS, **options)  # type: ignore[arg-type]
+
+
+def test_prompts_that_the_model_cannot_take_are_refused(swapped: Path) -> None:
+    with pytest.raises(WrongUsage, match="there is no prompt"):
+        le.generate(swapped, [])
+    with pytest.raises(InputRefused, match="a prompt has no token"):
+        le.generate(swapped, [""])
+    with pytest.raises(InputRefused, match="a prompt has the token 60; the model has rows for 0 to 59"):
+        le.generate(swapped, [[3, 60]])
+
+
+def test_folders_without_what_is_needed_are_refused(swapped: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"has no single graph \(none\)"):
+        le.generate(tmp_path, ["w1"])
+    shutil.copy(swapped / "model.onnx", tmp_path)
+    with pytest.raises(InputRefused, match=r"has no tokenizer\. Give the prompts as token ids"):
+        le.generate(tmp_path, ["w1"])
+    assert tokens(tmp_path / "model.onnx", count=4) == tokens(swapped, count=4)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputRefused, match="the tokenizer cannot be read"):
+        le.generate(tmp_path, ["w1"])

@@ -1,0 +1,101 @@
+"""`lora-export generate`: what it prints, its exit codes, and the export that it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_export.cli.generate import shown_text
+from support.cli import answer, call
+from support.generators import decoder_adapter, small_decoder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder `base`, its adapter `fr`, and its graph for rows in the folder `served`."""
+    folder = tmp_path_factory.mktemp("served")
+    base, adapter = small_decoder("gpt2", folder / "base"), decoder_adapter(folder / "base", folder / "fr")
+    options = ("--lora", "rows", "--with-cache", "--fuse", "cpu", "--no-verify")
+    assert call("onnx", base, "-a", f"fr={adapter}", "-o", folder / "served", *options) == 0
+    return folder
+
+
+def test_export_writes_a_folder_that_generates(place: Path) -> None:
+    names = {path.name for path in (place / "served").iterdir()}
+    assert names == {
+        *("model.onnx", "genai_config.json", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    config = json.loads((place / "served" / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["filename"] == "model.onnx"
+
+
+def test_single_text_is_the_only_answer_on_stdout(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, (document,) = answer(capsys, "generate", place / "served", "--prompt", "w5 w9", "--max-new-tokens", "6")
+    assert document["prompt"] == "w5 w9"
+    assert document["adapter"] is None
+    assert len(document["tokens"]) == 6
+    capsys.readouterr()
+    assert call("generate", place / "served", "--prompt", "w5 w9", "--max-new-tokens", "6") == 0
+    assert capsys.readouterr().out == document["text"] + "\n"
+
+
+def test_several_prompts_are_numbered_and_may_have_adapters_of_their_own(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("generate", place / "served", "--prompt", "w5 w9", "--prompt", "w5 w9", "--max-new-tokens", "6")
+    _, document = answer(capsys, *command, "--adapter", "fr", "--adapter", "base")
+    assert [part["adapter"] for part in document] == ["fr", "base"]
+    assert document[0]["tokens"] != document[1]["tokens"]
+    capsys.readouterr()
+    assert call(*command, "--adapter", "fr", "--adapter", "base") == 0
+    texts = [part["text"] for part in document]
+    assert capsys.readouterr().out == f"1. w5 w9\n{texts[0]}\n2. w5 w9\n{texts[1]}\n"
+
+
+def test_unknown_adapter_and_missing_folder_exit_with_3(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("generate", place / "served", "--prompt", "w1", "--adapter", "es") == 3
+    assert "has no adapter es; it has fr" in capsys.readouterr().err
+    assert call("generate", place / "nowhere", "--prompt", "w1") == 3
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_second_export_into_the_folder_is_refused_and_replaces_it_with_overwrite(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("onnx", place / "base", "-o", place / "served2", "--task", "text-generation", "--no-verify")
+    assert call(*command) == 0
+    assert call(*command) == 7
+    assert "--overwrite" in capsys.readouterr().err
+    (place / "served2" / "genai_config.json").write_text("{}")
+    assert call(*command, "--overwrite") == 0
+    assert json.loads((place / "served2" / "genai_config.json").read_text())["model"]["type"] == "decoder"
+
+
+@pytest.mark.parametrize("option", [("--with-cache",), ("--task", "text-generation"), ("--fuse", "cpu")])
+def test_options_of_an_export_do_not_go_with_a_graph(
+    place: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("onnx", place / "served" / "model.onnx", "-a", place / "fr", "-o", place / "x.onnx")
+    assert call(*command, *option) == 2
+    assert "MODEL is a graph already" in capsys.readouterr().err
+
+
+def test_model_that_generates_nothing_is_refused_before_the_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers as hf
+
+    config = hf.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    hf.BertModel(config).save_pretrained(tmp_path / "bert")
+    assert call("onnx", tmp_path / "bert", "-o", tmp_path / "served", "--with-cache") == 3
+    assert "BertModel generates no texts" in capsys.readouterr().err
+    assert not (tmp_path / "served").exists()
+
+
+def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
+    assert shown_text("a\tb\nc\x1b[2J\r\x07d") == "a\tb\nc\\x1b[2J\\r\\x07d"

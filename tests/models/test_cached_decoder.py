@@ -1,0 +1,96 @@
+"""A decoder with its cache as one graph: for a prompt and for every token after it, padded or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from lora_export.errors import InputRefused
+from lora_export.graph.onnx_file.writing import save_graph
+from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
+from lora_export.runtime.kv_cache import CacheRunner, with_cache
+from lora_export.runtime.onnx_runner import OnnxRunner
+from support.generators import DECODERS, VOCABULARY
+
+QUICK = ("gemma3", "opt")  # a window that slides; positions by the mask
+OTHERS = sorted(DECODERS.keys() - {*QUICK, "mamba"})
+
+
+def decoder(name: str) -> Any:
+    torch.manual_seed(0)
+    return DECODERS[name]().eval()
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_graph_computes_the_logits_of_every_position(name: str, tmp_path: Path) -> None:
+    module = decoder(name)
+    *_, path = save_graph(export_decoder(module), tmp_path, "model.onnx")
+    runner = with_cache(OnnxRunner(path))
+    assert isinstance(runner, CacheRunner)
+    assert runner.takes_padding
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (3, 24))
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = module(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    found = runner.run({"input_ids": ids, "attention_mask": mask})["logits"]
+    tokens = mask == 1
+    np.testing.assert_allclose(found[tokens], expected[tokens], rtol=0, atol=2e-6)
+    assert np.abs(expected).max() > 0.1
+
+
+def test_names_and_axes_are_those_of_genai_and_optimum(tmp_path: Path) -> None:
+    *_, path = save_graph(export_decoder(decoder("llama")), tmp_path, "model.onnx")
+    graph = onnx.load(path).graph
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    names = [f"{number}.{part}" for number in range(2) for part in ("key", "value")]
+    cache: dict[str, list[object]] = {f"past_key_values.{name}": ["batch", 2, "past", 8] for name in names}
+    cache |= {f"present.{name}": ["batch", 2, "past + sequence", 8] for name in names}
+    tokens = ["batch", "sequence"]
+    assert shapes == {
+        "input_ids": tokens,
+        "attention_mask": ["batch", "total"],
+        "position_ids": tokens,
+        **cache,
+        "logits": [*tokens, VOCABULARY],
+    }
+
+
+def test_model_that_finds_positions_by_the_mask_takes_none(tmp_path: Path) -> None:
+    inputs = [value.name for value in export_decoder(decoder("opt")).graph.inputs]
+    assert "position_ids" not in inputs
+    assert "attention_mask" in inputs
+
+
+def test_model_told_to_make_no_cache_is_exported_with_one() -> None:
+    module = decoder("gpt2")
+    module.config.use_cache = False
+    assert len(export_decoder(module).graph.outputs) == 1 + 2 * 2
+    assert module.config.use_cache is False
+
+
+def test_state_that_is_no_key_and_value_is_refused_by_name() -> None:
+    with pytest.raises(InputRefused, match="MambaForCausalLM has a cache of LinearAttentionLayer"):
+        export_decoder(decoder("mamba"))
+
+
+def test_what_is_no_decoder_of_texts_is_refused() -> None:
+    import transformers as hf
+
+    encoder = hf.BertModel(hf.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    both = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1))
+    with pytest.raises(InputRefused, match="base: BertModel generates no texts"):
+        refuse_other_than_decoder(encoder, "base")
+    with pytest.raises(InputRefused, match="T5ForConditionalGeneration has an encoder"):
+        refuse_other_than_decoder(both, "base")
+    with pytest.raises(InputRefused, match="is made of a Hugging Face model, not of a Linear"):
+        refuse_other_than_decoder(torch.nn.Linear(2, 2), "base")
+    refuse_other_than_decoder(decoder("llama"), "base")
