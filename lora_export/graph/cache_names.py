@@ -1,8 +1,27 @@
 """Names of what a decoder's graph with a key/value cache takes and returns, as exporters and runtimes use them."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
 IDS, MASK = "input_ids", "attention_mask"
 POSITIONS = ("position_ids", "cache_position")  # [batch, tokens] and [tokens]
 BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a prompt and one for a step
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")
+
+
+def present_by_past(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]:
+    """The output that each input's next value is read from: the same name but for its first part.
+
+    Such as `present.0.key` for `past_key_values.0.key`. Inputs without one are left out.
+    """
+    by_rest = {_without_first_part(name): name for name in outputs}
+    return {name: by_rest[rest] for name in inputs if (rest := _without_first_part(name)) in by_rest}
+
+
+def _without_first_part(name: str) -> str:
+    """A name without its first part; the whole name where it has one part."""
+    return re.sub(r"^\w+[./]", "", name)

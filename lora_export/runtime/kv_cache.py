@@ -6,7 +6,6 @@ a model without a cache, so they also prove what the graph stores between its ru
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.errors import RuntimeRefused
-from lora_export.graph.cache_names import BRANCH, IDS, MASK, POSITIONS
+from lora_export.graph.cache_names import BRANCH, IDS, MASK, POSITIONS, present_by_past
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.operators import head_size
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -166,14 +165,13 @@ def with_cache(runner: OnnxRunner) -> OnnxRunner | CacheRunner:
     A cache tensor is an input and an output with the same name but for its first part: `past_key_values.0.key` and
     `present.0.key`.
     """
-    outputs = {_without_first_part(value.name): value for value in runner.session.get_outputs()}
+    inputs = {value.name: value for value in runner.session.get_inputs() if _may_be_cache(value)}
+    outputs = {value.name: value for value in runner.session.get_outputs()}
     cache = []
-    for value in runner.session.get_inputs():
-        may_be_cache = value.type in CACHE_DTYPES and len(value.shape) > 2
-        present = outputs.get(_without_first_part(value.name)) if may_be_cache else None
-        if present is not None:
-            sizes = tuple(_size(size) or _size(other) for size, other in zip(value.shape, present.shape, strict=False))
-            cache.append(CacheTensor(value.name, present.name, sizes, CACHE_DTYPES[value.type]))
+    for past, present in present_by_past(inputs, outputs).items():
+        shapes = zip(inputs[past].shape, outputs[present].shape, strict=False)
+        sizes = tuple(_size(size) or _size(other) for size, other in shapes)
+        cache.append(CacheTensor(past, present, sizes, CACHE_DTYPES[inputs[past].type]))
     if not cache or IDS not in runner.axes or len(runner.axes[IDS]) != 2:
         return runner
     counts_mask = False
@@ -199,9 +197,8 @@ def _has_bias(node: ir.Node) -> bool:
     return len(node.inputs) > BIAS and node.inputs[BIAS] is not None
 
 
-def _without_first_part(name: str) -> str:
-    """A name without its first part; the whole name where it has one part."""
-    return re.sub(r"^\w+[./]", "", name)
+def _may_be_cache(value: Any) -> bool:
+    return value.type in CACHE_DTYPES and len(value.shape) > 2
 
 
 def _size(declared: int | str | None) -> int | None:
