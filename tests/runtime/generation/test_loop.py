@@ -77,3 +77,10 @@ def test_seeded_draws_do_not_depend_on_the_batch(decoder: Decoder) -> None:
     alone = generate_tokens(decoder, PROMPTS[:1], TextLimits((), 20), sampling, lambda _, __: None)
     assert both[0] == alone[0]
     assert len(np.unique(both[0])) > 1
+
+
+def test_draws_do_not_depend_on_which_prompts_run_together(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(temperature=1.0, seed=5)
+    together = generate_tokens(decoder, PROMPTS, TextLimits((), 20), sampling, lambda _, __: None)
+    monkeypatch.setattr(decoder, "takes_padding", False)
+    assert generate_tokens(decoder, PROMPTS, TextLimits((), 20), sampling, lambda _, __: None) == together
