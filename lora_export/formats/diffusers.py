@@ -18,6 +18,7 @@ from lora_export.formats.peft_config import adapter_scale, checked_config, value
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import names_in, open_tensors
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
+from lora_export.plan.diffusion.families import by_role
 from lora_export.storage import json_files
 
 DESCRIPTION = "a .safetensors file of diffusers, with keys such as unet.X.lora_A.weight or X.lora.down.weight"
@@ -63,7 +64,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     recorded = "" if weights is None else open_tensors(weights, options).metadata.get(METADATA_KEY, "")
     names = FileNames("diffusers", _module_of)
     if not recorded:
-        return lora_file.read_file(path, name, names, options)
+        return _by_role(lora_file.read_file(path, name, names, options))
     where = f"{METADATA_KEY} in the header of {weights}"
     configs = _configs(recorded, where)
     source = f"lora_alpha / r of {METADATA_KEY} in the header"
@@ -82,7 +83,12 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             raise InputRefused(
                 f"{where}: use_dora is {stated}, and {len(with_dora)} of {len(own)} pairs have magnitudes"
             )
-    return adapter
+    return _by_role(adapter)
+
+
+def _by_role(adapter: Adapter) -> Adapter:
+    """The adapter with T5 as the third text encoder, in whatever folder of a pipeline it is."""
+    return adapter if adapter.names == [by_role(name) for name in adapter.names] else adapter.renamed(by_role)
 
 
 def _configs(recorded: str, source: str) -> dict[str, dict[str, Any]]:

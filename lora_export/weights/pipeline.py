@@ -18,7 +18,7 @@ FOLDERS = {
     SECOND_DENOISER: ("transformer_2",),
     **{name: (name,) for name in TEXT_ENCODERS},
 }
-T5_OF_FLUX = "text_encoder_2"  # kohya numbers T5 as the third text encoder, in pipelines with two of them too
+T5_OF_FLUX = "text_encoder_2"  # an adapter has T5 as the third text encoder, in pipelines with two of them too
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Pipeline:
 
     path: Path
     models: Mapping[str, Path]  # name in the index -> folder
+    class_name: str = ""  # of the pipeline in diffusers; empty where the index has none
 
     def folder_of(self, component: str, taken: Collection[str]) -> str:
         """The folder of the model that an adapter's component changes. `taken` are the components that it has.
@@ -72,4 +73,5 @@ def open_pipeline(path: Path) -> Pipeline:
     models = {name: path / name for name in named if (path / name).is_dir()}
     if not models:
         raise InputRefused(f"{path / PIPELINE_INDEX} names no model whose folder is there")
-    return Pipeline(path, models)
+    name = index.get("_class_name")
+    return Pipeline(path, models, name if isinstance(name, str) else "")

@@ -55,11 +55,21 @@ def keys_of(adapter: Adapter, folder: Path) -> set[str]:
     return {key.partition(".")[0] for key in load_file(lora_export.convert(adapter, folder / "out", to="kohya").output)}
 
 
-def test_text_encoders_are_numbered_where_there_are_several(tmp_path: Path) -> None:
-    one = {"denoiser/a.b": low_rank(3, 2, 1), "text_encoder/a.b": low_rank(3, 2, 1)}
-    assert keys_of(adapter_of(one), tmp_path / "one") == {"lora_unet_a_b", "lora_te_a_b"}
-    two = {**one, "text_encoder_2/a.b": low_rank(3, 2, 1)}
-    assert keys_of(adapter_of(two), tmp_path / "two") == {"lora_unet_a_b", "lora_te1_a_b", "lora_te2_a_b"}
+@pytest.mark.parametrize(
+    ("names", "prefixes"),
+    [
+        (("denoiser/down_blocks.0.a", "text_encoder/a"), "lora_unet lora_te"),
+        (("denoiser/down_blocks.1.transformer_blocks.1.a", "text_encoder/a"), "lora_unet lora_te1"),
+        (("denoiser/down_blocks.0.a", "text_encoder/a", "text_encoder_2/a"), "lora_unet lora_te1 lora_te2"),
+        (("denoiser/joint_blocks.0.a", "text_encoder/a", "text_encoder_3/a"), "lora_unet lora_te1 lora_te3"),
+        (("denoiser/double_blocks.0.a", "text_encoder/a"), "lora_unet lora_te1"),
+        (("text_encoder/a",), "lora_te"),
+    ],
+)
+def test_text_encoders_have_the_numbers_of_their_family(names, prefixes, tmp_path: Path) -> None:
+    keys = keys_of(adapter_of({name: low_rank(3, 2, 1) for name in names}), tmp_path)
+    modules = [name.partition("/")[2].replace(".", "_") for name in names]
+    assert keys == {f"{prefix}_{module}" for prefix, module in zip(prefixes.split(), modules, strict=True)}
 
 
 def test_values_have_the_smallest_type_that_holds_them(tmp_path: Path) -> None:
