@@ -242,44 +242,48 @@ def _lora(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
 
 def _loha(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
     factors: dict[str, NDArray[np.float32]] = {}
+    ranks = []
     for number, down, up, core in (
         ("1", KeyPart.LOHA_W1_B, KeyPart.LOHA_W1_A, KeyPart.LOHA_T1),
         ("2", KeyPart.LOHA_W2_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_T2),
     ):
         a, b = _matrix(tensors[down], down), _matrix(tensors[up], up)
-        rank = a.shape[0]
+        ranks.append(rank := a.shape[0])
         if core in tensors:
             tucker = _fp32(tensors[core])
             if tucker.shape[:2] != (b.shape[0], rank) or tucker.ndim < 3:
                 raise InputRefused(f"{down} {a.shape}, {core} {tucker.shape} and {up} {b.shape} make no convolution")
             a, b = np.einsum("pq...,qi->pi...", tucker, a), b.T
         factors |= {f"a{number}": a, f"b{number}": b}
-    return HadamardPair(factors, scale(rank), _magnitude(tensors, len(factors["b1"])))
+    return HadamardPair(factors, scale(ranks[0]), _magnitude(tensors, len(factors["b1"])))
 
 
 def _lokr(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
-    one, other = (
-        _kronecker_factor(tensors, whole, up, down, core)
+    stored = {
+        part.removeprefix("lokr_"): value
         for whole, up, down, core in (
             (KeyPart.LOKR_W1, KeyPart.LOKR_W1_A, KeyPart.LOKR_W1_B, None),
             (KeyPart.LOKR_W2, KeyPart.LOKR_W2_A, KeyPart.LOKR_W2_B, KeyPart.LOKR_T2),
         )
-    )
+        for part, value in _kronecker_factor(tensors, whole, up, down, core).items()
+    }
     ranks = {tensors[down].shape[0] for down in (KeyPart.LOKR_W1_B, KeyPart.LOKR_W2_B) if down in tensors}
     if len(ranks) > 1:
         raise InputRefused(f"its two factors have the ranks {', '.join(map(str, sorted(ranks)))}")
     # Where no factor is decomposed there is no rank, and LyCORIS does not use alpha.
-    factor = scale(ranks.pop()) if ranks else 1.0
-    return KroneckerPair({"w1": one, "w2": other}, factor, _magnitude(tensors, len(one) * len(other)))
+    pair = KroneckerPair(stored, scale(ranks.pop()) if ranks else 1.0)
+    magnitude = _magnitude(tensors, pair.shape[0])
+    return pair if magnitude is None else KroneckerPair(stored, pair.scale, magnitude)
 
 
 def _kronecker_factor(
     tensors: Tensors, whole: KeyPart, up: KeyPart, down: KeyPart, core: KeyPart | None
-) -> NDArray[np.float32]:
+) -> dict[KeyPart, NDArray[np.float32]]:
+    """The stored parts of one factor. Raises InputRefused where they do not make one."""
     if whole in tensors:
         if up in tensors or down in tensors:
             raise InputRefused(f"it has {whole} and {up} or {down}")
-        return _fp32(tensors[whole])
+        return {whole: _fp32(tensors[whole])}
     if up not in tensors or down not in tensors:
         raise InputRefused(f"there is neither {whole} nor {up} and {down} for it")
     b, a = _matrix(tensors[up], up), _fp32(tensors[down])
@@ -287,11 +291,10 @@ def _kronecker_factor(
         tucker = _fp32(tensors[core])
         if tucker.ndim < 3 or a.ndim != 2 or tucker.shape[:2] != (b.shape[0], a.shape[0]):
             raise InputRefused(f"{up} {b.shape}, {core} {tucker.shape} and {down} {a.shape} make no convolution")
-        product: NDArray[np.float32] = np.einsum("pq...,po,qi->oi...", tucker, b, a)
-        return product
-    if b.shape[1] != a.shape[0]:
+        return {up: b, down: a, core: tucker}
+    if a.ndim < 2 or b.shape[1] != a.shape[0]:
         raise InputRefused(f"{up} {b.shape} and {down} {a.shape} have different ranks")
-    return (b @ a.reshape(len(a), -1)).reshape(len(b), *a.shape[1:])
+    return {up: b, down: a}
 
 
 _KINDS = (
