@@ -63,7 +63,7 @@ def plan_pipeline(
             misfits += [replace(misfit, problem=f"{folder}: {misfit.problem}") for misfit in error.misfits]
             targets += error.targets
             continue
-        steps = combine_in_plan(steps, combination)
+        steps = combine_in_plan(steps, combination, [adapter.name for adapter in adapters])
         refuse_before_merge(steps, checkpoint)
         merges.append(ModelMerge(folder, checkpoint, steps))
         targets += len(steps.steps)

@@ -39,8 +39,12 @@ def judge_weights(
     application: Application,
     on_message: OnMessage,
     on_progress: OnProgress,
+    together: Sequence[str] = (),
 ) -> tuple[Audit, dict[str, Any]]:
-    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
+    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch.
+
+    Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`).
+    """
     loaded = load_adapters(adapters, of_models=True)
     if not loaded:
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
@@ -60,7 +64,7 @@ def judge_weights(
                 rules=origin.rules,
                 ties=ties_of(origin, application.tied),
             )
-        steps = combine_in_plan(steps, application.combination)
+        steps = combine_in_plan(steps, application.combination, together)
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             on_message(f"note: {note}")
         files = loaded_files(candidate)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_export import inspect, merge, verify
+from lora_export.adapters.combination import Combination
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import ReadOptions
 from support.diffusion import adapter_file, random_pairs
@@ -135,3 +136,16 @@ def test_a_pipeline_needs_its_adapters(base, merged):
 def test_a_pipeline_is_no_checkpoint(base):
     with pytest.raises(InputRefused, match=r"is a diffusion pipeline\. Name the folder of one of its models"):
         inspect(base)
+
+
+def test_a_method_applies_to_a_model_that_one_of_two_adapters_changes(base, adapter, tmp_path):
+    other = adapter_file(tmp_path / "b.safetensors", random_pairs({"unet.a.q": LAYERS["a.q"]}, seed=7))
+    ties = Combination("ties", density=0.5)
+    merged = merge(base, [adapter, other], tmp_path / "merged", combination=ties).output
+    result = verify(merged, base=base, adapters=[adapter, other], combination=ties)
+    assert result.verdict.outcome == "same" and len(result.verdict.weights) == 4
+    plain = merge(base, [adapter, other], tmp_path / "plain").output
+    name, file = "b.q.weight", "text_encoder/model.safetensors"  # half of the entries of A and B are removed there too
+    assert not np.array_equal(load_file(merged / file)[name], load_file(plain / file)[name])
+    with pytest.raises(InputRefused, match="--combine ties combines several adapters, and there is one"):
+        merge(base, adapter, tmp_path / "alone", combination=ties)
