@@ -22,6 +22,7 @@ from lora_export.plan.diffusion.other_layout import OtherLayout, other_layouts
 from lora_export.plan.spelling import respelled
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.pipeline import is_pipeline, open_pipeline
+from lora_export.weights.weight_files import variant_like
 
 OF_CLIP = "text_model."  # what transformers 5 leaves out before the names of a text encoder, and no other program does
 
@@ -30,7 +31,7 @@ def family_of_base(base: Path) -> Family:
     """The family of a pipeline, or of the pipelines that one model belongs to."""
     if is_pipeline(base):
         return family_of_pipeline(open_pipeline(base).class_name)
-    return family_of_model(open_checkpoint(base).config)
+    return family_of_model(open_checkpoint(base, variant=variant_like(base)).config)
 
 
 def named_for_pipeline(adapter: Adapter, base: Path, to: str) -> Adapter:
@@ -43,7 +44,8 @@ def named_for_pipeline(adapter: Adapter, base: Path, to: str) -> Adapter:
     parts = []
     components = components_of(adapter)
     for component in components:
-        checkpoint = open_checkpoint(_folder_of(base, component, components))
+        folder = _folder_of(base, component, components)
+        checkpoint = open_checkpoint(folder, variant=variant_like(folder))
         part = of_component(adapter, component)
         plan.make([part], checkpoint.specs, identity_ok=True, unknown_layout_ok=True, rules=checkpoint.rules)
         (named,) = respelled([part], checkpoint.specs, checkpoint.rules)

@@ -25,6 +25,7 @@ from lora_export.verification.companion_files import compare_files
 from lora_export.verification.loaded_files import loaded_files
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
+from lora_export.weights.weight_files import variant_like
 
 if TYPE_CHECKING:
     pass
@@ -50,7 +51,8 @@ def judge_weights(
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
     input_files.must_exist(candidate, "candidate")
     with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
-        origin, merged = open_checkpoint(base, dequantise=True), open_checkpoint(candidate)
+        merged = open_checkpoint(candidate)
+        origin = open_checkpoint(base, dequantise=True, variant=variant_like(Path(base), merged.shards))
         if origin.path.resolve() == merged.path.resolve():
             raise InputRefused(f"{candidate} is the base itself")
         with tied_as_remedy(origin, application.tied):

@@ -10,7 +10,8 @@ from lora_export.errors import InputRefused
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS
 from lora_export.storage import input_files, json_files
 from lora_export.storage.manifest import MANIFEST
-from lora_export.weights.checkpoint import PIPELINE_INDEX, refuse_link_outside
+from lora_export.weights.checkpoint import refuse_link_outside
+from lora_export.weights.weight_files import PIPELINE_INDEX
 
 # The folders in which a component may be, the first that the pipeline has.
 FOLDERS = {

@@ -87,7 +87,7 @@ def test_shares_add_up_by_their_squared_norms() -> None:
     assert low_rank.total_share([low_rank.LayerShare("a", (2, 2), 1, 1, 1.0, 0.0)]) == 1.0
 
 
-def test_a_loha_of_a_high_rank_is_taken_as_the_matrix_that_it_is() -> None:
+def test_a_loha_of_a_high_rank_is_taken_as_its_matrix() -> None:
     shapes = {"a1": (3, 2, 4), "b1": (6, 3), "a2": (4, 2, 4), "b2": (6, 4)}
     pair = HadamardPair({name: RNG.normal(size=shape) for name, shape in shapes.items()}, 0.5)
     assert pair.rank == 12 > min(low_rank.matrix_shape(pair))
