@@ -68,6 +68,19 @@ def names_fit(path: Path, module_of: Callable[[str], str | None]) -> bool:
     return has_pairs(names) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
 
 
+def foreign_keys(path: Path, module_of: Callable[[str], str | None]) -> list[str]:
+    """The keys because of which a file is not in a format that most of its keys have; none for any other file.
+
+    Raises nothing.
+    """
+    weights = weights_of(path)
+    names = frozenset() if weights is None else names_in(weights)
+    keys = sort_keys(names, module_of)
+    own = len(names) - len(keys.unknown)
+    foreign = sorted(key for key in keys.unknown if module_of(key) is None)
+    return foreign if has_pairs(names) and own > len(foreign) else []
+
+
 def read_file(
     path: Path,
     name: str,
@@ -312,8 +325,9 @@ def _magnitude(tensors: Tensors, out: int) -> NDArray[np.float32] | None:
     axis = 0 if KeyPart.DORA_SCALE in tensors or stored.ndim < 3 else 1
     if stored.size != out or stored.ndim <= axis or stored.shape[axis] != out:
         raise InputRefused(
-            f"its DoRA magnitude is {stored.shape}, and the weight has {out} outputs. A magnitude of each input, which "
-            "LyCORIS writes without wd_on_output, is not supported"
+            f"its DoRA magnitude is {stored.shape}, and the weight has {out} outputs. A magnitude of each input "
+            "(LyCORIS with wd_on_output=False) scales columns by their length over all outputs, and a pair here has a "
+            "magnitude of each output, as PEFT, diffusers and kohya's scripts have it"
         )
     return _fp32(stored).reshape(-1)
 
