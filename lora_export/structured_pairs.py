@@ -29,7 +29,11 @@ class StructuredPair(LoraPair):
     `rows` and `columns` select a part of the whole product; None selects all. Raises InputRefused as LoraPair does.
     """
 
+    stored: dict[str, NDArray[np.float32]]  # the factors, by their names
     shape_of_whole: tuple[int, ...]  # (out, in, ...)
+    kernel: tuple[int, ...] | None  # the shape of the convolution's kernel, where the factors are matrices
+    rows: _Indices | None
+    columns: _Indices | None
 
     def __init__(
         self,
@@ -52,11 +56,6 @@ class StructuredPair(LoraPair):
             raise InputRefused(f"the scale is {scale}; it must be finite")
         if magnitude is not None and magnitude.shape != self.shape[:1]:
             raise InputRefused(f"the magnitude is {magnitude.shape}, the change is {self.shape}")
-
-    stored: dict[str, NDArray[np.float32]]
-    kernel: tuple[int, ...] | None  # the shape of the convolution's kernel, where the factors are matrices
-    rows: _Indices | None
-    columns: _Indices | None
 
     # --- What each form defines ---
 
