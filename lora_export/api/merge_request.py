@@ -1,4 +1,4 @@
-"""What a merge is asked for, what it returns, and what merges into checkpoints, graphs and pipelines share."""
+"""The arguments of a merge, its result, and what merges into checkpoints, graphs and pipelines share."""
 
 from __future__ import annotations
 
