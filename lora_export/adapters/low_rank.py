@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import LoraPair
 
-MOST_ENTRIES = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
+LARGEST_CHANGE = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def of_pair(pair: LoraPair) -> SingularValues:
     """The singular values and vectors of a pair's change: of its factors, or of the change where these are larger.
 
     The factors of LoHa, LoKr and whole changes may have a rank above that of any matrix of their shape. Raises
-    InputRefused where the change has more than MOST_ENTRIES.
+    InputRefused where the change has more than LARGEST_CHANGE.
     """
     out, columns = matrix_shape(pair)
     if type(pair) is LoraPair or pair.rank <= min(out, columns):
@@ -116,12 +116,12 @@ def matrix_shape(pair: LoraPair) -> tuple[int, int]:
 
 
 def whole_change(pair: LoraPair, strength: float = 1.0) -> NDArray[np.float32]:
-    """strength * ΔW as a matrix (out, all else). Raises InputRefused where it has more than MOST_ENTRIES."""
+    """strength * ΔW as a matrix (out, all else). Raises InputRefused where it has more than LARGEST_CHANGE."""
     out, columns = matrix_shape(pair)
-    if out * columns > MOST_ENTRIES:
+    if out * columns > LARGEST_CHANGE:
         raise InputRefused(
             f"its change has the rank {pair.rank}, and is computed as a matrix of {out} x {columns} entries: more than "
-            f"{MOST_ENTRIES}, which no layer has"
+            f"{LARGEST_CHANGE}, which no layer has"
         )
     return pair.delta(strength=strength).reshape(out, columns)
 

@@ -104,7 +104,7 @@ def _kronecker_factor(
     return {up: b, down: a}
 
 
-KINDS = (
+CHANGE_KINDS = (
     ChangeKind(frozenset({KeyPart.A, KeyPart.B, KeyPart.MID}), (KeyPart.A, KeyPart.B), _lora),
     ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, _loha),
     ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), _lokr),

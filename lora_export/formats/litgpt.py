@@ -33,7 +33,7 @@ _KEY = re.compile(
     r"\.lora_(?P<side>[AB])"
 )
 _MODULE = re.compile(r"transformer\.h\.(?P<layer>\d+)\.(?P<name>[a-z]+\.(?:experts\.(?P<expert>\d+)\.)?(?P<last>\w+))")
-GATE_AND_UP = ("fc_1", "fc_2")
+FC_PARTS = ("fc_1", "fc_2")
 PARTS = ("lora_query", "lora_key", "lora_value")
 
 
@@ -63,7 +63,7 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     pairs, spelling = read_pairs(file, modules, build, others=others)
     if model.names.gate_up:
         layer = _ending(model.names.gate_up)
-        parts = {layer: tuple(f"{layer}.{name}" for name in GATE_AND_UP)}
+        parts = {layer: tuple(f"{layer}.{name}" for name in FC_PARTS)}
         pairs, spelling = fuse_layers(pairs, spelling, parts, {}, weights)
     sha256 = hash_of_files([settings_file, config_file, weights])
     if not file.unchanged():
@@ -143,7 +143,7 @@ class _LitgptModel:
     def _renamed(self, match: re.Match[str], layer: str, name: str) -> str:
         if match["expert"] is not None and match["last"] in self.names.experts:
             return self.names.experts[match["last"]].format(layer, match["expert"])
-        if self.names.gate_up and name in [f"mlp.{part}" for part in GATE_AND_UP]:
+        if self.names.gate_up and name in [f"mlp.{part}" for part in FC_PARTS]:
             last = name.rpartition(".")[2]  # both become one pair when all are read
             return f"{self.names.gate_up.format(layer)}.{last}"
         if name not in self.names.layers:

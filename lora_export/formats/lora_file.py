@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
-from lora_export.formats.change_kinds import KINDS, ChangeKind, Tensors, fp32, is_finite
+from lora_export.formats.change_kinds import CHANGE_KINDS, ChangeKind, Tensors, fp32, is_finite
 from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
 from lora_export.formats.read_options import ReadOptions
 from lora_export.formats.tensor_files import PICKLES, TensorSource, hash_of_files, names_in, open_tensors
@@ -159,7 +159,7 @@ class _FileChanges:
             self.problems.append(f"{first}: {error}")
 
     def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
-        kinds = [kind for kind in KINDS if not kind.own.isdisjoint(tensors)]
+        kinds = [kind for kind in CHANGE_KINDS if not kind.own.isdisjoint(tensors)]
         for one, other in NOT_TOGETHER:
             if one in tensors and other in tensors:
                 raise InputRefused(f"it has both {one} and {other}")

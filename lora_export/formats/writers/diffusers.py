@@ -13,15 +13,14 @@ from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, LoraPair, split_component
-from lora_export.plan.diffusion.families import T5, Family
+from lora_export.plan.diffusion.families import OF_A_UNET, T5, Family
 
 SUFFIX = ".safetensors"
-OF_A_UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
     """Write the file. Ranks and alphas are in the header (`lora_adapter_metadata`), which diffusers reads."""
-    denoiser = "unet" if any(OF_A_UNET.match(split_component(name)[1]) for name in adapter.pairs) else "transformer"
+    denoiser = "unet" if any(OF_A_UNET.fullmatch(split_component(name)[1]) for name in adapter.pairs) else "transformer"
     folders = {"": denoiser, DENOISER: denoiser, SECOND_DENOISER: "transformer_2"}
     if options.family is Family.FLUX:
         folders[T5] = "text_encoder_2"
