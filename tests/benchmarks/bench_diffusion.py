@@ -21,7 +21,7 @@ from lora_export.lora import DENOISER
 from lora_export.plan.diffusion.components import of_component
 from lora_export.weights.checkpoint import open_checkpoint
 
-RUNS = 3
+RUNS = 2
 MODULES = 722
 
 
