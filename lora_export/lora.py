@@ -149,7 +149,7 @@ class LoraPair:
         shape = (b.shape[0], *self.a.shape[1:])
         product = np.empty(shape, np.float32) if out is None else out
         scale = np.float32(strength * self.scale)
-        scale_product = not _is_power_of_two(scale)
+        scale_product = not is_power_of_two(scale)
         # A power of two commutes with every rounding. Multiplying B, which is small, saves a pass over the product.
         multiply(b if scale_product else b * scale, self.a.reshape(self.rank, -1), product.reshape(shape[0], -1))
         if scale_product:
@@ -235,8 +235,9 @@ def _blocks_are_faster() -> bool:
     return any(library.get("architecture") in AVX512_NAMES for library in threadpool_info())
 
 
-def _is_power_of_two(scale: np.float32) -> bool:
-    return abs(math.frexp(scale)[0]) == 0.5
+def is_power_of_two(factor: float | np.float32) -> bool:
+    """Whether a factor, of either sign, changes no digit of what it multiplies."""
+    return abs(math.frexp(factor)[0]) == 0.5
 
 
 def new_pair(shape: tuple[int, int], *, rank: int, scale: float, rng: np.random.Generator) -> LoraPair:
@@ -336,6 +337,11 @@ class Adapter:
     def __post_init__(self) -> None:
         for name in FROZEN_TABLES:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all modules and vectors that get a change; not those of tensors that are replaced."""
+        return [*self.pairs, *self.biases, *self.added]
 
     def spelled(self, name: str) -> str:
         """The key that a module or tensor has in the file of the adapter. All experts of a parameter have one key."""

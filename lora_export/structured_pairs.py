@@ -6,6 +6,7 @@ Where their product has a faster form, `delta` uses that.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,11 @@ class StructuredPair(LoraPair):
     `rows` and `columns` select a part of the whole product; None selects all. Raises InputRefused as LoraPair does.
     """
 
+    stored: dict[str, NDArray[np.float32]]  # the factors, by their names
     shape_of_whole: tuple[int, ...]  # (out, in, ...)
+    kernel: tuple[int, ...] | None  # the shape of the convolution's kernel, where the factors are matrices
+    rows: _Indices | None
+    columns: _Indices | None
 
     def __init__(
         self,
@@ -51,11 +56,6 @@ class StructuredPair(LoraPair):
             raise InputRefused(f"the scale is {scale}; it must be finite")
         if magnitude is not None and magnitude.shape != self.shape[:1]:
             raise InputRefused(f"the magnitude is {magnitude.shape}, the change is {self.shape}")
-
-    stored: dict[str, NDArray[np.float32]]
-    kernel: tuple[int, ...] | None  # the shape of the convolution's kernel, where the factors are matrices
-    rows: _Indices | None
-    columns: _Indices | None
 
     # --- What each form defines ---
 
@@ -169,6 +169,13 @@ class HadamardPair(StructuredPair):
     def rank(self) -> int:
         return int(self.a1.shape[0] * self.a2.shape[0])
 
+    def factors_of_part(self) -> dict[str, NDArray[np.float32]]:
+        """The factors for the rows and columns of this pair, by their names in `stored`."""
+        rows = EVERY_ROW if self.rows is None else self.rows
+        columns = EVERY_ROW if self.columns is None else self.columns
+        own = {name: factor[rows] for name, factor in self.stored.items() if name.startswith("b")}
+        return own | {name: factor[:, columns] for name, factor in self.stored.items() if name.startswith("a")}
+
     def _factors(self) -> _Factors:
         a = (self.a1[:, None] * self.a2[None]).reshape(-1, *self.a1.shape[1:])
         b = (self.b1[:, :, None] * self.b2[:, None, :]).reshape(len(self.b1), -1)
@@ -181,27 +188,65 @@ class HadamardPair(StructuredPair):
 
 
 class KroneckerPair(StructuredPair):
-    """kron(w1, w2), as LoKr stores it: `stored` has w1 (a, b) and w2 (c, d, ...); the product is (a c, b d, ...)."""
+    """kron(w1, w2), as LoKr stores it: w1 is (a, b) and w2 (c, d, ...); the product is (a c, b d, ...).
 
-    w1: NDArray[np.float32]
-    w2: NDArray[np.float32]
+    `stored` has w1, or w1_a (a, rank) and w1_b (rank, b), whose product it is; and w2, or w2_a (c, rank) and w2_b
+    (rank, d, ...). With t2 (rank, rank, ...), the core of a Tucker decomposition, w2_a is (rank, c) and w2_b (rank, d).
+    """
+
+    @functools.cached_property
+    def w1(self) -> NDArray[np.float32]:
+        return self._product_of_factor("w1")
+
+    @functools.cached_property
+    def w2(self) -> NDArray[np.float32]:
+        return self._product_of_factor("w2")
+
+    @property
+    def decomposed_rank(self) -> int | None:
+        """The rank of the factors that are decomposed; None where w1 and w2 are stored as wholes."""
+        return next((len(self.stored[name]) for name in ("w1_b", "w2_b") if name in self.stored), None)
 
     def _shape_of_whole(self) -> tuple[int, ...]:
-        if self.w1.ndim != 2 or self.w2.ndim < 2 or 0 in (*self.w1.shape, *self.w2.shape):
-            raise InputRefused(f"the factors of a Kronecker product are {self.w1.shape} and {self.w2.shape}")
-        (a, b), (c, d, *kernel) = self.w1.shape, self.w2.shape
+        w1, w2 = self._shape_of_factor("w1"), self._shape_of_factor("w2")
+        if len(w1) != 2 or len(w2) < 2 or 0 in (*w1, *w2):
+            raise InputRefused(f"the factors of a Kronecker product are {w1} and {w2}")
+        (a, b), (c, d, *kernel) = w1, w2
         return (a * c, b * d, *kernel)
+
+    def _shape_of_factor(self, name: str) -> tuple[int, ...]:
+        if name in self.stored:
+            return self.stored[name].shape
+        up, down = self.stored[f"{name}_a"], self.stored[f"{name}_b"]
+        if name == "w2" and "t2" in self.stored:
+            return (up.shape[1], down.shape[1], *self.stored["t2"].shape[2:])
+        return (up.shape[0], *down.shape[1:])
+
+    def _product_of_factor(self, name: str) -> NDArray[np.float32]:
+        if name in self.stored:
+            return self.stored[name]
+        up, down = self.stored[f"{name}_a"], self.stored[f"{name}_b"]
+        product: NDArray[np.float32]
+        if name == "w2" and "t2" in self.stored:
+            product = np.einsum("pq...,po,qi->oi...", self.stored["t2"], up, down)
+        else:
+            product = (up @ down.reshape(len(down), -1)).reshape(self._shape_of_factor(name))
+        return product
 
     @property
     def rank(self) -> int:
-        return int(self.w1.shape[1] * self.w2.shape[0])
+        return int(self._shape_of_factor("w1")[1] * self._shape_of_factor("w2")[0])
 
     @property
     def norm(self) -> float:
         if self.rows is not None or self.columns is not None:
             return super().norm
-        one, other = (float(np.linalg.norm(factor.astype(np.float64))) for factor in (self.w1, self.w2))
-        return abs(self.scale) * one * other
+        return abs(self.scale) * self._norm_of_factor("w1") * self._norm_of_factor("w2")
+
+    def _norm_of_factor(self, name: str) -> float:
+        if name not in self.stored and math.prod(self._shape_of_factor(name)) > MOST_MEASURED:
+            return math.nan
+        return float(np.linalg.norm(self._product_of_factor(name).astype(np.float64)))
 
     def _factors(self) -> _Factors:
         (_, b), (c, *rest) = self.w1.shape, self.w2.shape

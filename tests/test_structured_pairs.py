@@ -108,6 +108,22 @@ def test_a_product_counts_the_values_that_are_stored():
     assert KroneckerPair({"w1": numbers(2, 3), "w2": numbers(4, 5)}, 1, np.ones(8)).parameters == 6 + 20 + 8
 
 
+def test_a_decomposed_factor_is_the_product_of_its_parts():
+    up, down, core = numbers(2, 4), numbers(2, 5), numbers(2, 2, 3, 3)
+    for stored, w2 in (
+        ({"w2_a": up.T, "w2_b": down}, up.T @ down),
+        ({"w2_a": up, "w2_b": down, "t2": core}, np.einsum("pqkl,po,qi->oikl", core, up, down)),
+    ):
+        w1 = {"w1_a": numbers(3, 2), "w1_b": numbers(2, 3)}
+        pair = KroneckerPair({**w1, **stored}, 0.5)
+        whole = KroneckerPair({"w1": w1["w1_a"] @ w1["w1_b"], "w2": w2}, 0.5)
+        assert (pair.shape, pair.rank, pair.decomposed_rank) == (whole.shape, whole.rank, 2)
+        assert whole.decomposed_rank is None
+        np.testing.assert_allclose(pair.delta(), whole.delta(), rtol=1e-4, atol=1e-6)
+        assert pair.norm == pytest.approx(whole.norm)
+        assert pair.parameters == sum(value.size for value in (*w1.values(), *stored.values()))
+
+
 def test_only_a_small_rank_is_low_rank():
     assert hadamard(out=64, inner=(64,), ranks=(2, 2))[0].is_low_rank
     assert not kronecker()[0].is_low_rank

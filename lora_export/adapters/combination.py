@@ -121,7 +121,7 @@ class Combination:
         if len(kinds) > 1:
             raise InputRefused("the adapters were trained on layers of different kinds or shapes")
         if self.is_exact:
-            a, b = _concatenated(terms)
+            a, b = _exact_sum(terms)
         elif self.method in FACTORWISE:
             a, b = self._of_factors(terms, numbers)
         else:
@@ -129,6 +129,12 @@ class Combination:
         return LoraPair(a=a, b=b, scale=1.0, embedding=terms[0].pair.embedding)
 
     def _of_factors(self, terms: Sequence[Term], numbers: Mapping[str, int]) -> Factors:
+        if others := [term for term in terms if type(term.pair) is not LoraPair]:
+            named = ", ".join(f"{type(term.pair).__name__} ({term.adapter})" for term in others)
+            raise InputRefused(
+                f"{named}: {self.method} combines A with A and B with B, and a change of this kind has none. "
+                f"Use svd or {EXACT}, or another method with _svd"
+            )
         if len({term.pair.rank for term in terms}) > 1:
             ranks = ", ".join(f"{term.pair.rank} ({term.adapter})" for term in terms)
             raise InputRefused(
@@ -145,15 +151,18 @@ class Combination:
     def _of_changes(self, terms: Sequence[Term], numbers: Mapping[str, int], rank: int) -> Factors:
         shape = terms[0].pair.shape
         if self.method == "svd":  # a sum of low-rank changes has a low rank: no whole change is needed
-            a, b = _concatenated(terms)
-            found = low_rank.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
+            if _are_low_rank(terms):
+                a, b = _concatenated(terms)
+                found = low_rank.of_product(b.reshape(shape[0], -1), a.reshape(len(a), -1))
+            else:
+                found = low_rank.of_matrix(_whole_sum(terms))
         else:
             strengths = np.array([term.strength for term in terms])
             keys = [f"{self.seed or 0}/{numbers[term.adapter]}/{term.module}" for term in terms]
-            change = self._combined([term.pair.delta() for term in terms], strengths, keys)
+            change = self._combined([low_rank.whole_change(term.pair) for term in terms], strengths, keys)
             if not np.isfinite(change).all():
                 raise InputRefused("the change holds values that float32 cannot hold. Check the scales and weights")
-            found = low_rank.of_matrix(change.reshape(shape[0], -1))
+            found = low_rank.of_matrix(change)
         a, b = found.factors(min(rank, len(found.s)))
         kernel = [1] * (len(shape) - 2)
         return a.reshape(len(a), *shape[1:]), b.reshape(*b.shape, *kernel)
@@ -171,6 +180,30 @@ class Combination:
         if "ties" in self.method:
             return elected_mean(arrays, factors, self.majority_sign or "total")
         return weighted_sum(arrays, factors)
+
+
+def _exact_sum(terms: Sequence[Term]) -> Factors:
+    """A and B of the sum: those of all terms, or where these are larger than the change, the change and an identity."""
+    if _are_low_rank(terms):
+        return _concatenated(terms)
+    pair, change = terms[0].pair, _whole_sum(terms)
+    out, columns = change.shape
+    identity = np.eye(min(out, columns), dtype=np.float32)
+    a, b = (change, identity) if out <= columns else (identity, change)
+    return a.reshape(-1, *pair.shape[1:]), b.reshape(out, -1, *[1] * (len(pair.shape) - 2))
+
+
+def _are_low_rank(terms: Sequence[Term]) -> bool:
+    """Whether the factors of all terms together are no larger than the change, or are those of the files."""
+    rank = sum(term.pair.rank for term in terms)
+    return all(type(term.pair) is LoraPair for term in terms) or rank <= min(low_rank.matrix_shape(terms[0].pair))
+
+
+def _whole_sum(terms: Sequence[Term]) -> NDArray[np.float32]:
+    total = low_rank.whole_change(terms[0].pair, terms[0].strength)
+    for term in terms[1:]:
+        total += low_rank.whole_change(term.pair, term.strength)
+    return total
 
 
 def _concatenated(terms: Sequence[Term]) -> Factors:

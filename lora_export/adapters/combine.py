@@ -24,8 +24,11 @@ class CombinedTerm(Term):
         return self.text
 
 
-def combine_in_plan(plan: Plan, combination: Combination) -> Plan:
+def combine_in_plan(plan: Plan, combination: Combination, together: Sequence[str] = ()) -> Plan:
     """The plan with one pair on each weight, combined from the pairs of all adapters. The exact sum is the plan itself.
+
+    Where the plan is that of one model of a pipeline, `together` are the names of all adapters: one alone may change
+    this model, and its pairs go through the method as those of a weight that one adapter changes.
 
     Raises InputRefused for adapters that change more than pairs can express, and for pairs that the method cannot
     combine, with the names of the weights.
@@ -33,10 +36,11 @@ def combine_in_plan(plan: Plan, combination: Combination) -> Plan:
     if combination.is_exact:
         return plan
     refuse_beyond_pairs(plan.adapters, f"--combine {combination.method}")
-    if len(plan.adapters) < 2:
+    names = together or [adapter.name for adapter in plan.adapters]
+    if len(names) < 2:
         raise InputRefused(f"--combine {combination.method} combines several adapters, and there is one")
     terms = {step.weight: step.terms for step in plan.steps}
-    combined = _combined(terms, combination, plan.adapters)
+    combined = _combined(terms, combination, plan.adapters, names)
     steps = tuple(dataclasses.replace(step, terms=(combined[step.weight],)) for step in plan.steps)
     note = f"the pairs of each weight are combined by {combination}, as PEFT does: not the exact sum"
     return dataclasses.replace(plan, steps=_with_texts(steps, terms, combination), notes=(*plan.notes, note))
@@ -58,7 +62,7 @@ def combine_adapters(
     for adapter, strength in zip(adapters, strengths, strict=True):
         for module, pair in adapter.pairs.items():
             terms[module] = (*terms.get(module, ()), Term(adapter.name, module, pair, strength))
-    combined = _combined(terms, combination, adapters)
+    combined = _combined(terms, combination, adapters, [adapter.name for adapter in adapters])
     named = [adapter.metadata for adapter in adapters]
     shared = {key: value for key, value in named[0].items() if all(other.get(key) == value for other in named)}
     kept = ("task_type", "base_model_name_or_path")
@@ -87,9 +91,9 @@ def combined_unless_exact(
 
 
 def _combined(
-    terms: Mapping[str, Sequence[Term]], combination: Combination, adapters: Sequence[Adapter]
+    terms: Mapping[str, Sequence[Term]], combination: Combination, adapters: Sequence[Adapter], names: Sequence[str]
 ) -> dict[str, Term]:
-    numbers = {adapter.name: number for number, adapter in enumerate(adapters)}
+    numbers = {name: number for number, name in enumerate(names)}
     by_name = {adapter.name: adapter for adapter in adapters}
     largest = max(term.pair.rank for own in terms.values() for term in own)
     combined: dict[str, Term] = {}

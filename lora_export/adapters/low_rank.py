@@ -6,13 +6,17 @@ of the product (Eckart and Young 1936: the first singular values and vectors are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.lora import LoraPair
+
+LARGEST_CHANGE = 1 << 28  # of a change that is computed as a whole: 1 GiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,34 @@ def total_share(shares: Iterable[LayerShare]) -> float:
     shares = list(shares)
     total = sum(layer.norm**2 for layer in shares)
     return sum(layer.share * layer.norm**2 for layer in shares) / total if total else 1.0
+
+
+def of_pair(pair: LoraPair) -> SingularValues:
+    """The singular values and vectors of a pair's change: of its factors, or of the change where these are larger.
+
+    The factors of LoHa, LoKr and whole changes may have a rank above that of any matrix of their shape. Raises
+    InputRefused where the change has more than LARGEST_CHANGE.
+    """
+    out, columns = matrix_shape(pair)
+    if type(pair) is LoraPair or pair.rank <= min(out, columns):
+        return of_product(pair.b.reshape(out, -1), pair.a.reshape(-1, columns), pair.scale)
+    return of_matrix(whole_change(pair))
+
+
+def matrix_shape(pair: LoraPair) -> tuple[int, int]:
+    """(out, all else) of the weight that a pair changes."""
+    return pair.shape[0], math.prod(pair.shape[1:])
+
+
+def whole_change(pair: LoraPair, strength: float = 1.0) -> NDArray[np.float32]:
+    """strength * ΔW as a matrix (out, all else). Raises InputRefused where it has more than LARGEST_CHANGE."""
+    out, columns = matrix_shape(pair)
+    if out * columns > LARGEST_CHANGE:
+        raise InputRefused(
+            f"its change has the rank {pair.rank}, and is computed as a matrix of {out} x {columns} entries: more than "
+            f"{LARGEST_CHANGE}, which no layer has"
+        )
+    return pair.delta(strength=strength).reshape(out, columns)
 
 
 def of_product(b: NDArray[np.float32], a: NDArray[np.float32], scale: float = 1.0) -> SingularValues:

@@ -38,7 +38,10 @@ def resize_adapter(
 
 
 def _values(module: str, pair: LoraPair) -> SingularValues:
-    found = low_rank.of_product(pair.b.reshape(-1, pair.rank), pair.a.reshape(pair.rank, -1), pair.scale)
+    try:
+        found = low_rank.of_pair(pair)
+    except InputRefused as error:
+        raise InputRefused(f"{module}: {error}") from error
     if found.s[0] > np.finfo(np.float32).max:
         raise InputRefused(
             f"{module}: the change holds values that float32 cannot hold. Check its scale, {pair.scale:g}"
@@ -48,5 +51,5 @@ def _values(module: str, pair: LoraPair) -> SingularValues:
 
 def _pair(old: LoraPair, found: SingularValues, rank: int) -> LoraPair:
     a, b = found.factors(rank)
-    kernel = [1] * (old.a.ndim - 2)
-    return LoraPair(a.reshape(-1, *old.a.shape[1:]), b.reshape(*b.shape, *kernel), 1.0, embedding=old.embedding)
+    kernel = [1] * (len(old.shape) - 2)
+    return LoraPair(a.reshape(-1, *old.shape[1:]), b.reshape(*b.shape, *kernel), 1.0, embedding=old.embedding)

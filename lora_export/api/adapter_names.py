@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from lora_export import plan
 from lora_export.errors import InputRefused
-from lora_export.formats.fused_pairs import fuse_outputs
+from lora_export.formats.fused_pairs import joined_outputs
 from lora_export.lora import Adapter, ExpertAxes, LoraPair, expert_name, split_part
 from lora_export.plan.attempts import module_of_tensor
 from lora_export.plan.conversion.loaded_names import LoadedNames, TensorConversion
@@ -121,19 +119,6 @@ def _stacked(
         own = {number: parts[source] for number, (source, _) in enumerate(ordered) if source in parts}
         if not own:
             raise NotExpressible(f"stacks {len(rows)} experts, and the adapter has no pair for expert {expert}")
-        pair = _joined(own, [size for _, size in ordered])
+        pair = joined_outputs(own, [size for _, size in ordered])
         result[expert_name(name, expert)] = replace(pair, as_stored=True)
     return result
-
-
-def _joined(parts: Mapping[int, LoraPair], sizes: list[int]) -> LoraPair:
-    """The pair of outputs one after another: with one A where all parts have the same, else of the sum of ranks."""
-    pairs = list(parts.values())
-    shares_a = len(parts) == len(sizes) and all(
-        pair.scale == pairs[0].scale and pair.a.shape == pairs[0].a.shape and (pair.a == pairs[0].a).all()
-        for pair in pairs
-    )
-    if not shares_a:
-        return fuse_outputs(parts, sizes)
-    ordered = [parts[number] for number in range(len(sizes))]
-    return LoraPair(a=pairs[0].a, b=np.concatenate([pair.b for pair in ordered]), scale=pairs[0].scale)

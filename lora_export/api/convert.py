@@ -13,7 +13,7 @@ from lora_export.api.adapter_names import NAMES_OF, named_for
 from lora_export.api.callbacks import OnMessage, ignore
 from lora_export.api.load import AdapterSource, adapter_paths, load_adapters, locate_adapters
 from lora_export.api.output_names import with_suffix
-from lora_export.api.pipeline_names import named_for_pipeline
+from lora_export.api.pipeline_names import family_of_base, named_for_pipeline
 from lora_export.api.shared_head import stored_in_graph, without_shared_head
 from lora_export.errors import InputRefused, MatchError, WrongUsage
 from lora_export.formats import onnx_adapter
@@ -24,6 +24,7 @@ from lora_export.graph.insert.check_contract import checked_contract, contract_d
 from lora_export.graph.onnx_file.reading import load_graph
 from lora_export.graph.unchanged_tables import without_unchanged_tables
 from lora_export.lora import Adapter
+from lora_export.plan.diffusion.families import Family, family_of_names
 from lora_export.storage import atomic_output, input_files
 from lora_export.storage.hub_cache import locate
 from lora_export.storage.manifest import write_manifest
@@ -89,14 +90,17 @@ def convert(
         return _for_graph(adapter, loaded, output, Path(graph), weight, ignore_head, overwrite, on_message)
     loaded = _scaled(loaded, weight)
     if base is not None and to in OF_PIPELINES:
-        loaded = named_for_pipeline(loaded, base, original=to == "comfyui")
+        loaded = named_for_pipeline(loaded, base, to)
     elif base is not None and (names is not None or to != "peft"):
         # mlx-lm and llama.cpp have the names of the original checkpoint.
         loaded = named_for(loaded, names or "transformers4", base)
     writer = writer_of(to)
     target = with_suffix(output, writer.SUFFIX) if writer.SUFFIX else output
     stage = atomic_output.stage_file if writer.SUFFIX else atomic_output.stage_folder
-    options = WriteOptions(reading, stacked_experts=names == "sglang")
+    family = Family.UNKNOWN
+    if to in OF_PIPELINES:
+        family = family_of_names(loaded.names) if base is None else family_of_base(base)
+    options = WriteOptions(reading, stacked_experts=names == "sglang", family=family)
     inputs = [*adapter_paths(adapter), *([] if base is None else [base])]
     size = 4 * loaded.parameters
     with stage(target, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message) as folder:

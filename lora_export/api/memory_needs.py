@@ -17,10 +17,8 @@ from lora_export.weights.checkpoint import open_checkpoint
 
 PROGRAM = 500 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:
-WIDENED, MOST_WIDENED_PARAMETERS = (
-    32,
-    1 << 27,
-)  # of a model that is widened to fp64 as a whole, and up to how many it is
+WIDENED = 32  # of a model that is widened to fp64 as a whole
+MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lora_export import plan, provenance
 from lora_export.adapters.combination import Combination
 from lora_export.adapters.combine import combine_in_plan
-from lora_export.api.callbacks import OnMessage, OnProgress, in_bytes
+from lora_export.api.callbacks import in_bytes
+from lora_export.api.merge_checkpoint import notes_on_checkpoint
+from lora_export.api.merge_request import FLOAT32, MergeRequest, MergeResult
 from lora_export.api.pipeline_parts import parts_by_model
 from lora_export.errors import MatchError, Misfit
 from lora_export.lora import Adapter
@@ -22,7 +23,7 @@ from lora_export.storage.manifest import read_manifest, write_manifest
 from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
 from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
 from lora_export.weights.merge_report import MergeReport, refuse_no_change
-from lora_export.weights.pipeline import Pipeline
+from lora_export.weights.pipeline import Pipeline, open_pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +41,19 @@ def plan_pipeline(
     strengths: Sequence[float],
     layout: Mapping[str, str],
     combination: Combination,
+    variant: str | None = None,
 ) -> tuple[list[ModelMerge], tuple[str, ...]]:
     """A plan for each model that the adapters change, and notes on the models that they leave as they are.
 
-    Raises InputRefused for a component that the pipeline lacks, MatchError with the misfits of all models.
+    `variant` chooses one of several sets of weights of each. Raises InputRefused for a component that the pipeline
+    lacks, and for a variant that a changed model lacks, MatchError with the misfits of all models.
     """
     parts, notes = parts_by_model(pipeline, adapters, strengths)
     merges: list[ModelMerge] = []
     misfits: list[Misfit] = []
     targets = 0
     for folder, own in parts.items():
-        checkpoint = open_checkpoint(pipeline.models[folder])
+        checkpoint = open_checkpoint(pipeline.models[folder], variant=variant)
         try:
             steps = plan.make(
                 own.adapters,
@@ -63,7 +66,7 @@ def plan_pipeline(
             misfits += [replace(misfit, problem=f"{folder}: {misfit.problem}") for misfit in error.misfits]
             targets += error.targets
             continue
-        steps = combine_in_plan(steps, combination)
+        steps = combine_in_plan(steps, combination, [adapter.name for adapter in adapters])
         refuse_before_merge(steps, checkpoint)
         merges.append(ModelMerge(folder, checkpoint, steps))
         targets += len(steps.steps)
@@ -100,33 +103,39 @@ def _spelling_of(adapter: Adapter, merges: Sequence[ModelMerge]) -> str:
     return next((spelling for spelling in found if spelling != "same"), "same")
 
 
-def merge_into_pipeline(
+def merge_into_pipeline(request: MergeRequest, dtype: str | None) -> MergeResult:
+    """Plan and write the merge. Every merged model has a manifest of its own. Raises as `merge`."""
+    pipeline = open_pipeline(request.base)
+    merges, unchanged = plan_pipeline(
+        pipeline, request.adapters, request.weights, request.layout, request.combination, request.variant
+    )
+    strengths = request.weights or [1.0] * len(request.adapters)
+    whole = plan_of_all(merges, request.adapters, strengths)
+    on_models = [note for each in merges for note in notes_on_checkpoint(each.checkpoint, request.adapters)]
+    notes = request.report_notes(whole, list(dict.fromkeys((*unchanged, *on_models))))
+    if request.dry_run:
+        return MergeResult(request.output, whole, None, notes)
+    report = _write(request, pipeline, merges, strengths, dtype)
+    request.warn_of_rounding(report, FLOAT32)
+    return MergeResult(request.output, whole, report, notes)
+
+
+def _write(
+    request: MergeRequest,
     pipeline: Pipeline,
-    adapters: Sequence[Adapter],
     merges: Sequence[ModelMerge],
-    output: Path,
-    *,
     strengths: Sequence[float],
-    inputs: Sequence[Path],
     dtype: str | None,
-    min_retention: float,
-    hashing: str,
-    settings: Mapping[str, Any],
-    overwrite: bool,
-    on_message: OnMessage,
-    on_progress: OnProgress,
 ) -> MergeReport:
-    """Write the merged pipeline. Every merged model has a manifest of its own. Raises as `merge_checkpoint`."""
     others = list(pipeline.other_files({each.folder for each in merges}))
     size = sum((pipeline.path / relative).stat().st_size for relative in others)
     companions = [each.checkpoint.path / name for each in merges for name in each.checkpoint.other_files()]
     size += sum(path.stat().st_size for path in companions)
     size += sum(output_size(each.plan, each.checkpoint, dtype) for each in merges)
-    progress = in_bytes(on_progress, "merging", sum(each.checkpoint.nbytes for each in merges))
+    progress = in_bytes(request.on_progress, "merging", sum(each.checkpoint.nbytes for each in merges))
+    settings = request.combination.settings
     reports = {}
-    with atomic_output.stage_folder(
-        output, inputs=inputs, overwrite=overwrite, required_bytes=size, on_message=on_message
-    ) as stage:
+    with request.staged(atomic_output.stage_folder, size) as stage:
         for each in merges:
             (stage / each.folder).mkdir()
             reports[each.folder] = merge_checkpoint(
@@ -134,8 +143,8 @@ def merge_into_pipeline(
                 each.checkpoint,
                 stage / each.folder,
                 dtype=dtype,
-                min_retention=min_retention,
-                hashing=hashing,
+                min_retention=request.min_retention,
+                hashing=request.hashing,
                 progress=progress,
                 more_settings=settings,
             )
@@ -144,7 +153,7 @@ def merge_into_pipeline(
         for relative in others:
             (stage / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(pipeline.path / relative, stage / relative)
-        record = provenance.record(adapters, strengths, {}, (), {"models": sorted(reports), **settings})
+        record = provenance.record(request.adapters, strengths, {}, (), {"models": sorted(reports), **settings})
         write_manifest(stage, record, _known_hashes(stage, reports))
     return report
 

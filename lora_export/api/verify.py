@@ -199,9 +199,11 @@ def verify(
         assert origin is not None
 
         def judge(
-            merged: Path, base: Path, adapters: AdapterSources, weights: Sequence[float]
+            merged: Path, base: Path, adapters: AdapterSources, weights: Sequence[float], together: Sequence[str] = ()
         ) -> tuple[Audit, dict[str, Any]]:
-            return judge_weights(merged, base, adapters, weights, layout or {}, application, on_message, on_progress)
+            return judge_weights(
+                merged, base, adapters, weights, layout or {}, application, on_message, on_progress, together
+            )
 
         if of_pipeline:
             proof, facts = audit_pipeline(candidate, origin, load_adapters(adapters, of_models=True), weights, judge)

@@ -16,8 +16,8 @@ from lora_export.verification.against_checkpoint import Audit
 from lora_export.verification.parity import Outcome
 from lora_export.weights.pipeline import Pipeline, open_pipeline
 
-# (candidate, base, adapters, strengths) of one model -> its audit, and the facts about it
-JudgeModel = Callable[[Path, Path, Sequence[Adapter], Sequence[float]], tuple[Audit, Mapping[str, Any]]]
+# (candidate, base, adapters, strengths) of one model, and the names of all adapters -> its audit, and facts about it
+JudgeModel = Callable[[Path, Path, Sequence[Adapter], Sequence[float], Sequence[str]], tuple[Audit, Mapping[str, Any]]]
 ORDER = (Outcome.SAME, Outcome.UNDECIDED, Outcome.DIFFERENT)
 
 
@@ -32,8 +32,9 @@ def audit_pipeline(
     pipeline = open_pipeline(base)
     parts, notes = parts_by_model(pipeline, adapters, strengths)
     audits, facts = {}, {}
+    names = [adapter.name for adapter in adapters]
     for folder, own in parts.items():
-        audits[folder], facts[folder] = judge(candidate / folder, base / folder, own.adapters, own.strengths)
+        audits[folder], facts[folder] = judge(candidate / folder, base / folder, own.adapters, own.strengths, names)
     other = tuple(_other_differences(pipeline, candidate, parts))
     whole = _joined(audits)
     whole = replace(whole, notes=(*notes, *whole.notes))

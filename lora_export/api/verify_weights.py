@@ -25,6 +25,7 @@ from lora_export.verification.companion_files import compare_files
 from lora_export.verification.loaded_files import loaded_files
 from lora_export.weights.checkpoint import open_checkpoint
 from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
+from lora_export.weights.weight_files import variant_like
 
 if TYPE_CHECKING:
     pass
@@ -39,14 +40,19 @@ def judge_weights(
     application: Application,
     on_message: OnMessage,
     on_progress: OnProgress,
+    together: Sequence[str] = (),
 ) -> tuple[Audit, dict[str, Any]]:
-    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch."""
+    """A merged checkpoint against W + s·BA, weight by weight: the verdict and facts about it. Needs no PyTorch.
+
+    Of one model of a pipeline, `together` are the names of all adapters (see `combine_in_plan`).
+    """
     loaded = load_adapters(adapters, of_models=True)
     if not loaded:
         raise WrongUsage(f"--base needs the adapters that were merged (-a){_contained(candidate)}")
     input_files.must_exist(candidate, "candidate")
     with input_files.unchanged(candidate, lambda: input_files.files_of(candidate)):
-        origin, merged = open_checkpoint(base, dequantise=True), open_checkpoint(candidate)
+        merged = open_checkpoint(candidate)
+        origin = open_checkpoint(base, dequantise=True, variant=variant_like(Path(base), merged.shards))
         if origin.path.resolve() == merged.path.resolve():
             raise InputRefused(f"{candidate} is the base itself")
         with tied_as_remedy(origin, application.tied):
@@ -60,7 +66,7 @@ def judge_weights(
                 rules=origin.rules,
                 ties=ties_of(origin, application.tied),
             )
-        steps = combine_in_plan(steps, application.combination)
+        steps = combine_in_plan(steps, application.combination, together)
         for note in [*(note for adapter in loaded for note in adapter.notes), *steps.notes]:
             on_message(f"note: {note}")
         files = loaded_files(candidate)

@@ -103,6 +103,12 @@ Example:
     metavar="CHECKPOINT",
     help="Float checkpoint that a quantised BASE was made from. The report then has each weight's quantisation error.",
 )
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="Weights to merge into, of a BASE folder with several sets: fp16 for model.fp16.safetensors, none for "
+    "model.safetensors.",
+)
 @layout_option
 @click.option(
     "--only-head",
@@ -143,6 +149,7 @@ def command(
     requantize: bool,
     dequantize: bool,
     float_base: Path | None,
+    variant: str | None,
     layout: dict[str, str],
     only_head: bool,
     device: str,
@@ -180,6 +187,7 @@ def command(
             requantize=requantize,
             dequantize=dequantize,
             float_base=float_base,
+            variant=variant,
             layout=layout,
             only_head=only_head,
             device=device,

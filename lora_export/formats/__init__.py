@@ -36,6 +36,8 @@ FORMATS = {
     "comfyui": "lora_export.formats.comfyui",
     "diffusers": "lora_export.formats.diffusers",
 }
+OF_ONE_FILE = ("kohya", "comfyui", "diffusers")  # formats that are recognised by every key
+SHOWN_KEYS = 8
 # Names that trainers give to every adapter's file: that of the folder is the adapter's.
 SAME_FOR_ALL = frozenset({"adapter_model", "adapters", "lit_model", "pytorch_lora_weights"})
 
@@ -50,6 +52,13 @@ class AdapterFormat(Protocol):
 
     def read(self, path: Path, name: str, options: ReadOptions) -> Adapter:
         """Read the adapter. Raises InputRefused with everything that is wrong with it."""
+
+
+class _OneFileFormat(Protocol):
+    """What a format of one file provides beside that."""
+
+    def foreign_keys(self, path: Path) -> list[str]:
+        """The keys of another format in a file that is in this one otherwise."""
 
 
 def recognised(path: Path) -> bool:
@@ -73,9 +82,11 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
     matching = {key: module for key, module in candidates.items() if module.recognises(path)}
     if not matching:
         if options.format:
+            _refuse_foreign_keys(path)
             raise InputRefused(
                 f"{path} is not in the format {options.format}: {candidates[options.format].DESCRIPTION}"
             )
+        _refuse_foreign_keys(path)
         known = [f"{key}: {module.DESCRIPTION}" for key, module in candidates.items()]
         raise InputRefused(f"{path} is not an adapter in a known format:", listed(known, len(known)))
     if len(matching) > 1:
@@ -84,6 +95,16 @@ def load(path: str | Path, *, name: str | None = None, options: ReadOptions = DE
         )
     (module,) = matching.values()
     return replace(module.read(path, name or _default_name(path), options), hub=hub_source(path))
+
+
+def _refuse_foreign_keys(path: Path) -> None:
+    """Raise InputRefused for a file of which most keys are in one format, and some are not."""
+    for name in OF_ONE_FILE:
+        (module,) = _modules([name]).values()
+        if foreign := cast(_OneFileFormat, module).foreign_keys(path):
+            raise InputRefused(
+                f"{path} is in the format {name}, but for {len(foreign)} of its keys:", listed(foreign, SHOWN_KEYS)
+            )
 
 
 def _default_name(path: Path) -> str:

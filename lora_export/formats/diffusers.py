@@ -18,6 +18,7 @@ from lora_export.formats.peft_config import adapter_scale, checked_config, value
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.formats.tensor_files import names_in, open_tensors
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, component_name, split_component
+from lora_export.plan.diffusion.families import by_role
 from lora_export.storage import json_files
 
 DESCRIPTION = "a .safetensors file of diffusers, with keys such as unet.X.lora_A.weight or X.lora.down.weight"
@@ -57,13 +58,18 @@ def recognises(path: Path) -> bool:
     return not is_bare and lora_file.names_fit(path, _module_of)
 
 
+def foreign_keys(path: Path) -> list[str]:
+    """The keys of another format in a file that is in this one otherwise."""
+    return lora_file.foreign_keys(path, _module_of)
+
+
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
     weights = lora_file.weights_of(path)
     recorded = "" if weights is None else open_tensors(weights, options).metadata.get(METADATA_KEY, "")
     names = FileNames("diffusers", _module_of)
     if not recorded:
-        return lora_file.read_file(path, name, names, options)
+        return _by_role(lora_file.read_file(path, name, names, options))
     where = f"{METADATA_KEY} in the header of {weights}"
     configs = _configs(recorded, where)
     source = f"lora_alpha / r of {METADATA_KEY} in the header"
@@ -82,7 +88,12 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
             raise InputRefused(
                 f"{where}: use_dora is {stated}, and {len(with_dora)} of {len(own)} pairs have magnitudes"
             )
-    return adapter
+    return _by_role(adapter)
+
+
+def _by_role(adapter: Adapter) -> Adapter:
+    """The adapter with T5 as the third text encoder, in whatever folder of a pipeline it is."""
+    return adapter if adapter.names == [by_role(name) for name in adapter.names] else adapter.renamed(by_role)
 
 
 def _configs(recorded: str, source: str) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,11 @@ def recognises(path: Path) -> bool:
     return lora_file.names_fit(path, _module_of)
 
 
+def foreign_keys(path: Path) -> list[str]:
+    """The keys of another format in a file that is in this one otherwise."""
+    return lora_file.foreign_keys(path, _module_of)
+
+
 def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
     """Read an adapter. Raises InputRefused with everything that is wrong with it."""
     return lora_file.read_file(path, name, FileNames("kohya", _module_of, flattened=True), options)

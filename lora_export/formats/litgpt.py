@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused
-from lora_export.formats.fused_pairs import fuse_outputs, with_outputs
+from lora_export.formats.fused_pairs import fuse_layers, fuse_outputs, with_outputs
 from lora_export.formats.litgpt_names import NamesOfFamily, QkvForm, names_of_family
 from lora_export.formats.pair_keys import Sides, keys_by_module, read_pairs
 from lora_export.formats.peft_config import adapter_scale
@@ -33,6 +33,7 @@ _KEY = re.compile(
     r"\.lora_(?P<side>[AB])"
 )
 _MODULE = re.compile(r"transformer\.h\.(?P<layer>\d+)\.(?P<name>[a-z]+\.(?:experts\.(?P<expert>\d+)\.)?(?P<last>\w+))")
+FC_PARTS = ("fc_1", "fc_2")
 PARTS = ("lora_query", "lora_key", "lora_value")
 
 
@@ -61,7 +62,9 @@ def read(path: Path, name: str, options: ReadOptions = DEFAULTS) -> Adapter:
 
     pairs, spelling = read_pairs(file, modules, build, others=others)
     if model.names.gate_up:
-        pairs, spelling = _with_gate_up(pairs, spelling, model.names.gate_up)
+        layer = _ending(model.names.gate_up)
+        parts = {layer: tuple(f"{layer}.{name}" for name in FC_PARTS)}
+        pairs, spelling = fuse_layers(pairs, spelling, parts, {}, weights)
     sha256 = hash_of_files([settings_file, config_file, weights])
     if not file.unchanged():
         raise InputRefused(f"{file.path} changed while it was being read")
@@ -140,8 +143,9 @@ class _LitgptModel:
     def _renamed(self, match: re.Match[str], layer: str, name: str) -> str:
         if match["expert"] is not None and match["last"] in self.names.experts:
             return self.names.experts[match["last"]].format(layer, match["expert"])
-        if self.names.gate_up and name in ("mlp.fc_1", "mlp.fc_2"):
-            return f"{self.names.gate_up.format(layer)}[{name[-1]}]"  # both are joined when all pairs are read
+        if self.names.gate_up and name in [f"mlp.{part}" for part in FC_PARTS]:
+            last = name.rpartition(".")[2]  # both become one pair when all are read
+            return f"{self.names.gate_up.format(layer)}.{last}"
         if name not in self.names.layers:
             raise InputRefused(f"litgpt's conversion of {self.name} has no name for it")
         return self.names.layers[name].format(layer)
@@ -185,20 +189,6 @@ def _size(path: Path, table: Mapping[str, Any], key: str, default: int | None = 
     return value
 
 
-def _with_gate_up(
-    pairs: Mapping[str, LoraPair], spelling: Mapping[str, str], template: str
-) -> tuple[dict[str, LoraPair], dict[str, str]]:
-    """The pairs with those of fc_1 and fc_2 as one pair of the family's fused layer."""
-    pattern = re.compile(f"(?P<name>{re.escape(template).replace(re.escape('{}'), '[0-9]+')})\\[(?P<part>[12])\\]")
-    joined: dict[str, dict[int, LoraPair]] = {}
-    result, names = {}, {}
-    for name, pair in pairs.items():
-        if (match := pattern.fullmatch(name)) is None:
-            result[name], names[name] = pair, spelling[name]
-        else:
-            joined.setdefault(match["name"], {})[int(match["part"]) - 1] = pair
-            names.setdefault(match["name"], spelling[name])
-    for name, parts in joined.items():
-        size = next(iter(parts.values())).shape[0]
-        result[name] = fuse_outputs(parts, (size, size))
-    return result, names
+def _ending(template: str) -> str:
+    """What follows the number of the layer in the name of a module."""
+    return template.rpartition("{}.")[2]

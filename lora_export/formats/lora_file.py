@@ -1,7 +1,7 @@
 """Adapters that are one `.safetensors` file, as trainers of image and video models write them: their tensors as pairs.
 
-A format states how its keys name modules (`FileNames`). What the tensors mean is here: LoRA, LoCon's Tucker
-decomposition, LoHa and LoKr (https://github.com/KohakuBlueleaf/LyCORIS), DoRA, whole changes of weights and biases.
+A format states how its keys name modules (`FileNames`). What the factors of a change mean is in `change_kinds.py`.
+Whole changes of weights, biases and norms are read here.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.errors import InputRefused, listed, refuse_unprintable
+from lora_export.formats.change_kinds import CHANGE_KINDS, ChangeKind, Tensors, fp32, is_finite
 from lora_export.formats.lora_keys import KeyPart, has_pairs, sort_keys, split_key
 from lora_export.formats.read_options import ReadOptions
 from lora_export.formats.tensor_files import PICKLES, TensorSource, hash_of_files, names_in, open_tensors
 from lora_export.lora import Adapter, LoraPair
-from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
+from lora_export.structured_pairs import WholePair
 
 _SUFFIX = ".safetensors"
 BY_ALPHA = "alpha / rank, by the alpha of each pair; 1 where the file has none"
@@ -31,8 +31,6 @@ NOT_TOGETHER = (
     (KeyPart.MAGNITUDE, KeyPart.DORA_SCALE),
     (KeyPart.LOKR_W2, KeyPart.LOKR_T2),
 )
-LOHA_FACTORS = (KeyPart.LOHA_W1_A, KeyPart.LOHA_W1_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_W2_B)
-Tensors = Mapping[KeyPart, NDArray[Any]]  # of one module
 Scales = Callable[[str, int, float | None], float]  # (module, rank, alpha) -> the factor of the change
 
 
@@ -66,6 +64,19 @@ def names_fit(path: Path, module_of: Callable[[str], str | None]) -> bool:
         names = frozenset(name for name in names if split_key(name) is not None)
     keys = sort_keys(names, module_of)
     return has_pairs(names) and len(keys.modules) > 0 and not any(module_of(key) is None for key in keys.unknown)
+
+
+def foreign_keys(path: Path, module_of: Callable[[str], str | None]) -> list[str]:
+    """The keys because of which a file is not in a format that most of its keys have; none for any other file.
+
+    Raises nothing.
+    """
+    weights = weights_of(path)
+    names = frozenset() if weights is None else names_in(weights)
+    keys = sort_keys(names, module_of)
+    own = len(names) - len(keys.unknown)
+    foreign = sorted(key for key in keys.unknown if module_of(key) is None)
+    return foreign if has_pairs(names) and own > len(foreign) else []
 
 
 def read_file(
@@ -141,14 +152,14 @@ class _FileChanges:
         first = next(iter(keys.values()))
         try:
             tensors = {part: self.file.read(key) for part, key in keys.items()}
-            if bad := [keys[part] for part, tensor in tensors.items() if not _is_finite(tensor)]:
+            if bad := [keys[part] for part, tensor in tensors.items() if not is_finite(tensor)]:
                 raise InputRefused(f"{', '.join(bad)} holds values that are not finite (NaN or infinity)")
             self._add(module, keys, tensors)
         except InputRefused as error:
             self.problems.append(f"{first}: {error}")
 
     def _add(self, module: str, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
-        kinds = [kind for kind in _KINDS if not kind.own.isdisjoint(tensors)]
+        kinds = [kind for kind in CHANGE_KINDS if not kind.own.isdisjoint(tensors)]
         for one, other in NOT_TOGETHER:
             if one in tensors and other in tensors:
                 raise InputRefused(f"it has both {one} and {other}")
@@ -157,17 +168,17 @@ class _FileChanges:
         for kind in kinds:
             self._add_pair(module, kind, keys, tensors)
         if KeyPart.CHANGE in tensors:
-            self._add_change(module, keys[KeyPart.CHANGE], _fp32(tensors[KeyPart.CHANGE]))
+            self._add_change(module, keys[KeyPart.CHANGE], fp32(tensors[KeyPart.CHANGE]))
         if not kinds and (alone := [part for part in OF_A_PAIR if part in tensors]):
             raise InputRefused(f"it has {', '.join(alone)}, and no pair")
         if KeyPart.BIAS_CHANGE in tensors:
-            self._add_bias(module, keys[KeyPart.BIAS_CHANGE], _fp32(tensors[KeyPart.BIAS_CHANGE]))
+            self._add_bias(module, keys[KeyPart.BIAS_CHANGE], fp32(tensors[KeyPart.BIAS_CHANGE]))
         for part, tensor in ((KeyPart.NORM_CHANGE, "weight"), (KeyPart.NORM_BIAS_CHANGE, "bias")):
             if part in tensors:
-                self.added[f"{module}.{tensor}"] = _fp32(tensors[part])
+                self.added[f"{module}.{tensor}"] = fp32(tensors[part])
                 self.spelling[f"{module}.{tensor}"] = keys[part]
 
-    def _add_pair(self, module: str, kind: _ChangeKind, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
+    def _add_pair(self, module: str, kind: ChangeKind, keys: Mapping[KeyPart, str], tensors: Tensors) -> None:
         if empty := [
             part for part, value in tensors.items() if value.size == 0 or (value.ndim == 0 and part in kind.own)
         ]:
@@ -183,7 +194,7 @@ class _FileChanges:
         self.pairs[module] = pair
         self.spelling[module] = next(key for part, key in keys.items() if part in kind.own)
         if KeyPart.B_BIAS in tensors:
-            self._add_bias(module, keys[KeyPart.B_BIAS], np.float32(pair.scale) * _fp32(tensors[KeyPart.B_BIAS]))
+            self._add_bias(module, keys[KeyPart.B_BIAS], np.float32(pair.scale) * fp32(tensors[KeyPart.B_BIAS]))
 
     def _add_change(self, module: str, key: str, change: NDArray[np.float32]) -> None:
         if change.ndim < 2:
@@ -209,121 +220,3 @@ class _FileChanges:
         if self.with_alpha and self.without_alpha:
             return (f"{self.without_alpha} of {self.with_alpha + self.without_alpha} pairs have no alpha: scale 1.",)
         return ()
-
-
-# --- What the tensors of a module mean ---
-
-
-@dataclass(frozen=True)
-class _ChangeKind:
-    """A kind of change: its own parts, those without which it is none, and how they become a pair."""
-
-    own: frozenset[KeyPart]
-    needed: tuple[KeyPart, ...]
-    make: Callable[[Tensors, Callable[[int], float]], LoraPair]
-
-
-def _lora(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
-    a, b = _fp32(tensors[KeyPart.A]), _fp32(tensors[KeyPart.B])
-    rank = a.shape[0] if a.ndim else 0
-    if a.ndim < 2 or b.ndim < 2:
-        raise InputRefused(f"A is {a.shape} and B is {b.shape}; both need at least two dimensions")
-    if KeyPart.MID in tensors:
-        mid = _fp32(tensors[KeyPart.MID])
-        if mid.ndim < 3 or mid.shape[:2] != (b.shape[1], rank) or a[0].size != a.shape[1] or b[0].size != b.shape[1]:
-            raise InputRefused(f"A {a.shape}, the core {mid.shape} and B {b.shape} make no convolution")
-        a = np.einsum("pq...,qi->pi...", mid, a.reshape(rank, -1))
-    if b.ndim > 2 and a.ndim == 2:
-        a = a.reshape(*a.shape, *[1] * (b.ndim - 2))
-    if a.ndim > 2 and b.ndim == 2:
-        b = b.reshape(*b.shape, *[1] * (a.ndim - 2))
-    return LoraPair(a=a, b=b, scale=scale(rank), magnitude=_magnitude(tensors, len(b)))
-
-
-def _loha(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
-    factors: dict[str, NDArray[np.float32]] = {}
-    for number, down, up, core in (
-        ("1", KeyPart.LOHA_W1_B, KeyPart.LOHA_W1_A, KeyPart.LOHA_T1),
-        ("2", KeyPart.LOHA_W2_B, KeyPart.LOHA_W2_A, KeyPart.LOHA_T2),
-    ):
-        a, b = _matrix(tensors[down], down), _matrix(tensors[up], up)
-        rank = a.shape[0]
-        if core in tensors:
-            tucker = _fp32(tensors[core])
-            if tucker.shape[:2] != (b.shape[0], rank) or tucker.ndim < 3:
-                raise InputRefused(f"{down} {a.shape}, {core} {tucker.shape} and {up} {b.shape} make no convolution")
-            a, b = np.einsum("pq...,qi->pi...", tucker, a), b.T
-        factors |= {f"a{number}": a, f"b{number}": b}
-    return HadamardPair(factors, scale(rank), _magnitude(tensors, len(factors["b1"])))
-
-
-def _lokr(tensors: Tensors, scale: Callable[[int], float]) -> LoraPair:
-    one, other = (
-        _kronecker_factor(tensors, whole, up, down, core)
-        for whole, up, down, core in (
-            (KeyPart.LOKR_W1, KeyPart.LOKR_W1_A, KeyPart.LOKR_W1_B, None),
-            (KeyPart.LOKR_W2, KeyPart.LOKR_W2_A, KeyPart.LOKR_W2_B, KeyPart.LOKR_T2),
-        )
-    )
-    ranks = {tensors[down].shape[0] for down in (KeyPart.LOKR_W1_B, KeyPart.LOKR_W2_B) if down in tensors}
-    if len(ranks) > 1:
-        raise InputRefused(f"its two factors have the ranks {', '.join(map(str, sorted(ranks)))}")
-    # Where no factor is decomposed there is no rank, and LyCORIS does not use alpha.
-    factor = scale(ranks.pop()) if ranks else 1.0
-    return KroneckerPair({"w1": one, "w2": other}, factor, _magnitude(tensors, len(one) * len(other)))
-
-
-def _kronecker_factor(
-    tensors: Tensors, whole: KeyPart, up: KeyPart, down: KeyPart, core: KeyPart | None
-) -> NDArray[np.float32]:
-    if whole in tensors:
-        if up in tensors or down in tensors:
-            raise InputRefused(f"it has {whole} and {up} or {down}")
-        return _fp32(tensors[whole])
-    if up not in tensors or down not in tensors:
-        raise InputRefused(f"there is neither {whole} nor {up} and {down} for it")
-    b, a = _matrix(tensors[up], up), _fp32(tensors[down])
-    if core is not None and core in tensors:
-        tucker = _fp32(tensors[core])
-        if tucker.ndim < 3 or a.ndim != 2 or tucker.shape[:2] != (b.shape[0], a.shape[0]):
-            raise InputRefused(f"{up} {b.shape}, {core} {tucker.shape} and {down} {a.shape} make no convolution")
-        product: NDArray[np.float32] = np.einsum("pq...,po,qi->oi...", tucker, b, a)
-        return product
-    if b.shape[1] != a.shape[0]:
-        raise InputRefused(f"{up} {b.shape} and {down} {a.shape} have different ranks")
-    return (b @ a.reshape(len(a), -1)).reshape(len(b), *a.shape[1:])
-
-
-_KINDS = (
-    _ChangeKind(frozenset({KeyPart.A, KeyPart.B, KeyPart.MID}), (KeyPart.A, KeyPart.B), _lora),
-    _ChangeKind(frozenset(part for part in KeyPart if part.startswith("hada")), LOHA_FACTORS, _loha),
-    _ChangeKind(frozenset(part for part in KeyPart if part.startswith("lokr")), (), _lokr),
-)
-
-
-def _magnitude(tensors: Tensors, out: int) -> NDArray[np.float32] | None:
-    """DoRA's magnitude of each output (out,). PEFT stores (out,) or (1, out, 1, ...), LyCORIS (out, 1, ...)."""
-    stored = tensors.get(KeyPart.MAGNITUDE, tensors.get(KeyPart.DORA_SCALE))
-    if stored is None:
-        return None
-    axis = 0 if KeyPart.DORA_SCALE in tensors or stored.ndim < 3 else 1
-    if stored.size != out or stored.ndim <= axis or stored.shape[axis] != out:
-        raise InputRefused(
-            f"its DoRA magnitude is {stored.shape}, and the weight has {out} outputs. A magnitude of each input, which "
-            "LyCORIS writes without wd_on_output, is not supported"
-        )
-    return _fp32(stored).reshape(-1)
-
-
-def _matrix(tensor: NDArray[Any], part: KeyPart) -> NDArray[np.float32]:
-    if tensor.ndim != 2:
-        raise InputRefused(f"{part} is {tensor.shape}; a matrix is needed")
-    return _fp32(tensor)
-
-
-def _fp32(tensor: NDArray[Any]) -> NDArray[np.float32]:
-    return np.asarray(tensor, np.float32)
-
-
-def _is_finite(tensor: NDArray[Any]) -> bool:
-    return bool(np.isfinite(tensor.astype(np.float64)).all())

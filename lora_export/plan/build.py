@@ -187,8 +187,9 @@ def _why_no_effect(adapter: Adapter, strength: float) -> str:
         return "its weight is 0"
     if adapter.is_identity:
         return "every B (or A, or scale) is zero, as before training"
+    others = (adapter.replaced, adapter.token_rows, adapter.biases, adapter.added)
     scales = [abs(strength * pair.scale) for pair in adapter.pairs.values()]
-    if not adapter.replaced and not adapter.token_rows and max(scales, default=0) < SMALLEST_NONZERO:
+    if not any(others) and max(scales, default=0) < SMALLEST_NONZERO:
         return f"its weight {strength:g} makes every scale zero in float32"
     return ""
 

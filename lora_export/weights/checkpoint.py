@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,9 @@ from lora_export.weights.quantised import (
     remedy_for,
     stated_beside,
 )
+from lora_export.weights.weight_files import is_index, weight_files
 
 CONFIG = "config.json"
-INDEX_SUFFIX = ".safetensors.index.json"
-PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline, whose models are in folders of their own
 BLOBS = "blobs"  # the folder of a Hugging Face cache to which its snapshots link
 # Weights in other formats in the folder of a model. They are not copied: they would contradict the merged weights.
 OTHER_WEIGHTS = (
@@ -114,7 +113,7 @@ class Checkpoint:
         for path in input_files.regular_files(self.path):
             relative = path.relative_to(self.path)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if hidden or relative.as_posix() in ours or self._is_weights(path):
+            if hidden or relative.as_posix() in ours or self._is_weights(path) or is_index(path.name):
                 continue
             if self.quantised and relative.as_posix() in QUANTIZATION_FILES:
                 continue
@@ -140,17 +139,20 @@ def refuse_link_outside(path: Path, home: Path) -> None:
         raise InputRefused(f"{path} is a link to {target}, outside the model. Replace the link with a copy of the file")
 
 
-def open_checkpoint(path: str | Path, *, dequantise: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, dequantise: bool = False, variant: str | None = None) -> Checkpoint:
     """Read the headers, config and index of a base. Reads no weights.
 
-    With `dequantise`, the weights of a quantised folder are read as floats (`Checkpoint.quantised`). Raises
+    With `dequantise`, the weights of a quantised folder are read as floats (`Checkpoint.quantised`). `variant` chooses
+    one of several sets of weights in a folder: its name, or "none" for that without a name. Raises
     InputRefused for missing or damaged shards, an index that disagrees with them, two sets of weights, pickled weights,
     and quantised weights that are not to be dequantised, or whose scheme is not known.
     """
     path = Path(path)
     input_files.must_exist(path, "base model")
     if path.is_dir():
-        return _open_folder(path, dequantise=dequantise)
+        return _open_folder(path, dequantise, variant)
+    if variant is not None:
+        raise InputRefused(f"{path} is one file, which has no variants. Leave --variant out")
     if path.suffix != ".safetensors":
         raise InputRefused(f"{path} is neither a Hugging Face folder nor a .safetensors file")
     shard = safetensors_file.open_file(path)
@@ -186,12 +188,12 @@ def _logical_entries(shard: TensorFile, quantised: Mapping[str, QuantisedTensor]
     return {entry.name: entry for entry in tensors}
 
 
-def _open_folder(folder: Path, *, dequantise: bool = False) -> Checkpoint:
+def _open_folder(folder: Path, dequantise: bool, variant: str | None) -> Checkpoint:
     config = json_files.read_model_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
     quantization = next(filter(None, _values(config, QUANTIZATION)), None)
     if quantization and not dequantise:
         raise _not_silently(folder, quantization)
-    index, names = _weight_files(folder)
+    index, names = weight_files(folder, variant)
     shards = {name: safetensors_file.open_file(folder / name) for name in names}
     if index:
         _check_index(folder / index, shards)
@@ -241,57 +243,6 @@ def _float_dtype(config: Mapping[str, Any]) -> str:
     """The dtype of the model, as its config names it; bfloat16 where it names none."""
     named = next((str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)), "bfloat16")
     return named if named in FLOATS else "bfloat16"
-
-
-def _weight_files(folder: Path) -> tuple[str, list[str]]:
-    """The name of the index, or an empty string, and the names of the files that hold the weights."""
-    indices = sorted(path.name for path in folder.glob(f"*{INDEX_SUFFIX}"))
-    present = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(indices) > 1:
-        raise InputRefused(f"{folder} has {len(indices)} index files: {', '.join(indices)}. Keep only one of them")
-    if indices:
-        return indices[0], _indexed_files(folder, indices[0], present)
-    if len(present) == 1:
-        return "", present
-    if present:
-        raise InputRefused(
-            f"{folder} has {len(present)} safetensors files and no index: {', '.join(present)}. Add the index, or name "
-            "the file that you mean"
-        )
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if (folder / PIPELINE_INDEX).is_file():
-        raise InputRefused(f"{folder} is a diffusion pipeline. Name the folder of one of its models")
-    if pickles:
-        raise InputRefused(
-            f"{folder} has its weights in pickle files ({', '.join(pickles)}), which can run code when they are "
-            "opened. Load the model where you trust it, and save it as safetensors"
-        )
-    raise InputRefused(f"{folder} has no safetensors weights")
-
-
-def _indexed_files(folder: Path, index: str, present: Sequence[str]) -> list[str]:
-    """The shards that an index names. Raises InputRefused where they are not exactly the files of the folder."""
-    table = json_files.read_json(folder / index).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise InputRefused(f"{folder / index} has no weight_map")
-    strange = [
-        name for name in table.values() if not isinstance(name, str) or Path(name).name != name or name in ("", "..")
-    ]
-    if strange:
-        raise InputRefused(
-            f"{folder / index} may only name files of its own folder, and names {', '.join(map(repr, strange))}"
-        )
-    named = list(dict.fromkeys(table.values()))
-    missing = [name for name in named if name not in present]
-    if missing:
-        raise InputRefused(f"{folder} lacks shards that its index names: {', '.join(missing)}")
-    extra = [name for name in present if name not in named]
-    if extra:
-        raise InputRefused(
-            f"{folder} has an index and, besides its shards, {', '.join(extra)}. Remove what is not the model, or name "
-            "the file that you mean"
-        )
-    return named
 
 
 def _check_index(index: Path, shards: Mapping[str, TensorFile]) -> None:

@@ -10,7 +10,8 @@ from lora_export.errors import InputRefused
 from lora_export.lora import DENOISER, SECOND_DENOISER, TEXT_ENCODERS
 from lora_export.storage import input_files, json_files
 from lora_export.storage.manifest import MANIFEST
-from lora_export.weights.checkpoint import PIPELINE_INDEX, refuse_link_outside
+from lora_export.weights.checkpoint import refuse_link_outside
+from lora_export.weights.weight_files import PIPELINE_INDEX
 
 # The folders in which a component may be, the first that the pipeline has.
 FOLDERS = {
@@ -18,7 +19,7 @@ FOLDERS = {
     SECOND_DENOISER: ("transformer_2",),
     **{name: (name,) for name in TEXT_ENCODERS},
 }
-T5_OF_FLUX = "text_encoder_2"  # kohya numbers T5 as the third text encoder, in pipelines with two of them too
+T5_OF_FLUX = "text_encoder_2"  # an adapter has T5 as the third text encoder, in pipelines with two of them too
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Pipeline:
 
     path: Path
     models: Mapping[str, Path]  # name in the index -> folder
+    class_name: str = ""  # of the pipeline in diffusers; empty where the index has none
 
     def folder_of(self, component: str, taken: Collection[str]) -> str:
         """The folder of the model that an adapter's component changes. `taken` are the components that it has.
@@ -72,4 +74,5 @@ def open_pipeline(path: Path) -> Pipeline:
     models = {name: path / name for name in named if (path / name).is_dir()}
     if not models:
         raise InputRefused(f"{path / PIPELINE_INDEX} names no model whose folder is there")
-    return Pipeline(path, models)
+    name = index.get("_class_name")
+    return Pipeline(path, models, name if isinstance(name, str) else "")

@@ -12,6 +12,7 @@ from lora_export.cli.application_options import COMBINATIONS
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.lora import LoraPair
 from lora_export.plan import Term
+from lora_export.structured_pairs import HadamardPair
 
 NUMBERS = {"one": 0, "two": 1}
 
@@ -97,3 +98,27 @@ def test_the_record_has_what_was_used() -> None:
 
 def test_the_command_line_has_all_methods() -> None:
     assert sorted(COMBINATIONS) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [((5, 4), 2), ((9, 4), 1)])
+def test_the_sum_with_a_loha_is_no_larger_than_the_change(shape: tuple[int, int], kernel: int) -> None:
+    rng = np.random.default_rng(0)
+    out, inner = shape
+    factors = {"a1": (3, inner, kernel), "b1": (out, 3), "a2": (4, inner, kernel), "b2": (out, 4)}
+    loha = HadamardPair({name: rng.standard_normal(size) for name, size in factors.items()}, 0.5)
+    plain = LoraPair(rng.standard_normal((2, inner, kernel)), rng.standard_normal((out, 2, 1)), 3.0)
+    terms = [Term("one", "m", loha, 2.0), Term("two", "m", plain, -1.0)]
+    expected = 2 * loha.delta().astype(np.float64) - plain.delta()
+    found = Combination().pair(terms, NUMBERS, 12)
+    assert found.rank == min(out, inner * kernel) and found.scale == 1
+    np.testing.assert_allclose(found.delta(), expected, atol=1e-5)
+    svd = Combination("svd", svd_rank=3).pair(terms, NUMBERS, 12)
+    values = np.linalg.svd(expected.reshape(out, -1))[1]
+    assert np.linalg.norm(svd.delta() - expected) == pytest.approx(np.sqrt(np.sum(values[3:] ** 2)), rel=1e-4)
+
+
+def test_a_method_of_factors_refuses_a_change_that_has_none() -> None:
+    loha = HadamardPair({name: np.ones((2, 3) if name[0] == "a" else (3, 2)) for name in ("a1", "b1", "a2", "b2")}, 1.0)
+    terms = [Term("one", "m", loha, 1.0), Term("two", "m", loha, 1.0)]
+    with pytest.raises(InputRefused, match=r"HadamardPair \(one\), HadamardPair \(two\): ties combines A with A and"):
+        Combination("ties", density=0.5).pair(terms, NUMBERS, 4)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from lora_export.adapters import low_rank
-from lora_export.errors import WrongUsage
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.structured_pairs import HadamardPair, WholePair
 
 RNG = np.random.default_rng(2)
 A, B = RNG.normal(size=(3, 9)).astype(np.float32), RNG.normal(size=(7, 3)).astype(np.float32)
@@ -82,3 +85,28 @@ def test_shares_add_up_by_their_squared_norms() -> None:
     layers = [low_rank.LayerShare("a", (2, 2), 1, 2, 0.5, 2.0), low_rank.LayerShare("b", (2, 2), 1, 2, 1.0, 1.0)]
     assert low_rank.total_share(layers) == pytest.approx((0.5 * 4 + 1) / 5)
     assert low_rank.total_share([low_rank.LayerShare("a", (2, 2), 1, 1, 1.0, 0.0)]) == 1.0
+
+
+def test_a_loha_of_a_high_rank_is_taken_as_its_matrix() -> None:
+    shapes = {"a1": (3, 2, 4), "b1": (6, 3), "a2": (4, 2, 4), "b2": (6, 4)}
+    pair = HadamardPair({name: RNG.normal(size=shape) for name, shape in shapes.items()}, 0.5)
+    assert pair.rank == 12 > min(low_rank.matrix_shape(pair))
+    values = np.linalg.svd(pair.delta().reshape(6, 8).astype(np.float64))[1]
+    np.testing.assert_allclose(low_rank.of_pair(pair).s, values, rtol=1e-4)
+
+
+def test_factors_that_are_larger_than_the_change_are_not_made() -> None:
+    """B alone would have 300 x 90,000 entries, 0.1 GB in fp32."""
+    factors = {name: RNG.normal(size=(300, 300)) for name in ("a1", "b1", "a2", "b2")}
+    pair = HadamardPair(factors, 1.0)
+    tracemalloc.start()
+    low_rank.of_pair(pair)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_a_change_that_no_layer_has_is_refused_before_it_is_made() -> None:
+    large = WholePair({"change": np.zeros((1, 1))}, 1.0)
+    object.__setattr__(large, "shape_of_whole", (1 << 20, 1 << 20))
+    with pytest.raises(InputRefused, match="1048576 x 1048576 entries: more than 268435456, which no layer has"):
+        low_rank.whole_change(large)

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import InputRefused, MatchError, OutputFailed, WrongUsage
 from support.api import A, B, Recorder, an_adapter, base_weights
-from support.handmade import graph_file
 
 
 @pytest.fixture
@@ -63,15 +62,6 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert sorted(place.iterdir()) == before
 
 
-def test_a_graph_is_merged_into_a_graph(tmp_path: Path) -> None:
-    graph_file(tmp_path / "base.onnx", {"dense.weight": np.eye(8, dtype=np.float32)})
-    result = le.merge(tmp_path / "base.onnx", an_adapter(tmp_path / "adapter"), tmp_path / "out.onnx")
-    assert result.report is not None and result.report.results[0].weight == "dense.weight"
-    assert (tmp_path / "out.onnx").is_file()
-    with pytest.raises(WrongUsage, match="--tied is for checkpoints: in a graph each layer gets a weight of its own"):
-        le.merge(tmp_path / "base.onnx", tmp_path / "adapter", tmp_path / "tied.onnx", tied="untie")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -89,10 +79,10 @@ def test_options_that_do_not_fit_are_refused(
 
 
 def test_a_misfit_raises_and_leaves_nothing(place: Path) -> None:
-    graph_file(place / "other.onnx", {"unrelated.weight": np.eye(8, dtype=np.float32)})
+    save_file({"unrelated.weight": np.eye(8, dtype=np.float32)}, place / "other.safetensors")
     before = sorted(place.iterdir())
     with pytest.raises(MatchError, match="dense"):
-        le.merge(place / "other.onnx", place / "adapter", place / "out.onnx")
+        le.merge(place / "other.safetensors", place / "adapter", place / "out.safetensors")
     assert sorted(place.iterdir()) == before
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_export import inspect, merge, verify
+from lora_export import convert, inspect, merge, verify
+from lora_export.adapters.combination import Combination
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.formats.read_options import ReadOptions
 from support.diffusion import adapter_file, random_pairs
@@ -135,3 +136,54 @@ def test_a_pipeline_needs_its_adapters(base, merged):
 def test_a_pipeline_is_no_checkpoint(base):
     with pytest.raises(InputRefused, match=r"is a diffusion pipeline\. Name the folder of one of its models"):
         inspect(base)
+
+
+def test_a_method_applies_to_a_model_that_one_of_two_adapters_changes(base, adapter, tmp_path):
+    other = adapter_file(tmp_path / "b.safetensors", random_pairs({"unet.a.q": LAYERS["a.q"]}, seed=7))
+    ties = Combination("ties", density=0.5)
+    merged = merge(base, [adapter, other], tmp_path / "merged", combination=ties).output
+    result = verify(merged, base=base, adapters=[adapter, other], combination=ties)
+    assert result.verdict.outcome == "same" and len(result.verdict.weights) == 4
+    plain = merge(base, [adapter, other], tmp_path / "plain").output
+    name, file = "b.q.weight", "text_encoder/model.safetensors"  # half of the entries of A and B are removed there too
+    assert not np.array_equal(load_file(merged / file)[name], load_file(plain / file)[name])
+    with pytest.raises(InputRefused, match="--combine ties combines several adapters, and there is one"):
+        merge(base, adapter, tmp_path / "alone", combination=ties)
+
+
+def with_half_precision(base: Path) -> None:
+    """Adds the variant fp16 of every model, and an index of it as larger models have."""
+    for folder in ("unet", "text_encoder"):
+        tensors = load_file(base / folder / "model.safetensors")
+        save_file({name: value.astype(np.float16) for name, value in tensors.items()}, base / folder / FP16)
+    index = {"weight_map": dict.fromkeys(tensors, FP16)}
+    (base / "text_encoder" / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+
+
+FP16 = "model.fp16.safetensors"
+
+
+def test_one_variant_of_the_weights_is_merged_and_judged(base, adapter, tmp_path):
+    with_half_precision(base)
+    result = merge(base, adapter, tmp_path / "half", variant="fp16")
+    names = {path.relative_to(result.output).as_posix() for path in result.output.rglob("*.safetensors*")}
+    index = "text_encoder/model.safetensors.index.fp16.json"
+    assert names == {f"unet/{FP16}", f"text_encoder/{FP16}", index, "vae/model.safetensors"}
+    assert "model.safetensors contains weights too, unmerged ones; it is left out" in result.notes
+    assert verify(result.output, base=base, adapters=adapter).verdict.outcome == "same"
+    whole = merge(base, adapter, tmp_path / "whole", variant="none").output
+    assert verify(whole, base=base, adapters=adapter).verdict.outcome == "same"
+    assert {str(value.dtype) for value in load_file(whole / "unet" / "model.safetensors").values()} == {"float32"}
+    assert not (whole / index).exists()
+    convert(adapter, tmp_path / "kohya", to="kohya", base=base)  # the names of all variants are the same
+
+
+def test_several_variants_are_refused_with_the_way_out(base, adapter, tmp_path):
+    with_half_precision(base)
+    with pytest.raises(InputRefused, match="several variants: one without a name and fp16\\. `merge` takes --variant"):
+        merge(base, adapter, tmp_path / "out")
+    with pytest.raises(InputRefused, match="has no weights of the variant bf16"):
+        merge(base, adapter, tmp_path / "out", variant="bf16")
+    with pytest.raises(InputRefused, match="is one file, which has no variants"):
+        merge(base / "vae" / "model.safetensors", adapter, tmp_path / "o.safetensors", variant="fp16")
+    assert not (tmp_path / "out").exists()

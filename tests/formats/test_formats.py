@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_export import formats
 from lora_export.errors import InputRefused
 from lora_export.formats.read_options import ReadOptions
 from lora_export.lora import Adapter, LoraPair
 from support import ROOT
+from support.diffusion import adapter_file, random_pairs
 from support.handmade import peft_adapter
 
 
@@ -97,3 +100,27 @@ def test_every_module_that_reads_a_format_is_in_the_table():
     files = Path(formats.__file__).parent.glob("[!_]*.py")
     readers = {path.stem for path in files if "\ndef recognises(" in path.read_text(encoding="utf-8")}
     assert readers == set(formats.FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "flattened", "format", "foreign"),
+    [
+        ("lora_unet_", True, "kohya", "lora_prior_a.alpha"),
+        ("lora_unet_", True, "kohya", "unet.a.lora_A.weight"),
+        ("diffusion_model.", False, "comfyui", "lora_unet_a.lora_down.weight"),
+        ("unet.", False, "diffusers", "lora_unet_a.alpha"),
+    ],
+)
+def test_a_key_of_another_format_is_named(prefix, flattened, format, foreign, tmp_path):
+    path = adapter_file(tmp_path / "a.safetensors", random_pairs({"a.b": (4, 4)}), prefix=prefix, flattened=flattened)
+    save_file({**load_file(path), foreign: np.ones((2, 4), np.float32)}, path)
+    message = rf"is in the format {format}, but for 1 of its keys:\s+{re.escape(foreign)}"
+    for options in (ReadOptions(), ReadOptions(format=format)):
+        with pytest.raises(InputRefused, match=message):
+            formats.load(path, options=options)
+
+
+def test_a_file_of_no_format_has_no_foreign_keys(tmp_path):
+    save_file({"lora_prior_a.lora_down.weight": np.ones((2, 4), np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputRefused, match="is not an adapter in a known format"):
+        formats.load(tmp_path / "a.safetensors")

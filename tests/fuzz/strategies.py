@@ -141,6 +141,28 @@ def keys_of_formats() -> SearchStrategy[bytes]:
     return st.lists(key | good, min_size=1, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "replace"))
 
 
+def diffusion_files() -> SearchStrategy[bytes]:
+    """Adapters of image models, as `diffusion_file` reads them: mixed prefixes, kinds of changes and shapes."""
+    prefixes = ("lora_unet_", "lora_te_", "lora_te3_", "lycoris_", "unet.", "text_encoder_2.", "diffusion_model.", "")
+    modules = ("fc", "fc", "fc", "embed", "norm", "encoder.block.0.layer.0.q", "up_blocks.9.x", "a[0]")
+    sides = ("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "lora_mid.weight", "alpha")
+    lycoris = (
+        *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+        *("diff", "diff_b", "w_norm", "b_norm", "dora_scale", "oft_blocks"),
+    )
+    shapes = ("1,3", "2,1", "2,3", "3", "2", "1", "0,3", "2,1,1,1", "1,3,1,1", "1,1,3,3", "1,1", "")
+    one = st.tuples(st.sampled_from(prefixes), st.sampled_from(modules))
+    tensor = st.tuples(st.sampled_from((*sides, *lycoris)), st.sampled_from(shapes))
+    recorded = st.sampled_from(("", "", "", '{"unet.r": 1, "unet.lora_alpha": 2}', '{"r": 0}', "[1]", '{"unet.r": []}'))
+    lines = st.tuples(one, st.lists(tensor, min_size=1, max_size=5)).map(
+        lambda both: [f"{both[0][0]}{both[0][1]}.{part} {shape}" for part, shape in both[1]]
+    )
+    return st.tuples(recorded, st.lists(lines, min_size=1, max_size=2)).map(
+        lambda both: "\n".join([both[0], *(line for group in both[1] for line in group)]).encode()
+    )
+
+
 def yaml_settings() -> SearchStrategy[bytes]:
     """litgpt's two files of settings, with odd values."""
     names = (
@@ -199,7 +221,7 @@ def fields() -> SearchStrategy[bytes]:
 
 HEADERS = ("adapter_header", "base_header")
 JSON_FILES = (
-    "mlx_config",
+    *("mlx_config", "pipeline_index"),
     *("adapter_config", "adapter_model_config", "base_index", "base_config", "manifest", "contract"),
     *("exported_graph", "exported_weights"),
 )
@@ -212,6 +234,7 @@ def inputs(target: str) -> SearchStrategy[bytes]:
         "adapter_keys": keys(),
         "keys_of_a_file": keys_of_formats(),
         "litgpt_settings": yaml_settings(),
+        "diffusion_file": diffusion_files(),
         "external_data": records(),
         "quantised_fields": fields(),
         "examples_jsonl": json_lines(),

@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -370,6 +371,42 @@ def keys_of_a_file(data: bytes) -> bool:
             shutil.rmtree(place / "as-peft", ignore_errors=True)
             shutil.rmtree(place / "as-mlx", ignore_errors=True)
         return merge_is_all_or_nothing(place, *STATED[1:], adapter="a.safetensors")
+
+
+def diffusion_file(data: bytes) -> bool:
+    """A file of an image model's adapter: `lora_adapter_metadata` in a line, then a key and a shape in each."""
+    recorded, *lines = data.decode("utf-8", "replace").split("\n")
+    found = {}
+    for line in dict.fromkeys(lines):
+        key, _, sizes = line.rpartition(" ")
+        shape = [int(size) for size in sizes.split(",") if size.isdecimal() and len(size) < 3]
+        found[key] = np.ones(shape if math.prod(shape) < 10_000 else [1], np.float32)
+    with a_place() as place:
+        a_base(place)
+        (place / "a.safetensors").write_bytes(save(found, {"lora_adapter_metadata": recorded} if recorded else None))
+        command("inspect", place / "a.safetensors")
+        for to in ("kohya", "comfyui", "diffusers"):
+            base = ["--base", place / "base"] if len(data) % 2 else []
+            out = place / f"{to}.safetensors"
+            code = command("convert", place / "a.safetensors", "-o", out, "--to", to, *base)
+            assert out.exists() is (code == 0)
+            out.unlink(missing_ok=True)
+        return merge_is_all_or_nothing(place, adapter="a.safetensors")
+
+
+def pipeline_index(data: bytes) -> bool:
+    """The model_index.json of a pipeline with two models."""
+    with a_place() as place:
+        write(place / "base", {"model_index.json": data})
+        for name in ("unet", "text_encoder"):
+            write(place / "base" / name, {"model.safetensors": save(BASE_TENSORS), "config.json": b"{}"})
+        pairs = {f"unet.fc.lora_{side}.weight": value for side, value in (("A", A), ("B", B))}
+        (place / "a.safetensors").write_bytes(save(pairs))
+        before = everything(place)
+        code = command("merge", place / "base", place / "a.safetensors", "-o", place / "out")
+        after = {name: value for name, value in everything(place).items() if not name.startswith("out/")}
+        assert after == before and (place / "out").exists() is (code == 0)
+        return code == 0
 
 
 def base_header(data: bytes) -> bool:
@@ -731,6 +768,8 @@ TARGETS: dict[str, Target] = {
     "litgpt_settings": litgpt_settings,
     "pickled_adapter": pickled_adapter,
     "keys_of_a_file": keys_of_a_file,
+    "diffusion_file": diffusion_file,
+    "pipeline_index": pipeline_index,
     "base_header": base_header,
     "base_index": base_index,
     "base_config": base_config,
@@ -767,6 +806,9 @@ GOOD: dict[str, bytes] = {
     "litgpt_settings": b"\n---\n".join(LITGPT.values()),
     "pickled_adapter": pickle_of({"fc.lora_A": torch.from_numpy(A), "fc.lora_B": torch.from_numpy(B)}),
     "keys_of_a_file": b"fc.lora_A\nfc.lora_B",
+    "diffusion_file": b"\nlora_unet_fc.hada_w1_a 2,1\nlora_unet_fc.hada_w1_b 1,3\nlora_unet_fc.hada_w2_a 2,1\n"
+    b"lora_unet_fc.hada_w2_b 1,3",
+    "pipeline_index": as_json({"_class_name": "X", "unet": ["diffusers", "X"], "text_encoder": ["transformers", "X"]}),
     "base_header": header_of(GOOD_BASE),
     "base_index": as_json(INDEX),
     "base_config": as_json(BASE_CONFIG),

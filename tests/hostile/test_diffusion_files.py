@@ -23,6 +23,7 @@ LARGE = {
     "LoKr": {"lokr_w1": SQUARE, "lokr_w2": SQUARE},
     "LoHa": {"hada_w1_a": LONG, "hada_w1_b": LONG.T, "hada_w2_a": LONG, "hada_w2_b": LONG.T},
     "a LoKr of rank 1": {"lokr_w1": LONG, "lokr_w2": LONG.T},
+    "a decomposed LoKr": {"lokr_w1": SQUARE, "lokr_w2_a": LONG, "lokr_w2_b": LONG.T},
 }
 
 
@@ -47,11 +48,12 @@ def test_a_product_of_gigabytes_is_refused_at_little_cost(name, base, tmp_path):
     assert folder_contents(tmp_path) == before
 
 
-def test_the_product_of_a_lokr_is_not_made_to_be_shown(tmp_path, capsys):
-    path = adapter(tmp_path, LARGE["LoKr"])
+@pytest.mark.parametrize(("name", "shape"), [("LoKr", "160000 x 160000"), ("a decomposed LoKr", "24000000 x 24000000")])
+def test_the_product_of_a_lokr_is_not_made_to_be_shown(name, shape, tmp_path, capsys):
+    path = adapter(tmp_path, LARGE[name])
     assert run([sys.executable, "-m", "lora_export", "inspect", path]).peak < 500
     assert call("inspect", path) == 0
-    assert "160000 x 160000" in capsys.readouterr().out
+    assert shape in capsys.readouterr().out
 
 
 def test_a_name_of_many_parts_is_read_at_once(base, tmp_path):

@@ -10,7 +10,7 @@ from support import ROOT
 
 MODULES = sorted((ROOT / "lora_export").rglob("*.py"))
 # Used with the name of their module in front: `peft.read`, `onnx_adapter.write`, `merge.command`.
-OF_EACH_MODULE = {"read", "recognises", "write", "command", "main", "DESCRIPTION", "EXAMPLE", "SUFFIX"}
+OF_EACH_MODULE = {"read", "recognises", "foreign_keys", "write", "command", "main", "DESCRIPTION", "EXAMPLE", "SUFFIX"}
 
 
 def definitions(tree: ast.Module) -> Iterator[str]:

@@ -146,12 +146,26 @@ COMMANDS = [
 ]
 
 
-# An export that is proven takes seconds. Its screen in full (-v) is tested by `make test-slow`.
-@pytest.mark.parametrize("on_github", [False, True])
+PROOFS = ("verify", "onnx", "torchscript")
+
+
+def is_slow(command: list[str], on_github: bool) -> bool:
+    """Whether `make test-slow` runs it: a proof takes seconds, and GitHub's screen has all lines of the other one."""
+    return command[0] in PROOFS and (not on_github or (command[0] == "onnx" and "-v" in command))
+
+
 @pytest.mark.parametrize(
-    "command",
-    [pytest.param(one, marks=pytest.mark.slow if one[0] == "onnx" and "-v" in one else ()) for one in COMMANDS],
-    ids=" ".join,
+    ("command", "on_github"),
+    [
+        pytest.param(
+            one,
+            on_github,
+            id=f"{' '.join(one)}{' on GitHub' if on_github else ''}",
+            marks=pytest.mark.slow if is_slow(one, on_github) else (),
+        )
+        for one in COMMANDS
+        for on_github in (False, True)
+    ],
 )
 def test_no_name_forges_a_line_or_a_command(
     place: Path,

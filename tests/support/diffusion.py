@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,26 @@ PIPELINES = {
 def transformer(name: str) -> nn.Module:
     """A tiny transformer of a family in BUILDERS. Callers must not change it."""
     return _seeded(BUILDERS[name])
+
+
+def headers_of(build: Callable[[], nn.Module], folder: Path) -> Path:
+    """The folder of a model of any size, whose file of weights has a header and no bytes on disk."""
+    with torch.device("meta"):
+        model = build()
+    header, end = {}, 0
+    for name, value in model.state_dict().items():
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(value.shape),
+            "data_offsets": [end, end := end + 4 * value.numel()],
+        }
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    model.save_config(folder)
+    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
 
 
 def arrays_of(model: nn.Module) -> Arrays:

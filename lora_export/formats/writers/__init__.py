@@ -19,6 +19,7 @@ from typing import Protocol, cast
 from lora_export.errors import WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.lora import Adapter
+from lora_export.plan.diffusion.families import Family
 
 # The name of a format and its module. Modules are imported when an adapter is written.
 TARGETS = {
@@ -37,6 +38,7 @@ class WriteOptions:
     """How an adapter is written."""
 
     reading: ReadOptions = DEFAULTS  # how it was read; `base_config` has what some formats need of the base
+    family: Family = Family.UNKNOWN  # of the diffusion pipeline, which numbers its text encoders
     stacked_experts: bool = False  # of PEFT's format: one tensor for all experts of a projection, as SGLang reads them
 
 

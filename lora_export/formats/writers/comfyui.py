@@ -22,8 +22,7 @@ NAMED = {
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:  # noqa: ARG001
     """Write the file. Of two transformers, the first is `transformer_1`, the second `transformer_2`."""
-    names = (*adapter.pairs, *adapter.biases, *adapter.added)
-    two = any(split_component(name)[0] == SECOND_DENOISER for name in names)
+    two = any(split_component(name)[0] == SECOND_DENOISER for name in adapter.names)
     both = {DENOISER: "diffusion_model.transformer_1", SECOND_DENOISER: "diffusion_model.transformer_2"}
     prefixes = NAMED | both if two else NAMED
     file = OneFile(adapter, "comfyui", lambda module, ending: f"{_named(module, prefixes)}.{ending}")

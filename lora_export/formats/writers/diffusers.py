@@ -13,15 +13,17 @@ from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.exact_values import alpha_of, beyond_pairs
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, SECOND_DENOISER, Adapter, LoraPair, split_component
+from lora_export.plan.diffusion.families import OF_A_UNET, T5, Family
 
 SUFFIX = ".safetensors"
-OF_A_UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 
 
-def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:  # noqa: ARG001
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
     """Write the file. Ranks and alphas are in the header (`lora_adapter_metadata`), which diffusers reads."""
-    denoiser = "unet" if any(OF_A_UNET.match(split_component(name)[1]) for name in adapter.pairs) else "transformer"
+    denoiser = "unet" if any(OF_A_UNET.fullmatch(split_component(name)[1]) for name in adapter.pairs) else "transformer"
     folders = {"": denoiser, DENOISER: denoiser, SECOND_DENOISER: "transformer_2"}
+    if options.family is Family.FLUX:
+        folders[T5] = "text_encoder_2"
 
     def named(name: str) -> str:
         component, module = split_component(name)
@@ -29,6 +31,12 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
 
     file = OneFile(adapter, "diffusers", lambda module, ending: f"{named(module)}.{ending}")
     file.problems += beyond_pairs(adapter, {"magnitude"})
+    of_t5 = any(split_component(name)[0] == T5 for name in adapter.names)
+    if of_t5 and options.family not in (Family.FLUX, Family.SD_3):
+        file.problems.append(
+            "T5: it is text_encoder_2 in Flux's pipelines and text_encoder_3 in Stable Diffusion 3's. State the "
+            "pipeline by --base"
+        )
     by_folder: dict[str, dict[str, LoraPair]] = {}
     for name, pair in adapter.pairs.items():
         if type(pair) is not LoraPair:
@@ -48,7 +56,8 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     for folder, pairs in by_folder.items():
         recorded |= {f"{folder}.{field}": value for field, value in _config(pairs, file.problems).items()}
     file.write(path, {METADATA_KEY: json.dumps(recorded, indent=2, sort_keys=True)})
-    return without_component(adapter)
+    of_t5_note = f"{adapter.name}: diffusers loads no adapter of T5; other programs read these names."
+    return (*without_component(adapter), *([of_t5_note] if of_t5 else []))
 
 
 def _config(pairs: dict[str, LoraPair], problems: list[str]) -> dict[str, Any]:

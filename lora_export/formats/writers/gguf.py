@@ -33,6 +33,8 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "gemma3_text": "gemma3",
 }
+MOST_LAYERS = 10_000
+SHOWN_ALPHAS = 5
 META_ORDER = frozenset({"llama", "mistral", "mixtral"})
 
 
@@ -47,61 +49,74 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...
     config = base_config(None, options.reading)
     if config is None:
         raise InputRefused("llama.cpp's names depend on the base's architecture. State it: --base CHECKPOINT")
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise InputRefused(f"a GGUF adapter for models of the type {kind!r} is not supported; supported: {known}")
-    layers = size_in_config(config, "num_hidden_layers")
-    if layers is None or layers > 10_000:
-        raise InputRefused("the base's config has no usable num_hidden_layers")
-    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(architectures[ARCHITECTURES[kind]], layers)
-    experts = expert_stacks(adapter, model_types(config))
-    problems = beyond_pairs(adapter) + experts.problems
-    tensors: dict[str, NDArray[np.float32]] = {}
-    scales: dict[str, tuple[float, int]] = {}
-
-    def add(module: str, a: NDArray[np.float32], b: NDArray[np.float32], pair: LoraPair) -> None:
-        name = names.get_name(module)
-        if name is None:
-            problems.append(f"{module}: llama.cpp has no tensor for it in the architecture {ARCHITECTURES[kind]}")
-        else:
-            scales[module] = pair.scale, pair.rank
-            tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"] = a, b
-
-    for module, pair in experts.plain.items():
-        if pair.a.ndim != 2:
-            problems.append(f"{module}: a convolution")
-            continue
-        stored = _in_meta_order(module, pair, config) if kind in META_ORDER else pair
-        add(module, stored.a.T if stored.embedding else stored.a, stored.b, stored)
-    for (owner, projection), stack in experts.stacks.items():
-        arrays = experts.arrays((owner, projection))
-        if arrays is None or len({pair.scale for pair in stack.values()}) != 1:
-            problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
-            continue
-        module = f"{owner}.{experts.names[owner, projection]}"
-        add(module, *arrays, stack[0])
-    alphas = {alpha_of(scale, rank) for scale, rank in scales.values()}
-    if len(alphas) > 1:
-        shown = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:5])
-        problems.append(f"several alphas (scale x rank): {shown}; a GGUF adapter has one")
-    if not tensors:
-        problems.append("it has no low-rank pair")
-    refuse_inexpressible(adapter, "gguf", problems)
-    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[kind])
+    file = _GgufFile(adapter, config, gguf)
+    file.add_pairs()
+    alpha = file.only_alpha()
+    refuse_inexpressible(adapter, "gguf", file.problems)
+    writer = gguf.GGUFWriter(str(path), file.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(adapter.name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas.pop())
-    dtype = smallest_dtype(tensors.values())
-    for name, array in sorted(tensors.items()):
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    dtype = smallest_dtype(file.tensors.values())
+    for name, array in sorted(file.tensors.items()):
         _add(writer, gguf, name, np.ascontiguousarray(array.astype(dtype)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return ()
+
+
+class _GgufFile:
+    """The tensors of an adapter under llama.cpp's names, and everything that they cannot hold."""
+
+    def __init__(self, adapter: Adapter, config: Mapping[str, Any], gguf: Any):
+        kind = config.get("model_type")
+        if kind not in ARCHITECTURES:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise InputRefused(f"a GGUF adapter for models of the type {kind!r} is not supported; supported: {known}")
+        layers = size_in_config(config, "num_hidden_layers")
+        if layers is None or layers > MOST_LAYERS:
+            raise InputRefused("the base's config has no usable num_hidden_layers")
+        self.config, self.kind, self.architecture = config, kind, ARCHITECTURES[kind]
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        self.names = gguf.get_tensor_name_map(numbers[self.architecture], layers)
+        self.experts = expert_stacks(adapter, model_types(config))
+        self.problems = beyond_pairs(adapter) + self.experts.problems
+        self.tensors: dict[str, NDArray[np.float32]] = {}
+        self.alphas: set[float] = set()
+
+    def add_pairs(self) -> None:
+        for module, pair in self.experts.plain.items():
+            if len(pair.shape) != 2:
+                self.problems.append(f"{module}: a convolution")
+                continue
+            stored = _in_meta_order(module, pair, self.config) if self.kind in META_ORDER else pair
+            self._add(module, stored.a.T if stored.embedding else stored.a, stored.b, stored)
+        for (owner, projection), stack in self.experts.stacks.items():
+            arrays = self.experts.arrays((owner, projection))
+            if arrays is None or len({pair.scale for pair in stack.values()}) != 1:
+                self.problems.append(f"{owner}: experts of different shapes or scales, or without a pair")
+                continue
+            self._add(f"{owner}.{self.experts.names[owner, projection]}", *arrays, stack[0])
+
+    def _add(self, module: str, a: NDArray[np.float32], b: NDArray[np.float32], pair: LoraPair) -> None:
+        name = self.names.get_name(module)
+        if name is None:
+            self.problems.append(f"{module}: llama.cpp has no tensor for it in the architecture {self.architecture}")
+            return
+        self.alphas.add(alpha_of(pair.scale, pair.rank))
+        self.tensors |= {f"{name}.weight.lora_a": a, f"{name}.weight.lora_b": b}
+
+    def only_alpha(self) -> float:
+        """The alpha of all pairs; where there are several or none, that is a problem."""
+        if len(self.alphas) > 1:
+            shown = ", ".join(f"{alpha:g}" for alpha in sorted(self.alphas)[:SHOWN_ALPHAS])
+            self.problems.append(f"several alphas (scale x rank): {shown}; a GGUF adapter has one")
+        if not self.tensors:
+            self.problems.append("it has no low-rank pair")
+        return next(iter(self.alphas), 0.0)
 
 
 def _add(writer: Any, gguf: Any, name: str, array: NDArray[Any]) -> None:

@@ -7,20 +7,20 @@ from pathlib import Path
 from lora_export.formats.writers import WriteOptions
 from lora_export.formats.writers.one_file import OneFile, without_component
 from lora_export.lora import DENOISER, TEXT_ENCODERS, Adapter, split_component
+from lora_export.plan.diffusion.families import Family
 
 SUFFIX = ".safetensors"
-PREFIXES = {
-    "": "lora_unet",
-    DENOISER: "lora_unet",
-    **dict(zip(TEXT_ENCODERS, ("lora_te1", "lora_te2", "lora_te3"), strict=True)),
-}
+NUMBERED = ("lora_te1", "lora_te2", "lora_te3")
+WITH_ONE_TEXT_ENCODER = frozenset({Family.SD, Family.UNKNOWN})  # sd-scripts does not number it there
 
 
-def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:  # noqa: ARG001
-    """Write the file. A pipeline with one text encoder has `lora_te`, one with several `lora_te1` and so on."""
-    names = (*adapter.pairs, *adapter.biases, *adapter.added)
-    components = {split_component(name)[0] for name in names}
-    prefixes = PREFIXES if components & set(TEXT_ENCODERS[1:]) else {**PREFIXES, TEXT_ENCODERS[0]: "lora_te"}
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> tuple[str, ...]:
+    """Write the file. Stable Diffusion 1 and 2 have `lora_te`, pipelines with several text encoders `lora_te1`, ..."""
+    names = adapter.names
+    prefixes = {"": "lora_unet", DENOISER: "lora_unet", **dict(zip(TEXT_ENCODERS, NUMBERED, strict=True))}
+    several = {split_component(name)[0] for name in names} & set(TEXT_ENCODERS[1:])
+    if options.family in WITH_ONE_TEXT_ENCODER and not several:
+        prefixes[TEXT_ENCODERS[0]] = "lora_te"
     file = OneFile(adapter, "kohya", lambda module, ending: f"{_flattened(module, prefixes)}.{ending}")
     file.problems += [f"{name}: a second transformer" for name in names if split_component(name)[0] not in prefixes]
     keys = [_flattened(module, prefixes) for module in adapter.pairs]

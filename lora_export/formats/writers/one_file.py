@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_export.formats.lora_keys import KeyPart
 from lora_export.formats.writers.exact_values import alpha_of, refuse_inexpressible, smallest_dtype
-from lora_export.lora import Adapter, LoraPair
+from lora_export.lora import Adapter, LoraPair, is_power_of_two
 from lora_export.storage import safetensors_file
 from lora_export.structured_pairs import HadamardPair, KroneckerPair, WholePair
 
@@ -38,7 +38,7 @@ class OneFile:
     def add_changes(self, sides: tuple[str, str]) -> None:
         """Every change of the adapter, each pair with its alpha. `sides` are the endings of A and B.
 
-        LoHa, LoKr and whole changes are written as LyCORIS does.
+        LoHa, LoKr and whole changes are written as LyCORIS does: a LoHa's core as a part of its factors.
         """
         for module, pair in self.adapter.pairs.items():
             if pair.embedding or pair.as_stored:
@@ -46,9 +46,10 @@ class OneFile:
             elif isinstance(pair, HadamardPair):
                 self._add_hadamard(module, pair)
             elif isinstance(pair, KroneckerPair):
-                self._add_unscaled(module, pair, {KeyPart.LOKR_W1: pair.w1, KeyPart.LOKR_W2: pair.w2})
+                self._add_kronecker(module, pair)
             elif isinstance(pair, WholePair):
-                self._add_unscaled(module, pair, {KeyPart.CHANGE: pair.change})
+                self._put(module, {KeyPart.CHANGE: pair.delta()})
+                self._put_magnitude(module, pair)
             else:
                 self._put(module, {sides[0]: pair.a, sides[1]: pair.b})
                 self._put_scale(module, pair, pair.rank)
@@ -60,19 +61,27 @@ class OneFile:
             self._put(module, {part: change})
 
     def _add_hadamard(self, module: str, pair: HadamardPair) -> None:
-        ranks = {len(pair.a1), len(pair.a2)}
-        if len(ranks) > 1 or pair.a1.ndim > 2 or pair.rows is not None or pair.columns is not None:
-            self.problems.append(f"{module}: a LoHa with a core, of two ranks or of a part of a weight")
-            return
-        self._put(module, {part: pair.stored[name] for name, part in LOHA_PARTS.items()})
-        self._put_scale(module, pair, ranks.pop())
+        factors = pair.factors_of_part()
+        self._put(module, {part: factors[name].reshape(len(factors[name]), -1) for name, part in LOHA_PARTS.items()})
+        self._put_scale(module, pair, len(pair.a1))
 
-    def _add_unscaled(self, module: str, pair: KroneckerPair | WholePair, parts: dict[KeyPart, NDArray[Any]]) -> None:
-        if pair.scale != 1 or pair.rows is not None or pair.columns is not None:
-            self.problems.append(f"{module}: a LoKr or a whole change with a scale, or of a part of a weight")
+    def _add_kronecker(self, module: str, pair: KroneckerPair) -> None:
+        if pair.rows is not None or pair.columns is not None:
+            self.problems.append(f"{module}: a LoKr of a part of a weight, which is no Kronecker product")
             return
-        self._put(module, dict(parts))
-        self._put_magnitude(module, pair)
+        stored, rank = dict(pair.stored), pair.decomposed_rank
+        if rank is None and pair.scale != 1:
+            if not is_power_of_two(pair.scale):
+                self.problems.append(
+                    f"{module}: a LoKr of two whole factors with the scale {pair.scale!r}. LyCORIS has one only where "
+                    "a factor is decomposed"
+                )
+            stored["w1"] = pair.w1 * np.float32(pair.scale)  # no digit changes
+        self._put(module, {KeyPart(f"lokr_{name}"): value for name, value in stored.items()})
+        if rank is None:
+            self._put_magnitude(module, pair)
+        else:
+            self._put_scale(module, pair, rank)
 
     def _put_scale(self, module: str, pair: LoraPair, rank: int) -> None:
         alpha = alpha_of(pair.scale, rank)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_export.errors import InputRefused
-from lora_export.lora import COMPONENTS, DENOISER, SECOND_DENOISER, Adapter, split_component
+from lora_export.lora import COMPONENTS, DENOISER, SECOND_DENOISER, TEXT_ENCODERS, Adapter, split_component
 
 # The names that users know, for `--component`. What removes the noise is a UNet or a transformer.
 COMPONENT_OPTIONS = {
@@ -16,13 +16,12 @@ COMPONENT_OPTIONS = {
     "transformer_2": SECOND_DENOISER,
     **{name: name for name in COMPONENTS if name not in (DENOISER, SECOND_DENOISER)},
 }
-_SHOWN = {DENOISER: "unet or transformer", SECOND_DENOISER: "transformer_2"}
+_SHOWN = {DENOISER: "unet or transformer", SECOND_DENOISER: "transformer_2", TEXT_ENCODERS[2]: "text_encoder_3 (T5)"}
 
 
 def components_of(adapter: Adapter) -> list[str]:
     """The components whose models the adapter changes, in the order of COMPONENTS; the empty one first, if any."""
-    names = (*adapter.pairs, *adapter.biases, *adapter.added)
-    found = {split_component(name)[0] for name in names}
+    found = {split_component(name)[0] for name in adapter.names}
     return [component for component in ("", *COMPONENTS) if component in found]
 
 
@@ -65,6 +64,8 @@ def chosen_component(adapter: Adapter, chosen: str) -> Adapter:
     if not chosen:
         return adapter
     found, component = components_of(adapter), COMPONENT_OPTIONS[chosen]
+    if component == TEXT_ENCODERS[1] and component not in found and TEXT_ENCODERS[2] in found:
+        component = TEXT_ENCODERS[2]  # T5, which is the second text encoder of Flux's pipelines
     if component not in found:
         raise InputRefused(f"{adapter.name} has no changes for {chosen}. It has some for {listed_components(found)}")
     left = [each for each in found if each != component]

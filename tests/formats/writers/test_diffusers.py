@@ -47,12 +47,28 @@ def test_a_transformer_has_its_own_prefix(tmp_path: Path) -> None:
     assert {key.partition(".")[0] for key in load_file(path)} == {"transformer", "transformer_2"}
 
 
+T5 = "text_encoder_3/encoder.block.0.layer.0.SelfAttention.q"
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "folder"),
+    [("single_transformer_blocks.0.proj_mlp", "text_encoder_2"), ("joint_blocks.0.a", "text_encoder_3")],
+)
+def test_t5_is_in_the_folder_of_its_family(denoiser, folder, tmp_path: Path) -> None:
+    adapter = adapter_of({f"denoiser/{denoiser}": low_rank(3, 2, 1), T5: low_rank(3, 2, 1)})
+    result = lora_export.convert(adapter, tmp_path / "out", to="diffusers")
+    assert {key.partition(".")[0] for key in load_file(result.output)} == {"transformer", folder}
+    assert result.notes == ("mine: diffusers loads no adapter of T5; other programs read these names.",)
+    assert_same_pairs(converted(adapter, tmp_path, "diffusers"), adapter)
+
+
 @pytest.mark.parametrize(
     ("pairs", "fields", "message"),
     [
         ({"a": WholePair({"change": np.ones((2, 2))}, 1.0)}, {}, "a: WholePair is no low-rank pair"),
         ({"a": low_rank(3, 2, 1)}, {"biases": {"a": np.ones(3, np.float32)}}, "a: a change of a bias"),
         ({"a": low_rank(3, 2, 1), "b": low_rank(3, 2, 1, magnitude=np.ones(3))}, {}, "DoRA on some layers of a model"),
+        ({T5: low_rank(3, 2, 1)}, {}, "T5: it is text_encoder_2 in Flux's pipelines and text_encoder_3 in Stable"),
         ({"a_b": low_rank(3, 2, 1)}, {"flattened": True}, "in which `_` stands for the dots"),
     ],
 )

@@ -51,15 +51,56 @@ def test_every_kind_of_change_comes_back(tmp_path: Path) -> None:
     assert np.array_equal(back.added["denoiser/norm.weight"], fields["added"]["denoiser/norm.weight"])
 
 
+ROWS, COLUMNS = np.array([4, 0, 2]), np.array([1, 3])
+LOHA = {"a1": numbers(2, 5), "b1": numbers(6, 2), "a2": numbers(3, 5), "b2": numbers(6, 3)}
+W2 = {"w2_a": numbers(2, 2), "w2_b": numbers(2, 3)}
+TUCKER = {"w2_a": numbers(2, 3), "w2_b": numbers(2, 4), "t2": numbers(2, 2, 3, 3)}
+STRUCTURED = {
+    "a LoKr with a scale": KroneckerPair({"w1": numbers(3, 2), **W2}, 0.7 / 2),
+    "a LoKr of two decomposed factors": KroneckerPair({"w1_a": numbers(3, 2), "w1_b": numbers(2, 2), **W2}, 2.5),
+    "a LoKr with a core": KroneckerPair({"w1": numbers(2, 2), **TUCKER}, 1.5, numbers(6)),
+    "a whole LoKr times two": KroneckerPair({"w1": numbers(3, 2), "w2": numbers(2, 2)}, 2.0),
+    "a LoHa of two ranks": HadamardPair(LOHA, 0.75),
+    "a part of a LoHa": HadamardPair(LOHA, 2.0, numbers(3), rows=ROWS, columns=COLUMNS),
+    "a whole change with a scale": WholePair({"change": numbers(6, 5)}, 0.3),
+    "a part of a whole change": WholePair({"change": numbers(6, 5)}, 1.0, rows=ROWS, columns=COLUMNS),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_a_scale_and_a_part_of_a_change_come_back(kind, tmp_path: Path) -> None:
+    pair = STRUCTURED[kind]
+    (back,) = converted(adapter_of({"denoiser/a": pair}), tmp_path, "kohya").pairs.values()
+    assert type(back) is type(pair) and np.array_equal(back.delta(), pair.delta())
+    assert np.array_equal(back.magnitude, pair.magnitude) if pair.magnitude is not None else back.magnitude is None
+
+
+def test_a_core_of_a_loha_becomes_a_part_of_its_factors(tmp_path: Path) -> None:
+    factors = {"a1": numbers(2, 4, 3, 3), "b1": numbers(6, 2), "a2": numbers(2, 4, 3, 3), "b2": numbers(6, 2)}
+    pair = HadamardPair(factors, 0.5)
+    (back,) = converted(adapter_of({"denoiser/a": pair}), tmp_path, "kohya").pairs.values()
+    assert np.array_equal(back.with_kernel((3, 3)).delta(), pair.delta())
+
+
 def keys_of(adapter: Adapter, folder: Path) -> set[str]:
     return {key.partition(".")[0] for key in load_file(lora_export.convert(adapter, folder / "out", to="kohya").output)}
 
 
-def test_text_encoders_are_numbered_where_there_are_several(tmp_path: Path) -> None:
-    one = {"denoiser/a.b": low_rank(3, 2, 1), "text_encoder/a.b": low_rank(3, 2, 1)}
-    assert keys_of(adapter_of(one), tmp_path / "one") == {"lora_unet_a_b", "lora_te_a_b"}
-    two = {**one, "text_encoder_2/a.b": low_rank(3, 2, 1)}
-    assert keys_of(adapter_of(two), tmp_path / "two") == {"lora_unet_a_b", "lora_te1_a_b", "lora_te2_a_b"}
+@pytest.mark.parametrize(
+    ("names", "prefixes"),
+    [
+        (("denoiser/down_blocks.0.a", "text_encoder/a"), "lora_unet lora_te"),
+        (("denoiser/down_blocks.1.transformer_blocks.1.a", "text_encoder/a"), "lora_unet lora_te1"),
+        (("denoiser/down_blocks.0.a", "text_encoder/a", "text_encoder_2/a"), "lora_unet lora_te1 lora_te2"),
+        (("denoiser/joint_blocks.0.a", "text_encoder/a", "text_encoder_3/a"), "lora_unet lora_te1 lora_te3"),
+        (("denoiser/double_blocks.0.a", "text_encoder/a"), "lora_unet lora_te1"),
+        (("text_encoder/a",), "lora_te"),
+    ],
+)
+def test_text_encoders_have_the_numbers_of_their_family(names, prefixes, tmp_path: Path) -> None:
+    keys = keys_of(adapter_of({name: low_rank(3, 2, 1) for name in names}), tmp_path)
+    modules = [name.partition("/")[2].replace(".", "_") for name in names]
+    assert keys == {f"{prefix}_{module}" for prefix, module in zip(prefixes.split(), modules, strict=True)}
 
 
 def test_values_have_the_smallest_type_that_holds_them(tmp_path: Path) -> None:
@@ -80,7 +121,11 @@ NO_THIRD = next(scale for scale in np.linspace(0.34, 0.49, 1000).tolist() if alp
         ({"denoiser_2/a": low_rank(3, 2, 1)}, "denoiser_2/a: a second transformer"),
         ({"a": low_rank(3, 2, 1, embedding=True)}, "a: a pair of an embedding or of a bare parameter"),
         ({"a.b": low_rank(3, 2, 1), "a_b": low_rank(3, 2, 1)}, "lora_unet_a_b: two modules have this name without"),
-        ({"a": KroneckerPair({"w1": numbers(2, 2), "w2": numbers(2, 2)}, 2.0)}, "a: a LoKr or a whole change with a"),
+        ({"a": KroneckerPair({"w1": numbers(2, 2), "w2": numbers(2, 2)}, 0.7)}, "a: a LoKr of two whole factors with"),
+        (
+            {"a": KroneckerPair({"w1": numbers(2, 2), "w2": numbers(2, 2)}, 1.0, rows=np.array([1, 0]))},
+            "a: a LoKr of a part of a weight, which is no Kronecker product",
+        ),
         ({"a": low_rank(3, 2, 3, scale=NO_THIRD)}, "a: its scale .* is no number divided by its rank"),
     ],
 )  # fmt: skip

@@ -81,4 +81,4 @@ def test_a_component_that_an_adapter_lacks_is_refused():
 
 def test_every_component_can_be_chosen():
     assert set(COMPONENT_OPTIONS.values()) == set(COMPONENTS)
-    assert listed_components(["denoiser_2", "text_encoder_3"]) == "transformer_2, text_encoder_3"
+    assert listed_components(["denoiser_2", "text_encoder_3"]) == "transformer_2, text_encoder_3 (T5)"

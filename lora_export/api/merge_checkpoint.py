@@ -1,0 +1,161 @@
+"""A merge into a checkpoint: a Hugging Face folder or a .safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeGuard
+
+from lora_export import plan
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.callbacks import in_bytes
+from lora_export.api.merge_request import FLOAT32, MergeRequest, MergeResult
+from lora_export.errors import InputRefused
+from lora_export.lora import Adapter
+from lora_export.plan import Plan
+from lora_export.storage import atomic_output
+from lora_export.storage.hub_cache import HUB_NAME, hub_name
+from lora_export.weights.checkpoint import Checkpoint, custom_code, open_checkpoint
+from lora_export.weights.merge import merge_checkpoint, output_size, refuse_before_merge
+from lora_export.weights.merge_report import MergeReport, refuse_no_change
+from lora_export.weights.quantisation_loss import (
+    bytes_to_measure,
+    measure_quantisation,
+    notes_on_quantisation,
+    refuse_other_shapes,
+)
+from lora_export.weights.quantised import caution_for
+from lora_export.weights.residuals.writing import refuse_without_hash, write_residual
+from lora_export.weights.tied_tensors import tied_as_remedy, ties_of
+
+
+def merge_into_checkpoint(request: MergeRequest, dtype: str | None, *, dequantise: bool) -> MergeResult:
+    """Plan and write the merge. Raises as `merge`; nothing is left behind then."""
+    checkpoint = open_checkpoint(request.base, dequantise=dequantise, variant=request.variant)
+    if dequantise and not checkpoint.quantised:
+        raise InputRefused(f"{request.base} is not quantised. Leave --dequantize out")
+    floats = None if request.float_base is None else open_checkpoint(request.float_base)
+    if floats is not None:
+        refuse_other_shapes(checkpoint, floats)
+    # Raises for links that lead out of the folder: before the work, not after it.
+    companions = sum((checkpoint.path / name).stat().st_size for name in checkpoint.other_files())
+    with tied_as_remedy(checkpoint, request.tied):
+        steps = plan.make(
+            request.adapters,
+            checkpoint.specs,
+            strengths=request.weights,
+            may_add=True,
+            layout=request.layout,
+            rules=checkpoint.rules,
+            ties=ties_of(checkpoint, request.tied),
+        )
+    steps = combine_in_plan(steps, request.combination)
+    refuse_before_merge(steps, checkpoint)
+    if request.residual is not None:
+        refuse_without_hash(steps)
+    notes = request.report_notes(steps, notes_on_checkpoint(checkpoint, request.adapters))
+    if request.dry_run:
+        return MergeResult(request.output, steps, None, notes)
+    stage = atomic_output.stage_folder if checkpoint.is_folder else atomic_output.stage_file
+    size = output_size(steps, checkpoint, dtype)
+    with request.backend() as backend, request.staged(stage, size + companions) as folder:
+        report = merge_checkpoint(
+            steps,
+            checkpoint,
+            folder,
+            file_name=request.output.name,
+            dtype=dtype,
+            min_retention=request.min_retention,
+            hashing=request.hashing,
+            progress=in_bytes(request.on_progress, "merging", size),
+            backend=backend,
+            more_settings=request.combination.settings,
+        )
+        refuse_no_change(report)
+        if floats is not None:
+            report, more = _with_quantisation(report, checkpoint, floats, steps, request)
+            notes = (*notes, *more)
+        residual_bytes = None if request.residual is None else _keep_residual(request, steps, checkpoint, folder)
+    request.warn_of_rounding(report, FLOAT32)
+    return MergeResult(request.output, steps, report, notes, residual_bytes)
+
+
+def _keep_residual(request: MergeRequest, steps: Plan, base: Checkpoint, merged: Path) -> int:
+    """Write the residual of a merge that is not published yet. Returns its size in bytes."""
+    assert request.residual is not None
+    size = sum(step.spec.nbytes for step in steps.steps)
+    with atomic_output.stage_file(
+        request.residual,
+        inputs=[request.base, *request.sources],
+        overwrite=request.overwrite,
+        on_message=request.on_message,
+    ) as folder:
+        path = folder / request.residual.name
+        write_residual(
+            path,
+            steps,
+            base,
+            merged if base.is_folder else merged / request.output.name,
+            hashing=request.hashing,
+            settings=request.plan_settings,
+            progress=in_bytes(request.on_progress, "keeping the residual", size),
+        )
+        written = path.stat().st_size
+    request.on_message(
+        f"note: {request.residual} has {written:,} bytes, {written / base.nbytes:.2%} of the base: with it and the "
+        "adapters, `lora-export unmerge` makes the base again"
+    )
+    return written
+
+
+def _with_quantisation(
+    report: MergeReport, base: Checkpoint, floats: Checkpoint, steps: Plan, request: MergeRequest
+) -> tuple[MergeReport, list[str]]:
+    """The report with the quantisation error of each weight, and the notes on it."""
+    progress = in_bytes(request.on_progress, "measuring the quantisation", bytes_to_measure(base))
+    losses = measure_quantisation(base, floats, steps, report.results, progress)
+    notes = list(notes_on_quantisation(base, floats, losses))
+    for note in notes:
+        request.on_message(f"note: {note}")
+    return replace(report, quantisation=losses), notes
+
+
+def notes_on_checkpoint(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str]:
+    """What the caller of a merge should know of its base."""
+    notes = list(_other_bases(adapters, checkpoint))
+    if code := custom_code(checkpoint.config):
+        notes.append(f"the base's config names code of its own ({code}): it is copied, and was not run")
+    if checkpoint.quantised:
+        schemes = ", ".join(sorted({tensor.scheme for tensor in checkpoint.quantised.values()}))
+        number = len(checkpoint.quantised)
+        notes.append(
+            f"{number} quantised weights ({schemes}) are stored as floats. An adapter that was trained beside them "
+            "fits them; their distance from the original float weights stays in the output"
+        )
+        notes += sorted({caution for tensor in checkpoint.quantised.values() if (caution := caution_for(tensor))})
+    return notes + [
+        f"{name} contains weights too, unmerged ones; it is left out" for name in checkpoint.unmerged_weights()
+    ]
+
+
+def _other_bases(adapters: Sequence[Adapter], base: Checkpoint) -> Iterator[str]:
+    """Adapters that name another model of the Hub than this base. A note only: a name does not identify weights.
+
+    A local path in an adapter's config means nothing on this machine.
+    """
+    own = [name for name in (hub_name(base.path), base.config.get("_name_or_path")) if _is_hub_name(name)]
+    known = {_without_owner(name) for name in (*own, *base.path.absolute().parts)}
+    for adapter in adapters:
+        named = adapter.metadata.get("base_model_name_or_path")
+        if own and _is_hub_name(named) and _without_owner(named) not in known:
+            yield f"{adapter.name} was made for {named}, the base is {own[0]}: shapes that agree prove nothing"
+
+
+def _is_hub_name(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _without_owner(name: str) -> str:
+    """The model's name alone: mirrors store the same weights under another owner."""
+    return name.rpartition("/")[2].casefold()

@@ -1,0 +1,61 @@
+"""A merge into the weights of an .onnx file."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export import plan
+from lora_export.adapters.combine import combine_in_plan
+from lora_export.api.callbacks import in_bytes
+from lora_export.api.generation_files import copy_generation_files, size_of_generation_files
+from lora_export.api.merge_request import NODES, MergeRequest, MergeResult
+from lora_export.graph.find_sites import find_sites
+from lora_export.graph.merge.merge_graph import merge_graph, refuse_before_graph_merge
+from lora_export.graph.onnx_file.reading import open_graph
+from lora_export.graph.quantised.scheme_of_weight import requantise_notes
+from lora_export.graph.refusals import base_as_remedy
+from lora_export.plan.spelling import respelled
+from lora_export.storage import atomic_output, input_files
+from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.merge_report import refuse_no_change
+
+
+def merge_into_graph(request: MergeRequest, origin: Path | None, *, requantize: bool) -> MergeResult:
+    """Plan and write the merge. `origin` is the checkpoint that names weights by content. Raises as `merge`."""
+    input_files.must_exist(request.base, "base model")
+    graph = open_graph(request.base)
+    checkpoint = None if origin is None else open_checkpoint(origin)
+    sites = find_sites(graph.model, checkpoint)
+    if checkpoint is not None:
+        request = replace(request, adapters=respelled(request.adapters, sites.specs, checkpoint.rules))
+    with base_as_remedy(sites) if origin is None else contextlib.nullcontext():
+        steps = plan.make(request.adapters, sites.specs, strengths=request.weights)
+    steps = combine_in_plan(steps, request.combination)
+    refuse_before_graph_merge(steps, graph, sites, requantise=requantize)
+    quantised = requantise_notes(steps, graph.model, sites) if requantize else ()
+    notes = request.report_notes(steps, [*sites.notes, *quantised])
+    if request.dry_run:
+        return MergeResult(request.output, steps, None, notes)
+    with (
+        request.backend() as backend,
+        request.staged(atomic_output.stage_file, graph.nbytes + size_of_generation_files(request.base)) as folder,
+    ):
+        report = merge_graph(
+            steps,
+            graph,
+            sites,
+            folder,
+            file_name=request.output.name,
+            min_retention=request.min_retention,
+            hashing=request.hashing,
+            progress=in_bytes(request.on_progress, "merging", graph.nbytes),
+            requantise=requantize,
+            backend=backend,
+            more_settings=request.combination.settings,
+        )
+        refuse_no_change(report)
+        copy_generation_files(request.base, request.output, folder, request.on_message)
+    request.warn_of_rounding(report, NODES)
+    return MergeResult(request.output, steps, report, notes)
