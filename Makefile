@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-optimum soak defects names check bench clean
+.PHONY: help demo test test-slow matrix test-optimum soak defects names check bench clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,12 +23,16 @@ test: $(VENV)/dev.stamp ## the test suite, without what takes long
 test-slow: $(VENV)/dev.stamp ## the tests that take long
 	$(PYTEST) -m "slow and not soak"
 
+# One after another: each is about a minute, and writes its row of the table. Some of them: make matrix ONLY="llama or vit"
+matrix: $(VENV)/dev.stamp ## export small models of every architecture, and other tools beside; writes tests/README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m matrix --keep -k "$(ONLY)" tests/matrix
+
 # optimum-onnx wants a transformers older than ours: it has an environment of its own.
 test-optimum: $(VENV)/dev.stamp $(VENV)/optimum/done.stamp ## the tests of optimum-onnx's graphs, which need it
 	OPTIMUM_PYTHON=$(CURDIR)/$(VENV)/optimum/bin/python $(BIN)/python -m pytest -k optimum tests/graph/test_exporters.py
 
 soak: $(VENV)/dev.stamp ## kill, fill and fuzz it for a long time
-	$(BIN)/python -m pytest -s -m soak
+	$(BIN)/python -m pytest -s -m "soak and not matrix"
 
 defects: $(VENV)/dev.stamp ## break right exports in every way known; needs polygraphy and optimum-onnx for their columns
 	$(BIN)/python -m pytest -s -m slow --keep tests/defects/test_defects.py

@@ -26,12 +26,12 @@ from lora_export.models.export import (
     is_hugging_face,
     name_axes,
     refuse_other_opset,
-    simplify,
     tracing,
 )
 from lora_export.models.failures import named_failures
 from lora_export.models.key_value_cache import USE_CACHE
 from lora_export.models.model import Axes, ModelInputs
+from lora_export.models.simplify import simplify
 
 BATCH_SYMBOL, SEQUENCE_SYMBOL, PAST_SYMBOL, TOTAL_SYMBOL = "batch", "sequence", "past", "total"  # the axes' symbols
 POSITION_IDS = POSITIONS[0]

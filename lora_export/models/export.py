@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
-from onnxscript.optimizer import FOLDED_FROM_KEY
 from torch import nn
 from torch.export import Dim
 
@@ -33,6 +31,7 @@ from lora_export.models.failures import innermost_cause, named_failures
 from lora_export.models.key_value_cache import USE_CACHE, cache_disabled
 from lora_export.models.model import Axes
 from lora_export.models.output_names import named_outputs
+from lora_export.models.simplify import simplify
 
 # --- ONNX ---
 
@@ -133,47 +132,6 @@ def exported_by_transformers(
     program = transformers.OnnxExporter().export(module, dict(inputs), config=config).program
     assert isinstance(program, ir.Model)
     return program
-
-
-def simplify(model: ir.Model) -> None:
-    """Optimise the graph, with its weights hidden from the optimiser.
-
-    The optimiser would fold batch norms into the weights before them, drop zero biases and merge equal tensors of
-    different layers. An initializer would then no longer be the parameter of its name. As graph inputs, the weights
-    stay as they are, and everything else is simplified as usual.
-    """
-    graph = model.graph
-    weights = [(name, value, value.const_value) for name, value in graph.initializers.items()]
-    count = len(graph.inputs)
-    for name, value, _ in weights:
-        del graph.initializers[name]
-        value.const_value = None
-        graph.inputs.append(value)
-    onnxscript.optimizer.optimize_ir(model)
-    del graph.inputs[count:]
-    for _, value, tensor in weights:
-        if value.uses() or value.is_graph_output():
-            value.const_value = tensor
-            graph.register_initializer(value)
-            _store_transposed(value)
-
-
-def _store_transposed(weight: ir.Value) -> None:
-    """Store a matrix transposed, and marked as folded, if all that reads it is one Transpose."""
-    uses = list(weight.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Transpose" or weight.shape is None or len(weight.shape) != 2:
-        return
-    transpose = uses[0].node
-    (transposed,) = transpose.outputs
-    if transposed.is_graph_output() or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
-        return
-    tensor = weight.const_value
-    assert tensor is not None and weight.name is not None and transpose.graph is not None
-    ir.convenience.replace_all_uses_with(transposed, weight)
-    transpose.graph.remove(transpose, safe=True)
-    weight.const_value = ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, name=weight.name)  # a view: nothing is copied
-    weight.shape = ir.Shape(weight.const_value.shape)
-    weight.metadata_props[FOLDED_FROM_KEY] = repr([weight.name])
 
 
 def refuse_other_opset(model: ir.Model, opset: int | None) -> None:

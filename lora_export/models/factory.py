@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
+from lora_export.models.dataclass_outputs import with_dictionaries
 from lora_export.models.model import Axes, Model, ModelInputs, Sizes
 from lora_export.storage import input_files
 
@@ -96,6 +97,7 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
         raise InputRefused(f"{source} returned a module without example inputs; return (module, example_inputs)")
     module.eval().to(torch.float32)
     named = _named(source, module, example_inputs)
+    module = with_dictionaries(module, named)
     axes, sizes = varying_axes(source, module, named)
     return Model(source, module, axes, lambda wanted, generator: resampled(named, axes, wanted, generator), sizes)
 

@@ -25,6 +25,8 @@ MEDIA = {
     "videos": {"pixel_values_videos"},
     "sounds": {"input_features", "input_values"},
 }
+CODE_POINTS = 0x110000  # of Unicode: the tokens of Canine, which hashes them into its tables
+FINE_POSITIONS = 1000  # of a page whose boxes are fractions of it (Bros)
 SPECIAL_EVERY = 8  # places, of which one holds a special token
 
 
@@ -48,10 +50,12 @@ def text_part(
     `why` is the reason why there are none where the model takes some.
     """
     text = module.config.get_text_config()
-    if "input_ids" not in takes or not getattr(text, "vocab_size", None):
+    words = _vocabulary(text)
+    if "input_ids" not in takes or not words:
         return None
     token_types = getattr(text, "type_vocab_size", 0) or 0
     positions = getattr(text, "max_2d_position_embeddings", 0) or 0
+    has_fractions = not positions and bool(getattr(text, "dim_bbox", 0)) and "bbox" in takes
     avoided = placeholders(module.config)
     specials = [token for token in _special_tokens(text, folder) if token not in avoided]
     padding = _token(text, "pad_token_id")
@@ -59,10 +63,10 @@ def text_part(
 
     def make(sizes: Sizes, generator: torch.Generator) -> ModelInputs:
         shape = (sizes["batch"], images.text_length(sizes) if images else sizes["sequence"])
-        ids = torch.randint(0, text.vocab_size, shape, generator=generator)
+        ids = torch.randint(0, words, shape, generator=generator)
         mask = padding_mask(shape, generator)
         for token in avoided:
-            ids = torch.where(ids == token, (token + 1) % text.vocab_size, ids)
+            ids = torch.where(ids == token, (token + 1) % words, ids)
         ids = _with_special_tokens(ids, specials, generator)
         if padding is not None:
             ids = torch.where(mask == 0, padding, ids)
@@ -73,10 +77,12 @@ def text_part(
             made["token_type_ids"] = torch.randint(0, token_types, shape, generator=generator)
         if positions:
             made["bbox"] = _boxes(shape, positions, generator)
+        if has_fractions:
+            made["bbox"] = _boxes(shape, FINE_POSITIONS, generator) / FINE_POSITIONS
         return images.put_into(made, sizes, padding or 0, generator) if images else made
 
     names = ["input_ids", "attention_mask"]
-    names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions else [])
+    names += (["token_type_ids"] if token_types > 1 else []) + (["bbox"] if positions or has_fractions else [])
     axes: Axes = {name: {0: "batch", 1: "sequence"} for name in names if name in takes}
     left_out = _left_out(module, takes, has_images=images is not None, why=why) if avoided else ""
     if images is None:
@@ -98,9 +104,14 @@ def _left_out(module: Any, takes: list[str], *, has_images: bool, why: str) -> s
     )
 
 
+def _vocabulary(text: Any) -> int:
+    """The number of tokens; 0 where the config names none."""
+    return getattr(text, "vocab_size", None) or (CODE_POINTS if getattr(text, "num_hash_buckets", None) else 0)
+
+
 def _token(text: Any, name: str) -> int | None:
     token = getattr(text, name, None)
-    return token if isinstance(token, int) and 0 <= token < text.vocab_size else None
+    return token if isinstance(token, int) and 0 <= token < _vocabulary(text) else None
 
 
 def _special_tokens(text: Any, folder: Path) -> list[int]:
@@ -110,7 +121,7 @@ def _special_tokens(text: Any, folder: Path) -> list[int]:
         added = json_files.read_json(path).get("added_tokens")
         tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         ids = [token.get("id") for token in tokens if token.get("special") is True]
-        known |= {number for number in ids if isinstance(number, int) and 0 <= number < text.vocab_size}
+        known |= {number for number in ids if isinstance(number, int) and 0 <= number < _vocabulary(text)}
     return sorted(token for token in known if token is not None)
 
 
@@ -134,7 +145,8 @@ def _summary_token(module: Any, text: Any) -> int | None:
     """The end token, where a model reads its summary of a text at it: CLIP's family, and classifiers such as BART's."""
     end = getattr(text, "eos_token_id", None)
     of_clip = "clip" in str(getattr(text, "model_type", "")) and hasattr(text, "projection_dim")
-    return end if (of_clip or _classifies_both(module)) and isinstance(end, int) and 0 < end < text.vocab_size else None
+    is_word = isinstance(end, int) and 0 < end < _vocabulary(text)
+    return end if is_word and (of_clip or _classifies_both(module)) else None
 
 
 def _classifies_both(module: Any) -> bool:

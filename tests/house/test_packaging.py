@@ -270,7 +270,8 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
     [
         ("test", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m not slow and not soak"),
         ("test-slow", "dev", "-m pytest -n auto --maxprocesses 8 --dist worksteal -m slow and not soak"),
-        ("soak", "dev", "-m pytest -s -m soak"),
+        ("soak", "dev", "-m pytest -s -m soak and not matrix"),
+        ("matrix", "dev", "-m pytest -q -m matrix --keep -k  tests/matrix"),
         ("demo", "demo", "samples/demo.py"),
     ],
 )

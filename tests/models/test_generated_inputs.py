@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from lora_export.errors import InputRefused
 from lora_export.models.generated_inputs import generated_inputs
 from lora_export.models.load import load_model
+from support.more_models import MORE_MODELS
 from support.small_models import MODELS, small_model
 
 IMAGES = {"vit", "deit", "swin", "convnext", "dinov2", "segformer", "detr"}
@@ -66,8 +68,35 @@ def test_lengths_of_a_sound_differ_by_whole_frames(tmp_path: Path) -> None:
     assert len(frames) == 3  # the traced number, which one more sample does not change, and two others
 
 
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("bros", {"input_ids", "attention_mask", "token_type_ids", "bbox"}),
+        ("canine", {"input_ids", "attention_mask", "token_type_ids"}),
+        ("vjepa2", {"pixel_values_videos"}),
+    ],
+)
+def test_pages_characters_and_videos_are_drawn(name: str, takes: set[str]) -> None:
+    architecture, config = MORE_MODELS[name]
+    torch.manual_seed(0)
+    module = getattr(hf, architecture)(config()).eval()
+    inputs = generated_inputs(module, Path("no-such-folder"))
+    assert set(inputs.axes) == takes
+    made = inputs.make(inputs.sizes, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        module(**made)
+    if name == "bros":
+        left, top, right, bottom = made["bbox"].unbind(-1)  # fractions of a page
+        assert bool((left <= right).all() and (top <= bottom).all())
+        assert 0 <= made["bbox"].min() < 0.2 and 0.8 < made["bbox"].max() <= 1
+    if name == "canine":
+        assert made["input_ids"].max() > 0xFFFF  # beyond the first plane of Unicode
+    if name == "vjepa2":
+        assert made["pixel_values_videos"].shape == (2, 4, 3, 16, 16)
+
+
 class Strange(nn.Module):
-    main_input_name = "input_features"
+    main_input_name: Any = "input_features"
     config = SimpleNamespace(get_text_config=lambda decoder=False: SimpleNamespace())
 
     def forward(self, input_features: Any, other: Any = None) -> None: ...
@@ -79,3 +108,12 @@ def test_undetermined_inputs_are_refused_with_their_names(tmp_path: Path) -> Non
     )
     with pytest.raises(InputRefused, match=message):
         generated_inputs(Strange(), tmp_path)
+
+
+class TakesBoth(Strange):
+    main_input_name = ("input_features", "other")  # as OneFormer's
+
+
+def test_each_of_several_main_inputs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="TakesBoth takes input_features and other, and its config does not"):
+        generated_inputs(TakesBoth(), tmp_path)

@@ -71,7 +71,7 @@ def _llava() -> Any:
 
 
 def _paligemma() -> Any:
-    vision = {**VISION, **IMAGE, "model_type": "siglip_vision_model"}
+    vision = {**VISION, **IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False}
     return hf.PaliGemmaConfig(
         vision_config=vision, text_config={**LANGUAGE, "model_type": "gemma"}, image_token_index=5, projection_dim=32
     )
@@ -79,7 +79,8 @@ def _paligemma() -> Any:
 
 def _gemma3() -> Any:
     return hf.Gemma3Config(
-        text_config={**LANGUAGE, "sliding_window": 64}, vision_config={**VISION, **IMAGE}, mm_tokens_per_image=4,
+        text_config={**LANGUAGE, "sliding_window": 64}, vision_config={**VISION, **IMAGE, "vision_use_head": False},
+        mm_tokens_per_image=4,
         image_token_index=5, boi_token_index=6, eoi_token_index=7,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Exports of transformers' architectures, with PEFT's adapters inside their blocks, are proven."""
+"""Merges and exports of models of several inputs are proven. `tests/matrix` has the exports of all architectures."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_export as le
 from lora_export.errors import MatchError
-from support.small_models import MODELS, small_adapter, small_model
+from support.small_models import small_adapter, small_model
 
-QUICK = {"clip", "wav2vec2"}  # images beside texts, and a waveform
 # The exporter fixes the number of images, or cannot follow their grids: these graphs take texts alone.
 TEXTS_ALONE = {"llava", "qwen2_vl", "qwen2_5_vl"}
 WITH_IMAGES = ["llava", "paligemma", "gemma3", "internvl", "qwen2_vl", "qwen2_5_vl"]
@@ -23,14 +22,6 @@ WITH_IMAGES = ["llava", "paligemma", "gemma3", "internvl", "qwen2_vl", "qwen2_5_
 
 def some(names: Iterable[str], quick: Collection[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("lora", ["merged", "nodes"])
-@pytest.mark.parametrize("name", some(sorted(set(MODELS) - TEXTS_ALONE), QUICK))
-def test_an_export_of_each_architecture_is_proven(name: str, lora: str, tmp_path: Path) -> None:
-    base = small_model(name, tmp_path / "base")
-    adapter = small_adapter(name, base, tmp_path / "adapter")
-    assert le.export_onnx(base, tmp_path / "model.onnx", adapters=adapter, lora=lora).proofs.whole.verdict.same
 
 
 def names_of_pairs(adapter: Path) -> set[str]:

@@ -1,0 +1,50 @@
+"""Modules that return dataclasses, as modules that return dictionaries: exporters take no other objects."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_export.models.model import ModelInputs
+
+
+def with_dictionaries(module: nn.Module, example_inputs: ModelInputs) -> nn.Module:
+    """The module itself; if it returns a dataclass for these inputs, it returns its fields by name from now on.
+
+    Runs it once. A module that fails is left as it is: the next run reports the failure.
+    """
+    with contextlib.suppress(Exception), torch.no_grad():
+        if _has_dataclass(module(**example_inputs)):
+            module.__class__ = _returning_dictionaries(type(module))
+    return module
+
+
+def _returning_dictionaries(cls: type[nn.Module]) -> type[nn.Module]:
+    # A class in place of a method of the module: copies of the module are of this class, too.
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _as_dictionaries(cls.forward(self, *args, **kwargs))
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _as_dictionaries(value: Any) -> Any:
+    """The value with every dataclass as a dictionary of those of its fields that are not None."""
+    if _is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _as_dictionaries(each) for name, each in fields.items() if each is not None}
+    return type(value)(map(_as_dictionaries, value)) if type(value) in (tuple, list) else value
+
+
+def _has_dataclass(value: Any) -> bool:
+    return _is_dataclass(value) or (type(value) in (tuple, list) and any(map(_has_dataclass, value)))
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping)  # transformers' outputs are both

@@ -1,0 +1,59 @@
+"""Small models of many architectures, with PEFT's adapters on all linear layers, are exported and proven.
+
+`make matrix` runs all of them and the other tools beside; `--keep` writes what it finds into tests/README.md. A few run
+in `make test`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support import TESTS, matrix, tables
+
+README, TABLE = TESTS / "README.md", "architectures"
+# An embedding with a row of zeros under a norm of a small epsilon; a refusal; a waveform.
+QUICK = [("helium", "merged"), ("mamba", "merged"), ("wav2vec2", "nodes")]
+
+
+def kept() -> dict[str, dict[str, str]]:
+    return tables.rows(tables.text(README, TABLE))
+
+
+def keep(name: str, cells: dict[str, str]) -> None:
+    """Put one row into the table. The rows have the sequence of the models."""
+    rows = {**kept(), name: cells}
+    ordered = {each: rows[each] for each in matrix.EVERY_MODEL if each in rows}
+    tables.put(README, TABLE, tables.table(ordered, "architecture"))
+
+
+@pytest.mark.parametrize(("name", "mode"), QUICK)
+def test_an_architecture_is_what_the_table_shows(name: str, mode: str, tmp_path: Path) -> None:
+    found = matrix.export(matrix.subject(name, tmp_path), mode, tmp_path)
+    assert found == matrix.without_seconds(kept()[name])[mode]
+    assert found == matrix.SAME or name in matrix.REFUSED
+
+
+@pytest.mark.matrix
+@pytest.mark.soak
+@pytest.mark.parametrize("name", matrix.EVERY_MODEL)
+def test_an_architecture_is_proven_or_refused_by_name(
+    name: str, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = matrix.row(name, tmp_path)
+    with capsys.disabled():
+        print(f"\n{name:14}", *(f"{column}: {text};" for column, text in cells.items() if text))
+    if pytestconfig.getoption("--keep"):
+        keep(name, cells)
+    for mode in matrix.MODES:
+        what = matrix.without_seconds(cells)[mode]
+        assert what.startswith(matrix.SAME) or (name in matrix.REFUSED and not what.startswith("Different")), what
+    before = {column: text for column, text in matrix.without_seconds(kept()[name]).items() if text != matrix.NOT_RUN}
+    assert {column: matrix.without_seconds(cells)[column] for column in before} == before
+
+
+def test_every_row_of_the_table_is_same_or_refused() -> None:
+    for name, cells in kept().items():
+        for mode in matrix.MODES:
+            assert cells[mode].startswith(matrix.SAME) or name in matrix.REFUSED
