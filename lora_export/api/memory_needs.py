@@ -44,6 +44,11 @@ def require_memory_to_export(model: ModelSource) -> None:
     require_memory(_needed(count, EXPORT), f"exporting a model of {_size(count)}", MERGE_INSTEAD)
 
 
+def is_large_folder(model: ModelSource) -> bool:
+    """Whether a model is a Hugging Face folder that a proof does not hold in fp64 as a whole. Reads headers."""
+    return _parameters(model) > MOST_WIDENED_PARAMETERS
+
+
 def _needed(parameters: int, each: float) -> int:
     if not parameters:
         return 0

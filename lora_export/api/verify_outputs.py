@@ -67,7 +67,7 @@ def judge_outputs(
             on_message(f"note: {note}")
         require_memory_to_verify(model, candidate)
         stage("loading the model")
-        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
+        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs, streamed=True)
         adapted = adapted_model(base, loaded, weights, application, on_message)
         base = adapted.model
         stage("loading the candidate")

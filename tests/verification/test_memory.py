@@ -15,8 +15,12 @@ import lora_export
 from benchmarks.checkpoints import LlamaShape, llama
 from benchmarks.checkpoints import adapter as llama_adapter
 from lora_export import cli
-from lora_export.verification.references import module_copies
-from lora_export.verification.references.module_copies import MOST_WIDENED_WEIGHTS
+from lora_export.api import memory_needs, onnx_from_model
+from lora_export.api.verify import Verification
+from lora_export.models import stored_parameter
+from lora_export.models.stored_parameter import MOST_WIDENED_WEIGHTS
+from lora_export.models.streamed_folder import is_streamed
+from lora_export.runtime.ort_session import HeldSession
 from support import peak
 from support.handmade import peft_adapter
 
@@ -87,15 +91,65 @@ def test_proof_of_a_large_model_never_holds_it_in_fp64(tmp_path: Path) -> None:
     assert peak <= 14 * count / 2**20 + PROGRAM
 
 
-def test_large_model_has_the_verdict_of_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a_base(tmp_path, 32)
-    base, adapter, merged = (str(tmp_path / name) for name in ("base", "adapter", "merged"))
-    assert cli.run(["merge", base, adapter, "-o", merged, "--dtype", "bfloat16"]) == 0
-    small = lora_export.verify(merged, base, adapters=[adapter])
-    monkeypatch.setattr(module_copies, "MOST_WIDENED_WEIGHTS", 0)
-    large = lora_export.verify(merged, base, adapters=[adapter])
-    assert small and large
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, an adapter and candidates: merged, merged at twice the strength, exported."""
+    folder = tmp_path_factory.mktemp("small")
+    a_base(folder, 32)
+    base, adapter = str(folder / "base"), str(folder / "adapter")
+    merge = ["merge", base, adapter, "--dtype", "bfloat16"]
+    assert cli.run([*merge, "-o", str(folder / "merged")]) == 0
+    assert cli.run([*merge, "--weight", "2", "-o", str(folder / "twice")]) == 0
+    assert cli.run(["onnx", base, "-a", adapter, "--no-verify", "-o", str(folder / "merged.onnx")]) == 0
+    return folder
+
+
+@pytest.fixture
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", 0)
+    monkeypatch.setattr(stored_parameter, "SMALLEST_STREAMED", 0)
+    monkeypatch.setattr(memory_needs, "MOST_WIDENED_PARAMETERS", 0)
+
+
+@pytest.mark.parametrize("candidate", ["merged", "twice", "merged.onnx"])
+def test_large_model_has_the_verdict_of_a_small_one(
+    candidate: str, small_base: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    close = HeldSession.close
+    monkeypatch.setattr(HeldSession, "close", lambda self: (closed.append(self), close(self)))
+
+    def verified() -> Verification:
+        return lora_export.verify(small_base / candidate, small_base / "base", adapters=[small_base / "adapter"])
+
+    small = verified()
+    assert not closed
+    request.getfixturevalue("all_are_large")
+    large = verified()
+    assert bool(closed) == candidate.endswith(".onnx")
+    assert small.verdict.outcome is large.verdict.outcome
+    assert bool(small) == (candidate != "twice")
     for one, other in zip(small.proof.cases, large.proof.cases, strict=True):
         for role in ("reference", "base", "scaled", "attached"):
-            for name, values in getattr(one, role).items():
+            for name, values in (getattr(one, role) or {}).items():
                 np.testing.assert_allclose(getattr(other, role)[name], values, rtol=1e-11, atol=1e-12)
+    if candidate == "twice":
+        assert "layers.0.self_attn" in str(small.proof.diagnosis.first)
+        assert small.proof.diagnosis.first == large.proof.diagnosis.first
+        assert small.proof.diagnosis.why == large.proof.diagnosis.why
+
+
+@pytest.mark.usefixtures("all_are_large")
+def test_export_of_a_large_model_is_proven_against_weights_that_are_read(
+    small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = []
+    prove_all = onnx_from_model.prove_all
+    monkeypatch.setattr(
+        onnx_from_model,
+        "prove_all",
+        lambda path, references, *rest: (judged.append(references.model), prove_all(path, references, *rest))[1],
+    )
+    made = lora_export.export_onnx(small_base / "base", tmp_path / "m.onnx", adapters=[small_base / "adapter"])
+    assert made.proof.verdict
+    assert is_streamed(judged[0].module)
