@@ -53,16 +53,16 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         base, program, why_text_only = _exported(base, options, opset)
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(program, references, options)
+        if read := _read_when_needed(source, given, dtype, why_text_only):
+            base = without_changed_ties(read, replace(options, on_message=ignore))
+            references = replace(references, model=base)
+            release_memory()  # of the weights that the graph does not share
         with _naming(why_text_only):
             located, companions = write_with_adapters(program, options, future, folder)
         plan = located.plan if located else None
         del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
         path = folder / options.output.name
-        if options.verify and (read := _read_when_needed(source, given, dtype, why_text_only)):
-            base = without_changed_ties(read, replace(options, on_message=ignore))
-            references = replace(references, model=base)
-            release_memory()
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
         record_in(path, record_of_model(base, given.adapters, given.weights, settings), proofs)
@@ -73,9 +73,9 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
 def _read_when_needed(source: ModelSource, options: OnnxOptions, dtype: str, why_text_only: str) -> Model | None:
     """The model of a large folder for the proof, which only reads its weights; None for any other model.
 
-    The one that was exported can then be freed.
+    The one that was exported can then be freed, and each of its weights when the merged one takes its place.
     """
-    if not is_large_folder(source):
+    if not options.verify or not is_large_folder(source):
         return None
     base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True, streamed=True)
     if not is_streamed(base.module):

@@ -20,6 +20,7 @@ from lora_export.models import stored_parameter
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.storage.safetensors_file import TensorFile
 from lora_export.weights.checkpoint import Checkpoint
+from lora_export.weights.streamable import is_streamable
 
 
 class StreamedFolder:
@@ -64,15 +65,12 @@ class StreamedFolder:
 
 
 def streamed_folder(checkpoint: Checkpoint) -> StreamedFolder | None:
-    """The folder's weights, to be read when they are needed; None for a small model, and for dtypes that PyTorch reads
-    in no other way than transformers does.
+    """The folder's weights, to be read when they are needed; None for a small model, and for weights that transformers
+    converts while it loads them.
     """
-    entries = [entry for shard in checkpoint.shards.values() for entry in shard.entries.values()]
-    numbers, kinds = sum(math.prod(entry.shape) for entry in entries), {entry.dtype for entry in entries}
-    known = {np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16)}
-    if 8 * numbers <= stored_parameter.MOST_WIDENED_WEIGHTS or checkpoint.quantised or not kinds <= known:
-        return None
-    return StreamedFolder(checkpoint)
+    shapes = [entry.shape for shard in checkpoint.shards.values() for entry in shard.entries.values()]
+    is_small = 8 * sum(map(math.prod, shapes)) <= stored_parameter.MOST_WIDENED_WEIGHTS
+    return None if is_small or not is_streamable(checkpoint) else StreamedFolder(checkpoint)
 
 
 def is_streamed(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from benchmarks.checkpoints import LlamaShape, llama
 from benchmarks.checkpoints import adapter as llama_adapter
 from lora_export import cli
 from lora_export.api import memory_needs, onnx_from_model
+from lora_export.api.onnx_options import OnnxProofs
 from lora_export.api.verify import Verification
-from lora_export.models import stored_parameter
+from lora_export.models import export, stored_parameter
 from lora_export.models.stored_parameter import MOST_WIDENED_WEIGHTS
 from lora_export.models.streamed_folder import is_streamed
 from lora_export.runtime.ort_session import HeldSession
+from lora_export.verification.against_pytorch import PyTorchReferences
 from support import peak
 from support.handmade import peft_adapter
 
@@ -143,13 +146,21 @@ def test_large_model_has_the_verdict_of_a_small_one(
 def test_export_of_a_large_model_is_proven_against_weights_that_are_read(
     small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged = []
-    prove_all = onnx_from_model.prove_all
-    monkeypatch.setattr(
-        onnx_from_model,
-        "prove_all",
-        lambda path, references, *rest: (judged.append(references.model), prove_all(path, references, *rest))[1],
-    )
+    exported, judged = [], []
+    to_onnx, prove_all = export.to_onnx, onnx_from_model.prove_all
+
+    def exporting(module: torch.nn.Module, *rest: object, **options: object) -> object:
+        exported.append(weakref.ref(module))
+        return to_onnx(module, *rest, **options)
+
+    def proving(path: Path, references: PyTorchReferences, *rest: object) -> OnnxProofs:
+        judged.append((references.model.module, exported[0]()))
+        return prove_all(path, references, *rest)
+
+    monkeypatch.setattr(export, "to_onnx", exporting)
+    monkeypatch.setattr(onnx_from_model, "prove_all", proving)
     made = lora_export.export_onnx(small_base / "base", tmp_path / "m.onnx", adapters=[small_base / "adapter"])
     assert made.proof.verdict
-    assert is_streamed(judged[0].module)
+    [(module, whole)] = judged
+    assert is_streamed(module)
+    assert whole is None  # the module that was exported is gone
