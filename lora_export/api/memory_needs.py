@@ -1,8 +1,8 @@
 """What a proof or an export of a model needs in memory, compared with what is available before anything is loaded.
 
-The figures are peaks of whole processes, measured on Llama shapes of 0.14 to 0.5 billion parameters with an adapter on
-every linear layer (`tests/verification/test_memory.py` holds the first). A Hugging Face folder tells its size in its
-headers. The size of any other model is known when it is loaded, so that nothing is refused.
+The figures are above the peaks of whole processes, measured on Llama shapes of 0.14 to 1.1 billion parameters with an
+adapter on every linear layer (`tests/verification/test_memory.py` holds one). A Hugging Face folder tells its size in
+its headers. The size of any other model is known when it is loaded, so that nothing is refused.
 """
 
 from __future__ import annotations
