@@ -23,7 +23,7 @@ WIDENED, MOST_WIDENED_PARAMETERS = (
     1 << 27,
 )  # of a model that is widened to fp64 as a whole, and up to how many it is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
-VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ = 4.0, 10.0  # where weights are read when something computes with them
+VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ = 4.0, 12.0  # where weights are read when something computes with them
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
     "model."
