@@ -7,11 +7,11 @@ import numpy as np
 
 from lora_export.weights.checkpoint import Checkpoint
 
-NARROW_FLOATS = frozenset(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
+READ_AS_STORED = frozenset(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 def is_streamable(checkpoint: Checkpoint) -> bool:
     """Whether every tensor is a float of at most 32 bits, and transformers neither stacks nor splits any."""
     converters = checkpoint.rules.converters if checkpoint.rules else ()
     kinds = {entry.dtype for shard in checkpoint.shards.values() for entry in shard.entries.values()}
-    return not checkpoint.quantised and not converters and kinds <= NARROW_FLOATS
+    return not checkpoint.quantised and not converters and kinds <= READ_AS_STORED
