@@ -100,8 +100,11 @@ def resolve_model(
     dtype: str = "float32",
     inputs: str | Path | None = None,
     export: bool = False,
+    streamed: bool = False,
 ) -> Model:
     """Return the PyTorch model, with fresh heads where the adapters bring a task head.
+
+    With `streamed`, the weights of a large folder are read whenever something computes with them: to run it alone.
 
     `inputs` (.npz) are the example where the inputs of a Hugging Face model cannot be generated. To `export`, their
     names decide whether its texts contain images.
@@ -116,7 +119,7 @@ def resolve_model(
     from lora_export.storage.npz import read_arrays
 
     if isinstance(source, str | Path):
-        loaded = load_model(str(source), adapters, dtype=getattr(torch, dtype))
+        loaded = load_model(str(source), adapters, dtype=getattr(torch, dtype), streamed=streamed)
         if inputs is None or not loaded.is_huggingface:
             return loaded
         loaded = with_inputs_from(Path(inputs), loaded)

@@ -1,8 +1,8 @@
 """What a proof or an export of a model needs in memory, compared with what is available before anything is loaded.
 
-The figures are peaks of whole processes, measured on Llama shapes of 0.14 to 0.5 billion parameters with an adapter on
-every linear layer (`tests/verification/test_memory.py` holds the first). A Hugging Face folder tells its size in its
-headers. The size of any other model is known when it is loaded, so that nothing is refused.
+The figures are above the peaks of whole processes, measured on Llama shapes of 0.14 to 1.1 billion parameters with an
+adapter on every linear layer (`tests/verification/test_memory.py` holds one). A Hugging Face folder tells its size in
+its headers. The size of any other model is known when it is loaded, so that nothing is refused.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from pathlib import Path
 from lora_export.api.load import ModelSource
 from lora_export.errors import InputRefused
 from lora_export.runtime.memory import require_memory
-from lora_export.weights.checkpoint import open_checkpoint
+from lora_export.weights.checkpoint import Checkpoint, open_checkpoint
+from lora_export.weights.streamable import is_streamable
 
 PROGRAM = 500 << 20  # bytes: Python, PyTorch and onnxruntime
 # Bytes for each parameter of the model:
 WIDENED = 32  # of a model that is widened to fp64 as a whole
 MOST_WIDENED_PARAMETERS = 1 << 27  # of a model that is
 VERIFY_CHECKPOINT, VERIFY_FILE, EXPORT = 16.0, 14.0, 20.0
+VERIFY_CHECKPOINT_READ, VERIFY_FILE_READ = 4.0, 12.0  # where weights are read when something computes with them
 MERGE_INSTEAD = (
     "`lora-export merge` puts an adapter into a checkpoint, or into an .onnx, in memory that does not grow with the "
     "model."
@@ -27,11 +29,14 @@ MERGE_INSTEAD = (
 BASE_INSTEAD = "`verify MERGED --base BASE` compares the weights of a merged checkpoint in 300 MiB."
 
 
-def require_memory_to_verify(model: ModelSource, candidate: Path) -> None:
+def require_memory_to_verify(model: ModelSource, candidate: Path, dtype: str = "float32") -> None:
     """Raise EnvironmentLacking where the memory for a proof is missing. Reads headers."""
     is_checkpoint = candidate.is_dir() or candidate.suffix == ".safetensors"
-    count = _parameters(model)
-    each = VERIFY_CHECKPOINT if is_checkpoint else VERIFY_FILE
+    count, is_read = _parameters(model), dtype == "float32" and _is_streamable(model)
+    if is_checkpoint:
+        each = VERIFY_CHECKPOINT_READ if is_read and _is_streamable(candidate) else VERIFY_CHECKPOINT
+    else:
+        each = VERIFY_FILE_READ if is_read else VERIFY_FILE
     ways_out = [BASE_INSTEAD] if is_checkpoint else []
     require_memory(_needed(count, each), f"verify against a model of {_size(count)}", *ways_out)
 
@@ -40,6 +45,11 @@ def require_memory_to_export(model: ModelSource) -> None:
     """Raise EnvironmentLacking where the memory for an export is missing. Reads headers."""
     count = _parameters(model)
     require_memory(_needed(count, EXPORT), f"exporting a model of {_size(count)}", MERGE_INSTEAD)
+
+
+def is_large_folder(model: ModelSource) -> bool:
+    """Whether a model is a Hugging Face folder that a proof does not hold in fp64 as a whole. Reads headers."""
+    return _parameters(model) > MOST_WIDENED_PARAMETERS
 
 
 def _needed(parameters: int, each: float) -> int:
@@ -54,10 +64,20 @@ def _size(parameters: int) -> str:
 
 def _parameters(model: ModelSource) -> int:
     """The number of floats in a Hugging Face folder; 0 where it is unknown."""
-    if not isinstance(model, str | Path) or not Path(model).is_dir():
-        return 0
+    checkpoint = _checkpoint(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
+    return sum(math.prod(spec.shape) for spec in checkpoint.specs if spec.is_float) if checkpoint else 0
+
+
+def _is_streamable(source: ModelSource) -> bool:
+    """Whether the weights of a folder or a file can stay there (see `models.streamed_folder`)."""
+    checkpoint = _checkpoint(source)
+    return checkpoint is not None and is_streamable(checkpoint)
+
+
+def _checkpoint(source: ModelSource) -> Checkpoint | None:
+    if not isinstance(source, str | Path) or not Path(source).exists():
+        return None
     try:
-        specs = open_checkpoint(Path(model)).specs
+        return open_checkpoint(Path(source))
     except InputRefused:  # loading it will refuse it with a better message
-        return 0
-    return sum(math.prod(spec.shape) for spec in specs if spec.is_float)
+        return None

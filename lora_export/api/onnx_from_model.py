@@ -14,10 +14,11 @@ import onnx_ir as ir
 
 from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
+from lora_export.api.callbacks import ignore
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
 from lora_export.api.load import ModelSource, model_paths, resolve_model
-from lora_export.api.memory_needs import require_memory_to_export
+from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
 from lora_export.api.onnx_options import OnnxOptions, OnnxResult
 from lora_export.api.onnx_proofs import base_outputs, prove_all, record_in
@@ -29,6 +30,8 @@ from lora_export.lora import Adapter
 from lora_export.models import export
 from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
 from lora_export.models.model import Model
+from lora_export.models.streamed_folder import is_streamed
+from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
 from lora_export.weights.merge_report import MIN_RETENTION, refuse_below_rounding
@@ -46,18 +49,22 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         adapted = adapted_model(base, given.adapters, given.weights, given.application, given.on_message)
         base = adapted.model
         options = replace(options, adapters=adapted.adapters, weights=adapted.strengths)
+        del adapted  # it holds the weights
         options = options.without_head(layers.specs(base.module), stored_in_module(base.module))
         future = future_adapters(base, options)
         check_fit(base, options, future)
         base = without_changed_ties(base, options)
         options.stage("exporting the base")
         base, program, why_text_only = _exported(base, options, opset)
+        beside = _write_generation_files(base, program, options, folder) if options.task else []
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
         before = base_outputs(program, references, options)
+        if read := _read_when_needed(source, given, dtype, why_text_only):
+            base = without_changed_ties(read, replace(options, on_message=ignore))
+            references = replace(references, model=base)
+            release_memory()  # of the weights that the graph does not share
         with _naming(why_text_only):
             located, companions = write_with_adapters(program, options, future, folder)
-        if options.task:
-            companions += _write_generation_files(base, program, options, folder)
         plan = located.plan if located else None
         del program, located  # the sites refer to the graph
         gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
@@ -66,8 +73,22 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
         settings |= {name: value for name, value in (("task", options.task), ("fuse", options.fuse)) if value}
         record_in(path, record_of_model(base, given.adapters, given.weights, settings), proofs)
-    files = (options.output, *(options.output.parent / name for name in companions))
+    files = (options.output, *(options.output.parent / name for name in (*companions, *beside)))
     return OnnxResult(options.output, files, plan, proofs)
+
+
+def _read_when_needed(source: ModelSource, options: OnnxOptions, dtype: str, why_text_only: str) -> Model | None:
+    """The model of a large folder for the proof, which only reads its weights; None for any other model.
+
+    The one that was exported can then be freed, and each of its weights when the merged one takes its place.
+    """
+    if not options.verify or not is_large_folder(source):
+        return None
+    base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True, streamed=True)
+    if not is_streamed(base.module):
+        return None
+    base = adapted_model(base, options.adapters, options.weights, options.application, ignore).model
+    return base.without_images(why_text_only) if why_text_only else base
 
 
 def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Model, ir.Model, str]:

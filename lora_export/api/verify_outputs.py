@@ -65,9 +65,9 @@ def judge_outputs(
         loaded = load_adapters(adapters)
         for note in (note for adapter in loaded for note in adapter.notes):
             on_message(f"note: {note}")
-        require_memory_to_verify(model, candidate)
+        require_memory_to_verify(model, candidate, how.dtype)
         stage("loading the model")
-        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs)
+        base = resolve_model(model, loaded, dtype=how.dtype, inputs=how.inputs, streamed=True)
         adapted = adapted_model(base, loaded, weights, application, on_message)
         base = adapted.model
         stage("loading the candidate")

@@ -104,10 +104,16 @@ def _rounded_sum(value: Tensor, base: Tensor, rounding: Rounding, preferred: Ten
     if preferred is None:
         return rounded
     other = preferred.to(value.dtype)
-    size = value.abs() + base.abs()
-    size = size if isinstance(rounding, str) else size.max()  # a quantised value is an offset from a zero point
-    as_near = (other - value).abs() <= (rounded - value).abs() + FP32_SUM_ERROR * size
-    return torch.where(as_near, other, rounded)
+    differing = other != rounded
+    if not differing.any():
+        return rounded
+    if isinstance(rounding, str):
+        size = value[differing].abs() + base[differing].abs()
+    else:
+        size = (value.abs() + base.abs()).max()  # a quantised value is an offset from a zero point
+    wanted, nearest, exact = other[differing], rounded[differing], value[differing]
+    as_near = (wanted - exact).abs() <= (nearest - exact).abs() + FP32_SUM_ERROR * size
+    return rounded.masked_scatter(differing, torch.where(as_near, wanted, nearest))
 
 
 def _round_tensors(module: nn.Module, rounding: Mapping[str, Rounding]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -20,6 +21,8 @@ from lora_export.lora import Adapter
 from lora_export.models.generated_inputs import GeneratedInputs, generated_inputs
 from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
+from lora_export.models.stored_parameter import StoredParameter
+from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
@@ -66,9 +69,17 @@ def set_padding_token(model: Model, tokenizer: Any) -> None:
 
 
 def from_folder(
-    folder: Path, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype, *, may_add: bool = False
+    folder: Path,
+    adapters: Sequence[Adapter],
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    may_add: bool = False,
+    streamed: bool = False,
 ) -> Model:
     """Load the model of a folder, with the task head that the adapters bring or the labels need.
+
+    With `streamed`, the weights of a large model are read whenever something computes with them, and cannot be changed.
 
     With labels or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
 
@@ -81,10 +92,13 @@ def from_folder(
     _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
-        module, new = _pretrained(transformers, checkpoint, fields, dtype)
+        weights = streamed_folder(checkpoint) if streamed and dtype is torch.float32 else None
+        module, new = _pretrained(transformers, checkpoint, fields, dtype, weights)
     if not (may_add or labels):
         _refuse_random_weights(folder, module, new, adapters)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if isinstance(tensor, StoredParameter):
+            continue
         # Copied out of the mapped file: truncating that would end this process. Also, a verification that widens the
         # model tensor by tensor would hold all of both.
         tensor.data = tensor.data.clone()
@@ -206,9 +220,13 @@ def _refuse_random_weights(folder: Path, module: Any, new: Sequence[str], adapte
 
 
 def _pretrained(
-    transformers: Any, checkpoint: Checkpoint, fields: dict[str, Any], dtype: torch.dtype
+    transformers: Any,
+    checkpoint: Checkpoint,
+    fields: dict[str, Any],
+    dtype: torch.dtype,
+    weights: StreamedFolder | None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """The module, and the names of its weights that the folder lacks."""
+    """The module, and the names of its weights that the folder lacks. `weights` are left out where they do not fit."""
     folder = checkpoint.path
     path = folder / CONFIG
     try:
@@ -224,9 +242,16 @@ def _pretrained(
     disable_cache(config)  # the exported graph takes and returns no key-value cache
     _refuse_larger_model(cls, config, checkpoint)
     try:
-        module, loading = cls.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        load = functools.partial(
+            cls.from_pretrained, config=config, local_files_only=True, dtype=dtype, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        if weights is not None:
+            module, loading = load(None, state_dict=dict(weights.empty))
+            if weights.fill(module, frozenset(loading["missing_keys"])):
+                return module, tuple(sorted(loading["missing_keys"]))
+            del module
+        module, loading = load(folder)
         return module, tuple(sorted(loading["missing_keys"]))
     except MemoryError:
         raise

@@ -21,6 +21,7 @@ from lora_export.models.factory import find_factory, from_factory
 from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pt2.program_model import from_program
+from lora_export.models.streamed_folder import is_streamed, load_streamed
 from lora_export.storage import safetensors_file
 
 
@@ -31,17 +32,19 @@ def load_model(
     labels: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     may_add: bool = False,
+    streamed: bool = False,
 ) -> Model:
     """Load a model. Where the adapters bring a task head, the model gets that head, with new weights.
 
     With `labels`, a Hugging Face model gets a new head that classifies texts into them. With `may_add`, weights that a
     folder lacks get random values, to be trained (`new_weights` of the model names them). In another `dtype`,
-    transformers loads the model in it, or a factory's module is converted to it; so are the float inputs.
+    transformers loads the model in it, or a factory's module is converted to it; so are the float inputs. With
+    `streamed`, the weights of a large folder are read whenever something computes with them: to run it, not to change.
 
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, labels, dtype, may_add=may_add)
+    loaded = _load(source, adapters, labels, dtype, may_add=may_add, streamed=streamed)
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -55,10 +58,16 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
 
 
 def _load(
-    source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype, *, may_add: bool
+    source: str,
+    adapters: Sequence[Adapter],
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    may_add: bool,
+    streamed: bool,
 ) -> Model:
     if Path(source).is_dir():
-        return from_folder(Path(source), adapters, labels, dtype, may_add=may_add)
+        return from_folder(Path(source), adapters, labels, dtype, may_add=may_add, streamed=streamed)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")
@@ -78,10 +87,13 @@ def module_with_weights(model: Model, path: Path) -> nn.Module:
 
     Raises InputRefused unless the file has all of the module's weights and no others.
     """
-    safetensors_file.open_file(path)  # refuses a damaged file
+    file = safetensors_file.open_file(path)  # refuses a damaged file
     module = copy.deepcopy(model.module)
     try:
-        module.load_state_dict(load_file(path), strict=True)
+        if is_streamed(module):
+            load_streamed(module, file)
+        else:
+            module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
         raise InputRefused(f"{path} does not fit {model.source}:", listed(str(error).splitlines())) from error
     return module

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from lora_export.models.stored_parameter import state_of
+
 ModelInputs = dict[str, torch.Tensor]
 
 Axes = dict[str, dict[int, str]]  # input -> axis -> the size's symbol
@@ -85,7 +87,7 @@ class Model:
     def fingerprint(self) -> str:
         """The SHA-256 of all weights with their names."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
+        for name, tensor in sorted(state_of(self.module).items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-NARROW_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter
+
 NARROWING_METHODS = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
 GROUPED_MM = getattr(torch, "_grouped_mm", None)  # what torch.nn.functional.grouped_mm calls
 READ_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -68,7 +69,7 @@ class Fp64Operators(TorchFunctionMode):
             with self._narrow.paused():
                 return tree_map(self._widened_copy, func(*args, **kwargs))
         if func is F.linear and not kwargs and self._is_stored(args[1]):
-            return self._linear(*args)
+            return self._linear(args[0], self._as_stored(args[1]), *args[2:])
         changed = 1 if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")) else 0
         rest, kwargs = tree_map(self._widened, (args[changed:], kwargs))
         return func(*args[:changed], *rest, **kwargs)
@@ -90,8 +91,15 @@ class Fp64Operators(TorchFunctionMode):
     def _is_stored(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES and _memory(value) in self._stored
 
+    def _as_stored(self, value: torch.Tensor) -> torch.Tensor:
+        """The values of a weight in the dtype in which it is stored."""
+        if not isinstance(value, StoredParameter):
+            return value
+        with self._narrow.paused():
+            return value.stored()
+
     def _widened(self, value: Any) -> Any:
-        return value.double() if self._is_stored(value) else value
+        return self._as_stored(value).double() if self._is_stored(value) else value
 
     def _widened_copy(self, value: Any) -> Any:
         """A copy of some numbers of a weight, in fp64; a view of a weight itself."""

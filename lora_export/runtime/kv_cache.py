@@ -61,6 +61,10 @@ class CacheRunner:
         batch = self.inner.axes[IDS][0]
         return dict.fromkeys((IDS, MASK), (batch, None))
 
+    def close(self) -> None:
+        """Give the session's memory back until the next run."""
+        self.inner.close()
+
     @property
     def placement(self) -> Placement:
         """The placement of the graph's nodes."""

@@ -23,7 +23,7 @@ from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.formats import onnx_adapter
 from lora_export.formats.onnx_adapter import import_onnxruntime
 from lora_export.runtime.deadline import deadline
-from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, InMemoryGraph, open_session
+from lora_export.runtime.ort_session import LOG_ERRORS, LOG_FATAL, HeldSession, InMemoryGraph, open_session
 from lora_export.runtime.providers import ARITHMETIC_VARIABLES, PROVIDERS
 from lora_export.runtime.runner import TIMEOUT, Arrays, Placement, TooSlow
 from lora_export.storage.json_files import parse_json
@@ -56,7 +56,7 @@ class OnnxRunner:
     ):
         provider_options = CUDA_OPTIONS if provider == "cuda" and not provider_defaults else {}
         options = _session_options(optimise=optimise, low_memory=low_memory)
-        self.session = open_session(source, provider, options, provider_options)
+        self._held = HeldSession(functools.partial(open_session, source, provider, options, provider_options))
         self.source = source  # an in-memory graph's tensors must live as long as its session
         self.path, self.provider = Path(source.name if isinstance(source, InMemoryGraph) else source), provider
         self.placement = _placement(self.session, provider, provider_options)
@@ -69,6 +69,16 @@ class OnnxRunner:
         self._adapter: Any = None  # onnxruntime's LoraAdapter: it runs the base where this object is gone
         self._run_options = _run_options()
         self._adapter_ids: NDArray[np.int64] | None = None
+
+    @property
+    def session(self) -> Any:
+        """onnxruntime's InferenceSession, opened where it is not open."""
+        return self._held.opened()
+
+    def close(self) -> None:
+        """Give the session's memory back, also that of runners made from this one. The next run opens it again."""
+        if isinstance(self.source, Path):  # a graph in memory is there anyway
+            self._held.close()
 
     def with_graph(self, message: bytes, folder: Path) -> OnnxRunner:
         """Another graph, with this runner's adapter or ids.
@@ -156,7 +166,10 @@ class OnnxRunner:
             options = _session_options()
             options.enable_profiling, options.profile_file_prefix = True, str(Path(folder, "profile"))
             runner = copy.copy(self)
-            runner.session = open_session(self.source, self.provider, options, self.placement.options)
+            provider_options = dict(self.placement.options)
+            runner._held = HeldSession(
+                functools.partial(open_session, self.source, self.provider, options, provider_options)
+            )
             run(runner)
             events = json.loads(Path(runner.session.end_profiling()).read_bytes())
         kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(KERNEL_SUFFIX)]

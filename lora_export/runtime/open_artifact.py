@@ -48,7 +48,7 @@ def open_candidate(
     if path.suffix == ".onnx":
         return _open_graph(OnnxRunner(path, provider, timeout=timeout), onnx_adapter, adapter_id)
     if path.is_dir():
-        module = load_model(str(path)).module
+        module = load_model(str(path), streamed=True).module
         return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module), path=path, timeout=timeout)
     if path.suffix == ".safetensors":
         module = module_with_weights(base, path)

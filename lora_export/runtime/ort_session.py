@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -56,6 +56,24 @@ def open_session(
             f"{', '.join(session.get_providers())}. `lora-export doctor --provider {provider}` reports what is missing"
         )
     return session
+
+
+class HeldSession:
+    """A session that can be closed. It is opened at once, and again when it is needed."""
+
+    def __init__(self, open_it: Callable[[], Any]):
+        self._open_it = open_it
+        self._session = open_it()
+
+    def opened(self) -> Any:
+        """The session. Raises as `open_session` does."""
+        if self._session is None:
+            self._session = self._open_it()
+        return self._session
+
+    def close(self) -> None:
+        """Drop the session; its memory is free where no caller keeps it."""
+        self._session = None
 
 
 @contextlib.contextmanager

@@ -92,10 +92,10 @@ class TensorFile:
         entry = self.entries[name]
         with self.path.open("rb") as file:
             file.seek(entry.start)
-            data = file.read(entry.nbytes)
+            data = np.fromfile(file, np.uint8, entry.nbytes)
         if len(data) != entry.nbytes:
             raise InputRefused(f"{self.path}: the file became shorter while {name} was read")
-        return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+        return data.view(entry.dtype).reshape(entry.shape)
 
     def unchanged(self) -> bool:
         """Whether the file still has the size and the modification time of when its header was read."""

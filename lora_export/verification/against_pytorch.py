@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
-from lora_export.runtime.memory import GIB, available_memory
+from lora_export.runtime.memory import GIB, available_memory, release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.runtime.torch_runners import Fp64Runner, ModuleRunner
@@ -44,6 +44,7 @@ from lora_export.verification.inputs.model_inputs import (
 )
 from lora_export.verification.inputs.pair_coverage import coverage_of_pairs, seeds_that_reach
 from lora_export.verification.inputs.row_coverage import RowCoverage
+from lora_export.verification.kept_outputs import kept
 from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import (
     STEPS,
@@ -64,11 +65,13 @@ from lora_export.verification.references.deployed_module import (
     dtype_name,
     in_candidate_dtype,
     merged_module,
+    on_device,
 )
 from lora_export.verification.references.half_graphs import as_declared, is_half_inside
 from lora_export.verification.references.module_copies import (
     converted_copy,
     fp64_bytes,
+    is_large,
     shared_copy,
     to_double,
     widened,
@@ -222,7 +225,7 @@ class PyTorchReferences:
         return {**torch_runners.describe_environment(), "model": model}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PreparedPyTorch:
     """The model with adapters attached, for one candidate."""
 
@@ -233,6 +236,7 @@ class PreparedPyTorch:
     judged: Model  # the model, with the quantised weights of the candidate in place of its own
     quantised: Mapping[str, quantised_weights.DequantisedWeight]
     attached: AttachedModule
+    _key: cached_outputs.CacheKey | None = field(default=None, init=False)  # of the outputs of the references
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,12 +259,17 @@ class PreparedPyTorch:
 
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run PyTorch as deployed, then the references in fp64."""
+        is_large_model = is_large(self.attached.module)
+        if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner):
+            _ = self.is_half_inside  # reads the session
+            self.candidate.close()
+            release_memory()
         step("PyTorch")
         model, cases, deployed = self.references.model, self.inputs.cases, self.deployed
         coverage = RowCoverage(deployed.module, model, self.references.adapters)
         errors = {name: weight.error for name, weight in self.quantised.items() if weight.error is not None}
         with layers.recorded_branches() as computed, quantisation_error.output_errors(deployed.module, errors) as layer:
-            own = {name: deployed.run(arrays) for name, arrays in cases.items()}
+            own = {name: kept(deployed.run(arrays)) for name, arrays in cases.items()}
         doubts, rows = coverage.doubts, coverage.not_judged  # read here: runs on other inputs would add to them
         pairs = coverage_of_pairs(self.attached.module, cases, computed)
         doubts = [
@@ -271,10 +280,14 @@ class PreparedPyTorch:
             *(findings := quantisation_error.findings_on(errors, layer)).doubts,
         ]
         sensitivity = sensitivity_of(outputs, deployed, self.inputs)
-        by_role, narrow_operators, _ = self._in_fp64(own, step)
+        names_known = self.candidate.names_known and deployed.names_known
+        self._key = self._cache_key(own)
+        if is_large_model:  # its weights are made again where they are needed
+            del deployed, self.deployed
+        by_role, narrow_operators, _ = self._in_fp64(step)
+        self.attached.ready = None
         if not self.quantised:  # there PyTorch rounds to int8 as the graph does
             doubts = [*doubts, *_beyond_rounding(own, by_role["reference"], dtype_name(self.dtype))]
-        names_known = self.candidate.names_known and deployed.names_known
         notes = [
             note_on_fp64(narrow_operators),
             *model.notes,
@@ -282,7 +295,7 @@ class PreparedPyTorch:
             *_about_cache(self.candidate),
             *([] if outputs.refusals else self.inputs.notes),
             *outputs.notes,
-            *([HALF] if self._is_unstated_half(outputs, own) else []),
+            *([HALF] if self._is_unstated_half(outputs, own, names_known=names_known) else []),
             *quantised_weights.notes_on(self.quantised),
         ]
         return ReferenceOutputs(
@@ -299,15 +312,16 @@ class PreparedPyTorch:
             faults=(*quantised_weights.merge_faults(self.quantised), *findings.faults),
         )
 
-    def _is_unstated_half(self, outputs: CandidateOutputs, deployed: Mapping[str, Arrays]) -> bool:
+    def _is_unstated_half(
+        self, outputs: CandidateOutputs, deployed: Mapping[str, Arrays], *, names_known: bool
+    ) -> bool:
         """Whether the candidate is in half precision and the model is not."""
-        names_known = self.candidate.names_known and self.deployed.names_known
         is_half = self.is_half_inside or _has_halves(outputs, deployed, names_known=names_known)
         return is_half and self.dtype is torch.float32
 
-    def _in_fp64(self, deployed: Mapping[str, Arrays], step: OnProofStep) -> CachedOutputs:
+    def _in_fp64(self, step: OnProofStep) -> CachedOutputs:
         """The outputs of the references in fp64: read from the cache, or run now and written to it."""
-        given, key = self.references, self._cache_key(deployed)
+        given, key = self.references, self._key
         if cached := self._read_cache(key):
             return cached
         narrow_operators: set[str] = set()
@@ -316,6 +330,8 @@ class PreparedPyTorch:
             for role in self.attached.roles if given.adapters else ("reference",):
                 step(STEPS[role])
                 by_role[role] = self.attached.run(role, self.inputs.cases, narrow_operators)
+                if is_large(self.attached.module):
+                    release_memory()  # of rounded weights
         outputs = CachedOutputs(by_role, frozenset(narrow_operators))
         self._write_cache(key, outputs)
         if given.cache is not None and key is None:
@@ -352,7 +368,7 @@ class PreparedPyTorch:
             return None
         step("PyTorch, the adapters merged")
         device = self.references.device
-        peer = ModuleRunner(merged_module(self.attached.module, self.changes).to(device), device)
+        peer = ModuleRunner(on_device(merged_module(self.attached.module, self.changes), device), device)
         return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_MODULE)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
@@ -360,7 +376,7 @@ class PreparedPyTorch:
         judge = functools.partial(parity.judge_missing_part, cases, dtype=expected.dtype)
         key = None
         if self.references.cache is not None and all(case.deployed is expected.deployed[case.name] for case in cases):
-            key = self._cache_key(expected.deployed)
+            key = self._key
         cached = self._read_cache(key)
         detected = cached.detected if cached else frozenset()
         with widened(self.attached.module):
@@ -381,7 +397,8 @@ class PreparedPyTorch:
                 f"modules were not compared: {unseen[0]} and {len(unseen) - 1} more weights of the .pt2 are multiplied "
                 "by operators that belong to no layer"
             ]
-        needed = fp64_bytes(self.attached.module) * (2 if self.attached.rounding else 1)
+        copies = 0 if is_large(self.attached.module) else 2 if self.attached.rounding else 1
+        needed = copies * fp64_bytes(self.attached.module)
         if (available := available_memory()) is not None and needed > available:
             gib = f"{needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"
             return None, [f"modules were not compared: this needs {gib}"]
@@ -391,14 +408,16 @@ class PreparedPyTorch:
             return None, [f"modules could not be compared: {(str(error) or repr(error)).splitlines()[0]}"]
 
     def _diagnosis_case(self, case: parity.Case) -> DiagnosisCase:
-        wide = replace(self.attached, module=converted_copy(self.attached.module, to_double))
+        deployed, wide = self.deployed, self.attached  # the weights of a large model are widened where they are used
+        if not is_large(wide.module):
+            wide = replace(wide, module=converted_copy(wide.module, to_double))
         attached = Fp64Runner(wide.module)
-        reference = Fp64Runner(wide.rounded_module()) if wide.rounding else attached
+        reference = Fp64Runner(wide.ready or wide.rounded_module()) if wide.rounding else attached
         return DiagnosisCase(
             self.candidate,
             reference,
             attached,
-            self.deployed,
+            deployed,
             self.judged.module,
             self.changes,
             self.inputs.cases[case.name],

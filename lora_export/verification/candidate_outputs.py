@@ -10,6 +10,7 @@ from lora_export.runtime.runner import Arrays, Placement, Runner
 from lora_export.verification import parity
 from lora_export.verification.compare_outputs import aligned, bits, candidate_errors, differ
 from lora_export.verification.inputs import Inputs
+from lora_export.verification.kept_outputs import kept
 
 OutputsByCase = Mapping[str, Arrays]
 
@@ -49,7 +50,7 @@ def run_candidate(candidate: Runner, inputs: Inputs, step: OnProofStep) -> Candi
     for name, arrays in inputs.cases.items():
         step(f"case {name}")
         try:
-            by_case[name] = candidate.run(arrays)
+            by_case[name] = kept(candidate.run(arrays))
         except RuntimeRefused as refusal:
             refusals.append(f"case {name}, which the candidate refused: {refusal}")
     if refusals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +129,20 @@ def test_loop_without_end_is_stopped_and_the_next_run_is_not(tmp_path: Path, a_g
     quick = OnnxRunner(a_graph, timeout=30)
     assert quick.run({"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[2, 2]]
     assert quick.unoptimised().timeout == 30
+
+
+def test_closed_graph_is_opened_again_by_the_next_run(a_graph: Path) -> None:
+    runner = OnnxRunner(a_graph)
+    other = copy.copy(runner)
+    inputs = {
+        name: np.ones([2 if size is None else size for size in sizes], np.float32)
+        for name, sizes in runner.axes.items()
+    }
+    before, session = runner.run(inputs), runner.session
+    assert runner.session is session
+    runner.close()
+    after = other.run(inputs)
+    assert other.session is not session
+    assert other.session is runner.session
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], value) for name, value in after.items())

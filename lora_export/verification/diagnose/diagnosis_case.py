@@ -59,7 +59,7 @@ class DiagnosisCase:
         """The values of calls without adapters; an empty dict where there are none."""
         if self.plan is None:
             return {}
-        with layers.scale_adapters(self.attached.module, 0.0, keep_replaced=self.keep_replaced):
+        with layers.scale_adapters(self.attached.module, 0.0, keep_replaced=self.keep_replaced, in_fp64=True):
             return record_calls(self.attached.module, lambda: self.attached.run(self.inputs), calls)
 
     def aligned(self, outputs: Arrays) -> Arrays:

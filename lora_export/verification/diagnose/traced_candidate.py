@@ -25,6 +25,7 @@ from lora_export.verification.diagnose.graph_taps import Tap, expose, find_taps
 from lora_export.verification.diagnose.layer_products import weight_matrix
 from lora_export.verification.diagnose.module_calls import CallValues, ModuleCall, matrix_weights, record_calls
 from lora_export.verification.parity import Wide
+from lora_export.verification.references.module_copies import converted_copy
 
 SCRIPT_RTOL, SCRIPT_ATOL = 1e-4, 1e-5  # within which a script must compute what a module with its weights does
 
@@ -179,7 +180,8 @@ def _model_names(names: Mapping[str, object], weights: Mapping[str, MatrixWeight
 def _module_with_weights_of(candidate: ScriptRunner, case: DiagnosisCase) -> nn.Module:
     """The model with a TorchScript file's weights, A and B included: hooks do not see the script's own modules."""
     state = {name: torch.from_numpy(array) for name, array in candidate.state().items()}
-    for module in (copy.deepcopy(case.base), copy.deepcopy(case.deployed.module)):
+    for own in (case.base, case.deployed.module):
+        module = converted_copy(own, lambda tensor: tensor.detach().clone())
         names = module.state_dict().keys()
         if names <= state.keys() <= names | dict(module.named_buffers()).keys():  # a script stores every buffer
             break

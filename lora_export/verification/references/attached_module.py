@@ -19,6 +19,7 @@ from lora_export.models.model import Model
 from lora_export.runtime.runner import Arrays
 from lora_export.runtime.torch_runners import Fp64Runner
 from lora_export.verification import parity
+from lora_export.verification.kept_outputs import kept
 from lora_export.verification.references.module_copies import shared_copy
 
 FACTORS = {"base": 0.0, "scaled": parity.CONTROL_SCALE}  # on every scale, of the roles that are controls
@@ -38,7 +39,7 @@ def attach_adapters(module: nn.Module, adapters: Sequence[Adapter], strengths: S
     return module.eval()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttachedModule:
     """A module with adapters attached, run in several roles.
 
@@ -51,6 +52,7 @@ class AttachedModule:
     rounding: Mapping[str, layers.Rounding] = field(default_factory=dict)
     preferred: Mapping[str, torch.Tensor] = field(default_factory=dict)
     has_pairs: bool = True  # False: the adapters have whole tensors alone
+    ready: nn.Module | None = None  # the rounded module of the reference, where PyTorch ran with the same weights
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -65,7 +67,9 @@ class AttachedModule:
         """
         factor = FACTORS.get(role, 1.0)
         if self.rounding and role != "attached":
-            return _run_all(Fp64Runner(self.rounded_module(factor), narrow_operators), cases)
+            ready = self.ready if role == "reference" else None
+            self.ready = None
+            return _run_all(Fp64Runner(ready or self.rounded_module(factor), narrow_operators), cases)
         runner = Fp64Runner(self.module, narrow_operators)
         if factor == 1.0:
             return _run_all(runner, cases)
@@ -88,4 +92,4 @@ class AttachedModule:
 
 
 def _run_all(runner: Fp64Runner, cases: Mapping[str, Arrays]) -> dict[str, Arrays]:
-    return {name: runner.run(arrays) for name, arrays in cases.items()}
+    return {name: kept(runner.run(arrays)) for name, arrays in cases.items()}

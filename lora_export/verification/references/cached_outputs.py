@@ -28,6 +28,7 @@ from lora_export import __version__
 from lora_export.errors import InputRefused, OutputFailed
 from lora_export.lora import Adapter
 from lora_export.models.model import Model
+from lora_export.models.stored_parameter import state_of
 from lora_export.runtime.runner import Arrays
 from lora_export.storage import atomic_output, json_files, safetensors_file
 from lora_export.storage.hashes import file_sha256
@@ -133,8 +134,9 @@ def cache_key(
         [adapter.sha256, float(w)] for adapter, w in zip(adapters, strengths or [1.0] * len(adapters), strict=True)
     ]
     digest.update(json.dumps(chosen).encode())
+    tensors = state_of(rounded_module)
     for name in sorted(rounded):
-        weight = rounded_module.state_dict()[name].detach().cpu().contiguous().reshape(-1)
+        weight = tensors[name].detach().cpu().contiguous().reshape(-1)
         _update(digest, f"{name}\0{rounded[name]}", weight.view(torch.uint8).numpy())
     for runs in (inputs, deployed):
         for case, arrays in runs.items():

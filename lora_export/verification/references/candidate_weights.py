@@ -13,6 +13,7 @@ from torch import nn
 from lora_export import layers
 from lora_export.errors import InputRefused
 from lora_export.models.model import Model
+from lora_export.models.stored_parameter import state_of
 from lora_export.plan import Plan
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -71,4 +72,4 @@ def rounding_of(
         for name, dtype in halves.items()
         if spec.name == name or spec.name.endswith(f".{name}") or name.endswith(f".{spec.name}")
     }
-    return rounding, candidate.module.state_dict()
+    return rounding, state_of(candidate.module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -20,8 +19,10 @@ from lora_export.verification.references.attached_module import AttachedModule
 from lora_export.verification.references.int8_products import round_activations
 from lora_export.verification.references.module_copies import (
     converted_copy,
+    is_large,
     parameters_and_buffers,
     shared_copy,
+    to_packed_single,
     to_single,
 )
 from lora_export.verification.references.quantised_weights import DequantisedWeight
@@ -41,14 +42,22 @@ def deployed_module(attached: AttachedModule, quantised: Mapping[str, Dequantise
             for name, tensor in parameters_and_buffers(attached.module)
             if tensor.dtype in TORCH_HALVES
         }
-        module = converted_copy(attached.rounded_module(), to_single)
-        module.to(device)
-        for name, tensor in parameters_and_buffers(module):
+        is_packed = device == "cpu" and not own and is_large(attached.module)
+        rounded = attached.rounded_module()
+        module = converted_copy(rounded, to_packed_single if is_packed else to_single)
+        attached.ready = rounded if is_packed else None  # it shares its memory
+        module = on_device(module, device)
+        for name, tensor in parameters_and_buffers(module) if own else ():
             tensor.data = tensor.data.to(own.get(name, tensor.dtype))  # what the model has in half precision stays so
     else:
-        module = shared_copy(attached.module) if device == "cpu" else copy.deepcopy(attached.module).to(device)
+        module = on_device(shared_copy(attached.module), device)
     round_activations(module, quantised)
     return module
+
+
+def on_device(module: nn.Module, device: str) -> nn.Module:
+    """The module where it computes on the CPU; a copy on another device."""
+    return module if device == "cpu" else converted_copy(module, lambda tensor: tensor.to(device))
 
 
 def merged_module(module: nn.Module, changes: Plan) -> nn.Module:

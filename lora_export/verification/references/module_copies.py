@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_export.runtime.fp64_operators import NARROW_DTYPES
-
-MOST_WIDENED_WEIGHTS = 1 << 30  # bytes in fp64; a module with more weights keeps them in their own dtype
+from lora_export.models import stored_parameter
+from lora_export.models.stored_parameter import NARROW_DTYPES, StoredParameter, packed
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
@@ -25,8 +24,8 @@ def converted_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Te
     """A copy whose parameters and buffers are the converted ones of the original. Takes memory for these alone."""
     memo: dict[int, Any] = {}
     for tensor in _tensors(module):
-        converted = convert(tensor.detach())
-        is_parameter = isinstance(tensor, nn.Parameter)
+        converted = convert(tensor if isinstance(tensor, StoredParameter) else tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(converted, StoredParameter)
         memo[id(tensor)] = nn.Parameter(converted, requires_grad=tensor.requires_grad) if is_parameter else converted
     return copy.deepcopy(module, memo)
 
@@ -37,8 +36,17 @@ def to_double(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_single(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy, floats as fp32."""
+    """A copy, floats as fp32; a stored parameter of fp32 itself."""
+    if isinstance(tensor, StoredParameter) and tensor.dtype is torch.float32:
+        return tensor
     return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def to_packed_single(tensor: torch.Tensor) -> torch.Tensor:
+    """As `to_single`; a large tensor of a half precision keeps its memory, and is fp32 where it is used."""
+    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+    is_packed = is_half and tensor.numel() >= stored_parameter.SMALLEST_STREAMED
+    return packed(tensor, torch.float32) if is_packed else to_single(tensor)
 
 
 def parameters_and_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -70,7 +78,8 @@ def is_large(module: nn.Module) -> bool:
     """
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         return False
-    return fp64_bytes(module) > MOST_WIDENED_WEIGHTS
+    is_stored = any(isinstance(tensor, StoredParameter) for tensor in module.parameters())
+    return is_stored or fp64_bytes(module) > stored_parameter.MOST_WIDENED_WEIGHTS
 
 
 def fp64_bytes(module: nn.Module) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_export.errors import InputRefused, MatchError
-from lora_export.verification.references import module_copies
+from lora_export.models import stored_parameter
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
 from lora_export.verification.references.module_copies import widened
 from support.small_layers import PAIR, a_linear, an_adapter
@@ -19,7 +19,7 @@ WHOLE = {"weight": np.float32([[0, 0, 1], [0, 0, 2]])}
 @pytest.fixture(autouse=True, params=[1 << 30, 0], ids=["widened", "large"])
 def most_widened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every module is small, or large: one whose weights stay as they are."""
-    monkeypatch.setattr(module_copies, "MOST_WIDENED_WEIGHTS", request.param)
+    monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", request.param)
 
 
 def ran(attached: AttachedModule, role: str) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.models import model
+from lora_export.models import model, stored_parameter
 from lora_export.models.load import load_model
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import Arrays
@@ -41,3 +41,27 @@ def test_weights_rounded_to_a_scheme_are_deployed_in_the_models_dtype(scaled: mo
     assert {value.dtype for value in deployed.parameters()} == {torch.float16}
     steps = deployed.dense.weight.detach().double() * 3
     assert (steps - steps.round()).abs().max() < 1e-2
+
+
+def test_rounded_weights_of_a_large_module_are_in_memory_once(
+    scaled: model.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch in fp32 and the reference share the numbers in bf16; both compute what they do with fp32 weights."""
+    inputs = {name: value.numpy() for name, value in scaled.example_inputs().items()}
+    module = attach_adapters(scaled.module, [an_adapter()], None)
+    rounding = {"dense.weight": "bfloat16"}
+    expected = torch_runners.ModuleRunner(deployed_module(AttachedModule(module, rounding), {}, "cpu")).run(inputs)
+    monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", 0)
+    monkeypatch.setattr(stored_parameter, "SMALLEST_STREAMED", 0)
+    attached = AttachedModule(module, rounding)
+    deployed = deployed_module(attached, {}, "cpu")
+    assert isinstance(deployed.dense.weight, stored_parameter.StoredParameter)
+    assert attached.ready is not None
+    assert attached.ready.dense.weight.dtype is torch.bfloat16
+    assert deployed.dense.weight.stored().data_ptr() == attached.ready.dense.weight.data_ptr()
+    found = torch_runners.ModuleRunner(deployed).run(inputs)
+    assert all((found[name] == value).all() for name, value in expected.items())
+    again = AttachedModule(module, rounding)
+    for runs in (attached, again):
+        assert runs.run("reference", {"case": inputs}, set())
+        assert runs.ready is None

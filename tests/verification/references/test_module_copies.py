@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_export.verification.references import module_copies
+from lora_export.models import stored_parameter
 from lora_export.verification.references.module_copies import is_large, shared_copy, widened
 
 
@@ -36,7 +36,7 @@ def test_a_large_module_keeps_its_weights_unless_a_part_is_compiled(monkeypatch:
     compiled = torch.nn.Sequential(linear, torch.jit.script(torch.nn.Linear(3, 3)))
     assert not is_large(linear)
     for most, large in [(95, True), (96, False)]:
-        monkeypatch.setattr(module_copies, "MOST_WIDENED_WEIGHTS", most)
+        monkeypatch.setattr(stored_parameter, "MOST_WIDENED_WEIGHTS", most)
         assert (is_large(linear), is_large(compiled)) == (large, False)
         with widened(linear):
             assert linear.weight.dtype is (torch.float32 if large else torch.float64)
