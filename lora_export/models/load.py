@@ -22,26 +22,27 @@ from lora_export.models.huggingface import from_folder
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pt2.program_model import from_program
 from lora_export.storage import safetensors_file
+from lora_export.weights.task_head import TaskHead
 
 
 def load_model(
     source: str,
     adapters: Sequence[Adapter] = (),
     *,
-    labels: Sequence[str] = (),
+    head: TaskHead | None = None,
     dtype: torch.dtype = torch.float32,
     may_add: bool = False,
 ) -> Model:
     """Load a model. Where the adapters bring a task head, the model gets that head, with new weights.
 
-    With `labels`, a Hugging Face model gets a new head that classifies texts into them. With `may_add`, weights that a
+    With `head`, a Hugging Face model gets this head, with new weights where it has none. With `may_add`, weights that a
     folder lacks get random values, to be trained (`new_weights` of the model names them). In another `dtype`,
     transformers loads the model in it, or a factory's module is converted to it; so are the float inputs.
 
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, labels, dtype, may_add=may_add)
+    loaded = _load(source, adapters, head, dtype, may_add=may_add)
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -55,10 +56,10 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
 
 
 def _load(
-    source: str, adapters: Sequence[Adapter], labels: Sequence[str], dtype: torch.dtype, *, may_add: bool
+    source: str, adapters: Sequence[Adapter], head: TaskHead | None, dtype: torch.dtype, *, may_add: bool
 ) -> Model:
     if Path(source).is_dir():
-        return from_folder(Path(source), adapters, labels, dtype, may_add=may_add)
+        return from_folder(Path(source), adapters, head, dtype, may_add=may_add)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")
