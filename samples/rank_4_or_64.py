@@ -21,6 +21,7 @@ from rich.table import Table
 import lora_export as le
 import small_task
 from lora_export.training.evaluation import evaluate
+from lora_export.training.history import StepRecord
 from lora_export.training.loop import fit
 
 LINES = {4: ("blue, solid", "-o", "#0072b2"), 64: ("orange, dashed", "--s", "#d55e00")}
@@ -46,13 +47,13 @@ def run(rank: int) -> Run:
     base, examples, held_out = small_task.load()
     module, _ = small_task.adapted(base, rank)
     losses = [evaluate(module, held_out).loss]
-    epochs = small_task.SETTINGS["epochs"]
+    epochs = small_task.SETTINGS.epochs
 
-    def on_step(step: int, steps: int, _loss: float) -> None:
-        if step % (steps // epochs) == 0:
+    def on_step(record: StepRecord, steps: int) -> None:
+        if record.step % (steps // epochs) == 0:
             losses.append(evaluate(module, held_out).loss)
 
-    history = fit(module, examples, on_step=on_step, **small_task.SETTINGS)
+    history = fit(module, examples, small_task.SETTINGS, on_step=on_step)
     steps = len(history.losses) // epochs
     training = [statistics.fmean(history.losses[epoch * steps :][:steps]) for epoch in range(epochs)]
     return Run(rank, le.count_parameters(module).trained, statistics.median(history.seconds), training, losses)

@@ -13,7 +13,9 @@ import importlib.resources
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import docstrings
@@ -22,11 +24,14 @@ from lora_export.lora import Adapter
 from lora_export.models import huggingface
 from lora_export.models.load import load_model
 from lora_export.training.batches import ArrayData
-from lora_export.training.data import Examples, read_examples, split
+from lora_export.training.records.opening import open_records
+from lora_export.training.row_forms import RowForm, survey
+from lora_export.training.settings import TrainingSettings
+from lora_export.training.splitting import split_rows
 
 TOKENS = 12  # every text is cut to exactly this many: no padding, so no mask
 EXAMPLES = 160  # for training, and as many held out
-SETTINGS = {"epochs": 8, "batch_size": 16, "learning_rate": 2e-3, "seed": 0}
+SETTINGS = TrainingSettings(epochs=8, batch_size=16, learning_rate=2e-3, seed=0)
 
 
 class LastLayer(nn.Module):
@@ -49,25 +54,26 @@ def load() -> tuple[LastLayer, ArrayData, ArrayData]:
     tokenizer = huggingface.load_tokenizer(encoder)
     with tempfile.TemporaryDirectory() as folder:
         docstrings.write(Path(folder, "docstrings.jsonl"))
-        texts = read_examples(Path(folder, "docstrings.jsonl"))
-    tokens = tokenizer(list(texts.texts), truncation=True, max_length=TOKENS)["input_ids"]
+        records = open_records(Path(folder, "docstrings.jsonl"))
+        found = survey(records, RowForm.LABELLED)
+        texts = [row["text"] for row in records]
+    tokens = tokenizer(texts, truncation=True, max_length=TOKENS)["input_ids"]
     long_enough = [row for row, ids in enumerate(tokens) if len(ids) == TOKENS]
-    everything = Examples(
-        labels=texts.labels[long_enough],
-        classes=texts.classes,
-        inputs={"hidden": torch.tensor([tokens[row] for row in long_enough]).numpy()},
+    ids, labels = torch.tensor([tokens[row] for row in long_enough]), found.groups[long_enough]
+    _, few = split_rows(labels, 2 * EXAMPLES / len(labels), seed=0)
+    training, held_out = (
+        below_the_last_layer(encoder.module, ids[few[rows]], labels[few[rows]])
+        for rows in split_rows(labels[few], 0.5, seed=0)
     )
-    _, few = split(everything, 2 * EXAMPLES / len(everything), seed=0)
-    training, held_out = (below_the_last_layer(encoder.module, part) for part in split(few, 0.5, seed=0))
     torch.manual_seed(0)  # for the head
     layer = copy.deepcopy(encoder.module.encoder.layer[-1])
-    return LastLayer(layer, encoder.module.config.hidden_size, len(texts.classes)).eval(), training, held_out
+    return LastLayer(layer, encoder.module.config.hidden_size, len(found.classes)).eval(), training, held_out
 
 
-def below_the_last_layer(encoder: nn.Module, tokens: Examples) -> ArrayData:
+def below_the_last_layer(encoder: nn.Module, ids: Tensor, labels: NDArray[np.int64]) -> ArrayData:
     with torch.no_grad():
-        states = encoder(torch.from_numpy(tokens.inputs["hidden"]), output_hidden_states=True).hidden_states
-    return ArrayData({"hidden": states[-2]}, torch.from_numpy(tokens.labels))
+        states = encoder(ids, output_hidden_states=True).hidden_states
+    return ArrayData({"hidden": states[-2]}, torch.from_numpy(labels))
 
 
 def adapted(base: LastLayer, rank: int) -> tuple[LastLayer, Adapter]:

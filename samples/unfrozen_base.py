@@ -47,7 +47,7 @@ def run(*, frozen: bool) -> Outcome:
     module, fresh = small_task.adapted(base, RANK)
     if not frozen:
         module.requires_grad_(True)  # the mistake, in one line
-    fit(module, examples, **small_task.SETTINGS)
+    fit(module, examples, small_task.SETTINGS)
 
     adapter, size = saved_and_loaded(layers.read_back(module, fresh))
     deployed = copy.deepcopy(base)

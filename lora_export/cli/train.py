@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
 from lora_export.cli.arguments import (
     Command,
+    command_line,
     download_option,
     json_option,
     overwrite_option,
@@ -22,10 +25,45 @@ from lora_export.errors import one_line
 
 # Score in the result -> what it was measured on
 MEASURED = {
-    "frozen": "held-out examples, head trained alone on the frozen base",
     "adapter": "held-out examples, with the adapter",
     "adapter_off": "held-out examples, same head, adapter disabled",
 }
+
+WIDEST_TABLE = 200  # characters
+
+# As in training.row_forms, which would load NumPy
+TASK_NAMES = (
+    *("chat", "completion", "tags", "similarity"),
+    *("image-classification", "classification", "language-modelling"),
+)
+
+
+class Choices(click.ParamType[tuple[str, ...]]):
+    """Words out of a list, separated by commas."""
+
+    name = "words"
+
+    def __init__(self, *known: str):
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The words as a tuple, each once."""
+        words = tuple(value.split(",") if value else ()) if isinstance(value, str) else tuple(value)
+        if unknown := [word for word in words if word not in self.known]:
+            self.fail(f"{', '.join(unknown)} is none of {', '.join(self.known)}", param, ctx)
+        return tuple(dict.fromkeys(words))
+
+
+def _read_columns(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=COLUMN... as a table."""
+    columns: dict[str, str] = {}
+    for text in texts:
+        name, equals, column = text.partition("=")
+        if not equals or not name or not column:
+            raise click.BadParameter(f"{text} is not NAME=COLUMN, such as text=body")
+        columns[name] = column
+    return columns
+
 
 EXAMPLE = """\b
 Example:
@@ -36,20 +74,38 @@ Example:
 @click.argument("model", type=Source())
 @click.option(
     "--data",
-    "data_path",
+    "data",
     required=True,
-    type=FilePath(),
-    help="Training data: a .jsonl, .csv or .npz file.",
+    type=Source(),
+    help="Training data: a .jsonl, .csv, .parquet or .npz file, a folder, or file.py:factory.",
 )
 @click.option("-o", "--output", required=True, type=FilePath(), help="Folder for the adapter.")
 @click.option(
-    "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rank: rows of A and columns of B."
+    "--column",
+    "columns",
+    multiple=True,
+    callback=_read_columns,
+    metavar="NAME=COLUMN",
+    help="Column of the data that is read as NAME, such as text=body. May be repeated.",
+)
+@click.option(
+    "--task",
+    type=click.Choice(TASK_NAMES),
+    help="What is learnt from the columns, where they would fit several tasks.",
+)
+@click.option(
+    "--rank",
+    "ranks",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(8,),
+    show_default="8",
+    help="Rank: rows of A and columns of B. Repeated, each rank gets an adapter, and a table compares them.",
 )
 @click.option(
     "--alpha",
     type=click.FloatRange(min=0, min_open=True),
-    default=16.0,
-    show_default=True,
+    show_default="twice the rank",
     help="B·A is multiplied by alpha/rank.",
 )
 @click.option("--rslora", is_flag=True, help="Multiply by alpha/√rank instead.")
@@ -66,11 +122,61 @@ Example:
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Examples per step.")
 @click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Parts of a step's examples that are computed one after the other.",
+)
+@click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
     default=1e-3,
     show_default=True,
     help="Peak step size of AdamW.",
+)
+@click.option(
+    "--b-ratio",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Learning rate of B divided by that of A (LoRA+).",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["linear", "cosine", "constant"]),
+    default="linear",
+    show_default=True,
+    help="Learning rate after the warm-up.",
+)
+@click.option(
+    "--warmup",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Part of all steps in which the learning rate rises.",
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=0.01, show_default=True, help="Weight decay of AdamW."
+)
+@click.option(
+    "--max-gradient-norm",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Norm to which gradients are clipped.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["no", "bf16", "fp16"]),
+    default="no",
+    show_default=True,
+    help="Precision of autocast.",
+)
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    help="Compute activations again in the backward pass: less memory, more time.",
 )
 @click.option(
     "--max-length",
@@ -79,6 +185,7 @@ Example:
     show_default=True,
     help="Maximum number of tokens per text.",
 )
+@click.option("--packing", is_flag=True, help="Put several short texts into one row. For causal language models.")
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, max_open=True),
@@ -87,7 +194,35 @@ Example:
     help="Part of the data that is held out of training and measured on.",
 )
 @click.option(
-    "--compare-frozen", is_flag=True, help="Also train the head alone on the frozen base, and print both scores."
+    "--evaluate-every",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="STEPS",
+    help="Measure on the held-out data every so many steps.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Stop after N evaluations without a lower held-out loss, and keep the best adapter.",
+)
+@click.option("--keep-best", is_flag=True, help="Save the adapter of the lowest held-out loss, not the last one.")
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    metavar="STEPS",
+    help="Write a checkpoint to OUTPUT.training every so many steps.",
+)
+@click.option("--resume", is_flag=True, help="Continue from the checkpoint of an interrupted training.")
+@click.option(
+    "--compare",
+    type=Choices("full", "frozen"),
+    default="",
+    metavar="full,frozen",
+    help="Also train all weights, or the head alone on the frozen base, and write a table.",
 )
 @click.option(
     "--seed",
@@ -102,58 +237,32 @@ Example:
 @overwrite_option
 @download_option
 @json_option
-def command(
-    model: str,
-    data_path: Path,
-    output: Path,
-    rank: int,
-    alpha: float,
-    rslora: bool,
-    target: str,
-    heads: tuple[str, ...],
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    max_length: int,
-    holdout: float,
-    compare_frozen: bool,
-    seed: int,
-    device: Literal["cpu", "cuda"],
-    overwrite: bool,
-    download: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, data: str, output: Path, ranks: tuple[int, ...], as_json: bool, **settings: Any) -> None:
     """Train a LoRA adapter for MODEL and save it in PEFT's format.
 
-    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. A .jsonl or .csv file has the
-    columns `text` and `label`: a classification head is added, and trained with the adapter. An .npz has the model's
-    inputs and `labels` (integers for classes, floats for regression).
+    MODEL is a Hugging Face folder, `package.module:factory` or `file.py:factory`. The columns of the data decide what
+    is learnt: `text` alone continues texts, `text` and `label` classify them (`lora-export guide training`). An .npz
+    has the model's inputs and `labels` (integers for classes, floats for regression).
     """
     from lora_export.api.train import train
 
-    with shown() as on_progress:
-        result = train(
-            model,
-            data_path,
-            output,
-            rank=rank,
-            alpha=alpha,
-            rslora=rslora,
-            target=target,
-            heads=heads,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            max_length=max_length,
-            holdout=holdout,
-            compare_frozen=compare_frozen,
-            seed=seed,
-            device=device,
-            overwrite=overwrite,
-            download=download,
-            on_message=print_message,
-            on_progress=on_progress,
-        )
+    one_or_more = ranks[0] if len(ranks) == 1 else ranks
+    try:
+        with shown() as on_progress:
+            result = train(
+                model, data, output, rank=one_or_more, on_message=print_message, on_progress=on_progress, **settings
+            )
+    except KeyboardInterrupt:
+        from lora_export.training.checkpoint import checkpoint_folder
+
+        if checkpoint_folder(output).exists():
+            words = [word for word in command_line() if word not in ("--resume", "--overwrite")]
+            print_message(f"to continue: {shlex.join([*words, '--resume'])}")
+        raise
+    from lora_export.training.processes import rank
+
+    if rank() > 0:  # of several processes, one prints
+        return
     if as_json:
         print_document(
             {
@@ -164,9 +273,29 @@ def command(
                 "seconds": sum(result.history.seconds),
                 "accuracy": {name: score.accuracy for name, score in result.scores.items()},
                 "loss": {name: score.loss for name, score in result.scores.items()},
+                "runs": [run.document for run in result.runs],
             }
         )
         return
-    for name, score in result.scores.items() if verbosity() is not Verbosity.QUIET else ():
-        click.echo(f"{MEASURED[name]}: {score}")
-    click.echo(f"wrote {one_line(str(output))} ({result.adapter.parameters:,} numbers)")
+    if verbosity() is not Verbosity.QUIET and len(result.runs) > 1:
+        print_comparison([run.document for run in result.runs])
+    elif verbosity() is not Verbosity.QUIET:
+        for name, score in result.scores.items():
+            click.echo(f"{MEASURED[name]}: {score}")
+    for adapter, run in zip(result.adapters, result.runs, strict=False):
+        where = output if len(result.adapters) == 1 else output / f"rank-{run.rank}"
+        click.echo(f"wrote {one_line(str(where))} ({adapter.parameters:,} numbers)")
+
+
+def print_comparison(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Print the ways to train a model, one a row."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from lora_export.report.comparison import TITLES, comparison_rows
+
+    table = Table(*(Column(title, no_wrap=True) for title in TITLES), box=None, pad_edge=False)
+    for cells in comparison_rows(runs):
+        table.add_row(*cells)
+    # Cells are not cut: a terminal may wrap the rows, a file has them whole.
+    Console(highlight=False, width=WIDEST_TABLE).print(table)

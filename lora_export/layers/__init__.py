@@ -7,9 +7,9 @@ from lora_export.layers.materialising import Rounding, materialise
 from lora_export.layers.matrix_weights import MatrixWeight, find_matrix_weights
 from lora_export.layers.module_spelling import respelled_for, with_loaded_names
 from lora_export.layers.module_tensors import CONVOLUTION_TYPES, specs
-from lora_export.layers.new_adapter import create_adapter
+from lora_export.layers.new_adapter import create_adapter, full_rank_layers
 from lora_export.layers.plan_targets import has_changed_ties, refuse_tied, untie, with_shared_ties
-from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back
+from lora_export.layers.trained_adapter import ParameterCount, count_parameters, read_back, refuse_trainable_base
 
 __all__ = [
     "CONVOLUTION_TYPES",
@@ -22,11 +22,13 @@ __all__ = [
     "detach",
     "find_matrix_weights",
     "fold",
+    "full_rank_layers",
     "has_changed_ties",
     "materialise",
     "read_back",
     "recorded_branches",
     "refuse_tied",
+    "refuse_trainable_base",
     "respelled_for",
     "scale_adapters",
     "specs",

@@ -66,6 +66,15 @@ def create_adapter(
     )
 
 
+def full_rank_layers(adapter: Adapter) -> list[str]:
+    """The layers with fewer rows or columns than their rank, in words: A and B have more numbers than they need."""
+    return [
+        f"`{name}` is {pair.shape[0]} × {pair.shape[1]}, its rank {pair.rank}"
+        for name, pair in adapter.pairs.items()
+        if pair.rank > min(pair.shape)
+    ]
+
+
 def _new_pairs(linear: dict[str, TensorSpec], *, rank: int, scale: float, seed: int) -> dict[str, LoraPair]:
     rng = np.random.default_rng(seed)
     pairs: dict[str, LoraPair] = {}

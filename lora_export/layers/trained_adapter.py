@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_export.errors import InputRefused
+from lora_export.errors import InputRefused, listed
 from lora_export.layers.adapted_layers import (
+    BRANCH_PARTS,
     Branch,
     attached_modules,
     attachment_of,
@@ -35,6 +36,23 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     """Count the parameters that require gradients, and all of them. A tied tensor counts once."""
     sizes = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
     return ParameterCount(sum(size for trained, size in sizes if trained), sum(size for _, size in sizes))
+
+
+def refuse_trainable_base(module: nn.Module) -> None:
+    """Raise InputRefused where a parameter of the base would be trained beside the attached adapters."""
+    allowed: set[int] = set()
+    for owner in attached_modules(module):
+        parts = [owner._modules[part] for part in BRANCH_PARTS if part in owner._modules]
+        allowed.update(id(parameter) for part in parts if part is not None for parameter in part.parameters())
+        for tensor in attachment_of(owner).replaced:
+            allowed.add(id(tensor_registry(owner, tensor.attribute)[tensor.attribute]))
+    trained = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and id(parameter) not in allowed
+    ]
+    if trained:
+        raise InputRefused("the base must be frozen, but these of its parameters would be trained:", listed(trained))
 
 
 def read_back(module: nn.Module, like: Adapter) -> Adapter:

@@ -51,7 +51,7 @@ def _run_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # so that the classes it defines can be pickled and deep-copied
-    with _failures_of_user_code(str(path)):
+    with failures_of_user_code(str(path)):
         spec.loader.exec_module(module)
     return module
 
@@ -59,7 +59,7 @@ def _run_file(path: Path) -> Any:
 def _import(name: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a package in the current folder; last, so that it shadows nothing
-    with _failures_of_user_code(name):
+    with failures_of_user_code(name):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -67,7 +67,7 @@ def _import(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _failures_of_user_code(source: str) -> Iterator[None]:
+def failures_of_user_code(source: str) -> Iterator[None]:
     """Turn any exception into InputRefused, with the file and line that raised it."""
     try:
         yield
@@ -86,7 +86,7 @@ def from_factory(source: str, factory: Callable[[], Any]) -> Model:
     Raises InputRefused where the factory fails, where it returns something else, where the example inputs do not fit
     the module, and where the model fails at another batch size.
     """
-    with _failures_of_user_code(source):
+    with failures_of_user_code(source):
         result = factory()
     module, example_inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(module, nn.Module):

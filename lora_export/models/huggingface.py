@@ -25,7 +25,7 @@ from lora_export.models.stored_parameter import StoredParameter
 from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
-from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
+from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
 
 PEFT_CONFIG = "adapter_config.json"
 MODULE_COUNT = re.compile(r"(layer|depth|block|expert|stage)s?$")  # of the names in a config that count modules
@@ -47,6 +47,22 @@ def load_tokenizer(model: Model) -> Any:
             )
         except Exception as error:  # a tokenizer that is damaged raises any type
             raise InputRefused(f"{model.source} has no tokenizer: {_first_line(error)}") from error
+
+
+def load_image_processor(model: Model) -> Any:
+    """The image processor in a Hugging Face model's folder. Raises InputRefused where there is none."""
+    if not model.is_huggingface:
+        raise InputRefused(f"{model.source} has no image processor: it is no Hugging Face folder. Give arrays (.npz)")
+    transformers = _transformers()
+    with _quiet(transformers):
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(
+                model.source, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a damaged processor raises any type
+            raise InputRefused(
+                f"{model.source} has no image processor (preprocessor_config.json): {_first_line(error)}"
+            ) from error
 
 
 def set_padding_token(model: Model, tokenizer: Any) -> None:
@@ -71,30 +87,30 @@ def set_padding_token(model: Model, tokenizer: Any) -> None:
 def from_folder(
     folder: Path,
     adapters: Sequence[Adapter],
-    labels: Sequence[str],
+    head: TaskHead | None,
     dtype: torch.dtype,
     *,
     may_add: bool = False,
     streamed: bool = False,
 ) -> Model:
-    """Load the model of a folder, with the task head that the adapters bring or the labels need.
+    """Load the model of a folder, with the task head that the adapters bring, or this one.
 
     With `streamed`, the weights of a large model are read whenever something computes with them, and cannot be changed.
 
-    With labels or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
+    With a head or `may_add`, weights that neither the folder nor the adapters have get random values, to be trained.
 
     Raises InputRefused where the folder is damaged, unknown to transformers, or needs code of its own, and
     EnvironmentLacking without transformers.
     """
     checkpoint = open_checkpoint(folder)  # refuses what is damaged, quantised or pickled before anything is built
-    fields = _config_fields(folder, adapters, labels)
+    fields = _config_fields(folder, adapters, head)
     _refuse_other_weights(folder, fields)
     _refuse_more_modules(folder, fields, len(checkpoint.specs))
     transformers = _transformers()
     with _quiet(transformers):
         weights = streamed_folder(checkpoint) if streamed and dtype is torch.float32 else None
         module, new = _pretrained(transformers, checkpoint, fields, dtype, weights)
-    if not (may_add or labels):
+    if not (may_add or head):
         _refuse_random_weights(folder, module, new, adapters)
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if isinstance(tensor, StoredParameter):
@@ -131,16 +147,16 @@ def _inputs_of(module: Any, folder: Path, *, with_images: bool) -> GeneratedInpu
     return GeneratedInputs({}, refuse, {}, {}, ())
 
 
-def _config_fields(folder: Path, adapters: Sequence[Adapter], labels: Sequence[str]) -> dict[str, Any]:
+def _config_fields(folder: Path, adapters: Sequence[Adapter], head: TaskHead | None) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputRefused(f"{folder} has no {CONFIG}: it has weights, but their model is unknown")
     fields = config_with_heads(json_files.read_json(path), adapters)
-    if labels:
+    if head:
         if not fields.get("architectures"):
             raise InputRefused(f"{path} names no architecture, so that its classifier is unknown")
-        _refuse_other_head(folder, fields, labels)
-        fields = config_for_labels(fields, labels)
+        _refuse_other_head(folder, fields, head)
+        fields = config_for_head(fields, head)
     if code := custom_code(fields):
         raise InputRefused(
             f"{path} names code of its own ({code}), which lora-export never runs. Build the model in a "
@@ -194,13 +210,14 @@ def _refuse_larger_model(cls: Any, config: Any, checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_other_head(folder: Path, fields: dict[str, Any], labels: Sequence[str]) -> None:
+def _refuse_other_head(folder: Path, fields: dict[str, Any], head: TaskHead) -> None:
     """Raise InputRefused where the folder has a trained classifier with another number of labels."""
-    count = number_of_labels(fields)
-    if count in (None, len(labels)):
+    count = number_of_labels(fields, head.ending)
+    if count in (None, len(head.labels)):
         return
+    names = ", ".join(head.labels)
     raise InputRefused(
-        f"{folder} has a classifier of {count} labels, and the data has {len(labels)} ({', '.join(labels)}). Give data "
+        f"{folder} has a classifier of {count} labels, and the data has {len(head.labels)} ({names}). Give data "
         "with the labels of the model, or a base without a classifier: "
         f"transformers.AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER), with the tokenizer"
     )

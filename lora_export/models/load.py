@@ -23,20 +23,21 @@ from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.pt2.program_model import from_program
 from lora_export.models.streamed_folder import is_streamed, load_streamed
 from lora_export.storage import safetensors_file
+from lora_export.weights.task_head import TaskHead
 
 
 def load_model(
     source: str,
     adapters: Sequence[Adapter] = (),
     *,
-    labels: Sequence[str] = (),
+    head: TaskHead | None = None,
     dtype: torch.dtype = torch.float32,
     may_add: bool = False,
     streamed: bool = False,
 ) -> Model:
     """Load a model. Where the adapters bring a task head, the model gets that head, with new weights.
 
-    With `labels`, a Hugging Face model gets a new head that classifies texts into them. With `may_add`, weights that a
+    With `head`, a Hugging Face model gets this head, with new weights where it has none. With `may_add`, weights that a
     folder lacks get random values, to be trained (`new_weights` of the model names them). In another `dtype`,
     transformers loads the model in it, or a factory's module is converted to it; so are the float inputs. With
     `streamed`, the weights of a large folder are read whenever something computes with them: to run it, not to change.
@@ -44,7 +45,7 @@ def load_model(
     Raises InputRefused for a model that cannot be found or understood, and EnvironmentLacking where
     transformers is needed and missing.
     """
-    loaded = _load(source, adapters, labels, dtype, may_add=may_add, streamed=streamed)
+    loaded = _load(source, adapters, head, dtype, may_add=may_add, streamed=streamed)
     return loaded if dtype is torch.float32 else _with_inputs_in(dtype, loaded)
 
 
@@ -60,14 +61,14 @@ def _with_inputs_in(dtype: torch.dtype, model: Model) -> Model:
 def _load(
     source: str,
     adapters: Sequence[Adapter],
-    labels: Sequence[str],
+    head: TaskHead | None,
     dtype: torch.dtype,
     *,
     may_add: bool,
     streamed: bool,
 ) -> Model:
     if Path(source).is_dir():
-        return from_folder(Path(source), adapters, labels, dtype, may_add=may_add, streamed=streamed)
+        return from_folder(Path(source), adapters, head, dtype, may_add=may_add, streamed=streamed)
     if source.endswith(".pt2"):
         if dtype is not torch.float32:
             raise InputRefused(f"{source} has one precision, which its graph names: leave out --dtype")

@@ -1,30 +1,33 @@
-"""Labelled examples as batches of tensors: keyword arguments of forward, and labels."""
+"""Examples as batches: of arrays, of encoded rows, or as a factory of the user makes them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lora_export.errors import InputRefused
-from lora_export.training.data import Examples
-
-Batch = tuple[dict[str, Tensor], Tensor]  # keyword arguments of forward, and labels
+from lora_export.training.losses import Batch, Loss, loss_for
+from lora_export.training.records.rows import Records, Row
 
 
 class Data(Protocol):
-    """Labelled examples that can be read in batches."""
+    """Examples that can be read in batches."""
 
     @property
-    def labels(self) -> Tensor: ...
+    def loss(self) -> Loss: ...
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The examples in these rows."""
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
+        """The examples in these rows. What is random in them depends on row and epoch alone."""
         ...
 
 
@@ -35,55 +38,86 @@ class ArrayData:
     inputs: Mapping[str, Tensor]
     labels: Tensor
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        return {name: values[rows] for name, values in self.inputs.items()}, self.labels[rows]
+    @cached_property
+    def loss(self) -> Loss:
+        return loss_for(self.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
+        return Batch({name: values[rows] for name, values in self.inputs.items()}, self.labels[rows])
+
+
+class Encoder(Protocol):
+    """How rows become inputs of a model."""
+
+    @property
+    def loss(self) -> Loss: ...
+
+    def encode(self, row: Row) -> Any:
+        """What one row contributes. Raises InputRefused, without the place, where the row does not fit."""
+        ...
+
+    def collate(self, encoded: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of encoded rows. `keys` (epoch, row) seed what is random in each."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class TokenData:
-    """Tokenised texts, padded to the longest of each batch."""
+class EncodedRows:
+    """Rows of a file, read and encoded whenever their batch is made."""
 
-    tokens: Sequence[Mapping[str, Sequence[int]]]
-    labels: Tensor
-    tokenizer: Any  # transformers' PreTrainedTokenizerBase
+    records: Records
+    rows: NDArray[np.int64]  # of the records
+    encoder: Encoder
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        padded = self.tokenizer.pad([self.tokens[row] for row in rows], return_tensors="pt")
-        return dict(padded), self.labels[rows]
+    @property
+    def loss(self) -> Loss:
+        return self.encoder.loss
 
+    def __len__(self) -> int:
+        return len(self.rows)
 
-def array_data(examples: Examples) -> ArrayData:
-    """Examples of arrays, for any module. Raises InputRefused for texts."""
-    if examples.texts:
-        raise InputRefused("the examples are texts, and the model has no tokenizer: give it arrays (.npz)")
-    inputs = {name: torch.from_numpy(values) for name, values in examples.inputs.items()}
-    return ArrayData(inputs, torch.from_numpy(examples.labels))
+    def encoded(self, row: int) -> Any:
+        """One row, encoded. Raises InputRefused with its place."""
+        number = int(self.rows[row])
+        try:
+            return self.encoder.encode(self.records[number])
+        except InputRefused as error:
+            raise InputRefused(f"{self.records.path}, {self.records.where(number)}: {error}") from error
 
-
-def token_data(examples: Examples, tokenizer: Any, *, max_length: int = 256) -> TokenData:
-    """Texts tokenised by a Hugging Face tokenizer and cut at `max_length` tokens, or at the model's own limit.
-
-    Raises InputRefused for arrays, and for a tokenizer without a padding token.
-    """
-    if not examples.texts:
-        raise InputRefused("the examples are arrays, not texts: there is nothing to tokenise")
-    if tokenizer.pad_token is None:
-        raise InputRefused(
-            "the tokenizer has no padding token, so that texts of different lengths make no batch. Give it one, "
-            "such as its end of text: tokenizer.pad_token = tokenizer.eos_token; tokenizer.save_pretrained(FOLDER)"
-        )
-    limit = min(max_length, tokenizer.model_max_length)
-    encoded = tokenizer(list(examples.texts), truncation=True, max_length=limit)
-    tokens = [{name: encoded[name][row] for name in encoded} for row in range(len(examples))]
-    return TokenData(tokens, torch.from_numpy(examples.labels), tokenizer)
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
+        keys = [(epoch, int(self.rows[row])) for row in rows]
+        return self.encoder.collate([self.encoded(row) for row in rows], keys)
 
 
-def batches(data: Data, batch_size: int, shuffled_by: torch.Generator | None = None) -> DataLoader[Batch]:
-    """All examples in batches, in their order or shuffled."""
-    rows: Any = range(len(data.labels))  # a Dataset of row numbers, of which `batch` makes tensors
-    return DataLoader(
-        rows, batch_size=batch_size, shuffle=shuffled_by is not None, generator=shuffled_by, collate_fn=data.batch
-    )
+@dataclass(frozen=True, eq=False)
+class ReadyBatches:
+    """Batches that a factory of the user made: each is one example of this data."""
+
+    batches: Sequence[Batch]
+    loss: Loss
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
+        (row,) = rows
+        return self.batches[row]
+
+
+def batches_in_order(data: Data, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+    """All examples, or these rows, in batches and in their order."""
+    rows = range(len(data)) if rows is None else rows
+    for start in range(0, len(rows), batch_size):
+        yield data.batch(rows[start : start + batch_size])
+
+
+def on_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its tensors on a device."""
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+    return Batch(inputs, batch.labels.to(device) if isinstance(batch.labels, Tensor) else batch.labels)
 
 
 def refuse_unknown_inputs(module: nn.Module, data: Data) -> None:

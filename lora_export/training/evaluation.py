@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.training.batches import Data, batches, refuse_unknown_inputs
-from lora_export.training.data import IGNORED
-from lora_export.training.losses import loss_for, module_scores
+from lora_export.training.batches import Data, batches_in_order, on_device, refuse_unknown_inputs
+from lora_export.training.losses import module_outputs
+from lora_export.training.processes import rank, sum_over_processes, world_size
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,32 @@ class Score:
         return loss if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %, {loss}"
 
 
-def evaluate(module: nn.Module, data: Data, *, batch_size: int = 64, device: str = "cpu") -> Score:
-    """Measure loss and accuracy, without dropout and without gradients.
+def evaluate(module: nn.Module, data: Data, *, batch_size: int = 64, device: str | torch.device = "cpu") -> Score:
+    """Measure loss and accuracy, without dropout and without gradients. Several processes share the examples.
 
     Moves the module to the device; its train or eval mode is restored afterwards. Raises InputRefused where every
     label is ignored, and for inputs that forward does not take.
     """
-    if not len(data.labels) or not (data.labels != IGNORED).any():
+    if not len(data):
         raise InputRefused("there is no labelled example to evaluate on")
     refuse_unknown_inputs(module, data)
-    training = module.training
+    modes = {part: part.training for part in module.modules()}
     module.to(device).eval()
-    total, correct, count = 0.0, 0, 0
+    total, correct, count, has_accuracy = 0.0, 0, 0, True
     try:
         with torch.no_grad():
-            for inputs, labels in batches(data, batch_size):
-                scores = module_scores(module, {name: value.to(device) for name, value in inputs.items()}).cpu()
-                counted = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
-                total += float(loss_for(labels)(scores, labels)) * int(counted.sum())
-                count += int(counted.sum())
-                if not labels.is_floating_point():
-                    correct += int((scores.argmax(-1) == labels)[counted].sum())
+            for made in batches_in_order(data, batch_size, range(rank(), len(data), world_size())):
+                batch = on_device(made, device)
+                outputs = module_outputs(module, batch.inputs)
+                total += float(data.loss.total(outputs, batch))
+                count += data.loss.count(batch.labels)
+                right = data.loss.correct(outputs, batch)
+                has_accuracy = has_accuracy and right is not None
+                correct += right or 0
     finally:
-        module.train(training)
-    return Score(total / count, None if data.labels.is_floating_point() else correct / count, count)
+        for part, training in modes.items():
+            part.training = training
+    total, right_ones, counted = sum_over_processes([total, float(correct), float(count)], device)
+    if not counted:
+        raise InputRefused("there is no labelled example to evaluate on")
+    return Score(total / counted, right_ones / counted if has_accuracy else None, int(counted))

@@ -6,143 +6,224 @@ parameters do not change, to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_export.errors import EnvironmentLacking, InputRefused
-from lora_export.training.batches import Data, batches, refuse_unknown_inputs
-from lora_export.training.losses import Loss, loss_for, module_scores
+from lora_export.errors import EnvironmentLacking, InputRefused, listed
+from lora_export.storage.deferred_signals import deferred_signals
+from lora_export.training.batches import Data, on_device, refuse_unknown_inputs
+from lora_export.training.checkpoint import Checkpoints, trained_tensors
+from lora_export.training.evaluation import evaluate
+from lora_export.training.history import EvaluationRecord, StepRecord, TrainingHistory
+from lora_export.training.losses import Batch, module_outputs
+from lora_export.training.memory import PeakMemory, SavedActivations, memory_use
+from lora_export.training.order import ShuffledOrder, parts_of
+from lora_export.training.processes import rank, sum_gradients, sum_over_processes, world_size
+from lora_export.training.schedule import learning_rate_factor
+from lora_export.training.settings import Precision, TrainingSettings
 
-MAX_GRADIENT_NORM = 1.0  # gradients are clipped to it
-
-OnStep = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
-
-
-@dataclass(frozen=True)
-class TrainingHistory:
-    """Loss and duration of every step."""
-
-    losses: tuple[float, ...]
-    seconds: tuple[float, ...]
-    peak_bytes: int  # on CUDA of all tensors; on the CPU of the process, measured between forward and backward
-    device: str
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.losses):,} steps on {self.device} in {sum(self.seconds):.1f} s, "
-            f"loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}, peak memory {self.peak_bytes / 2**20:,.0f} MiB"
-        )
+Device = Literal["cpu", "cuda"]
+OnStep = Callable[[StepRecord, int], None]  # (the step, steps in all)
+SMALLER = (
+    "a smaller --batch-size, more parts (--accumulate), --max-length, --gradient-checkpointing or --precision bf16"
+)
 
 
 def fit(
     module: nn.Module,
     data: Data,
+    settings: TrainingSettings,
     *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
-    loss: Loss | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
-    precision: Literal["no", "fp16", "bf16"] = "no",
-    weight_decay: float = 0.01,
-    warmup: float = 0.1,
+    device: Device = "cpu",
+    held_out: Data | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainingHistory:
-    """Train, in place, the parameters of `module` that require gradients: AdamW, warm-up and linear decay.
+    """Train, in place, the parameters of `module` that require gradients, by AdamW.
 
-    `loss` is chosen by the labels' type unless it is passed; `warmup` is the part of all steps, from 0 to 1;
-    `precision` is that of autocast. On the CPU the same seed gives the same bits. The module is left in eval mode, on
-    the device. Frozen batch norms stay in eval mode throughout: their statistics belong to the base.
-    Raises InputRefused for a loss that is not finite, and where there is nothing to train; and
-    EnvironmentLacking without accelerate or the device.
+    On the CPU the same seed gives the same bits; so does a training that was killed and is continued (`resume`) from
+    its checkpoint. Several processes (`accelerate launch`, `torchrun`) share the examples of each step. The module is
+    left in eval mode, on the device. Frozen batch norms stay in eval mode throughout: their statistics belong to the
+    base.
+
+    Raises InputRefused for a loss that is not finite, where there is nothing to train, and where a frozen parameter
+    gets a gradient; EnvironmentLacking without accelerate or the device, and where memory is short; OutputFailed for a
+    checkpoint that cannot be written.
     """
-    _refuse_settings(epochs, batch_size, learning_rate, warmup)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputRefused("there is nothing to train: no parameter of the model requires a gradient")
+    if settings.evaluates and held_out is None:
+        raise InputRefused("evaluation, early stopping and the best checkpoint need held-out examples")
+    accelerator = accelerator_for(device, settings.precision)
     refuse_unknown_inputs(module, data)
-    accelerator = _accelerator(device, precision)
-    with torch.random.fork_rng(devices=[accelerator.device] if device == "cuda" else []):
-        torch.manual_seed(seed)
-        model, optimizer, loader = accelerator.prepare(
-            _Scores(module),
-            torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay),
-            batches(data, batch_size, torch.Generator().manual_seed(seed)),
-        )
-        _to_train_mode(module)
+    module.to(accelerator.device)
+    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(module, settings), weight_decay=settings.weight_decay))
+    history = TrainingHistory(str(accelerator.device))
+    run = _Run(module, data, settings, accelerator, optimizer, held_out, checkpoints, history)
+    devices = [accelerator.device] if device == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _train_mode(module, settings), _explained_memory():
         try:
-            run = _Run(accelerator, model, optimizer, loader, parameters)
-            return _run_steps(run, epochs=epochs, warmup=warmup, loss=loss, on_step=on_step)
+            run.begin(resume=resume)
+            run.steps(on_step)
+        except KeyboardInterrupt:
+            run.save()
+            raise
         finally:
-            module.eval()
+            if checkpoints is not None and rank() == 0:
+                checkpoints.remove_if_empty()
             accelerator.free_memory()
+    return history
 
 
-def _refuse_settings(epochs: int, batch_size: int, learning_rate: float, warmup: float) -> None:
-    if epochs < 1 or batch_size < 1 or not 0 < learning_rate < math.inf or not 0 <= warmup < 1:
+@dataclass
+class _Run:
+    """One training under way."""
+
+    module: nn.Module
+    data: Data
+    settings: TrainingSettings
+    accelerator: Any
+    optimizer: Any  # as accelerate prepared it
+    held_out: Data | None
+    checkpoints: Checkpoints | None
+    history: TrainingHistory
+
+    def begin(self, *, resume: bool) -> None:
+        self.order = ShuffledOrder(len(self.data), self.settings.batch_size, self.settings.seed)
+        self.total = self.settings.epochs * self.order.steps_per_epoch
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.peak, self.activations = PeakMemory(self.accelerator.device), SavedActivations(self.module)
+        self.best: dict[str, Tensor] = {}
+        if self.checkpoints is None:
+            return
+        if resume:
+            self.checkpoints.load(self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history)
+            self.best = self.checkpoints.load_best()
+            if rank() == 0:
+                self.checkpoints.rewrite(self.history)
+            self._evaluate_after(len(self.history.steps))  # where the evaluation was interrupted
+        elif rank() == 0:
+            self.checkpoints.begin()
+
+    def steps(self, on_step: OnStep | None) -> None:
+        """All steps that are left, with evaluations and checkpoints between them."""
+        for step in range(len(self.history.steps), self.total):
+            if self._is_enough():
+                break
+            begun = time.perf_counter()
+            loss, tokens, rate = self._gradients_of(step)
+            with deferred_signals():  # a checkpoint must not see half a step
+                self._update()
+                seconds = time.perf_counter() - begun
+                self.history.steps.append(
+                    StepRecord(step + 1, self.order.epoch_of(step) + 1, loss, rate, tokens, seconds)
+                )
+            if not self.history.memory.weights:
+                self.history.memory = memory_use(self.module, self.optimizer.optimizer, self.activations.bytes)
+            self.optimizer.zero_grad()
+            self._evaluate_after(step + 1)
+            if self.checkpoints is not None and rank() == 0:
+                self.checkpoints.record(self.history)
+            if (step + 1) % self.settings.save_every == 0 and step + 1 < self.total:
+                self.save()
+            if on_step is not None:
+                on_step(self.history.steps[-1], self.total)
+        self.history.memory = replace(self.history.memory, peak=self.peak.peak)
+        if self.settings.keep_best or self.settings.patience:
+            with torch.no_grad():
+                for name, tensor in trained_tensors(self.module).items():
+                    tensor.copy_(self.best[name])
+
+    def save(self) -> None:
+        """Write a checkpoint of the last whole step, where there is one."""
+        if self.checkpoints is not None and self.history.steps and rank() == 0:
+            with deferred_signals():
+                self.checkpoints.save(self.module, self.optimizer.optimizer, self.accelerator.scaler, self.history)
+
+    def _gradients_of(self, step: int) -> tuple[float, int, float]:
+        """Compute a step's gradients. Returns its loss, its tokens, and its learning rate."""
+        settings, epoch = self.settings, self.order.epoch_of(step) + 1
+        torch.manual_seed((settings.seed * 1_000_003 + step * 1009 + rank()) % 2**63)  # of dropout
+        rows = self.order.rows_of(step)
+        parts = parts_of(rows, settings.accumulate, rank=rank(), processes=world_size())
+        batches = [on_device(self.data.batch(part, epoch), self.accelerator.device) for part in parts]
+        loss = self.data.loss
+        own_count = sum(loss.count(batch.labels) for batch in batches)
+        (count,) = sum_over_processes([float(own_count)], self.accelerator.device)
+        total = 0.0
+        for batch in batches:
+            with self.activations.counted() if not self.activations.bytes else contextlib.nullcontext():
+                with self.accelerator.autocast():
+                    outputs = module_outputs(self.module, batch.inputs)
+                value = loss.total(outputs, batch) / max(count, 1)  # 0, not NaN, where every label is ignored
+            total += value.item()
+            self.peak.measure()
+            if math.isfinite(total):
+                self.accelerator.backward(value)
+            del outputs, value
+        total, tokens = sum_over_processes([total, float(sum(map(_tokens_in, batches)))], self.accelerator.device)
+        self._refuse_divergence(total, step + 1)
+        if not self.history.memory.weights:  # the first step of this process: a forward does the same in each
+            self._refuse_gradients_of_the_base()
+        rate = settings.learning_rate * learning_rate_factor(settings.schedule, step, self.total, settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        return total, int(tokens), rate
+
+    def _update(self) -> None:
+        sum_gradients(self.trained)
+        self.accelerator.clip_grad_norm_(self.trained, self.settings.max_gradient_norm)
+        self.optimizer.step()
+
+    def _refuse_divergence(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        kept = "Nothing was written."
+        if self.checkpoints is not None and self.checkpoints.exists:
+            kept = f"The last checkpoint is in {self.checkpoints.folder}: --resume continues from it."
         raise InputRefused(
-            f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate} and warm-up {warmup}: the first "
-            "three must be positive, and the last from 0 to below 1"
+            f"the loss is {loss} at step {step} of {self.total}: training has diverged. "
+            f"Try a lower learning rate. {kept}"
         )
 
+    def _refuse_gradients_of_the_base(self) -> None:
+        trained = set(self.trained)
+        named = self.module.named_parameters()
+        if leaks := [name for name, parameter in named if parameter.grad is not None and parameter not in trained]:
+            raise InputRefused("the base is frozen, but its forward gives gradients to:", listed(leaks))
 
-class _Run(NamedTuple):
-    """What accelerate prepared, and the parameters to train."""
+    def _evaluate_after(self, step: int) -> None:
+        every = self.settings.evaluate_every or self.order.steps_per_epoch
+        is_due = step % every == 0 or step == self.total
+        is_made = any(record.step == step for record in self.history.evaluations)
+        if self.held_out is None or not self.settings.evaluates or not is_due or is_made:
+            return
+        batch_size = 1 if self.settings.batch_size == 1 else 2 * self.settings.batch_size
+        score = evaluate(self.module, self.held_out, batch_size=batch_size, device=self.accelerator.device)
+        self.history.evaluations.append(EvaluationRecord(step, score.loss, score.accuracy))
+        if self.history.best is self.history.evaluations[-1]:
+            self.best = {name: tensor.detach().clone() for name, tensor in trained_tensors(self.module).items()}
+            if self.checkpoints is not None and rank() == 0:
+                self.checkpoints.save_best(self.best, step)
 
-    accelerator: Any
-    model: Any
-    optimizer: Any
-    loader: Any
-    parameters: Sequence[nn.Parameter]
-
-
-def _run_steps(run: _Run, *, epochs: int, warmup: float, loss: Loss | None, on_step: OnStep | None) -> TrainingHistory:
-    accelerator, model, optimizer, loader, parameters = run
-    steps = epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, _warm_up_and_decay(steps, warmup))
-    losses: list[float] = []
-    seconds: list[float] = []
-    memory = _PeakMemory(accelerator.device)
-    started = time.perf_counter()
-    for inputs, labels in (batch for _ in range(epochs) for batch in loader):
-        with accelerator.autocast():
-            scores = model(**inputs)
-        value = (loss or loss_for(labels))(scores, labels)
-        losses.append(_finite(value.item(), step=len(losses) + 1, steps=steps))
-        memory.measure()
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        now = time.perf_counter()
-        seconds.append(now - started)
-        started = now
-        if on_step is not None:
-            on_step(len(losses), steps, losses[-1])
-    return TrainingHistory(tuple(losses), tuple(seconds), memory.peak, str(accelerator.device))
+    def _is_enough(self) -> bool:
+        return bool(self.settings.patience) and self.history.without_improvement() >= self.settings.patience
 
 
-class _Scores(nn.Module):
-    """The module as accelerate wraps it: accelerate's patches and attributes stay on this wrapper."""
+def accelerator_for(device: Device, precision: Precision = "no") -> Any:
+    """accelerate's Accelerator on this device. Joins the other processes, where a launcher started several.
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return module_scores(self.module, inputs)
-
-
-def _accelerator(device: Literal["cpu", "cuda"], precision: Literal["no", "fp16", "bf16"]) -> Any:
+    Raises EnvironmentLacking without accelerate or the device.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentLacking("PyTorch finds no CUDA device; train with --device cpu, or see `lora-export doctor`")
     try:
@@ -155,45 +236,51 @@ def _accelerator(device: Literal["cpu", "cuda"], precision: Literal["no", "fp16"
         raise EnvironmentLacking(f"accelerate cannot train on {device} in precision {precision}: {error}") from error
 
 
-def _warm_up_and_decay(steps: int, warmup: float) -> Callable[[int], float]:
-    """The factor of the learning rate by step: linear up to 1 over the warm-up, then linear down to 0 after the end."""
-    warm = min(round(steps * warmup), steps - 1)
+def _groups(module: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The trained parameters: B apart, where its learning rate is another one."""
+    factors: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_b = settings.b_ratio != 1 and ".lora_B." in f".{name}."
+            (factors if is_b else others).append(parameter)
+    groups: Sequence[tuple[list[nn.Parameter], float]] = ((others, 1.0), (factors, settings.b_ratio))
+    rate = settings.learning_rate
+    return [{"params": params, "ratio": ratio, "lr": rate * ratio} for params, ratio in groups if params]
 
-    def factor(step: int) -> float:
-        return (step + 1) / (warm + 1) if step < warm else (steps - step) / (steps - warm)
 
-    return factor
-
-
-def _to_train_mode(module: nn.Module) -> None:
+@contextlib.contextmanager
+def _train_mode(module: nn.Module, settings: TrainingSettings) -> Iterator[None]:
     module.train()
     for part in module.modules():
         if isinstance(part, _NormBase) and not any(parameter.requires_grad for parameter in part.parameters()):
             part.eval()
+    if settings.gradient_checkpointing:
+        if not hasattr(module, "gradient_checkpointing_enable"):
+            raise InputRefused("gradient checkpointing needs a model of transformers: only that knows its blocks")
+        whole: Any = module
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if settings.gradient_checkpointing:
+            whole.gradient_checkpointing_disable()
+        module.eval()
 
 
-def _finite(loss: float, *, step: int, steps: int) -> float:
-    if not math.isfinite(loss):
-        raise InputRefused(
-            f"the loss is {loss} at step {step} of {steps}: training has diverged. Try a lower learning rate. "
-            "Nothing was written."
-        )
-    return loss
+@contextlib.contextmanager
+def _explained_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EnvironmentLacking(f"there is not enough memory to train. What helps: {SMALLER}") from error
 
 
-class _PeakMemory:
-    """The largest memory measured since it was created, in bytes."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.peak = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def measure(self) -> None:
-        if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            import psutil  # comes with accelerate
-
-            self.peak = max(self.peak, psutil.Process().memory_info().rss)
+def _tokens_in(batch: Batch) -> int:
+    """The tokens of a batch without padding; its examples, where they are no tokens."""
+    if isinstance(mask := batch.inputs.get("attention_mask"), Tensor):
+        return int(mask.sum())
+    if isinstance(ids := batch.inputs.get("input_ids"), Tensor):
+        return int(ids.numel())
+    first = next(iter(batch.inputs.values()))
+    return len(first) if isinstance(first, Tensor) and first.ndim else 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lora_export.lora import Adapter
@@ -34,15 +35,27 @@ def config_with_heads(config: Mapping[str, Any], adapters: Sequence[Adapter]) ->
     return result
 
 
-def config_for_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """The config of the base with the class of a text classifier and these labels."""
-    return {**config, **_class_ending_with(config, CLASS_ENDINGS["SEQ_CLS"]), **_label_fields(labels)}
+@dataclass(frozen=True)
+class TaskHead:
+    """A head to be trained: the ending of its class in transformers, and what it predicts."""
+
+    ending: str
+    labels: tuple[str, ...]
+    problem_type: str = (
+        ""  # of transformers: "regression", "multi_label_classification"; empty for one class of several
+    )
 
 
-def number_of_labels(config: Mapping[str, Any]) -> int | None:
-    """How many labels the text classifier of a config has; None where the config describes no text classifier."""
+def config_for_head(config: Mapping[str, Any], head: TaskHead) -> dict[str, Any]:
+    """The config of the base with the class and the labels of a head."""
+    kind = {"problem_type": head.problem_type} if head.problem_type else {}
+    return {**config, **_class_ending_with(config, head.ending), **_label_fields(head.labels), **kind}
+
+
+def number_of_labels(config: Mapping[str, Any], ending: str = CLASS_ENDINGS["SEQ_CLS"]) -> int | None:
+    """How many labels the classifier of a config has; None where its class has another ending."""
     match config.get("architectures"):
-        case [str(name), *_] if name.endswith(CLASS_ENDINGS["SEQ_CLS"]):
+        case [str(name), *_] if name.endswith(ending):
             named = config.get("id2label")
             return len(named) if isinstance(named, Mapping) else int(config.get("num_labels") or DEFAULT_LABELS)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import peft
 import pytest
 import torch
 import transformers
+from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import lora_export as le
-from lora_export.errors import InputRefused, WrongUsage
+from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from support.api import MODEL, Recorder, base_weights
 from support.small_models import MODELS, small_model, words_tokenizer
 
@@ -37,12 +40,6 @@ def test_training_returns_the_adapter_it_saved(data: Path, tmp_path: Path, capsy
     assert seen.events[-1].unit == "steps" and seen.events[-1].done == seen.events[-1].total
     assert "loss" in seen.events[-1].detail
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_head_alone_needs_a_head(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(WrongUsage, match="--compare-frozen needs a head"):
-        le.train(MODEL, data, tmp_path / "ad", compare_frozen=True)
-    assert not (tmp_path / "ad").exists()
 
 
 def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Path) -> None:
@@ -80,3 +77,206 @@ def test_peft_reads_every_module_that_the_base_lacked(name: str, saved: set[str]
     ids = torch.arange(24).reshape(3, 8) % 9
     with torch.no_grad():
         assert torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-6)
+
+
+# --- Tasks: what is trained here loads in PEFT, and merges ---
+
+IDS = torch.arange(24).reshape(3, 8) % 9
+WORDS = ["bad", "good", "very", "film", "a", "the"]
+
+
+def words(seed: int, count: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, count))
+
+
+def labelled(label: object) -> list[dict[str, object]]:
+    return [{"text": words(n, 6), "label": label(n) if callable(label) else label} for n in range(12)]
+
+
+# name -> the base, the rows, the class of the model that reads the result, and options
+TASKS: dict[str, tuple[str, list[dict[str, object]], str, dict[str, object]]] = {
+    "causal": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {}),
+    "packed": ("llama", [{"text": words(n, 5)} for n in range(12)], "ForCausalLM", {"packing": True}),
+    "conv1d": ("gpt2", [{"body": words(n, 5)} for n in range(12)], "ForCausalLM", {"columns": {"text": "body"}}),
+    "completion": ("llama", [{"prompt": words(n, 3), "completion": "good"} for n in range(12)], "ForCausalLM", {}),
+    "seq2seq": ("t5", [{"prompt": words(n, 3), "completion": "good"} for n in range(12)], "ForSeq2SeqLM", {}),
+    "classes": ("bert", labelled(lambda n: ["x", "y"][n % 2]), "ForSequenceClassification", {}),
+    "several": ("bert", labelled(lambda n: ["x", "y", "z"][: n % 4]), "ForSequenceClassification", {}),
+    "values": ("bert", labelled(lambda n: n / 8), "ForSequenceClassification", {}),
+    "tags": ("bert", [{"tokens": ["a", "bad"], "tags": ["x", "y"]}] * 8, "ForTokenClassification", {}),
+    "pairs": ("bert", [{"sentence1": "a", "sentence2": words(n, 3), "score": n / 9} for n in range(9)], "", {}),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_trained_loads_in_peft_and_merges(name: str, tmp_path: Path) -> None:
+    architecture, rows, kind, options = TASKS[name]
+    base = words_tokenizer(small_model(architecture, tmp_path / "base"))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = Recorder()
+    options = {"rank": 4, "batch_size": 4, "learning_rate": 1e-2, **options}
+    result = le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", **options, **seen.callbacks)
+    untrained = [layer for layer, pair in result.adapter.pairs.items() if not pair.b.any()]
+    assert untrained == (["pooler.dense"] if name == "pairs" else [])  # their vectors are not those of the pooler
+    assert any("`pooler.dense` got no gradient" in line for line in seen.messages) is bool(untrained)
+    assert {pair.scale for pair in result.adapter.pairs.values()} == {2.0}  # alpha is twice the rank
+    le.merge(base, tmp_path / "ad", tmp_path / "merged")
+    auto = getattr(transformers, f"AutoModel{kind}")
+    merged = auto.from_pretrained(tmp_path / "merged").eval()
+    labels = {"num_labels": merged.config.num_labels} if "Classification" in kind else {}
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(base, **labels), tmp_path / "ad").eval()
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if name == "seq2seq" else {})
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs)[0], theirs(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_images_in_folders_train_a_classifier(tmp_path: Path) -> None:
+    base = small_model("vit", tmp_path / "base")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(base)
+    for number in range(12):
+        colour = ("red", "green", "blue")[number % 3]
+        (tmp_path / "images" / colour).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 12), colour).save(tmp_path / "images" / colour / f"{number}.png")
+    result = le.train(
+        base, tmp_path / "images", tmp_path / "ad", rank=4, epochs=8, batch_size=3, learning_rate=2e-2, holdout=0.25
+    )
+    assert result.scores["adapter"].accuracy == 1.0
+    config = json.loads((tmp_path / "ad/config.json").read_text())
+    assert sorted(config["label2id"]) == ["blue", "green", "red"]
+
+
+def test_batches_and_a_loss_of_the_users_train_any_module(tmp_path: Path) -> None:
+    (tmp_path / "mine_batches.py").write_text(
+        "import torch\n\n"
+        "def make():\n"
+        "    rows = torch.linspace(-1, 1, 40).reshape(1, 5, 8)\n"
+        "    batches = [({'rows': n * rows, 'weights': torch.ones(1, 5)}, n * rows.flip(-1)) for n in (1, 2, 3, 4)]\n"
+        "    return batches, lambda outputs, wanted: (outputs[0] - wanted).abs().mean()\n"
+    )
+    result = le.train(
+        MODEL, f"{tmp_path}/mine_batches.py:make", tmp_path / "ad", rank=2, epochs=20, learning_rate=2e-2, holdout=0.25
+    )
+    assert len(result.history.losses) == 20 * 3
+    assert result.scores["adapter"].loss < result.scores["adapter_off"].loss
+    assert result.scores["adapter"].accuracy is None
+
+
+def test_the_loss_curve_is_pefts_from_the_same_start(tmp_path: Path) -> None:
+    """transformers' own loss, PEFT's layers and a loop written here, in the order that the loop has."""
+    from lora_export.training.order import ShuffledOrder
+
+    base = words_tokenizer(small_model("llama", tmp_path / "base"))
+    lines = [words(n, 7) for n in range(16)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    options = {"rank": 4, "batch_size": 4, "epochs": 3, "learning_rate": 1e-2, "warmup": 0.0, "holdout": 0.0}
+    losses = le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", schedule="constant", **options).history.losses
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    theirs = peft.get_peft_model(model, config).train()
+    start = le.create_adapter(
+        le.load_model(str(base)).module, targets="all-linear", rank=4, alpha=8, seed=0
+    )  # as `train` makes it
+    state = theirs.state_dict()
+    for name, pair in start.pairs.items():
+        state[f"base_model.model.{name}.lora_A.default.weight"].copy_(torch.from_numpy(pair.a))
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    order, expected = ShuffledOrder(16, 4, 0), []
+    for step in range(12):
+        batch = tokenizer([lines[row] for row in order.rows_of(step)], return_tensors="pt")
+        loss = theirs(**batch, labels=batch["input_ids"]).loss
+        expected.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+# --- Comparison ---
+
+
+def test_ranks_and_strategies_are_compared_in_a_table(data: Path, tmp_path: Path) -> None:
+    options = {"epochs": 2, "batch_size": 8, "compare": ["full", "frozen"]}
+    result = le.train(MODEL, data, tmp_path / "out", rank=[2, 4], **options)
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert {"comparison.json", "comparison.png", "comparison.html", "rank-2/README.md"} <= written
+    table = json.loads((tmp_path / "out/comparison.json").read_text())["runs"]
+    assert [(run["strategy"], run["rank"], run["trained_parameters"]) for run in table] == [
+        ("lora", 2, 32), ("lora", 4, 64), ("full", None, table[0]["all_parameters"] - 32), ("frozen", None, 0),
+    ]  # fmt: skip
+    assert table[0]["losses"][0] == table[1]["losses"][0] == pytest.approx(table[2]["losses"][0])
+    assert table[0]["memory"]["optimizer"] < table[1]["memory"]["optimizer"] < table[2]["memory"]["optimizer"]
+    alone = le.train(MODEL, data, tmp_path / "alone", rank=4, epochs=2, batch_size=8)
+    assert alone.adapter.sha256 == result.adapters[1].sha256  # nothing of the first training is left
+    assert result.scores["full"].loss != result.scores["frozen"].loss
+
+
+def test_the_card_and_the_metrics_tell_what_was_trained(data: Path, tmp_path: Path) -> None:
+    result = le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=2, evaluate_every=2, batch_size=8)
+    card = (tmp_path / "ad/README.md").read_text()
+    for text in ("library_name: peft", "SHA-256 of the data", hashlib.sha256(data.read_bytes()).hexdigest()):
+        assert text in card
+    lines = [json.loads(line) for line in (tmp_path / "ad/metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == list(result.history.losses)
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4, 6]
+
+
+# --- Interruptions and refusals ---
+
+
+def test_cuda_that_is_absent_is_missed_before_the_data_are_read(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(EnvironmentLacking, match="no CUDA device"):
+        le.train(MODEL, tmp_path / "none.npz", tmp_path / "ad", device="cuda")
+
+
+def test_an_interrupted_training_is_continued(data: Path, tmp_path: Path) -> None:
+    options = {"rank": 2, "epochs": 3, "batch_size": 8}
+    expected = le.train(MODEL, data, tmp_path / "whole", **options)
+
+    def interrupt(event: object) -> None:
+        if getattr(event, "done", 0) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        le.train(MODEL, data, tmp_path / "ad", **options, on_progress=interrupt)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "whole", "ad.training"}
+    with pytest.raises(OutputFailed, match=r"ad\.training has the checkpoint of a training that did not end"):
+        le.train(MODEL, data, tmp_path / "ad", **options)
+    with pytest.raises(InputRefused, match="rank was 2, and is 4"):
+        le.train(MODEL, data, tmp_path / "ad", **(options | {"rank": 4}), resume=True)
+    result = le.train(MODEL, data, tmp_path / "ad", **options, resume=True)
+    assert result.history.losses == expected.history.losses
+    assert result.adapter.sha256 == expected.adapter.sha256
+    assert {path.name for path in tmp_path.iterdir()} == {"data.npz", "whole", "ad"}
+
+
+def test_nothing_is_continued_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="there is no checkpoint in"):
+        le.train(MODEL, data, tmp_path / "ad", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_a_rank_beyond_a_layer_is_refused(data: Path, tmp_path: Path) -> None:
+    for target in ("dense", "all-linear"):
+        with pytest.raises(InputRefused, match=r"larger than 1 of 1 layers.*\n  `dense` is 8 × 8, its rank 9"):
+            le.train(MODEL, data, tmp_path / "ad", rank=9, target=target)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_of_all_linear_layers_some_may_be_smaller_than_the_rank(tmp_path: Path) -> None:
+    (tmp_path / "small_head.py").write_text(
+        "import torch\n\ndef make():\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 2)), torch.ones(2, 8)\n"
+    )
+    inputs = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", input=inputs, labels=(inputs[:, 0] > 0).astype(np.int64))
+    seen, model = Recorder(), f"{tmp_path}/small_head.py:make"
+    result = le.train(model, tmp_path / "a.npz", tmp_path / "ad", rank=4, epochs=1, **seen.callbacks)
+    assert set(result.adapter.pairs) == {"0", "1"}
+    assert "note: the rank is larger than 1 of 2 layers, such as `1` is 2 × 6, its rank 4" in seen.messages
+    with pytest.raises(InputRefused, match="larger than 1 of 1 layers"):
+        le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, target="1")

@@ -182,7 +182,7 @@ def test_a_file_that_is_no_graph_is_exit_8(place: Path, tmp_path: Path, capsys: 
         (["verify", "{place}/base.safetensors", "--model", MODEL, "--provider", "cuda"], 2, "--provider cuda"),
         (["train", MODEL, "--data", "{place}/nothing.npz", "-o", "{out}"], 3, "nothing.npz"),
         (["train", MODEL, "--data", "{place}/signals.npz", "-o", "{out}", "--target", "query"], 3, "query"),
-        (["train", MODEL, "--data", "{place}/signals.npz", "-o", "{out}", "--compare-frozen"], 2, "--head"),
+        (["train", MODEL, "--data", "{place}/signals.npz", "-o", "{out}", "--compare", "partly"], 2, "none of full"),
         (["inspect", "{place}/nothing"], 3, "nothing"),
         (["no-such-command"], 2, "no-such-command"),
     ],

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ from lora_export import formats
 from lora_export.cli.train import MEASURED
 from support.api import MODEL
 from support.cli import answer, call
+from support.small_models import small_model, words_tokenizer
 
 
 @pytest.fixture
@@ -40,6 +46,70 @@ def test_json_has_the_figures_of_the_training(data: Path, capsys: pytest.Capture
     assert {(pair.rank, pair.scale) for pair in adapter.pairs.values()} == {(3, 2.0)}
 
 
+def test_several_ranks_print_a_table(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "ad"
+    line = ("train", MODEL, "--data", data, "-o", out, "--rank", "2", "--rank", "4", "--compare", "full,frozen")
+    assert call(*line, "--epochs", "1") == 0
+    printed = capsys.readouterr().out
+    rows = [row.split() for row in printed.splitlines()]
+    assert rows[0][:3] == ["strategy", "rank", "trained"]
+    assert [row[0] for row in rows[1:5]] == ["LoRA", "LoRA", "all", "base"]
+    assert [row[1:3] for row in rows[1:3]] == [["2", "32"], ["4", "64"]]
+    assert printed.endswith(f"wrote {out / 'rank-2'} (32 numbers)\nwrote {out / 'rank-4'} (64 numbers)\n")
+    code, document = answer(capsys, *line, "--epochs", "1", "--overwrite")
+    assert code == 0 and [run["strategy"] for run in document["runs"]] == ["lora", "lora", "full", "frozen"]
+
+
+def test_columns_of_the_data_may_have_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = words_tokenizer(small_model("llama", tmp_path / "base"))
+    (tmp_path / "a.csv").write_text("body,kind\n" + "a good film,1\nbad film,2\n" * 4)
+    line = ("train", base, "--data", tmp_path / "a.csv", "-o", tmp_path / "ad", "--column", "text=body", "--rank", "2")
+    assert call(*line) == 0
+    assert "8 examples (language-modelling)" in capsys.readouterr().err
+    assert call(*line, "--column", "label=kind", "--overwrite") == 0
+    assert "8 examples of 2 classes (classification)" in capsys.readouterr().err
+    assert call(*line, "--column", "label=kind", "--task", "language-modelling", "--overwrite") == 0
+    assert "8 examples (language-modelling)" in capsys.readouterr().err
+    assert call(*line, "--column", "label=none", "--overwrite") == 3
+    assert "has no column none; it has body, kind" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_and_an_interrupted_training_end_with_the_same_bits(
+    data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL, then --resume and Ctrl-C, then the command that this prints: the curve of one whole run."""
+    out, whole = data.parent / "ad", data.parent / "whole"
+    line = ["train", MODEL, "--data", str(data), "--rank", "2", "--batch-size", "4", "--epochs", "400"]
+    line += ["--save-every", "50"]
+    assert call(*line, "-o", whole) == 0
+    state = data.parent / "ad.training/state.safetensors"
+
+    def run_until_saved(*words: str, end: signal.Signals) -> tuple[int, str]:
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        command = [sys.executable, "-m", "lora_export", *line, "-o", str(out), *words]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while not state.exists() or state.stat().st_mtime_ns == before:
+                assert process.poll() is None, "it ended before a checkpoint"
+            process.send_signal(end)
+            _, told = process.communicate()
+        return process.returncode, told
+
+    assert run_until_saved(end=signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not out.exists()
+    code, told = run_until_saved("--resume", end=signal.SIGINT)
+    assert code == 130 and not out.exists() and "ad.training had been written" in told
+    (command,) = [text for text in told.splitlines() if text.startswith("to continue: lora-export ")]
+    assert call(*shlex.split(command.removeprefix("to continue: lora-export "))) == 0
+    assert not state.exists()
+    curves = [
+        [json.loads(text)["loss"] for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, out)
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 2000
+    assert formats.load(whole).sha256 == formats.load(out).sha256
+
+
 def test_rslora_divides_by_the_root_of_the_rank(data: Path) -> None:
     out = data.parent / "ad"
     assert call("train", MODEL, "--data", data, "-o", out, "--rank", "4", "--alpha", "6", "--rslora") == 0
@@ -53,7 +123,12 @@ def test_rslora_divides_by_the_root_of_the_rank(data: Path) -> None:
         (("--alpha", "0"), "Invalid value for '--alpha'"),
         (("--holdout", "1"), "Invalid value for '--holdout'"),
         (("--device", "tpu"), "Invalid value for '--device'"),
-        (("--compare-frozen",), "--compare-frozen needs a head"),
+        (("--compare", "frozen,half"), "half is none of full, frozen"),
+        (("--patience", "2", "--holdout", "0"), "--keep-best need held-out examples"),
+        (("--column", "text"), "text is not NAME=COLUMN"),
+        (("--rank", "2", "--rank", "2"), "each --rank is given once"),
+        (("--rank", "2", "--rank", "4", "--resume"), "a comparison is not continued"),
+        (("--packing",), "--packing is for texts that a causal language model continues"),
     ],
 )
 def test_wrong_usage_ends_with_2(

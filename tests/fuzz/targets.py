@@ -48,7 +48,9 @@ from lora_export.models.pt2.example_inputs import ProgramInputs
 from lora_export.runtime.session import Session
 from lora_export.storage import hash_ending
 from lora_export.storage.npz import read_arrays
-from lora_export.training.data import read_examples
+from lora_export.training.arrays import read_labelled_arrays
+from lora_export.training.records.opening import open_records
+from lora_export.training.row_forms import form_of, survey
 from lora_export.weights.checkpoint import open_checkpoint
 
 Target = Callable[[bytes], bool]  # whether the input was accepted
@@ -644,11 +646,19 @@ def good_onnx_adapter() -> bytes:
         return path.read_bytes()[: -hash_ending.ENDING]  # or each change would end at the hash
 
 
+def _examples(path: Path) -> None:
+    if path.suffix == ".npz":
+        read_labelled_arrays(path)
+        return
+    records = open_records(path)
+    survey(records, form_of(records))
+
+
 def examples_reader(suffix: str) -> Target:
     def target(data: bytes) -> bool:
         with a_place() as place:
             (place / f"examples{suffix}").write_bytes(data)
-            return not refused(lambda: read_examples(place / f"examples{suffix}"))
+            return not refused(lambda: _examples(place / f"examples{suffix}"))
 
     return target
 

@@ -30,7 +30,8 @@ from lora_export.errors import InputRefused, LoraExportError
 from lora_export.models.load import load_model
 from lora_export.runtime.torchscript.runner import ScriptRunner
 from lora_export.storage import npz
-from lora_export.training import data
+from lora_export.training.arrays import read_labelled_arrays
+from lora_export.training.records.opening import open_records
 from lora_export.weights.checkpoint import OTHER_WEIGHTS
 from support.handmade import Payload, base_file, peft_adapter, raw_tensor_file
 
@@ -144,7 +145,7 @@ def test_arrays_of_objects_are_pickles_and_are_not_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=objects, labels=np.int64([0]))
     (tmp_path / "b.npz").write_bytes(pickled(tmp_path))
     for name in ("a.npz", "b.npz"):
-        for read in (data.read_examples, npz.read_arrays):
+        for read in (read_labelled_arrays, npz.read_arrays):
             with pytest.raises(InputRefused, match=rf"{name} is not an \.npz file of plain arrays"):
                 read(tmp_path / name)
     assert no_payload(tmp_path)
@@ -288,12 +289,13 @@ def test_what_is_no_file_is_no_companion(place: Path, kind: str) -> None:
 
 
 @pytest.mark.fault(41)
-@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "folder"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.npz"])
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.npz", "a.parquet"])
 def test_examples_are_read_from_files_only(tmp_path: Path, name: str, kind: str) -> None:
     irregular(tmp_path / name, kind)
+    read = read_labelled_arrays if name == "a.npz" else open_records
     with pytest.raises(InputRefused, match=f"{name} is not a regular file"):
-        data.read_examples(tmp_path / name)
+        read(tmp_path / name)
 
 
 def irregular(path: Path, kind: str) -> None:

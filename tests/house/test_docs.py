@@ -22,7 +22,7 @@ from support.pages import GUIDE, PageRun, blocks, forget_modules, page_text
 NEEDS = {
     "README": ("base", "texts.jsonl", "adapter"),
     "install": (),
-    "training": ("base", "texts.jsonl", "net.py", "numbers.npz"),
+    "training": ("base", "texts.jsonl", "net.py", "numbers.npz", "decoder"),
     "models": ("net-adapter",),
     "adapters": ("base", "adapter", "fr"),
     "merging": ("base", "adapter", "fr", "de", "base.onnx"),

@@ -179,7 +179,7 @@ def test_exercise_3_draws_the_curves_and_prints_the_costs(tmp_path: Path, capsys
 
     # All linear layers of one of MiniLM's layers: rank * (4 * (384 + 384) + 2 * (384 + 1536)); the head: 384 * 10 + 10.
     assert [run.parameters for run in (small, large)] == [4 * 6912 + 3850, 64 * 6912 + 3850]
-    epochs = small_task.SETTINGS["epochs"]
+    epochs = small_task.SETTINGS.epochs
     for run in (small, large):
         assert len(run.training) == epochs and len(run.held_out) == epochs + 1
         assert run.training[-1] < run.training[0] / 2

@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as hf
 from numpy.typing import NDArray
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -130,3 +131,37 @@ def test_convolutions_and_embeddings_are_no_linear_targets():
 def test_names_that_match_nothing_are_refused_with_the_nearest(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputRefused, match=message):
         layers.create_adapter(a_classifier(), **{"rank": 1, "alpha": 1, "seed": 0, **options})
+
+
+def test_layers_that_are_smaller_than_the_rank_are_found() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    fitting, beyond = (
+        layers.create_adapter(module, targets="all-linear", rank=rank, alpha=4, seed=0) for rank in (3, 4)
+    )
+    assert layers.full_rank_layers(fitting) == []
+    assert layers.full_rank_layers(beyond) == ["`1` is 3 × 8, its rank 4"]
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "rank", "published", "counted"),
+    [
+        # Hu et al. 2022. GPT-2's c_attn has q, k and v: one pair of it has as many numbers as pairs of q and of v.
+        (hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16), ["c_attn"], 4, "0.35 M", 393_216),
+        (hf.RobertaConfig(), ["query", "value"], 8, "0.3 M", 294_912),
+        (
+            hf.OPTConfig(hidden_size=12288, word_embed_proj_dim=12288, num_hidden_layers=96, num_attention_heads=96),
+            ["q_proj", "v_proj"],
+            4,
+            "18.9 M, of GPT-3",
+            18_874_368,
+        ),
+    ],
+    ids=["GPT-2 medium", "RoBERTa-base", "175 B"],
+)
+def test_trained_parameters_are_those_that_were_published(
+    config: Any, targets: list[str], rank: int, published: str, counted: int
+) -> None:
+    with torch.device("meta"):
+        module = hf.AutoModel.from_config(config)
+    adapter = layers.create_adapter(module, targets=targets, rank=rank, alpha=2 * rank, seed=0)
+    assert adapter.parameters == counted, published

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_export import layers
+from lora_export import layers, plan
 from lora_export.errors import InputRefused
 from support.small_layers import PAIR, a_model, a_pair, an_adapter, plan_for
 
@@ -68,3 +68,13 @@ def test_an_adapter_that_is_not_attached_is_refused() -> None:
     layers.attach(model, plan_for(model, an_adapter({"0": PAIR}, name="one")))
     with pytest.raises(InputRefused, match="the adapter two is not attached"):
         layers.read_back(model, an_adapter({"0": PAIR}, name="two"))
+
+
+def test_a_trainable_base_is_refused_and_adapters_and_heads_are_not() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    adapter = layers.create_adapter(module, targets=["0"], rank=2, alpha=4, seed=0, modules_to_save=["1"])
+    layers.attach(module, plan.make([adapter], layers.specs(module), identity_ok=True), trainable=True)
+    layers.refuse_trainable_base(module)
+    module[0]._parameters["weight"].requires_grad_(True)
+    with pytest.raises(InputRefused, match=r"these of its parameters would be trained:\n  0\.weight"):
+        layers.refuse_trainable_base(module)

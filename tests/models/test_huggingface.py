@@ -18,6 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.lora import Adapter
 from lora_export.models.huggingface import load_tokenizer
 from lora_export.models.load import load_model
+from lora_export.weights.task_head import TaskHead
 from support.small_models import small_model
 
 
@@ -48,7 +49,7 @@ def test_ids_are_in_range_and_masks_have_padding(tiny_bert: Path) -> None:
 
 
 def test_labels_add_a_head_of_their_number(tiny_bert: Path) -> None:
-    loaded = load_model(str(tiny_bert), labels=["cat", "dog", "eel"])
+    loaded = load_model(str(tiny_bert), head=TaskHead("ForSequenceClassification", ("cat", "dog", "eel")))
     assert type(loaded.module).__name__ == "BertForSequenceClassification"
     assert loaded.module.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
     assert loaded.module.classifier.out_features == 3

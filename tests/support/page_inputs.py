@@ -164,7 +164,7 @@ def _numbers(_: PageInputs, path: Path) -> None:
 
 def _net_adapter(inputs: PageInputs, path: Path) -> None:
     net, data = inputs.path("net.py"), inputs.path("numbers.npz")
-    assert call("train", f"{net}:make", "--data", data, "-o", path, "--learning-rate", "1e-2") == 0
+    assert call("train", f"{net}:make", "--data", data, "-o", path, "--rank", "4", "--learning-rate", "1e-2") == 0
 
 
 MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {

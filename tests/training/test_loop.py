@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from lora_export import layers, plan
 from lora_export.errors import EnvironmentLacking, InputRefused
 from lora_export.training import loop
-from lora_export.training.batches import ArrayData, Data, array_data, token_data
-from lora_export.training.data import Examples
+from lora_export.training.batches import ArrayData, Data, ReadyBatches
+from lora_export.training.checkpoint import Checkpoints
 from lora_export.training.evaluation import evaluate
-from lora_export.training.losses import cross_entropy
-from support.letters import LettersTokenizer
+from lora_export.training.history import StepRecord, TrainingHistory
+from lora_export.training.losses import Batch, OwnLoss
+from lora_export.training.settings import TrainingSettings
 
 
 class Net(nn.Module):
@@ -39,7 +42,7 @@ class Net(nn.Module):
 def some_data(count: int = 64) -> ArrayData:
     """Rows of four numbers, labelled by whether the first exceeds the second."""
     x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    return array_data(Examples((x[:, 0] > x[:, 1]).astype(np.int64), classes=("no", "yes"), inputs={"x": x}))
+    return ArrayData({"x": torch.from_numpy(x)}, torch.from_numpy((x[:, 0] > x[:, 1]).astype(np.int64)))
 
 
 def adapted(seed: int = 0) -> nn.Module:
@@ -50,9 +53,13 @@ def adapted(seed: int = 0) -> nn.Module:
     return module
 
 
-def fitted(module: nn.Module, data: Data | None = None, **options: Any) -> loop.TrainingHistory:
+OF_FIT = {"device", "held_out", "checkpoints", "resume", "on_step"}
+
+
+def fitted(module: nn.Module, data: Data | None = None, **options: Any) -> TrainingHistory:
     settings = {"epochs": 20, "learning_rate": 0.05, "batch_size": 16, "seed": 0, **options}
-    return loop.fit(module, data or some_data(), **settings)
+    more = {name: settings.pop(name) for name in OF_FIT & set(settings)}
+    return loop.fit(module, data or some_data(), TrainingSettings(**settings), **more)
 
 
 def test_the_loss_falls_and_the_module_learns() -> None:
@@ -65,7 +72,7 @@ def test_the_loss_falls_and_the_module_learns() -> None:
     assert after.accuracy is not None and before.accuracy is not None
     assert after.accuracy > 0.95 > before.accuracy
     assert after.loss < 0.5 * before.loss
-    assert history.peak_bytes > 2**20
+    assert history.memory.peak > 2**20 and history.memory.gradients == 4 * (4 * (4 + 16) + 4 * (16 + 8) + 18)
     assert min(history.seconds) > 0
     assert str(history).startswith("80 steps on cpu in ")
 
@@ -129,46 +136,18 @@ def test_accelerate_leaves_no_attribute_on_the_module() -> None:
     assert set(vars(module)) == before
 
 
-class Recorder(nn.Module):
-    """Records its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 2)
-        self.seen: list[list[int]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.flatten().int().tolist())
-        scores: Tensor = self.layer(x)
-        return scores
-
-
-def test_every_example_is_seen_once_an_epoch_in_seeded_order() -> None:
-    data = ArrayData({"x": torch.arange(10.0)[:, None]}, torch.arange(10) % 2)
-    orders = []
-    for seed in (0, 1):
-        module = Recorder()
-        loop.fit(module, data, epochs=2, learning_rate=0.01, batch_size=4, seed=seed)
-        assert [len(batch) for batch in module.seen] == [4, 4, 2, 4, 4, 2]
-        orders += [tuple(number for batch in half for number in batch) for half in (module.seen[:3], module.seen[3:])]
-    assert all(sorted(order) == list(range(10)) for order in orders)
-    assert len({*orders, tuple(range(10))}) == 5
-
-
 def test_the_learning_rate_warms_up_and_decays() -> None:
-    rates = [loop._warm_up_and_decay(10, 0.2)(step) for step in range(11)]
-    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
-    assert [loop._warm_up_and_decay(1, 0.9)(step) for step in range(2)] == [1.0, 0.0]
     module = nn.Linear(1, 1, bias=False)
     weights = [module.weight.item()]
+    falling = ReadyBatches([Batch({"input": torch.ones(1, 1)}, None)], OwnLoss(lambda scores, _: -scores.sum()))
     fitted(
         module,
-        ArrayData({"input": torch.ones(1, 1)}, torch.ones(1)),
+        falling,
         epochs=4,
+        batch_size=1,
         warmup=0.25,
         weight_decay=0.0,
         learning_rate=0.5,
-        loss=lambda scores, _: -scores.sum(),
         on_step=lambda *_: weights.append(module.weight.item()),
     )
     # While the gradient is the same, a step of AdamW moves a number by the learning rate.
@@ -182,7 +161,7 @@ def test_gradients_are_clipped() -> None:
     def huge(scores: Tensor, labels: Tensor) -> Tensor:
         return 1e6 * (scores.flatten() - labels).square().mean()
 
-    data = ArrayData({"input": torch.ones(1, 1)}, torch.zeros(1))
+    data = ReadyBatches([Batch({"input": torch.ones(1, 1)}, torch.zeros(1))], OwnLoss(huge))
     real = torch.optim.AdamW.step
 
     def recorded(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
@@ -192,21 +171,23 @@ def test_gradients_are_clipped() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", recorded)
-        loop.fit(module, data, epochs=2, learning_rate=0.1, batch_size=1, seed=0, loss=huge)
+        fitted(module, data, epochs=2, learning_rate=0.1, batch_size=1)
     assert norms == pytest.approx([1.0, 1.0], rel=1e-3)
 
 
 def test_progress_is_reported_at_every_step() -> None:
-    reported: list[tuple[int, int, float]] = []
+    reported: list[tuple[StepRecord, int]] = []
     history = fitted(adapted(), epochs=2, on_step=lambda *step: reported.append(step))
-    assert [(step, steps) for step, steps, _ in reported] == [(number, 8) for number in range(1, 9)]
-    assert tuple(loss for _, _, loss in reported) == history.losses
+    assert [record for record, _ in reported] == history.steps and {steps for _, steps in reported} == {8}
+    assert [record.step for record in history.steps] == list(range(1, 9))
+    assert [record.epoch for record in history.steps] == [1] * 4 + [2] * 4
+    assert {record.tokens for record in history.steps} == {16}  # examples, since they are no tokens
 
 
 def test_values_are_predicted_with_squared_error() -> None:
     module = nn.Linear(2, 1)
     x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
-    data = array_data(Examples(x @ np.array([2, -1], np.float32), inputs={"input": x}))
+    data = ArrayData({"input": torch.from_numpy(x)}, torch.from_numpy(x @ np.array([2, -1], np.float32)))
     fitted(module, data, learning_rate=0.2, weight_decay=0.0)
     score = evaluate(module, data)
     assert (score.accuracy, score.count) == (None, 64)
@@ -214,71 +195,199 @@ def test_values_are_predicted_with_squared_error() -> None:
     torch.testing.assert_close(module.weight.detach(), torch.tensor([[2.0, -1]]), atol=0.03, rtol=0)
 
 
-def test_texts_train_a_model_through_its_tokenizer() -> None:
-    class Bag(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(27, 4)
-            self.head = nn.Linear(4, 2)
+# --- Parts, processes, evaluation, checkpoints ---
 
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-            mask = attention_mask[..., None]
-            return {"logits": self.head((self.embed(input_ids) * mask).sum(1) / mask.sum(1))}
 
-    torch.manual_seed(0)
-    texts = ("aa", "ab", "a", "b", "bbb", "bb") * 4
-    examples = Examples(np.array([0, 0, 0, 1, 1, 1] * 4), classes=("0", "1"), texts=texts)
-    data = token_data(examples, LettersTokenizer())
-    module = Bag()
-    loop.fit(module, data, epochs=20, learning_rate=0.1, batch_size=5, seed=0)
-    assert evaluate(module, data).accuracy == 1.0
+def plain() -> nn.Module:
+    """Without dropout, which is drawn for each part by itself."""
+    module = adapted()
+    module.body[3].p = 0.0
+    return module
+
+
+def test_parts_of_a_step_add_up_to_it() -> None:
+    ignored = some_data()
+    ignored.labels[::3] = -100  # so that the parts have different counts
+    whole, parts = plain(), plain()
+    first, second = fitted(whole, ignored, epochs=2), fitted(parts, ignored, epochs=2, accumulate=5)
+    assert first.losses == pytest.approx(second.losses, rel=1e-5)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(tensor, parts.state_dict()[name], rtol=1e-4, atol=1e-5)
+    assert second.memory.activations < first.memory.activations
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys\nsys.path.insert(0, sys.argv[1])\n"
+        "import importlib.util as u\nspec = u.spec_from_file_location('t', sys.argv[2])\n"
+        "t = u.module_from_spec(spec); spec.loader.exec_module(t)\n"
+        "data = t.some_data(50)\ndata.labels[::3] = -100\nmodule = t.plain()\n"
+        "history = t.fitted(module, data, epochs=3, held_out=t.some_data(31), evaluate_every=5)\n"
+        "from lora_export.training.processes import rank\n"
+        "import torch\nrank() or torch.save((history, module.state_dict()), sys.argv[3])\n"
+    )
+    results = []
+    for number in (1, 2):
+        saved = tmp_path / f"{number}.pt"
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"] if number > 1 else []
+        command = [sys.executable, *launch, script, Path(__file__).parents[1], __file__, saved]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        subprocess.run([str(word) for word in command], check=True, env=environment)
+        results.append(torch.load(saved, weights_only=False))
+    (one, alone), (two, shared) = results
+    assert one.losses == pytest.approx(two.losses, rel=1e-5)
+    for first, second in zip(one.evaluations, two.evaluations, strict=True):
+        assert first.held_out_loss == pytest.approx(second.held_out_loss, rel=1e-5)
+        assert first.held_out_accuracy == second.held_out_accuracy
+    for name, tensor in alone.items():
+        torch.testing.assert_close(tensor, shared[name], rtol=1e-4, atol=1e-5)
+
+
+def noise(count: int = 32) -> ArrayData:
+    """Labels that nothing explains: the more a module learns, the worse it is on them."""
+    x = torch.from_numpy(np.random.default_rng(1).normal(size=(count, 4)).astype(np.float32))
+    return ArrayData({"x": x}, (x[:, 0] <= x[:, 1]).long())
+
+
+def test_training_stops_early_and_ends_with_the_best() -> None:
+    module = adapted()
+    history = fitted(module, held_out=noise(), patience=2, epochs=20)
+    assert [record.step for record in history.evaluations] == [4, 8, 12]  # an epoch has four steps
+    assert history.best is history.evaluations[0] and len(history.losses) == 12
+    assert evaluate(module, noise()).loss == pytest.approx(history.evaluations[0].held_out_loss)
+    last = adapted()
+    assert len(fitted(last, held_out=noise(), evaluate_every=3, epochs=2).evaluations) == 3  # and after the last
+    assert evaluate(last, noise()).loss > history.evaluations[0].held_out_loss
+
+
+def test_a_continued_training_has_the_same_bits(tmp_path: Path) -> None:
+    options = {"held_out": noise(), "keep_best": True, "epochs": 4, "save_every": 3, "evaluate_every": 2}
+    whole, continued = adapted(), adapted()
+    expected = fitted(whole, **options)
+
+    def interrupt(record: StepRecord, _: int) -> None:
+        if record.step == 7:
+            raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path / "a.training", {"any": 1})
+    with pytest.raises(KeyboardInterrupt):
+        fitted(continued, **options, checkpoints=checkpoints, on_step=interrupt)
+    continued = adapted()  # of another process
+    steps: list[int] = []
+    history = fitted(
+        continued, **options, checkpoints=checkpoints, resume=True, on_step=lambda step, _: steps.append(step.step)
+    )
+    assert steps[0] == 8
+    assert history.losses == expected.losses and history.evaluations == expected.evaluations
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, continued.state_dict()[name]), name
+
+
+def test_an_interruption_within_a_step_loses_that_step_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "a.training", {})
+    expected = fitted(adapted(), epochs=2)
+    interrupted = adapted()
+    calls: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    interrupted.body[4].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(interrupted, epochs=2, checkpoints=checkpoints)
+    history = fitted(adapted(), epochs=2, checkpoints=checkpoints, resume=True)
+    assert history.losses == expected.losses
+
+
+def test_b_learns_faster_by_its_ratio() -> None:
+    module, faster = adapted(), adapted()
+    rates: list[dict[str, float]] = []
+    real = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append({"groups": len(self.param_groups), "last": self.param_groups[-1]["lr"]})
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", recorded)
+        fitted(module, epochs=1, warmup=0.0)
+        fitted(faster, epochs=1, warmup=0.0, b_ratio=16.0)
+    assert [rate["groups"] for rate in rates] == [1] * 4 + [2] * 4
+    assert [rate["last"] for rate in rates[4:]] == pytest.approx([16 * rate["last"] for rate in rates[:4]])
 
 
 # --- What training refuses ---
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
-    module = adapted()
+def diverging(data: ArrayData, at: int) -> ReadyBatches:
+    """The data in batches of 16, whose loss is infinite at this call."""
     calls: list[int] = []
 
-    def diverging(scores: Tensor, labels: Tensor) -> Tensor:
+    def own(scores: Tensor, labels: Tensor) -> Tensor:
         calls.append(1)
-        return cross_entropy(scores, labels) * (float("inf") if len(calls) == 3 else 1)
+        return nn.functional.cross_entropy(scores, labels) * (float("inf") if len(calls) == at else 1)
 
-    with pytest.raises(InputRefused, match="the loss is inf at step 3 of 4: training has diverged"):
-        fitted(module, epochs=1, loss=diverging)
+    return ReadyBatches([data.batch(range(start, start + 16)) for start in range(0, 64, 16)], OwnLoss(own))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step() -> None:
+    module = adapted()
+    with pytest.raises(InputRefused, match=r"the loss is inf at step 3 of 4: .* Nothing was written"):
+        fitted(module, diverging(some_data(), at=3), epochs=1, batch_size=1)
     assert not module.training
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda options: options.update(epochs=0), "epochs 0"),
-        (lambda options: options.update(batch_size=0), "batch size 0"),
-        (lambda options: options.update(learning_rate=float("nan")), "learning rate nan"),
-        (lambda options: options.update(warmup=1.0), r"warm-up 1\.0"),
-    ],
-)
-def test_impossible_settings_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
-    options: dict[str, Any] = {}
-    change(options)
-    with pytest.raises(InputRefused, match=message):
-        fitted(adapted(), **options)
+def test_the_checkpoint_before_a_divergence_is_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "a.training", {})
+    with pytest.raises(InputRefused, match=r"step 3 of 4: .*a\.training: --resume continues from it"):
+        fitted(adapted(), diverging(some_data(), at=3), epochs=1, batch_size=1, save_every=2, checkpoints=checkpoints)
+    module = adapted()
+    history = fitted(module, diverging(some_data(), at=0), epochs=1, batch_size=1, checkpoints=checkpoints, resume=True)
+    assert len(history.losses) == 4 and history.steps[1].step == 2
+
+
+def test_a_base_parameter_that_would_get_a_gradient_is_refused() -> None:
+    class Unfreezing(Net):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            self.body[0].weight.requires_grad_(True)
+            return super().forward(x, scale)
+
+    module = Unfreezing().requires_grad_(False)
+    module.head.requires_grad_(True)
+    before = module.body[0].weight.detach().clone()
+    with pytest.raises(
+        InputRefused, match=r"the base is frozen, but its forward gives gradients to:\n  body\.0\.weight"
+    ):
+        fitted(module, epochs=1)
+    assert torch.equal(module.body[0].weight, before)
+
+
+def test_evaluation_needs_held_out_examples() -> None:
+    with pytest.raises(InputRefused, match="need held-out examples"):
+        fitted(adapted(), patience=1)
+
+
+def test_gradient_checkpointing_needs_a_model_that_knows_its_blocks() -> None:
+    with pytest.raises(InputRefused, match="needs a model of transformers"):
+        fitted(adapted(), gradient_checkpointing=True)
+
+
+def test_short_memory_names_what_helps() -> None:
+    class Hungry(Net):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(EnvironmentLacking, match=r"not enough memory to train\. What helps: a smaller --batch-size"):
+        fitted(Hungry())
 
 
 def test_a_frozen_model_is_refused() -> None:
     with pytest.raises(InputRefused, match="nothing to train"):
         fitted(Net().requires_grad_(False))
-
-
-@pytest.mark.parametrize("names", [["y"], ["x", "y"], []])
-def test_inputs_that_forward_does_not_take_are_refused(names: list[str]) -> None:
-    data = ArrayData({name: torch.ones(4, 4) for name in names}, torch.tensor([0, 1, 0, 1]))
-    message = rf"the examples contain {', '.join(names)}; the model's forward takes scale, x"
-    with pytest.raises(InputRefused, match=message):
-        fitted(adapted(), data)
-    with pytest.raises(InputRefused, match=message):
-        evaluate(adapted(), data)
 
 
 def test_without_accelerate_the_environment_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:

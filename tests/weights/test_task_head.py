@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_export.lora import Adapter
-from lora_export.weights.task_head import config_for_labels, config_with_heads, number_of_labels
+from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
 
 BASE = {"architectures": ["BertModel"], "hidden_size": 4}
 LABELS_OF_3 = {
@@ -124,13 +124,17 @@ def test_a_base_of_unknown_class_gets_the_labels_only(architectures):
     assert config_with_heads(config, [adapter()]) == config | LABELS_OF_3
 
 
-def test_config_for_labels_replaces_the_labels():
-    assert config_for_labels({**BASE, "id2label": {"0": "old"}}, ["good", "bad"]) == {
+def test_the_config_for_a_head_has_its_class_and_labels():
+    head = TaskHead("ForSequenceClassification", ("good", "bad"))
+    assert config_for_head({**BASE, "id2label": {"0": "old"}}, head) == {
         "architectures": ["BertForSequenceClassification"],
         "hidden_size": 4,
         "id2label": {"0": "good", "1": "bad"},
         "label2id": {"good": 0, "bad": 1},
     }
+    tags = config_for_head(BASE, TaskHead("ForTokenClassification", ("x",), "regression"))
+    assert (tags["architectures"], tags["problem_type"]) == (["BertForTokenClassification"], "regression")
+    assert number_of_labels(tags) is None and number_of_labels(tags, "ForTokenClassification") == 1
 
 
 @pytest.mark.parametrize("named", [3, "abc", ["a", "b", "c"]])

@@ -1,0 +1,236 @@
+"""What `train` learns from: data read and checked before the model is loaded, then encoded as the model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.models.factory import find_factory
+from lora_export.models.huggingface import load_image_processor, load_tokenizer, set_padding_token
+from lora_export.models.model import Model
+from lora_export.models.text_lengths import text_lengths
+from lora_export.storage.hashes import file_sha256
+from lora_export.training.arrays import LabelledArrays, read_labelled_arrays
+from lora_export.training.batches import ArrayData, Data, EncodedRows, ReadyBatches
+from lora_export.training.encoders.classified import LabelEncoder, SimilarityEncoder, TagEncoder, TextEncoder
+from lora_export.training.encoders.pictures import ImageEncoder
+from lora_export.training.encoders.texts import (
+    AnswerEncoder,
+    Tokenise,
+    chat_tokens,
+    completion_tokens,
+    text_tokens,
+)
+from lora_export.training.own_batches import batches_sha256, read_own_batches
+from lora_export.training.records.opening import open_records
+from lora_export.training.records.rows import Records
+from lora_export.training.row_forms import LabelKind, RowForm, Survey, form_of, survey
+from lora_export.training.splitting import RowNumbers, split_rows
+from lora_export.training.token_rows import MaskedRows, TokenFile, causal_rows, refuse_mixed_texts
+from lora_export.weights.task_head import CLASS_ENDINGS, TaskHead
+
+MASKED_ENDING = "ForMaskedLM"
+CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+PROBLEM_TYPES = {LabelKind.CLASSES: "multi_label_classification", LabelKind.VALUE: "regression"}
+HEAD_ENDINGS = {
+    RowForm.LABELLED: CLASS_ENDINGS["SEQ_CLS"],
+    RowForm.TAGS: CLASS_ENDINGS["TOKEN_CLS"],
+    RowForm.IMAGE: "ForImageClassification",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedRows:
+    """Rows of a file or folder, and what a pass over them found."""
+
+    records: Records
+    survey: Survey
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Data that were read and checked, but not encoded yet."""
+
+    content: CheckedRows | LabelledArrays | ReadyBatches
+    sha256: str
+
+    def __str__(self) -> str:
+        match self.content:
+            case CheckedRows(_, found):
+                return str(found)
+            case ReadyBatches():
+                return f"{len(self.content):,} batches"
+        return str(self.content)
+
+    @property
+    def head(self) -> TaskHead | None:
+        """The head that a Hugging Face model needs for these labels."""
+        if not isinstance(self.content, CheckedRows) or self.content.survey.form not in HEAD_ENDINGS:
+            return None
+        found = self.content.survey
+        return TaskHead(HEAD_ENDINGS[found.form], found.class_names or ("LABEL_0",), PROBLEM_TYPES.get(found.kind, ""))
+
+    @property
+    def peft_task(self) -> str | None:
+        """PEFT's name for the task."""
+        if not isinstance(self.content, CheckedRows):
+            return None
+        tasks = {RowForm.LABELLED: "SEQ_CLS", RowForm.TAGS: "TOKEN_CLS", RowForm.SIMILARITY: "FEATURE_EXTRACTION"}
+        return tasks.get(self.content.survey.form)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """A number for each example: of each group, the same part is held out."""
+        if isinstance(self.content, CheckedRows):
+            return self.content.survey.groups
+        if isinstance(self.content, LabelledArrays):
+            labels = self.content.labels
+            if labels.ndim == 1 and labels.dtype.kind == "i":
+                return np.asarray(labels, np.int64)
+        return np.zeros(len(self.content), np.int64)
+
+
+def read_training_data(
+    source: str | Path, *, columns: Mapping[str, str] | None = None, task: str | None = None
+) -> TrainingData:
+    """Read data: a file, a folder, or `file.py:factory`, which is run.
+
+    Raises InputRefused with the files, lines and columns that are wrong.
+    """
+    path = Path(source)
+    location, separator, name = str(source).rpartition(":")
+    if separator and location and not path.exists() and (location.endswith(".py") or not path.suffix):
+        batches = read_own_batches(str(source), find_factory(location, name))
+        return TrainingData(batches, batches_sha256(batches))
+    if path.suffix.lower() == ".npz":
+        return TrainingData(read_labelled_arrays(path), file_sha256(path))
+    records = open_records(path, columns)
+    form = form_of(records, RowForm(task) if task else None)
+    return TrainingData(CheckedRows(records, survey(records, form)), records.sha256)
+
+
+def encoded_data(
+    loaded: Model, data: TrainingData, *, holdout: float, seed: int, max_length: int, packing: bool
+) -> tuple[Data, Data | None]:
+    """The examples to train on and those held out, as the model takes them.
+
+    Raises InputRefused for data that the model cannot take: texts without a tokenizer, texts to continue without a
+    language model.
+    """
+    everything = np.arange(len(data.groups))
+    trained_on, held_out = split_rows(data.groups, holdout, seed=seed) if holdout else (everything, None)
+    if packing and not (isinstance(data.content, CheckedRows) and data.content.survey.form in _TOKENISERS):
+        raise WrongUsage("--packing is for texts that a causal language model continues")
+    match data.content:
+        case LabelledArrays(inputs, labels):
+            return _split(trained_on, held_out, lambda rows: _arrays(inputs, labels, rows))
+        case ReadyBatches(batches, loss):
+            return _split(trained_on, held_out, lambda rows: ReadyBatches([batches[row] for row in rows], loss))
+    encoder = _Encoders(loaded, data.content, seed=seed, max_length=max_length, packing=packing)
+    return _split(trained_on, held_out, encoder.data)
+
+
+def _split(trained_on: RowNumbers, held_out: RowNumbers | None, make: Any) -> tuple[Data, Data | None]:
+    return make(trained_on), None if held_out is None else make(held_out)
+
+
+def _arrays(inputs: Mapping[str, NDArray[Any]], labels: NDArray[Any], rows: RowNumbers) -> ArrayData:
+    return ArrayData(
+        {name: torch.from_numpy(values[rows]) for name, values in inputs.items()}, torch.from_numpy(labels[rows])
+    )
+
+
+_TOKENISERS = {RowForm.TEXT, RowForm.COMPLETION, RowForm.CHAT}
+
+
+@dataclass(frozen=True)
+class _Encoders:
+    """Makes the data of one model from rows."""
+
+    loaded: Model
+    content: CheckedRows
+    seed: int
+    max_length: int
+    packing: bool
+
+    def data(self, rows: RowNumbers) -> Data:
+        form = self.content.survey.form
+        labels = LabelEncoder(self.content.survey.kind, self.content.survey.classes)
+        if form is RowForm.IMAGE:
+            return self._rows(rows, ImageEncoder(load_image_processor(self.loaded), labels))
+        tokenizer = load_tokenizer(self.loaded)
+        self._set_padding(tokenizer)
+        most = min(self.max_length, tokenizer.model_max_length)
+        most = min(most, text_lengths(self.loaded.module, {"sequence"}).most("sequence"))
+        if form is RowForm.LABELLED:
+            return self._rows(rows, TextEncoder(tokenizer, most, labels))
+        if form is RowForm.TAGS:
+            return self._rows(rows, TagEncoder(tokenizer, most, labels))
+        if form is RowForm.SIMILARITY:
+            return self._rows(rows, SimilarityEncoder(tokenizer, most))
+        return self._language(rows, tokenizer, most)
+
+    def _rows(self, rows: RowNumbers, encoder: Any) -> EncodedRows:
+        return EncodedRows(self.content.records, rows, encoder)
+
+    def _set_padding(self, tokenizer: Any) -> None:
+        """Padding of a classifier must be known to the model. That of a language model is never looked at."""
+        if tokenizer.pad_token is None and self.content.survey.form in _TOKENISERS and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+            return
+        if tokenizer.pad_token is None:
+            raise InputRefused(
+                "the tokenizer has no padding token, so that texts of different lengths make no batch. Give it one, "
+                "such as its end of text: tokenizer.pad_token = tokenizer.eos_token; tokenizer.save_pretrained(FOLDER)"
+            )
+        set_padding_token(self.loaded, tokenizer)
+
+    def _language(self, rows: RowNumbers, tokenizer: Any, most: int) -> Data:
+        module: Any = self.loaded.module
+        name, form = type(module).__name__, self.content.survey.form
+        if module.config.is_encoder_decoder and form is RowForm.COMPLETION:
+            if self.packing:
+                raise WrongUsage(f"--packing is for causal language models; {name} has an encoder")
+            return self._rows(rows, AnswerEncoder(tokenizer, most, module.config.decoder_start_token_id))
+        is_masked = name.endswith(MASKED_ENDING)
+        if not name.endswith(CAUSAL_ENDINGS) and not (is_masked and form is RowForm.TEXT):
+            raise InputRefused(
+                f"{self.loaded.source} is a {name}: rows of {form} need a causal language model"
+                f"{' or a masked one' if form is RowForm.TEXT else ''}, such as a class ending with ForCausalLM. "
+                "Texts with a `label` train a classifier"
+            )
+        if is_masked:
+            return self._masked(rows, tokenizer, most)
+        tokenise: Tokenise = {
+            RowForm.TEXT: lambda: text_tokens(tokenizer, ends=True),
+            RowForm.COMPLETION: lambda: completion_tokens(tokenizer),
+            RowForm.CHAT: lambda: chat_tokens(tokenizer),
+        }[form]()
+        file = TokenFile(self.content.records, rows, tokenise)
+        made = causal_rows(
+            file, max_length=most, cut=form is RowForm.TEXT, pack=self.packing, pad_token=tokenizer.pad_token_id
+        )
+        if self.packing:
+            refuse_mixed_texts(module, made)
+        return made
+
+    def _masked(self, rows: RowNumbers, tokenizer: Any, most: int) -> MaskedRows:
+        if self.packing:
+            raise WrongUsage("--packing is for causal language models: a masked one reads in both directions")
+        if tokenizer.mask_token_id is None:
+            raise InputRefused(f"the tokenizer of {self.loaded.source} has no mask token, which its model predicts")
+        file = TokenFile(self.content.records, rows, text_tokens(tokenizer, ends=False))
+        pieces = file.pieces(most, cut=True)
+        if not pieces:
+            raise InputRefused(f"no token is left to predict within {most} tokens; raise --max-length")
+        return MaskedRows(
+            file, pieces, tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer),
+            frozenset(tokenizer.all_special_ids), self.seed,
+        )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The ways of training one model that `train` compares: an adapter of each rank, all weights, the head alone."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from lora_export import layers, plan
+from lora_export.api.callbacks import OnProgress, Progress
+from lora_export.lora import Adapter
+from lora_export.training.batches import Data
+from lora_export.training.checkpoint import Checkpoints
+from lora_export.training.evaluation import Score, evaluate
+from lora_export.training.history import MemoryUse, StepRecord, TrainingHistory
+from lora_export.training.loop import Device, fit
+from lora_export.training.settings import TrainingSettings
+
+ComparedStrategy = Literal["full", "frozen"]
+FULL_RATE = 0.1  # of the adapter's learning rate: all weights are trained with about a tenth of it
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """What one way of training took, and how good it was."""
+
+    strategy: str  # "lora", "full" or "frozen"
+    rank: int | None
+    parameters: layers.ParameterCount
+    history: TrainingHistory
+    settings: TrainingSettings
+    score: Score | None  # on the held-out examples
+    score_without: Score | None = None  # of an adapter: with the same head, and the adapter off
+    adapter: Adapter | None = None  # as it was trained
+
+    @property
+    def label(self) -> str:
+        """`LoRA, rank 4`, `all weights` or `head alone`."""
+        names = {"full": "all weights", "frozen": "head alone" if self.parameters.trained else "base as it is"}
+        return names.get(self.strategy, f"LoRA, rank {self.rank}")
+
+    @property
+    def memory(self) -> MemoryUse:
+        return self.history.memory
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The row of the table, for JSON. Memory is in bytes, the time of a step in seconds."""
+        losses = self.history.losses
+        best = self.history.best
+        return {
+            "strategy": self.strategy,
+            "rank": self.rank,
+            "label": self.label,
+            "trained_parameters": self.parameters.trained,
+            "all_parameters": self.parameters.total,
+            "learning_rate": self.settings.learning_rate,
+            "memory": asdict(self.memory) | {"total": self.memory.total},
+            "step_seconds": statistics.median(self.history.seconds) if losses else None,
+            "final_loss": losses[-1] if losses else None,
+            "best_loss": min(losses, default=None),
+            "best_held_out_loss": best.held_out_loss if best else None,
+            "held_out": asdict(self.score) if self.score else None,
+            "losses": list(losses),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """Everything that is the same for all strategies: the model, the data and how the loop runs."""
+
+    module: nn.Module
+    data: Data
+    held_out: Data | None
+    settings: TrainingSettings
+    heads: tuple[str, ...]
+    device: Device
+    on_progress: OnProgress
+
+    def adapter(
+        self, new: Adapter, rank: int, *, checkpoints: Checkpoints | None = None, resume: bool = False
+    ) -> TrainingRun:
+        """Train a new adapter. The base is as before afterwards, to the last bit.
+
+        Raises InputRefused where a parameter of the base would be trained.
+        """
+        parts = plan.make([new], layers.specs(self.module), identity_ok=True)
+        layers.attach(self.module, parts, trainable=True)
+        try:
+            layers.refuse_trainable_base(self.module)
+            count = layers.count_parameters(self.module)
+            stage = f"training, rank {rank}"
+            history = self._fit(self.module, self.settings, stage, checkpoints=checkpoints, resume=resume)
+            trained = layers.read_back(self.module, new)
+            score = self._score(self.module)
+            with layers.scale_adapters(self.module, 0, keep_replaced=True):
+                without = self._score(self.module)
+        finally:
+            layers.detach(self.module)
+        return TrainingRun("lora", rank, count, history, self.settings, score, without, trained)
+
+    def whole_model(self) -> TrainingRun:
+        """Train all weights of a copy, with a lower learning rate."""
+        settings = replace(self.settings, learning_rate=self.settings.learning_rate * FULL_RATE)
+        module = copy.deepcopy(self.module).requires_grad_(True)
+        return self._run("full", module, settings, "training all weights")
+
+    def head_alone(self) -> TrainingRun:
+        """Train the head on the frozen base, in a copy. Without a head, the base is measured as it is."""
+        module = copy.deepcopy(self.module).requires_grad_(False)
+        for head in self.heads:
+            module.get_submodule(head).requires_grad_(True)
+        return self._run("frozen", module, self.settings, "training the head alone")
+
+    def compared(self, strategies: Iterable[ComparedStrategy]) -> list[TrainingRun]:
+        """Train by each of these, in their order."""
+        runs: Mapping[ComparedStrategy, Callable[[], TrainingRun]] = {
+            "full": self.whole_model,
+            "frozen": self.head_alone,
+        }
+        return [runs[strategy]() for strategy in strategies]
+
+    def _run(self, strategy: str, module: nn.Module, settings: TrainingSettings, stage: str) -> TrainingRun:
+        count = layers.count_parameters(module)
+        history = self._fit(module, settings, stage) if count.trained else TrainingHistory(self.device)
+        return TrainingRun(strategy, None, count, history, settings, self._score(module))
+
+    def _fit(self, module: nn.Module, settings: TrainingSettings, stage: str, **more: Any) -> TrainingHistory:
+        on_step = _step_progress(stage, self.on_progress)
+        return fit(module, self.data, settings, device=self.device, held_out=self.held_out, on_step=on_step, **more)
+
+    def _score(self, module: nn.Module) -> Score | None:
+        if self.held_out is None:
+            return None
+        # A user's own batches are one row each.
+        size = min(self.settings.batch_size, 64)
+        return evaluate(module, self.held_out, batch_size=size, device=self.device)
+
+
+def _step_progress(stage: str, on_progress: OnProgress) -> Callable[[StepRecord, int], None]:
+    """Report each step with its loss, the speed of the last one, and the time left at that speed."""
+    taken: list[float] = []
+
+    def report(record: StepRecord, steps: int) -> None:
+        taken.append(record.seconds)
+        recent = taken[-20:]
+        left = statistics.median(recent) * (steps - record.step)
+        speed = record.tokens / record.seconds if record.seconds else 0.0
+        detail = f"loss {record.loss:.3f}, {speed:,.0f} tokens/s, {_duration(left)} left"
+        on_progress(Progress(stage, record.step, steps, "steps", detail))
+
+    return report
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
+
+
+def losses_of(runs: Sequence[TrainingRun]) -> dict[str, tuple[float, ...]]:
+    """The loss of each step, by the label of the run."""
+    return {run.label: run.history.losses for run in runs if run.history.losses}

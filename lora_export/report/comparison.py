@@ -1,0 +1,77 @@
+"""The table of ways to train one model: as text, as an image of the losses, and as a page."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import EnvironmentLacking
+from lora_export.report.html import require_jinja2
+from lora_export.storage.atomic_output import byte_size
+
+TITLES = (
+    "strategy", "rank", "trained", "share", "weights", "gradients", "optimiser", "activations", "step",
+    "final loss", "best loss", "held out",
+)  # fmt: skip
+# Colours that colour-blind readers tell apart (Okabe and Ito)
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINES = ("-", "--", "-.", ":")
+
+
+def comparison_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the table, by TITLES, from the documents of the runs."""
+    return [_cells(run) for run in runs]
+
+
+def _cells(run: Mapping[str, Any]) -> tuple[str, ...]:
+    memory, held_out = run["memory"], run["held_out"]
+    parts = (byte_size(memory[name]) for name in ("weights", "gradients", "optimizer", "activations"))
+    measured = "" if held_out is None else f"{held_out['loss']:.4g}"
+    if held_out is not None and held_out["accuracy"] is not None:
+        measured = f"{100 * held_out['accuracy']:.1f} % ({measured})"
+    share = 100 * run["trained_parameters"] / run["all_parameters"]
+    return (
+        run["label"].partition(",")[0],
+        "" if run["rank"] is None else str(run["rank"]),
+        f"{run['trained_parameters']:,}",
+        f"{share:.3g} %",
+        *(parts if run["losses"] else ("", "", "", "")),
+        "" if run["step_seconds"] is None else f"{1e3 * run['step_seconds']:.3g} ms",
+        *("" if run[name] is None else f"{run[name]:.4g}" for name in ("final_loss", "best_loss")),
+        measured,
+    )
+
+
+def require_matplotlib() -> Any:
+    """The class Figure of matplotlib. Raises EnvironmentLacking where it is missing."""
+    try:
+        return importlib.import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise EnvironmentLacking(f"a plot needs matplotlib ({error}): pip install 'lora-export[plot]'") from error
+
+
+def draw_losses(losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the loss of each step as a PNG: label -> losses. Raises EnvironmentLacking without matplotlib."""
+    figure = require_matplotlib()(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, values) in enumerate(losses.items()):
+        style = {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "linestyle": LINES[number % len(LINES)]}
+        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1.8, **style)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def comparison_page(document: Mapping[str, Any], picture: str) -> str:
+    """The page of a comparison. `picture` is the PNG's name beside it. Raises EnvironmentLacking without jinja2."""
+    jinja2 = require_jinja2()
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("lora_export", "report/templates"), autoescape=True)
+    template = environment.get_template("comparison.html.j2")
+    rendered: str = template.render(
+        document=document, titles=TITLES, rows=comparison_rows(document["runs"]), picture=picture
+    )
+    return rendered

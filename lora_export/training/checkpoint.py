@@ -1,0 +1,181 @@
+"""The checkpoint of an unfinished training, in a folder beside its output: `OUT.training`.
+
+It has all that the next step depends on: the trained tensors, AdamW's moments, and the number of the step. What is
+random in a step depends on the seed and the step alone. A file is written beside the former one and renamed, so that
+a kill or a full disk leaves the former one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lora_export.errors import InputRefused, OutputFailed, listed
+from lora_export.training.history import METRICS, EvaluationRecord, StepRecord, TrainingHistory, json_line
+
+TRAINING_STATE, BEST = "state.safetensors", "best.safetensors"
+CHECKPOINT_FORMAT = "lora-export/training/1"
+MAY_DIFFER = ("learning_rate",)  # after a training that diverged, it is what must change
+
+
+def checkpoint_folder(output: Path) -> Path:
+    """Where the checkpoint of a training with this output is."""
+    return output.with_name(f"{output.name}.training")
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that require gradients, and statistics of batch norms that are trained."""
+    tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for path, part in module.named_modules():
+        if isinstance(part, _NormBase) and any(parameter.requires_grad for parameter in part.parameters()):
+            tensors |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers()}
+    return tensors
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Reads and writes the checkpoint of one training."""
+
+    folder: Path
+    identity: Mapping[str, Any]  # model, data and settings: those of a continued training must be the same
+
+    @property
+    def exists(self) -> bool:
+        return (self.folder / TRAINING_STATE).is_file()
+
+    def begin(self) -> None:
+        """Make the folder, or empty it. Raises OutputFailed where it cannot be made."""
+        try:
+            self.remove()
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputFailed(f"{self.folder} could not be made: {error.strerror}") from error
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder of a training that has ended before its first checkpoint."""
+        if not self.exists:
+            self.remove()
+
+    def rewrite(self, history: TrainingHistory) -> None:
+        """Write the file of metrics anew: a killed training may have recorded steps after its checkpoint."""
+        history.write(self.folder / METRICS)
+
+    def record(self, history: TrainingHistory) -> None:
+        """Append the last step, and an evaluation after it, to the file of metrics."""
+        step = history.steps[-1]
+        records: list[StepRecord | EvaluationRecord] = [step]
+        records += (record for record in history.evaluations[-1:] if record.step == step.step)
+        with (self.folder / METRICS).open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(map(json_line, records))
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, history: TrainingHistory) -> None:
+        """Write the state after the last step. Raises InputRefused for values that are not finite, OutputFailed."""
+        trained = trained_tensors(module)
+        if broken := [name for name, tensor in trained.items() if not torch.isfinite(tensor).all()]:
+            raise InputRefused("training has diverged: these are not finite:", listed(broken))
+        tensors = {f"trained.{name}": tensor for name, tensor in trained.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}
+        facts = {
+            "identity": dict(self.identity),
+            "history": history.as_table(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        self._write(
+            TRAINING_STATE, tensors, {"format": CHECKPOINT_FORMAT, "facts": json.dumps(facts)}, len(history.steps)
+        )
+
+    def save_best(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Write the tensors of the evaluation with the lowest loss. Raises OutputFailed."""
+        self._write(BEST, tensors, {"format": CHECKPOINT_FORMAT}, step)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], step: int) -> None:
+        copies = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        beside = self.folder / f"{name}.partial"
+        try:
+            with beside.open("wb") as file:
+                file.write(to_bytes(copies, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.folder / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            kept = "; the checkpoint before it is whole. Continue with --resume" if self.exists else ""
+            raise OutputFailed(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror}{kept}"
+            ) from error
+
+    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, history: TrainingHistory) -> None:
+        """Take over the state of the checkpoint.
+
+        Raises InputRefused for one that is damaged or of another training.
+        """
+        tensors, facts = self._read()
+        self._refuse_another(facts["identity"])
+        trained = trained_tensors(module)
+        stored = {
+            name.removeprefix("trained."): value for name, value in tensors.items() if name.startswith("trained.")
+        }
+        if set(stored) != set(trained) or any(stored[name].shape != trained[name].shape for name in trained):
+            raise InputRefused(f"{self.folder} is the checkpoint of another adapter")
+        with torch.no_grad():
+            for name, tensor in trained.items():
+                tensor.copy_(stored[name])
+        for name, parameter in module.named_parameters():
+            keys = {"step", "exp_avg", "exp_avg_sq"}
+            state = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+            if state:  # AdamW keeps its count of steps on the CPU
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
+        if scaler is not None and facts["scaler"]:
+            scaler.load_state_dict(facts["scaler"])
+        history.restore(facts["history"])
+
+    def load_best(self) -> dict[str, Tensor]:
+        """The tensors that `save_best` wrote; none where there are none."""
+        if not (self.folder / BEST).is_file():
+            return {}
+        with self._opened(BEST) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not self.exists:
+            raise InputRefused(f"there is no checkpoint in {self.folder}, so that nothing can be continued (--resume)")
+        with self._opened(TRAINING_STATE) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != CHECKPOINT_FORMAT:
+                raise InputRefused(f"{self.folder / TRAINING_STATE} is no checkpoint of this version of lora-export")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return tensors, json.loads(metadata["facts"])
+
+    def _opened(self, name: str) -> Any:
+        try:
+            return safetensors.safe_open(self.folder / name, framework="pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputRefused(f"{self.folder / name} is damaged: {error}") from error
+
+    def _refuse_another(self, stored: Mapping[str, Any]) -> None:
+        current = json.loads(json.dumps(dict(self.identity)))
+        differing = [
+            f"{name} was {stored.get(name)}, and is {current.get(name)}"
+            for name in sorted(current.keys() | stored.keys())
+            if stored.get(name) != current.get(name) and name not in MAY_DIFFER
+        ]
+        if differing:
+            raise InputRefused(f"{self.folder} is the checkpoint of another training:", listed(differing, 10))

@@ -1,0 +1,74 @@
+"""Where the memory of a training goes: weights, gradients, optimiser, activations."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_export.training.history import MemoryUse
+
+
+def memory_use(module: nn.Module, optimizer: torch.optim.Optimizer, activations: int) -> MemoryUse:
+    """Measure the tensors of a module and its optimiser, after a step. Shared storage counts once."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return MemoryUse(
+        weights=_bytes_of(itertools.chain(module.parameters(), module.buffers())),
+        gradients=_bytes_of(gradients),
+        optimizer=_bytes_of(states),
+        activations=activations,
+        peak=0,
+    )
+
+
+def _bytes_of(tensors: Iterator[Tensor] | list[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+class SavedActivations:
+    """Counts what autograd keeps for the backward pass."""
+
+    def __init__(self, module: nn.Module):
+        owned = itertools.chain(module.parameters(), module.buffers())
+        self._weights = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        self._storages: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count while the context, a forward pass, is active."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                self._storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+
+
+class PeakMemory:
+    """The largest memory measured since it was created, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.peak = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def measure(self) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            import psutil  # comes with accelerate
+
+            self.peak = max(self.peak, psutil.Process().memory_info().rss)

@@ -1,0 +1,57 @@
+"""The processes of one training, started by `accelerate launch` or `torchrun`. A training of one process is the rule.
+
+Only A, B and what is saved whole have gradients: they fit into one buffer, which is summed once a step. The model needs
+no wrapper for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def world_size() -> int:
+    """How many processes train."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of the processes this is: 0 writes files and messages."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device | str) -> list[float]:
+    """The sums of these numbers over all processes, in fp64."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of all processes, in place. A parameter without a gradient counts as zero."""
+    if world_size() == 1:
+        return
+    trained = list(parameters)
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in trained:
+        assert parameter.grad is not None
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,288 @@
+"""What rows of data are for: found by their columns, and checked before anything is trained. NumPy only."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import SHOWN_PROBLEMS, InputRefused, listed
+from lora_export.training.records.rows import Records, Row
+
+HALF_A_CHARACTER = "`{}` contains half a surrogate pair, which is no character"
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+INTEGER, DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,17}"), re.compile(r"-?[0-9]+\.[0-9]+([eE][-+]?[0-9]+)?")
+
+
+class RowForm(StrEnum):
+    """What a row contains. The value names its task on the command line."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    TAGS = "tags"
+    SIMILARITY = "similarity"
+    IMAGE = "image-classification"
+    LABELLED = "classification"
+    TEXT = "language-modelling"
+
+
+COLUMNS: Mapping[RowForm, tuple[str, ...]] = {
+    RowForm.CHAT: ("messages",),
+    RowForm.COMPLETION: ("prompt", "completion"),
+    RowForm.TAGS: ("tokens", "tags"),
+    RowForm.SIMILARITY: ("sentence1", "sentence2", "score"),
+    RowForm.IMAGE: ("image", "label"),
+    RowForm.LABELLED: ("text", "label"),  # `text_pair` is optional
+    RowForm.TEXT: ("text",),
+}
+
+
+class LabelKind(StrEnum):
+    """What is predicted for a row."""
+
+    NONE = "nothing"  # texts to continue
+    CLASS = "one of several classes"
+    CLASSES = "any of several classes"
+    VALUE = "a value"
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What a pass over all rows found."""
+
+    form: RowForm
+    kind: LabelKind
+    count: int  # rows
+    classes: tuple[str | int, ...] = ()  # sorted
+    groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (n,): class, or 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(map(str, self.classes))
+
+    def __str__(self) -> str:
+        classes = f" of {len(self.classes)} classes" if self.classes else ""
+        return f"{self.count:,} examples{classes} ({self.form})"
+
+
+def form_of(records: Records, wanted: RowForm | None = None) -> RowForm:
+    """The form of the rows, by the columns of the first. Raises InputRefused where there is none, or not `wanted`."""
+    present = set(records[0])
+    forms = [wanted] if wanted else list(COLUMNS)
+    for form in forms:
+        if present >= set(COLUMNS[form]):
+            return form
+    needed = "; ".join(f"{form}: {', '.join(COLUMNS[form])}" for form in forms)
+    raise InputRefused(
+        f"{records.path}, {records.where(0)} has the columns {', '.join(sorted(present)) or '(none)'}. Needed are ",
+        f"  {needed}. Name the columns of your data: --column text=body",
+    )
+
+
+def survey(records: Records, form: RowForm) -> Survey:
+    """Check every row, and collect the classes.
+
+    Raises InputRefused with the places of rows that are wrong: values of another type, empty texts, labels of several
+    types, scores out of range; and where all labels are the same.
+    """
+    problems: list[str] = []
+    more = 0
+    labels = _Labels()
+    for row in range(len(records)):
+        problem = _row_problem(records, row, form, labels)
+        if problem and len(problems) < SHOWN_PROBLEMS:
+            problems.append(problem)
+        elif problem:
+            more += 1
+    if problems:
+        raise InputRefused(f"{records.path}:", listed(problems), *([f"  and {more} more"] if more else []))
+    return _with_labels(records, form, labels)
+
+
+class _Labels:
+    """The labels of all rows. Equal ones are one object, so that a row takes 8 bytes."""
+
+    def __init__(self) -> None:
+        self.distinct: dict[Any, Any] = {}  # the members of tags, each as a list of one
+        self.of_rows: list[Any] = []
+
+    def add(self, label: Any) -> None:
+        label = tuple(label) if isinstance(label, list | tuple) else label
+        self.of_rows.append(self.distinct.setdefault(label, label))
+
+    def add_tags(self, tags: list[Any]) -> None:
+        self.distinct.update(((tag,), tag) for tag in tags)
+
+
+def _row_problem(records: Records, row: int, form: RowForm, labels: _Labels) -> str:
+    """What is wrong with a row, with its place; its label is added to `labels`."""
+    try:
+        values = records[row]
+    except InputRefused as error:
+        return str(error).removeprefix(f"{records.path}, ").removeprefix(f"{records.path}/")
+    missing = [f"no `{name}`" for name in COLUMNS[form] if name not in values]
+    problem = ", ".join(missing) or CHECKS[form](values)
+    if problem:
+        return f"{records.where(row)}: {problem}"
+    if form in (RowForm.LABELLED, RowForm.IMAGE):
+        labels.add(values["label"])
+    elif form is RowForm.TAGS:
+        labels.add_tags(values["tags"])
+    return ""
+
+
+# --- Checks of one row ---
+
+
+def _text_problem(values: Row, name: str) -> str:
+    text = values[name]
+    if not isinstance(text, str) or not text.strip():
+        return f"`{name}` is {text!r}"
+    return HALF_A_CHARACTER.format(name) if _has_surrogates(text) else ""
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _texts(*names: str) -> Callable[[Row], str]:
+    return lambda values: ", ".join(filter(None, (_text_problem(values, name) for name in names)))
+
+
+def _is_class(label: Any) -> bool:
+    return isinstance(label, str | int) and not isinstance(label, bool) and label != ""
+
+
+def _label_problem(values: Row) -> str:
+    label = values["label"]
+    if isinstance(label, list | tuple):
+        return (
+            "" if all(map(_is_class, label)) else f"`label` is {label!r}; a list of labels contains names or integers"
+        )
+    if isinstance(label, float):
+        return "" if math.isfinite(label) else f"`label` is {label!r}"
+    if not _is_class(label):
+        return f"`label` is {label!r}; it must be a string, a number, or a list of strings or integers"
+    return ""
+
+
+def _labelled(values: Row) -> str:
+    texts = ("text", "text_pair") if "text_pair" in values else ("text",)
+    return _texts(*texts)(values) or _label_problem(values)
+
+
+def _tagged(values: Row) -> str:
+    tokens, tags = values["tokens"], values["tags"]
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) and token for token in tokens):
+        return f"`tokens` is {tokens!r:.80}; it must be a list of words"
+    if any(map(_has_surrogates, tokens)):
+        return HALF_A_CHARACTER.format("tokens")
+    if not isinstance(tags, list) or not all(map(_is_class, tags)):
+        return f"`tags` is {tags!r:.80}; it must be a list of strings or integers"
+    return "" if len(tokens) == len(tags) else f"{len(tokens)} tokens and {len(tags)} tags"
+
+
+def _compared(values: Row) -> str:
+    if problem := _texts("sentence1", "sentence2")(values):
+        return problem
+    score = _number(values["score"])
+    in_range = score is not None and -1 <= score <= 1
+    return "" if in_range else f"`score` is {values['score']!r}; a cosine is from -1 to 1"
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _chat(values: Row) -> str:
+    messages = values["messages"]
+    if not isinstance(messages, list) or not messages:
+        return f"`messages` is {messages!r:.80}; it must be a list of messages"
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return f"message {number} has no `role` of {', '.join(sorted(ROLES))}"
+        if not isinstance(message.get("content"), str):
+            return f"message {number} has no text in `content`"
+        if _has_surrogates(message["content"]):
+            return HALF_A_CHARACTER.format("content")
+    return "" if any(message["role"] == "assistant" for message in messages) else "no message of the assistant"
+
+
+def _image(values: Row) -> str:
+    return _label_problem(values)
+
+
+CHECKS: Mapping[RowForm, Callable[[Row], str]] = {
+    RowForm.CHAT: _chat,
+    RowForm.COMPLETION: _texts("prompt", "completion"),
+    RowForm.TAGS: _tagged,
+    RowForm.SIMILARITY: _compared,
+    RowForm.IMAGE: _image,
+    RowForm.LABELLED: _labelled,
+    RowForm.TEXT: _texts("text"),
+}
+
+
+# --- Labels of all rows ---
+
+
+def label_value(label: Any, classes: tuple[str | int, ...]) -> Any:
+    """A label as one of the classes: those of a .csv are strings, where the classes may be integers."""
+    return int(label) if isinstance(label, str) and classes and isinstance(classes[0], int) else label
+
+
+def _with_labels(records: Records, form: RowForm, labels: _Labels) -> Survey:
+    count = len(records)
+    zeros = np.zeros(count, np.int64)
+    if form is RowForm.SIMILARITY:
+        return Survey(form, LabelKind.VALUE, count, groups=zeros)
+    if not labels.distinct:
+        return Survey(form, LabelKind.NONE, count, groups=zeros)
+    distinct = set(labels.distinct)
+    several = {isinstance(label, tuple) for label in distinct}
+    if len(several) > 1:
+        raise InputRefused(f"{records.path}: some labels are lists and some are not; make them all the same")
+    members = {label for group in distinct for label in group} if True in several else distinct
+    members, kind = _typed(records, members)
+    if True in several:
+        kind = LabelKind.CLASS if form is RowForm.TAGS else LabelKind.CLASSES
+    elif kind is LabelKind.VALUE:
+        return Survey(form, kind, count, groups=zeros)
+    classes = tuple(sorted(members))
+    if len(members) < 2 and kind is LabelKind.CLASS:
+        raise InputRefused(f"{records.path}: all {count} examples have the same label; there is nothing to learn")
+    if not members:
+        raise InputRefused(f"{records.path}: no example has a label")
+    if True in several:
+        return Survey(form, kind, count, classes, zeros)
+    index_of = {label: number for number, label in enumerate(classes)}
+    indices = (index_of[label_value(label, classes)] for label in labels.of_rows)
+    return Survey(form, kind, count, classes, np.fromiter(indices, np.int64, count))
+
+
+def _typed(records: Records, members: set[Any]) -> tuple[set[Any], LabelKind]:
+    """The labels in one type, and what that makes of them. 007 is a name, and not a number."""
+    types = {type(label) for label in members}
+    if types == {str}:
+        if records.path.suffix.lower() != ".csv":
+            return members, LabelKind.CLASS
+        if all(INTEGER.fullmatch(label) for label in members):
+            return {int(label) for label in members}, LabelKind.CLASS
+        numbers = all(DECIMAL.fullmatch(label) or INTEGER.fullmatch(label) for label in members)
+        return members, LabelKind.VALUE if numbers else LabelKind.CLASS
+    if types <= {int, float} and float in types:
+        return members, LabelKind.VALUE
+    if len(types) > 1:
+        raise InputRefused(f"{records.path}: some labels are strings and some are numbers; make them all the same")
+    return members, LabelKind.CLASS

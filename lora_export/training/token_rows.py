@@ -1,0 +1,215 @@
+"""Data of language models: tokens in a file, cut into pieces of one length at most, and packed where that is wanted."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lora_export.errors import InputRefused
+from lora_export.training.arrays import IGNORED
+from lora_export.training.encoders.texts import Tokenise
+from lora_export.training.losses import Batch, CrossEntropy, Loss, module_outputs, scores_of
+from lora_export.training.packing import packed
+from lora_export.training.records.rows import Records
+from lora_export.training.splitting import RowNumbers
+
+MASKED_PART = 0.15  # of the tokens that a masked language model predicts (Devlin et al. 2019)
+REPLACED_BY_MASK, REPLACED_BY_ANY = 0.8, 0.1  # of these; the others stay as they are
+MIXING = 1e-3  # of the largest score: a difference of packed texts that no rounding in fp32 makes
+
+
+class TextPiece(NamedTuple):
+    """Tokens of one text, by their places in the file."""
+
+    start: int
+    stop: int
+    end_of_text: int
+
+
+class TokenFile:
+    """All tokens of some rows, in a temporary file that is mapped: 4 bytes for each. A row takes 8 bytes of memory.
+
+    A token that is not predicted is stored as -1 - id.
+    """
+
+    def __init__(self, records: Records, rows: RowNumbers, tokenise: Tokenise):
+        """Tokenise the rows. Raises InputRefused, with the place, where that fails."""
+        self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")  # removed with this object
+        path = Path(self._folder.name, "tokens")
+        self.ends = array("q", [0])
+        with path.open("wb") as file:
+            for row in rows:
+                number = int(row)
+                try:
+                    ids, trained = tokenise(records[number])
+                except InputRefused as error:
+                    raise InputRefused(f"{records.path}, {records.where(number)}: {error}") from error
+                tokens = np.asarray(ids, np.int32)
+                file.write(np.where(np.asarray(trained, bool), tokens, -1 - tokens).tobytes())
+                self.ends.append(self.ends[-1] + len(ids))
+        self.tokens: NDArray[np.int32] = (
+            np.memmap(path, np.int32, "r") if self.ends[-1] else np.zeros(0, np.int32)
+        )  # fmt: skip
+
+    def pieces(self, max_length: int, *, cut: bool) -> list[TextPiece]:
+        """The texts in pieces of at most `max_length` tokens; or, where they are not cut, their beginnings.
+
+        Pieces in which nothing is predicted are left out.
+        """
+        found = []
+        for begin, end in zip(self.ends[:-1], self.ends[1:], strict=True):
+            for start in range(begin, end, max_length) if cut else [begin]:
+                stop = min(start + max_length, end)
+                # The last token of a piece predicts the first one of the next.
+                if (self.tokens[start + 1 : stop + (stop < end and cut)] >= 0).any():
+                    found.append(TextPiece(start, stop, end if cut else stop))
+        return found
+
+
+class Segment(NamedTuple):
+    """One piece: its tokens, and the token that each of them predicts, or IGNORED."""
+
+    ids: NDArray[np.int64]
+    following: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class CausalRows:
+    """Rows of one or, packed, several pieces, in which each token predicts the next one of its text."""
+
+    file: TokenFile
+    bins: Sequence[Sequence[TextPiece]]
+    pad_token: int
+    is_packed: bool
+
+    @property
+    def loss(self) -> Loss:
+        return CrossEntropy()
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:  # noqa: ARG002 - nothing is random
+        """The rows, padded at the end. Packed texts have positions that begin anew, by which a model separates them."""
+        segments = [[self._segment(piece) for piece in self.bins[row]] for row in rows]
+        longest = max(sum(len(segment.ids) for segment in row) for row in segments)
+        ids = np.full((len(rows), longest), self.pad_token, np.int64)
+        labels = np.full((len(rows), longest), IGNORED, np.int64)
+        positions = np.zeros((len(rows), longest), np.int64)
+        mask = np.zeros((len(rows), longest), np.int64)
+        for number, row in enumerate(segments):
+            place = 0
+            for segment in row:
+                part = slice(place, place + len(segment.ids))
+                ids[number, part], labels[number, part] = segment
+                positions[number, part], mask[number, part] = np.arange(len(segment.ids)), 1
+                place = part.stop
+            positions[number, place:] = np.arange(longest - place)
+        second = {"position_ids": positions} if self.is_packed else {"attention_mask": mask}
+        inputs = {name: torch.from_numpy(values) for name, values in ({"input_ids": ids} | second).items()}
+        return Batch(inputs, torch.from_numpy(labels))
+
+    def _segment(self, piece: TextPiece) -> Segment:
+        tokens = np.asarray(self.file.tokens[piece.start : min(piece.stop + 1, piece.end_of_text)], np.int64)
+        length = piece.stop - piece.start
+        following = np.full(length, IGNORED, np.int64)
+        following[: len(tokens) - 1] = np.where(tokens[1:] >= 0, tokens[1:], IGNORED)
+        return Segment(np.where(tokens >= 0, tokens, -1 - tokens)[:length], following)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedRows:
+    """Rows of one piece each, in which masked tokens are predicted. Row, epoch and seed decide which."""
+
+    file: TokenFile
+    pieces: Sequence[TextPiece]
+    pad_token: int
+    mask_token: int
+    vocabulary: int
+    special: frozenset[int]  # never masked
+    seed: int
+
+    @property
+    def loss(self) -> Loss:
+        return CrossEntropy()
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
+        longest = max(self.pieces[row].stop - self.pieces[row].start for row in rows)
+        ids = np.full((len(rows), longest), self.pad_token, np.int64)
+        labels = np.full((len(rows), longest), IGNORED, np.int64)
+        mask = np.zeros((len(rows), longest), np.int64)
+        for number, row in enumerate(rows):
+            piece = self.pieces[row]
+            tokens = np.asarray(self.file.tokens[piece.start : piece.stop], np.int64)
+            part = slice(0, len(tokens))
+            ids[number, part], labels[number, part] = self._masked(
+                tokens, np.random.default_rng((self.seed, epoch, row))
+            )
+            mask[number, part] = 1
+        return Batch(
+            {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}, torch.from_numpy(labels)
+        )
+
+    def _masked(
+        self, tokens: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        allowed = np.flatnonzero(~np.isin(tokens, list(self.special)))
+        chosen = rng.permutation(allowed)[: max(1, round(MASKED_PART * len(allowed)))]  # at least one predicts
+        labels = np.full(len(tokens), IGNORED, np.int64)
+        labels[chosen] = tokens[chosen]
+        masked, draw = tokens.copy(), rng.random(len(chosen))
+        masked[chosen[draw < REPLACED_BY_MASK]] = self.mask_token
+        by_any = chosen[(draw >= REPLACED_BY_MASK) & (draw < REPLACED_BY_MASK + REPLACED_BY_ANY)]
+        masked[by_any] = rng.integers(0, self.vocabulary, len(by_any))
+        return masked, labels
+
+
+def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_token: int) -> CausalRows:
+    """The data of a causal language model. With `cut`, texts longer than `max_length` tokens give several pieces.
+
+    Raises InputRefused where no token is left to predict.
+    """
+    pieces = file.pieces(max_length, cut=cut)
+    if not pieces:
+        raise InputRefused(f"no token is left to predict within {max_length} tokens; raise --max-length")
+    lengths = [piece.stop - piece.start for piece in pieces]
+    bins = (
+        [[pieces[item] for item in items] for items in packed(lengths, max_length)] if pack else [[p] for p in pieces]
+    )
+    return CausalRows(file, bins, pad_token, pack)
+
+
+def refuse_mixed_texts(module: nn.Module, data: CausalRows) -> None:
+    """Raise InputRefused where the model lets packed texts read each other, and so computes others than for each alone.
+
+    Runs the model on the first row of several texts.
+    """
+    row = next((row for row in data.bins if len(row) > 1), None)
+    if row is None:
+        return
+    together = replace(data, bins=[row]).batch([0])
+    with torch.no_grad():
+        joint = scores_of(module_outputs(module, together.inputs))[0]
+        place = 0
+        for piece in row:
+            alone = replace(data, bins=[[piece]], is_packed=False).batch([0])
+            scores = scores_of(module_outputs(module, alone.inputs))[0]
+            part = joint[place : place + len(scores)]
+            place += len(scores)
+            if (part - scores).abs().max() > MIXING * scores.abs().max():
+                raise InputRefused(
+                    f"{type(module).__name__} lets packed texts read each other, so that packing would train it on "
+                    "other texts than yours. Leave out --packing"
+                )

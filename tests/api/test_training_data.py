@@ -1,0 +1,126 @@
+"""Data, read and encoded for the model that is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_export.api.training_data import encoded_data, read_training_data
+from lora_export.errors import InputRefused, WrongUsage
+from lora_export.models.load import load_model
+from lora_export.training.batches import ArrayData, EncodedRows, ReadyBatches
+from lora_export.training.token_rows import CausalRows, MaskedRows
+from support.api import MODEL
+from support.small_models import small_model, words_tokenizer
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: words_tokenizer(small_model(name, folder / name)) for name in ("llama", "bert", "t5")}
+
+
+def rows(folder: Path, *contents: dict[str, Any]) -> Path:
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in contents))
+    return folder / "a.jsonl"
+
+
+def encoded(base: Path | str, path: Path, **options: Any) -> Any:
+    data = read_training_data(path)
+    loaded = load_model(str(base), head=data.head, may_add=True)
+    settings = {"holdout": 0.5, "seed": 0, "max_length": 16, "packing": False, **options}
+    return encoded_data(loaded, data, **settings)
+
+
+TEXTS = [{"text": "a very good film"}, {"text": "a bad film"}]
+
+
+def test_texts_are_continued_by_a_causal_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    data, held_out = encoded(bases["llama"], rows(tmp_path, *TEXTS))
+    assert isinstance(data, CausalRows) and (len(data), len(held_out)) == (1, 1)
+    assert isinstance(encoded(bases["llama"], rows(tmp_path, *TEXTS), packing=True)[0], CausalRows)
+    assert encoded(bases["llama"], rows(tmp_path, *TEXTS), holdout=0)[1] is None
+
+
+def test_a_model_without_a_head_continues_nothing(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"is a BertModel: rows of language-modelling need a causal .* or a masked"):
+        encoded(bases["bert"], rows(tmp_path, *TEXTS))
+    with pytest.raises(InputRefused, match="has no tokenizer: it is no Hugging Face folder"):
+        encoded(MODEL, rows(tmp_path, *TEXTS))
+
+
+def test_a_masked_model_needs_a_mask(bases: dict[str, Path], tmp_path: Path) -> None:
+    import transformers as hf
+
+    base = words_tokenizer(tmp_path / "masked")
+    hf.BertForMaskedLM(hf.BertConfig.from_pretrained(bases["bert"])).save_pretrained(base)
+    with pytest.raises(InputRefused, match="has no mask token"):
+        encoded(base, rows(tmp_path, *TEXTS))
+    tokenizer = hf.AutoTokenizer.from_pretrained(base)
+    tokenizer.mask_token = "the"
+    tokenizer.save_pretrained(base)
+    assert isinstance(encoded(base, rows(tmp_path, *TEXTS))[0], MaskedRows)
+    with pytest.raises(WrongUsage, match="a masked one reads in both directions"):
+        encoded(base, rows(tmp_path, *TEXTS), packing=True)
+
+
+def test_prompts_go_to_the_encoder_where_there_is_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    path = rows(tmp_path, *[{"prompt": "a film", "completion": "good"}] * 2)
+    data, _ = encoded(bases["t5"], path)
+    assert set(data.batch([0]).inputs) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    assert isinstance(encoded(bases["llama"], path)[0], CausalRows)
+    with pytest.raises(WrongUsage, match="has an encoder"):
+        encoded(bases["t5"], path, packing=True)
+
+
+def test_labels_decide_the_head(bases: dict[str, Path], tmp_path: Path) -> None:
+    for label, ending, problem in (
+        (["x", "y"] * 2, "ForSequenceClassification", ""),
+        ([["x"], ["y"]], "ForSequenceClassification", "multi_label_classification"),
+        ([0.5, 1.5], "ForSequenceClassification", "regression"),
+    ):
+        found = read_training_data(rows(tmp_path, *({"text": "a", "label": one} for one in label)))
+        assert found.head is not None and (found.head.ending, found.head.problem_type) == (ending, problem)
+        assert found.peft_task == "SEQ_CLS"
+        data, _ = encoded(bases["bert"], tmp_path / "a.jsonl")
+        assert isinstance(data, EncodedRows)
+    tags = read_training_data(rows(tmp_path, {"tokens": ["a"], "tags": ["x"]}, {"tokens": ["a"], "tags": ["y"]}))
+    assert tags.head is not None and (tags.head.ending, tags.peft_task) == ("ForTokenClassification", "TOKEN_CLS")
+    assert read_training_data(rows(tmp_path, *TEXTS)).head is None
+
+
+def test_texts_end_where_the_models_positions_end(bases: dict[str, Path], tmp_path: Path) -> None:
+    data, _ = encoded(
+        bases["bert"], rows(tmp_path, *({"text": "a " * 200, "label": label} for label in "xyxy")), max_length=500
+    )
+    assert data.batch([0]).inputs["input_ids"].shape == (1, 64)
+
+
+def test_a_padding_token_is_needed_by_classifiers_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = words_tokenizer(small_model("llama", tmp_path / "base"), pad=None)
+    assert len(encoded(base, rows(tmp_path, *TEXTS))[0])
+    with pytest.raises(InputRefused, match="the tokenizer has no padding token"):
+        encoded(base, rows(tmp_path, *({"text": "a", "label": label} for label in "xyxy")))
+
+
+def test_arrays_and_own_batches_are_split_too(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.arange(8.0), labels=np.arange(8) % 2)
+    data, held_out = encoded(MODEL, tmp_path / "a.npz", holdout=0.25)
+    assert isinstance(data, ArrayData) and data.labels.bincount().tolist() == [3, 3]
+    assert sorted([*data.inputs["x"].tolist(), *held_out.inputs["x"].tolist()]) == list(range(8))
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef make():\n"
+        "    return [({'x': torch.ones(2)}, n) for n in range(4)], lambda out, n: out.sum()\n"
+    )
+    found = read_training_data(f"{tmp_path}/mine.py:make")
+    assert (str(found), found.head, found.peft_task, len(found.sha256)) == ("4 batches", None, None, 64)
+    ready, held = encoded_data(load_model(MODEL), found, holdout=0.25, seed=0, max_length=1, packing=False)
+    assert isinstance(ready, ReadyBatches) and held is not None and (len(ready), len(held)) == (3, 1)
+    assert torch.equal(ready.batch([0]).inputs["x"], torch.ones(2))
+    with pytest.raises(WrongUsage, match="--packing is for texts"):
+        encoded(MODEL, tmp_path / "a.npz", packing=True)

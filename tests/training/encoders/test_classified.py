@@ -1,0 +1,86 @@
+"""Labelled texts, pairs and tags as tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from lora_export.errors import InputRefused
+from lora_export.training.encoders.classified import LabelEncoder, SimilarityEncoder, TagEncoder, TextEncoder
+from lora_export.training.losses import BinaryCrossEntropy, CosineError, CrossEntropy, SquaredError
+from lora_export.training.row_forms import LabelKind
+from support.small_models import words_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    return hf.AutoTokenizer.from_pretrained(words_tokenizer(folder))
+
+
+def collated(encoder: Any, *rows: dict[str, Any]) -> Any:
+    return encoder.collate([encoder.encode(row) for row in rows], [(0, number) for number in range(len(rows))])
+
+
+def test_labels_become_numbers_zeros_and_ones_or_values() -> None:
+    one = LabelEncoder(LabelKind.CLASS, (9, 10))
+    assert one.tensor(["10", 9]).tolist() == [1, 0] and isinstance(one.loss, CrossEntropy)
+    several = LabelEncoder(LabelKind.CLASSES, ("a", "b", "c"))
+    assert several.tensor([["c", "a"], []]).tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert isinstance(several.loss, BinaryCrossEntropy)
+    value = LabelEncoder(LabelKind.VALUE, ())
+    assert value.tensor(["0.5", 2]).tolist() == [0.5, 2.0] and isinstance(value.loss, SquaredError)
+
+
+def test_texts_are_cut_and_padded_to_the_longest(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 4, LabelEncoder(LabelKind.CLASS, ("x", "y")))
+    rows = ({"text": "a good film", "label": "y"}, {"text": "bad", "label": "x"}, {"text": "a " * 9, "label": "x"})
+    inputs, labels = collated(encoder, *rows)
+    assert inputs["input_ids"].tolist() == [[7, 4, 6, 2], [3, 2, 0, 0], [7, 7, 7, 2]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert labels.tolist() == [1, 0, 0]
+
+
+def test_a_second_text_is_read_with_the_first(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 9, LabelEncoder(LabelKind.VALUE, ()))
+    inputs, labels = collated(encoder, {"text": "a film", "text_pair": "good", "label": 0.5})
+    both = tokenizer("a film", "good")["input_ids"]
+    assert inputs["input_ids"].tolist() == [both] and 4 in both
+    assert labels.tolist() == [0.5]
+
+
+def test_the_first_token_of_a_word_has_its_tag(tokenizer: Any) -> None:
+    encoder = TagEncoder(tokenizer, 9, LabelEncoder(LabelKind.CLASS, ("x", "y")))
+    inputs, labels = collated(
+        encoder, {"tokens": ["a", "good-film"], "tags": ["y", "x"]}, {"tokens": ["bad"], "tags": ["y"]}
+    )
+    assert inputs["input_ids"][0].tolist() == [7, 4, 1, 6, 2]  # a, good, -, film, <eos>
+    assert labels.tolist() == [[1, 0, -100, -100, -100], [1, -100, -100, -100, -100]]
+    slow = type("Slow", (), {"is_fast": False})()
+    with pytest.raises(InputRefused, match="tags need a fast tokenizer"):
+        TagEncoder(slow, 9, encoder.labels).encode({"tokens": ["a"], "tags": ["x"]})
+
+
+def test_tags_follow_padding_at_the_left(tokenizer: Any, tmp_path: Path) -> None:
+    left = hf.AutoTokenizer.from_pretrained(words_tokenizer(tmp_path), padding_side="left")
+    encoder = TagEncoder(left, 9, LabelEncoder(LabelKind.CLASS, ("x", "y")))
+    inputs, labels = collated(
+        encoder, {"tokens": ["a", "good"], "tags": ["y", "x"]}, {"tokens": ["bad"], "tags": ["y"]}
+    )
+    assert inputs["input_ids"][1].tolist() == [0, 3, 2]
+    assert labels[1].tolist() == [-100, 1, -100]
+
+
+def test_all_first_sentences_come_before_all_second_ones(tokenizer: Any) -> None:
+    encoder = SimilarityEncoder(tokenizer, 9)
+    rows = (
+        {"sentence1": "a", "sentence2": "the film", "score": "0.5"},
+        {"sentence1": "bad", "sentence2": "good", "score": 1},
+    )
+    inputs, labels = collated(encoder, *rows)
+    assert inputs["input_ids"].tolist() == [[7, 2, 0], [3, 2, 0], [8, 6, 2], [4, 2, 0]]
+    assert torch.equal(labels, torch.tensor([0.5, 1.0])) and isinstance(encoder.loss, CosineError)

@@ -1,0 +1,127 @@
+"""The checkpoint of an unfinished training: whole or absent, and of this training alone."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_export.errors import InputRefused, OutputFailed
+from lora_export.training import checkpoint
+from lora_export.training.checkpoint import BEST, TRAINING_STATE, Checkpoints, checkpoint_folder, trained_tensors
+from lora_export.training.history import METRICS, EvaluationRecord, StepRecord, TrainingHistory
+
+IDENTITY = {"data": "abc", "learning_rate": 0.1, "rank": 4}
+
+
+def stepped(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, TrainingHistory]:
+    """A module after one step of training its second layer."""
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    module[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(module[1].parameters(), lr=0.1)
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    history = TrainingHistory("cpu", [StepRecord(1, 1, 0.5, 0.1, 2, 0.1)], [EvaluationRecord(1, 0.4, None)])
+    return module, optimizer, history
+
+
+def saved(folder: Path, **identity: Any) -> Checkpoints:
+    checkpoints = Checkpoints(folder / "a.training", IDENTITY | identity)
+    checkpoints.begin()
+    checkpoints.save(*stepped()[:2], None, stepped()[2])
+    return checkpoints
+
+
+def test_the_state_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path)
+    module, optimizer, history = stepped(seed=1)
+    wanted, its_optimizer, _ = stepped()
+    base = module[0].weight.clone()
+    checkpoints.load(module, optimizer, None, history)
+    for mine, theirs in zip(module[1].parameters(), wanted[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[mine][name], its_optimizer.state[theirs][name])
+    assert torch.equal(module[0].weight, base)  # the base is not part of it
+    assert history.losses == (0.5,)
+    (checkpoints.folder / METRICS).write_text("of later steps\n" * 9)
+    checkpoints.rewrite(history)
+    assert len((checkpoints.folder / METRICS).read_text().splitlines()) == 2
+
+
+def test_statistics_of_a_trained_batch_norm_are_part_of_it() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2)).requires_grad_(False)
+    module[1].requires_grad_(True)
+    assert set(trained_tensors(module)) == {
+        *("1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked")
+    }
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path)
+    other = Checkpoints(checkpoints.folder, IDENTITY | {"rank": 8, "learning_rate": 0.01})
+    with pytest.raises(InputRefused, match=r"checkpoint of another training:\n  rank was 4, and is 8$"):
+        other.load(*stepped()[:2], None, stepped()[2])
+    Checkpoints(checkpoints.folder, IDENTITY | {"learning_rate": 0.01}).load(*stepped()[:2], None, stepped()[2])
+    with pytest.raises(InputRefused, match="checkpoint of another adapter"):
+        checkpoints.load(nn.Linear(2, 2), stepped()[1], None, stepped()[2])
+
+
+def test_missing_and_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path)
+    with pytest.raises(InputRefused, match=r"no checkpoint in .*b\.training, so that nothing can be continued"):
+        Checkpoints(tmp_path / "b.training", {}).load(*stepped()[:2], None, stepped()[2])
+    (checkpoints.folder / TRAINING_STATE).write_bytes(b"x" * 20)
+    with pytest.raises(InputRefused, match=r"state\.safetensors is damaged"):
+        checkpoints.load(*stepped()[:2], None, stepped()[2])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path)
+    before = (checkpoints.folder / TRAINING_STATE).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    module, optimizer, history = stepped(seed=1)
+    with pytest.raises(OutputFailed, match=r"step 1 could not .* No space .*; the checkpoint before it is whole"):
+        checkpoints.save(module, optimizer, None, history)
+    assert (checkpoints.folder / TRAINING_STATE).read_bytes() == before
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [TRAINING_STATE]
+
+
+def test_values_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path)
+    before = (checkpoints.folder / TRAINING_STATE).read_bytes()
+    module, optimizer, history = stepped()
+    with torch.no_grad():
+        module[1].weight[0, 0] = float("nan")
+    with pytest.raises(InputRefused, match=r"these are not finite:\n  1\.weight"):
+        checkpoints.save(module, optimizer, None, history)
+    assert (checkpoints.folder / TRAINING_STATE).read_bytes() == before
+
+
+def test_the_folder_lasts_only_with_a_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(checkpoint_folder(tmp_path / "out"), {})
+    assert checkpoints.folder == tmp_path / "out.training"
+    checkpoints.begin()
+    checkpoints.record(stepped()[2])
+    assert len((checkpoints.folder / METRICS).read_text().splitlines()) == 2
+    checkpoints.remove_if_empty()
+    assert not checkpoints.folder.exists()
+    kept = saved(tmp_path)
+    kept.remove_if_empty()
+    assert kept.exists and kept.load_best() == {}
+    kept.save_best({"a": torch.ones(2)}, 1)
+    assert (kept.folder / BEST).is_file() and kept.load_best()["a"].tolist() == [1, 1]
+    kept.begin()
+    assert list(kept.folder.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFailed, match="could not be made"):
+        Checkpoints(tmp_path / "file/x", {}).begin()
