@@ -16,6 +16,7 @@ from lora_export.errors import RuntimeRefused
 from lora_export.models.cached_decoder import BATCH_SYMBOL
 from lora_export.models.export import silence
 from lora_export.models.failures import innermost_cause
+from lora_export.models.simplify import is_nearly_neutral
 
 
 def fuse_operators(graph: ir.Model, provider: str) -> None:
@@ -27,7 +28,7 @@ def fuse_operators(graph: ir.Model, provider: str) -> None:
     """
     fusions: Any = importlib.import_module("transformers.exporters.onnxruntime_fusions")
     try:
-        with silence(), _inputs_alone(graph):
+        with silence(), _without_values(graph):
             for step, providers in fusions._STEPS:
                 if providers is not None and provider not in providers:
                     continue
@@ -51,19 +52,30 @@ def _runs_on(provider: str, graph: ir.Model) -> bool:
 
 
 @contextlib.contextmanager
-def _inputs_alone(graph: ir.Model) -> Iterator[None]:
-    """Take the values of optional inputs away while active: they would be taken for constants."""
-    optional = {name: value for name, value in graph.graph.initializers.items() if value.is_graph_input()}
-    tensors = {value: value.const_value for value in optional.values()}
-    for name, value in optional.items():
-        del graph.graph.initializers[name]
+def _without_values(graph: ir.Model) -> Iterator[None]:
+    """Take the values of optional inputs, and of numbers that are nearly 0 or 1, away while active.
+
+    The rewrites would take the former for constants, and the latter for 0 and 1 (see `models.simplify`).
+    """
+    hidden = {
+        value: value.const_value
+        for value in graph.graph.initializers.values()
+        if value.is_graph_input() or (value.const_value is not None and is_nearly_neutral(value.const_value))
+    }
+    numbers = [value for value in hidden if not value.is_graph_input()]
+    for value in hidden:
+        del graph.graph.initializers[value.name or ""]
         value.const_value = None
+    count = len(graph.graph.inputs)
+    graph.graph.inputs.extend(numbers)
     try:
         yield
     finally:
-        for value, tensor in tensors.items():
+        del graph.graph.inputs[count:]
+        for value, tensor in hidden.items():
             value.const_value = tensor
-            graph.graph.register_initializer(value)
+            if value.is_graph_input() or value.uses():
+                graph.graph.register_initializer(value)
 
 
 @contextlib.contextmanager

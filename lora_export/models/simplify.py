@@ -71,12 +71,17 @@ def _nearly_neutral(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtoco
         if node.op_type != "Constant" or node.outputs[0].is_graph_output():
             continue
         tensor = ir.convenience.get_const_tensor(node.outputs[0])
-        if tensor is None or tuple(tensor.shape) != () or not tensor.dtype.is_floating_point():
-            continue
-        number = tensor.numpy().item()
-        near = (math.isclose(number, each, rel_tol=RELATIVE, abs_tol=ABSOLUTE) for each in NEUTRAL)
-        if number not in NEUTRAL and any(near):
+        if tensor is not None and is_nearly_neutral(tensor):
             yield node, tensor
+
+
+def is_nearly_neutral(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor is one float that is within the optimiser's tolerance of 0 or 1, and is neither."""
+    if tuple(tensor.shape) != () or not tensor.dtype.is_floating_point():
+        return False
+    number = tensor.numpy().item()
+    near = (math.isclose(number, each, rel_tol=RELATIVE, abs_tol=ABSOLUTE) for each in NEUTRAL)
+    return number not in NEUTRAL and any(near)
 
 
 def _store_transposed(weight: ir.Value) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import lora_export as le
 from lora_export.errors import InputRefused, WrongUsage
+from support.exporters import optimum_python
 from support.generators import DECODERS, PROMPTS, decoder_adapter, expected_tokens, small_decoder
 
 MERGED = ("qwen3", "gemma3", "gpt2")
@@ -98,6 +100,26 @@ def test_folder_runs_in_onnxruntime_genai_as_it_is(llama: Path, swapped: Path) -
             generator.generate_next_token()
         expected = expected_tokens(llama / "base", PROMPTS[:1], llama / name if name else None, count=32)
         assert generator.get_sequence(0)[len(PROMPTS[0]) :].tolist() == expected[0]
+
+
+OPTIMUM = """
+import sys, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+model = ORTModelForCausalLM.from_pretrained(sys.argv[1], use_cache=True)
+ids = torch.tensor([[int(token) for token in sys.argv[2].split(",")]])
+made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+print(*made[0, ids.shape[1]:].tolist())
+"""
+
+
+@pytest.mark.parametrize("fuse", [None, "cpu"])
+def test_folder_runs_in_optimum_as_it_is(llama: Path, tmp_path: Path, fuse: str | None) -> None:
+    python = optimum_python()
+    folder = tmp_path / "served"
+    le.export_onnx(llama / "base", folder, adapters=[llama / "fr"], with_cache=True, fuse=fuse, verify=False)
+    line = [python, "-c", OPTIMUM, folder, ",".join(map(str, PROMPTS[0]))]
+    made = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
+    assert [int(token) for token in made] == expected_tokens(llama / "base", PROMPTS[:1], llama / "fr", count=32)[0]
 
 
 def test_texts_are_passed_on_piece_by_piece(swapped: Path) -> None:

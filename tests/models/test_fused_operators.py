@@ -62,6 +62,20 @@ def test_optional_inputs_are_no_constants() -> None:
     assert b in model.graph.inputs
 
 
+@pytest.mark.parametrize("number", [1e-8, 1 + 2.0**-17])
+def test_numbers_that_are_nearly_zero_or_one_stay(number: float) -> None:
+    shape, dtype = ir.Shape([2]), ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", shape=shape, type=dtype)
+    c = ir.Value(name="c", shape=ir.Shape([]), type=dtype, const_value=ir.tensor(np.float32(number), name="c"))
+    node = ir.node("Add" if number < 1 else "Mul", [x, c])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[c], opset_imports={"": 20})
+    model = ir.Model(graph, ir_version=10)
+    fuse_operators(model, "cpu")
+    assert [each.op_type for each in model.graph] == [node.op_type]
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert model.graph.initializers["c"].const_value is not None
+
+
 def test_failure_of_a_rewrite_tells_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: object) -> None:
         raise ValueError("no such axis")

@@ -147,11 +147,16 @@ TASKS = {"llama": "text-generation", "gpt2": "text-generation", "bert": "text-cl
 OPTIMUM = "from optimum.exporters.onnx import main_export; import sys; main_export(*sys.argv[1:3], task=sys.argv[3])"
 
 
-def optimum(name: str, path: Path) -> None:
-    """Export in a separate environment: optimum-onnx needs an older transformers than all other tests."""
+def optimum_python() -> str:
+    """The interpreter of a separate environment: optimum-onnx needs an older transformers than all other tests."""
     python = os.environ.get("OPTIMUM_PYTHON")
     if python is None:
         pytest.skip("OPTIMUM_PYTHON names no interpreter that has optimum-onnx: `make test-optimum` sets one up")
+    return python
+
+
+def optimum(name: str, path: Path) -> None:
+    python = optimum_python()
     save_tokenizer(checkpoint_of(name))
     line = [python, "-c", OPTIMUM, checkpoint_of(name), path.parent, TASKS[name]]
     subprocess.run(line, check=True, capture_output=True, cwd=path.parent)
