@@ -35,7 +35,7 @@ from lora_export.verification.candidate_outputs import CandidateOutputs, OnProof
 from lora_export.verification.compare_outputs import bits_that_differ
 from lora_export.verification.inputs import Inputs
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.references import STEPS, Diagnosed, MergedPeer, ReferenceOutputs, note_on_fp64
+from lora_export.verification.references import STEPS, Diagnosed, FurtherPeer, ReferenceOutputs, note_on_fp64
 from lora_export.verification.references.base_graph import ONNX_HALVES, BaseGraph
 from lora_export.verification.references.graph_pairs import control_graph_pairs
 from lora_export.verification.references.graph_sessions import open_graph_session, run_in_fp64
@@ -168,15 +168,15 @@ class PreparedGraphReferences:
             not_judged=outputs.not_judged,
         )
 
-    def run_merged(self, step: OnProofStep) -> MergedPeer | None:
-        """Run the peer with W + ΔW at each weight; None where the peer has no branches."""
+    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
+        """Run the peer with W + ΔW at each weight; none where the peer has no branches."""
         if not self.references.adapters or self.references.mode != "merged" or self.references.rounds_sums:
-            return None
+            return
         step("the other graph, merged")
         model, _ = self._with_adapters(_sums)
         peer = open_graph_session(model, PEER, self.references.base.provider, timeout=self.references.base.timeout)
         del model
-        return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
+        yield FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_GRAPH)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Run the base graph with W + ΔW in fp64, without single pairs, and judge what it returns."""

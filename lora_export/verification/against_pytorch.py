@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lora_export import layers, plan
 from lora_export.errors import LoraExportError
@@ -49,7 +50,7 @@ from lora_export.verification.pair_controls import PairControls
 from lora_export.verification.references import (
     STEPS,
     Diagnosed,
-    MergedPeer,
+    FurtherPeer,
     ReferenceOutputs,
     cached_outputs,
     note_on_fp64,
@@ -65,6 +66,7 @@ from lora_export.verification.references.deployed_module import (
     dtype_name,
     in_candidate_dtype,
     merged_module,
+    moved_module,
     on_device,
 )
 from lora_export.verification.references.half_graphs import as_declared, is_half_inside
@@ -81,6 +83,11 @@ from lora_export.verification.references.single_pairs import control_pairs
 MERGED_MODULE = (
     "PyTorch was measured with its adapters merged, too; the larger error counts: they are large beside the weights"
 )
+MOVED_WEIGHTS = (
+    "PyTorch was measured with each weight moved to a neighbouring number in fp32, too; the largest error counts: the "
+    "order of its sums alone was a lucky one"
+)
+DRAWS_OF_ROUNDING = 4  # runs with moved weights, at most
 HALF = "the candidate is in half precision: --dtype float16 compares it with the model in the same precision"
 EXPECTS_HALF = "expected: (tensor(float16))"  # onnxruntime's error for an input in float32
 FURTHER_SEEDS = 2000  # above the proof's own seed: from where inputs that reach more pairs are looked for
@@ -361,15 +368,29 @@ class PreparedPyTorch:
             )
         return key
 
-    def run_merged(self, step: OnProofStep) -> MergedPeer | None:
-        """Run PyTorch with the adapters merged; None where weights are rounded or in half precision already."""
-        is_plain = not self.attached.rounding and not self.quantised and self.dtype is torch.float32
-        if self.changes is None or not self.attached.has_pairs or not is_plain:
-            return None
-        step("PyTorch, the adapters merged")
+    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
+        """Run PyTorch in fp32 with its adapters merged, and then with moved weights; nothing in other precisions.
+
+        The error of one run is one draw of what rounding does. A sum in another order has another error, and a weight
+        moved by one rounding changes the outputs as much as that.
+        """
+        if self.quantised or self.dtype is not torch.float32:
+            return
         device = self.references.device
-        peer = ModuleRunner(on_device(merged_module(self.attached.module, self.changes), device), device)
-        return MergedPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, MERGED_MODULE)
+        if self.changes is not None and self.attached.has_pairs and not self.attached.rounding:
+            step("PyTorch, the adapters merged")
+            merged = on_device(merged_module(self.attached.module, self.changes), device)
+            yield self._peer(merged, MERGED_MODULE)
+            del merged
+        if is_large(self.attached.module):
+            return
+        for number in range(DRAWS_OF_ROUNDING):
+            step("PyTorch, its weights moved by a rounding")
+            yield self._peer(moved_module(self.deployed.module, self.references.seed + number), MOVED_WEIGHTS)
+
+    def _peer(self, module: nn.Module, note: str) -> FurtherPeer:
+        peer = ModuleRunner(module, self.references.device)
+        return FurtherPeer({name: peer.run(arrays) for name, arrays in self.inputs.cases.items()}, note)
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Run the module in fp64 without single pairs, and judge what it returns."""

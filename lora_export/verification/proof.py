@@ -6,7 +6,7 @@ What differs between PyTorch (`against_pytorch`) and a graph (`against_graph`) a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lora_export.verification.diagnose.diagnosis import Diagnosis
 from lora_export.verification.inputs import Inputs, describe_arrays
 from lora_export.verification.mixed_batches import mixed_cases
 from lora_export.verification.pair_controls import PairControls
-from lora_export.verification.references import ReferenceOutputs, References
+from lora_export.verification.references import FurtherPeer, ReferenceOutputs, References
 
 BASE = "the base"
 MIXED = "mixed batches"
@@ -95,12 +95,8 @@ def prove(
     judge = functools.partial(_judge, outputs, expected, atol=atol, rtol=rtol)
     cases = _cases(inputs, outputs, expected)
     verdict = judge(cases)
-    if differs_in_precision_alone(verdict) and (merged := prepared.run_merged(step)):
-        others = _with_peer(cases, merged.outputs)
-        measured = with_larger_peer_error(cases, others)
-        second = judge(measured, merged.note)
-        if second.outcome is not parity.Outcome.DIFFERENT:
-            verdict, cases = second, measured
+    if differs_in_precision_alone(verdict):
+        verdict, cases = _by_further_peers(verdict, cases, prepared.further_peers(step), judge)
     if references.adapters and verdict.outcome is not parity.Outcome.DIFFERENT:
         step("single pairs")
         controls = prepared.control_pairs([case for case in cases if case.candidate], expected)
@@ -170,6 +166,22 @@ def _judge(
         doubts=expected.doubts,
         faults=expected.faults,
     )
+
+
+def _by_further_peers(
+    verdict: parity.Verdict,
+    cases: list[parity.Case],
+    peers: Iterable[FurtherPeer],
+    judge: Callable[..., parity.Verdict],
+) -> tuple[parity.Verdict, list[parity.Case]]:
+    """The verdict and its cases by the largest error of the peers, once this is not `different`; else as before."""
+    measured = cases
+    for peer in peers:
+        measured = with_larger_peer_error(measured, _with_peer(cases, peer.outputs))
+        found = judge(measured, peer.note)
+        if found.outcome is not parity.Outcome.DIFFERENT:
+            return found, measured
+    return verdict, cases
 
 
 def _with_peer(cases: Sequence[parity.Case], peer: Mapping[str, Arrays]) -> list[parity.Case]:

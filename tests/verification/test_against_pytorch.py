@@ -331,6 +331,23 @@ def a_large_adapter(std: float) -> tuple[model.Model, Adapter]:
     return base, Adapter(name="a", format="test", pairs=pairs, sha256="0a")
 
 
+def test_peers_of_a_run_in_fp32_are_its_merge_and_moved_weights() -> None:
+    base, adapter = a_large_adapter(0.05)
+    references = PyTorchReferences(base, [adapter])
+    candidate = folded(base, adapter)
+    prepared = references.prepare(candidate, references.inputs(candidate))
+    peers = list(prepared.further_peers(lambda _: None))
+    assert [peer.note for peer in peers] == [
+        against_pytorch.MERGED_MODULE,
+        *[against_pytorch.MOVED_WEIGHTS] * against_pytorch.DRAWS_OF_ROUNDING,
+    ]
+    for name, arrays in prepared.inputs.cases.items():
+        own = prepared.deployed.run(arrays)["output_0"]
+        outputs = [peer.outputs[name]["output_0"] for peer in peers]
+        assert len({output.tobytes() for output in (own, *outputs)}) == len(peers) + 1
+        assert max(np.abs(output - own).max() for output in outputs) < 1e-5 * np.abs(own).max()
+
+
 def test_right_merge_of_a_large_adapter_is_same_beside_a_merged_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = a_large_adapter(1.0)
     # The error of the merge is 1.3 to 3 times that of PyTorch, depending on the processor, and 1 once PyTorch merges.

@@ -23,7 +23,7 @@ implement both, in `against_pytorch.py` and `against_graph.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -93,8 +93,8 @@ class PreparedReferences(Protocol):
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run the references, one after the other."""
 
-    def run_merged(self, step: OnProofStep) -> MergedPeer | None:
-        """Run the deployed model with its adapters merged; None where that is no other computation."""
+    def further_peers(self, step: OnProofStep) -> Iterator[FurtherPeer]:
+        """Run the deployed model in other forms whose error is as legitimate as its own. They run one by one."""
 
     def control_pairs(self, cases: Sequence[parity.Case], expected: ReferenceOutputs) -> PairControls:
         """Switch off single pairs of the adapters, which `run` has run."""
@@ -124,8 +124,8 @@ class ReferenceOutputs:
     faults: tuple[str, ...] = ()  # each makes the verdict different
 
 
-class MergedPeer(NamedTuple):
-    """The outputs of the peer with its adapters merged, and the note for a verdict that rests on them."""
+class FurtherPeer(NamedTuple):
+    """The outputs of the peer in another form, and the note for a verdict that rests on them."""
 
     outputs: Mapping[str, Arrays]  # by case
     note: str

@@ -13,7 +13,7 @@ from lora_export.models.load import load_model
 from lora_export.runtime import torch_runners
 from lora_export.runtime.runner import Arrays
 from lora_export.verification.references.attached_module import AttachedModule, attach_adapters
-from lora_export.verification.references.deployed_module import coarser_dtype, deployed_module
+from lora_export.verification.references.deployed_module import coarser_dtype, deployed_module, moved_module
 from support import FACTORIES
 from support.proofs import an_adapter
 
@@ -65,3 +65,29 @@ def test_rounded_weights_of_a_large_module_are_in_memory_once(
     for runs in (attached, again):
         assert runs.run("reference", {"case": inputs}, set())
         assert runs.ready is None
+
+
+def test_moved_weights_are_the_neighbours_of_the_weights() -> None:
+    layer = torch.nn.Linear(40, 30)
+    with torch.no_grad():
+        layer.bias[:2] = torch.tensor([torch.inf, 0.0])
+    before = layer.weight.detach().clone()
+    moved = moved_module(layer, seed=1)
+    assert torch.equal(layer.weight, before)
+    up, down = (torch.nextafter(before, torch.full_like(before, end)) for end in (torch.inf, -torch.inf))
+    goes_up = moved.weight == up
+    assert torch.equal(moved.weight, torch.where(goes_up, up, down))
+    assert 0.4 < goes_up.float().mean() < 0.6
+    assert moved.bias[0] == torch.inf  # no number has it as a neighbour
+    assert 0 < abs(moved.bias[1]) < 1e-44
+    assert torch.equal(moved_module(layer, seed=1).weight, moved.weight)
+    assert not torch.equal(moved_module(layer, seed=2).weight, moved.weight)
+
+
+def test_moved_weights_stay_tied_and_integers_stay() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))
+    module[1].weight = module[0].weight
+    module.register_buffer("ids", torch.arange(3))
+    moved = moved_module(module, seed=0)
+    assert moved[1].weight is moved[0].weight
+    assert torch.equal(moved.ids, module.ids)
