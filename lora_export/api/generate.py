@@ -71,7 +71,7 @@ def generate(
     graph = _graph_in(Path(source))
     configs = _configs_beside(graph)
     are_texts = [isinstance(prompt, str) for prompt in prompts]
-    tokenizer = open_tokenizer(graph.parent, needed=any(are_texts))
+    tokenizer = _tokenizer_beside(graph, needed=any(are_texts))
     tokens = [_token_ids(prompt, tokenizer, configs, chat=chat) for prompt in prompts]
     require_provider(provider)
     decoder = Decoder(graph, provider)
@@ -123,6 +123,13 @@ class _TextStream:
         if len(text) > self.shown:
             self.on_text(self.number, text[self.shown :])
             self.shown = len(text)
+
+
+def _tokenizer_beside(graph: Path, *, needed: bool) -> Any:
+    try:
+        return open_tokenizer(graph.parent, needed=needed)
+    except InputRefused as error:
+        raise InputRefused(error.lines, "Prompts may be lists of token ids, too: lora_export.generate") from error
 
 
 def _graph_in(source: Path) -> Path:

@@ -23,6 +23,7 @@ from lora_export.models.key_value_cache import disable_cache
 from lora_export.models.model import Model, ModelInputs, Sizes
 from lora_export.models.stored_parameter import StoredParameter
 from lora_export.models.streamed_folder import StreamedFolder, streamed_folder
+from lora_export.models.tokenizer import open_tokenizer
 from lora_export.storage import json_files
 from lora_export.weights.checkpoint import CONFIG, Checkpoint, custom_code, open_checkpoint
 from lora_export.weights.task_head import TaskHead, config_for_head, config_with_heads, number_of_labels
@@ -39,14 +40,8 @@ def load_tokenizer(model: Model) -> Any:
     """The tokenizer in a Hugging Face model's folder. Raises InputRefused where there is none."""
     if not model.is_huggingface:
         raise InputRefused(f"{model.source} has no tokenizer: it is no Hugging Face folder. Give arrays (.npz)")
-    transformers = _transformers()
-    with _quiet(transformers):
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                model.source, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # a tokenizer that is damaged raises any type
-            raise InputRefused(f"{model.source} has no tokenizer: {_first_line(error)}") from error
+    with _quiet(_transformers()):
+        return open_tokenizer(Path(model.source), needed=True)
 
 
 def load_image_processor(model: Model) -> Any:

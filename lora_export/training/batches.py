@@ -114,7 +114,7 @@ def batches_in_order(data: Data, batch_size: int, rows: Sequence[int] | None = N
         yield data.batch(rows[start : start + batch_size])
 
 
-def on_device(batch: Batch, device: torch.device | str) -> Batch:
+def batch_on_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with its tensors on a device."""
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
     return Batch(inputs, batch.labels.to(device) if isinstance(batch.labels, Tensor) else batch.labels)

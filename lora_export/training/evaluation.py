@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_export.errors import InputRefused
-from lora_export.training.batches import Data, batches_in_order, on_device, refuse_unknown_inputs
+from lora_export.training.batches import Data, batch_on_device, batches_in_order, refuse_unknown_inputs
 from lora_export.training.losses import module_outputs
 from lora_export.training.processes import rank, sum_over_processes, world_size
 
@@ -41,7 +41,7 @@ def evaluate(module: nn.Module, data: Data, *, batch_size: int = 64, device: str
     try:
         with torch.no_grad():
             for made in batches_in_order(data, batch_size, range(rank(), len(data), world_size())):
-                batch = on_device(made, device)
+                batch = batch_on_device(made, device)
                 outputs = module_outputs(module, batch.inputs)
                 total += float(data.loss.total(outputs, batch))
                 count += data.loss.count(batch.labels)

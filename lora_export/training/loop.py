@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_export.errors import EnvironmentLacking, InputRefused, listed
 from lora_export.storage.deferred_signals import deferred_signals
-from lora_export.training.batches import Data, on_device, refuse_unknown_inputs
+from lora_export.training.batches import Data, batch_on_device, refuse_unknown_inputs
 from lora_export.training.checkpoint import Checkpoints, trained_tensors
 from lora_export.training.evaluation import evaluate
 from lora_export.training.history import EvaluationRecord, StepRecord, TrainingHistory
@@ -155,7 +155,7 @@ class _Run:
         torch.manual_seed((settings.seed * 1_000_003 + step * 1009 + rank()) % 2**63)  # of dropout
         rows = self.order.rows_of(step)
         parts = parts_of(rows, settings.accumulate, rank=rank(), processes=world_size())
-        batches = [on_device(self.data.batch(part, epoch), self.accelerator.device) for part in parts]
+        batches = [batch_on_device(self.data.batch(part, epoch), self.accelerator.device) for part in parts]
         loss = self.data.loss
         own_count = sum(loss.count(batch.labels) for batch in batches)
         (count,) = sum_over_processes([float(own_count)], self.accelerator.device)

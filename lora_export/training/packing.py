@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Sequence
 
 
-def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def packed_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of item numbers, each with at most `capacity` in all: the longest first, each where it fits best.
 
     Items of more than the capacity must not be there. An item's bin depends on the lengths alone. The bins are in the

@@ -18,7 +18,7 @@ from lora_export.errors import InputRefused
 from lora_export.training.arrays import IGNORED
 from lora_export.training.encoders.texts import Tokenise
 from lora_export.training.losses import Batch, CrossEntropy, Loss, module_outputs, scores_of
-from lora_export.training.packing import packed
+from lora_export.training.packing import packed_rows
 from lora_export.training.records.rows import Records
 from lora_export.training.splitting import RowNumbers
 
@@ -186,7 +186,9 @@ def causal_rows(file: TokenFile, *, max_length: int, cut: bool, pack: bool, pad_
         raise InputRefused(f"no token is left to predict within {max_length} tokens; raise --max-length")
     lengths = [piece.stop - piece.start for piece in pieces]
     bins = (
-        [[pieces[item] for item in items] for items in packed(lengths, max_length)] if pack else [[p] for p in pieces]
+        [[pieces[item] for item in items] for items in packed_rows(lengths, max_length)]
+        if pack
+        else [[p] for p in pieces]
     )
     return CausalRows(file, bins, pad_token, pack)
 

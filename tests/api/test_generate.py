@@ -187,7 +187,7 @@ def test_folders_without_what_is_needed_are_refused(swapped: Path, tmp_path: Pat
     with pytest.raises(InputRefused, match=r"has no single graph \(none\)"):
         le.generate(tmp_path, ["w1"])
     shutil.copy(swapped / "model.onnx", tmp_path)
-    with pytest.raises(InputRefused, match=r"has no tokenizer\. Give the prompts as token ids"):
+    with pytest.raises(InputRefused, match=r"has no tokenizer(?s:.*)lists of token ids"):
         le.generate(tmp_path, ["w1"])
     assert tokens(tmp_path / "model.onnx", count=4) == tokens(swapped, count=4)
     (tmp_path / "tokenizer.json").write_text("{")

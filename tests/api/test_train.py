@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,15 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import lora_export as le
 from lora_export.errors import EnvironmentLacking, InputRefused, OutputFailed
 from support.api import MODEL, Recorder, base_weights
-from support.small_models import MODELS, small_model, words_tokenizer
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    generator = np.random.default_rng(0)
-    rows = generator.standard_normal((24, 5, 8)).astype(np.float32)
-    np.savez(tmp_path / "data.npz", rows=rows, weights=np.ones((24, 5), np.float32), labels=np.tanh(rows[..., ::-1]))
-    return tmp_path / "data.npz"
+from support.small_models import small_model, words_tokenizer
 
 
 def test_training_returns_the_adapter_it_saved(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,12 +33,6 @@ def test_training_returns_the_adapter_it_saved(data: Path, tmp_path: Path, capsy
     assert capsys.readouterr() == ("", "")
 
 
-def test_unknown_layers_are_refused_and_nothing_is_left(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match="dens"):
-        le.train(MODEL, data, tmp_path / "ad", target="dens")
-    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
-
-
 def test_the_adapter_records_layouts_so_that_a_merge_needs_no_option(data: Path, tmp_path: Path) -> None:
     trained = le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=1).adapter
     assert trained.layouts == {"dense": "out_in"}
@@ -55,28 +40,6 @@ def test_the_adapter_records_layouts_so_that_a_merge_needs_no_option(data: Path,
     made = le.merge(base, tmp_path / "ad", tmp_path / "out.safetensors")
     assert [(step.spec.layout, step.spec.layout_source) for step in made.plan.steps] == [("out_in", "adapter")]
     assert le.verify(tmp_path / "out.safetensors", base=base, adapters=[tmp_path / "ad"])
-
-
-@pytest.mark.parametrize(
-    ("name", "saved"), [("distilbert", {"classifier", "pre_classifier"}), ("bert", {"classifier", "bert.pooler.dense"})]
-)
-def test_peft_reads_every_module_that_the_base_lacked(name: str, saved: set[str], tmp_path: Path) -> None:
-    base = small_model(name, tmp_path / "base")
-    if name == "bert":  # a model of masked words has no pooler, which a classifier needs
-        torch.manual_seed(0)
-        transformers.BertForMaskedLM(MODELS["bert"][1]()).save_pretrained(base)
-    words_tokenizer(base)
-    lines = [{"text": f"very {word} film", "label": word} for word in ("good", "bad") * 10]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    le.train(base, tmp_path / "data.jsonl", tmp_path / "ad", epochs=2, learning_rate=1e-2)
-    assert set(json.loads((tmp_path / "ad/adapter_config.json").read_text())["modules_to_save"]) == saved
-    le.merge(base, tmp_path / "ad", tmp_path / "merged")
-    auto = transformers.AutoModelForSequenceClassification
-    merged = auto.from_pretrained(tmp_path / "merged").eval()
-    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(base, num_labels=2), tmp_path / "ad").eval()
-    ids = torch.arange(24).reshape(3, 8) % 9
-    with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, theirs(ids).logits, atol=1e-6)
 
 
 # --- Tasks: what is trained here loads in PEFT, and merges ---
@@ -194,35 +157,6 @@ def test_the_loss_curve_is_pefts_from_the_same_start(tmp_path: Path) -> None:
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-# --- Comparison ---
-
-
-def test_ranks_and_strategies_are_compared_in_a_table(data: Path, tmp_path: Path) -> None:
-    options = {"epochs": 2, "batch_size": 8, "compare": ["full", "frozen"]}
-    result = le.train(MODEL, data, tmp_path / "out", rank=[2, 4], **options)
-    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
-    assert {"comparison.json", "comparison.png", "comparison.html", "rank-2/README.md"} <= written
-    table = json.loads((tmp_path / "out/comparison.json").read_text())["runs"]
-    assert [(run["strategy"], run["rank"], run["trained_parameters"]) for run in table] == [
-        ("lora", 2, 32), ("lora", 4, 64), ("full", None, table[0]["all_parameters"] - 32), ("frozen", None, 0),
-    ]  # fmt: skip
-    assert table[0]["losses"][0] == table[1]["losses"][0] == pytest.approx(table[2]["losses"][0])
-    assert table[0]["memory"]["optimizer"] < table[1]["memory"]["optimizer"] < table[2]["memory"]["optimizer"]
-    alone = le.train(MODEL, data, tmp_path / "alone", rank=4, epochs=2, batch_size=8)
-    assert alone.adapter.sha256 == result.adapters[1].sha256  # nothing of the first training is left
-    assert result.scores["full"].loss != result.scores["frozen"].loss
-
-
-def test_the_card_and_the_metrics_tell_what_was_trained(data: Path, tmp_path: Path) -> None:
-    result = le.train(MODEL, data, tmp_path / "ad", rank=2, epochs=2, evaluate_every=2, batch_size=8)
-    card = (tmp_path / "ad/README.md").read_text()
-    for text in ("library_name: peft", "SHA-256 of the data", hashlib.sha256(data.read_bytes()).hexdigest()):
-        assert text in card
-    lines = [json.loads(line) for line in (tmp_path / "ad/metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines if "loss" in line] == list(result.history.losses)
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4, 6]
-
-
 # --- Interruptions and refusals ---
 
 
@@ -258,25 +192,3 @@ def test_nothing_is_continued_without_a_checkpoint(data: Path, tmp_path: Path) -
     with pytest.raises(InputRefused, match="there is no checkpoint in"):
         le.train(MODEL, data, tmp_path / "ad", resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
-
-
-def test_a_rank_beyond_a_layer_is_refused(data: Path, tmp_path: Path) -> None:
-    for target in ("dense", "all-linear"):
-        with pytest.raises(InputRefused, match=r"larger than 1 of 1 layers.*\n  `dense` is 8 × 8, its rank 9"):
-            le.train(MODEL, data, tmp_path / "ad", rank=9, target=target)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
-
-
-def test_of_all_linear_layers_some_may_be_smaller_than_the_rank(tmp_path: Path) -> None:
-    (tmp_path / "small_head.py").write_text(
-        "import torch\n\ndef make():\n"
-        "    return torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 2)), torch.ones(2, 8)\n"
-    )
-    inputs = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
-    np.savez(tmp_path / "a.npz", input=inputs, labels=(inputs[:, 0] > 0).astype(np.int64))
-    seen, model = Recorder(), f"{tmp_path}/small_head.py:make"
-    result = le.train(model, tmp_path / "a.npz", tmp_path / "ad", rank=4, epochs=1, **seen.callbacks)
-    assert set(result.adapter.pairs) == {"0", "1"}
-    assert "note: the rank is larger than 1 of 2 layers, such as `1` is 2 × 6, its rank 4" in seen.messages
-    with pytest.raises(InputRefused, match="larger than 1 of 1 layers"):
-        le.train(model, tmp_path / "a.npz", tmp_path / "other", rank=4, epochs=1, target="1")

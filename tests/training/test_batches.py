@@ -15,8 +15,8 @@ from lora_export.training.batches import (
     ArrayData,
     EncodedRows,
     ReadyBatches,
+    batch_on_device,
     batches_in_order,
-    on_device,
     refuse_unknown_inputs,
 )
 from lora_export.training.losses import Batch, CrossEntropy, OwnLoss, SquaredError
@@ -62,7 +62,7 @@ def test_arrays_and_ready_batches_give_their_rows() -> None:
 
 
 def test_only_tensors_move_to_a_device() -> None:
-    moved = on_device(Batch({"x": torch.ones(1), "flag": True}, {"any": 1}), "meta")
+    moved = batch_on_device(Batch({"x": torch.ones(1), "flag": True}, {"any": 1}), "meta")
     assert moved.inputs["x"].device.type == "meta" and moved.inputs["flag"] is True and moved.labels == {"any": 1}
 
 

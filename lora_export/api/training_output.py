@@ -1,0 +1,99 @@
+"""What training writes: the adapter with its card and metrics, and the table of a comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export import __version__
+from lora_export.api.callbacks import OnMessage
+from lora_export.api.training_data import TrainingData
+from lora_export.api.training_strategies import TrainingRun, losses_of
+from lora_export.formats import peft
+from lora_export.lora import Adapter
+from lora_export.models.model import Model
+from lora_export.report.comparison import comparison_page, draw_losses
+from lora_export.report.model_card import MODEL_CARD, model_card
+from lora_export.storage import atomic_output
+from lora_export.storage.hub_cache import hub_name
+from lora_export.storage.json_files import write_json
+from lora_export.training.history import METRICS
+from lora_export.training.processes import rank as process_rank
+
+COMPARISON = "comparison"  # the name of the table's files: .json, .png and .html
+SHOWN_VERSIONS = ("torch", "transformers", "accelerate")
+
+
+@contextlib.contextmanager
+def staged_output(output: Path, inputs: Sequence[Path], *, overwrite: bool, on_message: OnMessage) -> Iterator[Path]:
+    """A folder that becomes the output. Of several processes one writes it; the files of the others are dropped."""
+    if process_rank() > 0:
+        with tempfile.TemporaryDirectory(prefix="lora-export-") as dropped:
+            yield Path(dropped)
+        return
+    with atomic_output.stage_folder(output, inputs=inputs, overwrite=overwrite, on_message=on_message) as stage:
+        yield stage
+
+
+@contextlib.contextmanager
+def noted_checkpoint(folder: Path) -> Iterator[None]:
+    """Let the message of an interrupted command name the checkpoint that it has left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder.exists():
+            atomic_output.published.append(folder)
+        raise
+
+
+def write_trained_adapter(
+    folder: Path, loaded: Model, learnt: TrainingData, run: TrainingRun, new: Adapter, facts: Mapping[str, Any]
+) -> None:
+    """Write an adapter with its card and its metrics."""
+    assert run.adapter is not None and run.rank is not None
+    folder.mkdir(exist_ok=True)
+    shape = new.metadata
+    base = hub_name(Path(loaded.source)) or loaded.source
+    fields: dict[str, Any] = {"use_rslora": shape["use_rslora"], "base_model_name_or_path": base}
+    fields |= {"task_type": learnt.peft_task} if learnt.peft_task and loaded.is_huggingface else {}
+    peft.write(run.adapter, folder, rank=run.rank, alpha=shape["lora_alpha"], targets=new.targets, **fields)
+    if loaded.is_huggingface:
+        # The head's class and labels: PEFT's own files do not name the labels.
+        config: Any = loaded.module.config
+        config.architectures = [type(loaded.module).__name__]
+        config.save_pretrained(folder)
+    run.history.write(folder / METRICS)
+    (folder / MODEL_CARD).write_text(model_card(facts), encoding="utf-8", newline="\n")
+
+
+def facts_for_card(loaded: Model, learnt: TrainingData, run: TrainingRun, base_hash: str, data: str) -> dict[str, Any]:
+    """What the card of an adapter contains."""
+    assert run.adapter is not None
+    scores = {"held out": run.score, "held out, adapter off": run.score_without}
+    versions = {"lora-export": __version__}
+    for package in SHOWN_VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "base": hub_name(Path(loaded.source)) or loaded.source,
+        "base_sha256": base_hash,
+        "data": data,
+        "data_sha256": learnt.sha256,
+        "examples": str(learnt),
+        "adapter": {**run.adapter.metadata, "layers": len(run.adapter.pairs), "trained": str(run.parameters)},
+        "settings": {name.replace("_", " "): value for name, value in run.settings.recorded.items()},
+        "figures": {"training": str(run.history), **{name: str(score) for name, score in scores.items() if score}},
+        "versions": versions,
+    }
+
+
+def write_comparison(stage: Path, document: Mapping[str, Any], runs: Sequence[TrainingRun]) -> None:
+    """Write the table of all runs as JSON, its curves as PNG, and a page with both."""
+    write_json(stage / f"{COMPARISON}.json", dict(document))
+    draw_losses(losses_of(runs), stage / f"{COMPARISON}.png")
+    page = comparison_page(document, f"{COMPARISON}.png")
+    (stage / f"{COMPARISON}.html").write_text(page, encoding="utf-8", newline="\n")
