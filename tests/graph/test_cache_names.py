@@ -15,5 +15,5 @@ def test_names_are_paired_without_their_first_part() -> None:
     }
 
 
-def test_an_output_with_the_name_of_an_input_of_one_part_is_its_next_value() -> None:
+def test_state_of_one_name_is_its_own_next_value() -> None:
     assert present_by_past(["state", "x"], ["state", "y"]) == {"state": "state"}
