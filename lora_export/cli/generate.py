@@ -21,7 +21,7 @@ Examples:
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Text to go on from. Several run as one batch.")
 @click.option(
     "--adapter",
-    "adapters",
+    "chosen",
     multiple=True,
     metavar="NAME",
     help="Adapter to use: once for all prompts, or in a graph of --lora rows once for each. `base` is none.",
@@ -48,7 +48,7 @@ Examples:
 def command(
     source: Path,
     prompts: tuple[str, ...],
-    adapters: tuple[str, ...],
+    chosen: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -68,7 +68,7 @@ def command(
     results = generate(
         source,
         prompts,
-        adapters=_by_prompt(adapters),
+        adapters=_by_prompt(chosen),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -78,7 +78,7 @@ def command(
         on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else lambda _, __: None,
     )
     if as_json:
-        names = list(adapters) if len(adapters) > 1 else [adapters[0] if adapters else None] * len(results)
+        names = list(chosen) if len(chosen) > 1 else [chosen[0] if chosen else None] * len(results)
         print_document(
             [
                 {"prompt": result.prompt, "adapter": name, "text": result.text, "tokens": list(result.tokens)}
@@ -93,9 +93,9 @@ def command(
             click.echo(shown_text(result.text or ""))
 
 
-def _by_prompt(adapters: tuple[str, ...]) -> str | list[str | None] | None:
+def _by_prompt(chosen: tuple[str, ...]) -> str | list[str | None] | None:
     """One name for all prompts, or one for each; `base` is none."""
-    names = [None if name == "base" else name for name in adapters]
+    names = [None if name == "base" else name for name in chosen]
     return (names[0] if names else None) if len(names) < 2 else names
 
 

@@ -22,7 +22,7 @@ from lora_export.cli.progress import shown
 EXAMPLE = """\b
 Examples:
   lora-export onnx base -a adapter -o model.onnx
-  lora-export onnx decoder -a adapter --with-cache -o served
+  lora-export onnx decoder -a pirate --with-cache -o served
   lora-export onnx base.onnx -a fr=./fr -a de=./de --lora inputs -o served.onnx"""
 
 

@@ -22,7 +22,10 @@ from lora_export.runtime import environment_probes as probes
 from lora_export.runtime.environment_probes import ProbeResult
 from lora_export.runtime.providers import VARIABLES
 
-MODULES_OF = {"pyyaml": "yaml"}  # a distribution -> the module that it is imported by, where the names differ
+MODULES_OF = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}  # a distribution -> the module that it is imported by, where the names differ
 DEVELOPMENT_EXTRAS = frozenset({"demo", "dev"})  # no command needs them
 
 

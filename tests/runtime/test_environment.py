@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 
 import pytest
 
@@ -69,3 +70,9 @@ def test_remains_of_an_interrupted_pip_are_ignored(tmp_path):
     (tmp_path / "~umpy-2.0.0.dist-info").mkdir()
     (remains,) = installed(tmp_path)
     assert environment.name_of(remains) == ""
+
+
+def test_module_of_every_installed_package_is_known_by_name():
+    packages = [package for package in this_machine().packages if package.installed]
+    assert {"pillow", "pyyaml"} <= {package.name for package in packages}
+    assert [package.name for package in packages if importlib.util.find_spec(package.module) is None] == []

@@ -191,7 +191,7 @@ def _first_words(line: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    disabled = logging.root.manager.disable
+    disabled, bars = logging.root.manager.disable, hf.utils.logging.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
     hf.utils.logging.disable_progress_bar()
     try:
@@ -199,3 +199,5 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+        if bars:
+            hf.utils.logging.enable_progress_bar()

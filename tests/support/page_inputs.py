@@ -121,6 +121,12 @@ def _decoder(_: PageInputs, path: Path) -> None:
     save_tokenizer(path)
 
 
+def _generating(inputs: PageInputs, path: Path) -> None:
+    adapter = f"pirate={inputs.path('pirate')}"
+    options = ("--lora", "inputs", "--with-cache", "--no-verify", "-o", path)
+    assert call("onnx", inputs.path("decoder"), "-a", adapter, *options) == 0
+
+
 def _genai(inputs: PageInputs, path: Path) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     genai.build_genai_graph(inputs.path("decoder"), path, "fp32")
@@ -184,6 +190,7 @@ MAKERS: dict[str, Callable[[PageInputs, Path], None]] = {
     "decoder": _decoder,
     "pirate": _peft_adapter(3, "decoder"),
     "genai": _genai,
+    "served": _generating,
     "net.py": _net,
     "numbers.npz": _numbers,
     "net-adapter": _net_adapter,
