@@ -153,6 +153,7 @@ def test_nodes_beside_the_weights_compute_what_diffusers_computes(graph, adapter
     assert np.abs(own["diffusers"] - own[""]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_three_files_are_swapped_per_call(graph, adapters, inputs, tmp_path):
     export(graph, tmp_path / "inputs.onnx", [f"{name}={path}" for name, path in adapters.items()], "inputs")
     session = Session(tmp_path / "inputs.onnx", {name: tmp_path / f"{name}.onnx_adapter" for name in adapters})

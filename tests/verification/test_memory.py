@@ -123,7 +123,10 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_needs, "MOST_WIDENED_PARAMETERS", 0)
 
 
-@pytest.mark.parametrize("candidate", ["merged", "twice", "merged.onnx"])
+@pytest.mark.parametrize(
+    "candidate",
+    [pytest.param("merged", marks=pytest.mark.slow), "twice", pytest.param("merged.onnx", marks=pytest.mark.slow)],
+)
 def test_large_model_has_the_verdict_of_a_small_one(
     candidate: str, small_base: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +155,7 @@ def test_large_model_has_the_verdict_of_a_small_one(
 
 
 @pytest.mark.usefixtures("all_are_large")
+@pytest.mark.slow
 def test_export_of_a_large_model_is_proven_against_weights_that_are_read(
     small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
