@@ -25,9 +25,10 @@ from benchmarks.measure import keep, machine, run
 from lora_export.runtime.generation.decoder import Decoder
 from lora_export.runtime.generation.loop import TextLimits, generate_tokens
 from lora_export.runtime.generation.sampling import Sampling
+from support.exporters import save_tokenizer
 from support.genai import build_genai_graph
 
-ROUNDS, PROMPT, NEW = 5, 64, 64
+ROUNDS, PROMPT, NEW = 3, 64, 64
 BATCHES = (1, 4)
 OURS, FUSED, BUILT = "generate, ONNX's operators", "generate, --fuse cpu", "generate, the builder's graph"
 GENAI, GENAI_BUILT, TORCH = "genai, our fused graph", "genai, the builder's graph", "transformers.generate"
@@ -107,6 +108,7 @@ def table(times: Mapping[tuple[str, int], list[float]]) -> str:
 def test_tokens_per_second(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     run([sys.executable, "-c", MAKE, tmp_path])
+    save_tokenizer(tmp_path / "model")
     le.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
     for name, fuse in (("plain", None), ("fused", "cpu")):
         le.export_onnx(tmp_path / "merged", tmp_path / name, with_cache=True, fuse=fuse, verify=False)
