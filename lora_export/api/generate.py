@@ -145,9 +145,13 @@ def _graph_in(source: Path) -> Path:
         if isinstance(name, str) and "/" not in name and (source / name).is_file():
             return source / name
     graphs = sorted(source.glob("*.onnx"))
-    if len(graphs) != 1:
-        found = ", ".join(path.name for path in graphs) or "none"
-        raise InputRefused(f"{source} has no single graph ({found}). Name the .onnx itself")
+    if not graphs:
+        raise InputRefused(
+            f"{source} has no .onnx. `lora-export onnx MODEL --with-cache -o FOLDER` makes such a folder"
+        )
+    if len(graphs) > 1:
+        names = ", ".join(path.name for path in graphs)
+        raise InputRefused(f"{source} has several graphs ({names}): name the .onnx itself")
     return graphs[0]
 
 

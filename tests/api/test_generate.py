@@ -184,8 +184,14 @@ def test_prompts_that_the_model_cannot_take_are_refused(swapped: Path) -> None:
 
 
 def test_folders_without_what_is_needed_are_refused(swapped: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"has no single graph \(none\)"):
+    with pytest.raises(InputRefused, match=r"has no \.onnx\. `lora-export onnx MODEL --with-cache"):
         le.generate(tmp_path, ["w1"])
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputRefused, match=r"has several graphs \(a.onnx, b.onnx\): name the \.onnx itself"):
+        le.generate(tmp_path, ["w1"])
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).unlink()
     shutil.copy(swapped / "model.onnx", tmp_path)
     with pytest.raises(InputRefused, match=r"has no tokenizer(?s:.*)lists of token ids"):
         le.generate(tmp_path, ["w1"])
