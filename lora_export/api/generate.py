@@ -192,8 +192,9 @@ def _token_ids(prompt: Prompt, tokenizer: Any, configs: Sequence[dict[str, Any]]
     if not ids:
         raise InputRefused("a prompt has no token: there is nothing to go on from")
     size = _setting(configs, "vocab_size")
-    if isinstance(size, int) and not all(isinstance(token, int) and 0 <= token < size for token in ids):
-        raise InputRefused(f"a prompt has the token {max(ids)}; the model has rows for 0 to {size - 1}")
+    unknown = [token for token in ids if isinstance(size, int) and token not in range(size)]
+    if unknown:
+        raise InputRefused(f"a prompt has the token {unknown[0]}; the model has rows for 0 to {size - 1}")
     return list(ids)
 
 

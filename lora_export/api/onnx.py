@@ -18,7 +18,7 @@ from lora_export.api.load import (
     refuse_pt2,
     refuse_weights_alone,
 )
-from lora_export.api.onnx_options import TEXT_GENERATION, OnnxOptions, OnnxResult, check_adapters
+from lora_export.api.onnx_options import FUSED_FOR, TEXT_GENERATION, OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
@@ -111,7 +111,7 @@ def export_onnx(
         target=target,
         dora=dora,
         names=names,
-        task=TEXT_GENERATION if with_cache else task,
+        task=task or (TEXT_GENERATION if with_cache else None),
         fuse=fuse,
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
@@ -175,6 +175,8 @@ def _check_usage(
         raise WrongUsage("MODEL is a graph already: name the adapters to put into it (-a)")
     if options.task not in (None, TEXT_GENERATION):
         raise WrongUsage(f"--task {options.task} is unknown; the task with a cache is {TEXT_GENERATION}")
+    if options.fuse not in (None, *FUSED_FOR):
+        raise WrongUsage(f"--fuse {options.fuse} is unknown; graphs are fused for {', '.join(FUSED_FOR)}")
     if is_graph and options.task:
         raise WrongUsage("--task and --with-cache are for models that are exported; MODEL is a graph already")
     if is_graph and options.fuse:

@@ -20,6 +20,7 @@ from lora_export.storage import atomic_output
 from lora_export.verification.proof import Proof
 
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
+FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph can have
 TEXT_GENERATION = "text-generation"  # a causal language model with its key/value cache
 
 

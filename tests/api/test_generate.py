@@ -160,7 +160,8 @@ def test_seed_determines_the_draws(swapped: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"adapters": "es"}, InputRefused, r"there is no .*es.onnx_adapter; the adapters beside the graph: de, fr"),
+        ({"adapters": "es"}, InputRefused, r"there is no es.onnx_adapter beside .*; the adapters there: de, fr"),
+        ({"adapters": "../fr"}, InputRefused, r"there is no \.\./fr.onnx_adapter beside"),
         ({"adapters": ["fr", "de", None]}, InputRefused, "runs one adapter at a time"),
         ({"adapters": ["fr", "de"]}, WrongUsage, "there are 2 adapters for 3 prompts"),
         ({"max_new_tokens": 0}, WrongUsage, "the number of new tokens is 0"),
@@ -181,6 +182,22 @@ def test_prompts_that_the_model_cannot_take_are_refused(swapped: Path) -> None:
         le.generate(swapped, [""])
     with pytest.raises(InputRefused, match="a prompt has the token 60; the model has rows for 0 to 59"):
         le.generate(swapped, [[3, 60]])
+    with pytest.raises(InputRefused, match="a prompt has the token -1"):
+        le.generate(swapped, [[3, -1, 5]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"with_cache": True, "task": "poetry"}, "--task poetry is unknown"),
+        ({"fuse": "tpu"}, "--fuse tpu is unknown; graphs are fused for cpu, cuda, webgpu"),
+    ],
+)
+def test_unknown_tasks_and_providers_are_refused(
+    llama: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        le.export_onnx(llama / "base", tmp_path / "served", **options)  # type: ignore[arg-type]
 
 
 def test_folders_without_what_is_needed_are_refused(swapped: Path, tmp_path: Path) -> None:

@@ -51,11 +51,13 @@ class Decoder:
         """Load the adapter NAME.onnx_adapter beside the graph. Raises InputRefused where there is none that fits."""
         if self.adapters is None:
             raise InputRefused(f"{self.graph} takes no adapter: it was not made with --lora inputs or rows")
-        path = self.graph.with_name(name + onnx_adapter.SUFFIX)
-        if not path.is_file():
-            found = sorted(other.stem for other in self.graph.parent.glob(f"*{onnx_adapter.SUFFIX}"))
-            raise InputRefused(f"there is no {path}; the adapters beside the graph: {', '.join(found) or 'none'}")
-        self.adapters.load(name, path)
+        found = {path.stem: path for path in self.graph.parent.glob(f"*{onnx_adapter.SUFFIX}")}
+        if name not in found:
+            others = ", ".join(sorted(found)) or "none"
+            raise InputRefused(
+                f"there is no {name}{onnx_adapter.SUFFIX} beside {self.graph}; the adapters there: {others}"
+            )
+        self.adapters.load(name, found[name])
 
     def start(self, batch: int, adapter: str | None = None, adapter_ids: Sequence[int] | None = None) -> DecoderRun:
         """A new run with an empty cache: of a loaded adapter, or with the adapter of each row by its id."""
