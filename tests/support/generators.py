@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lora_export.runtime.runner import Runner
 
 VOCABULARY = 60
 LLAMA_LIKE: dict[str, Any] = {
@@ -90,3 +93,15 @@ def expected_tokens(
     made = module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
     tokens: list[list[int]] = made[:, longest:].tolist()
     return tokens
+
+
+def assert_same_logits(runner: Runner, module: Any) -> None:
+    """A batch of three rows, one of them padded on the left: the logits of every token are those of the module."""
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (3, 24))
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = module(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    found = runner.run({"input_ids": ids, "attention_mask": mask})["logits"]
+    np.testing.assert_allclose(found[mask == 1], expected[mask == 1], rtol=0, atol=2e-6)
+    assert np.abs(expected).max() > 0.1
