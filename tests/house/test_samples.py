@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,13 @@ def test_the_demo_can_be_imported() -> None:
     import demo
 
     assert callable(demo.main)
+
+
+def test_the_extra_of_the_demo_has_what_its_comparison_needs() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (own,) = (line for line in extras["demo"] if line.startswith("lora-export["))
+    assert '"compare"' in (ROOT / "samples" / "demo.py").read_text()
+    assert {"hf", "train", "plot", "report"} <= set(re.findall(r"\w+", own.partition("[")[2]))
 
 
 def test_the_demo_has_ten_classes_with_enough_texts(tmp_path: Path) -> None:
