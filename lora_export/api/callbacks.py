@@ -41,3 +41,15 @@ def in_bytes(on_progress: OnProgress, stage: str, total: int) -> Callable[[int],
         on_progress(Progress(stage, done, total, "bytes"))
 
     return more
+
+
+def each_once(on_message: OnMessage) -> OnMessage:
+    """Pass a message on, and not again."""
+    seen: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in seen:
+            seen.add(message)
+            on_message(message)
+
+    return once

@@ -1,4 +1,4 @@
-"""`lora_export.generate`: texts from the graph of a decoder, with its adapters."""
+"""`lora_export.generate`: texts from the graphs of a model, with its adapters."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.api.generation_files import GENAI_CONFIG, MODEL_CONFIGS
+import numpy as np
+
+from lora_export.api.callbacks import OnMessage, ignore
+from lora_export.api.generation_files import GENAI_CONFIG
+from lora_export.api.generation_prompts import Prompt, encoder_inputs, token_ids
+from lora_export.api.generation_settings import GenerationSettings
 from lora_export.api.publish import require_provider
 from lora_export.errors import InputRefused, WrongUsage
 from lora_export.models.tokenizer import open_tokenizer
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
 from lora_export.runtime.generation.decoder import Decoder
-from lora_export.runtime.generation.loop import TextLimits, generate_tokens
+from lora_export.runtime.generation.encoder_decoder import EncoderDecoder, EncoderDecoderRun
+from lora_export.runtime.generation.loop import OnToken, TextLimits, generate_from_encoder, generate_tokens
 from lora_export.runtime.generation.sampling import Sampling
 from lora_export.storage import input_files, json_files
 
-Prompt = str | Sequence[int]
 OnText = Callable[[int, str], None]  # receives the number of a prompt, and the text of its next tokens
 
 
@@ -43,24 +49,31 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    language: str | None = None,
+    translate: bool = False,
     provider: str = "cpu",
     on_text: OnText = _no_text,
+    on_message: OnMessage = ignore,
 ) -> list[Generation]:
-    """Generate a text after each prompt with a graph of `export_onnx(..., with_cache=True)`, or one like it.
+    """Generate a text for each prompt with the graphs of `export_onnx(..., with_cache=True)`, or others like them.
 
-    `source` is the graph's folder or its .onnx, with the tokenizer and the configs beside it. Prompts are texts, or
-    lists of token ids, which need no tokenizer. With `chat`, each text is the message of a user, in the tokenizer's
-    template. All prompts run as one batch.
+    `source` is the folder of the graphs, or a decoder's .onnx, with the tokenizer and the configs beside it. Prompts
+    are texts, or lists of token ids, which need no tokenizer. Those of a speech model are the paths of .wav files, or
+    arrays: samples (samples,) or features (features, frames). Those of a model that reads images are arrays (channels,
+    height, width). With `chat`, each text is the message of a user, in the tokenizer's template. All prompts run as one
+    batch.
 
     `adapters` is the name of one adapter for all prompts, or one name, or None for the base, for each prompt: then the
     graph has to be made with `--lora rows`. With `--lora inputs`, NAME.onnx_adapter is beside the graph.
 
     A text ends with a token of the model's `eos_token_id`, or after `max_new_tokens`. A `temperature` of 0 takes the
     most probable token; otherwise tokens are drawn, as `seed` determines, from the most probable ones whose
-    probabilities add up to `top_p`. `on_text` receives each piece of a text as soon as it is known. `provider` is "cpu"
-    or "cuda".
+    probabilities add up to `top_p`. Tokens that generation_config.json forces, suppresses or penalises are so here.
+    What else it asks for, such as beams, is a message. `language` ("en") is that of a multilingual speech model's
+    sounds, None to let the model tell; with `translate` it writes English. `on_text` receives each piece of a text as
+    soon as it is known. `provider` is "cpu" or "cuda".
 
-    Raises InputRefused for a folder without such a graph or tokenizer and for unknown adapters, WrongUsage for values
+    Raises InputRefused for a folder without such graphs or tokenizer and for unknown adapters, WrongUsage for values
     out of range, EnvironmentLacking where the provider does not run, RuntimeRefused where onnxruntime refuses a run.
     """
     if not prompts:
@@ -69,26 +82,73 @@ def generate(
         raise WrongUsage(f"the number of new tokens is {max_new_tokens}; it has to be 1 or more")
     sampling = Sampling(temperature, top_p, seed)
     graph = _graph_in(Path(source))
-    configs = _configs_beside(graph)
-    are_texts = [isinstance(prompt, str) for prompt in prompts]
-    tokenizer = _tokenizer_beside(graph, needed=any(are_texts))
-    tokens = [_token_ids(prompt, tokenizer, configs, chat=chat) for prompt in prompts]
+    settings = GenerationSettings(graph if graph.is_dir() else graph.parent)
+    if settings.not_done:
+        on_message(f"note: not done: {', '.join(settings.not_done)}, which generation_config.json asks for")
+    tokenizer = _tokenizer(settings.folder, needed=any(isinstance(prompt, str) for prompt in prompts))
     require_provider(provider)
-    decoder = Decoder(graph, provider)
-    adapter, adapter_ids = _chosen_adapters(decoder, adapters, len(prompts))
-    limits = TextLimits(_end_tokens(configs), max_new_tokens, _setting(configs, "pad_token_id") or 0)
+    limits = TextLimits(settings.end_tokens, max_new_tokens, settings.padding, settings.rules)
     streams = [_TextStream(number, tokenizer, on_text) for number in range(len(prompts))]
-    generated = generate_tokens(
-        decoder,
-        tokens,
-        limits,
-        sampling,
-        lambda number, token: streams[number].add(token),
-        adapter=adapter,
-        adapter_ids=adapter_ids,
-    )
+
+    def on_token(number: int, token: int) -> None:
+        streams[number].add(token)
+
+    if graph.is_dir():
+        model = EncoderDecoder(graph, provider)
+        _refuse_options_of_speech(settings, language, translate=translate)
+        inputs = encoder_inputs(prompts, model, settings, tokenizer, chat=chat)
+        run = model.start(inputs, _chosen_rows(model.rows, graph, adapters, len(prompts)))
+        starts = _start_tokens(run, settings, len(prompts), language, translate=translate)
+        generated = generate_from_encoder(run, starts, limits, sampling, on_token)
+    else:
+        if language is not None or translate:
+            raise WrongUsage("a language and translating are for speech models")
+        generated = _after_prompts(
+            Decoder(graph, provider), prompts, settings, tokenizer, adapters, limits, sampling, on_token, chat=chat
+        )
     texts = [stream.end() for stream in streams]
     return [Generation(prompt, tuple(new), text) for prompt, new, text in zip(prompts, generated, texts, strict=True)]
+
+
+def _after_prompts(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    tokenizer: Any,
+    adapters: str | Sequence[str | None] | None,
+    limits: TextLimits,
+    sampling: Sampling,
+    on_token: OnToken,
+    *,
+    chat: bool,
+) -> list[list[int]]:
+    """The new tokens of a decoder alone."""
+    tokens = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
+    adapter, adapter_ids = _chosen_adapters(decoder, adapters, len(prompts))
+    return generate_tokens(decoder, tokens, limits, sampling, on_token, adapter=adapter, adapter_ids=adapter_ids)
+
+
+def _refuse_options_of_speech(settings: GenerationSettings, language: str | None, *, translate: bool) -> None:
+    if (language is not None or translate) and not settings.languages:
+        raise WrongUsage("a language and translating are for multilingual speech models")
+
+
+def _start_tokens(
+    run: EncoderDecoderRun, settings: GenerationSettings, count: int, language: str | None, *, translate: bool
+) -> list[list[int]]:
+    """The tokens with which each text starts; a multilingual speech model chooses the language that is not stated."""
+    start, languages = settings.start_token, settings.languages
+    if not languages:
+        return [[start]] * count
+    if language is not None:
+        chosen = [settings.language_token(language)] * count
+    else:
+        first = np.full((count, 1), start, np.int64)
+        logits = run.step(first, np.ones_like(first), np.zeros_like(first))
+        run.restart()
+        known = np.array(sorted(languages.values()))
+        chosen = known[logits[:, known].argmax(axis=1)].tolist()
+    return [[start, token, *settings.speech_tokens(translate=translate)] for token in chosen]
 
 
 class _TextStream:
@@ -125,15 +185,21 @@ class _TextStream:
             self.shown = len(text)
 
 
-def _tokenizer_beside(graph: Path, *, needed: bool) -> Any:
+def _tokenizer(folder: Path, *, needed: bool) -> Any:
     try:
-        return open_tokenizer(graph.parent, needed=needed)
+        return open_tokenizer(folder, needed=needed)
     except InputRefused as error:
         raise InputRefused(error.lines, "Prompts may be lists of token ids, too: lora_export.generate") from error
 
 
 def _graph_in(source: Path) -> Path:
-    """The graph that a path names: itself, or of a folder the one that its configs name, or the only one."""
+    """The graph that a path names: itself, or of a folder the one that its configs name, or the only one.
+
+    That of an encoder-decoder is the folder.
+    """
+    folder = source.parent if source.name in GRAPH_FILES else source
+    if is_encoder_decoder_folder(folder):
+        return folder
     if not source.is_dir():
         input_files.must_exist(source, "graph")
         return source
@@ -155,61 +221,32 @@ def _graph_in(source: Path) -> Path:
     return graphs[0]
 
 
-def _configs_beside(graph: Path) -> list[dict[str, Any]]:
-    """The configs beside a graph: of generation, of the model, of onnxruntime-genai."""
-    paths = [graph.with_name(name) for name in reversed(MODEL_CONFIGS)]
-    configs = [json_files.read_json(path) for path in paths if path.is_file()]
-    genai = graph.with_name(GENAI_CONFIG)
-    if genai.is_file() and isinstance(model := json_files.read_json(genai).get("model"), dict):
-        configs.append(model)
-    return configs
+def _by_prompt(adapters: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """The name of each prompt's adapter. Raises WrongUsage for another number of names."""
+    names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
+    if len(names) != count:
+        raise WrongUsage(f"there are {len(names)} adapters for {count} prompts: name one for all, or one for each")
+    return names
 
 
-def _setting(configs: Sequence[dict[str, Any]], name: str) -> Any:
-    """The first value that is set, in a config or in the part of it for texts."""
-    parts = [part for config in configs for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    return next((part[name] for part in parts if part.get(name) is not None), None)
-
-
-def _end_tokens(configs: Sequence[dict[str, Any]]) -> frozenset[int]:
-    """The tokens that end a text, as transformers takes them: of the first config alone."""
-    ends = _setting(configs[:1], "eos_token_id")
-    tokens = ends if isinstance(ends, list) else [ends]
-    return frozenset(token for token in tokens if isinstance(token, int))
-
-
-def _token_ids(prompt: Prompt, tokenizer: Any, configs: Sequence[dict[str, Any]], *, chat: bool) -> list[int]:
-    """A prompt as token ids. Raises InputRefused for an empty one, and for ids that the model does not have."""
-    if isinstance(prompt, str):
-        if chat:
-            ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-            )
-        else:
-            ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids = list(prompt)
-    if not ids:
-        raise InputRefused("a prompt has no token: there is nothing to go on from")
-    size = _setting(configs, "vocab_size")
-    unknown = [token for token in ids if isinstance(size, int) and token not in range(size)]
+def _chosen_rows(
+    rows: Sequence[str], graph: Path, adapters: str | Sequence[str | None] | None, count: int
+) -> list[int] | None:
+    """The id of each row's adapter; None where the graph has no adapters by row. Raises InputRefused for others."""
+    names = _by_prompt(adapters, count)
+    unknown = sorted({name for name in names if name is not None} - set(rows))
     if unknown:
-        raise InputRefused(f"a prompt has the token {unknown[0]}; the model has rows for 0 to {size - 1}")
-    return list(ids)
+        raise InputRefused(f"{graph} has no adapter {', '.join(unknown)}; it has {', '.join(rows) or 'none'}")
+    return [0 if name is None else 1 + rows.index(name) for name in names] if rows else None
 
 
 def _chosen_adapters(
     decoder: Decoder, adapters: str | Sequence[str | None] | None, count: int
 ) -> tuple[str | None, list[int] | None]:
     """The name of the adapter to load, or the ids of each row's adapter."""
-    names = [adapters] * count if adapters is None or isinstance(adapters, str) else list(adapters)
-    if len(names) != count:
-        raise WrongUsage(f"there are {len(names)} adapters for {count} prompts: name one for all, or one for each")
     if decoder.rows:
-        unknown = sorted({name for name in names if name is not None} - set(decoder.rows))
-        if unknown:
-            raise InputRefused(f"{decoder.graph} has no adapter {', '.join(unknown)}; it has {', '.join(decoder.rows)}")
-        return None, [0 if name is None else 1 + decoder.rows.index(name) for name in names]
+        return None, _chosen_rows(decoder.rows, decoder.graph, adapters, count)
+    names = _by_prompt(adapters, count)
     if len(set(names)) > 1:
         raise InputRefused(f"{decoder.graph} runs one adapter at a time: a graph of --lora rows mixes them in a batch")
     if names[0] is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_export.adapters.combination import Combination
 from lora_export.api.application import Application
 from lora_export.api.callbacks import OnMessage, OnProgress, ignore
+from lora_export.api.generation_task import first_file, task_of
 from lora_export.api.load import (
     AdapterSources,
     ModelSource,
@@ -18,7 +19,7 @@ from lora_export.api.load import (
     refuse_pt2,
     refuse_weights_alone,
 )
-from lora_export.api.onnx_options import FUSED_FOR, TEXT_GENERATION, OnnxOptions, OnnxResult, check_adapters
+from lora_export.api.onnx_options import FUSED_FOR, TASKS, TEXT_GENERATION, OnnxOptions, OnnxResult, check_adapters
 from lora_export.api.output_names import with_suffix
 from lora_export.api.publish import require_provider
 from lora_export.errors import WrongUsage
@@ -78,14 +79,17 @@ def export_onnx(
     "genai" or "peft".
 
     `task` "text-generation" makes a graph of a causal language model that takes and returns its key/value cache, for a
-    prompt and for every token after it. The tokenizer, the model's configs and `genai_config.json` are written beside
-    it. `with_cache` chooses the task by the model's class. `fuse` ("cpu", "cuda" or "webgpu") puts onnxruntime's own
-    operators for that provider into the graph, such as GroupQueryAttention; it then runs in onnxruntime only.
+    prompt and for every token after it. "text2text-generation", "automatic-speech-recognition" and "image-to-text" make
+    three graphs of a model with an encoder: `encoder_model.onnx`, `decoder_model.onnx` for the first tokens, and
+    `decoder_with_past_model.onnx`. The tokenizer, the model's configs and, for a decoder, `genai_config.json` are
+    written beside them. `with_cache` chooses the task by the model's class. `fuse` ("cpu", "cuda" or "webgpu") puts
+    onnxruntime's own operators for that provider into the graph, such as GroupQueryAttention; it then runs in
+    onnxruntime only.
 
     With "inputs" and "rows", `ignore_head` leaves out a task head that the adapters save whole, where it is equal to
     the model's own.
 
-    `output` is an .onnx: a name without this suffix gets it. With a task it is a folder, which gets a `model.onnx`.
+    `output` is an .onnx: a name without this suffix gets it. With a task it is a folder, which gets the graphs.
 
     `inputs` is an .npz of further inputs for the proof. `provider` ("cpu" or "cuda") is where onnxruntime has to run.
     A run of a graph is stopped after `timeout` seconds.
@@ -101,8 +105,13 @@ def export_onnx(
     refuse_pt2(model)
     refuse_weights_alone(adapters, weights)
     model, adapters = locate_model(model, on_message, download), locate_adapters(adapters, on_message, download)
+    is_graph = isinstance(model, str | Path) and str(model).endswith(".onnx")
+    if task not in (None, *TASKS):
+        raise WrongUsage(f"--task {task} is unknown; the tasks with a cache are {', '.join(TASKS)}")
+    if with_cache and task is None:
+        task = TEXT_GENERATION if is_graph else task_of(model)
     options = OnnxOptions(
-        output=_file_of(output, task, with_cache=with_cache),
+        output=first_file(Path(output), task) if task else with_suffix(output, ".onnx"),
         lora=lora,
         adapters=load_adapters(adapters, prefixes, reading=reading.for_base(checkpoint or reference or model)),
         weights=tuple(weights),
@@ -111,7 +120,7 @@ def export_onnx(
         target=target,
         dora=dora,
         names=names,
-        task=task or (TEXT_GENERATION if with_cache else None),
+        task=task,
         fuse=fuse,
         inputs=None if inputs is None else Path(inputs),
         provider=provider,
@@ -122,7 +131,6 @@ def export_onnx(
         on_message=on_message,
         on_progress=on_progress,
     )
-    is_graph = isinstance(model, str | Path) and str(model).endswith(".onnx")
     _check_usage(options, is_graph=is_graph, opset=opset, checkpoint=checkpoint, reference=reference, dtype=dtype)
     require_provider(provider)
     check_adapters(options)
@@ -136,12 +144,6 @@ def export_onnx(
     names_from = None if checkpoint is None else locate(checkpoint, on_message, download)
     reference = None if reference is None else locate_model(reference, on_message, download)
     return export_from_graph(Path(str(model)), options, checkpoint=names_from, reference=reference, dtype=dtype)
-
-
-def _file_of(output: str | Path, task: str | None, *, with_cache: bool) -> Path:
-    """The file to write. With a task, an output without a suffix is a folder: other programs look for model.onnx."""
-    path = Path(output)
-    return path / "model.onnx" if (task or with_cache) and not path.suffix else with_suffix(output, ".onnx")
 
 
 def _check_usage(
@@ -173,8 +175,10 @@ def _check_usage(
         raise WrongUsage("--lora rows needs the adapters that rows may choose from (-a)")
     if is_graph and not adapters and target is None:
         raise WrongUsage("MODEL is a graph already: name the adapters to put into it (-a)")
-    if options.task not in (None, TEXT_GENERATION):
-        raise WrongUsage(f"--task {options.task} is unknown; the task with a cache is {TEXT_GENERATION}")
+    if options.has_encoder and options.lora == "inputs":
+        raise WrongUsage(f"--lora inputs is not for {options.task}: merged, nodes and rows are")
+    if options.has_encoder and options.fuse:
+        raise WrongUsage(f"--fuse is for decoders alone, not for {options.task}")
     if options.fuse not in (None, *FUSED_FOR):
         raise WrongUsage(f"--fuse {options.fuse} is unknown; graphs are fused for {', '.join(FUSED_FOR)}")
     if is_graph and options.task:

@@ -52,7 +52,7 @@ def export_from_graph(
         options = _respelled(options, program, names)
         references = _references(graph, names, options, reference, dtype) if options.verify else None
         options = _without_head(program, names, options)
-        before = base_outputs(program, references, options) if references else {}
+        before = base_outputs([program], references, options) if references else {}
         located = locate_steps(program, options, names, is_existing=True)
         if located.plan:
             provenance.refuse_second_merge(given.adapters, graph.path, graph.history)

@@ -1,11 +1,11 @@
-"""An ONNX file from a PyTorch model: export the base, put the adapters into the graph, prove it against PyTorch."""
+"""ONNX files from a PyTorch model: export the base, put the adapters into its graphs, prove them against PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from lora_export import layers, plan
 from lora_export.api.adapted_model import adapted_model
-from lora_export.api.callbacks import ignore
+from lora_export.api.callbacks import each_once, ignore
 from lora_export.api.genai_config import genai_config
 from lora_export.api.generation_files import GENAI_CONFIG, write_generation_files
+from lora_export.api.generation_task import generating_model
 from lora_export.api.load import ModelSource, model_paths, resolve_model
 from lora_export.api.memory_needs import is_large_folder, require_memory_to_export
 from lora_export.api.onnx_insert import Located, insert_and_save, locate_steps, write_graph
@@ -28,9 +29,12 @@ from lora_export.errors import MatchError, RuntimeRefused
 from lora_export.graph.merge.fold import fold_graph
 from lora_export.lora import Adapter
 from lora_export.models import export
-from lora_export.models.cached_decoder import export_decoder, refuse_other_than_decoder
+from lora_export.models.cached_decoder import export_decoder
+from lora_export.models.encoder_decoder import export_encoder_decoder
 from lora_export.models.model import Model
 from lora_export.models.streamed_folder import is_streamed
+from lora_export.plan import Plan, TensorSpec
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES
 from lora_export.runtime.memory import release_memory
 from lora_export.runtime.torch_runners import ModuleRunner
 from lora_export.verification.against_pytorch import PyTorchReferences
@@ -44,7 +48,7 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         options.stage("loading the model")
         base = resolve_model(source, options.adapters, dtype=dtype, inputs=options.inputs, export=True)
         if options.task:
-            base = _as_decoder(base, options)
+            base = generating_model(base, options.task, options.on_message)
         given = options
         adapted = adapted_model(base, given.adapters, given.weights, given.application, given.on_message)
         base = adapted.model
@@ -55,24 +59,24 @@ def export_from_model(source: ModelSource, options: OnnxOptions, *, dtype: str, 
         check_fit(base, options, future)
         base = without_changed_ties(base, options)
         options.stage("exporting the base")
-        base, program, why_text_only = _exported(base, options, opset)
-        beside = _write_generation_files(base, program, options, folder) if options.task else []
+        base, graphs, why_text_only = _exported(base, options, opset)
+        beside = _write_generation_files(base, graphs, options, folder) if options.task else []
         references = PyTorchReferences(base, user_inputs=options.inputs, device=options.provider)
-        before = base_outputs(program, references, options)
+        before = base_outputs(list(graphs.values()), references, options)
         if read := _read_when_needed(source, given, dtype, why_text_only):
             base = without_changed_ties(read, replace(options, on_message=ignore))
             references = replace(references, model=base)
             release_memory()  # of the weights that the graph does not share
+        names = list(graphs)
         with _naming(why_text_only):
-            located, companions = write_with_adapters(program, options, future, folder)
-        plan = located.plan if located else None
-        del program, located  # the sites refer to the graph
-        gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
+            plan, companions = write_graphs(base, graphs, options, future, folder)
         path = folder / options.output.name
         proofs = prove_all(path, references, options, before) if options.verify else None
         settings = {"lora": options.lora, "opset": opset, "dtype": _dtype_of(base), **options.application.settings}
         settings |= {name: value for name, value in (("task", options.task), ("fuse", options.fuse)) if value}
-        record_in(path, record_of_model(base, given.adapters, given.weights, settings), proofs)
+        record = record_of_model(base, given.adapters, given.weights, settings)
+        for name in names:
+            record_in(folder / name, record, proofs)
     files = (options.output, *(options.output.parent / name for name in (*companions, *beside)))
     return OnnxResult(options.output, files, plan, proofs)
 
@@ -91,35 +95,38 @@ def _read_when_needed(source: ModelSource, options: OnnxOptions, dtype: str, why
     return base.without_images(why_text_only) if why_text_only else base
 
 
-def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Model, ir.Model, str]:
-    """The model with the inputs of its graph, and the graph. Where the exporter refuses the images of texts, they have
-    none, and the third value is the reason.
+def _exported(base: Model, options: OnnxOptions, opset: int | None) -> tuple[Model, dict[str, ir.Model], str]:
+    """The model with the inputs of its graphs, and the graphs by the names of their files, the output's first.
+
+    Where the exporter refuses the images of texts, they have none, and the third value is the reason.
     """
+    name = options.output.name
+    if options.has_encoder:
+        graphs = export_encoder_decoder(base, opset=opset)
+        return base, dict(zip(GRAPH_FILES, graphs, strict=True)), ""
     if options.task:
-        return base, export_decoder(base.module, opset=opset), ""
+        return base, {name: export_decoder(base.module, opset=opset)}, ""
     try:
-        return base, export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset), ""
+        return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)}, ""
     except RuntimeRefused as error:
         if base.text_only is None:
             raise
         why = str(error).splitlines()[0]
         base = base.without_images(why)
         options.on_message(f"note: the graph takes texts without images. With images, {why}")
-    return base, export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset), why
+    return base, {name: export.to_onnx(base.module, base.example_inputs(), axes=base.axes, opset=opset)}, why
 
 
-def _as_decoder(base: Model, options: OnnxOptions) -> Model:
-    """The model as a graph with a cache takes it. Raises InputRefused for what is no causal language model."""
-    refuse_other_than_decoder(base.module, base.source)
-    options.on_message(f"task: {options.task}, {type(base.module).__name__} with its key/value cache")
-    return base if base.text_only is None else base.without_images("a graph with a cache takes texts alone")
-
-
-def _write_generation_files(base: Model, program: ir.Model, options: OnnxOptions, folder: Path) -> list[str]:
-    """Write what is needed to generate with the graph; return the names."""
+def _write_generation_files(
+    base: Model, graphs: Mapping[str, ir.Model], options: OnnxOptions, folder: Path
+) -> list[str]:
+    """Write what is needed to generate with the graphs; return the names."""
     module: Any = base.module
-    genai = genai_config(program, module.config, module.generation_config, options.output.name)
-    if genai is None:
+    genai = None
+    if not options.has_encoder:
+        name = options.output.name
+        genai = genai_config(graphs[name], module.config, module.generation_config, name)
+    if genai is None and not options.has_encoder:
         options.on_message(
             f"note: no {GENAI_CONFIG} is written: the cache's tensors have different sizes, which it cannot state"
         )
@@ -171,13 +178,50 @@ def without_changed_ties(base: Model, options: OnnxOptions) -> Model:
     return replace(base, module=module)
 
 
+def write_graphs(
+    base: Model, graphs: dict[str, ir.Model], options: OnnxOptions, future: list[Adapter], folder: Path
+) -> tuple[Plan | None, list[str]]:
+    """Write the graphs with their adapters; return where these landed, and the names of the files beside the output.
+
+    Empties `graphs`, so that each is freed when it is written. Raises RuntimeRefused where no graph has a weight that
+    the adapters change.
+    """
+    whole = layers.specs(base.module) if len(graphs) > 1 else []
+    options = replace(options, on_message=each_once(options.on_message))
+    plans, beside = [], []
+    for name in list(graphs):
+        own = replace(options, output=options.output.with_name(name))
+        located, files = write_with_adapters(graphs.pop(name), own, future, folder, whole=whole)
+        plans.append(located.plan if located else None)
+        beside += [*files, *([] if own.output == options.output else [name])]
+        del located  # its sites refer to the graph
+        gc.collect()  # a graph contains cycles: without this its weights would stay in memory during the proof
+    if not whole or not options.adapters:
+        return plans[0], beside
+    plan = options.plan(whole)
+    found = {step.weight for own in plans for step in (own.steps if own else ())}
+    if lost := [step.weight for step in plan.steps if found.isdisjoint((step.weight, *step.spec.aliases))]:
+        raise RuntimeRefused(f"none of the graphs has {', '.join(lost)}, which the adapters change")
+    return plan, beside
+
+
 def write_with_adapters(
-    program: ir.Model, options: OnnxOptions, future: list[Adapter], folder: Path
+    program: ir.Model,
+    options: OnnxOptions,
+    future: list[Adapter],
+    folder: Path,
+    *,
+    whole: Sequence[TensorSpec] = (),
 ) -> tuple[Located | None, list[str]]:
-    """Write the graph with its adapters; return where they landed, and the names of the files beside it."""
+    """Write the graph with its adapters; return where they landed, and the names of the files beside it.
+
+    `whole` are the weights of the model where the graph has some of them only.
+    """
     if not options.adapters and not future:
         return None, write_graph(program, options, folder)
-    located = locate_steps(program, options, None)
+    located = locate_steps(program, options, None, whole=whole)
+    if located.plan is not None and not located.plan.steps:  # all that the adapters change is in other graphs
+        return located, write_graph(program, options, folder)
     if options.lora == "merged":
         assert located.plan is not None
         options.stage("folding the adapters in")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from lora_export.graph.insert.check_contract import contract_dora_factors
 from lora_export.graph.onnx_file.writing import save_graph
 from lora_export.graph.refusals import base_as_remedy, refuse_full_rank
 from lora_export.graph.unchanged_tables import without_unchanged_tables
-from lora_export.plan import Plan
+from lora_export.plan import Plan, TensorSpec
 from lora_export.weights.checkpoint import Checkpoint
 
 
@@ -31,16 +32,26 @@ class Located(NamedTuple):
 
 
 def locate_steps(
-    program: ir.Model, options: OnnxOptions, checkpoint: Checkpoint | None, *, is_existing: bool = False
+    program: ir.Model,
+    options: OnnxOptions,
+    checkpoint: Checkpoint | None,
+    *,
+    is_existing: bool = False,
+    whole: Sequence[TensorSpec] = (),
 ) -> Located:
     """Find the weights of a graph and lay the adapters against them. Raises MatchError with every misfit.
 
-    `checkpoint` is what an existing graph was exported from.
+    `checkpoint` is what an existing graph was exported from. `whole` are the weights of the model where the graph has
+    some of them only: what the adapters do to the others is left out.
     """
     options.stage("finding its weights")
     sites = find_sites(program, checkpoint)
     with base_as_remedy(sites) if is_existing and checkpoint is None else contextlib.nullcontext():
-        steps = options.plan(sites.specs) if options.adapters else None
+        elsewhere = [spec for spec in whole if sites.by_name.keys().isdisjoint((spec.name, *spec.aliases))]
+        steps = options.plan([*sites.specs, *elsewhere]) if options.adapters else None
+    if steps and elsewhere:
+        others = {spec.name for spec in elsewhere}
+        steps = replace(steps, steps=tuple(step for step in steps.steps if step.spec.stored_name not in others))
     if steps and options.lora != "merged":
         steps = without_unchanged_tables(steps, sites)
         refuse_full_rank(steps)

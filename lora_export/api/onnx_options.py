@@ -21,7 +21,10 @@ from lora_export.verification.proof import Proof
 
 SWAPPED = ("inputs", "rows")  # modes whose graph is the base until a call chooses an adapter
 FUSED_FOR = ("cpu", "cuda", "webgpu")  # providers whose own operators a graph can have
-TEXT_GENERATION = "text-generation"  # a causal language model with its key/value cache
+# What models with a key/value cache do: a decoder alone goes on with a text, the others decode what an encoder read.
+TEXT_GENERATION, TEXT_TO_TEXT, SPEECH_TO_TEXT, IMAGE_TO_TEXT = TASKS = (
+    *("text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class OnnxOptions:
     target: str | Sequence[str] | None = None
     dora: bool = False
     names: str = "olive"
-    task: str | None = None  # None: forward as it is, without a cache
+    task: str | None = None  # one of TASKS; None: forward as it is, without a cache
     fuse: str | None = None  # the provider for whose own operators the graph is made; None: ONNX's operators alone
     inputs: Path | None = None
     provider: str = "cpu"
@@ -59,6 +62,11 @@ class OnnxOptions:
         if self.target is None or self.target == "all-linear":
             return self.target
         return [name for name in (self.target.split(",") if isinstance(self.target, str) else self.target) if name]
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model becomes the three graphs of an encoder-decoder."""
+        return self.task is not None and self.task != TEXT_GENERATION
 
     @property
     def is_swapped(self) -> bool:

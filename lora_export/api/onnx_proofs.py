@@ -13,6 +13,7 @@ from lora_export import provenance
 from lora_export.api.onnx_options import OnnxOptions, OnnxProofs, adapter_file
 from lora_export.api.publish import recorded_verdict, require_same, stage_of_proof
 from lora_export.graph.onnx_file.writing import append_metadata, in_memory
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.ort_session import InMemoryGraph
 from lora_export.verification.candidate_outputs import OutputsByCase
@@ -21,24 +22,37 @@ from lora_export.verification.parity import Outcome
 from lora_export.verification.proof import BASE, MIXED, Proof, prove, prove_by_origin, prove_mixed
 from lora_export.verification.references import References
 
+Graphs = OnnxRunner | EncoderDecoderRunner
 
-def base_outputs(program: ir.Model, references: References, options: OnnxOptions) -> OutputsByCase:
-    """The outputs of the graph before anything is put into it; nothing where no proof compares them."""
+
+def base_outputs(programs: Sequence[ir.Model], references: References, options: OnnxOptions) -> OutputsByCase:
+    """The outputs of the graphs before anything is put into them; nothing where no proof compares them."""
     if not options.verify or not options.is_swapped:
         return {}
     options.stage("running the base")
-    runner = OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.timeout)
-    return _outputs(runner, references)
+    graphs = [
+        OnnxRunner(InMemoryGraph(BASE, *in_memory(program)), options.provider, timeout=options.timeout)
+        for program in programs
+    ]
+    return _outputs(EncoderDecoderRunner.of(Path(BASE), graphs) if options.has_encoder else graphs[0], references)
+
+
+def _opened(path: Path, options: OnnxOptions) -> Graphs:
+    if options.has_encoder:
+        return EncoderDecoderRunner.open(path.parent, options.provider, timeout=options.timeout)
+    return OnnxRunner(path, options.provider, timeout=options.timeout)
 
 
 def prove_all(
     path: Path, references: References, options: OnnxOptions, before: OutputsByCase, *, existing: Path | None = None
 ) -> OnnxProofs:
-    """Prove the file. `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
+    """Prove the file; that of an encoder-decoder with the two beside it.
+
+    `before` has the outputs of the graph without adapters, `existing` is the graph that it was.
 
     Raises Different or Undecided unless every proof is `same`.
     """
-    runner = OnnxRunner(path, options.provider, timeout=options.timeout)
+    runner = _opened(path, options)
     if not options.is_swapped:
         own = references.with_adapters(options.adapters, options.weights)
         return OnnxProofs(require_same(_prove(runner, own, options, "")))
@@ -58,35 +72,36 @@ def prove_all(
     return OnnxProofs(whole, adapters, mixed, unlike)
 
 
-def _prove(runner: OnnxRunner, references: References, options: OnnxOptions, what: str) -> Proof:
+def _prove(runner: Graphs, references: References, options: OnnxOptions, what: str) -> Proof:
     return prove(references.as_run(runner), references, step=stage_of_proof(options.stage, what))
 
 
-def _prove_base(runner: OnnxRunner, references: References, options: OnnxOptions, existing: Path | None) -> Proof:
+def _prove_base(runner: Graphs, references: References, options: OnnxOptions, existing: Path | None) -> Proof:
     """Prove the graph without an adapter; where fp64 cannot decide it, against the graph that it was made from."""
     proof = _prove(runner, references, options, BASE)
-    if proof.verdict.outcome is Outcome.UNDECIDED and existing is not None:
+    if proof.verdict.outcome is Outcome.UNDECIDED and existing is not None and isinstance(runner, OnnxRunner):
         options.stage("verifying the base, the graph that it was made from")
         proof = prove_by_origin(proof, runner, existing, references.as_run)
     return require_same(proof, BASE)
 
 
-def _prove_mixed(runner: OnnxRunner, references: References, options: OnnxOptions, proofs: Sequence[Proof]) -> Proof:
+def _prove_mixed(runner: Graphs, references: References, options: OnnxOptions, proofs: Sequence[Proof]) -> Proof:
     """Prove batches that contain every adapter and the base."""
     options.stage(f"verifying {MIXED}")
     ids = [*range(1, len(proofs)), 0]
     return require_same(prove_mixed(references.as_run(runner.with_rows(ids)), proofs, ids), MIXED)
 
 
-def _by_adapter(runner: OnnxRunner, options: OnnxOptions) -> list[OnnxRunner]:
+def _by_adapter(runner: Graphs, options: OnnxOptions) -> list[Graphs]:
     """The graph without an adapter, and with each."""
     if options.lora == "rows":
         return [runner.with_rows([number]) for number in range(len(options.adapters) + 1)]
+    assert isinstance(runner, OnnxRunner), "refused for encoder-decoders"
     files = [runner.path.with_name(adapter_file(adapter)) for adapter in options.adapters]
     return [runner, *(runner.with_adapter(file) for file in files)]
 
 
-def _outputs(runner: OnnxRunner, references: References) -> OutputsByCase:
+def _outputs(runner: Graphs, references: References) -> OutputsByCase:
     graph = references.as_run(runner)
     return {case: graph.run(arrays) for case, arrays in references.inputs(graph).cases.items()}
 

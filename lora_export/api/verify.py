@@ -30,6 +30,7 @@ from lora_export.api.verify_weights import judge_weights
 from lora_export.errors import LoraExportError, WrongUsage
 from lora_export.formats.read_options import DEFAULTS, ReadOptions
 from lora_export.provenance import adapter_records
+from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.expectations import NOTHING_EXPECTED, Expectations, refuse_unexpected
 from lora_export.runtime.runner import TIMEOUT
 from lora_export.storage.hashes import file_sha256
@@ -234,7 +235,7 @@ def _weight_hashes(base: ModelSource | None) -> list[str | None]:
 
 def _check_usage(candidate: Path, model: ModelSource | None, origin: Path | None, how: HowToRun) -> None:
     """Raise WrongUsage for options that do not go together."""
-    is_graph = candidate.suffix == ".onnx"
+    is_graph = candidate.suffix == ".onnx" or is_encoder_decoder_folder(candidate)
     if model is None and origin is None:
         raise WrongUsage("give --model, to judge what CANDIDATE computes, or --base, to judge its weights")
     if model is None and how != HowToRun():

@@ -24,6 +24,7 @@ from lora_export.errors import (
     LoraExportError,
     Undecided,
 )
+from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.memory import release_memory
 from lora_export.storage import input_files
 from lora_export.verification.companion_files import ComparedFiles, compare_files
@@ -83,7 +84,8 @@ def judge_outputs(
             base = base.taking(runner.axes or getattr(runner, "input_names", ()))
             release_memory()
             proof = _prove(runner, base, adapted.adapters, adapted.strengths, origin, how, stage, on_message)
-            files = loaded_files(candidate) if candidate.is_dir() else None
+            has_weights = candidate.is_dir() and not is_encoder_decoder_folder(candidate)
+            files = loaded_files(candidate) if has_weights else None
             found = [compare_files(Path(model), candidate, loaded)] if isinstance(model, str | Path) else []
             for each in (*found, *([files.others] if files else [])):
                 proof = replace(proof, verdict=_with_files(proof.verdict, each))
@@ -117,7 +119,7 @@ def _prove(
 ) -> Proof:
     """The proof of a candidate; of a graph whose rows choose their adapter, with every adapter and mixed batches."""
     from lora_export.api.publish import stage_of_proof
-    from lora_export.formats.onnx_adapter import ADAPTER_IDS
+    from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
     from lora_export.runtime.onnx_runner import OnnxRunner
     from lora_export.verification.against_pytorch import PyTorchReferences
     from lora_export.verification.proof import prove, prove_rows
@@ -135,7 +137,7 @@ def _prove(
         say=on_message,
     )
     step = stage_of_proof(stage)
-    if isinstance(runner, OnnxRunner) and ADAPTER_IDS in runner.axes:
+    if isinstance(runner, OnnxRunner | EncoderDecoderRunner) and runner.takes_rows:
         return prove_rows(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
     return prove(runner, references, atol=how.atol, rtol=how.rtol, trace=how.trace, step=step)
 

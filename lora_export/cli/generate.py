@@ -1,4 +1,4 @@
-"""`lora-export generate`: texts from the graph of a decoder."""
+"""`lora-export generate`: texts from the graphs of a model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ from pathlib import Path
 
 import click
 
-from lora_export.cli.arguments import Command, json_option, print_document, provider_option
+from lora_export.cli.arguments import Command, json_option, print_document, print_message, provider_option
 from lora_export.cli.paths import FilePath
-from lora_export.errors import one_line, printable
+from lora_export.errors import WrongUsage, one_line, printable
 
 EXAMPLE = """\b
 Examples:
   lora-export generate served --prompt "Once upon a time"
-  lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1"""
+  lora-export generate served --prompt "Hello" --adapter pirate --temperature 0.7 --seed 1
+  lora-export generate speech --audio call.wav --language en"""
 
 
 @click.command(cls=Command, epilog=EXAMPLE)
 @click.argument("source", type=FilePath(), metavar="FOLDER")
-@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to go on from. Several run as one batch.")
+@click.option(
+    "--prompt", "texts", multiple=True, help="Text to go on from, or to translate or sum up. Several run as one batch."
+)
+@click.option(
+    "--audio", "sounds", multiple=True, type=FilePath(), metavar="FILE.wav", help="Sound that a speech model reads."
+)
+@click.option("--language", metavar="en", help="Language of the sounds. Default: as the model hears it.")
+@click.option("--translate", is_flag=True, help="Let a speech model write English.")
 @click.option(
     "--adapter",
     "chosen",
@@ -47,7 +55,10 @@ Examples:
 @json_option
 def command(
     source: Path,
-    prompts: tuple[str, ...],
+    texts: tuple[str, ...],
+    sounds: tuple[Path, ...],
+    language: str | None,
+    translate: bool,
     chosen: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
@@ -57,13 +68,16 @@ def command(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Generate a text after each prompt with the graph in FOLDER, under onnxruntime.
+    """Generate a text for each prompt with the graphs in FOLDER, under onnxruntime.
 
-    FOLDER is an output of `lora-export onnx --with-cache`, with the tokenizer beside the graph, or an .onnx. A single
+    FOLDER is an output of `lora-export onnx --with-cache`, with the tokenizer beside the graphs, or an .onnx. A single
     text is shown while it is generated. The same seed gives the same text.
     """
     from lora_export.api.generate import generate
 
+    if bool(texts) == bool(sounds):
+        raise WrongUsage("give --prompt TEXT, or --audio FILE.wav for a speech model")
+    prompts: tuple[str | Path, ...] = texts or sounds
     streams = len(prompts) == 1 and not as_json
     results = generate(
         source,
@@ -74,14 +88,17 @@ def command(
         top_p=top_p,
         seed=seed,
         chat=chat,
+        language=language,
+        translate=translate,
         provider=provider,
         on_text=(lambda _, text: click.echo(shown_text(text), nl=False)) if streams else lambda _, __: None,
+        on_message=print_message,
     )
     if as_json:
         names = list(chosen) if len(chosen) > 1 else [chosen[0] if chosen else None] * len(results)
         print_document(
             [
-                {"prompt": result.prompt, "adapter": name, "text": result.text, "tokens": list(result.tokens)}
+                {"prompt": str(result.prompt), "adapter": name, "text": result.text, "tokens": list(result.tokens)}
                 for result, name in zip(results, names, strict=True)
             ]
         )

@@ -63,9 +63,9 @@ Examples:
 )
 @click.option(
     "--task",
-    type=click.Choice(["text-generation"]),
-    help="Make a graph with a key/value cache that generates texts, and a folder that onnxruntime-genai, optimum and "
-    "`lora-export generate` run.",
+    type=click.Choice(["text-generation", "text2text-generation", "automatic-speech-recognition", "image-to-text"]),
+    help="Make graphs with a key/value cache that generate texts, and a folder that `lora-export generate`, optimum "
+    "and, of a decoder, onnxruntime-genai run.",
 )
 @click.option("--with-cache", is_flag=True, help="Choose --task by the model's class.")
 @click.option(

@@ -1,4 +1,4 @@
-"""Names of what a decoder's graph with a key/value cache takes and returns, as exporters and runtimes use them."""
+"""Names of what graphs with a key/value cache take and return, as exporters and runtimes use them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ BRANCH = "use_cache_branch"  # of optimum's graphs that contain one graph for a 
 LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"  # of the cache's inputs and outputs: `past_key_values.0.key`
 KEY_VALUE = ("key", "value")
+# Of an encoder-decoder: what the encoder returns, and the names by which the decoder takes it and its mask.
+LAST_HIDDEN, HIDDEN, ENCODER_MASK = "last_hidden_state", "encoder_hidden_states", "encoder_attention_mask"
 
 
 def present_by_past(inputs: Iterable[str], outputs: Iterable[str]) -> dict[str, str]:

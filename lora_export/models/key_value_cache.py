@@ -24,16 +24,30 @@ def disable_cache(config: Any) -> None:
 @contextlib.contextmanager
 def cache_disabled(module: nn.Module) -> Iterator[None]:
     """A model of transformers that makes no cache while the context is active."""
+    with _cache_setting(module, to=False):
+        yield
+
+
+@contextlib.contextmanager
+def cache_enabled(module: nn.Module) -> Iterator[None]:
+    """A model of transformers that makes a cache while the context is active."""
+    with _cache_setting(module, to=True):
+        yield
+
+
+@contextlib.contextmanager
+def _cache_setting(module: nn.Module, *, to: bool) -> Iterator[None]:
+    """All configs of a model with this value of `use_cache`, while active; those that lack the setting keep none."""
     configs = [getattr(part, "config", None) for part in module.modules()]
     parts = {id(part): part for config in configs for part in _parts(config)}
-    enabled = [part for part in parts.values() if getattr(part, USE_CACHE, False)]
-    for part in enabled:
-        setattr(part, USE_CACHE, False)
+    changed = [part for part in parts.values() if getattr(part, USE_CACHE, to) != to]
+    for part in changed:
+        setattr(part, USE_CACHE, to)
     try:
         yield
     finally:
-        for part in enabled:
-            setattr(part, USE_CACHE, True)
+        for part in changed:
+            setattr(part, USE_CACHE, not to)
 
 
 def _parts(config: Any) -> Iterator[Any]:

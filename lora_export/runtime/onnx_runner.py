@@ -112,6 +112,11 @@ class OnnxRunner:
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether each row of a batch chooses its adapter, and the ids are not set."""
+        return onnx_adapter.ADAPTER_IDS in self.axes
+
+    @property
     def takes_adapters(self) -> bool:
         """Whether the graph's metadata declares adapters: as inputs, or row by row."""
         return not {onnx_adapter.CONTRACT_KEY, onnx_adapter.ROW_ADAPTERS_KEY}.isdisjoint(self._metadata)

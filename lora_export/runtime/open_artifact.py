@@ -10,11 +10,12 @@ from torch import nn
 
 from lora_export import layers
 from lora_export.errors import InputRefused
-from lora_export.formats.onnx_adapter import ADAPTER_IDS
 from lora_export.graph.onnx_file.protobuf_wire import refuse_no_message
 from lora_export.models.load import load_model, module_with_weights
 from lora_export.models.model import Model
 from lora_export.models.pt2 import program
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.encoder_decoder_files import is_encoder_decoder_folder
 from lora_export.runtime.kv_cache import with_cache
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import TIMEOUT, Runner
@@ -36,7 +37,8 @@ def open_candidate(
     adapter_id: int | None = None,
     timeout: float = TIMEOUT,
 ) -> Runner:
-    """A runner of a candidate: an .onnx, a .pt or .pt2, a Hugging Face folder, or weights (.safetensors) of `base`.
+    """A runner of a candidate: an .onnx, a folder with the three graphs of an encoder-decoder, a .pt or .pt2, a Hugging
+    Face folder, or weights (.safetensors) of `base`.
 
     `onnx_adapter` is run with an .onnx that takes it. `adapter_id` is the id of every row of a graph with adapters by
     row; without it, the caller sets the ids. A run is stopped after `timeout` seconds, that of a folder or a .pt2 once
@@ -47,6 +49,8 @@ def open_candidate(
         input_files.must_be_regular(path)
     if path.suffix == ".onnx":
         return _open_graph(OnnxRunner(path, provider, timeout=timeout), onnx_adapter, adapter_id)
+    if is_encoder_decoder_folder(path):
+        return _open_graphs(EncoderDecoderRunner.open(path, provider, timeout=timeout), onnx_adapter, adapter_id)
     if path.is_dir():
         module = load_model(str(path), streamed=True).module
         return ModuleRunner(module, stored_dtypes=_stored_dtypes(path, module), path=path, timeout=timeout)
@@ -70,9 +74,15 @@ def open_candidate(
 
 def _open_graph(runner: OnnxRunner, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
     runner = runner if onnx_adapter is None else runner.with_adapter(onnx_adapter)
-    if adapter_id is None and ADAPTER_IDS in runner.axes:
+    if adapter_id is None and runner.takes_rows:
         return runner
     return with_cache(runner if adapter_id is None else runner.with_rows([adapter_id]))
+
+
+def _open_graphs(runner: EncoderDecoderRunner, onnx_adapter: Path | None, adapter_id: int | None) -> Runner:
+    if onnx_adapter is not None:
+        raise InputRefused(f"{runner.path}: the graphs of an encoder-decoder take no .onnx_adapter")
+    return runner if adapter_id is None else runner.with_rows([adapter_id])
 
 
 def file_hashes(candidate: Path | Mapping[str, Path]) -> dict[str, str]:

@@ -27,7 +27,6 @@ from lora_export.graph.onnx_file.reading import open_graph
 from lora_export.lora import Adapter
 from lora_export.plan import Plan
 from lora_export.runtime import onnx_runner
-from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Runner
 from lora_export.verification import parity
 from lora_export.verification.against_origin import AGAINST, UNCHANGED
@@ -110,7 +109,7 @@ class GraphReferences:
         """Make the inputs. Raises InputRefused where none can be made, RuntimeRefused where the base does not run."""
         _ = self.base.inputs
 
-    def as_run(self, runner: OnnxRunner) -> OnnxRunner:
+    def as_run(self, runner: Runner) -> Runner:
         """The graph as it is. The generated inputs include a cache, where it takes one."""
         return runner
 

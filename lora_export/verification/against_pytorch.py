@@ -25,6 +25,7 @@ from lora_export.models.model import Model
 from lora_export.models.pt2.program import Program
 from lora_export.plan import Plan
 from lora_export.runtime import torch_runners
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner, with_cache
 from lora_export.runtime.memory import GIB, available_memory, release_memory
 from lora_export.runtime.onnx_runner import OnnxRunner
@@ -142,9 +143,9 @@ class PyTorchReferences:
     def check(self) -> None:
         """Do nothing: inputs can be made for every model."""
 
-    def as_run(self, runner: OnnxRunner) -> Runner:
+    def as_run(self, runner: Runner) -> Runner:
         """The graph; a decoder with a key/value cache is given whole sequences, as the model is."""
-        return with_cache(runner)
+        return with_cache(runner) if isinstance(runner, OnnxRunner) else runner
 
     def inputs(self, candidate: Runner) -> Inputs:
         """Three seeded cases of different shapes that the candidate accepts, and the user's own."""
@@ -267,7 +268,7 @@ class PreparedPyTorch:
     def run(self, outputs: CandidateOutputs, step: OnProofStep) -> ReferenceOutputs:
         """Run PyTorch as deployed, then the references in fp64."""
         is_large_model = is_large(self.attached.module)
-        if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner):
+        if is_large_model and isinstance(self.candidate, OnnxRunner | CacheRunner | EncoderDecoderRunner):
             _ = self.is_half_inside  # reads the session
             self.candidate.close()
             release_memory()
@@ -481,4 +482,4 @@ def _has_halves(outputs: CandidateOutputs, deployed: Mapping[str, Arrays], *, na
 
 
 def _about_cache(candidate: Runner) -> list[str]:
-    return candidate.notes if isinstance(candidate, CacheRunner) else []
+    return candidate.notes if isinstance(candidate, CacheRunner | EncoderDecoderRunner) else []

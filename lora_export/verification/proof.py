@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_export.errors import InputRefused, RuntimeRefused
 from lora_export.provenance import adapter_records
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
 from lora_export.runtime.kv_cache import CacheRunner
 from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Placement, Runner
@@ -273,7 +274,7 @@ def prove_mixed(candidate: Runner, proofs: Sequence[Proof], ids: Sequence[int]) 
 
 
 def prove_rows(
-    candidate: OnnxRunner,
+    candidate: OnnxRunner | EncoderDecoderRunner,
     references: References,
     *,
     atol: float | None = None,

@@ -47,7 +47,7 @@ def test_a_graph_with_nodes_has_one_proof(tmp_path: Path) -> None:
     seen = Recorder()
     wanted = options("nodes", FR, **seen.callbacks)
     base = references(tmp_path, "nodes")
-    assert base_outputs(a_graph(LINEAR), base, wanted) == {}, "nothing compares them"
+    assert base_outputs([a_graph(LINEAR)], base, wanted) == {}, "nothing compares them"
     proofs = prove_all(written(tmp_path, wanted), base, wanted, {})
     assert proofs.whole.verdict.same
     assert (proofs.adapters, proofs.mixed, proofs.unlike_base) == ({}, None, None)
@@ -58,8 +58,8 @@ def test_rows_are_proven_without_with_each_and_mixed(tmp_path: Path) -> None:
     seen = Recorder()
     wanted = options("rows", FR, DE, weights=[1.0, -2.0], **seen.callbacks)
     base = references(tmp_path, "rows")
-    before = base_outputs(a_graph(LINEAR), base, wanted)
-    assert before and base_outputs(a_graph(LINEAR), base, options("rows", FR, verify=False)) == {}
+    before = base_outputs([a_graph(LINEAR)], base, wanted)
+    assert before and base_outputs([a_graph(LINEAR)], base, options("rows", FR, verify=False)) == {}
     proofs = prove_all(written(tmp_path, wanted), base, wanted, before)
     assert list(proofs.adapters) == ["fr", "de"] and proofs.mixed is not None
     assert proofs.unlike_base == [] and not seen.messages
@@ -73,7 +73,7 @@ def test_a_graph_that_is_not_the_base_to_the_bit_is_noted(tmp_path: Path) -> Non
     base = references(tmp_path, "inputs")
     before = {
         case: {name: np.nextafter(value, np.float32(np.inf)) for name, value in outputs.items()}
-        for case, outputs in base_outputs(a_graph(LINEAR), base, wanted).items()
+        for case, outputs in base_outputs([a_graph(LINEAR)], base, wanted).items()
     }
     proofs = prove_all(written(tmp_path, wanted), base, wanted, before)
     assert proofs.unlike_base

@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import torch
 import transformers as hf
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_export.runtime.runner import Runner
@@ -52,6 +53,42 @@ DECODERS: dict[str, Callable[[], Any]] = {
         hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
     ),
 }
+# Weights of this size give texts that vary.
+BART_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "init_std": 0.3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+FRAMES, MELS = 40, 8
+T5: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**T5, initializer_factor=3.0, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(**BART_LIKE, max_position_embeddings=128, forced_eos_token_id=7)
+    ),
+    "whisper": lambda: hf.WhisperForConditionalGeneration(
+        hf.WhisperConfig(
+            **BART_LIKE,
+            num_mel_bins=MELS,
+            max_source_positions=FRAMES // 2,
+            max_target_positions=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            begin_suppress_tokens=[3, 4],
+            suppress_tokens=[5, 6],
+        )
+    ),
+}
 PROMPTS = ([5, 9, 11, 30], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [42])  # one batch of three lengths
 
 
@@ -69,6 +106,53 @@ def small_decoder(name: str, folder: Path) -> Path:
     tokenizer.chat_template = "{% for message in messages %}w1 {{ message['content'] }} w2{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_encoder_decoder(name: str, folder: Path) -> Path:
+    """A model with an encoder and random weights. No token ends a text."""
+    torch.manual_seed(0)
+    module = ENCODER_DECODERS[name]().eval()
+    module.generation_config.eos_token_id = None
+    module.save_pretrained(folder)
+    return folder
+
+
+def encoder_decoder_adapter(base: Path, folder: Path, *, seed: int = 1, targets: str = "all-linear") -> Path:
+    """A PEFT adapter that changes the texts."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    peft.get_peft_model(_encoder_decoder(base), config).save_pretrained(folder)
+    return folder
+
+
+def _encoder_decoder(base: Path) -> Any:
+    config: Any = hf.AutoConfig.from_pretrained(base)
+    return getattr(hf, config.architectures[0]).from_pretrained(base).eval()
+
+
+def sounds() -> list[NDArray[np.float32]]:
+    """Features of three sounds, as an encoder reads them: [MELS, FRAMES]."""
+    drawn = np.random.default_rng(0).standard_normal((3, MELS, FRAMES))
+    return list(drawn.astype(np.float32))
+
+
+def expected_texts(base: Path, adapter: Path | None = None, *, count: int = 64) -> list[list[int]]:
+    """What transformers generates for PROMPTS, or for the sounds, one batch, taking the most probable tokens."""
+    module = _encoder_decoder(base)
+    reads_texts = module.main_input_name == "input_ids"
+    pad, model = module.generation_config.pad_token_id, module
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(module, adapter).eval()
+    if reads_texts:
+        longest = max(map(len, PROMPTS))
+        ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in PROMPTS])
+        mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in PROMPTS])
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+        tokens: list[list[int]] = made[:, 1:].tolist()
+        return tokens
+    features = torch.tensor(np.stack(sounds()))
+    own: list[list[int]] = model.generate(input_features=features, max_new_tokens=count, do_sample=False).tolist()
+    return own
 
 
 def decoder_adapter(base: Path, folder: Path, *, seed: int = 1) -> Path:

@@ -1,17 +1,32 @@
-"""The loop of generation: a prompt, and then token after token until each text has ended."""
+"""The loop of generation: what is given first, and then token after token until each text has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_export.runtime.generation.decoder import Decoder
+from lora_export.runtime.generation.encoder_decoder import EncoderDecoderRun
 from lora_export.runtime.generation.sampling import Sampling
+from lora_export.runtime.generation.token_rules import NO_RULES, TokenRules
 
 OnToken = Callable[[int, int], None]  # receives the number of the prompt and the token
+
+
+class Run(Protocol):
+    """One batch of texts, with its cache."""
+
+    def step(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.floating]:
+        """Run the next tokens; return the logits of the last one, [batch, vocabulary].
+
+        `ids` and `positions` are [batch, tokens], `mask` [batch, all positions so far].
+        """
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,7 @@ class TextLimits:
     end_tokens: Collection[int]
     new_tokens: int
     padding: int = 0  # the token before shorter prompts; its value has no effect
+    rules: TokenRules = NO_RULES
 
 
 def generate_tokens(
@@ -42,22 +58,67 @@ def generate_tokens(
     texts: list[list[int]] = [[] for _ in prompts]
     for rows in _batches(prompts, takes_padding=decoder.takes_padding):
         run = decoder.start(len(rows), adapter, [ids[row] for row in rows])
-        tokens, mask = _padded([prompts[row] for row in rows], limits.padding)
+        given = [prompts[row] for row in rows]
+        own = _Texts(run, given, limits, sampling, [generators[row] for row in rows])
+        for row, text in zip(rows, own.generate(_of_rows(rows, on_token)), strict=True):
+            texts[row] = text
+    return texts
+
+
+def generate_from_encoder(
+    run: EncoderDecoderRun,
+    starts: Sequence[Sequence[int]],
+    limits: TextLimits,
+    sampling: Sampling,
+    on_token: OnToken,
+) -> list[list[int]]:
+    """The new tokens of each row that the encoder has read, after the tokens with which its text starts."""
+    return _Texts(run, starts, limits, sampling, sampling.generators(len(starts))).generate(on_token)
+
+
+class _Texts:
+    """The texts of one batch."""
+
+    def __init__(
+        self,
+        run: Run,
+        given: Sequence[Sequence[int]],
+        limits: TextLimits,
+        sampling: Sampling,
+        generators: Sequence[np.random.Generator],
+    ):
+        self.run, self.given, self.limits = run, given, limits
+        self.sampling, self.generators = sampling, list(generators)
+
+    def generate(self, on_token: OnToken) -> list[list[int]]:
+        """The new tokens of each row."""
+        limits, rows = self.limits, len(self.given)
+        texts: list[list[int]] = [[] for _ in range(rows)]
+        tokens, mask = _padded(self.given, limits.padding)
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        going = np.ones(len(rows), bool)
-        for _ in range(limits.new_tokens):
-            chosen = sampling.choose(run.step(tokens, mask, positions), [generators[row] for row in rows])
-            for place in np.flatnonzero(going):
-                token = int(chosen[place])
-                texts[rows[place]].append(token)
-                on_token(rows[place], token)
-                going[place] = token not in limits.end_tokens
+        going = np.ones(rows, bool)
+        for number in range(limits.new_tokens):
+            logits = self.run.step(tokens, mask, positions)
+            if limits.rules != NO_RULES:
+                so_far = [[*given, *text] for given, text in zip(self.given, texts, strict=True)]
+                logits = limits.rules.apply(logits, so_far, number, is_last=number == limits.new_tokens - 1)
+            chosen = self.sampling.choose(logits, self.generators)
+            for row in np.flatnonzero(going):
+                token = int(chosen[row])
+                texts[row].append(token)
+                on_token(int(row), token)
+                going[row] = token not in limits.end_tokens
             if not going.any():
                 break
             tokens = np.where(going, chosen, limits.padding)[:, None]
-            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+            mask = np.concatenate([mask, np.ones((rows, 1), np.int64)], axis=1)
             positions = positions[:, -1:] + 1
-    return texts
+        return texts
+
+
+def _of_rows(rows: Sequence[int], on_token: OnToken) -> OnToken:
+    """Pass a token on with the number of its prompt in place of that of its row."""
+    return lambda row, token: on_token(rows[row], token)
 
 
 def _batches(prompts: Sequence[Sequence[int]], *, takes_padding: bool) -> list[list[int]]:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from lora_export.lora import Adapter
-from lora_export.runtime.onnx_runner import OnnxRunner
 from lora_export.runtime.runner import Arrays, Runner
 from lora_export.verification import parity
 from lora_export.verification.candidate_outputs import CandidateOutputs, OnProofStep
@@ -68,7 +67,7 @@ class References(Protocol):
     def check(self) -> None:
         """Raise the error that would end every proof, before there is a candidate."""
 
-    def as_run(self, runner: OnnxRunner) -> Runner:
+    def as_run(self, runner: Runner) -> Runner:
         """The runner that runs a graph on the inputs of these references."""
 
     def inputs(self, candidate: Runner) -> Inputs:

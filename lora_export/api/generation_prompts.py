@@ -1,0 +1,84 @@
+"""Prompts of every kind, as the graphs of a model take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.api.generation_settings import GenerationSettings
+from lora_export.errors import InputRefused
+from lora_export.graph.cache_names import IDS, MASK
+from lora_export.models.sounds import features_of, open_extractor, read_wav
+from lora_export.runtime.generation.encoder_decoder import EncoderDecoder
+from lora_export.runtime.runner import Arrays
+
+# A text, token ids, the path of a sound, or an array: samples (samples,), features (features, frames) or pixels
+Prompt = str | Sequence[int] | Path | NDArray[Any]
+SOUNDS = ("input_features", "input_values")  # what the encoder of a speech model reads
+
+
+def token_ids(prompt: Prompt, tokenizer: Any, settings: GenerationSettings, *, chat: bool) -> list[int]:
+    """A text or token ids as token ids.
+
+    Raises InputRefused for an empty prompt, for ids that the model does not have, and for a sound.
+    """
+    if isinstance(prompt, Path | np.ndarray):
+        raise InputRefused("the model reads texts: a prompt is a text, or a list of token ids")
+    if isinstance(prompt, str):
+        if chat:
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            )
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise InputRefused("a prompt has no token: there is nothing to go on from")
+    size = settings.vocabulary
+    unknown = [] if size is None else [token for token in ids if token not in range(size)]
+    if size is not None and unknown:
+        raise InputRefused(f"a prompt has the token {unknown[0]}; the model has rows for 0 to {size - 1}")
+    return list(ids)
+
+
+def encoder_inputs(
+    prompts: Sequence[Prompt], model: EncoderDecoder, settings: GenerationSettings, tokenizer: Any, *, chat: bool
+) -> Arrays:
+    """The inputs of an encoder, one row for each prompt. Raises InputRefused for prompts of another kind."""
+    if IDS in model.takes:
+        rows = [token_ids(prompt, tokenizer, settings, chat=chat) for prompt in prompts]
+        longest = max(map(len, rows))
+        ids = np.array([[*row, *[settings.padding] * (longest - len(row))] for row in rows], np.int64)
+        mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int64)
+        return {IDS: ids, MASK: mask} if model.takes_mask else {IDS: ids}
+    ((name, sizes),) = model.takes.items()
+    reads = "sounds: a prompt is the path of a .wav, or an array" if name in SOUNDS else "images: a prompt is an array"
+    if not all(isinstance(prompt, np.ndarray | (Path if name in SOUNDS else np.ndarray)) for prompt in prompts):
+        raise InputRefused(f"the model reads {reads}")
+    arrays = [prompt for prompt in prompts if isinstance(prompt, np.ndarray) and prompt.ndim > 1]
+    if not arrays and name in SOUNDS:
+        extractor = open_extractor(settings.folder)
+        made = features_of([_samples(prompt, extractor.sampling_rate) for prompt in prompts], extractor)
+        return {key: value for key, value in made.items() if key in (*model.takes, MASK)}
+    shapes = {array.shape for array in arrays}
+    if len(arrays) < len(prompts) or len(shapes) > 1:
+        raise InputRefused("the prompts of one batch have to be arrays of one shape, or sounds all of them")
+    _refuse_other_shape(shapes.pop(), sizes[1:], name)
+    return {name: np.stack(arrays).astype(np.float32)}
+
+
+def _samples(prompt: Prompt, rate: int) -> NDArray[np.float32]:
+    """The samples of a sound (samples,)."""
+    return read_wav(prompt, rate) if isinstance(prompt, Path) else np.asarray(prompt, np.float32)
+
+
+def _refuse_other_shape(shape: tuple[int, ...], sizes: tuple[int | None, ...], name: str) -> None:
+    fits = len(shape) == len(sizes) and all(size in (None, own) for own, size in zip(shape, sizes, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise InputRefused(f"a prompt has the shape {list(shape)}; the graph takes {name} of [{wanted}]")

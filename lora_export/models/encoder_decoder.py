@@ -1,0 +1,191 @@
+"""Export a model with an encoder, such as T5, BART or Whisper, with its key/value cache: as three graphs.
+
+The encoder takes the model's own inputs and returns `last_hidden_state` [batch, encoder_sequence, features]. The
+decoder takes it as `encoder_hidden_states`, the encoder's mask as `encoder_attention_mask` where it reads it, and the
+first `input_ids` [batch, sequence]; it returns `logits`, and for each layer n `present.n.decoder.key` and `.value`
+[batch, heads, sequence, features] and `present.n.encoder.key` and `.value`, those of the cross-attention. The decoder
+with a past takes all four as `past_key_values.n.…` in place of the encoder's output, and returns the decoder's, longer.
+optimum has the same three graphs with the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
+from torch.export import Dim
+
+from lora_export.errors import InputRefused
+from lora_export.graph.cache_names import ENCODER_MASK, HIDDEN, IDS, LAST_HIDDEN, LOGITS, MASK, PAST, PRESENT
+from lora_export.models.cached_decoder import BATCH_SYMBOL, PAST_SYMBOL, SEQUENCE_SYMBOL
+from lora_export.models.export import (
+    exported_by_transformers,
+    exporter_refusals,
+    is_hugging_face,
+    name_axes,
+    refuse_other_opset,
+    to_onnx,
+    tracing,
+)
+from lora_export.models.failures import named_failures
+from lora_export.models.key_value_cache import USE_CACHE, cache_enabled
+from lora_export.models.model import Model, ModelInputs
+from lora_export.models.simplify import simplify
+
+ENCODER_SYMBOL = "encoder_sequence"  # the axis of the positions that the encoder returns
+DECODER_IDS, ENCODER_OUTPUTS, CACHE = "decoder_input_ids", "encoder_outputs", "past_key_values"  # keywords of forward
+CACHE_TENSOR = re.compile(r"\.(self|cross)_attention_cache\.layers\.(\d+)\.(key|value)s$")
+PART = {"self": "decoder", "cross": "encoder"}  # of a cache, as transformers and as exporters name it
+# Sizes to trace with: see `cached_decoder`.
+TRACED_PAST, TRACED_SEQUENCE = 5, 3
+
+
+class EncoderDecoderGraphs(NamedTuple):
+    """The graphs of one model. Their weights have the names of the whole model."""
+
+    encoder: ir.Model
+    decoder: ir.Model
+    decoder_with_past: ir.Model
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a model of transformers generates with a decoder that reads what an encoder returns."""
+    if not is_hugging_face(module):
+        return False
+    model: Any = module
+    return bool(model.config.is_encoder_decoder) and model.can_generate()
+
+
+def export_encoder_decoder(model: Model, *, opset: int | None = None) -> EncoderDecoderGraphs:
+    """Export a model of transformers with an encoder, in eval mode, with its cache. Writes no file.
+
+    Weights are as `to_onnx` leaves them. Raises InputRefused for a model whose cache has other parts than a key and a
+    value for each attention of a layer, and RuntimeRefused where the exporter refuses the model.
+    """
+    module: Any = model.module
+    axes = {name: own for name, own in model.axes.items() if not name.startswith("decoder_")}
+    inputs = {name: value for name, value in model.example_inputs().items() if name in axes}
+    encoder: Any = module.get_encoder()
+    with tracing(module), named_failures(module, inputs, "example inputs"):
+        hidden = encoder(**inputs).last_hidden_state
+    graph = to_onnx(encoder, inputs, axes=axes, opset=opset)
+    _keep_outputs(graph, {LAST_HIDDEN: LAST_HIDDEN})
+    _name_by_model(graph, module, encoder)
+    varies = any(symbol != BATCH_SYMBOL for own in axes.values() for symbol in own.values())
+    exporter = _DecoderExporter(module, hidden, inputs.get(MASK), varies, opset)
+    return EncoderDecoderGraphs(graph, exporter.graph(None), exporter.graph(exporter.cache()))
+
+
+class _DecoderExporter:
+    """Exports the decoder of a model, given what its encoder returned."""
+
+    def __init__(self, module: Any, hidden: torch.Tensor, mask: torch.Tensor | None, varies: bool, opset: int | None):
+        self.module, self.opset = module, opset
+        self.batch = len(hidden)
+        outputs: Any = importlib.import_module("transformers.modeling_outputs")
+        self.given = {ENCODER_OUTPUTS: outputs.BaseModelOutput(last_hidden_state=hidden)}
+        self.axes: dict[str, dict[int, str]] = {
+            HIDDEN: {0: BATCH_SYMBOL, 1: ENCODER_SYMBOL} if varies else {0: BATCH_SYMBOL},
+            IDS: {0: BATCH_SYMBOL, 1: SEQUENCE_SYMBOL},
+        }
+        if mask is not None:
+            self.given[MASK] = mask
+            self.axes[ENCODER_MASK] = {0: BATCH_SYMBOL, 1: ENCODER_SYMBOL}
+        self.cross_axes = {0: BATCH_SYMBOL, 2: ENCODER_SYMBOL} if varies else {0: BATCH_SYMBOL}
+
+    def cache(self) -> Any:
+        """The cache after a few tokens. Raises InputRefused for one of another kind."""
+        transformers: Any = importlib.import_module("transformers.cache_utils")
+        cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+        tokens = self._tokens(TRACED_PAST)
+        with self._tracing(), named_failures(self.module, tokens, "first tokens"):
+            own = getattr(self.module(**self.given, **tokens, **{USE_CACHE: True}), CACHE, None)
+            if not isinstance(own, transformers.EncoderDecoderCache):
+                raise InputRefused(
+                    f"{type(self.module).__name__} has a cache of {type(own).__name__}: graphs with a cache are made "
+                    "of models that keep a key and a value for each attention, and nothing else"
+                )
+            self.module(**self.given, **tokens, **{CACHE: cache, USE_CACHE: True})
+        return cache
+
+    def graph(self, cache: Any) -> ir.Model:
+        """The graph of the first tokens, or with a cache, of those after it."""
+        inputs = {**self.given, **self._tokens(TRACED_SEQUENCE), USE_CACHE: True}
+        dynamic: dict[str, Any] = {
+            ENCODER_OUTPUTS: [self._dynamic(HIDDEN)],
+            DECODER_IDS: self._dynamic(IDS),
+            **({MASK: self._dynamic(ENCODER_MASK)} if MASK in self.given else {}),
+        }
+        if cache is not None:
+            inputs[CACHE] = cache
+            own = dict.fromkeys((0, 2), Dim.DYNAMIC)
+            cross = dict.fromkeys(self.cross_axes, Dim.DYNAMIC)
+            layers = (cache.self_attention_cache.layers, cache.cross_attention_cache.layers)
+            dynamic[CACHE] = [own] * (2 * len(layers[0])) + [cross] * (2 * len(layers[1]))
+        with self._tracing(), exporter_refusals(self.module):
+            program = exported_by_transformers(self.module, inputs, dynamic, self.opset)
+            simplify(program)
+        refuse_other_opset(program, self.opset)
+        self._rename(program, has_past=cache is not None)
+        return program
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        with tracing(self.module), cache_enabled(self.module):
+            yield
+
+    def _tokens(self, count: int) -> ModelInputs:
+        return {DECODER_IDS: torch.zeros((self.batch, count), dtype=torch.int64)}
+
+    def _dynamic(self, name: str) -> dict[int, Any]:
+        return dict.fromkeys(self.axes[name], Dim.DYNAMIC)
+
+    def _rename(self, program: ir.Model, *, has_past: bool) -> None:
+        """Give inputs and outputs their names, and leave out those that nothing needs."""
+        axes: dict[str, dict[int, str]] = dict(self.axes)
+        names = {f"{ENCODER_OUTPUTS}.{LAST_HIDDEN}": HIDDEN, DECODER_IDS: IDS, MASK: ENCODER_MASK}
+        for value in program.graph.inputs:
+            found = CACHE_TENSOR.search(value.name or "")
+            value.name = _cache_name(PAST, found) if found else names[value.name or ""]
+            if found:
+                axes[value.name] = self.cross_axes if found[1] == "cross" else {0: BATCH_SYMBOL, 2: PAST_SYMBOL}
+        kept = {LOGITS: LOGITS}
+        for value in program.graph.outputs:
+            found = CACHE_TENSOR.search(value.name or "")
+            if found and not (has_past and found[1] == "cross"):  # behind a past they are what was given
+                kept[value.name or ""] = _cache_name(PRESENT, found)
+        _keep_outputs(program, kept)
+        RemoveUnusedNodesPass()(program)
+        for value in list(program.graph.inputs):
+            if not value.uses():
+                program.graph.inputs.remove(value)
+        name_axes(program, axes)
+
+
+def _cache_name(begin: str, found: re.Match[str]) -> str:
+    return f"{begin}.{found[2]}.{PART[found[1]]}.{found[3]}"
+
+
+def _keep_outputs(program: ir.Model, names: dict[str, str]) -> None:
+    """Leave out the outputs that are not among these (the exporter's name -> the new one)."""
+    for value in list(program.graph.outputs):
+        if value.name in names:
+            value.name = names[value.name]
+        else:
+            program.graph.outputs.remove(value)
+
+
+def _name_by_model(program: ir.Model, module: nn.Module, part: nn.Module) -> None:
+    """Give the weights of a part's graph the names that they have in the whole model."""
+    own = {*dict(part.named_parameters(remove_duplicate=False)), *dict(part.named_buffers(remove_duplicate=False))}
+    prefix = next(name for name, own in module.named_modules() if own is part)
+    for value in list(program.graph.initializers.values()):
+        if value.name in own:
+            value.name = f"{prefix}.{value.name}"

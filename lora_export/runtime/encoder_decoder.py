@@ -1,0 +1,162 @@
+"""The three graphs of an encoder-decoder, run as the model without a cache: the first tokens, then token by token.
+
+The encoder runs once. The decoder takes what it returned and the first tokens, and the decoder with a past each token
+after them, with the cache so far. The outputs at every position must equal those of a model without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.formats.onnx_adapter import ADAPTER_IDS
+from lora_export.graph.cache_names import ENCODER_MASK, HIDDEN, IDS, LAST_HIDDEN, LOGITS, MASK, PAST, PRESENT
+from lora_export.runtime.encoder_decoder_files import DECODER_FILE, ENCODER_FILE, GRAPH_FILES, WITH_PAST_FILE
+from lora_export.runtime.kv_cache import DECODE_STEPS
+from lora_export.runtime.onnx_runner import OnnxRunner
+from lora_export.runtime.runner import TIMEOUT, Arrays, Placement
+
+DECODER_IDS, ENCODER_OUTPUT = "decoder_input_ids", "encoder_last_hidden_state"  # of the model in PyTorch
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderDecoderRunner:
+    """The graphs of an encoder-decoder, run as one model: its inputs, and the tokens of the decoder so far."""
+
+    path: Path  # the folder
+    encoder: OnnxRunner
+    decoder: OnnxRunner
+    with_past: OnnxRunner
+    names_known: bool = True
+
+    @classmethod
+    def open(cls, folder: Path, provider: str = "cpu", *, timeout: float = TIMEOUT) -> EncoderDecoderRunner:
+        """The graphs in a folder. Raises InputRefused where one lacks what the others need, and as `OnnxRunner`."""
+        return cls.of(folder, [OnnxRunner(folder / name, provider, timeout=timeout) for name in GRAPH_FILES])
+
+    @classmethod
+    def of(cls, folder: Path, graphs: Sequence[OnnxRunner]) -> EncoderDecoderRunner:
+        """The runner of the three graphs, in the order of GRAPH_FILES. Raises InputRefused as `open`."""
+        encoder, decoder, with_past = graphs
+        runner = cls(folder, encoder, decoder, with_past)
+        runner._check()
+        return runner
+
+    def _check(self) -> None:
+        present = {f"{PAST}.{name.removeprefix(f'{PRESENT}.')}" for name in self._outputs(self.decoder)}
+        past = {name for name in self.with_past.axes if name.startswith(f"{PAST}.")}
+        lacking = [
+            *([] if LAST_HIDDEN in self._outputs(self.encoder) else [f"{ENCODER_FILE} has no output {LAST_HIDDEN}"]),
+            *([] if {IDS, HIDDEN} <= set(self.decoder.axes) else [f"{DECODER_FILE} does not take {IDS} and {HIDDEN}"]),
+            *([] if LOGITS in self._outputs(self.decoder) else [f"{DECODER_FILE} has no output {LOGITS}"]),
+            *([] if LOGITS in self._outputs(self.with_past) else [f"{WITH_PAST_FILE} has no output {LOGITS}"]),
+            *([] if past else [f"{WITH_PAST_FILE} takes no {PAST}"]),
+            *(
+                f"{WITH_PAST_FILE} takes {name}, which {DECODER_FILE} does not return"
+                for name in sorted(past - present)
+            ),
+        ]
+        if lacking:
+            raise InputRefused(f"{self.path}: {'; '.join(lacking)}")
+
+    @staticmethod
+    def _outputs(graph: OnnxRunner) -> list[str]:
+        return [output.name for output in graph.session.get_outputs()]
+
+    @property
+    def graphs(self) -> tuple[OnnxRunner, OnnxRunner, OnnxRunner]:
+        """The encoder, the decoder, and the decoder with a past."""
+        return self.encoder, self.decoder, self.with_past
+
+    @property
+    def axes(self) -> Mapping[str, tuple[int | None, ...]]:
+        """The sizes of the encoder's inputs and of the decoder's tokens."""
+        own = {name: sizes for name, sizes in self.encoder.axes.items() if name != ADAPTER_IDS}
+        return {**own, DECODER_IDS: self.decoder.axes[IDS]}
+
+    @property
+    def placement(self) -> Placement:
+        """The placement of all three graphs' nodes."""
+        own = [graph.placement for graph in self.graphs]
+        by_provider: dict[str, tuple[tuple[str, str], ...]] = {}
+        for placement in own:
+            for provider, nodes in placement.by_provider.items():
+                by_provider[provider] = (*by_provider.get(provider, ()), *nodes)
+        return Placement(own[0].requested_provider, by_provider, own[0].options, own[0].version)
+
+    @property
+    def notes(self) -> list[str]:
+        """How the graphs ran."""
+        return [f"run with its cache: encoder, first tokens, then {DECODE_STEPS} tokens one by one"]
+
+    @property
+    def adapters_by_row(self) -> list[str] | None:
+        """The names of the adapters that rows may choose from, from id 1 on. Raises InputRefused for unequal lists."""
+        names = [own for graph in self.graphs if (own := graph.adapters_by_row) is not None]
+        if any(own != names[0] for own in names):
+            raise InputRefused(f"{self.path}: the graphs do not have the same adapters")
+        return names[0] if names else None
+
+    def close(self) -> None:
+        """Give the memory of all sessions back until the next run."""
+        for graph in self.graphs:
+            graph.close()
+
+    def with_rows(self, ids: Sequence[int]) -> EncoderDecoderRunner:
+        """The same sessions with these adapter ids for the rows of every batch (see `OnnxRunner.with_rows`).
+
+        A graph that no adapter changes has none. Raises InputRefused where this is so for all.
+        """
+        if self.adapters_by_row is None:
+            raise InputRefused(f"{self.path}: no graph has an input {ADAPTER_IDS}: they were not made with --lora rows")
+        return self._each(lambda graph: graph if graph.adapters_by_row is None else graph.with_rows(ids))
+
+    def with_provider_defaults(self) -> EncoderDecoderRunner:
+        """The same graphs with the provider's own settings."""
+        return self._each(OnnxRunner.with_provider_defaults)
+
+    def _each(self, change: Callable[[OnnxRunner], OnnxRunner]) -> EncoderDecoderRunner:
+        return EncoderDecoderRunner.of(self.path, [change(graph) for graph in self.graphs])
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """The logits of every token of the decoder, and what the encoder returned.
+
+        Raises RuntimeRefused for inputs that the graphs do not take.
+        """
+        if DECODER_IDS not in inputs:
+            raise RuntimeRefused(f"the graphs take {DECODER_IDS}; the model takes {', '.join(inputs)}")
+        ids = inputs[DECODER_IDS]
+        hidden = self.encoder.run({name: value for name, value in inputs.items() if name != DECODER_IDS})[LAST_HIDDEN]
+        given = {HIDDEN: hidden, **({ENCODER_MASK: inputs[MASK]} if MASK in inputs else {})}
+        logits: list[NDArray[Any]] = []
+        cache: Arrays = {}
+        for start, stop in _steps(ids.shape[1]):
+            graph = self.with_past if start else self.decoder
+            feeds = {IDS: ids[:, start:stop], **given, **cache}
+            outputs = graph.run({name: value for name, value in feeds.items() if name in graph.axes})
+            logits.append(outputs[LOGITS])
+            cache |= {
+                f"{PAST}.{name.removeprefix(f'{PRESENT}.')}": value
+                for name, value in outputs.items()
+                if name.startswith(f"{PRESENT}.")
+            }
+        return {LOGITS: np.concatenate(logits, axis=1), ENCODER_OUTPUT: hidden}
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether each row of a batch chooses its adapter, and the ids are not set."""
+        return any(graph.takes_rows for graph in self.graphs)
+
+
+def _steps(length: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each run of a decoder."""
+    first = max(1, length - DECODE_STEPS)
+    yield 0, first
+    for start in range(first, length):
+        yield start, start + 1

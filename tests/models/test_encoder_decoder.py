@@ -1,0 +1,112 @@
+"""Encoder-decoders as three graphs: what these take and return, their weights' names, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from lora_export import layers
+from lora_export.errors import InputRefused
+from lora_export.graph.find_sites import find_sites
+from lora_export.models.encoder_decoder import EncoderDecoderGraphs, export_encoder_decoder, is_encoder_decoder
+from lora_export.models.load import load_model
+from lora_export.models.model import Model
+from lora_export.plan import Layout
+from support.generators import DECODERS, ENCODER_DECODERS, FRAMES, MELS, small_encoder_decoder
+
+Exported = Callable[[str], tuple[Model, EncoderDecoderGraphs]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A model of each kind, and its graphs. Exported once."""
+
+    @functools.cache
+    def export(name: str) -> tuple[Model, EncoderDecoderGraphs]:
+        model = load_model(str(small_encoder_decoder(name, tmp_path_factory.mktemp(name))))
+        return model, export_encoder_decoder(model)
+
+    return export
+
+
+def names_of(graph: ir.Model) -> tuple[list[str], list[str]]:
+    return [value.name or "" for value in graph.graph.inputs], [value.name or "" for value in graph.graph.outputs]
+
+
+def cache(begin: str, *parts: str) -> set[str]:
+    return {f"{begin}.{layer}.{part}.{half}" for layer in (0, 1) for part in parts for half in ("key", "value")}
+
+
+@pytest.mark.parametrize("name", sorted(ENCODER_DECODERS))
+def test_graphs_take_and_return_what_optimum_expects(name: str, exported: Exported) -> None:
+    encoder, decoder, with_past = map(names_of, exported(name)[1])
+    mask = [] if name == "whisper" else ["encoder_attention_mask"]
+    reads = ["input_features"] if name == "whisper" else ["input_ids", "attention_mask"]
+    assert encoder == (reads, ["last_hidden_state"])
+    assert set(decoder[0]) == {"input_ids", "encoder_hidden_states", *mask}
+    assert set(decoder[1]) == {"logits"} | cache("present", "decoder", "encoder")
+    assert set(with_past[0]) == {"input_ids", *mask} | cache("past_key_values", "decoder", "encoder")
+    assert set(with_past[1]) == {"logits"} | cache("present", "decoder")
+
+
+def test_axes_vary_and_have_names(exported: Exported) -> None:
+    shapes = {value.name: str(value.shape) for graph in exported("t5")[1] for value in graph.graph.inputs}
+    assert shapes["encoder_hidden_states"] == "[batch,encoder_sequence,32]"
+    assert shapes["past_key_values.0.decoder.key"] == "[batch,4,past,8]"
+    assert shapes["past_key_values.0.encoder.key"] == "[batch,4,encoder_sequence,8]"
+    shapes = {value.name: str(value.shape) for graph in exported("whisper")[1] for value in graph.graph.inputs}
+    assert shapes["input_features"] == f"[batch,{MELS},{FRAMES}]", "a sound of Whisper has one length"
+    assert shapes["past_key_values.1.encoder.value"] == f"[batch,4,{FRAMES // 2},8]"
+
+
+@pytest.mark.parametrize("name", sorted(ENCODER_DECODERS))
+def test_weights_have_the_names_of_the_model(name: str, exported: Exported) -> None:
+    model, graphs = exported(name)
+    specs = layers.specs(model.module)
+    own = {alias for spec in specs for alias in (spec.name, *spec.aliases)}
+    found = [set(find_sites(graph).by_name) for graph in graphs]
+    assert found[0] | found[1] | found[2] <= own
+    read = found[0] | found[1]
+    lacking = [
+        spec.name for spec in specs if spec.layout is Layout.OUT_IN and read.isdisjoint((spec.name, *spec.aliases))
+    ]
+    assert not lacking
+    linear = [name for name in found[1] - found[2] if name.endswith("weight")]
+    assert linear
+    assert all(("attn" in name or "EncDecAttention" in name) for name in linear), (
+        "k and v of the encoder's output alone"
+    )
+
+
+def test_export_leaves_the_model_as_it_was(exported: Exported, tmp_path: Path) -> None:
+    model, _ = exported("t5")
+    module: Any = model.module
+    fresh = load_model(str(small_encoder_decoder("t5", tmp_path))).module.state_dict()
+    assert module.config.use_cache is False
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in module.state_dict().items())
+
+
+def test_kinds_of_models_are_told_apart() -> None:
+    assert is_encoder_decoder(ENCODER_DECODERS["bart"]())
+    assert not is_encoder_decoder(DECODERS["llama"]())
+    assert not is_encoder_decoder(torch.nn.Linear(2, 2))
+
+
+def test_cache_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(str(small_encoder_decoder("bart", tmp_path)))
+    forward = model.module.forward
+
+    def without_cache(*args: object, **rest: object) -> object:
+        outputs = forward(*args, **rest)
+        outputs.past_key_values = {}
+        return outputs
+
+    monkeypatch.setattr(model.module, "forward", without_cache)
+    with pytest.raises(InputRefused, match="BartForConditionalGeneration has a cache of dict: graphs with a cache"):
+        export_encoder_decoder(model)

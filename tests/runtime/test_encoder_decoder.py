@@ -1,0 +1,139 @@
+"""The three graphs of an encoder-decoder, run as one model: its outputs, adapters by row, graphs that do not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import peft
+import pytest
+import torch
+import transformers as hf
+
+import lora_export as le
+from lora_export.errors import InputRefused, RuntimeRefused
+from lora_export.runtime.encoder_decoder import EncoderDecoderRunner
+from lora_export.runtime.encoder_decoder_files import GRAPH_FILES, is_encoder_decoder_folder
+from lora_export.runtime.runner import Arrays
+from support.generators import VOCABULARY, encoder_decoder_adapter, small_encoder_decoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 `base`, an adapter `all`, one of the `decoder` alone, and `served` with both by row."""
+    folder = tmp_path_factory.mktemp("t5")
+    base = small_encoder_decoder("t5", folder / "base")
+    encoder_decoder_adapter(base, folder / "all")
+    encoder_decoder_adapter(base, folder / "decoder", seed=2, targets=r"decoder\..*\.(q|v)")
+    adapters = [folder / "all", folder / "decoder"]
+    le.export_onnx(base, folder / "served", adapters=adapters, lora="rows", with_cache=True, verify=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> EncoderDecoderRunner:
+    return EncoderDecoderRunner.open(folder / "served")
+
+
+def arrays() -> Arrays:
+    """Three rows; two of them are padded, one on each side."""
+    draw = np.random.default_rng(0)
+    mask = np.ones((3, 9), np.int64)
+    mask[0, :4], mask[1, 5:] = 0, 0
+    return {
+        "input_ids": draw.integers(3, VOCABULARY, (3, 9)),
+        "attention_mask": mask,
+        "decoder_input_ids": draw.integers(3, VOCABULARY, (3, 8)),
+    }
+
+
+def expected(folder: Path, adapter: str | None) -> dict[str, np.ndarray]:
+    module: object = hf.T5ForConditionalGeneration.from_pretrained(folder / "base")
+    if adapter is not None:
+        module = peft.PeftModel.from_pretrained(module, folder / adapter)
+    with torch.no_grad():
+        outputs = module(**{name: torch.tensor(value) for name, value in arrays().items()})  # type: ignore[operator]
+    return {name: outputs[name].numpy() for name in ("logits", "encoder_last_hidden_state")}
+
+
+@pytest.mark.parametrize(("number", "adapter"), [(0, None), (1, "all"), (2, "decoder")])
+def test_outputs_are_those_of_the_model(
+    folder: Path, runner: EncoderDecoderRunner, number: int, adapter: str | None
+) -> None:
+    found = runner.with_rows([number]).run(arrays())
+    right = expected(folder, adapter)
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-4 * np.abs(value).max())
+    others = expected(folder, "all" if adapter is None else None)
+    assert np.abs(found["logits"] - others["logits"]).max() > 0.1
+
+
+def test_each_row_of_a_batch_has_its_adapter(folder: Path, runner: EncoderDecoderRunner) -> None:
+    mixed = runner.with_rows([2, 0, 1]).run(arrays())["logits"]
+    for row, adapter in enumerate(("decoder", None, "all")):
+        right = expected(folder, adapter)["logits"]
+        np.testing.assert_allclose(mixed[row], right[row], rtol=0, atol=2e-4 * np.abs(right).max())
+
+
+def test_graphs_tell_what_they_take(runner: EncoderDecoderRunner) -> None:
+    assert runner.takes_rows
+    assert runner.adapters_by_row == ["all", "decoder"]
+    assert set(runner.axes) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    own = runner.with_rows([0])
+    assert not own.takes_rows
+    assert own.axes["decoder_input_ids"] == (None, None)
+    counts = [graph.placement.compute_nodes for graph in runner.graphs]
+    assert min(counts) > 0
+    assert runner.placement.compute_nodes == sum(counts)
+    assert runner.notes == ["run with its cache: encoder, first tokens, then 4 tokens one by one"]
+
+
+def test_sessions_are_opened_again(runner: EncoderDecoderRunner) -> None:
+    own = runner.with_rows([1])
+    before = own.run(arrays())["logits"]
+    own.close()
+    np.testing.assert_array_equal(own.run(arrays())["logits"], before)
+    np.testing.assert_array_equal(own.with_provider_defaults().run(arrays())["logits"], before)
+
+
+def test_inputs_without_tokens_of_the_decoder_are_refused(runner: EncoderDecoderRunner) -> None:
+    inputs = {name: value for name, value in arrays().items() if name != "decoder_input_ids"}
+    with pytest.raises(RuntimeRefused, match="the graphs take decoder_input_ids; the model takes input_ids, attention"):
+        runner.with_rows([0]).run(inputs)
+
+
+def test_folder_needs_all_three_graphs(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "served", tmp_path / "copy")
+    assert is_encoder_decoder_folder(copy)
+    (copy / GRAPH_FILES[2]).unlink()
+    assert not is_encoder_decoder_folder(copy)
+    assert not is_encoder_decoder_folder(copy / GRAPH_FILES[0])
+
+
+def test_graphs_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "served", tmp_path / "copy")
+    shutil.copy(copy / GRAPH_FILES[0], copy / GRAPH_FILES[1])
+    with pytest.raises(InputRefused, match=r"decoder_model\.onnx does not take input_ids and encoder_hidden_states"):
+        EncoderDecoderRunner.open(copy)
+
+
+def test_graphs_with_other_adapters_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder / "served", tmp_path / "copy")
+    graph = onnx.load(copy / GRAPH_FILES[1])
+    for entry in graph.metadata_props:
+        entry.value = entry.value.replace('"decoder"', '"other"')
+    onnx.save(graph, copy / GRAPH_FILES[1])
+    with pytest.raises(InputRefused, match="the graphs do not have the same adapters"):
+        _ = EncoderDecoderRunner.open(copy).adapters_by_row
+
+
+def test_merged_graphs_take_no_rows(folder: Path, tmp_path: Path) -> None:
+    adapters = [folder / "decoder"]
+    le.export_onnx(folder / "base", tmp_path / "merged", adapters=adapters, with_cache=True, verify=False)
+    merged = EncoderDecoderRunner.open(tmp_path / "merged")
+    assert not merged.takes_rows
+    with pytest.raises(InputRefused, match="no graph has an input adapter_ids"):
+        merged.with_rows([1])
